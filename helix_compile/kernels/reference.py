@@ -1,0 +1,211 @@
+"""Pure-torch definition of every helix:: compute op, on one page. This is the spec; kernels must agree with it.
+
+    B sequences, T new tokens a sequence, H query heads, R kv_lora_rank, r rope width, V v_head_dim,
+    P peers of an exchange, D model width, E experts, F FFN width, N tokens. h, e, f: this rank's share.
+
+lse is natural log, float32 or wider. lse = -inf means "no key seen", and then the partial output is 0. A dead
+part may hold anything, NaN included: it is never multiplied by 0, it is not read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from helix_compile.ledger import local_length, local_slot, owner_rank
+
+SCORE_BYTES = 64 * 2**20  # scores [T, H, S] are built in chunks of T below this, so long steps stay small
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics and sums are kept in: float32, or wider where the model is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def shard_index_reference(
+    positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int
+) -> tuple[Tensor, Tensor]:
+    """Where this rank writes each new token and how much of its shard each query sees.
+
+    Args:
+        positions: [B, T] int64, absolute; -1 = padding.
+        rank: 0-d int64, this rank's place on the kvp axis.
+        cp: ranks that share the sequence.
+        tokens_per_block: round-robin unit.
+
+    Returns:
+        slots [B, T] int64 (-1: not mine, or padding) and visible [B, T] int32 (local slots that the query at
+        this position may see; 0 for padding).
+    """
+    mine = (owner_rank(positions, cp, tokens_per_block) == rank) & (positions >= 0)
+    slots = torch.where(mine, local_slot(positions, cp, tokens_per_block), -1)
+    visible = local_length(positions + 1, rank, cp, tokens_per_block).to(torch.int32)
+    return slots, visible
+
+
+def cache_append_reference(
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+) -> Tensor:
+    """Write latent [B, T, R] and k_rope [B, T, r] at this rank's slots; return a copy of `visible`.
+
+    The copy is what mla_decode consumes: "write before read" is a data edge that nothing can reorder.
+    cache is [pages, page_size, R + r], page_table [B, pages of a sequence] int64.
+    """
+    page_size = cache.shape[1]
+    row, column = torch.nonzero(slots >= 0, as_tuple=True)
+    slot = slots[row, column]
+    page = page_table[row, slot // page_size]
+    cache[page, slot % page_size] = torch.cat(
+        [latent[row, column], k_rope[row, column]], dim=-1
+    ).to(cache.dtype)
+    return visible.clone()
+
+
+def mla_decode_reference(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Absorbed attention of q_latent [B, T, H, R] and q_rope [B, T, H, r] over this rank's shard.
+
+    One KV head of width R + r; the values are its first R channels. A row sees slots < visible: local slots
+    ascend in position, so that is exactly the causal mask. Returns partial_o [B, T, H, R] in the dtype of
+    q_latent and lse [B, T, H].
+    """
+    B, T, H, R = q_latent.shape
+    dtype = accumulation_dtype(q_latent.dtype)
+    partial_o = q_latent.new_zeros((B, T, H, R))
+    lse = q_latent.new_full((B, T, H), -torch.inf, dtype=dtype)
+    longest = visible.amax(dim=1).tolist() if T else [0] * B
+    for b in range(B):
+        if longest[b] == 0:
+            continue  # an empty shard: o = 0 and lse = -inf stand
+        kv_SW = _rows_of_sequence(cache, page_table[b], longest[b]).to(dtype)
+        step = max(1, SCORE_BYTES // (H * longest[b] * dtype.itemsize))
+        for t in range(0, T, step):
+            part = slice(t, t + step)
+            q_THW = torch.cat([q_latent[b, part], q_rope[b, part]], dim=-1).to(dtype)
+            o, row_lse = _attend(q_THW, kv_SW, visible[b, part], scale, R)
+            partial_o[b, part] = o.to(partial_o.dtype)
+            lse[b, part] = row_lse
+    return partial_o, lse
+
+
+def _rows_of_sequence(cache: Tensor, pages: Tensor, length: int) -> Tensor:
+    """The first `length` slots [length, R + r] of a sequence; a view where its pages lie in a row."""
+    page_size = cache.shape[1]
+    used = pages[: -(-length // page_size)]
+    first = int(used[0])
+    if torch.equal(used, torch.arange(first, first + len(used), device=used.device)):
+        return cache[first : first + len(used)].reshape(-1, cache.shape[2])[:length]
+    return cache[used].reshape(-1, cache.shape[2])[:length]
+
+
+def _attend(
+    q_THW: Tensor, kv_SW: Tensor, visible_T: Tensor, scale: float, R: int
+) -> tuple[Tensor, Tensor]:
+    T, H, W = q_THW.shape
+    scores = (q_THW.reshape(T * H, W) @ kv_SW.T).mul_(scale).view(T, H, -1)
+    hidden = torch.arange(kv_SW.shape[0], device=kv_SW.device) >= visible_T[:, None]
+    scores.masked_fill_(hidden[:, None, :], -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    alive = lse > -torch.inf
+    weights = scores.sub_(torch.where(alive, lse, 0.0)[..., None]).exp_()
+    o = (weights.view(T * H, -1) @ kv_SW[:, :R]).view(T, H, R)
+    return o, lse
+
+
+def merge_lse_reference(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
+    """Softmax-weighted sum over peers: partial_o_P [P, B, T, h, *], lse_P [P, B, T, h] -> [B, T, h, *].
+
+    A peer with lse = -inf is not read; a row that no peer has seen is 0 (helix-algorithm, section 7).
+    """
+    dtype = lse_P.dtype
+    alive = lse_P > -torch.inf
+    top = torch.where(alive, lse_P, torch.finfo(dtype).min).amax(dim=0)
+    weights = torch.where(alive, torch.exp(lse_P - top), 0.0)
+    total = weights.sum(dim=0)
+    parts = torch.where(alive[..., None], partial_o_P.to(dtype), 0.0)
+    merged = (parts * weights[..., None]).sum(dim=0)
+    return (merged / torch.where(total > 0, total, 1.0)[..., None]).to(partial_o_P.dtype)
+
+
+def rescale_by_lse_reference(partial_o: Tensor, lse: Tensor, lse_P: Tensor) -> Tensor:
+    """This rank's partial_o [B, T, H, *] times its merge weight, so that a plain sum over peers is the merge."""
+    dtype = lse.dtype
+    total = torch.logsumexp(lse_P, dim=0)
+    alive = lse > -torch.inf
+    weight = torch.where(alive, torch.exp(lse - total), 0.0)
+    scaled = torch.where(alive[..., None], partial_o.to(dtype), 0.0) * weight[..., None]
+    return scaled.to(partial_o.dtype)
+
+
+def moe_experts_reference(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first_expert: Tensor
+) -> Tensor:
+    """Sum over the chosen experts that this rank holds: x [N, D] -> [N, D], a partial sum over ep and tpf.
+
+    Args:
+        x: [N, D] tokens, the same on every rank.
+        expert_ids: [N, k] int64, global expert numbers.
+        weights: [N, k] routing weights.
+        gate_up: [e, 2, f, D] local view, gate half first.
+        down: [e, D, f] local view.
+        first_expert: 0-d int64, global number of this rank's first expert.
+
+    Only rows of local experts are computed. Sums are kept in float32 or wider and rounded once, to x's dtype.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    out = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    local_ids = expert_ids - first_expert
+    for expert in range(gate_up.shape[0]):
+        token, choice = torch.nonzero(local_ids == expert, as_tuple=True)
+        if token.numel() == 0:
+            continue
+        rows = x[token]
+        gate, up = rows @ gate_up[expert, 0].T, rows @ gate_up[expert, 1].T
+        y = (torch.nn.functional.silu(gate) * up) @ down[expert].T
+        out.index_add_(0, token, y.to(dtype) * weights[token, choice, None].to(dtype))
+    return out.to(x.dtype)
+
+
+def pack_heads_reference(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
+    """One buffer [peers, n] for the exchange over heads; row j is [lse, o] of head chunk j.
+
+    partial_o [B, T, H, *], lse [B, T, H]. Bytes (uint8) where the two dtypes differ. lse comes first: a row of
+    16-bit o with an odd count would leave lse misaligned.
+    """
+    B, T, H = lse.shape
+    o_rows = partial_o.view(B, T, peers, H // peers, -1).permute(2, 0, 1, 3, 4).reshape(peers, -1)
+    lse_rows = lse.view(B, T, peers, H // peers).permute(2, 0, 1, 3).reshape(peers, -1)
+    if partial_o.dtype != lse.dtype:
+        o_rows, lse_rows = o_rows.view(torch.uint8), lse_rows.view(torch.uint8)
+    return torch.cat([lse_rows, o_rows], dim=1)
+
+
+def unpack_heads_reference(
+    buffer: Tensor, partial_o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Read (partial_o_P [P, B, T, h, *], lse_P [P, B, T, h]) out of a buffer that pack_heads laid out.
+
+    partial_o and lse give shape and dtype only. The results are strided views of the buffer where the rows are
+    aligned for lse's dtype, else copies.
+    """
+    peers = buffer.shape[0]
+    B, T, H = lse.shape
+    h, width = H // peers, partial_o.shape[3]
+    split = B * T * h if buffer.dtype == lse.dtype else B * T * h * lse.dtype.itemsize
+    lse_rows, o_rows = buffer[:, :split], buffer[:, split:]
+    if buffer.dtype != lse.dtype:
+        if buffer.shape[1] % lse.dtype.itemsize:
+            lse_rows, o_rows = lse_rows.contiguous(), o_rows.contiguous()
+        lse_rows, o_rows = lse_rows.view(lse.dtype), o_rows.view(partial_o.dtype)
+    return o_rows.view(peers, B, T, h, width), lse_rows.view(peers, B, T, h)

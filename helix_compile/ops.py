@@ -1,0 +1,161 @@
+"""The helix:: vocabulary: one schema, one fake and one torch reference per op, nothing else.
+
+Compute ops keep their name through lowering. Moves (all_to_all_heads, reshard) say *what* is exchanged; passes/lower.py
+turns each into `_c10d_functional` collectives. A move has no eager implementation: no rank alone can run it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from helix_compile.kernels.reference import (
+    accumulation_dtype,
+    cache_append_reference,
+    merge_lse_reference,
+    mla_decode_reference,
+    moe_experts_reference,
+    pack_heads_reference,
+    rescale_by_lse_reference,
+    shard_index_reference,
+    unpack_heads_reference,
+)
+
+_LIBRARY = torch.library.Library("helix", "DEF")  # kept alive: dropping it unregisters the ops
+
+
+def _define(schema: str, reference: Callable | None, fake: Callable) -> None:
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if reference is not None:
+        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"helix::{name}", fake, lib=_LIBRARY)
+
+
+def _shard_index_fake(
+    positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)
+
+
+def _cache_append_fake(
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+) -> Tensor:
+    return torch.empty_like(visible)
+
+
+def _mla_decode_fake(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    lse = q_latent.new_empty(q_latent.shape[:3], dtype=accumulation_dtype(q_latent.dtype))
+    return q_latent.new_empty(q_latent.shape), lse
+
+
+def _all_to_all_heads_fake(
+    partial_o: Tensor, lse: Tensor, axis: str, peers: int
+) -> tuple[Tensor, Tensor]:
+    B, T, H, width = partial_o.shape
+    chunk = (peers, B, T, H // peers)
+    return partial_o.new_empty((*chunk, width)), lse.new_empty(chunk)
+
+
+def _pack_heads_fake(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
+    if partial_o.dtype == lse.dtype:
+        return lse.new_empty((peers, (partial_o.numel() + lse.numel()) // peers))
+    n_bytes = partial_o.numel() * partial_o.dtype.itemsize + lse.numel() * lse.dtype.itemsize
+    return lse.new_empty((peers, n_bytes // peers), dtype=torch.uint8)
+
+
+def _unpack_heads_fake(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return _all_to_all_heads_fake(partial_o, lse, "", int(buffer.shape[0]))
+
+
+def _merge_lse_fake(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
+    return partial_o_P.new_empty(partial_o_P.shape[1:])
+
+
+def _rescale_by_lse_fake(partial_o: Tensor, lse: Tensor, lse_P: Tensor) -> Tensor:
+    return torch.empty_like(partial_o)
+
+
+def _moe_experts_fake(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    first_expert: Tensor,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _reshard_fake(x: Tensor, source: str, target: str, size: int) -> Tensor:
+    """Only a shard that becomes whole changes shape: Shard(dim) -> Replicate multiplies that dim by `size`."""
+    shard = re.search(r"S\((\d+)\)", source)
+    shape = list(x.shape)
+    if shard and "S(" not in target:
+        shape[int(shard[1])] = shape[int(shard[1])] * size
+    return x.new_empty(shape)
+
+
+_define(
+    "shard_index(Tensor positions, Tensor rank, int cp, int tokens_per_block) -> (Tensor, Tensor)",
+    shard_index_reference,
+    _shard_index_fake,
+)
+_define(
+    "cache_append(Tensor(a!) cache, Tensor page_table, Tensor slots, Tensor visible, Tensor latent,"
+    " Tensor k_rope) -> Tensor",
+    cache_append_reference,
+    _cache_append_fake,
+)
+_define(
+    "mla_decode(Tensor q_latent, Tensor q_rope, Tensor cache, Tensor page_table, Tensor visible,"
+    " float scale) -> (Tensor, Tensor)",
+    mla_decode_reference,
+    _mla_decode_fake,
+)
+_define("merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor", merge_lse_reference, _merge_lse_fake)
+_define(
+    "rescale_by_lse(Tensor partial_o, Tensor lse, Tensor lse_P) -> Tensor",
+    rescale_by_lse_reference,
+    _rescale_by_lse_fake,
+)
+_define(
+    "moe_experts(Tensor x, Tensor expert_ids, Tensor weights, Tensor gate_up, Tensor down,"
+    " Tensor first_expert) -> Tensor",
+    moe_experts_reference,
+    _moe_experts_fake,
+)
+_define(
+    "pack_heads(Tensor partial_o, Tensor lse, int peers) -> Tensor",
+    pack_heads_reference,
+    _pack_heads_fake,
+)
+_define(
+    "unpack_heads(Tensor(a) buffer, Tensor partial_o, Tensor lse) -> (Tensor(a), Tensor(a))",
+    unpack_heads_reference,
+    _unpack_heads_fake,
+)
+_define(
+    "all_to_all_heads(Tensor partial_o, Tensor lse, str axis, int peers) -> (Tensor, Tensor)",
+    None,
+    _all_to_all_heads_fake,
+)
+_define("reshard(Tensor x, str source, str target, int size) -> Tensor", None, _reshard_fake)
+
+helix = torch.ops.helix
+MOVES = (helix.all_to_all_heads.default, helix.reshard.default)
