@@ -1,0 +1,209 @@
+"""One layer -> one body graph, and the signature by which equal layers share a body.
+
+A body's placeholders, in this order: hidden, the layer's other tensors, what it caches (past), its parameters. Each
+carries meta["input"] = [kind, name]; a parameter's name is relative to its layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helix_compile.capture_layers import (
+    BATCH,
+    HINT_B,
+    HINT_S,
+    HINT_T,
+    PAST,
+    TOKENS,
+    ConcatenatingCache,
+    LayerCall,
+    export_functional,
+    fx_copy,
+)
+from helix_compile.errors import CaptureError
+from helix_compile.passes.canonicalize import canonicalize
+
+
+def hint_of(size: int | torch.SymInt) -> int:
+    """Concrete hint of a size, without adding a guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def example_like(fake: Tensor, device: torch.device) -> Tensor:
+    """A small real tensor of `fake`'s hinted shape."""
+    shape = [hint_of(s) for s in fake.shape]
+    return torch.zeros(shape, dtype=fake.dtype, device=device)
+
+
+class _Body(nn.Module):
+    def __init__(self, layer: nn.Module, call: LayerCall, config: Any):
+        super().__init__()
+        self.layer, self._call, self._config = layer, call, config
+
+    def forward(self, hidden: Tensor, others: list[Tensor], pasts: list[Tensor]) -> Any:
+        pairs = list(zip(pasts[::2], pasts[1::2], strict=True))
+        cache = ConcatenatingCache(self._config, pairs, pasts[0] if pasts else hidden)
+        args, kwargs = self._call.rebuild(hidden, others, cache)
+        out = self.layer(*args, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        return out, [t for pair in cache.new for t in pair]
+
+
+class _OpTrace(TorchDispatchMode):
+    """Writes down every aten op with shapes, constants and parameter names."""
+
+    def __init__(self, names: dict[int, str]):
+        super().__init__()
+        self.names, self.lines = names, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat = pytree.tree_leaves((args, kwargs))
+        self.lines.append(f"{func} {[self._text(leaf) for leaf in flat]}")
+        return func(*args, **kwargs)
+
+    def _text(self, leaf: Any) -> str:
+        if isinstance(leaf, Tensor):
+            return self.names.get(id(leaf), "") + f"{tuple(leaf.shape)}{leaf.dtype}"
+        return repr(leaf)
+
+
+def probe_layer(
+    layer: nn.Module, call: LayerCall, config: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """Run `layer` once on fake tensors: its signature, and the widths of what each site caches.
+
+    The signature covers every aten op with its constants, so two layers share a body only if they compute the
+    same function of their parameters. (0.05 s a layer; a layer that can't be run so is a CaptureError.)
+    """
+    device = next(layer.parameters()).device
+    names = {id(t): n for n, t in (*layer.named_parameters(), *layer.named_buffers())}
+    trace = _OpTrace(names)
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), trace:
+            hidden = example_like(call.hidden, device)
+            others = [example_like(t, device) for t in call.others]
+            cache = ConcatenatingCache(config, None, hidden.new_zeros(HINT_B, 1, HINT_S, 1))
+            args, kwargs = call.rebuild(hidden, others, cache)
+            layer(*args, **kwargs)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"capture: {type(layer).__name__} can't be traced: {type(error).__name__}: {error}"
+        ) from error
+    bad = [tuple(t.shape) for pair in cache.new for t in pair if t.dim() != 4]
+    if bad:
+        raise CaptureError(
+            f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; "
+            "expected [B, heads, T, width]"
+        )
+    widths = [(k.shape[3], v.shape[3]) for k, v in cache.new]
+    heads = [(k.shape[1], v.shape[1]) for k, v in cache.new]
+    text = "\n".join([call.constants(), str(widths), str(heads), *trace.lines])
+    return hashlib.sha256(text.encode()).hexdigest(), [(*w, *h) for w, h in zip(widths, heads, strict=True)]
+
+
+def capture_body(
+    layer: nn.Module, call: LayerCall, config: Any, cached: list[tuple[int, int, int, int]]
+) -> fx.GraphModule:
+    """Export one layer, dynamic in B, T and S."""
+    device = next(layer.parameters()).device
+    batch, tokens = call.hidden.shape[:2]
+    hidden = example_like(call.hidden, device)
+    others = [example_like(t, device) for t in call.others]
+    pasts = [
+        torch.zeros(HINT_B, heads, HINT_S, width, dtype=call.hidden.dtype, device=device)
+        for k_width, v_width, k_heads, v_heads in cached
+        for heads, width in ((k_heads, k_width), (v_heads, v_width))
+    ]
+    shapes = (
+        {0: BATCH, 1: TOKENS},
+        [_dims(t, batch, tokens) for t in call.others],
+        [{0: BATCH, 2: PAST} for _ in pasts],
+    )
+    try:
+        program = export_functional(_Body(layer, call, config), (hidden, others, pasts), shapes)
+    except Exception as error:
+        raise CaptureError(
+            f"capture: torch.export failed on {type(layer).__name__} "
+            f"(B={HINT_B}, T={HINT_T}, S={HINT_S}): {type(error).__name__}: {error}"
+        ) from error
+    names = ["hidden", *call.names]
+    names += [f"past_{part}_{i}" for i in range(len(cached)) for part in ("latent", "rope")]
+    kinds = ["hidden"] + ["tensor"] * len(others) + ["past"] * len(pasts)
+    return normalised_module(program, list(zip(kinds, names, strict=True)), prefix="layer.")
+
+
+def _dims(fake: Tensor, batch: Any, tokens: Any) -> dict[int, Any]:
+    dims: dict[int, Any] = {}
+    for dim, size in enumerate(fake.shape):
+        if isinstance(size, torch.SymInt):
+            same = [d for s, d in ((batch, BATCH), (tokens, TOKENS)) if s.node.expr == size.node.expr]
+            dims[dim] = same[0] if same else Dim.AUTO
+    return dims
+
+
+def normalised_module(
+    program: ExportedProgram, inputs: list[tuple[str, str]], prefix: str
+) -> fx.GraphModule:
+    """Graph of `program`, activations before parameters, named, canonical; unused placeholders dropped.
+
+    `inputs` gives (kind, name) of the user inputs in order; the first one is [B, T, ...] and anchors B and T.
+    """
+    graph, mapping = fx_copy(program.graph)
+    by_name = {n.name: mapping[n] for n in program.graph.nodes if n.op == "placeholder"}
+    user, lifted = [], []
+    for spec in program.graph_signature.input_specs:
+        node = by_name[spec.arg.name]
+        if spec.kind == InputKind.USER_INPUT:
+            user.append(node)
+        else:
+            name = str(spec.target).removeprefix(prefix)
+            node.meta["input"] = ["param", name]
+            lifted.append((node, name.replace(".", "_")))
+    for node, (kind, name) in zip(user, inputs, strict=True):
+        node.meta["input"] = [kind, name]
+    named = [(n, name) for n, (_, name) in zip(user, inputs, strict=True)]
+    _reorder(graph, [*named, *lifted])
+    canonicalize(graph, user[0])
+    for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
+        if node is not user[0]:
+            graph.erase_node(node)
+    _refuse_constants(graph)
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def _refuse_constants(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            raise CaptureError(
+                f"capture: node `{node.name}` reads the constant {node.target!r}, which is neither a parameter "
+                "nor a buffer of the model"
+            )
+
+
+def _reorder(graph: fx.Graph, named: list[tuple[fx.Node, str]]) -> None:
+    """Put placeholders into the given order under the given names."""
+    names: set[str] = set()
+    first = next(iter(graph.nodes))
+    for node, name in named:
+        unique = name
+        while unique in names:
+            unique += "_"
+        names.add(unique)
+        first.prepend(node) if node is not first else None
+        node.name = node.target = unique
+    previous = named[0][0]
+    for node, _ in named[1:]:
+        previous.append(node)
+        previous = node

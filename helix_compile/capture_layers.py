@@ -1,0 +1,259 @@
+"""Find a model's layers, export the graph around them, and record how each layer is called.
+
+While the whole model is exported, each layer's forward is one opaque op (hidden, other tensors, layer index). So the
+export costs the same for 4 and for 61 layers, and no name inside a layer matters (capture-and-match, section 4).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import DynamicCache
+
+from helix_compile.errors import CaptureError
+
+HINT_B, HINT_T, HINT_S = 2, 3, 5  # all different, none 1: 0 and 1 are specialised by export
+BATCH, TOKENS, PAST = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
+
+_CACHE_ARGUMENT = "past_key_values"
+
+
+@torch.library.custom_op("helix_capture::layer", mutates_args=())
+def _layer(hidden: Tensor, others: list[Tensor], index: int) -> Tensor:
+    """Stand-in for one layer while the graph around the layers is exported."""
+    raise RuntimeError("helix_capture::layer has no implementation: it only marks a layer's place")
+
+
+@_layer.register_fake
+def _(hidden: Tensor, others: list[Tensor], index: int) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+LAYER_OP = torch.ops.helix_capture.layer.default
+
+
+@dataclass
+class LayerCall:
+    """How the model calls one layer: the pytree of its arguments, tensors and the cache marked by place.
+
+    Attributes:
+        others: example tensors after `hidden`, FakeTensors with the symbols of the outer export.
+        names: readable name of each of them.
+    """
+
+    hidden: Tensor
+    spec: pytree.TreeSpec
+    leaves: list[Any]
+    others: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def rebuild(self, hidden: Tensor, others: list[Tensor], cache: Any) -> tuple[tuple, dict]:
+        """The layer's (args, kwargs) with these tensors in their places."""
+        filled = []
+        for leaf in self.leaves:
+            match leaf:
+                case ("hidden",):
+                    filled.append(hidden)
+                case ("other", int(index)):
+                    filled.append(others[index])
+                case ("cache",):
+                    filled.append(cache)
+                case ("constant", value):
+                    filled.append(value)
+        args, kwargs = pytree.tree_unflatten(filled, self.spec)
+        return args, kwargs
+
+    def constants(self) -> str:
+        """Text of everything but the tensors: part of what makes two layers the same."""
+        return f"{self.spec} {self.leaves!r}"
+
+
+class ConcatenatingCache(DynamicCache):
+    """A cache of given pasts [B, heads, S, width]: update() concatenates, keeps what is new, writes nothing."""
+
+    def __init__(self, config: Any, pasts: list[tuple[Tensor, Tensor]] | None, past: Tensor):
+        super().__init__(config=config)
+        self.pasts, self.new = pasts, []
+        for layer in self.layers:
+            layer.keys = layer.values = past
+            layer.dtype, layer.device = past.dtype, past.device
+            layer.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        site = len(self.new)
+        self.new.append((key_states, value_states))
+        if self.pasts is None:  # a probe: any past of the right width will do
+            shapes = [(*t.shape[:2], HINT_S, t.shape[3]) for t in (key_states, value_states)]
+            past = tuple(t.new_zeros(s) for t, s in zip(self.new[site], shapes, strict=True))
+        else:
+            past = self.pasts[site]
+        return (
+            torch.cat([past[0], key_states], dim=2),
+            torch.cat([past[1], value_states], dim=2),
+        )
+
+    def update_indexer(self, *args: Any, **kwargs: Any) -> Any:
+        raise CaptureError(
+            "capture: the model keeps an indexer cache (sparse attention over a top-k of keys); "
+            "Helix rewrites dense MLA only"
+        )
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The longest ModuleList whose items take a cache, with its dotted name."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and _takes_cache(module[0])
+    ]
+    if not found:
+        raise CaptureError(
+            f"capture: {type(model).__name__} has no list of layers whose forward takes "
+            f"`{_CACHE_ARGUMENT}`; expected a transformers 5.23 causal language model"
+        )
+    return max(found, key=lambda item: len(item[1]))
+
+
+def _takes_cache(layer: nn.Module) -> bool:
+    return _CACHE_ARGUMENT in inspect.signature(type(layer).forward).parameters
+
+
+class _Around(nn.Module):
+    """The model as a function of tensors only."""
+
+    def __init__(self, model: nn.Module, pasts_of: Any):
+        super().__init__()
+        self.model, self._cache_of = model, pasts_of
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, pasts: list[Tensor]
+    ) -> Any:
+        cache = self._cache_of(pasts)
+        logits = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        return logits, [t for pair in cache.new for t in pair]
+
+
+def export_around(
+    model: nn.Module, layers: nn.ModuleList
+) -> tuple[ExportedProgram, dict[int, LayerCall]]:
+    """Export everything around the layers; returns the program and how each layer was called."""
+    calls: dict[int, LayerCall] = {}
+    device = next(model.parameters()).device
+    past = torch.zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype, device=device)
+    with _opaque(layers, calls):
+        program = _export_model(
+            model, lambda pasts: ConcatenatingCache(model.config, None, pasts[0]), [past]
+        )
+    return program, calls
+
+
+def export_whole(model: nn.Module, widths: list[tuple[int, int]]) -> ExportedProgram:
+    """Export the model in one graph, layers inlined; `widths` are those of what each site caches."""
+    device = next(model.parameters()).device
+    pasts = [
+        torch.zeros(HINT_B, 1, HINT_S, w, dtype=model.dtype, device=device)
+        for pair in widths
+        for w in pair
+    ]
+    pairs = lambda flat: list(zip(flat[::2], flat[1::2], strict=True))  # noqa: E731 - two uses on one line
+    return _export_model(
+        model, lambda p: ConcatenatingCache(model.config, pairs(p), p[0]), pasts
+    )
+
+
+def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> ExportedProgram:
+    device = next(model.parameters()).device
+    ids = torch.zeros(HINT_B, HINT_T, dtype=torch.int64, device=device)
+    mask = torch.ones(HINT_B, HINT_S + HINT_T, dtype=torch.int64, device=device)
+    positions = (torch.arange(HINT_T, device=device) + HINT_S).expand(HINT_B, -1).contiguous()
+    shapes = (
+        {0: BATCH, 1: TOKENS},
+        {0: BATCH, 1: Dim.AUTO},
+        {0: BATCH, 1: TOKENS},
+        [{0: BATCH, 2: PAST} for _ in pasts],
+    )
+    return export_functional(_Around(model, cache_of), (ids, mask, positions, pasts), shapes)
+
+
+def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedProgram:
+    """torch.export, then run_decompositions({}): functional, with linear and attention kept whole."""
+    with torch.no_grad():
+        program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+        return program.run_decompositions({})
+
+
+@contextmanager
+def _opaque(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None]:
+    """Each layer's forward is one opaque op while this is open; put back afterwards, hooks included."""
+    before = {i: layer.__dict__.get("forward") for i, layer in enumerate(layers)}
+    for i, layer in enumerate(layers):
+        layer.forward = _recorder(layer, i, calls)
+    try:
+        yield
+    finally:
+        for i, layer in enumerate(layers):
+            del layer.forward
+            if before[i] is not None:
+                layer.forward = before[i]
+
+
+def _recorder(layer: nn.Module, index: int, calls: dict[int, LayerCall]) -> Any:
+    returns_tuple = "tuple" in str(inspect.signature(type(layer).forward).return_annotation).lower()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = _record(args, kwargs)
+        calls[index] = call
+        out = LAYER_OP(call.hidden, call.others, index)
+        return (out,) if returns_tuple else out
+
+    return forward
+
+
+def _record(args: tuple, kwargs: dict) -> LayerCall:
+    is_cache = lambda leaf: isinstance(leaf, DynamicCache)  # noqa: E731
+    paths, spec = pytree.tree_flatten_with_path((args, kwargs), is_leaf=is_cache)
+    hidden: Tensor | None = None
+    leaves, others, names = [], [], []
+    for path, leaf in paths:
+        if isinstance(leaf, Tensor) and hidden is None:
+            hidden = leaf
+            leaves.append(("hidden",))
+        elif isinstance(leaf, Tensor):
+            leaves.append(("other", len(others)))
+            others.append(leaf)
+            keys = (str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:])
+            names.append("_".join(keys))
+        elif is_cache(leaf):
+            leaves.append(("cache",))
+        else:
+            leaves.append(("constant", leaf))
+    if hidden is None:
+        raise CaptureError("capture: a layer is called without a tensor")
+    return LayerCall(hidden, spec, leaves, others, names)
+
+
+def fx_copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of `graph` and the map from its nodes to the copies; names are kept."""
+    copy, mapping = fx.Graph(), {}
+    output = copy.graph_copy(graph, mapping)
+    node = copy.output(output)
+    old = next(n for n in graph.nodes if n.op == "output")
+    node.meta = dict(old.meta)
+    mapping[old] = node
+    return copy, mapping

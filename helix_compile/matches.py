@@ -1,0 +1,122 @@
+"""What a matcher found in one body: node names and sizes, no decision.
+
+Names are fx.Node.name, which Graph.graph_copy keeps, so one match serves every stage. Index tables say which row or
+channel is which; they are read off the graph, not assumed (capture-and-match, section 5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Table = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class MatchFailure:
+    """Why a candidate is not a site: the reason, the node it stopped at, and how many checks it had passed."""
+
+    reason: str
+    node: str
+    where: str = ""
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionMatch:
+    """One MLA site.
+
+    Node names: `anchor` (attention output [B, H, T, V]), `q` [B, H, T, Dn + r], `q_proj` and `o_proj` (linears),
+    `kv_up` (the linear that expands the latent), `latent` [B, 1, T, R] and `k_rope` [B, 1, T, r] (new tokens),
+    `mask`. Parameters are names relative to the layer. `scale` multiplies the scores.
+
+    Tables: `uk_rows[h][d]`, `uv_rows[h][v]` are rows of the kv_up weight; `q_nope[d]`, `q_rope[j]` are channels of
+    q; `o_cols[h][v]` are input columns of o_proj.
+    """
+
+    anchor: str
+    q: str
+    q_proj: str
+    kv_up: str
+    o_proj: str
+    latent: str
+    k_rope: str
+    mask: str
+    past_latent: str
+    past_rope: str
+    q_weight: str
+    q_bias: str | None
+    kv_up_weight: str
+    o_weight: str
+    o_bias: str | None
+    scale: float
+    num_heads: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    hidden_size: int
+    uk_rows: Table
+    uv_rows: Table
+    q_nope: tuple[int, ...]
+    q_rope: tuple[int, ...]
+    o_cols: Table
+
+    @property
+    def q_head_dim(self) -> int:
+        """Channels of one query head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class DenseFFNMatch:
+    """down(act(gate(x)) * up(x)): a dense FFN or a shared expert. Names of linears and of their parameters."""
+
+    gate: str
+    up: str
+    product: str
+    down: str
+    gate_weight: str
+    gate_bias: str | None
+    up_weight: str
+    up_bias: str | None
+    down_weight: str
+    down_bias: str | None
+    width: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class MoEMatch:
+    """Routed experts: `x` [N, D], `expert_ids` [N, k], `weights` [N, k] -> `output` [N, D]."""
+
+    x: str
+    expert_ids: str
+    weights: str
+    output: str
+    gate_up: str
+    down: str
+    form: str
+    num_experts: int
+    top_k: int
+    width: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class LayerMatch:
+    """Everything found in one body. A normal layer has one attention and one FFN; a whole graph has them all."""
+
+    body: str
+    attentions: tuple[AttentionMatch, ...]
+    dense_ffns: tuple[DenseFFNMatch, ...]
+    moes: tuple[MoEMatch, ...]
+
+    def roles(self) -> dict[str, int]:
+        """How many of each role were found, for reports."""
+        counts = {
+            "attention": len(self.attentions),
+            "dense_ffn": len(self.dense_ffns) - len(self.moes) if self.moes else len(self.dense_ffns),
+            "shared_expert": min(len(self.dense_ffns), len(self.moes)),
+            "routed_experts": len(self.moes),
+        }
+        return {role: count for role, count in counts.items() if count}

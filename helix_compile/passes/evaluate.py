@@ -1,0 +1,43 @@
+"""Run a piece of a captured graph on concrete tensors: how masks and query heads are accepted, by what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+
+def evaluate(
+    node: fx.Node, known: dict[fx.Node, Any], missing: Callable[[fx.Node], Any] | None = None
+) -> Any:
+    """Value of `node`, given values for some of its ancestors.
+
+    Args:
+        node: what to compute.
+        known: node -> value; the walk stops there. Filled with what was computed on the way.
+        missing: asked for the value of a placeholder that is not known; without it that is a KeyError.
+    """
+    todo = [node]
+    while todo:
+        current = todo[-1]
+        if current in known:
+            todo.pop()
+            continue
+        if current.op == "placeholder":
+            if missing is None:
+                raise KeyError(current.name)
+            known[current] = missing(current)
+            continue
+        if current.op != "call_function":
+            raise KeyError(current.name)
+        waiting = [n for n in current.all_input_nodes if n not in known]
+        if waiting:
+            todo.extend(waiting)
+            continue
+        args = fx.map_arg(current.args, known.__getitem__)
+        kwargs = dict(fx.map_arg(current.kwargs, known.__getitem__))
+        if kwargs.get("device") is not None:
+            kwargs["device"] = "cpu"  # a model captured on meta or CUDA is still evaluated here
+        known[current] = current.target(*args, **kwargs)
+    return known[node]

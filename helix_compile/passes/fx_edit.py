@@ -1,0 +1,102 @@
+"""The few graph lookups and edits that every pass shares."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def node_named(graph: fx.Graph, name: str) -> fx.Node:
+    """The node of this name; KeyError if there is none."""
+    for node in graph.nodes:
+        if node.name == name:
+            return node
+    raise KeyError(f"no node named {name!r} in the graph")
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's inputs in order."""
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def input_named(graph: fx.Graph, kind: str, name: str) -> fx.Node:
+    """The placeholder with meta["input"] == [kind, name]."""
+    for node in placeholders(graph):
+        if node.meta.get("input") == [kind, name]:
+            return node
+    raise KeyError(f"no input {kind} {name!r} in the graph")
+
+
+def add_input(graph: fx.Graph, kind: str, name: str, val: Any = None) -> fx.Node:
+    """A new placeholder behind the last one (or the one that is there already)."""
+    for node in placeholders(graph):
+        if node.meta.get("input") == [kind, name]:
+            return node
+    with graph.inserting_after(placeholders(graph)[-1]):
+        node = graph.placeholder(name.replace(".", "_"))
+    node.meta = {"input": [kind, name], "val": val}
+    return node
+
+
+def calls(graph: fx.Graph, *targets: Callable) -> list[fx.Node]:
+    """All call_function nodes with one of these targets."""
+    return [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
+
+
+def is_call(node: Any, *targets: Callable) -> bool:
+    """True for a call_function node with one of these targets."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def is_param(node: Any) -> bool:
+    """True for a placeholder that is a parameter or buffer."""
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "placeholder"
+        and node.meta.get("input", [""])[0] == "param"
+    )
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """`node` and everything it depends on."""
+    seen, todo = {node}, [node]
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return seen
+
+
+def getitems(graph: fx.Graph, node: fx.Node, count: int) -> list[fx.Node]:
+    """`count` getitem nodes of a multi-output node, made right behind it."""
+    return [graph.call_function(operator.getitem, (node, i)) for i in range(count)]
+
+
+def erase_unused(graph: fx.Graph, keep: Iterable[fx.Node] = ()) -> None:
+    """Drop every node without users, attention ops included (fx keeps ops tagged as seeded), and dead inputs."""
+    kept = set(keep)
+    for node in reversed(list(graph.nodes)):
+        if node.op != "output" and not node.users and node not in kept:
+            graph.erase_node(node)
+
+
+def size_of(node: fx.Node, dim: int) -> Any:
+    """A dim of a node's value."""
+    return node.meta["val"].shape[dim]
+
+
+def source_line(node: fx.Node) -> str:
+    """file:line of the user's model that made the node, or ""."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [x.strip() for x in trace.splitlines() if x.strip().startswith('File "')]
+    if not lines:
+        return ""
+    file, line = lines[-1].split('"')[1], lines[-1].split("line ")[1].split(",")[0]
+    return f"{file.rsplit('/', 1)[-1]}:{line}"

@@ -1,0 +1,91 @@
+"""Run every matcher on every body. An attention site that is not matched is an error with the closest reason."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from helix_compile.capture import CapturedGraph
+from helix_compile.errors import MatchError
+from helix_compile.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch
+from helix_compile.passes.fx_edit import is_param
+from helix_compile.passes.index_provenance import is_cache_update
+from helix_compile.passes.match_ffn import find_dense_ffns
+from helix_compile.passes.match_mask import check_mask
+from helix_compile.passes.match_mla import find_mla
+from helix_compile.passes.match_moe import find_moes
+
+
+def match_layers(captured: CapturedGraph, max_seq_len: int) -> dict[str, LayerMatch]:
+    """Body name -> what was found in it.
+
+    Raises:
+        MatchError: a body whose attention is not MLA, with the layer, node, source line and closest reason.
+    """
+    return {name: _match_body(captured, name, max_seq_len) for name in captured.bodies}
+
+
+def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMatch:
+    graph = captured.bodies[body].graph
+    attentions = find_mla(graph)
+    matched = [a for a in attentions if isinstance(a, AttentionMatch)]
+    failures = [a for a in attentions if isinstance(a, MatchFailure)]
+    layers = captured.layers_of(body)
+    if failures or not matched:
+        raise _no_mla(captured, body, failures, len(matched))
+    cached = len(layers[0].caches)
+    if len(matched) != cached:
+        raise MatchError(
+            f"layer {layers[0].index}: {cached} cached attentions but {len(matched)} MLA sites found"
+        )
+    for match in matched:
+        check_mask(captured, body, match, max_seq_len)
+    moes = find_moes(graph)
+    for failure in moes:
+        if isinstance(failure, MatchFailure):
+            raise MatchError(
+                f"layer {layers[0].index}: routed experts at node `{failure.node}` ({failure.where}) "
+                f"not recognised: {failure.reason}"
+            )
+    found = tuple(m for m in moes if isinstance(m, MoEMatch))
+    match = LayerMatch(body, tuple(matched), tuple(find_dense_ffns(graph)), found)
+    _check_disjoint(match, graph)
+    return match
+
+
+def _no_mla(
+    captured: CapturedGraph, body: str, failures: list[MatchFailure], matched: int
+) -> MatchError:
+    layers = captured.layers_of(body)
+    where = f"layer {layers[0].index}" + (f" (and {len(layers) - 1} like it)" if layers[1:] else "")
+    if not failures:
+        updates = sum(is_cache_update(n) for n in captured.bodies[body].graph.nodes)
+        return MatchError(
+            f"{where}: no MLA attention found.\n"
+            f"  closest: no attention op at all in {len(captured.bodies[body].graph.nodes)} nodes "
+            f"({updates} cache updates)\n  expected scaled_dot_product_attention or matmul(softmax(...), v)"
+        )
+    closest = max(failures, key=lambda f: f.depth)
+    return MatchError(
+        f"{where} of {captured.model_name}: no MLA attention found"
+        + (f" at {len(failures)} of {len(failures) + matched} sites" if matched else "")
+        + f".\n  closest: {closest.reason}\n  at node `{closest.node}` ({closest.where})\n"
+        "  expected K and V expanded from one cached latent, plus one shared rope part (DeepSeek-V3 style)"
+    )
+
+
+def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
+    """Each weight is cut by one rule only."""
+    names = [n for a in match.attentions for n in (a.q_weight, a.kv_up_weight, a.o_weight)]
+    names += [n for f in match.dense_ffns for n in (f.gate_weight, f.up_weight, f.down_weight)]
+    names += [n for m in match.moes for n in (m.gate_up, m.down)]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise MatchError(f"{match.body}: parameters matched in two roles: {', '.join(twice)}")
+    by_name = {n.meta["input"][1]: n for n in graph.nodes if is_param(n)}
+    shared = [n for n in names if len(by_name[n].users) > 1 and not _is_expert(n, match)]
+    if shared:
+        raise MatchError(f"{match.body}: parameters used twice can't be cut: {', '.join(shared)}")
+
+
+def _is_expert(name: str, match: LayerMatch) -> bool:
+    return any(name in (m.gate_up, m.down) for m in match.moes)
