@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from helix_compile.capture_body import capture_body, normalised_module, probe_layer
-from helix_compile.capture_layers import LAYER_OP, export_around, export_whole, find_layers
+from helix_compile.capture_body import CachedSite, capture_body, normalised_module, probe_layer
+from helix_compile.capture_layers import (
+    LAYER_OP,
+    LayerCall,
+    export_around,
+    export_whole,
+    find_layers,
+)
 from helix_compile.errors import CaptureError
 
 
@@ -90,7 +96,7 @@ def capture(model: nn.Module, *, whole: bool = False, owner: nn.Module | None = 
     memo = _MEMO.setdefault(owner if owner is not None else model, {})
     key = (whole, _structure_key(model))
     if key not in memo:
-        with _capturable_experts(model):
+        with _experts_as(model, _capturable_experts(model)):
             captured = _capture_whole(model) if whole else _capture_layers(model)
         memo[key] = replace(captured, model=None)
     return replace(memo[key], model=model)
@@ -104,18 +110,32 @@ def _structure_key(model: nn.Module) -> tuple:
 
 
 @contextmanager
-def _capturable_experts(model: nn.Module) -> Iterator[None]:
-    """Experts in a form that export can trace: grouped_mm raises on fp64, eager is a Python loop."""
+def _experts_as(model: nn.Module, implementation: str | None) -> Iterator[None]:
+    """Experts in another form while this is open (None: as they are)."""
     before = getattr(model.config, "_experts_implementation", None)
-    fits = before == "batched_mm" or (before == "grouped_mm" and model.dtype != torch.float64)
-    if before is None or fits:
+    if before is None or implementation in (None, before):
         yield
         return
     try:
-        model.set_experts_implementation("batched_mm")
+        model.set_experts_implementation(implementation)
         yield
     finally:
         model.set_experts_implementation(before)
+
+
+def _capturable_experts(model: nn.Module) -> str | None:
+    """The form to capture: grouped_mm raises on fp64, eager is a Python loop over the experts that were hit."""
+    now = getattr(model.config, "_experts_implementation", None)
+    fits = now == "batched_mm" or (now == "grouped_mm" and model.dtype != torch.float64)
+    return None if fits else "batched_mm"
+
+
+def _probe_layers(
+    model: nn.Module, layers: nn.ModuleList, calls: dict[int, LayerCall]
+) -> list[tuple[str, list[CachedSite]]]:
+    """Signature and cached sites of each layer; batched_mm, since the fake of grouped_mm takes bf16 only."""
+    with _experts_as(model, "batched_mm"):
+        return [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:
@@ -139,8 +159,8 @@ def _capture_layers(model: nn.Module) -> CapturedGraph:
     by_signature: dict[str, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
     captured, caches = [], 0
-    for i, layer in enumerate(layers):
-        signature, cached = probe_layer(layer, calls[i], model.config)
+    probes = _probe_layers(model, layers, calls)
+    for i, (layer, (signature, cached)) in enumerate(zip(layers, probes, strict=True)):
         if signature not in by_signature:
             by_signature[signature] = f"body_{len(bodies)}"
             bodies[f"body_{len(bodies)}"] = capture_body(layer, calls[i], model.config, cached)
@@ -226,8 +246,8 @@ def _input(graph: fx.Graph, known: dict, kind: str, name: str, val: Tensor) -> f
 def _capture_whole(model: nn.Module) -> CapturedGraph:
     _, layers = find_layers(model)
     _, calls = export_around(model, layers)
-    cached = [site for i, x in enumerate(layers) for site in probe_layer(x, calls[i], model.config)[1]]
-    program = export_whole(model, [(k, v) for k, v, _, _ in cached])
+    cached = [site for _, sites in _probe_layers(model, layers, calls) for site in sites]
+    program = export_whole(model, [(site.k_width, site.v_width) for site in cached])
     pasts = [(f"past_{p}_{i}") for i in range(len(cached)) for p in ("latent", "rope")]
     inputs = [("hidden", "input_ids"), ("tensor", "attention_mask"), ("tensor", "position_ids")]
     body = normalised_module(program, [*inputs, *(("past", p) for p in pasts)], prefix="model.")

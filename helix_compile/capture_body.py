@@ -7,7 +7,7 @@ carries meta["input"] = [kind, name]; a parameter's name is relative to its laye
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,6 +42,15 @@ def example_like(fake: Tensor, device: torch.device) -> Tensor:
     """A small real tensor of `fake`'s hinted shape."""
     shape = [hint_of(s) for s in fake.shape]
     return torch.zeros(shape, dtype=fake.dtype, device=device)
+
+
+class CachedSite(NamedTuple):
+    """What one attention site caches: two tensors [B, heads, T, width]."""
+
+    k_heads: int
+    k_width: int
+    v_heads: int
+    v_width: int
 
 
 class _Body(nn.Module):
@@ -79,8 +88,8 @@ class _OpTrace(TorchDispatchMode):
 
 def probe_layer(
     layer: nn.Module, call: LayerCall, config: Any
-) -> tuple[str, list[tuple[int, int]]]:
-    """Run `layer` once on fake tensors: its signature, and the widths of what each site caches.
+) -> tuple[str, list[CachedSite]]:
+    """Run `layer` once on fake tensors: its signature, and what each attention site caches.
 
     The signature covers every aten op with its constants, so two layers share a body only if they compute the
     same function of their parameters. (0.05 s a layer; a layer that can't be run so is a CaptureError.)
@@ -107,14 +116,13 @@ def probe_layer(
             f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; "
             "expected [B, heads, T, width]"
         )
-    widths = [(k.shape[3], v.shape[3]) for k, v in cache.new]
-    heads = [(k.shape[1], v.shape[1]) for k, v in cache.new]
-    text = "\n".join([call.constants(), str(widths), str(heads), *trace.lines])
-    return hashlib.sha256(text.encode()).hexdigest(), [(*w, *h) for w, h in zip(widths, heads, strict=True)]
+    sites = [CachedSite(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in cache.new]
+    text = "\n".join([call.constants(), str(sites), *trace.lines])
+    return hashlib.sha256(text.encode()).hexdigest(), sites
 
 
 def capture_body(
-    layer: nn.Module, call: LayerCall, config: Any, cached: list[tuple[int, int, int, int]]
+    layer: nn.Module, call: LayerCall, config: Any, cached: list[CachedSite]
 ) -> fx.GraphModule:
     """Export one layer, dynamic in B, T and S."""
     device = next(layer.parameters()).device
@@ -123,8 +131,8 @@ def capture_body(
     others = [example_like(t, device) for t in call.others]
     pasts = [
         torch.zeros(HINT_B, heads, HINT_S, width, dtype=call.hidden.dtype, device=device)
-        for k_width, v_width, k_heads, v_heads in cached
-        for heads, width in ((k_heads, k_width), (v_heads, v_width))
+        for site in cached
+        for heads, width in (site[:2], site[2:])
     ]
     shapes = (
         {0: BATCH, 1: TOKENS},

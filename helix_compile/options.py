@@ -1,0 +1,88 @@
+"""HelixOptions: every keyword of helix_compile, frozen and validated. Nothing is accepted and ignored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from helix_compile.errors import LayoutError, LoweringUnavailable, PlanError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "merge": ("a2a", "ag_rs"),
+    "q_proj": ("replicate", "gather"),
+    "v_up": ("auto", "before", "after"),
+    "overlap": ("none", "hopb"),
+    "lower": ("auto", "reference", "triton", "inductor", "tensorrt"),
+}
+LATER = {
+    ("overlap", "hopb"): "batch-wise overlap (HOP-B) is not in this version",
+    ("lower", "triton"): "the Triton kernels are not in this version",
+    ("lower", "inductor"): "lowering to Inductor is not in this version",
+    ("lower", "tensorrt"): "lowering to TensorRT is not in this version",
+}
+PAGE_SIZE = 128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
+
+
+@dataclass(frozen=True, kw_only=True)
+class HelixOptions:
+    """What the user asked for; see helix_compile() for the meaning of each field."""
+
+    cp: int
+    tpa: int = 1
+    ep: int | None = None
+    tokens_per_block: int = 32
+    merge: str = "a2a"
+    q_proj: str = "replicate"
+    v_up: str = "auto"
+    overlap: str = "none"
+    lower: str = "auto"
+    max_batch_size: int = 8
+    max_seq_len: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("cp", "tpa", "tokens_per_block", "max_batch_size", "max_seq_len"):
+            check_count(name, getattr(self, name))
+        if self.ep is not None:
+            check_count("ep", self.ep)
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise PlanError(
+                    f"option {name}={getattr(self, name)!r} is unknown; expected one of "
+                    + ", ".join(map(repr, allowed))
+                )
+        for (name, value), reason in LATER.items():
+            if getattr(self, name) == value:
+                raise LoweringUnavailable(f"{name}={value!r}: {reason}; use {name}={CHOICES[name][0]!r}")
+        world_size = self.cp * self.tpa
+        if self.ep is not None and world_size % self.ep:
+            raise LayoutError(
+                f"ep={self.ep} does not divide the world of cp*tpa = {self.cp}*{self.tpa} = {world_size} "
+                f"ranks; use one of {[e for e in range(1, world_size + 1) if world_size % e == 0]}"
+            )
+        if self.cp == 1:
+            self._refuse_without_effect()
+
+    def _refuse_without_effect(self) -> None:
+        """At cp = 1 nothing is exchanged, so the options of the exchange can have no effect."""
+        for name in ("merge", "q_proj", "v_up", "overlap"):
+            if getattr(self, name) != CHOICES[name][0]:
+                raise PlanError(
+                    f"option {name}={getattr(self, name)!r} has no effect at cp=1: one rank holds the whole "
+                    f"sequence and nothing is exchanged; drop it or use cp >= 2"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict, as in plan.json."""
+        return asdict(self)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise LayoutError unless `value` is a real int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise LayoutError(f"{name} must be an int >= 1, got {value!r} ({type(value).__name__})")
+
+
+def default_ep(world_size: int, num_experts: int) -> int:
+    """The largest ep that divides both the ranks and the experts (design, section 3)."""
+    return math.gcd(world_size, num_experts) if num_experts else 1

@@ -1,0 +1,170 @@
+"""Which part of which parameter a rank holds: ParamShard for every role, and the bytes they add up to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import fx
+
+from helix_compile.capture import CapturedGraph
+from helix_compile.layout import HelixLayout
+from helix_compile.matches import AttentionMatch, DenseFFNMatch, MoEMatch, Table
+from helix_compile.passes.fx_edit import aten, is_call, is_param, placeholders
+from helix_compile.plan import AttentionPlan, BodyPlan, Cut, ParamShard
+
+
+def attention_shards(
+    match: AttentionMatch, plan: AttentionPlan, layout: HelixLayout
+) -> Iterable[ParamShard]:
+    """q rows, W_UK, W_UV by heads; o_proj by the columns of the heads a rank owns."""
+    H, R, V, D = match.num_heads, match.kv_lora_rank, match.v_head_dim, match.hidden_size
+    Dk = match.q_head_dim
+    q_axis = "world" if plan.q_proj == "gather" else "tpa"
+    v_axis = "world" if plan.v_up == "after" else "tpa"
+    kv_rows = 1 + max(max(map(max, match.uk_rows)), max(map(max, match.uv_rows)))
+    q_heads, v_heads = H // layout.size(q_axis), H // layout.size(v_axis)
+    weights = [(match.q_weight, -1)] + ([(match.q_bias, 0)] if match.q_bias else [])
+    for name, width in weights:
+        tail = () if width == 0 else (-1,)
+        yield ParamShard(
+            name, name, (H * Dk, *tail), (H, Dk, *tail), (Cut(0, q_axis, H),), (q_heads * Dk, *tail),
+            f"{q_axis}:S(0)",
+        )  # fmt: skip
+    for suffix, rows, axis, heads in (
+        ("w_uk", match.uk_rows, q_axis, q_heads),
+        ("w_uv", match.uv_rows, v_axis, v_heads),
+    ):
+        view, window, index = _rows_as_view(rows, kv_rows, R)
+        yield ParamShard(
+            f"{match.kv_up_weight}.{suffix}", match.kv_up_weight, (kv_rows, R), view,
+            (Cut(0, axis, H),), (heads, len(rows[0]), R), f"{axis}:S(0)", window, index,
+        )  # fmt: skip
+    owned = plan.owned_heads
+    flat = [c for row in match.o_cols for c in row]
+    index = None if flat == list(range(H * V)) else tuple(flat)
+    yield ParamShard(
+        match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), (D, owned * V),
+        "world:S(1)", None, index, 1,
+    )  # fmt: skip
+
+
+def _rows_as_view(
+    rows: Table, total: int, R: int
+) -> tuple[tuple[int, ...], tuple[int, int, int] | None, tuple[int, ...] | None]:
+    """(view, window, index) that pick `rows` [H][d] out of [total, R]; a view where rows of a head are in a row."""
+    H, width = len(rows), len(rows[0])
+    start, stride = rows[0][0], total // H
+    if all(rows[h][d] == h * stride + start + d for h in range(H) for d in range(width)):
+        return (H, stride, R), (1, start, width), None
+    return (H, width, R), None, tuple(r for row in rows for r in row)
+
+
+def dense_shards(match: DenseFFNMatch, layout: HelixLayout) -> Iterable[ParamShard]:
+    """gate and up by rows, down by columns, over all ranks."""
+    F, D = match.width, match.hidden_size
+    f = -(-F // layout.world_size)
+    for name in (match.gate_weight, match.up_weight):
+        yield ParamShard(
+            name, name, (F, -1), (F, -1), (Cut(0, "world", F),), (f, -1), "world:S(0)"
+        )
+    for bias in (match.gate_bias, match.up_bias):
+        if bias:
+            yield ParamShard(bias, bias, (F,), (F,), (Cut(0, "world", F),), (f,), "world:S(0)")
+    down = match.down_weight
+    yield ParamShard(down, down, (D, F), (D, F), (Cut(1, "world", F),), (D, f), "world:S(1)")
+
+
+def moe_shards(match: MoEMatch, layout: HelixLayout) -> Iterable[ParamShard]:
+    """Experts over ep; within an expert each half of gate_up by rows and down by columns over tpf."""
+    E, F, D = match.num_experts, match.width, match.hidden_size
+    e, f = E // layout.ep, -(-F // layout.tpf)
+    yield ParamShard(
+        match.gate_up, match.gate_up, (E, 2 * F, D), (E, 2, F, D),
+        (Cut(0, "ep", E), Cut(2, "tpf", F)), (e, 2, f, D), "ep:S(0), tpf:S(2)",
+    )  # fmt: skip
+    yield ParamShard(
+        match.down, match.down, (E, D, F), (E, D, F), (Cut(0, "ep", E), Cut(2, "tpf", F)),
+        (e, D, f), "ep:S(0), tpf:S(2)",
+    )  # fmt: skip
+
+
+def params_bytes_per_rank(
+    captured: CapturedGraph, bodies: tuple[BodyPlan, ...], layout: HelixLayout
+) -> int:
+    """Bytes of parameters that one rank holds: its shards with padding, and what is replicated."""
+    total = 0
+    for node in placeholders(captured.graph.graph):
+        if is_param(node) and not _in_a_layer(node):
+            total += _bytes(node)
+    for plan in bodies:
+        graph = captured.bodies[plan.name].graph
+        cut = {s.source for s in plan.param_shards}
+        one = 0
+        for node in (n for n in placeholders(graph) if is_param(n)):
+            name, itemsize = node.meta["input"][1], node.meta["val"].dtype.itemsize
+            if name not in cut:
+                one += _bytes(node)
+            for shard in (s for s in plan.param_shards if s.source == name):
+                one += itemsize * _shard_numel(shard, node.meta["val"].numel(), layout)
+        total += one * len(plan.layers)
+    return total
+
+
+def _in_a_layer(node: fx.Node) -> bool:
+    return any(user.op == "call_module" for user in node.users)
+
+
+def _bytes(node: fx.Node) -> int:
+    return node.meta["val"].numel() * node.meta["val"].dtype.itemsize
+
+
+def _shard_numel(shard: ParamShard, source_numel: int, layout: HelixLayout) -> int:
+    """Elements of one rank's shard, padding included; -1 in a shape stands for the width of the input."""
+    known = math.prod(s for s in shard.source_shape if s > 0)
+    return math.prod(s if s > 0 else source_numel // known for s in shard.shape)
+
+
+def replicated_roles(
+    captured: CapturedGraph, bodies: tuple[BodyPlan, ...]
+) -> tuple[tuple[str, str], ...]:
+    """What stays as it was on every rank, and why: (what, reason)."""
+    outer = captured.graph.graph
+    found: dict[str, str] = {}
+    if any(is_call(n, aten.embedding.default) for n in outer.nodes):
+        found["embedding"] = "one row a token; every rank needs the hidden state"
+    cut = {(p.name, s.source) for p in bodies for s in p.param_shards}
+    graphs = [("", outer)] + [(n, b.graph) for n, b in captured.bodies.items()]
+    for body, graph in graphs:
+        for node in (n for n in placeholders(graph) if is_param(n)):
+            if (body, node.meta["input"][1]) in cut:
+                continue
+            for user in node.users:
+                _classify(user, body, found)
+    return tuple(found.items())
+
+
+def _classify(user: fx.Node, body: str, found: dict[str, str]) -> None:
+    if is_call(user, aten._to_copy.default):
+        for next_user in user.users:
+            _classify(next_user, body, found)
+    elif is_call(user, aten.mul.Tensor):
+        found["norms"] = "work on the whole hidden state, which every rank holds"
+    elif is_call(user, aten.linear.default) and not body:
+        found["head"] = "the logits are wanted on every rank; not cut in this version"
+    elif is_call(user, aten.linear.default) and _feeds_topk(user):
+        found["router"] = "every rank needs every token's choice, exactly as the original makes it"
+    elif is_call(user, aten.linear.default):
+        found["latent projections"] = "q_a and kv_a: every rank needs the whole latent"
+
+
+def _feeds_topk(node: fx.Node) -> bool:
+    seen, todo = set(), [node]
+    while todo:
+        for user in todo.pop().users:
+            if is_call(user, aten.topk.default):
+                return True
+            if user not in seen and not is_call(user, aten.linear.default):
+                seen.add(user)
+                todo.append(user)
+    return False
