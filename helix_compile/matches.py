@@ -29,8 +29,8 @@ class AttentionMatch:
     `kv_up` (the linear that expands the latent), `latent` [B, 1, T, R] and `k_rope` [B, 1, T, r] (new tokens),
     `mask`. Parameters are names relative to the layer. `scale` multiplies the scores.
 
-    Tables: `uk_rows[h][d]`, `uv_rows[h][v]` are rows of the kv_up weight; `q_nope[d]`, `q_rope[j]` are channels of
-    q; `o_cols[h][v]` are input columns of o_proj.
+    Tables: `uk_rows[h][d]`, `uv_rows[h][v]` are rows of the kv_up weight; `q_nope[d]`, `q_rope[j]` are channels of q.
+    Input column h * V + v of o_proj reads channel v of head h.
     """
 
     anchor: str
@@ -59,7 +59,6 @@ class AttentionMatch:
     uv_rows: Table
     q_nope: tuple[int, ...]
     q_rope: tuple[int, ...]
-    o_cols: Table
 
     @property
     def q_head_dim(self) -> int:
@@ -87,7 +86,11 @@ class DenseFFNMatch:
 
 @dataclass(frozen=True)
 class MoEMatch:
-    """Routed experts: `x` [N, D], `expert_ids` [N, k], `weights` [N, k] -> `output` [N, D]."""
+    """Routed experts: `x` [N, D], `expert_ids` [N, k], `weights` [N, k] -> `output` [N, D].
+
+    `shared` is the down linear of the shared expert that is added to them, `seam` the node behind which the sum
+    over ranks goes: that addition, or the routed output itself.
+    """
 
     x: str
     expert_ids: str
@@ -100,6 +103,8 @@ class MoEMatch:
     top_k: int
     width: int
     hidden_size: int
+    seam: str
+    shared: str | None
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,11 @@ class LayerMatch:
 
     def roles(self) -> dict[str, int]:
         """How many of each role were found, for reports."""
+        shared = sum(m.shared is not None for m in self.moes)
         counts = {
             "attention": len(self.attentions),
-            "dense_ffn": len(self.dense_ffns) - len(self.moes) if self.moes else len(self.dense_ffns),
-            "shared_expert": min(len(self.dense_ffns), len(self.moes)),
+            "dense_ffn": len(self.dense_ffns) - shared,
+            "shared_expert": shared,
             "routed_experts": len(self.moes),
         }
         return {role: count for role, count in counts.items() if count}

@@ -41,11 +41,9 @@ def attention_shards(
             (Cut(0, axis, H),), (heads, len(rows[0]), R), f"{axis}:S(0)", window, index,
         )  # fmt: skip
     owned = plan.owned_heads
-    flat = [c for row in match.o_cols for c in row]
-    index = None if flat == list(range(H * V)) else tuple(flat)
     yield ParamShard(
         match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), (D, owned * V),
-        "world:S(1)", None, index, 1,
+        "world:S(1)",
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ class Cut:
 class ParamShard:
     """How one local parameter is cut out of one original parameter.
 
-    The original is gathered by `index` along `index_dim` (only where no view can do it), viewed as `view`, narrowed
+    The original's rows are gathered by `index` (only where no view can do it), viewed as `view`, narrowed
     to `window` = (dim, start, length), cut by `cuts`, and viewed as `shape`. `layout` says how the result lies.
     Names are relative to the layer.
     """
@@ -51,7 +51,6 @@ class ParamShard:
     layout: str
     window: tuple[int, int, int] | None = None
     index: tuple[int, ...] | None = None
-    index_dim: int = 0
 
     def padding(self, layout: HelixLayout, rank: int) -> int:
         """Elements of zeros in `rank`'s shard."""

@@ -16,7 +16,7 @@ from helix_compile.capture import CapturedGraph
 from helix_compile.errors import LayoutError, PlanError
 from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.layout import HelixLayout
-from helix_compile.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch
+from helix_compile.matches import AttentionMatch, LayerMatch, MoEMatch
 from helix_compile.options import HelixOptions, default_ep
 from helix_compile.param_plan import (
     attention_shards,
@@ -179,12 +179,12 @@ def _plan_attention(
 
 def _plan_dense(match: LayerMatch, layout: HelixLayout) -> Iterable[FFNPlan]:
     """Dense FFNs and shared experts alike are cut over all N ranks."""
-    kind = "shared" if match.moes and len(match.dense_ffns) == len(match.moes) else "dense"
+    shared = {m.shared for m in match.moes}
     N = layout.world_size
     for site, ffn in enumerate(match.dense_ffns):
         shard = -(-ffn.width // N)
         padding = tuple(shard - _part(ffn.width, shard, r) for r in range(N))
-        yield FFNPlan(kind, site, ("world",), ffn.width, shard, padding)
+        yield FFNPlan("shared" if ffn.down in shared else "dense", site, ("world",), ffn.width, shard, padding)
 
 
 def _plan_moe(site: int, match: MoEMatch, layout: HelixLayout) -> FFNPlan:
@@ -227,10 +227,9 @@ def _all_reduce(what: str, hidden: int, layout: HelixLayout, dtype: torch.dtype)
 
 def _ffn_outputs(match: LayerMatch) -> list[int]:
     """Widths of the FFN sums: a shared expert is added to the routed ones before the one all-reduce."""
-    sites: list[DenseFFNMatch | MoEMatch] = [*match.dense_ffns]
-    if len(match.dense_ffns) != len(match.moes):
-        sites += list(match.moes) if not match.dense_ffns else []
-    return [site.hidden_size for site in sites]
+    shared = {m.shared for m in match.moes}
+    alone = [f.hidden_size for f in match.dense_ffns if f.down not in shared]
+    return alone + [m.hidden_size for m in match.moes]
 
 
 def _notes(captured: CapturedGraph, layout: HelixLayout, options: HelixOptions) -> tuple[str, ...]:

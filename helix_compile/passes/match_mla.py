@@ -118,7 +118,7 @@ def _match_site(anchor: _Anchor) -> AttentionMatch:
     latent = _cached_latent(kv_up)
     new_latent, past_latent = _cache_parts(latent, "latent", kv_up)
     new_rope, past_rope = _cache_parts(rope, "rope part of K", node)
-    o_proj, o_cols = _output_projection(node)
+    o_proj = _output_projection(node)
     q_proj = _query_projection(anchor.q)
     _check_query_heads(anchor.q, q_proj)
     return AttentionMatch(
@@ -130,7 +130,7 @@ def _match_site(anchor: _Anchor) -> AttentionMatch:
         num_heads=len(uv_rows), kv_lora_rank=shape_of(latent)[-1],
         qk_rope_head_dim=len(q_rope), qk_nope_head_dim=len(q_nope), v_head_dim=len(uv_rows[0]),
         hidden_size=shape_of(o_proj)[-1], uk_rows=uk_rows, uv_rows=uv_rows,
-        q_nope=q_nope, q_rope=q_rope, o_cols=o_cols,
+        q_nope=q_nope, q_rope=q_rope,
     )  # fmt: skip
 
 
@@ -234,8 +234,8 @@ def _cache_parts(update: fx.Node, what: str, node: fx.Node) -> tuple[fx.Node, fx
     return new, past
 
 
-def _output_projection(anchor: fx.Node) -> tuple[fx.Node, Table]:
-    """The first linear behind attention, reached by single users through layout ops, and its columns [H][V]."""
+def _output_projection(anchor: fx.Node) -> fx.Node:
+    """The first linear behind attention, reached by single users through layout ops; column h * V + v is (h, v)."""
     node = anchor
     while not is_call(node, aten.linear.default):
         if len(node.users) != 1:
@@ -255,9 +255,9 @@ def _output_projection(anchor: fx.Node) -> tuple[fx.Node, Table]:
     )
     if not straight or width != H * V:
         raise _Reject("the output projection mixes sequences or positions", node, 6)
-    columns = torch.empty(H, V, dtype=torch.int64)
-    columns[head[0, 0], channel[0, 0]] = torch.arange(width)
-    return node, tuple(map(tuple, columns.tolist()))
+    if not torch.equal(head[0, 0] * V + channel[0, 0], torch.arange(width)):
+        raise _Reject("the output projection reads heads that are not whole blocks of columns", node, 6)
+    return node
 
 
 def _query_projection(q: fx.Node) -> fx.Node:

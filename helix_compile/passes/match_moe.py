@@ -82,10 +82,12 @@ def _match(product: fx.Node, act: fx.Node, split: fx.Node) -> MoEMatch:
     _require(shape_of(down) == (E, D, twice_F // 2), f"down is {shape_of(down)}, gate_up {shape_of(gate_up)}")
     _require(shape_of(ids)[-1:] == (top_k,), f"expert ids {shape_of(ids)} do not hold {top_k} choices")
     _require(shape_of(x)[-1] == D, f"tokens {shape_of(x)} are not {D} wide")
+    seam, shared = _seam(output)
     return MoEMatch(
         x=x.name, expert_ids=ids.name, weights=weights.name, output=output.name,
         gate_up=gate_up.meta["input"][1], down=down.meta["input"][1], form=form,
         num_experts=E, top_k=top_k, width=twice_F // 2, hidden_size=D,
+        seam=seam.name, shared=shared.name if shared else None,
     )  # fmt: skip
 
 
@@ -157,3 +159,17 @@ def _sum_over_choices(weighted: fx.Node) -> tuple[fx.Node, int]:
     users = list(total.users)
     casted = len(users) == 1 and is_call(users[0], aten._to_copy.default)
     return (users[0] if casted else total), shape_of(grid)[1]
+
+
+def _seam(output: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(addition of a shared expert, its down linear), or (routed output, None)."""
+    node = output
+    while len(node.users) == 1 and is_call(next(iter(node.users)), *_RESHAPES):
+        node = next(iter(node.users))
+    user = next(iter(node.users), None)
+    if len(node.users) == 1 and is_call(user, aten.add.Tensor):
+        other = user.args[1] if user.args[0] is node else user.args[0]
+        gated = is_call(other, aten.linear.default) and is_call(other.args[0], aten.mul.Tensor)
+        if gated and len(other.users) == 1 and is_param(other.args[1]):
+            return user, other
+    return output, None

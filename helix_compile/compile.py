@@ -1,0 +1,82 @@
+"""The spine: model -> capture -> match -> plan -> passes -> parameters -> HelixModule, one line a stage."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from helix_compile.capture import CapturedGraph
+from helix_compile.graph_pass import run_passes
+from helix_compile.mesh import HelixMesh
+from helix_compile.model_source import captured_from, device_for, facts_of
+from helix_compile.module import HelixModule, build_ranks
+from helix_compile.options import HelixOptions
+from helix_compile.passes.match_layers import match_layers
+from helix_compile.passes.pipeline import STAGES, helix_passes
+from helix_compile.planning import plan_helix
+from helix_compile.world import open_world
+
+
+def helix_compile(
+    model: nn.Module | CapturedGraph | str | Path,
+    cp: int,
+    *,
+    tpa: int = 1,
+    ep: int | None = None,
+    tokens_per_block: int = 32,
+    merge: str = "a2a",
+    q_proj: str = "replicate",
+    v_up: str = "auto",
+    overlap: str = "none",
+    lower: str = "auto",
+    world: Any = "auto",
+    max_batch_size: int = 8,
+    max_seq_len: int = 4096,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> HelixModule:
+    """Rewrite the decode step of `model` for Helix parallelism (arXiv 2507.07120).
+
+    Args:
+        model: a transformers causal language model with MLA in eval mode, a checkpoint folder, or a CapturedGraph.
+            A model is left as it was; shards are views of its weights.
+        cp: ranks that share a KV cache by sequence (the paper's KVP).
+        tpa: attention tensor parallel over heads; there are N = cp * tpa ranks.
+        ep: expert parallel in the FFN, by default the largest that divides N and the experts; tpf = N / ep.
+        tokens_per_block: round-robin unit of the cache between ranks.
+        merge: "a2a" (one packed all-to-all over heads) or "ag_rs" (all-gather of lse, reduce-scatter of o).
+        q_proj: "replicate" (each CP rank computes all its heads' q) or "gather" (each computes its own, then all-gather).
+        v_up: W_UV "before" or "after" the exchange, or "auto" by bytes.
+        overlap: "none".
+        lower: "auto" or "reference".
+        world: "auto" or "virtual": all ranks in this process.
+        max_batch_size: capacity in sequences.
+        max_seq_len: capacity in tokens a sequence, prompt included.
+        device: where shards and caches live; default: where the model is.
+        dtype: convert a copy of the weights first; the model itself keeps its own.
+
+    Returns:
+        HelixModule: `compiled(input_ids)` is one step; `.plan`, `.stages`, `.graph`, `.ranks` can be inspected.
+
+    Raises:
+        HelixError: a subclass that says which stage refused, where and why.
+    """
+    options = HelixOptions(
+        cp=cp, tpa=tpa, ep=ep, tokens_per_block=tokens_per_block, merge=merge, q_proj=q_proj, v_up=v_up,
+        overlap=overlap, lower=lower, max_batch_size=max_batch_size, max_seq_len=max_seq_len,
+    )  # fmt: skip
+    place = device_for(device)
+    captured = captured_from(model, dtype)
+    matches = match_layers(captured, options.max_seq_len)
+    plan = plan_helix(captured, matches, options)
+    opened = open_world(HelixMesh(plan.layout), world)
+    dump = os.environ.get("HELIX_DUMP")
+    passes = helix_passes(captured, matches, plan)
+    stages = run_passes(captured.graph, passes, Path(dump) if dump else None)
+    facts = facts_of(captured, matches, plan, place)
+    ranks = build_ranks(plan, stages[STAGES[-1]], facts, opened)
+    return HelixModule(plan, stages, ranks, opened, facts)

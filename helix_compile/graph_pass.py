@@ -1,0 +1,113 @@
+"""How passes are scheduled and run. The runner knows nothing about any pass; the order is in passes/pipeline.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import fx, nn
+
+from helix_compile.errors import HelixError, PassError
+
+Check = Callable[[fx.GraphModule], None]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did to one graph: the graph, and how many sites it rewrote."""
+
+    gm: fx.GraphModule
+    num_rewrites: int
+
+
+def always(gm: fx.GraphModule) -> None:
+    """The check that holds for every graph."""
+
+
+@dataclass(frozen=True)
+class GraphPass:
+    """One stage: a pass for each body, one for the outer graph, and what must hold after it.
+
+    Args:
+        stage: name of the stage it makes.
+        bodies: body name -> (pass, number of rewrites that the plan expects).
+        outer: pass over the outer graph, run after the bodies (it reads their placeholders).
+        ensures: checked on every body afterwards.
+    """
+
+    stage: str
+    bodies: dict[str, tuple[Callable[[fx.GraphModule], PassResult], int]]
+    outer: Callable[[fx.GraphModule], None] | None = None
+    ensures: Check = field(default=always)
+
+
+def run_passes(
+    captured: fx.GraphModule, passes: list[GraphPass], dump: Path | None = None
+) -> dict[str, fx.GraphModule]:
+    """Run `passes` in order on copies; returns stage name -> outer graph (bodies are its submodules).
+
+    Raises:
+        PassError: a pass rewrote another number of sites than planned or broke a promise; names the passes before.
+    """
+    stages = {"captured": captured}
+    current = captured
+    _dump(dump, 0, "captured", captured)
+    for number, graph_pass in enumerate(passes, 1):
+        current = copy_module(current)
+        try:
+            _run_one(current, graph_pass)
+        except HelixError:
+            raise
+        except Exception as error:
+            raise PassError(
+                f"pass {graph_pass.stage!r} failed after {', '.join(stages)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        stages[graph_pass.stage] = current
+        _dump(dump, number, graph_pass.stage, current)
+    return stages
+
+
+def _run_one(module: fx.GraphModule, graph_pass: GraphPass) -> None:
+    for name, (run, expected) in graph_pass.bodies.items():
+        body = module.get_submodule(name)
+        assert isinstance(body, fx.GraphModule)
+        result = run(body)
+        if result.num_rewrites != expected:
+            raise PassError(
+                f"pass {graph_pass.stage!r}, {name}: {result.num_rewrites} sites rewritten, the plan has {expected}"
+            )
+    if graph_pass.outer is not None:
+        graph_pass.outer(module)
+    for graph_module in (module, *(module.get_submodule(n) for n in graph_pass.bodies)):
+        assert isinstance(graph_module, fx.GraphModule)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        graph_pass.ensures(graph_module)
+
+
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of an outer graph and its bodies; node names and meta are kept, parameters are not held at all."""
+    root = nn.Module()
+    for name, body in module.named_children():
+        assert isinstance(body, fx.GraphModule)
+        root.add_module(name, fx.GraphModule(nn.Module(), copy_graph(body.graph)))
+    return fx.GraphModule(root, copy_graph(module.graph))
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph with its output and meta."""
+    copy, mapping = fx.Graph(), {}
+    output = copy.output(copy.graph_copy(graph, mapping))
+    output.meta = dict(next(n for n in graph.nodes if n.op == "output").meta)
+    return copy
+
+
+def _dump(folder: Path | None, number: int, stage: str, module: fx.GraphModule) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [f"# outer\n{module.graph}"]
+    texts += [f"# {n}\n{b.graph}" for n, b in module.named_children() if isinstance(b, fx.GraphModule)]
+    (folder / f"{number:02d}_{stage}.txt").write_text("\n\n".join(texts) + "\n")

@@ -1,0 +1,115 @@
+"""What helix_compile accepts as `model`, and what it reads off it: a module, a folder, or a CapturedGraph."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from helix_compile.capture import CapturedGraph, capture
+from helix_compile.errors import CaptureError, HelixError
+from helix_compile.matches import LayerMatch
+from helix_compile.module import HelixModule, ModelFacts
+from helix_compile.params import originals, shard_of_name
+from helix_compile.plan import HelixPlan
+
+
+def captured_from(
+    model: nn.Module | CapturedGraph | str | Path, dtype: torch.dtype | None
+) -> CapturedGraph:
+    """Capture `model`, loading or converting it first where asked.
+
+    Raises:
+        CaptureError: not a model, already compiled, or a dtype that a captured graph can't take.
+    """
+    if isinstance(model, CapturedGraph):
+        if dtype is not None and dtype != model.dtype:
+            raise CaptureError(
+                f"a graph captured in {model.dtype} can't be retyped to {dtype}; pass the model instead"
+            )
+        if model.model is None:
+            raise CaptureError("this CapturedGraph does not hold its model; use capture(model)")
+        return model
+    if isinstance(model, (str, Path)):
+        model = _load_folder(Path(model), dtype)
+    if isinstance(model, HelixModule):
+        raise CaptureError("this model is already compiled by helix_compile; pass the original model")
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise CaptureError(
+            f"expected a transformers causal language model, a checkpoint folder or a CapturedGraph, "
+            f"got {type(model).__name__}"
+        )
+    if dtype is None or dtype == model.dtype:
+        return capture(model)
+    if not dtype.is_floating_point:
+        raise CaptureError(f"dtype must be a floating dtype, got {dtype}")
+    return capture(converted_copy(model, dtype), owner=model)
+
+
+def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A deep copy whose weights are `dtype`. What the model keeps wider on purpose (tables, fp32 islands) stays."""
+    twin = copy.deepcopy(model)
+    keep = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    narrow = dtype.itemsize < torch.float32.itemsize
+    stored = dict(twin.state_dict(keep_vars=True))
+    for name, tensor in stored.items():
+        kept = narrow and any(k in name for k in keep)
+        if tensor.dtype == model.dtype and not kept:
+            tensor.data = tensor.data.to(dtype)
+    return twin
+
+
+def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    if not (folder / "config.json").is_file():
+        raise CaptureError(f"{folder} is not a checkpoint folder: it has no config.json")
+    from transformers import AutoModelForCausalLM  # slow to import, and only this path needs it
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CaptureError(f"{folder}: can't load the checkpoint: {error}") from error
+    return model.eval()
+
+
+def device_for(device: str | torch.device | None) -> torch.device | None:
+    """The asked device, checked to exist; None means where the model is."""
+    if device is None:
+        return None
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise HelixError(f"device={str(device)!r} can't be used here: {error}") from error
+    return place
+
+
+def facts_of(
+    captured: CapturedGraph,
+    matches: dict[str, LayerMatch],
+    plan: HelixPlan,
+    device: torch.device | None,
+) -> ModelFacts:
+    """Original tensors (on `device`), their cuts, cache widths and configurations."""
+    model = captured.model
+    assert model is not None
+    tensors: dict[str, Tensor] = originals(model)
+    if device is not None:
+        tensors = {n: t.to(device) for n, t in tensors.items()}
+    widths = [
+        a.kv_lora_rank + a.qk_rope_head_dim
+        for layer in captured.layers
+        for a in matches[layer.body].attentions
+    ]
+    return ModelFacts(
+        vocab_size=captured.vocab_size,
+        cache_widths=tuple(widths),
+        originals=tensors,
+        shards=shard_of_name(plan, [(layer.prefix, layer.body) for layer in captured.layers]),
+        config=model.config,
+        generation_config=getattr(model, "generation_config", None),
+        device=device or next(model.parameters()).device,
+    )

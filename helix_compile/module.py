@@ -1,0 +1,294 @@
+"""HelixModule: lowered graphs + each rank's parameters + its cache; forward is one step."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from helix_compile.errors import HelixError, LoweringUnavailable, RuntimeFault
+from helix_compile.inspection import Inspection, inspect_module
+from helix_compile.kv_cache import Ledger, allocate_caches
+from helix_compile.params import params_of_stage
+from helix_compile.passes.fx_edit import placeholders
+from helix_compile.passes.pipeline import STAGES, lowered_copy
+from helix_compile.plan import HelixPlan, ParamShard
+from helix_compile.prefix_import import sequences_to_import
+from helix_compile.step_inputs import check_batch, check_ids, checked_mask, chunks_of
+from helix_compile.world import World
+
+
+@dataclass
+class Rank:
+    """What one rank holds.
+
+    Attributes:
+        rank: its number.
+        params: full name -> local tensor; assigning an item changes this rank only.
+        cache: one [num_pages, page_size, R + r] tensor per cached attention.
+    """
+
+    rank: int
+    params: MutableMapping[str, Tensor]
+    cache: list[Tensor]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a module needs to know of the model it was made from.
+
+    Attributes:
+        originals: full name -> original tensor; empty in a reloaded module, which runs `lowered` only.
+        shards: full local name -> (full name of the original, its cut).
+    """
+
+    vocab_size: int
+    cache_widths: tuple[int, ...]
+    originals: dict[str, Tensor]
+    device: torch.device
+    shards: dict[str, tuple[str, ParamShard]] = field(default_factory=dict)
+    config: Any = None
+    generation_config: Any = None
+
+
+class HelixModule(nn.Module):
+    """A model's decode step, rewritten for Helix parallelism. Made by helix_compile() or load().
+
+    Attributes:
+        plan: every decision (frozen).
+        stages: stage name -> outer fx.GraphModule, "captured" to "lowered".
+        graph: the last stage, which is what runs.
+        ranks: what each rank in this process holds.
+    """
+
+    def __init__(
+        self,
+        plan: HelixPlan,
+        stages: dict[str, fx.GraphModule],
+        ranks: list[Rank],
+        world: World,
+        facts: ModelFacts,
+    ):
+        super().__init__()
+        self.plan, self.world = plan, world
+        # plain attributes: graphs and weights must not appear in parameters(), state_dict() or modules()
+        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "ranks", ranks)
+        object.__setattr__(self, "_facts", facts)
+        self.device = facts.device
+        self._ledger = Ledger(plan.options, plan.layout.kvp, facts.device)
+        self.train(False)
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The lowered outer graph; its submodules are the bodies. Edit, recompile() it, and the next call sees it."""
+        return self.stages[STAGES[-1]]
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What is known of the original model."""
+        return self._facts
+
+    @property
+    def page_table(self) -> Tensor:
+        """[B, pages] int64, the same on every rank. Read only."""
+        return self._ledger.pages_of(self._ledger.batch_size or self.plan.options.max_batch_size).clone()
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64: tokens of each sequence on all ranks together. Read only."""
+        return torch.tensor(self._ledger.lengths, dtype=torch.int64)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Append input_ids [B, T] to each sequence's cache; logits [B, T, vocab].
+
+        Args:
+            input_ids: int64 or int32.
+            attention_mask: [B, T], 1 = token. Zeros may stand before or after a row's tokens; a row of zeros is idle.
+
+        Raises:
+            RuntimeFault: what a step may not be; nothing was written then.
+        """
+        return self._step(self.graph, [dict(r.params) for r in self.ranks], input_ids, attention_mask)
+
+    def run_stage(
+        self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """A step by an earlier stage ("attention" and later) on the same cache; see forward()."""
+        if name == STAGES[-1]:
+            return self(input_ids, attention_mask)
+        if name not in STAGES[1:]:
+            raise RuntimeFault(f"stage {name!r} can't be run; expected one of {', '.join(STAGES[1:])}")
+        if name not in self.stages or not self._facts.originals:
+            raise RuntimeFault(
+                f"stage {name!r}: a reloaded module holds the weights of {STAGES[-1]!r} only and runs that stage alone"
+            )
+        params = [
+            dict(
+                params_of_stage(
+                    self.stages[name], self._facts.originals, self._facts.shards, self.plan.layout, r.rank
+                )
+            )
+            for r in self.ranks
+        ]
+        return self._step(lowered_copy(self.stages[name]), params, input_ids, attention_mask)
+
+    def _step(
+        self,
+        graph: fx.GraphModule,
+        params: list[dict[str, Tensor]],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        if self.device.type == "meta":
+            raise RuntimeFault("the model is on the meta device: it can be inspected, not run")
+        check_ids(input_ids, self._facts.vocab_size, self.plan.options.max_batch_size)
+        check_batch(self._ledger, input_ids.shape[0])
+        mask = checked_mask(attention_mask, input_ids)
+        self._ledger.check_room(mask.sum(dim=1).tolist())
+        B, T = input_ids.shape
+        ids = input_ids.to(self.device, torch.int64)
+        chunks = chunks_of(T, B, max(self._ledger.lengths, default=0) + T)
+        bar = tqdm(chunks, desc="step", unit="chunk", disable=None, delay=2)
+        logits = [self._run_chunk(graph, params, ids[:, c], mask[:, c]) for c in bar]
+        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
+
+    def _run_chunk(
+        self, graph: fx.GraphModule, params: list[dict[str, Tensor]], ids: Tensor, mask: Tensor
+    ) -> Tensor:
+        step = {
+            "input_ids": ids,
+            "positions": self._ledger.positions(mask),
+            "page_table": self._ledger.pages_of(ids.shape[0]),
+        }
+        inputs = [
+            self._inputs_of(graph, rank, local, step)
+            for rank, local in zip(self.ranks, params, strict=True)
+        ]
+        with torch.no_grad():
+            logits = self.world.run(graph, inputs)[0]
+        self._ledger.advance(mask.sum(dim=1).tolist())
+        return logits
+
+    def _inputs_of(
+        self, graph: fx.GraphModule, rank: Rank, params: dict[str, Tensor], step: dict[str, Tensor]
+    ) -> list[Any]:
+        layout = self.plan.layout
+        coordinates = {
+            "kvp_rank": torch.tensor(layout.index("kvp", rank.rank), device=self.device),
+            "ep_rank": torch.tensor(layout.index("ep", rank.rank), device=self.device),
+        }
+        values = []
+        for node in placeholders(graph.graph):
+            kind, name = node.meta["input"]
+            if kind == "param":
+                if name not in params:
+                    raise RuntimeFault(f"rank {rank.rank} has no parameter {name!r}")
+                values.append(params[name])
+            elif kind == "cache":
+                values.append(rank.cache[int(name.removeprefix("cache_"))])
+            else:
+                values.append(step[name] if name in step else coordinates[name])
+        return values
+
+    def reset(self, rows: list[int] | None = None) -> None:
+        """Empty the cache; with `rows`, only these sequences, and the others go on."""
+        if rows is None:
+            self._ledger.lengths = []
+            return
+        bad = [r for r in rows if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < self._ledger.batch_size]
+        if bad:
+            raise RuntimeFault(
+                f"reset(rows={list(rows)}): {bad} are not rows of the current batch of {self._ledger.batch_size}"
+            )
+        for row in rows:
+            self._ledger.lengths[row] = 0
+
+    def import_cache(
+        self,
+        latents: list[Tensor],
+        k_ropes: list[Tensor],
+        lengths: Tensor | list[int],
+        mask: Tensor | None = None,
+    ) -> None:
+        """Start a batch from a cache that was prefilled elsewhere (disaggregated prefill).
+
+        Args:
+            latents: per cached attention [B, S, R].
+            k_ropes: per cached attention [B, S, r], rotated at absolute positions.
+            lengths: [B] tokens of each sequence.
+            mask: [B, S], 1 = token; drops padding columns. Without it a row's first `lengths` columns are its tokens.
+
+        Raises:
+            RuntimeFault: counts or shapes that do not fit; nothing is written then.
+        """
+        entries = sequences_to_import(
+            latents, k_ropes, lengths, mask, self._facts.cache_widths, self.plan.options
+        )
+        self._ledger.lengths = [len(row) for row in entries[0]]
+        layout = self.plan.layout
+        for rank in self.ranks:
+            for cache, rows in zip(rank.cache, entries, strict=True):
+                for row, tokens in enumerate(rows):
+                    self._ledger.write_sequence(cache, row, tokens, layout.index("kvp", rank.rank))
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """transformers' own generate() on this module; starts with reset(). See generation.py for what is refused."""
+        from helix_compile.generation import generate  # transformers' generation code is slow to import
+
+        return generate(self, input_ids, attention_mask, options)
+
+    def inspect(self, folder: str | Path | None = None) -> Inspection:
+        """What was rewritten, what was not and why, bytes per collective; with `folder`, files too."""
+        inspection = inspect_module(self.plan, self.stages)
+        if folder is not None:
+            inspection.write(Path(folder))
+        return inspection
+
+    def save(self, folder: str | Path) -> None:
+        """Write plan, graphs and each rank's weights; load() gives a module with bitwise equal results."""
+        from helix_compile.saving import save_module  # saving imports this module
+
+        save_module(self, Path(folder))
+
+    @staticmethod
+    def load(folder: str | Path, device: str | torch.device | None = None) -> HelixModule:
+        """Read what save() wrote."""
+        from helix_compile.saving import load_module
+
+        return load_module(Path(folder), device)
+
+    def truncate(self, lengths: Any) -> None:
+        """Not in this version."""
+        raise LoweringUnavailable("truncate() (rollback of a speculative step) is not in this version")
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: graphs are captured for one dtype and device."""
+        raise HelixError(
+            f"HelixModule.to({', '.join(map(str, args))}) is refused: the graphs were captured for one dtype and "
+            "device; call helix_compile(model, ..., dtype=..., device=...) instead"
+        )
+
+    def train(self, mode: bool = True) -> HelixModule:
+        """Only eval mode exists."""
+        if mode:
+            raise HelixError("a HelixModule is a decode step: it has no training mode")
+        return super().train(False)
+
+
+def build_ranks(
+    plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, world: World
+) -> list[Rank]:
+    """Cut parameters and allocate caches for the ranks of this process."""
+    dtype = getattr(torch, plan.dtype)
+    ranks = []
+    for rank in world.ranks:
+        params = dict(params_of_stage(lowered, facts.originals, facts.shards, plan.layout, rank))
+        cache = allocate_caches(list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device)
+        ranks.append(Rank(rank, params, cache))
+    return ranks

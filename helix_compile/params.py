@@ -1,0 +1,88 @@
+"""Weights change together with the graph: cut one rank's parameters out of the original ones.
+
+A shard is a view of the original wherever no padding (and no gather of rows) is needed; replicated parameters are the
+original tensors themselves. So four virtual ranks cost what one model costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from helix_compile.errors import PlanError
+from helix_compile.layout import HelixLayout
+from helix_compile.passes.fx_edit import is_param, placeholders
+from helix_compile.plan import HelixPlan, ParamShard
+
+
+def cut_param(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) -> Tensor:
+    """`rank`'s part of `whole`, zero-padded to the common width.
+
+    Raises:
+        PlanError: `whole` does not have the shape that the plan was made for.
+    """
+    expected = shard.source_shape
+    fits = len(expected) == whole.dim() and all(
+        e in (-1, s) for e, s in zip(expected, whole.shape, strict=True)
+    )
+    if not fits:
+        raise PlanError(
+            f"parameter {shard.source}: got shape {tuple(whole.shape)}, the plan expects {expected}"
+        )
+    if shard.index is not None:
+        whole = whole[torch.tensor(shard.index, device=whole.device)]
+    part = whole.view(_filled(shard.view, whole))
+    if shard.window is not None:
+        part = part.narrow(*shard.window)
+    for cut in shard.cuts:
+        start, stop = cut.bounds(layout, rank)
+        part = part.narrow(cut.dim, start, stop - start)
+        missing = cut.width(layout) - (stop - start)
+        if missing:
+            zeros = part.new_zeros([missing if d == cut.dim else s for d, s in enumerate(part.shape)])
+            part = torch.cat([part, zeros], dim=cut.dim)
+    return part.view(_filled(shard.shape, part))
+
+
+def _filled(shape: tuple[int, ...], tensor: Tensor) -> list[int]:
+    """`shape` with -1 (the width of the input) read off the tensor, so that empty shards can be viewed too."""
+    return [tensor.shape[-1] if s == -1 else s for s in shape]
+
+
+def originals(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by full name; a tied one under each of its names."""
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def shard_of_name(plan: HelixPlan, prefixes: list[tuple[str, str]]) -> dict[str, tuple[str, ParamShard]]:
+    """Full local name -> (full name of the original, shard), for (layer prefix, body) pairs."""
+    return {
+        prefix + shard.name: (prefix + shard.source, shard)
+        for prefix, body in prefixes
+        for shard in plan.body(body).param_shards
+    }
+
+
+def params_of_stage(
+    stage: fx.GraphModule,
+    whole: dict[str, Tensor],
+    shards: dict[str, tuple[str, ParamShard]],
+    layout: HelixLayout,
+    rank: int,
+) -> Iterator[tuple[str, Tensor]]:
+    """(full local name, tensor) of every parameter that a stage reads: cut only where the stage has it cut."""
+    for node in placeholders(stage.graph):
+        if not is_param(node):
+            continue
+        name = node.meta["input"][1]
+        if node.meta.get("sharded"):
+            source, shard = shards[name]
+            yield name, cut_param(whole[source], shard, layout, rank)
+        else:
+            yield name, whole[name]

@@ -1,0 +1,119 @@
+"""helix_passes(): the only place that states the order of the passes, and why it is this one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from helix_compile.capture import CapturedGraph
+from helix_compile.graph_pass import GraphPass, copy_module
+from helix_compile.kv_cache import pages_per_sequence
+from helix_compile.matches import LayerMatch
+from helix_compile.options import PAGE_SIZE
+from helix_compile.passes.fx_edit import node_named, placeholders
+from helix_compile.passes.lower import lower_pass, no_moves_left
+from helix_compile.passes.propagate import fake_mode_of
+from helix_compile.passes.reshard import reshard_pass
+from helix_compile.passes.rewire_outer import rewire_outer_pass, update_calls_pass
+from helix_compile.passes.shard_attention import shard_attention_pass
+from helix_compile.passes.shard_ffn import shard_ffn_pass
+from helix_compile.plan import HelixPlan
+
+STAGES = ("captured", "attention", "reshard", "ffn", "lowered")
+
+
+def helix_passes(
+    captured: CapturedGraph, matches: dict[str, LayerMatch], plan: HelixPlan
+) -> list[GraphPass]:
+    """Every pass in order, bound to its matches and plan."""
+    layout, names = plan.layout, list(matches)
+    examples = {n: _examples(captured.bodies[n].graph, matches[n], plan) for n in names}
+    common = {n: {"match": matches[n], "plan": plan.body(n), "layout": layout} for n in names}
+    sites = {n: len(matches[n].attentions) for n in names}
+    outer = partial(
+        rewire_outer_pass,
+        before={
+            n: [p.meta["input"] for p in placeholders(b.graph)] for n, b in captured.bodies.items()
+        },
+        prefixes={layer.index: layer.prefix for layer in captured.layers},
+        caches={layer.index: layer.caches for layer in captured.layers},
+        plan=plan,
+    )
+    return [
+        GraphPass(
+            "attention",
+            {
+                n: (
+                    partial(
+                        shard_attention_pass,
+                        **common[n],
+                        step_inputs={k: examples[n][k] for k in ("slots", "visible", "page_table")},
+                        caches=examples[n]["caches"],
+                    ),
+                    sites[n],
+                )
+                for n in names
+            },
+            outer,
+        ),
+        # after attention: its gather of heads becomes o_proj columns + one all_reduce
+        GraphPass(
+            "reshard",
+            {n: (partial(reshard_pass, **common[n]), sites[n]) for n in names},
+            update_calls_pass,
+        ),
+        # after reshard: both leave partial sums behind a row-parallel linear, by the same rule
+        GraphPass(
+            "ffn",
+            {
+                n: (
+                    partial(shard_ffn_pass, **common[n], ep_rank=examples[n]["ep_rank"]),
+                    len(matches[n].dense_ffns) + len(matches[n].moes),
+                )
+                for n in names
+            },
+            update_calls_pass,
+        ),
+        # last: until here graphs speak of moves, so that golden graphs and diffs stay readable
+        GraphPass(
+            "lowered",
+            {n: (lower_pass, len(plan.body(n).collectives)) for n in names},
+            ensures=no_moves_left,
+        ),
+    ]
+
+
+def lowered_copy(stage: fx.GraphModule) -> fx.GraphModule:
+    """A runnable copy of an earlier stage: its moves lowered, nothing else changed."""
+    copy = copy_module(stage)
+    for _, body in copy.named_children():
+        assert isinstance(body, fx.GraphModule)
+        lower_pass(body)
+        body.recompile()
+    return copy
+
+
+def _examples(graph: fx.Graph, match: LayerMatch, plan: HelixPlan) -> dict[str, Any]:
+    """Values that stand for the step's inputs and caches while shapes are propagated."""
+    hidden = placeholders(graph)[0].meta["val"]
+    B, T = hidden.shape[:2]
+    pages = pages_per_sequence(plan.options, plan.layout.kvp)
+    with fake_mode_of(graph):
+        empty = partial(torch.empty, device=hidden.device)
+        caches = [
+            empty(
+                (plan.options.max_batch_size * pages, PAGE_SIZE, a.kv_lora_rank + a.qk_rope_head_dim),
+                dtype=node_named(graph, a.latent).meta["val"].dtype,
+            )
+            for a in match.attentions
+        ]
+        return {
+            "slots": empty((B, T), dtype=torch.int64),
+            "visible": empty((B, T), dtype=torch.int32),
+            "page_table": empty((B, pages), dtype=torch.int64),
+            "ep_rank": empty((), dtype=torch.int64),
+            "caches": caches,
+        }

@@ -1,0 +1,178 @@
+"""MLA sites -> absorbed attention over this rank's part of the latent cache, exchange over heads, merge.
+
+    q -> [q_nope | q_rope];  q_latent = q_nope W_UK
+    cache_append(latent, k_rope) at this rank's slots
+    partial_o, lse = mla_decode(q_latent, q_rope, cache)         PartialSoftmax over kvp
+    partial_o_P, lse_P = all_to_all_heads(partial_o, lse)        each rank owns H/N heads now
+    o = merge_lse(partial_o_P, lse_P);  o = o W_UV
+    reshard(o, heads over world -> R) -> o_proj, still whole
+
+The stage equals the original: the last gather is what reshard_pass takes away.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from helix_compile.graph_pass import PassResult
+from helix_compile.layout import HelixLayout
+from helix_compile.matches import AttentionMatch, LayerMatch
+from helix_compile.ops import helix
+from helix_compile.passes.fx_edit import (
+    add_input,
+    aten,
+    erase_unused,
+    getitems,
+    input_named,
+    node_named,
+    placeholders,
+)
+from helix_compile.passes.propagate import fake_shard, propagate_shapes
+from helix_compile.plan import AttentionPlan, BodyPlan
+
+
+def shard_attention_pass(
+    gm: fx.GraphModule,
+    *,
+    match: LayerMatch,
+    plan: BodyPlan,
+    layout: HelixLayout,
+    step_inputs: dict[str, object],
+    caches: list[object],
+) -> PassResult:
+    """Rewrite every attention site of a body; see the module's picture.
+
+    Args:
+        gm: the body, edited in place.
+        match: its sites.
+        plan: its plan.
+        layout: degrees.
+        step_inputs: example values of slots, visible and page_table.
+        caches: example value of each site's cache.
+    """
+    graph = gm.graph
+    for name, value in step_inputs.items():
+        add_input(graph, "step", name, value)
+    for site, (attention, attention_plan) in enumerate(
+        zip(match.attentions, plan.attentions, strict=True)
+    ):
+        add_input(graph, "cache", f"cache_{site}", caches[site])
+        _rewrite_site(graph, attention, attention_plan, plan, layout)
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = (output.args[0][0],)
+    # fx keeps attention as "seeded": erase by use, so that no linear over the whole context stays
+    erase_unused(graph, keep=placeholders(graph)[:1])
+    propagate_shapes(graph)
+    return PassResult(gm, len(match.attentions))
+
+
+def _rewrite_site(
+    graph: fx.Graph, match: AttentionMatch, plan: AttentionPlan, body: BodyPlan, layout: HelixLayout
+) -> None:
+    kv_up = input_named(graph, "param", match.kv_up_weight)
+    w_uk, w_uv = (_shard_input(graph, f"{match.kv_up_weight}.{s}", kv_up, body) for s in ("w_uk", "w_uv"))
+    for name in (match.q_weight, match.q_bias):
+        if name:
+            cut_input(graph, name, body)
+    anchor, o_proj = node_named(graph, match.anchor), node_named(graph, match.o_proj)
+    with graph.inserting_before(anchor):
+        q_latent, q_rope = _absorbed_query(graph, match, plan, w_uk, layout)
+        partial_o, lse = _local_attention(graph, match, plan, q_latent, q_rope)
+        if plan.v_up == "before":
+            partial_o = graph.call_function(aten.einsum.default, ("bthr,hvr->bthv", [partial_o, w_uv]))
+        o = _merge(graph, plan, partial_o, lse)
+        if plan.v_up == "after":
+            o = graph.call_function(aten.einsum.default, ("bthr,hvr->bthv", [o, w_uv]))
+        if layout.world_size > 1:
+            o = graph.call_function(
+                helix.reshard.default, (o, "world:S(2)", "R", layout.world_size)
+            )
+        flat = graph.call_function(aten.flatten.using_ints, (o, 2, 3))
+    o_proj.args = (flat, *o_proj.args[1:])
+
+
+def _absorbed_query(
+    graph: fx.Graph, match: AttentionMatch, plan: AttentionPlan, w_uk: fx.Node, layout: HelixLayout
+) -> tuple[fx.Node, fx.Node]:
+    """q_latent [B, T, Ht, R] and q_rope [B, T, Ht, r]."""
+    q = node_named(graph, match.q)
+    q_nope, q_rope = (_channels(graph, q, c) for c in (match.q_nope, match.q_rope))
+    q_latent = graph.call_function(aten.einsum.default, ("bhtn,hnr->bthr", [q_nope, w_uk]))
+    q_rope = graph.call_function(aten.transpose.int, (q_rope, 1, 2))
+    if plan.q_proj == "replicate":
+        return q_latent, q_rope
+    packed = graph.call_function(aten.cat.default, ([q_latent, q_rope], -1))
+    target = "tpa:S(2)" if layout.tpa > 1 else "R"
+    packed = graph.call_function(helix.reshard.default, (packed, "world:S(2)", target, layout.kvp))
+    sizes = [match.kv_lora_rank, match.qk_rope_head_dim]
+    split = graph.call_function(aten.split_with_sizes.default, (packed, sizes, -1))
+    q_latent, q_rope = getitems(graph, split, 2)
+    return q_latent, q_rope
+
+
+def _channels(graph: fx.Graph, q: fx.Node, channels: tuple[int, ...]) -> fx.Node:
+    """Channels of q [B, H, T, Dk] in this order: one slice a run, joined where there are several."""
+    runs: list[list[int]] = []
+    for channel in channels:
+        if runs and channel == runs[-1][-1] + 1:
+            runs[-1].append(channel)
+        else:
+            runs.append([channel])
+    parts = [graph.call_function(aten.slice.Tensor, (q, 3, r[0], r[-1] + 1)) for r in runs]
+    return parts[0] if len(parts) == 1 else graph.call_function(aten.cat.default, (parts, 3))
+
+
+def _local_attention(
+    graph: fx.Graph,
+    match: AttentionMatch,
+    plan: AttentionPlan,
+    q_latent: fx.Node,
+    q_rope: fx.Node,
+) -> list[fx.Node]:
+    """Append what is new, then attend to this rank's shard: (partial_o, lse)."""
+    slots, visible, page_table = (
+        input_named(graph, "step", n) for n in ("slots", "visible", "page_table")
+    )
+    cache = input_named(graph, "cache", f"cache_{plan.site}")
+    latent, k_rope = (
+        graph.call_function(aten.squeeze.dim, (node_named(graph, n), 1))
+        for n in (match.latent, match.k_rope)
+    )
+    written = graph.call_function(
+        helix.cache_append.default, (cache, page_table, slots, visible, latent, k_rope)
+    )
+    attended = graph.call_function(
+        helix.mla_decode.default, (q_latent, q_rope, cache, page_table, written, match.scale)
+    )
+    return getitems(graph, attended, 2)
+
+
+def _merge(graph: fx.Graph, plan: AttentionPlan, partial_o: fx.Node, lse: fx.Node) -> fx.Node:
+    """Exact output [B, T, h, *] of the heads that this rank owns."""
+    if plan.kvp == 1:
+        return partial_o
+    if plan.merge == "a2a":
+        exchanged = graph.call_function(
+            helix.all_to_all_heads.default, (partial_o, lse, "kvp", plan.kvp)
+        )
+        return graph.call_function(helix.merge_lse.default, tuple(getitems(graph, exchanged, 2)))
+    stacked = graph.call_function(aten.unsqueeze.default, (lse, 0))
+    lse_P = graph.call_function(helix.reshard.default, (stacked, "kvp:S(0)", "R", plan.kvp))
+    rescaled = graph.call_function(helix.rescale_by_lse.default, (partial_o, lse, lse_P))
+    return graph.call_function(
+        helix.reshard.default, (rescaled, "kvp:P(sum)", "kvp:S(2)", plan.kvp)
+    )
+
+
+def _shard_input(graph: fx.Graph, name: str, like: fx.Node, body: BodyPlan) -> fx.Node:
+    node = add_input(graph, "param", name, like.meta["val"])
+    cut_input(graph, name, body)
+    return node
+
+
+def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
+    """From here on this parameter is the rank's shard: its shape and its layout."""
+    node, shard = input_named(graph, "param", name), body.shard(name)
+    assert shard is not None, name
+    node.meta["val"] = fake_shard(node, shard, body)
+    node.meta["sharded"] = True

@@ -1,0 +1,72 @@
+"""Check what a step is given, before anything is written. Every refusal names what, got, expected and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from helix_compile.errors import RuntimeFault
+from helix_compile.kv_cache import Ledger
+
+SCORE_TOKENS = 2**22  # (sequences x tokens x context) of one chunk; bounds what a long step holds at a time
+MAX_CHUNK = 512
+
+
+def check_ids(input_ids: Tensor, vocab_size: int, max_batch_size: int) -> None:
+    """input_ids must be [B, T] int, 1 <= B <= max_batch_size, T >= 1, ids in the vocabulary."""
+    if not isinstance(input_ids, Tensor):
+        raise RuntimeFault(f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise RuntimeFault(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    if input_ids.dim() != 2:
+        raise RuntimeFault(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
+    B, T = input_ids.shape
+    if T == 0 or B == 0:
+        raise RuntimeFault(f"a step needs at least one sequence and one token, got [B, T] = {[B, T]}")
+    if B > max_batch_size:
+        raise RuntimeFault(
+            f"{B} sequences > max_batch_size={max_batch_size}; compile with max_batch_size={B} or split the batch"
+        )
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise RuntimeFault(
+            f"token ids must be in [0, {vocab_size}), got ids from {low} to {high}"
+        )
+
+
+def checked_mask(mask: Tensor | None, input_ids: Tensor) -> Tensor:
+    """attention_mask as int64 [B, T] on the host; ones where it is None. Zeros between tokens are refused."""
+    B, T = input_ids.shape
+    if mask is None:
+        return torch.ones(B, T, dtype=torch.int64)
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (B, T):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise RuntimeFault(
+            f"attention_mask must be [B, T] = {(B, T)}, the mask of this step's tokens, got {got}"
+        )
+    host = mask.to("cpu", torch.int64)
+    if not bool(((host == 0) | (host == 1)).all()):
+        raise RuntimeFault("attention_mask must hold 0 and 1 only")
+    starts = torch.diff(host, dim=1, prepend=torch.zeros(B, 1, dtype=torch.int64)) == 1
+    broken = (starts.sum(dim=1) > 1).nonzero().flatten().tolist()
+    if broken:
+        raise RuntimeFault(
+            f"attention_mask has zeros between tokens in rows {broken}; padding may stand before or after a row's "
+            "tokens only"
+        )
+    return host
+
+
+def check_batch(ledger: Ledger, batch_size: int) -> None:
+    """B is fixed from the first step to reset()."""
+    if ledger.batch_size and ledger.batch_size != batch_size:
+        raise RuntimeFault(
+            f"the batch has {ledger.batch_size} sequences since the first step, got {batch_size}; "
+            "call reset() to start another batch, or mask idle rows"
+        )
+
+
+def chunks_of(T: int, batch_size: int, context: int) -> list[slice]:
+    """Cut a long step along T so that what is held at a time stays bounded."""
+    width = max(1, min(MAX_CHUNK, SCORE_TOKENS // max(1, batch_size * context)))
+    return [slice(t, min(t + width, T)) for t in range(0, T, width)]
