@@ -1,1 +1,42 @@
-"""helix_compile."""
+"""helix_compile: rewrite an MLA decode step for Helix parallelism (arXiv 2507.07120) as a torch.fx pass.
+
+    compiled = helix_compile(model, cp=4)
+    logits = compiled(input_ids)
+    print(compiled.inspect())
+"""
+
+from __future__ import annotations
+
+from helix_compile.capture import CapturedGraph, capture
+from helix_compile.compile import helix_compile
+from helix_compile.errors import (
+    CaptureError,
+    HelixError,
+    LayoutError,
+    LoweringError,
+    LoweringUnavailable,
+    MatchError,
+    PassError,
+    PlanError,
+    RuntimeFault,
+)
+from helix_compile.module import HelixModule
+from helix_compile.plan import HelixPlan
+
+__version__ = "0.1.0"
+__all__ = [
+    "CaptureError",
+    "CapturedGraph",
+    "HelixError",
+    "HelixModule",
+    "HelixPlan",
+    "LayoutError",
+    "LoweringError",
+    "LoweringUnavailable",
+    "MatchError",
+    "PassError",
+    "PlanError",
+    "RuntimeFault",
+    "capture",
+    "helix_compile",
+]

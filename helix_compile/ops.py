@@ -103,13 +103,16 @@ def _moe_experts_fake(
 
 
 def _reshard_fake(x: Tensor, source: str, target: str, size: int) -> Tensor:
-    """Only a shard that becomes whole changes shape: Shard(dim) -> Replicate multiplies that dim by `size`."""
-    shard = re.search(r"S\((\d+)\)", source)
+    """A shard that is gathered grows `size` times along its dim, a sum that is scattered shrinks so."""
     shape = list(x.shape)
-    if shard and "S(" not in target:
+    if shard := _SHARD.search(source):
         shape[int(shard[1])] = shape[int(shard[1])] * size
+    elif shard := _SHARD.search(target):
+        shape[int(shard[1])] = shape[int(shard[1])] // size
     return x.new_empty(shape)
 
+
+_SHARD = re.compile(r"S\((\d+)\)")
 
 _define(
     "shard_index(Tensor positions, Tensor rank, int cp, int tokens_per_block) -> (Tensor, Tensor)",
