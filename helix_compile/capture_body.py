@@ -31,6 +31,7 @@ from helix_compile.capture_layers import (
 )
 from helix_compile.errors import CaptureError
 from helix_compile.passes.canonicalize import canonicalize
+from helix_compile.passes.propagate import trust_shapes
 
 
 def hint_of(size: int | torch.SymInt) -> int:
@@ -188,6 +189,7 @@ def normalised_module(
         if node is not user[0]:
             graph.erase_node(node)
     _refuse_constants(graph)
+    trust_shapes(graph)
     return fx.GraphModule(nn.Module(), graph)
 
 
