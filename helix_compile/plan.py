@@ -76,7 +76,8 @@ class Collective:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Decisions for one MLA site. head_ranges[rank] are the heads that rank owns after the exchange."""
+    """Decisions for one MLA site. head_ranges[rank] are the heads that rank owns after the exchange,
+    output_weight the parameter whose rows it holds for them."""
 
     site: int
     kvp: int
@@ -87,6 +88,7 @@ class AttentionPlan:
     owned_heads: int
     head_ranges: tuple[tuple[int, int], ...]
     tokens_per_block: int
+    output_weight: str
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,7 @@ def _plan_attention(
         owned_heads=owned,
         head_ranges=tuple((r * owned, (r + 1) * owned) for r in range(layout.world_size)),
         tokens_per_block=options.tokens_per_block,
+        output_weight=match.o_weight,
     )
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives  # noqa: F401 - registers the ops
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from helix_compile.errors import RuntimeFault
 from helix_compile.mesh import HelixMesh
@@ -30,6 +29,7 @@ _COLLECTIVES = {
 }
 Key = tuple[str, tuple[int, ...], int]
 Hook = Callable[[int, fx.Node, Any], None]
+LastUses = dict[fx.Graph, dict[fx.Node, list[fx.Node]]]
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,12 @@ class VirtualWorld:
             RuntimeFault: deadlock, ranks that disagree, a pending value that is used, split sizes that do not fit.
         """
         mailbox: dict[Key, _Exchange] = {}
+        last_uses: LastUses = {}
         walks = {}
         for rank in self.ranks:
             graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[rank]
-            walks[rank] = _Walk(self.mesh, rank, mailbox, hook).graph(graph, inputs[rank], "")
+            walk = _Walk(self.mesh, rank, mailbox, last_uses, hook)
+            walks[rank] = walk.graph(graph, inputs[rank], "")
         waiting: dict[int, tuple[Key, str] | None] = dict.fromkeys(walks)
         outputs: dict[int, Any] = {}
         while walks:
@@ -124,29 +126,38 @@ class VirtualWorld:
 
 
 class _Walk:
-    """One rank's way through its graph."""
+    """One rank's way through its graph. `last_uses` is shared by all ranks of a run."""
 
-    def __init__(self, mesh: HelixMesh, rank: int, mailbox: dict[Key, _Exchange], hook: Hook | None):
+    def __init__(
+        self,
+        mesh: HelixMesh,
+        rank: int,
+        mailbox: dict[Key, _Exchange],
+        last_uses: LastUses,
+        hook: Hook | None,
+    ):
         self.mesh, self.rank, self.mailbox, self.hook = mesh, rank, mailbox, hook
+        self.last_uses = last_uses
         self.posted: dict[str, int] = {}
 
     def graph(
         self, module: fx.GraphModule, inputs: Sequence[Any], path: str
     ) -> Generator[tuple[Key, str], None, Any]:
         values: dict[fx.Node, Any] = {}
-        dying = _last_uses(module.graph)
+        if module.graph not in self.last_uses:
+            self.last_uses[module.graph] = _last_uses(module.graph)
+        dying = self.last_uses[module.graph]
         remaining = iter(inputs)
         for node in module.graph.nodes:
             where = f"{path}{node.name}"
             if node.op == "placeholder":
                 values[node] = next(remaining)
             elif node.op == "output":
-                result = fx.map_arg(node.args[0], values.__getitem__)
-                self._refuse_pending(result, where)
-                return result
+                self._refuse_pending(node, values, where)
+                return fx.map_arg(node.args[0], values.__getitem__)
             elif node.op == "call_module":
+                self._refuse_pending(node, values, where)
                 args = fx.map_arg(node.args, values.__getitem__)
-                self._refuse_pending(args, where)
                 body = module.get_submodule(str(node.target))
                 assert isinstance(body, fx.GraphModule)
                 values[node] = yield from self.graph(body, list(args), f"{where}.")
@@ -167,9 +178,9 @@ class _Walk:
         raise self._fault(path, "the graph has no output")
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any], where: str) -> Any:
+        self._refuse_pending(node, values, where)
         args = fx.map_arg(node.args, values.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-        self._refuse_pending((args, kwargs), where)
+        kwargs = fx.map_arg(node.kwargs, values.__getitem__) if node.kwargs else {}
         op = _COLLECTIVES.get(node.target)
         if op is None:
             assert callable(node.target)
@@ -200,8 +211,9 @@ class _Walk:
         exchange.waited.add(self.rank)
         return exchange.results.pop(self.rank)
 
-    def _refuse_pending(self, value: Any, where: str) -> None:
-        pending = [v.op for v in pytree.tree_leaves(value) if isinstance(v, Pending)]
+    def _refuse_pending(self, node: fx.Node, values: dict[fx.Node, Any], where: str) -> None:
+        sources = [values[source] for source in node.all_input_nodes]
+        pending = [value.op for value in sources if isinstance(value, Pending)]
         if pending:
             raise self._fault(where, f"{pending} used before wait_tensor")
 

@@ -74,9 +74,14 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def getitems(graph: fx.Graph, node: fx.Node, count: int) -> list[fx.Node]:
-    """`count` getitem nodes of a multi-output node, made right behind it."""
-    return [graph.call_function(operator.getitem, (node, i)) for i in range(count)]
+def getitems(graph: fx.Graph, node: fx.Node, *names: str) -> list[fx.Node]:
+    """One named getitem node for each output of a multi-output node."""
+    return [named(graph, name, operator.getitem, node, i) for i, name in enumerate(names)]
+
+
+def named(graph: fx.Graph, name: str, target: Callable, *args: Any) -> fx.Node:
+    """A call_function node under a name that a reader of the graph understands."""
+    return graph.create_node("call_function", target, args, name=name)
 
 
 def erase_unused(graph: fx.Graph, keep: Iterable[fx.Node] = ()) -> None:

@@ -49,6 +49,7 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
     found = tuple(m for m in moes if isinstance(m, MoEMatch))
     match = LayerMatch(body, tuple(matched), tuple(find_dense_ffns(graph)), found)
     _check_disjoint(match, graph)
+    _check_complete(match, graph, layers[0].index)
     return match
 
 
@@ -89,3 +90,16 @@ def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
 
 def _is_expert(name: str, match: LayerMatch) -> bool:
     return any(name in (m.gate_up, m.down) for m in match.moes)
+
+
+def _check_complete(match: LayerMatch, graph: fx.Graph, layer: int) -> None:
+    """Expert weights that no matcher took would silently stay whole on every rank: refuse."""
+    taken = {n for m in match.moes for n in (m.gate_up, m.down)}
+    for node in graph.nodes:
+        if is_param(node) and node.meta["val"].dim() == 3 and node.meta["input"][1] not in taken:
+            users = ", ".join(f"`{u.name}` ({u.target})" for u in node.users)
+            raise MatchError(
+                f"layer {layer}: {node.meta['input'][1]} {list(node.meta['val'].shape)} looks like expert weights, "
+                f"but no routed experts were recognised around {users}; expected transformers' grouped_mm or "
+                "batched_mm form with silu"
+            )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from helix_compile.matches import MatchFailure, MoEMatch
@@ -19,14 +18,13 @@ from helix_compile.passes.fx_edit import aten, calls, is_call, is_param, source_
 from helix_compile.passes.index_provenance import shape_of
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_GROUPED = tuple(
-    op
-    for op in (
-        aten._grouped_mm.default,
-        getattr(getattr(torch.ops.transformers, "grouped_mm_fallback", None), "default", None),
+
+
+def _is_grouped(node: Any) -> bool:
+    """A grouped matmul: torch's, or the op that transformers registers for dtypes that torch's does not take."""
+    return is_call(node, aten._grouped_mm.default) or (
+        isinstance(node, fx.Node) and str(node.target) == "transformers.grouped_mm_fallback.default"
     )
-    if op is not None
-)
 
 
 class _Reject(Exception):
@@ -55,7 +53,7 @@ def _halves(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
             if is_call(gate, operator.getitem) and gate.args[0] is up.args[0]:
                 split = gate.args[0]
                 made = _strip(split.args[0], aten.squeeze.dim)
-                if is_call(made, aten.bmm.default, *_GROUPED) and (gate.args[1], up.args[1]) == (0, 1):
+                if (is_call(made, aten.bmm.default) or _is_grouped(made)) and (gate.args[1], up.args[1]) == (0, 1):
                     return act, split
     return None
 
@@ -121,7 +119,8 @@ def _grouped(first: fx.Node, product: fx.Node) -> tuple:
     _require(is_call(counts, aten.histc.default), "offsets are not a running count of ids")
     counted = _strip(counts.args[0], aten._to_copy.default)
     _require(counted.args == (sort, 0), "the counted ids are not the sorted ones")
-    second = _only_user(product, *_GROUPED)
+    second = next(iter(product.users))
+    _require(len(product.users) == 1 and _is_grouped(second), f"`{product.name}` feeds no grouped matmul")
     _require(second.args[2] is offsets, "gate_up and down use different offsets")
     weighted = _only_user(second, aten.mul.Tensor)
     chosen = _strip(weighted.args[1], aten.unsqueeze.default)

@@ -88,7 +88,7 @@ def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
             helix.shard_index.default,
             (positions, kvp_rank, plan.layout.kvp, plan.options.tokens_per_block),
         )
-        slots, visible = getitems(graph, indexed, 2)
+        slots, visible = getitems(graph, indexed, "slots", "visible")
     slots.meta["step"], visible.meta["step"], page_table.meta["step"] = STEP_INPUTS
     if old is not None:
         old.replace_all_uses_with(clamped)

@@ -24,6 +24,7 @@ from helix_compile.passes.fx_edit import (
     erase_unused,
     getitems,
     input_named,
+    named,
     node_named,
     placeholders,
 )
@@ -79,15 +80,17 @@ def _rewrite_site(
         q_latent, q_rope = _absorbed_query(graph, match, plan, w_uk, layout)
         partial_o, lse = _local_attention(graph, match, plan, q_latent, q_rope)
         if plan.v_up == "before":
-            partial_o = graph.call_function(aten.einsum.default, ("bthr,hvr->bthv", [partial_o, w_uv]))
+            partial_o = named(
+                graph, "partial_o_up", aten.einsum.default, "bthr,hvr->bthv", [partial_o, w_uv]
+            )
         o = _merge(graph, plan, partial_o, lse)
         if plan.v_up == "after":
-            o = graph.call_function(aten.einsum.default, ("bthr,hvr->bthv", [o, w_uv]))
+            o = named(graph, "o_up", aten.einsum.default, "bthr,hvr->bthv", [o, w_uv])
         if layout.world_size > 1:
-            o = graph.call_function(
-                helix.reshard.default, (o, "world:S(2)", "R", layout.world_size)
+            o = named(
+                graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", layout.world_size
             )
-        flat = graph.call_function(aten.flatten.using_ints, (o, 2, 3))
+        flat = named(graph, "o_flat", aten.flatten.using_ints, o, 2, 3)
     o_proj.args = (flat, *o_proj.args[1:])
 
 
@@ -97,16 +100,18 @@ def _absorbed_query(
     """q_latent [B, T, Ht, R] and q_rope [B, T, Ht, r]."""
     q = node_named(graph, match.q)
     q_nope, q_rope = (_channels(graph, q, c) for c in (match.q_nope, match.q_rope))
-    q_latent = graph.call_function(aten.einsum.default, ("bhtn,hnr->bthr", [q_nope, w_uk]))
-    q_rope = graph.call_function(aten.transpose.int, (q_rope, 1, 2))
+    q_latent = named(graph, "q_latent", aten.einsum.default, "bhtn,hnr->bthr", [q_nope, w_uk])
+    q_rope = named(graph, "q_rope", aten.transpose.int, q_rope, 1, 2)
     if plan.q_proj == "replicate":
         return q_latent, q_rope
-    packed = graph.call_function(aten.cat.default, ([q_latent, q_rope], -1))
+    packed = named(graph, "q_packed", aten.cat.default, [q_latent, q_rope], -1)
     target = "tpa:S(2)" if layout.tpa > 1 else "R"
-    packed = graph.call_function(helix.reshard.default, (packed, "world:S(2)", target, layout.kvp))
+    packed = named(
+        graph, "q_gathered", helix.reshard.default, packed, "world:S(2)", target, layout.kvp
+    )
     sizes = [match.kv_lora_rank, match.qk_rope_head_dim]
     split = graph.call_function(aten.split_with_sizes.default, (packed, sizes, -1))
-    q_latent, q_rope = getitems(graph, split, 2)
+    q_latent, q_rope = getitems(graph, split, "q_latent", "q_rope")
     return q_latent, q_rope
 
 
@@ -138,13 +143,15 @@ def _local_attention(
         graph.call_function(aten.squeeze.dim, (node_named(graph, n), 1))
         for n in (match.latent, match.k_rope)
     )
-    written = graph.call_function(
-        helix.cache_append.default, (cache, page_table, slots, visible, latent, k_rope)
-    )
-    attended = graph.call_function(
-        helix.mla_decode.default, (q_latent, q_rope, cache, page_table, written, match.scale)
-    )
-    return getitems(graph, attended, 2)
+    written = named(
+        graph, "visible_now", helix.cache_append.default,
+        cache, page_table, slots, visible, latent, k_rope,
+    )  # fmt: skip
+    attended = named(
+        graph, "mla_decode", helix.mla_decode.default,
+        q_latent, q_rope, cache, page_table, written, match.scale,
+    )  # fmt: skip
+    return getitems(graph, attended, "partial_o", "lse")
 
 
 def _merge(graph: fx.Graph, plan: AttentionPlan, partial_o: fx.Node, lse: fx.Node) -> fx.Node:
@@ -152,16 +159,15 @@ def _merge(graph: fx.Graph, plan: AttentionPlan, partial_o: fx.Node, lse: fx.Nod
     if plan.kvp == 1:
         return partial_o
     if plan.merge == "a2a":
-        exchanged = graph.call_function(
-            helix.all_to_all_heads.default, (partial_o, lse, "kvp", plan.kvp)
+        exchanged = named(
+            graph, "exchanged", helix.all_to_all_heads.default, partial_o, lse, "kvp", plan.kvp
         )
-        return graph.call_function(helix.merge_lse.default, tuple(getitems(graph, exchanged, 2)))
+        parts = getitems(graph, exchanged, "partial_o_P", "lse_P")
+        return named(graph, "o", helix.merge_lse.default, *parts)
     stacked = graph.call_function(aten.unsqueeze.default, (lse, 0))
-    lse_P = graph.call_function(helix.reshard.default, (stacked, "kvp:S(0)", "R", plan.kvp))
-    rescaled = graph.call_function(helix.rescale_by_lse.default, (partial_o, lse, lse_P))
-    return graph.call_function(
-        helix.reshard.default, (rescaled, "kvp:P(sum)", "kvp:S(2)", plan.kvp)
-    )
+    lse_P = named(graph, "lse_P", helix.reshard.default, stacked, "kvp:S(0)", "R", plan.kvp)
+    rescaled = named(graph, "rescaled_o", helix.rescale_by_lse.default, partial_o, lse, lse_P)
+    return named(graph, "o", helix.reshard.default, rescaled, "kvp:P(sum)", "kvp:S(2)", plan.kvp)
 
 
 def _shard_input(graph: fx.Graph, name: str, like: fx.Node, body: BodyPlan) -> fx.Node:

@@ -18,6 +18,7 @@ from helix_compile.passes.fx_edit import (
     aten,
     erase_unused,
     input_named,
+    named,
     node_named,
     placeholders,
 )
@@ -81,9 +82,9 @@ def _experts(
     )
     rank = add_input(graph, "step", "ep_rank", ep_rank)
     with graph.inserting_before(output):
-        first = graph.call_function(aten.mul.Tensor, (rank, match.num_experts // layout.ep))
-        routed = graph.call_function(
-            helix.moe_experts.default, (x, ids, probabilities, *weights, first)
+        first = named(graph, "first_expert", aten.mul.Tensor, rank, match.num_experts // layout.ep)
+        routed = named(
+            graph, "routed", helix.moe_experts.default, x, ids, probabilities, *weights, first
         )
     output.replace_all_uses_with(routed)
     return routed

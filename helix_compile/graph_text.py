@@ -1,0 +1,119 @@
+"""Graphs as text: the whole body as Python, and a short view that keeps what a reader looks for.
+
+The short view prints matmuls, attention, cache updates, helix:: ops and collectives, and folds norms, rope and views
+between them into one comment.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.passes.fx_edit import aten, input_named, is_call
+from helix_compile.passes.index_provenance import is_cache_update, is_layout_op
+
+_KEY_OPS = frozenset(
+    {
+        aten.linear.default, aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.topk.default,
+        aten.scaled_dot_product_attention.default, aten._grouped_mm.default,
+    }
+)  # fmt: skip
+_NAMESPACES = ("helix.", "_c10d_functional.", "transformers.")
+
+
+def format_python(gm: fx.GraphModule) -> str:
+    """A graph as Python with dtypes and shapes behind each value."""
+    return gm.print_readable(print_output=False, include_stride=False, include_device=False) + "\n"
+
+
+def attention_block(body: fx.GraphModule, output_weight: str) -> list[str]:
+    """Short view of a body from its start to the node behind the output projection."""
+    graph = body.graph
+    weight = input_named(graph, "param", output_weight)
+    o_proj = next(n for n in weight.users if is_call(n, aten.linear.default))
+    last = o_proj
+    while len(last.users) == 1 and str(next(iter(last.users)).target).startswith(_NAMESPACES):
+        last = next(iter(last.users))
+    wanted = _between(graph, last)
+    return short_view([n for n in graph.nodes if n in wanted])
+
+
+def _between(graph: fx.Graph, last: fx.Node) -> set[fx.Node]:
+    nodes = set()
+    for node in graph.nodes:
+        nodes.add(node)
+        if node is last:
+            break
+    return nodes
+
+
+def short_view(nodes: list[fx.Node]) -> list[str]:
+    """One line for each key op, one comment for each run of others between them."""
+    lines: list[str] = []
+    folded = 0
+    for node in nodes:
+        if node.op == "placeholder" or node.target in (operator.getitem, aten.sym_size.int):
+            continue
+        if not _is_key(node):
+            folded += not is_layout_op(node) and isinstance(node.meta.get("val"), Tensor)
+            continue
+        if folded:
+            lines.append(f"# {folded} elementwise ops (norms, rope)")
+            folded = 0
+        lines.append(_line(node))
+    return lines
+
+
+def _is_key(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return True
+    return node.target in _KEY_OPS or str(node.target).startswith(_NAMESPACES) or is_cache_update(node)
+
+
+def _line(node: fx.Node) -> str:
+    items = [u.name for u in node.users if u.target is operator.getitem]
+    left = ", ".join(items) if items else node.name
+    args = ", ".join(_argument(a) for a in node.args)
+    op = str(node.target).removesuffix(".default")
+    return f"{left} = {op}({args})  # {shape_text(node.meta.get('val'))}"
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        root = _root(value)
+        return root.name
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_argument(v) for v in value) + "]"
+    return f"{value:.5g}" if isinstance(value, float) else repr(value)
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The printed node that a folded one comes from first."""
+    while node.op == "call_function" and not _is_key(node) and node.target is not operator.getitem:
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, tuple, list))]
+        if not sources:
+            return node
+        node = next((s for s in sources if s.op != "placeholder"), sources[0])
+    if node.target is operator.getitem and not _is_key(node.args[0]):
+        return _root(node.args[0])
+    return node
+
+
+def shape_text(value: Any) -> str:
+    """ "[B, T, 72]" of a value; symbols by their letter, tuples joined."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(shape_text(v) for v in value)
+    if not isinstance(value, Tensor):
+        return "-"
+    return "[" + ", ".join(_size(s) for s in value.shape) + "]"
+
+
+def _size(size: int | torch.SymInt) -> str:
+    """Sizes of the capture hints 2, 3 and 5 are B, T and S where they are symbols."""
+    if isinstance(size, int):
+        return str(size)
+    names = {2: "B", 3: "T", 5: "S", 8: "S+T", 6: "B*T"}
+    return names.get(int(size.node.hint), str(size))
