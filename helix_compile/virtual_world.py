@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives  # noqa: F401 - registers the ops
+import torch.distributed._functional_collectives  # registers the ops
 from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
