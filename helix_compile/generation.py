@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
 from helix_compile.errors import RuntimeFault
@@ -148,3 +149,37 @@ class _Adapter(nn.Module, GenerationMixin):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> CausalLMOutput:
         self._steps += 1
         return CausalLMOutput(logits=self._compiled(input_ids, attention_mask))
+
+
+class TokenPrinter(BaseStreamer):
+    """Prints each new token id as it comes."""
+
+    def __init__(self) -> None:
+        self._prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """The prompt comes first and is not printed."""
+        if not self._prompt:
+            print(*value.flatten().tolist(), end=" ", flush=True)
+        self._prompt = False
+
+    def end(self) -> None:
+        print(flush=True)
+
+
+def padded_prompts(text: str) -> tuple[Tensor, Tensor]:
+    """ "1,2,3; 4 5" -> left-padded ids [B, S] and their mask.
+
+    Raises:
+        RuntimeFault: an empty prompt or something that is not a token id.
+    """
+    try:
+        rows = [[int(t) for t in part.replace(",", " ").split()] for part in text.split(";")]
+    except ValueError as error:
+        raise RuntimeFault(f"prompt ids {text!r}: expected integers separated by commas or spaces: {error}") from error
+    if not all(rows):
+        raise RuntimeFault(f"prompt ids {text!r}: prompt {[len(r) for r in rows].index(0)} is empty")
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    return ids, mask

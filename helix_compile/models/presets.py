@@ -5,6 +5,7 @@ Single-device definitions that know nothing of ranks.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,3 +67,47 @@ def build_model(
                 if name.endswith("e_score_correction_bias"):
                     buffer.normal_(std=0.05)
     return model.eval()
+
+
+def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.Module | Path:
+    """What a MODEL argument names: a preset, a config.json, or a checkpoint folder (returned as its path).
+
+    Args:
+        name: preset, path of a config.json (random weights), or folder with config.json and safetensors.
+        dtype: torch dtype name; presets and configs default to the config's dtype, else float32 (bfloat16 on meta).
+        meta: build on the meta device, without weights.
+
+    Raises:
+        KeyError: no preset and no path of that name.
+        ValueError: not a floating dtype.
+    """
+    chosen = _dtype(dtype)
+    path = Path(name)
+    if name in PRESETS:
+        config: Any = preset_config(name)
+    elif path.is_dir() and not meta and dtype is None:
+        return path
+    elif path.exists():
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if path.is_dir() and not meta:
+            from transformers import AutoModelForCausalLM
+
+            return AutoModelForCausalLM.from_pretrained(
+                path, dtype=chosen, local_files_only=True, use_safetensors=True
+            ).eval()
+    else:
+        raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name")
+    stated = getattr(config, "dtype", None)
+    default = stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
+    return build_model(config, dtype=chosen or default, meta=meta)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {name!r} is not one of float32, bfloat16, float16, float64")
+    return dtype

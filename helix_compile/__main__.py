@@ -1,0 +1,149 @@
+"""The console script: helix-compile inspect | generate. JSON goes to stdout alone, progress to stderr.
+
+Exit status: 0 fine, 1 a check failed, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from helix_compile.errors import HelixError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Rewrite an MLA decode step for Helix parallelism, look at it, and run it.",
+)  # fmt: skip
+
+_MODEL_HELP = "checkpoint folder, a config.json (random weights), or a preset: tiny, deepseek-v3-lite, deepseek-v3"
+Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
+Cp = Annotated[int, typer.Option(help="ranks that share a KV cache by sequence")]
+Tpa = Annotated[int, typer.Option(help="attention tensor parallel")]
+Ep = Annotated[int | None, typer.Option(help="expert parallel; default: the largest that divides")]
+TokensPerBlock = Annotated[int, typer.Option(help="round-robin unit of the cache")]
+Merge = Annotated[str, typer.Option(help="a2a | ag_rs")]
+QProj = Annotated[str, typer.Option(help="replicate | gather")]
+VUp = Annotated[str, typer.Option(help="auto | before | after")]
+Overlap = Annotated[str, typer.Option(help="none")]
+Lower = Annotated[str, typer.Option(help="auto | reference")]
+World = Annotated[str, typer.Option(help="auto | virtual")]
+MaxBatch = Annotated[int, typer.Option("--max-batch-size", help="capacity in sequences")]
+MaxSeqLen = Annotated[int, typer.Option(help="capacity in tokens a sequence")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64")]
+Meta = Annotated[bool, typer.Option("--meta", help="no weights: shapes only")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    cp: Cp,
+    tpa: Tpa = 1,
+    ep: Ep = None,
+    tokens_per_block: TokensPerBlock = 32,
+    merge: Merge = "a2a",
+    q_proj: QProj = "replicate",
+    v_up: VUp = "auto",
+    overlap: Overlap = "none",
+    lower: Lower = "auto",
+    world: World = "auto",
+    max_batch_size: MaxBatch = 8,
+    max_seq_len: MaxSeqLen = 4096,
+    dtype: Dtype = None,
+    meta: Meta = False,
+    out: Annotated[Path | None, typer.Option(help="folder for plan, report and graphs")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL and say what was rewritten, what was not and why, and the bytes of each collective."""
+    options = {k: v for k, v in locals().items() if k not in ("model", "dtype", "meta", "out", "as_json")}
+    compiled = _compile(model, dtype, meta, options)
+    inspection = compiled.inspect(out)
+    print(inspection.to_json() if as_json else inspection)
+    if out is not None:
+        print(f"files in {out}", file=sys.stderr)
+
+
+@app.command()
+def generate(
+    model: Model,
+    cp: Cp,
+    prompt_ids: Annotated[str, typer.Option(help="token ids separated by commas or spaces; several prompts by ';'")],
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 16,
+    tpa: Tpa = 1,
+    ep: Ep = None,
+    tokens_per_block: TokensPerBlock = 32,
+    merge: Merge = "a2a",
+    q_proj: QProj = "replicate",
+    v_up: VUp = "auto",
+    overlap: Overlap = "none",
+    lower: Lower = "auto",
+    world: World = "auto",
+    max_batch_size: MaxBatch = 8,
+    max_seq_len: MaxSeqLen = 4096,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Generate greedily from token ids; prints the new ids of each prompt, streaming where there is one."""
+    import json
+
+    from helix_compile.generation import TokenPrinter, padded_prompts
+
+    kept = ("model", "dtype", "as_json", "prompt_ids", "max_new_tokens", "json", "TokenPrinter", "padded_prompts")
+    options = {k: v for k, v in locals().items() if k not in kept}
+    ids, mask = padded_prompts(prompt_ids)
+    compiled = _compile(model, dtype, False, options)
+    stream = len(ids) == 1 and not as_json
+    new = compiled.generate(
+        ids, mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0,
+        streamer=TokenPrinter() if stream else None,
+    )[:, ids.shape[1] :]  # fmt: skip
+    if as_json:
+        print(json.dumps({"prompt_ids": [r[m > 0].tolist() for r, m in zip(ids, mask, strict=True)],
+                          "new_ids": new.tolist()}))  # fmt: skip
+    elif not stream:
+        for row in new.tolist():
+            print(" ".join(map(str, row)))
+
+
+def _later(name: str, what: str) -> None:
+    @app.command(name, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    def refuse() -> None:
+        raise HelixError(f"helix-compile {name}: {what} is not in this version")
+
+
+for _name, _what in (
+    ("verify", "the equivalence verifier"),
+    ("kernels", "the offline kernel compiler"),
+    ("export", "ONNX and TensorRT export"),
+    ("plan", "the planner"),
+    ("bench", "the benchmark command"),
+):
+    _later(_name, _what)
+
+
+def _compile(model: str, dtype: str | None, meta: bool, options: dict[str, Any]) -> Any:
+    from helix_compile.compile import helix_compile  # heavy imports: after the arguments are checked
+    from helix_compile.models.presets import named_model
+
+    print(f"compiling {model} ...", file=sys.stderr)
+    try:
+        built = named_model(model, dtype, meta)
+    except (KeyError, ValueError, OSError) as error:
+        raise HelixError(f"MODEL {model!r}: {error.args[0] if error.args else error}") from error
+    return helix_compile(built, **options)
+
+
+def main() -> None:
+    """Entry point: a HelixError is wrong use (2) and prints its message alone."""
+    try:
+        app()
+    except HelixError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

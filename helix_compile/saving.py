@@ -1,0 +1,187 @@
+"""save() and load(): what was inspected is what runs.
+
+    plan.json        every decision
+    graphs.json      stages from "ffn" on: outer graph and bodies
+    rank_R.safetensors   each storage once, in the file of the first rank that uses it
+    views.json       rank -> parameter -> file, storage, shape, stride, offset
+    config.json, generation_config.json   of the original model, for generate()
+
+A reload is bitwise: storages are cloned to aligned memory and the very same views are made on them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+from transformers import AutoConfig, GenerationConfig
+
+from helix_compile.errors import HelixError, RuntimeFault
+from helix_compile.graph_json import graph_from_json, graph_to_json
+from helix_compile.kv_cache import allocate_caches
+from helix_compile.mesh import HelixMesh
+from helix_compile.module import HelixModule, ModelFacts, Rank
+from helix_compile.plan import HelixPlan
+from helix_compile.world import open_world
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SAVED_STAGES = ("ffn", "lowered")
+_VERSION = 1
+
+
+def save_module(compiled: HelixModule, folder: Path) -> None:
+    """Write `compiled` to `folder`, which must not hold a saved module yet."""
+    if (folder / "plan.json").exists():
+        raise HelixError(f"{folder} holds a saved module already; choose another folder or delete it")
+    if compiled.device.type == "meta":
+        raise HelixError("a module on the meta device has no weights to save")
+    graphs = {
+        name: {
+            "outer": graph_to_json(compiled.stages[name]),
+            "bodies": {n: graph_to_json(b) for n, b in _bodies(compiled.stages[name])},
+        }
+        for name in SAVED_STAGES
+    }
+    files, views = _storages(compiled.ranks)
+    facts = compiled.facts
+    document = {
+        "version": _VERSION,
+        "vocab_size": facts.vocab_size,
+        "cache_widths": list(facts.cache_widths),
+        "stages": graphs,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    facts.config.save_pretrained(folder)
+    if facts.generation_config is not None:
+        facts.generation_config.save_pretrained(folder)
+    (folder / "graphs.json").write_text(json.dumps(document))
+    (folder / "views.json").write_text(json.dumps(views, indent=1))
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+    (folder / "plan.json").write_text(compiled.plan.to_json())  # last: its presence says "complete"
+
+
+def _bodies(stage: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    for name, body in stage.named_children():
+        assert isinstance(body, fx.GraphModule)
+        yield name, body
+
+
+def _storages(ranks: list[Rank]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(file -> storages as 1-D tensors, rank -> parameter -> view)."""
+    known: dict[tuple[int, torch.dtype], tuple[str, str]] = {}
+    files: dict[str, dict[str, Tensor]] = {}
+    views: dict[str, Any] = {}
+    for rank in ranks:
+        file = f"rank_{rank.rank}.safetensors"
+        files[file], views[str(rank.rank)] = {}, {}
+        for name, tensor in rank.params.items():
+            key = (tensor.untyped_storage().data_ptr(), tensor.dtype)
+            if key not in known or tensor.numel() == 0:
+                known[key] = (file, name)
+                whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                whole.set_(tensor.untyped_storage())
+                files[file][name] = whole.cpu()
+            source_file, storage = known[key]
+            views[str(rank.rank)][name] = {
+                "file": source_file,
+                "storage": storage,
+                "shape": list(tensor.shape),
+                "stride": list(tensor.stride()),
+                "offset": tensor.storage_offset(),
+            }
+    return files, views
+
+
+def load_module(folder: Path, device: str | torch.device | None) -> HelixModule:
+    """Read what save_module wrote. HelixError names the file and what is wrong with it."""
+    place = torch.device(device or "cpu")
+    plan = HelixPlan.from_json(_read(folder / "plan.json"))
+    document = _json(folder / "graphs.json")
+    if document.get("version") != _VERSION:
+        raise HelixError(f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}")
+    stages = {n: _stage(document["stages"][n], f"graphs.json, stage {n}", place) for n in SAVED_STAGES}
+    generation = folder / "generation_config.json"
+    facts = ModelFacts(
+        vocab_size=document["vocab_size"],
+        cache_widths=tuple(document["cache_widths"]),
+        originals={},
+        device=place,
+        config=AutoConfig.from_pretrained(folder, local_files_only=True),
+        generation_config=GenerationConfig.from_pretrained(folder) if generation.exists() else None,
+    )
+    world = open_world(HelixMesh(plan.layout), "virtual")
+    params = _params(folder, _json(folder / "views.json"), place, list(world.ranks))
+    dtype = getattr(torch, plan.dtype)
+    ranks = [
+        Rank(r, params[r], allocate_caches(list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, place))
+        for r in world.ranks
+    ]
+    _check_names(stages["lowered"], ranks)
+    return HelixModule(plan, stages, ranks, world, facts)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise HelixError(f"{path}: not a saved module: {error}") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise HelixError(f"{path}: not valid JSON: {error}") from error
+
+
+def _stage(entry: dict[str, Any], where: str, device: torch.device) -> fx.GraphModule:
+    bodies = {
+        name: graph_from_json(nodes, f"{where}, {name}", {}, device)
+        for name, nodes in entry["bodies"].items()
+    }
+    return graph_from_json(entry["outer"], f"{where}, outer graph", bodies, device)
+
+
+def _params(
+    folder: Path, views: dict[str, Any], device: torch.device, ranks: list[int]
+) -> dict[int, dict[str, Tensor]]:
+    storages: dict[tuple[str, str], Tensor] = {}
+    for file in sorted({v["file"] for rank in views.values() for v in rank.values()}):
+        try:
+            loaded = load_file(folder / file)
+        except (OSError, SafetensorError) as error:
+            raise HelixError(f"{folder / file}: can't be read: {error}") from error
+        for name, tensor in loaded.items():
+            # a clone is aligned; a tensor inside the file is not, and BLAS then rounds differently
+            storages[(file, name)] = tensor.clone().to(device)
+    params: dict[int, dict[str, Tensor]] = {}
+    for rank in ranks:
+        params[rank] = {}
+        for name, view in views[str(rank)].items():
+            storage = storages[(view["file"], view["storage"])]
+            try:
+                params[rank][name] = storage.as_strided(view["shape"], view["stride"], view["offset"])
+            except RuntimeError as error:
+                raise HelixError(f"views.json: rank {rank}, {name}: {error}") from error
+    return params
+
+
+def _check_names(lowered: fx.GraphModule, ranks: list[Rank]) -> None:
+    wanted = {
+        n.meta["input"][1]: tuple(n.meta["val"].shape)
+        for n in lowered.graph.nodes
+        if n.op == "placeholder" and n.meta["input"][0] == "param"
+    }
+    for rank in ranks:
+        for name, shape in wanted.items():
+            got = tuple(rank.params[name].shape) if name in rank.params else None
+            if got != shape:
+                raise RuntimeFault(f"rank {rank.rank}: parameter {name} has shape {got}, the graph expects {shape}")
