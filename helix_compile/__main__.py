@@ -5,19 +5,23 @@ Exit status: 0 fine, 1 a check failed, 2 wrong use.
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from helix_compile.errors import HelixError
+from helix_compile.options import HelixOptions
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Rewrite an MLA decode step for Helix parallelism, look at it, and run it.",
 )  # fmt: skip
 
+_OPTIONS = (*(f.name for f in fields(HelixOptions)), "world")  # options that helix_compile takes as they are
 _MODEL_HELP = "checkpoint folder, a config.json (random weights), or a preset: tiny, deepseek-v3-lite, deepseek-v3"
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 Cp = Annotated[int, typer.Option(help="ranks that share a KV cache by sequence")]
@@ -39,6 +43,7 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout"
 
 @app.command()
 def inspect(
+    ctx: typer.Context,
     model: Model,
     cp: Cp,
     tpa: Tpa = 1,
@@ -58,8 +63,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Compile MODEL and say what was rewritten, what was not and why, and the bytes of each collective."""
-    options = {k: v for k, v in locals().items() if k not in ("model", "dtype", "meta", "out", "as_json")}
-    compiled = _compile(model, dtype, meta, options)
+    compiled = _compile(ctx, model, dtype, meta)
     inspection = compiled.inspect(out)
     print(inspection.to_json() if as_json else inspection)
     if out is not None:
@@ -68,6 +72,7 @@ def inspect(
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     model: Model,
     cp: Cp,
     prompt_ids: Annotated[str, typer.Option(help="token ids separated by commas or spaces; several prompts by ';'")],
@@ -87,14 +92,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate greedily from token ids; prints the new ids of each prompt, streaming where there is one."""
-    import json
+    from helix_compile.generation import TokenPrinter, padded_prompts  # heavy: imports transformers
 
-    from helix_compile.generation import TokenPrinter, padded_prompts
-
-    kept = ("model", "dtype", "as_json", "prompt_ids", "max_new_tokens", "json", "TokenPrinter", "padded_prompts")
-    options = {k: v for k, v in locals().items() if k not in kept}
     ids, mask = padded_prompts(prompt_ids)
-    compiled = _compile(model, dtype, False, options)
+    compiled = _compile(ctx, model, dtype, meta=False)
     stream = len(ids) == 1 and not as_json
     new = compiled.generate(
         ids, mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0,
@@ -124,16 +125,17 @@ for _name, _what in (
     _later(_name, _what)
 
 
-def _compile(model: str, dtype: str | None, meta: bool, options: dict[str, Any]) -> Any:
+def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> Any:
     from helix_compile.compile import helix_compile  # heavy imports: after the arguments are checked
     from helix_compile.models.presets import named_model
 
+    HelixOptions(**{name: ctx.params[name] for name in _OPTIONS if name != "world"})  # before minutes of loading
     print(f"compiling {model} ...", file=sys.stderr)
     try:
         built = named_model(model, dtype, meta)
     except (KeyError, ValueError, OSError) as error:
         raise HelixError(f"MODEL {model!r}: {error.args[0] if error.args else error}") from error
-    return helix_compile(built, **options)
+    return helix_compile(built, **{name: ctx.params[name] for name in _OPTIONS})
 
 
 def main() -> None:

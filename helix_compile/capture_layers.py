@@ -7,6 +7,7 @@ export costs the same for 4 and for 61 layers, and no name inside a layer matter
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -193,7 +194,9 @@ def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> Expor
 
 def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedProgram:
     """torch.export, then run_decompositions({}): functional, with linear and attention kept whole."""
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch.export walks transformers' registered pytrees and warns about its own deprecation each time
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
         return program.run_decompositions({})
 
