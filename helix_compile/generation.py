@@ -140,13 +140,16 @@ class _Adapter(nn.Module, GenerationMixin):
         yield  # nothing to switch: experts are one op
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The whole prompt first, then the newest token; the mask comes in total length."""
+        """The whole prompt first, then the newest token; the mask comes in total length, or None for all ones."""
         new = input_ids.shape[1] if self._steps == 0 else 1
-        return {"input_ids": input_ids[:, -new:], "attention_mask": attention_mask[:, -new:]}
+        mask = None if attention_mask is None else attention_mask[:, -new:]
+        return {"input_ids": input_ids[:, -new:], "attention_mask": mask}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> CausalLMOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutput:
         self._steps += 1
         return CausalLMOutput(logits=self._compiled(input_ids, attention_mask))
 
