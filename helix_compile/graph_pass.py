@@ -21,10 +21,6 @@ class PassResult:
     num_rewrites: int
 
 
-def always(gm: fx.GraphModule) -> None:
-    """The check that holds for every graph."""
-
-
 @dataclass(frozen=True)
 class GraphPass:
     """One stage: a pass for each body, one for the outer graph, and what must hold after it.
@@ -33,13 +29,13 @@ class GraphPass:
         stage: name of the stage it makes.
         bodies: body name -> (pass, number of rewrites that the plan expects).
         outer: pass over the outer graph, run after the bodies (it reads their placeholders).
-        ensures: checked on every body afterwards.
+        ensures: body name -> what must hold for it afterwards.
     """
 
     stage: str
     bodies: dict[str, tuple[Callable[[fx.GraphModule], PassResult], int]]
     outer: Callable[[fx.GraphModule], None] | None = None
-    ensures: Check = field(default=always)
+    ensures: dict[str, Check] = field(default_factory=dict)
 
 
 def run_passes(
@@ -84,7 +80,10 @@ def _run_one(module: fx.GraphModule, graph_pass: GraphPass) -> None:
         assert isinstance(graph_module, fx.GraphModule)
         graph_module.graph.lint()
         graph_module.recompile()
-        graph_pass.ensures(graph_module)
+    for name, check in graph_pass.ensures.items():
+        body = module.get_submodule(name)
+        assert isinstance(body, fx.GraphModule)
+        check(body)
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:

@@ -1,7 +1,8 @@
 """Placements: how a value lies over each axis of the mesh.
 
-torch.distributed.tensor's Replicate, Shard(dim) and Partial("sum"), plus PartialSoftmax for the pair
-(partial_o, lse), which is neither a sum nor a shard: it needs the merge by log-sum-exp.
+torch.distributed.tensor's Replicate, Shard(dim) and Partial("sum"), plus two of ours: PartialSoftmax for the pair
+(partial_o, lse), which is neither a sum nor a shard (it needs the merge by log-sum-exp), and PerRank for what differs
+on each rank by construction.
 
 A layout is a dict axis -> placement. An axis that is not named is Replicate. Layouts are kept in normal form:
 a value that is cut or summed over every rank is written over "world", not over two axes.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
-from helix_compile.layout import ATTENTION_AXES, FFN_AXES, HelixLayout
+from helix_compile.layout import ATTENTION_AXES, AXES, FFN_AXES, HelixLayout
 
 Layout = dict[str, Placement]
 
@@ -27,18 +28,29 @@ class PartialSoftmax(Placement):
         return "PS"
 
 
+@dataclass(frozen=True)
+class PerRank(Placement):
+    """Another value on each rank by construction: slots, visible lengths, a cache shard, a rank index.
+
+    Only an op that knows what it means may read it.
+    """
+
+    def __str__(self) -> str:
+        return "L"
+
+
 def normal_form(layout: Layout, degrees: HelixLayout) -> Layout:
-    """Drop axes of size 1 and Replicate entries; fold a whole view with equal placements into "world"."""
+    """Drop axes of size 1 and Replicate entries (marks that are not mesh axes stay); fold a whole view with equal placements into "world"."""
     kept = {
         axis: p
         for axis, p in layout.items()
-        if degrees.size(axis) > 1 and not isinstance(p, Replicate)
+        if (axis not in AXES or degrees.size(axis) > 1) and not isinstance(p, Replicate)
     }
     for view in (ATTENTION_AXES, FFN_AXES):
         axes = [axis for axis in view if degrees.size(axis) > 1]
         if axes and all(axis in kept for axis in axes):
             placements = {kept[axis] for axis in axes}
-            foldable = len(placements) == 1 and not isinstance(kept[axes[0]], PartialSoftmax)
+            foldable = len(placements) == 1 and isinstance(kept[axes[0]], (Shard, Partial))
             if foldable:
                 kept = {a: p for a, p in kept.items() if a not in axes} | {
                     "world": placements.pop()
@@ -47,7 +59,9 @@ def normal_form(layout: Layout, degrees: HelixLayout) -> Layout:
 
 
 def format_placement(placement: Placement) -> str:
-    """Short text of one placement: "R", "S(2)", "P(sum)", "PS"."""
+    """Short text of one placement: "R", "S(2)", "P(sum)", "PS", "L"."""
+    if isinstance(placement, PerRank):
+        return "L"
     if isinstance(placement, PartialSoftmax):
         return "PS"
     if isinstance(placement, Shard):
@@ -73,8 +87,8 @@ def parse_layout(text: str) -> Layout:
             layout[axis] = Shard(int(shard[1]))
         elif partial := re.fullmatch(r"P\((\w+)\)", placement):
             layout[axis] = Partial(partial[1])
-        elif placement == "PS":
-            layout[axis] = PartialSoftmax()
+        elif placement in ("PS", "L"):
+            layout[axis] = PartialSoftmax() if placement == "PS" else PerRank()
         else:
             raise ValueError(f"unknown placement {placement!r} in layout {text!r}")
     return layout

@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from helix_compile.capture import CapturedGraph
-from helix_compile.graph_pass import GraphPass, copy_module
+from helix_compile.graph_pass import Check, GraphPass, copy_module
 from helix_compile.kv_cache import pages_per_sequence
 from helix_compile.matches import LayerMatch
 from helix_compile.options import PAGE_SIZE
+from helix_compile.passes.check_layouts import check_layouts
 from helix_compile.passes.fx_edit import node_named, placeholders
 from helix_compile.passes.lower import lower_pass, no_moves_left
 from helix_compile.passes.propagate import fake_mode_of
@@ -42,6 +43,7 @@ def helix_passes(
         caches={layer.index: layer.caches for layer in captured.layers},
         plan=plan,
     )
+    typed = {n: partial(check_layouts, plan=plan.body(n), degrees=layout) for n in names}
     return [
         GraphPass(
             "attention",
@@ -58,12 +60,14 @@ def helix_passes(
                 for n in names
             },
             outer,
+            typed,
         ),
         # after attention: its gather of heads becomes o_proj columns + one all_reduce
         GraphPass(
             "reshard",
             {n: (partial(reshard_pass, **common[n]), sites[n]) for n in names},
             update_calls_pass,
+            typed,
         ),
         # after reshard: both leave partial sums behind a row-parallel linear, by the same rule
         GraphPass(
@@ -76,14 +80,20 @@ def helix_passes(
                 for n in names
             },
             update_calls_pass,
+            typed,
         ),
         # last: until here graphs speak of moves, so that golden graphs and diffs stay readable
         GraphPass(
             "lowered",
             {n: (lower_pass, len(plan.body(n).collectives)) for n in names},
-            ensures=no_moves_left,
+            ensures={n: partial(_is_lowered, typed=typed[n]) for n in names},
         ),
     ]
+
+
+def _is_lowered(gm: fx.GraphModule, *, typed: Check) -> None:
+    no_moves_left(gm)
+    typed(gm)
 
 
 def lowered_copy(stage: fx.GraphModule) -> fx.GraphModule:
