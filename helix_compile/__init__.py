@@ -1,8 +1,8 @@
 """helix_compile: rewrite an MLA decode step for Helix parallelism (arXiv 2507.07120) as a torch.fx pass.
 
-    compiled = helix_compile(model, cp=4)
-    logits = compiled(input_ids)
-    print(compiled.inspect())
+compiled = helix_compile(model, cp=4)
+logits = compiled(input_ids)
+print(compiled.inspect())
 """
 
 from __future__ import annotations

@@ -21,7 +21,10 @@ app = typer.Typer(
     help="Rewrite an MLA decode step for Helix parallelism, look at it, and run it.",
 )  # fmt: skip
 
-_OPTIONS = (*(f.name for f in fields(HelixOptions)), "world")  # options that helix_compile takes as they are
+_OPTIONS = (
+    *(f.name for f in fields(HelixOptions)),
+    "world",
+)  # options that helix_compile takes as they are
 _MODEL_HELP = "checkpoint folder, a config.json (random weights), or a preset: tiny, deepseek-v3-lite, deepseek-v3"
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 Cp = Annotated[int, typer.Option(help="ranks that share a KV cache by sequence")]
@@ -75,7 +78,9 @@ def generate(
     ctx: typer.Context,
     model: Model,
     cp: Cp,
-    prompt_ids: Annotated[str, typer.Option(help="token ids separated by commas or spaces; several prompts by ';'")],
+    prompt_ids: Annotated[
+        str, typer.Option(help="token ids separated by commas or spaces; several prompts by ';'")
+    ],
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 16,
     tpa: Tpa = 1,
     ep: Ep = None,
@@ -110,7 +115,11 @@ def generate(
 
 
 def _later(name: str, what: str) -> None:
-    @app.command(name, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    @app.command(
+        name,
+        hidden=True,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
     def refuse() -> None:
         raise HelixError(f"helix-compile {name}: {what} is not in this version")
 
@@ -126,10 +135,14 @@ for _name, _what in (
 
 
 def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> Any:
-    from helix_compile.compile import helix_compile  # heavy imports: after the arguments are checked
+    from helix_compile.compile import (
+        helix_compile,
+    )  # heavy imports: after the arguments are checked
     from helix_compile.models.presets import named_model
 
-    HelixOptions(**{name: ctx.params[name] for name in _OPTIONS if name != "world"})  # before minutes of loading
+    HelixOptions(
+        **{name: ctx.params[name] for name in _OPTIONS if name != "world"}
+    )  # before minutes of loading
     print(f"compiling {model} ...", file=sys.stderr)
     try:
         built = named_model(model, dtype, meta)

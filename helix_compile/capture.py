@@ -75,10 +75,14 @@ class CapturedGraph:
         return [layer for layer in self.layers if layer.body == body]
 
 
-_MEMO: weakref.WeakKeyDictionary[nn.Module, dict[tuple, CapturedGraph]] = weakref.WeakKeyDictionary()
+_MEMO: weakref.WeakKeyDictionary[nn.Module, dict[tuple, CapturedGraph]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def capture(model: nn.Module, *, whole: bool = False, owner: nn.Module | None = None) -> CapturedGraph:
+def capture(
+    model: nn.Module, *, whole: bool = False, owner: nn.Module | None = None
+) -> CapturedGraph:
     """Capture the decode step of `model`, which is left as it was.
 
     Args:
@@ -105,7 +109,10 @@ def capture(model: nn.Module, *, whole: bool = False, owner: nn.Module | None = 
 def _structure_key(model: nn.Module) -> tuple:
     shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in model.named_parameters())
     config = model.config
-    implementations = (config._attn_implementation, getattr(config, "_experts_implementation", None))
+    implementations = (
+        config._attn_implementation,
+        getattr(config, "_experts_implementation", None),
+    )
     return shapes, implementations, repr(config.to_dict())
 
 
@@ -206,9 +213,7 @@ def _outer_graph(
                 full = f"{layer.prefix}{name}" if kind == "param" else _past_name(layer, name)
                 args.append(_input(graph, by_input, kind, full, placeholder.meta["val"]))
         with graph.inserting_before(node):
-            call = graph.create_node(
-                "call_module", layer.body, tuple(args), name=f"layer_{index}"
-            )
+            call = graph.create_node("call_module", layer.body, tuple(args), name=f"layer_{index}")
             call.meta["layer"] = index
             out = graph.call_function(operator.getitem, (call, 0))
             states = graph.call_function(operator.getitem, (call, 1))

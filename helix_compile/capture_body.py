@@ -87,9 +87,7 @@ class _OpTrace(TorchDispatchMode):
         return repr(leaf)
 
 
-def probe_layer(
-    layer: nn.Module, call: LayerCall, config: Any
-) -> tuple[str, list[CachedSite]]:
+def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, list[CachedSite]]:
     """Run `layer` once on fake tensors: its signature, and what each attention site caches.
 
     The signature covers every aten op with its constants, so two layers share a body only if they compute the
@@ -157,7 +155,9 @@ def _dims(fake: Tensor, batch: Any, tokens: Any) -> dict[int, Any]:
     dims: dict[int, Any] = {}
     for dim, size in enumerate(fake.shape):
         if isinstance(size, torch.SymInt):
-            same = [d for s, d in ((batch, BATCH), (tokens, TOKENS)) if s.node.expr == size.node.expr]
+            same = [
+                d for s, d in ((batch, BATCH), (tokens, TOKENS)) if s.node.expr == size.node.expr
+            ]
             dims[dim] = same[0] if same else Dim.AUTO
     return dims
 

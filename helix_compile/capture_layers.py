@@ -173,9 +173,7 @@ def export_whole(model: nn.Module, widths: list[tuple[int, int]]) -> ExportedPro
         for w in pair
     ]
     pairs = lambda flat: list(zip(flat[::2], flat[1::2], strict=True))  # noqa: E731 - two uses on one line
-    return _export_model(
-        model, lambda p: ConcatenatingCache(model.config, pairs(p), p[0]), pasts
-    )
+    return _export_model(model, lambda p: ConcatenatingCache(model.config, pairs(p), p[0]), pasts)
 
 
 def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> ExportedProgram:

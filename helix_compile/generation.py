@@ -33,7 +33,10 @@ _REFUSED_ARGUMENTS = {
 }
 _ASSISTED = "it takes tokens back, which needs truncate(); that is not in this version"
 _REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "num_beams": ((None, 1), "beam search reorders sequences between steps; the sharded cache can't follow"),
+    "num_beams": (
+        (None, 1),
+        "beam search reorders sequences between steps; the sharded cache can't follow",
+    ),
     "num_beam_groups": ((None, 1), "beam search reorders sequences between steps"),
     "penalty_alpha": ((None,), "contrastive search branches the cache"),
     "dola_layers": ((None,), "it reads the hidden states of inner layers"),
@@ -51,7 +54,7 @@ _REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
 def generate(
     compiled: HelixModule, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
 ) -> Any:
-    """Run transformers' generate() on an empty cache.
+    """Generate by transformers' own loop on an empty cache.
 
     Args:
         compiled: the module; its cache is reset first.
@@ -171,7 +174,7 @@ class TokenPrinter(BaseStreamer):
 
 
 def padded_prompts(text: str) -> tuple[Tensor, Tensor]:
-    """ "1,2,3; 4 5" -> left-padded ids [B, S] and their mask.
+    """Prompts such as "1,2,3; 4 5" -> left-padded ids [B, S] and their mask.
 
     Raises:
         RuntimeFault: an empty prompt or something that is not a token id.
@@ -179,9 +182,13 @@ def padded_prompts(text: str) -> tuple[Tensor, Tensor]:
     try:
         rows = [[int(t) for t in part.replace(",", " ").split()] for part in text.split(";")]
     except ValueError as error:
-        raise RuntimeFault(f"prompt ids {text!r}: expected integers separated by commas or spaces: {error}") from error
+        raise RuntimeFault(
+            f"prompt ids {text!r}: expected integers separated by commas or spaces: {error}"
+        ) from error
     if not all(rows):
-        raise RuntimeFault(f"prompt ids {text!r}: prompt {[len(r) for r in rows].index(0)} is empty")
+        raise RuntimeFault(
+            f"prompt ids {text!r}: prompt {[len(r) for r in rows].index(0)} is empty"
+        )
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])

@@ -11,7 +11,7 @@ import operator
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives  # noqa: F401 - registers _c10d_functional
+import torch.distributed._functional_collectives
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -88,7 +88,10 @@ def _encode(value: Any) -> Any:
 
 
 def graph_from_json(
-    entries: list[dict[str, Any]], where: str, bodies: dict[str, fx.GraphModule], device: torch.device
+    entries: list[dict[str, Any]],
+    where: str,
+    bodies: dict[str, fx.GraphModule],
+    device: torch.device,
 ) -> fx.GraphModule:
     """Rebuild a graph; `where` names it in errors, `bodies` are its submodules."""
     graph = fx.Graph()

@@ -108,5 +108,7 @@ def _dump(folder: Path | None, number: int, stage: str, module: fx.GraphModule) 
         return
     folder.mkdir(parents=True, exist_ok=True)
     texts = [f"# outer\n{module.graph}"]
-    texts += [f"# {n}\n{b.graph}" for n, b in module.named_children() if isinstance(b, fx.GraphModule)]
+    texts += [
+        f"# {n}\n{b.graph}" for n, b in module.named_children() if isinstance(b, fx.GraphModule)
+    ]
     (folder / f"{number:02d}_{stage}.txt").write_text("\n\n".join(texts) + "\n")

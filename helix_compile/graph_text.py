@@ -70,7 +70,9 @@ def short_view(nodes: list[fx.Node]) -> list[str]:
 def _is_key(node: fx.Node) -> bool:
     if node.op == "call_module":
         return True
-    return node.target in _KEY_OPS or str(node.target).startswith(_NAMESPACES) or is_cache_update(node)
+    return (
+        node.target in _KEY_OPS or str(node.target).startswith(_NAMESPACES) or is_cache_update(node)
+    )
 
 
 def _line(node: fx.Node) -> str:
@@ -93,7 +95,9 @@ def _argument(value: Any) -> str:
 def _root(node: fx.Node) -> fx.Node:
     """The printed node that a folded one comes from first."""
     while node.op == "call_function" and not _is_key(node) and node.target is not operator.getitem:
-        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, tuple, list))]
+        sources = [
+            n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, tuple, list))
+        ]
         if not sources:
             return node
         node = next((s for s in sources if s.op != "placeholder"), sources[0])
@@ -103,7 +107,7 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def shape_text(value: Any) -> str:
-    """ "[B, T, 72]" of a value; symbols by their letter, tuples joined."""
+    """Shape of a value, such as "[B, T, 72]"; symbols by their letter, tuples joined."""
     if isinstance(value, (list, tuple)):
         return ", ".join(shape_text(v) for v in value)
     if not isinstance(value, Tensor):

@@ -68,7 +68,10 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
         "model": plan.model,
         "dtype": plan.dtype,
         "world_size": plan.layout.world_size,
-        "layout": {"cp": plan.layout.kvp, **{k: v for k, v in asdict(plan.layout).items() if k != "kvp"}},
+        "layout": {
+            "cp": plan.layout.kvp,
+            **{k: v for k, v in asdict(plan.layout).items() if k != "kvp"},
+        },
         "options": plan.options.to_json(),
         "layers": [_layer_facts(b, first, last) for b in plan.bodies],
         "collectives": [
@@ -122,7 +125,10 @@ def format_report(facts: dict[str, Any]) -> str:
     """The facts as a report for a terminal."""
     console = Console(file=StringIO(), width=110, highlight=False, no_color=True)
     layout = ", ".join(f"{k}={v}" for k, v in facts["layout"].items())
-    console.print(f"{facts['model']} ({facts['dtype']}) on {facts['world_size']} ranks: {layout}", markup=False)
+    console.print(
+        f"{facts['model']} ({facts['dtype']}) on {facts['world_size']} ranks: {layout}",
+        markup=False,
+    )
     console.print(_rewrites(facts))
     console.print(_collectives(facts))
     per_rank = (
@@ -131,7 +137,11 @@ def format_report(facts: dict[str, Any]) -> str:
         f"{facts['egress_bytes_per_rank_per_token']:,.6g} bytes sent a token"
     )
     console.print(per_rank, markup=False)
-    console.print(_two_columns("not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])))
+    console.print(
+        _two_columns(
+            "not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])
+        )
+    )
     decisions = ((f"{d['name']} = {d['result']}", d["rule"]) for d in facts["decisions"])
     console.print(_two_columns("decision", "rule", decisions))
     for note in facts["notes"]:
@@ -153,7 +163,12 @@ def _rewrites(facts: dict[str, Any]) -> Table:
         ffn = "; ".join(_ffn_text(f) for f in layer["ffn"])
         nodes = f"{layer['nodes_before']} -> {layer['nodes_after']}"
         table.add_row(
-            layer["body"], ranges_text(layer["layers"]), ", ".join(layer["roles"]), str(stop - start), ffn, nodes
+            layer["body"],
+            ranges_text(layer["layers"]),
+            ", ".join(layer["roles"]),
+            str(stop - start),
+            ffn,
+            nodes,
         )
     return table
 
@@ -167,7 +182,9 @@ def _ffn_text(ffn: dict[str, Any]) -> str:
 def _collectives(facts: dict[str, Any]) -> Table:
     table = _table("body", "collective", "axis", "of", "bytes/rank/token")
     for c in facts["collectives"]:
-        table.add_row(c["body"], c["op"], c["axis"], c["what"], f"{c['egress_bytes_per_rank_per_token']:,.6g}")
+        table.add_row(
+            c["body"], c["op"], c["axis"], c["what"], f"{c['egress_bytes_per_rank_per_token']:,.6g}"
+        )
     return table
 
 

@@ -35,7 +35,9 @@ def captured_from(
     if isinstance(model, (str, Path)):
         model = _load_folder(Path(model), dtype)
     if isinstance(model, HelixModule):
-        raise CaptureError("this model is already compiled by helix_compile; pass the original model")
+        raise CaptureError(
+            "this model is already compiled by helix_compile; pass the original model"
+        )
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise CaptureError(
             f"expected a transformers causal language model, a checkpoint folder or a CapturedGraph, "

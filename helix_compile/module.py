@@ -97,7 +97,9 @@ class HelixModule(nn.Module):
     @property
     def page_table(self) -> Tensor:
         """[B, pages] int64, the same on every rank. Read only."""
-        return self._ledger.pages_of(self._ledger.batch_size or self.plan.options.max_batch_size).clone()
+        return self._ledger.pages_of(
+            self._ledger.batch_size or self.plan.options.max_batch_size
+        ).clone()
 
     @property
     def lengths(self) -> Tensor:
@@ -114,7 +116,9 @@ class HelixModule(nn.Module):
         Raises:
             RuntimeFault: what a step may not be; nothing was written then.
         """
-        return self._step(self.graph, [dict(r.params) for r in self.ranks], input_ids, attention_mask)
+        return self._step(
+            self.graph, [dict(r.params) for r in self.ranks], input_ids, attention_mask
+        )
 
     def run_stage(
         self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -123,7 +127,9 @@ class HelixModule(nn.Module):
         if name == STAGES[-1]:
             return self(input_ids, attention_mask)
         if name not in STAGES[1:]:
-            raise RuntimeFault(f"stage {name!r} can't be run; expected one of {', '.join(STAGES[1:])}")
+            raise RuntimeFault(
+                f"stage {name!r} can't be run; expected one of {', '.join(STAGES[1:])}"
+            )
         if name not in self.stages or not self._facts.originals:
             raise RuntimeFault(
                 f"stage {name!r}: a reloaded module holds the weights of {STAGES[-1]!r} only and runs that stage alone"
@@ -131,7 +137,11 @@ class HelixModule(nn.Module):
         params = [
             dict(
                 params_of_stage(
-                    self.stages[name], self._facts.originals, self._facts.shards, self.plan.layout, r.rank
+                    self.stages[name],
+                    self._facts.originals,
+                    self._facts.shards,
+                    self.plan.layout,
+                    r.rank,
                 )
             )
             for r in self.ranks
@@ -201,7 +211,11 @@ class HelixModule(nn.Module):
         if rows is None:
             self._ledger.lengths = []
             return
-        bad = [r for r in rows if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < self._ledger.batch_size]
+        bad = [
+            r
+            for r in rows
+            if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < self._ledger.batch_size
+        ]
         if bad:
             raise RuntimeFault(
                 f"reset(rows={list(rows)}): {bad} are not rows of the current batch of {self._ledger.batch_size}"
@@ -237,9 +251,13 @@ class HelixModule(nn.Module):
                 for row, tokens in enumerate(rows):
                     self._ledger.write_sequence(cache, row, tokens, layout.index("kvp", rank.rank))
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
-        """transformers' own generate() on this module; starts with reset(). See generation.py for what is refused."""
-        from helix_compile.generation import generate  # transformers' generation code is slow to import
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Any:
+        """Generate by transformers' own loop; starts with reset(). See generation.py for what is refused."""
+        from helix_compile.generation import (
+            generate,
+        )  # transformers' generation code is slow to import
 
         return generate(self, input_ids, attention_mask, options)
 
@@ -265,7 +283,9 @@ class HelixModule(nn.Module):
 
     def truncate(self, lengths: Any) -> None:
         """Not in this version."""
-        raise LoweringUnavailable("truncate() (rollback of a speculative step) is not in this version")
+        raise LoweringUnavailable(
+            "truncate() (rollback of a speculative step) is not in this version"
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: graphs are captured for one dtype and device."""
@@ -289,6 +309,8 @@ def build_ranks(
     ranks = []
     for rank in world.ranks:
         params = dict(params_of_stage(lowered, facts.originals, facts.shards, plan.layout, rank))
-        cache = allocate_caches(list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device)
+        cache = allocate_caches(
+            list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device
+        )
         ranks.append(Rank(rank, params, cache))
     return ranks

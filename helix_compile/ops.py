@@ -131,7 +131,9 @@ _define(
     mla_decode_reference,
     _mla_decode_fake,
 )
-_define("merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor", merge_lse_reference, _merge_lse_fake)
+_define(
+    "merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor", merge_lse_reference, _merge_lse_fake
+)
 _define(
     "rescale_by_lse(Tensor partial_o, Tensor lse, Tensor lse_P) -> Tensor",
     rescale_by_lse_reference,

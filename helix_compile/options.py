@@ -21,7 +21,9 @@ LATER = {
     ("lower", "inductor"): "lowering to Inductor is not in this version",
     ("lower", "tensorrt"): "lowering to TensorRT is not in this version",
 }
-PAGE_SIZE = 128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
+PAGE_SIZE = (
+    128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,9 @@ class HelixOptions:
                 )
         for (name, value), reason in LATER.items():
             if getattr(self, name) == value:
-                raise LoweringUnavailable(f"{name}={value!r}: {reason}; use {name}={CHOICES[name][0]!r}")
+                raise LoweringUnavailable(
+                    f"{name}={value!r}: {reason}; use {name}={CHOICES[name][0]!r}"
+                )
         world_size = self.cp * self.tpa
         if self.ep is not None and world_size % self.ep:
             raise LayoutError(

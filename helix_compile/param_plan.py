@@ -17,7 +17,7 @@ from helix_compile.plan import AttentionPlan, BodyPlan, Cut, ParamShard
 def attention_shards(
     match: AttentionMatch, plan: AttentionPlan, layout: HelixLayout
 ) -> Iterable[ParamShard]:
-    """q rows, W_UK, W_UV by heads; o_proj by the columns of the heads a rank owns."""
+    """Q rows, W_UK, W_UV by heads; o_proj by the columns of the heads a rank owns."""
     H, R, V, D = match.num_heads, match.kv_lora_rank, match.v_head_dim, match.hidden_size
     Dk = match.q_head_dim
     q_axis = "world" if plan.q_proj == "gather" else "tpa"
@@ -59,13 +59,11 @@ def _rows_as_view(
 
 
 def dense_shards(match: DenseFFNMatch, layout: HelixLayout) -> Iterable[ParamShard]:
-    """gate and up by rows, down by columns, over all ranks."""
+    """Gate and up by rows, down by columns, over all ranks."""
     F, D = match.width, match.hidden_size
     f = -(-F // layout.world_size)
     for name in (match.gate_weight, match.up_weight):
-        yield ParamShard(
-            name, name, (F, -1), (F, -1), (Cut(0, "world", F),), (f, -1), "world:S(0)"
-        )
+        yield ParamShard(name, name, (F, -1), (F, -1), (Cut(0, "world", F),), (f, -1), "world:S(0)")
     for bias in (match.gate_bias, match.up_bias):
         if bias:
             yield ParamShard(bias, bias, (F,), (F,), (Cut(0, "world", F),), (f,), "world:S(0)")

@@ -41,7 +41,9 @@ def cut_param(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) 
         part = part.narrow(cut.dim, start, stop - start)
         missing = cut.width(layout) - (stop - start)
         if missing:
-            zeros = part.new_zeros([missing if d == cut.dim else s for d, s in enumerate(part.shape)])
+            zeros = part.new_zeros(
+                [missing if d == cut.dim else s for d, s in enumerate(part.shape)]
+            )
             part = torch.cat([part, zeros], dim=cut.dim)
     return part.view(_filled(shard.shape, part))
 
@@ -60,7 +62,9 @@ def originals(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named}
 
 
-def shard_of_name(plan: HelixPlan, prefixes: list[tuple[str, str]]) -> dict[str, tuple[str, ParamShard]]:
+def shard_of_name(
+    plan: HelixPlan, prefixes: list[tuple[str, str]]
+) -> dict[str, tuple[str, ParamShard]]:
     """Full local name -> (full name of the original, shard), for (layer prefix, body) pairs."""
     return {
         prefix + shard.name: (prefix + shard.source, shard)

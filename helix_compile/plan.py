@@ -77,7 +77,8 @@ class Collective:
 @dataclass(frozen=True)
 class AttentionPlan:
     """Decisions for one MLA site. head_ranges[rank] are the heads that rank owns after the exchange,
-    output_weight the parameter whose rows it holds for them."""
+    output_weight the parameter whose rows it holds for them.
+    """
 
     site: int
     kvp: int
@@ -177,7 +178,8 @@ class HelixPlan:
                 options=HelixOptions(**fields.pop("options")),
                 bodies=tuple(_body_from(b) for b in fields.pop("bodies")),
                 decisions=tuple(
-                    Decision(**{**d, "inputs": _tuples(d["inputs"])}) for d in fields.pop("decisions")
+                    Decision(**{**d, "inputs": _tuples(d["inputs"])})
+                    for d in fields.pop("decisions")
                 ),
                 not_rewritten=_tuples(fields.pop("not_rewritten")),
                 notes=tuple(fields.pop("notes")),
@@ -185,7 +187,9 @@ class HelixPlan:
                 **fields,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"plan: not a plan of this version: {type(error).__name__}: {error}") from error
+            raise PlanError(
+                f"plan: not a plan of this version: {type(error).__name__}: {error}"
+            ) from error
 
     def diff(self, other: HelixPlan) -> list[str]:
         """One line per place where `other` differs: path, this value, other value."""

@@ -50,9 +50,7 @@ def plan_helix(
         "q_proj", "as asked; replicate reads more weights, gather adds one all-gather a layer",
         (("option", options.q_proj),), options.q_proj,
     )  # fmt: skip
-    bodies = tuple(
-        _plan_body(captured, match, layout, options, v_up) for match in matches.values()
-    )
+    bodies = tuple(_plan_body(captured, match, layout, options, v_up) for match in matches.values())
     cached_width = sum(
         (a.kv_lora_rank + a.qk_rope_head_dim) * len(captured.layers_of(name))
         for name, match in matches.items()
@@ -85,7 +83,9 @@ def _layout(options: HelixOptions, moes: list[MoEMatch]) -> tuple[HelixLayout, D
                 f"({moe.num_experts} % {ep} = {moe.num_experts % ep}); "
                 f"use an ep that divides both {moe.num_experts} and {world_size}"
             )
-    rule = "as asked" if options.ep else "largest e with N % e == 0 and E % e == 0; 1 without experts"
+    rule = (
+        "as asked" if options.ep else "largest e with N % e == 0 and E % e == 0; 1 without experts"
+    )
     decision = Decision("ep", rule, (("N", world_size), ("E", experts), ("option", options.ep)), ep)
     return HelixLayout(kvp=options.cp, tpa=options.tpa, ep=ep, tpf=world_size // ep), decision
 
@@ -122,7 +122,9 @@ def _v_up(match: AttentionMatch, dtype: torch.dtype, options: HelixOptions) -> D
         ("link_GB_s", LINK_BYTES_PER_S / 1e9), ("option", options.v_up),
     )  # fmt: skip
     if options.cp == 1:
-        return Decision("v_up", "cp = 1: nothing is exchanged, so there is no before", inputs, "after")
+        return Decision(
+            "v_up", "cp = 1: nothing is exchanged, so there is no before", inputs, "after"
+        )
     if options.v_up != "auto":
         return Decision("v_up", "as asked", inputs, options.v_up)
     rule = '"after" if V >= R or max_batch_size <= B*, else "before"'
@@ -139,15 +141,26 @@ def _plan_body(
     attentions = tuple(
         _plan_attention(i, a, layout, options, v_up) for i, a in enumerate(match.attentions)
     )
-    ffns = [*_plan_dense(match, layout), *(_plan_moe(i, m, layout) for i, m in enumerate(match.moes))]
+    ffns = [
+        *_plan_dense(match, layout),
+        *(_plan_moe(i, m, layout) for i, m in enumerate(match.moes)),
+    ]
     shards = [
-        *(s for a, p in zip(match.attentions, attentions, strict=True) for s in attention_shards(a, p, layout)),
+        *(
+            s
+            for a, p in zip(match.attentions, attentions, strict=True)
+            for s in attention_shards(a, p, layout)
+        ),
         *(s for f in match.dense_ffns for s in dense_shards(f, layout)),
         *(s for m in match.moes for s in moe_shards(m, layout)),
     ]
     dtype = captured.dtype
     collectives = [
-        *(c for a, p in zip(match.attentions, attentions, strict=True) for c in _exchange(a, p, layout, dtype)),
+        *(
+            c
+            for a, p in zip(match.attentions, attentions, strict=True)
+            for c in _exchange(a, p, layout, dtype)
+        ),
         *(_all_reduce("FFN output", D, layout, dtype) for D in _ffn_outputs(match)),
     ]
     return BodyPlan(
@@ -185,7 +198,9 @@ def _plan_dense(match: LayerMatch, layout: HelixLayout) -> Iterable[FFNPlan]:
     for site, ffn in enumerate(match.dense_ffns):
         shard = -(-ffn.width // N)
         padding = tuple(shard - _part(ffn.width, shard, r) for r in range(N))
-        yield FFNPlan("shared" if ffn.down in shared else "dense", site, ("world",), ffn.width, shard, padding)
+        yield FFNPlan(
+            "shared" if ffn.down in shared else "dense", site, ("world",), ffn.width, shard, padding
+        )
 
 
 def _plan_moe(site: int, match: MoEMatch, layout: HelixLayout) -> FFNPlan:
@@ -223,7 +238,9 @@ def _exchange(
 def _all_reduce(what: str, hidden: int, layout: HelixLayout, dtype: torch.dtype) -> Collective:
     """As a ring, own chunk excluded: 2 (N - 1) / N of the vector."""
     N = layout.world_size
-    return Collective("all_reduce", "world", what, Fraction(2 * (N - 1) * hidden * dtype.itemsize, N))
+    return Collective(
+        "all_reduce", "world", what, Fraction(2 * (N - 1) * hidden * dtype.itemsize, N)
+    )
 
 
 def _ffn_outputs(match: LayerMatch) -> list[int]:
@@ -236,7 +253,9 @@ def _ffn_outputs(match: LayerMatch) -> list[int]:
 def _notes(captured: CapturedGraph, layout: HelixLayout, options: HelixOptions) -> tuple[str, ...]:
     notes = []
     if layout.tpa > 1:
-        notes.append(f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)")
+        notes.append(
+            f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)"
+        )
     if captured.max_positions and options.max_seq_len > captured.max_positions:
         notes.append(
             f"max_seq_len={options.max_seq_len} is beyond the model's own maximum of {captured.max_positions}"

@@ -60,5 +60,7 @@ def _columns(mask: Tensor | None, counts: list[int], B: int, S: int) -> list[Ten
     columns = [torch.nonzero(row).flatten() for row in mask.cpu()]
     found = [len(c) for c in columns]
     if found != counts:
-        raise RuntimeFault(f"import_cache: the mask keeps {found} tokens a row, lengths say {counts}")
+        raise RuntimeFault(
+            f"import_cache: the mask keeps {found} tokens a row, lengths say {counts}"
+        )
     return columns

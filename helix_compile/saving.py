@@ -39,7 +39,9 @@ _VERSION = 1
 def save_module(compiled: HelixModule, folder: Path) -> None:
     """Write `compiled` to `folder`, which must not hold a saved module yet."""
     if (folder / "plan.json").exists():
-        raise HelixError(f"{folder} holds a saved module already; choose another folder or delete it")
+        raise HelixError(
+            f"{folder} holds a saved module already; choose another folder or delete it"
+        )
     if compiled.device.type == "meta":
         raise HelixError("a module on the meta device has no weights to save")
     graphs = {
@@ -106,8 +108,12 @@ def load_module(folder: Path, device: str | torch.device | None) -> HelixModule:
     plan = HelixPlan.from_json(_read(folder / "plan.json"))
     document = _json(folder / "graphs.json")
     if document.get("version") != _VERSION:
-        raise HelixError(f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}")
-    stages = {n: _stage(document["stages"][n], f"graphs.json, stage {n}", place) for n in SAVED_STAGES}
+        raise HelixError(
+            f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}"
+        )
+    stages = {
+        n: _stage(document["stages"][n], f"graphs.json, stage {n}", place) for n in SAVED_STAGES
+    }
     generation = folder / "generation_config.json"
     facts = ModelFacts(
         vocab_size=document["vocab_size"],
@@ -121,7 +127,11 @@ def load_module(folder: Path, device: str | torch.device | None) -> HelixModule:
     params = _params(folder, _json(folder / "views.json"), place, list(world.ranks))
     dtype = getattr(torch, plan.dtype)
     ranks = [
-        Rank(r, params[r], allocate_caches(list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, place))
+        Rank(
+            r,
+            params[r],
+            allocate_caches(list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, place),
+        )
         for r in world.ranks
     ]
     _check_names(stages["lowered"], ranks)
@@ -168,7 +178,9 @@ def _params(
         for name, view in views[str(rank)].items():
             storage = storages[(view["file"], view["storage"])]
             try:
-                params[rank][name] = storage.as_strided(view["shape"], view["stride"], view["offset"])
+                params[rank][name] = storage.as_strided(
+                    view["shape"], view["stride"], view["offset"]
+                )
             except RuntimeError as error:
                 raise HelixError(f"views.json: rank {rank}, {name}: {error}") from error
     return params
@@ -184,4 +196,6 @@ def _check_names(lowered: fx.GraphModule, ranks: list[Rank]) -> None:
         for name, shape in wanted.items():
             got = tuple(rank.params[name].shape) if name in rank.params else None
             if got != shape:
-                raise RuntimeFault(f"rank {rank.rank}: parameter {name} has shape {got}, the graph expects {shape}")
+                raise RuntimeFault(
+                    f"rank {rank.rank}: parameter {name} has shape {got}, the graph expects {shape}"
+                )

@@ -8,7 +8,9 @@ from torch import Tensor
 from helix_compile.errors import RuntimeFault
 from helix_compile.kv_cache import Ledger
 
-SCORE_TOKENS = 2**22  # (sequences x tokens x context) of one chunk; bounds what a long step holds at a time
+SCORE_TOKENS = (
+    2**22
+)  # (sequences x tokens x context) of one chunk; bounds what a long step holds at a time
 MAX_CHUNK = 512
 
 
@@ -22,16 +24,16 @@ def check_ids(input_ids: Tensor, vocab_size: int, max_batch_size: int) -> None:
         raise RuntimeFault(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
     B, T = input_ids.shape
     if T == 0 or B == 0:
-        raise RuntimeFault(f"a step needs at least one sequence and one token, got [B, T] = {[B, T]}")
+        raise RuntimeFault(
+            f"a step needs at least one sequence and one token, got [B, T] = {[B, T]}"
+        )
     if B > max_batch_size:
         raise RuntimeFault(
             f"{B} sequences > max_batch_size={max_batch_size}; compile with max_batch_size={B} or split the batch"
         )
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
-        raise RuntimeFault(
-            f"token ids must be in [0, {vocab_size}), got ids from {low} to {high}"
-        )
+        raise RuntimeFault(f"token ids must be in [0, {vocab_size}), got ids from {low} to {high}")
 
 
 def checked_mask(mask: Tensor | None, input_ids: Tensor) -> Tensor:

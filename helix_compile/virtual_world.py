@@ -119,7 +119,9 @@ class VirtualWorld:
             exchange.results = dict(zip(key[1], _OUTCOME[op](tensors), strict=True))
             for rank, tensor in zip(key[1], tensors, strict=True):
                 self.sent_bytes[rank] += sent(tensor)
-            exchange.posts = {r: (*p[:1], tensors[0].new_empty(0), *p[2:]) for r, p in exchange.posts.items()}
+            exchange.posts = {
+                r: (*p[:1], tensors[0].new_empty(0), *p[2:]) for r, p in exchange.posts.items()
+            }
             count = self.num_collectives
             count[(op, key[0])] = count.get((op, key[0]), 0) + 1
         return exchange.results is not None
@@ -166,7 +168,9 @@ class _Walk:
             elif node.target is _WAIT:
                 pending = values[node.args[0]]
                 if not isinstance(pending, Pending):
-                    raise self._fault(where, "wait_tensor on a value that no collective is computing")
+                    raise self._fault(
+                        where, "wait_tensor on a value that no collective is computing"
+                    )
                 yield pending.key, where
                 values[node] = self._take(pending, where)
             else:
@@ -189,7 +193,9 @@ class _Walk:
             except RuntimeFault:
                 raise
             except Exception as error:
-                raise self._fault(where, f"{node.target}: {type(error).__name__}: {error}") from error
+                raise self._fault(
+                    where, f"{node.target}: {type(error).__name__}: {error}"
+                ) from error
         return self._post(op, args, where)
 
     def _post(self, op: str, args: tuple, where: str) -> Pending:
@@ -207,7 +213,9 @@ class _Walk:
         exchange = self.mailbox[pending.key]
         assert exchange.results is not None
         if self.rank in exchange.waited:
-            raise self._fault(where, f"{pending.op} (collective #{pending.key[2]}) is waited for twice")
+            raise self._fault(
+                where, f"{pending.op} (collective #{pending.key[2]}) is waited for twice"
+            )
         exchange.waited.add(self.rank)
         return exchange.results.pop(self.rank)
 
@@ -287,25 +295,29 @@ def _egress(op: str, peers: int) -> Callable[[Tensor], Fraction]:
     return lambda tensor: factor * tensor.numel() * tensor.dtype.itemsize
 
 
-def _check_agreement(
-    key: Key, exchange: _Exchange
-) -> tuple[str, Callable[[Tensor], Fraction]]:
+def _check_agreement(key: Key, exchange: _Exchange) -> tuple[str, Callable[[Tensor], Fraction]]:
     axis, members, number = key
     ops = {r: exchange.posts[r][0] for r in members}
     where = {r: exchange.posts[r][3] for r in members}
     if len(set(ops.values())) > 1:
-        raise RuntimeFault(f"ranks disagree on collective #{number} of {axis}: {ops} at nodes {where}")
+        raise RuntimeFault(
+            f"ranks disagree on collective #{number} of {axis}: {ops} at nodes {where}"
+        )
     op = ops[members[0]]
     if op == "all_to_all_single":
         _check_splits(members, exchange)
     meta = {r: (tuple(exchange.posts[r][1].shape), exchange.posts[r][1].dtype) for r in members}
     if len(set(meta.values())) > 1:
-        raise RuntimeFault(f"ranks disagree on the shape of {op} #{number} of {axis}: {meta} at {where}")
+        raise RuntimeFault(
+            f"ranks disagree on the shape of {op} #{number} of {axis}: {meta} at {where}"
+        )
     sizes = {r: exchange.posts[r][2][-1] for r in members if op[:3] in ("all", "red")}
     if op in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         wrong = {r: s for r, s in sizes.items() if s != len(members)}
         if wrong:
-            raise RuntimeFault(f"{op} #{number} of {axis}: group size {wrong}, the group has {len(members)}")
+            raise RuntimeFault(
+                f"{op} #{number} of {axis}: group size {wrong}, the group has {len(members)}"
+            )
     return op, _egress(op, len(members))
 
 
@@ -345,7 +357,9 @@ def _check_all_posted(mailbox: dict[Key, _Exchange]) -> None:
         missing = [m for m in members if m not in exchange.posts]
         op = next(iter(exchange.posts.values()))[0]
         if missing:
-            raise RuntimeFault(f"ranks disagree: {op} #{number} of {axis} was never started by {missing}")
+            raise RuntimeFault(
+                f"ranks disagree: {op} #{number} of {axis} was never started by {missing}"
+            )
         silent = [m for m in members if m not in exchange.waited]
         if silent:
             raise RuntimeFault(f"{op} #{number} of {axis} is never waited for by {silent}")

@@ -49,4 +49,6 @@ def open_world(mesh: HelixMesh, world: object) -> World:
             f"world={world!r}: one process a rank (torchrun, ProcessGroup, DeviceMesh) is not in this version; "
             'use world="virtual", all ranks in this process'
         )
-    raise PlanError(f"option world={world!r} is unknown; expected 'auto', 'virtual' or 'distributed'")
+    raise PlanError(
+        f"option world={world!r} is unknown; expected 'auto', 'virtual' or 'distributed'"
+    )

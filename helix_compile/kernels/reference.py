@@ -14,7 +14,9 @@ from torch import Tensor
 
 from helix_compile.ledger import local_length, local_slot, owner_rank
 
-SCORE_BYTES = 64 * 2**20  # scores [T, H, S] are built in chunks of T below this, so long steps stay small
+SCORE_BYTES = (
+    64 * 2**20
+)  # scores [T, H, S] are built in chunks of T below this, so long steps stay small
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -149,7 +151,12 @@ def rescale_by_lse_reference(partial_o: Tensor, lse: Tensor, lse_P: Tensor) -> T
 
 
 def moe_experts_reference(
-    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first_expert: Tensor
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    first_expert: Tensor,
 ) -> Tensor:
     """Sum over the chosen experts that this rank holds: x [N, D] -> [N, D], a partial sum over ep and tpf.
 
@@ -191,9 +198,7 @@ def pack_heads_reference(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
     return torch.cat([lse_rows, o_rows], dim=1)
 
 
-def unpack_heads_reference(
-    buffer: Tensor, partial_o: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
+def unpack_heads_reference(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Read (partial_o_P [P, B, T, h, *], lse_P [P, B, T, h]) out of a buffer that pack_heads laid out.
 
     partial_o and lse give shape and dtype only. The results are strided views of the buffer where the rows are

@@ -31,7 +31,9 @@ DEEPSEEK_V3_LITE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": TINY,
     "deepseek-v3-lite": DEEPSEEK_V3_LITE,
-    "deepseek-v3": {"max_position_embeddings": 163840},  # the rest are the class's defaults: 61 layers, 671 B
+    "deepseek-v3": {
+        "max_position_embeddings": 163840
+    },  # the rest are the class's defaults: 61 layers, 671 B
 }
 
 
@@ -98,9 +100,13 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
                 path, dtype=chosen, local_files_only=True, use_safetensors=True
             ).eval()
     else:
-        raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name")
+        raise KeyError(
+            f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name"
+        )
     stated = getattr(config, "dtype", None)
-    default = stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
+    default = (
+        stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
+    )
     return build_model(config, dtype=chosen or default, meta=meta)
 
 

@@ -48,7 +48,9 @@ def _infer(node: fx.Node, of: Any, plan: BodyPlan, degrees: HelixLayout) -> Any:
     if node.op == "output":
         result = of(node.args[0])
         if result:
-            raise Violation(f"the body returns {format_layout(result)}, expected the same value on every rank")
+            raise Violation(
+                f"the body returns {format_layout(result)}, expected the same value on every rank"
+            )
         return result
     rule = LOWERED_RULES.get(node.target) or RULES.get(node.target)
     if rule is not None:
@@ -64,7 +66,9 @@ def _whole(node: fx.Node, of: Any) -> Any:
     for source in node.all_input_nodes:
         layout = of(source)
         if any(layout) if isinstance(layout, tuple) else layout:
-            raise Violation(f"`{node.target}` has no typing rule and reads `{source.name}`: {layout}")
+            raise Violation(
+                f"`{node.target}` has no typing rule and reads `{source.name}`: {layout}"
+            )
     value = node.meta.get("val")
     return ({},) * len(value) if isinstance(value, (tuple, list)) else {}
 

@@ -11,7 +11,7 @@ Group arguments are axis names, so the graphs of all ranks are the same text.
 from __future__ import annotations
 
 import torch
-import torch.distributed._functional_collectives  # noqa: F401 - registers _c10d_functional's shape functions
+import torch.distributed._functional_collectives
 from torch import fx
 from torch.distributed.tensor.placement_types import Partial, Shard
 
@@ -101,4 +101,3 @@ def _reduce_scatter(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str)
     part = graph.call_function(c10d.reduce_scatter_tensor.default, (first, "sum", size, axis))
     part = graph.call_function(c10d.wait_tensor.default, (part,))
     return graph.call_function(aten.movedim.int, (part, 0, dim))
-

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives  # noqa: F401 - registers _c10d_functional
+import torch.distributed._functional_collectives
 from torch import fx
 from torch.distributed.tensor.placement_types import Partial, Placement, Shard
 
@@ -61,7 +61,9 @@ def _all_gather(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
 
 def _reduce_scatter(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x, (op, size, axis) = of(node.args[0]), node.args[1:4]
-    key = "world" if degrees.size(axis) == degrees.world_size else axis  # the normal form of an axis with all ranks
+    key = (
+        "world" if degrees.size(axis) == degrees.world_size else axis
+    )  # the normal form of an axis with all ranks
     if op != "sum" or size != degrees.size(axis) or x.get(key) != Partial("sum"):
         raise Violation(f"reduce_scatter({op}, {size}) over {axis} of {format_layout(x)}")
     return _start({**x, key: Shard(0)})
@@ -70,7 +72,9 @@ def _reduce_scatter(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLa
 def _all_to_all(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x, axis = of(node.args[0]), node.args[3]
     if x.get(axis) != PartialSoftmax() or len(node.args[1]) != degrees.size(axis):
-        raise Violation(f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts")
+        raise Violation(
+            f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts"
+        )
     return _start({"world": Packed()})
 
 
@@ -84,7 +88,9 @@ def _wait(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> R
 def _pack(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     partial_o, lse = (of(a) for a in node.args[:2])
     if partial_o != lse or lse.get("kvp") != PartialSoftmax() or node.args[2] != degrees.kvp:
-        raise Violation(f"pack of {format_layout(partial_o)} and {format_layout(lse)} for {node.args[2]} peers")
+        raise Violation(
+            f"pack of {format_layout(partial_o)} and {format_layout(lse)} for {node.args[2]} peers"
+        )
     return {"kvp": PartialSoftmax()}
 
 

@@ -34,7 +34,12 @@ def check_mask(captured: CapturedGraph, body: str, match: AttentionMatch, max_se
 
 
 def _compare(
-    captured: CapturedGraph, body: str, match: AttentionMatch, got: Tensor, expected: Tensor, where: str
+    captured: CapturedGraph,
+    body: str,
+    match: AttentionMatch,
+    got: Tensor,
+    expected: Tensor,
+    where: str,
 ) -> None:
     expected = expected.expand(got.shape[0], 1, *expected.shape[2:])
     different = int((got.expand_as(expected) != expected).sum())

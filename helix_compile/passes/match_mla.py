@@ -67,7 +67,9 @@ _SDPA = aten.scaled_dot_product_attention.default
 def _softmax_of(node: fx.Node) -> fx.Node | None:
     """The softmax whose result `node` multiplies, through casts and copies."""
     source: Any = node.args[0]
-    while is_call(source, aten._to_copy.default, aten.clone.default, aten.expand.default, aten.view.default):
+    while is_call(
+        source, aten._to_copy.default, aten.clone.default, aten.expand.default, aten.view.default
+    ):
         source = source.args[0]
     return source if is_call(source, aten.softmax.int, aten._softmax.default) else None
 
@@ -91,7 +93,9 @@ def _eager_anchor(node: fx.Node) -> _Anchor:
     mask, scale = None, 1.0
     step: Any = softmax.args[0]
     while not is_call(step, aten.matmul.default):
-        if is_call(step, aten.mul.Tensor, aten.div.Tensor) and isinstance(step.args[1], (int, float)):
+        if is_call(step, aten.mul.Tensor, aten.div.Tensor) and isinstance(
+            step.args[1], (int, float)
+        ):
             factor = float(step.args[1])
             scale = scale * factor if step.target is aten.mul.Tensor else scale / factor
         elif is_call(step, aten.add.Tensor) and mask is None and isinstance(step.args[1], fx.Node):
@@ -99,7 +103,9 @@ def _eager_anchor(node: fx.Node) -> _Anchor:
             if scale != 1.0:
                 raise _Reject("the scores are scaled after the mask is added", step, 1)
         elif not is_call(step, aten._to_copy.default):
-            raise _Reject(f"the score chain holds `{step.target}` (sinks, a cap or a bias?)", step, 1)
+            raise _Reject(
+                f"the score chain holds `{step.target}` (sinks, a cap or a bias?)", step, 1
+            )
         step = step.args[0]
     key = step.args[1]
     if not is_call(key, aten.transpose.int):
@@ -110,7 +116,9 @@ def _eager_anchor(node: fx.Node) -> _Anchor:
 def _match_site(anchor: _Anchor) -> AttentionMatch:
     node = anchor.node
     if anchor.mask is None:
-        raise _Reject("attention without a mask: a decode step over a cache needs the causal one", node, 1)
+        raise _Reject(
+            "attention without a mask: a decode step over a cache needs the causal one", node, 1
+        )
     v = trace_elements(anchor.v)
     kv_up, uv_rows = _rows_of_v(v, node)
     k = trace_elements(anchor.k)
@@ -137,7 +145,9 @@ def _match_site(anchor: _Anchor) -> AttentionMatch:
 def _param(linear: fx.Node, place: int) -> str:
     weight = linear.args[place]
     if not is_param(weight):
-        raise _Reject(f"the weight of `{linear.name}` is computed (`{weight}`), not a parameter", linear, 6)
+        raise _Reject(
+            f"the weight of `{linear.name}` is computed (`{weight}`), not a parameter", linear, 6
+        )
     return weight.meta["input"][1]
 
 
@@ -162,7 +172,9 @@ def _rows_of_v(v: Provenance, node: fx.Node) -> tuple[fx.Node, Table]:
         raise _Reject("V holds elements that nothing wrote", node, 2)
     if len(used) != 1 or not is_call(used[0], aten.linear.default):
         names = ", ".join(f"`{s.name}`" for s in used)
-        raise _Reject(f"V does not derive from one linear over the cache, but from {names}", node, 2)
+        raise _Reject(
+            f"V does not derive from one linear over the cache, but from {names}", node, 2
+        )
     kv_up = used[0]
     coordinates = v.coordinates(kv_up)
     assert coordinates is not None
@@ -171,7 +183,9 @@ def _rows_of_v(v: Provenance, node: fx.Node) -> tuple[fx.Node, Table]:
     if not bool((columns == columns[:1, :, :1]).all()):
         raise _Reject("V's channel map depends on batch or position", kv_up, 3)
     if len(kv_up.args) > 2 and kv_up.args[2] is not None:
-        raise _Reject("the linear that expands the latent has a bias; absorption can't hold it", kv_up, 3)
+        raise _Reject(
+            "the linear that expands the latent has a bias; absorption can't hold it", kv_up, 3
+        )
     return kv_up, tuple(map(tuple, columns[0, :, 0].tolist()))
 
 
@@ -239,10 +253,14 @@ def _output_projection(anchor: fx.Node) -> fx.Node:
     node = anchor
     while not is_call(node, aten.linear.default):
         if len(node.users) != 1:
-            raise _Reject(f"{len(node.users)} users between attention and its output projection", node, 6)
+            raise _Reject(
+                f"{len(node.users)} users between attention and its output projection", node, 6
+            )
         node = next(iter(node.users))
         if not (is_layout_op(node) or is_call(node, aten.linear.default)):
-            raise _Reject(f"`{node.target}` stands between attention and its output projection", node, 6)
+            raise _Reject(
+                f"`{node.target}` stands between attention and its output projection", node, 6
+            )
     source = trace_elements(node.args[0], stop=lambda n: n is anchor)
     coordinates = source.coordinates(anchor)
     if coordinates is None or source.ids.dim() != 3:
@@ -256,7 +274,9 @@ def _output_projection(anchor: fx.Node) -> fx.Node:
     if not straight or width != H * V:
         raise _Reject("the output projection mixes sequences or positions", node, 6)
     if not torch.equal(head[0, 0] * V + channel[0, 0], torch.arange(width)):
-        raise _Reject("the output projection reads heads that are not whole blocks of columns", node, 6)
+        raise _Reject(
+            "the output projection reads heads that are not whole blocks of columns", node, 6
+        )
     return node
 
 

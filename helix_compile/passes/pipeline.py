@@ -115,7 +115,11 @@ def _examples(graph: fx.Graph, match: LayerMatch, plan: HelixPlan) -> dict[str, 
         empty = partial(torch.empty, device=hidden.device)
         caches = [
             empty(
-                (plan.options.max_batch_size * pages, PAGE_SIZE, a.kv_lora_rank + a.qk_rope_head_dim),
+                (
+                    plan.options.max_batch_size * pages,
+                    PAGE_SIZE,
+                    a.kv_lora_rank + a.qk_rope_head_dim,
+                ),
                 dtype=node_named(graph, a.latent).meta["val"].dtype,
             )
             for a in match.attentions

@@ -90,4 +90,3 @@ def fake_shard(node: fx.Node, shard: ParamShard, plan: BodyPlan) -> Tensor:
         shape[shape.index(-1)] = old.shape[-1]
     with fake_mode_of(node.graph):
         return torch.empty(shape, dtype=old.dtype, device=old.device)
-

@@ -14,7 +14,14 @@ from helix_compile.graph_pass import PassResult
 from helix_compile.layout import HelixLayout
 from helix_compile.matches import LayerMatch
 from helix_compile.ops import helix
-from helix_compile.passes.fx_edit import aten, erase_unused, is_call, named, node_named, placeholders
+from helix_compile.passes.fx_edit import (
+    aten,
+    erase_unused,
+    is_call,
+    named,
+    node_named,
+    placeholders,
+)
 from helix_compile.passes.propagate import propagate_shapes
 from helix_compile.passes.shard_attention import cut_input
 from helix_compile.plan import BodyPlan
@@ -45,7 +52,13 @@ def sum_over_world(node: fx.Node, layout: HelixLayout) -> fx.Node:
     graph, users = node.graph, list(node.users)
     with graph.inserting_after(node):
         total = named(
-            graph, f"{node.name}_sum", helix.reshard.default, node, "world:P(sum)", "R", layout.world_size
+            graph,
+            f"{node.name}_sum",
+            helix.reshard.default,
+            node,
+            "world:P(sum)",
+            "R",
+            layout.world_size,
         )
     result = total
     if is_call(node, aten.linear.default) and len(node.args) > 2 and node.args[2] is not None:

@@ -1,8 +1,8 @@
 """The graph around the layers after the attention pass: positions, slots and caches instead of mask and pasts.
 
-    positions -> shard_index(kvp_rank) -> slots, visible        the only place that knows ranks and blocks
-    positions clamped to 0 -> rotary tables                     padding is position -1
-    layer_i = body(hidden, ..., slots, visible, page_table, cache_i, parameters)
+positions -> shard_index(kvp_rank) -> slots, visible        the only place that knows ranks and blocks
+positions clamped to 0 -> rotary tables                     padding is position -1
+layer_i = body(hidden, ..., slots, visible, page_table, cache_i, parameters)
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def rewire_outer_pass(
         body = gm.get_submodule(call.target)
         assert isinstance(body, fx.GraphModule)
         call.args = tuple(
-            _argument(graph, p, old, prefixes[layer], caches[layer]) for p in placeholders(body.graph)
+            _argument(graph, p, old, prefixes[layer], caches[layer])
+            for p in placeholders(body.graph)
         )
         for user in list(call.users):
             if user.args[1] == 0:  # bodies return the hidden state alone now
@@ -59,7 +60,9 @@ def rewire_outer_pass(
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (output.args[0][0],)
     erase_unused(graph, keep=[placeholders(graph)[0]])
-    left = [n for n in placeholders(graph) if n.meta["input"] in _GONE or n.meta["input"][0] == "past"]
+    left = [
+        n for n in placeholders(graph) if n.meta["input"] in _GONE or n.meta["input"][0] == "past"
+    ]
     if left:
         users = ", ".join(f"`{u.name}`" for n in left for u in n.users)
         raise PassError(
@@ -121,7 +124,9 @@ def update_calls_pass(gm: fx.GraphModule) -> None:
         inputs = placeholders(body.graph)
         names = [p.meta["input"] for p in inputs]
         if ["step", "ep_rank"] in names and len(names) > len(call.args):
-            scalar = next(n for n in placeholders(graph) if n.meta["input"] == ["input", "kvp_rank"])
+            scalar = next(
+                n for n in placeholders(graph) if n.meta["input"] == ["input", "kvp_rank"]
+            )
             ep_rank = add_input(graph, "input", "ep_rank", scalar.meta["val"])
             place = names.index(["step", "ep_rank"])
             call.args = (*call.args[:place], ep_rank, *call.args[place:])

@@ -71,7 +71,9 @@ def _rewrite_site(
     graph: fx.Graph, match: AttentionMatch, plan: AttentionPlan, body: BodyPlan, layout: HelixLayout
 ) -> None:
     kv_up = input_named(graph, "param", match.kv_up_weight)
-    w_uk, w_uv = (_shard_input(graph, f"{match.kv_up_weight}.{s}", kv_up, body) for s in ("w_uk", "w_uv"))
+    w_uk, w_uv = (
+        _shard_input(graph, f"{match.kv_up_weight}.{s}", kv_up, body) for s in ("w_uk", "w_uv")
+    )
     for name in (match.q_weight, match.q_bias):
         if name:
             cut_input(graph, name, body)

@@ -1,7 +1,7 @@
 """FFN on the same ranks: dense and shared experts over all N, routed experts over ep x tpf, one all_reduce.
 
-    dense    linear(gate rows), linear(up rows) -> act * up -> linear(down columns) -> reshard(P -> R)
-    routed   moe_experts(x, ids, weights, this rank's experts) + shared -> one reshard(P -> R) behind the addition
+dense    linear(gate rows), linear(up rows) -> act * up -> linear(down columns) -> reshard(P -> R)
+routed   moe_experts(x, ids, weights, this rank's experts) + shared -> one reshard(P -> R) behind the addition
 """
 
 from __future__ import annotations

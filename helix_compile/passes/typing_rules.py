@@ -17,7 +17,14 @@ from helix_compile.layout import HelixLayout
 from helix_compile.ops import helix
 from helix_compile.passes.fx_edit import aten
 from helix_compile.passes.index_provenance import shape_of
-from helix_compile.placement import Layout, PartialSoftmax, PerRank, format_layout, normal_form, parse_layout
+from helix_compile.placement import (
+    Layout,
+    PartialSoftmax,
+    PerRank,
+    format_layout,
+    normal_form,
+    parse_layout,
+)
 
 Result = Layout | tuple[Layout, ...]
 Rule = Callable[[fx.Node, Callable[[Any], Layout], HelixLayout], Result]
@@ -38,7 +45,10 @@ def _map_dims(layout: Layout, new_dim: Callable[[int], int | None], what: str) -
     for axis, placement in layout.items():
         if isinstance(placement, Shard):
             dim = new_dim(placement.dim)
-            _require(dim is not None, f"{what} works across dim {placement.dim}, which is cut over {axis}")
+            _require(
+                dim is not None,
+                f"{what} works across dim {placement.dim}, which is cut over {axis}",
+            )
             assert dim is not None
             moved[axis] = Shard(dim)
         else:
@@ -126,21 +136,36 @@ def _linear(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) ->
     for axis in {*x, *weight}:
         a, w = x.get(axis), weight.get(axis)
         if isinstance(w, Shard) and w.dim == 0:
-            _require(a is None, f"columns of the result are cut over {axis}, but the input is {a} there")
+            _require(
+                a is None, f"columns of the result are cut over {axis}, but the input is {a} there"
+            )
             out[axis] = Shard(last)
         elif isinstance(w, Shard):
-            _require(a == Shard(last), f"input columns of the weight are cut over {axis}, the input is {a} there")
+            _require(
+                a == Shard(last),
+                f"input columns of the weight are cut over {axis}, the input is {a} there",
+            )
             out[axis] = Partial("sum")
         elif isinstance(a, Shard):
-            _require(a.dim != last and w is None, f"the input's columns are cut over {axis}, the weight's are whole")
+            _require(
+                a.dim != last and w is None,
+                f"the input's columns are cut over {axis}, the weight's are whole",
+            )
             out[axis] = a
         else:
-            _require(isinstance(a, Partial) and w is None and bias is None, f"linear of {a} over {axis}")
+            _require(
+                isinstance(a, Partial) and w is None and bias is None, f"linear of {a} over {axis}"
+            )
             out[axis] = a  # type: ignore[assignment] # checked above
     if bias is not None:
-        _require(not any(isinstance(p, Partial) for p in out.values()), "a bias is added to a partial sum")
+        _require(
+            not any(isinstance(p, Partial) for p in out.values()),
+            "a bias is added to a partial sum",
+        )
         rows = {axis for axis, p in out.items() if p == Shard(last)}
-        _require(set(bias) == rows, f"bias is {format_layout(bias)}, the result {format_layout(out)}")
+        _require(
+            set(bias) == rows, f"bias is {format_layout(bias)}, the result {format_layout(out)}"
+        )
     return out
 
 
@@ -150,12 +175,19 @@ def _einsum(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) ->
     out: Layout = {}
     for axis in {a for _, layout in terms for a in layout}:
         letters = {t[p.dim] for t, layout in terms if isinstance(p := layout.get(axis), Shard)}
-        others = [p for _, x in terms if (p := x.get(axis)) is not None and not isinstance(p, Shard)]
+        others = [
+            p for _, x in terms if (p := x.get(axis)) is not None and not isinstance(p, Shard)
+        ]
         if not letters:  # linear in each operand, so one partial operand stays partial
-            _require(len(others) == 1 and not isinstance(others[0], PerRank), f"einsum of {others} over {axis}")
+            _require(
+                len(others) == 1 and not isinstance(others[0], PerRank),
+                f"einsum of {others} over {axis}",
+            )
             out[axis] = others[0]
             continue
-        _require(len(letters) == 1 and not others, f"einsum mixes {letters} and {others} over {axis}")
+        _require(
+            len(letters) == 1 and not others, f"einsum mixes {letters} and {others} over {axis}"
+        )
         letter = letters.pop()
         for term, layout in terms:
             met = letter not in term or layout.get(axis) == Shard(term.index(letter))
@@ -196,7 +228,9 @@ def _aligned(
     """The common shard; an operand that is not cut must be broadcast along that dim."""
     shapes = [shape_of(n) for n in tensors]
     dims = {
-        p.dim + ndim - len(s) for s, p in zip(shapes, placements, strict=True) if isinstance(p, Shard)
+        p.dim + ndim - len(s)
+        for s, p in zip(shapes, placements, strict=True)
+        if isinstance(p, Shard)
     }
     _require(len(dims) == 1, f"operands are cut along different dims {sorted(dims)} over {axis}")
     dim = dims.pop()
@@ -242,7 +276,9 @@ def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
 
 def _exchanged(layout: Layout, degrees: HelixLayout) -> Layout:
     """Each rank owns whole partials of its own heads: dim 3 of [P, B, T, h, ...]."""
-    _require(layout.get("kvp") == PartialSoftmax(), f"nothing to exchange in {format_layout(layout)}")
+    _require(
+        layout.get("kvp") == PartialSoftmax(), f"nothing to exchange in {format_layout(layout)}"
+    )
     _require(set(layout) <= {"kvp", "tpa"}, f"can't exchange {format_layout(layout)}")
     return {"world": Shard(3)}
 
@@ -256,7 +292,10 @@ def _all_to_all_heads(node: fx.Node, of: Callable[[Any], Layout], degrees: Helix
 
 def _merge_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     parts, lse = (of(a) for a in node.args)
-    _require(parts == lse == {"world": Shard(3)}, f"merge of {format_layout(parts)}, {format_layout(lse)}")
+    _require(
+        parts == lse == {"world": Shard(3)},
+        f"merge of {format_layout(parts)}, {format_layout(lse)}",
+    )
     peers = shape_of(node.args[0])[0]
     _require(peers == degrees.kvp, f"merge of {peers} parts, kvp has {degrees.kvp}")
     return {"world": Shard(2)}
@@ -275,7 +314,10 @@ def _moe_experts(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayou
     _require(not (x or ids or weights), "tokens and their choices must be whole on every rank")
     _require(gate_up == down, f"gate_up {format_layout(gate_up)}, down {format_layout(down)}")
     expected = {"ep": PerRank()} if degrees.ep > 1 else {}
-    _require(first == expected, f"first_expert is {format_layout(first)}, expected {format_layout(expected)}")
+    _require(
+        first == expected,
+        f"first_expert is {format_layout(first)}, expected {format_layout(expected)}",
+    )
     _require(shape_of(node.args[3])[0] > 0, "no expert on this rank")
     return {"world": Partial("sum")} if degrees.world_size > 1 else {}
 
@@ -286,7 +328,9 @@ def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -
     if stacked:  # lse of every rank, stacked: shard_attention's ag_rs form
         return {a: p for a, p in got.items() if a != "kvp"}
     expected = {**{a: p for a, p in got.items() if a not in source}, **source}
-    _require(got == expected, f"the value is {format_layout(got)}, the reshard takes {node.args[1]}")
+    _require(
+        got == expected, f"the value is {format_layout(got)}, the reshard takes {node.args[1]}"
+    )
     rest = {a: p for a, p in got.items() if a not in source}
     return {**rest, **parse_layout(node.args[2])}
 
@@ -330,4 +374,3 @@ RULES: dict[Any, Rule] = {
     helix.moe_experts.default: _moe_experts,
     helix.reshard.default: _reshard,
 }
-
