@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import weakref
 from collections.abc import Iterator
@@ -107,13 +108,20 @@ def capture(
 
 
 def _structure_key(model: nn.Module) -> tuple:
-    shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in model.named_parameters())
+    """What a capture depends on: shapes, dtypes, configuration, constants and code of every module, not weights."""
+    shapes = tuple((n, tuple(p.shape), p.dtype, p.device) for n, p in model.named_parameters())
     config = model.config
-    implementations = (
-        config._attn_implementation,
-        getattr(config, "_experts_implementation", None),
-    )
-    return shapes, implementations, repr(config.to_dict())
+    implementations = (config._attn_implementation, getattr(config, "_experts_implementation", None))
+    modules = tuple((name, _constants_and_code(m)) for name, m in model.named_modules())
+    return shapes, implementations, repr(config.to_dict()), modules
+
+
+def _constants_and_code(module: nn.Module) -> tuple:
+    """Plain attributes, and the functions of the class and of the instance (someone may have patched one)."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
+    patched = {k: v for k, v in vars(module).items() if inspect.isroutine(v)}
+    code = {k: v for k, v in vars(type(module)).items() if inspect.isroutine(v)}
+    return type(module), tuple(plain.items()), tuple(patched.items()), tuple(code.items())
 
 
 @contextmanager

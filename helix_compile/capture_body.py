@@ -73,7 +73,8 @@ class _OpTrace(TorchDispatchMode):
 
     def __init__(self, names: dict[int, str]):
         super().__init__()
-        self.names, self.lines = names, []
+        self.names = names
+        self.lines: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

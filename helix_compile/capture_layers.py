@@ -82,7 +82,8 @@ class ConcatenatingCache(DynamicCache):
 
     def __init__(self, config: Any, pasts: list[tuple[Tensor, Tensor]] | None, past: Tensor):
         super().__init__(config=config)
-        self.pasts, self.new = pasts, []
+        self.pasts = pasts
+        self.new: list[tuple[Tensor, Tensor]] = []
         for layer in self.layers:
             layer.keys = layer.values = past
             layer.dtype, layer.device = past.dtype, past.device
@@ -230,7 +231,9 @@ def _record(args: tuple, kwargs: dict) -> LayerCall:
     is_cache = lambda leaf: isinstance(leaf, DynamicCache)  # noqa: E731
     paths, spec = pytree.tree_flatten_with_path((args, kwargs), is_leaf=is_cache)
     hidden: Tensor | None = None
-    leaves, others, names = [], [], []
+    leaves: list[tuple[Any, ...]] = []
+    others: list[Tensor] = []
+    names: list[str] = []
     for path, leaf in paths:
         if isinstance(leaf, Tensor) and hidden is None:
             hidden = leaf
@@ -239,7 +242,8 @@ def _record(args: tuple, kwargs: dict) -> LayerCall:
             leaves.append(("other", len(others)))
             others.append(leaf)
             keys = (str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:])
-            names.append("_".join(keys))
+            name = "_".join(keys)
+            names.append(name if name.isidentifier() else f"argument_{name}")
         elif is_cache(leaf):
             leaves.append(("cache",))
         else:
@@ -251,7 +255,8 @@ def _record(args: tuple, kwargs: dict) -> LayerCall:
 
 def fx_copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of `graph` and the map from its nodes to the copies; names are kept."""
-    copy, mapping = fx.Graph(), {}
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
     output = copy.graph_copy(graph, mapping)
     node = copy.output(output)
     old = next(n for n in graph.nodes if n.op == "output")

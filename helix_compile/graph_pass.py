@@ -35,7 +35,7 @@ class GraphPass:
     stage: str
     bodies: dict[str, tuple[Callable[[fx.GraphModule], PassResult], int]]
     outer: Callable[[fx.GraphModule], None] | None = None
-    ensures: dict[str, Check] = field(default_factory=dict)
+    ensures: Mapping[str, Check] = field(default_factory=dict)
 
 
 def run_passes(
@@ -97,7 +97,8 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph with its output and meta."""
-    copy, mapping = fx.Graph(), {}
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
     output = copy.output(copy.graph_copy(graph, mapping))
     output.meta = dict(next(n for n in graph.nodes if n.op == "output").meta)
     return copy

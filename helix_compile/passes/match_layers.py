@@ -47,10 +47,10 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
                 f"not recognised: {failure.reason}"
             )
     found = tuple(m for m in moes if isinstance(m, MoEMatch))
-    match = LayerMatch(body, tuple(matched), tuple(find_dense_ffns(graph)), found)
-    _check_disjoint(match, graph)
-    _check_complete(match, graph, layers[0].index)
-    return match
+    layer_match = LayerMatch(body, tuple(matched), tuple(find_dense_ffns(graph)), found)
+    _check_disjoint(layer_match, graph)
+    _check_complete(layer_match, graph, layers[0].index)
+    return layer_match
 
 
 def _no_mla(

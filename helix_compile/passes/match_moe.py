@@ -196,7 +196,7 @@ def _seam(output: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     while len(node.users) == 1 and is_call(next(iter(node.users)), *_RESHAPES):
         node = next(iter(node.users))
     user = next(iter(node.users), None)
-    if len(node.users) == 1 and is_call(user, aten.add.Tensor):
+    if user is not None and len(node.users) == 1 and is_call(user, aten.add.Tensor):
         other = user.args[1] if user.args[0] is node else user.args[0]
         gated = is_call(other, aten.linear.default) and is_call(other.args[0], aten.mul.Tensor)
         if gated and len(other.users) == 1 and is_param(other.args[1]):

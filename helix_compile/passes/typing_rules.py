@@ -313,7 +313,7 @@ def _moe_experts(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayou
     x, ids, weights, gate_up, down, first = (of(a) for a in node.args)
     _require(not (x or ids or weights), "tokens and their choices must be whole on every rank")
     _require(gate_up == down, f"gate_up {format_layout(gate_up)}, down {format_layout(down)}")
-    expected = {"ep": PerRank()} if degrees.ep > 1 else {}
+    expected: Layout = {"ep": PerRank()} if degrees.ep > 1 else {}
     _require(
         first == expected,
         f"first_expert is {format_layout(first)}, expected {format_layout(expected)}",
