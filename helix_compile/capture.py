@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
 
 from helix_compile.capture_body import CachedSite, capture_body, normalised_module, probe_layer
 from helix_compile.capture_layers import (
@@ -107,11 +108,14 @@ def capture(
     return replace(memo[key], model=model)
 
 
-def _structure_key(model: nn.Module) -> tuple:
+def _structure_key(model: PreTrainedModel) -> tuple:
     """What a capture depends on: shapes, dtypes, configuration, constants and code of every module, not weights."""
     shapes = tuple((n, tuple(p.shape), p.dtype, p.device) for n, p in model.named_parameters())
     config = model.config
-    implementations = (config._attn_implementation, getattr(config, "_experts_implementation", None))
+    implementations = (
+        config._attn_implementation,
+        getattr(config, "_experts_implementation", None),
+    )
     modules = tuple((name, _constants_and_code(m)) for name, m in model.named_modules())
     return shapes, implementations, repr(config.to_dict()), modules
 
@@ -125,7 +129,7 @@ def _constants_and_code(module: nn.Module) -> tuple:
 
 
 @contextmanager
-def _experts_as(model: nn.Module, implementation: str | None) -> Iterator[None]:
+def _experts_as(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
     """Experts in another form while this is open (None: as they are)."""
     before = getattr(model.config, "_experts_implementation", None)
     if before is None or implementation in (None, before):
@@ -138,7 +142,7 @@ def _experts_as(model: nn.Module, implementation: str | None) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def _capturable_experts(model: nn.Module) -> str | None:
+def _capturable_experts(model: PreTrainedModel) -> str | None:
     """The form to capture: grouped_mm raises on fp64, eager is a Python loop over the experts that were hit."""
     now = getattr(model.config, "_experts_implementation", None)
     fits = now == "batched_mm" or (now == "grouped_mm" and model.dtype != torch.float64)
@@ -153,7 +157,7 @@ def _probe_layers(
         return [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
 
 
-def _facts(model: nn.Module) -> dict[str, Any]:
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
     embedding = model.get_input_embeddings()
     return {
         "dtype": model.dtype,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from helix_compile.errors import CaptureError
@@ -152,7 +153,7 @@ class _Around(nn.Module):
 
 
 def export_around(
-    model: nn.Module, layers: nn.ModuleList
+    model: PreTrainedModel, layers: nn.ModuleList
 ) -> tuple[ExportedProgram, dict[int, LayerCall]]:
     """Export everything around the layers; returns the program and how each layer was called."""
     calls: dict[int, LayerCall] = {}
@@ -165,7 +166,7 @@ def export_around(
     return program, calls
 
 
-def export_whole(model: nn.Module, widths: list[tuple[int, int]]) -> ExportedProgram:
+def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> ExportedProgram:
     """Export the model in one graph, layers inlined; `widths` are those of what each site caches."""
     device = next(model.parameters()).device
     pasts = [
@@ -211,8 +212,8 @@ def _opaque(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None
     finally:
         for i, layer in enumerate(layers):
             del layer.forward
-            if before[i] is not None:
-                layer.forward = before[i]
+            if (own := before[i]) is not None:
+                layer.forward = own
 
 
 def _recorder(layer: nn.Module, index: int, calls: dict[int, LayerCall]) -> Any:

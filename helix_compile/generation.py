@@ -77,7 +77,7 @@ def generate(
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     compiled.reset()
-    adapter = _Adapter(compiled)
+    adapter: Any = _Adapter(compiled)
     with torch.no_grad():
         return adapter.generate(
             input_ids.to(compiled.device),
@@ -111,6 +111,7 @@ class _Adapter(nn.Module, GenerationMixin):
 
     main_input_name = "input_ids"
     base_model_prefix = ""
+    _compiled: HelixModule
     _is_stateful = True  # transformers then never rewinds or branches the cache
 
     def __init__(self, compiled: HelixModule):

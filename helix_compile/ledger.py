@@ -9,7 +9,7 @@ shard. Append, attention, import and the verifier all call these functions; noth
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,10 +28,8 @@ def local_slot(position: IntOrTensor, cp: int, tokens_per_block: int) -> IntOrTe
     return (block // cp) * tokens_per_block + position % tokens_per_block
 
 
-def local_length(
-    length: IntOrTensor, rank: int | Tensor, cp: int, tokens_per_block: int
-) -> IntOrTensor:
-    """Tokens of a sequence of `length` tokens that CP rank `rank` holds (0: an empty shard)."""
+def local_length(length: int | Tensor, rank: int | Tensor, cp: int, tokens_per_block: int) -> Any:
+    """Tokens of a sequence of `length` tokens that CP rank `rank` holds (0: an empty shard); a Tensor if either is."""
     turn = tokens_per_block * cp
     full_turns = (length // turn) * tokens_per_block
     rest = length % turn - rank * tokens_per_block

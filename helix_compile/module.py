@@ -66,6 +66,10 @@ class HelixModule(nn.Module):
         ranks: what each rank in this process holds.
     """
 
+    stages: dict[str, fx.GraphModule]
+    ranks: list[Rank]
+    _facts: ModelFacts
+
     def __init__(
         self,
         plan: HelixPlan,

@@ -32,7 +32,9 @@ def helix_passes(
     """Every pass in order, bound to its matches and plan."""
     layout, names = plan.layout, list(matches)
     examples = {n: _examples(captured.bodies[n].graph, matches[n], plan) for n in names}
-    common = {n: {"match": matches[n], "plan": plan.body(n), "layout": layout} for n in names}
+    common: dict[str, dict[str, Any]] = {
+        n: {"match": matches[n], "plan": plan.body(n), "layout": layout} for n in names
+    }
     sites = {n: len(matches[n].attentions) for n in names}
     outer = partial(
         rewire_outer_pass,

@@ -45,7 +45,9 @@ def rewire_outer_pass(
     _index_tokens(graph, plan)
     for call in [n for n in graph.nodes if n.op == "call_module"]:
         layer = call.meta["layer"]
-        old = {tuple(k): a for k, a in zip(before[call.target], call.args, strict=True)}
+        old = {
+            (kind, name): a for (kind, name), a in zip(before[call.target], call.args, strict=True)
+        }
         body = gm.get_submodule(call.target)
         assert isinstance(body, fx.GraphModule)
         call.args = tuple(
