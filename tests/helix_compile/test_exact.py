@@ -1,0 +1,170 @@
+"""Every plan computes what the unmodified model computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.support.driver import (
+    Reference,
+    deviation,
+    left_padded,
+    random_ids,
+    worst_deviation,
+)
+from tests.support.models import VARIANTS, tiny_model
+from tests.support.numerics import LIMIT, WidenedIslands
+
+from helix_compile import capture, helix_compile
+
+RAGGED = [6, 11, 9]  # left-padded; at cp=8 and tokens_per_block=4 most shards are empty
+# pairwise over cp, tpa, tokens_per_block, merge, q_proj, v_up, ep
+PLANS: list[dict[str, Any]] = [
+    {"cp": 1},
+    {"cp": 1, "tpa": 2, "tokens_per_block": 5},
+    {"cp": 2, "tokens_per_block": 1, "v_up": "before"},
+    {"cp": 2, "tpa": 2, "tokens_per_block": 4, "v_up": "after", "merge": "ag_rs"},
+    {"cp": 2, "tpa": 2, "tokens_per_block": 32, "q_proj": "gather", "v_up": "before", "ep": 1},
+    {"cp": 3, "tokens_per_block": 2, "v_up": "after"},
+    {"cp": 3, "tpa": 2, "tokens_per_block": 3, "q_proj": "gather", "merge": "ag_rs", "ep": 1},
+    {"cp": 3, "tpa": 2, "tokens_per_block": 1, "v_up": "before", "ep": 2},
+    {"cp": 4, "tokens_per_block": 3, "v_up": "before", "ep": 2},
+    {"cp": 4, "tpa": 2, "tokens_per_block": 5, "v_up": "after", "ep": 8},
+    {"cp": 4, "tokens_per_block": 32, "merge": "ag_rs", "q_proj": "gather", "v_up": "before"},
+    {"cp": 4, "tpa": 1, "tokens_per_block": 2, "ep": 1},
+    {"cp": 6, "tokens_per_block": 4, "q_proj": "gather", "v_up": "after", "ep": 2},
+    {"cp": 6, "tpa": 2, "tokens_per_block": 2, "merge": "ag_rs", "v_up": "before", "ep": 4},
+    {"cp": 8, "tokens_per_block": 4, "v_up": "before", "ep": 4},
+    {"cp": 8, "tokens_per_block": 1, "merge": "ag_rs", "v_up": "after", "ep": 1},
+    {"cp": 8, "tokens_per_block": 3, "q_proj": "gather", "ep": 2},
+]
+
+
+def plan_id(plan: dict[str, Any]) -> str:
+    return "-".join(f"{k}{v}" for k, v in plan.items())
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=plan_id)
+def test_fp64_over_plans(plan: dict[str, Any]) -> None:
+    model = tiny_model()
+    compiled = helix_compile(model, max_seq_len=256, **plan)
+    assert worst_deviation(model, compiled, RAGGED) <= LIMIT[torch.float64]
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "plain"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"cp": 4, "tokens_per_block": 3, "v_up": "after"},
+        {"cp": 2, "tpa": 2, "tokens_per_block": 2, "v_up": "before", "q_proj": "gather"},
+    ],
+    ids=plan_id,
+)
+def test_fp64_over_models(variant: str, plan: dict[str, Any]) -> None:
+    model = tiny_model(variant)
+    compiled = helix_compile(model, max_seq_len=256, **plan)
+    assert worst_deviation(model, compiled, RAGGED) <= LIMIT[torch.float64]
+
+
+def test_eager_attention_equals_the_sdpa_form() -> None:
+    """In fp64 the eager original itself is NaN under left padding."""
+    eager, reference = tiny_model(attention="eager"), tiny_model()
+    compiled = helix_compile(eager, cp=4, tokens_per_block=3, max_seq_len=256)
+    assert worst_deviation(reference, compiled, RAGGED) <= LIMIT[torch.float64]
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+def test_fp32(experts: str) -> None:
+    model = tiny_model(dtype=torch.float32, experts=experts)
+    compiled = helix_compile(model, cp=4, tpa=2, tokens_per_block=3, max_seq_len=256)
+    assert worst_deviation(model, compiled, RAGGED) <= LIMIT[torch.float32]
+
+
+def test_many_block_boundaries_and_pages() -> None:
+    """Longer than a page of 128 slots on every rank, and 150 blocks a rank."""
+    model = tiny_model()
+    compiled = helix_compile(model, cp=4, tokens_per_block=1, max_seq_len=640)
+    assert worst_deviation(model, compiled, [590, 600], (1, 3, 1)) <= LIMIT[torch.float64]
+    assert all(int(n) > 4 * 128 for n in compiled.lengths)
+
+
+@pytest.mark.parametrize("context", [0, 1])
+def test_first_tokens_of_one_sequence(context: int) -> None:
+    model = tiny_model()
+    compiled = helix_compile(model, cp=4, tokens_per_block=2, max_seq_len=64)
+    reference = Reference(model)
+    for _ in range(context + 1):
+        ids, mask = random_ids(model, 1, 1), torch.ones(1, 1, dtype=torch.int64)
+        with WidenedIslands():
+            assert deviation(compiled(ids), reference.step(ids, mask), mask) <= 1e-10
+
+
+def test_whole_graph_mode_agrees() -> None:
+    model = tiny_model()
+    compiled = helix_compile(
+        capture(model, whole=True), cp=4, tpa=2, tokens_per_block=3, max_seq_len=256
+    )
+    by_layer = helix_compile(model, cp=4, tpa=2, tokens_per_block=3, max_seq_len=256)
+    assert worst_deviation(model, compiled, RAGGED) <= LIMIT[torch.float64]
+    assert (
+        compiled.plan.egress_bytes_per_rank_per_token
+        == by_layer.plan.egress_bytes_per_rank_per_token
+    )
+
+
+@pytest.mark.parametrize("stage", ["attention", "reshard", "ffn", "lowered"])
+@pytest.mark.parametrize("plan", [PLANS[9], PLANS[6]], ids=plan_id)
+def test_every_stage_runs_and_is_equal(stage: str, plan: dict[str, Any]) -> None:
+    model = tiny_model("attention_bias")
+    compiled = helix_compile(model, max_seq_len=256, **plan)
+    run = lambda ids, mask: compiled.run_stage(stage, ids, mask)  # noqa: E731
+    assert worst_deviation(model, run, RAGGED, (1, 3)) <= LIMIT[torch.float64]
+
+
+def test_dtype_converts_a_copy() -> None:
+    model = tiny_model(dtype=torch.float32)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    compiled = helix_compile(model, cp=4, dtype=torch.float64, max_seq_len=64)
+    ids = random_ids(model, 2, 7)
+    logits = compiled(ids)
+    assert logits.dtype is torch.float64 and model.dtype is torch.float32
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    expected = Reference(model).step(ids, torch.ones_like(ids)).double()
+    assert deviation(logits, expected, torch.ones_like(ids)) <= LIMIT[torch.float32]
+
+
+def test_padding_on_the_right_and_idle_rows() -> None:
+    """A row's logits do not depend on where its padding stands; an idle row keeps its length."""
+    model = tiny_model()
+    compiled = helix_compile(model, cp=4, tokens_per_block=3, max_seq_len=256)
+    ids = random_ids(model, 3, 8)
+    right = torch.tensor([[1] * 5 + [0] * 3, [1] * 8, [0] * 8])
+    with WidenedIslands():
+        logits = compiled(ids, right)
+        assert compiled.lengths.tolist() == [5, 8, 0]
+        for row, tokens in ((0, 5), (1, 8)):
+            part = ids[row : row + 1, :tokens]
+            expected = Reference(model).step(part, torch.ones_like(part))
+            assert (
+                deviation(logits[row : row + 1, :tokens], expected, torch.ones_like(part)) <= 1e-10
+            )
+    assert torch.isfinite(logits).all()
+
+
+def test_a_long_step_in_chunks_equals_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helix_compile.step_inputs.MAX_CHUNK", 4)
+    model = tiny_model()
+    compiled = helix_compile(model, cp=4, tokens_per_block=3, max_seq_len=256)
+    assert worst_deviation(model, compiled, [13, 7], (9, 1)) <= LIMIT[torch.float64]
+
+
+def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison itself must be able to fail: the query position off by one for T = 1."""
+    model = tiny_model()
+    compiled = helix_compile(model, cp=4, tokens_per_block=3, max_seq_len=256)
+    ledger = type(compiled._ledger)
+    right = ledger.positions
+    shift = lambda self, mask: right(self, mask) + (mask.shape[1] == 1)  # noqa: E731
+    monkeypatch.setattr(ledger, "positions", shift)
+    assert worst_deviation(model, compiled, left_padded(RAGGED).sum(1).tolist()) > 1e-4

@@ -1,0 +1,66 @@
+"""Small DeepSeek-V3 models of transformers with awkward sizes: every dim differs, few are powers of two."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 72, "intermediate_size": 112, "moe_intermediate_size": 40,
+    "num_hidden_layers": 4, "first_k_dense_replace": 2, "num_attention_heads": 24, "num_key_value_heads": 24,
+    "q_lora_rank": 28, "kv_lora_rank": 20, "qk_rope_head_dim": 6, "qk_nope_head_dim": 10, "v_head_dim": 14,
+    "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+    "max_position_embeddings": 1024, "eos_token_id": None, "bos_token_id": None,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no_q_lora": {"q_lora_rank": None},
+    "attention_bias": {"attention_bias": True},
+    "yarn_mscale": {"rope_parameters": YARN},
+    "tied": {"tie_word_embeddings": True},
+    "two_shared": {"n_shared_experts": 2},
+    "v_wider_than_latent": {"v_head_dim": 26},
+    "half_rope": {"rope_interleave": False},
+}
+
+
+@lru_cache(maxsize=None)
+def tiny_model(
+    variant: str = "plain",
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+    experts: str = "batched_mm",
+    seed: int = 0,
+) -> DeepseekV3ForCausalLM:
+    """The same object for the same arguments, so that capture is paid once a worker."""
+    return fresh_model(variant, dtype, attention, experts, seed)
+
+
+def fresh_model(
+    variant: str = "plain",
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+    experts: str = "batched_mm",
+    seed: int = 0,
+) -> DeepseekV3ForCausalLM:
+    """A new model: random biases and router corrections, weights large enough that softmax is not flat."""
+    config = DeepseekV3Config(**{**SIZES, **VARIANTS[variant]})
+    config._attn_implementation = attention
+    torch.manual_seed(seed)
+    model = DeepseekV3ForCausalLM(config)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith(("bias",)):
+                tensor.normal_(std=0.3)
+            elif "proj" in name and "mlp" not in name:
+                tensor.mul_(4.0)
+    model = model.to(dtype).eval()
+    model.set_experts_implementation(experts)
+    return model
