@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Partial, Shard
 from helix_compile.errors import LoweringError
 from helix_compile.graph_pass import PassResult
 from helix_compile.ops import MOVES, helix
-from helix_compile.passes.fx_edit import aten, calls
+from helix_compile.passes.fx_edit import aten, calls, named
 from helix_compile.passes.propagate import propagate_shapes
 from helix_compile.placement import Layout, parse_layout
 
@@ -53,11 +53,11 @@ def no_moves_left(gm: fx.GraphModule) -> None:
 def _all_to_all_heads(
     graph: fx.Graph, partial_o: fx.Node, lse: fx.Node, axis: str, peers: int
 ) -> fx.Node:
-    buffer = graph.call_function(helix.pack_heads.default, (partial_o, lse, peers))
+    buffer = named(graph, "packed", helix.pack_heads.default, partial_o, lse, peers)
     splits = [1] * peers
-    buffer = graph.call_function(c10d.all_to_all_single.default, (buffer, splits, splits, axis))
-    buffer = graph.call_function(c10d.wait_tensor.default, (buffer,))
-    return graph.call_function(helix.unpack_heads.default, (buffer, partial_o, lse))
+    buffer = named(graph, "all_to_all_single", c10d.all_to_all_single.default, buffer, splits, splits, axis)
+    buffer = named(graph, "wait_tensor", c10d.wait_tensor.default, buffer)
+    return named(graph, "unpacked", helix.unpack_heads.default, buffer, partial_o, lse)
 
 
 def _reshard(graph: fx.Graph, x: fx.Node, source: str, target: str, size: int) -> fx.Node:
@@ -65,8 +65,8 @@ def _reshard(graph: fx.Graph, x: fx.Node, source: str, target: str, size: int) -
     axis = _moved_axis(before, after)
     old, new = before.get(axis, before.get("world")), after.get(axis)
     if isinstance(old, Partial) and new is None:
-        reduced = graph.call_function(c10d.all_reduce.default, (x, "sum", axis))
-        return graph.call_function(c10d.wait_tensor.default, (reduced,))
+        reduced = named(graph, "all_reduce", c10d.all_reduce.default, x, "sum", axis)
+        return named(graph, "wait_tensor", c10d.wait_tensor.default, reduced)
     if isinstance(old, Shard) and new is None:
         return _gather(graph, x, old.dim, size, axis)
     if isinstance(old, Partial) and isinstance(new, Shard):
@@ -85,8 +85,8 @@ def _moved_axis(before: Layout, after: Layout) -> str:
 
 def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
     whole = graph.call_function(aten.contiguous.default, (x,))
-    whole = graph.call_function(c10d.all_gather_into_tensor.default, (whole, size, axis))
-    whole = graph.call_function(c10d.wait_tensor.default, (whole,))
+    whole = named(graph, "all_gather_into_tensor", c10d.all_gather_into_tensor.default, whole, size, axis)
+    whole = named(graph, "wait_tensor", c10d.wait_tensor.default, whole)
     if dim == 0:
         return whole
     # the collective stacks peers on dim 0; heads of peer p go behind those of peer p - 1
@@ -98,6 +98,6 @@ def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.N
 def _reduce_scatter(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
     first = graph.call_function(aten.movedim.int, (x, dim, 0))
     first = graph.call_function(aten.contiguous.default, (first,))
-    part = graph.call_function(c10d.reduce_scatter_tensor.default, (first, "sum", size, axis))
-    part = graph.call_function(c10d.wait_tensor.default, (part,))
+    part = named(graph, "reduce_scatter_tensor", c10d.reduce_scatter_tensor.default, first, "sum", size, axis)
+    part = named(graph, "wait_tensor", c10d.wait_tensor.default, part)
     return graph.call_function(aten.movedim.int, (part, 0, dim))

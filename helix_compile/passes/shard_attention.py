@@ -107,10 +107,8 @@ def _absorbed_query(
     if plan.q_proj == "replicate":
         return q_latent, q_rope
     packed = named(graph, "q_packed", aten.cat.default, [q_latent, q_rope], -1)
-    target = "tpa:S(2)" if layout.tpa > 1 else "R"
-    packed = named(
-        graph, "q_gathered", helix.reshard.default, packed, "world:S(2)", target, layout.kvp
-    )
+    source, target = ("world:S(2)", "tpa:S(2)") if layout.tpa > 1 else ("kvp:S(2)", "R")
+    packed = named(graph, "q_gathered", helix.reshard.default, packed, source, target, layout.kvp)
     sizes = [match.kv_lora_rank, match.qk_rope_head_dim]
     split = graph.call_function(aten.split_with_sizes.default, (packed, sizes, -1))
     q_latent, q_rope = getitems(graph, split, "q_latent", "q_rope")
