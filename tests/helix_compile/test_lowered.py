@@ -95,18 +95,12 @@ def test_the_plan_states_the_bytes_that_are_sent(plan: dict[str, Any], dtype: to
         tokens += shape[0] * shape[1]
     expected = compiled.plan.egress_bytes_per_rank_per_token * tokens
     assert expected > 0 and compiled.world.sent_bytes == [expected] * compiled.plan.layout.world_size
-    planned = Counter(
-        {
-            (c.op, c.axis): 0
-            for b in compiled.plan.bodies
-            for c in b.collectives
-        }
-    )
+    groups = {axis: len(compiled.world.mesh.groups[axis]) for axis in ("kvp", "world")}
+    counted: Counter[tuple[str, str]] = Counter()
     for body, graph in zip(compiled.plan.bodies, bodies(compiled), strict=True):
         assert collectives(graph) == Counter((c.op, c.axis) for c in body.collectives)
-        planned.update({(c.op, c.axis): 3 * len(body.layers) for c in body.collectives})
-    groups = {axis: len(compiled.world.mesh.groups[axis]) for axis in ("kvp", "world")}
-    counted = {key: n * groups[key[1]] for key, n in planned.items()}
+        for c in body.collectives:
+            counted[(c.op, c.axis)] += 3 * len(body.layers) * groups[c.axis]
     assert compiled.world.num_collectives == counted
 
 
