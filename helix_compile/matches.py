@@ -55,6 +55,7 @@ class AttentionMatch:
     qk_nope_head_dim: int
     v_head_dim: int
     hidden_size: int
+    q_input_size: int
     uk_rows: Table
     uv_rows: Table
     q_nope: tuple[int, ...]
@@ -81,6 +82,7 @@ class DenseFFNMatch:
     down_weight: str
     down_bias: str | None
     width: int
+    input_size: int
     hidden_size: int
 
 

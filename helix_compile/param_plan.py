@@ -24,9 +24,10 @@ def attention_shards(
     v_axis = "world" if plan.v_up == "after" else "tpa"
     kv_rows = 1 + max(max(map(max, match.uk_rows)), max(map(max, match.uv_rows)))
     q_heads, v_heads = H // layout.size(q_axis), H // layout.size(v_axis)
-    weights = [(match.q_weight, -1)] + ([(match.q_bias, 0)] if match.q_bias else [])
-    for name, width in weights:
-        tail = () if width == 0 else (-1,)
+    weights = [(match.q_weight, (match.q_input_size,))] + (
+        [(match.q_bias, ())] if match.q_bias else []
+    )
+    for name, tail in weights:
         yield ParamShard(
             name, name, (H * Dk, *tail), (H, Dk, *tail), (Cut(0, q_axis, H),), (q_heads * Dk, *tail),
             f"{q_axis}:S(0)",
@@ -60,10 +61,12 @@ def _rows_as_view(
 
 def dense_shards(match: DenseFFNMatch, layout: HelixLayout) -> Iterable[ParamShard]:
     """Gate and up by rows, down by columns, over all ranks."""
-    F, D = match.width, match.hidden_size
+    F, D_in, D = match.width, match.input_size, match.hidden_size
     f = -(-F // layout.world_size)
     for name in (match.gate_weight, match.up_weight):
-        yield ParamShard(name, name, (F, -1), (F, -1), (Cut(0, "world", F),), (f, -1), "world:S(0)")
+        yield ParamShard(
+            name, name, (F, D_in), (F, D_in), (Cut(0, "world", F),), (f, D_in), "world:S(0)"
+        )
     for bias in (match.gate_bias, match.up_bias):
         if bias:
             yield ParamShard(bias, bias, (F,), (F,), (Cut(0, "world", F),), (f,), "world:S(0)")
@@ -85,9 +88,7 @@ def moe_shards(match: MoEMatch, layout: HelixLayout) -> Iterable[ParamShard]:
     )  # fmt: skip
 
 
-def params_bytes_per_rank(
-    captured: CapturedGraph, bodies: tuple[BodyPlan, ...], layout: HelixLayout
-) -> int:
+def params_bytes_per_rank(captured: CapturedGraph, bodies: tuple[BodyPlan, ...]) -> int:
     """Bytes of parameters that one rank holds: its shards with padding, and what is replicated."""
     total = 0
     for node in placeholders(captured.graph.graph):
@@ -102,7 +103,7 @@ def params_bytes_per_rank(
             if name not in cut:
                 one += _bytes(node)
             for shard in (s for s in plan.param_shards if s.source == name):
-                one += itemsize * _shard_numel(shard, node.meta["val"].numel(), layout)
+                one += itemsize * math.prod(shard.shape)
         total += one * len(plan.layers)
     return total
 
@@ -113,12 +114,6 @@ def _in_a_layer(node: fx.Node) -> bool:
 
 def _bytes(node: fx.Node) -> int:
     return node.meta["val"].numel() * node.meta["val"].dtype.itemsize
-
-
-def _shard_numel(shard: ParamShard, source_numel: int, layout: HelixLayout) -> int:
-    """Elements of one rank's shard, padding included; -1 in a shape stands for the width of the input."""
-    known = math.prod(s for s in shard.source_shape if s > 0)
-    return math.prod(s if s > 0 else source_numel // known for s in shard.shape)
 
 
 def replicated_roles(

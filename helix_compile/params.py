@@ -23,17 +23,14 @@ def cut_param(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) 
     Raises:
         PlanError: `whole` does not have the shape that the plan was made for.
     """
-    expected = shard.source_shape
-    fits = len(expected) == whole.dim() and all(
-        e in (-1, s) for e, s in zip(expected, whole.shape, strict=True)
-    )
-    if not fits:
+    if tuple(whole.shape) != shard.source_shape:
         raise PlanError(
-            f"parameter {shard.source}: got shape {tuple(whole.shape)}, the plan expects {expected}"
+            f"parameter {shard.source}: got shape {tuple(whole.shape)}, the plan expects "
+            f"{shard.source_shape}"
         )
     if shard.index is not None:
         whole = whole[torch.tensor(shard.index, device=whole.device)]
-    part = whole.view(_filled(shard.view, whole))
+    part = whole.view(shard.view)
     if shard.window is not None:
         part = part.narrow(*shard.window)
     for cut in shard.cuts:
@@ -45,12 +42,7 @@ def cut_param(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) 
                 [missing if d == cut.dim else s for d, s in enumerate(part.shape)]
             )
             part = torch.cat([part, zeros], dim=cut.dim)
-    return part.view(_filled(shard.shape, part))
-
-
-def _filled(shape: tuple[int, ...], tensor: Tensor) -> list[int]:
-    """`shape` with -1 (the width of the input) read off the tensor, so that empty shards can be viewed too."""
-    return [tensor.shape[-1] if s == -1 else s for s in shape]
+    return part.view(shard.shape)
 
 
 def originals(model: nn.Module) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def plan_helix(
         not_rewritten=replicated_roles(captured, bodies),
         notes=_notes(captured, layout, options),
         kv_bytes_per_token_per_rank=Fraction(cached_width * captured.dtype.itemsize, layout.kvp),
-        params_bytes_per_rank=params_bytes_per_rank(captured, bodies, layout),
+        params_bytes_per_rank=params_bytes_per_rank(captured, bodies),
     )
 
 

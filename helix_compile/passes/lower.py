@@ -55,7 +55,9 @@ def _all_to_all_heads(
 ) -> fx.Node:
     buffer = named(graph, "packed", helix.pack_heads.default, partial_o, lse, peers)
     splits = [1] * peers
-    buffer = named(graph, "all_to_all_single", c10d.all_to_all_single.default, buffer, splits, splits, axis)
+    buffer = named(
+        graph, "all_to_all_single", c10d.all_to_all_single.default, buffer, splits, splits, axis
+    )
     buffer = named(graph, "wait_tensor", c10d.wait_tensor.default, buffer)
     return named(graph, "unpacked", helix.unpack_heads.default, buffer, partial_o, lse)
 
@@ -85,7 +87,9 @@ def _moved_axis(before: Layout, after: Layout) -> str:
 
 def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
     whole = graph.call_function(aten.contiguous.default, (x,))
-    whole = named(graph, "all_gather_into_tensor", c10d.all_gather_into_tensor.default, whole, size, axis)
+    whole = named(
+        graph, "all_gather_into_tensor", c10d.all_gather_into_tensor.default, whole, size, axis
+    )
     whole = named(graph, "wait_tensor", c10d.wait_tensor.default, whole)
     if dim == 0:
         return whole
@@ -98,6 +102,8 @@ def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.N
 def _reduce_scatter(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
     first = graph.call_function(aten.movedim.int, (x, dim, 0))
     first = graph.call_function(aten.contiguous.default, (first,))
-    part = named(graph, "reduce_scatter_tensor", c10d.reduce_scatter_tensor.default, first, "sum", size, axis)
+    part = named(
+        graph, "reduce_scatter_tensor", c10d.reduce_scatter_tensor.default, first, "sum", size, axis
+    )
     part = named(graph, "wait_tensor", c10d.wait_tensor.default, part)
     return graph.call_function(aten.movedim.int, (part, 0, dim))

@@ -36,7 +36,8 @@ def _match(product: fx.Node) -> DenseFFNMatch | None:
         gate=gate.name, up=up.name, product=product.name, down=down.name,
         gate_weight=_name(gate, 1), gate_bias=_bias(gate), up_weight=_name(up, 1), up_bias=_bias(up),
         down_weight=_name(down, 1), down_bias=_bias(down),
-        width=shape_of(gate)[-1], hidden_size=shape_of(down)[-1],
+        width=shape_of(gate)[-1], input_size=shape_of(gate.args[0])[-1],
+        hidden_size=shape_of(down)[-1],
     )  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def _match_site(anchor: _Anchor) -> AttentionMatch:
         o_weight=_param(o_proj, 1), o_bias=_bias(o_proj), scale=anchor.scale,
         num_heads=len(uv_rows), kv_lora_rank=shape_of(latent)[-1],
         qk_rope_head_dim=len(q_rope), qk_nope_head_dim=len(q_nope), v_head_dim=len(uv_rows[0]),
-        hidden_size=shape_of(o_proj)[-1], uk_rows=uk_rows, uv_rows=uv_rows,
+        hidden_size=shape_of(o_proj)[-1], q_input_size=shape_of(q_proj.args[0])[-1], uk_rows=uk_rows, uv_rows=uv_rows,
         q_nope=q_nope, q_rope=q_rope,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from helix_compile.errors import PassError
-from helix_compile.plan import BodyPlan, ParamShard
+from helix_compile.plan import ParamShard
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
@@ -82,11 +82,8 @@ def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else str(value)
 
 
-def fake_shard(node: fx.Node, shard: ParamShard, plan: BodyPlan) -> Tensor:
+def fake_shard(node: fx.Node, shard: ParamShard) -> Tensor:
     """Value of a parameter placeholder after its cut: what one rank holds."""
     old = node.meta["val"]
-    shape = list(shard.shape)
-    if -1 in shape:  # the width of the input, which the cut leaves alone
-        shape[shape.index(-1)] = old.shape[-1]
     with fake_mode_of(node.graph):
-        return torch.empty(shape, dtype=old.dtype, device=old.device)
+        return torch.empty(shard.shape, dtype=old.dtype, device=old.device)

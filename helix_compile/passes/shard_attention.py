@@ -180,5 +180,5 @@ def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
     """From here on this parameter is the rank's shard: its shape and its layout."""
     node, shard = input_named(graph, "param", name), body.shard(name)
     assert shard is not None, name
-    node.meta["val"] = fake_shard(node, shard, body)
+    node.meta["val"] = fake_shard(node, shard)
     node.meta["sharded"] = True

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from helix_compile import capture, helix_compile
 from tests.support.driver import (
     Reference,
     deviation,
@@ -15,8 +17,6 @@ from tests.support.driver import (
 )
 from tests.support.models import VARIANTS, tiny_model
 from tests.support.numerics import LIMIT, WidenedIslands
-
-from helix_compile import capture, helix_compile
 
 RAGGED = [6, 11, 9]  # left-padded; at cp=8 and tokens_per_block=4 most shards are empty
 # pairwise over cp, tpa, tokens_per_block, merge, q_proj, v_up, ep

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.driver import random_ids
-from tests.support.models import fresh_model, tiny_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
@@ -24,6 +22,8 @@ from helix_compile import (
     RuntimeFault,
     helix_compile,
 )
+from tests.support.driver import random_ids
+from tests.support.models import fresh_model, tiny_model
 
 LAYOUTS: list[tuple[dict[str, Any], str]] = [
     ({"cp": 5}, "24 heads can't be divided over N = cp*tpa = 5*1 = 5 ranks (24 % 5 = 4)"),
@@ -53,7 +53,9 @@ def test_unknown_values(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"merge": "ag_rs"}, {"q_proj": "gather"}, {"v_up": "before"}, {"v_up": "after"}], ids=str
+    "option",
+    [{"merge": "ag_rs"}, {"q_proj": "gather"}, {"v_up": "before"}, {"v_up": "after"}],
+    ids=str,
 )
 def test_options_without_effect_at_cp_1(option: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="has no effect at cp=1"):
@@ -95,12 +97,14 @@ def test_models() -> None:
         helix_compile(helix_compile(tiny_model(), cp=2, max_seq_len=64), cp=2)
     with pytest.raises(CaptureError, match="expected a transformers causal language model"):
         helix_compile(torch.nn.Linear(2, 2), cp=2)
-    with pytest.raises(CaptureError, match="has no config.json"):
+    with pytest.raises(CaptureError, match="has no config"):
         helix_compile("nowhere", cp=2)
 
 
 def test_a_model_without_mla_names_layer_node_and_reason() -> None:
-    config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=97, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_layer=2, n_embd=32, n_head=4, vocab_size=97, bos_token_id=0, eos_token_id=0
+    )
     with pytest.raises(MatchError) as caught:
         helix_compile(GPT2LMHeadModel(config).eval(), cp=2)
     for part in ("layer 0", "V does not derive from one linear", "`scaled_dot_product_attention`"):
@@ -144,7 +148,9 @@ def test_a_broken_site_names_the_closest_reason(
     assert "at node `" in str(caught.value) and "layer 0" in str(caught.value)
 
 
-def test_a_sliding_window_is_seen_even_where_it_looks_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sliding_window_is_seen_even_where_it_looks_causal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
 
     causal = modeling.create_causal_mask
@@ -156,13 +162,17 @@ def test_a_sliding_window_is_seen_even_where_it_looks_causal(monkeypatch: pytest
 
     monkeypatch.setattr(modeling, "create_causal_mask", window)
     model = fresh_model()
-    with pytest.raises(MatchError, match=r"differs from causal \+ padding at 28 of 128 places for the query at 127"):
+    with pytest.raises(
+        MatchError, match=r"differs from causal \+ padding at 28 of 128 places for the query at 127"
+    ):
         helix_compile(model, cp=2, max_seq_len=128)
 
 
 @pytest.fixture
 def module() -> HelixModule:
-    compiled = helix_compile(tiny_model(), cp=4, tokens_per_block=2, max_batch_size=3, max_seq_len=20)
+    compiled = helix_compile(
+        tiny_model(), cp=4, tokens_per_block=2, max_batch_size=3, max_seq_len=20
+    )
     compiled(random_ids(tiny_model(), 2, 12))
     return compiled
 

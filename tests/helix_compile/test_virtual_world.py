@@ -68,9 +68,7 @@ def test_dropped_collective_is_a_deadlock_with_ranks_and_node() -> None:
 def test_different_collective_is_named_by_rank() -> None:
     other = graph(exchange([1, 1, 1, 1]))
     gather = graph(
-        lambda g, x: waited(
-            g, g.call_function(c10d.all_gather_into_tensor.default, (x, 4, "kvp"))
-        )
+        lambda g, x: waited(g, g.call_function(c10d.all_gather_into_tensor.default, (x, 4, "kvp")))
     )
     with pytest.raises(RuntimeFault, match=r"ranks disagree .*1: 'all_gather_into_tensor'"):
         world().run([other, gather, other, other], inputs())
@@ -88,7 +86,8 @@ def test_wrong_split_sizes() -> None:
     wrong = graph(exchange([5, 4, 4, 3]))
     graphs = [graph(exchange([1, 1, 1, 1])), wrong, *[graph(exchange([1, 1, 1, 1]))] * 2]
     with pytest.raises(
-        RuntimeFault, match=r"rank 1.*output_split_sizes=\[5, 4, 4, 3\] but peers send \[1, 1, 1, 1\]"
+        RuntimeFault,
+        match=r"rank 1.*output_split_sizes=\[5, 4, 4, 3\] but peers send \[1, 1, 1, 1\]",
     ):
         world().run(graphs, inputs())
 
@@ -165,5 +164,7 @@ def test_sums_are_in_rank_order_and_rounded_once() -> None:
 
 def test_hook_sees_every_node_of_every_rank() -> None:
     seen: list[tuple[int, str]] = []
-    world().run(graph(one_sum), inputs(), hook=lambda rank, node, value: seen.append((rank, node.name)))
+    world().run(
+        graph(one_sum), inputs(), hook=lambda rank, node, value: seen.append((rank, node.name))
+    )
     assert {n for r, n in seen if r == 2} == {"x", "all_reduce_default", "wait_tensor_default"}
