@@ -91,7 +91,7 @@ def test_truncate_and_the_dynamo_backend_are_refused() -> None:
 
 
 def test_models() -> None:
-    with pytest.raises(CaptureError, match="training mode; call model.eval"):
+    with pytest.raises(CaptureError, match=r"training mode; call model\.eval"):
         helix_compile(fresh_model().train(), cp=2)
     with pytest.raises(CaptureError, match="already compiled"):
         helix_compile(helix_compile(tiny_model(), cp=2, max_seq_len=64), cp=2)
