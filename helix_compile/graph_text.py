@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from helix_compile.passes.fx_edit import aten, input_named, is_call
+from helix_compile.passes.fx_edit import aten, input_named, is_call, is_param
 from helix_compile.passes.index_provenance import is_cache_update, is_layout_op
 
 _KEY_OPS = frozenset(
@@ -86,10 +86,16 @@ def _line(node: fx.Node) -> str:
 def _argument(value: Any) -> str:
     if isinstance(value, fx.Node):
         root = _root(value)
-        return root.name
+        return parameter_text(root.meta["input"][1]) if is_param(root) else root.name
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_argument(v) for v in value) + "]"
     return f"{value:.5g}" if isinstance(value, float) else repr(value)
+
+
+def parameter_text(name: str) -> str:
+    """ "self_attn.kv_b_proj.weight.w_uk" as "kv_b_proj.w_uk": what a reader needs of a parameter's name."""
+    parts = [p for p in name.split(".") if p != "weight"]
+    return ".".join(parts[-2:] if parts[-1].startswith(("w_", "bias")) else parts[-1:])
 
 
 def _root(node: fx.Node) -> fx.Node:

@@ -12,9 +12,9 @@ from torch import Tensor
 from helix_compile import HelixModule, RuntimeFault, helix_compile
 from helix_compile.kv_cache import PAGE_SIZE
 from helix_compile.ledger import positions_on_rank
+from helix_compile.numerics import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids
 from tests.support.models import fresh_model, tiny_model
-from tests.support.numerics import WidenedIslands
 
 
 def compiled_tiny(**options: int) -> HelixModule:

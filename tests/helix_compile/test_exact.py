@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helix_compile import capture, helix_compile
+from helix_compile.numerics import WidenedIslands
 from tests.support.driver import (
     Reference,
     deviation,
@@ -16,7 +17,7 @@ from tests.support.driver import (
     worst_deviation,
 )
 from tests.support.models import VARIANTS, tiny_model
-from tests.support.numerics import LIMIT, WidenedIslands
+from tests.support.numerics import LIMIT
 
 RAGGED = [6, 11, 9]  # left-padded; at cp=8 and tokens_per_block=4 most shards are empty
 # pairwise over cp, tpa, tokens_per_block, merge, q_proj, v_up, ep

@@ -14,7 +14,7 @@ SCALE = 0.3
 
 
 def attention_by_hand(q: Tensor, keys: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """q [H, W], keys [S, W] -> o [H, R], lse [H] by exp and sums, no tricks."""
+    """Q [H, W], keys [S, W] -> o [H, R], lse [H] by exp and sums, no tricks."""
     weights = torch.exp(SCALE * q @ keys.T)
     total = weights.sum(-1, keepdim=True)
     return (weights / total) @ keys[:, :width], total.log().squeeze(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tests.support.numerics import WidenedIslands
+from helix_compile.numerics import WidenedIslands
 
 STEPS = (1, 1, 3, 1, 4, 1)
 
