@@ -77,8 +77,8 @@ def _is_key(node: fx.Node) -> bool:
 
 def _line(node: fx.Node) -> str:
     items = [u.name for u in node.users if u.target is operator.getitem]
-    left = ", ".join(items) if items else node.name
-    args = ", ".join(_argument(a) for a in node.args)
+    left = ", ".join(items) if items else _name(node)
+    args = ", ".join(_argument(a) for a in node.args if not isinstance(a, float))  # no scale, eps
     op = str(node.target).removesuffix(".default")
     return f"{left} = {op}({args})  # {shape_text(node.meta.get('val'))}"
 
@@ -86,14 +86,18 @@ def _line(node: fx.Node) -> str:
 def _argument(value: Any) -> str:
     if isinstance(value, fx.Node):
         root = _root(value)
-        return parameter_text(root.meta["input"][1]) if is_param(root) else root.name
+        return parameter_text(root.meta["input"][1]) if is_param(root) else _name(root)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_argument(v) for v in value) + "]"
-    return f"{value:.5g}" if isinstance(value, float) else repr(value)
+    return repr(value)
+
+
+def _name(node: fx.Node) -> str:
+    return node.name.replace("scaled_dot_product_attention", "sdpa")
 
 
 def parameter_text(name: str) -> str:
-    """ "self_attn.kv_b_proj.weight.w_uk" as "kv_b_proj.w_uk": what a reader needs of a parameter's name."""
+    """What a reader needs of a parameter's name: self_attn.kv_b_proj.weight.w_uk as kv_b_proj.w_uk."""
     parts = [p for p in name.split(".") if p != "weight"]
     return ".".join(parts[-2:] if parts[-1].startswith(("w_", "bias")) else parts[-1:])
 
@@ -113,12 +117,12 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def shape_text(value: Any) -> str:
-    """Shape of a value, such as "[B, T, 72]"; symbols by their letter, tuples joined."""
+    """Shape of a value, such as "[B,T,72]"; symbols by their letter, tuples joined."""
     if isinstance(value, (list, tuple)):
         return ", ".join(shape_text(v) for v in value)
     if not isinstance(value, Tensor):
         return "-"
-    return "[" + ", ".join(_size(s) for s in value.shape) + "]"
+    return "[" + ",".join(_size(s) for s in value.shape) + "]"
 
 
 def _size(size: int | torch.SymInt) -> str:
