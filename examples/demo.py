@@ -11,7 +11,8 @@ import sys
 import time
 
 import torch
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.generation.streamers import BaseStreamer
 
 from helix_compile import HelixModule, helix_compile
@@ -22,23 +23,25 @@ CP, PROMPTS, NEW_TOKENS = 4, (9, 40, 23), 32
 FP64_LIMIT = 1e-10
 
 
-class Progress(BaseStreamer):
-    """Counts generated tokens on stderr."""
+class StepBar(BaseStreamer):
+    """Shows generated tokens on stderr."""
 
     def __init__(self, total: int):
-        self.bar = tqdm(
-            total=total, desc="generating on 4 virtual ranks", unit="token", disable=None
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self.progress = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+        self.task = self.progress.add_task(f"generating on {CP} virtual ranks", total=total)
+        self.progress.start()
         self.prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         """The first call brings the prompt."""
         if not self.prompt:
-            self.bar.update(1)
+            self.progress.advance(self.task)
         self.prompt = False
 
     def end(self) -> None:
-        self.bar.close()
+        """Leave the finished bar on the screen."""
+        self.progress.stop()
 
 
 def left_padded_prompts(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +61,7 @@ def fp64_deviation(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor
         logits = compiled(ids, mask)
         expected = original(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     kept = mask.bool()
+    assert torch.isfinite(logits[kept]).all()
     return float((logits - expected)[kept].abs().max() / expected[kept].abs().max())
 
 
@@ -66,9 +70,8 @@ def show(compiled: HelixModule) -> None:
     inspection = compiled.inspect()
     before, after = inspection.attention_before_after("body_1")
     print(inspection, "\n")
-    print("attention of layers 2-3, before:", *before, sep="\n    ")
-    print("after:", *after, sep="\n    ")
-    print()
+    print("attention of layers 2-3 before:", *before, "", sep="\n")
+    print("attention of layers 2-3 after:", *after, "", sep="\n")
 
 
 def main() -> int:
@@ -76,19 +79,18 @@ def main() -> int:
     torch.manual_seed(0)
     start = time.perf_counter()
     model = build_model(preset_config("tiny"))
-    print("rewriting transformers' DeepseekV3ForCausalLM for cp=4 ...", file=sys.stderr)
+    print(f"rewriting transformers' {type(model).__name__} for cp={CP} ...", file=sys.stderr)
     compiled = helix_compile(model, cp=CP, max_seq_len=256)
     show(compiled)
     ids, mask = left_padded_prompts(256)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    tokens = compiled.generate(ids, mask, streamer=Progress(NEW_TOKENS), **options)
+    tokens = compiled.generate(ids, mask, streamer=StepBar(NEW_TOKENS), **options)
     expected = model.generate(ids, attention_mask=mask, **options)
     deviation = fp64_deviation(model, ids, mask)
     equal = torch.equal(tokens, expected) and deviation <= FP64_LIMIT
     sizes = [int(n) for n in compiled.lengths]
-    print(
-        f"3 left-padded prompts of {PROMPTS} tokens, {NEW_TOKENS} new each; cached lengths {sizes}"
-    )
+    lengths = ", ".join(map(str, PROMPTS))
+    print(f"left-padded prompts of {lengths} tokens, {NEW_TOKENS} new each; cached now: {sizes}")
     print(f"largest deviation of a logit in float64: {deviation:.1e} (limit {FP64_LIMIT:.0e})")
     print("tokens equal" if equal else "TOKENS DIFFER")
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)

@@ -132,11 +132,11 @@ def format_report(facts: dict[str, Any]) -> str:
     console.print(_rewrites(facts))
     console.print(_collectives(facts))
     per_rank = (
-        f"per rank: {facts['kv_bytes_per_token_per_rank']:,.6g} bytes of KV cache a token, "
+        f"per rank: {_count(facts['kv_bytes_per_token_per_rank'])} bytes of KV cache a token, "
         f"{facts['params_bytes_per_rank']:,} bytes of parameters, "
-        f"{facts['egress_bytes_per_rank_per_token']:,.6g} bytes sent a token"
+        f"{_count(facts['egress_bytes_per_rank_per_token'])} bytes sent a token"
     )
-    console.print(per_rank, markup=False)
+    console.print(per_rank, markup=False, soft_wrap=True)
     console.print(
         _two_columns(
             "not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])
@@ -145,8 +145,12 @@ def format_report(facts: dict[str, Any]) -> str:
     decisions = ((f"{d['name']} = {d['result']}", d["rule"]) for d in facts["decisions"])
     console.print(_two_columns("decision", "rule", decisions))
     for note in facts["notes"]:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined] # StringIO
+
+
+def _count(value: int | float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
 def _table(*columns: str) -> Table:
@@ -183,7 +187,7 @@ def _collectives(facts: dict[str, Any]) -> Table:
     table = _table("body", "collective", "axis", "of", "bytes/rank/token")
     for c in facts["collectives"]:
         table.add_row(
-            c["body"], c["op"], c["axis"], c["what"], f"{c['egress_bytes_per_rank_per_token']:,.6g}"
+            c["body"], c["op"], c["axis"], c["what"], _count(c["egress_bytes_per_rank_per_token"])
         )
     return table
 
