@@ -1,0 +1,119 @@
+"""generate() is transformers' own: same tokens, and what can't be right is refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from helix_compile import HelixModule, RuntimeFault, helix_compile
+from helix_compile.generation import padded_prompts
+from tests.support.driver import left_padded, random_ids
+from tests.support.models import tiny_model
+
+MASK = left_padded([5, 17, 11])
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+def model() -> Any:
+    return tiny_model(dtype=torch.float32, experts="grouped_mm")
+
+
+def compiled_for(cp: int = 4, **options: Any) -> HelixModule:
+    return helix_compile(model(), cp=cp, tokens_per_block=3, max_seq_len=128, **options)
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_64_greedy_tokens_twice_in_a_row(cp: int) -> None:
+    compiled = compiled_for(cp)
+    for _ in range(2):
+        ids = random_ids(model(), 3, 17) * MASK
+        options = {**GREEDY, "max_new_tokens": 64}
+        expected = model().generate(ids, attention_mask=MASK, **options)
+        assert torch.equal(compiled.generate(ids, attention_mask=MASK, **options), expected)
+
+
+def test_seeded_sampling_of_several_sequences_each() -> None:
+    ids = random_ids(model(), 2, 9)
+    options = {
+        "do_sample": True,
+        "num_return_sequences": 3,
+        "max_new_tokens": 24,
+        "pad_token_id": 0,
+        "top_k": 20,
+    }
+    torch.manual_seed(11)
+    expected = model().generate(ids, attention_mask=torch.ones_like(ids), **options)
+    torch.manual_seed(11)
+    got = compiled_for().generate(ids, **options)
+    assert got.shape == (6, 33) and torch.equal(got, expected)
+
+
+class Collector(BaseStreamer):
+    def __init__(self) -> None:
+        self.pieces: list[torch.Tensor] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_sees_prompt_then_tokens() -> None:
+    streamer, ids = Collector(), random_ids(model(), 1, 6)
+    out = compiled_for().generate(ids, max_new_tokens=7, streamer=streamer, **GREEDY)
+    assert torch.equal(torch.cat([p.flatten() for p in streamer.pieces]), out[0])
+    assert len(streamer.pieces) == 8 and streamer.ended
+
+
+class AfterTokens(StoppingCriteria):
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_stopping_criteria_and_eos() -> None:
+    compiled, ids = compiled_for(), random_ids(model(), 2, 6)
+    out = compiled.generate(ids, max_new_tokens=20, stopping_criteria=[AfterTokens(10)], **GREEDY)
+    assert out.shape == (2, 10)
+    free = compiled.generate(ids, max_new_tokens=20, **GREEDY)
+    stop = {**GREEDY, "max_new_tokens": 20, "eos_token_id": int(free[0, 9])}
+    expected = model().generate(ids, attention_mask=torch.ones_like(ids), **stop)
+    assert torch.equal(compiled.generate(ids, **stop), expected)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"num_beams": 2}, "beam search reorders sequences"),
+    ({"assistant_model": torch.nn.Linear(1, 1)}, "assisted decoding needs truncate"),
+    ({"prompt_lookup_num_tokens": 3}, "prompt lookup: it takes tokens back"),
+    ({"past_key_values": object()}, "the sharded cache belongs to the compiled module"),
+    ({"inputs_embeds": torch.zeros(1, 1, 1)}, "the compiled graph starts at input_ids"),
+    ({"cache_implementation": "static"}, "the cache is the module's own sharded one"),
+    ({"use_cache": False}, "without its cache the module has no context"),
+    ({"num_return_sequences": 9, "do_sample": True}, "9 sequences > max_batch_size=8"),
+    ({"generation_config": GenerationConfig(num_beams=4)}, "num_beams=4 is refused"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED, ids=[next(iter(o)) for o, _ in REFUSED])
+def test_refused_options_leave_the_cache(options: dict[str, Any], reason: str) -> None:
+    compiled, ids = compiled_for(), random_ids(model(), 1, 5)
+    compiled(ids)
+    with pytest.raises(RuntimeFault, match=reason):
+        compiled.generate(ids, max_new_tokens=2, **options)
+    assert compiled.lengths.tolist() == [5]
+
+
+def test_prompts_from_text() -> None:
+    ids, mask = padded_prompts("1,2,3; 4 5")
+    assert ids.tolist() == [[1, 2, 3], [0, 4, 5]] and mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    for text, message in (("1,x", "expected integers"), ("1;;2", "prompt 1 is empty")):
+        with pytest.raises(RuntimeFault, match=message):
+            padded_prompts(text)

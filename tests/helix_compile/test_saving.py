@@ -1,0 +1,112 @@
+"""What was saved is what runs, bit for bit; what was tampered with is refused by file and node."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helix_compile import HelixError, HelixModule, RuntimeFault, helix_compile
+from tests.support.driver import random_ids
+from tests.support.models import tiny_model
+
+
+def saved(folder: Path, dtype: torch.dtype = torch.float32, **plan: Any) -> HelixModule:
+    experts = "batched_mm" if dtype is torch.float64 else "grouped_mm"
+    model = tiny_model(dtype=dtype, experts=experts)
+    compiled = helix_compile(model, max_seq_len=64, **{"cp": 4, "tokens_per_block": 3, **plan})
+    compiled.save(folder)
+    return compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "plan", [{}, {"cp": 3, "tpa": 2, "merge": "ag_rs", "v_up": "after"}], ids=str
+)
+def test_a_reload_is_bitwise(tmp_path: Path, dtype: torch.dtype, plan: dict[str, Any]) -> None:
+    """At cp * tpa = 6 every FFN shard is padded."""
+    compiled = saved(tmp_path / "saved", dtype, **plan)
+    loaded = HelixModule.load(tmp_path / "saved")
+    assert loaded.plan == compiled.plan
+    for tokens in (9, 1, 3):
+        ids = random_ids(tiny_model(), 2, tokens)
+        assert torch.equal(loaded(ids), compiled(ids))
+    assert str(loaded.graph.graph) == str(compiled.graph.graph)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(ids, **options), compiled.generate(ids, **options))
+
+
+def test_each_storage_is_written_once(tmp_path: Path) -> None:
+    compiled = saved(tmp_path / "saved")
+    size = sum(f.stat().st_size for f in (tmp_path / "saved").glob("*.safetensors"))
+    weights = sum(
+        t.numel() * t.itemsize
+        for t in tiny_model(dtype=torch.float32, experts="grouped_mm").state_dict().values()
+    )
+    assert size < 1.05 * weights
+    assert len(compiled.ranks) == 4
+
+
+def test_an_edit_of_one_rank_is_saved(tmp_path: Path) -> None:
+    model = tiny_model(dtype=torch.float32, experts="grouped_mm")
+    compiled = helix_compile(model, cp=2, max_seq_len=64)
+    name = "model.layers.1.mlp.up_proj.weight"
+    compiled.ranks[1].params[name] = torch.zeros_like(compiled.ranks[1].params[name])
+    compiled.save(tmp_path / "saved")
+    ids = random_ids(model, 1, 5)
+    assert torch.equal(HelixModule.load(tmp_path / "saved")(ids), compiled(ids))
+
+
+def test_a_reloaded_module_runs_the_last_stage_only(tmp_path: Path) -> None:
+    saved(tmp_path / "saved")
+    loaded = HelixModule.load(tmp_path / "saved")
+    assert list(loaded.stages) == ["ffn", "lowered"]
+    with pytest.raises(RuntimeFault, match="runs that stage alone"):
+        loaded.run_stage("ffn", random_ids(tiny_model(), 1, 2))
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    compiled = saved(tmp_path / "saved")
+    with pytest.raises(HelixError, match="holds a saved module already"):
+        compiled.save(tmp_path / "saved")
+
+
+def _edit(path: Path, change: Callable[[Any], None]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def _node(document: Any, prefix: str) -> Any:
+    body = document["stages"]["lowered"]["bodies"]["body_0"]
+    return next(n for n in body if n["target"].startswith(prefix))
+
+
+TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
+    ("target", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(target="os.system")), "not on the list of allowed targets"),
+    ("unknown op", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(target="aten.no_such.default")), "is not valid"),
+    ("reference", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(args=[{"node": "nobody"}])), "is not valid"),
+    ("op kind", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(op="get_attr")), "is not allowed"),
+    ("shape", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.einsum").update(args=["bhtn,hnr->bthn", _node(g, "aten.einsum")["args"][1]])), "does not take"),
+    ("graph version", lambda d: _edit(d / "graphs.json", lambda g: g.update(version=7)), "version 7, expected 1"),
+    ("json", lambda d: (d / "graphs.json").write_text("{"), "not valid JSON"),
+    ("view", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].update(shape=[10**6])), "model.norm.weight"),
+    ("missing file", lambda d: (d / "plan.json").unlink(), "not a saved module"),
+    ("truncated", lambda d: (d / "rank_0.safetensors").write_bytes((d / "rank_0.safetensors").read_bytes()[:-100]), "can't be read"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"), [t[1:] for t in TAMPERED], ids=[t[0] for t in TAMPERED]
+)
+def test_what_was_tampered_with_is_refused(
+    tmp_path: Path, tamper: Callable[[Path], None], message: str
+) -> None:
+    saved(tmp_path / "saved")
+    tamper(tmp_path / "saved")
+    with pytest.raises(HelixError, match=message):
+        HelixModule.load(tmp_path / "saved")

@@ -1,0 +1,92 @@
+"""Import direction inside the package: a room imports from itself and from the rooms above it in this list."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# a name ending in "." stands for every module below it that no other room names
+ROOMS: list[tuple[str, str]] = [
+    ("facts", "errors ledger matches numerics models."),
+    ("data", "layout options mesh placement plan"),
+    ("ops", "kernels. ops"),
+    ("graph tools", "graph_pass graph_text graph_json passes.fx_edit passes.index_provenance "
+                    "passes.evaluate passes.propagate passes.canonicalize"),
+    ("capture", "capture capture_layers capture_body"),
+    ("worlds", "exchange virtual_world world"),
+    ("decisions and passes", "planning param_plan passes."),
+    ("step", "params kv_cache step_inputs prefix_import"),
+    ("run", "module inspection generation model_source saving"),
+    ("front door", "compile backend __main__ __init__"),
+]  # fmt: skip
+# the pipeline gives example shapes of the cache to the attention pass
+EXCEPTIONS = {("passes.pipeline", "kv_cache")}
+
+
+def modules() -> dict[str, Path]:
+    """Name inside the package -> file."""
+    package = ROOT / "helix_compile"
+    files = package.rglob("*.py")
+    return {".".join(f.relative_to(package).with_suffix("").parts): f for f in files}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of ours that a file imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helix_compile"):
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.startswith("helix_compile")}
+    return found
+
+
+def room_of(module: str) -> int:
+    """Place of a module's room in ROOMS."""
+    for exact in (True, False):
+        for place, (_, names) in enumerate(ROOMS):
+            for name in names.split():
+                if module == name if exact else name.endswith(".") and module.startswith(name):
+                    return place
+    raise AssertionError(f"helix_compile.{module} is in no room of tests/test_imports.py: add it")
+
+
+def test_no_room_imports_from_a_room_below_it() -> None:
+    wrong = []
+    for module, path in modules().items():
+        for imported in (name.removeprefix("helix_compile.") for name in imports_of(path)):
+            if (module, imported) not in EXCEPTIONS and room_of(imported) > room_of(module):
+                below = ROOMS[room_of(imported)][0]
+                wrong.append(f"{module} ({ROOMS[room_of(module)][0]}) imports {imported} ({below})")
+    assert not wrong
+
+
+def test_nothing_inside_imports_the_package_root() -> None:
+    assert not [m for m, path in modules().items() if "helix_compile" in imports_of(path)]
+
+
+def test_no_cycles() -> None:
+    graph = {f"helix_compile.{m}": imports_of(path) for m, path in modules().items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, naming the cycle
+
+
+def test_models_know_nothing_of_ours() -> None:
+    assert not [m for m, p in modules().items() if m.startswith("models.") and imports_of(p)]
+
+
+def test_only_the_worlds_know_processes() -> None:
+    """Ranks and world size are read by the mesh and the worlds alone; no pass and no model asks torch.distributed."""
+    asking = [
+        m
+        for m, path in modules().items()
+        if "dist.get_rank" in path.read_text() or "get_world_size" in path.read_text()
+    ]
+    assert not asking
+
+
+def test_no_file_over_350_lines() -> None:
+    files = [*modules().values(), *ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/*.py")]
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in files}
+    assert not {name: length for name, length in lengths.items() if length > 350}
