@@ -66,7 +66,7 @@ def _measure(model: nn.Module, S: int, repeats: int) -> list[str]:
     memory = [extra_peak_bytes(step) / MB for step in steps.values()]
     ratios = [f"{ms['unmodified'] / ms[name]:.1f}x" for name in ("cp=1", "cp=4")]
     times = [f"{ms[name]:.1f} ms" for name in steps]
-    return [str(S), *times, *ratios, " / ".join(f"{m:.0f}" for m in memory) + " MB", f"{worst:.1e}"]
+    return [str(S), *times, *ratios, " / ".join(f"{m:.1f}" for m in memory) + " MB", f"{worst:.1e}"]
 
 
 def _unmodified_step(model: nn.Module, latent: Tensor, k_rope: Tensor) -> Callable[[], Tensor]:
