@@ -69,7 +69,7 @@ def show(compiled: HelixModule) -> None:
     """The plan, and the attention block of the MoE layers before and after."""
     inspection = compiled.inspect()
     before, after = inspection.attention_before_after("body_1")
-    print(inspection, "\n")
+    print(inspection, end="\n\n")
     print("attention of layers 2-3 before:", *before, "", sep="\n")
     print("attention of layers 2-3 after:", *after, "", sep="\n")
 
