@@ -13,11 +13,13 @@ from torch import fx
 from helix_compile.errors import PassError
 from helix_compile.layout import HelixLayout
 from helix_compile.passes.fx_edit import source_line
+from helix_compile.passes.helix_rules import HELIX_RULES
 from helix_compile.passes.lowered_rules import LOWERED_RULES
 from helix_compile.passes.typing_rules import RULES, Violation
 from helix_compile.placement import Layout, PerRank, format_layout, normal_form, parse_layout
 from helix_compile.plan import BodyPlan
 
+_RULES = {**RULES, **HELIX_RULES, **LOWERED_RULES}
 _PER_RANK = {"slots": "kvp", "visible": "kvp", "kvp_rank": "kvp", "ep_rank": "ep"}
 
 
@@ -52,7 +54,7 @@ def _infer(node: fx.Node, of: Any, plan: BodyPlan, degrees: HelixLayout) -> Any:
                 f"the body returns {format_layout(result)}, expected the same value on every rank"
             )
         return result
-    rule = LOWERED_RULES.get(node.target) or RULES.get(node.target)
+    rule = _RULES.get(node.target)
     if rule is not None:
         result = rule(node, of, degrees)
         if isinstance(result, tuple):

@@ -1,5 +1,7 @@
 """One typing rule an op: from the layouts of its inputs to that of its output. An op without a rule is an error.
 
+Here: aten ops. The helix:: ops are in helix_rules.py, collectives in lowered_rules.py.
+
 A rule raises Violation where an op would compute something else than the unsharded op: a partial sum in a nonlinear op,
 shards that do not meet, a per-rank value that is read as if it were whole. Layouts are in normal form throughout.
 """
@@ -14,17 +16,9 @@ from torch import Tensor, fx
 from torch.distributed.tensor.placement_types import Partial, Placement, Shard
 
 from helix_compile.layout import HelixLayout
-from helix_compile.ops import helix
 from helix_compile.passes.fx_edit import aten
 from helix_compile.passes.index_provenance import shape_of
-from helix_compile.placement import (
-    Layout,
-    PartialSoftmax,
-    PerRank,
-    format_layout,
-    normal_form,
-    parse_layout,
-)
+from helix_compile.placement import Layout, PerRank, format_layout
 
 Result = Layout | tuple[Layout, ...]
 Rule = Callable[[fx.Node, Callable[[Any], Layout], HelixLayout], Result]
@@ -34,7 +28,8 @@ class Violation(Exception):
     """An op that does not take the layouts it gets."""
 
 
-def _require(condition: bool, reason: str) -> None:
+def require(condition: bool, reason: str) -> None:
+    """Raise Violation unless `condition` holds."""
     if not condition:
         raise Violation(reason)
 
@@ -45,7 +40,7 @@ def _map_dims(layout: Layout, new_dim: Callable[[int], int | None], what: str) -
     for axis, placement in layout.items():
         if isinstance(placement, Shard):
             dim = new_dim(placement.dim)
-            _require(
+            require(
                 dim is not None,
                 f"{what} works across dim {placement.dim}, which is cut over {axis}",
             )
@@ -119,7 +114,7 @@ def _along(place: int) -> Rule:
 
 def _cat(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     layouts = [of(n) for n in node.args[0]]
-    _require(all(x == layouts[0] for x in layouts), f"cat of {[format_layout(x) for x in layouts]}")
+    require(all(x == layouts[0] for x in layouts), f"cat of {[format_layout(x) for x in layouts]}")
     along = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()
     return _map_dims(layouts[0], lambda d: None if d == along else d, "cat")
 
@@ -136,34 +131,34 @@ def _linear(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) ->
     for axis in {*x, *weight}:
         a, w = x.get(axis), weight.get(axis)
         if isinstance(w, Shard) and w.dim == 0:
-            _require(
+            require(
                 a is None, f"columns of the result are cut over {axis}, but the input is {a} there"
             )
             out[axis] = Shard(last)
         elif isinstance(w, Shard):
-            _require(
+            require(
                 a == Shard(last),
                 f"input columns of the weight are cut over {axis}, the input is {a} there",
             )
             out[axis] = Partial("sum")
         elif isinstance(a, Shard):
-            _require(
+            require(
                 a.dim != last and w is None,
                 f"the input's columns are cut over {axis}, the weight's are whole",
             )
             out[axis] = a
         else:
-            _require(
+            require(
                 isinstance(a, Partial) and w is None and bias is None, f"linear of {a} over {axis}"
             )
             out[axis] = a  # type: ignore[assignment] # checked above
     if bias is not None:
-        _require(
+        require(
             not any(isinstance(p, Partial) for p in out.values()),
             "a bias is added to a partial sum",
         )
         rows = {axis for axis, p in out.items() if p == Shard(last)}
-        _require(
+        require(
             set(bias) == rows, f"bias is {format_layout(bias)}, the result {format_layout(out)}"
         )
     return out
@@ -179,19 +174,19 @@ def _einsum(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) ->
             p for _, x in terms if (p := x.get(axis)) is not None and not isinstance(p, Shard)
         ]
         if not letters:  # linear in each operand, so one partial operand stays partial
-            _require(
+            require(
                 len(others) == 1 and not isinstance(others[0], PerRank),
                 f"einsum of {others} over {axis}",
             )
             out[axis] = others[0]
             continue
-        _require(
+        require(
             len(letters) == 1 and not others, f"einsum mixes {letters} and {others} over {axis}"
         )
         letter = letters.pop()
         for term, layout in terms:
             met = letter not in term or layout.get(axis) == Shard(term.index(letter))
-            _require(met, f"dim '{letter}' is cut over {axis} in one operand only")
+            require(met, f"dim '{letter}' is cut over {axis} in one operand only")
         out[axis] = Shard(result.index(letter)) if letter in result else Partial("sum")
     return out
 
@@ -209,11 +204,11 @@ def elementwise(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
         elif all(isinstance(p, Partial) for p in present):
             additive = node.target in _ADDITIVE and len(present) == len(tensors) == 2
             scaling = node.target in _SCALING and len(present) == 1
-            _require(additive or scaling, f"a partial sum over {axis} reaches {node.target}")
+            require(additive or scaling, f"a partial sum over {axis} reaches {node.target}")
             out[axis] = present[0]
         else:
             one = len(tensors) == 1 and isinstance(present[0], PerRank) and node.target in _SCALING
-            _require(one, f"{', '.join(map(str, present))} over {axis} reaches {node.target}")
+            require(one, f"{', '.join(map(str, present))} over {axis} reaches {node.target}")
             out[axis] = present[0]
     return out
 
@@ -232,11 +227,11 @@ def _aligned(
         for s, p in zip(shapes, placements, strict=True)
         if isinstance(p, Shard)
     }
-    _require(len(dims) == 1, f"operands are cut along different dims {sorted(dims)} over {axis}")
+    require(len(dims) == 1, f"operands are cut along different dims {sorted(dims)} over {axis}")
     dim = dims.pop()
     for shape, placement in zip(shapes, placements, strict=True):
         own = dim - (ndim - len(shape))
-        _require(
+        require(
             placement is not None or own < 0 or shape[own] == 1,
             f"one operand is cut along dim {dim} over {axis}, the other is whole",
         )
@@ -246,93 +241,6 @@ def _aligned(
 def _expand(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     shift = len(shape_of(node)) - len(shape_of(node.args[0]))
     return _map_dims(of(node.args[0]), lambda d: d + shift, "expand")
-
-
-def _shard_index(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    positions, rank = (of(a) for a in node.args[:2])
-    _require(not positions, f"positions are {format_layout(positions)}")
-    _require(degrees.kvp == 1 or rank == {"kvp": PerRank()}, f"the rank is {format_layout(rank)}")
-    _require(node.args[2] == degrees.kvp, f"cp is {node.args[2]}, the mesh has {degrees.kvp}")
-    return (dict(rank), dict(rank))
-
-
-def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    cache, table, slots, visible, latent, k_rope = (of(a) for a in node.args)
-    _require(cache == slots == visible, "cache, slots and visible are not of one rank")
-    _require(not (table or latent or k_rope), "what is appended must be whole on every rank")
-    return dict(visible)
-
-
-def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    q_latent, q_rope, cache, table, visible = (of(a) for a in node.args[:5])
-    _require(q_latent == q_rope, f"q is {format_layout(q_latent)} and {format_layout(q_rope)}")
-    heads = parse_layout("tpa:S(2)") if degrees.tpa > 1 and degrees.kvp > 1 else {}
-    heads = parse_layout("world:S(2)") if degrees.tpa > 1 and degrees.kvp == 1 else heads
-    _require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
-    _require(cache == visible and not table, "cache and visible are not of one rank")
-    out = {**heads, **({"kvp": PartialSoftmax()} if degrees.kvp > 1 else {})}
-    return (out, dict(out))
-
-
-def _exchanged(layout: Layout, degrees: HelixLayout) -> Layout:
-    """Each rank owns whole partials of its own heads: dim 3 of [P, B, T, h, ...]."""
-    _require(
-        layout.get("kvp") == PartialSoftmax(), f"nothing to exchange in {format_layout(layout)}"
-    )
-    _require(set(layout) <= {"kvp", "tpa"}, f"can't exchange {format_layout(layout)}")
-    return {"world": Shard(3)}
-
-
-def _all_to_all_heads(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    partial_o, lse = (of(a) for a in node.args[:2])
-    _require(partial_o == lse, f"o is {format_layout(partial_o)}, lse {format_layout(lse)}")
-    _require(node.args[2:] == ("kvp", degrees.kvp), f"exchange over {node.args[2:]}")
-    return (_exchanged(partial_o, degrees), _exchanged(lse, degrees))
-
-
-def _merge_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    parts, lse = (of(a) for a in node.args)
-    _require(
-        parts == lse == {"world": Shard(3)},
-        f"merge of {format_layout(parts)}, {format_layout(lse)}",
-    )
-    peers = shape_of(node.args[0])[0]
-    _require(peers == degrees.kvp, f"merge of {peers} parts, kvp has {degrees.kvp}")
-    return {"world": Shard(2)}
-
-
-def _rescale_by_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    partial_o, lse, lse_P = (of(a) for a in node.args)
-    rest = {a: p for a, p in lse.items() if a != "kvp"}
-    _require(partial_o == lse and lse.get("kvp") == PartialSoftmax(), f"o {partial_o}, lse {lse}")
-    _require(lse_P == {a: Shard(3) for a in rest}, f"lse of all peers is {format_layout(lse_P)}")
-    return {**rest, "kvp": Partial("sum")}
-
-
-def _moe_experts(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    x, ids, weights, gate_up, down, first = (of(a) for a in node.args)
-    _require(not (x or ids or weights), "tokens and their choices must be whole on every rank")
-    _require(gate_up == down, f"gate_up {format_layout(gate_up)}, down {format_layout(down)}")
-    expected: Layout = {"ep": PerRank()} if degrees.ep > 1 else {}
-    _require(
-        first == expected,
-        f"first_expert is {format_layout(first)}, expected {format_layout(expected)}",
-    )
-    _require(shape_of(node.args[3])[0] > 0, "no expert on this rank")
-    return {"world": Partial("sum")} if degrees.world_size > 1 else {}
-
-
-def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    got, source = of(node.args[0]), normal_form(parse_layout(node.args[1]), degrees)
-    stacked = got.get("kvp") == PartialSoftmax() and node.args[1] == "kvp:S(0)"
-    if stacked:  # lse of every rank, stacked: shard_attention's ag_rs form
-        return {a: p for a, p in got.items() if a != "kvp"}
-    expected = {**{a: p for a, p in got.items() if a not in source}, **source}
-    _require(
-        got == expected, f"the value is {format_layout(got)}, the reshard takes {node.args[1]}"
-    )
-    rest = {a: p for a, p in got.items() if a not in source}
-    return {**rest, **parse_layout(node.args[2])}
 
 
 _RESHAPES = (
@@ -365,12 +273,4 @@ RULES: dict[Any, Rule] = {
     operator.getitem: _getitem,
     aten.linear.default: _linear,
     aten.einsum.default: _einsum,
-    helix.shard_index.default: _shard_index,
-    helix.cache_append.default: _cache_append,
-    helix.mla_decode.default: _mla_decode,
-    helix.all_to_all_heads.default: _all_to_all_heads,
-    helix.merge_lse.default: _merge_lse,
-    helix.rescale_by_lse.default: _rescale_by_lse,
-    helix.moe_experts.default: _moe_experts,
-    helix.reshard.default: _reshard,
 }

@@ -1,0 +1,119 @@
+"""Typing rules of the helix:: ops: what attention, exchange, merge, experts and reshards take and leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+from torch.distributed.tensor.placement_types import Partial, Shard
+
+from helix_compile.layout import HelixLayout
+from helix_compile.ops import helix
+from helix_compile.passes.index_provenance import shape_of
+from helix_compile.passes.typing_rules import Result, Rule, require
+from helix_compile.placement import (
+    Layout,
+    PartialSoftmax,
+    PerRank,
+    format_layout,
+    normal_form,
+    parse_layout,
+)
+
+
+def _shard_index(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    positions, rank = (of(a) for a in node.args[:2])
+    require(not positions, f"positions are {format_layout(positions)}")
+    require(degrees.kvp == 1 or rank == {"kvp": PerRank()}, f"the rank is {format_layout(rank)}")
+    require(node.args[2] == degrees.kvp, f"cp is {node.args[2]}, the mesh has {degrees.kvp}")
+    return (dict(rank), dict(rank))
+
+
+def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    cache, table, slots, visible, latent, k_rope = (of(a) for a in node.args)
+    require(cache == slots == visible, "cache, slots and visible are not of one rank")
+    require(not (table or latent or k_rope), "what is appended must be whole on every rank")
+    return dict(visible)
+
+
+def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    q_latent, q_rope, cache, table, visible = (of(a) for a in node.args[:5])
+    require(q_latent == q_rope, f"q is {format_layout(q_latent)} and {format_layout(q_rope)}")
+    heads = parse_layout("tpa:S(2)") if degrees.tpa > 1 and degrees.kvp > 1 else {}
+    heads = parse_layout("world:S(2)") if degrees.tpa > 1 and degrees.kvp == 1 else heads
+    require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
+    require(cache == visible and not table, "cache and visible are not of one rank")
+    out = {**heads, **({"kvp": PartialSoftmax()} if degrees.kvp > 1 else {})}
+    return (out, dict(out))
+
+
+def _exchanged(layout: Layout, degrees: HelixLayout) -> Layout:
+    """Each rank owns whole partials of its own heads: dim 3 of [P, B, T, h, ...]."""
+    require(
+        layout.get("kvp") == PartialSoftmax(), f"nothing to exchange in {format_layout(layout)}"
+    )
+    require(set(layout) <= {"kvp", "tpa"}, f"can't exchange {format_layout(layout)}")
+    return {"world": Shard(3)}
+
+
+def _all_to_all_heads(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    partial_o, lse = (of(a) for a in node.args[:2])
+    require(partial_o == lse, f"o is {format_layout(partial_o)}, lse {format_layout(lse)}")
+    require(node.args[2:] == ("kvp", degrees.kvp), f"exchange over {node.args[2:]}")
+    return (_exchanged(partial_o, degrees), _exchanged(lse, degrees))
+
+
+def _merge_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    parts, lse = (of(a) for a in node.args)
+    require(
+        parts == lse == {"world": Shard(3)},
+        f"merge of {format_layout(parts)}, {format_layout(lse)}",
+    )
+    peers = shape_of(node.args[0])[0]
+    require(peers == degrees.kvp, f"merge of {peers} parts, kvp has {degrees.kvp}")
+    return {"world": Shard(2)}
+
+
+def _rescale_by_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    partial_o, lse, lse_P = (of(a) for a in node.args)
+    rest = {a: p for a, p in lse.items() if a != "kvp"}
+    require(partial_o == lse and lse.get("kvp") == PartialSoftmax(), f"o {partial_o}, lse {lse}")
+    require(lse_P == {a: Shard(3) for a in rest}, f"lse of all peers is {format_layout(lse_P)}")
+    return {**rest, "kvp": Partial("sum")}
+
+
+def _moe_experts(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    x, ids, weights, gate_up, down, first = (of(a) for a in node.args)
+    require(not (x or ids or weights), "tokens and their choices must be whole on every rank")
+    require(gate_up == down, f"gate_up {format_layout(gate_up)}, down {format_layout(down)}")
+    expected: Layout = {"ep": PerRank()} if degrees.ep > 1 else {}
+    require(
+        first == expected,
+        f"first_expert is {format_layout(first)}, expected {format_layout(expected)}",
+    )
+    require(shape_of(node.args[3])[0] > 0, "no expert on this rank")
+    return {"world": Partial("sum")} if degrees.world_size > 1 else {}
+
+
+def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    got, source = of(node.args[0]), normal_form(parse_layout(node.args[1]), degrees)
+    stacked = got.get("kvp") == PartialSoftmax() and node.args[1] == "kvp:S(0)"
+    if stacked:  # lse of every rank, stacked: shard_attention's ag_rs form
+        return {a: p for a, p in got.items() if a != "kvp"}
+    expected = {**{a: p for a, p in got.items() if a not in source}, **source}
+    require(got == expected, f"the value is {format_layout(got)}, the reshard takes {node.args[1]}")
+    rest = {a: p for a, p in got.items() if a not in source}
+    return {**rest, **parse_layout(node.args[2])}
+
+
+HELIX_RULES: dict[Any, Rule] = {
+    helix.shard_index.default: _shard_index,
+    helix.cache_append.default: _cache_append,
+    helix.mla_decode.default: _mla_decode,
+    helix.all_to_all_heads.default: _all_to_all_heads,
+    helix.merge_lse.default: _merge_lse,
+    helix.rescale_by_lse.default: _rescale_by_lse,
+    helix.moe_experts.default: _moe_experts,
+    helix.reshard.default: _reshard,
+}

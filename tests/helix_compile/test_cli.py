@@ -1,0 +1,103 @@
+"""The console script: JSON alone on stdout, files, exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helix_compile.models.presets import build_model, preset_config
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "helix_compile", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+KEYS = {
+    "model", "world_size", "layers", "collectives", "not_rewritten", "kv_bytes_per_token_per_rank",
+    "params_bytes_per_rank", "decisions",
+}  # fmt: skip
+
+
+def test_inspect_json_and_files(tmp_path: Path) -> None:
+    done = run("inspect", "tiny", "--cp", "4", "--json", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert KEYS <= set(facts) and facts["world_size"] == 4
+    dense, moe = facts["layers"]
+    assert dense["count"] == moe["count"] == 2
+    assert dense["roles"] == {"attention": 1, "dense_ffn": 1}
+    assert moe["roles"] == {"attention": 1, "shared_expert": 1, "routed_experts": 1}
+    assert dense["nodes_before"] > 0 and dense["nodes_after"] > 0
+    sent = [
+        (c["op"], c["axis"], c["egress_bytes_per_rank_per_token"]) for c in facts["collectives"]
+    ]
+    one = [
+        ("all_to_all_single", "kvp", 504),
+        ("all_reduce", "world", 768),
+        ("all_reduce", "world", 768),
+    ]
+    assert sent == one * 2
+    assert facts["kv_bytes_per_token_per_rank"] == 4 * (32 + 16) * 4 / 4
+    assert {n["what"] for n in facts["not_rewritten"]} >= {"embedding", "norms", "router", "head"}
+    assert {d["name"] for d in facts["decisions"]} == {"ep", "v_up", "q_proj"}
+    names = {f.name for f in tmp_path.iterdir()}
+    bodies = {f"{b}.{m}.py" for b in ("body_0", "body_1", "outer") for m in ("before", "after")}
+    assert names == bodies | {"plan.json", "report.txt", "report.json"}
+    assert "helix.mla_decode" in (tmp_path / "body_1.after.py").read_text()
+    assert "scaled_dot_product_attention" in (tmp_path / "body_1.before.py").read_text()
+
+
+def test_inspect_text_and_options_by_name() -> None:
+    done = run("inspect", "tiny", "--cp", "2", "--tpa", "2", "--tokens-per-block", "8", "--v-up", "after", "--merge", "ag_rs", "--dtype", "bfloat16", "--meta")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for part in ("(bfloat16) on 4 ranks: cp=2, tpa=2", "reduce_scatter_tensor", "v_up = after"):
+        assert part in done.stdout
+
+
+def test_generate_from_a_preset_a_config_and_a_checkpoint(tmp_path: Path) -> None:
+    model = build_model(preset_config("tiny"))
+    model.save_pretrained(tmp_path)
+    arguments = ("--cp", "4", "--prompt-ids", "1,2,3;4", "--max-new-tokens", "5", "--json")
+    outputs = [
+        run("generate", str(m), *arguments) for m in ("tiny", tmp_path / "config.json", tmp_path)
+    ]
+    assert all(o.returncode == 0 for o in outputs), [o.stderr for o in outputs]
+    documents = [json.loads(o.stdout) for o in outputs]
+    assert documents[0] == documents[1] == documents[2]
+    assert documents[0]["prompt_ids"] == [[1, 2, 3], [4]]
+    assert [len(r) for r in documents[0]["new_ids"]] == [5, 5]
+    streamed = run(
+        "generate", "tiny", "--cp", "2", "--prompt-ids", "1 2 3", "--max-new-tokens", "5"
+    )
+    assert streamed.stdout.split() and len(streamed.stdout.split()) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "tiny", "--cp", "0"), "LayoutError: cp must be an int >= 1, got 0"),
+        (
+            ("inspect", "tiny", "--cp", "3"),
+            "8 heads can't be divided over N = cp*tpa = 3*1 = 3 ranks",
+        ),
+        (("inspect", "nowhere", "--cp", "2"), "MODEL 'nowhere': no preset"),
+        (("inspect", "tiny", "--cp", "2", "--dtype", "int8"), "dtype 'int8' is not one of"),
+        (("inspect", "tiny", "--cp", "2", "--merge", "fast"), "option merge='fast' is unknown"),
+        (("inspect", "tiny"), "Missing option '--cp'"),
+        (("generate", "tiny", "--cp", "2", "--prompt-ids", "a"), "expected integers"),
+        (("generate", "tiny", "--cp", "2", "--prompt-ids", "300"), "token ids must be in [0, 256)"),
+        (
+            ("verify", "tiny", "--cp", "2"),
+            "helix-compile verify: the equivalence verifier is not in this version",
+        ),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, tuple) else "",
+)
+def test_wrong_use_is_exit_status_2(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr and done.stdout == ""

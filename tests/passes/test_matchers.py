@@ -1,0 +1,107 @@
+"""Matches read off the graph are the model's own weights: tables checked by arithmetic, not by names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helix_compile import capture
+from helix_compile.matches import AttentionMatch, MoEMatch
+from helix_compile.passes.fx_edit import placeholders
+from helix_compile.passes.index_provenance import trace_elements
+from helix_compile.passes.match_layers import match_layers
+from helix_compile.passes.match_mla import find_mla
+from helix_compile.passes.match_moe import find_moes
+from helix_compile.passes.typing_rules import reshape_map
+from tests.support.models import VARIANTS, tiny_model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", ["plain", "no_q_lora", "half_rope", "v_wider_than_latent"])
+def test_mla_tables(attention: str, variant: str) -> None:
+    model = tiny_model(variant, attention=attention)
+    for body in capture(model).bodies.values():
+        (match,) = find_mla(body.graph)
+        assert isinstance(match, AttentionMatch)
+        V = model.config.v_head_dim
+        assert (match.num_heads, match.kv_lora_rank, match.v_head_dim) == (24, 20, V)
+        rows = torch.arange(24 * (10 + V)).view(24, 10 + V)
+        assert torch.equal(torch.tensor(match.uk_rows), rows[:, :10])
+        assert torch.equal(torch.tensor(match.uv_rows), rows[:, 10:])
+        assert match.q_nope == tuple(range(10)) and match.q_rope == tuple(range(10, 16))
+        assert match.scale == pytest.approx(16**-0.5)
+
+
+def test_yarn_changes_the_scale_that_is_read() -> None:
+    body = capture(tiny_model("yarn_mscale")).bodies["body_0"]
+    (match,) = find_mla(body.graph)
+    assert isinstance(match, AttentionMatch)
+    assert match.scale == pytest.approx(tiny_model("yarn_mscale").model.layers[0].self_attn.scaling)
+    assert match.scale > 16**-0.5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "experts"),
+    [(torch.float64, "batched_mm"), (torch.float32, "grouped_mm"), (torch.bfloat16, "grouped_mm")],
+    ids=str,
+)
+def test_both_forms_of_experts(dtype: torch.dtype, experts: str) -> None:
+    body = capture(tiny_model(dtype=dtype, experts=experts)).bodies["body_1"]
+    (match,) = find_moes(body.graph)
+    assert isinstance(match, MoEMatch) and match.form == experts
+    assert (match.num_experts, match.top_k, match.width, match.hidden_size) == (8, 3, 40, 72)
+    assert match.shared is not None and match.gate_up == "mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_roles_of_every_variant(variant: str) -> None:
+    captured = capture(tiny_model(variant))
+    dense, moe = match_layers(captured, 128).values()
+    assert dense.roles() == {"attention": 1, "dense_ffn": 1}
+    assert moe.roles() == {"attention": 1, "shared_expert": 1, "routed_experts": 1}
+
+
+def test_bodies_are_shared_by_equal_layers_only() -> None:
+    captured = capture(tiny_model())
+    assert [layer.body for layer in captured.layers] == ["body_0", "body_0", "body_1", "body_1"]
+    assert [layer.caches for layer in captured.layers] == [(0,), (1,), (2,), (3,)]
+    assert capture(tiny_model()).graph is captured.graph  # remembered
+    body = captured.bodies["body_0"]
+    kinds = [p.meta["input"][0] for p in placeholders(body.graph)]
+    assert kinds[0] == "hidden" and sorted(kinds, key=kinds.index) == kinds  # grouped by kind
+
+
+def test_a_layer_with_another_constant_gets_its_own_body() -> None:
+    from tests.support.models import fresh_model
+
+    model = fresh_model()
+    model.model.layers[1].self_attn.scaling = 0.5
+    model.model.layers[3].input_layernorm.variance_epsilon = 1e-3
+    assert [x.body for x in capture(model).layers] == ["body_0", "body_1", "body_2", "body_3"]
+
+
+def test_provenance_follows_elements_not_shapes() -> None:
+    """Transposing twice, cutting and joining gives every element its own source coordinate back."""
+    graph = capture(tiny_model()).bodies["body_0"].graph
+    (match,) = find_mla(graph)
+    assert isinstance(match, AttentionMatch)
+    anchor = next(n for n in graph.nodes if n.name == match.anchor)
+    k = trace_elements(anchor.args[1])
+    assert not k.undefined() and len(k.used()) == 2
+    assert len(k.ids.unique()) == 2 * 8 * (24 * 10 + 6)  # the rope part is one for all heads
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ((2, 3, 84), (2, 3, 6, 14), {0: 0, 1: 1, 2: 2}),
+        ((2, 3, 6, 14), (2, 3, 84), {0: 0, 1: 1, 2: 2}),
+        ((2, 3, 72), (6, 72), {0: 0, 2: 1}),
+        ((8, 2, 72), (4, 2, 2, 72), {0: 0, 1: 2, 2: 3}),
+    ],
+    ids=str,
+)
+def test_reshape_map(
+    before: tuple[int, ...], after: tuple[int, ...], expected: dict[int, int]
+) -> None:
+    assert reshape_map(before, after) == expected

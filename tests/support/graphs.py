@@ -1,0 +1,53 @@
+"""Bodies of captured models, their values on random inputs, and the few ops of a graph that a reader looks for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.capture import CapturedGraph, capture
+from helix_compile.passes.evaluate import evaluate
+from helix_compile.passes.fx_edit import node_named
+from helix_compile.passes.index_provenance import shape_of
+from tests.support.models import tiny_model
+
+_SHOWN = ("helix.", "_c10d_functional.", "aten.linear.", "aten.einsum.")
+
+
+def captured_tiny(
+    variant: str = "plain",
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+    experts: str = "batched_mm",
+) -> CapturedGraph:
+    """The memoised capture of a tiny model: body_0 is dense, body_1 is MoE."""
+    return capture(tiny_model(variant, dtype, attention, experts))
+
+
+def key_ops(gm: fx.GraphModule) -> list[str]:
+    """Names of helix ops, collectives, linears and einsums in order, without namespace and overload."""
+    targets = [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
+    return [t.split(".")[1] for t in targets if t.startswith(_SHOWN)]
+
+
+class BodyValues:
+    """Values of a captured body's nodes for one set of random inputs at the capture hints."""
+
+    def __init__(self, graph: fx.Graph, seed: int = 0):
+        self.graph = graph
+        self._known: dict[fx.Node, Tensor] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return evaluate(node_named(self.graph, name), self._known, self._random)
+
+    def param(self, name: str) -> Tensor:
+        """Value of a parameter by its name relative to the layer."""
+        node = next(n for n in self.graph.nodes if n.meta.get("input") == ["param", name])
+        return self[node.name]
+
+    def _random(self, node: fx.Node) -> Tensor:
+        dtype = node.meta["val"].dtype
+        if dtype is torch.bool:
+            return torch.ones(shape_of(node), dtype=dtype)
+        return torch.randn(shape_of(node), generator=self._generator, dtype=torch.float64).to(dtype)
