@@ -8,10 +8,12 @@ from torch import Tensor, fx
 
 from helix_compile.graph_pass import copy_graph
 from helix_compile.matches import AttentionMatch, MatchFailure
+from helix_compile.numerics import WidenedIslands
 from helix_compile.passes.fx_edit import aten, calls, is_call, node_named
 from helix_compile.passes.match_mla import find_mla
 from tests.support.graphs import BodyValues, captured_tiny
 from tests.support.models import SIZES
+
 
 H, R, NOPE, ROPE, V = (
     SIZES[k]
@@ -39,7 +41,7 @@ def only_failure(graph: fx.Graph) -> MatchFailure:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_tables_are_the_rows_of_kv_b_proj(attention: str) -> None:
-    """transformers lays kv_b_proj out as [H, nope + v, R] and a query head as [nope, rope]."""
+    """Transformers lays kv_b_proj out as [H, nope + v, R] and a query head as [nope, rope]."""
     match = only_match(dense_body(attention=attention))
     rows = torch.arange(H * (NOPE + V)).view(H, NOPE + V)
     assert torch.equal(torch.tensor(match.uk_rows), rows[:, :NOPE])
@@ -67,17 +69,21 @@ def absorbed(match: AttentionMatch, values: BodyValues) -> Tensor:
     return torch.einsum("bhts,bsr,hvr->bhtv", weights, latent, w_uv)
 
 
-@pytest.mark.parametrize("variant", ["plain", "no_q_lora", "half_rope", "yarn_mscale"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("variant", "attention"),
+    [
+        ("plain", "sdpa"), ("plain", "eager"), ("no_q_lora", "sdpa"), ("half_rope", "sdpa"),
+        ("yarn_mscale", "sdpa"),
+    ],
+)  # fmt: skip
 def test_absorbed_form_by_tables_is_the_site(variant: str, attention: str) -> None:
-    if attention == "eager" and variant != "plain":
-        variant = "plain"  # one capture of the eager form is enough: only the anchor differs
     graph = dense_body(variant, attention)
     match, values = only_match(graph), BodyValues(graph)
-    if attention == "eager":
-        mask = values[match.mask]
-        values._known[node_named(graph, match.mask)] = torch.zeros_like(mask)
-    torch.testing.assert_close(absorbed(match, values), values[match.anchor], rtol=0, atol=1e-11)
+    if attention == "eager":  # an additive mask
+        values.set(match.mask, torch.zeros_like(values[match.mask]))
+    with WidenedIslands():
+        expected = values[match.anchor]
+        torch.testing.assert_close(absorbed(match, values), expected, rtol=0, atol=1e-12)
 
 
 def test_yarn_scale_is_read_from_the_graph() -> None:
@@ -121,7 +127,6 @@ def test_k_and_v_from_two_linears_are_refused() -> None:
     with graph.inserting_after(kv_up):
         twin = graph.call_function(aten.linear.default, kv_up.args)
     twin.meta["val"] = kv_up.meta["val"]
-    first = next(u for u in list(kv_up.users) if u is not twin)
     with graph.inserting_before(anchor):
         grid = graph.call_function(aten.view.default, (twin, [2, 8, H, NOPE + V]))
         grid.meta["val"] = twin.meta["val"].new_empty(2, 8, H, NOPE + V)
@@ -130,7 +135,6 @@ def test_k_and_v_from_two_linears_are_refused() -> None:
         v = graph.call_function(aten.slice.Tensor, (heads, 3, NOPE, NOPE + V))
         v.meta["val"] = heads.meta["val"][..., NOPE:]
     anchor.update_arg(2, v)
-    assert first is not None
     assert "no part of K derives from the linear that makes V" in only_failure(graph).reason
 
 

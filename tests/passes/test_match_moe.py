@@ -95,7 +95,9 @@ def test_a_second_reader_of_the_product_is_refused() -> None:
     with graph.inserting_after(product):
         graph.call_function(aten.neg.default, (product,))
     failure = only_failure(graph)
-    assert failure.reason.startswith(f"`{product.name}` is used by") and failure.node == product.name
+    assert (
+        failure.reason.startswith(f"`{product.name}` is used by") and failure.node == product.name
+    )
 
 
 def test_rows_that_are_not_put_back_are_refused() -> None:

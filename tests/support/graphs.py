@@ -41,6 +41,10 @@ class BodyValues:
     def __getitem__(self, name: str) -> Tensor:
         return evaluate(node_named(self.graph, name), self._known, self._random)
 
+    def set(self, name: str, value: Tensor) -> None:
+        """Give a node a value instead of computing it."""
+        self._known[node_named(self.graph, name)] = value
+
     def param(self, name: str) -> Tensor:
         """Value of a parameter by its name relative to the layer."""
         node = next(n for n in self.graph.nodes if n.meta.get("input") == ["param", name])
