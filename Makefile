@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/codespell helix_compile tests examples benchmarks docs *.md
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
