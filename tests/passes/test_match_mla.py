@@ -14,7 +14,6 @@ from helix_compile.passes.match_mla import find_mla
 from tests.support.graphs import BodyValues, captured_tiny
 from tests.support.models import SIZES
 
-
 H, R, NOPE, ROPE, V = (
     SIZES[k]
     for k in (
