@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.models import fresh_model, tiny_model
 
 from helix_compile import HelixModule, HelixPlan, helix_compile
 from helix_compile.graph_text import parameter_text
 from helix_compile.inspection import ranges_text
 from helix_compile.models.presets import build_model, preset_config
+from tests.support.models import fresh_model, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,9 @@ def test_before_and_after_of_an_attention_block(compiled: HelixModule) -> None:
         "aten.einsum", "helix.cache_append", "helix.mla_decode", "aten.einsum",
         "helix.all_to_all_heads", "helix.merge_lse", "aten.linear", "helix.reshard",
     ]  # fmt: skip
-    assert after[-1] == "linear_4_sum = helix.reshard(linear_4, 'world:P(sum)', 'R', 4)  # [B,T,128]"
+    assert (
+        after[-1] == "linear_4_sum = helix.reshard(linear_4, 'world:P(sum)', 'R', 4)  # [B,T,128]"
+    )
 
 
 @pytest.mark.parametrize("name", ["tiny", "deepseek-v3-lite", "deepseek-v3"])
