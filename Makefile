@@ -36,10 +36,10 @@ fix: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.decode_step
-	$(BIN)/python -m benchmarks.virtual_world
-	$(BIN)/python -m benchmarks.compile_time
-	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python benchmarks/decode_step.py
+	$(BIN)/python benchmarks/virtual_world.py
+	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/memory.py
 
 size:
 	@wc -l $$(git ls-files 'helix_compile/*.py') | sort -n

@@ -23,21 +23,24 @@ from helix_compile.errors import RuntimeFault
 if TYPE_CHECKING:
     from helix_compile.module import HelixModule
 
-_REFUSED_ARGUMENTS = {
+_GUIDANCE = "classifier-free guidance steps the model a second time with a cache of its own"
+REFUSED_ARGUMENTS = {
     "past_key_values": "the sharded cache belongs to the compiled module",
     "inputs_embeds": "the compiled graph starts at input_ids",
     "assistant_model": "assisted decoding needs truncate(), which is not in this version",
     "custom_generate": "a custom loop may keep a cache of its own",
     "position_ids": "positions are counted by the module: the number of tokens of a row so far",
+    "negative_prompt_ids": _GUIDANCE,
     "synced_gpus": "ranks of one virtual world take the same steps by construction",
 }
 _ASSISTED = "it takes tokens back, which needs truncate(); that is not in this version"
-_REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": (
         (None, 1),
         "beam search reorders sequences between steps; the sharded cache can't follow",
     ),
     "num_beam_groups": ((None, 1), "beam search reorders sequences between steps"),
+    "guidance_scale": ((None, 1), _GUIDANCE),
     "penalty_alpha": ((None,), "contrastive search branches the cache"),
     "dola_layers": ((None,), "it reads the hidden states of inner layers"),
     "prompt_lookup_num_tokens": ((None,), f"prompt lookup: {_ASSISTED}"),
@@ -67,6 +70,7 @@ def generate(
     """
     settings = _settings(compiled, options)
     _refuse(settings, options)
+    _check_prompts(compiled, input_ids, attention_mask)
     sequences = input_ids.shape[0] * (settings.num_return_sequences or 1)
     capacity = compiled.plan.options.max_batch_size
     if sequences > capacity:
@@ -86,21 +90,42 @@ def generate(
         )
 
 
+def _check_prompts(compiled: HelixModule, ids: Tensor, mask: Tensor | None) -> None:
+    if compiled.device.type == "meta":
+        raise RuntimeFault(
+            "generate: the model is on the meta device: it can be inspected, not run"
+        )
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise RuntimeFault(f"generate: input_ids must be a tensor [B, S], got {got}")
+    if mask is None:
+        return
+    if mask.shape != ids.shape:
+        raise RuntimeFault(
+            f"generate: attention_mask must be [B, S] = {list(ids.shape)}, got {list(mask.shape)}"
+        )
+    open_ended = (mask[:, -1:] == 0).any(dim=1).nonzero().flatten().tolist()
+    if open_ended:
+        raise RuntimeFault(
+            f"generate: rows {open_ended} end in padding, but the next token follows the last column; pad on the left"
+        )
+
+
 def _settings(compiled: HelixModule, options: dict[str, Any]) -> GenerationConfig:
     """The generation config that transformers will arrive at, as far as refusals need it."""
     given = options.get("generation_config") or compiled.facts.generation_config
     settings = copy.deepcopy(given) if given is not None else GenerationConfig()
     for name, value in options.items():
-        if name in _REFUSED_SETTINGS or hasattr(settings, name):
+        if name in REFUSED_SETTINGS or hasattr(settings, name):
             setattr(settings, name, value)
     return settings
 
 
 def _refuse(settings: GenerationConfig, options: dict[str, Any]) -> None:
-    for name, reason in _REFUSED_ARGUMENTS.items():
+    for name, reason in REFUSED_ARGUMENTS.items():
         if options.get(name) is not None:
             raise RuntimeFault(f"generate: {name} is refused: {reason}")
-    for name, (allowed, reason) in _REFUSED_SETTINGS.items():
+    for name, (allowed, reason) in REFUSED_SETTINGS.items():
         value = getattr(settings, name, None)
         if value not in allowed:
             raise RuntimeFault(f"generate: {name}={value!r} is refused: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from helix_compile import HelixModule, RuntimeFault, helix_compile
+from helix_compile import HelixModule, RuntimeFault, generation, helix_compile
 from helix_compile.generation import padded_prompts
+from helix_compile.models.presets import build_model, preset_config
 from tests.support.driver import left_padded, random_ids
 from tests.support.models import tiny_model
 
@@ -109,6 +111,55 @@ def test_refused_options_leave_the_cache(options: dict[str, Any], reason: str) -
     with pytest.raises(RuntimeFault, match=reason):
         compiled.generate(ids, max_new_tokens=2, **options)
     assert compiled.lengths.tolist() == [5]
+
+
+def test_every_refusal_has_its_reason() -> None:
+    """Each name in the two tables, with a value that is not its default."""
+    compiled, ids = compiled_for(), random_ids(model(), 1, 5)
+    names = {**generation.REFUSED_ARGUMENTS, **generation.REFUSED_SETTINGS}
+    for name, entry in names.items():
+        reason = entry if isinstance(entry, str) else entry[1]
+        value = False if name == "use_cache" else 2
+        with pytest.raises(RuntimeFault) as caught:
+            compiled.generate(ids, max_new_tokens=2, **{name: value})
+        assert name in str(caught.value) and reason in str(caught.value)
+
+
+def test_prompts_that_can_not_be_right_are_refused() -> None:
+    compiled = compiled_for()
+    ids, mask = random_ids(model(), 2, 5), torch.ones(2, 5, dtype=torch.int64)
+    right, holes = mask.clone(), mask.clone()
+    right[1, 3:], holes[0, 2] = 0, 0
+    for prompts, masks, message in (
+        (ids[0], None, "must be a tensor [B, S], got [5]"),
+        (None, None, "got NoneType"),
+        (ids, mask[:, :3], "attention_mask must be [B, S] = [2, 5], got [2, 3]"),
+        (ids, right, "rows [1] end in padding"),
+        (ids, mask * 0, "rows [0, 1] end in padding"),
+        (ids, holes, "zeros between tokens in rows [0]"),
+        (ids + 97, None, "token ids must be in [0, 97)"),
+    ):
+        with pytest.raises(RuntimeFault, match=re.escape(message)):
+            compiled.generate(prompts, masks, max_new_tokens=2)
+    with pytest.raises(RuntimeFault, match="sequence 0 is full: 8 tokens"):
+        helix_compile(model(), cp=2, max_seq_len=8).generate(ids, max_new_tokens=9, **GREEDY)
+    meta = helix_compile(build_model(preset_config("tiny"), meta=True), cp=2)
+    with pytest.raises(RuntimeFault, match="meta device"):
+        meta.generate(ids, max_new_tokens=2)
+
+
+def test_scores_and_logits_come_along() -> None:
+    """What transformers returns beside the tokens; its processors work on our logits."""
+    compiled, ids = compiled_for(2), random_ids(model(), 2, 5)
+    options = {
+        **GREEDY, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True,
+        "output_scores": True, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2,
+    }  # fmt: skip
+    got = compiled.generate(ids, **options)
+    expected = model().generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip((*got.logits, *got.scores), (*expected.logits, *expected.scores), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_from_text() -> None:
