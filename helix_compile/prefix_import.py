@@ -27,6 +27,10 @@ def sequences_to_import(
             f"import_cache: {len(latents)} latents and {len(k_ropes)} k_ropes for {len(widths)} cached attentions"
         )
     counts = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+    if latents[0].dim() != 3:
+        raise RuntimeFault(
+            f"import_cache: latents must be [B, S, R], got {tuple(latents[0].shape)}"
+        )
     B, S = latents[0].shape[:2]
     for site, (latent, k_rope, width) in enumerate(zip(latents, k_ropes, widths, strict=True)):
         fits = latent.dim() == k_rope.dim() == 3 and latent.shape[:2] == k_rope.shape[:2] == (B, S)

@@ -46,9 +46,9 @@ def checked_mask(mask: Tensor | None, input_ids: Tensor) -> Tensor:
         raise RuntimeFault(
             f"attention_mask must be [B, T] = {(B, T)}, the mask of this step's tokens, got {got}"
         )
-    host = mask.to("cpu", torch.int64)
-    if not bool(((host == 0) | (host == 1)).all()):
+    if not bool(((mask == 0) | (mask == 1)).all()):
         raise RuntimeFault("attention_mask must hold 0 and 1 only")
+    host = mask.to("cpu", torch.int64)
     starts = torch.diff(host, dim=1, prepend=torch.zeros(B, 1, dtype=torch.int64)) == 1
     broken = (starts.sum(dim=1) > 1).nonzero().flatten().tolist()
     if broken:

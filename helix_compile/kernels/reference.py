@@ -131,7 +131,9 @@ def merge_lse_reference(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
     A peer with lse = -inf is not read; a row that no peer has seen is 0 (helix-algorithm, section 7).
     """
     dtype = lse_P.dtype
-    alive = lse_P > -torch.inf
+    alive = (
+        lse_P != -torch.inf
+    )  # not >: a NaN is a fault that must reach the output, not a dead part
     top = torch.where(alive, lse_P, torch.finfo(dtype).min).amax(dim=0)
     weights = torch.where(alive, torch.exp(lse_P - top), 0.0)
     total = weights.sum(dim=0)
@@ -144,7 +146,7 @@ def rescale_by_lse_reference(partial_o: Tensor, lse: Tensor, lse_P: Tensor) -> T
     """This rank's partial_o [B, T, H, *] times its merge weight, so that a plain sum over peers is the merge."""
     dtype = lse.dtype
     total = torch.logsumexp(lse_P, dim=0)
-    alive = lse > -torch.inf
+    alive = lse != -torch.inf
     weight = torch.where(alive, torch.exp(lse - total), 0.0)
     scaled = torch.where(alive[..., None], partial_o.to(dtype), 0.0) * weight[..., None]
     return scaled.to(partial_o.dtype)

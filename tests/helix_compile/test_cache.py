@@ -55,6 +55,12 @@ def test_import_puts_each_token_at_its_owner() -> None:
         assert torch.count_nonzero(pages[len(expected) :]) == 0
 
 
+def test_import_refuses_flat_latents() -> None:
+    flat = [torch.ones(8, dtype=torch.float64)] * 4
+    with pytest.raises(RuntimeFault, match=r"latents must be \[B, S, R\], got \(8,\)"):
+        compiled_tiny().import_cache(flat, flat, [8])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -189,10 +189,13 @@ STEPS: list[tuple[Any, Any, str]] = [
     (torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 15), "[B, T] = (2, 3), the mask of this step's tokens, got (2, 15)"),
     (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [1, 0, 1]]), "zeros between tokens in rows [1]"),
     (torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), 2), "attention_mask must hold 0 and 1 only"),
+    (torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), 0.5), "attention_mask must hold 0 and 1 only"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("ids", "mask", "message"), STEPS, ids=[s[2][:40] for s in STEPS])
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"), STEPS, ids=[f"{i}-{s[2][:40]}" for i, s in enumerate(STEPS)]
+)
 def test_a_refused_step_leaves_every_byte(
     module: HelixModule, ids: Tensor, mask: Tensor | None, message: str
 ) -> None:

@@ -199,3 +199,13 @@ def test_fakes_agree_with_references() -> None:
         fake = op(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
         for a, b in zip(*((x,) if isinstance(x, Tensor) else x for x in (real, fake)), strict=True):
             assert a.shape == b.shape and a.dtype == b.dtype, op
+
+
+def test_a_nan_in_a_living_part_is_not_hidden() -> None:
+    """Only lse = -inf is dead: a shard that went wrong must show in the output."""
+    lse = torch.tensor([0.3, torch.nan, -torch.inf], dtype=torch.float64).view(3, 1, 1, 1)
+    parts = torch.ones(3, 1, 1, 1, 2, dtype=torch.float64)
+    assert helix.merge_lse(parts, lse).isnan().all()
+    for rank in (0, 1):
+        assert helix.rescale_by_lse(parts[rank], lse[rank], lse).isnan().all()
+    assert torch.count_nonzero(helix.rescale_by_lse(parts[2], lse[2], lse)) == 0
