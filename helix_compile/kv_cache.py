@@ -22,12 +22,17 @@ def pages_per_sequence(options: HelixOptions, kvp: int) -> int:
     return max(1, -(-slots // PAGE_SIZE))
 
 
+def cache_shape(width: int, options: HelixOptions, kvp: int) -> tuple[int, int, int]:
+    """[pages, page size, width] of one rank's cache of one attention site."""
+    return options.max_batch_size * pages_per_sequence(options, kvp), PAGE_SIZE, width
+
+
 def allocate_caches(
     widths: list[int], options: HelixOptions, kvp: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """Zeroed caches of one rank: stale NaN in the tail of a page would reach an output as 0 * NaN in a kernel."""
-    pages = options.max_batch_size * pages_per_sequence(options, kvp)
-    return [torch.zeros(pages, PAGE_SIZE, w, dtype=dtype, device=device) for w in widths]
+    shapes = [cache_shape(w, options, kvp) for w in widths]
+    return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
 
 
 @dataclass

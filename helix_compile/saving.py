@@ -12,8 +12,10 @@ A reload is bitwise: storages are cloned to aligned memory and the very same vie
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,16 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 from transformers import AutoConfig, GenerationConfig
 
-from helix_compile.errors import HelixError, RuntimeFault
+from helix_compile.errors import HelixError
 from helix_compile.graph_json import graph_from_json, graph_to_json
 from helix_compile.kv_cache import allocate_caches
 from helix_compile.mesh import HelixMesh
 from helix_compile.module import HelixModule, ModelFacts, Rank
 from helix_compile.plan import HelixPlan
+from helix_compile.saved_checks import check_saved_graphs, check_saved_inputs, check_saved_params
 from helix_compile.world import open_world
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SAVED_STAGES = ("ffn", "lowered")
 _VERSION = 1
@@ -106,36 +106,62 @@ def load_module(folder: Path, device: str | torch.device | None) -> HelixModule:
     """Read what save_module wrote. HelixError names the file and what is wrong with it."""
     place = torch.device(device or "cpu")
     plan = HelixPlan.from_json(_read(folder / "plan.json"))
-    document = _json(folder / "graphs.json")
-    if document.get("version") != _VERSION:
-        raise HelixError(
-            f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}"
+    with _reading(folder / "graphs.json"):
+        document = _json(folder / "graphs.json")
+        if document.get("version") != _VERSION:
+            raise HelixError(
+                f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}"
+            )
+        stages = {
+            n: _stage(document["stages"][n], f"graphs.json, stage {n}", place) for n in SAVED_STAGES
+        }
+        check_saved_graphs(stages, plan)
+        facts = ModelFacts(
+            vocab_size=document["vocab_size"],
+            cache_widths=tuple(document["cache_widths"]),
+            originals={},
+            device=place,
+            **_configurations(folder),
         )
-    stages = {
-        n: _stage(document["stages"][n], f"graphs.json, stage {n}", place) for n in SAVED_STAGES
-    }
-    generation = folder / "generation_config.json"
-    facts = ModelFacts(
-        vocab_size=document["vocab_size"],
-        cache_widths=tuple(document["cache_widths"]),
-        originals={},
-        device=place,
-        config=AutoConfig.from_pretrained(folder, local_files_only=True),
-        generation_config=GenerationConfig.from_pretrained(folder) if generation.exists() else None,
-    )
+        check_saved_inputs(stages[SAVED_STAGES[-1]], plan, facts)
     world = open_world(HelixMesh(plan.layout), "virtual")
-    params = _params(folder, _json(folder / "views.json"), place, list(world.ranks))
+    with _reading(folder / "views.json"):
+        params = _params(folder, _json(folder / "views.json"), place, list(world.ranks))
+        check_saved_params(stages[SAVED_STAGES[-1]], params)
     dtype = getattr(torch, plan.dtype)
+    widths = list(facts.cache_widths)
     ranks = [
-        Rank(
-            r,
-            params[r],
-            allocate_caches(list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, place),
-        )
+        Rank(r, params[r], allocate_caches(widths, plan.options, plan.layout.kvp, dtype, place))
         for r in world.ranks
     ]
-    _check_names(stages["lowered"], ranks)
     return HelixModule(plan, stages, ranks, world, facts)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a damaged file makes fail is said to be that file's fault."""
+    try:
+        yield
+    except HelixError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise HelixError(
+            f"{path}: damaged, or not written by save(): {type(error).__name__}: {error}"
+        ) from error
+
+
+def _configurations(folder: Path) -> dict[str, Any]:
+    """The original model's configurations, for generate()."""
+    generation = folder / "generation_config.json"
+    try:
+        return {
+            "config": AutoConfig.from_pretrained(folder, local_files_only=True),
+            "generation_config": GenerationConfig.from_pretrained(folder)
+            if generation.exists()
+            else None,
+        }
+    except Exception as error:  # transformers checks a config by many exception classes of its own
+        raise HelixError(f"{folder / 'config.json'}: can't be read: {error}") from error
 
 
 def _read(path: Path) -> str:
@@ -165,6 +191,8 @@ def _params(
 ) -> dict[int, dict[str, Tensor]]:
     storages: dict[tuple[str, str], Tensor] = {}
     for file in sorted({v["file"] for rank in views.values() for v in rank.values()}):
+        if file not in {f"rank_{r}.safetensors" for r in ranks}:
+            raise HelixError(f"views.json: {file!r} is not the file of a rank")
         try:
             loaded = load_file(folder / file)
         except (OSError, SafetensorError) as error:
@@ -176,26 +204,11 @@ def _params(
     for rank in ranks:
         params[rank] = {}
         for name, view in views[str(rank)].items():
-            storage = storages[(view["file"], view["storage"])]
             try:
+                storage = storages[(view["file"], view["storage"])]
                 params[rank][name] = storage.as_strided(
                     view["shape"], view["stride"], view["offset"]
                 )
-            except RuntimeError as error:
+            except (LookupError, TypeError, RuntimeError) as error:
                 raise HelixError(f"views.json: rank {rank}, {name}: {error}") from error
     return params
-
-
-def _check_names(lowered: fx.GraphModule, ranks: list[Rank]) -> None:
-    wanted = {
-        n.meta["input"][1]: tuple(n.meta["val"].shape)
-        for n in lowered.graph.nodes
-        if n.op == "placeholder" and n.meta["input"][0] == "param"
-    }
-    for rank in ranks:
-        for name, shape in wanted.items():
-            got = tuple(rank.params[name].shape) if name in rank.params else None
-            if got != shape:
-                raise RuntimeFault(
-                    f"rank {rank.rank}: parameter {name} has shape {got}, the graph expects {shape}"
-                )

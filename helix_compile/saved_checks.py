@@ -1,0 +1,71 @@
+"""What a saved module must hold before it is trusted: graphs that type, and inputs and weights that fit them."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from helix_compile.errors import HelixError, PassError, RuntimeFault
+from helix_compile.kv_cache import cache_shape
+from helix_compile.module import ModelFacts
+from helix_compile.passes.check_layouts import check_layouts
+from helix_compile.passes.fx_edit import placeholders
+from helix_compile.plan import HelixPlan
+
+
+def check_saved_graphs(stages: dict[str, fx.GraphModule], plan: HelixPlan) -> None:
+    """Infer the layout of every value again: a collective that was taken out or changed is found here.
+
+    Raises:
+        HelixError: a body that the plan does not know, or does not type.
+    """
+    names = {body.name for body in plan.bodies}
+    for stage, outer in stages.items():
+        bodies = dict(outer.named_children())
+        if set(bodies) != names:
+            raise HelixError(
+                f"stage {stage}: bodies {sorted(bodies)}, the plan has {sorted(names)}"
+            )
+        for name, body in bodies.items():
+            assert isinstance(body, fx.GraphModule)
+            try:
+                check_layouts(body, plan=plan.body(name), degrees=plan.layout)
+            except PassError as error:
+                raise HelixError(f"graphs.json, stage {stage}: {error}") from error
+
+
+def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFacts) -> None:
+    """Caches of the graph are those that the plan's options and the stated widths make.
+
+    Raises:
+        HelixError: another number, size or dtype of caches.
+    """
+    wanted = {
+        f"cache_{i}": (cache_shape(width, plan.options, plan.layout.kvp), plan.dtype)
+        for i, width in enumerate(facts.cache_widths)
+    }
+    got = {
+        n.meta["input"][1]: (tuple(n.meta["val"].shape), str(n.meta["val"].dtype).split(".")[1])
+        for n in placeholders(lowered.graph)
+        if n.meta["input"][0] == "cache"
+    }
+    if got != wanted:
+        raise HelixError(f"graphs.json takes caches {got}, the plan makes {wanted}")
+
+
+def check_saved_params(lowered: fx.GraphModule, params: dict[int, dict[str, Tensor]]) -> None:
+    """Each rank holds every parameter of the graph, in its shape and dtype.
+
+    Raises:
+        RuntimeFault: one that is missing or does not fit.
+    """
+    for node in placeholders(lowered.graph):
+        kind, name = node.meta["input"]
+        if kind != "param":
+            continue
+        expected = (tuple(node.meta["val"].shape), node.meta["val"].dtype)
+        for rank, held in params.items():
+            got = (tuple(held[name].shape), held[name].dtype) if name in held else None
+            if got != expected:
+                raise RuntimeFault(
+                    f"rank {rank}: parameter {name} is {got}, the graph expects {expected}"
+                )
