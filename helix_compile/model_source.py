@@ -24,6 +24,8 @@ def captured_from(
     Raises:
         CaptureError: not a model, already compiled, or a dtype that a captured graph can't take.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise CaptureError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
     if isinstance(model, CapturedGraph):
         if dtype is not None and dtype != model.dtype:
             raise CaptureError(

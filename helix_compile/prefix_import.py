@@ -26,7 +26,9 @@ def sequences_to_import(
         raise RuntimeFault(
             f"import_cache: {len(latents)} latents and {len(k_ropes)} k_ropes for {len(widths)} cached attentions"
         )
-    counts = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+    counts = list(lengths.tolist() if isinstance(lengths, Tensor) else lengths)
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+        raise RuntimeFault(f"import_cache: lengths must be ints, got {counts}")
     if latents[0].dim() != 3:
         raise RuntimeFault(
             f"import_cache: latents must be [B, S, R], got {tuple(latents[0].shape)}"
@@ -61,6 +63,8 @@ def _columns(mask: Tensor | None, counts: list[int], B: int, S: int) -> list[Ten
         return [torch.arange(n) for n in counts]
     if tuple(mask.shape) != (B, S):
         raise RuntimeFault(f"import_cache: mask {tuple(mask.shape)}, expected {(B, S)}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise RuntimeFault("import_cache: mask must hold 0 and 1 only")
     columns = [torch.nonzero(row).flatten() for row in mask.cpu()]
     found = [len(c) for c in columns]
     if found != counts:
