@@ -186,7 +186,7 @@ class HelixPlan:
                 kv_bytes_per_token_per_rank=_fraction(fields.pop("kv_bytes_per_token_per_rank")),
                 **fields,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(
                 f"plan: not a plan of this version: {type(error).__name__}: {error}"
             ) from error

@@ -155,7 +155,9 @@ def _configurations(folder: Path) -> dict[str, Any]:
     generation = folder / "generation_config.json"
     try:
         return {
-            "config": AutoConfig.from_pretrained(folder, local_files_only=True),
+            "config": AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            ),
             "generation_config": GenerationConfig.from_pretrained(folder)
             if generation.exists()
             else None,
