@@ -59,6 +59,15 @@ def test_inspect_text_and_options_by_name() -> None:
         assert part in done.stdout
 
 
+@pytest.mark.slow
+def test_the_real_configuration_on_meta() -> None:
+    done = run("inspect", "deepseek-v3", "--meta", "--cp", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert [layer["count"] for layer in facts["layers"]] == [3, 58]
+    assert facts["kv_bytes_per_token_per_rank"] == 61 * (512 + 64) * 2 / 8  # bfloat16
+
+
 def test_generate_from_a_preset_a_config_and_a_checkpoint(tmp_path: Path) -> None:
     model = build_model(preset_config("tiny"))
     model.save_pretrained(tmp_path)

@@ -86,6 +86,17 @@ def _node(document: Any, prefix: str) -> Any:
     return next(n for n in body if n["target"].startswith(prefix))
 
 
+def _take_out_the_first_all_reduce(document: Any) -> None:
+    """The graph still runs without it: its operand takes the place of its result."""
+    body = document["stages"]["lowered"]["bodies"]["body_0"]
+    reduce = _node(document, "_c10d_functional.all_reduce")
+    wait = next(n for n in body if n["args"] == [{"node": reduce["name"]}])
+    text = json.dumps([n for n in body if n not in (reduce, wait)])
+    document["stages"]["lowered"]["bodies"]["body_0"] = json.loads(
+        text.replace(json.dumps({"node": wait["name"]}), json.dumps(reduce["args"][0]))
+    )
+
+
 TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     ("target", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(target="os.system")), "not on the list of allowed targets"),
     ("unknown op", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(target="aten.no_such.default")), "is not valid"),
@@ -95,6 +106,17 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     ("graph version", lambda d: _edit(d / "graphs.json", lambda g: g.update(version=7)), "version 7, expected 1"),
     ("json", lambda d: (d / "graphs.json").write_text("{"), "not valid JSON"),
     ("view", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].update(shape=[10**6])), "model.norm.weight"),
+    ("collective taken out", lambda d: _edit(d / "graphs.json", _take_out_the_first_all_reduce), "body_0"),
+    ("collective over another axis", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "_c10d_functional.all_reduce")["args"].__setitem__(2, "tpa")), "all_reduce"),
+    ("body taken out", lambda d: _edit(d / "graphs.json", lambda g: g["stages"]["lowered"]["bodies"].pop("body_0")), "no body 'body_0'"),
+    ("cache width", lambda d: _edit(d / "graphs.json", lambda g: g["cache_widths"].__setitem__(0, 10**9)), "takes caches"),
+    ("capacity", lambda d: _edit(d / "plan.json", lambda p: p["options"].update(max_seq_len=10**9)), "takes caches"),
+    ("view field", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].pop("offset")), "model.norm.weight"),
+    ("view of a file outside", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].update(file="../x.safetensors")), "is not the file of a rank"),
+    ("weight taken out", lambda d: _edit(d / "views.json", lambda v: v["1"].pop("model.norm.weight")), "rank 1: parameter model.norm.weight is None"),
+    ("rank taken out", lambda d: _edit(d / "views.json", lambda v: v.pop("3")), "views.json: damaged"),
+    ("plan field", lambda d: _edit(d / "plan.json", lambda p: p["bodies"].__setitem__(0, None)), "not a plan of this version"),
+    ("config", lambda d: _edit(d / "config.json", lambda c: c.update(initializer_range="x")), "config.json: can't be read"),
     ("missing file", lambda d: (d / "plan.json").unlink(), "not a saved module"),
     ("truncated", lambda d: (d / "rank_0.safetensors").write_bytes((d / "rank_0.safetensors").read_bytes()[:-100]), "can't be read"),
 ]  # fmt: skip
