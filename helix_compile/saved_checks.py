@@ -31,6 +31,31 @@ def check_saved_graphs(stages: dict[str, fx.GraphModule], plan: HelixPlan) -> No
                 check_layouts(body, plan=plan.body(name), degrees=plan.layout)
             except PassError as error:
                 raise HelixError(f"graphs.json, stage {stage}: {error}") from error
+        for call in [n for n in outer.graph.nodes if n.op == "call_module"]:
+            _check_call(stage, call, placeholders(outer.get_submodule(call.target).graph))
+
+
+def _check_call(stage: str, call: fx.Node, inputs: list[fx.Node]) -> None:
+    """A layer gets its own weights and caches: the same kind, name and shape as its body takes."""
+    where = f"graphs.json, stage {stage}, layer call `{call.name}`"
+    if len(call.args) != len(inputs):
+        raise HelixError(f"{where}: {len(call.args)} arguments, its body takes {len(inputs)}")
+    for argument, taken in zip(call.args, inputs, strict=True):
+        kind, name = taken.meta["input"]
+        if not isinstance(argument, fx.Node):
+            raise HelixError(f"{where}: {argument!r} stands for {kind} {name}")
+        if kind not in ("param", "cache"):
+            continue
+        given, given_name = argument.meta.get("input", (None, argument.name))
+        same_name = kind == "cache" or given_name.endswith(f".{name}")
+        if given != kind or not same_name or _shape(argument) != _shape(taken):
+            raise HelixError(
+                f"{where}: {given} {given_name} {_shape(argument)} stands for {kind} {name} {_shape(taken)}"
+            )
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
 
 
 def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFacts) -> None:

@@ -34,6 +34,7 @@ from helix_compile.world import open_world
 
 SAVED_STAGES = ("ffn", "lowered")
 _VERSION = 1
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError)
 
 
 def save_module(compiled: HelixModule, folder: Path) -> None:
@@ -144,7 +145,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except HelixError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise HelixError(
             f"{path}: damaged, or not written by save(): {type(error).__name__}: {error}"
         ) from error

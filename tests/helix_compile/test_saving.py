@@ -97,6 +97,15 @@ def _take_out_the_first_all_reduce(document: Any) -> None:
     )
 
 
+def _swap_two_arguments(document: Any) -> None:
+    """Gate and up projection have one shape: the graph runs and would be wrong."""
+    outer = document["stages"]["lowered"]["outer"]
+    arguments = next(n for n in outer if n["op"] == "call_module")["args"]
+    names = [a["node"] for a in arguments]
+    i, j = (names.index(f"model_layers_0_mlp_{w}_proj_weight") for w in ("gate", "up"))
+    arguments[i], arguments[j] = arguments[j], arguments[i]
+
+
 TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     ("target", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(target="os.system")), "not on the list of allowed targets"),
     ("unknown op", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(target="aten.no_such.default")), "is not valid"),
@@ -108,6 +117,7 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     ("view", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].update(shape=[10**6])), "model.norm.weight"),
     ("collective taken out", lambda d: _edit(d / "graphs.json", _take_out_the_first_all_reduce), "body_0"),
     ("collective over another axis", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "_c10d_functional.all_reduce")["args"].__setitem__(2, "tpa")), "all_reduce"),
+    ("weights of two layers swapped", lambda d: _edit(d / "graphs.json", _swap_two_arguments), "stands for param"),
     ("body taken out", lambda d: _edit(d / "graphs.json", lambda g: g["stages"]["lowered"]["bodies"].pop("body_0")), "no body 'body_0'"),
     ("cache width", lambda d: _edit(d / "graphs.json", lambda g: g["cache_widths"].__setitem__(0, 10**9)), "takes caches"),
     ("capacity", lambda d: _edit(d / "plan.json", lambda p: p["options"].update(max_seq_len=10**9)), "takes caches"),
