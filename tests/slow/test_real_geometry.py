@@ -2,16 +2,23 @@
 
 Limit as everywhere in bf16: the compiled model's rel-RMSE of the logits may be 1.25x the original's own, pooled over
 the cases. The reference is the same weights in fp32, not fp64 (9.4 GB): its own error is 1000x below bf16's.
+
+A near-tie in the router that rounding turns to another expert costs a token 0.3 where rounding alone costs 0.012. One
+such token more or less decides the pooled figure (1.17 and 1.50 were both seen, by the sample of tokens). So the limit
+is for tokens that all three route alike, read off the router's own top-k, and the others are counted.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeepseekV3Config, DynamicCache
 
 from helix_compile import HelixModule, helix_compile
@@ -25,9 +32,33 @@ FEW_EXPERTS = {
     "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
 LATENT, ROPE = 512, 64
-CONTEXTS = (1, 31, 130, 512, 1000, 2048, 3333, 4092)  # the last steps cross 4096
-STEPS = (4, 1)
+CONTEXTS = (1, 31, 130, 512, 1000, 2048, 3333, 4080)  # the last steps cross 4096
+STEPS = (16, 1)
 PROMPTS = (8, 48)
+CP = 4
+MAX_FLIPPED = 0.05  # share of tokens that original or compiled routes otherwise than the reference
+
+
+class Routing(TorchDispatchMode):
+    """Writes down the experts that a router's top-k chooses, sorted, one tensor [tokens, k] a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.topk.default and args[1] == FEW_EXPERTS["num_experts_per_tok"]:
+            self.chosen.append(out[1].sort(dim=-1).values)
+        return out
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Logits [tokens, vocab] of one case, and the experts [tokens, k] of each token."""
+
+    logits: Tensor
+    experts: Tensor
 
 
 def prompts() -> Tensor:
@@ -46,50 +77,79 @@ def prefilled(context: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     return latents, k_ropes, ids
 
 
-def unmodified_logits(model: nn.Module) -> dict[str, Tensor]:
-    """Logits of transformers' own model: of the prompts, and of the steps behind each context."""
-    steps = []
-    with torch.no_grad():
-        for context in CONTEXTS:
-            latents, k_ropes, ids = prefilled(context)
-            cache = DynamicCache(config=model.config)
-            for layer, pair in enumerate(zip(latents, k_ropes, strict=True)):
-                cache.update(*(x[:, None].to(model.dtype) for x in pair), layer)
-            steps += [model(input_ids=x, past_key_values=cache).logits[0] for x in ids]
-        return {"prompts": model(prompts()).logits.float(), "contexts": torch.cat(steps).float()}
+def unmodified(model: nn.Module) -> dict[str, Outcome]:
+    """Transformers' own model on the prompts, and on the steps behind each context."""
 
-
-def compiled_logits(compiled: HelixModule) -> dict[str, Tensor]:
-    """The same of the compiled model; every context is imported over the one before."""
-    prompt = compiled(prompts()).float()
-    compiled.reset()
-    steps = []
-    for context in CONTEXTS:
+    def behind(context: int) -> Tensor:
         latents, k_ropes, ids = prefilled(context)
+        cache = DynamicCache(config=model.config)
+        for layer, pair in enumerate(zip(latents, k_ropes, strict=True)):
+            cache.update(*(x[:, None].to(model.dtype) for x in pair), layer)
+        steps = [model(input_ids=x, past_key_values=cache).logits for x in ids]
+        return torch.cat(steps, dim=1)
+
+    with torch.no_grad():
+        return outcomes(lambda: model(prompts()).logits, behind, ranks=1)
+
+
+def rewritten(compiled: HelixModule) -> dict[str, Outcome]:
+    """The same of the compiled model; every context is imported over the one before."""
+
+    def behind(context: int) -> Tensor:
+        latents, k_ropes, ids = prefilled(context)
+        compiled.reset()
         compiled.import_cache(latents, k_ropes, [context])
-        steps += [compiled(x)[0] for x in ids]
-    return {"prompts": prompt, "contexts": torch.cat(steps).float()}
+        return torch.cat([compiled(x) for x in ids], dim=1)
+
+    return outcomes(lambda: compiled(prompts()), behind, ranks=CP)
+
+
+def outcomes(
+    prompt: Callable[[], Tensor], behind: Callable[[int], Tensor], ranks: int
+) -> dict[str, Outcome]:
+    """Run both cases. Every rank routes every token, and all alike."""
+    found = {}
+    cases = {"prompts": lambda: [prompt()], "contexts": lambda: [behind(c) for c in CONTEXTS]}
+    for name, run in cases.items():
+        with Routing() as routing:
+            logits = torch.cat([x.float().flatten(0, 1) for x in run()])
+        by_rank = [torch.cat(routing.chosen[rank::ranks]) for rank in range(ranks)]
+        assert all(torch.equal(x, by_rank[0]) for x in by_rank)
+        found[name] = Outcome(logits, by_rank[0])
+        assert len(logits) == len(by_rank[0])
+    return found
 
 
 @pytest.fixture(scope="module")
-def logits() -> Iterator[dict[str, dict[str, Tensor]]]:
+def outcome() -> dict[str, dict[str, Outcome]]:
     """Of the fp32 reference, which is freed before the others run, of the bf16 original and of the compiled model."""
     model = build_model(DeepseekV3Config(**FEW_EXPERTS), dtype=torch.bfloat16)
     twin = copy.deepcopy(model).float()
-    found = {"reference": unmodified_logits(twin)}
+    found = {"reference": unmodified(twin)}
     del twin
-    found["original"] = unmodified_logits(model)
-    compiled = helix_compile(model, cp=4, max_batch_size=PROMPTS[0], max_seq_len=4097)
-    found["compiled"] = compiled_logits(compiled)
-    yield found
+    found["original"] = unmodified(model)
+    compiled = helix_compile(model, cp=CP, max_batch_size=PROMPTS[0], max_seq_len=4097)
+    found["compiled"] = rewritten(compiled)
+    return found
 
 
 @pytest.mark.parametrize("case", ["prompts", "contexts"])
-def test_bf16_error_is_the_originals(logits: dict[str, dict[str, Tensor]], case: str) -> None:
-    reference = logits["reference"][case]
-    own, ours = (rel_rmse(logits[who][case], reference) for who in ("original", "compiled"))
-    print(f"{case}: rel-RMSE original {own:.4f}, compiled {ours:.4f}, ratio {ours / own:.3f}")
-    assert own < 0.1
+def test_bf16_error_is_the_originals(outcome: dict[str, dict[str, Outcome]], case: str) -> None:
+    reference = outcome["reference"][case]
+    flipped = {
+        who: (outcome[who][case].experts != reference.experts).any(dim=1)
+        for who in ("original", "compiled")
+    }
+    alike = ~(flipped["original"] | flipped["compiled"])
+    every = torch.ones_like(alike)
+    for tokens, label in ((every, "all tokens"), (alike, "routed alike")):
+        own, ours = (
+            rel_rmse(outcome[who][case].logits[tokens], reference.logits[tokens]) for who in flipped
+        )
+        print(f"{case}, {label} ({int(tokens.sum())}): {own:.4f}, {ours:.4f}, {ours / own:.3f}x")
+    print(f"{case}, routed otherwise: { {who: int(f.sum()) for who, f in flipped.items()} }")
+    assert all(f.float().mean() <= MAX_FLIPPED for f in flipped.values())
+    assert own < 0.02
     assert ours <= 1.25 * own
 
 
