@@ -2,8 +2,9 @@
 
     python benchmarks/virtual_world.py [--repeats 30]
 
-The sum of the work is one rank's lowered graph run straight through (generated code, every collective replaced by a
-local stand-in of the same result shape), times four. A whole step also checks its inputs, keeps the ledger, moves the
+The sum of the work is the lowered graph run straight through for each rank in turn (generated code, every collective
+replaced by a local stand-in of the same result shape). A stand-in sums nothing, so later routers may choose other experts
+than in a real step. A whole step also checks its inputs, keeps the ledger, moves the
 collectives' data and counts bytes.
 """
 
@@ -45,7 +46,7 @@ def main() -> None:
         "model",
         "context",
         "4 virtual ranks (cp=4)",
-        "one rank's graph, straight",
+        "4 graphs, straight",
         "one rank (cp=1)",
     ]
     rows = [
@@ -53,7 +54,7 @@ def main() -> None:
         for name, config in MODELS.items()
         for S in (64, 2048)
     ]
-    print_table([*header, "4 ranks / (4 x straight)", "4 ranks / (4 x cp=1)"], rows)
+    print_table([*header, "4 ranks / straight", "4 ranks / (4 x cp=1)"], rows)
 
 
 def _measure(config: dict, S: int, repeats: int) -> list[str]:
@@ -67,7 +68,7 @@ def _measure(config: dict, S: int, repeats: int) -> list[str]:
         lambda: modules[1](token),
     ]
     ms = median_ms(dict(zip(names, functions, strict=True)), repeats)
-    ratios = [f"{ms['four'] / (RANKS * ms[name]):.2f}" for name in ("straight", "one")]
+    ratios = [f"{ms['four'] / work:.2f}" for work in (ms["straight"], RANKS * ms["one"])]
     return [*(f"{ms[name]:.2f} ms" for name in names), *ratios]
 
 
@@ -81,21 +82,31 @@ def _filled_module(model: torch.nn.Module, cp: int, S: int) -> HelixModule:
     return compiled
 
 
-def _straight(compiled: HelixModule) -> Callable[[], Tensor]:
-    """Rank 0's step as plain generated code. It writes over the same slot every time."""
+def _straight(compiled: HelixModule) -> Callable[[], list[Tensor]]:
+    """Every rank's step as plain generated code. It writes over the same slot every time."""
     graph = copy_module(compiled.graph)
     for module in (graph, *graph.children()):
         assert isinstance(module, fx.GraphModule)
         for node in module.graph.nodes:
             node.target = _STAND_INS.get(node.target, node.target)
         module.recompile()
-    rank = compiled.ranks[0]
+    inputs = [_inputs_of(graph, compiled, rank) for rank in range(RANKS)]
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            return [graph(*values) for values in inputs]
+
+    return run
+
+
+def _inputs_of(graph: fx.GraphModule, compiled: HelixModule, number: int) -> list[Tensor]:
+    layout, rank = compiled.plan.layout, compiled.ranks[number]
     step = {
         "input_ids": torch.tensor([[7]]),
         "positions": compiled.lengths[:, None],
         "page_table": compiled.page_table,
-        "kvp_rank": torch.tensor(0),
-        "ep_rank": torch.tensor(0),
+        "kvp_rank": torch.tensor(layout.index("kvp", number)),
+        "ep_rank": torch.tensor(layout.index("ep", number)),
     }
     inputs = []
     for kind, name in (n.meta["input"] for n in graph.graph.nodes if n.op == "placeholder"):
@@ -105,12 +116,7 @@ def _straight(compiled: HelixModule) -> Callable[[], Tensor]:
             inputs.append(rank.cache[int(name.removeprefix("cache_"))])
         else:
             inputs.append(step[name])
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return graph(*inputs)
-
-    return run
+    return inputs
 
 
 _c10d = torch.ops._c10d_functional

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed._functional_collectives  # registers the ops
@@ -47,19 +47,18 @@ class Pending:
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
+class _Step(NamedTuple):
     """A node, with what every rank would otherwise look up again.
 
     Attributes:
         collective: which collective the node starts, or None.
-        reads: the nodes whose values it takes.
+        pending: the collectives whose values it takes; only wait_tensor may.
         dead: the nodes whose values nobody needs after it.
     """
 
     node: fx.Node
     collective: str | None
-    reads: tuple[fx.Node, ...]
+    pending: tuple[str, ...]
     dead: tuple[fx.Node, ...]
 
 
@@ -130,8 +129,9 @@ class VirtualWorld:
         axis, members, _ = key
         if exchange.results is None and len(exchange.posts) == len(members):
             op = complete_exchange(key, exchange)
+            sent = egress_bytes(op, len(members), exchange.posts[members[0]].tensor)  # all alike
             for rank in members:
-                self.sent_bytes[rank] += egress_bytes(op, len(members), exchange.posts[rank].tensor)
+                self.sent_bytes[rank] += sent
             exchange.drop_arguments()
             count = self.num_collectives
             count[(op, axis)] = count.get((op, axis), 0) + 1
@@ -162,50 +162,56 @@ class _Walk:
         remaining = iter(inputs)
         for step in self.steps[module.graph]:
             node = step.node
-            where = f"{path}{node.name}"
-            if node.op == "placeholder":
+            if node.op == "call_function" and node.target is not _WAIT:
+                values[node] = self._call(step, values, path)
+            elif node.op == "placeholder":
                 values[node] = next(remaining)
             elif node.op == "output":
-                self._refuse_pending(step, values, where)
+                self._refuse_pending(step, path)
                 return fx.map_arg(node.args[0], values.__getitem__)
             elif node.op == "call_module":
-                self._refuse_pending(step, values, where)
+                self._refuse_pending(step, path)
                 args = fx.map_arg(node.args, values.__getitem__)
                 body = module.get_submodule(str(node.target))
                 assert isinstance(body, fx.GraphModule)
-                values[node] = yield from self.graph(body, list(args), f"{where}.")
+                values[node] = yield from self.graph(body, list(args), f"{path}{node.name}.")
             elif node.op == "get_attr":
                 values[node] = _attribute(module, str(node.target))
             elif node.target is _WAIT:
                 pending = values[node.args[0]]
                 if not isinstance(pending, Pending):
                     raise self._fault(
-                        where, "wait_tensor on a value that no collective is computing"
+                        f"{path}{node.name}",
+                        "wait_tensor on a value that no collective is computing",
                     )
-                yield pending.key, where
-                values[node] = self._take(pending, where)
+                yield pending.key, f"{path}{node.name}"
+                values[node] = self._take(pending, f"{path}{node.name}")
             else:
-                values[node] = self._call(step, values, where)
+                raise self._fault(
+                    f"{path}{node.name}", f"a {node.op} node can't be run; use call_function"
+                )
             if self.hook is not None:
                 self.hook(self.rank, node, values[node])
             for dead in step.dead:
                 del values[dead]
         raise self._fault(path, "the graph has no output")
 
-    def _call(self, step: _Step, values: dict[fx.Node, Any], where: str) -> Any:
+    def _call(self, step: _Step, values: dict[fx.Node, Any], path: str) -> Any:
         node = step.node
-        self._refuse_pending(step, values, where)
+        self._refuse_pending(step, path)
         args = fx.map_arg(node.args, values.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, values.__getitem__) if node.kwargs else {}
         if step.collective is not None:
-            return self._post(step.collective, args, where)
+            return self._post(step.collective, args, f"{path}{node.name}")
+        kwargs = fx.map_arg(node.kwargs, values.__getitem__) if node.kwargs else {}
         assert callable(node.target)
         try:
             return node.target(*args, **kwargs)
         except RuntimeFault:
             raise
         except Exception as error:
-            raise self._fault(where, f"{node.target}: {type(error).__name__}: {error}") from error
+            raise self._fault(
+                f"{path}{node.name}", f"{node.target}: {type(error).__name__}: {error}"
+            ) from error
 
     def _post(self, op: str, args: tuple, where: str) -> Pending:
         axis = args[-1]
@@ -228,32 +234,35 @@ class _Walk:
         exchange.waited.add(self.rank)
         return exchange.results.pop(self.rank)
 
-    def _refuse_pending(self, step: _Step, values: dict[fx.Node, Any], where: str) -> None:
-        for source in step.reads:
-            value = values[source]
-            if isinstance(value, Pending):
-                raise self._fault(where, f"{[value.op]} used before wait_tensor")
+    def _refuse_pending(self, step: _Step, path: str) -> None:
+        if step.pending:
+            raise self._fault(
+                f"{path}{step.node.name}", f"{list(step.pending)} used before wait_tensor"
+            )
 
     def _fault(self, where: str, what: str) -> RuntimeFault:
         return RuntimeFault(f"rank {self.rank}, node {where}: {what}")
 
 
 def _steps(graph: fx.Graph) -> list[_Step]:
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        for used in (node, *node.all_input_nodes):
-            last[used] = node
-    dead: dict[fx.Node, list[fx.Node]] = {}
+    inputs = {node: node.all_input_nodes for node in graph.nodes}
+    last = {used: node for node, sources in inputs.items() for used in (node, *sources)}
+    dead: dict[fx.Node, list[fx.Node]] = {node: [] for node in inputs}
     for value, user in last.items():
-        dead.setdefault(user, []).append(value)
+        dead[user].append(value)
+    started = {
+        node: _COLLECTIVES[node.target]
+        for node in inputs
+        if node.op == "call_function" and node.target in _COLLECTIVES
+    }
     return [
         _Step(
             node,
-            _COLLECTIVES.get(node.target) if node.op == "call_function" else None,
-            tuple(node.all_input_nodes),
-            tuple(dead.get(node, ())),
+            started.get(node),
+            tuple(started[source] for source in sources if source in started),
+            tuple(dead[node]),
         )
-        for node in graph.nodes
+        for node, sources in inputs.items()
     ]
 
 
