@@ -21,10 +21,8 @@ app = typer.Typer(
     help="Rewrite an MLA decode step for Helix parallelism, look at it, and run it.",
 )  # fmt: skip
 
-_OPTIONS = (
-    *(f.name for f in fields(HelixOptions)),
-    "world",
-)  # options that helix_compile takes as they are
+# options that helix_compile takes as they are
+_OPTIONS = (*(f.name for f in fields(HelixOptions)), "world")
 _MODEL_HELP = "checkpoint folder, a config.json (random weights), or a preset: tiny, deepseek-v3-lite, deepseek-v3"
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 Cp = Annotated[int, typer.Option(help="ranks that share a KV cache by sequence")]
@@ -135,14 +133,11 @@ for _name, _what in (
 
 
 def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> Any:
-    from helix_compile.compile import (
-        helix_compile,
-    )  # heavy imports: after the arguments are checked
+    # options first: loading a model, and the imports for it, may take minutes
+    HelixOptions(**{name: ctx.params[name] for name in _OPTIONS if name != "world"})
+    from helix_compile.compile import helix_compile
     from helix_compile.models.presets import named_model
 
-    HelixOptions(
-        **{name: ctx.params[name] for name in _OPTIONS if name != "world"}
-    )  # before minutes of loading
     print(f"compiling {model} ...", file=sys.stderr)
     try:
         built = named_model(model, dtype, meta)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from transformers import PreTrainedModel
 
 from helix_compile.capture_body import CachedSite, capture_body, normalised_module, probe_layer
@@ -23,6 +23,7 @@ from helix_compile.capture_layers import (
     find_layers,
 )
 from helix_compile.errors import CaptureError
+from helix_compile.passes.fx_edit import add_input, placeholders
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ class CapturedGraph:
         graph: outer graph; its call_module nodes are the layers, its submodules the bodies. Placeholders:
             input_ids [B, T], attention_mask [B, S + T], position_ids [B, T], past latents, parameters.
         layers: the layers in order.
-        whole: True if the layers are inlined in one single body.
         dtype: the dtype it was captured in; a graph can't be retyped.
         max_positions: the model's own longest sequence, or None.
         vocab_size: number of token ids the embedding has.
@@ -60,7 +60,6 @@ class CapturedGraph:
 
     graph: fx.GraphModule
     layers: tuple[CapturedLayer, ...]
-    whole: bool
     dtype: torch.dtype
     max_positions: int | None
     vocab_size: int
@@ -123,9 +122,12 @@ def _structure_key(model: PreTrainedModel) -> tuple:
 def _constants_and_code(module: nn.Module) -> tuple:
     """Plain attributes, and the functions of the class and of the instance (someone may have patched one)."""
     plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
-    patched = {k: v for k, v in vars(module).items() if inspect.isroutine(v)}
-    code = {k: v for k, v in vars(type(module)).items() if inspect.isroutine(v)}
-    return type(module), tuple(plain.items()), tuple(patched.items()), tuple(code.items())
+    # a bound method's function alone: the method would keep the model alive through its own memo
+    patched = [
+        (k, getattr(v, "__func__", v)) for k, v in vars(module).items() if inspect.isroutine(v)
+    ]
+    code = [(k, v) for k, v in vars(type(module)).items() if inspect.isroutine(v)]
+    return type(module), repr(plain), tuple(patched), tuple(code)
 
 
 @contextmanager
@@ -187,7 +189,7 @@ def _capture_layers(model: nn.Module) -> CapturedGraph:
         caches += len(cached)
         captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[signature], places))
     outer = _outer_graph(program, bodies, captured, {i: c.names for i, c in calls.items()})
-    return CapturedGraph(graph=outer, layers=tuple(captured), whole=False, **_facts(model))
+    return CapturedGraph(graph=outer, layers=tuple(captured), **_facts(model))
 
 
 _OUTER_INPUTS = [
@@ -208,14 +210,13 @@ def _outer_graph(
     for name, body in bodies.items():
         module.add_submodule(name, body)
     graph, new_states = module.graph, []
-    by_input = {tuple(n.meta["input"]): n for n in graph.nodes if n.op == "placeholder"}
     for node in [n for n in graph.nodes if n.target is LAYER_OP]:
         hidden, others, index = node.args
         layer = layers[index]
         values = dict(zip(other_names[index], others, strict=True))
         body = bodies[layer.body]
         args = []
-        for placeholder in (n for n in body.graph.nodes if n.op == "placeholder"):
+        for placeholder in placeholders(body.graph):
             kind, name = placeholder.meta["input"]
             if kind == "hidden":
                 args.append(hidden)
@@ -223,7 +224,7 @@ def _outer_graph(
                 args.append(values[name])
             else:
                 full = f"{layer.prefix}{name}" if kind == "param" else _past_name(layer, name)
-                args.append(_input(graph, by_input, kind, full, placeholder.meta["val"]))
+                args.append(add_input(graph, kind, full, placeholder.meta["val"]))
         with graph.inserting_before(node):
             call = graph.create_node("call_module", layer.body, tuple(args), name=f"layer_{index}")
             call.meta["layer"] = index
@@ -236,7 +237,7 @@ def _outer_graph(
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = ((output.args[0][0], new_states),)
     graph.eliminate_dead_code()
-    for unused in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
+    for unused in [n for n in placeholders(graph) if not n.users]:
         graph.erase_node(unused)
     graph.lint()
     module.recompile()
@@ -247,17 +248,6 @@ def _past_name(layer: CapturedLayer, name: str) -> str:
     """past_latent_0 of a body -> past_latent_7 of the model: sites are numbered over all layers."""
     part, _, site = name.rpartition("_")
     return f"{part}_{layer.caches[int(site)]}"
-
-
-def _input(graph: fx.Graph, known: dict, kind: str, name: str, val: Tensor) -> fx.Node:
-    """The outer placeholder of this kind and name, made at its first use."""
-    if (kind, name) not in known:
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            node = graph.placeholder(name.replace(".", "_"))
-        node.meta = {"input": [kind, name], "val": val}
-        known[(kind, name)] = node
-    return known[(kind, name)]
 
 
 def _capture_whole(model: nn.Module) -> CapturedGraph:
@@ -271,7 +261,7 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     layer = CapturedLayer(0, "", "body_0", tuple(range(len(cached))))
     outer = fx.Graph()
     args = []
-    for placeholder in (n for n in body.graph.nodes if n.op == "placeholder"):
+    for placeholder in placeholders(body.graph):
         kind, name = placeholder.meta["input"]
         node = outer.placeholder(placeholder.name)
         kind = "input" if kind in ("hidden", "tensor") else kind
@@ -284,4 +274,4 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     root = nn.Module()
     root.add_module("body_0", body)
     module = fx.GraphModule(root, outer)
-    return CapturedGraph(graph=module, layers=(layer,), whole=True, **_facts(model))
+    return CapturedGraph(graph=module, layers=(layer,), **_facts(model))

@@ -19,18 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile.capture_layers import (
     BATCH,
-    HINT_B,
-    HINT_S,
-    HINT_T,
     PAST,
     TOKENS,
     ConcatenatingCache,
     LayerCall,
     export_functional,
-    fx_copy,
 )
 from helix_compile.errors import CaptureError
+from helix_compile.graph_pass import copy_graph
 from helix_compile.passes.canonicalize import canonicalize
+from helix_compile.passes.fx_edit import HINT_B, HINT_S, HINT_T
 from helix_compile.passes.propagate import trust_shapes
 
 
@@ -170,7 +168,8 @@ def normalised_module(
 
     `inputs` gives (kind, name) of the user inputs in order; the first one is [B, T, ...] and anchors B and T.
     """
-    graph, mapping = fx_copy(program.graph)
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph = copy_graph(program.graph, mapping)
     by_name = {n.name: mapping[n] for n in program.graph.nodes if n.op == "placeholder"}
     user, lifted = [], []
     for spec in program.graph_signature.input_specs:

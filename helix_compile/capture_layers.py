@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from helix_compile.errors import CaptureError
+from helix_compile.passes.fx_edit import HINT_B, HINT_S, HINT_T
 
-HINT_B, HINT_T, HINT_S = 2, 3, 5  # all different, none 1: 0 and 1 are specialised by export
 BATCH, TOKENS, PAST = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
 
 _CACHE_ARGUMENT = "past_key_values"
@@ -252,15 +252,3 @@ def _record(args: tuple, kwargs: dict) -> LayerCall:
     if hidden is None:
         raise CaptureError("capture: a layer is called without a tensor")
     return LayerCall(hidden, spec, leaves, others, names)
-
-
-def fx_copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """A copy of `graph` and the map from its nodes to the copies; names are kept."""
-    copy = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = copy.graph_copy(graph, mapping)
-    node = copy.output(output)
-    old = next(n for n in graph.nodes if n.op == "output")
-    node.meta = dict(old.meta)
-    mapping[old] = node
-    return copy, mapping

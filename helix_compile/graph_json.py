@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from helix_compile.errors import HelixError
+from helix_compile.passes.fx_edit import HINT_B, HINT_T
 from helix_compile.passes.propagate import propagate_shapes
 
 _NAMESPACES = ("aten", "helix", "helix_triton", "_c10d_functional")
@@ -25,7 +26,7 @@ _OPERATORS = {
     for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 }
 _KEPT_META = ("input", "sharded", "layer", "step")
-_HINTS = {"B": 2, "T": 3}
+_HINTS = {"B": HINT_B, "T": HINT_T}
 
 
 def graph_to_json(gm: fx.GraphModule) -> list[dict[str, Any]]:

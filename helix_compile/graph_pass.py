@@ -95,10 +95,9 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(root, copy_graph(module.graph))
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy of a graph with its output and meta."""
-    copy = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
+def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.Graph:
+    """A copy of a graph, output and meta included; fills `mapping` with node -> its copy."""
+    copy, mapping = fx.Graph(), {} if mapping is None else mapping
     output = copy.output(copy.graph_copy(graph, mapping))
     output.meta = dict(next(n for n in graph.nodes if n.op == "output").meta)
     return copy

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from helix_compile.passes.fx_edit import aten, input_named, is_call, is_param
+from helix_compile.passes.fx_edit import (
+    HINT_B,
+    HINT_S,
+    HINT_T,
+    aten,
+    input_named,
+    is_call,
+    is_param,
+)
 from helix_compile.passes.index_provenance import is_cache_update, is_layout_op
 
 _KEY_OPS = frozenset(
@@ -126,8 +134,8 @@ def shape_text(value: Any) -> str:
 
 
 def _size(size: int | torch.SymInt) -> str:
-    """Sizes of the capture hints 2, 3 and 5 are B, T and S where they are symbols."""
+    """The letter of a symbol, by the hint it was captured with."""
     if isinstance(size, int):
         return str(size)
-    names = {2: "B", 3: "T", 5: "S", 8: "S+T", 6: "B*T"}
+    names = {HINT_B: "B", HINT_T: "T", HINT_S: "S", HINT_S + HINT_T: "S+T", HINT_B * HINT_T: "B*T"}
     return names.get(int(size.node.hint), str(size))

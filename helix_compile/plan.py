@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import zip_longest
 from typing import Any
 
 from helix_compile.errors import PlanError
@@ -249,8 +251,8 @@ def _differences(path: str, a: Any, b: Any) -> Any:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted({*a, *b}):
             yield from _differences(f"{path}.{key}", a.get(key, "absent"), b.get(key, "absent"))
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+    elif isinstance(a, list) and isinstance(b, list):
+        for i, (x, y) in enumerate(zip_longest(a, b, fillvalue="absent")):
             yield from _differences(f"{path}[{i}]", x, y)
     elif a != b:
-        yield f"{path}: {a!r} -> {b!r}"
+        yield f"{path}: {reprlib.repr(a)} -> {reprlib.repr(b)}"

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+# sizes a graph is captured with: all different, none 1 (export specialises 0 and 1)
+HINT_B, HINT_T, HINT_S = 2, 3, 5
 
 
 def node_named(graph: fx.Graph, name: str) -> fx.Node:
@@ -63,17 +65,6 @@ def is_param(node: Any) -> bool:
     )
 
 
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """`node` and everything it depends on."""
-    seen, todo = {node}, [node]
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                todo.append(source)
-    return seen
-
-
 def getitems(graph: fx.Graph, node: fx.Node, *names: str) -> list[fx.Node]:
     """One named getitem node for each output of a multi-output node."""
     return [named(graph, name, operator.getitem, node, i) for i, name in enumerate(names)]
@@ -90,11 +81,6 @@ def erase_unused(graph: fx.Graph, keep: Iterable[fx.Node] = ()) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op != "output" and not node.users and node not in kept:
             graph.erase_node(node)
-
-
-def size_of(node: fx.Node, dim: int) -> Any:
-    """A dim of a node's value."""
-    return node.meta["val"].shape[dim]
 
 
 def source_line(node: fx.Node) -> str:

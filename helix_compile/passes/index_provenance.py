@@ -7,6 +7,7 @@ Sizes are the tiny capture hints, so the id tensors stay small at any real width
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Provenance:
 
     def _mask(self, source: fx.Node, base: int, ids: Tensor | None = None) -> Tensor:
         ids = self.ids if ids is None else ids
-        numel = int(torch.tensor(shape_of(source)).prod())
+        numel = math.prod(shape_of(source))
         return (ids >= base) & (ids < base + numel)
 
 
@@ -109,7 +110,7 @@ def trace_elements(node: fx.Node, stop: Callable[[fx.Node], bool] = is_cache_upd
                 done[n] = _move(n, value)
             else:
                 shape = shape_of(n)
-                numel = int(torch.tensor(shape).prod())
+                numel = math.prod(shape)
                 sources[n] = next_id
                 done[n] = torch.arange(next_id, next_id + numel).reshape(shape)
                 next_id += numel

@@ -11,11 +11,17 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.capture import CapturedGraph
-from helix_compile.capture_layers import HINT_B, HINT_S, HINT_T
 from helix_compile.errors import MatchError
 from helix_compile.matches import AttentionMatch
 from helix_compile.passes.evaluate import evaluate
-from helix_compile.passes.fx_edit import node_named, placeholders, source_line
+from helix_compile.passes.fx_edit import (
+    HINT_B,
+    HINT_S,
+    HINT_T,
+    node_named,
+    placeholders,
+    source_line,
+)
 
 PADDED = 2  # columns of left padding in row 0 of the small case
 

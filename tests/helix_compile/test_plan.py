@@ -34,6 +34,15 @@ def test_equal_plans_and_their_difference() -> None:
     assert all("tokens_per_block" in line for line in lines)
 
 
+def test_a_difference_in_length_is_told_by_item() -> None:
+    lines = plan_of().diff(plan_of(merge="ag_rs"))
+    assert "plan.options.merge: 'a2a' -> 'ag_rs'" in lines
+    added = [
+        line for line in lines if line.startswith("plan.bodies[0].collectives[3]: 'absent' ->")
+    ]
+    assert len(added) == 1 and max(map(len, lines)) < 200
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "nonsense", '{"version": 99}'])
 def test_not_a_plan(text: str) -> None:
     with pytest.raises(PlanError, match="plan: "):

@@ -3,54 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from helix_compile import capture
-from helix_compile.matches import AttentionMatch, MoEMatch
+from helix_compile.matches import AttentionMatch
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.index_provenance import trace_elements
 from helix_compile.passes.match_layers import match_layers
 from helix_compile.passes.match_mla import find_mla
-from helix_compile.passes.match_moe import find_moes
 from helix_compile.passes.typing_rules import reshape_map
 from tests.support.models import VARIANTS, tiny_model
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("variant", ["plain", "no_q_lora", "half_rope", "v_wider_than_latent"])
-def test_mla_tables(attention: str, variant: str) -> None:
-    model = tiny_model(variant, attention=attention)
-    for body in capture(model).bodies.values():
-        (match,) = find_mla(body.graph)
-        assert isinstance(match, AttentionMatch)
-        V = model.config.v_head_dim
-        assert (match.num_heads, match.kv_lora_rank, match.v_head_dim) == (24, 20, V)
-        rows = torch.arange(24 * (10 + V)).view(24, 10 + V)
-        assert torch.equal(torch.tensor(match.uk_rows), rows[:, :10])
-        assert torch.equal(torch.tensor(match.uv_rows), rows[:, 10:])
-        assert match.q_nope == tuple(range(10)) and match.q_rope == tuple(range(10, 16))
-        assert match.scale == pytest.approx(16**-0.5)
-
-
-def test_yarn_changes_the_scale_that_is_read() -> None:
-    body = capture(tiny_model("yarn_mscale")).bodies["body_0"]
-    (match,) = find_mla(body.graph)
-    assert isinstance(match, AttentionMatch)
-    assert match.scale == pytest.approx(tiny_model("yarn_mscale").model.layers[0].self_attn.scaling)
-    assert match.scale > 16**-0.5
-
-
-@pytest.mark.parametrize(
-    ("dtype", "experts"),
-    [(torch.float64, "batched_mm"), (torch.float32, "grouped_mm"), (torch.bfloat16, "grouped_mm")],
-    ids=str,
-)
-def test_both_forms_of_experts(dtype: torch.dtype, experts: str) -> None:
-    body = capture(tiny_model(dtype=dtype, experts=experts)).bodies["body_1"]
-    (match,) = find_moes(body.graph)
-    assert isinstance(match, MoEMatch) and match.form == experts
-    assert (match.num_experts, match.top_k, match.width, match.hidden_size) == (8, 3, 40, 72)
-    assert match.shared is not None and match.gate_up == "mlp.experts.gate_up_proj"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -31,18 +31,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@cache
-def tiny_model(
-    variant: str = "plain",
-    dtype: torch.dtype = torch.float64,
-    attention: str = "sdpa",
-    experts: str = "batched_mm",
-    seed: int = 0,
-) -> DeepseekV3ForCausalLM:
-    """The same object for the same arguments, so that capture is paid once a worker."""
-    return fresh_model(variant, dtype, attention, experts, seed)
-
-
 def fresh_model(
     variant: str = "plain",
     dtype: torch.dtype = torch.float64,
@@ -64,3 +52,7 @@ def fresh_model(
     model = model.to(dtype).eval()
     model.set_experts_implementation(experts)
     return model
+
+
+# the same object for the same arguments, so that capture is paid once a worker
+tiny_model = cache(fresh_model)
