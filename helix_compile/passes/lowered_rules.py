@@ -20,7 +20,8 @@ from helix_compile.passes.typing_rules import Result, Rule, Violation
 from helix_compile.placement import Layout, PartialSoftmax, format_layout
 
 _c10d = torch.ops._c10d_functional
-_PENDING = "pending"  # not a mesh axis: marks the layout that a value will have after its wait
+WAIT = _c10d.wait_tensor.default
+PENDING = "pending"  # not a mesh axis: marks the layout that a value will have after its wait
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,20 @@ class Packed(Placement):
 
 
 def _start(layout: Layout) -> Layout:
-    return {**layout, _PENDING: Pending()}
+    return {**layout, PENDING: Pending()}
 
 
 def _all_reduce(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x, (op, axis) = of(node.args[0]), node.args[1:3]
     if op != "sum" or x != {axis: Partial("sum")}:
-        raise Violation(f"all_reduce({op}) over {axis} of {format_layout(x)}")
+        raise Violation(f"all_reduce({op}) over {axis} of {format_layout(x)}", "collective")
     return _start({})
 
 
 def _all_gather(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x, (size, axis) = of(node.args[0]), node.args[1:3]
     if size != degrees.size(axis):
-        raise Violation(f"all_gather of {size} parts over {axis}, which has {degrees.size(axis)}")
+        raise Violation(f"all_gather of {size} parts over {axis}, which has {degrees.size(axis)}", "collective")
     if x.get("world") is not None and axis == "kvp":
         # heads over N become heads over tpa: the peers that now stand on dim 0 are the major part of what tpa cuts
         shard = x["world"]
@@ -55,7 +56,7 @@ def _all_gather(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
     else:
         shard, rest = x.get(axis), {a: p for a, p in x.items() if a != axis}  # type: ignore[assignment]
     if not isinstance(shard, (Shard, PartialSoftmax)):
-        raise Violation(f"all_gather over {axis} of {format_layout(x)}")
+        raise Violation(f"all_gather over {axis} of {format_layout(x)}", "collective")
     return _start(rest)
 
 
@@ -65,7 +66,7 @@ def _reduce_scatter(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLa
         "world" if degrees.size(axis) == degrees.world_size else axis
     )  # the normal form of an axis with all ranks
     if op != "sum" or size != degrees.size(axis) or x.get(key) != Partial("sum"):
-        raise Violation(f"reduce_scatter({op}, {size}) over {axis} of {format_layout(x)}")
+        raise Violation(f"reduce_scatter({op}, {size}) over {axis} of {format_layout(x)}", "collective")
     return _start({**x, key: Shard(0)})
 
 
@@ -73,16 +74,16 @@ def _all_to_all(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
     x, axis = of(node.args[0]), node.args[3]
     if x.get(axis) != PartialSoftmax() or len(node.args[1]) != degrees.size(axis):
         raise Violation(
-            f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts"
+            f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts", "collective"
         )
     return _start({"world": Packed()})
 
 
 def _wait(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x = of(node.args[0])
-    if _PENDING not in x:
-        raise Violation("wait_tensor on a value that no collective is computing")
-    return {a: p for a, p in x.items() if a != _PENDING}
+    if PENDING not in x:
+        raise Violation("wait_tensor on a value that no collective is computing", "pending")
+    return {a: p for a, p in x.items() if a != PENDING}
 
 
 def _pack(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:

@@ -18,20 +18,35 @@ from torch.distributed.tensor.placement_types import Partial, Placement, Shard
 from helix_compile.layout import HelixLayout
 from helix_compile.passes.fx_edit import aten
 from helix_compile.passes.index_provenance import shape_of
-from helix_compile.placement import Layout, PerRank, format_layout
+from helix_compile.placement import Layout, PartialSoftmax, PerRank, format_layout
 
 Result = Layout | tuple[Layout, ...]
 Rule = Callable[[fx.Node, Callable[[Any], Layout], HelixLayout], Result]
 
 
 class Violation(Exception):
-    """An op that does not take the layouts it gets."""
+    """An op that does not take the layouts it gets.
+
+    `kind` is one of "layout", "partial" (a partial value where the whole is needed), "pending" (a collective that is
+    not waited for exactly once), "collective" (one that its operand does not call for), "unknown" (no typing rule).
+    """
+
+    def __init__(self, reason: str, kind: str = "layout"):
+        super().__init__(reason)
+        self.kind = kind
 
 
-def require(condition: bool, reason: str) -> None:
+def require(condition: bool, reason: str, kind: str = "layout") -> None:
     """Raise Violation unless `condition` holds."""
     if not condition:
-        raise Violation(reason)
+        raise Violation(reason, kind)
+
+
+def is_partial(layout: Any) -> bool:
+    """True if a layout (or one of a tuple of them) has a partial sum or a partial softmax."""
+    if isinstance(layout, tuple):
+        return any(is_partial(x) for x in layout)
+    return any(isinstance(p, (Partial, PartialSoftmax)) for p in layout.values())
 
 
 def _map_dims(layout: Layout, new_dim: Callable[[int], int | None], what: str) -> Layout:

@@ -113,7 +113,7 @@ EDITS: list[tuple[Callable[[fx.Graph], None], str]] = [
     (drop_first_sum, "world:P|P\\(sum\\)|[Pp]artial"),
     (drop_last_sum, r"[Pp]artial|P\(sum\)"),
     (double_the_sum, r"all_reduce\(sum\) over world of R"),
-    (forget_a_wait, "[Pp]ending"),
+    (forget_a_wait, "before wait_tensor"),
     (sum_over_kvp_only, r"all_reduce\(sum\) over kvp of world:P\(sum\)"),
     (maximum, r"all_reduce\(max\) over world"),
     (bias_before_the_sum, "a bias is added to a partial sum"),

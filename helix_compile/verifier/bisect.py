@@ -1,0 +1,167 @@
+"""Where a deviation starts: the first value of the ranks that differs from the original's value of the same name.
+
+The passes keep the names of nodes that they do not replace, so a value of the lowered graph has a twin in the captured
+one. Shards are joined and partial sums summed by their inferred layout. Nodes between the last values that agree and the
+first that does not are the suspects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.layout import HelixLayout
+from helix_compile.matches import LayerMatch
+from helix_compile.verifier.layer_run import fitted, replicas
+from helix_compile.verifier.report import Finding
+from helix_compile.verifier.static_plan import base_name
+
+# a value may be this far from its fp64 twin (rel-RMSE) before it counts as wrong, noise of earlier ops included
+NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class Located:
+    """The first value that deviates, the rank that has it, and the nodes that may be at fault."""
+
+    node: str
+    rank: int
+    off: float
+    suspects: tuple[str, ...]
+    family: int
+    source: str
+
+    def named(self, finding: Finding) -> Finding:
+        """The finding with the place added, and the family if it had none."""
+        rank = f", rank {self.rank}" if "rank" not in finding.where else ""
+        at = f"; first value that deviates: `{self.node}`{rank} (rel-RMSE {self.off:.1e})"
+        if self.suspects:
+            at += f", computed by {', '.join(self.suspects)}"
+        family = self.family or finding.family
+        return replace(finding, where=finding.where + at, family=family)
+
+
+def first_deviation(
+    values: list[dict[str, Any]],
+    expected: dict[str, Any],
+    layouts: dict[str, Any],
+    body: Any,
+    match: LayerMatch,
+    degrees: HelixLayout,
+    dtype: torch.dtype,
+    lengths: list[int],
+) -> Located | None:
+    """Walk a body in order.
+
+    Args:
+        values: per rank, node name -> value.
+        expected: node name -> the original's value in fp64.
+        layouts: node name -> inferred layout; nodes without one are not compared.
+    """
+    good: set[fx.Node] = set()
+    twins = _twins(body.graph, match, expected)
+    for node in body.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            good.add(node)
+            continue
+        compared = _off(node, values, twins, layouts, degrees)
+        if compared is None:
+            continue
+        off, rank = compared
+        if off <= NOISE[dtype]:
+            good.add(node)
+            continue
+        suspects = _between(node, good)
+        return Located(
+            node.name, rank, off, tuple(f"`{n.name}`" for n in suspects), _family(suspects, off), ""
+        )
+    return None
+
+
+def _twins(graph: fx.Graph, match: LayerMatch, expected: dict[str, Any]) -> dict[str, Tensor]:
+    """Node name -> what it should be. What the passes added has no twin, but for the merged heads."""
+    twins = {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}  # fmt: skip
+    by_name = {n.name: n for n in graph.nodes}
+    for attention in match.attentions:
+        o_proj, anchor = by_name.get(attention.o_proj), expected.get(attention.anchor)
+        if o_proj is not None and isinstance(anchor, Tensor):
+            heads = anchor.transpose(1, 2).double()  # [B, T, H, V]
+            fed = o_proj.args[0]
+            assert isinstance(fed, fx.Node)
+            twins[fed.name] = heads.reshape(*heads.shape[:2], -1)
+    return twins
+
+
+def _off(
+    node: fx.Node,
+    values: list[dict[str, Any]],
+    twins: dict[str, Tensor],
+    layouts: dict[str, Any],
+    degrees: HelixLayout,
+) -> tuple[float, int] | None:
+    twin, layout = twins.get(node.name), layouts.get(node.name)
+    parts = [v.get(node.name) for v in values]
+    if twin is None or layout is None or isinstance(layout, tuple):
+        return None
+    if not all(isinstance(p, Tensor) and p.is_floating_point() for p in parts):
+        return None
+    worst: tuple[float, int] | None = None
+    try:
+        whole = replicas(parts, layout, degrees)  # type: ignore[arg-type] # all tensors
+    except RuntimeError:  # parts that can't be joined: the static check has said so
+        return None
+    for number, value in enumerate(whole):
+        value = value.double()
+        fit = fitted(value, twin)
+        if fit is None and value.numel() == twin.numel():
+            fit = value.reshape(twin.shape)
+        if fit is None:
+            return None
+        norm = float(twin.square().sum())
+        off = float((fit - twin).square().sum()) / norm if norm else float(fit.square().sum())
+        off = off**0.5 if off == off else float("inf")
+        if worst is None or off > worst[0]:
+            worst = (off, number if not layout else 0)
+    return worst
+
+
+def _between(node: fx.Node, good: set[fx.Node]) -> list[fx.Node]:
+    """The node and those before it, back to values that agree; in order of the graph."""
+    found, todo = {node}, [n for n in node.all_input_nodes if n not in good]
+    while todo:
+        current = todo.pop()
+        if current not in found:
+            found.add(current)
+            todo += [n for n in current.all_input_nodes if n not in good]
+    return [n for n in node.graph.nodes if n in found][-8:]
+
+
+_FAMILY = {
+    "cache_append": 7,
+    "merge_lse": 6,
+    "rescale_by_lse": 6,
+    "mla_decode": 4,
+    "all_to_all_heads": 1,
+    "unpack_heads": 1,
+    "pack_heads": 1,
+    "moe_experts": 2,
+}
+
+
+def _family(suspects: list[fx.Node], off: float) -> int:
+    """The likeliest family by what was computed between agreement and deviation."""
+    if off == float("inf"):
+        return 5
+    names = [base_name(n.target) for n in suspects]
+    for name in ("mla_decode", "merge_lse", "rescale_by_lse", "unpack_heads", "moe_experts"):
+        if name in names:
+            return 6 if name == "mla_decode" and "merge_lse" in names else _FAMILY[name]
+    texts = " ".join(str(n.target) for n in suspects)
+    if "all_reduce" in texts or "all_gather" in texts or "reduce_scatter" in texts:
+        return 10
+    if "linear" in texts or "einsum" in texts:
+        return 2
+    return 8 if "cos" in texts or "position" in texts else 0

@@ -1,0 +1,68 @@
+"""Weights that make faults matter: attention that looks at few keys, a router bias that decides.
+
+A random model attends to everything alike; a lost token, a wrong position or a plain mean then hides below any limit in
+16 bits. Each edit is a scale, or acts on what every rank holds, so it commutes with every cut: applied to a rank's own
+shard it leaves a fault in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from helix_compile.passes.fx_edit import is_param, placeholders
+from helix_compile.verifier.layer_run import CapturedReference, LayerInputs
+from helix_compile.verifier.needles import absorbed_query, scores
+
+SPREAD = 6.0  # standard deviation of the scores of new tokens after the edit: a few keys a head matter
+BIAS = 0.2  # spread of the router's correction bias, as a part of the spread of its scores: some choices turn
+
+
+def sharpening(reference: CapturedReference, seed: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Edits by full parameter name, measured on one layer of each body with random hidden states."""
+    edits: dict[str, Callable[[Tensor], Tensor]] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for body, match in reference.matches.items():
+        graph = reference.captured.bodies[body].graph
+        hidden = placeholders(graph)[0].meta["val"]
+        for layer in reference.captured.layers_of(body):
+            B, T = 2, 8
+            given = LayerInputs(
+                torch.randn(B, T, int(hidden.shape[-1]), generator=generator, dtype=torch.float64),
+                torch.ones(B, T, dtype=torch.int64),
+                torch.arange(T).expand(B, T).contiguous(),
+                tuple(
+                    (
+                        torch.zeros(B, 1, 0, a.kv_lora_rank, dtype=torch.float64),
+                        torch.zeros(B, 1, 0, a.qk_rope_head_dim, dtype=torch.float64),
+                    )
+                    for a in match.attentions
+                ),
+            )
+            values = reference.layer(layer.index, given)
+            for attention in match.attentions:
+                kv_up = reference.tensors[layer.prefix + attention.kv_up_weight]
+                query = absorbed_query(attention, values, kv_up)
+                seen = scores(attention, query, values[attention.latent][:, 0], values[attention.k_rope][:, 0])  # fmt: skip
+                factor = max(1.0, SPREAD / max(float(seen.std()), 1e-6))
+                edits[layer.prefix + attention.q_weight] = partial(_scaled, factor=factor)
+                if attention.q_bias:
+                    edits[layer.prefix + attention.q_bias] = partial(_scaled, factor=factor)
+            experts = {m.num_experts for m in match.moes}
+            for node in placeholders(graph):
+                shape = tuple(node.meta["val"].shape) if is_param(node) else ()
+                if len(shape) == 1 and shape[0] in experts:
+                    edits[layer.prefix + node.meta["input"][1]] = partial(_biased, seed=seed)
+    return edits
+
+
+def _scaled(weight: Tensor, factor: float) -> Tensor:
+    return weight * factor
+
+
+def _biased(bias: Tensor, seed: int) -> Tensor:
+    noise = torch.randn(bias.shape, generator=torch.Generator().manual_seed(seed))
+    return bias + (BIAS * noise).to(bias)

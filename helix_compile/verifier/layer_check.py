@@ -1,0 +1,370 @@
+"""One layer at a time on identical inputs, with needle keys and unequal shards: attention, layer output, cache.
+
+Three comparisons, each by a reference of its own:
+
+    attention   dense attention in fp64 over what the ranks' caches hold, with the ranks' own q     (HX402)
+    layer       the captured layer of the original in fp64, on the same hidden state and past      (HX403)
+    cache       past entries bit by bit, new ones against the original's latent and k_rope         (HX404)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.matches import AttentionMatch, LayerMatch
+from helix_compile.options import PAGE_SIZE
+from helix_compile.passes.fx_edit import placeholders
+from helix_compile.verifier.bisect import first_deviation
+from helix_compile.verifier.layer_run import CapturedReference, LayerInputs, LayerRun, run_layer
+from helix_compile.verifier.needles import absorbed_query, background, plant
+from helix_compile.verifier.numeric import LIMIT, RATIO, fault
+from helix_compile.verifier.report import Coverage, Finding
+from helix_compile.verifier.routing import NEAR_TIE
+from helix_compile.verifier.scratch import STALE, Scratch, deal
+from helix_compile.verifier.static_plan import base_name
+
+# rel-RMSE of one attention output on identical inputs; bf16: correct runs reach 0.0018, the weakest fault 0.0117
+ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+# a new cache entry is rounded once; its inputs passed two norms and a linear in the module's dtype
+ENTRY = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+EXPANDED_BYTES = 2 * 2**30  # the original expands every key and value to fp64: contexts are cut to this
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """Past tokens of each sequence and new tokens T of each."""
+
+    lengths: tuple[int, ...]
+    T: int
+
+
+def cases(compiled: Any, match: LayerMatch, longest: int | None = None) -> list[LayerCase]:
+    """Nearly empty shards, a step over a block boundary, and one context as long as memory and capacity allow."""
+    options, cp = compiled.plan.options, compiled.plan.layout.kvp
+    tpb, a = options.tokens_per_block, match.attentions[0]
+    turn = cp * tpb
+    a_key = a.num_heads * (a.q_head_dim + a.v_head_dim) * 8 * 4
+    bound = min(options.max_seq_len, longest or 2048 + turn, EXPANDED_BYTES // (a_key * 2))
+    room = options.max_seq_len
+    found = []
+    if room >= 4:
+        near = min(turn + tpb - 1, room - 2)
+        found.append(LayerCase(_rows(options, (near, min(3, room - 2))), 2))
+    if bound > turn + 8 or not found:
+        far = max(0, min(bound, room) - 3) if bound > 4 else 0
+        found.append(LayerCase(_rows(options, (far, max(1, far // 2) if far else 0)), min(3, room - far)))
+    return found
+
+
+def _rows(options: Any, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    return lengths[: options.max_batch_size]
+
+
+@dataclass
+class LayerPool:
+    """Squared errors of one layer's outputs over all draws: the module's, the original's own, the norm."""
+
+    error: float = 0.0
+    own: float = 0.0
+    norm: float = 0.0
+
+
+@dataclass
+class LayerOutcome:
+    """What the checks of one layer showed."""
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pool: LayerPool = field(default_factory=LayerPool)
+
+
+def check_layer(
+    scratch: Scratch,
+    reference: CapturedReference,
+    own: CapturedReference | None,
+    layer: int,
+    case: LayerCase,
+    layouts: dict[str, Any],
+    coverage: Coverage,
+    outcome: LayerOutcome,
+    seed: int,
+) -> None:
+    """Run one layer on one case; appends findings to `outcome`.
+
+    Args:
+        scratch: empty, with room for the case.
+        own: the captured layer in the module's dtype: the yardstick in 16 bits.
+        layouts: node name -> layout in the lowered body, as the static check inferred them.
+    """
+    plan = scratch.compiled.plan
+    dtype = getattr(torch, plan.dtype)
+    body = str(reference.call(layer).target)
+    match = reference.matches[body]
+    where = f"layer {layer} ({body}), context {list(case.lengths)} + {case.T}"
+    given = _inputs(reference, match, layer, case, dtype, seed, coverage)
+    mask = torch.ones(len(case.lengths), case.T, dtype=torch.int64)
+    sites = _sites(reference, layer)
+    for site, (latent, k_rope) in zip(sites, given.pasts, strict=True):
+        entries = torch.cat([latent, k_rope], dim=-1)[:, 0]
+        for row, n in enumerate(case.lengths):
+            scratch.fill(site, row, entries[row, entries.shape[1] - n :])
+    before = [[c.clone() for c in caches] for caches in scratch.caches]
+    expected = reference.layer(layer, _as(given, torch.float64))
+    try:
+        run = run_layer(scratch, layer, given, mask)
+    except Exception as error:  # whatever breaks in the module under test is a finding
+        outcome.findings.append(fault(error, where))
+        return
+    found = []
+    for number, attention in enumerate(match.attentions):
+        found += _attention(run, attention, scratch, sites[number], reference, layer, layouts, where)
+        found += _cache(run, attention, scratch, sites[number], expected, before, case, where)
+    turned = _turned(run, match, expected, dtype, outcome, where)
+    if not found:
+        found = _output(run, expected, own and own.layer(layer, given), dtype, turned, outcome, where)
+    if found:
+        first = first_deviation(
+            run.values, expected, layouts, scratch.graph.get_submodule(body), match,
+            plan.layout, dtype, [n - 0 for n in case.lengths],
+        )  # fmt: skip
+        found = [first.named(f) if first else f for f in found]
+    outcome.findings += found
+    coverage.longest_context = max(coverage.longest_context, max(case.lengths) + case.T)
+    for n in case.lengths:
+        shards = [len(h) for h in deal(n, plan.layout.kvp, plan.options.tokens_per_block)]
+        coverage.empty_shards += sum(s == 0 for s in shards)
+        coverage.unequal_shards += len(set(shards)) > 1
+
+
+def _sites(reference: CapturedReference, layer: int) -> list[int]:
+    return list(next(x for x in reference.captured.layers if x.index == layer).caches)
+
+
+def _as(given: LayerInputs, dtype: torch.dtype) -> LayerInputs:
+    pasts = tuple((a.to(dtype), b.to(dtype)) for a, b in given.pasts)
+    return LayerInputs(given.hidden.to(dtype), given.mask, given.positions, pasts)
+
+
+def _inputs(
+    reference: CapturedReference,
+    match: LayerMatch,
+    layer: int,
+    case: LayerCase,
+    dtype: torch.dtype,
+    seed: int,
+    coverage: Coverage,
+) -> LayerInputs:
+    """Hidden states, and pasts with needles for the queries that these hidden states make."""
+    generator = torch.Generator().manual_seed(seed)
+    B, S, T = len(case.lengths), max(case.lengths), case.T
+    body = reference.captured.bodies[match.body].graph
+    hidden_size = int(placeholders(body)[0].meta["val"].shape[-1])
+    hidden = torch.randn(B, T, hidden_size, generator=generator, dtype=torch.float64).to(dtype)
+    mask = torch.tensor([[0] * (S - n) + [1] * (n + T) for n in case.lengths])
+    positions = torch.stack([torch.arange(n, n + T) for n in case.lengths])
+    empty = tuple(
+        (torch.zeros(B, 1, S, a.kv_lora_rank), torch.zeros(B, 1, S, a.qk_rope_head_dim))
+        for a in match.attentions
+    )
+    probe = _as(LayerInputs(hidden, mask, positions, empty), torch.float64)
+    values = reference.layer(layer, probe)
+    prefix = next(x for x in reference.captured.layers if x.index == layer).prefix
+    pasts = []
+    for attention in match.attentions:
+        kv_up = reference.tensors[prefix + attention.kv_up_weight]
+        query = absorbed_query(attention, values, kv_up)
+        latent, k_rope = background(attention, query, S, generator)
+        if S:
+            coverage.needles += plant(attention, query, latent, k_rope, list(case.lengths))
+        pasts.append((latent[:, None].to(dtype), k_rope[:, None].to(dtype)))
+    return LayerInputs(hidden, mask, positions, tuple(pasts))
+
+
+def _attention(
+    run: LayerRun,
+    attention: AttentionMatch,
+    scratch: Scratch,
+    site: int,
+    reference: CapturedReference,
+    layer: int,
+    layouts: dict[str, Any],
+    where: str,
+) -> list[Finding]:
+    """What reaches o_proj against dense attention over the gathered caches with the module's own q, in fp64."""
+    body = scratch.graph.get_submodule(str(reference.call(layer).target))
+    assert isinstance(body, fx.GraphModule)
+    decode = _decode_node(body.graph, scratch, site)
+    o_proj = next((n for n in body.graph.nodes if n.name == attention.o_proj), None)
+    if decode is None or o_proj is None:
+        return []  # another graph than the passes make: the layer's output decides
+    layout, dtype = scratch.compiled.plan.layout, getattr(torch, scratch.compiled.plan.dtype)
+    prefix = next(x for x in reference.captured.layers if x.index == layer).prefix
+    w_uv = reference.tensors[prefix + attention.kv_up_weight].double()[torch.tensor(attention.uv_rows)]
+    owned = [v[o_proj.args[0].name] for v in run.values]  # type: ignore[union-attr] # a node
+    q_parts = [[v[n.name].double() for n in decode.args[:2]] for v in run.values]  # type: ignore[union-attr]
+    heads = attention.num_heads // layout.world_size
+    pooled, norm, worst = 0.0, 0.0, (0.0, 0, 0, 0)
+    limit = ATTENTION[dtype]
+    for rank, o in enumerate(owned):
+        tpa = rank // layout.kvp
+        first = rank * heads - tpa * layout.kvp * heads
+        for row, length in enumerate(scratch.lengths):
+            entries = scratch.gathered(site, row, length, tpa).double()
+            q = torch.cat(q_parts[rank], dim=-1)[row, :, first : first + heads]
+            dense = _dense(q, entries, attention, length)
+            v = torch.einsum("thr,hvr->thv", dense, w_uv[rank * heads : (rank + 1) * heads])
+            got = o[row].reshape(*v.shape).double()
+            error = (got - v).square().sum(dim=(1, 2))
+            pooled, norm = pooled + float(error.sum()), norm + float(v.square().sum())
+            relative = (error / v.square().sum(dim=(1, 2)).clamp(min=1e-300)).sqrt().nan_to_num(torch.inf)  # fmt: skip
+            if float(relative.max()) > worst[0]:
+                t = int(relative.argmax())
+                worst = (float(relative.max()), rank, row, length - relative.shape[0] + t)
+    rel = (pooled / norm) ** 0.5 if norm and pooled == pooled else float("inf")
+    if rel <= limit:
+        return []
+    return [
+        Finding(
+            "HX402", f"{where}, rank {worst[1]}, sequence {worst[2]}, position {worst[3]}, node `{decode.name}`",
+            f"rel-RMSE {rel:.2e} (worst token {worst[0]:.2e})", f"at most {limit:.0e}",
+            5 if rel == float("inf") else 6, "numeric",
+        )
+    ]  # fmt: skip
+
+
+def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int) -> Tensor:
+    """Causal attention of q [T, h, R + r] over entries [length, R + r]; the last T of them are the queries' own."""
+    T = q.shape[0]
+    s = torch.einsum("thw,sw->ths", q, entries) * attention.scale
+    seen = torch.arange(length) <= torch.arange(length - T, length)[:, None]
+    s = s.masked_fill(~seen[:, None], -torch.inf)
+    return torch.einsum("ths,sr->thr", s.softmax(-1), entries[:, : attention.kv_lora_rank])
+
+
+def _decode_node(graph: fx.Graph, scratch: Scratch, site: int) -> fx.Node | None:
+    nodes = [n for n in graph.nodes if base_name(n.target) == "mla_decode"]
+    first = min(
+        (site - i for i, _ in enumerate(nodes)), default=site
+    )  # sites of one body are consecutive
+    return nodes[0] if len(nodes) == 1 else (nodes[site - first] if nodes else None)
+
+
+def _cache(
+    run: LayerRun,
+    attention: AttentionMatch,
+    scratch: Scratch,
+    site: int,
+    expected: dict[str, Any],
+    before: list[list[Tensor]],
+    case: LayerCase,
+    where: str,
+) -> list[Finding]:
+    """Only the new tokens' slots changed, each on its owner, and they hold the original's latent and roped key."""
+    plan, dtype = scratch.compiled.plan, getattr(torch, scratch.compiled.plan.dtype)
+    cp, tpb = plan.layout.kvp, plan.options.tokens_per_block
+    new = torch.cat([expected[attention.latent], expected[attention.k_rope]], dim=-1)[:, 0].double()
+    scale, limit = float(new.abs().max()), ENTRY[dtype]
+    for rank, caches in enumerate(scratch.caches):
+        cache, old = caches[site], before[rank][site]
+        untouched = torch.ones(cache.shape[:2], dtype=torch.bool)
+        for row, past in enumerate(case.lengths):
+            mine = deal(past + case.T, cp, tpb)[rank % cp]
+            for slot, position in enumerate(mine):
+                if position < past:
+                    continue
+                page = int(scratch.page_table[row, slot // PAGE_SIZE])
+                untouched[page, slot % PAGE_SIZE] = False
+                got = cache[page, slot % PAGE_SIZE].double()
+                off = float((got - new[row, position - past]).abs().max().nan_to_num(torch.inf)) / scale
+                if off > limit or off != off:
+                    never = bool((got == STALE).all())
+                    at = f"{where}, rank {rank}, sequence {row}, position {position}"
+                    text = "never written" if never else f"off by {off:.2e} of the largest entry"
+                    return [Finding("HX404", at, text, f"the original's latent and k_rope to {limit:.0e}", 7 if never else 8, "numeric")]  # fmt: skip
+        changed = (cache != old) & ~(cache.isnan() & old.isnan())
+        wrong = (changed.any(dim=-1) & untouched).nonzero()
+        if len(wrong):
+            page, slot = wrong[0].tolist()
+            at = f"{where}, rank {rank}, page {page}, slot {slot}"
+            return [Finding("HX404", at, f"written ({len(wrong)} slots)", "left alone: not a slot of a new token of this rank", 4, "numeric")]  # fmt: skip
+    return []
+
+
+def _turned(
+    run: LayerRun,
+    match: LayerMatch,
+    expected: dict[str, Any],
+    dtype: torch.dtype,
+    outcome: LayerOutcome,
+    where: str,
+) -> Tensor:
+    """Tokens [B * T] whose experts differ because the original's own choice is a near tie; others are findings."""
+    tokens = expected["output"].shape[0] * expected["output"].shape[1]
+    turned = torch.zeros(tokens, dtype=torch.bool)
+    for moe in match.moes:
+        got = run.values[0].get(moe.expert_ids)
+        if not isinstance(got, Tensor):
+            continue
+        wanted = expected[moe.expert_ids]
+        same = (got.sort(-1).values == wanted.sort(-1).values).all(-1).view(-1)
+        turned |= ~same
+    if bool(turned.any()) and NEAR_TIE[dtype]:
+        outcome.notes.append(f"{where}: {int(turned.sum())} of {tokens} tokens choose other experts than in fp64")
+    return turned
+
+
+def _output(
+    run: LayerRun,
+    expected: dict[str, Any],
+    own: dict[str, Any] | None,
+    dtype: torch.dtype,
+    turned: Tensor,
+    outcome: LayerOutcome,
+    where: str,
+) -> list[Finding]:
+    wanted = expected["output"]
+    kept = ~turned.view(wanted.shape[:2])
+    if float(turned.float().mean()) > 0.5:
+        return [Finding("HX408", where, "most tokens choose other experts", "the original's choice", 0, "numeric")]  # fmt: skip
+    for rank, output in enumerate(run.outputs):
+        if output.shape != wanted.shape:
+            return [Finding("HX403", f"{where}, rank {rank}", f"{tuple(output.shape)}", f"{tuple(wanted.shape)}", 0, "numeric")]  # fmt: skip
+        if not torch.isfinite(output).all():
+            return [Finding("HX406", f"{where}, rank {rank}", "NaN or inf in the layer's output", "finite values", 5, "numeric")]  # fmt: skip
+        error = (output.double() - wanted)[kept]
+        if dtype in LIMIT:
+            off = float(error.abs().max()) / float(wanted.abs().max())
+            if off > LIMIT[dtype]:  # type: ignore[operator] # no None in LIMIT's values for these
+                b, t = ((output.double() - wanted).abs().amax(-1) * kept).flatten().argmax().item() // wanted.shape[1], 0  # fmt: skip
+                at = f"{where}, rank {rank}, sequence {b}"
+                return [Finding("HX403", at, f"off by {off:.2e} of the largest", f"at most {LIMIT[dtype]:.0e}", 0, "numeric")]  # fmt: skip
+    if own is not None:
+        mine = own["output"].double()
+        outcome.pool.error += float((run.outputs[0].double() - wanted)[kept].square().sum())
+        outcome.pool.own += float((mine - wanted)[kept].square().sum())
+        outcome.pool.norm += float(wanted[kept].square().sum())
+    return []
+
+
+def pooled_finding(outcome: LayerOutcome, where: str, draws: int) -> list[Finding]:
+    """In 16 bits: a layer's outputs over all draws may be RATIO times as far from fp64 as the original's own."""
+    pool = outcome.pool
+    if not pool.own or pool.error <= RATIO**2 * pool.own:
+        return []
+    ratio = (pool.error / pool.own) ** 0.5
+    rel = (pool.error / pool.norm) ** 0.5
+    got = f"rel-RMSE {rel:.2e}, {ratio:.2f} times the original's own, over {draws} draws"
+    return [Finding("HX403", where, got, f"at most {RATIO} times", 0, "numeric")]
+
+
+def layers_to_check(reference: CapturedReference) -> list[int]:
+    """First and last layer of each body."""
+    found: list[int] = []
+    for body in reference.captured.bodies:
+        layers = reference.captured.layers_of(body)
+        found += [layers[0].index] + ([layers[-1].index] if len(layers) > 1 else [])
+    return sorted(found)

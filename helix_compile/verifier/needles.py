@@ -1,0 +1,81 @@
+"""Keys that make faults matter: on random keys one token in 32768 carries no weight, and a lost one passes any limit.
+
+A needle is a key that one head of the last query must find: its score is the row's maximum + ln(S) / 2 + 4
+(the bug families of served systems were told apart so, and by no tighter tolerance).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helix_compile.matches import AttentionMatch
+
+
+def absorbed_query(
+    match: AttentionMatch, values: dict[str, Any], kv_up: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q in the latent space [B, T, H, R] and its rope part [B, T, H, r], from the original's own q."""
+    q = values[match.q].double()
+    w_uk = kv_up.double()[torch.tensor(match.uk_rows)]
+    nope, rope = q[..., list(match.q_nope)], q[..., list(match.q_rope)]
+    return torch.einsum("bhtd,hdr->bthr", nope, w_uk), rope.transpose(1, 2)
+
+
+def scores(
+    match: AttentionMatch, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor
+) -> Tensor:
+    """[B, T, H, S] of keys latent [B, S, R], k_rope [B, S, r]."""
+    q_latent, q_rope = query
+    by_latent = torch.einsum("bthr,bsr->bths", q_latent, latent.double())
+    return match.scale * (by_latent + torch.einsum("bthr,bsr->bths", q_rope, k_rope.double()))
+
+
+def background(
+    match: AttentionMatch, query: tuple[Tensor, Tensor], S: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random keys [B, S, R], [B, S, r] whose scores have a spread of about one."""
+    B = query[0].shape[0]
+    parts = []
+    for part, width in zip(query, (match.kv_lora_rank, match.qk_rope_head_dim), strict=True):
+        keys = torch.randn(B, S, width, generator=generator, dtype=torch.float64)
+        norm = float(part.square().sum(-1).mean().sqrt()) if width else 1.0
+        parts.append(keys / max(norm * match.scale, 1e-12) / math.sqrt(2))
+    return parts[0], parts[1]
+
+
+def plant(
+    match: AttentionMatch,
+    query: tuple[Tensor, Tensor],
+    latent: Tensor,
+    k_rope: Tensor,
+    lengths: list[int],
+) -> int:
+    """Overwrite keys of each sequence with needles, in place; returns how many.
+
+    For the last query, head by head in turn: at the start of the context, near its end, in the middle (by the latent),
+    and at the start and the end by the rope part alone. Rows are aligned at the end: the first key of row b is at
+    S - lengths[b].
+    """
+    B, S = latent.shape[:2]
+    q_latent, q_rope = query[0][:, -1], query[1][:, -1]  # [B, H, *] of the last query
+    planted = 0
+    for b in range(B):
+        first, n = S - lengths[b], lengths[b]
+        if n < 5:
+            continue
+        places = [first, S - 1, first + n // 2, first + 1, S - 2]
+        for h, place in enumerate(places[: match.num_heads]):
+            by_rope = h >= 3 and match.qk_rope_head_dim > 0
+            part, keys = (q_rope, k_rope) if by_rope else (q_latent, latent)
+            direction = part[b, h]
+            row = scores(match, query, latent, k_rope)[b, -1, h, first:]
+            target = float(row.max()) + math.log(n) / 2 + 4
+            now = float(row[place - first])
+            strength = (target - now) / (match.scale * float(direction.square().sum()))
+            keys[b, place] += strength * direction
+            planted += 1
+    return planted

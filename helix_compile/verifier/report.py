@@ -1,0 +1,192 @@
+"""What a verification found and what it looked at. A finding has a stable code; docs/findings.md explains each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# code -> what it says; docs/findings.md has a section for each
+CODES: dict[str, str] = {
+    "HX101": "a partial value reaches an op or an output that needs the whole",
+    "HX102": "layouts that do not meet",
+    "HX103": "an op without a typing rule",
+    "HX104": "a collective that is not waited for exactly once",
+    "HX105": "collectives that the plan does not have, or too few of them",
+    "HX106": "rank order: the heads a rank owns are not the o_proj rows it holds",
+    "HX107": "duplicated work: more operations a rank than the plan's",
+    "HX108": "ranks run different collectives",
+    "HX109": "a layer call does not fit its body",
+    "HX201": "a parameter shard of another rank or another view",
+    "HX202": "a parameter shard whose values are not the original's",
+    "HX203": "a parameter that is missing or has a wrong shape",
+    "HX204": "a replicated parameter that differs",
+    "HX301": "the ledger of who owns which token is not the round robin",
+    "HX302": "a plan that contradicts itself or the model",
+    "HX401": "logits deviate from the original model",
+    "HX402": "an attention output deviates on identical inputs",
+    "HX403": "a layer's output deviates",
+    "HX404": "a cache does not hold what it should",
+    "HX405": "ranks return different logits",
+    "HX406": "a value that is not finite",
+    "HX407": "the captured graph deviates from the model",
+    "HX408": "the router chooses other experts",
+    "HX501": "the module faults while it runs",
+    "HX502": "a deadlock, or ranks that disagree on a collective",
+}  # fmt: skip
+
+# the bug families of served systems that a finding may point to
+FAMILIES: dict[int, str] = {
+    0: "unknown",
+    1: "rank order",
+    2: "shard from the wrong view",
+    3: "head to KV-head map",
+    4: "global positions used as local slots",
+    5: "empty or short shard",
+    6: "log-sum-exp base or statistics",
+    7: "owner arithmetic at a boundary",
+    8: "RoPE position",
+    9: "option without effect",
+    10: "collective missing, doubled or not waited for",
+    11: "import order",
+    12: "divisibility",
+    13: "duplicated work",
+    14: "mask or padding",
+    15: "one workspace for several groups",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One deviation from what must hold.
+
+    Attributes:
+        code: stable, "HX401"; see CODES and docs/findings.md.
+        where: stage, layer, node, rank, sequence, position: as far as they are known.
+        got: what is there.
+        expected: what should be.
+        family: the likeliest bug family, a key of FAMILIES.
+        check: "static" or "numeric".
+    """
+
+    code: str
+    where: str
+    got: str
+    expected: str
+    family: int = 0
+    check: str = "static"
+
+    @property
+    def title(self) -> str:
+        """What the code says in general."""
+        return CODES[self.code]
+
+    def __str__(self) -> str:
+        family = f" [{FAMILIES[self.family]}]" if self.family else ""
+        return (
+            f"{self.code} {self.title}{family}\n  at {self.where}\n  got {self.got}\n"
+            f"  expected {self.expected}"
+        )
+
+
+@dataclass
+class Coverage:
+    """What was looked at; a check that was left out is a note of the report."""
+
+    stages: list[str] = field(default_factory=list)
+    ranks: int = 0
+    nodes_typed: int = 0
+    parameters: int = 0
+    steps: int = 0
+    tokens: int = 0
+    longest_context: int = 0
+    empty_shards: int = 0
+    unequal_shards: int = 0
+    block_boundaries: int = 0
+    page_boundaries: int = 0
+    padded_rows: int = 0
+    idle_rows: int = 0
+    needles: int = 0
+    full_cache: bool = False
+    largest_deviation: float = 0.0
+    limit: float = 0.0
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Result of verify(). `ok` is True when nothing was found; print it, or read `to_json()`.
+
+    Attributes:
+        findings: what is wrong, the first place first.
+        notes: what was left out or seen and is not wrong (near-tied routers, memory bounds).
+        coverage: what was looked at.
+        model: name of the model.
+        dtype: dtypes that were checked, e.g. "bfloat16" or "float64".
+        seconds: how long it took.
+    """
+
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    coverage: Coverage
+    model: str
+    dtype: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing was found."""
+        return not self.findings
+
+    def to_json(self) -> str:
+        """One JSON document with everything that print() shows."""
+        return json.dumps(
+            {
+                "ok": self.ok,
+                "model": self.model,
+                "dtype": self.dtype,
+                "seconds": round(self.seconds, 2),
+                "findings": [
+                    {**asdict(f), "title": f.title, "family": FAMILIES[f.family]}
+                    for f in self.findings
+                ],
+                "notes": list(self.notes),
+                "coverage": asdict(self.coverage),
+            },
+            indent=1,
+        )
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=110, highlight=False, no_color=True)
+        verdict = "equivalent" if self.ok else f"NOT equivalent: {len(self.findings)} findings"
+        console.print(
+            f"{self.model} ({self.dtype}): {verdict} ({self.seconds:.1f} s)", markup=False
+        )
+        for finding in self.findings:
+            console.print(str(finding), markup=False, soft_wrap=True)
+        console.print(_coverage_table(asdict(self.coverage)))
+        for note in self.notes:
+            console.print(f"note: {note}", markup=False, soft_wrap=True)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined] # StringIO
+
+
+def _coverage_table(facts: dict[str, Any]) -> Table:
+    table = Table(box=box.ASCII2, show_edge=False, pad_edge=False)
+    table.add_column("checked")
+    table.add_column("")
+    for name, value in facts.items():
+        text = ", ".join(value) if isinstance(value, list) else value
+        table.add_row(
+            name.replace("_", " "), f"{text:.2g}" if isinstance(text, float) else str(text)
+        )
+    return table
+
+
+def unique(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Findings without repetitions, in order."""
+    return tuple(dict.fromkeys(findings))

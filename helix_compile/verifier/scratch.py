@@ -1,0 +1,164 @@
+"""Steps of a compiled module on caches of the verifier's own, laid out so that faults show.
+
+Pages of a sequence are not in a row. Pages that no sequence has are NaN, unused slots of a page in use hold a large
+finite value (a kernel may read them, and must then ignore them); memory that an op allocates and does not write is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.module import HelixModule
+from helix_compile.numerics import WidenedIslands
+from helix_compile.options import PAGE_SIZE
+from helix_compile.passes.fx_edit import placeholders
+from helix_compile.virtual_world import Hook
+
+STALE = 1.0e3  # finite in every dtype, and far from anything that a model computes
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch fills what torch.empty returns with NaN while this is open."""
+    was, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined] # a module property
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def deal(length: int, cp: int, tokens_per_block: int) -> list[list[int]]:
+    """Positions of each CP rank, dealt block by block like cards: the contract, written apart from ledger.py."""
+    hands: list[list[int]] = [[] for _ in range(cp)]
+    for block, start in enumerate(range(0, length, tokens_per_block)):
+        hands[block % cp].extend(range(start, min(start + tokens_per_block, length)))
+    return hands
+
+
+@dataclass
+class Scratch:
+    """A batch of `rows` sequences with room for `capacity` tokens each.
+
+    Attributes:
+        graph: the stage that runs.
+        params: per rank, name -> tensor.
+        caches: per rank, one tensor per cached attention.
+        lengths: tokens of each sequence so far.
+    """
+
+    compiled: HelixModule
+    graph: fx.GraphModule
+    params: list[dict[str, Tensor]]
+    rows: int
+    capacity: int
+    seed: int = 0
+    lengths: list[int] = field(init=False)
+    page_table: Tensor = field(init=False)
+    caches: list[list[Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        layout, options = self.compiled.plan.layout, self.compiled.plan.options
+        self.lengths = [0] * self.rows
+        fullest = len(deal(self.capacity, layout.kvp, options.tokens_per_block)[0])
+        pages = max(1, -(-fullest // PAGE_SIZE))
+        total = self.rows * pages + 3  # three that no sequence has
+        generator = torch.Generator().manual_seed(self.seed)
+        shuffled = torch.randperm(total, generator=generator)[: self.rows * pages]
+        device = self.compiled.device
+        self.page_table = shuffled.view(self.rows, pages).to(device)
+        dtype = getattr(torch, self.compiled.plan.dtype)
+        self.caches = []
+        for _ in self.params:
+            mine = []
+            for width in self.compiled.facts.cache_widths:
+                cache = torch.full((total, PAGE_SIZE, width), torch.nan, dtype=dtype, device=device)
+                cache[shuffled.to(device)] = STALE
+                mine.append(cache)
+            self.caches.append(mine)
+
+    def fill(self, site: int, row: int, entries: Tensor) -> None:
+        """Lay out a whole sequence [length, R + r] of one site on every rank."""
+        layout, options = self.compiled.plan.layout, self.compiled.plan.options
+        hands = deal(len(entries), layout.kvp, options.tokens_per_block)
+        for rank, caches in enumerate(self.caches):
+            mine = hands[rank % layout.kvp]
+            slots = torch.arange(len(mine), device=entries.device)
+            pages = self.page_table[row].to(entries.device)[slots // PAGE_SIZE]
+            caches[site][pages, slots % PAGE_SIZE] = entries[mine].to(caches[site])
+        self.lengths[row] = len(entries)
+
+    def gathered(self, site: int, row: int, length: int, tpa_rank: int = 0) -> Tensor:
+        """What the ranks of one tpa coordinate hold of a sequence, in order of position: [length, R + r]."""
+        layout, options = self.compiled.plan.layout, self.compiled.plan.options
+        width = self.compiled.facts.cache_widths[site]
+        whole = self.caches[0][site].new_empty((length, width))
+        for kvp, mine in enumerate(deal(length, layout.kvp, options.tokens_per_block)):
+            cache = self.caches[tpa_rank * layout.kvp + kvp][site]
+            slots = torch.arange(len(mine), device=cache.device)
+            whole[mine] = cache[self.page_table[row][slots // PAGE_SIZE], slots % PAGE_SIZE]
+        return whole
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """Absolute positions [B, T] of a step's tokens, -1 for padding, counted one by one."""
+        places = torch.full(mask.shape, -1, dtype=torch.int64)
+        for row, length in enumerate(self.lengths):
+            kept = mask[row].nonzero().flatten()
+            places[row, kept] = torch.arange(len(kept)) + length
+        return places
+
+    def step(self, ids: Tensor, mask: Tensor, hook: Hook | None = None) -> list[Tensor]:
+        """Append a step; logits [B, T, vocab] of every rank."""
+        known = {
+            "input_ids": ids.to(self.compiled.device, torch.int64),
+            "positions": self.positions(mask).to(self.compiled.device),
+            "page_table": self.page_table,
+        }
+        inputs = [self.inputs_of(rank, known) for rank in range(len(self.params))]
+        with running(self.compiled):
+            logits = self.compiled.world.run(self.graph, inputs, hook)
+        self.lengths = [
+            n + int(new) for n, new in zip(self.lengths, mask.sum(dim=1), strict=True)
+        ]
+        return logits
+
+    def inputs_of(self, rank: int, known: dict[str, Any]) -> list[Any]:
+        """Values of the outer graph's placeholders on one rank."""
+        layout, device = self.compiled.plan.layout, self.compiled.device
+        ranks = {
+            "kvp_rank": torch.tensor(rank % layout.kvp, device=device),
+            "ep_rank": torch.tensor(rank // layout.tpf, device=device),
+        }
+        values = []
+        for node in placeholders(self.graph.graph):
+            kind, name = node.meta["input"]
+            if kind == "param":
+                values.append(self.params[rank][name])
+            elif kind == "cache":
+                values.append(self.caches[rank][int(name.removeprefix("cache_"))])
+            else:
+                values.append(known[name] if name in known else ranks[name])
+        return values
+
+
+@contextmanager
+def running(compiled: HelixModule) -> Iterator[None]:
+    """No gradients, poisoned memory, and in fp64 the fp32 islands widened."""
+    with torch.no_grad(), poisoned_memory():
+        if compiled.plan.dtype == "float64":
+            with WidenedIslands():
+                yield
+        else:
+            yield
