@@ -48,7 +48,9 @@ def _all_reduce(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
 def _all_gather(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x, (size, axis) = of(node.args[0]), node.args[1:3]
     if size != degrees.size(axis):
-        raise Violation(f"all_gather of {size} parts over {axis}, which has {degrees.size(axis)}", "collective")
+        raise Violation(
+            f"all_gather of {size} parts over {axis}, which has {degrees.size(axis)}", "collective"
+        )
     if x.get("world") is not None and axis == "kvp":
         # heads over N become heads over tpa: the peers that now stand on dim 0 are the major part of what tpa cuts
         shard = x["world"]
@@ -66,7 +68,9 @@ def _reduce_scatter(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLa
         "world" if degrees.size(axis) == degrees.world_size else axis
     )  # the normal form of an axis with all ranks
     if op != "sum" or size != degrees.size(axis) or x.get(key) != Partial("sum"):
-        raise Violation(f"reduce_scatter({op}, {size}) over {axis} of {format_layout(x)}", "collective")
+        raise Violation(
+            f"reduce_scatter({op}, {size}) over {axis} of {format_layout(x)}", "collective"
+        )
     return _start({**x, key: Shard(0)})
 
 
@@ -74,7 +78,8 @@ def _all_to_all(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
     x, axis = of(node.args[0]), node.args[3]
     if x.get(axis) != PartialSoftmax() or len(node.args[1]) != degrees.size(axis):
         raise Violation(
-            f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts", "collective"
+            f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts",
+            "collective",
         )
     return _start({"world": Packed()})
 

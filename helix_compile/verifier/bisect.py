@@ -7,6 +7,7 @@ first that does not are the suspects.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,7 +53,7 @@ def first_deviation(
     match: LayerMatch,
     degrees: HelixLayout,
     dtype: torch.dtype,
-    lengths: list[int],
+    mask: Tensor,
 ) -> Located | None:
     """Walk a body in order.
 
@@ -60,14 +61,46 @@ def first_deviation(
         values: per rank, node name -> value.
         expected: node name -> the original's value in fp64.
         layouts: node name -> inferred layout; nodes without one are not compared.
+        mask: [B, T] of the step's tokens; values at padding are not compared.
     """
-    good: set[fx.Node] = set()
     twins = _twins(body.graph, match, expected)
-    for node in body.graph.nodes:
+    return _walk(body.graph.nodes, values, twins, layouts, degrees, dtype, mask)
+
+
+def outer_deviation(
+    values: list[dict[str, Any]],
+    expected: dict[str, Any],
+    layouts: dict[str, Any],
+    graph: fx.Graph,
+    degrees: HelixLayout,
+    dtype: torch.dtype,
+    mask: Tensor,
+    *,
+    before_layers: bool,
+) -> Located | None:
+    """The same in the outer graph, either before the first layer (embedding, position tables) or behind the last."""
+    nodes = list(graph.nodes)
+    calls = [i for i, n in enumerate(nodes) if n.op == "call_module"]
+    part = nodes[: calls[0]] if before_layers else nodes[calls[-1] + 1 :]
+    twins = {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}  # fmt: skip
+    return _walk(part, values, twins, layouts, degrees, dtype, mask)
+
+
+def _walk(
+    nodes: Iterable[fx.Node],
+    values: list[dict[str, Any]],
+    twins: dict[str, Tensor],
+    layouts: dict[str, Any],
+    degrees: HelixLayout,
+    dtype: torch.dtype,
+    mask: Tensor,
+) -> Located | None:
+    good: set[fx.Node] = set()
+    for node in nodes:
         if node.op in ("placeholder", "get_attr"):
             good.add(node)
             continue
-        compared = _off(node, values, twins, layouts, degrees)
+        compared = _off(node, values, twins, layouts, degrees, mask)
         if compared is None:
             continue
         off, rank = compared
@@ -101,6 +134,7 @@ def _off(
     twins: dict[str, Tensor],
     layouts: dict[str, Any],
     degrees: HelixLayout,
+    mask: Tensor,
 ) -> tuple[float, int] | None:
     twin, layout = twins.get(node.name), layouts.get(node.name)
     parts = [v.get(node.name) for v in values]
@@ -120,12 +154,28 @@ def _off(
             fit = value.reshape(twin.shape)
         if fit is None:
             return None
+        fit, twin = _unpadded(fit, mask), _unpadded(twins[node.name], mask)
         norm = float(twin.square().sum())
         off = float((fit - twin).square().sum()) / norm if norm else float(fit.square().sum())
         off = off**0.5 if off == off else float("inf")
         if worst is None or off > worst[0]:
             worst = (off, number if not layout else 0)
     return worst
+
+
+def _unpadded(value: Tensor, mask: Tensor) -> Tensor:
+    """Rows of real tokens, where the value has a row a token ([B, T, ...], [B * T, ...] or [B, heads, T, ...])."""
+    kept = mask.bool()
+    if bool(kept.all()):
+        return value
+    B, T = kept.shape
+    if value.shape[:2] == (B, T):
+        return value[kept]
+    if value.dim() > 1 and value.shape[0] == B * T:
+        return value[kept.flatten()]
+    if value.dim() == 4 and (value.shape[0], value.shape[2]) == (B, T):
+        return value.transpose(1, 2)[kept]
+    return value
 
 
 def _between(node: fx.Node, good: set[fx.Node]) -> list[fx.Node]:

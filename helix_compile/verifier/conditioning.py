@@ -17,7 +17,9 @@ from helix_compile.passes.fx_edit import is_param, placeholders
 from helix_compile.verifier.layer_run import CapturedReference, LayerInputs
 from helix_compile.verifier.needles import absorbed_query, scores
 
-SPREAD = 6.0  # standard deviation of the scores of new tokens after the edit: a few keys a head matter
+# standard deviation of the scores of new tokens after the edit: a few keys a head matter. In float32 the noise of
+# sharp scores would reach the limit of 1e-5 over four layers, and 2 shows every fault there.
+SPREAD = {torch.float64: 6.0, torch.float32: 2.0, torch.bfloat16: 6.0, torch.float16: 6.0}
 BIAS = 0.2  # spread of the router's correction bias, as a part of the spread of its scores: some choices turn
 
 
@@ -47,7 +49,7 @@ def sharpening(reference: CapturedReference, seed: int) -> dict[str, Callable[[T
                 kv_up = reference.tensors[layer.prefix + attention.kv_up_weight]
                 query = absorbed_query(attention, values, kv_up)
                 seen = scores(attention, query, values[attention.latent][:, 0], values[attention.k_rope][:, 0])  # fmt: skip
-                factor = max(1.0, SPREAD / max(float(seen.std()), 1e-6))
+                factor = max(1.0, SPREAD[reference.captured.dtype] / max(float(seen.std()), 1e-6))
                 edits[layer.prefix + attention.q_weight] = partial(_scaled, factor=factor)
                 if attention.q_bias:
                     edits[layer.prefix + attention.q_bias] = partial(_scaled, factor=factor)

@@ -31,7 +31,9 @@ from helix_compile.verifier.static_plan import base_name
 ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 # a new cache entry is rounded once; its inputs passed two norms and a linear in the module's dtype
 ENTRY = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
-EXPANDED_BYTES = 2 * 2**30  # the original expands every key and value to fp64: contexts are cut to this
+EXPANDED_BYTES = (
+    2 * 2**30
+)  # the original expands every key and value to fp64: contexts are cut to this
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def cases(compiled: Any, match: LayerMatch, longest: int | None = None) -> list[
         found.append(LayerCase(_rows(options, (near, min(3, room - 2))), 2))
     if bound > turn + 8 or not found:
         far = max(0, min(bound, room) - 3) if bound > 4 else 0
-        found.append(LayerCase(_rows(options, (far, max(1, far // 2) if far else 0)), min(3, room - far)))
+        found.append(
+            LayerCase(_rows(options, (far, max(1, far // 2) if far else 0)), min(3, room - far))
+        )
     return found
 
 
@@ -121,15 +125,25 @@ def check_layer(
         return
     found = []
     for number, attention in enumerate(match.attentions):
-        found += _attention(run, attention, scratch, sites[number], reference, layer, layouts, where)
+        found += _attention(
+            run, attention, scratch, sites[number], reference, layer, layouts, where
+        )
         found += _cache(run, attention, scratch, sites[number], expected, before, case, where)
     turned = _turned(run, match, expected, dtype, outcome, where)
     if not found:
-        found = _output(run, expected, own and own.layer(layer, given), dtype, turned, outcome, where)
+        found = _output(
+            run,
+            expected,
+            own.layer(layer, given) if own is not None else None,
+            dtype,
+            turned,
+            outcome,
+            where,
+        )
     if found:
         first = first_deviation(
             run.values, expected, layouts, scratch.graph.get_submodule(body), match,
-            plan.layout, dtype, [n - 0 for n in case.lengths],
+            plan.layout, dtype, mask,
         )  # fmt: skip
         found = [first.named(f) if first else f for f in found]
     outcome.findings += found
@@ -203,9 +217,11 @@ def _attention(
         return []  # another graph than the passes make: the layer's output decides
     layout, dtype = scratch.compiled.plan.layout, getattr(torch, scratch.compiled.plan.dtype)
     prefix = next(x for x in reference.captured.layers if x.index == layer).prefix
-    w_uv = reference.tensors[prefix + attention.kv_up_weight].double()[torch.tensor(attention.uv_rows)]
-    owned = [v[o_proj.args[0].name] for v in run.values]  # type: ignore[union-attr] # a node
-    q_parts = [[v[n.name].double() for n in decode.args[:2]] for v in run.values]  # type: ignore[union-attr]
+    w_uv = reference.tensors[prefix + attention.kv_up_weight].double()[
+        torch.tensor(attention.uv_rows)
+    ]
+    owned = [v[o_proj.args[0].name] for v in run.values]
+    q_parts = [[v[n.name].double() for n in decode.args[:2]] for v in run.values]
     heads = attention.num_heads // layout.world_size
     pooled, norm, worst = 0.0, 0.0, (0.0, 0, 0, 0)
     limit = ATTENTION[dtype]
@@ -279,7 +295,10 @@ def _cache(
                 page = int(scratch.page_table[row, slot // PAGE_SIZE])
                 untouched[page, slot % PAGE_SIZE] = False
                 got = cache[page, slot % PAGE_SIZE].double()
-                off = float((got - new[row, position - past]).abs().max().nan_to_num(torch.inf)) / scale
+                off = (
+                    float((got - new[row, position - past]).abs().max().nan_to_num(torch.inf))
+                    / scale
+                )
                 if off > limit or off != off:
                     never = bool((got == STALE).all())
                     at = f"{where}, rank {rank}, sequence {row}, position {position}"
@@ -313,7 +332,9 @@ def _turned(
         same = (got.sort(-1).values == wanted.sort(-1).values).all(-1).view(-1)
         turned |= ~same
     if bool(turned.any()) and NEAR_TIE[dtype]:
-        outcome.notes.append(f"{where}: {int(turned.sum())} of {tokens} tokens choose other experts than in fp64")
+        outcome.notes.append(
+            f"{where}: {int(turned.sum())} of {tokens} tokens choose other experts than in fp64"
+        )
     return turned
 
 
@@ -338,7 +359,7 @@ def _output(
         error = (output.double() - wanted)[kept]
         if dtype in LIMIT:
             off = float(error.abs().max()) / float(wanted.abs().max())
-            if off > LIMIT[dtype]:  # type: ignore[operator] # no None in LIMIT's values for these
+            if off > LIMIT[dtype]:
                 b, t = ((output.double() - wanted).abs().amax(-1) * kept).flatten().argmax().item() // wanted.shape[1], 0  # fmt: skip
                 at = f"{where}, rank {rank}, sequence {b}"
                 return [Finding("HX403", at, f"off by {off:.2e} of the largest", f"at most {LIMIT[dtype]:.0e}", 0, "numeric")]  # fmt: skip

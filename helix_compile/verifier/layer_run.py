@@ -48,7 +48,9 @@ class CapturedReference:
 
     def __post_init__(self) -> None:
         self.overrides = {
-            name: {m.output: experts_override(m, self.captured.bodies[name].graph) for m in match.moes}
+            name: {
+                m.output: experts_override(m, self.captured.bodies[name].graph) for m in match.moes
+            }
             for name, match in self.matches.items()
         }
 
@@ -76,7 +78,7 @@ class CapturedReference:
                     assert isinstance(argument, fx.Node)
                     inputs.append(self.tensors[argument.meta["input"][1]])
                 else:
-                    inputs.append(evaluate(argument, known, self._param))  # type: ignore[arg-type] # a node
+                    inputs.append(evaluate(argument, known, self._param))
             values: dict[str, Any] = dict(zip((n.name for n in placeholders(body.graph)), inputs, strict=True))  # fmt: skip
 
             def record(path: str, node: fx.Node, value: Any) -> None:
@@ -162,7 +164,7 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
 
 def replicas(parts: list[Tensor], layout: Layout, degrees: HelixLayout) -> list[Tensor]:
     """The whole value as each group of ranks has it: shards joined, sums summed. [] where that has no meaning."""
-    from torch.distributed.tensor.placement_types import Partial, Shard  # noqa: PLC0415
+    from torch.distributed.tensor.placement_types import Partial, Shard
 
     if not layout:
         return parts

@@ -18,7 +18,7 @@ from helix_compile.matches import AttentionMatch
 def absorbed_query(
     match: AttentionMatch, values: dict[str, Any], kv_up: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """q in the latent space [B, T, H, R] and its rope part [B, T, H, r], from the original's own q."""
+    """Q in the latent space [B, T, H, R] and its rope part [B, T, H, r], from the original's own q."""
     q = values[match.q].double()
     w_uk = kv_up.double()[torch.tensor(match.uk_rows)]
     nope, rope = q[..., list(match.q_nope)], q[..., list(match.q_rope)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +16,7 @@ from helix_compile.verifier.routing import Choices, compare_choices, topk_hook
 from helix_compile.verifier.scratch import Scratch, deal
 
 # largest deviation over the largest value; None: pooled rel-RMSE at most RATIO times the original's own
-LIMIT: dict[torch.dtype, float | None] = {torch.float64: 1e-10, torch.float32: 1e-5}
+LIMIT: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5}
 RATIO = 1.25
 FLIPS = 0.05  # share of tokens that the rewrite alone may route otherwise in 16 bits, beyond the original's own
 DECODE = (1, 1, 3, 1, 4, 1)
@@ -38,7 +37,8 @@ class Scenario:
 def scenarios(compiled: Any, parameters: int) -> tuple[list[Scenario], list[str]]:
     """What to run for this plan, and notes on what was cut to the budget."""
     options, cp = compiled.plan.options, compiled.plan.layout.kvp
-    tpb, notes = options.tokens_per_block, []
+    tpb = options.tokens_per_block
+    notes: list[str] = []
     budget = max(16, int(FLOPS / (2 * parameters)))
     turn, after = cp * tpb, sum(DECODE)
     room = options.max_seq_len - after
@@ -55,7 +55,9 @@ def scenarios(compiled: Any, parameters: int) -> tuple[list[Scenario], list[str]
     # longer than a page on every rank, and then to the last slot
     full = min(options.max_seq_len, cp * PAGE_SIZE + turn + 1)
     if full > budget:
-        notes.append(f"a cache of {full} tokens was not filled step by step: {parameters:,} parameters")
+        notes.append(
+            f"a cache of {full} tokens was not filled step by step: {parameters:,} parameters"
+        )
     elif full > 9:
         rows = (full - 8, 2)[: min(2, options.max_batch_size)]
         found.append(Scenario("full", rows, (3, 1, 4), full))
@@ -121,23 +123,30 @@ def batches(scenario: Scenario, vocab_size: int, seed: int) -> list[Batch]:
     return made
 
 
-Progress = Callable[[str], None]
+class Stepper(Protocol):
+    """The original, or what stands for it: logits [B, T, vocab] in fp64 of a step, its top-ks recorded."""
+
+    def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None) -> Tensor:
+        """Append ids [B, T] with mask [B, T]."""
+        ...
 
 
 def run_scenario(
     scratch: Scratch,
-    reference: EagerReference,
+    reference: Stepper,
     own: EagerReference | None,
     steps: list[Batch],
     where: str,
     coverage: Coverage,
     pool: Pool,
+    limit: float | None = None,
 ) -> Outcome:
     """Run a scenario on the module and on the reference, step by step, until something is wrong.
 
     Args:
         own: the original in the module's own dtype, needed where the limit is a ratio.
         where: stage and scenario, for findings.
+        limit: largest deviation over the largest logit; by default that of the dtype.
     """
     outcome = Outcome()
     dtype = getattr(torch, scratch.compiled.plan.dtype)
@@ -149,7 +158,7 @@ def run_scenario(
         before = list(scratch.lengths)
         try:
             logits = scratch.step(batch.ids, batch.mask, topk_hook(choices))
-        except Exception as error:  # whatever breaks in the module under test is a finding
+        except Exception as error:
             outcome.findings.append(fault(error, f"{where}, step {number}"))
             outcome.failing_step = number
             return outcome
@@ -179,9 +188,8 @@ def run_scenario(
                 )
                 excluded |= newly
             kept = kept & ~excluded[:, None]
-            limit = LIMIT[dtype]
-            assert limit is not None
-            deviation, finding = _compare(logits[0], expected, kept, limit, before, where, number)
+            allowed = LIMIT[dtype] if limit is None else limit
+            deviation, finding = _compare(logits[0], expected, kept, allowed, before, where, number)
             outcome.worst = max(outcome.worst, deviation)
             found += [finding] if finding else []
         elif not torch.isfinite(logits[0][kept]).all():
@@ -218,7 +226,7 @@ def fault(error: Exception, where: str) -> Finding:
 
 
 def place(index: list[int], before: list[int], kept: Tensor) -> str:
-    """sequence and absolute position of column `t` of row `b`."""
+    """Sequence and absolute position of column `t` of row `b`."""
     b, t = index
     position = before[b] + int(kept[b, :t].sum())
     return f"sequence {b}, position {position}"
@@ -234,7 +242,9 @@ def _check_ranks(logits: list[Tensor], kept: Tensor, where: str, number: int) ->
         if not same:
             gap = float((other[kept] - first[kept]).abs().max())
             got = f"rank {rank} deviates from rank 0 by up to {gap:.2e}"
-            return [Finding("HX405", f"{where}, step {number}", got, "the same bits", 10, "numeric")]
+            return [
+                Finding("HX405", f"{where}, step {number}", got, "the same bits", 10, "numeric")
+            ]
     return []
 
 
@@ -301,7 +311,7 @@ def _count(coverage: Coverage, scratch: Scratch, before: list[int], batch: Batch
 
 def stage_params(compiled: Any, stage: fx.GraphModule, name: str) -> list[dict[str, Tensor]]:
     """Each rank's parameters for a stage: what the ranks hold for the last one, else cut from the originals."""
-    from helix_compile.params import params_of_stage  # noqa: PLC0415
+    from helix_compile.params import params_of_stage
 
     if name == "lowered":
         return [dict(rank.params) for rank in compiled.ranks]

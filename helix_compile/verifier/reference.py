@@ -20,13 +20,15 @@ from helix_compile.numerics import WidenedIslands
 from helix_compile.params import originals
 from helix_compile.verifier.routing import Choices, RecordTopK
 
-GATHER_BYTES = 2**30  # batched_mm gathers each token's experts: long steps are cut so that this bounds it
+GATHER_BYTES = (
+    2**30
+)  # batched_mm gathers each token's experts: long steps are cut so that this bounds it
 Edits = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 def wide_copy(model: Any, edits: Edits) -> Any:
     """A deep copy in fp64 with sdpa attention, batched_mm experts and the edited weights; `model` is left alone."""
-    twin = converted_copy(model, torch.float64).eval()
+    twin: Any = converted_copy(model, torch.float64).eval()
     twin.config._attn_implementation = "sdpa"
     if getattr(twin.config, "_experts_implementation", None) is not None:
         twin.set_experts_implementation("batched_mm")
@@ -157,7 +159,7 @@ def evaluate_graph(
         else:
             args = fx.map_arg(node.args, values.__getitem__)
             kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator] # call_function only
+            values[node] = node.target(*args, **kwargs)
         if record is not None:
             record(path, node, values[node])
     raise ValueError("the graph has no output")
@@ -173,7 +175,7 @@ def _needed(graph: fx.Graph, replaced: Mapping[str, Override]) -> set[fx.Node]:
             needed.add(node)
             needed.update(
                 node.all_input_nodes if override is None else map(by_name.get, override.reads)
-            )  # type: ignore[arg-type] # names of the match are in the graph
+            )
     return needed
 
 
@@ -188,7 +190,7 @@ def experts_override(match: MoEMatch, graph: fx.Graph) -> Override:
 
 
 def _experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x [.., D], ids and weights [.., k], gate_up [E, 2F, D], down [E, D, F] -> [N, D]."""
+    """X [.., D], ids and weights [.., k], gate_up [E, 2F, D], down [E, D, F] -> [N, D]."""
     tokens = x.reshape(-1, x.shape[-1])
     ids, weights = ids.reshape(len(tokens), -1), weights.reshape(len(tokens), -1)
     out = torch.zeros_like(tokens)

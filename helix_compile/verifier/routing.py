@@ -40,7 +40,6 @@ class Choices:
         largest = rows.masked_fill(~rows.isfinite(), 0).abs().amax(dim=-1).clamp(min=1e-300)
         self.margins.append((best[:, k - 1] - best[:, k]) / largest)
 
-
     def join(self, chunks: list[Choices], batch: int) -> None:
         """Take over a step that ran in chunks along T: rows in order of sequence, then token, again."""
         for parts in zip(*(c.indices for c in chunks), strict=True):
@@ -69,12 +68,17 @@ class RecordTopK(TorchDispatchMode):
         return result
 
 
-def topk_hook(choices: Choices) -> Any:
-    """A hook for VirtualWorld.run that records rank 0's choices."""
+def topk_hook(choices: Choices, *, with_scores: bool = False) -> Any:
+    """A hook for VirtualWorld.run that records rank 0's choices; with_scores: their margins too."""
+    scores: dict[str, Tensor] = {}
 
     def hook(rank: int, node: fx.Node, value: Any) -> None:
-        if rank == 0 and node.op == "call_function" and node.target is _TOPK:
-            choices.add(None, value[1])
+        if rank:
+            return
+        if with_scores and any(user.target is _TOPK for user in node.users):
+            scores[node.name] = value
+        if node.op == "call_function" and node.target is _TOPK:
+            choices.add(scores.get(node.args[0].name), value[1])
 
     return hook
 
@@ -97,6 +101,8 @@ def compare_choices(got: Choices, expected: Choices, B: int, T: int, dtype: torc
             continue
         same = (mine == theirs).all(dim=-1).view(B * T, -1).all(dim=-1).cpu()
         close = margin.view(B * T, -1).amin(dim=-1).cpu() < NEAR_TIE[dtype]
-        near |= alike & ~same & close  # the first difference of a token decides: later ones follow from it
+        near |= (
+            alike & ~same & close
+        )  # the first difference of a token decides: later ones follow from it
         alike &= same
     return Routing(alike.view(B, T), near.view(B, T))

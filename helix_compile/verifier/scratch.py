@@ -25,7 +25,7 @@ STALE = 1.0e3  # finite in every dtype, and far from anything that a model compu
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """torch fills what torch.empty returns with NaN while this is open."""
+    """Torch fills what torch.empty returns with NaN while this is open."""
     was, warn = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -129,9 +129,7 @@ class Scratch:
         inputs = [self.inputs_of(rank, known) for rank in range(len(self.params))]
         with running(self.compiled):
             logits = self.compiled.world.run(self.graph, inputs, hook)
-        self.lengths = [
-            n + int(new) for n, new in zip(self.lengths, mask.sum(dim=1), strict=True)
-        ]
+        self.lengths = [n + int(new) for n, new in zip(self.lengths, mask.sum(dim=1), strict=True)]
         return logits
 
     def inputs_of(self, rank: int, known: dict[str, Any]) -> list[Any]:

@@ -84,9 +84,11 @@ def type_graph(
         typed.findings.append(_finding("outer graph", error))
     except PassError as error:
         typed.findings.append(Finding("HX102", "outer graph", str(error), "shapes that fit"))
-    typed.nodes = len(outer.nodes) - len(in_layers) + sum(
-        len(typed.module.get_submodule(n).graph.nodes) for n in first_calls
-    )  # type: ignore[union-attr,arg-type] # bodies are graph modules
+    typed.nodes = (
+        len(outer.nodes)
+        - len(in_layers)
+        + sum(len(typed.module.get_submodule(n).graph.nodes) for n in first_calls)
+    )
     return typed
 
 
@@ -122,7 +124,7 @@ def _real_shapes(graph: fx.Graph, shapes: dict[str, Tensor]) -> None:
 def _give_calls_shapes(outer: fx.Graph) -> None:
     """A layer's value has the shape of its hidden input; the typing of its body has checked that."""
     for call in _layer_calls(outer):
-        call.meta["val"] = call.args[0].meta["val"]  # type: ignore[union-attr] # the hidden state
+        call.meta["val"] = call.args[0].meta["val"]
 
 
 def _type_body(
@@ -143,7 +145,9 @@ def _type_body(
     for node, parameter in local.items():
         if parameter in shapes:
             with mode:
-                node.meta["val"] = torch.empty(shapes[parameter].shape, dtype=shapes[parameter].dtype)
+                node.meta["val"] = torch.empty(
+                    shapes[parameter].shape, dtype=shapes[parameter].dtype
+                )
 
     def layout_of(node: fx.Node) -> Layout:
         return params.get(local[node], {}) if node in local else step_layout(*node.meta["input"])

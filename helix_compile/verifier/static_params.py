@@ -6,7 +6,7 @@ rank = tpa_rank * cp + cp_rank, FFN view rank = ep_rank * tpf + tpf_rank), not b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,7 +67,7 @@ class ParamCheck:
 
 def check_params(
     names: list[str],
-    held: list[Mapping[str, Tensor]],
+    held: Sequence[Mapping[str, Tensor]],
     originals: Mapping[str, Tensor],
     shards: Mapping[str, tuple[str, ParamShard]],
     layout: HelixLayout,
@@ -91,7 +91,9 @@ def check_params(
             continue
         missing = [r for r, params in enumerate(held) if name not in params]
         if missing:
-            check.findings.append(Finding("HX203", where, f"ranks {missing} lack it", "every rank", 2))
+            check.findings.append(
+                Finding("HX203", where, f"ranks {missing} lack it", "every rank", 2)
+            )
             continue
         local, whole = [params[name] for params in held], originals[source]
         check.layouts[name] = {}
@@ -171,7 +173,9 @@ def _holes(
         if key not in known:
             known[key] = _hole(tuple(whole.shape), pieces)
         if known[key]:
-            findings.append(Finding("HX202", f"parameter {source}", known[key], "each value once", 2))
+            findings.append(
+                Finding("HX202", f"parameter {source}", known[key], "each value once", 2)
+            )
     return findings
 
 

@@ -51,7 +51,9 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
         match = matches.get(body.name)
         if match is None:
             continue
-        for site, (attention, found) in enumerate(zip(body.attentions, match.attentions, strict=False)):
+        for site, (attention, found) in enumerate(
+            zip(body.attentions, match.attentions, strict=False)
+        ):
             where = f"plan, {body.name}, attention {site}"
             H, N = found.num_heads, layout.world_size
             expect(f"{where}: heads % ranks", H % N, 0, 12)
@@ -59,7 +61,12 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
             expect(f"{where}: q_proj", attention.q_proj, options.q_proj, 9)
             if options.v_up != "auto":
                 expect(f"{where}: v_up", attention.v_up, options.v_up, 9)
-            expect(f"{where}: tokens_per_block", attention.tokens_per_block, options.tokens_per_block, 7)
+            expect(
+                f"{where}: tokens_per_block",
+                attention.tokens_per_block,
+                options.tokens_per_block,
+                7,
+            )
             blocks = tuple((r * (H // N), (r + 1) * (H // N)) for r in range(N))
             expect(f"{where}: head_ranges", attention.head_ranges, blocks, 1)
         for ffn in body.ffns:
@@ -105,7 +112,9 @@ def _cuts(body: BodyPlan, layout: HelixLayout) -> list[Finding]:
         for cut in shard.cuts:
             where = f"plan, {body.name}, parameter {shard.name}, dim {cut.dim}"
             if cut.total != sizes[cut.dim]:
-                findings.append(Finding("HX302", where, f"cut of {cut.total}", f"{sizes[cut.dim]}", 2))
+                findings.append(
+                    Finding("HX302", where, f"cut of {cut.total}", f"{sizes[cut.dim]}", 2)
+                )
     return findings
 
 
@@ -146,7 +155,9 @@ def check_collectives(
             findings.append(Finding("HX105", name, _counts(got), _counts(expected), 10))
         if planned != expected:
             findings.append(
-                Finding("HX302", f"plan, {name}: collectives", _counts(planned), _counts(expected), 9)
+                Finding(
+                    "HX302", f"plan, {name}: collectives", _counts(planned), _counts(expected), 9
+                )
             )
     return findings
 
@@ -175,12 +186,18 @@ def check_work(
         got, expected = _macs(graph), _planned_macs(typed, name, plan, originals)
         if got > expected * (1 + WORK_SLACK):
             findings.append(
-                Finding("HX107", name, f"{got:,.0f} multiplications a token a rank", f"{expected:,.0f}", 13)
+                Finding(
+                    "HX107",
+                    name,
+                    f"{got:,.0f} multiplications a token a rank",
+                    f"{expected:,.0f}",
+                    13,
+                )
             )
         attended = sum(
-            int(_size(n.args[0].meta["val"].shape[2]))  # type: ignore[union-attr,arg-type] # q_latent
+            int(_size(n.args[0].meta["val"].shape[2]))
             for n in graph.nodes
-            if base_name(n.target) == "mla_decode" and "val" in n.args[0].meta  # type: ignore[union-attr]
+            if base_name(n.target) == "mla_decode" and "val" in n.args[0].meta
         )
         heads = sum(a.num_heads // plan.layout.tpa for a in match.attentions)
         if attended != heads:
@@ -209,9 +226,7 @@ def _macs(graph: fx.Graph) -> float:
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
             continue
-        if node.target in (aten.linear.default, aten.mm.default):
-            total += _numel(node) * _size(node.args[0].meta["val"].shape[-1])
-        elif node.target is aten.bmm.default:
+        if node.target in (aten.linear.default, aten.mm.default) or node.target is aten.bmm.default:
             total += _numel(node) * _size(node.args[0].meta["val"].shape[-1])
         elif node.target is aten.einsum.default:
             total += _einsum_macs(node)
@@ -224,8 +239,8 @@ def _macs(graph: fx.Graph) -> float:
 def _einsum_macs(node: fx.Node) -> int:
     terms = str(node.args[0]).split("->")[0].split(",")
     sizes: dict[str, int] = {}
-    for term, operand in zip(terms, node.args[1], strict=True):  # type: ignore[arg-type] # a list of nodes
-        shape = operand.meta["val"].shape  # type: ignore[union-attr]
+    for term, operand in zip(terms, node.args[1], strict=True):
+        shape = operand.meta["val"].shape
         sizes.update({letter: _size(s) for letter, s in zip(term, shape, strict=True)})
     return math.prod(sizes.values())
 
@@ -267,9 +282,11 @@ def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
         seen = torch.zeros(length + 1, dtype=torch.int64)
         seen[[p + 1 for p in mine]] = 1
         try:
-            slots, visible = node.target(positions, torch.tensor(rank), *node.args[2:])  # type: ignore[operator]
+            slots, visible = node.target(positions, torch.tensor(rank), *node.args[2:])
         except Exception as error:  # an op under test may do anything
-            return [Finding("HX301", f"`{node.name}`, rank {rank}", str(error), "slots and visible", 7)]
+            return [
+                Finding("HX301", f"`{node.name}`, rank {rank}", str(error), "slots and visible", 7)
+            ]
         for what, got, expected in (
             ("slot", slots, expected_slots),
             ("visible", visible, seen.cumsum(0)[None]),
@@ -279,12 +296,16 @@ def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
                 column = int(wrong[0, 1])
                 where = f"`{node.name}`, CP rank {rank}, position {column - 1}: {what}"
                 return [
-                    Finding("HX301", where, str(int(got[0, column])), str(int(expected[0, column])), 7)
+                    Finding(
+                        "HX301", where, str(int(got[0, column])), str(int(expected[0, column])), 7
+                    )
                 ]
     return []
 
 
-def check_mesh(groups: dict[str, tuple[tuple[int, ...], ...]], layout: HelixLayout) -> list[Finding]:
+def check_mesh(
+    groups: dict[str, tuple[tuple[int, ...], ...]], layout: HelixLayout
+) -> list[Finding]:
     """The groups of ranks along each axis, members in the order of their coordinate."""
     findings = []
     others = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}
@@ -303,7 +324,9 @@ def check_mesh(groups: dict[str, tuple[tuple[int, ...], ...]], layout: HelixLayo
         if got != expected:
             findings.append(Finding("HX106", f"groups of {axis}", str(sorted(got)), str(sorted(expected)), 1))  # fmt: skip
     if groups["world"] != (tuple(range(layout.world_size)),):
-        findings.append(Finding("HX106", "group world", str(groups["world"]), "all ranks in order", 1))
+        findings.append(
+            Finding("HX106", "group world", str(groups["world"]), "all ranks in order", 1)
+        )
     return findings
 
 
@@ -379,5 +402,3 @@ def _owned_heads(
             text = [round(h, 3) for h in got]
             return [Finding("HX106", f"{name}, rank {rank} after the exchange", f"heads {text}", f"heads {expected}", 1)]  # fmt: skip
     return []
-
-
