@@ -33,6 +33,7 @@ from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.placement import normal_form, parse_layout
 from helix_compile.verifier import static_plan
 from helix_compile.verifier.conditioning import sharpening
+from helix_compile.verifier.import_check import check_import
 from helix_compile.verifier.layer_check import (
     LayerOutcome,
     cases,
@@ -189,6 +190,7 @@ def _static(
         lambda: static_plan.check_ledger(graph, plan),
         lambda: static_plan.check_mesh(compiled.world.mesh.groups, plan.layout),
         lambda: static_plan.check_rank_order(graph, plan, matches, compiled.world),
+        lambda: check_import(compiled),
     ]
     for run in checks:
         try:

@@ -36,12 +36,12 @@ class Located:
     source: str
 
     def named(self, finding: Finding) -> Finding:
-        """The finding with the place added, and the family if it had none."""
+        """The finding with the place added; the family is a guess where the check had none of its own."""
         rank = f", rank {self.rank}" if "rank" not in finding.where else ""
         at = f"; first value that deviates: `{self.node}`{rank} (rel-RMSE {self.off:.1e})"
         if self.suspects:
             at += f", computed by {', '.join(self.suspects)}"
-        family = self.family or finding.family
+        family = finding.family or self.family
         return replace(finding, where=finding.where + at, family=family)
 
 

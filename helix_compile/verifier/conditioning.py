@@ -1,4 +1,5 @@
-"""Weights that make faults matter: attention that looks at few keys, a router bias that decides.
+"""Weights that make faults matter: attention that looks at few keys, a router bias that decides, layers that add
+as much as they were given.
 
 A random model attends to everything alike; a lost token, a wrong position or a plain mean then hides below any limit in
 16 bits. Each edit is a scale, or acts on what every rank holds, so it commutes with every cut: applied to a rank's own
@@ -7,12 +8,14 @@ shard it leaves a fault in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from helix_compile.matches import LayerMatch
 from helix_compile.passes.fx_edit import is_param, placeholders
 from helix_compile.verifier.layer_run import CapturedReference, LayerInputs
 from helix_compile.verifier.needles import absorbed_query, scores
@@ -53,12 +56,36 @@ def sharpening(reference: CapturedReference, seed: int) -> dict[str, Callable[[T
                 edits[layer.prefix + attention.q_weight] = partial(_scaled, factor=factor)
                 if attention.q_bias:
                     edits[layer.prefix + attention.q_bias] = partial(_scaled, factor=factor)
+            for name, rms in _contributions(match, values):
+                factor = max(1.0, 1.0 / max(rms, 1e-6))  # the hidden state has an RMS of one
+                edits[layer.prefix + name] = partial(_scaled, factor=factor)
             experts = {m.num_experts for m in match.moes}
             for node in placeholders(graph):
                 shape = tuple(node.meta["val"].shape) if is_param(node) else ()
                 if len(shape) == 1 and shape[0] in experts:
                     edits[layer.prefix + node.meta["input"][1]] = partial(_biased, seed=seed)
     return edits
+
+
+def _contributions(match: LayerMatch, values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(weight, RMS of what it adds to the hidden state): o_proj and every down projection, biases alike.
+
+    Where a random model adds a hundredth of the hidden state, a wrong expert drowns in the rounding of the sum.
+    """
+
+    def rms(name: str) -> float:
+        return float(values[name].double().square().mean().sqrt())
+
+    for attention in match.attentions:
+        yield attention.o_weight, rms(attention.o_proj)
+        if attention.o_bias:
+            yield attention.o_bias, rms(attention.o_proj)
+    for ffn in match.dense_ffns:
+        yield ffn.down_weight, rms(ffn.down)
+        if ffn.down_bias:
+            yield ffn.down_bias, rms(ffn.down)
+    for moe in match.moes:
+        yield moe.down, rms(moe.output)
 
 
 def _scaled(weight: Tensor, factor: float) -> Tensor:
