@@ -26,7 +26,7 @@ ALL_REDUCE = c10d.all_reduce.default
 def _drop(node: fx.Node) -> None:
     """Take a collective out: what read its result reads its operand."""
     wait = wait_of(node)
-    wait.replace_all_uses_with(node.args[0])  # type: ignore[arg-type] # a node
+    wait.replace_all_uses_with(node.args[0])
     node.graph.erase_node(wait)
     node.graph.erase_node(node)
 
@@ -34,7 +34,7 @@ def _drop(node: fx.Node) -> None:
 def _after(node: fx.Node, target: object, *args: object) -> fx.Node:
     """A node behind `node` that everything that read `node` reads instead."""
     with node.graph.inserting_after(node):
-        new = node.graph.call_function(target, (node, *args))  # type: ignore[arg-type] # an op
+        new = node.graph.call_function(target, (node, *args))
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     return new
 
@@ -78,7 +78,7 @@ def maximum(compiled: HelixModule) -> None:
 @mutant("a collective is not waited for", 10, "graph")
 def no_wait(compiled: HelixModule) -> None:
     wait = wait_of(collectives(compiled, ALL_REDUCE)[-1])
-    wait.replace_all_uses_with(wait.args[0])  # type: ignore[arg-type] # a node
+    wait.replace_all_uses_with(wait.args[0])
     wait.graph.erase_node(wait)
     recompile(compiled)
 
@@ -96,7 +96,7 @@ def two_waits(compiled: HelixModule) -> None:
 @mutant("a collective is started and its result thrown away", 10, "graph")
 def thrown_away(compiled: HelixModule) -> None:
     node = collectives(compiled, ALL_REDUCE)[0]
-    wait_of(node).replace_all_uses_with(node.args[0])  # type: ignore[arg-type] # a node
+    wait_of(node).replace_all_uses_with(node.args[0])
     recompile(compiled)
 
 
@@ -168,7 +168,7 @@ def repeated_position(compiled: HelixModule) -> None:
 @mutant("scores without the model's scale", 8, "graph")
 def no_scale(compiled: HelixModule) -> None:
     for decode in nodes_of(compiled, "mla_decode"):
-        decode.update_arg(5, float(decode.args[5]) * 0.97)  # type: ignore[arg-type] # a float
+        decode.update_arg(5, float(decode.args[5]) * 0.97)
     recompile(compiled)
 
 
@@ -207,7 +207,7 @@ def twice_the_work(compiled: HelixModule) -> None:
 def attends_twice(compiled: HelixModule) -> None:
     for decode in nodes_of(compiled, "mla_decode"):
         with decode.graph.inserting_after(decode):
-            decode.graph.call_function(decode.target, decode.args)  # type: ignore[arg-type] # an op
+            decode.graph.call_function(decode.target, decode.args)
     recompile(compiled)
 
 

@@ -144,9 +144,9 @@ def late_blocks(positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int)
 @_kernel("ownership starts again at rank 0 with each step", 7, "shard_index", kind="positions")
 def restarts(positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int) -> Pair:
     first = positions.clamp(min=0)[:, :1] // (tokens_per_block * cp) * tokens_per_block
-    slots, visible = _index(positions, rank, cp, tokens_per_block)
+    visible = _index(positions, rank, cp, tokens_per_block)[1]
     mine = (rank == 0) & (positions >= 0)
-    return torch.where(mine, first + torch.arange(positions.shape[1]), torch.where(rank == 0, -1, -1)), visible  # fmt: skip
+    return torch.where(mine, first + torch.arange(positions.shape[1]), -1), visible  # fmt: skip
 
 
 @_kernel("global positions are used as local slots", 4, "shard_index", kind="positions")
@@ -209,7 +209,9 @@ def writes_twice(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, l
 
 @_kernel("the rope part is not written", 8, "cache_append", kind="cache")
 def rope_not_written(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:  # fmt: skip
-    return _reference("cache_append", cache, table, slots, visible, latent, torch.zeros_like(k_rope))
+    return _reference(
+        "cache_append", cache, table, slots, visible, latent, torch.zeros_like(k_rope)
+    )
 
 
 # exchange and experts

@@ -94,7 +94,7 @@ def replace_op(compiled: HelixModule, base: str, kernel: Callable[..., Any]) -> 
     """
     namespace = f"helix_mutant_{kernel.__name__}"
     if namespace not in _LIBRARIES:
-        library = torch.library.Library(namespace, "DEF")  # noqa: TOR901 - kept in _LIBRARIES
+        library = torch.library.Library(namespace, "DEF")
         original = getattr(torch.ops.helix, base).default
         schema = str(original._schema).removeprefix("helix::")
         library.define(schema)
@@ -122,9 +122,7 @@ def permute_ranks(compiled: HelixModule, ending: str, order: list[int]) -> None:
             rank.params[name] = held[source]
 
 
-def edit_param(
-    compiled: HelixModule, ending: str, edit: Callable[[Tensor, int], Tensor]
-) -> None:
+def edit_param(compiled: HelixModule, ending: str, edit: Callable[[Tensor, int], Tensor]) -> None:
     """Replace a parameter on every rank by edit(tensor, rank)."""
     for name in shard_names(compiled, ending):
         for rank in compiled.ranks:

@@ -9,7 +9,7 @@ import torch
 
 from helix_compile.module import HelixModule
 from helix_compile.options import PAGE_SIZE
-from helix_compile.verifier.numeric import fault
+from helix_compile.verifier.check import fault
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.scratch import deal
 
@@ -40,7 +40,8 @@ def check_import(compiled: HelixModule) -> list[Finding]:
     dtype = getattr(torch, compiled.plan.dtype)
     widths = compiled.facts.cache_widths
     entries = [
-        torch.randn(len(lengths), longest, w, generator=generator).to(compiled.device, dtype) for w in widths
+        torch.randn(len(lengths), longest, w, generator=generator).to(compiled.device, dtype)
+        for w in widths
     ]
     mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
     with _stand_in_caches(compiled):
@@ -48,14 +49,28 @@ def check_import(compiled: HelixModule) -> list[Finding]:
         pages = compiled.ranks[0].cache[0].shape[0]
         if len(table.unique()) != table.numel() or int(table.max()) >= pages:
             got = f"{table.numel() - len(table.unique())} pages that two places name, largest {int(table.max())}"
-            return [Finding("HX404", "page table", got, f"{table.numel()} pages below {pages}, each once", 4)]
+            return [
+                Finding(
+                    "HX404", "page table", got, f"{table.numel()} pages below {pages}, each once", 4
+                )
+            ]
         try:
-            halves = [(e[..., : w - 1], e[..., w - 1 :]) for e, w in zip(entries, widths, strict=True)]
+            halves = [
+                (e[..., : w - 1], e[..., w - 1 :]) for e, w in zip(entries, widths, strict=True)
+            ]
             compiled.import_cache([a for a, _ in halves], [b for _, b in halves], lengths, mask)
         except Exception as error:  # the module under test may do anything
             return [fault(error, "import_cache")]
         if compiled.lengths.tolist() != lengths:
-            return [Finding("HX404", "import_cache: lengths", str(compiled.lengths.tolist()), str(lengths), 11)]
+            return [
+                Finding(
+                    "HX404",
+                    "import_cache: lengths",
+                    str(compiled.lengths.tolist()),
+                    str(lengths),
+                    11,
+                )
+            ]
         table = compiled.page_table
         for rank in compiled.ranks:
             for row, length in enumerate(lengths):
@@ -63,7 +78,9 @@ def check_import(compiled: HelixModule) -> list[Finding]:
                 slots = torch.arange(len(mine))
                 for site, cache in enumerate(rank.cache):
                     held = cache[table[row].cpu()[slots // PAGE_SIZE], slots % PAGE_SIZE]
-                    wrong = (held != entries[site][row, longest - length :][mine]).any(dim=-1).nonzero()
+                    wrong = (
+                        (held != entries[site][row, longest - length :][mine]).any(dim=-1).nonzero()
+                    )
                     if len(wrong):
                         position = mine[int(wrong[0])]
                         where = f"import_cache: site {site}, rank {rank.rank}, sequence {row}, position {position}"

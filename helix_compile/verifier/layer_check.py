@@ -9,28 +9,27 @@ Three comparisons, each by a reference of its own:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from helix_compile.matches import AttentionMatch, LayerMatch
-from helix_compile.options import PAGE_SIZE
+from helix_compile.matches import LayerMatch
 from helix_compile.passes.fx_edit import placeholders
-from helix_compile.verifier.bisect import first_deviation
+from helix_compile.verifier.attention_check import check_attention
+from helix_compile.verifier.bisect import Located, first_deviation
+from helix_compile.verifier.cache_check import check_cache
+from helix_compile.verifier.check import fault
 from helix_compile.verifier.layer_run import CapturedReference, LayerInputs, LayerRun, run_layer
 from helix_compile.verifier.needles import absorbed_query, background, plant
-from helix_compile.verifier.numeric import LIMIT, RATIO, fault
+from helix_compile.verifier.numeric import LIMIT, RATIO
 from helix_compile.verifier.report import Coverage, Finding
 from helix_compile.verifier.routing import NEAR_TIE
-from helix_compile.verifier.scratch import STALE, Scratch, deal
-from helix_compile.verifier.static_plan import base_name
+from helix_compile.verifier.scratch import Scratch, deal
 
-# rel-RMSE of one attention output on identical inputs; bf16: correct runs reach 0.0018, the weakest fault 0.0117
-ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-# a new cache entry is rounded once; its inputs passed two norms and a linear in the module's dtype
-ENTRY = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 EXPANDED_BYTES = (
     2 * 2**30
 )  # the original expands every key and value to fp64: contexts are cut to this
@@ -79,8 +78,9 @@ class LayerPool:
 
 @dataclass
 class LayerOutcome:
-    """What the checks of one layer showed."""
+    """What the checks of one layer showed; `locate` follows the last run to the first value that deviates."""
 
+    locate: Callable[[], Located | None] | None = None
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pool: LayerPool = field(default_factory=LayerPool)
@@ -125,26 +125,19 @@ def check_layer(
         return
     found = []
     for number, attention in enumerate(match.attentions):
-        found += _attention(
+        found += check_attention(
             run, attention, scratch, sites[number], reference, layer, layouts, where
         )
-        found += _cache(run, attention, scratch, sites[number], expected, before, case, where)
-    turned = _turned(run, match, expected, dtype, outcome, where)
-    if not found:
-        found = _output(
-            run,
-            expected,
-            own.layer(layer, given) if own is not None else None,
-            dtype,
-            turned,
-            outcome,
-            where,
+        found += check_cache(
+            attention, scratch, sites[number], expected, before, case.lengths, case.T, where
         )
+
+    outcome.locate = partial(
+        first_deviation, run.values, expected, layouts, scratch.graph.get_submodule(body), match,
+        plan.layout, dtype, mask,
+    )  # fmt: skip
     if found:
-        first = first_deviation(
-            run.values, expected, layouts, scratch.graph.get_submodule(body), match,
-            plan.layout, dtype, mask,
-        )  # fmt: skip
+        first = outcome.locate()
         found = [first.named(f) if first else f for f in found]
     outcome.findings += found
     coverage.longest_context = max(coverage.longest_context, max(case.lengths) + case.T)
@@ -198,121 +191,6 @@ def _inputs(
     return LayerInputs(hidden, mask, positions, tuple(pasts))
 
 
-def _attention(
-    run: LayerRun,
-    attention: AttentionMatch,
-    scratch: Scratch,
-    site: int,
-    reference: CapturedReference,
-    layer: int,
-    layouts: dict[str, Any],
-    where: str,
-) -> list[Finding]:
-    """What reaches o_proj against dense attention over the gathered caches with the module's own q, in fp64."""
-    body = scratch.graph.get_submodule(str(reference.call(layer).target))
-    assert isinstance(body, fx.GraphModule)
-    decode = _decode_node(body.graph, scratch, site)
-    o_proj = next((n for n in body.graph.nodes if n.name == attention.o_proj), None)
-    if decode is None or o_proj is None:
-        return []  # another graph than the passes make: the layer's output decides
-    layout, dtype = scratch.compiled.plan.layout, getattr(torch, scratch.compiled.plan.dtype)
-    prefix = next(x for x in reference.captured.layers if x.index == layer).prefix
-    w_uv = reference.tensors[prefix + attention.kv_up_weight].double()[
-        torch.tensor(attention.uv_rows)
-    ]
-    owned = [v[o_proj.args[0].name] for v in run.values]
-    q_parts = [[v[n.name].double() for n in decode.args[:2]] for v in run.values]
-    heads = attention.num_heads // layout.world_size
-    pooled, norm, worst = 0.0, 0.0, (0.0, 0, 0, 0)
-    limit = ATTENTION[dtype]
-    for rank, o in enumerate(owned):
-        tpa = rank // layout.kvp
-        first = rank * heads - tpa * layout.kvp * heads
-        for row, length in enumerate(scratch.lengths):
-            entries = scratch.gathered(site, row, length, tpa).double()
-            q = torch.cat(q_parts[rank], dim=-1)[row, :, first : first + heads]
-            dense = _dense(q, entries, attention, length)
-            v = torch.einsum("thr,hvr->thv", dense, w_uv[rank * heads : (rank + 1) * heads])
-            got = o[row].reshape(*v.shape).double()
-            error = (got - v).square().sum(dim=(1, 2))
-            pooled, norm = pooled + float(error.sum()), norm + float(v.square().sum())
-            relative = (error / v.square().sum(dim=(1, 2)).clamp(min=1e-300)).sqrt().nan_to_num(torch.inf)  # fmt: skip
-            if float(relative.max()) > worst[0]:
-                t = int(relative.argmax())
-                worst = (float(relative.max()), rank, row, length - relative.shape[0] + t)
-    rel = (pooled / norm) ** 0.5 if norm and pooled == pooled else float("inf")
-    if rel <= limit:
-        return []
-    return [
-        Finding(
-            "HX402", f"{where}, rank {worst[1]}, sequence {worst[2]}, position {worst[3]}, node `{decode.name}`",
-            f"rel-RMSE {rel:.2e} (worst token {worst[0]:.2e})", f"at most {limit:.0e}",
-            5 if rel == float("inf") else 6, "numeric",
-        )
-    ]  # fmt: skip
-
-
-def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int) -> Tensor:
-    """Causal attention of q [T, h, R + r] over entries [length, R + r]; the last T of them are the queries' own."""
-    T = q.shape[0]
-    s = torch.einsum("thw,sw->ths", q, entries) * attention.scale
-    seen = torch.arange(length) <= torch.arange(length - T, length)[:, None]
-    s = s.masked_fill(~seen[:, None], -torch.inf)
-    return torch.einsum("ths,sr->thr", s.softmax(-1), entries[:, : attention.kv_lora_rank])
-
-
-def _decode_node(graph: fx.Graph, scratch: Scratch, site: int) -> fx.Node | None:
-    nodes = [n for n in graph.nodes if base_name(n.target) == "mla_decode"]
-    first = min(
-        (site - i for i, _ in enumerate(nodes)), default=site
-    )  # sites of one body are consecutive
-    return nodes[0] if len(nodes) == 1 else (nodes[site - first] if nodes else None)
-
-
-def _cache(
-    run: LayerRun,
-    attention: AttentionMatch,
-    scratch: Scratch,
-    site: int,
-    expected: dict[str, Any],
-    before: list[list[Tensor]],
-    case: LayerCase,
-    where: str,
-) -> list[Finding]:
-    """Only the new tokens' slots changed, each on its owner, and they hold the original's latent and roped key."""
-    plan, dtype = scratch.compiled.plan, getattr(torch, scratch.compiled.plan.dtype)
-    cp, tpb = plan.layout.kvp, plan.options.tokens_per_block
-    new = torch.cat([expected[attention.latent], expected[attention.k_rope]], dim=-1)[:, 0].double()
-    scale, limit = float(new.abs().max()), ENTRY[dtype]
-    for rank, caches in enumerate(scratch.caches):
-        cache, old = caches[site], before[rank][site]
-        untouched = torch.ones(cache.shape[:2], dtype=torch.bool)
-        for row, past in enumerate(case.lengths):
-            mine = deal(past + case.T, cp, tpb)[rank % cp]
-            for slot, position in enumerate(mine):
-                if position < past:
-                    continue
-                page = int(scratch.page_table[row, slot // PAGE_SIZE])
-                untouched[page, slot % PAGE_SIZE] = False
-                got = cache[page, slot % PAGE_SIZE].double()
-                off = (
-                    float((got - new[row, position - past]).abs().max().nan_to_num(torch.inf))
-                    / scale
-                )
-                if off > limit or off != off:
-                    never = bool((got == STALE).all())
-                    at = f"{where}, rank {rank}, sequence {row}, position {position}"
-                    text = "never written" if never else f"off by {off:.2e} of the largest entry"
-                    return [Finding("HX404", at, text, f"the original's latent and k_rope to {limit:.0e}", 7 if never else 8, "numeric")]  # fmt: skip
-        changed = (cache != old) & ~(cache.isnan() & old.isnan())
-        wrong = (changed.any(dim=-1) & untouched).nonzero()
-        if len(wrong):
-            page, slot = wrong[0].tolist()
-            at = f"{where}, rank {rank}, page {page}, slot {slot}"
-            return [Finding("HX404", at, f"written ({len(wrong)} slots)", "left alone: not a slot of a new token of this rank", 4, "numeric")]  # fmt: skip
-    return []
-
-
 def _turned(
     run: LayerRun,
     match: LayerMatch,
@@ -356,12 +234,12 @@ def _output(
             return [Finding("HX403", f"{where}, rank {rank}", f"{tuple(output.shape)}", f"{tuple(wanted.shape)}", 0, "numeric")]  # fmt: skip
         if not torch.isfinite(output).all():
             return [Finding("HX406", f"{where}, rank {rank}", "NaN or inf in the layer's output", "finite values", 5, "numeric")]  # fmt: skip
-        error = (output.double() - wanted)[kept]
+        error = (output.double() - wanted).abs().amax(-1) * kept
         if dtype in LIMIT:
-            off = float(error.abs().max()) / float(wanted.abs().max())
+            off = float(error.max()) / float(wanted.abs().max())
             if off > LIMIT[dtype]:
-                b, t = ((output.double() - wanted).abs().amax(-1) * kept).flatten().argmax().item() // wanted.shape[1], 0  # fmt: skip
-                at = f"{where}, rank {rank}, sequence {b}"
+                b, t = divmod(int(error.flatten().argmax()), wanted.shape[1])
+                at = f"{where}, rank {rank}, sequence {b}, new token {t}"
                 return [Finding("HX403", at, f"off by {off:.2e} of the largest", f"at most {LIMIT[dtype]:.0e}", 0, "numeric")]  # fmt: skip
     if own is not None:
         mine = own["output"].double()
@@ -379,7 +257,9 @@ def pooled_finding(outcome: LayerOutcome, where: str, draws: int) -> list[Findin
     ratio = (pool.error / pool.own) ** 0.5
     rel = (pool.error / pool.norm) ** 0.5
     got = f"rel-RMSE {rel:.2e}, {ratio:.2f} times the original's own, over {draws} draws"
-    return [Finding("HX403", where, got, f"at most {RATIO} times", 0, "numeric")]
+    finding = Finding("HX403", where, got, f"at most {RATIO} times", 0, "numeric")
+    located = outcome.locate() if outcome.locate is not None else None
+    return [located.named(finding) if located else finding]
 
 
 def layers_to_check(reference: CapturedReference) -> list[int]:

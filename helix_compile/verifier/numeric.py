@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from helix_compile.errors import HelixError
 from helix_compile.options import PAGE_SIZE
+from helix_compile.verifier.check import fault
 from helix_compile.verifier.reference import EagerReference
 from helix_compile.verifier.report import Coverage, Finding
 from helix_compile.verifier.routing import Choices, compare_choices, topk_hook
@@ -213,16 +214,6 @@ def run_scenario(
             f"module alone, {own_flips} by the original alone; logits are compared where all agree"
         )
     return outcome
-
-
-def fault(error: Exception, where: str) -> Finding:
-    """A finding for an exception of the module under test."""
-    text = str(error)
-    collective = "deadlock" in text or "ranks disagree" in text or "waited for" in text
-    pending = "wait" in text and not text.startswith("deadlock")
-    got = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
-    family = 10 if collective or pending else 0
-    return Finding("HX502" if collective else "HX501", where, got, "a step that runs", family, "numeric")  # fmt: skip
 
 
 def place(index: list[int], before: list[int], kept: Tensor) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from typing import Any
 
@@ -187,6 +188,15 @@ def _coverage_table(facts: dict[str, Any]) -> Table:
     return table
 
 
-def unique(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Findings without repetitions, in order."""
-    return tuple(dict.fromkeys(findings))
+def grouped(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Findings in order; those that differ only in numbers (layers, ranks) are told once, with how many there are."""
+    groups: dict[tuple, list[Finding]] = {}
+    for finding in findings:
+        place = re.sub(r"\d+", "#", finding.where.split(";")[0])
+        groups.setdefault((finding.code, finding.check, place), []).append(finding)
+    return tuple(
+        group[0]
+        if len(group) == 1
+        else replace(group[0], where=f"{group[0].where} (and {len(group) - 1} like it)")
+        for group in groups.values()
+    )

@@ -100,15 +100,19 @@ class Scratch:
             caches[site][pages, slots % PAGE_SIZE] = entries[mine].to(caches[site])
         self.lengths[row] = len(entries)
 
+    def shard(self, site: int, row: int, rank: int, count: int) -> Tensor:
+        """The first `count` local slots of a sequence on one rank: [count, R + r]."""
+        cache = self.caches[rank][site]
+        slots = torch.arange(count, device=cache.device)
+        return cache[self.page_table[row][slots // PAGE_SIZE], slots % PAGE_SIZE]
+
     def gathered(self, site: int, row: int, length: int, tpa_rank: int = 0) -> Tensor:
         """What the ranks of one tpa coordinate hold of a sequence, in order of position: [length, R + r]."""
         layout, options = self.compiled.plan.layout, self.compiled.plan.options
         width = self.compiled.facts.cache_widths[site]
         whole = self.caches[0][site].new_empty((length, width))
         for kvp, mine in enumerate(deal(length, layout.kvp, options.tokens_per_block)):
-            cache = self.caches[tpa_rank * layout.kvp + kvp][site]
-            slots = torch.arange(len(mine), device=cache.device)
-            whole[mine] = cache[self.page_table[row][slots // PAGE_SIZE], slots % PAGE_SIZE]
+            whole[mine] = self.shard(site, row, tpa_rank * layout.kvp + kvp, len(mine))
         return whole
 
     def positions(self, mask: Tensor) -> Tensor:

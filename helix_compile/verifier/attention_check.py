@@ -1,0 +1,128 @@
+"""What reaches o_proj, against dense attention in fp64 over what the ranks' caches hold, with the ranks' own q."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.matches import AttentionMatch
+from helix_compile.verifier.layer_run import CapturedReference, LayerRun
+from helix_compile.verifier.report import Finding
+from helix_compile.verifier.scratch import Scratch, deal
+from helix_compile.verifier.static_plan import base_name
+
+# rel-RMSE of one attention output on identical inputs; bf16: correct runs reach 0.0018, the weakest fault 0.0117
+ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+def check_attention(
+    run: LayerRun,
+    attention: AttentionMatch,
+    scratch: Scratch,
+    site: int,
+    reference: CapturedReference,
+    layer: int,
+    layouts: dict[str, Any],
+    where: str,
+) -> list[Finding]:
+    """What reaches o_proj against dense attention over the gathered caches with the module's own q, in fp64."""
+    body = scratch.graph.get_submodule(str(reference.call(layer).target))
+    assert isinstance(body, fx.GraphModule)
+    decode = _decode_node(body.graph, scratch, site)
+    o_proj = next((n for n in body.graph.nodes if n.name == attention.o_proj), None)
+    if decode is None or o_proj is None:
+        return []  # another graph than the passes make: the layer's output decides
+    layout, dtype = scratch.compiled.plan.layout, getattr(torch, scratch.compiled.plan.dtype)
+    prefix = next(x for x in reference.captured.layers if x.index == layer).prefix
+    w_uv = reference.tensors[prefix + attention.kv_up_weight].double()[
+        torch.tensor(attention.uv_rows)
+    ]
+    owned = [v[o_proj.args[0].name] for v in run.values]
+    q_parts = [[v[n.name].double() for n in decode.args[:2]] for v in run.values]
+    heads = attention.num_heads // layout.world_size
+    pooled, norm, worst = 0.0, 0.0, (0.0, 0, 0, 0)
+    limit = ATTENTION[dtype]
+    for rank, o in enumerate(owned):
+        tpa = rank // layout.kvp
+        first = rank * heads - tpa * layout.kvp * heads
+        for row, length in enumerate(scratch.lengths):
+            entries = scratch.gathered(site, row, length, tpa).double()
+            q = torch.cat(q_parts[rank], dim=-1)[row, :, first : first + heads]
+            dense = _dense(q, entries, attention, length)
+            v = torch.einsum("thr,hvr->thv", dense, w_uv[rank * heads : (rank + 1) * heads])
+            got = o[row].reshape(*v.shape).double()
+            error = (got - v).square().sum(dim=(1, 2))
+            pooled, norm = pooled + float(error.sum()), norm + float(v.square().sum())
+            relative = (error / v.square().sum(dim=(1, 2)).clamp(min=1e-300)).sqrt().nan_to_num(torch.inf)  # fmt: skip
+            if float(relative.max()) > worst[0]:
+                t = int(relative.argmax())
+                worst = (float(relative.max()), rank, row, length - relative.shape[0] + t)
+    rel = (pooled / norm) ** 0.5 if norm and pooled == pooled else float("inf")
+    if rel <= limit:
+        return []
+    culprit, family = _blame(run, attention, scratch, site, decode, limit)
+    return [
+        Finding(
+            "HX402", f"{where}, rank {worst[1]}, sequence {worst[2]}, position {worst[3]}, node `{decode.name}`",
+            f"rel-RMSE {rel:.2e} (worst token {worst[0]:.2e}); {culprit}", f"at most {limit:.0e}",
+            family, "numeric",
+        )
+    ]  # fmt: skip
+
+
+def _blame(
+    run: LayerRun,
+    attention: AttentionMatch,
+    scratch: Scratch,
+    site: int,
+    decode: fx.Node,
+    limit: float,
+) -> tuple[str, int]:
+    """Which half is wrong: a rank's own attention over its shard, or what is made of the ranks' parts."""
+    layout, options = scratch.compiled.plan.layout, scratch.compiled.plan.options
+    for rank, values in enumerate(run.values):
+        q = torch.cat([values[n.name].double() for n in decode.args[:2]], dim=-1)
+        o, lse = (x.double() for x in values[decode.name])
+        for row, length in enumerate(scratch.lengths):
+            T = q.shape[1]
+            mine = deal(length, layout.kvp, options.tokens_per_block)[rank % layout.kvp]
+            held = scratch.shard(site, row, rank, len(mine)).double()
+            seen = torch.tensor(mine)[None] <= torch.arange(length - T, length)[:, None]
+            s = torch.einsum("thw,sw->ths", q[row], held) * attention.scale
+            s = s.masked_fill(~seen[:, None], -torch.inf)
+            expected = torch.logsumexp(s, dim=-1)
+            at = f"`{decode.name}` on rank {rank}, sequence {row} ({len(mine)} local keys)"
+            alive = expected > -torch.inf
+            if not torch.equal(alive, lse[row] > -torch.inf) or bool(lse[row].isnan().any()):
+                return f"{at} says the wrong shards are empty", 5
+            wanted = torch.einsum(
+                "ths,sr->thr", s.softmax(-1).nan_to_num(0), held[:, : attention.kv_lora_rank]
+            )
+            norm = max(float(wanted.square().sum()), 1e-300)
+            off = (float((o[row] - wanted)[alive].square().sum()) / norm) ** 0.5
+            if not off <= 2 * limit:
+                return f"{at}: its partial output is wrong", 4
+            if float((lse[row] - expected)[alive].abs().max() if bool(alive.any()) else 0) > max(
+                limit, 1e-3
+            ):
+                return f"{at}: its lse is wrong", 6
+    return "each rank's own part is right: the exchange or the merge is wrong", 6
+
+
+def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int) -> Tensor:
+    """Causal attention of q [T, h, R + r] over entries [length, R + r]; the last T of them are the queries' own."""
+    T = q.shape[0]
+    s = torch.einsum("thw,sw->ths", q, entries) * attention.scale
+    seen = torch.arange(length) <= torch.arange(length - T, length)[:, None]
+    s = s.masked_fill(~seen[:, None], -torch.inf)
+    return torch.einsum("ths,sr->thr", s.softmax(-1), entries[:, : attention.kv_lora_rank])
+
+
+def _decode_node(graph: fx.Graph, scratch: Scratch, site: int) -> fx.Node | None:
+    nodes = [n for n in graph.nodes if base_name(n.target) == "mla_decode"]
+    first = min(
+        (site - i for i, _ in enumerate(nodes)), default=site
+    )  # sites of one body are consecutive
+    return nodes[0] if len(nodes) == 1 else (nodes[site - first] if nodes else None)

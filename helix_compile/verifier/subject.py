@@ -1,0 +1,234 @@
+"""The numeric half of verify(): a module, the original in fp64 beside it, each kind of layer and every stage."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from helix_compile.capture import CapturedGraph
+from helix_compile.matches import LayerMatch
+from helix_compile.module import HelixModule
+from helix_compile.params import originals
+from helix_compile.passes.fx_edit import placeholders
+from helix_compile.passes.pipeline import STAGES, lowered_copy
+from helix_compile.placement import normal_form, parse_layout
+from helix_compile.verifier.check import Check, Progress
+from helix_compile.verifier.conditioning import sharpening
+from helix_compile.verifier.layer_check import (
+    LayerOutcome,
+    cases,
+    check_layer,
+    layers_to_check,
+    pooled_finding,
+)
+from helix_compile.verifier.layer_run import CapturedReference
+from helix_compile.verifier.numeric import (
+    LIMIT,
+    RATIO,
+    Batch,
+    Outcome,
+    Pool,
+    Scenario,
+    batches,
+    run_scenario,
+    scenarios,
+    stage_params,
+)
+from helix_compile.verifier.reference import EagerReference, apply_edits, wide_copy
+from helix_compile.verifier.report import Finding
+from helix_compile.verifier.scratch import Scratch
+from helix_compile.verifier.static_graph import TypedGraph, type_graph
+from helix_compile.verifier.step_bisect import bisect_step
+
+DRAWS_16_BIT = 8  # seeds that the 1.25x rule is pooled over
+
+
+class Subject:
+    """The module under test, and the original in fp64 with weights that sharpen attention."""
+
+    def __init__(
+        self,
+        compiled: HelixModule,
+        model: nn.Module,
+        captured: CapturedGraph,
+        matches: dict[str, LayerMatch],
+        typed: TypedGraph,
+        seed: int,
+        say: Progress,
+        check: Check,
+    ):
+        self.compiled, self.typed, self.seed, self.say, self.check = (
+            compiled,
+            typed,
+            seed,
+            say,
+            check,
+        )
+        self.dtype: torch.dtype = getattr(torch, compiled.plan.dtype)
+        self.plain = wide_copy(model, {})
+        weights = dict(originals(self.plain))
+        self.reference = CapturedReference(captured, matches, weights)
+        self.edits = sharpening(self.reference, seed)
+        apply_edits(weights, self.edits)
+        self.own_model, self.own = None, None
+        if LIMIT.get(self.dtype) is None:  # in 16 bits the original's own rounding is the yardstick
+            self.own_model = copy.deepcopy(model)
+            own_weights = dict(originals(self.own_model))
+            apply_edits(own_weights, self.edits)
+            self.own = CapturedReference(captured, matches, own_weights, wide=False)
+
+    def params(self, graph: fx.GraphModule, stage: str) -> list[dict[str, Tensor]]:
+        """Each rank's parameters with the edits made on copies of its own tensors: a wrong shard stays wrong."""
+        return [
+            {
+                n: self.edits[n](t.clone()).to(t.dtype) if n in self.edits else t
+                for n, t in p.items()
+            }
+            for p in stage_params(self.compiled, graph, stage)
+        ]
+
+
+def check_layers(subject: Subject) -> None:
+    """First and last layer of each body on needle keys."""
+    compiled, reference, check = subject.compiled, subject.reference, subject.check
+    params = subject.params(compiled.graph, STAGES[-1])
+    draws = DRAWS_16_BIT if subject.own is not None else 1
+    failed: set[str] = set()
+    for layer in layers_to_check(reference):
+        body = str(reference.call(layer).target)
+        if body in failed:
+            continue  # the first layer of this body has told what is wrong
+        layouts = subject.typed.layouts.get(body, {})
+        outcome = LayerOutcome()
+        for number, case in enumerate(cases(compiled, reference.matches[body])):
+            subject.say(f"numeric: layer {layer}, context {max(case.lengths)}")
+            # in 16 bits the short context is drawn several times: the rule is on the pool
+            for draw in range(draws if number == 0 else 1):
+                seed = subject.seed + draw
+                room = max(case.lengths) + case.T
+                scratch = Scratch(compiled, compiled.graph, params, len(case.lengths), room, seed)
+                if not outcome.findings:
+                    check_layer(
+                        scratch,
+                        reference,
+                        subject.own,
+                        layer,
+                        case,
+                        layouts,
+                        check.coverage,
+                        outcome,
+                        seed,
+                    )
+        where = f"layer {layer} ({body})"
+        found = outcome.findings or pooled_finding(outcome, where, draws)
+        failed |= {body} if found else set()
+        check.findings += found
+        check.notes += outcome.notes
+
+
+def check_steps(subject: Subject) -> None:
+    """Every stage over a ragged prompt and steps, the last also to a full cache."""
+    compiled, check = subject.compiled, subject.check
+    limit = LIMIT.get(subject.dtype)
+    check.coverage.limit = limit if limit is not None else RATIO
+    runs, notes = scenarios(compiled, sum(p.numel() for p in subject.plain.parameters()))
+    check.notes += notes
+    stages = [
+        n
+        for n in STAGES[1:]
+        if n in compiled.stages and (n == STAGES[-1] or compiled.facts.originals)
+    ]
+    if len(stages) < len(STAGES) - 1:
+        check.notes.append(
+            f"a reloaded module holds the weights of {STAGES[-1]!r} only: the other stages were not run"
+        )
+    for stage in stages:
+        check.coverage.stages.append(stage)
+        for scenario in runs if stage == STAGES[-1] else runs[:1]:
+            subject.say(f"numeric: stage {stage}, {scenario.name}")
+            found = check.guarded(f"stage {stage}", partial(_stage, subject, stage, scenario))
+            if found is None or found:
+                # the first stage that deviates is the one to look at: what follows from it is not said again
+                guess = next(
+                    (f.family for f in check.findings if f.check == "numeric" and f.family), 0
+                )
+                check.findings += [replace(f, family=guess or f.family) for f in found or []]
+                return
+
+
+def _stage(subject: Subject, stage: str, scenario: Scenario) -> list[Finding]:
+    compiled, check = subject.compiled, subject.check
+    last = stage == STAGES[-1]
+    where = f"stage {stage}, {scenario.name}"
+    graph = compiled.graph if last else lowered_copy(compiled.stages[stage])
+    params = subject.params(graph, stage)
+    pool, rows = Pool(), len(scenario.lengths)
+    draws = DRAWS_16_BIT if subject.own is not None and last and scenario.name == "ragged" else 1
+    for draw in range(draws):
+        seed = subject.seed + draw
+        steps = batches(scenario, compiled.facts.vocab_size, seed)[: None if last else 3]
+        scratch = Scratch(compiled, graph, params, rows, scenario.capacity, seed)
+        own = EagerReference(subject.own_model) if subject.own is not None else None
+        outcome = run_scenario(
+            scratch, EagerReference(subject.plain), own, steps, where, check.coverage, pool
+        )
+        check.notes += outcome.notes
+        check.coverage.largest_deviation = max(check.coverage.largest_deviation, outcome.worst)
+        if outcome.findings:
+            return _located(subject, stage, graph, params, scenario, steps, seed, outcome)
+    if subject.own is not None and last:
+        check.coverage.largest_deviation = max(check.coverage.largest_deviation, pool.ratio)
+        if pool.ratio > RATIO:
+            got = f"rel-RMSE {pool.rel_rmse:.2e}, {pool.ratio:.2f} times the original's own, over {draws} draws"
+            return [Finding("HX401", where, got, f"at most {RATIO} times", 0, "numeric")]
+    return []
+
+
+def _located(
+    subject: Subject,
+    stage: str,
+    graph: fx.GraphModule,
+    params: list[dict[str, Tensor]],
+    scenario: Scenario,
+    steps: list[Batch],
+    seed: int,
+    outcome: Outcome,
+) -> list[Finding]:
+    """The findings of a step with the layer and node where the deviation starts."""
+    assert outcome.failing_step is not None
+    typed = subject.typed if stage == STAGES[-1] else _typed_stage(subject.compiled, graph, params)
+    scratch = Scratch(
+        subject.compiled, graph, params, len(scenario.lengths), scenario.capacity, seed
+    )
+    try:
+        located, layer = bisect_step(
+            scratch,
+            EagerReference(subject.plain),
+            subject.reference,
+            typed,
+            steps,
+            outcome.failing_step,
+        )
+    except Exception:
+        return outcome.findings
+    if located is None:
+        return outcome.findings
+    place = "outer graph" if layer is None else f"layer {layer}"
+    return [located.named(replace(f, where=f"{f.where}, {place}")) for f in outcome.findings]
+
+
+def _typed_stage(
+    compiled: HelixModule, graph: fx.GraphModule, params: list[dict[str, Tensor]]
+) -> TypedGraph:
+    """Layouts of an earlier stage: only what it has cut lies in parts."""
+    cut = {n.meta["input"][1] for n in placeholders(graph.graph) if n.meta.get("sharded")}
+    layouts = {
+        name: normal_form(parse_layout(shard.layout), compiled.plan.layout)
+        for name, (_, shard) in compiled.facts.shards.items()
+        if name in cut
+    }
+    return type_graph(graph, params[0], layouts, compiled.plan.layout)
