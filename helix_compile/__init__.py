@@ -3,6 +3,7 @@
 compiled = helix_compile(model, cp=4)
 logits = compiled(input_ids)
 print(compiled.inspect())
+print(verify(compiled, model))
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from helix_compile.errors import (
 )
 from helix_compile.module import HelixModule
 from helix_compile.plan import HelixPlan
+from helix_compile.verification import assert_equivalent, verify
+from helix_compile.verifier.report import Finding, VerificationReport
 
 __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "CapturedGraph",
+    "Finding",
     "HelixError",
     "HelixModule",
     "HelixPlan",
@@ -37,6 +41,9 @@ __all__ = [
     "PassError",
     "PlanError",
     "RuntimeFault",
+    "VerificationReport",
+    "assert_equivalent",
     "capture",
     "helix_compile",
+    "verify",
 ]

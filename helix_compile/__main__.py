@@ -1,4 +1,4 @@
-"""The console script: helix-compile inspect | generate. JSON goes to stdout alone, progress to stderr.
+"""The console script: helix-compile inspect | verify | generate. JSON goes to stdout alone, progress to stderr.
 
 Exit status: 0 fine, 1 a check failed, 2 wrong use.
 """
@@ -112,6 +112,82 @@ def generate(
             print(" ".join(map(str, row)))
 
 
+@app.command()
+def verify(
+    ctx: typer.Context,
+    model: Annotated[str | None, typer.Argument(help=_MODEL_HELP)] = None,
+    cp: Annotated[int | None, typer.Option(help="ranks that share a KV cache by sequence")] = None,
+    tpa: Tpa = 1,
+    ep: Ep = None,
+    tokens_per_block: TokensPerBlock = 32,
+    merge: Merge = "a2a",
+    q_proj: QProj = "replicate",
+    v_up: VUp = "auto",
+    overlap: Overlap = "none",
+    lower: Lower = "auto",
+    world: World = "auto",
+    max_batch_size: MaxBatch = 8,
+    max_seq_len: MaxSeqLen = 4096,
+    dtype: Dtype = None,
+    float64_too: Annotated[
+        bool,
+        typer.Option("--float64-too", help="compile the same plan in float64 and hold it to 1e-10"),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="of tokens, hidden states and needles")] = 0,
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test", help="verify the verifier: every known fault must be caught"),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check that MODEL, rewritten, is MODEL: graph, weights and numbers. Exit status 1 if anything is found."""
+    if (model is None) != (cp is None) or (model is None and not self_test):
+        raise HelixError(
+            "helix-compile verify: give MODEL and --cp N, or --self-test, or all of them"
+        )
+    options = _checked_options(ctx) if model is not None else {}
+    results = []
+    if model is not None:
+        results.append(_verified(_model(model, dtype, meta=False), options, float64_too, seed))
+    if self_test:
+        from helix_compile.mutants import self_test as tester
+
+        verdicts = tester.self_test(tester.awkward_model(), progress=_say)
+        text, table = tester.to_json(verdicts), tester.format_table(verdicts)
+        results.append((all(v.caught for v in verdicts), text, table))
+    if as_json:
+        documents = [json.loads(text) for _, text, _ in results]
+        both = {
+            "ok": all(ok for ok, *_ in results),
+            "verify": documents[0],
+            "self_test": documents[-1],
+        }
+        print(json.dumps(documents[0] if len(documents) == 1 else both, indent=1))
+    else:
+        print("\n\n".join(text for *_, text in results))
+    raise typer.Exit(0 if all(ok for ok, *_ in results) else 1)
+
+
+def _verified(
+    built: Any, options: dict[str, Any], float64_too: bool, seed: int
+) -> tuple[bool, str, str]:
+    """(ok, JSON, text) of verify() on a model or a checkpoint folder."""
+    import torch
+
+    from helix_compile.compile import helix_compile
+    from helix_compile.model_source import load_folder
+    from helix_compile.verification import verify as check
+
+    original = load_folder(built, None) if isinstance(built, Path) else built
+    compiled = helix_compile(original, **options)
+    report = check(compiled, original, dtype=torch.float64 if float64_too else None, seed=seed, progress=_say)  # fmt: skip
+    return report.ok, report.to_json(), str(report)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _later(name: str, what: str) -> None:
     @app.command(
         name,
@@ -123,7 +199,6 @@ def _later(name: str, what: str) -> None:
 
 
 for _name, _what in (
-    ("verify", "the equivalence verifier"),
     ("kernels", "the offline kernel compiler"),
     ("export", "ONNX and TensorRT export"),
     ("plan", "the planner"),
@@ -133,17 +208,26 @@ for _name, _what in (
 
 
 def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> Any:
-    # options first: loading a model, and the imports for it, may take minutes
-    HelixOptions(**{name: ctx.params[name] for name in _OPTIONS if name != "world"})
+    options = _checked_options(ctx)
     from helix_compile.compile import helix_compile
+
+    return helix_compile(_model(model, dtype, meta), **options)
+
+
+def _checked_options(ctx: typer.Context) -> dict[str, Any]:
+    """Options first: loading a model, and the imports for it, may take minutes."""
+    HelixOptions(**{name: ctx.params[name] for name in _OPTIONS if name != "world"})
+    return {name: ctx.params[name] for name in _OPTIONS}
+
+
+def _model(model: str, dtype: str | None, meta: bool) -> Any:
     from helix_compile.models.presets import named_model
 
     print(f"compiling {model} ...", file=sys.stderr)
     try:
-        built = named_model(model, dtype, meta)
+        return named_model(model, dtype, meta)
     except (KeyError, ValueError, OSError) as error:
         raise HelixError(f"MODEL {model!r}: {error.args[0] if error.args else error}") from error
-    return helix_compile(built, **{name: ctx.params[name] for name in _OPTIONS})
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def captured_from(
             raise CaptureError("this CapturedGraph does not hold its model; use capture(model)")
         return model
     if isinstance(model, (str, Path)):
-        model = _load_folder(Path(model), dtype)
+        model = load_folder(Path(model), dtype)
     if isinstance(model, HelixModule):
         raise CaptureError(
             "this model is already compiled by helix_compile; pass the original model"
@@ -65,7 +65,8 @@ def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a checkpoint folder, in eval mode; CaptureError if there is none or it can't be loaded."""
     if not (folder / "config.json").is_file():
         raise CaptureError(f"{folder} is not a checkpoint folder: it has no config.json")
     from transformers import AutoModelForCausalLM  # slow to import, and only this path needs it

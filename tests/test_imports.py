@@ -19,7 +19,9 @@ ROOMS: list[tuple[str, str]] = [
     ("decisions and passes", "planning param_plan passes."),
     ("step", "params kv_cache step_inputs prefix_import"),
     ("run", "module inspection generation model_source saving saved_checks"),
-    ("front door", "compile backend __main__ __init__"),
+    ("spine", "compile"),
+    ("verification", "verifier verifier. verification mutants mutants."),
+    ("front door", "backend __main__ __init__"),
 ]  # fmt: skip
 # the pipeline gives example shapes of the cache to the attention pass
 EXCEPTIONS = {("passes.pipeline", "kv_cache")}

@@ -1,0 +1,211 @@
+"""Does the verifier catch every fault of the catalogue, and would a served system's acceptance rule have caught it?
+
+The rule is that of TensorRT-LLM's Helix module test: an element may be off by 0.1 + 0.05 * |reference|, and 2 % of the
+elements may be off by more. It is applied in its own conditions: one layer, one new token, random keys, equal shards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from helix_compile.capture import capture
+from helix_compile.compile import helix_compile
+from helix_compile.models.presets import TINY, build_model
+from helix_compile.module import HelixModule
+from helix_compile.mutants.catalogue import CATALOGUE, Mutant
+from helix_compile.params import originals
+from helix_compile.passes.match_layers import match_layers
+from helix_compile.verification import verify
+from helix_compile.verifier.conditioning import sharpening
+from helix_compile.verifier.layer_check import LayerCase
+from helix_compile.verifier.layer_run import CapturedReference, LayerInputs, run_layer
+from helix_compile.verifier.needles import absorbed_query, background
+from helix_compile.verifier.reference import apply_edits, wide_copy
+from helix_compile.verifier.report import FAMILIES
+from helix_compile.verifier.scratch import Scratch
+
+ATOL, RTOL, MAY_FAIL = 0.1, 0.05, 0.02
+CONTEXT = 512  # tokens of the rule's case; every shard has the same number
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one mutant.
+
+    Attributes:
+        static, numeric: codes of the findings.
+        off: share of elements that the acceptance rule has outside its tolerance; None: it did not run at all.
+    """
+
+    name: str
+    family: int
+    kind: str
+    static: tuple[str, ...]
+    numeric: tuple[str, ...]
+    off: float | None
+
+    @property
+    def caught(self) -> bool:
+        """True if verify() found anything."""
+        return bool(self.static or self.numeric)
+
+    @property
+    def passes_rule(self) -> bool:
+        """True if the acceptance rule would let it through."""
+        return self.off is not None and self.off <= MAY_FAIL
+
+
+def awkward_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A DeepSeek-V3 with 24 heads and FFN widths that do not divide: shards need padding at three ranks."""
+    from transformers import DeepseekV3Config
+
+    sizes = {
+        **TINY, "hidden_size": 72, "intermediate_size": 112, "moe_intermediate_size": 40,
+        "num_attention_heads": 24, "num_key_value_heads": 24, "q_lora_rank": 28, "kv_lora_rank": 20,
+        "qk_rope_head_dim": 6, "qk_nope_head_dim": 10, "v_head_dim": 14,
+    }  # fmt: skip
+    return build_model(DeepseekV3Config(**sizes), dtype=dtype)
+
+
+def self_test(
+    model: nn.Module,
+    mutants: list[Mutant] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Verdict]:
+    """Compile `model` once for each mutant, break it, verify it.
+
+    Args:
+        model: a DeepSeek-V3 in transformers' names with dense and MoE layers, 24 heads, 8 experts: awkward_model().
+        mutants: by default the whole catalogue.
+        progress: called with the name of each mutant when its turn comes.
+    """
+    judge = _Rule(model)
+    verdicts = []
+    for mutant in CATALOGUE if mutants is None else mutants:
+        if progress is not None:
+            progress(mutant.name)
+        compiled = helix_compile(model, world="virtual", **mutant.options)
+        mutant.apply(compiled)
+        report = verify(compiled, model)
+        codes = {
+            check: tuple(sorted({f.code for f in report.findings if f.check == check}))
+            for check in ("static", "numeric")
+        }
+        verdicts.append(
+            Verdict(
+                mutant.name, mutant.family, mutant.kind, codes["static"], codes["numeric"],
+                judge.share_off(compiled),
+            )
+        )  # fmt: skip
+    return verdicts
+
+
+class _Rule:
+    """The acceptance rule on the first layer of each body."""
+
+    def __init__(self, model: nn.Module):
+        captured = capture(model)
+        matches = match_layers(captured, 1024)
+        twin = wide_copy(model, {})
+        weights = dict(originals(twin))
+        self.reference = CapturedReference(captured, matches, weights)
+        self.edits = sharpening(self.reference, 0)
+        apply_edits(weights, self.edits)
+        self.cases = dict(self._cases(model.dtype))  # type: ignore[arg-type] # transformers' property
+
+    def _cases(self, dtype: torch.dtype) -> Iterator[tuple[int, tuple[LayerInputs, Tensor]]]:
+        for body, match in self.reference.matches.items():
+            layer = self.reference.captured.layers_of(body)[0].index
+            generator = torch.Generator().manual_seed(0)
+            attention = match.attentions[0]
+            hidden = torch.randn(1, 1, attention.hidden_size, generator=generator).to(dtype)
+            wide = hidden.double()
+            mask = torch.ones(1, CONTEXT + 1, dtype=torch.int64)
+            positions = torch.tensor([[CONTEXT]])
+            zero = [torch.zeros(1, 1, CONTEXT, w, dtype=torch.float64) for w in (attention.kv_lora_rank, attention.qk_rope_head_dim)]  # fmt: skip
+            probe = LayerInputs(wide, mask, positions, ((zero[0], zero[1]),))
+            prefix = self.reference.captured.layers_of(body)[0].prefix
+            values = self.reference.layer(layer, probe)
+            kv_up = self.reference.tensors[prefix + attention.kv_up_weight]
+            latent, k_rope = background(attention, absorbed_query(attention, values, kv_up), CONTEXT, generator)  # fmt: skip
+            past = (latent[:, None].to(dtype), k_rope[:, None].to(dtype))
+            expected = self.reference.layer(
+                layer, LayerInputs(wide, mask, positions, ((past[0].double(), past[1].double()),))
+            )["output"]
+            yield layer, (LayerInputs(hidden, mask, positions, (past,)), expected)
+
+    def share_off(self, compiled: HelixModule) -> float | None:
+        """Largest share of elements outside the tolerance, over the layers; None if a layer does not run."""
+        case, worst = LayerCase((CONTEXT,), 1), 0.0
+        params = [
+            {
+                n: self.edits[n](t.clone()).to(t.dtype) if n in self.edits else t
+                for n, t in r.params.items()
+            }
+            for r in compiled.ranks
+        ]
+        for layer, (given, expected) in self.cases.items():
+            try:
+                scratch = Scratch(compiled, compiled.graph, params, 1, CONTEXT + case.T)
+                site = next(x for x in self.reference.captured.layers if x.index == layer).caches[0]
+                scratch.fill(site, 0, torch.cat(given.pasts[0], dim=-1)[0, 0])
+                outputs = run_layer(
+                    scratch, layer, given, torch.ones(1, 1, dtype=torch.int64)
+                ).outputs
+            except (
+                Exception
+            ):  # a mutant may do anything; a test that does not run is a test that fails
+                return None
+            for output in outputs:
+                off = (output.double() - expected).abs() > ATOL + RTOL * expected.abs()
+                off |= ~torch.isfinite(output)
+                worst = max(worst, float(off.double().mean()))
+        return worst
+
+
+def format_table(verdicts: list[Verdict]) -> str:
+    """Mutant x (static, numeric, would the acceptance rule let it pass), and the sums."""
+    console = Console(file=StringIO(), width=140, highlight=False, no_color=True)
+    table = Table(box=box.ASCII2, show_edge=False, pad_edge=False)
+    for column in ("mutant", "family", "on", "static", "numeric", "atol 0.1 rtol 0.05, 2 %"):
+        table.add_column(column, overflow="fold")
+    for v in verdicts:
+        rule = (
+            "does not run"
+            if v.off is None
+            else f"{v.off:.1%} off: {'PASSES' if v.passes_rule else 'caught'}"
+        )
+        static = " ".join(v.static) or ("-" if v.caught else "SURVIVES")
+        table.add_row(v.name, FAMILIES[v.family], v.kind, static, " ".join(v.numeric) or "-", rule)
+    console.print(table)
+    caught = sum(v.caught for v in verdicts)
+    passing = sum(v.passes_rule for v in verdicts)
+    console.print(
+        f"{caught} of {len(verdicts)} mutants caught; {passing} would pass atol {ATOL}, rtol {RTOL} with 2 % off",
+        markup=False,
+    )
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined] # StringIO
+
+
+def to_json(verdicts: list[Verdict]) -> str:
+    """The table as JSON."""
+    rows: list[dict[str, Any]] = [
+        {
+            **asdict(v),
+            "family": FAMILIES[v.family],
+            "caught": v.caught,
+            "passes_rule": v.passes_rule,
+        }
+        for v in verdicts
+    ]
+    return json.dumps({"ok": all(v.caught for v in verdicts), "mutants": rows}, indent=1)
