@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from helix_compile.capture import capture
+from helix_compile.capture import CapturedLayer, capture
 from helix_compile.compile import helix_compile
 from helix_compile.errors import HelixError
 from helix_compile.matches import LayerMatch
 from helix_compile.model_source import converted_copy
 from helix_compile.module import HelixModule
-from helix_compile.params import originals
+from helix_compile.params import originals, shard_of_name
 from helix_compile.passes.fx_edit import is_param, placeholders
 from helix_compile.passes.match_layers import match_layers
 from helix_compile.verifier import static_plan, static_ranks
@@ -116,7 +116,9 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     same = model if model.dtype == own_dtype else converted_copy(model, own_dtype)
     captured = capture(same, owner=model)
     matches = match_layers(captured, compiled.plan.options.max_seq_len)
-    typed = check.guarded("static", partial(_static, compiled, same, matches, check))
+    typed = check.guarded(
+        "static", partial(_static, compiled, same, captured.layers, matches, check)
+    )
     typed = typed or TypedGraph(compiled.graph)
     say("numeric: a deep copy of the original in float64")
     subject = Subject(compiled, same, captured, matches, typed, seed, say, check)
@@ -126,13 +128,18 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
 
 
 def _static(
-    compiled: HelixModule, model: nn.Module, matches: dict[str, LayerMatch], check: Check
+    compiled: HelixModule,
+    model: nn.Module,
+    layers: tuple[CapturedLayer, ...],
+    matches: dict[str, LayerMatch],
+    check: Check,
 ) -> TypedGraph:
     plan, graph = compiled.plan, compiled.graph
     held = [rank.params for rank in compiled.ranks]
     whole = {n: t.to(compiled.device) for n, t in originals(model).items()}
     names = [n.meta["input"][1] for n in placeholders(graph.graph) if is_param(n)]
-    params = check_params(names, held, whole, compiled.facts.shards, plan.layout)
+    shards = shard_of_name(plan, [(layer.prefix, layer.body) for layer in layers])
+    params = check_params(names, held, whole, shards, plan.layout)
     typed = type_graph(graph, dict(held[0]), params.layouts, plan.layout)
     found = [*static_plan.check_plan(plan, matches, len(held)), *params.findings, *typed.findings]
     checks: list[Callable[[], list[Finding]]] = [

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from helix_compile.errors import HelixError
 from helix_compile.module import HelixModule
+from helix_compile.passes.fx_edit import is_param, placeholders
 from helix_compile.passes.pipeline import STAGES
 from helix_compile.placement import normal_form, parse_layout
 from helix_compile.verifier.check import Check, Progress
@@ -83,11 +84,19 @@ def check_pair(compiled: HelixModule, other: HelixModule, seed: int, say: Progre
 
 def _typed(module: HelixModule) -> TypedGraph:
     """Without the original, how parameters lie is taken from the plan."""
-    layout = module.plan.layout
-    layouts = {
-        n: normal_form(parse_layout(s.layout), layout) for n, (_, s) in module.facts.shards.items()
-    }
-    return type_graph(module.graph, dict(module.ranks[0].params), layouts, layout)
+    plan, layouts = module.plan, {}
+    for call in [n for n in module.graph.graph.nodes if n.op == "call_module"]:
+        body = module.graph.get_submodule(str(call.target))
+        assert isinstance(body, fx.GraphModule)
+        for node, argument in zip(placeholders(body.graph), call.args, strict=False):
+            shard = (
+                plan.body(str(call.target)).shard(node.meta["input"][1]) if is_param(node) else None
+            )
+            if shard is not None and isinstance(argument, fx.Node):
+                layouts[argument.meta["input"][1]] = normal_form(
+                    parse_layout(shard.layout), plan.layout
+                )
+    return type_graph(module.graph, dict(module.ranks[0].params), layouts, plan.layout)
 
 
 def _run(

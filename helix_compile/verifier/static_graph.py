@@ -75,8 +75,8 @@ def type_graph(
         body = typed.module.get_submodule(name)
         assert isinstance(body, fx.GraphModule)
         _type_body(typed, name, body.graph, call, shapes, params, degrees)
+    _forget_shapes(outer)
     try:
-        _give_calls_shapes(outer)
         propagate_shapes(outer)
         layouts = infer_layouts(outer, outer_layout, degrees, partial(_call, typed))
         typed.layouts[""] = {n.name: layout for n, layout in layouts.items()}
@@ -121,10 +121,10 @@ def _real_shapes(graph: fx.Graph, shapes: dict[str, Tensor]) -> None:
                 node.meta["val"] = torch.empty(real.shape, dtype=real.dtype)
 
 
-def _give_calls_shapes(outer: fx.Graph) -> None:
-    """A layer's value has the shape of its hidden input; the typing of its body has checked that."""
-    for call in _layer_calls(outer):
-        call.meta["val"] = call.args[0].meta["val"]
+def _forget_shapes(graph: fx.Graph) -> None:
+    """Nothing that an earlier propagation wrote is trusted."""
+    for node in graph.nodes:
+        node.meta.pop("val_key", None)
 
 
 def _type_body(
@@ -153,8 +153,7 @@ def _type_body(
         return params.get(local[node], {}) if node in local else step_layout(*node.meta["input"])
 
     typed.findings += _waits(name, graph)
-    for node in graph.nodes:
-        node.meta.pop("val_key", None)
+    _forget_shapes(graph)
     try:
         propagate_shapes(graph)
         layouts = infer_layouts(graph, layout_of, degrees)

@@ -153,9 +153,10 @@ def check_steps(subject: Subject) -> None:
             found = check.guarded(f"stage {stage}", partial(_stage, subject, stage, scenario))
             if found is None or found:
                 # the first stage that deviates is the one to look at: what follows from it is not said again
-                guess = next(
-                    (f.family for f in check.findings if f.check == "numeric" and f.family), 0
+                known = sorted(
+                    (f for f in check.findings if f.family), key=lambda f: f.check != "static"
                 )
+                guess = known[0].family if known else 0
                 check.findings += [replace(f, family=guess or f.family) for f in found or []]
                 return
 

@@ -1,0 +1,97 @@
+"""Every known fault is caught, and what the verifier says of it is of the right kind."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from helix_compile import HelixModule, VerificationReport, helix_compile, verify
+from helix_compile.mutants.catalogue import CATALOGUE, Mutant
+from helix_compile.verifier.report import CODES, FAMILIES
+from tests.support.models import tiny_model
+
+OPTIONS = [dict(t) for t in dict.fromkeys(tuple(m.options.items()) for m in CATALOGUE)]
+
+MUTANTS = {m.name: m for m in CATALOGUE}
+# what no type can see: these must be found by the numbers, and by this check of them
+BY_NUMBERS = {
+    "gate and up are swapped": "HX403",
+    "the last choice of a token is dropped": "HX403",
+    "plain mean of the parts": "HX402",
+    "base-2 weights from natural-log statistics": "HX402",
+    "an empty shard says lse = 0": "HX402",
+    "dead parts are multiplied by 0 and hold NaN": "HX406",
+    "a page is counted in absolute slots past the first": "HX402",
+    "a token is also written one slot further": "HX404",
+    "query and key positions one too large": "HX404",
+    "only the first token of a step is written": "HX404",
+    "padding is written to slot 0": "HX401",
+    "attention reads the cache before the new token is written": "HX402",
+}
+# right numbers, wrong all the same: only the static check can find these
+BY_TYPES = {
+    "every rank computes the whole FFN and takes its part of the sum": "HX107",
+    "a projection is computed twice and averaged": "HX107",
+    "attention over the cache is computed twice": "HX107",
+    "merge option accepted and ignored": "HX105",
+    "v_up option accepted and ignored": "HX302",
+    "two sequences share a page": "HX404",
+    "a cache is imported in the order of the sender, not dealt block by block": "HX404",
+    "a collective is waited for twice": "HX104",
+    "o_proj rows in (kvp, tpa) order": "HX201",
+    "FFN shards overlap by one row": "HX202",
+    "one rank has an older router bias": "HX204",
+    "kvp groups run through in reverse": "HX106",
+    "blocks start one token late": "HX301",
+    "an op of unknown meaning stands in the graph": "HX103",
+    "a layer is called with the norm of another": "HX109",
+    "no all_reduce behind the FFN": "HX101",
+    "owned heads reach o_proj in reverse": "HX102",
+}
+
+
+def mutated(mutant: Mutant) -> HelixModule:
+    compiled = helix_compile(tiny_model(), **mutant.options)
+    mutant.apply(compiled)
+    return compiled
+
+
+@cache
+def report_of(name: str) -> VerificationReport:
+    return verify(mutated(MUTANTS[name]), tiny_model())
+
+
+def test_the_catalogue_is_wide() -> None:
+    assert len(MUTANTS) == len(CATALOGUE) >= 40
+    assert {m.family for m in CATALOGUE} == set(FAMILIES) - {0}
+    kinds = {"graph", "parameters", "cache", "positions", "plan", "kernel"}
+    assert {m.kind for m in CATALOGUE} == kinds
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_caught(name: str) -> None:
+    report = report_of(name)
+    assert not report.ok
+    assert all(f.code in CODES and f.where and f.got and f.expected for f in report.findings)
+    found = {(f.code, f.check) for f in report.findings}
+    if name in BY_NUMBERS:
+        assert (BY_NUMBERS[name], "numeric") in found
+    if name in BY_TYPES:
+        assert (BY_TYPES[name], "static") in found
+
+
+def test_the_expectations_name_mutants() -> None:
+    assert set(BY_NUMBERS) | set(BY_TYPES) <= set(MUTANTS)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_same_plan_without_a_fault_is_fine(options: dict) -> None:
+    report = verify(helix_compile(tiny_model(), **options), tiny_model())
+    assert report.ok, report
+
+
+def test_the_likeliest_family_is_usually_the_one() -> None:
+    """A guess, so not each time; but a reader who follows it is right more often than not."""
+    right = [n for n, m in MUTANTS.items() if m.family in {f.family for f in report_of(n).findings}]
+    assert len(right) >= 0.7 * len(MUTANTS)
