@@ -24,7 +24,12 @@ from helix_compile.verifier.bisect import Located, first_deviation
 from helix_compile.verifier.cache_check import check_cache
 from helix_compile.verifier.check import fault
 from helix_compile.verifier.layer_run import CapturedReference, LayerInputs, LayerRun, run_layer
-from helix_compile.verifier.needles import absorbed_query, background, plant
+from helix_compile.verifier.needles import (
+    absorbed_query,
+    background,
+    need_the_new_token,
+    plant,
+)
 from helix_compile.verifier.numeric import LIMIT, RATIO
 from helix_compile.verifier.report import Coverage, Finding
 from helix_compile.verifier.routing import NEAR_TIE, Choices, RecordTopK
@@ -199,6 +204,10 @@ def _inputs(
         query = absorbed_query(attention, values, kv_up)
         latent, k_rope = background(attention, query, S, generator)
         if S:
+            new = tuple(values[n][:, 0].double() for n in (attention.latent, attention.k_rope))
+            coverage.needles += need_the_new_token(
+                attention, query, (new[0], new[1]), latent, list(case.lengths)
+            )
             coverage.needles += plant(attention, query, latent, k_rope, list(case.lengths))
         pasts.append((latent[:, None].to(dtype), k_rope[:, None].to(dtype)))
     return LayerInputs(hidden, mask, positions, tuple(pasts))

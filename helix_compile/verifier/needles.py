@@ -47,6 +47,39 @@ def background(
     return parts[0], parts[1]
 
 
+def need_the_new_token(
+    match: AttentionMatch,
+    query: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    latent: Tensor,
+    lengths: list[int],
+) -> int:
+    """Shift all past keys so that the last query's own token outweighs them in the last heads; in place.
+
+    The new token's key comes from the hidden state and can't be chosen. A vector u with q_h . u = -1 for these heads,
+    added to every past key, lowers all their scores alike. Returns how many heads were made so.
+    """
+    B, S = latent.shape[:2]
+    heads = list(range(match.num_heads))[-2:]
+    if S == 0:
+        return 0
+    for b in range(B):
+        first, n = S - lengths[b], lengths[b]
+        if n == 0:
+            continue
+        one = tuple(part[b : b + 1, -1:] for part in query)
+        own = scores(match, (one[0], one[1]), new[0][b : b + 1, -1:], new[1][b : b + 1, -1:])[
+            0, 0, heads, 0
+        ]
+        # a k_rope of zeros would do for the latent part alone: needles in the rope part are planted later
+        top = match.scale * torch.einsum(
+            "hr,sr->hs", query[0][b, -1, heads], latent[b, first:]
+        ).amax(-1)
+        lower = (top + math.log(n) + 3 - own).clamp(min=0) / match.scale
+        latent[b, first:] += torch.linalg.pinv(query[0][b, -1, heads]) @ -lower
+    return B * len(heads)
+
+
 def plant(
     match: AttentionMatch,
     query: tuple[Tensor, Tensor],
@@ -68,7 +101,7 @@ def plant(
         if n < 5:
             continue
         places = [first, S - 1, first + n // 2, first + 1, S - 2]
-        for h, place in enumerate(places[: match.num_heads]):
+        for h, place in enumerate(places[: max(1, match.num_heads - 2)]):
             by_rope = h >= 3 and match.qk_rope_head_dim > 0
             part, keys = (q_rope, k_rope) if by_rope else (q_latent, latent)
             direction = part[b, h]
