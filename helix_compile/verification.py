@@ -139,7 +139,8 @@ def _static(
     whole = {n: t.to(compiled.device) for n, t in originals(model).items()}
     names = [n.meta["input"][1] for n in placeholders(graph.graph) if is_param(n)]
     shards = shard_of_name(plan, [(layer.prefix, layer.body) for layer in layers])
-    params = check_params(names, held, whole, shards, plan.layout)
+    heads = {x.prefix + a.output_weight for x in layers for a in plan.body(x.body).attentions}
+    params = check_params(names, held, whole, shards, plan.layout, frozenset(heads))
     typed = type_graph(graph, dict(held[0]), params.layouts, plan.layout)
     found = [*static_plan.check_plan(plan, matches, len(held)), *params.findings, *typed.findings]
     checks: list[Callable[[], list[Finding]]] = [

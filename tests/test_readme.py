@@ -49,7 +49,12 @@ def test_the_python_of_the_readme_runs() -> None:
 def test_examples(capsys: pytest.CaptureFixture[str]) -> None:
     example("01_inspect_plan.py").main(num_layers=4)
     assert "egress_bytes_per_rank_per_token: 115136 -> 29120" in capsys.readouterr().out
-    example("02_compile_tiny.py").main()
+    example("02_verify.py").main()
+    printed = capsys.readouterr().out
+    assert "float64): equivalent" in printed and "rank 0 holds the part of rank 1" in printed
+    example("03_own_op.py").main()
+    assert "with a rule: equivalent" in capsys.readouterr().out
+    example("04_step_by_step.py").main()
     assert "after reset(rows=[0]): [0, 33]" in capsys.readouterr().out
 
 

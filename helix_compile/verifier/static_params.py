@@ -71,6 +71,7 @@ def check_params(
     originals: Mapping[str, Tensor],
     shards: Mapping[str, tuple[str, ParamShard]],
     layout: HelixLayout,
+    head_rows: frozenset[str] = frozenset(),
 ) -> ParamCheck:
     """Compare every parameter of the graph, on every rank, with the original weight.
 
@@ -79,6 +80,7 @@ def check_params(
         held: per rank, name -> tensor.
         originals: full name -> whole weight.
         shards: local name -> (name of the original, how the plan cuts it).
+        head_rows: o_proj weights: two ranks swapped there is a broken rank order.
     """
     check = ParamCheck()
     for name in names:
@@ -100,7 +102,8 @@ def check_params(
         if shard is None:
             check.findings += _replicated(where, local, whole)
         else:
-            check.findings += _sharded(where, local, whole, shard, layout)
+            family = 1 if name in head_rows else 2
+            check.findings += _sharded(where, local, whole, shard, layout, family)
             check.layouts[name] = normal_form(parse_layout(shard.layout), layout)
     check.findings += _holes(names, originals, shards)
     return check
@@ -128,7 +131,12 @@ def _replicated(where: str, local: list[Tensor], whole: Tensor) -> list[Finding]
 
 
 def _sharded(
-    where: str, local: list[Tensor], whole: Tensor, shard: ParamShard, layout: HelixLayout
+    where: str,
+    local: list[Tensor],
+    whole: Tensor,
+    shard: ParamShard,
+    layout: HelixLayout,
+    family: int,
 ) -> list[Finding]:
     wrong = [r for r, value in enumerate(local) if tuple(value.shape) != shard.shape]
     if wrong:
@@ -143,7 +151,6 @@ def _sharded(
     for rank in wrong:
         other = next((q for q, e in enumerate(expected) if _same(local[rank], e)), None)
         if other is not None:
-            family = 1 if shard.layout.startswith("world:S(1)") and len(wrong) > 1 else 2
             got = f"rank {rank} holds the part of rank {other} (wrong on ranks {wrong})"
             return [Finding("HX201", where, got, f"the part of rank {rank}", family)]
     rank = wrong[0]

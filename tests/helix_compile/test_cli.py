@@ -100,13 +100,58 @@ def test_generate_from_a_preset_a_config_and_a_checkpoint(tmp_path: Path) -> Non
         (("inspect", "tiny"), "Missing option '--cp'"),
         (("generate", "tiny", "--cp", "2", "--prompt-ids", "a"), "expected integers"),
         (("generate", "tiny", "--cp", "2", "--prompt-ids", "300"), "token ids must be in [0, 256)"),
-        (
-            ("verify", "tiny", "--cp", "2"),
-            "helix-compile verify: the equivalence verifier is not in this version",
-        ),
+        (("verify", "tiny"), "give MODEL and --cp N, or --self-test"),
+        (("verify",), "give MODEL and --cp N, or --self-test"),
+        (("verify", "tiny", "--cp", "3"), "8 heads can't be divided"),
+        (("kernels", "tiny"), "the offline kernel compiler is not in this version"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, tuple) else "",
 )
 def test_wrong_use_is_exit_status_2(arguments: tuple[str, ...], message: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2 and message in done.stderr and done.stdout == ""
+
+
+def test_verify_is_exit_status_0_and_json() -> None:
+    done = run("verify", "tiny", "--cp", "4", "--tokens-per-block", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["ok"] is True and facts["findings"] == []
+    assert facts["coverage"]["stages"] == ["attention", "reshard", "ffn", "lowered"]
+    assert "stage lowered" in done.stderr
+
+
+def test_a_finding_is_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """The command on a module that a patched merge breaks; and the self-test when a fault survives."""
+    from typer.testing import CliRunner
+
+    from helix_compile import __main__ as cli
+    from helix_compile.mutants import self_test as tester
+
+    survivor = tester.Verdict("a fault", 6, "kernel", (), (), 0.0)
+    monkeypatch.setattr(tester, "self_test", lambda *a, **k: [survivor])
+    done = CliRunner().invoke(cli.app, ["verify", "--self-test"])
+    assert done.exit_code == 1 and "SURVIVES" in done.stdout
+    monkeypatch.setattr(cli, "_verified", lambda *a: (False, "{}", "NOT equivalent"))
+    done = CliRunner().invoke(cli.app, ["verify", "tiny", "--cp", "2"])
+    assert done.exit_code == 1 and "NOT equivalent" in done.stdout
+
+
+def test_the_self_test_measures_each_mutant() -> None:
+    from helix_compile.mutants import self_test as tester
+
+    chosen = {
+        "plain mean of the parts",
+        "no all_reduce behind o_proj",
+        "merge option accepted and ignored",
+    }
+    mutants = [m for m in tester.CATALOGUE if m.name in chosen]
+    verdicts = {v.name: v for v in tester.self_test(tester.awkward_model(), mutants)}
+    assert all(v.caught for v in verdicts.values()) and len(verdicts) == 3
+    assert (
+        verdicts["merge option accepted and ignored"].off == 0.0
+    )  # right numbers: the rule lets it pass
+    lost = verdicts["no all_reduce behind o_proj"]
+    assert lost.off is not None and lost.off > tester.MAY_FAIL and not lost.passes_rule
+    assert "3 of 3 mutants caught" in tester.format_table(list(verdicts.values()))
+    assert json.loads(tester.to_json(list(verdicts.values())))["ok"] is True
