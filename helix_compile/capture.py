@@ -120,14 +120,30 @@ def _structure_key(model: PreTrainedModel) -> tuple:
 
 
 def _constants_and_code(module: nn.Module) -> tuple:
-    """Plain attributes, and the functions of the class and of the instance (someone may have patched one)."""
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
+    """Plain attributes, hooks, and the functions of the class and of the instance (someone may have patched one)."""
+    plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and _is_plain(v)}
+    tensors = [
+        (k, v.data_ptr(), v._version, tuple(v.shape))
+        for k, v in vars(module).items()
+        if isinstance(v, torch.Tensor)
+    ]
+    # handles count up and are never used twice, so they name a set of hooks without holding what hooks close over
+    hooks = (tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
     # a bound method's function alone: the method would keep the model alive through its own memo
     patched = [
         (k, getattr(v, "__func__", v)) for k, v in vars(module).items() if inspect.isroutine(v)
     ]
     code = [(k, v) for k, v in vars(type(module)).items() if inspect.isroutine(v)]
-    return type(module), repr(plain), tuple(patched), tuple(code)
+    return type(module), repr(plain), tuple(tensors), hooks, tuple(patched), tuple(code)
+
+
+def _is_plain(value: Any) -> bool:
+    """A value whose repr says all there is to say."""
+    if isinstance(value, dict):
+        return all(_is_plain(k) and _is_plain(v) for k, v in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -198,20 +200,37 @@ def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedPr
         # torch.export walks transformers' registered pytrees and warns about its own deprecation each time
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
-        return program.run_decompositions({})
+        program = program.run_decompositions({})
+    changed = [
+        s.target
+        for s in program.graph_signature.output_specs
+        if s.kind is not OutputKind.USER_OUTPUT
+    ]
+    if changed:
+        raise CaptureError(
+            f"capture: the forward changes {', '.join(map(str, changed))} while it runs (a state of its own besides "
+            "the cache); a decode graph may depend on its inputs and weights only"
+        )
+    return program
 
 
 @contextmanager
 def _opaque(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None]:
-    """Each layer's forward is one opaque op while this is open; put back afterwards, hooks included."""
+    """Each layer's forward is one opaque op while this is open; put back afterwards.
+
+    A layer's hooks are part of what it computes: they are captured with its body, and kept away from the graph around.
+    """
     before = {i: layer.__dict__.get("forward") for i, layer in enumerate(layers)}
+    hooks = [(layer._forward_hooks, layer._forward_pre_hooks) for layer in layers]
     for i, layer in enumerate(layers):
         layer.forward = _recorder(layer, i, calls)
+        layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
         for i, layer in enumerate(layers):
             del layer.forward
+            layer._forward_hooks, layer._forward_pre_hooks = hooks[i]
             if (own := before[i]) is not None:
                 layer.forward = own
 

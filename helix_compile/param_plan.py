@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 
 from torch import fx
 
 from helix_compile.capture import CapturedGraph
 from helix_compile.layout import HelixLayout
-from helix_compile.matches import AttentionMatch, DenseFFNMatch, MoEMatch, Table
+from helix_compile.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch, Table
 from helix_compile.passes.fx_edit import aten, is_call, is_param, placeholders
 from helix_compile.plan import AttentionPlan, BodyPlan, Cut, ParamShard
 
@@ -117,36 +118,70 @@ def _bytes(node: fx.Node) -> int:
 
 
 def replicated_roles(
-    captured: CapturedGraph, bodies: tuple[BodyPlan, ...]
+    captured: CapturedGraph, matches: dict[str, LayerMatch], bodies: tuple[BodyPlan, ...]
 ) -> tuple[tuple[str, str], ...]:
-    """What stays as it was on every rank, and why: (what, reason)."""
+    """What stays as it was on every rank, and why: (what, reason). A linear in no pattern is told by its name."""
     outer = captured.graph.graph
     found: dict[str, str] = {}
     if any(is_call(n, aten.embedding.default) for n in outer.nodes):
         found["embedding"] = "one row a token; every rank needs the hidden state"
-    cut = {(p.name, s.source) for p in bodies for s in p.param_shards}
-    graphs = [("", outer)] + [(n, b.graph) for n, b in captured.bodies.items()]
-    for body, graph in graphs:
+    for node in (n for n in placeholders(outer) if is_param(n)):
+        for user in node.users:
+            if is_call(user, aten.mul.Tensor, aten._to_copy.default):
+                found["norms"] = _NORMS
+            elif is_call(user, aten.linear.default):
+                found["head"] = "the logits are wanted on every rank; not cut in this version"
+    for plan in bodies:
+        graph = captured.bodies[plan.name].graph
+        cut = {s.source for s in plan.param_shards}
+        latents = _latent_projections(graph, matches[plan.name])
         for node in (n for n in placeholders(graph) if is_param(n)):
-            if (body, node.meta["input"][1]) in cut:
-                continue
-            for user in node.users:
-                _classify(user, body, found)
+            if node.meta["input"][1] not in cut:
+                for user in node.users:
+                    _classify(node, user, latents, found)
     return tuple(found.items())
 
 
-def _classify(user: fx.Node, body: str, found: dict[str, str]) -> None:
+_NORMS = "work on the whole hidden state, which every rank holds"
+
+
+def _latent_projections(graph: fx.Graph, match: LayerMatch) -> set[fx.Node]:
+    """The linears that q's projection and the cached latent come from."""
+    by_name = {n.name: n for n in graph.nodes}
+    found: set[fx.Node] = set()
+    for site in match.attentions:
+        todo = [by_name[site.q_proj].args[0], by_name[site.latent], by_name[site.k_rope]]
+        seen = set(todo)
+        while todo:
+            node = todo.pop()
+            assert isinstance(node, fx.Node)
+            if is_call(node, aten.linear.default):
+                found.add(node)
+                continue
+            fresh = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            todo += fresh
+    return found
+
+
+def _classify(param: fx.Node, user: fx.Node, latents: set[fx.Node], found: dict[str, str]) -> None:
     if is_call(user, aten._to_copy.default):
         for next_user in user.users:
-            _classify(next_user, body, found)
+            _classify(param, next_user, latents, found)
     elif is_call(user, aten.mul.Tensor):
-        found["norms"] = "work on the whole hidden state, which every rank holds"
-    elif is_call(user, aten.linear.default) and not body:
-        found["head"] = "the logits are wanted on every rank; not cut in this version"
+        found["norms"] = _NORMS
+    elif is_call(user, aten.linear.default) and user in latents:
+        found["latent projections"] = "q_a and kv_a: every rank needs the whole latent"
     elif is_call(user, aten.linear.default) and _feeds_topk(user):
         found["router"] = "every rank needs every token's choice, exactly as the original makes it"
+    elif is_call(user, aten.linear.default) and user.args[1] is not param:
+        found["biases of summed outputs"] = "added once, behind the sum over ranks"
     elif is_call(user, aten.linear.default):
-        found["latent projections"] = "q_a and kv_a: every rank needs the whole latent"
+        name = re.sub(r"\d+", "*", param.meta["input"][1])
+        after = ", ".join(sorted({str(u.target) for u in user.users}))
+        found[f"linear {name}"] = (
+            f"in no pattern that is rewritten (its result goes to {after}): every rank computes it whole"
+        )
 
 
 def _feeds_topk(node: fx.Node) -> bool:

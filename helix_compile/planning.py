@@ -63,7 +63,7 @@ def plan_helix(
         options=options,
         bodies=bodies,
         decisions=(ep_decision, v_up_decision, q_decision),
-        not_rewritten=replicated_roles(captured, bodies),
+        not_rewritten=replicated_roles(captured, matches, bodies),
         notes=_notes(captured, layout, options),
         kv_bytes_per_token_per_rank=Fraction(cached_width * captured.dtype.itemsize, layout.kvp),
         params_bytes_per_rank=params_bytes_per_rank(captured, bodies),

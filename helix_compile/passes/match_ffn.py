@@ -11,7 +11,12 @@ from helix_compile.passes.fx_edit import aten, calls, is_call, is_param
 from helix_compile.passes.index_provenance import shape_of
 
 # f(0) * 0 = 0 for each, so rows of padding in a shard add nothing
-ACTIVATIONS = (aten.silu.default, aten.gelu.default, aten.relu.default)
+ACTIVATIONS = (
+    aten.silu.default,
+    aten.gelu.default,
+    aten.relu.default,
+    aten.tanh.default,
+)
 
 
 def find_dense_ffns(graph: fx.Graph) -> list[DenseFFNMatch]:

@@ -44,7 +44,7 @@ def bisect_step(
     typed: TypedGraph,
     steps: list[Batch],
     failing: int,
-) -> tuple[Located | None, int | None]:
+) -> tuple[Located | None, int | None, float]:
     """Replay steps[:failing], then compare every value of the failing one.
 
     Args:
@@ -53,13 +53,17 @@ def bisect_step(
         typed: layouts of the stage that failed.
 
     Returns:
-        the first value that deviates and its layer (None: in the outer graph).
+        the first value that deviates, its layer (None: in the outer graph), and how far the captured graph's own
+        logits are from the model's, over the largest: the graph can only tell the place if this is nothing.
     """
     for batch in steps[:failing]:
         scratch.step(batch.ids, batch.mask)
         reference.step(batch.ids, batch.mask)
     batch = steps[failing]
-    expected_layers, expected_outer = _captured_step(captured, reference, batch)
+    expected_layers, expected_outer, graph_logits = _captured_step(captured, reference, batch)
+    logits = reference.step(batch.ids, batch.mask)
+    kept = batch.mask.bool()
+    gap = float((graph_logits - logits)[kept].abs().max() / logits[kept].abs().max())
     recorder = Recorder(len(scratch.params))
     recorder.in_outer = set(scratch.graph.graph.nodes)
     with suppress(Exception):  # values up to a fault are what is wanted
@@ -71,7 +75,7 @@ def bisect_step(
         plan.layout, dtype, batch.mask, before_layers=True,
     )  # fmt: skip
     if located is not None:
-        return located, None
+        return located, None, gap
     for layer, values in recorder.layers.items():
         call = captured.call(layer)
         body = scratch.graph.get_submodule(str(call.target))
@@ -80,17 +84,17 @@ def bisect_step(
             captured.matches[str(call.target)], plan.layout, dtype, batch.mask,
         )  # fmt: skip
         if located is not None:
-            return located, layer
+            return located, layer, gap
     located = outer_deviation(
         recorder.outer, expected_outer, typed.layouts.get("", {}), scratch.graph.graph,
         plan.layout, dtype, batch.mask, before_layers=False,
     )  # fmt: skip
-    return located, None
+    return located, None, gap
 
 
 def _captured_step(
     captured: CapturedReference, reference: EagerReference, batch: Batch
-) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
+) -> tuple[dict[int, dict[str, Any]], dict[str, Any], Tensor]:
     """Every value of the original's captured graph for a step, on the past that the eager copy has."""
     graph = captured.captured.graph
     B, T = batch.ids.shape
@@ -115,8 +119,8 @@ def _captured_step(
         target[node.name] = value
 
     with torch.no_grad(), Widened(captured.captured.dtype):
-        evaluate_graph(graph, inputs, overrides=captured.overrides, record=record)
-    return layers, outer
+        out = evaluate_graph(graph, inputs, overrides=captured.overrides, record=record)
+    return layers, outer, out[0]
 
 
 def _past(

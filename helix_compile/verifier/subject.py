@@ -206,7 +206,7 @@ def _located(
         subject.compiled, graph, params, len(scenario.lengths), scenario.capacity, seed
     )
     try:
-        located, layer = bisect_step(
+        located, layer, gap = bisect_step(
             scratch,
             EagerReference(subject.plain),
             subject.reference,
@@ -216,6 +216,12 @@ def _located(
         )
     except Exception:
         return outcome.findings
+    if gap > LIMIT[torch.float64]:
+        got = f"its logits are off by {gap:.2e} of the largest, both in float64"
+        finding = Finding(
+            "HX407", f"stage captured, {scenario.name}", got, "the model's logits", 0, "numeric"
+        )
+        return [finding, *outcome.findings]
     if located is None:
         return outcome.findings
     place = "outer graph" if layer is None else f"layer {layer}"

@@ -11,10 +11,18 @@ import pytest
 import torch
 from torch import fx
 
-from helix_compile import HelixError, HelixModule, assert_equivalent, helix_compile, verify
+from helix_compile import (
+    HelixError,
+    HelixModule,
+    assert_equivalent,
+    capture,
+    helix_compile,
+    verification,
+    verify,
+)
 from helix_compile.passes.fx_edit import aten, calls
 from tests.support.driver import random_ids
-from tests.support.models import tiny_model
+from tests.support.models import fresh_model, tiny_model
 
 PLANS: list[dict[str, Any]] = [
     {"cp": 4, "tokens_per_block": 4},
@@ -96,6 +104,17 @@ def test_an_edit_of_an_earlier_stage_is_named_as_the_first() -> None:
     (finding,) = report.findings
     assert finding.code == "HX401" and "stage reshard" in finding.where
     assert "layer 2" in finding.where and f"`{silu.name}`" in finding.where
+
+
+def test_a_capture_that_is_not_the_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that the memo can't see has changed: the graph is another model's, and that is said."""
+    model = fresh_model()
+    compiled = helix_compile(model, cp=2)
+    captured = capture(model)
+    monkeypatch.setattr(verification, "capture", lambda *args, **kwargs: captured)
+    model.model.norm.register_forward_hook(lambda module, args, output: output * 2)
+    report = verify(compiled, model)
+    assert {"HX407", "HX401"} <= {f.code for f in report.findings}, report
 
 
 def _raise_in_the_middle(compiled: HelixModule) -> None:
