@@ -21,7 +21,7 @@ LIMIT: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5}
 RATIO = 1.25
 FLIPS = 0.05  # share of tokens that the rewrite alone may route otherwise in 16 bits, beyond the original's own
 DECODE = (1, 1, 3, 1, 4, 1)
-FLOPS = 4e11  # of the fp64 reference in one scenario; a long prompt of a large model is cut to this
+FLOPS = 5e10  # of the fp64 reference in one draw of a scenario; the prompts of a large model are cut to this
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,29 @@ def scenarios(compiled: Any, parameters: int) -> tuple[list[Scenario], list[str]
     options, cp = compiled.plan.options, compiled.plan.layout.kvp
     tpb = options.tokens_per_block
     notes: list[str] = []
-    budget = max(16, int(FLOPS / (2 * parameters)))
-    turn, after = cp * tpb, sum(DECODE)
-    room = options.max_seq_len - after
-    if room < 1:
-        lengths: tuple[int, ...] = (1,)
-        steps: tuple[int, ...] = (1,) * max(0, min(after, options.max_seq_len - 1))
-        return [Scenario("short", lengths, steps, options.max_seq_len)], notes
+    affordable = int(FLOPS / (2 * parameters))  # tokens of all sequences together
+    turn = cp * tpb
+    decode: tuple[int, ...] = DECODE
     # an empty shard; a step over the first block boundary; unequal shards and a boundary on the next turn
-    wanted = (1, max(1, tpb - 1), turn + max(1, tpb - 1))
-    lengths = tuple(min(n, room, budget) for n in wanted)[-min(3, options.max_batch_size) :]
-    if max(wanted) > max(lengths):
-        notes.append(f"prompt cut to {max(lengths)} tokens (capacity, or the size of the model)")
-    found = [Scenario("ragged", lengths, DECODE, options.max_seq_len, idle=len(lengths) > 1)]
+    wanted: tuple[int, ...] = (1, max(1, tpb - 1), turn + max(1, tpb - 1))[
+        -min(3, options.max_batch_size) :
+    ]
+    if affordable < sum(wanted) + len(wanted) * sum(decode):
+        wanted, decode = wanted[-2:], (1, 3, 1)
+        longest = max(2, affordable - 2 * sum(decode) - 1)
+        wanted = tuple(min(n, longest) for n in (1, *wanted[-1:]))[
+            -min(2, options.max_batch_size) :
+        ]
+        notes.append(f"prompt cut to {max(wanted)} tokens: {parameters:,} parameters in float64")
+    room = options.max_seq_len - sum(decode)
+    if room < 1:
+        steps = (1,) * max(0, min(sum(decode), options.max_seq_len - 1))
+        return [Scenario("short", (1,), steps, options.max_seq_len)], notes
+    lengths = tuple(min(n, room) for n in wanted)
+    found = [Scenario("ragged", lengths, decode, options.max_seq_len, idle=len(lengths) > 1)]
     # longer than a page on every rank, and then to the last slot
     full = min(options.max_seq_len, cp * PAGE_SIZE + turn + 1)
-    if full > budget:
+    if full > affordable:
         notes.append(
             f"a cache of {full} tokens was not filled step by step: {parameters:,} parameters"
         )
