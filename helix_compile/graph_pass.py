@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import fx, nn
 
 from helix_compile.errors import HelixError, PassError
+from helix_compile.provenance import CAPTURED, mark_captured, mark_pass
 
 Check = Callable[[fx.GraphModule], None]
 
@@ -46,11 +47,14 @@ def run_passes(
     Raises:
         PassError: a pass rewrote another number of sites than planned or broke a promise; names the passes before.
     """
-    stages = {"captured": captured}
+    for graph in _graphs(captured):
+        mark_captured(graph)
+    stages = {CAPTURED: captured}
     current = captured
-    _dump(dump, 0, "captured", captured)
+    _dump(dump, 0, CAPTURED, captured)
     for number, graph_pass in enumerate(passes, 1):
         current = copy_module(current)
+        before = [(graph, set(graph.nodes)) for graph in _graphs(current)]
         try:
             _run_one(current, graph_pass)
         except HelixError:
@@ -60,9 +64,17 @@ def run_passes(
                 f"pass {graph_pass.stage!r} failed after {', '.join(stages)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        for graph, nodes in before:
+            mark_pass(graph, nodes, graph_pass.stage)
         stages[graph_pass.stage] = current
         _dump(dump, number, graph_pass.stage, current)
     return stages
+
+
+def _graphs(module: fx.GraphModule) -> list[fx.Graph]:
+    """The outer graph and those of the bodies."""
+    bodies = [b for _, b in module.named_children() if isinstance(b, fx.GraphModule)]
+    return [module.graph, *(b.graph for b in bodies)]
 
 
 def _run_one(module: fx.GraphModule, graph_pass: GraphPass) -> None:

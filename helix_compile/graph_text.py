@@ -7,6 +7,7 @@ between them into one comment.
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from helix_compile.passes.fx_edit import (
     is_param,
 )
 from helix_compile.passes.index_provenance import is_cache_update, is_layout_op
+from helix_compile.placement import format_layout
 
 _KEY_OPS = frozenset(
     {
@@ -133,9 +135,26 @@ def shape_text(value: Any) -> str:
     return "[" + ",".join(_size(s) for s in value.shape) + "]"
 
 
+def layout_text(node: fx.Node) -> str:
+    """How a value lies over the mesh, such as "world:S(2)"; "-" where no layout was inferred."""
+    layout = node.meta.get("layout")
+    if layout is None:
+        return "-"
+    parts = layout if isinstance(layout, tuple) else (layout,)
+    return "; ".join(format_layout(part) for part in parts)
+
+
 def _size(size: int | torch.SymInt) -> str:
     """The letter of a symbol, by the hint it was captured with."""
     if isinstance(size, int):
         return str(size)
     names = {HINT_B: "B", HINT_T: "T", HINT_S: "S", HINT_S + HINT_T: "S+T", HINT_B * HINT_T: "B*T"}
-    return names.get(int(size.node.hint), str(size))
+    hint = int(size.node.hint)
+    if hint in names:
+        return names[hint]
+    env = size.node.shape_env
+    hints = getattr(env, "backed_var_to_val", None) or env.var_to_val  # torch 2.13 renamed it
+    text = str(size.node.expr)
+    for symbol in size.node.expr.free_symbols:
+        text = re.sub(rf"\b{symbol}\b", names.get(int(hints[symbol]), str(symbol)), text)
+    return text

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from helix_compile.errors import HelixError, LoweringUnavailable, RuntimeFault
+from helix_compile.explain import NodeExplanation, explain_node
 from helix_compile.inspection import Inspection, inspect_module
 from helix_compile.kv_cache import Ledger, allocate_caches
 from helix_compile.params import params_of_stage
@@ -271,6 +272,18 @@ class HelixModule(nn.Module):
         if folder is not None:
             inspection.write(Path(folder))
         return inspection
+
+    def explain_node(self, name: str, body: str | None = None) -> NodeExplanation:
+        """Which pass made a node, from which captured nodes and source line, with layouts and shapes; print() it.
+
+        Args:
+            name: "linear_4", or with its graph "body_0.linear_4".
+            body: "body_0", or "outer" for the graph around the layers.
+
+        Raises:
+            HelixError: no such node (close names are listed), or one that several graphs have.
+        """
+        return explain_node(self.stages, name, body)
 
     def save(self, folder: str | Path) -> None:
         """Write plan, graphs and each rank's weights; load() gives a module with bitwise equal results."""

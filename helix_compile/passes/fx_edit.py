@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import fx
 aten = torch.ops.aten
 # sizes a graph is captured with: all different, none 1 (export specialises 0 and 1)
 HINT_B, HINT_T, HINT_S = 2, 3, 5
+# frames of torch and of this package are not lines of the user's model
+_NOT_THE_USERS = tuple(f"{p}/" for p in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
 
 def node_named(graph: fx.Graph, name: str) -> fx.Node:
@@ -86,8 +90,7 @@ def erase_unused(graph: fx.Graph, keep: Iterable[fx.Node] = ()) -> None:
 def source_line(node: fx.Node) -> str:
     """file:line of the user's model that made the node, or ""."""
     trace = node.meta.get("stack_trace") or ""
-    lines = [x.strip() for x in trace.splitlines() if x.strip().startswith('File "')]
-    if not lines:
-        return ""
-    file, line = lines[-1].split('"')[1], lines[-1].split("line ")[1].split(",")[0]
-    return f"{file.rsplit('/', 1)[-1]}:{line}"
+    for file, line in reversed(re.findall(r'File "([^"]+)", line (\d+)', trace)):
+        if not file.startswith(_NOT_THE_USERS):
+            return f"{Path(file).name}:{line}"
+    return ""
