@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import fx, nn
 
 from helix_compile.errors import HelixError, PassError
+from helix_compile.graph_python import format_python
 from helix_compile.provenance import CAPTURED, mark_captured, mark_pass
 
 Check = Callable[[fx.GraphModule], None]
@@ -119,8 +120,5 @@ def _dump(folder: Path | None, number: int, stage: str, module: fx.GraphModule) 
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [f"# outer\n{module.graph}"]
-    texts += [
-        f"# {n}\n{b.graph}" for n, b in module.named_children() if isinstance(b, fx.GraphModule)
-    ]
-    (folder / f"{number:02d}_{stage}.txt").write_text("\n\n".join(texts) + "\n")
+    text = format_python(module, "outer", f"Stage {stage}.")
+    (folder / f"{number:02d}_{stage}.txt").write_text(text)

@@ -1,6 +1,6 @@
-"""Graphs as text: the whole body as Python, and a short view that keeps what a reader looks for.
+"""A short view of a graph that keeps what a reader looks for, and shapes and layouts as text.
 
-The short view prints matmuls, attention, cache updates, helix:: ops and collectives, and folds norms, rope and views
+It prints matmuls, attention, cache updates, helix:: ops and collectives, and folds norms, rope and views
 between them into one comment.
 """
 
@@ -32,11 +32,6 @@ _KEY_OPS = frozenset(
     }
 )  # fmt: skip
 _NAMESPACES = ("helix.", "_c10d_functional.", "transformers.")
-
-
-def format_python(gm: fx.GraphModule) -> str:
-    """A graph as Python with dtypes and shapes behind each value."""
-    return gm.print_readable(print_output=False, include_stride=False, include_device=False) + "\n"
 
 
 def attention_block(body: fx.GraphModule, output_weight: str) -> list[str]:
@@ -130,6 +125,8 @@ def shape_text(value: Any) -> str:
     """Shape of a value, such as "[B,T,72]"; symbols by their letter, tuples joined."""
     if isinstance(value, (list, tuple)):
         return ", ".join(shape_text(v) for v in value)
+    if isinstance(value, (int, torch.SymInt)):
+        return _size(value)
     if not isinstance(value, Tensor):
         return "-"
     return "[" + ",".join(_size(s) for s in value.shape) + "]"

@@ -13,7 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
-from helix_compile.graph_text import attention_block, format_python
+from helix_compile.explain import OUTER, graphs_of
+from helix_compile.graph_python import format_python, stage_diff
+from helix_compile.graph_text import attention_block
+from helix_compile.passes.pipeline import STAGES
 from helix_compile.plan import BodyPlan, HelixPlan, number
 
 
@@ -41,24 +44,41 @@ class Inspection:
         return attention_block(before, weight), attention_block(after, weight)
 
     def write(self, folder: Path) -> list[Path]:
-        """plan.json, report.txt, report.json, and NAME.before.py / NAME.after.py of each body and the outer graph."""
+        """Everything that docs/inspect.md lists; graphs are read, never changed."""
         folder.mkdir(parents=True, exist_ok=True)
         files = {
             "plan.json": self.plan.to_json(),
             "report.txt": str(self),
             "report.json": self.to_json(),
+            **self._graph_files(),
+            **self._stage_files(),
         }
-        first, last = next(iter(self.stages.values())), list(self.stages.values())[-1]
-        for moment, stage in (("before", first), ("after", last)):
-            files[f"outer.{moment}.py"] = format_python(stage)
-            for name, body in stage.named_children():
-                assert isinstance(body, fx.GraphModule)
-                files[f"{name}.{moment}.py"] = format_python(body)
         written = []
         for name, text in files.items():
             (folder / name).write_text(text + ("" if text.endswith("\n") else "\n"))
             written.append(folder / name)
         return written
+
+    def _graph_files(self) -> dict[str, str]:
+        """NAME.before.py and NAME.after.py of each body and the outer graph: Python that runs."""
+        files = {}
+        names = list(self.stages)
+        for moment, stage in (("before", names[0]), ("after", names[-1])):
+            for name, gm in graphs_of(self.stages[stage]):
+                title = f"{name} of {self.plan.model}, stage {stage}."
+                files[f"{name}.{moment}.py"] = format_python(gm, name, title)
+        return files
+
+    def _stage_files(self) -> dict[str, str]:
+        """NN_STAGE.txt of each stage, and NN_STAGE.diff: what its pass changed."""
+        files, before = {}, None
+        for stage, gm in self.stages.items():
+            number = f"{STAGES.index(stage):02d}"
+            files[f"{number}_{stage}.txt"] = format_python(gm, OUTER, f"Stage {stage}.")
+            if before is not None:
+                files[f"{number}_{stage}.diff"] = stage_diff(self.stages, before, stage)
+            before = stage
+        return files
 
 
 def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspection:

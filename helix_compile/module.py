@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from helix_compile.errors import HelixError, LoweringUnavailable, RuntimeFault
 from helix_compile.explain import NodeExplanation, explain_node
+from helix_compile.graph_python import stage_diff
 from helix_compile.inspection import Inspection, inspect_module
 from helix_compile.kv_cache import Ledger, allocate_caches
 from helix_compile.params import params_of_stage
@@ -284,6 +285,17 @@ class HelixModule(nn.Module):
             HelixError: no such node (close names are listed), or one that several graphs have.
         """
         return explain_node(self.stages, name, body)
+
+    def stage_diff(self, before: str, after: str) -> str:
+        """Unified text diff of two stages, one graph after the other: what the passes between them did.
+
+        Raises:
+            HelixError: a stage that this module does not have.
+        """
+        for name in (before, after):
+            if name not in self.stages:
+                raise HelixError(f"no stage {name!r}; this module has {', '.join(self.stages)}")
+        return stage_diff(self.stages, before, after)
 
     def save(self, folder: str | Path) -> None:
         """Write plan, graphs and each rank's weights; load() gives a module with bitwise equal results."""

@@ -15,7 +15,9 @@ aten = torch.ops.aten
 # sizes a graph is captured with: all different, none 1 (export specialises 0 and 1)
 HINT_B, HINT_T, HINT_S = 2, 3, 5
 # frames of torch and of this package are not lines of the user's model
-_NOT_THE_USERS = tuple(f"{p}/" for p in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+_NOT_THE_USERS = (
+    f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/", "torch/fx/",
+)  # fmt: skip
 
 
 def node_named(graph: fx.Graph, name: str) -> fx.Node:
