@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
 from torch import fx
 
-aten = torch.ops.aten
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 # sizes a graph is captured with: all different, none 1 (export specialises 0 and 1)
 HINT_B, HINT_T, HINT_S = 2, 3, 5
 # frames of torch and of this package are not lines of the user's model
@@ -60,6 +61,16 @@ def calls(graph: fx.Graph, *targets: Callable) -> list[fx.Node]:
 def is_call(node: Any, *targets: Callable) -> bool:
     """True for a call_function node with one of these targets."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def is_collective(node: Any) -> bool:
+    """True for the start of a collective (not for its wait_tensor)."""
+    return (
+        isinstance(node, fx.Node)
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace == "_c10d_functional"
+        and node.target is not c10d.wait_tensor.default
+    )
 
 
 def is_param(node: Any) -> bool:
