@@ -18,6 +18,7 @@ from helix_compile.graph_python import format_python, stage_diff
 from helix_compile.graph_text import attention_block
 from helix_compile.passes.pipeline import STAGES
 from helix_compile.plan import BodyPlan, HelixPlan, number
+from helix_compile.schedule import chrome_trace, predict_schedule
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,18 @@ class Inspection:
             "report.json": self.to_json(),
             **self._graph_files(),
             **self._stage_files(),
+            "schedule.trace.json": self._trace(),
         }
         written = []
         for name, text in files.items():
             (folder / name).write_text(text + ("" if text.endswith("\n") else "\n"))
             written.append(folder / name)
         return written
+
+    def _trace(self) -> str:
+        """The predicted schedule of one layer of each body; opens in Perfetto."""
+        lowered = list(self.stages.values())[-1]
+        return json.dumps(chrome_trace(predict_schedule(self.plan, lowered), self.plan))
 
     def _graph_files(self) -> dict[str, str]:
         """NAME.before.py and NAME.after.py of each body and the outer graph: Python that runs."""

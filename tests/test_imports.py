@@ -12,7 +12,7 @@ ROOMS: list[tuple[str, str]] = [
     ("facts", "errors ledger matches numerics models."),
     ("data", "layout options mesh placement plan"),
     ("ops", "kernels. ops"),
-    ("graph tools", "graph_pass provenance graph_text graph_python graph_queries costs graph_json passes.fx_edit passes.index_provenance "
+    ("graph tools", "graph_pass provenance graph_text graph_python graph_queries costs schedule graph_json passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),
     ("capture", "capture capture_layers capture_body"),
     ("worlds", "exchange virtual_world world"),

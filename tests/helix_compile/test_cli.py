@@ -50,7 +50,12 @@ def test_inspect_json_and_files(tmp_path: Path) -> None:
     stages = ("captured", "attention", "reshard", "ffn", "lowered")
     texts = {f"{i:02d}_{stage}.txt" for i, stage in enumerate(stages)}
     diffs = {f"{i:02d}_{stage}.diff" for i, stage in enumerate(stages) if i}
-    assert names == bodies | texts | diffs | {"plan.json", "report.txt", "report.json"}
+    assert names == bodies | texts | diffs | {
+        "plan.json",
+        "report.txt",
+        "report.json",
+        "schedule.trace.json",
+    }
     assert "helix.mla_decode" in (tmp_path / "body_1.after.py").read_text()
     assert "scaled_dot_product_attention" in (tmp_path / "body_1.before.py").read_text()
 
