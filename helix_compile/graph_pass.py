@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import fx, nn
+from torch._logging import trace_structured
 
 from helix_compile.errors import HelixError, PassError
 from helix_compile.graph_python import format_python
@@ -117,8 +118,15 @@ def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -
 
 
 def _dump(folder: Path | None, number: int, stage: str, module: fx.GraphModule) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    text = format_python(module, "outer", f"Stage {stage}.")
-    (folder / f"{number:02d}_{stage}.txt").write_text(text)
+    """To HELIX_DUMP's folder, and to torch's structured trace where one is written (TORCH_TRACE; tlparse shows it)."""
+    name = f"{number:02d}_{stage}"
+
+    def text() -> str:
+        return format_python(module, "outer", f"Stage {stage}.")
+
+    trace_structured(
+        "graph_dump", lambda: {"name": f"helix_{name}"}, payload_fn=text, expect_trace_id=False
+    )
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_text(text())

@@ -83,7 +83,7 @@ def critical_path(
     return CriticalPath(
         total=total,
         nodes=_longest(view, finish, cost),
-        slack={name: latest[name] - finish[name] for name in order},
+        slack={name: max(0.0, latest[name] - finish[name]) for name in order},
         collectives=tuple(n.name for n in graph.nodes if is_collective(n)),
     )
 
