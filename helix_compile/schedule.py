@@ -129,6 +129,30 @@ def predict_schedule(
     ]
 
 
+def predicted_facts(plan: HelixPlan, lowered: fx.GraphModule) -> dict[str, Any]:
+    """Critical path of one layer of each body on rank 0, which has the most tokens, as plain data."""
+    step, machine = default_workload(plan), GB200
+    bodies = []
+    for body in plan.bodies:
+        graph = lowered.get_submodule(body.name).graph
+        costs = predict_costs(graph, step, plan.layout, plan.options.tokens_per_block)
+        seconds = {name: cost.seconds(machine) for name, cost in costs.items()}
+        path = critical_path(graph, seconds)
+        collectives = [
+            {"node": name, "wire_bytes": costs[name].wire_bytes, "microseconds": 1e6 * seconds[name],
+             "slack_microseconds": 1e6 * slack}
+            for name, slack in path.collective_slack().items()
+        ]  # fmt: skip
+        bodies.append(
+            {"body": body.name, "layers": len(body.layers), "microseconds_of_a_layer": 1e6 * path.total,
+             "longest": max(path.nodes, key=seconds.__getitem__, default=""), "collectives": collectives}
+        )  # fmt: skip
+    return {
+        "what": "predicted by peak figures, not measured", "machine": machine.name,
+        "batch": step.batch, "tokens": step.tokens, "context": step.context, "bodies": bodies,
+    }  # fmt: skip
+
+
 def chrome_trace(
     schedules: list[BodySchedule],
     plan: HelixPlan,

@@ -19,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 KEYS = {
     "model", "world_size", "layers", "collectives", "not_rewritten", "kv_bytes_per_token_per_rank",
-    "params_bytes_per_rank", "decisions",
+    "params_bytes_per_rank", "decisions", "memory_per_rank", "predicted",
 }  # fmt: skip
 
 
