@@ -27,7 +27,12 @@ class ValueText:
     source: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.op}  {self.shape}  {self.layout}"
+        return f"{self.name} = {self.op}  {self.value}"
+
+    @property
+    def value(self) -> str:
+        """Shape, and layout where there is one."""
+        return self.shape if self.layout == "-" else f"{self.shape}  {self.layout}"
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,9 @@ class NodeExplanation:
             lines.append(f"  from      {origin}  {origin.source}".rstrip())
         lines.append(f"  source    {self.source or 'none: not a line of the model'}")
         lines += [f"  reads     {value}" for value in self.reads]
-        lines.append(f"  gives     {self.node.shape}  {self.node.layout}")
+        lines.append(f"  gives     {self.node.value}")
         if len(self.history) > 1:
-            lines += [
-                f"  {stage:<9} {value.shape}  {value.layout}" for stage, value in self.history
-            ]
+            lines += [f"  {stage:<9} {value.value}" for stage, value in self.history]
         return "\n".join(lines)
 
 

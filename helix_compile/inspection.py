@@ -239,8 +239,9 @@ def _collectives(facts: dict[str, Any]) -> Table:
 
 def _memory_text(memory: dict[str, int]) -> str:
     return (
-        f"memory of a rank: {memory['params_bytes']:,} bytes of parameters + {memory['kv_cache_bytes']:,} of KV cache "
-        f"({memory['sequences']} sequences of {memory['tokens_per_sequence']:,} tokens) = {memory['total_bytes']:,}"
+        f"memory: {memory['params_bytes']:,} bytes of parameters + {memory['kv_cache_bytes']:,} of KV cache "
+        f"= {memory['total_bytes']:,}\n"
+        f"capacity: {memory['sequences']} sequences of {memory['tokens_per_sequence']:,} tokens"
     )
 
 

@@ -97,7 +97,9 @@ def test_memory_of_a_rank_is_what_a_rank_holds(compiled: HelixModule) -> None:
     assert memory["kv_cache_bytes"] == sum(c.numel() * c.itemsize for c in rank.cache)
     assert memory["params_bytes"] == sum(t.numel() * t.itemsize for t in rank.params.values())
     assert memory["total_bytes"] == memory["params_bytes"] + memory["kv_cache_bytes"]
-    assert f"{memory['kv_cache_bytes']:,} of KV cache (8 sequences of 4,096 tokens)" in str(compiled.inspect())  # fmt: skip
+    report = str(compiled.inspect())
+    assert f"{memory['kv_cache_bytes']:,} of KV cache = {memory['total_bytes']:,}" in report
+    assert "capacity: 8 sequences of 4,096 tokens" in report
 
 
 def test_predicted_times_say_that_they_are(compiled: HelixModule) -> None:
