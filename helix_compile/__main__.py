@@ -61,10 +61,19 @@ def inspect(
     dtype: Dtype = None,
     meta: Meta = False,
     out: Annotated[Path | None, typer.Option(help="folder for plan, report and graphs")] = None,
+    node: Annotated[
+        str | None, typer.Option(help="explain one node, such as body_0.linear_4")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL and say what was rewritten, what was not and why, and the bytes of each collective."""
+    if node is not None and out is not None:
+        raise HelixError("inspect: --node prints one node's chain and writes no files; leave --out")
     compiled = _compile(ctx, model, dtype, meta)
+    if node is not None:
+        explanation = compiled.explain_node(node)
+        print(json.dumps(explanation.to_json(), indent=1) if as_json else explanation)
+        return
     inspection = compiled.inspect(out)
     print(inspection.to_json() if as_json else inspection)
     if out is not None:

@@ -243,7 +243,7 @@ def _outer_graph(
                 args.append(add_input(graph, kind, full, placeholder.meta["val"]))
         with graph.inserting_before(node):
             call = graph.create_node("call_module", layer.body, tuple(args), name=f"layer_{index}")
-            call.meta["layer"] = index
+            call.meta.update({"layer": index, "stack_trace": node.meta.get("stack_trace")})
             out = graph.call_function(operator.getitem, (call, 0))
             states = graph.call_function(operator.getitem, (call, 1))
         out.meta["val"] = node.meta["val"]

@@ -17,6 +17,7 @@ from helix_compile.module import HelixModule, build_ranks
 from helix_compile.options import HelixOptions
 from helix_compile.passes.match_layers import match_layers
 from helix_compile.passes.pipeline import STAGES, helix_passes
+from helix_compile.plan import trace_plan
 from helix_compile.planning import plan_helix
 from helix_compile.world import open_world
 
@@ -74,6 +75,7 @@ def helix_compile(
     matches = match_layers(captured, options.max_seq_len)
     plan = plan_helix(captured, matches, options)
     opened = open_world(HelixMesh(plan.layout), world)
+    trace_plan(plan)
     dump = os.environ.get("HELIX_DUMP")
     passes = helix_passes(captured, matches, plan)
     stages = run_passes(captured.graph, passes, Path(dump) if dump else None)

@@ -19,13 +19,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from helix_compile.errors import HelixError
 from helix_compile.passes.fx_edit import HINT_B, HINT_T
 from helix_compile.passes.propagate import propagate_shapes
+from helix_compile.provenance import PROVENANCE_KEYS
 
 _NAMESPACES = ("aten", "helix", "helix_triton", "_c10d_functional")
 _OPERATORS = {
     f"operator.{f.__name__}": f
     for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 }
-_KEPT_META = ("input", "sharded", "layer", "step")
+_KEPT_META = ("input", "sharded", "layer", "step", *PROVENANCE_KEYS)
 _HINTS = {"B": HINT_B, "T": HINT_T}
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import fx, nn
+from torch._logging import trace_structured
 
 from helix_compile.errors import HelixError, PassError
+from helix_compile.graph_python import format_python
+from helix_compile.provenance import CAPTURED, mark_captured, mark_pass
 
 Check = Callable[[fx.GraphModule], None]
 
@@ -46,11 +49,14 @@ def run_passes(
     Raises:
         PassError: a pass rewrote another number of sites than planned or broke a promise; names the passes before.
     """
-    stages = {"captured": captured}
+    for graph in _graphs(captured):
+        mark_captured(graph)
+    stages = {CAPTURED: captured}
     current = captured
-    _dump(dump, 0, "captured", captured)
+    _dump(dump, 0, CAPTURED, captured)
     for number, graph_pass in enumerate(passes, 1):
         current = copy_module(current)
+        before = [(graph, set(graph.nodes)) for graph in _graphs(current)]
         try:
             _run_one(current, graph_pass)
         except HelixError:
@@ -60,9 +66,17 @@ def run_passes(
                 f"pass {graph_pass.stage!r} failed after {', '.join(stages)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        for graph, nodes in before:
+            mark_pass(graph, nodes, graph_pass.stage)
         stages[graph_pass.stage] = current
         _dump(dump, number, graph_pass.stage, current)
     return stages
+
+
+def _graphs(module: fx.GraphModule) -> list[fx.Graph]:
+    """The outer graph and those of the bodies."""
+    bodies = [b for _, b in module.named_children() if isinstance(b, fx.GraphModule)]
+    return [module.graph, *(b.graph for b in bodies)]
 
 
 def _run_one(module: fx.GraphModule, graph_pass: GraphPass) -> None:
@@ -104,11 +118,15 @@ def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -
 
 
 def _dump(folder: Path | None, number: int, stage: str, module: fx.GraphModule) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = [f"# outer\n{module.graph}"]
-    texts += [
-        f"# {n}\n{b.graph}" for n, b in module.named_children() if isinstance(b, fx.GraphModule)
-    ]
-    (folder / f"{number:02d}_{stage}.txt").write_text("\n\n".join(texts) + "\n")
+    """To HELIX_DUMP's folder, and to torch's structured trace where one is written (TORCH_TRACE; tlparse shows it)."""
+    name = f"{number:02d}_{stage}"
+
+    def text() -> str:
+        return format_python(module, "outer", f"Stage {stage}.")
+
+    trace_structured(
+        "graph_dump", lambda: {"name": f"helix_{name}"}, payload_fn=text, expect_trace_id=False
+    )
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_text(text())

@@ -1,12 +1,13 @@
-"""Graphs as text: the whole body as Python, and a short view that keeps what a reader looks for.
+"""A short view of a graph that keeps what a reader looks for, and shapes and layouts as text.
 
-The short view prints matmuls, attention, cache updates, helix:: ops and collectives, and folds norms, rope and views
+It prints matmuls, attention, cache updates, helix:: ops and collectives, and folds norms, rope and views
 between them into one comment.
 """
 
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from helix_compile.passes.fx_edit import (
     is_param,
 )
 from helix_compile.passes.index_provenance import is_cache_update, is_layout_op
+from helix_compile.placement import format_layout
 
 _KEY_OPS = frozenset(
     {
@@ -30,11 +32,6 @@ _KEY_OPS = frozenset(
     }
 )  # fmt: skip
 _NAMESPACES = ("helix.", "_c10d_functional.", "transformers.")
-
-
-def format_python(gm: fx.GraphModule) -> str:
-    """A graph as Python with dtypes and shapes behind each value."""
-    return gm.print_readable(print_output=False, include_stride=False, include_device=False) + "\n"
 
 
 def attention_block(body: fx.GraphModule, output_weight: str) -> list[str]:
@@ -128,9 +125,20 @@ def shape_text(value: Any) -> str:
     """Shape of a value, such as "[B,T,72]"; symbols by their letter, tuples joined."""
     if isinstance(value, (list, tuple)):
         return ", ".join(shape_text(v) for v in value)
+    if isinstance(value, (int, torch.SymInt)):
+        return _size(value)
     if not isinstance(value, Tensor):
         return "-"
     return "[" + ",".join(_size(s) for s in value.shape) + "]"
+
+
+def layout_text(node: fx.Node) -> str:
+    """How a value lies over the mesh, such as "world:S(2)"; "-" where no layout was inferred."""
+    layout = node.meta.get("layout")
+    if layout is None:
+        return "-"
+    parts = layout if isinstance(layout, tuple) else (layout,)
+    return "; ".join(format_layout(part) for part in parts)
 
 
 def _size(size: int | torch.SymInt) -> str:
@@ -138,4 +146,12 @@ def _size(size: int | torch.SymInt) -> str:
     if isinstance(size, int):
         return str(size)
     names = {HINT_B: "B", HINT_T: "T", HINT_S: "S", HINT_S + HINT_T: "S+T", HINT_B * HINT_T: "B*T"}
-    return names.get(int(size.node.hint), str(size))
+    hint = int(size.node.hint)
+    if hint in names:
+        return names[hint]
+    env = size.node.shape_env
+    hints = getattr(env, "backed_var_to_val", None) or env.var_to_val  # torch 2.13 renamed it
+    text = str(size.node.expr)
+    for symbol in size.node.expr.free_symbols:
+        text = re.sub(rf"\b{symbol}\b", names.get(int(hints[symbol]), str(symbol)), text)
+    return text

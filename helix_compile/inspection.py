@@ -13,8 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
-from helix_compile.graph_text import attention_block, format_python
+from helix_compile.explain import OUTER, graphs_of
+from helix_compile.graph_python import format_python, stage_diff
+from helix_compile.graph_text import attention_block
+from helix_compile.passes.fx_edit import placeholders
+from helix_compile.passes.pipeline import STAGES
 from helix_compile.plan import BodyPlan, HelixPlan, number
+from helix_compile.schedule import chrome_trace, predict_schedule, predicted_facts
 
 
 @dataclass(frozen=True)
@@ -41,24 +46,47 @@ class Inspection:
         return attention_block(before, weight), attention_block(after, weight)
 
     def write(self, folder: Path) -> list[Path]:
-        """plan.json, report.txt, report.json, and NAME.before.py / NAME.after.py of each body and the outer graph."""
+        """Everything that docs/inspect.md lists; graphs are read, never changed."""
         folder.mkdir(parents=True, exist_ok=True)
         files = {
             "plan.json": self.plan.to_json(),
             "report.txt": str(self),
             "report.json": self.to_json(),
+            **self._graph_files(),
+            **self._stage_files(),
+            "schedule.trace.json": self._trace(),
         }
-        first, last = next(iter(self.stages.values())), list(self.stages.values())[-1]
-        for moment, stage in (("before", first), ("after", last)):
-            files[f"outer.{moment}.py"] = format_python(stage)
-            for name, body in stage.named_children():
-                assert isinstance(body, fx.GraphModule)
-                files[f"{name}.{moment}.py"] = format_python(body)
         written = []
         for name, text in files.items():
             (folder / name).write_text(text + ("" if text.endswith("\n") else "\n"))
             written.append(folder / name)
         return written
+
+    def _trace(self) -> str:
+        """The predicted schedule of one layer of each body; opens in Perfetto."""
+        lowered = list(self.stages.values())[-1]
+        return json.dumps(chrome_trace(predict_schedule(self.plan, lowered), self.plan))
+
+    def _graph_files(self) -> dict[str, str]:
+        """NAME.before.py and NAME.after.py of each body and the outer graph: Python that runs."""
+        files = {}
+        names = list(self.stages)
+        for moment, stage in (("before", names[0]), ("after", names[-1])):
+            for name, gm in graphs_of(self.stages[stage]):
+                title = f"{name} of {self.plan.model}, stage {stage}."
+                files[f"{name}.{moment}.py"] = format_python(gm, name, title)
+        return files
+
+    def _stage_files(self) -> dict[str, str]:
+        """NN_STAGE.txt of each stage, and NN_STAGE.diff: what its pass changed."""
+        files, before = {}, None
+        for stage, gm in self.stages.items():
+            number = f"{STAGES.index(stage):02d}"
+            files[f"{number}_{stage}.txt"] = format_python(gm, OUTER, f"Stage {stage}.")
+            if before is not None:
+                files[f"{number}_{stage}.diff"] = stage_diff(self.stages, before, stage)
+            before = stage
+        return files
 
 
 def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspection:
@@ -89,6 +117,8 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
         "not_rewritten": [{"what": w, "reason": r} for w, r in plan.not_rewritten],
         "kv_bytes_per_token_per_rank": number(plan.kv_bytes_per_token_per_rank),
         "params_bytes_per_rank": plan.params_bytes_per_rank,
+        "memory_per_rank": _memory(plan, last),
+        "predicted": predicted_facts(plan, last),
         "decisions": [
             {"name": d.name, "rule": d.rule, "inputs": dict(d.inputs), "result": d.result}
             for d in plan.decisions
@@ -96,6 +126,19 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
         "notes": list(plan.notes),
     }
     return Inspection(plan, stages, facts)
+
+
+def _memory(plan: HelixPlan, last: fx.GraphModule) -> dict[str, int]:
+    """Bytes that one rank holds: its shards, and its caches as they are allocated (whole pages, every sequence)."""
+    caches = [n.meta["val"] for n in placeholders(last.graph) if n.meta["input"][0] == "cache"]
+    cache = sum(c.numel() * c.itemsize for c in caches)
+    return {
+        "params_bytes": plan.params_bytes_per_rank,
+        "kv_cache_bytes": cache,
+        "total_bytes": plan.params_bytes_per_rank + cache,
+        "sequences": plan.options.max_batch_size,
+        "tokens_per_sequence": plan.options.max_seq_len,
+    }
 
 
 def _layer_facts(plan: BodyPlan, first: fx.GraphModule, last: fx.GraphModule) -> dict[str, Any]:
@@ -137,6 +180,8 @@ def format_report(facts: dict[str, Any]) -> str:
         f"{_count(facts['egress_bytes_per_rank_per_token'])} bytes sent a token"
     )
     console.print(per_rank, markup=False, soft_wrap=True)
+    console.print(_memory_text(facts["memory_per_rank"]), markup=False, soft_wrap=True)
+    console.print(_predicted(facts["predicted"]))
     console.print(
         _two_columns(
             "not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])
@@ -189,6 +234,30 @@ def _collectives(facts: dict[str, Any]) -> Table:
         table.add_row(
             c["body"], c["op"], c["axis"], c["what"], _count(c["egress_bytes_per_rank_per_token"])
         )
+    return table
+
+
+def _memory_text(memory: dict[str, int]) -> str:
+    return (
+        f"memory: {memory['params_bytes']:,} bytes of parameters + {memory['kv_cache_bytes']:,} of KV cache "
+        f"= {memory['total_bytes']:,}\n"
+        f"capacity: {memory['sequences']} sequences of {memory['tokens_per_sequence']:,} tokens"
+    )
+
+
+def _predicted(facts: dict[str, Any]) -> Table:
+    """The title says of which machine and step; a row says what of a layer's time nothing can hide."""
+    table = _table("predicted", "us a layer", "longest", "collectives: us (slack)")
+    for body in facts["bodies"]:
+        collectives = ", ".join(
+            f"{c['node']} {c['microseconds']:.1f} ({c['slack_microseconds']:.1f})"
+            for c in body["collectives"]
+        )
+        total = f"{body['microseconds_of_a_layer']:.1f}"
+        table.add_row(body["body"], total, body["longest"], collectives)
+    step = f"{facts['batch']} sequences x {facts['tokens']} token, context {facts['context']:,}"
+    table.caption = f"{facts['what']}: {facts['machine']}; {step}"
+    table.caption_justify = "left"
     return table
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from helix_compile.errors import HelixError, LoweringUnavailable, RuntimeFault
+from helix_compile.explain import NodeExplanation, explain_node
+from helix_compile.graph_python import stage_diff
 from helix_compile.inspection import Inspection, inspect_module
 from helix_compile.kv_cache import Ledger, allocate_caches
 from helix_compile.params import params_of_stage
@@ -271,6 +273,29 @@ class HelixModule(nn.Module):
         if folder is not None:
             inspection.write(Path(folder))
         return inspection
+
+    def explain_node(self, name: str, body: str | None = None) -> NodeExplanation:
+        """Which pass made a node, from which captured nodes and source line, with layouts and shapes; print() it.
+
+        Args:
+            name: "linear_4", or with its graph "body_0.linear_4".
+            body: "body_0", or "outer" for the graph around the layers.
+
+        Raises:
+            HelixError: no such node (close names are listed), or one that several graphs have.
+        """
+        return explain_node(self.stages, name, body)
+
+    def stage_diff(self, before: str, after: str) -> str:
+        """Unified text diff of two stages, one graph after the other: what the passes between them did.
+
+        Raises:
+            HelixError: a stage that this module does not have.
+        """
+        for name in (before, after):
+            if name not in self.stages:
+                raise HelixError(f"no stage {name!r}; this module has {', '.join(self.stages)}")
+        return stage_diff(self.stages, before, after)
 
     def save(self, folder: str | Path) -> None:
         """Write plan, graphs and each rank's weights; load() gives a module with bitwise equal results."""

@@ -9,6 +9,8 @@ from fractions import Fraction
 from itertools import zip_longest
 from typing import Any
 
+from torch._logging import trace_structured
+
 from helix_compile.errors import PlanError
 from helix_compile.layout import HelixLayout
 from helix_compile.options import HelixOptions
@@ -197,6 +199,16 @@ class HelixPlan:
         """One line per place where `other` differs: path, this value, other value."""
         mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
         return list(_differences("plan", mine, theirs))
+
+
+def trace_plan(plan: HelixPlan) -> None:
+    """Put the plan into torch's structured trace, where one is written (TORCH_TRACE=dir)."""
+    trace_structured(
+        "artifact",
+        lambda: {"name": "helix_plan", "encoding": "json"},
+        payload_fn=plan.to_json,
+        expect_trace_id=False,
+    )
 
 
 def number(value: Fraction) -> int | float:

@@ -12,13 +12,13 @@ ROOMS: list[tuple[str, str]] = [
     ("facts", "errors ledger matches numerics models."),
     ("data", "layout options mesh placement plan"),
     ("ops", "kernels. ops"),
-    ("graph tools", "graph_pass graph_text graph_json passes.fx_edit passes.index_provenance "
+    ("graph tools", "graph_pass provenance graph_text graph_python graph_queries costs schedule graph_json passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),
     ("capture", "capture capture_layers capture_body"),
     ("worlds", "exchange virtual_world world"),
     ("decisions and passes", "planning param_plan passes."),
     ("step", "params kv_cache step_inputs prefix_import"),
-    ("run", "module inspection generation model_source saving saved_checks"),
+    ("run", "module inspection explain generation model_source saving saved_checks"),
     ("spine", "compile"),
     ("verification", "verifier verifier. verification mutants mutants."),
     ("front door", "backend __main__ __init__"),

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
 from torch import fx
 
-aten = torch.ops.aten
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 # sizes a graph is captured with: all different, none 1 (export specialises 0 and 1)
 HINT_B, HINT_T, HINT_S = 2, 3, 5
+# frames of torch and of this package are not lines of the user's model
+_NOT_THE_USERS = (
+    f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/", "torch/fx/",
+)  # fmt: skip
 
 
 def node_named(graph: fx.Graph, name: str) -> fx.Node:
@@ -56,6 +63,16 @@ def is_call(node: Any, *targets: Callable) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def is_collective(node: Any) -> bool:
+    """True for the start of a collective (not for its wait_tensor)."""
+    return (
+        isinstance(node, fx.Node)
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace == "_c10d_functional"
+        and node.target is not c10d.wait_tensor.default
+    )
+
+
 def is_param(node: Any) -> bool:
     """True for a placeholder that is a parameter or buffer."""
     return (
@@ -86,8 +103,7 @@ def erase_unused(graph: fx.Graph, keep: Iterable[fx.Node] = ()) -> None:
 def source_line(node: fx.Node) -> str:
     """file:line of the user's model that made the node, or ""."""
     trace = node.meta.get("stack_trace") or ""
-    lines = [x.strip() for x in trace.splitlines() if x.strip().startswith('File "')]
-    if not lines:
-        return ""
-    file, line = lines[-1].split('"')[1], lines[-1].split("line ")[1].split(",")[0]
-    return f"{file.rsplit('/', 1)[-1]}:{line}"
+    for file, line in reversed(re.findall(r'File "([^"]+)", line (\d+)', trace)):
+        if not file.startswith(_NOT_THE_USERS):
+            return f"{Path(file).name}:{line}"
+    return ""

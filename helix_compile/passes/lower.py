@@ -21,6 +21,7 @@ from helix_compile.ops import MOVES, helix
 from helix_compile.passes.fx_edit import aten, calls, named
 from helix_compile.passes.propagate import propagate_shapes
 from helix_compile.placement import Layout, parse_layout
+from helix_compile.provenance import made_from
 
 c10d = torch.ops._c10d_functional
 
@@ -29,7 +30,7 @@ def lower_pass(gm: fx.GraphModule) -> PassResult:
     """Expand every move of a body."""
     moves = calls(gm.graph, *MOVES)
     for node in moves:
-        with gm.graph.inserting_before(node):
+        with made_from(gm.graph, node), gm.graph.inserting_before(node):
             if node.target is helix.all_to_all_heads.default:
                 lowered = _all_to_all_heads(gm.graph, *node.args)
             else:

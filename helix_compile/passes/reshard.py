@@ -25,6 +25,7 @@ from helix_compile.passes.fx_edit import (
 from helix_compile.passes.propagate import propagate_shapes
 from helix_compile.passes.shard_attention import cut_input
 from helix_compile.plan import BodyPlan
+from helix_compile.provenance import made_from
 
 
 def reshard_pass(
@@ -50,7 +51,7 @@ def sum_over_world(node: fx.Node, layout: HelixLayout) -> fx.Node:
     if layout.world_size == 1:
         return node
     graph, users = node.graph, list(node.users)
-    with graph.inserting_after(node):
+    with made_from(graph, node), graph.inserting_after(node):
         total = named(
             graph,
             f"{node.name}_sum",
@@ -64,7 +65,7 @@ def sum_over_world(node: fx.Node, layout: HelixLayout) -> fx.Node:
     if is_call(node, aten.linear.default) and len(node.args) > 2 and node.args[2] is not None:
         bias = node.args[2]
         node.args = node.args[:2]
-        with graph.inserting_after(total):
+        with made_from(graph, node), graph.inserting_after(total):
             result = graph.call_function(aten.add.Tensor, (total, bias))
     for user in users:
         user.replace_input_with(node, result)

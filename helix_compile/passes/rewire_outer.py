@@ -20,6 +20,7 @@ from helix_compile.passes.fx_edit import (
 )
 from helix_compile.passes.propagate import fake_mode_of
 from helix_compile.plan import HelixPlan
+from helix_compile.provenance import made_from
 
 STEP_INPUTS = ("slots", "visible", "page_table")
 
@@ -50,8 +51,9 @@ def rewire_outer_pass(
         }
         body = gm.get_submodule(call.target)
         assert isinstance(body, fx.GraphModule)
+        sources = {s.name: s.source for s in plan.body(call.target).param_shards}
         call.args = tuple(
-            _argument(graph, p, old, prefixes[layer], caches[layer])
+            _argument(graph, p, old, prefixes[layer], caches[layer], sources)
             for p in placeholders(body.graph)
         )
         for user in list(call.users):
@@ -81,12 +83,14 @@ def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
     ids = placeholders(graph)[0]
     with fake_mode_of(graph):
         scalar = ids.meta["val"].new_empty(())
-    positions = add_input(graph, "input", "positions", ids.meta["val"])
-    page_table = add_input(graph, "input", "page_table", ids.meta["val"])
-    kvp_rank = add_input(graph, "input", "kvp_rank", scalar)
+    gone = [n for n in placeholders(graph) if n.meta["input"] in _GONE]
+    with made_from(graph, *(gone or [ids])):
+        positions = add_input(graph, "input", "positions", ids.meta["val"])
+        page_table = add_input(graph, "input", "page_table", ids.meta["val"])
+        kvp_rank = add_input(graph, "input", "kvp_rank", scalar)
     old = next((n for n in placeholders(graph) if n.meta["input"] == _GONE[1]), None)
     first = next(n for n in graph.nodes if n.op != "placeholder")
-    with graph.inserting_before(first):
+    with made_from(graph, *(gone or [ids])), graph.inserting_before(first):
         clamped = graph.call_function(aten.clamp.default, (positions, 0))
         clamped.meta["val"] = ids.meta["val"]
         indexed = graph.call_function(
@@ -105,15 +109,19 @@ def _argument(
     old: dict[tuple[str, str], fx.Node],
     prefix: str,
     caches: tuple[int, ...],
+    sources: dict[str, str],
 ) -> fx.Node:
     kind, name = placeholder.meta["input"]
     if kind == "step":
         return next(n for n in graph.nodes if n.meta.get("step") == name)
     if kind == "cache":
         site = int(name.removeprefix("cache_"))
-        return add_input(graph, "cache", f"cache_{caches[site]}", placeholder.meta["val"])
-    if kind == "param":
-        return add_input(graph, "param", f"{prefix}{name}", placeholder.meta["val"])
+        past = [old[("past", f"past_{part}_{site}")] for part in ("latent", "rope")]
+        with made_from(graph, *past):
+            return add_input(graph, "cache", f"cache_{caches[site]}", placeholder.meta["val"])
+    if kind == "param" and ("param", name) not in old:  # cut out of another one
+        with made_from(graph, old[("param", sources[name])]):
+            return add_input(graph, "param", f"{prefix}{name}", placeholder.meta["val"])
     return old[(kind, name)]
 
 

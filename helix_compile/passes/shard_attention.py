@@ -30,6 +30,7 @@ from helix_compile.passes.fx_edit import (
 )
 from helix_compile.passes.propagate import fake_shard, propagate_shapes
 from helix_compile.plan import AttentionPlan, BodyPlan
+from helix_compile.provenance import made_from
 
 
 def shard_attention_pass(
@@ -71,28 +72,34 @@ def _rewrite_site(
     graph: fx.Graph, match: AttentionMatch, plan: AttentionPlan, body: BodyPlan, layout: HelixLayout
 ) -> None:
     kv_up = input_named(graph, "param", match.kv_up_weight)
-    w_uk, w_uv = (
-        _shard_input(graph, f"{match.kv_up_weight}.{s}", kv_up, body) for s in ("w_uk", "w_uv")
-    )
+    with made_from(graph, kv_up):
+        w_uk, w_uv = (
+            _shard_input(graph, f"{match.kv_up_weight}.{s}", kv_up, body) for s in ("w_uk", "w_uv")
+        )
+    up = node_named(graph, match.kv_up)
     for name in (match.q_weight, match.q_bias):
         if name:
             cut_input(graph, name, body)
     anchor, o_proj = node_named(graph, match.anchor), node_named(graph, match.o_proj)
-    with graph.inserting_before(anchor):
-        q_latent, q_rope = _absorbed_query(graph, match, plan, w_uk, layout)
+    with graph.inserting_before(anchor), made_from(graph, anchor):
+        with made_from(graph, node_named(graph, match.q)):
+            q_latent, q_rope = _absorbed_query(graph, match, plan, w_uk, layout)
         partial_o, lse = _local_attention(graph, match, plan, q_latent, q_rope)
         if plan.v_up == "before":
-            partial_o = named(
-                graph, "partial_o_up", aten.einsum.default, "bthr,hvr->bthv", [partial_o, w_uv]
-            )
+            with made_from(graph, up):
+                partial_o = named(
+                    graph, "partial_o_up", aten.einsum.default, "bthr,hvr->bthv", [partial_o, w_uv]
+                )
         o = _merge(graph, plan, partial_o, lse)
         if plan.v_up == "after":
-            o = named(graph, "o_up", aten.einsum.default, "bthr,hvr->bthv", [o, w_uv])
+            with made_from(graph, up):
+                o = named(graph, "o_up", aten.einsum.default, "bthr,hvr->bthv", [o, w_uv])
         if layout.world_size > 1:
             o = named(
                 graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", layout.world_size
             )
-        flat = named(graph, "o_flat", aten.flatten.using_ints, o, 2, 3)
+        with made_from(graph, o_proj.args[0]):
+            flat = named(graph, "o_flat", aten.flatten.using_ints, o, 2, 3)
     o_proj.args = (flat, *o_proj.args[1:])
 
 
@@ -102,7 +109,8 @@ def _absorbed_query(
     """q_latent [B, T, Ht, R] and q_rope [B, T, Ht, r]."""
     q = node_named(graph, match.q)
     q_nope, q_rope = (_channels(graph, q, c) for c in (match.q_nope, match.q_rope))
-    q_latent = named(graph, "q_latent", aten.einsum.default, "bhtn,hnr->bthr", [q_nope, w_uk])
+    with made_from(graph, node_named(graph, match.kv_up)):
+        q_latent = named(graph, "q_latent", aten.einsum.default, "bhtn,hnr->bthr", [q_nope, w_uk])
     q_rope = named(graph, "q_rope", aten.transpose.int, q_rope, 1, 2)
     if plan.q_proj == "replicate":
         return q_latent, q_rope
@@ -139,19 +147,23 @@ def _local_attention(
         input_named(graph, "step", n) for n in ("slots", "visible", "page_table")
     )
     cache = input_named(graph, "cache", f"cache_{plan.site}")
-    latent, k_rope = (
-        graph.call_function(aten.squeeze.dim, (node_named(graph, n), 1))
-        for n in (match.latent, match.k_rope)
-    )
-    written = named(
-        graph, "visible_now", helix.cache_append.default,
-        cache, page_table, slots, visible, latent, k_rope,
-    )  # fmt: skip
+    latent, k_rope = (_squeezed(graph, node_named(graph, n)) for n in (match.latent, match.k_rope))
+    past = [node_named(graph, n) for n in (match.past_latent, match.past_rope)]
+    with made_from(graph, *past):
+        written = named(
+            graph, "visible_now", helix.cache_append.default,
+            cache, page_table, slots, visible, latent, k_rope,
+        )  # fmt: skip
     attended = named(
         graph, "mla_decode", helix.mla_decode.default,
         q_latent, q_rope, cache, page_table, written, match.scale,
     )  # fmt: skip
     return getitems(graph, attended, "partial_o", "lse")
+
+
+def _squeezed(graph: fx.Graph, new: fx.Node) -> fx.Node:
+    with made_from(graph, new):
+        return graph.call_function(aten.squeeze.dim, (new, 1))
 
 
 def _merge(graph: fx.Graph, plan: AttentionPlan, partial_o: fx.Node, lse: fx.Node) -> fx.Node:

@@ -26,6 +26,7 @@ from helix_compile.passes.propagate import propagate_shapes
 from helix_compile.passes.reshard import sum_over_world
 from helix_compile.passes.shard_attention import cut_input
 from helix_compile.plan import BodyPlan
+from helix_compile.provenance import made_from
 
 
 def shard_ffn_pass(
@@ -81,7 +82,7 @@ def _experts(
         node_named(graph, n) for n in (match.x, match.expert_ids, match.weights)
     )
     rank = add_input(graph, "step", "ep_rank", ep_rank)
-    with graph.inserting_before(output):
+    with made_from(graph, output), graph.inserting_before(output):
         first = named(graph, "first_expert", aten.mul.Tensor, rank, match.num_experts // layout.ep)
         routed = named(
             graph, "routed", helix.moe_experts.default, x, ids, probabilities, *weights, first

@@ -19,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 KEYS = {
     "model", "world_size", "layers", "collectives", "not_rewritten", "kv_bytes_per_token_per_rank",
-    "params_bytes_per_rank", "decisions",
+    "params_bytes_per_rank", "decisions", "memory_per_rank", "predicted",
 }  # fmt: skip
 
 
@@ -47,9 +47,30 @@ def test_inspect_json_and_files(tmp_path: Path) -> None:
     assert {d["name"] for d in facts["decisions"]} == {"ep", "v_up", "q_proj"}
     names = {f.name for f in tmp_path.iterdir()}
     bodies = {f"{b}.{m}.py" for b in ("body_0", "body_1", "outer") for m in ("before", "after")}
-    assert names == bodies | {"plan.json", "report.txt", "report.json"}
+    stages = ("captured", "attention", "reshard", "ffn", "lowered")
+    texts = {f"{i:02d}_{stage}.txt" for i, stage in enumerate(stages)}
+    diffs = {f"{i:02d}_{stage}.diff" for i, stage in enumerate(stages) if i}
+    assert names == bodies | texts | diffs | {
+        "plan.json",
+        "report.txt",
+        "report.json",
+        "schedule.trace.json",
+    }
     assert "helix.mla_decode" in (tmp_path / "body_1.after.py").read_text()
     assert "scaled_dot_product_attention" in (tmp_path / "body_1.before.py").read_text()
+
+
+def test_inspect_one_node() -> None:
+    options = ("--cp", "2", "--meta", "--node", "body_1.all_reduce")
+    done = run("inspect", "tiny", *options)
+    assert done.returncode == 0, done.stderr
+    assert "made by   pass lowered" in done.stdout and "modeling_deepseek_v3.py:" in done.stdout
+    told = json.loads(run("inspect", "tiny", *options, "--json").stdout)
+    assert told["made_by"] == "lowered" and told["origins"][0]["op"] == "aten.linear"
+    wrong = run("inspect", "tiny", "--cp", "2", "--meta", "--node", "body_1.al_reduce")
+    assert wrong.returncode == 2 and "close: body_1.all_reduce" in wrong.stderr
+    both = run("inspect", "tiny", *options, "--out", "somewhere")
+    assert both.returncode == 2 and "--node" in both.stderr
 
 
 def test_inspect_text_and_options_by_name() -> None:

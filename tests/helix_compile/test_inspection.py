@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helix_compile import HelixModule, HelixPlan, helix_compile
+from helix_compile.explain import graphs_of
 from helix_compile.graph_text import parameter_text
 from helix_compile.inspection import ranges_text
 from helix_compile.models.presets import build_model, preset_config
@@ -88,6 +89,45 @@ def test_facts_are_those_of_the_plan_and_the_graphs(compiled: HelixModule) -> No
     assert facts["egress_bytes_per_rank_per_token"] == sent
     reasons = {x["what"]: x["reason"] for x in facts["not_rewritten"]}
     assert {"embedding", "norms", "router", "head"} <= set(reasons) and all(reasons.values())
+
+
+def test_memory_of_a_rank_is_what_a_rank_holds(compiled: HelixModule) -> None:
+    memory = compiled.inspect().facts["memory_per_rank"]
+    rank = compiled.ranks[0]
+    assert memory["kv_cache_bytes"] == sum(c.numel() * c.itemsize for c in rank.cache)
+    assert memory["params_bytes"] == sum(t.numel() * t.itemsize for t in rank.params.values())
+    assert memory["total_bytes"] == memory["params_bytes"] + memory["kv_cache_bytes"]
+    report = str(compiled.inspect())
+    assert f"{memory['kv_cache_bytes']:,} of KV cache = {memory['total_bytes']:,}" in report
+    assert "capacity: 8 sequences of 4,096 tokens" in report
+
+
+def test_predicted_times_say_that_they_are(compiled: HelixModule) -> None:
+    inspection = compiled.inspect()
+    predicted = inspection.facts["predicted"]
+    assert "predicted" in predicted["what"] and predicted["machine"].startswith("GB200")
+    assert (predicted["batch"], predicted["tokens"], predicted["context"]) == (8, 1, 4095)
+    for body, collectives in zip(predicted["bodies"], (3, 3), strict=True):
+        assert len(body["collectives"]) == collectives
+        alone = sum(c["microseconds"] for c in body["collectives"])
+        assert (
+            body["microseconds_of_a_layer"] > alone > 3 * 10.7
+        )  # a layer's collectives wait for each other
+        assert all(c["slack_microseconds"] == pytest.approx(0, abs=1e-9) for c in body["collectives"])  # fmt: skip
+        assert f"{body['microseconds_of_a_layer']:.1f}" in str(inspection)
+
+
+def test_looking_changes_nothing(compiled: HelixModule, tmp_path: Path) -> None:
+    def seen() -> list[str]:
+        graphs = [str(g.graph) for s in compiled.stages.values() for _, g in graphs_of(s)]
+        metas = [sorted(n.meta) for s in compiled.stages.values() for _, g in graphs_of(s) for n in g.graph.nodes]  # fmt: skip
+        return [compiled.plan.to_json(), *graphs, str(metas)]
+
+    before = seen()
+    print(compiled.inspect(tmp_path))
+    compiled.explain_node("body_1.all_reduce")
+    compiled.stage_diff("captured", "lowered")
+    assert seen() == before
 
 
 def test_padding_and_reach_are_stated() -> None:

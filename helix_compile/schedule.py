@@ -1,0 +1,202 @@
+"""The predicted schedule of one layer of each body, every rank: as data, and as a Chrome trace for Perfetto.
+
+    process = rank; threads "compute" and "link"; a complete event a node that takes time.
+
+Each queue runs its nodes in graph order, as streams do. A collective starts when its last rank has made its input and
+its link is free; wait_tensor holds the compute queue until it is over. Costs are those of costs.py: predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from helix_compile.costs import GB200, Machine, NodeCost, Workload, predict_costs
+from helix_compile.graph_queries import CriticalPath, critical_path
+from helix_compile.graph_text import layout_text, shape_text
+from helix_compile.layout import HelixLayout
+from helix_compile.passes.fx_edit import is_collective
+from helix_compile.plan import HelixPlan
+from helix_compile.provenance import ORIGIN, STAGE
+
+COMPUTE, LINK = "compute", "link"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One node on one rank, in seconds from the start of the first body."""
+
+    rank: int
+    thread: str
+    node: fx.Node
+    start: float
+    seconds: float
+    cost: NodeCost
+
+    @property
+    def end(self) -> float:
+        """When it is over."""
+        return self.start + self.seconds
+
+
+@dataclass(frozen=True)
+class BodySchedule:
+    """One layer of one body on every rank.
+
+    Attributes:
+        body: its name.
+        events: in graph order, rank by rank; nodes that take no time have none.
+        seconds: from the first start to the last end.
+        path: critical path by dataflow alone on the busiest rank: its slack is what overlap could hide at best.
+    """
+
+    body: str
+    events: tuple[Event, ...]
+    seconds: float
+    path: CriticalPath
+
+
+def thread_of(node: fx.Node) -> str | None:
+    """The queue that runs a node: collectives on the link, all other calls on compute, inputs and output on none."""
+    if is_collective(node):
+        return LINK
+    return COMPUTE if node.op in ("call_function", "call_module", "call_method") else None
+
+
+def default_workload(plan: HelixPlan) -> Workload:
+    """One token a sequence at full capacity."""
+    return Workload(plan.options.max_batch_size, 1, plan.options.max_seq_len - 1)
+
+
+def predict_body(
+    graph: fx.Graph,
+    name: str,
+    plan: HelixPlan,
+    workload: Workload | None = None,
+    machine: Machine = GB200,
+) -> BodySchedule:
+    """Schedule a lowered body on every rank of `plan`; see the module's words."""
+    step = workload or default_workload(plan)
+    ranks = range(plan.layout.world_size)
+    tokens_per_block = plan.options.tokens_per_block
+    costs = [predict_costs(graph, step, plan.layout, tokens_per_block, rank) for rank in ranks]
+    free = [{COMPUTE: 0.0, LINK: 0.0} for _ in ranks]
+    done: list[dict[fx.Node, float]] = [{} for _ in ranks]
+    events: list[Event] = []
+    for node in graph.nodes:
+        ready = [max((d[n] for n in node.all_input_nodes), default=0.0) for d in done]
+        if is_collective(node):
+            alone = [max(ready[r], free[r][LINK]) for r in ranks]
+            ready = [max(alone[m] for m in _group(plan.layout, node.args[-1], r)) for r in ranks]
+        for rank in ranks:
+            thread = thread_of(node)
+            seconds = costs[rank][node.name].seconds(machine)
+            start = max(ready[rank], free[rank][thread]) if thread else ready[rank]
+            done[rank][node] = start + seconds
+            if thread:
+                free[rank][thread] = start + seconds
+            if seconds:
+                events.append(
+                    Event(rank, thread or COMPUTE, node, start, seconds, costs[rank][node.name])
+                )
+    busiest = max(ranks, key=lambda r: sum(e.seconds for e in events if e.rank == r))
+    weights = {name: cost.seconds(machine) for name, cost in costs[busiest].items()}
+    total = max((max(d.values()) for d in done), default=0.0)
+    return BodySchedule(name, tuple(events), total, critical_path(graph, weights))
+
+
+def _group(layout: HelixLayout, axis: str, rank: int) -> list[int]:
+    """The ranks that take part in a collective of `rank` over `axis`."""
+    if axis == "world":
+        return list(range(layout.world_size))
+    others = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}
+    same = layout.index(others[axis], rank)
+    return [r for r in range(layout.world_size) if layout.index(others[axis], r) == same]
+
+
+def predict_schedule(
+    plan: HelixPlan,
+    lowered: fx.GraphModule,
+    workload: Workload | None = None,
+    machine: Machine = GB200,
+) -> list[BodySchedule]:
+    """One layer of each body."""
+    return [
+        predict_body(lowered.get_submodule(b.name).graph, b.name, plan, workload, machine)
+        for b in plan.bodies
+    ]
+
+
+def predicted_facts(plan: HelixPlan, lowered: fx.GraphModule) -> dict[str, Any]:
+    """Critical path of one layer of each body on rank 0, which has the most tokens, as plain data."""
+    step, machine = default_workload(plan), GB200
+    bodies = []
+    for body in plan.bodies:
+        graph = lowered.get_submodule(body.name).graph
+        costs = predict_costs(graph, step, plan.layout, plan.options.tokens_per_block)
+        seconds = {name: cost.seconds(machine) for name, cost in costs.items()}
+        path = critical_path(graph, seconds)
+        collectives = [
+            {"node": name, "wire_bytes": costs[name].wire_bytes, "microseconds": 1e6 * seconds[name],
+             "slack_microseconds": 1e6 * slack}
+            for name, slack in path.collective_slack().items()
+        ]  # fmt: skip
+        bodies.append(
+            {"body": body.name, "layers": len(body.layers), "microseconds_of_a_layer": 1e6 * path.total,
+             "longest": max(path.nodes, key=seconds.__getitem__, default=""), "collectives": collectives}
+        )  # fmt: skip
+    return {
+        "what": "predicted by peak figures, not measured", "machine": machine.name,
+        "batch": step.batch, "tokens": step.tokens, "context": step.context, "bodies": bodies,
+    }  # fmt: skip
+
+
+def chrome_trace(
+    schedules: list[BodySchedule],
+    plan: HelixPlan,
+    workload: Workload | None = None,
+    machine: Machine = GB200,
+) -> dict[str, Any]:
+    """The schedules one behind the other, in the Trace Event Format (microseconds)."""
+    step = workload or default_workload(plan)
+    events: list[dict[str, Any]] = []
+    for rank in range(plan.layout.world_size):
+        events.append(_name("process_name", rank, 0, f"rank {rank} (predicted)"))
+        events += [_name("thread_name", rank, i, t) for i, t in enumerate((COMPUTE, LINK))]
+    offset = 0.0
+    for schedule in schedules:
+        events += [_complete(event, schedule.body, offset) for event in schedule.events]
+        offset += schedule.seconds
+    about = {
+        "predicted": "by peak figures; not measured", "model": plan.model, "machine": machine.name,
+        "batch": step.batch, "tokens": step.tokens, "context": step.context,
+        "layers": "one of each body",
+    }  # fmt: skip
+    return {"traceEvents": events, "displayTimeUnit": "ns", "otherData": about}
+
+
+def _name(kind: str, rank: int, thread: int, text: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": rank, "tid": thread, "args": {"name": text}}
+
+
+def _complete(event: Event, body: str, offset: float) -> dict[str, Any]:
+    node, cost = event.node, event.cost
+    args = {
+        "body": body,
+        "op": str(node.target),
+        "shape": shape_text(node.meta.get("val")),
+        "layout": layout_text(node),
+        "stage": node.meta.get(STAGE, ""),
+        "from": ", ".join(node.meta.get(ORIGIN, ())),
+        "flops": cost.flops,
+        "memory_bytes": cost.hbm_bytes,
+        "wire_bytes": cost.wire_bytes,
+        "axis": node.args[-1] if cost.is_collective else "",
+    }
+    return {
+        "name": node.name, "cat": "predicted", "ph": "X", "pid": event.rank,
+        "tid": (COMPUTE, LINK).index(event.thread),
+        "ts": 1e6 * (offset + event.start), "dur": 1e6 * event.seconds, "args": args,
+    }  # fmt: skip
