@@ -208,18 +208,20 @@ class _Builder:
         self.first_stage, self.runs, self.leaving = first_stage, runs, leaving
 
     def is_drawn(self, group: list[fx.Node]) -> bool:
-        """Hidden states and caches have a box; in a picture with runs the step's other inputs have none."""
+        """In a picture with runs, of all inputs only the hidden states have a box; others are named where they are read."""
         node = group[0]
         if node.op != "placeholder":
             return True
         kind = _input_kind(node)
-        return kind != "param" and (not self.runs or kind in ("hidden", "past", "cache"))
+        return kind != "param" and (not self.runs or kind == "hidden")
 
     def node(self, group: list[fx.Node]) -> NodeView:
         last = group[-1]
-        title, subtitle = self._titles(group)
         reads = [a for n in group for a in self.folded.arguments(n)]
         roots = [r for r, _ in reads if r.op == "placeholder"]
+        caches = [r.meta["input"][1] for r in roots if _input_kind(r) in ("past", "cache")]
+        title, subtitle = self._titles(group)
+        subtitle = ", ".join(x for x in (subtitle, *dict.fromkeys(caches)) if x)
         return NodeView(
             name=last.name,
             kind=_kind(group),

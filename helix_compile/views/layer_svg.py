@@ -12,11 +12,11 @@ from html import escape
 from helix_compile.views.graph_view import EdgeView, GraphView, NodeView
 from helix_compile.views.lanes import TRACKS, Lanes, place
 
-NODE_WIDTH, NODE_HEIGHT, ROW = 214, 36, 62
+NODE_WIDTH, NODE_HEIGHT, ROW = 224, 36, 62
 LANE_GAP, TRACK_WIDTH, MARGIN = 26, 15, 20
 PORT = 52  # how far from the middle of a box a line from the side enters
 LETTER = 5.5  # width of a letter of an edge label
-NARROW, WIDE = 24, 33  # letters that fit in a title beside its op, and alone
+TITLE_LETTER, SMALL_LETTER = 6.8, 5.2
 
 LIGHT = """
 text { font-family: ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-serif; fill: #1c1f23; }
@@ -38,6 +38,7 @@ text { font-family: ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-seri
 .line.partial { stroke: #b8500c; stroke-dasharray: 5 3; } .tip.partial { fill: #b8500c; }
 .line.per-rank { stroke: #7a6aa8; stroke-dasharray: 1.5 2.5; } .tip.per-rank { fill: #7a6aa8; }
 .shape { font-size: 9px; fill: #5b626c; font-family: ui-monospace, Menlo, Consolas, monospace; }
+.shape { paint-order: stroke; stroke: #fafafb; stroke-width: 3px; stroke-linejoin: round; }
 .legend { font-size: 10px; fill: #5b626c; }
 """
 _LEGEND = (
@@ -147,7 +148,7 @@ def _bands(view: GraphView, lanes: Lanes, grid: _Grid) -> list[str]:
             f'<rect class="band" x="4" y="{y}" width="{grid.width - 8}" height="{height}" rx="4"/>'
         )
         parts.append(
-            f'<text class="band-title" x="{grid.width - 14}" y="{y + 15}" text-anchor="end">{escape(cluster)}</text>'
+            f'<text class="band-title" x="{grid.width - 14}" y="{y + 10}" text-anchor="end">{escape(cluster)}</text>'
         )
     return parts
 
@@ -156,13 +157,14 @@ def _node(node: NodeView, lanes: Lanes, grid: _Grid, laid_out: bool) -> str:
     x, y = grid.lane(lanes.lane[node.name]) - NODE_WIDTH // 2, grid.top(lanes.row[node.name])
     layouts = ", ".join(dict.fromkeys(v.layout_text for v in node.outputs))
     if node.egress is not None:
-        detail = f"{node.egress:,.0f} bytes sent a token"
+        detail = f"{node.egress:,.0f} bytes a token"
     elif laid_out:
         detail = "replicated" if layouts == "R" else layouts
     else:
         detail = node.source
-    made = "" if node.stage == "captured" else f"by {node.stage}"
-    title = _cut(node.title, NARROW if node.subtitle else WIDE)
+    made = "" if node.stage == "captured" else f"{node.stage} stage"
+    room = NODE_WIDTH - 26 - len(node.subtitle) * SMALL_LETTER
+    title = _cut(node.title, int(room / TITLE_LETTER))
     right = x + NODE_WIDTH - 9
     return (
         f'<g class="node {node.kind}" data-node="{escape(node.name)}" data-stage="{escape(node.stage)}" '
@@ -170,7 +172,7 @@ def _node(node: NodeView, lanes: Lanes, grid: _Grid, laid_out: bool) -> str:
         f'<rect class="box" x="{x}" y="{y}" width="{NODE_WIDTH}" height="{NODE_HEIGHT}" rx="3"/>'
         f'<text class="title" x="{x + 9}" y="{y + 15}">{escape(title)}</text>'
         f'<text class="op" x="{right}" y="{y + 15}" text-anchor="end">{escape(node.subtitle)}</text>'
-        f'<text class="detail" x="{x + 9}" y="{y + 28}">{escape(_cut(detail, 30 if made else 40))}</text>'
+        f'<text class="detail" x="{x + 9}" y="{y + 28}">{escape(_cut(detail, 24 if made else 40))}</text>'
         f'<text class="made" x="{right}" y="{y + 28}" text-anchor="end">{escape(made)}</text></g>'
     )
 
