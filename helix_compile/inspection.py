@@ -15,6 +15,10 @@ from torch import fx
 
 from helix_compile.graph_text import attention_block, format_python
 from helix_compile.plan import BodyPlan, HelixPlan, number
+from helix_compile.views.bodies import body_views
+from helix_compile.views.layer_svg import format_layer_svg
+from helix_compile.views.model_explorer import format_model_explorer
+from helix_compile.views.report import format_html_report
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,30 @@ class Inspection:
         return attention_block(before, weight), attention_block(after, weight)
 
     def write(self, folder: Path) -> list[Path]:
-        """plan.json, report.txt, report.json, and NAME.before.py / NAME.after.py of each body and the outer graph."""
+        """plan.json; report.txt, .json, .html; NAME.before.py and NAME.after.py of each body and the outer graph;
+        NAME.svg of each body; model_explorer.json.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         files = {
             "plan.json": self.plan.to_json(),
             "report.txt": str(self),
             "report.json": self.to_json(),
+            "report.html": format_html_report(self.plan, self.stages, self.facts),
+            "model_explorer.json": format_model_explorer(self.plan, self.stages),
         }
+        for views in body_views(self.plan, self.stages):
+            body = views.plan
+            title = f"{self.plan.model}, {body.name} (layers {ranges_text(list(body.layers))})"
+            files[f"{body.name}.svg"] = format_layer_svg(title, views.before, views.after)
         first, last = next(iter(self.stages.values())), list(self.stages.values())[-1]
         for moment, stage in (("before", first), ("after", last)):
             files[f"outer.{moment}.py"] = format_python(stage)
-            for name, body in stage.named_children():
-                assert isinstance(body, fx.GraphModule)
-                files[f"{name}.{moment}.py"] = format_python(body)
+            for name, graph in stage.named_children():
+                assert isinstance(graph, fx.GraphModule)
+                files[f"{name}.{moment}.py"] = format_python(graph)
         written = []
         for name, text in files.items():
-            (folder / name).write_text(text + ("" if text.endswith("\n") else "\n"))
+            (folder / name).write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
             written.append(folder / name)
         return written
 

@@ -91,6 +91,8 @@ def is_value(node: fx.Node) -> bool:
     if node.op == "call_module":
         return True
     value = node.meta.get("val")
+    if value is None and node.op == "call_function":
+        return bool(node.users)  # an outer graph's own ops carry no value; a guard has no users
     return isinstance(value, Tensor) or (
         isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value)
     )

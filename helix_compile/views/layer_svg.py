@@ -12,11 +12,11 @@ from html import escape
 from helix_compile.views.graph_view import EdgeView, GraphView, NodeView
 from helix_compile.views.lanes import TRACKS, Lanes, place
 
-NODE_WIDTH, NODE_HEIGHT, ROW = 224, 36, 62
-LANE_GAP, TRACK_WIDTH, MARGIN = 26, 15, 20
+NODE_WIDTH, NODE_HEIGHT, ROW = 212, 38, 64
+LANE_GAP, TRACK_WIDTH, MARGIN = 18, 15, 12
 PORT = 52  # how far from the middle of a box a line from the side enters
-LETTER = 5.5  # width of a letter of an edge label
-TITLE_LETTER, SMALL_LETTER = 6.8, 5.2
+LETTER = 5.8  # width of a letter of an edge label
+TITLE_LETTER, SMALL_LETTER = 6.9, 5.6
 
 LIGHT = """
 text { font-family: ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-serif; fill: #1c1f23; }
@@ -29,15 +29,15 @@ text { font-family: ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-seri
 .helix .box { fill: #e8f1f8; stroke: #3a7ca8; }
 .collective .box { fill: #b8500c; stroke: #b8500c; }
 .collective text { fill: #ffffff; }
-.title { font-size: 11.5px; font-weight: 600; }
-.op, .detail, .made { font-size: 9.5px; fill: #5b626c; }
+.title { font-size: 12px; font-weight: 600; }
+.op, .detail, .made { font-size: 10px; fill: #5b626c; }
 .made { fill: #2f6a92; }
 .line { fill: none; stroke: #9aa1ab; stroke-width: 1.2; }
 .tip { fill: #9aa1ab; }
 .line.sharded { stroke: #3a7ca8; } .tip.sharded { fill: #3a7ca8; }
 .line.partial { stroke: #b8500c; stroke-dasharray: 5 3; } .tip.partial { fill: #b8500c; }
 .line.per-rank { stroke: #7a6aa8; stroke-dasharray: 1.5 2.5; } .tip.per-rank { fill: #7a6aa8; }
-.shape { font-size: 9px; fill: #5b626c; font-family: ui-monospace, Menlo, Consolas, monospace; }
+.shape { font-size: 9.5px; fill: #5b626c; font-family: ui-monospace, Menlo, Consolas, monospace; }
 .shape { paint-order: stroke; stroke: #fafafb; stroke-width: 3px; stroke-linejoin: round; }
 .legend { font-size: 10px; fill: #5b626c; }
 """
@@ -148,7 +148,7 @@ def _bands(view: GraphView, lanes: Lanes, grid: _Grid) -> list[str]:
             f'<rect class="band" x="4" y="{y}" width="{grid.width - 8}" height="{height}" rx="4"/>'
         )
         parts.append(
-            f'<text class="band-title" x="{grid.width - 14}" y="{y + 10}" text-anchor="end">{escape(cluster)}</text>'
+            f'<text class="band-title" x="{grid.width - 12}" y="{y + 10}" text-anchor="end">{escape(cluster)}</text>'
         )
     return parts
 
@@ -163,7 +163,7 @@ def _node(node: NodeView, lanes: Lanes, grid: _Grid, laid_out: bool) -> str:
     else:
         detail = node.source
     made = "" if node.stage == "captured" else f"{node.stage} stage"
-    room = NODE_WIDTH - 26 - len(node.subtitle) * SMALL_LETTER
+    room = NODE_WIDTH - 22 - len(node.subtitle) * SMALL_LETTER
     title = _cut(node.title, int(room / TITLE_LETTER))
     right = x + NODE_WIDTH - 9
     return (
@@ -172,8 +172,8 @@ def _node(node: NodeView, lanes: Lanes, grid: _Grid, laid_out: bool) -> str:
         f'<rect class="box" x="{x}" y="{y}" width="{NODE_WIDTH}" height="{NODE_HEIGHT}" rx="3"/>'
         f'<text class="title" x="{x + 9}" y="{y + 15}">{escape(title)}</text>'
         f'<text class="op" x="{right}" y="{y + 15}" text-anchor="end">{escape(node.subtitle)}</text>'
-        f'<text class="detail" x="{x + 9}" y="{y + 28}">{escape(_cut(detail, 24 if made else 40))}</text>'
-        f'<text class="made" x="{right}" y="{y + 28}" text-anchor="end">{escape(made)}</text></g>'
+        f'<text class="detail" x="{x + 9}" y="{y + 30}">{escape(_cut(detail, 21 if made else 36))}</text>'
+        f'<text class="made" x="{right}" y="{y + 30}" text-anchor="end">{escape(made)}</text></g>'
     )
 
 
