@@ -68,7 +68,9 @@ class Inspection:
                 files[f"{name}.{moment}.py"] = format_python(graph)
         written = []
         for name, text in files.items():
-            (folder / name).write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
+            (folder / name).write_text(
+                text + ("" if text.endswith("\n") else "\n"), encoding="utf-8"
+            )
             written.append(folder / name)
         return written
 

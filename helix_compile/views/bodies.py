@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from helix_compile.plan import BodyPlan, HelixPlan
-from helix_compile.views.graph_view import GraphView, build_view, first_stages
+from helix_compile.views.build_view import build_view, first_stages
+from helix_compile.views.graph_view import GraphView
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def body_views(
         stages: stage name -> outer graph.
         runs: join small ops (see build_view).
     """
-    first, last = list(stages.values())[0], list(stages.values())[-1]
+    first, last = next(iter(stages.values())), list(stages.values())[-1]
     views = []
     for body in plan.bodies:
         made = first_stages(stages, body.name)

@@ -69,7 +69,7 @@ def fold(graph: fx.Graph) -> Folded:
             continue
         if not is_value(node):
             continue
-        if is_call(node, _WAIT) or (is_layout_op(node) and not is_cache_update(node)):
+        if is_call(node, _WAIT) or (_only_moves(node) and not is_cache_update(node)):
             sources = {roots.get(n, n) for n in _read(node) if is_value(n)}
             if len(sources) == 1:
                 roots[node] = sources.pop()
@@ -79,6 +79,14 @@ def fold(graph: fx.Graph) -> Folded:
             continue
         kept.append(node)
     return Folded(tuple(kept), roots)
+
+
+def _only_moves(node: fx.Node) -> bool:
+    """is_layout_op, for graphs too whose values are not known (the outer graph of a reloaded module)."""
+    known = not is_call(node, aten._to_copy.default) or (
+        "val" in node.meta and all("val" in n.meta for n in node.all_input_nodes)
+    )
+    return known and is_layout_op(node)
 
 
 def _is_cast_for_matmul(node: fx.Node) -> bool:
@@ -196,7 +204,7 @@ def _read(node: fx.Node) -> Iterator[fx.Node]:
         if i not in skipped:
             fx.map_arg(argument, read.append)
     fx.map_arg(node.kwargs, read.append)
-    if not read and skipped:
+    if skipped and not any(is_value(n) for n in read):
         # memory that nothing has written yet: its only tie to the graph is the shape it copies
         fx.map_arg([node.args[i] for i in skipped if i < len(node.args)], read.append)
     yield from dict.fromkeys(read)

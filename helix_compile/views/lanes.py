@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import networkx as nx
 
@@ -101,7 +102,7 @@ def _span(
     graph: nx.DiGraph, row: dict[str, int], chain: list[str], placed: dict[str, int]
 ) -> tuple[range, set[tuple[str, str]]]:
     """Rows that a chain takes in its lane with the edge that enters it and the one that leaves it; all edges so carried."""
-    links = set(zip(chain, chain[1:], strict=False))
+    links = set(pairwise(chain))
     first, last = row[chain[0]], row[chain[-1]]
     top, bottom = first, last
     above = [p for p in graph.predecessors(chain[0]) if p in placed]

@@ -124,12 +124,12 @@ class _Grid:
         return self._lanes[number]
 
     def track(self, number: int) -> int:
-        """x of a track."""
+        """Where a track runs."""
         return self._tracks[number]
 
     @staticmethod
     def top(row: int) -> int:
-        """y of the upper side of the boxes of a row."""
+        """The upper side of the boxes of a row."""
         return row * ROW + (ROW - NODE_HEIGHT) // 2
 
 

@@ -19,8 +19,9 @@ from torch import fx
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.plan import HelixPlan
 from helix_compile.views.bodies import body_views, graph_of
+from helix_compile.views.build_view import build_view, first_stages
 from helix_compile.views.folding import fold
-from helix_compile.views.graph_view import GraphView, NodeView, build_view, first_stages
+from helix_compile.views.graph_view import GraphView, NodeView
 
 _STYLES = {
     "collective": {"backgroundColor": "#b8500c", "textColor": "#ffffff"},
@@ -30,7 +31,7 @@ _STYLES = {
 
 def format_model_explorer(plan: HelixPlan, stages: Mapping[str, fx.GraphModule]) -> str:
     """Both graphs as the text of one file."""
-    first, last = list(stages.values())[0], list(stages.values())[-1]
+    first, last = next(iter(stages.values())), list(stages.values())[-1]
     bodies = body_views(plan, stages, runs=False)
     made = first_stages(stages, None)
     graphs = []
