@@ -86,7 +86,8 @@ def _only_moves(node: fx.Node) -> bool:
     known = not is_call(node, aten._to_copy.default) or (
         "val" in node.meta and all("val" in n.meta for n in node.all_input_nodes)
     )
-    return known and is_layout_op(node)
+    # memory that nothing has written is no view of what it takes its shape from
+    return known and is_layout_op(node) and node.target not in _SHAPE_ONLY
 
 
 def _is_cast_for_matmul(node: fx.Node) -> bool:

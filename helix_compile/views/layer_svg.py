@@ -12,9 +12,10 @@ from html import escape
 from helix_compile.views.graph_view import EdgeView, GraphView, NodeView
 from helix_compile.views.lanes import TRACKS, Lanes, place
 
-NODE_WIDTH, NODE_HEIGHT, ROW = 212, 38, 64
+NODE_WIDTH, NODE_HEIGHT, ROW = 212, 38, 68
 LANE_GAP, TRACK_WIDTH, MARGIN = 18, 15, 12
-PORT = 52  # how far from the middle of a box a line from the side enters
+PORT = 80  # how far from the middle of a box a line from the side enters
+CROSSING = 20  # where in a gap between rows lines run sideways
 LETTER = 5.8  # width of a letter of an edge label
 TITLE_LETTER, SMALL_LETTER = 6.9, 5.6
 
@@ -189,14 +190,9 @@ def _edge(edge: EdgeView, lanes: Lanes, grid: _Grid) -> tuple[str, str]:
     else:
         x = grid.lane(lanes.run[key]) if key in lanes.run else end
     start, end = start + _port(x, start), end + _port(x, end)
-    gap = ROW - NODE_HEIGHT
-    path = f"M{start} {top}"
-    if x != start:
-        path += f"C{start} {top + gap * 0.7:g} {x} {top + gap * 0.3:g} {x} {top + gap}"
-    if x != end:
-        path += f"L{x} {bottom - gap}C{x} {bottom - gap * 0.3:g} {end} {bottom - gap * 0.7:g} {end} {bottom - 4}"
-    else:
-        path += f"L{x} {bottom - 4}"
+    path = f"M{start} {top}" + _step(start, x, top)
+    gap_below = bottom - (ROW - NODE_HEIGHT)
+    path += _step(x, end, gap_below) + f"V{bottom - 4}"
     form = edge.form
     lines = (
         f'<path class="line {form}" d="{path}"><title>{escape(edge.label)}</title></path>'
@@ -205,12 +201,20 @@ def _edge(edge: EdgeView, lanes: Lanes, grid: _Grid) -> tuple[str, str]:
     return lines, _label(edge, x, (top, bottom), upright, x == start)
 
 
+def _step(x: int, end: int, top: int) -> str:
+    """Down from the top of a gap between rows, and sideways below the labels that stand in it."""
+    y, round_off = top + CROSSING, 5 if end > x else -5
+    if x == end:
+        return ""
+    return f"V{y - 5}Q{x} {y} {x + round_off} {y}H{end - round_off}Q{end} {y} {end} {y + 5}"
+
+
 def _label(edge: EdgeView, x: int, span: tuple[int, int], upright: bool, leaves: bool) -> str:
     """Beside the part of the line that runs straight; along it where the line has a track."""
     text, (top, bottom) = escape(edge.label), span
     if not upright:
-        y = top + 15 if leaves else bottom - 9
-        return f'<text class="shape" x="{x + 6}" y="{y}">{text}</text>'
+        y = top if leaves else bottom - (ROW - NODE_HEIGHT)
+        return f'<text class="shape" x="{x + 6}" y="{y + CROSSING - 7}">{text}</text>'
     if len(edge.label) * LETTER > bottom - top - 2 * (ROW - NODE_HEIGHT):
         return ""
     y = (top + bottom) // 2

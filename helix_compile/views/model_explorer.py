@@ -4,7 +4,7 @@
 
 A body that computes many layers is drawn in full in its first layer ("layers/3/mlp/gate"); every later layer is one
 node that names the body, so that 61 layers open at once. What the viewer's format demands and does not say: fields
-may be empty but never absent, a namespace has no leading slash, and a node may only point at nodes that exist.
+may be empty but never absent, the whole has a label, a namespace has no leading slash, and a node may only point at nodes that exist.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def format_model_explorer(plan: HelixPlan, stages: Mapping[str, fx.GraphModule])
         inner = {b.plan.name: b.before if moment == "before" else b.after for b in bodies}
         nodes = _model(outer, inner, _calls(stage, list(inner)))
         graphs.append({"id": f"{plan.model} {moment}", "nodes": nodes})
-    return json.dumps({"graphs": graphs}, separators=(",", ":"))
+    return json.dumps({"label": plan.model, "graphs": graphs}, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,16 @@ def _model(
             nodes += _unfolded(body, prefix, {k: ids.get(v, v) for k, v in call.inputs.items()})
             ids[node.name] = f"{prefix}/{body.nodes[-1].name}"
             continue
-        namespace = f"layers/{call.layer}" if call else ""
+        readers = {c.layer for c in calls.values() if node.name in c.inputs.values()}
+        # a cache stands in the one layer that reads it: 61 of them side by side would hide the rest
+        own = (
+            call.layer
+            if call
+            else readers.pop()
+            if len(readers) == 1 and node.kind == "cache"
+            else None
+        )
+        namespace = "" if own is None else f"layers/{own}"
         known = [ids.get(s, s) for s in sources.get(node.name, [])]
         nodes.append(_node(node, node.name, namespace, known))
     return nodes

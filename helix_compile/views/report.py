@@ -15,10 +15,12 @@ from typing import Any
 
 from torch import fx
 
+from helix_compile.kv_cache import pages_per_sequence
+from helix_compile.layout import HelixLayout
 from helix_compile.options import PAGE_SIZE
 from helix_compile.plan import BodyPlan, HelixPlan, ParamShard
 from helix_compile.views.bodies import BodyViews, body_views
-from helix_compile.views.graph_view import GraphView, NodeView
+from helix_compile.views.graph_view import GraphView, NodeView, ValueView
 from helix_compile.views.layer_svg import draw_panel, format_panel_svg
 
 _HERE = Path(__file__).parent
@@ -184,21 +186,21 @@ def _collectives(plan: HelixPlan) -> str:
 
 def _memory(plan: HelixPlan, bodies: list[BodyViews]) -> str:
     options = plan.options
-    full = plan.kv_bytes_per_token_per_rank * options.max_seq_len
+    slots = pages_per_sequence(options, plan.layout.kvp) * PAGE_SIZE * options.max_batch_size
+    allocated = plan.kv_bytes_per_token_per_rank * plan.layout.kvp * slots
     rows = [
         ("parameters", _size(plan.params_bytes_per_rank)),
-        ("KV cache, a token", _size(plan.kv_bytes_per_token_per_rank)),
-        (f"KV cache, a sequence of {options.max_seq_len:,} tokens", _size(full)),
+        ("KV cache, a token, on average", _size(plan.kv_bytes_per_token_per_rank)),
         (
-            f"KV cache, {options.max_batch_size} such sequences",
-            _size(full * options.max_batch_size),
+            f"KV cache as allocated: {options.max_batch_size} sequences of {options.max_seq_len:,} tokens",
+            _size(allocated),
         ),
     ]
-    parts = [_table(("on each rank, on average", "bytes"), rows, numeric=(1,))]
+    parts = [_table(("on each rank", "bytes"), rows, numeric=(1,))]
     for body in bodies:
         params = {p.name: p for n in body.after.nodes for p in n.params}
         shards = [
-            (name, _original(body.plan.shard(name)), p.value.shape, _cut_text(body.plan.shard(name)), p.value.dtype, p.value.bytes)
+            (name, *_cut(body.plan.shard(name), p.value, plan.layout), p.value.dtype, p.value.bytes)
             for name, p in params.items()
         ]  # fmt: skip
         heads = ("parameter", "original", "on a rank", "cut", "dtype", "bytes on a rank")
@@ -268,14 +270,13 @@ def _table(
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _original(shard: ParamShard | None) -> str:
-    return "" if shard is None else "[" + ",".join(map(str, shard.source_shape)) + "]"
-
-
-def _cut_text(shard: ParamShard | None) -> str:
+def _cut(shard: ParamShard | None, value: ValueView, layout: HelixLayout) -> tuple[str, str, str]:
+    """Original shape, shape on a rank, and the cuts between them."""
     if shard is None:
-        return "whole"
-    return ", ".join(f"dim {c.dim} over {c.axis}" for c in shard.cuts) or shard.layout
+        return value.shape, value.shape, "whole"
+    original = "[" + ",".join(map(str, shard.source_shape)) + "]"
+    cuts = [f"dim {c.dim} over {c.axis}" for c in shard.cuts if layout.size(c.axis) > 1]
+    return original, value.shape, ", ".join(cuts) or "whole"
 
 
 def _ranges(body: BodyPlan) -> str:

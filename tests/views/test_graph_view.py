@@ -47,7 +47,7 @@ def test_boxes_of_a_rewritten_layer(compiled: HelixModule) -> None:
     edges = {(e.source, e.target): e for e in after.edges}
     exchanged = edges["all_to_all_single", "unpacked"]
     assert exchanged.folded == ("_c10d_functional.wait_tensor",)
-    partial = edges["mla_decode", "o_up"]
+    partial = edges["mla_decode", "partial_o_up"]
     assert (partial.label, partial.form, partial.folded) == ("[B,T,8,32]", "partial", ("getitem",))
     assert edges["unpacked", "o"].label == "[4,B,T,2,20], [4,B,T,2]"
     assert edges["o", "linear_4"].form == "sharded"

@@ -23,7 +23,9 @@ def graphs(compiled: HelixModule) -> list[dict[str, Any]]:
     return json.loads(format_model_explorer(compiled.plan, compiled.stages))["graphs"]
 
 
-def test_two_graphs(graphs: list[dict[str, Any]]) -> None:
+def test_two_graphs(compiled: HelixModule, graphs: list[dict[str, Any]]) -> None:
+    whole = json.loads(format_model_explorer(compiled.plan, compiled.stages))
+    assert list(whole) == ["label", "graphs"]  # without a label: "Unsupported JSON format"
     assert [g["id"] for g in graphs] == [
         "DeepseekV3ForCausalLM before",
         "DeepseekV3ForCausalLM after",
@@ -48,7 +50,8 @@ def test_namespaces_nest_without_a_leading_slash(graphs: list[dict[str, Any]]) -
     # the first layer of each body is drawn in full, later ones are one node each
     after = [n for n in graphs[1]["nodes"] if n["namespace"].startswith("layers/")]
     sizes = [sum(n["namespace"].split("/")[1] == str(i) for n in after) for i in range(4)]
-    assert sizes[1] == sizes[3] == 1
+    assert sizes[1] == sizes[3] == 2  # and its cache
+    assert not [n for n in graphs[1]["nodes"] if "cache_" in n["id"] and not n["namespace"]]
     assert min(sizes[0], sizes[2]) > 50
 
 

@@ -141,6 +141,9 @@ def test_no_sideways_scroll(browser: Any, report: Path, width: int) -> None:
     page.fill("#length-number", str(MAX_SEQ_LEN))
     needed, there = page.evaluate(size)
     assert needed <= there <= width
+    for table in page.locator("#collectives table, #memory > .scroll > table").all():
+        box = table.bounding_box()
+        assert box["x"] + box["width"] <= width  # the figures are seen without scrolling the table
     page.locator("figure:visible [data-node=mla_decode]").click()
     needed, there = page.evaluate(size)
     assert needed <= there
