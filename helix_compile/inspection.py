@@ -20,6 +20,10 @@ from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.pipeline import STAGES
 from helix_compile.plan import BodyPlan, HelixPlan, number
 from helix_compile.schedule import chrome_trace, predict_schedule, predicted_facts
+from helix_compile.views.bodies import body_views
+from helix_compile.views.layer_svg import format_layer_svg
+from helix_compile.views.model_explorer import format_model_explorer
+from helix_compile.views.report import format_html_report
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,14 @@ class Inspection:
             "report.json": self.to_json(),
             **self._graph_files(),
             **self._stage_files(),
+            **self._pictures(),
             "schedule.trace.json": self._trace(),
         }
         written = []
         for name, text in files.items():
-            (folder / name).write_text(text + ("" if text.endswith("\n") else "\n"))
+            (folder / name).write_text(
+                text + ("" if text.endswith("\n") else "\n"), encoding="utf-8"
+            )
             written.append(folder / name)
         return written
 
@@ -66,6 +73,18 @@ class Inspection:
         """The predicted schedule of one layer of each body; opens in Perfetto."""
         lowered = list(self.stages.values())[-1]
         return json.dumps(chrome_trace(predict_schedule(self.plan, lowered), self.plan))
+
+    def _pictures(self) -> dict[str, str]:
+        """report.html, model_explorer.json, and NAME.svg of each body."""
+        files = {
+            "report.html": format_html_report(self.plan, self.stages, self.facts),
+            "model_explorer.json": format_model_explorer(self.plan, self.stages),
+        }
+        for views in body_views(self.plan, self.stages):
+            layers = ranges_text(list(views.plan.layers))
+            title = f"{self.plan.model}, {views.plan.name} (layers {layers})"
+            files[f"{views.plan.name}.svg"] = format_layer_svg(title, views.before, views.after)
+        return files
 
     def _graph_files(self) -> dict[str, str]:
         """NAME.before.py and NAME.after.py of each body and the outer graph: Python that runs."""

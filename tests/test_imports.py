@@ -18,6 +18,7 @@ ROOMS: list[tuple[str, str]] = [
     ("worlds", "exchange virtual_world world"),
     ("decisions and passes", "planning param_plan passes."),
     ("step", "params kv_cache step_inputs prefix_import"),
+    ("views", "views."),
     ("run", "module inspection explain generation model_source saving saved_checks"),
     ("spine", "compile"),
     ("verification", "verifier verifier. verification mutants mutants."),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, fx
 
+from helix_compile import HelixModule, helix_compile
 from helix_compile.capture import CapturedGraph, capture
+from helix_compile.models.presets import build_model, preset_config
 from helix_compile.passes.evaluate import evaluate
 from helix_compile.passes.fx_edit import node_named
 from helix_compile.passes.index_provenance import shape_of
@@ -22,6 +26,12 @@ def captured_tiny(
 ) -> CapturedGraph:
     """The memoised capture of a tiny model: body_0 is dense, body_1 is MoE."""
     return capture(tiny_model(variant, dtype, attention, experts))
+
+
+@cache
+def compiled_tiny() -> HelixModule:
+    """The tiny preset on the meta device over four ranks, made once a worker; to look at, not to change."""
+    return helix_compile(build_model(preset_config("tiny"), meta=True), cp=4)
 
 
 def key_ops(gm: fx.GraphModule) -> list[str]:
