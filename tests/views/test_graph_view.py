@@ -107,7 +107,8 @@ def test_shapes_bytes_and_layouts_of_a_node(compiled: HelixModule) -> None:
     value = linear.outputs[0]
     assert (value.shape, value.dtype, value.bytes) == ("[B,T,128]", "float32", "512 x B*T")
     assert value.layout == {"world": "P(sum)"}
-    assert (linear.cluster, linear.source) == ("self_attn", "linear.py:134")
+    assert linear.cluster == "self_attn"
+    assert linear.source.startswith("modeling_deepseek_v3.py:")
     packed = after.node("packed").outputs[0]
     assert (packed.shape, packed.bytes) == ("[4,42*B*T]", "672 x B*T")
     reduced = after.node("all_reduce").outputs[0]
