@@ -104,14 +104,11 @@ def facts_of(
     tensors: dict[str, Tensor] = originals(model)
     if device is not None:
         tensors = {n: t.to(device) for n, t in tensors.items()}
-    widths = [
-        a.kv_lora_rank + a.qk_rope_head_dim
-        for layer in captured.layers
-        for a in matches[layer.body].attentions
-    ]
+    sites = [a for layer in captured.layers for a in matches[layer.body].attentions]
     return ModelFacts(
         vocab_size=captured.vocab_size,
-        cache_widths=tuple(widths),
+        cache_widths=tuple(a.kv_lora_rank + a.qk_rope_head_dim for a in sites),
+        latent_widths=tuple(a.kv_lora_rank for a in sites),
         originals=tensors,
         shards=shard_of_name(plan, [(layer.prefix, layer.body) for layer in captured.layers]),
         config=model.config,

@@ -64,6 +64,11 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
     Raises:
         HelixError: another number, size or dtype of caches.
     """
+    whole, latent = facts.cache_widths, facts.latent_widths
+    if len(latent) != len(whole) or not all(0 < R < w for R, w in zip(latent, whole, strict=True)):
+        raise HelixError(
+            f"graphs.json: latent_widths {list(latent)} are not parts of cache_widths {list(whole)}"
+        )
     wanted = {
         f"cache_{i}": (cache_shape(width, plan.options, plan.layout.kvp), plan.dtype)
         for i, width in enumerate(facts.cache_widths)

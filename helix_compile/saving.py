@@ -33,7 +33,7 @@ from helix_compile.saved_checks import check_saved_graphs, check_saved_inputs, c
 from helix_compile.world import open_world
 
 SAVED_STAGES = ("ffn", "lowered")
-_VERSION = 1
+_VERSION = 2
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError)
 
 
@@ -58,6 +58,7 @@ def save_module(compiled: HelixModule, folder: Path) -> None:
         "version": _VERSION,
         "vocab_size": facts.vocab_size,
         "cache_widths": list(facts.cache_widths),
+        "latent_widths": list(facts.latent_widths),
         "stages": graphs,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +121,7 @@ def load_module(folder: Path, device: str | torch.device | None) -> HelixModule:
         facts = ModelFacts(
             vocab_size=document["vocab_size"],
             cache_widths=tuple(document["cache_widths"]),
+            latent_widths=tuple(document["latent_widths"]),
             originals={},
             device=place,
             **_configurations(folder),
