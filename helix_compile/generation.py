@@ -130,7 +130,7 @@ def _checked_prompts(
 
 
 def _inferred_mask(ids: Tensor, settings: GenerationConfig) -> Tensor:
-    """transformers' rule: padding is where pad_token_id stands, unless that is an end token too."""
+    """The rule of transformers: padding is where pad_token_id stands, unless that is an end token too."""
     pad, eos = settings.pad_token_id, settings.eos_token_id
     ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
     if pad is None or int(pad) in ends:
@@ -256,8 +256,11 @@ def padded_prompts(text: str) -> tuple[Tensor, Tensor]:
     """Prompts such as "1,2,3; 4 5" -> left-padded ids [B, S] and their mask.
 
     Raises:
-        RuntimeFault: an empty prompt or something that is not a token id.
+        RuntimeFault: an empty prompt, an empty id or something that is not a token id.
     """
+    for number, part in enumerate(text.split(";")):
+        if part.strip() and not all(piece.strip() for piece in part.split(",")):
+            raise RuntimeFault(f"prompt ids {text!r}: prompt {number} has an empty id")
     try:
         rows = [[int(t) for t in part.replace(",", " ").split()] for part in text.split(";")]
     except ValueError as error:

@@ -22,7 +22,6 @@ from helix_compile.prefix_import import sequences_to_import
 from helix_compile.step_inputs import check_batch, check_ids, checked_mask, chunks_of
 from helix_compile.world import World
 
-
 _FIXED = (
     "is refused: the graphs were captured for one dtype and device; "
     "call helix_compile(model, ..., dtype=..., device=...) instead"

@@ -45,6 +45,9 @@ def save_module(compiled: HelixModule, folder: Path) -> None:
         )
     if compiled.device.type == "meta":
         raise HelixError("a module on the meta device has no weights to save")
+    check_saved_params(
+        compiled.stages[SAVED_STAGES[-1]], {r.rank: r.params for r in compiled.ranks}
+    )
     graphs = {
         name: {
             "outer": graph_to_json(compiled.stages[name]),

@@ -14,7 +14,7 @@ ROOMS: list[tuple[str, str]] = [
     ("ops", "kernels. ops"),
     ("graph tools", "graph_pass graph_text graph_json passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),
-    ("capture", "capture capture_layers capture_body"),
+    ("capture", "capture capture_layers capture_body capture_checks"),
     ("worlds", "exchange virtual_world world"),
     ("decisions and passes", "planning param_plan passes."),
     ("step", "params kv_cache step_inputs prefix_import"),

@@ -214,6 +214,11 @@ def test_scores_and_logits_come_along() -> None:
 def test_prompts_from_text() -> None:
     ids, mask = padded_prompts("1,2,3; 4 5")
     assert ids.tolist() == [[1, 2, 3], [0, 4, 5]] and mask.tolist() == [[1, 1, 1], [0, 1, 1]]
-    for text, message in (("1,x", "expected integers"), ("1;;2", "prompt 1 is empty")):
+    for text, message in (
+        ("1,x", "expected integers"),
+        ("1,,2", "prompt 0 has an empty id"),
+        ("3;1,2,", "prompt 1 has an empty id"),
+        ("1;;2", "prompt 1 is empty"),
+    ):
         with pytest.raises(RuntimeFault, match=message):
             padded_prompts(text)

@@ -61,6 +61,28 @@ def test_an_edit_of_one_rank_is_saved(tmp_path: Path) -> None:
     assert torch.equal(HelixModule.load(tmp_path / "saved")(ids), compiled(ids))
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.norm.wieght", torch.ones(72), r"rank 1: the graph takes no parameter model\.norm\.wieght"),
+        ("model.norm.weight", torch.ones(71), r"rank 1: parameter model\.norm\.weight is \(\(71,\)"),
+        ("model.norm.weight", torch.ones(72, dtype=torch.float64), r"torch\.float64\), the graph expects"),
+        ("model.norm.weight", None, r"model\.norm\.weight is None"),
+    ],
+    ids=["name", "shape", "dtype", "none"],
+)  # fmt: skip
+def test_parameters_that_the_graph_does_not_take_are_not_saved(
+    tmp_path: Path, name: str, tensor: Any, message: str
+) -> None:
+    compiled = helix_compile(
+        tiny_model(dtype=torch.float32, experts="grouped_mm"), cp=2, max_seq_len=64
+    )
+    compiled.ranks[1].params[name] = tensor
+    with pytest.raises(RuntimeFault, match=message):
+        compiled.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_reloaded_module_runs_the_last_stage_only(tmp_path: Path) -> None:
     saved(tmp_path / "saved")
     loaded = HelixModule.load(tmp_path / "saved")
