@@ -6,6 +6,7 @@ Exit status: 0 fine, 1 a check failed, 2 wrong use.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -69,12 +70,17 @@ def inspect(
     """Compile MODEL and say what was rewritten, what was not and why, and the bytes of each collective."""
     if node is not None and out is not None:
         raise HelixError("inspect: --node prints one node's chain and writes no files; leave --out")
+    if out is not None:
+        _check_folder(out)
     compiled = _compile(ctx, model, dtype, meta)
     if node is not None:
         explanation = compiled.explain_node(node)
         print(json.dumps(explanation.to_json(), indent=1) if as_json else explanation)
         return
-    inspection = compiled.inspect(out)
+    try:
+        inspection = compiled.inspect(out)
+    except OSError as error:
+        raise HelixError(f"--out {out}: {error.strerror or error}") from error
     print(inspection.to_json() if as_json else inspection)
     if out is not None:
         print(f"files in {out}", file=sys.stderr)
@@ -106,6 +112,8 @@ def generate(
     """Generate greedily from token ids; prints the new ids of each prompt, streaming where there is one."""
     from helix_compile.generation import TokenPrinter, padded_prompts  # heavy: imports transformers
 
+    if max_new_tokens < 1:
+        raise HelixError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
     ids, mask = padded_prompts(prompt_ids)
     compiled = _compile(ctx, model, dtype, meta=False)
     stream = len(ids) == 1 and not as_json
@@ -221,6 +229,14 @@ def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> A
     from helix_compile.compile import helix_compile
 
     return helix_compile(_model(model, dtype, meta), **options)
+
+
+def _check_folder(out: Path) -> None:
+    """The nearest part of the path that exists is a folder that can be written."""
+    nearest = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "can't be written" if nearest.is_dir() else "is not a folder"
+        raise HelixError(f"--out {out}: {nearest} {what}; choose another folder")
 
 
 def _checked_options(ctx: typer.Context) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from helix_compile.capture_body import CachedSite, capture_body, normalised_module, probe_layer
+from helix_compile.capture_checks import check_model, check_surroundings
 from helix_compile.capture_layers import (
     LAYER_OP,
     LayerCall,
@@ -94,10 +95,8 @@ def capture(
     Raises:
         CaptureError: training mode, no layers found, or torch.export failed; says where.
     """
-    if model.training:
-        raise CaptureError(
-            f"capture: {type(model).__name__} is in training mode; call model.eval() first"
-        )
+    check_surroundings()
+    check_model(model)
     memo = _MEMO.setdefault(owner if owner is not None else model, {})
     key = (whole, _structure_key(model))
     if key not in memo:

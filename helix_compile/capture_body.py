@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helix_compile.capture_checks import explained
 from helix_compile.capture_layers import (
     BATCH,
     PAST,
@@ -95,19 +96,13 @@ def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, li
     device = next(layer.parameters()).device
     names = {id(t): n for n, t in (*layer.named_parameters(), *layer.named_buffers())}
     trace = _OpTrace(names)
-    try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), trace:
-            hidden = example_like(call.hidden, device)
-            others = [example_like(t, device) for t in call.others]
-            cache = ConcatenatingCache(config, None, hidden.new_zeros(HINT_B, 1, HINT_S, 1))
-            args, kwargs = call.rebuild(hidden, others, cache)
-            layer(*args, **kwargs)
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(
-            f"capture: {type(layer).__name__} can't be traced: {type(error).__name__}: {error}"
-        ) from error
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with explained(f"{type(layer).__name__} can't be traced"), torch.no_grad(), fake, trace:
+        hidden = example_like(call.hidden, device)
+        others = [example_like(t, device) for t in call.others]
+        cache = ConcatenatingCache(config, None, hidden.new_zeros(HINT_B, 1, HINT_S, 1))
+        args, kwargs = call.rebuild(hidden, others, cache)
+        layer(*args, **kwargs)
     bad = [tuple(t.shape) for pair in cache.new for t in pair if t.dim() != 4]
     if bad:
         raise CaptureError(
@@ -137,13 +132,9 @@ def capture_body(
         [_dims(t, batch, tokens) for t in call.others],
         [{0: BATCH, 2: PAST} for _ in pasts],
     )
-    try:
+    sizes = f"(B={HINT_B}, T={HINT_T}, S={HINT_S})"
+    with explained(f"torch.export failed on {type(layer).__name__} {sizes}"):
         program = export_functional(_Body(layer, call, config), (hidden, others, pasts), shapes)
-    except Exception as error:
-        raise CaptureError(
-            f"capture: torch.export failed on {type(layer).__name__} "
-            f"(B={HINT_B}, T={HINT_T}, S={HINT_S}): {type(error).__name__}: {error}"
-        ) from error
     names = ["hidden", *call.names]
     names += [f"past_{part}_{i}" for i in range(len(cached)) for part in ("latent", "rope")]
     kinds = ["hidden"] + ["tensor"] * len(others) + ["past"] * len(pasts)

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from helix_compile.capture_checks import explained
 from helix_compile.errors import CaptureError
 from helix_compile.passes.fx_edit import HINT_B, HINT_S, HINT_T
 
@@ -144,14 +145,18 @@ class _Around(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, pasts: list[Tensor]
     ) -> Any:
         cache = self._cache_of(pasts)
-        logits = self.model(
+        out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-        ).logits
-        return logits, [t for pair in cache.new for t in pair]
+        )
+        if not hasattr(out, "logits"):
+            raise CaptureError(
+                f"capture: {type(self.model).__name__} has no logits: pass the causal language model around it"
+            )
+        return out.logits, [t for pair in cache.new for t in pair]
 
 
 def export_around(
@@ -191,7 +196,8 @@ def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> Expor
         {0: BATCH, 1: TOKENS},
         [{0: BATCH, 2: PAST} for _ in pasts],
     )
-    return export_functional(_Around(model, cache_of), (ids, mask, positions, pasts), shapes)
+    with explained(f"{type(model).__name__} can't be exported around its layers"):
+        return export_functional(_Around(model, cache_of), (ids, mask, positions, pasts), shapes)
 
 
 def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedProgram:

@@ -13,12 +13,13 @@ from helix_compile.capture import CapturedGraph
 from helix_compile.graph_pass import run_passes
 from helix_compile.mesh import HelixMesh
 from helix_compile.model_source import captured_from, device_for, facts_of
-from helix_compile.module import HelixModule, build_ranks
+from helix_compile.module import HelixModule
 from helix_compile.options import HelixOptions
 from helix_compile.passes.match_layers import match_layers
 from helix_compile.passes.pipeline import STAGES, helix_passes
 from helix_compile.plan import trace_plan
 from helix_compile.planning import plan_helix
+from helix_compile.ranks import build_ranks
 from helix_compile.world import open_world
 
 

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutput
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.step_inputs import check_ids, checked_mask
 
 if TYPE_CHECKING:
     from helix_compile.module import HelixModule
@@ -40,6 +41,8 @@ REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
         "beam search reorders sequences between steps; the sharded cache can't follow",
     ),
     "num_beam_groups": ((None, 1), "beam search reorders sequences between steps"),
+    "constraints": ((None,), "constrained search is beam search: it reorders sequences"),
+    "force_words_ids": ((None,), "constrained search is beam search: it reorders sequences"),
     "guidance_scale": ((None, 1), _GUIDANCE),
     "penalty_alpha": ((None,), "contrastive search branches the cache"),
     "dola_layers": ((None,), "it reads the hidden states of inner layers"),
@@ -55,22 +58,30 @@ REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def generate(
-    compiled: HelixModule, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+    compiled: HelixModule,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
 ) -> Any:
     """Generate by transformers' own loop on an empty cache.
 
     Args:
         compiled: the module; its cache is reset first.
-        input_ids: prompt [B, S], left-padded where lengths differ.
-        attention_mask: [B, S]; ones where None.
+        input_ids: prompt [B, S], left-padded where lengths differ; transformers' own name `inputs` is taken too.
+        attention_mask: [B, S]; None: inferred from pad_token_id as transformers does, else ones.
         options: anything that transformers' generate() takes.
 
     Raises:
-        RuntimeFault: an option that can't be right on a sharded cache, with the reason.
+        RuntimeFault: an option that can't be right on a sharded cache, or more tokens than it holds, with the reason.
     """
+    if (inputs := options.pop("inputs", None)) is not None:
+        if input_ids is not None:
+            raise RuntimeFault("generate: both input_ids and inputs are given; pass one of them")
+        input_ids = inputs
     settings = _settings(compiled, options)
     _refuse(settings, options)
-    _check_prompts(compiled, input_ids, attention_mask)
+    input_ids, attention_mask = _checked_prompts(compiled, input_ids, attention_mask, settings)
+    _check_room(compiled, attention_mask, settings)
     sequences = input_ids.shape[0] * (settings.num_return_sequences or 1)
     capacity = compiled.plan.options.max_batch_size
     if sequences > capacity:
@@ -78,8 +89,6 @@ def generate(
             f"generate: {input_ids.shape[0]} prompts x num_return_sequences={settings.num_return_sequences or 1} = "
             f"{sequences} sequences > max_batch_size={capacity}"
         )
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
     compiled.reset()
     adapter: Any = _Adapter(compiled)
     with torch.no_grad():
@@ -90,7 +99,9 @@ def generate(
         )
 
 
-def _check_prompts(compiled: HelixModule, ids: Tensor, mask: Tensor | None) -> None:
+def _checked_prompts(
+    compiled: HelixModule, ids: Tensor | None, mask: Tensor | None, settings: GenerationConfig
+) -> tuple[Tensor, Tensor]:
     if compiled.device.type == "meta":
         raise RuntimeFault(
             "generate: the model is on the meta device: it can be inspected, not run"
@@ -98,8 +109,13 @@ def _check_prompts(compiled: HelixModule, ids: Tensor, mask: Tensor | None) -> N
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise RuntimeFault(f"generate: input_ids must be a tensor [B, S], got {got}")
+    check_ids(ids, compiled.facts.vocab_size, compiled.plan.options.max_batch_size)
     if mask is None:
-        return
+        mask = _inferred_mask(ids, settings)
+    if not isinstance(mask, Tensor):
+        raise RuntimeFault(
+            f"generate: attention_mask must be a tensor [B, S], got {type(mask).__name__}"
+        )
     if mask.shape != ids.shape:
         raise RuntimeFault(
             f"generate: attention_mask must be [B, S] = {list(ids.shape)}, got {list(mask.shape)}"
@@ -109,16 +125,55 @@ def _check_prompts(compiled: HelixModule, ids: Tensor, mask: Tensor | None) -> N
         raise RuntimeFault(
             f"generate: rows {open_ended} end in padding, but the next token follows the last column; pad on the left"
         )
+    checked_mask(mask, ids)
+    return ids, mask
+
+
+def _inferred_mask(ids: Tensor, settings: GenerationConfig) -> Tensor:
+    """The rule of transformers: padding is where pad_token_id stands, unless that is an end token too."""
+    pad, eos = settings.pad_token_id, settings.eos_token_id
+    ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+    if pad is None or int(pad) in ends:
+        return torch.ones_like(ids)
+    return (ids != int(pad)).to(ids.dtype)
+
+
+def _check_room(compiled: HelixModule, mask: Tensor, settings: GenerationConfig) -> None:
+    """The longest row with all its new tokens fits; the last one is returned, but never put into the cache."""
+    columns, prompt = mask.shape[1], int(mask.sum(dim=1).max())
+    new = settings.max_new_tokens
+    if new is not None and (isinstance(new, bool) or not isinstance(new, int) or new < 1):
+        raise RuntimeFault(f"generate: max_new_tokens must be an int >= 1, got {new!r}")
+    if new is None and settings.max_length is not None:
+        new = settings.max_length - columns
+        if new < 1:
+            raise RuntimeFault(
+                f"generate: max_length={settings.max_length} leaves no room for a new token behind {columns} columns; "
+                "pass max_new_tokens instead"
+            )
+    needed, capacity = prompt + (new or 1) - 1, compiled.plan.options.max_seq_len
+    if needed > capacity:
+        raise RuntimeFault(
+            f"generate: {prompt} prompt tokens + {new or 1} new - 1 = {needed} > max_seq_len={capacity}; "
+            f"compile with max_seq_len={needed} or ask for fewer"
+        )
 
 
 def _settings(compiled: HelixModule, options: dict[str, Any]) -> GenerationConfig:
     """The generation config that transformers will arrive at, as far as refusals need it."""
-    given = options.get("generation_config") or compiled.facts.generation_config
-    settings = copy.deepcopy(given) if given is not None else GenerationConfig()
+    given, own = options.get("generation_config"), _own_settings(compiled)
+    settings = copy.deepcopy(given or own)
+    if given is not None:  # what the caller's configuration leaves open
+        settings.update(**own.to_dict(), defaults_only=True, allow_custom_entries=True)
     for name, value in options.items():
         if name in REFUSED_SETTINGS or hasattr(settings, name):
             setattr(settings, name, value)
     return settings
+
+
+def _own_settings(compiled: HelixModule) -> GenerationConfig:
+    facts = compiled.facts
+    return facts.generation_config or GenerationConfig.from_model_config(facts.config)
 
 
 def _refuse(settings: GenerationConfig, options: dict[str, Any]) -> None:
@@ -143,9 +198,7 @@ class _Adapter(nn.Module, GenerationMixin):
         super().__init__()
         object.__setattr__(self, "_compiled", compiled)
         self.config = compiled.facts.config
-        self.generation_config = copy.deepcopy(
-            compiled.facts.generation_config
-        ) or GenerationConfig.from_model_config(self.config)
+        self.generation_config = copy.deepcopy(_own_settings(compiled))
         self._steps = 0
 
     @property
@@ -203,8 +256,11 @@ def padded_prompts(text: str) -> tuple[Tensor, Tensor]:
     """Prompts such as "1,2,3; 4 5" -> left-padded ids [B, S] and their mask.
 
     Raises:
-        RuntimeFault: an empty prompt or something that is not a token id.
+        RuntimeFault: an empty prompt, an empty id or something that is not a token id.
     """
+    for number, part in enumerate(text.split(";")):
+        if part.strip() and not all(piece.strip() for piece in part.split(",")):
+            raise RuntimeFault(f"prompt ids {text!r}: prompt {number} has an empty id")
     try:
         rows = [[int(t) for t in part.replace(",", " ").split()] for part in text.split(";")]
     except ValueError as error:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from helix_compile.capture import CapturedGraph, capture
+from helix_compile.capture_checks import check_model, check_surroundings
 from helix_compile.errors import CaptureError, HelixError
 from helix_compile.matches import LayerMatch
-from helix_compile.module import HelixModule, ModelFacts
+from helix_compile.module import HelixModule
 from helix_compile.params import originals, shard_of_name
 from helix_compile.plan import HelixPlan
+from helix_compile.ranks import ModelFacts
 
 
 def captured_from(
@@ -24,6 +26,7 @@ def captured_from(
     Raises:
         CaptureError: not a model, already compiled, or a dtype that a captured graph can't take.
     """
+    check_surroundings()
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise CaptureError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
     if isinstance(model, CapturedGraph):
@@ -45,6 +48,7 @@ def captured_from(
             f"expected a transformers causal language model, a checkpoint folder or a CapturedGraph, "
             f"got {type(model).__name__}"
         )
+    check_model(model)
     if dtype is None or dtype == model.dtype:
         return capture(model)
     if not dtype.is_floating_point:
@@ -67,6 +71,13 @@ def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     """The model of a checkpoint folder, in eval mode; CaptureError if there is none or it can't be loaded."""
+    if folder.is_file() and folder.suffix == ".json":
+        raise CaptureError(
+            f"{folder} is a configuration alone: it has no weights; pass a checkpoint folder, or a model with random "
+            "weights: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()"
+        )
+    if folder.is_file():
+        raise CaptureError(f"{folder} is a file; pass the checkpoint folder that holds it")
     if not (folder / "config.json").is_file():
         raise CaptureError(f"{folder} is not a checkpoint folder: it has no config.json")
     from transformers import AutoModelForCausalLM  # slow to import, and only this path needs it
@@ -104,14 +115,11 @@ def facts_of(
     tensors: dict[str, Tensor] = originals(model)
     if device is not None:
         tensors = {n: t.to(device) for n, t in tensors.items()}
-    widths = [
-        a.kv_lora_rank + a.qk_rope_head_dim
-        for layer in captured.layers
-        for a in matches[layer.body].attentions
-    ]
+    sites = [a for layer in captured.layers for a in matches[layer.body].attentions]
     return ModelFacts(
         vocab_size=captured.vocab_size,
-        cache_widths=tuple(widths),
+        cache_widths=tuple(a.kv_lora_rank + a.qk_rope_head_dim for a in sites),
+        latent_widths=tuple(a.kv_lora_rank for a in sites),
         originals=tensors,
         shards=shard_of_name(plan, [(layer.prefix, layer.body) for layer in captured.layers]),
         config=model.config,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +13,20 @@ from helix_compile.errors import HelixError, LoweringUnavailable, RuntimeFault
 from helix_compile.explain import NodeExplanation, explain_node
 from helix_compile.graph_python import stage_diff
 from helix_compile.inspection import Inspection, inspect_module
-from helix_compile.kv_cache import Ledger, allocate_caches
+from helix_compile.kv_cache import Ledger
 from helix_compile.params import params_of_stage
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.pipeline import STAGES, lowered_copy
-from helix_compile.plan import HelixPlan, ParamShard
+from helix_compile.plan import HelixPlan
 from helix_compile.prefix_import import sequences_to_import
+from helix_compile.ranks import ModelFacts, Rank
 from helix_compile.step_inputs import check_batch, check_ids, checked_mask, chunks_of
 from helix_compile.world import World
 
-
-@dataclass
-class Rank:
-    """What one rank holds.
-
-    Attributes:
-        rank: its number.
-        params: full name -> local tensor; assigning an item changes this rank only.
-        cache: one [num_pages, page_size, R + r] tensor per cached attention.
-    """
-
-    rank: int
-    params: MutableMapping[str, Tensor]
-    cache: list[Tensor]
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a module needs to know of the model it was made from.
-
-    Attributes:
-        originals: full name -> original tensor; empty in a reloaded module, which runs `lowered` only.
-        shards: full local name -> (full name of the original, its cut).
-    """
-
-    vocab_size: int
-    cache_widths: tuple[int, ...]
-    originals: dict[str, Tensor]
-    device: torch.device
-    shards: dict[str, tuple[str, ParamShard]] = field(default_factory=dict)
-    config: Any = None
-    generation_config: Any = None
+_FIXED = (
+    "is refused: the graphs were captured for one dtype and device; "
+    "call helix_compile(model, ..., dtype=..., device=...) instead"
+)
 
 
 class HelixModule(nn.Module):
@@ -102,14 +73,14 @@ class HelixModule(nn.Module):
 
     @property
     def page_table(self) -> Tensor:
-        """[B, pages] int64, the same on every rank. Read only."""
+        """[B, pages] int64, the same on every rank; before the first step all max_batch_size rows. Read only."""
         return self._ledger.pages_of(
             self._ledger.batch_size or self.plan.options.max_batch_size
         ).clone()
 
     @property
     def lengths(self) -> Tensor:
-        """[B] int64: tokens of each sequence on all ranks together. Read only."""
+        """[B] int64: tokens of each sequence on all ranks together; empty before the first step. Read only."""
         return torch.tensor(self._ledger.lengths, dtype=torch.int64)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -171,7 +142,12 @@ class HelixModule(nn.Module):
         ids = input_ids.to(self.device, torch.int64)
         chunks = chunks_of(T, B, max(self._ledger.lengths, default=0) + T)
         bar = tqdm(chunks, desc="step", unit="chunk", disable=None, delay=2)
-        logits = [self._run_chunk(graph, params, ids[:, c], mask[:, c]) for c in bar]
+        before = list(self._ledger.lengths)
+        try:
+            logits = [self._run_chunk(graph, params, ids[:, c], mask[:, c]) for c in bar]
+        except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
+            self._ledger.lengths = before
+            raise
         return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
     def _run_chunk(
@@ -217,6 +193,10 @@ class HelixModule(nn.Module):
         if rows is None:
             self._ledger.lengths = []
             return
+        if not isinstance(rows, (list, tuple)):
+            raise RuntimeFault(
+                f"reset: rows must be a list of row numbers, got {rows!r} ({type(rows).__name__})"
+            )
         bad = [
             r
             for r in rows
@@ -248,7 +228,7 @@ class HelixModule(nn.Module):
             RuntimeFault: counts or shapes that do not fit; nothing is written then.
         """
         entries = sequences_to_import(
-            latents, k_ropes, lengths, mask, self._facts.cache_widths, self.plan.options
+            latents, k_ropes, lengths, mask, self._facts, self.plan.options
         )
         self._ledger.lengths = [len(row) for row in entries[0]]
         layout = self.plan.layout
@@ -258,7 +238,10 @@ class HelixModule(nn.Module):
                     self._ledger.write_sequence(cache, row, tokens, layout.index("kvp", rank.rank))
 
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
     ) -> Any:
         """Generate by transformers' own loop; starts with reset(). See generation.py for what is refused."""
         from helix_compile.generation import (
@@ -318,28 +301,15 @@ class HelixModule(nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: graphs are captured for one dtype and device."""
-        raise HelixError(
-            f"HelixModule.to({', '.join(map(str, args))}) is refused: the graphs were captured for one dtype and "
-            "device; call helix_compile(model, ..., dtype=..., device=...) instead"
-        )
+        given = [*map(str, args), *(f"{k}={v}" for k, v in kwargs.items())]
+        raise HelixError(f"HelixModule.to({', '.join(given)}) {_FIXED}")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: where half(), cuda(), to_empty() and the like all end."""
+        raise HelixError(f"moving or retyping a HelixModule {_FIXED}")
 
     def train(self, mode: bool = True) -> HelixModule:
         """Only eval mode exists."""
         if mode:
             raise HelixError("a HelixModule is a decode step: it has no training mode")
         return super().train(False)
-
-
-def build_ranks(
-    plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, world: World
-) -> list[Rank]:
-    """Cut parameters and allocate caches for the ranks of this process."""
-    dtype = getattr(torch, plan.dtype)
-    ranks = []
-    for rank in world.ranks:
-        params = dict(params_of_stage(lowered, facts.originals, facts.shards, plan.layout, rank))
-        cache = allocate_caches(
-            list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device
-        )
-        ranks.append(Rank(rank, params, cache))
-    return ranks

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from helix_compile.errors import RuntimeFault
 from helix_compile.options import HelixOptions
+
+if TYPE_CHECKING:
+    from helix_compile.ranks import ModelFacts
 
 
 def sequences_to_import(
@@ -14,7 +19,7 @@ def sequences_to_import(
     k_ropes: list[Tensor],
     lengths: Tensor | list[int],
     mask: Tensor | None,
-    widths: tuple[int, ...],
+    facts: ModelFacts,
     options: HelixOptions,
 ) -> list[list[Tensor]]:
     """entries[site][row] = [length, R + r] in order of position.
@@ -22,26 +27,22 @@ def sequences_to_import(
     Raises:
         RuntimeFault: another number of sites, shapes, lengths or mask that do not fit each other.
     """
-    if len(latents) != len(widths) or len(k_ropes) != len(widths):
+    _check_tensors("latents", "R", latents)
+    _check_tensors("k_ropes", "r", k_ropes)
+    sites = len(facts.cache_widths)
+    if len(latents) != sites or len(k_ropes) != sites:
         raise RuntimeFault(
-            f"import_cache: {len(latents)} latents and {len(k_ropes)} k_ropes for {len(widths)} cached attentions"
+            f"import_cache: {len(latents)} latents and {len(k_ropes)} k_ropes for {sites} cached attentions"
         )
-    counts = list(lengths.tolist() if isinstance(lengths, Tensor) else lengths)
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
-        raise RuntimeFault(f"import_cache: lengths must be ints, got {counts}")
+    counts = _counts(lengths)
     if latents[0].dim() != 3:
         raise RuntimeFault(
             f"import_cache: latents must be [B, S, R], got {tuple(latents[0].shape)}"
         )
     B, S = latents[0].shape[:2]
-    for site, (latent, k_rope, width) in enumerate(zip(latents, k_ropes, widths, strict=True)):
-        fits = latent.dim() == k_rope.dim() == 3 and latent.shape[:2] == k_rope.shape[:2] == (B, S)
-        if not fits or latent.shape[2] + k_rope.shape[2] != width:
-            raise RuntimeFault(
-                f"import_cache: attention {site}: latent {tuple(latent.shape)} and k_rope {tuple(k_rope.shape)}; "
-                f"expected [{B}, {S}, R] and [{B}, {S}, r] with R + r = {width} (squeeze the head dim of a "
-                "transformers cache)"
-            )
+    for site, (latent, k_rope) in enumerate(zip(latents, k_ropes, strict=True)):
+        R = facts.latent_widths[site]
+        _check_site(site, latent, k_rope, (B, S, R, facts.cache_widths[site] - R))
     if len(counts) != B or B > options.max_batch_size:
         raise RuntimeFault(
             f"import_cache: {len(counts)} lengths for {B} sequences (max_batch_size={options.max_batch_size})"
@@ -57,10 +58,68 @@ def sequences_to_import(
     ]
 
 
+def _check_tensors(name: str, letter: str, given: list[Tensor]) -> None:
+    """A list of tensors, one a cached attention."""
+    got = type(given).__name__
+    if isinstance(given, (list, tuple)):
+        wrong = [type(t).__name__ for t in given if not isinstance(t, Tensor)]
+        if not wrong:
+            return
+        got = f"a {got} holding {wrong[0]}"
+    raise RuntimeFault(
+        f"import_cache: {name} must be a list of tensors [B, S, {letter}], got {got}"
+    )
+
+
+def _counts(lengths: Tensor | list[int]) -> list[int]:
+    """Lengths as a list of ints."""
+    got = type(lengths).__name__
+    if isinstance(lengths, Tensor):
+        got = f"a tensor of shape {tuple(lengths.shape)}"
+    if not isinstance(lengths, (Tensor, list, tuple)) or (
+        isinstance(lengths, Tensor) and lengths.dim() != 1
+    ):
+        raise RuntimeFault(
+            f"import_cache: lengths must be a list or a tensor of ints, one a sequence, got {got}"
+        )
+    counts = list(lengths.tolist() if isinstance(lengths, Tensor) else lengths)
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+        raise RuntimeFault(f"import_cache: lengths must be ints, got {counts}")
+    return counts
+
+
+def _check_site(
+    site: int, latent: Tensor, k_rope: Tensor, sizes: tuple[int, int, int, int]
+) -> None:
+    """One attention's tensors: shapes, each width by itself, and that they hold numbers of a cache."""
+    B, S, R, r = sizes
+    fits = latent.dim() == k_rope.dim() == 3 and latent.shape[:2] == k_rope.shape[:2] == (B, S)
+    if not fits:
+        raise RuntimeFault(
+            f"import_cache: attention {site}: latent {tuple(latent.shape)} and k_rope {tuple(k_rope.shape)}; "
+            f"expected [{B}, {S}, R] and [{B}, {S}, r] with R = {R} and r = {r} (squeeze the head dim of a "
+            "transformers cache)"
+        )
+    got = (latent.shape[2], k_rope.shape[2])
+    if got != (R, r):
+        swapped = "; latents and k_ropes are swapped" if got == (r, R) else ""
+        raise RuntimeFault(
+            f"import_cache: attention {site}: latent and k_rope have widths {got[0]} and {got[1]}; "
+            f"expected R = {R} and r = {r}{swapped}"
+        )
+    for name, tensor in (("latents", latent), ("k_ropes", k_rope)):
+        if not tensor.is_floating_point():
+            raise RuntimeFault(
+                f"import_cache: attention {site}: {name} must be floating, got {tensor.dtype}"
+            )
+
+
 def _columns(mask: Tensor | None, counts: list[int], B: int, S: int) -> list[Tensor]:
     """Columns of each row that hold its tokens."""
     if mask is None:
         return [torch.arange(n) for n in counts]
+    if not isinstance(mask, Tensor):
+        raise RuntimeFault(f"import_cache: mask must be a tensor [B, S], got {type(mask).__name__}")
     if tuple(mask.shape) != (B, S):
         raise RuntimeFault(f"import_cache: mask {tuple(mask.shape)}, expected {(B, S)}")
     if not bool(((mask == 0) | (mask == 1)).all()):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, fx
 
 from helix_compile.errors import HelixError, PassError, RuntimeFault
 from helix_compile.kv_cache import cache_shape
-from helix_compile.module import ModelFacts
 from helix_compile.passes.check_layouts import check_layouts
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.plan import HelixPlan
+from helix_compile.ranks import ModelFacts
 
 
 def check_saved_graphs(stages: dict[str, fx.GraphModule], plan: HelixPlan) -> None:
@@ -64,6 +66,11 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
     Raises:
         HelixError: another number, size or dtype of caches.
     """
+    whole, latent = facts.cache_widths, facts.latent_widths
+    if len(latent) != len(whole) or not all(0 < R < w for R, w in zip(latent, whole, strict=True)):
+        raise HelixError(
+            f"graphs.json: latent_widths {list(latent)} are not parts of cache_widths {list(whole)}"
+        )
     wanted = {
         f"cache_{i}": (cache_shape(width, plan.options, plan.layout.kvp), plan.dtype)
         for i, width in enumerate(facts.cache_widths)
@@ -77,19 +84,25 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
         raise HelixError(f"graphs.json takes caches {got}, the plan makes {wanted}")
 
 
-def check_saved_params(lowered: fx.GraphModule, params: dict[int, dict[str, Tensor]]) -> None:
-    """Each rank holds every parameter of the graph, in its shape and dtype.
+def check_saved_params(lowered: fx.GraphModule, params: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Each rank holds every parameter of the graph, in its shape and dtype, and no other.
 
     Raises:
-        RuntimeFault: one that is missing or does not fit.
+        RuntimeFault: one that is missing, does not fit or is unknown.
     """
+    inputs = [n.meta["input"] for n in placeholders(lowered.graph)]
+    known = {name for kind, name in inputs if kind == "param"}
+    for rank, held in params.items():
+        if unknown := sorted(set(held) - known):
+            raise RuntimeFault(f"rank {rank}: the graph takes no parameter {', '.join(unknown)}")
     for node in placeholders(lowered.graph):
         kind, name = node.meta["input"]
         if kind != "param":
             continue
         expected = (tuple(node.meta["val"].shape), node.meta["val"].dtype)
         for rank, held in params.items():
-            got = (tuple(held[name].shape), held[name].dtype) if name in held else None
+            tensor = held.get(name)
+            got = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else None
             if got != expected:
                 raise RuntimeFault(
                     f"rank {rank}: parameter {name} is {got}, the graph expects {expected}"

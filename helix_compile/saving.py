@@ -27,13 +27,14 @@ from helix_compile.errors import HelixError
 from helix_compile.graph_json import graph_from_json, graph_to_json
 from helix_compile.kv_cache import allocate_caches
 from helix_compile.mesh import HelixMesh
-from helix_compile.module import HelixModule, ModelFacts, Rank
+from helix_compile.module import HelixModule
 from helix_compile.plan import HelixPlan
+from helix_compile.ranks import ModelFacts, Rank
 from helix_compile.saved_checks import check_saved_graphs, check_saved_inputs, check_saved_params
 from helix_compile.world import open_world
 
 SAVED_STAGES = ("ffn", "lowered")
-_VERSION = 1
+_VERSION = 2
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError)
 
 
@@ -45,6 +46,9 @@ def save_module(compiled: HelixModule, folder: Path) -> None:
         )
     if compiled.device.type == "meta":
         raise HelixError("a module on the meta device has no weights to save")
+    check_saved_params(
+        compiled.stages[SAVED_STAGES[-1]], {r.rank: r.params for r in compiled.ranks}
+    )
     graphs = {
         name: {
             "outer": graph_to_json(compiled.stages[name]),
@@ -58,6 +62,7 @@ def save_module(compiled: HelixModule, folder: Path) -> None:
         "version": _VERSION,
         "vocab_size": facts.vocab_size,
         "cache_widths": list(facts.cache_widths),
+        "latent_widths": list(facts.latent_widths),
         "stages": graphs,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +125,7 @@ def load_module(folder: Path, device: str | torch.device | None) -> HelixModule:
         facts = ModelFacts(
             vocab_size=document["vocab_size"],
             cache_widths=tuple(document["cache_widths"]),
+            latent_widths=tuple(document["latent_widths"]),
             originals={},
             device=place,
             **_configurations(folder),

@@ -14,10 +14,10 @@ ROOMS: list[tuple[str, str]] = [
     ("ops", "kernels. ops"),
     ("graph tools", "graph_pass provenance graph_text graph_python graph_queries costs schedule graph_json passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),
-    ("capture", "capture capture_layers capture_body"),
+    ("capture", "capture capture_layers capture_body capture_checks"),
     ("worlds", "exchange virtual_world world"),
     ("decisions and passes", "planning param_plan passes."),
-    ("step", "params kv_cache step_inputs prefix_import"),
+    ("step", "params kv_cache step_inputs prefix_import ranks"),
     ("views", "views."),
     ("run", "module inspection explain generation model_source saving saved_checks"),
     ("spine", "compile"),

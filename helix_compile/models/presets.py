@@ -5,6 +5,7 @@ Single-device definitions that know nothing of ranks.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
 
     Raises:
         KeyError: no preset and no path of that name.
-        ValueError: not a floating dtype.
+        ValueError: not a floating dtype, or more random weights than this machine has memory.
     """
     chosen = _dtype(dtype)
     path = Path(name)
@@ -107,7 +108,25 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
     default = (
         stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
     )
+    if not meta:
+        _check_memory(config, chosen or default)
     return build_model(config, dtype=chosen or default, meta=meta)
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_memory(config: Any, dtype: torch.dtype) -> None:
+    """Random weights are refused before they are made where they can't fit."""
+    twin = build_model(config, dtype=dtype, meta=True)
+    needed = sum(t.numel() * t.itemsize for t in (*twin.parameters(), *twin.buffers()))
+    if needed > (there := physical_memory()):
+        raise ValueError(
+            f"needs {needed / 1e9:.4g} GB for random weights in {str(dtype).split('.')[1]}, "
+            f"this machine has {there / 1e9:.4g} GB; use inspect --meta"
+        )
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -56,7 +56,8 @@ def check_import(compiled: HelixModule) -> list[Finding]:
             ]
         try:
             halves = [
-                (e[..., : w - 1], e[..., w - 1 :]) for e, w in zip(entries, widths, strict=True)
+                (e[..., :R], e[..., R:])
+                for e, R in zip(entries, compiled.facts.latent_widths, strict=True)
             ]
             compiled.import_cache([a for a, _ in halves], [b for _, b in halves], lengths, mask)
         except Exception as error:  # the module under test may do anything

@@ -44,7 +44,7 @@ class _ModuleReference:
 
 def check_pair(compiled: HelixModule, other: HelixModule, seed: int, say: Progress) -> Check:
     """Two modules of one model on the same steps; layouts of both."""
-    for what in ("vocab_size", "cache_widths"):
+    for what in ("vocab_size", "cache_widths", "latent_widths"):
         mine, theirs = getattr(compiled.facts, what), getattr(other.facts, what)
         if mine != theirs:
             raise HelixError(

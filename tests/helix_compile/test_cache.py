@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from helix_compile import HelixModule, RuntimeFault, helix_compile
+from helix_compile import HelixModule, RuntimeFault, helix_compile, step_inputs
 from helix_compile.kv_cache import PAGE_SIZE
 from helix_compile.ledger import positions_on_rank
 from helix_compile.numerics import WidenedIslands
@@ -65,7 +67,7 @@ def test_import_refuses_flat_latents() -> None:
     ("change", "message"),
     [
         ({"latents": 3}, "3 latents and 4 k_ropes for 4 cached attentions"),
-        ({"width": 19}, r"R \+ r = 26"),
+        ({"width": 19}, r"widths 19 and 6; expected R = 20 and r = 6"),
         ({"lengths": [9]}, r"lengths \[9\]; expected 0 <= length <= columns 8"),
         (
             {"mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])},
@@ -83,6 +85,58 @@ def test_import_refuses_before_it_writes(change: dict, message: str) -> None:
     with pytest.raises(RuntimeFault, match=message):
         compiled.import_cache(latents, ropes, change.get("lengths", [8]), change.get("mask"))
     assert not any(torch.count_nonzero(c) for r in compiled.ranks for c in r.cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": 1}, r"latents must be a list of tensors \[B, S, R\], got int"),
+        ({"latents": [torch.ones(1, 8, 20, dtype=torch.int64)] * 4}, r"attention 0: latents must be floating, got torch\.int64"),
+        ({"k_ropes": [None] * 4}, r"k_ropes must be a list of tensors \[B, S, r\], got a list holding NoneType"),
+        ({"lengths": None}, "lengths must be a list or a tensor of ints, one a sequence, got NoneType"),
+        ({"lengths": torch.tensor([8]).numpy()}, "one a sequence, got ndarray"),
+        ({"lengths": torch.tensor(8)}, r"got a tensor of shape \(\)"),
+        ({"mask": [[1] * 8]}, r"mask must be a tensor \[B, S\], got list"),
+        ({"latents": [torch.ones(1, 8, 6)] * 4, "k_ropes": [torch.ones(1, 8, 20)] * 4}, r"widths 6 and 20; expected R = 20 and r = 6.*swapped"),
+    ],
+    ids=["int", "integers", "none", "no lengths", "numpy", "one length", "list mask", "swapped"],
+)  # fmt: skip
+def test_import_refuses_the_wrong_kind(change: dict, message: str) -> None:
+    compiled = compiled_tiny()
+    good = {"latents": [torch.ones(1, 8, 20)] * 4, "k_ropes": [torch.ones(1, 8, 6)] * 4}
+    with pytest.raises(RuntimeFault, match=message):
+        compiled.import_cache(**{**good, "lengths": [8], **change})
+    assert compiled.lengths.tolist() == []
+    assert not any(torch.count_nonzero(c) for r in compiled.ranks for c in r.cache)
+
+
+def test_widths_are_saved(tmp_path: Path) -> None:
+    compiled = compiled_tiny()
+    compiled.save(tmp_path / "saved")
+    assert HelixModule.load(tmp_path / "saved").facts.latent_widths == (20,) * 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_step_that_fails_in_a_later_chunk_leaves_the_lengths(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, ids = compiled_tiny(), random_ids(tiny_model(), 2, 14)
+    plain = compiled_tiny()
+    compiled(ids[:, :3]), plain(ids[:, :3])
+    monkeypatch.setattr(step_inputs, "MAX_CHUNK", 4)
+    run, calls = compiled.world.run, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return run(*arguments)
+
+    compiled.world.run = failing
+    with pytest.raises(error):
+        compiled(ids[:, 3:])
+    assert compiled.lengths.tolist() == [3, 3] and len(calls) == 2
+    assert torch.equal(compiled(ids[:, 3:]), plain(ids[:, 3:]))
 
 
 def test_a_new_sequence_in_one_row_while_the_others_go_on() -> None:

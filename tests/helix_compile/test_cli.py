@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from helix_compile import __main__ as cli
+from helix_compile.models import presets
 from helix_compile.models.presets import build_model, preset_config
 
 
@@ -133,6 +136,48 @@ def test_wrong_use_is_exit_status_2(arguments: tuple[str, ...], message: str) ->
     assert done.returncode == 2 and message in done.stderr and done.stdout == ""
 
 
+def _refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:  # fmt: skip
+    """What main() prints in this process on wrong use."""
+    monkeypatch.setattr(sys, "argv", ["helix-compile", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == ""
+    return err
+
+
+def test_wrong_values_print_the_message_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    generate = ("generate", "tiny", "--cp", "2", "--prompt-ids", "1", "--max-new-tokens")
+    inspect = ("inspect", "tiny", "--cp", "2", "--meta", "--out")
+    for arguments, message in (
+        ((*generate, "0"), "HelixError: --max-new-tokens must be >= 1, got 0\n"),
+        ((*generate, "-3"), "HelixError: --max-new-tokens must be >= 1, got -3\n"),
+        ((*inspect, str(file)), f"HelixError: --out {file}: {file} is not a folder"),
+        ((*inspect, str(file / "sub")), f"HelixError: --out {file / 'sub'}: {file} is not a folder"),
+    ):  # fmt: skip
+        assert _refused(capsys, monkeypatch, *arguments).startswith(message)
+    monkeypatch.setattr(Path, "mkdir", _full_disk)
+    assert "out: No space left" in _refused(capsys, monkeypatch, *inspect, str(tmp_path / "out"))
+
+
+def _full_disk(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_random_weights_that_do_not_fit_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(presets, "physical_memory", lambda: 3 * 10**6)
+    preset_config("tiny").save_pretrained(tmp_path)
+    for name in ("tiny", str(tmp_path / "config.json")):
+        message = _refused(capsys, monkeypatch, "inspect", name, "--cp", "2", "--dtype", "float64")
+        assert re.search(r"needs 0\.00\d+ GB for random weights in float64, this machine has 0\.003 GB; use inspect --meta", message)  # fmt: skip
+
+
 def test_verify_is_exit_status_0_and_json() -> None:
     done = run("verify", "tiny", "--cp", "4", "--tokens-per-block", "8", "--json")
     assert done.returncode == 0, done.stderr
@@ -146,7 +191,6 @@ def test_a_finding_is_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     """The command on a module that a patched merge breaks; and the self-test when a fault survives."""
     from typer.testing import CliRunner
 
-    from helix_compile import __main__ as cli
     from helix_compile.mutants import self_test as tester
 
     survivor = tester.Verdict("a fault", 6, "kernel", (), (), 0.0)

@@ -141,11 +141,60 @@ def test_prompts_that_can_not_be_right_are_refused() -> None:
     ):
         with pytest.raises(RuntimeFault, match=re.escape(message)):
             compiled.generate(prompts, masks, max_new_tokens=2)
-    with pytest.raises(RuntimeFault, match="sequence 0 is full: 8 tokens"):
-        helix_compile(model(), cp=2, max_seq_len=8).generate(ids, max_new_tokens=9, **GREEDY)
     meta = helix_compile(build_model(preset_config("tiny"), meta=True), cp=2)
     with pytest.raises(RuntimeFault, match="meta device"):
         meta.generate(ids, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("eos", [None, 96, 0, [96, 0]], ids=str)
+def test_a_mask_is_inferred_as_transformers_does(eos: Any) -> None:
+    """From pad_token_id, unless that is an end token too; the config's pad token counts as the keyword's."""
+    ids, compiled = (random_ids(model(), 3, 17) % 96 + 1) * MASK, compiled_for()
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": eos}
+    expected = model().generate(ids, pad_token_id=0, **options)
+    assert torch.equal(compiled.generate(ids, pad_token_id=0, **options), expected)
+    config = GenerationConfig(pad_token_id=0, **options)
+    assert torch.equal(compiled.generate(ids, generation_config=config), expected)
+    assert compiled.lengths.tolist() == [24] * 3 if eos in (0, [96, 0]) else [12, 24, 18]
+
+
+def test_capacity_is_checked_before_anything_runs() -> None:
+    """The last token is never put into the cache; padding takes no room, but counts in max_length."""
+    compiled = helix_compile(model(), cp=2, max_seq_len=16)
+    ids, mask = random_ids(model(), 2, 9), left_padded([9, 4])
+    for short, fits in ((ids, 8), (ids[1:, 5:], 13)):
+        assert compiled.generate(short, max_new_tokens=fits, **GREEDY).shape[1] == 17
+    held = compiled.lengths.tolist()
+    for options, needed in (
+        ({"max_new_tokens": 9}, "9 prompt tokens + 9 new - 1 = 17 > max_seq_len=16"),
+        ({"generation_config": GenerationConfig(max_new_tokens=30)}, "9 prompt tokens + 30 new"),
+        ({"max_length": 18}, "9 prompt tokens + 9 new - 1 = 17 > max_seq_len=16"),
+    ):
+        with pytest.raises(RuntimeFault, match=re.escape(needed)):
+            compiled.generate(ids, mask, **{**GREEDY, **options})
+        assert compiled.lengths.tolist() == held
+    stopped = compiled.generate(ids[:, :5], stopping_criteria=[AfterTokens(7)], **GREEDY)
+    assert stopped.shape == (2, 7)
+    with pytest.raises(RuntimeFault, match="17 prompt tokens"):
+        compiled.generate(random_ids(model(), 1, 17), **GREEDY)
+
+
+def test_arguments_of_the_wrong_kind() -> None:
+    compiled, ids = compiled_for(), random_ids(model(), 2, 5) % 96 + 1
+    expected = compiled.generate(ids, max_new_tokens=3, **GREEDY)
+    assert torch.equal(compiled.generate(inputs=ids, max_new_tokens=3, **GREEDY), expected)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"input_ids": ids, "inputs": ids}, "both input_ids and inputs"),
+        ({"input_ids": ids[:, :0]}, "got [B, T] = [2, 0]"),
+        ({"input_ids": ids.float()}, "int64 or int32, got torch.float32"),
+        ({"input_ids": ids, "attention_mask": [[1] * 5] * 2}, "attention_mask must be a tensor [B, S], got list"),
+        ({"input_ids": ids, "max_new_tokens": 0}, "max_new_tokens must be an int >= 1, got 0"),
+        ({"input_ids": ids, "max_length": 5}, "max_length=5 leaves no room for a new token behind 5 columns"),
+    ]  # fmt: skip
+    for options, message in wrong:
+        with pytest.raises(RuntimeFault, match=re.escape(message)):
+            compiled.generate(**options)
+    assert compiled.lengths.tolist() == [7, 7]
 
 
 def test_scores_and_logits_come_along() -> None:
@@ -165,6 +214,11 @@ def test_scores_and_logits_come_along() -> None:
 def test_prompts_from_text() -> None:
     ids, mask = padded_prompts("1,2,3; 4 5")
     assert ids.tolist() == [[1, 2, 3], [0, 4, 5]] and mask.tolist() == [[1, 1, 1], [0, 1, 1]]
-    for text, message in (("1,x", "expected integers"), ("1;;2", "prompt 1 is empty")):
+    for text, message in (
+        ("1,x", "expected integers"),
+        ("1,,2", "prompt 0 has an empty id"),
+        ("3;1,2,", "prompt 1 has an empty id"),
+        ("1;;2", "prompt 1 is empty"),
+    ):
         with pytest.raises(RuntimeFault, match=message):
             padded_prompts(text)

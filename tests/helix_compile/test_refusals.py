@@ -223,6 +223,13 @@ def test_module_surface(module: HelixModule) -> None:
     for call in (lambda: module.to(torch.float32), lambda: module.train()):
         with pytest.raises(HelixError):
             call()
+    moves = ("half", "double", "bfloat16", "float", "cpu", "cuda")
+    for move in (*(getattr(module, m) for m in moves), lambda: module.to_empty(device="cpu")):
+        with pytest.raises(HelixError, match="captured for one dtype and device"):
+            move()
+    for rows in (1, "01"):
+        with pytest.raises(RuntimeFault, match="rows must be a list of row numbers, got"):
+            module.reset(rows=rows)
     with pytest.raises(RuntimeFault, match=r"\[7\] are not rows of the current batch of 2"):
         module.reset(rows=[7])
     with pytest.raises(RuntimeFault, match="stage 'captured' can't be run"):

@@ -61,6 +61,28 @@ def test_an_edit_of_one_rank_is_saved(tmp_path: Path) -> None:
     assert torch.equal(HelixModule.load(tmp_path / "saved")(ids), compiled(ids))
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.norm.wieght", torch.ones(72), r"rank 1: the graph takes no parameter model\.norm\.wieght"),
+        ("model.norm.weight", torch.ones(71), r"rank 1: parameter model\.norm\.weight is \(\(71,\)"),
+        ("model.norm.weight", torch.ones(72, dtype=torch.float64), r"torch\.float64\), the graph expects"),
+        ("model.norm.weight", None, r"model\.norm\.weight is None"),
+    ],
+    ids=["name", "shape", "dtype", "none"],
+)  # fmt: skip
+def test_parameters_that_the_graph_does_not_take_are_not_saved(
+    tmp_path: Path, name: str, tensor: Any, message: str
+) -> None:
+    compiled = helix_compile(
+        tiny_model(dtype=torch.float32, experts="grouped_mm"), cp=2, max_seq_len=64
+    )
+    compiled.ranks[1].params[name] = tensor
+    with pytest.raises(RuntimeFault, match=message):
+        compiled.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_reloaded_module_runs_the_last_stage_only(tmp_path: Path) -> None:
     saved(tmp_path / "saved")
     loaded = HelixModule.load(tmp_path / "saved")
@@ -112,7 +134,7 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     ("reference", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(args=[{"node": "nobody"}])), "is not valid"),
     ("op kind", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(op="get_attr")), "is not allowed"),
     ("shape", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.einsum").update(args=["bhtn,hnr->bthn", _node(g, "aten.einsum")["args"][1]])), "does not take"),
-    ("graph version", lambda d: _edit(d / "graphs.json", lambda g: g.update(version=7)), "version 7, expected 1"),
+    ("graph version", lambda d: _edit(d / "graphs.json", lambda g: g.update(version=7)), "version 7, expected 2"),
     ("json", lambda d: (d / "graphs.json").write_text("{"), "not valid JSON"),
     ("view", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].update(shape=[10**6])), "model.norm.weight"),
     ("collective taken out", lambda d: _edit(d / "graphs.json", _take_out_the_first_all_reduce), "body_0"),
@@ -120,6 +142,7 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     ("weights of two layers swapped", lambda d: _edit(d / "graphs.json", _swap_two_arguments), "stands for param"),
     ("body taken out", lambda d: _edit(d / "graphs.json", lambda g: g["stages"]["lowered"]["bodies"].pop("body_0")), "no body 'body_0'"),
     ("cache width", lambda d: _edit(d / "graphs.json", lambda g: g["cache_widths"].__setitem__(0, 10**9)), "takes caches"),
+    ("latent width", lambda d: _edit(d / "graphs.json", lambda g: g["latent_widths"].__setitem__(0, 26)), "are not parts of cache_widths"),
     ("capacity", lambda d: _edit(d / "plan.json", lambda p: p["options"].update(max_seq_len=10**9)), "takes caches"),
     ("view field", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].pop("offset")), "model.norm.weight"),
     ("view of a file outside", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].update(file="../x.safetensors")), "is not the file of a rank"),

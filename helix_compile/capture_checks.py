@@ -1,0 +1,71 @@
+"""What capture refuses before it starts, and how an error of torch.export or of the model is told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from helix_compile.errors import CaptureError, HelixError
+
+_BRANCH = "the model branches on data; a graph holds one branch only"
+_HINTS = {
+    "GuardOnDataDependentSymNode": _BRANCH,
+    "DataDependentOutputException": _BRANCH,
+}
+
+
+def check_surroundings() -> None:
+    """Modes that would be captured into the graphs, or into the tensors that a module keeps.
+
+    Raises:
+        CaptureError: inference mode or autocast is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise CaptureError(
+            "capture: called inside torch.inference_mode(), whose tensors can't be exported; "
+            "compile outside of it (torch.no_grad() is fine)"
+        )
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            raise CaptureError(
+                f'capture: called inside torch.autocast("{device}"), whose casts would stay in the graphs; '
+                "compile outside of it and pass dtype=..."
+            )
+
+
+def check_model(model: nn.Module) -> None:
+    """A plain module, all of it in eval mode.
+
+    Raises:
+        CaptureError: wrapped by torch.compile, or a module in training mode, which is named.
+    """
+    name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise CaptureError(
+            f"capture: {name} was made by torch.compile; pass the original module (`._orig_mod`)"
+        )
+    if model.training:
+        raise CaptureError(f"capture: {name} is in training mode; call model.eval() first")
+    for part, module in model.named_modules():
+        # a list that was made anew (layers[:2]) says training, but computes nothing
+        if module.training and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            raise CaptureError(
+                f"capture: {name}: `{part}` is in training mode; call model.eval() first"
+            )
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Any error while this is open is a CaptureError of one line; torch's pages stay in its __context__."""
+    try:
+        yield
+    except HelixError:
+        raise
+    except Exception as error:  # the model's forward may raise anything
+        kind = type(error).__name__
+        first = next(iter(str(error).strip().splitlines()), "")
+        hint = f" ({_HINTS[kind]})" if kind in _HINTS else ""
+        raise CaptureError(f"capture: {what}: {kind}: {first}{hint}") from None

@@ -1,0 +1,66 @@
+"""What a rank holds, and what is kept of the original model: the data of a HelixModule."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.kv_cache import allocate_caches
+from helix_compile.params import params_of_stage
+from helix_compile.plan import HelixPlan, ParamShard
+from helix_compile.world import World
+
+
+@dataclass
+class Rank:
+    """What one rank holds.
+
+    Attributes:
+        rank: its number.
+        params: full name -> local tensor; assigning an item changes this rank only.
+        cache: one [num_pages, page_size, R + r] tensor per cached attention.
+    """
+
+    rank: int
+    params: MutableMapping[str, Tensor]
+    cache: list[Tensor]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a module needs to know of the model it was made from.
+
+    Attributes:
+        cache_widths: R + r of each cached attention.
+        latent_widths: R of each cached attention.
+        originals: full name -> original tensor; empty in a reloaded module, which runs `lowered` only.
+        shards: full local name -> (full name of the original, its cut).
+    """
+
+    vocab_size: int
+    cache_widths: tuple[int, ...]
+    latent_widths: tuple[int, ...]
+    originals: dict[str, Tensor]
+    device: torch.device
+    shards: dict[str, tuple[str, ParamShard]] = field(default_factory=dict)
+    config: Any = None
+    generation_config: Any = None
+
+
+def build_ranks(
+    plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, world: World
+) -> list[Rank]:
+    """Cut parameters and allocate caches for the ranks of this process."""
+    dtype = getattr(torch, plan.dtype)
+    ranks = []
+    for rank in world.ranks:
+        params = dict(params_of_stage(lowered, facts.originals, facts.shards, plan.layout, rank))
+        cache = allocate_caches(
+            list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device
+        )
+        ranks.append(Rank(rank, params, cache))
+    return ranks

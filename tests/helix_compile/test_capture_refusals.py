@@ -1,0 +1,88 @@
+"""What can't be captured is refused in one short message: model class, cause, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helix_compile import CaptureError, helix_compile
+from helix_compile.models.presets import preset_config
+from tests.support.models import fresh_model, tiny_model
+
+
+def _compile(model: Any) -> None:
+    helix_compile(model, cp=2, max_seq_len=64)
+
+
+def _branching(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden * 2 if bool(hidden.sum() > 0) else hidden
+
+
+def _failing(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    raise KeyError("a table\nand many more lines")
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (_branching, r"DeepseekV3ForCausalLM.*around its layers: GuardOnDataDependentSymNode: .*branches on data"),
+        (_failing, r"DeepseekV3ForCausalLM.*KeyError: 'a table"),
+    ],
+)  # fmt: skip
+def test_an_error_around_the_layers_is_a_short_capture_error(
+    forward: Callable, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = fresh_model()
+    model.model.norm.forward = forward.__get__(model.model.norm)
+    with pytest.raises(CaptureError, match=message) as caught:
+        _compile(model)
+    assert len(str(caught.value).splitlines()) == 1 and caught.value.__cause__ is None
+    assert "GraphModule" not in "".join(capfd.readouterr())
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("place", ["self_attn.kv_a_layernorm", "input_layernorm"])
+def test_an_error_inside_a_layer_is_as_short(place: str) -> None:
+    model = fresh_model()
+    part = model.model.layers[0].get_submodule(place)
+    part.forward = _branching.__get__(part)
+    with pytest.raises(CaptureError, match=r"DeepseekV3DecoderLayer .*branches on data") as caught:
+        _compile(model)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_models_that_are_not_a_causal_language_model_in_eval_mode() -> None:
+    with pytest.raises(CaptureError, match="DeepseekV3Model has no logits: pass the causal"):
+        _compile(fresh_model().model)
+    model = fresh_model()
+    model.model.layers[1].mlp.train()
+    with pytest.raises(CaptureError, match=r"`model\.layers\.1\.mlp` is in training mode"):
+        _compile(model)
+    with pytest.raises(CaptureError, match=r"torch\.compile; pass the original module"):
+        _compile(torch.compile(tiny_model()))
+
+
+@pytest.mark.parametrize(
+    ("around", "message"),
+    [
+        (torch.inference_mode, "inside torch.inference_mode"),
+        (lambda: torch.autocast("cpu", torch.bfloat16), 'inside torch.autocast\\("cpu"\\)'),
+    ],
+    ids=["inference", "autocast"],
+)
+def test_modes_that_change_what_is_captured(around: Callable[[], Any], message: str) -> None:
+    with around(), pytest.raises(CaptureError, match=message):
+        _compile(tiny_model())
+
+
+def test_a_configuration_alone_has_no_weights(tmp_path: Path) -> None:
+    preset_config("tiny").save_pretrained(tmp_path)
+    with pytest.raises(CaptureError, match=r"config\.json is a configuration alone.*no weights.*from_config"):  # fmt: skip
+        _compile(tmp_path / "config.json")
+    with pytest.raises(CaptureError, match="is a file; pass the checkpoint folder"):
+        (tmp_path / "model.safetensors").touch()
+        _compile(tmp_path / "model.safetensors")
