@@ -200,7 +200,7 @@ class _Builder:
         if len(group) == 1:
             made = self._stage(last) != "captured"
             op = _op_text(last).split(".")[-1 if "." not in _op_text(last) else 1]
-            return (last.name, op) if made else (op, "")
+            return (last.name, op) if made and not last.name.startswith(op) else (op, "")
         whole = [n for n in self.folded.kept if self.modules.get(n) == module]
         leaf = module.rsplit(".", 1)[-1]
         called = _called(group)
