@@ -157,7 +157,9 @@ class _Builder:
             ValueView(
                 self.letters.shape(v),
                 str(v.dtype).removeprefix("torch."),
-                {a: format_placement(p) for a, p in (lay or {}).items() if a != "pending"},
+                {
+                    a: format_placement(p) for a, p in (lay or {}).items() if a != "pending"
+                },  # a picture folds the wait
                 bytes_text(v, self.letters),
             )
             for v, lay in zip(vals, layouts, strict=False)
@@ -170,9 +172,7 @@ class _Builder:
             if node.op == "output":
                 return tuple(v for _, a in self.folded.arguments(node) for v in self.values(a))
             if node in self.leaving:
-                # what a collective makes is there once it has been waited for
-                waits = [u for u in node.users if "wait_tensor" in str(u.target)]
-                found += [v for v in self.values(waits[0] if waits else node) if v not in found]
+                found += [v for v in self.values(node) if v not in found]
         return tuple(found)
 
     def _inputs(self, nodes: Any) -> tuple[InputView, ...]:
@@ -200,7 +200,7 @@ class _Builder:
         if len(group) == 1:
             made = self._stage(last) != "captured"
             op = _op_text(last).split(".")[-1 if "." not in _op_text(last) else 1]
-            return (last.name, op) if made else (op, "")
+            return (last.name, op) if made and not last.name.startswith(op) else (op, "")
         whole = [n for n in self.folded.kept if self.modules.get(n) == module]
         leaf = module.rsplit(".", 1)[-1]
         called = _called(group)

@@ -103,17 +103,16 @@ def _span(
 ) -> tuple[range, set[tuple[str, str]]]:
     """Rows that a chain takes in its lane with the edge that enters it and the one that leaves it; all edges so carried."""
     links = set(pairwise(chain))
-    first, last = row[chain[0]], row[chain[-1]]
-    top, bottom = first, last
+    top = row[chain[0]]
+    bottom = row[chain[-1]]
+    # a longest path starts where everything before it is placed, so one parent stands in the row above
     above = [p for p in graph.predecessors(chain[0]) if p in placed]
     if above:
-        parent = max(above, key=row.__getitem__)
-        top = min(first, row[parent] + 1)
-        links.add((parent, chain[0]))
+        links.add((max(above, key=row.__getitem__), chain[0]))
     below = [s for s in graph.successors(chain[-1]) if s in placed]
     if below:
         child = min(below, key=row.__getitem__)
-        bottom = max(last, row[child] - 1)
+        bottom = max(bottom, row[child] - 1)
         links.add((chain[-1], child))
     return range(top, bottom + 1), links
 

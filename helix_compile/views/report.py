@@ -176,7 +176,7 @@ def _collectives(plan: HelixPlan) -> str:
             ))  # fmt: skip
     rows.append(("all", "", "", "", "", _size(plan.egress_bytes_per_rank_per_token)))
     heads = (
-        "body (layers)", "collective", "over", "of", "sent a token, one layer", "all its layers",
+        "body (layers)", "collective", "over", "of", "sent, one layer", "sent, all layers",
     )  # fmt: skip
     return (
         "<section id='collectives'><h2>Collectives</h2><p class='note'>Bytes that leave each rank for each token "

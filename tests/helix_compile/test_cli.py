@@ -58,6 +58,10 @@ def test_inspect_json_and_files(tmp_path: Path) -> None:
         "report.txt",
         "report.json",
         "schedule.trace.json",
+        "report.html",
+        "model_explorer.json",
+        "body_0.svg",
+        "body_1.svg",
     }
     assert "helix.mla_decode" in (tmp_path / "body_1.after.py").read_text()
     assert "scaled_dot_product_attention" in (tmp_path / "body_1.before.py").read_text()

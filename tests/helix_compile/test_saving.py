@@ -64,7 +64,7 @@ def test_an_edit_of_one_rank_is_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("model.norm.wieght", torch.ones(72), r"rank 1: the graph takes no parameter model\.norm\.wieght"),
+        ("model.norm.wgt", torch.ones(72), r"rank 1: the graph takes no parameter model\.norm\.wgt"),
         ("model.norm.weight", torch.ones(71), r"rank 1: parameter model\.norm\.weight is \(\(71,\)"),
         ("model.norm.weight", torch.ones(72, dtype=torch.float64), r"torch\.float64\), the graph expects"),
         ("model.norm.weight", None, r"model\.norm\.weight is None"),

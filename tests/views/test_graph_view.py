@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import networkx as nx
 import pytest
+import torch
 from torch import fx
 
 from helix_compile import HelixModule, helix_compile
@@ -112,7 +113,7 @@ def test_shapes_bytes_and_layouts_of_a_node(compiled: HelixModule) -> None:
     packed = after.node("packed").outputs[0]
     assert (packed.shape, packed.bytes) == ("[4,42*B*T]", "672 x B*T")
     reduced = after.node("all_reduce").outputs[0]
-    assert reduced.layout == {}  # as it is after the wait
+    assert reduced.layout == {}  # pending is gone with the wait
 
 
 def test_stages_by_meta_else_by_first_appearance(compiled: HelixModule) -> None:
@@ -150,3 +151,11 @@ def test_without_runs_every_op_and_input_is_a_node(compiled: HelixModule) -> Non
     shown = {n.name for n in view.nodes}
     assert {p.name for p in placeholders(graph) if not is_param(p)} <= shown
     assert {"pow_1", "mean", "rsqrt"} <= shown
+
+
+def test_guards_are_not_drawn(compiled: HelixModule) -> None:
+    graph = copy_graph(compiled.graph.get_submodule("body_1").graph)
+    node = node_named(graph, "linear")
+    with graph.inserting_after(node):
+        guard = graph.call_function(torch.ops.aten._assert_async.default, (node,))
+    assert guard.name not in {n.name for n in build_view(graph, "body_1", runs=False).nodes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from itertools import combinations
 from xml.etree import ElementTree
@@ -9,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from helix_compile.views.bodies import BodyViews, body_views
-from helix_compile.views.graph_view import GraphView
+from helix_compile.views.graph_view import EdgeView, GraphView
 from helix_compile.views.lanes import place
 from helix_compile.views.layer_svg import format_layer_svg
 from tests.support.graphs import compiled_tiny
@@ -61,22 +62,36 @@ def test_boxes_do_not_overlap(views: list[BodyViews]) -> None:
                 assert abs(x - u) >= w or abs(y - v) >= h
 
 
+def lines_on_tracks(view: GraphView) -> list[tuple[int, int]]:
+    """Check that no line shares a place with a box; (track, row) of every line that runs beside the lanes."""
+    lanes = place(view)
+    filled = {(lanes.row[n.name], lanes.lane[n.name]) for n in view.nodes}
+    assert len(filled) == len(view.nodes)
+    found = []
+    for edge in view.edges:
+        key = (edge.source, edge.target)
+        between = range(lanes.row[edge.source] + 1, lanes.row[edge.target])
+        assert lanes.row[edge.source] < lanes.row[edge.target]
+        if key in lanes.track:
+            found += [(lanes.track[key], row) for row in between]
+        elif between:
+            assert not {(row, lanes.run[key]) for row in between} & filled
+    return found
+
+
 def test_no_line_passes_through_a_box(views: list[BodyViews]) -> None:
     for view in all_views(views):
-        lanes = place(view)
-        filled = {(lanes.row[n.name], lanes.lane[n.name]) for n in view.nodes}
-        assert len(filled) == len(view.nodes)
-        tracks: set[tuple[int, int]] = set()
-        for edge in view.edges:
-            key = (edge.source, edge.target)
-            between = range(lanes.row[edge.source] + 1, lanes.row[edge.target])
-            assert lanes.row[edge.source] < lanes.row[edge.target]
-            if key in lanes.track:
-                taken = {(lanes.track[key], row) for row in between}
-                assert not taken & tracks
-                tracks |= taken
-            elif between:
-                assert not {(row, lanes.run[key]) for row in between} & filled
+        tracks = lines_on_tracks(view)
+        assert len(tracks) == len(set(tracks))  # nor lies on another line
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_line_passes_through_a_box_of_any_graph(seed: int, views: list[BodyViews]) -> None:
+    chance = random.Random(seed)
+    names = [f"n{i}" for i in range(16)]
+    pairs = [p for p in combinations(names, 2) if chance.random() < 0.15]
+    nodes = tuple(replace(views[0].after.nodes[1], name=n) for n in names)
+    lines_on_tracks(GraphView("random", nodes, tuple(EdgeView(*p, (), ()) for p in pairs)))
 
 
 def test_the_main_flow_is_one_straight_column(views: list[BodyViews]) -> None:

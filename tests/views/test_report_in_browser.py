@@ -11,7 +11,7 @@ import pytest
 from helix_compile import HelixModule, helix_compile
 from helix_compile.ledger import local_length, local_slot, owner_rank
 from helix_compile.models.presets import build_model, named_model, preset_config
-from tests.support.browser import Page, open_browser
+from tests.support.browser import Page, chromium_path, open_browser
 
 pytestmark = pytest.mark.browser
 CP, TOKENS_PER_BLOCK, MAX_SEQ_LEN = 4, 16, 2000
@@ -173,3 +173,17 @@ def test_61_layers_open_at_once(browser: Any, tmp_path: Path) -> None:
     assert opened.page.locator(".block").count() < 400
     assert "more" in opened.page.locator("#ranks").inner_text()
     assert opened.errors == []
+
+
+@pytest.mark.parametrize("variable", ["CI", "HELIX_REQUIRE_BROWSER"])
+def test_without_a_browser_ci_fails_and_others_skip(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for name in ("CI", "HELIX_REQUIRE_BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no browser"):
+        chromium_path()
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+        chromium_path()
