@@ -100,7 +100,10 @@ class HelixModule(nn.Module):
     def run_stage(
         self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """A step by an earlier stage ("attention" and later) on the same cache; see forward()."""
+        """A step by an earlier stage ("attention" and later) on the same cache; see forward().
+
+        Earlier stages take their weights from the original model: an edit of ranks[r].params shows in "lowered" only.
+        """
         if name == STAGES[-1]:
             return self(input_ids, attention_mask)
         if name not in STAGES[1:]:
