@@ -87,8 +87,9 @@ def _only_moves(node: fx.Node) -> bool:
         "val" in node.meta and all("val" in n.meta for n in node.all_input_nodes)
     )
     # memory that nothing has written is no view of what it takes its shape from
-    moves = is_layout_op(node) or is_call(node, aten.contiguous.default)
-    return known and moves and node.target not in _SHAPE_ONLY
+    if not known or node.target in _SHAPE_ONLY:
+        return False
+    return is_layout_op(node) or is_call(node, aten.contiguous.default)
 
 
 def _is_cast_for_matmul(node: fx.Node) -> bool:
