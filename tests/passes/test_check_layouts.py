@@ -117,7 +117,7 @@ EDITS: list[tuple[Callable[[fx.Graph], None], str]] = [
     (sum_over_kvp_only, r"all_reduce\(sum\) over kvp of world:P\(sum\)"),
     (maximum, r"all_reduce\(max\) over world"),
     (bias_before_the_sum, "a bias is added to a partial sum"),
-    (skip_the_merge, "has no typing rule"),
+    (skip_the_merge, r"partial_o_P`, which is world:S\(3\)"),
     (nonlinear_on_a_partial_sum, "a partial sum over world reaches aten.silu.default"),
     (gate_with_whole_up, "one operand is cut along dim 2 over world, the other is whole"),
 ]
