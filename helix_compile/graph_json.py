@@ -114,8 +114,7 @@ def graph_from_json(
     for name, body in bodies.items():
         root.add_module(name, body)
     graph.lint()
-    if not bodies:
-        propagate_shapes(graph)
+    propagate_shapes(graph)
     return fx.GraphModule(root, graph)
 
 
