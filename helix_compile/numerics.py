@@ -14,12 +14,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class WidenedIslands(TorchDispatchMode):
-    """While open, a cast of a float64 tensor to float32 is a copy in float64. Use it around both sides."""
+    """While open, a cast of a float64 tensor to float32 is a copy in float64. Use it around both sides.
+
+    Args:
+        captured_dtype: evaluate a graph that was captured in this dtype on float64 tensors: casts to it and new tensors
+            in it are float64 too.
+    """
+
+    def __init__(self, captured_dtype: torch.dtype = torch.float64):
+        super().__init__()
+        self.captured_dtype = captured_dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`, but for the one cast."""
-        kwargs = kwargs or {}
-        cast = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.float32
+        """Run `func`, but for the casts."""
+        kwargs = dict(kwargs or {})
+        target = kwargs.get("dtype")
+        cast = func is torch.ops.aten._to_copy.default and target in (
+            torch.float32,
+            self.captured_dtype,
+        )
         if cast and args[0].dtype is torch.float64:
             return args[0].clone()
+        if target is self.captured_dtype:  # not float32: position tables stay as they are
+            kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)

@@ -16,7 +16,7 @@ from torch import fx
 from helix_compile.costs import GB200, Machine, NodeCost, Workload, predict_costs
 from helix_compile.graph_queries import CriticalPath, critical_path
 from helix_compile.graph_text import layout_text, shape_text
-from helix_compile.layout import HelixLayout
+from helix_compile.mesh import HelixMesh
 from helix_compile.passes.fx_edit import is_collective
 from helix_compile.plan import HelixPlan
 from helix_compile.provenance import ORIGIN, STAGE
@@ -79,7 +79,7 @@ def predict_body(
 ) -> BodySchedule:
     """Schedule a lowered body on every rank of `plan`; see the module's words."""
     step = workload or default_workload(plan)
-    ranks = range(plan.layout.world_size)
+    mesh, ranks = HelixMesh(plan.layout), range(plan.layout.world_size)
     tokens_per_block = plan.options.tokens_per_block
     costs = [predict_costs(graph, step, plan.layout, tokens_per_block, rank) for rank in ranks]
     free = [{COMPUTE: 0.0, LINK: 0.0} for _ in ranks]
@@ -89,7 +89,7 @@ def predict_body(
         ready = [max((d[n] for n in node.all_input_nodes), default=0.0) for d in done]
         if is_collective(node):
             alone = [max(ready[r], free[r][LINK]) for r in ranks]
-            ready = [max(alone[m] for m in _group(plan.layout, node.args[-1], r)) for r in ranks]
+            ready = [max(alone[m] for m in mesh.members(str(node.args[-1]), r)) for r in ranks]
         for rank in ranks:
             thread = thread_of(node)
             seconds = costs[rank][node.name].seconds(machine)
@@ -105,15 +105,6 @@ def predict_body(
     weights = {name: cost.seconds(machine) for name, cost in costs[busiest].items()}
     total = max((max(d.values()) for d in done), default=0.0)
     return BodySchedule(name, tuple(events), total, critical_path(graph, weights))
-
-
-def _group(layout: HelixLayout, axis: str, rank: int) -> list[int]:
-    """The ranks that take part in a collective of `rank` over `axis`."""
-    if axis == "world":
-        return list(range(layout.world_size))
-    others = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}
-    same = layout.index(others[axis], rank)
-    return [r for r in range(layout.world_size) if layout.index(others[axis], r) == same]
 
 
 def predict_schedule(

@@ -30,7 +30,7 @@ from helix_compile.verifier.conditioning import sharpening
 from helix_compile.verifier.layer_check import LayerCase
 from helix_compile.verifier.layer_run import CapturedReference, LayerInputs, run_layer
 from helix_compile.verifier.needles import absorbed_query, background
-from helix_compile.verifier.reference import apply_edits, wide_copy
+from helix_compile.verifier.reference import apply_edits, edited, wide_copy
 from helix_compile.verifier.report import FAMILIES
 from helix_compile.verifier.scratch import Scratch
 
@@ -116,7 +116,7 @@ class _Rule:
     def __init__(self, model: nn.Module):
         captured = capture(model)
         matches = match_layers(captured, 1024)
-        twin = wide_copy(model, {})
+        twin = wide_copy(model)
         weights = dict(originals(twin))
         self.reference = CapturedReference(captured, matches, weights)
         self.edits = sharpening(self.reference, 0)
@@ -147,24 +147,16 @@ class _Rule:
     def share_off(self, compiled: HelixModule) -> float | None:
         """Largest share of elements outside the tolerance, over the layers; None if a layer does not run."""
         case, worst = LayerCase((CONTEXT,), 1), 0.0
-        params = [
-            {
-                n: self.edits[n](t.clone()).to(t.dtype) if n in self.edits else t
-                for n, t in r.params.items()
-            }
-            for r in compiled.ranks
-        ]
+        params = [edited(r.params, self.edits) for r in compiled.ranks]
         for layer, (given, expected) in self.cases.items():
             try:
                 scratch = Scratch(compiled, compiled.graph, params, 1, CONTEXT + case.T)
-                site = next(x for x in self.reference.captured.layers if x.index == layer).caches[0]
+                site = self.reference.sites(layer)[0]
                 scratch.fill(site, 0, torch.cat(given.pasts[0], dim=-1)[0, 0])
                 outputs = run_layer(
                     scratch, layer, given, torch.ones(1, 1, dtype=torch.int64)
                 ).outputs
-            except (
-                Exception
-            ):  # a mutant may do anything; a test that does not run is a test that fails
+            except Exception:  # a mutant may do anything; a test that can't run is one that fails
                 return None
             for output in outputs:
                 off = (output.double() - expected).abs() > ATOL + RTOL * expected.abs()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
@@ -24,21 +22,18 @@ def check_attention(
     site: int,
     reference: CapturedReference,
     layer: int,
-    layouts: dict[str, Any],
     where: str,
 ) -> list[Finding]:
     """What reaches o_proj against dense attention over the gathered caches with the module's own q, in fp64."""
     body = scratch.graph.get_submodule(str(reference.call(layer).target))
     assert isinstance(body, fx.GraphModule)
-    decode = _decode_node(body.graph, scratch, site)
+    decode = _decode_node(body.graph, reference.sites(layer).index(site))
     o_proj = next((n for n in body.graph.nodes if n.name == attention.o_proj), None)
     if decode is None or o_proj is None:
         return []  # another graph than the passes make: the layer's output decides
     layout, dtype = scratch.compiled.plan.layout, getattr(torch, scratch.compiled.plan.dtype)
-    prefix = next(x for x in reference.captured.layers if x.index == layer).prefix
-    w_uv = reference.tensors[prefix + attention.kv_up_weight].double()[
-        torch.tensor(attention.uv_rows)
-    ]
+    kv_up = reference.tensors[reference.prefix(layer) + attention.kv_up_weight]
+    w_uv = kv_up.double()[torch.tensor(attention.uv_rows)]
     owned = [v[o_proj.args[0].name] for v in run.values]
     q_parts = [[v[n.name].double() for n in decode.args[:2]] for v in run.values]
     heads = attention.num_heads // layout.world_size
@@ -120,9 +115,7 @@ def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int) -
     return torch.einsum("ths,sr->thr", s.softmax(-1), entries[:, : attention.kv_lora_rank])
 
 
-def _decode_node(graph: fx.Graph, scratch: Scratch, site: int) -> fx.Node | None:
+def _decode_node(graph: fx.Graph, number: int) -> fx.Node | None:
+    """The decode op of a body's `number`-th attention."""
     nodes = [n for n in graph.nodes if base_name(n.target) == "mla_decode"]
-    first = min(
-        (site - i for i, _ in enumerate(nodes)), default=site
-    )  # sites of one body are consecutive
-    return nodes[0] if len(nodes) == 1 else (nodes[site - first] if nodes else None)
+    return nodes[number] if number < len(nodes) else None

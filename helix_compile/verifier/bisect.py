@@ -33,7 +33,6 @@ class Located:
     off: float
     suspects: tuple[str, ...]
     family: int
-    source: str
 
     def named(self, finding: Finding) -> Finding:
         """The finding with the place added; the family is a guess where the check had none of its own."""
@@ -102,9 +101,7 @@ def _walk(
         compared = _off(node, values, twins, layouts, degrees, mask)
         if compared is None:
             if node.op in ("placeholder", "get_attr"):
-                good.add(
-                    node
-                )  # an input without a twin: page table, cache, a rank's part of a weight
+                good.add(node)  # no twin: page table, cache, a rank's part of a weight
             continue
         off, rank = compared
         if off <= NOISE[dtype]:
@@ -112,7 +109,7 @@ def _walk(
             continue
         suspects = _between(node, good)
         return Located(
-            node.name, rank, off, tuple(f"`{n.name}`" for n in suspects), _family(suspects, off), ""
+            node.name, rank, off, tuple(f"`{n.name}`" for n in suspects), _family(suspects, off)
         )
     return None
 
@@ -195,13 +192,10 @@ def _between(node: fx.Node, good: set[fx.Node]) -> list[fx.Node]:
 
 
 _FAMILY = {
-    "cache_append": 7,
+    "mla_decode": 4,
     "merge_lse": 6,
     "rescale_by_lse": 6,
-    "mla_decode": 4,
-    "all_to_all_heads": 1,
     "unpack_heads": 1,
-    "pack_heads": 1,
     "moe_experts": 2,
 }
 
@@ -213,9 +207,9 @@ def _family(suspects: list[fx.Node], off: float) -> int:
     if off == float("inf"):
         return 5
     names = [base_name(n.target) for n in suspects]
-    for name in ("mla_decode", "merge_lse", "rescale_by_lse", "unpack_heads", "moe_experts"):
+    for name, family in _FAMILY.items():
         if name in names:
-            return 6 if name == "mla_decode" and "merge_lse" in names else _FAMILY[name]
+            return 6 if name == "mla_decode" and "merge_lse" in names else family
     texts = " ".join(str(n.target) for n in suspects)
     if "all_reduce" in texts or "all_gather" in texts or "reduce_scatter" in texts:
         return 10

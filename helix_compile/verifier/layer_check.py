@@ -35,9 +35,8 @@ from helix_compile.verifier.report import Coverage, Finding
 from helix_compile.verifier.routing import NEAR_TIE, Choices, RecordTopK
 from helix_compile.verifier.scratch import Scratch, deal
 
-EXPANDED_BYTES = (
-    2 * 2**30
-)  # the original expands every key and value to fp64: contexts are cut to this
+# tokens of the long context, and what bounds it: the original expands every key and value to fp64
+LONG, EXPANDED_BYTES = 2048, 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ class LayerCase:
     T: int
 
 
-def cases(compiled: Any, match: LayerMatch, longest: int | None = None) -> list[LayerCase]:
+def cases(compiled: Any, match: LayerMatch) -> list[LayerCase]:
     """Nearly empty shards, a step over a block boundary, and one context as long as memory and capacity allow."""
     options, cp = compiled.plan.options, compiled.plan.layout.kvp
     tpb, a = options.tokens_per_block, match.attentions[0]
     turn = cp * tpb
     a_key = a.num_heads * (a.q_head_dim + a.v_head_dim) * 8 * 4
-    bound = min(options.max_seq_len, longest or 2048 + turn, EXPANDED_BYTES // (a_key * 2))
+    bound = min(options.max_seq_len, LONG + turn, EXPANDED_BYTES // (a_key * 2))
     room = options.max_seq_len
     found = []
     if room >= 4:
@@ -116,7 +115,7 @@ def check_layer(
     where = f"layer {layer} ({body}), context {list(case.lengths)} + {case.T}"
     given = _inputs(reference, match, layer, case, dtype, seed, coverage)
     mask = torch.ones(len(case.lengths), case.T, dtype=torch.int64)
-    sites = _sites(reference, layer)
+    sites = reference.sites(layer)
     for site, (latent, k_rope) in zip(sites, given.pasts, strict=True):
         entries = torch.cat([latent, k_rope], dim=-1)[:, 0]
         for row, n in enumerate(case.lengths):
@@ -132,9 +131,7 @@ def check_layer(
         return
     found = []
     for number, attention in enumerate(match.attentions):
-        found += check_attention(
-            run, attention, scratch, sites[number], reference, layer, layouts, where
-        )
+        found += check_attention(run, attention, scratch, sites[number], reference, layer, where)
         found += check_cache(
             attention, scratch, sites[number], expected, before, case.lengths, case.T, where
         )
@@ -165,10 +162,6 @@ def check_layer(
         coverage.unequal_shards += len(set(shards)) > 1
 
 
-def _sites(reference: CapturedReference, layer: int) -> list[int]:
-    return list(next(x for x in reference.captured.layers if x.index == layer).caches)
-
-
 def _as(given: LayerInputs, dtype: torch.dtype) -> LayerInputs:
     pasts = tuple((a.to(dtype), b.to(dtype)) for a, b in given.pasts)
     return LayerInputs(given.hidden.to(dtype), given.mask, given.positions, pasts)
@@ -197,7 +190,7 @@ def _inputs(
     )
     probe = _as(LayerInputs(hidden, mask, positions, empty), torch.float64)
     values = reference.layer(layer, probe)
-    prefix = next(x for x in reference.captured.layers if x.index == layer).prefix
+    prefix = reference.prefix(layer)
     pasts = []
     for attention in match.attentions:
         kv_up = reference.tensors[prefix + attention.kv_up_weight]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.distributed.tensor.placement_types import Partial, Shard
 
-from helix_compile.capture import CapturedGraph
+from helix_compile.capture import CapturedGraph, CapturedLayer
 from helix_compile.layout import HelixLayout
 from helix_compile.matches import LayerMatch
+from helix_compile.numerics import WidenedIslands
 from helix_compile.passes.evaluate import evaluate
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.placement import Layout
-from helix_compile.verifier.reference import Override, Widened, evaluate_graph, experts_override
+from helix_compile.verifier.reference import RecordingInterpreter, with_textbook_experts
 from helix_compile.verifier.scratch import Scratch, running
 from helix_compile.verifier.static_params import coordinate
 
@@ -44,29 +47,43 @@ class CapturedReference:
     matches: dict[str, LayerMatch]
     tensors: Mapping[str, Tensor]
     wide: bool = True
-    overrides: dict[str, dict[str, Override]] = field(init=False)
+    graph: fx.GraphModule = field(init=False)
 
     def __post_init__(self) -> None:
-        self.overrides = {
-            name: {
-                m.output: experts_override(m, self.captured.bodies[name].graph) for m in match.moes
-            }
-            for name, match in self.matches.items()
-        }
+        self.graph = with_textbook_experts(self.captured.graph, self.matches)
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """The modes that the graph is evaluated in."""
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        if self.wide:
+            stack.enter_context(WidenedIslands(self.captured.dtype))
+        return stack
+
+    def prefix(self, layer: int) -> str:
+        """What stands before the names of a layer's parameters."""
+        return self._layer(layer).prefix
+
+    def sites(self, layer: int) -> list[int]:
+        """Places of a layer's caches."""
+        return list(self._layer(layer).caches)
+
+    def _layer(self, index: int) -> CapturedLayer:
+        return next(x for x in self.captured.layers if x.index == index)
 
     def call(self, layer: int) -> fx.Node:
         """The outer graph's call of a layer."""
-        nodes = self.captured.graph.graph.nodes
+        nodes = self.graph.graph.nodes
         return next(n for n in nodes if n.op == "call_module" and n.meta["layer"] == layer)
 
     def layer(self, layer: int, given: LayerInputs) -> dict[str, Any]:
         """Values of every node of a layer, by name; "output" is the new hidden state."""
         call = self.call(layer)
-        body = self.captured.graph.get_submodule(str(call.target))
+        body = self.graph.get_submodule(str(call.target))
         assert isinstance(body, fx.GraphModule)
         known = self._known(given)
         inputs = []
-        with torch.no_grad(), Widened(self.captured.dtype if self.wide else torch.int8):
+        with self.evaluating():
             for node, argument in zip(placeholders(body.graph), call.args, strict=True):
                 kind, name = node.meta["input"]
                 if kind == "hidden":
@@ -79,14 +96,12 @@ class CapturedReference:
                     inputs.append(self.tensors[argument.meta["input"][1]])
                 else:
                     inputs.append(evaluate(argument, known, self._param))
-            values: dict[str, Any] = dict(zip((n.name for n in placeholders(body.graph)), inputs, strict=True))  # fmt: skip
+            values: dict[str, Any] = {}
 
             def record(path: str, node: fx.Node, value: Any) -> None:
                 values[node.name] = value
 
-            out = evaluate_graph(
-                body, inputs, overrides=self.overrides, record=record, body=str(call.target)
-            )
+            out = RecordingInterpreter(body, record).run(*inputs)
         values["output"] = out[0]
         return values
 
@@ -104,11 +119,11 @@ class CapturedReference:
             "past_shape": torch.zeros(B, 1, S, 1, dtype=dtype),
         }
         known: dict[fx.Node, Any] = {}
-        for node in placeholders(self.captured.graph.graph):
+        for node in placeholders(self.graph.graph):
             kind, name = node.meta["input"]
             if kind in ("input", "past") and name in by_name:
                 known[node] = by_name[name]
-        for node in self.captured.graph.graph.nodes:
+        for node in self.graph.graph.nodes:
             if node.op == "call_module":
                 break
             if node.target is torch.ops.aten.embedding.default:
@@ -164,8 +179,6 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
 
 def replicas(parts: list[Tensor], layout: Layout, degrees: HelixLayout) -> list[Tensor]:
     """The whole value as each group of ranks has it: shards joined, sums summed. [] where that has no meaning."""
-    from torch.distributed.tensor.placement_types import Partial, Shard
-
     if not layout:
         return parts
     if len(layout) != 1:

@@ -10,6 +10,8 @@ from torch import Tensor, fx
 
 from helix_compile.errors import HelixError
 from helix_compile.options import PAGE_SIZE
+from helix_compile.params import params_of_stage
+from helix_compile.passes.pipeline import STAGES
 from helix_compile.verifier.check import fault
 from helix_compile.verifier.reference import EagerReference
 from helix_compile.verifier.report import Coverage, Finding
@@ -309,9 +311,7 @@ def _count(coverage: Coverage, scratch: Scratch, before: list[int], batch: Batch
 
 def stage_params(compiled: Any, stage: fx.GraphModule, name: str) -> list[dict[str, Tensor]]:
     """Each rank's parameters for a stage: what the ranks hold for the last one, else cut from the originals."""
-    from helix_compile.params import params_of_stage
-
-    if name == "lowered":
+    if name == STAGES[-1]:
         return [dict(rank.params) for rank in compiled.ranks]
     facts = compiled.facts
     if not facts.originals:

@@ -11,28 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache
 
-from helix_compile.matches import MoEMatch
+from helix_compile.graph_pass import copy_module
+from helix_compile.matches import LayerMatch
 from helix_compile.model_source import converted_copy
 from helix_compile.numerics import WidenedIslands
-from helix_compile.params import originals
+from helix_compile.passes.fx_edit import erase_unused, input_named, node_named, placeholders
 from helix_compile.verifier.routing import Choices, RecordTopK
 
-GATHER_BYTES = (
-    2**30
-)  # batched_mm gathers each token's experts: long steps are cut so that this bounds it
+# batched_mm gathers each token's experts: long steps are cut so that this bounds it
+GATHER_BYTES = 2**30
 Edits = Mapping[str, Callable[[Tensor], Tensor]]
 
 
-def wide_copy(model: Any, edits: Edits) -> Any:
-    """A deep copy in fp64 with sdpa attention, batched_mm experts and the edited weights; `model` is left alone."""
+def wide_copy(model: Any) -> Any:
+    """A deep copy in fp64 with sdpa attention and batched_mm experts; `model` is left alone."""
     twin: Any = converted_copy(model, torch.float64).eval()
     twin.config._attn_implementation = "sdpa"
     if getattr(twin.config, "_experts_implementation", None) is not None:
         twin.set_experts_implementation("batched_mm")
-    apply_edits(dict(originals(twin)), edits)
     return twin
 
 
@@ -42,6 +40,11 @@ def apply_edits(tensors: dict[str, Tensor], edits: Edits) -> None:
         for name, edit in edits.items():
             if name in tensors:
                 tensors[name].copy_(edit(tensors[name]))
+
+
+def edited(params: Mapping[str, Tensor], edits: Edits) -> dict[str, Tensor]:
+    """The same for what a rank holds, on copies: a wrong shard stays wrong."""
+    return {n: edits[n](t.clone()).to(t.dtype) if n in edits else t for n, t in params.items()}
 
 
 @dataclass
@@ -88,105 +91,50 @@ class EagerReference:
         return max(1, min(256, GATHER_BYTES // a_token))
 
 
-class Widened(TorchDispatchMode):
-    """A graph captured in `dtype`, evaluated in fp64: casts to float32 or to `dtype` keep fp64."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`, wide."""
-        kwargs = dict(kwargs or {})
-        target = kwargs.get("dtype")
-        if target in (torch.float32, self.dtype) and target.is_floating_point:
-            narrow = func is torch.ops.aten._to_copy.default
-            if narrow and args[0].dtype is torch.float64:
-                return args[0].clone()
-            if target is self.dtype:  # the model's own dtype; position tables stay as they are
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+Record = Callable[[str, fx.Node, Any], None]
 
 
-@dataclass(frozen=True)
-class Override:
-    """Computes a node in another way: from the values of the nodes that it names."""
+class RecordingInterpreter(fx.Interpreter):
+    """Runs a graph, its layers node by node, and calls record(path, node, value) after each node."""
 
-    reads: tuple[str, ...]
-    compute: Callable[..., Any]
+    def __init__(self, module: fx.GraphModule, record: Record, path: str = ""):
+        super().__init__(module)
+        self.record, self.path, self.calling = record, path, ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run and record."""
+        self.calling = n.name
+        value = super().run_node(n)
+        self.record(self.path, n, value)
+        return value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Go into the layer instead of calling it."""
+        body = self.module.get_submodule(str(target))
+        assert isinstance(body, fx.GraphModule)
+        inner = RecordingInterpreter(body, self.record, f"{self.path}{self.calling}.")
+        return inner.run(*args, **kwargs)
 
 
-def evaluate_graph(
-    module: fx.GraphModule,
-    inputs: list[Any],
-    *,
-    overrides: Mapping[str, Mapping[str, Override]],
-    record: Callable[[str, fx.Node, Any], None] | None = None,
-    path: str = "",
-    body: str = "",
-) -> Any:
-    """Run a captured graph on plain tensors, its bodies node by node.
+def with_textbook_experts(
+    graph: fx.GraphModule, matches: Mapping[str, LayerMatch]
+) -> fx.GraphModule:
+    """A copy of a captured graph whose routed experts are computed expert by expert.
 
-    Args:
-        inputs: values of the placeholders in order.
-        overrides: body -> node name -> how it is computed instead.
-        record: called with (path, node, value) for each node that was computed.
-        body: name of the body that this graph is, "" for the outer graph.
+    fp64 has no grouped matmul, and this is written apart from the op's reference. Names of nodes are kept.
     """
-    replaced = overrides.get(body, {})
-    needed = _needed(module.graph, replaced)
-    values: dict[fx.Node, Any] = {}
-    by_name = {n.name: n for n in module.graph.nodes}
-    remaining = iter(inputs)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(remaining)
-        elif node.op == "output":
-            return fx.map_arg(node.args[0], values.__getitem__)
-        elif node not in needed:
-            continue
-        elif node.name in replaced:
-            override = replaced[node.name]
-            values[node] = override.compute(*(values[by_name[n]] for n in override.reads))
-        elif node.op == "call_module":
-            sub = module.get_submodule(str(node.target))
-            assert isinstance(sub, fx.GraphModule)
-            args = list(fx.map_arg(node.args, values.__getitem__))
-            values[node] = evaluate_graph(
-                sub, args, overrides=overrides, record=record, path=f"{path}{node.name}.",
-                body=str(node.target),
-            )  # fmt: skip
-        else:
-            args = fx.map_arg(node.args, values.__getitem__)
-            kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
-        if record is not None:
-            record(path, node, values[node])
-    raise ValueError("the graph has no output")
-
-
-def _needed(graph: fx.Graph, replaced: Mapping[str, Override]) -> set[fx.Node]:
-    """Nodes that the output depends on; an overridden node needs what it names and nothing else."""
-    by_name = {n.name: n for n in graph.nodes}
-    needed: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.op == "output" or node in needed:
-            override = replaced.get(node.name)
-            needed.add(node)
-            needed.update(
-                node.all_input_nodes if override is None else map(by_name.get, override.reads)
-            )
-    return needed
-
-
-def experts_override(match: MoEMatch, graph: fx.Graph) -> Override:
-    """Routed experts by the textbook, expert by expert: fp64 has no grouped matmul, and this is written apart
-    from the op's reference.
-    """
-    weights = [n.name for n in graph.nodes if n.meta.get("input") in (["param", match.gate_up], ["param", match.down])]  # fmt: skip
-    by_param = {n.meta["input"][1]: n.name for n in graph.nodes if n.name in weights}
-    reads = (match.x, match.expert_ids, match.weights, by_param[match.gate_up], by_param[match.down])  # fmt: skip
-    return Override(reads, _experts)
+    copy = copy_module(graph)
+    for name, match in matches.items():
+        body = copy.get_submodule(name)
+        assert isinstance(body, fx.GraphModule)
+        for moe in match.moes:
+            output = node_named(body.graph, moe.output)
+            reads = [node_named(body.graph, n) for n in (moe.x, moe.expert_ids, moe.weights)]
+            reads += [input_named(body.graph, "param", n) for n in (moe.gate_up, moe.down)]
+            output.target, output.args, output.kwargs = _experts, tuple(reads), {}
+        erase_unused(body.graph, keep=placeholders(body.graph))
+        body.recompile()
+    return copy
 
 
 def _experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -41,7 +41,11 @@ class TypedGraph:
     module: fx.GraphModule
     findings: list[Finding] = field(default_factory=list)
     layouts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    nodes: int = 0
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes were typed."""
+        return sum(map(len, self.layouts.values()))
 
 
 def type_graph(
@@ -61,7 +65,6 @@ def type_graph(
     typed = TypedGraph(copy_module(graph))
     outer = typed.module.graph
     _real_shapes(outer, shapes)
-    in_layers = {n for c in _layer_calls(outer) for n in c.all_input_nodes}
 
     def outer_layout(node: fx.Node) -> Layout:
         kind, name = node.meta["input"]
@@ -84,11 +87,6 @@ def type_graph(
         typed.findings.append(_finding("outer graph", error))
     except PassError as error:
         typed.findings.append(Finding("HX102", "outer graph", str(error), "shapes that fit"))
-    typed.nodes = (
-        len(outer.nodes)
-        - len(in_layers)
-        + sum(len(typed.module.get_submodule(n).graph.nodes) for n in first_calls)
-    )
     return typed
 
 

@@ -12,7 +12,7 @@ from helix_compile.passes.fx_edit import placeholders
 from helix_compile.verifier.bisect import Located, first_deviation, outer_deviation
 from helix_compile.verifier.layer_run import CapturedReference
 from helix_compile.verifier.numeric import Batch
-from helix_compile.verifier.reference import EagerReference, Widened, evaluate_graph
+from helix_compile.verifier.reference import EagerReference, RecordingInterpreter
 from helix_compile.verifier.scratch import Scratch
 from helix_compile.verifier.static_graph import TypedGraph
 
@@ -96,7 +96,7 @@ def _captured_step(
     captured: CapturedReference, reference: EagerReference, batch: Batch
 ) -> tuple[dict[int, dict[str, Any]], dict[str, Any], Tensor]:
     """Every value of the original's captured graph for a step, on the past that the eager copy has."""
-    graph = captured.captured.graph
+    graph = captured.graph
     B, T = batch.ids.shape
     mask = batch.mask if reference.mask is None else torch.cat([reference.mask, batch.mask], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
@@ -118,8 +118,8 @@ def _captured_step(
         target = layers[names[path[:-1]]] if path else outer
         target[node.name] = value
 
-    with torch.no_grad(), Widened(captured.captured.dtype):
-        out = evaluate_graph(graph, inputs, overrides=captured.overrides, record=record)
+    with captured.evaluating():
+        out = RecordingInterpreter(graph, record).run(*inputs)
     return layers, outer, out[0]
 
 

@@ -38,7 +38,7 @@ from helix_compile.verifier.numeric import (
     scenarios,
     stage_params,
 )
-from helix_compile.verifier.reference import EagerReference, apply_edits, wide_copy
+from helix_compile.verifier.reference import EagerReference, apply_edits, edited, wide_copy
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.scratch import Scratch
 from helix_compile.verifier.static_graph import TypedGraph, type_graph
@@ -61,15 +61,10 @@ class Subject:
         say: Progress,
         check: Check,
     ):
-        self.compiled, self.typed, self.seed, self.say, self.check = (
-            compiled,
-            typed,
-            seed,
-            say,
-            check,
-        )
+        self.compiled, self.typed, self.seed = compiled, typed, seed
+        self.say, self.check = say, check
         self.dtype: torch.dtype = getattr(torch, compiled.plan.dtype)
-        self.plain = wide_copy(model, {})
+        self.plain = wide_copy(model)
         weights = dict(originals(self.plain))
         self.reference = CapturedReference(captured, matches, weights)
         self.edits = sharpening(self.reference, seed)
@@ -83,13 +78,8 @@ class Subject:
 
     def params(self, graph: fx.GraphModule, stage: str) -> list[dict[str, Tensor]]:
         """Each rank's parameters with the edits made on copies of its own tensors: a wrong shard stays wrong."""
-        return [
-            {
-                n: self.edits[n](t.clone()).to(t.dtype) if n in self.edits else t
-                for n, t in p.items()
-            }
-            for p in stage_params(self.compiled, graph, stage)
-        ]
+        held = stage_params(self.compiled, graph, stage)
+        return [edited(params, self.edits) for params in held]
 
 
 def check_layers(subject: Subject) -> None:

@@ -43,7 +43,7 @@ def format_html_report(
         _kv_map(plan),
         _collectives(plan),
         _memory(plan, bodies),
-        _schedule(bodies),
+        _schedule(bodies, facts["predicted"]),
         _decisions(facts),
     )
     style = (_HERE / "report.css").read_text(encoding="utf-8")
@@ -211,10 +211,13 @@ def _memory(plan: HelixPlan, bodies: list[BodyViews]) -> str:
     return f"<section id='memory'><h2>Memory</h2>{''.join(parts)}</section>"
 
 
-def _schedule(bodies: list[BodyViews]) -> str:
-    """The order of one layer: work between exchanges, and each exchange with its bytes."""
+def _schedule(bodies: list[BodyViews], predicted: dict[str, Any]) -> str:
+    """The order of one layer: work between exchanges, and each exchange with its bytes and predicted time."""
     parts = []
+    times = {b["body"]: b for b in predicted["bodies"]}
     for i, body in enumerate(bodies):
+        layer = times[body.plan.name]
+        exchanges = {c["node"]: c for c in layer["collectives"]}
         largest = max((n.egress or 0 for n in body.after.nodes), default=0) or 1
         rows: list[str] = []
         work: list[NodeView] = []
@@ -230,17 +233,24 @@ def _schedule(bodies: list[BodyViews]) -> str:
             if node is not None:
                 share = 100 * (node.egress or 0) / largest
                 sent = "" if node.egress is None else _size(node.egress)
+                if time := exchanges.get(node.name):
+                    sent += f", {time['microseconds']:.1f} us, slack {time['slack_microseconds']:.1f} us"
                 rows.append(
                     f"<li class='exchange'><b>{escape(node.title)}</b> <span>{escape(node.subtitle)}, {sent}</span>"
                     f"<i style='width:{share:.1f}%'></i></li>"
                 )
             work = []
+        rows.append(
+            f"<li class='work'><b>{layer['microseconds_of_a_layer']:.1f} us</b> <span>critical path of the layer</span></li>"
+        )
         parts.append(
             f'<ol data-body="{escape(body.plan.name)}"{" hidden" * (i > 0)}>{"".join(rows)}</ol>'
         )
     return (
-        "<section id='schedule'><h2>Schedule of a layer</h2><p class='note'>Predicted from the graph: the order only. "
-        "A bar is as long as the bytes that a rank sends for a token; nothing here is a measured time.</p>"
+        "<section id='schedule'><h2>Schedule of a layer</h2><p class='note'>Predicted, nothing here is a measured "
+        f"time: {escape(predicted['what'])} ({escape(predicted['machine'])}, {predicted['batch']} sequences x "
+        f"{predicted['tokens']} token, context {predicted['context']:,}). Slack is by how much an exchange may be late. A bar "
+        "is as long as the bytes that a rank sends for a token.</p>"
         f"{''.join(parts)}</section>"
     )
 

@@ -209,3 +209,12 @@ def test_the_report_as_json_holds_what_is_printed() -> None:
     assert facts["ok"] is False and facts["coverage"]["ranks"] == 4
     for finding in facts["findings"]:
         assert finding["code"] in str(report) and finding["where"] in str(report)
+
+
+def test_a_parameter_in_another_dtype_is_named() -> None:
+    """Its values may be equal after a cast: the graph was captured for one dtype."""
+    compiled = compiled_tiny(torch.float32)
+    name = "model.layers.0.input_layernorm.weight"  # ones: equal in any dtype
+    compiled.ranks[1].params[name] = compiled.ranks[1].params[name].double()
+    report = verify(compiled, tiny_model(dtype=torch.float32))
+    assert any(f.code == "HX203" and "float64" in f.got for f in report.findings), report

@@ -86,7 +86,7 @@ class PlanCase:
         params = stage_params(compiled, compiled.graph, "lowered")
         outcome = run_scenario(
             Scratch(compiled, compiled.graph, params, len(self.lengths), scenario.capacity, self.seed),
-            EagerReference(wide_copy(model, {})), None,
+            EagerReference(wide_copy(model)), None,
             batches(scenario, compiled.facts.vocab_size, self.seed), "drawn", Coverage(), Pool(),
         )  # fmt: skip
         assert not outcome.findings, f"{outcome.findings}{again}"

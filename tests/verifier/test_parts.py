@@ -11,10 +11,10 @@ from torch import fx
 from helix_compile import helix_compile
 from helix_compile.graph_pass import copy_module
 from helix_compile.ledger import local_slot, owner_rank
+from helix_compile.numerics import WidenedIslands
 from helix_compile.params import cut_param
 from helix_compile.passes.fx_edit import calls
 from helix_compile.verifier.needles import need_the_new_token, plant, scores
-from helix_compile.verifier.reference import Widened
 from helix_compile.verifier.report import Finding, grouped
 from helix_compile.verifier.routing import Choices, compare_choices
 from helix_compile.verifier.scratch import Scratch, deal, poisoned_memory
@@ -92,7 +92,7 @@ def test_scratch_pages_are_shuffled_and_poisoned() -> None:
 
 def test_widened_keeps_float64_through_casts() -> None:
     x = torch.full((3,), 1 + 1e-12, dtype=torch.float64)
-    with Widened(torch.bfloat16):
+    with WidenedIslands(torch.bfloat16):
         assert torch.equal(x.to(torch.float32), x) and torch.equal(x.to(torch.bfloat16), x)
         assert torch.ones(2, dtype=torch.bfloat16).dtype is torch.float64
     assert x.to(torch.float32).dtype is torch.float32

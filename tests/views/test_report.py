@@ -109,3 +109,16 @@ def test_inspect_writes_the_views(compiled: HelixModule, tmp_path: Path) -> None
     assert {"report.html", "model_explorer.json", "body_0.svg", "body_1.svg"} <= written
     assert (tmp_path / "body_0.svg").read_text().startswith("<svg xmlns=")
     assert (tmp_path / "report.html").read_text().rstrip() == page(compiled).rstrip()
+
+
+def test_the_schedule_shows_the_predicted_times_of_the_facts() -> None:
+    inspection = compiled_tiny().inspect()
+    predicted = inspection.facts["predicted"]
+    section = format_html_report(inspection.plan, inspection.stages, inspection.facts)
+    section = section.split("<section id='schedule'>")[1].split("</section>")[0]
+    assert "Predicted" in section and predicted["machine"] in section
+    for body in predicted["bodies"]:
+        assert f"<b>{body['microseconds_of_a_layer']:.1f} us</b>" in section
+        assert len(body["collectives"]) == 3
+        for c in body["collectives"]:
+            assert f"{c['microseconds']:.1f} us, slack {c['slack_microseconds']:.1f} us" in section
