@@ -56,6 +56,7 @@ def save_module(compiled: HelixModule, folder: Path) -> None:
         }
         for name in SAVED_STAGES
     }
+    _check_reload(graphs, compiled)
     files, views = _storages(compiled.ranks)
     facts = compiled.facts
     document = {
@@ -74,6 +75,19 @@ def save_module(compiled: HelixModule, folder: Path) -> None:
     for name, tensors in files.items():
         save_file(tensors, folder / name)
     (folder / "plan.json").write_text(compiled.plan.to_json())  # last: its presence says "complete"
+
+
+def _check_reload(graphs: dict[str, Any], compiled: HelixModule) -> None:
+    """Read the graphs as load() will: an edit that load() would refuse is said before anything is written."""
+    try:
+        stages = {
+            n: _stage(entry, f"stage {n}", torch.device("cpu")) for n, entry in graphs.items()
+        }
+        check_saved_graphs(stages, compiled.plan)
+    except (HelixError, *_DAMAGE) as error:
+        raise HelixError(
+            f"this graph could not be loaded again, nothing is saved: {error}"
+        ) from error
 
 
 def _bodies(stage: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:

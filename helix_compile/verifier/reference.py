@@ -20,17 +20,20 @@ from helix_compile.numerics import WidenedIslands
 from helix_compile.passes.fx_edit import erase_unused, input_named, node_named, placeholders
 from helix_compile.verifier.routing import Choices, RecordTopK
 
-# batched_mm gathers each token's experts: long steps are cut so that this bounds it
-GATHER_BYTES = 2**30
+CHUNK_TOKENS = 256  # long steps are cut so that scores [B, H, T, S] stay small
 Edits = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 def wide_copy(model: Any) -> Any:
-    """A deep copy in fp64 with sdpa attention and batched_mm experts; `model` is left alone."""
+    """A deep copy in fp64 with sdpa attention; `model` is left alone.
+
+    Experts run one by one ("eager"): fp64 has no grouped matmul, and batched_mm gathers three matrices a choice, which
+    at real widths is more than the model itself.
+    """
     twin: Any = converted_copy(model, torch.float64).eval()
     twin.config._attn_implementation = "sdpa"
     if getattr(twin.config, "_experts_implementation", None) is not None:
-        twin.set_experts_implementation("batched_mm")
+        twin.set_experts_implementation("eager")
     return twin
 
 
@@ -60,9 +63,8 @@ class EagerReference:
 
     def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None) -> Tensor:
         """Logits [B, T, vocab] of ids [B, T] with mask [B, T]; every top-k goes to `choices`."""
-        width = self._chunk(ids.shape[0])
         logits, recorded = [], []
-        for part, kept in zip(ids.split(width, 1), mask.split(width, 1), strict=True):
+        for part, kept in zip(ids.split(CHUNK_TOKENS, 1), mask.split(CHUNK_TOKENS, 1), strict=True):
             recorded.append(Choices())
             with RecordTopK(recorded[-1]):
                 logits.append(self._chunk_logits(part, kept))
@@ -82,13 +84,6 @@ class EagerReference:
                 past_key_values=self.cache,
             )
         return out.logits
-
-    def _chunk(self, batch: int) -> int:
-        config = self.model.config
-        experts = getattr(config, "num_experts_per_tok", None) or 1
-        widths = (getattr(config, "moe_intermediate_size", None) or 0) * config.hidden_size
-        a_token = max(1, batch * experts * widths * 2 * 8)
-        return max(1, min(256, GATHER_BYTES // a_token))
 
 
 Record = Callable[[str, fx.Node, Any], None]

@@ -83,6 +83,36 @@ def test_parameters_that_the_graph_does_not_take_are_not_saved(
     assert not (tmp_path / "saved").exists()
 
 
+def test_an_edit_that_could_not_be_loaded_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    """A gathered value that is used before its sum: it runs, but load() would not trust it."""
+    compiled = helix_compile(tiny_model(), cp=2)
+    body = next(b for _, b in compiled.graph.named_children())
+    assert isinstance(body, torch.fx.GraphModule)
+    start = next(n for n in body.graph.nodes if "all_reduce" in str(n.target))
+    next(iter(start.users)).replace_all_uses_with(start.args[0])
+    body.recompile()
+    with pytest.raises(HelixError, match=r"could not be loaded again.*\n?.*stage lowered"):
+        compiled.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_edit_without_notes_on_shapes_is_saved(tmp_path: Path) -> None:
+    """A user's own node has no meta at all."""
+    compiled = helix_compile(tiny_model(), cp=2)
+    body = next(b for _, b in compiled.graph.named_children())
+    assert isinstance(body, torch.fx.GraphModule)
+    output = next(n for n in body.graph.nodes if n.op == "output")
+    with body.graph.inserting_before(output):
+        doubled = body.graph.call_function(torch.ops.aten.mul.Tensor, (output.args[0][0], 2.0))
+    output.args = ((doubled,),)
+    body.recompile()
+    compiled.save(tmp_path / "saved")
+    ids = random_ids(tiny_model(), 2, 5)
+    assert torch.equal(HelixModule.load(tmp_path / "saved")(ids), compiled(ids))
+
+
 def test_a_reloaded_module_runs_the_last_stage_only(tmp_path: Path) -> None:
     saved(tmp_path / "saved")
     loaded = HelixModule.load(tmp_path / "saved")
