@@ -105,8 +105,8 @@ def test_an_edit_without_notes_on_shapes_is_saved(tmp_path: Path) -> None:
     assert isinstance(body, torch.fx.GraphModule)
     output = next(n for n in body.graph.nodes if n.op == "output")
     with body.graph.inserting_before(output):
-        doubled = body.graph.call_function(torch.ops.aten.mul.Tensor, (output.args[0][0], 2.0))
-    output.args = ((doubled,),)
+        doubled = body.graph.call_function(torch.ops.aten.mul.Tensor, (output.args[0], 2.0))
+    output.args = (doubled,)
     body.recompile()
     compiled.save(tmp_path / "saved")
     ids = random_ids(tiny_model(), 2, 5)
