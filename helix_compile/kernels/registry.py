@@ -1,0 +1,140 @@
+"""The registry of kernels: which op of a provider computes a helix:: op, where it can, and what it compiles to.
+
+    register_kernel(...)      in each kernel file, once, at import
+    select_kernel(site, target)   the kernel, or the reason why the reference runs instead
+
+Nothing here imports Triton; kernels/catalog.py does, by importing the kernel files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from helix_compile.kernels.target import KernelTarget
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a plan promises about sizes that a graph leaves open.
+
+    Attributes:
+        max_batch_size: sequences.
+        max_slots: slots of one sequence on one rank (the fullest), a multiple of the page size.
+    """
+
+    max_batch_size: int
+    max_slots: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of an op: what selection may look at.
+
+    Attributes:
+        op: base name, such as "mla_decode".
+        args: example values: fake tensors (symbolic in B and T), numbers.
+        capacity: of the plan.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    capacity: Capacity
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One Triton function with everything that its compilation depends on; a launch is made from the same object.
+
+    Attributes:
+        kernel: name in tables, such as "mla_decode".
+        function: the jit function.
+        signature: argument -> Triton type for every argument that is no constexpr ("*bf16", "i32", "fp32",
+            "tensordesc<bf16[64,256]>"), in any order.
+        constexprs: argument -> value.
+        options: num_warps, num_stages, ...
+        divisible_by_16: arguments (pointers, strides) that a launch knows to be multiples of 16.
+        config: short text for tables ("C2, BLOCK_H 64, BLOCK_N 64").
+        kv_tokens_per_step: KV tokens that one step of the hot loop of one CTA covers; None: not an attention kernel.
+        ctas_per_kv_token: CTAs that visit each KV token (row tiles times channel halves).
+        fallback: not what the plan selects on this target, but what it would fall back to.
+    """
+
+    kernel: str
+    function: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+    divisible_by_16: tuple[str, ...] = ()
+    config: str = ""
+    kv_tokens_per_step: int | None = None
+    ctas_per_kv_token: int = 1
+    fallback: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What computes an op.
+
+    Attributes:
+        op: base name of the helix:: op.
+        target: the provider's overload; it takes the op's arguments first, positional.
+        supports: None where it can compute a site on a target, else the reason why not.
+        cases: what has to be compiled for a site on a target.
+    """
+
+    op: str
+    target: torch._ops.OpOverload
+    supports: Callable[[Site, KernelTarget], str | None]
+    cases: Callable[[Site, KernelTarget], list[CompileCase]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome for one site: a kernel, or None and the reason."""
+
+    kernel: Kernel | None
+    reason: str
+
+
+@dataclass
+class _Registry:
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+
+
+_REGISTRY = _Registry()  # filled at import of the kernel files and never after
+
+
+def register_kernel(kernel: Kernel) -> Kernel:
+    """Add a kernel; its schema must start with the arguments of the op that it stands for.
+
+    Raises:
+        TypeError: an op of that name is registered already, or the schemas differ.
+    """
+    if kernel.op in _REGISTRY.kernels:
+        raise TypeError(f"a kernel for {kernel.op} is registered already")
+    spec = getattr(torch.ops.helix, kernel.op).default._schema
+    own = kernel.target._schema
+    wanted = [(a.name, str(a.type)) for a in spec.arguments]
+    got = [(a.name, str(a.type)) for a in own.arguments][: len(wanted)]
+    if wanted != got or len(spec.returns) != len(own.returns):
+        raise TypeError(f"{own} does not begin like {spec}")
+    _REGISTRY.kernels[kernel.op] = kernel
+    return kernel
+
+
+def kernel_of(op: str) -> Kernel | None:
+    """The registered kernel of an op."""
+    return _REGISTRY.kernels.get(op)
+
+
+def select_kernel(site: Site, target: KernelTarget) -> Choice:
+    """The kernel of a site on a target, or the reason why its torch reference runs."""
+    kernel = kernel_of(site.op)
+    if kernel is None:
+        return Choice(None, f"no Triton kernel for {site.op}")
+    reason = kernel.supports(site, target)
+    return Choice(None, reason) if reason else Choice(kernel, f"Triton kernel for {target.arch}")

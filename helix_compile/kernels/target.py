@@ -1,0 +1,72 @@
+"""What kernels are chosen for: an architecture, and whether Triton compiles for it or interprets."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from helix_compile.errors import LoweringUnavailable
+
+INTERPRETER = "interpreter"
+# streaming multiprocessors of the cards that offline compilation stands for: B200, H100 SXM, A100
+SM_COUNT = {"sm_100": 148, "sm_90": 132, "sm_80": 108, INTERPRETER: 1}
+
+
+@dataclass(frozen=True)
+class KernelTarget:
+    """One architecture.
+
+    Attributes:
+        arch: "sm_100", "sm_90", ... or "interpreter" (Triton's, on the CPU, in float arithmetic of the CPU).
+        sm_count: streaming multiprocessors; split-KV makes about one program for each.
+    """
+
+    arch: str
+    sm_count: int
+
+    @property
+    def capability(self) -> int:
+        """100 for sm_100; 0 for the interpreter."""
+        return 0 if self.arch == INTERPRETER else int(self.arch.removeprefix("sm_"))
+
+
+def offline_target(arch: str) -> KernelTarget:
+    """The target of a compilation without a device.
+
+    Raises:
+        LoweringUnavailable: an architecture that is not known.
+    """
+    if arch == INTERPRETER or arch not in SM_COUNT:
+        known = ", ".join(a for a in SM_COUNT if a != INTERPRETER)
+        raise LoweringUnavailable(f"arch {arch!r} is unknown; expected one of {known}")
+    return KernelTarget(arch, SM_COUNT[arch])
+
+
+def device_target(device: torch.device) -> KernelTarget:
+    """The target of kernels that run on `device`: its own architecture, or the interpreter on a CPU.
+
+    Raises:
+        LoweringUnavailable: Triton is missing, or can't run here; says what to do.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise LoweringUnavailable(
+            "lower='triton' needs the triton package (3.6 or newer): pip install 'helix-compile[triton]'"
+        )
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        return KernelTarget(f"sm_{major}{minor}", count)
+    if device.type != "cpu":
+        raise LoweringUnavailable(
+            f"lower='triton' runs on a CUDA device, or on the CPU by Triton's interpreter; got device {device}"
+        )
+    import triton  # only where kernels are asked for: importing it takes a second
+
+    if not triton.knobs.runtime.interpret:
+        raise LoweringUnavailable(
+            "lower='triton' on a CPU runs by Triton's interpreter: set TRITON_INTERPRET=1 in the environment before "
+            "Python starts, or use lower='reference'"
+        )
+    return KernelTarget(INTERPRETER, SM_COUNT[INTERPRETER])

@@ -1,0 +1,27 @@
+"""Define ops of the helix_triton:: provider: schema, fake, and one implementation for CPU and CUDA tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library(
+    "helix_triton", "DEF"
+)  # kept alive: dropping it unregisters the ops
+
+
+def define_triton_op(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register `helix_triton::schema` and return its OpOverload.
+
+    On the CPU the launcher runs by Triton's interpreter. A plain operator, not a triton_op: neither export nor Inductor
+    looks inside, both keep it as one node.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, launcher, key)
+    torch.library.register_fake(f"helix_triton::{name}", fake, lib=_LIBRARY)
+    base, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.helix_triton, base), overload or "default")
