@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from helix_compile.kernels import merge_lse  # noqa: F401 # registers helix_triton::merge_lse
+import helix_compile.kernels.merge_lse  # noqa: F401

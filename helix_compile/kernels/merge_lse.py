@@ -24,7 +24,7 @@ TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 
 @triton.jit
-def _merge_lse_kernel(
+def _merge_lse_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     o_ptr, lse_ptr, out_ptr,
     stride_o_P, stride_o_row, stride_lse_P, stride_lse_row,
     W, PEERS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
