@@ -23,6 +23,7 @@ from helix_compile.kernels.reference import (
     shard_index_reference,
     unpack_heads_reference,
 )
+from helix_compile.kernels.reference_router import moe_router_reference
 
 _LIBRARY = torch.library.Library("helix", "DEF")  # kept alive: dropping it unregisters the ops
 
@@ -102,6 +103,19 @@ def _moe_experts_fake(
     return torch.empty_like(x)
 
 
+def _moe_router_fake(
+    logits: Tensor,
+    bias: Tensor,
+    n_group: int,
+    topk_group: int,
+    top_k: int,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    chosen = (logits.shape[0], top_k)
+    return logits.new_empty(chosen, dtype=torch.int64), logits.new_empty(chosen)
+
+
 def _reshard_fake(x: Tensor, source: str, target: str, size: int) -> Tensor:
     """A shard that is gathered grows `size` times along its dim, a sum that is scattered shrinks so."""
     shape = list(x.shape)
@@ -144,6 +158,12 @@ _define(
     " Tensor first_expert) -> Tensor",
     moe_experts_reference,
     _moe_experts_fake,
+)
+_define(
+    "moe_router(Tensor logits, Tensor bias, int n_group, int topk_group, int top_k, bool normalize,"
+    " float scale) -> (Tensor, Tensor)",
+    moe_router_reference,
+    _moe_router_fake,
 )
 _define(
     "pack_heads(Tensor partial_o, Tensor lse, int peers) -> Tensor",

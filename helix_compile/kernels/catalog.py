@@ -3,3 +3,5 @@
 from __future__ import annotations
 
 import helix_compile.kernels.merge_lse  # noqa: F401
+import helix_compile.kernels.moe_experts  # noqa: F401
+import helix_compile.kernels.moe_router  # noqa: F401
