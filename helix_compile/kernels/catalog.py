@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-import helix_compile.kernels.merge_lse  # noqa: F401
+import helix_compile.kernels.cache_append
+import helix_compile.kernels.merge_lse
+import helix_compile.kernels.pack_heads
+import helix_compile.kernels.rope_heads  # noqa: F401
