@@ -35,12 +35,14 @@ STRIDES = (
 def rotate_pairs(x_ptr, cos_ptr, sin_ptr, pair, mask, r: tl.constexpr, INTERLEAVED: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
     """Channels `pair` and `pair + r/2` of the roped vectors at x_ptr (float32); pointers and mask broadcast."""
     HALF: tl.constexpr = r // 2
-    if INTERLEAVED:
-        first, second = 2 * pair, 2 * pair + 1
+    if INTERLEAVED:  # one wide load of neighbours, then apart
+        channels = tl.expand_dims(x_ptr + 2 * pair, -1) + tl.arange(0, 2)
+        x0, x1 = tl.split(
+            tl.load(channels, mask=tl.expand_dims(mask, -1), other=0.0).to(tl.float32)
+        )
     else:
-        first, second = pair, pair + HALF
-    x0 = tl.load(x_ptr + first, mask=mask, other=0.0).to(tl.float32)
-    x1 = tl.load(x_ptr + second, mask=mask, other=0.0).to(tl.float32)
+        x0 = tl.load(x_ptr + pair, mask=mask, other=0.0).to(tl.float32)
+        x1 = tl.load(x_ptr + pair + HALF, mask=mask, other=0.0).to(tl.float32)
     # cos and sin have one row for all heads
     cos0 = tl.load(cos_ptr + pair, mask=pair < HALF, other=0.0).to(tl.float32)
     sin0 = tl.load(sin_ptr + pair, mask=pair < HALF, other=0.0).to(tl.float32)
