@@ -23,6 +23,7 @@ from helix_compile.kernels.reference import (
     shard_index_reference,
     unpack_heads_reference,
 )
+from helix_compile.kernels.reference_gqa import gqa_decode_reference
 
 _LIBRARY = torch.library.Library("helix", "DEF")  # kept alive: dropping it unregisters the ops
 
@@ -62,6 +63,18 @@ def _mla_decode_fake(
 ) -> tuple[Tensor, Tensor]:
     lse = q_latent.new_empty(q_latent.shape[:3], dtype=accumulation_dtype(q_latent.dtype))
     return q_latent.new_empty(q_latent.shape), lse
+
+
+def _gqa_decode_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    return q.new_empty((*q.shape[:3], v_cache.shape[3])), lse
 
 
 def _all_to_all_heads_fake(
@@ -130,6 +143,12 @@ _define(
     " float scale) -> (Tensor, Tensor)",
     mla_decode_reference,
     _mla_decode_fake,
+)
+_define(
+    "gqa_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor visible,"
+    " float scale) -> (Tensor, Tensor)",
+    gqa_decode_reference,
+    _gqa_decode_fake,
 )
 _define(
     "merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor", merge_lse_reference, _merge_lse_fake
