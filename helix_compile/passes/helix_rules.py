@@ -42,10 +42,33 @@ def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
 def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     q_latent, q_rope, cache, table, visible = (of(a) for a in node.args[:5])
     require(q_latent == q_rope, f"q is {format_layout(q_latent)} and {format_layout(q_rope)}")
-    heads = parse_layout("tpa:S(2)") if degrees.tpa > 1 and degrees.kvp > 1 else {}
-    heads = parse_layout("world:S(2)") if degrees.tpa > 1 and degrees.kvp == 1 else heads
+    heads = _heads(degrees)
     require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
     require(cache == visible and not table, "cache and visible are not of one rank")
+    return _partials(heads, degrees)
+
+
+def _gqa_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Query heads and KV heads are cut over tpa, the slots of a sequence over kvp."""
+    q, k_cache, v_cache, table, visible = (of(a) for a in node.args[:5])
+    heads = _heads(degrees)
+    require(q == heads, f"q is {format_layout(q)}, expected {format_layout(heads)}")
+    require(
+        k_cache == v_cache == {**visible, **heads},
+        f"caches are {format_layout(k_cache)}, {format_layout(v_cache)}, visible {format_layout(visible)}",
+    )
+    require(not table, "the page table must be whole on every rank")
+    return _partials(heads, degrees)
+
+
+def _heads(degrees: HelixLayout) -> Layout:
+    """The layout of q and of a cache with heads: dim 2 is cut over tpa."""
+    if degrees.tpa == 1:
+        return {}
+    return parse_layout("tpa:S(2)" if degrees.kvp > 1 else "world:S(2)")
+
+
+def _partials(heads: Layout, degrees: HelixLayout) -> Result:
     out = {**heads, **({"kvp": PartialSoftmax()} if degrees.kvp > 1 else {})}
     return (out, dict(out))
 
@@ -129,6 +152,7 @@ HELIX_RULES: dict[Any, Rule] = {
     helix.shard_index.default: _shard_index,
     helix.cache_append.default: _cache_append,
     helix.mla_decode.default: _mla_decode,
+    helix.gqa_decode.default: _gqa_decode,
     helix.all_to_all_heads.default: _all_to_all_heads,
     helix.merge_lse.default: _merge_lse,
     helix.rescale_by_lse.default: _rescale_by_lse,
