@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.matches import AttentionMatch
+from helix_compile.passes.fx_edit import helix_op
 from helix_compile.verifier.layer_run import CapturedReference, LayerRun
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.scratch import Scratch, deal
-from helix_compile.verifier.static_plan import base_name
 
 # rel-RMSE of one attention output on identical inputs; bf16: correct runs reach 0.0018, the weakest fault 0.0117
 ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -117,5 +117,5 @@ def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int) -
 
 def _decode_node(graph: fx.Graph, number: int) -> fx.Node | None:
     """The decode op of a body's `number`-th attention."""
-    nodes = [n for n in graph.nodes if base_name(n.target) == "mla_decode"]
+    nodes = [n for n in graph.nodes if helix_op(n) == "mla_decode"]
     return nodes[number] if number < len(nodes) else None

@@ -9,16 +9,16 @@ from torch import fx
 
 from helix_compile.layout import HelixLayout
 from helix_compile.matches import LayerMatch
+from helix_compile.passes.fx_edit import helix_op
 from helix_compile.plan import HelixPlan
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.scratch import deal
 from helix_compile.verifier.static_params import coordinate
-from helix_compile.verifier.static_plan import base_name
 
 
 def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
     """Run the graph's own shard_index on three turns of positions: the owner and slot of each must be as dealt."""
-    nodes = [n for n in graph.graph.nodes if base_name(n.target) == "shard_index"]
+    nodes = [n for n in graph.graph.nodes if helix_op(n) == "shard_index"]
     if len(nodes) != 1:
         return [Finding("HX301", "outer graph", f"{len(nodes)} shard_index", "one", 7)]
     node, cp, tpb = nodes[0], plan.layout.kvp, plan.options.tokens_per_block
@@ -90,7 +90,7 @@ def check_rank_order(
         if name not in matches:
             continue
         assert isinstance(body, fx.GraphModule)
-        packs = [n for n in body.graph.nodes if base_name(n.target) == "pack_heads"]
+        packs = [n for n in body.graph.nodes if helix_op(n) == "pack_heads"]
         for pack, found in zip(packs, matches[name].attentions, strict=False):
             exchange = _exchange_of(body.graph, pack)
             if exchange is None:
@@ -102,7 +102,7 @@ def check_rank_order(
 
 def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
     """pack_heads ... merge_lse as a graph of its own with inputs partial_o and lse."""
-    merges = [n for n in graph.nodes if base_name(n.target) == "merge_lse"]
+    merges = [n for n in graph.nodes if helix_op(n) == "merge_lse"]
     merge = next((m for m in merges if pack in _ancestors(m)), None)
     if merge is None:
         return None
