@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from helix_compile.kernels.launch import launch
+from helix_compile.kernels.launch_facts import specialize
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import define_triton_op
@@ -46,7 +47,9 @@ class _Blocks:
 BLOCKS = {
     "gate_up": _Blocks(64, 128, 4, 4),
     "down": _Blocks(128, 64, 4, 4),
-    "float32": _Blocks(32, 32, 4, 2),  # IEEE dots have no tensor core; small tiles stay in registers
+    "float32": _Blocks(
+        32, 32, 4, 2
+    ),  # IEEE dots have no tensor core; small tiles stay in registers
     INTERPRETER: _Blocks(32, 32, 4, 1),
 }
 SMALL = _Blocks(0, 0, num_warps=4, num_stages=1)  # dispatch and combine: no dots
@@ -184,7 +187,6 @@ def _launch_of(
     constexprs: dict[str, Any],
     blocks: _Blocks,
 ) -> _Launch:
-    """A launch whose case states what Triton would specialise these arguments to."""
     config = ", ".join(f"{n} {v}" for n, v in constexprs.items() if n.startswith("BLOCK"))
     case = CompileCase(
         kernel=f"moe_experts.{name}",
@@ -192,7 +194,6 @@ def _launch_of(
         signature={n: _triton_type(value) for n, value in arguments.items()},
         constexprs=constexprs,
         options={"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
-        divisible_by_16=tuple(n for n, value in arguments.items() if _is_aligned(n, value)),
         config=config,
     )
     return _Launch(case, grid, arguments)
@@ -202,12 +203,6 @@ def _triton_type(value: Tensor | int) -> str:
     if isinstance(value, Tensor):
         return "*" + {torch.int64: "i64", torch.int32: "i32", **TRITON_TYPE}[value.dtype]
     return "i32" if value < 2**31 else "i64"
-
-
-def _is_aligned(name: str, value: Tensor | int) -> bool:
-    if isinstance(value, Tensor):
-        return value.storage_offset() * value.itemsize % 16 == 0
-    return name != "pairs" and value % 16 == 0
 
 
 def _launches(
@@ -291,7 +286,9 @@ def moe_experts_triton(
     """
     for name, tensor in (("gate_up", gate_up), ("down", down)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has stride {tensor.stride(-1)} along its last axis; it must be 1")
+            raise ValueError(
+                f"{name} has stride {tensor.stride(-1)} along its last axis; it must be 1"
+            )
     if expert_ids.numel() == 0:
         return torch.zeros_like(x)
     out, launches = _launches(
@@ -322,24 +319,29 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
             " takes one 16- or 32-bit float for x and experts, and such routing weights"
         )
     if expert_ids.dtype != torch.int64 or first_expert.dtype != torch.int64:
-        return f"expert numbers in {expert_ids.dtype} and {first_expert.dtype}; the kernel takes int64"
+        return (
+            f"expert numbers in {expert_ids.dtype} and {first_expert.dtype}; the kernel takes int64"
+        )
     return None
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    """One token a sequence; a step of many more takes wider tiles, the fallback."""
+    """What one token a sequence takes; the tiles of a step with more tokens are the fallback."""
     x, expert_ids, weights, *held = site.args
+    selected = site.capacity.max_batch_size
     cases: list[CompileCase] = []
-    for N in sorted({site.capacity.max_batch_size, max(FEW_TOKENS + 1, site.capacity.max_batch_size)}):  # fmt: skip
+    for N in (selected, max(selected, FEW_TOKENS + 1)):
         rows = [
             torch.empty((N, int(t.shape[1])), dtype=t.dtype, device="meta")
             for t in (x, expert_ids, weights)
         ]
         _, launches = _launches(target, *rows, *(_as_meta(t) for t in held))
-        known = [c.constexprs for c in cases]
-        cases += [
-            replace(step.case, fallback=bool(cases)) for step in launches if step.case.constexprs not in known
-        ]  # fmt: skip
+        known = [(c.kernel, c.constexprs) for c in cases]
+        for step in launches:
+            facts = {n: v for n, v in step.arguments.items() if n != "pairs"}  # not specialised
+            case = replace(specialize(step.case, facts), fallback=N != selected)
+            if (case.kernel, case.constexprs) not in known:
+                cases.append(case)
     return cases
 
 
