@@ -24,12 +24,12 @@ from torch import Tensor
 
 from helix_compile.kernels.launch import launch
 from helix_compile.kernels.launch_facts import specialize
+from helix_compile.kernels.moe_tiles import BLOCK_PAIRS, moe_dispatch_kernel, rows_of_tile
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import define_triton_op
 
 TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-BLOCK_PAIRS = 1024
 BLOCK_D = 1024
 FEW_TOKENS = 256  # up to here an expert rarely gets more than 16 rows: tiles of 16, else of 64
 
@@ -55,44 +55,6 @@ BLOCKS = {
 SMALL = _Blocks(0, 0, num_warps=4, num_stages=1)  # dispatch and combine: no dots
 
 
-@triton.jit(do_not_specialize=["pairs"])  # one variant for every batch size
-def _dispatch_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    ids_ptr, first_ptr, order_ptr, starts_ptr, pairs, EXPERTS: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
-):  # fmt: skip
-    expert = tl.program_id(0)  # the last program is no expert: it writes where the last one ends
-    first = tl.load(first_ptr)
-    lanes = tl.arange(0, BLOCK_PAIRS)
-    before = tl.zeros([BLOCK_PAIRS], tl.int32)
-    for start in range(0, pairs, BLOCK_PAIRS):
-        pair = start + lanes
-        local = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1) - first  # past the end: < 0
-        before += ((local >= 0) & (local < expert)).to(tl.int32)
-    row = tl.sum(before, 0)
-    tl.store(starts_ptr + expert, row)
-    if expert < EXPERTS:
-        for start in range(0, pairs, BLOCK_PAIRS):
-            pair = start + lanes
-            local = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1) - first
-            mine = (local == expert).to(tl.int32)
-            tl.store(order_ptr + row + tl.cumsum(mine, 0) - 1, pair, mask=mine == 1)
-            row += tl.sum(mine, 0)
-
-
-@triton.jit
-def _rows_of_tile(starts_ptr, tile, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def] # fmt: skip
-    """(expert, first row, end of the expert's rows); first row >= end for a tile beyond the last."""
-    experts = tl.arange(0, BLOCK_E)
-    start = tl.load(starts_ptr + experts, mask=experts < EXPERTS, other=0)
-    end = tl.load(starts_ptr + experts + 1, mask=experts < EXPERTS, other=0)
-    tiles = (end - start + BLOCK_N - 1) // BLOCK_N
-    upto = tl.cumsum(tiles, 0)
-    expert = tl.sum((upto <= tile).to(tl.int32), 0)
-    mine = experts == expert
-    inside = tile - tl.sum(tl.where(mine, upto - tiles, 0), 0)
-    row = tl.sum(tl.where(mine, start, 0), 0) + inside * BLOCK_N
-    return expert.to(tl.int64), row, tl.sum(tl.where(mine, end, 0), 0)
-
-
 @triton.jit
 def _load_tile(ptrs, mask, EVEN: tl.constexpr, WIDE_DOT: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
     tile = tl.load(ptrs) if EVEN else tl.load(ptrs, mask=mask, other=0.0)
@@ -106,7 +68,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def] # Triton types its argument
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, WIDE_DOT: tl.constexpr,
 ):  # fmt: skip
-    expert, row0, end = _rows_of_tile(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_N)
+    expert, row0, end = rows_of_tile(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_N)
     if row0 >= end:
         return
     rows = row0 + tl.arange(0, BLOCK_N)
@@ -137,7 +99,7 @@ def _down_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, WIDE_DOT: tl.constexpr,
 ):  # fmt: skip
-    expert, row0, end = _rows_of_tile(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_N)
+    expert, row0, end = rows_of_tile(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_N)
     if row0 >= end:
         return
     rows = row0 + tl.arange(0, BLOCK_N)
@@ -234,7 +196,7 @@ def _launches(
     sorting = {"order_ptr": order, "starts_ptr": starts}
     return out, [
         _launch_of(
-            "dispatch", _dispatch_kernel, (e + 1,),
+            "dispatch", moe_dispatch_kernel, (e + 1,),
             {"ids_ptr": expert_ids, "first_ptr": first_expert, **sorting, "pairs": pairs},
             {"EXPERTS": e, "BLOCK_PAIRS": BLOCK_PAIRS}, SMALL,
         ),
