@@ -195,3 +195,11 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -
     args[1] = args[1].flip(0) + 1
     kernel(*args)
     assert [grid for _, grid in launched[4:]] == grids, "a grid depends on the ids"
+
+
+def test_schema_and_fake() -> None:
+    torch.library.opcheck(
+        kernel,
+        (*experts(3, 8, 4, 2, 2, 3), expert_number(0)),
+        test_utils=("test_schema", "test_faketensor"),
+    )

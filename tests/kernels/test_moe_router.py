@@ -152,3 +152,11 @@ def test_no_tokens() -> None:
 def test_refusals(E: int, options: Options, reason: str) -> None:
     site = Site("moe_router", (torch.zeros(1, E), torch.zeros(E), *options), Capacity(1, 128))
     assert reason in (moe_router.MOE_ROUTER.supports(site, offline_target("sm_90")) or "")
+
+
+def test_schema_and_fake() -> None:
+    torch.library.opcheck(
+        kernel,
+        (*on_grid(0, 3, 8), 2, 1, 3, True, 2.5),
+        test_utils=("test_schema", "test_faketensor"),
+    )
