@@ -24,8 +24,8 @@ from helix_compile.kernels.reference import (
     unpack_heads_reference,
 )
 from helix_compile.kernels.reference_fused import rope_heads_reference
-from helix_compile.kernels.reference_router import moe_router_reference
 from helix_compile.kernels.reference_gqa import gqa_decode_reference
+from helix_compile.kernels.reference_router import moe_router_reference
 
 _LIBRARY = torch.library.Library("helix", "DEF")  # kept alive: dropping it unregisters the ops
 
