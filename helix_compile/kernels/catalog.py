@@ -3,3 +3,4 @@
 from __future__ import annotations
 
 import helix_compile.kernels.merge_lse  # noqa: F401
+import helix_compile.kernels.mla_decode  # noqa: F401
