@@ -81,7 +81,8 @@ def topk_hook(choices: Choices, *, with_scores: bool = False) -> Any:
         if any(helix_op(user) == "moe_router" for user in node.users):
             router_inputs[node.name] = value
         if helix_op(node) == "moe_router":
-            _add_router(choices, *(router_inputs[n.name] for n in node.args[:2]), node, value[0])
+            logits, bias = (router_inputs[n.name] for n in node.args[:2])
+            _add_router(choices, logits, bias, node, value[0])
         if with_scores and any(user.target is _TOPK for user in node.users):
             scores[node.name] = value
         if node.op == "call_function" and node.target is _TOPK:
