@@ -46,7 +46,9 @@ class _Blocks:
 BLOCKS = {
     "gate_up": _Blocks(64, 128, 4, 4),
     "down": _Blocks(128, 64, 4, 4),
-    "float32": _Blocks(32, 32, 4, 2),  # IEEE dots have no tensor core; small tiles stay in registers
+    "float32": _Blocks(
+        32, 32, 4, 2
+    ),  # IEEE dots have no tensor core; small tiles stay in registers
     INTERPRETER: _Blocks(32, 32, 4, 1),
 }
 SMALL = _Blocks(0, 0, num_warps=4, num_stages=1)  # dispatch and combine: no dots
@@ -291,7 +293,9 @@ def moe_experts_triton(
     """
     for name, tensor in (("gate_up", gate_up), ("down", down)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has stride {tensor.stride(-1)} along its last axis; it must be 1")
+            raise ValueError(
+                f"{name} has stride {tensor.stride(-1)} along its last axis; it must be 1"
+            )
     if expert_ids.numel() == 0:
         return torch.zeros_like(x)
     out, launches = _launches(
@@ -322,7 +326,9 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
             " takes one 16- or 32-bit float for x and experts, and such routing weights"
         )
     if expert_ids.dtype != torch.int64 or first_expert.dtype != torch.int64:
-        return f"expert numbers in {expert_ids.dtype} and {first_expert.dtype}; the kernel takes int64"
+        return (
+            f"expert numbers in {expert_ids.dtype} and {first_expert.dtype}; the kernel takes int64"
+        )
     return None
 
 
