@@ -103,8 +103,8 @@ def check_rank_order(
 def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
     """pack_heads ... merge_lse as a graph of its own with inputs partial_o and lse.
 
-    Where unpack_heads takes shape and dtype from elsewhere (a fused pack reads the parts of splits), whole_o and
-    whole_lse stand for that.
+    Where unpack_heads takes shape and dtype from elsewhere (a fused pack reads the parts of splits), whole_o
+    stands for that.
     """
     merges = [n for n in graph.nodes if helix_op(n) == "merge_lse"]
     merge = next((m for m in merges if pack in _ancestors(m)), None)
@@ -118,10 +118,10 @@ def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
     unpack = next(
         (n for n in graph.nodes if helix_op(n) == "unpack_heads" and pack in _ancestors(n)), None
     )
-    likes = unpack.args[1:3] if unpack is not None else ()
-    for operand, name in zip(likes, ("whole_o", "whole_lse"), strict=False):
+    likes = unpack.args[1:2] if unpack is not None else ()
+    for operand in likes:
         if isinstance(operand, fx.Node) and operand not in env:
-            env[operand] = copy.placeholder(name)
+            env[operand] = copy.placeholder("whole_o")
     inside = {n for n in _ancestors(merge) if pack in _ancestors(n)} | {pack, merge}
     for node in graph.nodes:
         if node in inside:
@@ -174,6 +174,5 @@ def _head_numbers(exchange: fx.GraphModule, heads: torch.Tensor) -> list[torch.T
         "partial_o": numbers.unsqueeze(3) if split else numbers,
         "lse": lse.unsqueeze(3) if split else lse,
         "whole_o": numbers.to(pack.args[3]) if split else numbers,
-        "whole_lse": lse,
     }
     return [values[name].clone() for name in names]
