@@ -12,7 +12,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from helix_compile.kernels.registry import Capacity, kernel_of
@@ -156,16 +155,19 @@ def _fuse_split_merge(
     q_latent = attention.args[0]
     heads = shape_of(q_latent)[2]
     splits = split_count(capacity.max_batch_size, 1, heads, capacity.max_slots, target)
-    whole = attention.args
-    if _retarget(attention, "mla_decode.splits", (*whole, splits), target, capacity):
-        return
     dtype = q_latent.meta["val"].dtype
-    if _retarget(pack, "pack_heads.splits", (partial_o, lse, peers, dtype), target, capacity):
-        attention.target, attention.args = torch.ops.helix_triton.mla_decode.default, whole
-        return
-    with made_from(graph, pack), graph.inserting_before(pack):
-        whole_lse = graph.call_function(aten.select.int, (lse, 3, 0))
+    # all at once: between these edits shapes do not fit
+    _become(attention, "mla_decode.splits", (*attention.args, splits), target)
+    _become(pack, "pack_heads.splits", (partial_o, lse, peers, dtype), target)
     for unpack in calls(graph, helix.unpack_heads.default):
         # these two only give shape and dtype, and the queries have those of the partial output
         if unpack.args[1:] == (partial_o, lse):
-            unpack.args = (unpack.args[0], q_latent, whole_lse)
+            unpack.args = (unpack.args[0], q_latent, lse)
+
+
+def _become(node: fx.Node, op: str, args: tuple[Any, ...], target: KernelTarget) -> None:
+    """A fused form that takes whatever the op's own kernel takes."""
+    kernel = kernel_of(op)
+    assert kernel is not None, op
+    node.target, node.args = kernel.target, args
+    node.meta[KERNEL] = [PROVIDER, f"Triton kernel for {target.arch}"]

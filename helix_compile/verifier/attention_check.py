@@ -79,7 +79,7 @@ def _blame(
     layout, options = scratch.compiled.plan.layout, scratch.compiled.plan.options
     for rank, values in enumerate(run.values):
         q = torch.cat([values[n.name].double() for n in decode.args[:2]], dim=-1)
-        o, lse = (x.double() for x in values[decode.name])
+        o, lse = _merged(*(x.double() for x in values[decode.name]))
         for row, length in enumerate(scratch.lengths):
             T = q.shape[1]
             mine = deal(length, layout.kvp, options.tokens_per_block)[rank % layout.kvp]
@@ -104,6 +104,15 @@ def _blame(
             ):
                 return f"{at}: its lse is wrong", 6
     return "each rank's own part is right: the exchange or the merge is wrong", 6
+
+
+def _merged(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """One part a row: a kernel may leave the parts of its splits, o [B, T, H, S, R] and lse [B, T, H, S]."""
+    if lse.dim() == 3:
+        return o, lse
+    whole = torch.logsumexp(lse, dim=3)
+    shares = torch.where(lse > -torch.inf, lse - whole[..., None], -torch.inf).exp()
+    return torch.where(shares[..., None] > 0, o, 0.0).mul(shares[..., None]).sum(dim=3), whole
 
 
 def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int) -> Tensor:
