@@ -28,6 +28,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two_shared": {"n_shared_experts": 2},
     "v_wider_than_latent": {"v_head_dim": 26},
     "half_rope": {"rope_interleave": False},
+    # one dense and one MoE layer: where a step is slow, as in Triton's interpreter
+    "short": {"num_hidden_layers": 2, "first_k_dense_replace": 1},
+    "short_half_rope": {
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "rope_interleave": False,
+    },
+    "short_plain_router": {
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": False,
+        "n_group": 1,
+        "topk_group": 1,
+    },
 }
 
 
