@@ -40,34 +40,36 @@ def _cache_append_kernel(  # type: ignore[no-untyped-def] # Triton types its arg
     NORM_ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, PAGE: tl.constexpr, R: tl.constexpr, r: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_ROPE: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    b, t = token // T, token % T
-    tl.store(out_ptr + token, tl.load(visible_ptr + token))
+    token = tl.program_id(0)
+    b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
     slot = tl.load(slots_ptr + token)
+    tl.store(out_ptr + token, tl.load(visible_ptr + token))
+    # the values before the branch: their loads don't wait for the slot's
+    cache_dtype: tl.constexpr = cache_ptr.dtype.element_ty
+    channel = tl.arange(0, BLOCK_R)
+    latent = tl.load(latent_ptr + b * stride_latent_B + t * stride_latent_T + channel, mask=channel < R, other=0.0)  # fmt: skip
+    k_rope_row = k_rope_ptr + b * stride_rope_B + t * stride_rope_T
+    pair = tl.arange(0, BLOCK_ROPE // 2)
+    rope_channel = tl.arange(0, BLOCK_ROPE)
+    if NORM_ROPE:
+        wide = latent.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, 0) / R + eps)
+        weight = tl.load(norm_weight_ptr + channel, mask=channel < R, other=0.0).to(tl.float32)
+        latent = weight * (wide * scale).to(latent_ptr.dtype.element_ty).to(tl.float32)
+        first, second = rotate_pairs(
+            k_rope_row, cos_ptr + b * stride_cos_B + t * stride_cos_T, sin_ptr + b * stride_sin_B + t * stride_sin_T,
+            pair, pair < r // 2, r, INTERLEAVED,
+        )  # fmt: skip
+    else:
+        k_rope = tl.load(k_rope_row + rope_channel, mask=rope_channel < r, other=0.0)
     if slot >= 0:
         page = tl.load(page_table_ptr + b * stride_table_B + slot // PAGE).to(tl.int64)
         row_ptr = cache_ptr + page * stride_cache_page + (slot % PAGE) * stride_cache_slot
-        cache_dtype: tl.constexpr = cache_ptr.dtype.element_ty
-        channel = tl.arange(0, BLOCK_R)
-        latent = tl.load(latent_ptr + b * stride_latent_B + t * stride_latent_T + channel, mask=channel < R, other=0.0)  # fmt: skip
-        k_rope_row = k_rope_ptr + b * stride_rope_B + t * stride_rope_T
+        tl.store(row_ptr + channel, latent.to(cache_dtype), mask=channel < R)
         if NORM_ROPE:
-            wide = latent.to(tl.float32)
-            scale = tl.rsqrt(tl.sum(wide * wide, 0) / R + eps)
-            weight = tl.load(norm_weight_ptr + channel, mask=channel < R, other=0.0).to(tl.float32)
-            normed = (wide * scale).to(latent_ptr.dtype.element_ty).to(tl.float32)
-            tl.store(row_ptr + channel, (weight * normed).to(cache_dtype), mask=channel < R)
-            pair = tl.arange(0, BLOCK_ROPE // 2)
-            first, second = rotate_pairs(
-                k_rope_row, cos_ptr + b * stride_cos_B + t * stride_cos_T, sin_ptr + b * stride_sin_B + t * stride_sin_T,
-                pair, pair < r // 2, r, INTERLEAVED,
-            )  # fmt: skip
             tl.store(row_ptr + R + pair, first.to(cache_dtype), mask=pair < r // 2)
             tl.store(row_ptr + R + r // 2 + pair, second.to(cache_dtype), mask=pair < r // 2)
         else:
-            tl.store(row_ptr + channel, latent.to(cache_dtype), mask=channel < R)
-            rope_channel = tl.arange(0, BLOCK_ROPE)
-            k_rope = tl.load(k_rope_row + rope_channel, mask=rope_channel < r, other=0.0)
             tl.store(row_ptr + R + rope_channel, k_rope.to(cache_dtype), mask=rope_channel < r)
 
 

@@ -48,7 +48,7 @@ def _merge_lse_kernel(  # type: ignore[no-untyped-def] # Triton types its argume
     PEERS: tl.constexpr, W: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     peer = tl.arange(0, BLOCK_P).to(tl.int64)
     column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     inside = (row < rows)[:, None] & (peer < PEERS)[None, :]
