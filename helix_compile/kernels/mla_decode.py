@@ -139,6 +139,29 @@ def _mla_decode_splits_fake(
     return lse.new_empty((B, T, H, num_splits, R)), lse
 
 
+def mla_splits_supports(site: Site, target: KernelTarget) -> str | None:
+    """None where mla_decode.splits takes the site's arguments, else the reason why not."""
+    return _supports(dataclasses.replace(site, args=site.args[:6]), target)
+
+
+def mla_splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
+    """The form that leaves its splits to pack_heads, and the pointer form behind it."""
+    q_latent, q_rope, cache = site.args[:3]
+    _, tokens, H, R = q_latent.shape
+    rows = (tokens if isinstance(tokens, int) else 1) * H
+    dtype, page_size = q_latent.dtype, cache.shape[1]
+    tma = cache.shape[2] * dtype.itemsize % TMA_BYTES == 0
+    shape = MlaShape(rows, R, q_rope.shape[3], page_size, dtype.itemsize, tma)
+    config, behind = mla_config(shape, target), pointer_config(shape, target)
+    sizes = (H, R, q_rope.shape[3], page_size, dtype, dtype)
+    interpreted = target.arch == INTERPRETER
+    built = [
+        decode_case(c, *sizes, interpreted=interpreted, kv_ctas=-(-rows // c.block_h))
+        for c in ((config, behind) if config != behind else (config,))
+    ]
+    return built[:1] + [dataclasses.replace(case, fallback=True) for case in built[1:]]
+
+
 def _supports(site: Site, target: KernelTarget) -> str | None:
     q_latent, q_rope, cache, page_table, visible, scale = site.args
     dtypes = {q_latent.dtype, q_rope.dtype, cache.dtype}
