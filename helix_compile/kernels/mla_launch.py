@@ -18,15 +18,13 @@ from helix_compile.kernels.launch import launch
 from helix_compile.kernels.merge_splits import TRITON_TYPE
 from helix_compile.kernels.mla_pointer_decode import mla_pointer_kernel
 from helix_compile.kernels.mla_tiles import LOG2E
-from helix_compile.kernels.mla_tma_halves import mla_halves_kernel
-from helix_compile.kernels.mla_tma_single import mla_single_kernel
+from helix_compile.kernels.mla_tma_rows import mla_rows_kernel
 from helix_compile.kernels.mla_tma_transposed import mla_transposed_kernel
 from helix_compile.kernels.registry import CompileCase
-from helix_compile.kernels.tuning import HALVES, POINTER, SINGLE, TRANSPOSED, MlaConfig
+from helix_compile.kernels.tuning import POINTER, ROWS, TRANSPOSED, MlaConfig
 
 FUNCTIONS = {
-    HALVES: mla_halves_kernel,
-    SINGLE: mla_single_kernel,
+    ROWS: mla_rows_kernel,
     TRANSPOSED: mla_transposed_kernel,
     POINTER: mla_pointer_kernel,
 }
@@ -89,8 +87,12 @@ def decode_case(
     if config.form == POINTER:
         typed["cache_ptr"] = f"*{cache_element}"
         constexprs |= {"BLOCK_R": _padded(R), "BLOCK_ROPE": _padded(r)}
-    if config.form in (HALVES, TRANSPOSED):
-        constexprs["WARP_SPECIALIZE"] = config.warp_specialize
+    else:
+        constexprs |= {
+            "PARTS": config.parts,
+            "WARP_SPECIALIZE": config.warp_specialize,
+            "PACKED": config.packed,
+        }
     descriptors = {
         name: f"tensordesc<{cache_element}[{block[0]},{block[1]}]>"
         for name, block in _tma_blocks(config, R, r).items()
@@ -117,8 +119,7 @@ def _tma_blocks(config: MlaConfig, R: int, r: int) -> dict[str, list[int]]:
     """Descriptors over the cache [slots, R + r]: each loads one tile of latent, or of rope, channels."""
     if config.form == POINTER:
         return {}
-    width = R // 2 if config.form == HALVES else R
-    return {"k_desc": [config.block_n, width], "k_rope_desc": [config.block_n, r]}
+    return {"k_desc": [config.block_n, R // config.parts], "k_rope_desc": [config.block_n, r]}
 
 
 def decode_parts(

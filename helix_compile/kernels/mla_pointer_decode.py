@@ -17,6 +17,7 @@ from helix_compile.kernels.mla_tiles import (
     output_rows,
     query_offsets,
     row_limits,
+    sequence_length,
     softmax_step,
     split_range,
 )
@@ -36,7 +37,7 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     channels = tl.arange(0, BLOCK_R)
     rope_channels = tl.arange(0, BLOCK_ROPE)
     limit = row_limits(visible_ptr, rows, b, T, H)
-    kv_len = tl.max(limit, 0)
+    kv_len = sequence_length(visible_ptr, b, T)
     start, end = split_range(kv_len, BLOCK_N)
 
     inside = (rows < T * H)[:, None]
@@ -87,7 +88,8 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
             )
             raw *= k_scale[None, :]
         raw = tl.where(slots[None, :] < limit[:, None], raw, float("-inf"))
-        p, shrink, m, total = softmax_step(raw, m, total, scale_log2, 1)
+        p, shrink, m = softmax_step(raw, m, scale_log2, 1)
+        total = total * shrink + tl.sum(p, 1)
         if TOKENS_PER_SCALE > 0:
             p *= k_scale[None, :]
         acc = tl.dot(p.to(q.dtype), k, acc * shrink[:, None], input_precision="ieee")

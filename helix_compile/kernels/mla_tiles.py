@@ -31,6 +31,20 @@ def row_limits(visible_ptr, rows, b, T, H: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
+def sequence_length(visible_ptr, b, T):  # type: ignore[no-untyped-def] # Triton types its arguments
+    """Slots that any row of sequence b sees.
+
+    Scalar loads, not the maximum of row_limits: that one goes through shuffles, and the compiler then takes the loop
+    over tiles for divergent and moves each tensor-core descriptor through vector registers (1.5 times the instructions).
+    """
+    visible_ptr += b.to(tl.int64) * T
+    kv_len = tl.load(visible_ptr)
+    for t in range(1, T):
+        kv_len = tl.maximum(kv_len, tl.load(visible_ptr + t))
+    return kv_len
+
+
+@triton.jit
 def split_range(kv_len, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
     """First slot of this program's split and the end of it."""
     tiles = tl.cdiv(kv_len, BLOCK_N)
@@ -40,15 +54,35 @@ def split_range(kv_len, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def] 
 
 
 @triton.jit
-def softmax_step(raw, m, total, scale_log2, AXIS: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
-    """Fold raw scores (-inf: hidden) into the running maximum m and sum; AXIS is the one of the KV slots.
+def tile_row(page_table_ptr, b, stride_table, first, PAGE: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
+    """Row of the cache [pages * PAGE, R + r] that slot `first` of sequence b lies in."""
+    tl.assume(first >= 0)  # division by a power of two is a shift then
+    page = tl.load(page_table_ptr + b.to(tl.int64) * stride_table + first // PAGE)
+    return page.to(tl.int32) * PAGE + first % PAGE
 
-    Returns p, what old sums are multiplied by, the new maximum and the new sum.
+
+@triton.jit
+def softmax_step(raw, m, scale_log2, AXIS: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
+    """Fold raw scores (-inf: hidden) into the running maximum m of each row; AXIS is the one of the KV slots.
+
+    Returns p, what old sums are multiplied by, and the new maximum.
     """
     top = tl.maximum(m, tl.max(raw, AXIS) * scale_log2)
     p = tl.exp2(raw * scale_log2 - tl.expand_dims(top, AXIS))
-    shrink = tl.exp2(m - top)
-    return p, shrink, top, total * shrink + tl.sum(p, AXIS)
+    return p, tl.exp2(m - top), top
+
+
+@triton.jit
+def rescale(acc, shrink, AXIS: tl.constexpr, PACKED: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
+    """Multiply acc by shrink, where AXIS is the one that shrink lacks; PACKED: two products an instruction (sm_100 on)."""
+    factor = tl.expand_dims(shrink, AXIS)
+    if not PACKED:
+        return acc * factor
+    acc, factor = tl.broadcast(acc, factor)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b64 x, y; mov.b64 x, {$2, $3}; mov.b64 y, {$4, $5}; mul.f32x2 x, x, y; mov.b64 {$0, $1}, x; }",
+        "=r,=r,r,r,r,r", [acc, factor], dtype=tl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from helix_compile.kernels.target import INTERPRETER, KernelTarget
 
 STATIC = "static table, docs/kernels.md"
 MAX_SPLITS = 64  # the merge holds one part of each split
-HALVES, SINGLE, TRANSPOSED, POINTER = "halves", "single", "transposed", "pointer"
+ROWS, TRANSPOSED, POINTER = "rows", "transposed", "pointer"  # by TMA, by TMA, by loads
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class MlaConfig:
     """How mla_decode is built.
 
     Attributes:
-        form: HALVES, SINGLE, TRANSPOSED (all by TMA) or POINTER.
+        form: ROWS, TRANSPOSED or POINTER; says which operand lies on the M side, and how the cache is read.
         block_h: rows (t * H + h) of one program.
         block_n: KV slots of one step.
         num_warps: warps that the compiler starts from (specialisation adds some).
         num_stages: tiles in flight.
+        parts: 1, or 2 halves of the channels (TMA forms).
         warp_specialize: ask for producer and consumer warps; Blackwell only.
+        packed: rescale accumulators two elements an instruction; Blackwell only.
     """
 
     form: str
@@ -36,12 +38,15 @@ class MlaConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    parts: int = 1
     warp_specialize: bool = False
+    packed: bool = False
 
     def __str__(self) -> str:
         special = ", warp-specialised" if self.warp_specialize else ""
+        halves = " in halves" if self.parts == 2 else ""
         return (
-            f"{self.form}, BLOCK_H {self.block_h}, BLOCK_N {self.block_n}, {self.num_warps} warps, "
+            f"{self.form}{halves}, BLOCK_H {self.block_h}, BLOCK_N {self.block_n}, {self.num_warps} warps, "
             f"{self.num_stages} stages{special}"
         )
 
@@ -89,13 +94,14 @@ class MlaEntry:
 
 
 MLA_DECODE = (
-    MlaEntry("sm_100", 32, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2), STATIC, False),
-    MlaEntry("sm_100", None, 2, MlaConfig(HALVES, 64, 64, 8, 2, True), STATIC, False),
+    MlaEntry("sm_100", 16, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2, 2, True, True), STATIC, False),
+    MlaEntry("sm_100", 32, 2, MlaConfig(TRANSPOSED, 32, 64, 4, 2, 2, True, True), STATIC, False),
+    MlaEntry("sm_100", None, 2, MlaConfig(ROWS, 64, 64, 8, 2, 2, True), STATIC, False),
     MlaEntry("sm_90", 16, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2), STATIC, False),
     MlaEntry("sm_90", 32, 2, MlaConfig(TRANSPOSED, 32, 64, 4, 2), STATIC, False),
-    MlaEntry("sm_90", None, 2, MlaConfig(SINGLE, 64, 64, 8, 2), STATIC, False),
+    MlaEntry("sm_90", None, 2, MlaConfig(ROWS, 64, 64, 8, 2), STATIC, False),
     MlaEntry(INTERPRETER, 32, None, MlaConfig(TRANSPOSED, 16, 16, 4, 2), "runs each form"),
-    MlaEntry(INTERPRETER, None, None, MlaConfig(HALVES, 64, 16, 4, 2), "runs each form"),
+    MlaEntry(INTERPRETER, None, None, MlaConfig(ROWS, 64, 16, 4, 2, 2), "runs each form"),
     MlaEntry(INTERPRETER, None, None, MlaConfig(POINTER, 16, 16, 4, 2), "small tiles: more steps"),
     MlaEntry("", None, 2, MlaConfig(POINTER, 16, 32, 4, 2), STATIC),
     MlaEntry("", None, 4, MlaConfig(POINTER, 16, 16, 4, 1), STATIC),
