@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-import helix_compile.kernels.gqa_decode  # noqa: F401
+import helix_compile.kernels.gqa_decode
 import helix_compile.kernels.merge_lse  # noqa: F401

@@ -15,8 +15,7 @@ the target has it and a page is a whole number of tiles, else by pointers. The s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -24,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from helix_compile.kernels.gqa_tiles import GqaSizes, GqaTile, split_count
 from helix_compile.kernels.launch import launch
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
@@ -35,12 +35,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # finite: -inf - -inf never arises, and only scores below it (fp32's end) would count as unseen
 LOWEST = tl.constexpr(-3.0e38)
 MAX_WIDTH = 256
-MAX_SPLITS = 64
 MERGE_BLOCK_D = 128
-SPLIT_OVERHEAD = (
-    4  # tiles that a part costs on top of its own: start, drain and its share of the merge
-)
-ROW_TILES = (16, 32, 64)
 
 
 @triton.jit
@@ -78,7 +73,9 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     end = tl.minimum(start + part, longest)  # an empty part: start >= end
 
     top = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    totals = tl.zeros(
+        [BLOCK_N, BLOCK_ROWS], tl.float32
+    )  # summed over slots once, at the end: a sum a step costs shuffles
     acc = tl.zeros([BLOCK_DV, BLOCK_ROWS], tl.float32)
     for n in tl.range(start, end, BLOCK_N):
         slots = n + tl.arange(0, BLOCK_N)
@@ -86,8 +83,8 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
             tl.static_assert(PAGE % BLOCK_N == 0)
             page = tl.load(table_ptr + b * stride_table_B + n // PAGE)
             row = (page * PAGE + n % PAGE).to(tl.int32)
-            k = k_src.load([row, head, 0]).reshape(BLOCK_N, BLOCK_DK)
-            v = v_src.load([row, head, 0]).reshape(BLOCK_N, BLOCK_DV)
+            k = k_src.load([row, head * DK])
+            v = v_src.load([row, head * DV])
         else:
             inside = slots < end
             page = tl.load(table_ptr + b * stride_table_B + slots // PAGE, mask=inside, other=0)
@@ -112,10 +109,11 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
         new_top = tl.maximum(top, tl.max(s, 0))
         p = tl.exp2(s - new_top[None, :])
         shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 0)
+        totals = totals * shrink[None, :] + p
         acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
         top = new_top
 
+    total = tl.sum(totals, 0)
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
     o = acc / divisor[None, :]
@@ -152,77 +150,20 @@ def _merge_splits_kernel(  # type: ignore[no-untyped-def] # Triton types its arg
         tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor) * LN2))
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What a compilation depends on, out of the op's arguments."""
-
-    dtype: torch.dtype
-    G: int
-    K: int
-    Dk: int
-    Dv: int
-    page_size: int
-
-    @staticmethod
-    def of(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> _Sizes:
-        page_size, K, Dk = (int(size) for size in k_cache.shape[1:])
-        return _Sizes(q.dtype, int(q.shape[2]) // K, K, Dk, int(v_cache.shape[3]), page_size)
-
-    @property
-    def width(self) -> int:
-        return max(self.Dk, self.Dv)
-
-    def block_n(self, target: KernelTarget) -> int:
-        """Slots of a tile."""
-        if target.arch == INTERPRETER:
-            return 16  # short test sequences take several steps
-        if self.dtype == torch.float32:
-            return 32
-        # two tiles a page rather than loads by pointers
-        return 64 if self.width > 128 or self.page_size % 128 else 128
-
-    def row_tile(self, T: int) -> int:
-        rows = T * self.G
-        return next((tile for tile in ROW_TILES if rows <= tile), ROW_TILES[-1])
-
-    def can_use_tma(self, target: KernelTarget) -> bool:
-        """Rows of whole 16 bytes, and tiles that lie in one page."""
-        aligned = all(D * self.dtype.itemsize % 16 == 0 for D in (self.Dk, self.Dv))
-        one_page = self.page_size % self.block_n(target) == 0
-        return target.capability >= 90 and self.dtype.itemsize == 2 and aligned and one_page
-
-
-def split_count(programs: int, tiles: int, sm_count: int) -> int:
-    """Parts of each sequence that leave the busiest multiprocessor the fewest tiles.
-
-    Args:
-        programs: of the launch if nothing were split.
-        tiles: of the longest sequence that the page table can hold.
-        sm_count: multiprocessors, one program on each at a time.
-    """
-    return min(
-        range(1, max(1, min(MAX_SPLITS, tiles)) + 1),
-        key=lambda s: -(-programs * s // sm_count) * (-(-tiles // s) + SPLIT_OVERHEAD),
-    )
-
-
 def _decode_case(
-    sizes: _Sizes, target: KernelTarget, row_tile: int, tma: bool, split: bool
+    sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool, split: bool
 ) -> CompileCase:
     """The attention kernel; `split`: it leaves float32 parts for the merge."""
-    element, block_n = TRITON_TYPE[sizes.dtype], sizes.block_n(target)
+    element = TRITON_TYPE[sizes.dtype]
     block_dk, block_dv = (max(16, triton.next_power_of_2(D)) for D in (sizes.Dk, sizes.Dv))
     k_type, v_type = (
-        f"tensordesc<{element}[{block_n},1,{block}]>" if tma else f"*{element}"
+        f"tensordesc<{element}[{tile.slots},{block}]>" if tma else f"*{element}"
         for block in (block_dk, block_dv)
     )
     strides = [name for name in _gqa_decode_kernel.arg_names if name.startswith("stride_")]
     pointers = ["q_ptr", "table_ptr", "visible_ptr", "o_ptr", "lse_ptr"]
     pointers += [] if tma else ["k_src", "v_src"]
-    rows_aligned = [
-        name for name in strides if name[7:10] in ("q_B", "q_T", "q_H") or name[7] in "kv"
-    ]
-    whole = sizes.Dk % 16 == 0 and sizes.Dv % 16 == 0
+    aligned = [name for name in strides if name.startswith(("stride_q", "stride_k", "stride_v_"))]
     return CompileCase(
         kernel="gqa_decode",
         function=_gqa_decode_kernel,
@@ -233,22 +174,18 @@ def _decode_case(
         },
         constexprs={
             "K": sizes.K, "G": sizes.G, "DK": sizes.Dk, "DV": sizes.Dv, "PAGE": sizes.page_size,
-            "BLOCK_N": block_n, "BLOCK_ROWS": row_tile, "BLOCK_DK": block_dk, "BLOCK_DV": block_dv,
+            "BLOCK_N": tile.slots, "BLOCK_ROWS": tile.rows, "BLOCK_DK": block_dk, "BLOCK_DV": block_dv,
             "TMA": tma, "WIDE_DOT": target.arch == INTERPRETER,
         },
-        options=_options(sizes, target, tma, row_tile),
-        divisible_by_16=(*pointers, *(rows_aligned if whole else ())),
-        config=f"D {sizes.Dk}/{sizes.Dv}, {row_tile} rows, BLOCK_N {block_n}, {'TMA' if tma else 'pointers'}",
-        kv_tokens_per_step=block_n,
-        ctas_per_kv_token=sizes.K,
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        divisible_by_16=(*pointers, *(aligned if sizes.Dk % 16 == sizes.Dv % 16 == 0 else ())),
+        config=f"D {sizes.Dk}/{sizes.Dv}, {tile.rows} rows, BLOCK_N {tile.slots}, {'TMA' if tma else 'pointers'}",
+        kv_tokens_per_step=tile.slots,
+        ctas_per_kv_token=sizes.K * triton.cdiv(sizes.G, tile.rows),
     )  # fmt: skip
 
 
-def _options(sizes: _Sizes, target: KernelTarget, tma: bool, row_tile: int) -> dict[str, Any]:
-    return {"num_warps": 4, "num_stages": 2}
-
-
-def _merge_case(sizes: _Sizes, splits: int) -> CompileCase:
+def _merge_case(sizes: GqaSizes, splits: int) -> CompileCase:
     element, block_s = TRITON_TYPE[sizes.dtype], triton.next_power_of_2(splits)
     return CompileCase(
         kernel="gqa_merge_splits",
@@ -282,24 +219,26 @@ def gqa_decode_triton(
         tma: load K and V by TMA; default: where the device and the layout allow it.
     """
     B, T, H, _ = q.shape
-    sizes, target = _Sizes.of(q, k_cache, v_cache), device_target(q.device)
+    sizes, target = GqaSizes.of(q, k_cache, v_cache), device_target(q.device)
     assert q.stride(3) == k_cache.stride(3) == v_cache.stride(3) == page_table.stride(1) == 1
-    row_tile, block_n = sizes.row_tile(T), sizes.block_n(target)
-    row_tiles = triton.cdiv(T * sizes.G, row_tile)
-    if splits is None:
-        tiles = triton.cdiv(page_table.shape[1] * sizes.page_size, block_n)
-        splits = split_count(B * sizes.K * row_tiles, tiles, target.sm_count)
     if tma is None:
         tma = sizes.can_use_tma(target) and all(map(_is_one_block, (k_cache, v_cache)))
+    tile = sizes.tile(T, target, tma)
+    row_tiles = triton.cdiv(T * sizes.G, tile.rows)
+    if splits is None:
+        steps = triton.cdiv(page_table.shape[1] * sizes.page_size, tile.slots)
+        splits = split_count(B * sizes.K * row_tiles, steps, target.sm_count)
     out, lse = q.new_empty((B, T, H, sizes.Dv)), q.new_empty((B, T, H), dtype=torch.float32)
     parts, part_lse = out[None], lse[None]
     if splits > 1:
         parts = q.new_empty((splits, *out.shape), dtype=torch.float32)
         part_lse = q.new_empty((splits, *lse.shape), dtype=torch.float32)
-    case = _decode_case(sizes, target, row_tile, tma, splits > 1)
+    case = _decode_case(sizes, target, tile, tma, splits > 1)
     blocks = case.constexprs["BLOCK_DK"], case.constexprs["BLOCK_DV"]
     k_src, v_src = (
-        TensorDescriptor.from_tensor(cache.flatten(0, 1), [block_n, 1, block]) if tma else cache
+        TensorDescriptor.from_tensor(cache.flatten(0, 1).flatten(1), [tile.slots, block])
+        if tma
+        else cache
         for cache, block in zip((k_cache, v_cache), blocks, strict=True)
     )
     launch(
@@ -352,7 +291,7 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
         return f"q of {q.dtype}, caches of {k_cache.dtype} and {v_cache.dtype}; the kernel takes one 16- or 32-bit float dtype"
     if (page_table.dtype, visible.dtype) != (torch.int64, torch.int32):
         return f"page table of {page_table.dtype}, visible of {visible.dtype}; the kernel takes int64 and int32"
-    width = _Sizes.of(q, k_cache, v_cache).width
+    width = GqaSizes.of(q, k_cache, v_cache).width
     if width > MAX_WIDTH:
         return f"a head of width {width}; the kernel holds up to {MAX_WIDTH}"
     return None
@@ -360,17 +299,17 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     """Of a decode step (T = 1) first, then the larger row tiles, which several new tokens take; the same by pointers."""
-    sizes = _Sizes.of(*site.args[:3])
-    tma, block_n, first = sizes.can_use_tma(target), sizes.block_n(target), sizes.row_tile(1)
-    programs = site.capacity.max_batch_size * sizes.K * triton.cdiv(sizes.G, first)
-    tiles = triton.cdiv(site.capacity.max_slots, block_n)
-    splits = split_count(programs, tiles, target.sm_count)
-    tiles_of_rows = [tile for tile in ROW_TILES if tile >= first]
-    cases = [_decode_case(sizes, target, tile, tma, splits > 1) for tile in tiles_of_rows]
+    sizes = GqaSizes.of(*site.args[:3])
+    tma = sizes.can_use_tma(target)
+    tiles = list(dict.fromkeys(sizes.tile(T, target, tma) for T in (1, 2, 4, 8, 16, 32, 64)))
+    programs = site.capacity.max_batch_size * sizes.K * triton.cdiv(sizes.G, tiles[0].rows)
+    steps = triton.cdiv(site.capacity.max_slots, tiles[0].slots)
+    splits = split_count(programs, steps, target.sm_count)
+    cases = [_decode_case(sizes, target, tile, tma, splits > 1) for tile in tiles]
     if splits > 1:
         cases.append(_merge_case(sizes, splits))
     if tma:
-        by_pointers = _decode_case(sizes, target, first, False, splits > 1)
+        by_pointers = _decode_case(sizes, target, sizes.tile(1, target, False), False, splits > 1)
         cases.append(replace(by_pointers, kernel="gqa_pointer_decode", fallback=True))
     return cases
 
