@@ -61,7 +61,11 @@ def steps(draw: st.DrawFn) -> GqaStep:
 def test_kernel_agrees_with_reference(step: GqaStep, splits: int | None, seed: int) -> None:
     args = step.arguments(seed)
     got = triton_gqa(*args) if splits is None else gqa_decode_triton(*args, splits=splits)
-    assert deviation(got, helix.gqa_decode(*args)) <= 2e-6
+    expected = helix.gqa_decode(*args)
+    # the last bit of a score s moves its weight by s * 2^-23, in the reference too
+    largest = float(torch.where(expected[1].isfinite(), expected[1], 0.0).abs().max())
+    rounding = largest * 2**-23 if step.size > 1 else 0.0
+    assert deviation(got, expected) <= 2e-6 + rounding
 
 
 @pytest.mark.parametrize("splits", [1, 3])
