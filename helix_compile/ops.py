@@ -23,7 +23,9 @@ from helix_compile.kernels.reference import (
     shard_index_reference,
     unpack_heads_reference,
 )
+from helix_compile.kernels.reference_fused import rope_heads_reference
 from helix_compile.kernels.reference_gqa import gqa_decode_reference
+from helix_compile.kernels.reference_router import moe_router_reference
 
 _LIBRARY = torch.library.Library("helix", "DEF")  # kept alive: dropping it unregisters the ops
 
@@ -93,7 +95,9 @@ def _pack_heads_fake(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
 
 
 def _unpack_heads_fake(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    return _all_to_all_heads_fake(partial_o, lse, "", int(buffer.shape[0]))
+    peers, (B, T, H), width = int(buffer.shape[0]), lse.shape[:3], partial_o.shape[3]
+    chunk = (peers, B, T, H // peers)
+    return partial_o.new_empty((*chunk, width)), lse.new_empty(chunk)
 
 
 def _merge_lse_fake(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
@@ -113,6 +117,24 @@ def _moe_experts_fake(
     first_expert: Tensor,
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+def _moe_router_fake(
+    logits: Tensor,
+    bias: Tensor,
+    n_group: int,
+    topk_group: int,
+    top_k: int,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    chosen = (logits.shape[0], top_k)
+    return logits.new_empty(chosen, dtype=torch.int64), logits.new_empty(chosen)
+
+
+def _rope_heads_fake(q_rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    B, H, T, r = q_rope.shape
+    return q_rope.new_empty((B, T, H, r))
 
 
 def _reshard_fake(x: Tensor, source: str, target: str, size: int) -> Tensor:
@@ -163,6 +185,17 @@ _define(
     " Tensor first_expert) -> Tensor",
     moe_experts_reference,
     _moe_experts_fake,
+)
+_define(
+    "moe_router(Tensor logits, Tensor bias, int n_group, int topk_group, int top_k, bool normalize,"
+    " float scale) -> (Tensor, Tensor)",
+    moe_router_reference,
+    _moe_router_fake,
+)
+_define(
+    "rope_heads(Tensor q_rope, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    rope_heads_reference,
+    _rope_heads_fake,
 )
 _define(
     "pack_heads(Tensor partial_o, Tensor lse, int peers) -> Tensor",

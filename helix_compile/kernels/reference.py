@@ -203,11 +203,11 @@ def pack_heads_reference(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
 def unpack_heads_reference(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Read (partial_o_P [P, B, T, h, *], lse_P [P, B, T, h]) out of a buffer that pack_heads laid out.
 
-    partial_o and lse give shape and dtype only. The results are strided views of the buffer where the rows are
-    aligned for lse's dtype, else copies.
+    partial_o and lse give shape and dtype only (of lse the first three sizes: a kernel may leave one for each split).
+    The results are strided views of the buffer where the rows are aligned for lse's dtype, else copies.
     """
     peers = buffer.shape[0]
-    B, T, H = lse.shape
+    B, T, H = lse.shape[:3]
     h, width = H // peers, partial_o.shape[3]
     split = B * T * h if buffer.dtype == lse.dtype else B * T * h * lse.dtype.itemsize
     lse_rows, o_rows = buffer[:, :split], buffer[:, split:]

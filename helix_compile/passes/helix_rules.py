@@ -31,9 +31,11 @@ def _shard_index(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayou
 
 
 def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    cache, table, slots, visible, latent, k_rope = (of(a) for a in node.args)
+    cache, _, slots, visible = (of(a) for a in node.args[:4])
     require(cache == slots == visible, "cache, slots and visible are not of one rank")
-    require(not (table or latent or k_rope), "what is appended must be whole on every rank")
+    # a fused form takes the norm's weight and RoPE's tables besides
+    whole = [of(a) for a in (node.args[1], *node.args[4:]) if isinstance(a, fx.Node)]
+    require(not any(whole), "what is appended must be whole on every rank")
     return dict(visible)
 
 
@@ -119,6 +121,22 @@ def _moe_experts(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayou
     return {"world": Partial("sum")} if degrees.world_size > 1 else {}
 
 
+def _moe_router(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    require(not any(of(a) for a in node.args[:2]), "logits and bias must be whole on every rank")
+    return ({}, {})
+
+
+def _rope_heads(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """[B, H, T, r] -> [B, T, H, r]: where heads are cut, they still are."""
+    q, cos, sin = (of(a) for a in node.args[:3])
+    require(not (cos or sin), "the tables of RoPE must be whole on every rank")
+    require(
+        all(p == Shard(1) for p in q.values()),
+        f"queries are {format_layout(q)}, expected heads cut",
+    )
+    return {axis: Shard(2) for axis in q}
+
+
 def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     got, source = of(node.args[0]), normal_form(parse_layout(node.args[1]), degrees)
     stacked = got.get("kvp") == PartialSoftmax() and node.args[1] == "kvp:S(0)"
@@ -139,5 +157,7 @@ HELIX_RULES: dict[Any, Rule] = {
     helix.merge_lse.default: _merge_lse,
     helix.rescale_by_lse.default: _rescale_by_lse,
     helix.moe_experts.default: _moe_experts,
+    helix.moe_router.default: _moe_router,
+    helix.rope_heads.default: _rope_heads,
     helix.reshard.default: _reshard,
 }
