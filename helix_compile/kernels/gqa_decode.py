@@ -2,7 +2,7 @@
 
     B sequences, T new tokens, H query heads, K KV heads, G = H / K heads a group; rows of a KV head: T * G, t first
     program (row tile, split, b * K + kv head): its rows over one part of the sequence's slots
-    then program (row, block of Dv): the parts of a row merged (none where a sequence is not split)
+    merge_splits then merges the parts of a row (not launched where a sequence is not split)
 
 Dots are transposed: the tile of BLOCK_N slots is the M side and the group, padded in the tile, the N side, so that
 tensor cores of sm_90 and sm_100 take groups of any size without padding anything in memory:
@@ -25,17 +25,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from helix_compile.kernels.gqa_tiles import GqaSizes, GqaTile, split_count
 from helix_compile.kernels.launch import launch
+from helix_compile.kernels.merge_splits import TRITON_TYPE, merge_splits, merge_splits_case
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import define_triton_op
 
-TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # finite: -inf - -inf never arises, and only scores below it (fp32's end) would count as unseen
 LOWEST = tl.constexpr(-3.0e38)
 MAX_WIDTH = 256
-MERGE_BLOCK_D = 128
 
 
 @triton.jit
@@ -43,7 +42,7 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     q_ptr, k_src, v_src, table_ptr, visible_ptr, o_ptr, lse_ptr,
     stride_q_B, stride_q_T, stride_q_H, stride_k_page, stride_k_slot, stride_k_K,
     stride_v_page, stride_v_slot, stride_v_K, stride_table_B, stride_visible_B, stride_visible_T,
-    stride_o_split, stride_lse_split, scale, T, splits,
+    scale, T, splits,
     K: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, WIDE_DOT: tl.constexpr,
@@ -118,36 +117,12 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     divisor = tl.where(empty, 1.0, total)
     o = acc / divisor[None, :]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(divisor)) * LN2)
-    out_rows = (b * T + row_t) * (K * G) + row_h
-    tl.store(lse_ptr + split.to(tl.int64) * stride_lse_split + out_rows, lse, mask=live)
+    out_rows = ((b * T + row_t) * (K * G) + row_h) * splits + split
+    tl.store(lse_ptr + out_rows, lse, mask=live)
     tl.store(
-        o_ptr + split.to(tl.int64) * stride_o_split + out_rows[None, :] * DV + v_columns[:, None],
-        o.to(o_ptr.dtype.element_ty), mask=live[None, :] & (v_columns < DV)[:, None],
+        o_ptr + out_rows[None, :] * DV + v_columns[:, None], o.to(o_ptr.dtype.element_ty),
+        mask=live[None, :] & (v_columns < DV)[:, None],
     )  # fmt: skip
-
-
-@triton.jit
-def _merge_splits_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    parts_ptr, part_lse_ptr, o_ptr, lse_ptr, rows, splits,
-    DV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, BLOCK_S).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    lse = tl.load(part_lse_ptr + split * rows + row, mask=split < splits, other=float("-inf"))
-    alive = lse != float("-inf")  # not >: a NaN is a fault that must reach the output
-    top = tl.max(tl.where(alive, lse, LOWEST), 0)
-    weights = tl.where(alive, tl.exp2((lse - top) * LOG2E), 0.0)
-    total = tl.sum(weights, 0)
-    divisor = tl.where(total == 0.0, 1.0, total)
-    parts = tl.load(
-        parts_ptr + (split[:, None] * rows + row) * DV + columns[None, :],
-        mask=alive[:, None] & (columns < DV)[None, :], other=0.0,
-    )  # fmt: skip
-    o = tl.sum(parts * weights[:, None], 0) / divisor
-    tl.store(o_ptr + row * DV + columns, o.to(o_ptr.dtype.element_ty), mask=columns < DV)
-    if tl.program_id(1) == 0:
-        tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor) * LN2))
 
 
 def _decode_case(
@@ -185,22 +160,6 @@ def _decode_case(
     )  # fmt: skip
 
 
-def _merge_case(sizes: GqaSizes, splits: int) -> CompileCase:
-    element, block_s = TRITON_TYPE[sizes.dtype], triton.next_power_of_2(splits)
-    return CompileCase(
-        kernel="gqa_merge_splits",
-        function=_merge_splits_kernel,
-        signature={
-            "parts_ptr": "*fp32", "part_lse_ptr": "*fp32", "o_ptr": f"*{element}", "lse_ptr": "*fp32",
-            "rows": "i32", "splits": "i32",
-        },
-        constexprs={"DV": sizes.Dv, "BLOCK_S": block_s, "BLOCK_D": MERGE_BLOCK_D},
-        options={"num_warps": 4 if block_s > 8 else 1, "num_stages": 1},
-        divisible_by_16=("parts_ptr", "part_lse_ptr", "o_ptr", "lse_ptr"),
-        config=f"up to {block_s} parts, BLOCK_D {MERGE_BLOCK_D}",
-    )  # fmt: skip
-
-
 def gqa_decode_triton(
     q: Tensor,
     k_cache: Tensor,
@@ -215,7 +174,7 @@ def gqa_decode_triton(
 
     Args:
         q, k_cache, v_cache, page_table, visible, scale: of the op. The last dims must be contiguous.
-        splits: parts of a sequence; default: by the number of multiprocessors.
+        splits: parts of a sequence, a power of two; default: by the number of multiprocessors.
         tma: load K and V by TMA; default: where the device and the layout allow it.
     """
     B, T, H, _ = q.shape
@@ -228,11 +187,9 @@ def gqa_decode_triton(
     if splits is None:
         steps = triton.cdiv(page_table.shape[1] * sizes.page_size, tile.slots)
         splits = split_count(B * sizes.K * row_tiles, steps, target.sm_count)
-    out, lse = q.new_empty((B, T, H, sizes.Dv)), q.new_empty((B, T, H), dtype=torch.float32)
-    parts, part_lse = out[None], lse[None]
-    if splits > 1:
-        parts = q.new_empty((splits, *out.shape), dtype=torch.float32)
-        part_lse = q.new_empty((splits, *lse.shape), dtype=torch.float32)
+    dtype = torch.float32 if splits > 1 else q.dtype
+    parts = q.new_empty((B, T, H, splits, sizes.Dv), dtype=dtype)
+    part_lse = q.new_empty((B, T, H, splits), dtype=torch.float32)
     case = _decode_case(sizes, target, tile, tma, splits > 1)
     blocks = case.constexprs["BLOCK_DK"], case.constexprs["BLOCK_DV"]
     k_src, v_src = (
@@ -251,20 +208,12 @@ def gqa_decode_triton(
             "stride_k_page": k_cache.stride(0), "stride_k_slot": k_cache.stride(1), "stride_k_K": k_cache.stride(2),
             "stride_v_page": v_cache.stride(0), "stride_v_slot": v_cache.stride(1), "stride_v_K": v_cache.stride(2),
             "stride_table_B": page_table.stride(0), "stride_visible_B": visible.stride(0),
-            "stride_visible_T": visible.stride(1), "stride_o_split": parts.stride(0),
-            "stride_lse_split": part_lse.stride(0), "scale": scale, "T": T, "splits": splits,
+            "stride_visible_T": visible.stride(1), "scale": scale, "T": T, "splits": splits,
         },
     )  # fmt: skip
     if splits > 1:
-        launch(
-            _merge_case(sizes, splits),
-            (B * T * H, triton.cdiv(sizes.Dv, MERGE_BLOCK_D)),
-            {
-                "parts_ptr": parts, "part_lse_ptr": part_lse, "o_ptr": out, "lse_ptr": lse,
-                "rows": B * T * H, "splits": splits,
-            },
-        )  # fmt: skip
-    return out, lse
+        return merge_splits(parts, part_lse, q.dtype)
+    return parts.view(B, T, H, sizes.Dv), part_lse.view(B, T, H)
 
 
 def _is_one_block(cache: Tensor) -> bool:
@@ -307,7 +256,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     splits = split_count(programs, steps, target.sm_count)
     cases = [_decode_case(sizes, target, tile, tma, splits > 1) for tile in tiles]
     if splits > 1:
-        cases.append(_merge_case(sizes, splits))
+        cases.append(merge_splits_case(splits, sizes.Dv, sizes.dtype))
     if tma:
         by_pointers = _decode_case(sizes, target, sizes.tile(1, target, False), False, splits > 1)
         cases.append(replace(by_pointers, kernel="gqa_pointer_decode", fallback=True))

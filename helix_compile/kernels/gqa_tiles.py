@@ -76,14 +76,15 @@ class GqaSizes:
 
 @cache
 def split_count(programs: int, tiles: int, sm_count: int) -> int:
-    """Parts of each sequence that leave the busiest multiprocessor the fewest tiles.
+    """Parts of each sequence, a power of two, that leave the busiest multiprocessor the fewest tiles.
 
     Args:
         programs: of the launch if nothing were split.
         tiles: of the longest sequence that the page table can hold.
         sm_count: multiprocessors, one program on each at a time.
     """
+    powers = (1 << n for n in range(MAX_SPLITS.bit_length()))
     return min(
-        range(1, max(1, min(MAX_SPLITS, tiles)) + 1),
+        (s for s in powers if s <= max(1, tiles)),
         key=lambda s: -(-programs * s // sm_count) * (-(-tiles // s) + SPLIT_OVERHEAD),
     )

@@ -57,7 +57,7 @@ def steps(draw: st.DrawFn) -> GqaStep:
 
 
 @settings(max_examples=25, deadline=None)
-@given(step=steps(), splits=st.sampled_from([None, 2, 5]), seed=st.integers(0, 9))
+@given(step=steps(), splits=st.sampled_from([None, 2, 8]), seed=st.integers(0, 9))
 def test_kernel_agrees_with_reference(step: GqaStep, splits: int | None, seed: int) -> None:
     args = step.arguments(seed)
     got = triton_gqa(*args) if splits is None else gqa_decode_triton(*args, splits=splits)
@@ -68,7 +68,7 @@ def test_kernel_agrees_with_reference(step: GqaStep, splits: int | None, seed: i
     assert deviation(got, expected) <= 2e-6 + rounding
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("widths", [(16, 32), (64, 64)], ids=str)
 def test_tma_form_agrees_with_reference(splits: int, widths: tuple[int, int]) -> None:
     """The interpreter runs descriptors too; stale slots are read there, with weight 0."""
@@ -114,7 +114,7 @@ def test_workspaces_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_nan_that_is_seen_reaches_the_output() -> None:
     for cache in (1, 2):
-        for splits in (1, 3):
+        for splits in (1, 4):
             args = GqaStep((33,), G=2).arguments()
             args[cache][args[3][0, 1], 2, 0] = torch.nan
             for o in (helix.gqa_decode(*args)[0], gqa_decode_triton(*args, splits=splits)[0]):
@@ -220,6 +220,6 @@ def test_small_pages_and_small_shared_memory_load_by_pointers() -> None:
 def test_split_count() -> None:
     """One wave of programs, no part without a tile, no split where sequences alone fill the card."""
     assert split_count(programs=8, tiles=1000, sm_count=132) == 16
-    assert split_count(programs=1, tiles=3, sm_count=132) == 3
+    assert split_count(programs=1, tiles=3, sm_count=132) == 2
     assert split_count(programs=1320, tiles=1000, sm_count=132) == 1
     assert split_count(programs=1, tiles=0, sm_count=132) == 1
