@@ -46,7 +46,7 @@ class GqaSizes:
         return max(self.Dk, self.Dv)
 
     def tile(self, T: int, target: KernelTarget, tma: bool) -> GqaTile:
-        """The tile that holds T * G rows, or the largest; each was compiled for sm_80, sm_90 and sm_100 without spills."""
+        """The tile that holds T * G rows, or the largest; compiled for sm_80, sm_90 and sm_100, none spills more than 16 bytes."""
         if target.arch == INTERPRETER:  # short test sequences take several steps
             return GqaTile(rows=16, slots=16, num_warps=4, num_stages=1)
         if self.dtype == torch.float32:  # no tensor cores: operands live in registers
@@ -54,7 +54,8 @@ class GqaSizes:
         sizes = (16, 32) if self.width > 128 else (16, 32, 64)
         rows = next((size for size in sizes if T * self.G <= size), sizes[-1])
         if not tma:
-            slots = 32 if self.width > 128 else 64
+            large = 90 <= target.capability < 120  # shared memory of 227 KiB
+            slots = 64 if self.width <= 128 or (large and rows == 16) else 32
             return GqaTile(rows, slots, num_warps=4 if rows == 16 else 8, num_stages=2)
         # three stages: the page number of a tile is fetched one step before its rows
         wide_step = rows == 16 and self.width <= 128 and self.page_size % 128 == 0

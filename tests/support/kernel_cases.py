@@ -189,11 +189,11 @@ def _experts(N: int, D: int, F: int, E: int) -> Callable:
 
 
 def _router(N: int, E: int, n_group: int, topk_group: int, top_k: int) -> Callable:
-    """Scores in steps of 1/4, so that many tie."""
+    """Logits in steps of 1/4, so that many tie; none negative: sigmoid(x) + sigmoid(-x) = 1 would tie by rounding."""
 
     def arguments(dtype: torch.dtype, seed: int) -> Arguments:
         draw = torch.Generator().manual_seed(seed)
-        logits = torch.randint(-8, 9, (N, E), generator=draw).float() / 4
+        logits = torch.randint(0, 17, (N, E), generator=draw).float() / 4
         return logits, torch.zeros(E), n_group, topk_group, top_k, True, 2.5
 
     return arguments
