@@ -2,7 +2,7 @@
 
     B sequences, T new tokens, H query heads, K KV heads, G = H / K heads a group; rows of a KV head: T * G, t first
     program (row tile, split, b * K + kv head): its rows over one part of the sequence's slots
-    then program (row, block of Dv): the parts of a row merged (none where a sequence is not split)
+    merge_splits then merges the parts of a row (not launched where a sequence is not split)
 
 Dots are transposed: the tile of BLOCK_N slots is the M side and the group, padded in the tile, the N side, so that
 tensor cores of sm_90 and sm_100 take groups of any size without padding anything in memory:
@@ -15,8 +15,7 @@ the target has it and a page is a whole number of tiles, else by pointers. The s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -24,23 +23,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from helix_compile.kernels.gqa_tiles import GqaSizes, GqaTile, split_count
 from helix_compile.kernels.launch import launch
+from helix_compile.kernels.merge_splits import TRITON_TYPE, merge_splits, merge_splits_case
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import define_triton_op
 
-TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # finite: -inf - -inf never arises, and only scores below it (fp32's end) would count as unseen
 LOWEST = tl.constexpr(-3.0e38)
 MAX_WIDTH = 256
-MAX_SPLITS = 64
-MERGE_BLOCK_D = 128
-SPLIT_OVERHEAD = (
-    4  # tiles that a part costs on top of its own: start, drain and its share of the merge
-)
-ROW_TILES = (16, 32, 64)
 
 
 @triton.jit
@@ -48,7 +42,7 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     q_ptr, k_src, v_src, table_ptr, visible_ptr, o_ptr, lse_ptr,
     stride_q_B, stride_q_T, stride_q_H, stride_k_page, stride_k_slot, stride_k_K,
     stride_v_page, stride_v_slot, stride_v_K, stride_table_B, stride_visible_B, stride_visible_T,
-    stride_o_split, stride_lse_split, scale, T, splits,
+    scale, T, splits,
     K: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, WIDE_DOT: tl.constexpr,
@@ -78,7 +72,9 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     end = tl.minimum(start + part, longest)  # an empty part: start >= end
 
     top = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    totals = tl.zeros(
+        [BLOCK_N, BLOCK_ROWS], tl.float32
+    )  # summed over slots once, at the end: a sum a step costs shuffles
     acc = tl.zeros([BLOCK_DV, BLOCK_ROWS], tl.float32)
     for n in tl.range(start, end, BLOCK_N):
         slots = n + tl.arange(0, BLOCK_N)
@@ -86,8 +82,8 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
             tl.static_assert(PAGE % BLOCK_N == 0)
             page = tl.load(table_ptr + b * stride_table_B + n // PAGE)
             row = (page * PAGE + n % PAGE).to(tl.int32)
-            k = k_src.load([row, head, 0]).reshape(BLOCK_N, BLOCK_DK)
-            v = v_src.load([row, head, 0]).reshape(BLOCK_N, BLOCK_DV)
+            k = k_src.load([row, head * DK])
+            v = v_src.load([row, head * DV])
         else:
             inside = slots < end
             page = tl.load(table_ptr + b * stride_table_B + slots // PAGE, mask=inside, other=0)
@@ -112,117 +108,37 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
         new_top = tl.maximum(top, tl.max(s, 0))
         p = tl.exp2(s - new_top[None, :])
         shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 0)
+        totals = totals * shrink[None, :] + p
         acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
         top = new_top
 
+    total = tl.sum(totals, 0)
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
     o = acc / divisor[None, :]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(divisor)) * LN2)
-    out_rows = (b * T + row_t) * (K * G) + row_h
-    tl.store(lse_ptr + split.to(tl.int64) * stride_lse_split + out_rows, lse, mask=live)
+    out_rows = ((b * T + row_t) * (K * G) + row_h) * splits + split
+    tl.store(lse_ptr + out_rows, lse, mask=live)
     tl.store(
-        o_ptr + split.to(tl.int64) * stride_o_split + out_rows[None, :] * DV + v_columns[:, None],
-        o.to(o_ptr.dtype.element_ty), mask=live[None, :] & (v_columns < DV)[:, None],
+        o_ptr + out_rows[None, :] * DV + v_columns[:, None], o.to(o_ptr.dtype.element_ty),
+        mask=live[None, :] & (v_columns < DV)[:, None],
     )  # fmt: skip
-
-
-@triton.jit
-def _merge_splits_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    parts_ptr, part_lse_ptr, o_ptr, lse_ptr, rows, splits,
-    DV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, BLOCK_S).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    lse = tl.load(part_lse_ptr + split * rows + row, mask=split < splits, other=float("-inf"))
-    alive = lse != float("-inf")  # not >: a NaN is a fault that must reach the output
-    top = tl.max(tl.where(alive, lse, LOWEST), 0)
-    weights = tl.where(alive, tl.exp2((lse - top) * LOG2E), 0.0)
-    total = tl.sum(weights, 0)
-    divisor = tl.where(total == 0.0, 1.0, total)
-    parts = tl.load(
-        parts_ptr + (split[:, None] * rows + row) * DV + columns[None, :],
-        mask=alive[:, None] & (columns < DV)[None, :], other=0.0,
-    )  # fmt: skip
-    o = tl.sum(parts * weights[:, None], 0) / divisor
-    tl.store(o_ptr + row * DV + columns, o.to(o_ptr.dtype.element_ty), mask=columns < DV)
-    if tl.program_id(1) == 0:
-        tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor) * LN2))
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """What a compilation depends on, out of the op's arguments."""
-
-    dtype: torch.dtype
-    G: int
-    K: int
-    Dk: int
-    Dv: int
-    page_size: int
-
-    @staticmethod
-    def of(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> _Sizes:
-        page_size, K, Dk = (int(size) for size in k_cache.shape[1:])
-        return _Sizes(q.dtype, int(q.shape[2]) // K, K, Dk, int(v_cache.shape[3]), page_size)
-
-    @property
-    def width(self) -> int:
-        return max(self.Dk, self.Dv)
-
-    def block_n(self, target: KernelTarget) -> int:
-        """Slots of a tile."""
-        if target.arch == INTERPRETER:
-            return 16  # short test sequences take several steps
-        if self.dtype == torch.float32:
-            return 32
-        # two tiles a page rather than loads by pointers
-        return 64 if self.width > 128 or self.page_size % 128 else 128
-
-    def row_tile(self, T: int) -> int:
-        rows = T * self.G
-        return next((tile for tile in ROW_TILES if rows <= tile), ROW_TILES[-1])
-
-    def can_use_tma(self, target: KernelTarget) -> bool:
-        """Rows of whole 16 bytes, and tiles that lie in one page."""
-        aligned = all(D * self.dtype.itemsize % 16 == 0 for D in (self.Dk, self.Dv))
-        one_page = self.page_size % self.block_n(target) == 0
-        return target.capability >= 90 and self.dtype.itemsize == 2 and aligned and one_page
-
-
-def split_count(programs: int, tiles: int, sm_count: int) -> int:
-    """Parts of each sequence that leave the busiest multiprocessor the fewest tiles.
-
-    Args:
-        programs: of the launch if nothing were split.
-        tiles: of the longest sequence that the page table can hold.
-        sm_count: multiprocessors, one program on each at a time.
-    """
-    return min(
-        range(1, max(1, min(MAX_SPLITS, tiles)) + 1),
-        key=lambda s: -(-programs * s // sm_count) * (-(-tiles // s) + SPLIT_OVERHEAD),
-    )
 
 
 def _decode_case(
-    sizes: _Sizes, target: KernelTarget, row_tile: int, tma: bool, split: bool
+    sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool, split: bool
 ) -> CompileCase:
     """The attention kernel; `split`: it leaves float32 parts for the merge."""
-    element, block_n = TRITON_TYPE[sizes.dtype], sizes.block_n(target)
+    element = TRITON_TYPE[sizes.dtype]
     block_dk, block_dv = (max(16, triton.next_power_of_2(D)) for D in (sizes.Dk, sizes.Dv))
     k_type, v_type = (
-        f"tensordesc<{element}[{block_n},1,{block}]>" if tma else f"*{element}"
+        f"tensordesc<{element}[{tile.slots},{block}]>" if tma else f"*{element}"
         for block in (block_dk, block_dv)
     )
     strides = [name for name in _gqa_decode_kernel.arg_names if name.startswith("stride_")]
     pointers = ["q_ptr", "table_ptr", "visible_ptr", "o_ptr", "lse_ptr"]
     pointers += [] if tma else ["k_src", "v_src"]
-    rows_aligned = [
-        name for name in strides if name[7:10] in ("q_B", "q_T", "q_H") or name[7] in "kv"
-    ]
-    whole = sizes.Dk % 16 == 0 and sizes.Dv % 16 == 0
+    aligned = [name for name in strides if name.startswith(("stride_q", "stride_k", "stride_v_"))]
     return CompileCase(
         kernel="gqa_decode",
         function=_gqa_decode_kernel,
@@ -233,34 +149,14 @@ def _decode_case(
         },
         constexprs={
             "K": sizes.K, "G": sizes.G, "DK": sizes.Dk, "DV": sizes.Dv, "PAGE": sizes.page_size,
-            "BLOCK_N": block_n, "BLOCK_ROWS": row_tile, "BLOCK_DK": block_dk, "BLOCK_DV": block_dv,
+            "BLOCK_N": tile.slots, "BLOCK_ROWS": tile.rows, "BLOCK_DK": block_dk, "BLOCK_DV": block_dv,
             "TMA": tma, "WIDE_DOT": target.arch == INTERPRETER,
         },
-        options=_options(sizes, target, tma, row_tile),
-        divisible_by_16=(*pointers, *(rows_aligned if whole else ())),
-        config=f"D {sizes.Dk}/{sizes.Dv}, {row_tile} rows, BLOCK_N {block_n}, {'TMA' if tma else 'pointers'}",
-        kv_tokens_per_step=block_n,
-        ctas_per_kv_token=sizes.K,
-    )  # fmt: skip
-
-
-def _options(sizes: _Sizes, target: KernelTarget, tma: bool, row_tile: int) -> dict[str, Any]:
-    return {"num_warps": 4, "num_stages": 2}
-
-
-def _merge_case(sizes: _Sizes, splits: int) -> CompileCase:
-    element, block_s = TRITON_TYPE[sizes.dtype], triton.next_power_of_2(splits)
-    return CompileCase(
-        kernel="gqa_merge_splits",
-        function=_merge_splits_kernel,
-        signature={
-            "parts_ptr": "*fp32", "part_lse_ptr": "*fp32", "o_ptr": f"*{element}", "lse_ptr": "*fp32",
-            "rows": "i32", "splits": "i32",
-        },
-        constexprs={"DV": sizes.Dv, "BLOCK_S": block_s, "BLOCK_D": MERGE_BLOCK_D},
-        options={"num_warps": 4 if block_s > 8 else 1, "num_stages": 1},
-        divisible_by_16=("parts_ptr", "part_lse_ptr", "o_ptr", "lse_ptr"),
-        config=f"up to {block_s} parts, BLOCK_D {MERGE_BLOCK_D}",
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        divisible_by_16=(*pointers, *(aligned if sizes.Dk % 16 == sizes.Dv % 16 == 0 else ())),
+        config=f"D {sizes.Dk}/{sizes.Dv}, {tile.rows} rows, BLOCK_N {tile.slots}, {'TMA' if tma else 'pointers'}",
+        kv_tokens_per_step=tile.slots,
+        ctas_per_kv_token=sizes.K * triton.cdiv(sizes.G, tile.rows),
     )  # fmt: skip
 
 
@@ -278,28 +174,28 @@ def gqa_decode_triton(
 
     Args:
         q, k_cache, v_cache, page_table, visible, scale: of the op. The last dims must be contiguous.
-        splits: parts of a sequence; default: by the number of multiprocessors.
+        splits: parts of a sequence, a power of two; default: by the number of multiprocessors.
         tma: load K and V by TMA; default: where the device and the layout allow it.
     """
     B, T, H, _ = q.shape
-    sizes, target = _Sizes.of(q, k_cache, v_cache), device_target(q.device)
+    sizes, target = GqaSizes.of(q, k_cache, v_cache), device_target(q.device)
     assert q.stride(3) == k_cache.stride(3) == v_cache.stride(3) == page_table.stride(1) == 1
-    row_tile, block_n = sizes.row_tile(T), sizes.block_n(target)
-    row_tiles = triton.cdiv(T * sizes.G, row_tile)
-    if splits is None:
-        tiles = triton.cdiv(page_table.shape[1] * sizes.page_size, block_n)
-        splits = split_count(B * sizes.K * row_tiles, tiles, target.sm_count)
     if tma is None:
         tma = sizes.can_use_tma(target) and all(map(_is_one_block, (k_cache, v_cache)))
-    out, lse = q.new_empty((B, T, H, sizes.Dv)), q.new_empty((B, T, H), dtype=torch.float32)
-    parts, part_lse = out[None], lse[None]
-    if splits > 1:
-        parts = q.new_empty((splits, *out.shape), dtype=torch.float32)
-        part_lse = q.new_empty((splits, *lse.shape), dtype=torch.float32)
-    case = _decode_case(sizes, target, row_tile, tma, splits > 1)
+    tile = sizes.tile(T, target, tma)
+    row_tiles = triton.cdiv(T * sizes.G, tile.rows)
+    if splits is None:
+        steps = triton.cdiv(page_table.shape[1] * sizes.page_size, tile.slots)
+        splits = split_count(B * sizes.K * row_tiles, steps, target.sm_count)
+    dtype = torch.float32 if splits > 1 else q.dtype
+    parts = q.new_empty((B, T, H, splits, sizes.Dv), dtype=dtype)
+    part_lse = q.new_empty((B, T, H, splits), dtype=torch.float32)
+    case = _decode_case(sizes, target, tile, tma, splits > 1)
     blocks = case.constexprs["BLOCK_DK"], case.constexprs["BLOCK_DV"]
     k_src, v_src = (
-        TensorDescriptor.from_tensor(cache.flatten(0, 1), [block_n, 1, block]) if tma else cache
+        TensorDescriptor.from_tensor(cache.flatten(0, 1).flatten(1), [tile.slots, block])
+        if tma
+        else cache
         for cache, block in zip((k_cache, v_cache), blocks, strict=True)
     )
     launch(
@@ -312,20 +208,12 @@ def gqa_decode_triton(
             "stride_k_page": k_cache.stride(0), "stride_k_slot": k_cache.stride(1), "stride_k_K": k_cache.stride(2),
             "stride_v_page": v_cache.stride(0), "stride_v_slot": v_cache.stride(1), "stride_v_K": v_cache.stride(2),
             "stride_table_B": page_table.stride(0), "stride_visible_B": visible.stride(0),
-            "stride_visible_T": visible.stride(1), "stride_o_split": parts.stride(0),
-            "stride_lse_split": part_lse.stride(0), "scale": scale, "T": T, "splits": splits,
+            "stride_visible_T": visible.stride(1), "scale": scale, "T": T, "splits": splits,
         },
     )  # fmt: skip
     if splits > 1:
-        launch(
-            _merge_case(sizes, splits),
-            (B * T * H, triton.cdiv(sizes.Dv, MERGE_BLOCK_D)),
-            {
-                "parts_ptr": parts, "part_lse_ptr": part_lse, "o_ptr": out, "lse_ptr": lse,
-                "rows": B * T * H, "splits": splits,
-            },
-        )  # fmt: skip
-    return out, lse
+        return merge_splits(parts, part_lse, q.dtype)
+    return parts.view(B, T, H, sizes.Dv), part_lse.view(B, T, H)
 
 
 def _is_one_block(cache: Tensor) -> bool:
@@ -352,7 +240,7 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
         return f"q of {q.dtype}, caches of {k_cache.dtype} and {v_cache.dtype}; the kernel takes one 16- or 32-bit float dtype"
     if (page_table.dtype, visible.dtype) != (torch.int64, torch.int32):
         return f"page table of {page_table.dtype}, visible of {visible.dtype}; the kernel takes int64 and int32"
-    width = _Sizes.of(q, k_cache, v_cache).width
+    width = GqaSizes.of(q, k_cache, v_cache).width
     if width > MAX_WIDTH:
         return f"a head of width {width}; the kernel holds up to {MAX_WIDTH}"
     return None
@@ -360,17 +248,17 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     """Of a decode step (T = 1) first, then the larger row tiles, which several new tokens take; the same by pointers."""
-    sizes = _Sizes.of(*site.args[:3])
-    tma, block_n, first = sizes.can_use_tma(target), sizes.block_n(target), sizes.row_tile(1)
-    programs = site.capacity.max_batch_size * sizes.K * triton.cdiv(sizes.G, first)
-    tiles = triton.cdiv(site.capacity.max_slots, block_n)
-    splits = split_count(programs, tiles, target.sm_count)
-    tiles_of_rows = [tile for tile in ROW_TILES if tile >= first]
-    cases = [_decode_case(sizes, target, tile, tma, splits > 1) for tile in tiles_of_rows]
+    sizes = GqaSizes.of(*site.args[:3])
+    tma = sizes.can_use_tma(target)
+    tiles = list(dict.fromkeys(sizes.tile(T, target, tma) for T in (1, 2, 4, 8, 16, 32, 64)))
+    programs = site.capacity.max_batch_size * sizes.K * triton.cdiv(sizes.G, tiles[0].rows)
+    steps = triton.cdiv(site.capacity.max_slots, tiles[0].slots)
+    splits = split_count(programs, steps, target.sm_count)
+    cases = [_decode_case(sizes, target, tile, tma, splits > 1) for tile in tiles]
     if splits > 1:
-        cases.append(_merge_case(sizes, splits))
+        cases.append(merge_splits_case(splits, sizes.Dv, sizes.dtype))
     if tma:
-        by_pointers = _decode_case(sizes, target, first, False, splits > 1)
+        by_pointers = _decode_case(sizes, target, sizes.tile(1, target, False), False, splits > 1)
         cases.append(replace(by_pointers, kernel="gqa_pointer_decode", fallback=True))
     return cases
 

@@ -1,0 +1,133 @@
+"""The kernels on a CUDA device: the cases of the interpreter, graphs captured and replayed, the whole tiny model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import helix_compile.kernels.catalog
+from helix_compile import helix_compile
+from helix_compile.kernels.registry import Capacity, Site, select_kernel
+from helix_compile.kernels.target import device_target
+from tests.support.driver import STEPS, Reference, deviation, left_padded, random_ids
+from tests.support.gqa import GqaStep
+from tests.support.kernel_cases import (
+    CASES,
+    KernelCase,
+    expected_results,
+    on_device,
+    results,
+    worst_deviation,
+)
+from tests.support.models import fresh_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# against float64 from the same inputs: the output and the weights p are rounded to the dtype
+LIMIT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+CAPTURED = ("mla_decode", "cache_append", "merge_lse", "moe_experts", "gqa_decode")
+
+
+def triton_op(op: str) -> Any:
+    return getattr(torch.ops.helix_triton, op)
+
+
+def skip_unless_supported(case: KernelCase, arguments: tuple[Any, ...]) -> None:
+    site = Site(case.op, arguments, Capacity(max_batch_size=8, max_slots=1024))
+    choice = select_kernel(site, device_target(torch.device("cuda")))
+    if choice.kernel is None:
+        pytest.skip(choice.reason)
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case_on_the_device(case: KernelCase, dtype: torch.dtype) -> None:
+    for seed in (0, 1):
+        arguments = case.arguments(dtype, seed)
+        on_card = on_device(arguments, "cuda")
+        skip_unless_supported(case, on_card)
+        got = results(triton_op(case.op), on_card)
+        assert worst_deviation(got, expected_results(case, arguments), case.exact) <= LIMIT[dtype]
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_mla_decode_at_the_real_shape(heads: int, T: int) -> None:
+    """R = 512, r = 64 over lengths around the borders of a page, of a tile and of a split; bf16."""
+    lengths = (0, 1, 63, 64, 65, 127, 128, 129, 4097)
+    step = GqaStep(lengths, T, 1, heads, 576, 1, 128, torch.bfloat16)
+    q, cache, _, table, visible, scale = step.arguments()
+    args = (
+        q[..., :512].contiguous(), q[..., 512:].contiguous(), cache[:, :, 0], table, visible, scale,
+    )  # fmt: skip
+    case = KernelCase("mla_decode", "real", lambda dtype, seed: args)
+    got = results(triton_op("mla_decode"), on_device(args, "cuda"))
+    assert worst_deviation(got, expected_results(case, args)) <= LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op in CAPTURED], ids=str)
+def test_replay_of_a_captured_launch_is_the_eager_launch(case: KernelCase) -> None:
+    """Captured with one set of values and lengths, replayed with another: nothing was read on the host."""
+    dtype = torch.bfloat16
+    static, fresh = (on_device(case.arguments(dtype, seed), "cuda") for seed in (0, 1))
+    skip_unless_supported(case, static)
+    op = triton_op(case.op)
+    eager = results(op, on_device(fresh, "cuda"))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles before the capture
+        op(*on_device(static, "cuda"))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = results(op, static)
+    for _ in range(2):
+        _overwrite(static, fresh)
+        graph.replay()
+        torch.cuda.synchronize()
+        # sums of experts may be taken in another order
+        exact = case.op != "moe_experts"
+        assert worst_deviation(replayed, [e.cpu() for e in eager], exact) <= LIMIT[dtype]
+
+
+def _overwrite(static: tuple[Any, ...], fresh: tuple[Any, ...]) -> None:
+    for old, new in zip(static, fresh, strict=True):
+        if isinstance(old, Tensor):
+            assert old.shape == new.shape and old.stride() == new.stride()
+            old.copy_(new)
+        else:
+            assert old == new
+
+
+@pytest.mark.parametrize("experts", ["batched_mm", "grouped_mm"])
+def test_tiny_deepseek_v3_by_kernels(experts: str) -> None:
+    """Four virtual ranks on one device against the unmodified model there, fp32, ragged prompt and steps after it."""
+    model = fresh_model(dtype=torch.float32, experts=experts).cuda()
+    compiled = helix_compile(model, cp=4, lower="triton", max_seq_len=64, tokens_per_block=4)
+    reference = Reference(model)
+    lengths = [6, 11, 9]
+    for number, tokens in enumerate((max(lengths), *STEPS)):
+        mask = left_padded(lengths) if number == 0 else torch.ones(3, tokens, dtype=torch.int64)
+        ids = random_ids(model, 3, tokens).cuda()
+        got = compiled(ids, mask.cuda())
+        expected = reference.step(ids, mask.cuda())
+        assert deviation(got.cpu(), expected.cpu(), mask) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tiny_deepseek_v3_in_16_bit(dtype: torch.dtype) -> None:
+    """Kernels and reference of the same rewritten graph: both round, at different places."""
+    model = fresh_model(dtype=dtype, experts="grouped_mm").cuda()
+    by_kernels, by_reference = (
+        helix_compile(model, cp=4, lower=lower, max_seq_len=64) for lower in ("triton", "reference")
+    )
+    for tokens in (9, 1, 3):
+        ids = random_ids(model, 2, tokens).cuda()
+        mask = torch.ones(2, tokens, dtype=torch.int64)
+        assert deviation(by_kernels(ids).cpu(), by_reference(ids).cpu(), mask) <= 2 * LIMIT[dtype]

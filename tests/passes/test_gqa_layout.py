@@ -1,0 +1,66 @@
+"""The layout type of gqa_decode: heads cut over tpa, slots over kvp; what does not fit is named."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from torch import fx
+
+from helix_compile.layout import HelixLayout
+from helix_compile.ops import helix
+from helix_compile.passes.check_layouts import Untyped, infer_layouts
+from helix_compile.placement import format_layout, parse_layout
+
+NAMES = ("q", "k_cache", "v_cache", "page_table", "visible")
+
+
+def inferred(degrees: HelixLayout, layouts: dict[str, str]) -> Any:
+    """Layouts of (partial_o, lse) of one call, given those of its inputs."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in NAMES]
+    node = graph.call_function(helix.gqa_decode.default, (*inputs, 0.1))
+    of = {name: parse_layout(layouts.get(name, "R")) for name in NAMES}
+    return infer_layouts(graph, lambda n: of[n.name], degrees)[node]
+
+
+def degrees(kvp: int, tpa: int) -> HelixLayout:
+    return HelixLayout(kvp=kvp, tpa=tpa, ep=1, tpf=kvp * tpa)
+
+
+SHARDED = {
+    "q": "tpa:S(2)", "k_cache": "kvp:L, tpa:S(2)", "v_cache": "kvp:L, tpa:S(2)", "visible": "kvp:L",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kvp", "tpa", "layouts", "result"),
+    [
+        (1, 1, {}, "R"),
+        (1, 2, dict.fromkeys(NAMES[:3], "world:S(2)"), "world:S(2)"),
+        (4, 1, {n: "kvp:L" for n in ("k_cache", "v_cache", "visible")}, "kvp:PS"),
+        (2, 2, SHARDED, "kvp:PS, tpa:S(2)"),
+    ],
+    ids=str,
+)
+def test_partials_of_own_heads(kvp: int, tpa: int, layouts: dict[str, str], result: str) -> None:
+    o, lse = inferred(degrees(kvp, tpa), layouts)
+    assert format_layout(o) == format_layout(lse) == result
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"q": "R"}, "q is R"),
+        ({"q": "tpa:S(3)"}, "q is tpa:S(3)"),
+        ({"v_cache": "kvp:L"}, "caches are"),
+        ({"k_cache": "tpa:S(2)"}, "caches are"),
+        ({"visible": "R"}, "visible R"),
+        ({"page_table": "kvp:L"}, "page table"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named(change: dict[str, str], word: str) -> None:
+    with pytest.raises(Untyped, match=re.escape(word)):
+        inferred(degrees(2, 2), {**SHARDED, **change})
