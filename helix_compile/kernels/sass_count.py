@@ -3,12 +3,18 @@
     listing (cuobjdump -sass) -> instructions -> basic blocks -> dominators -> natural loops -> innermost ones
 
 A loop is a backward branch whose target dominates it (a branch to a lower address alone is none: code that ptxas moved
-out of line jumps back, too). Counted are the instructions of the loop that lie between target and branch; what ptxas
-moved behind the branch is the retry of a wait that failed, and how often that runs is unknown. Loops are left out that
+out of line jumps back, too). Loops are left out that
 
     hold another loop: the outer one runs once where the inner one runs many times;
     are spins: at most SPIN_SIZE instructions that wait for a barrier, for registers or for tensor memory;
     dispatch: the loop in which worker warps wait for the next partition (it holds the indirect branch).
+
+Hot are those of the rest that compute, move or hand over tiles: they hold a tensor-core instruction, a TMA load, an
+access to tensor memory or to a memory barrier. A partition without such a loop counts its largest one (dots without
+tensor cores). Two such loops in one partition are both counted.
+
+Counted are the instructions of the loop that lie between target and branch; what ptxas moved behind the branch is the
+retry of a wait that failed, and how often that runs is unknown.
 
 Warps of a loop: the function's own ("ttg.num-warps" in the TTGIR) unless a warp partition holds it. Workers reach
 partition i through entry i of the jump table of the one indirect branch (BRX, table in constant bank 2); the partitions
@@ -26,6 +32,7 @@ import networkx as nx
 SPIN_SIZE = 8
 _WAITS = ("SYNCS", "USETMAXREG", "UTCATOMSWS", "NANOSLEEP", "ACQBULK")
 _SPILLS = ("LDL", "STL")
+_TILES = ("UTMALDG", "LDTM", "STTM", "SYNCS")
 _TENSOR_CORE = {
     "tcgen05": ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA", "UTCMXQMMA"),
     "wgmma": ("HGMMA", "QGMMA", "IGMMA", "BGMMA"),
@@ -88,6 +95,7 @@ class HotLoop:
         spill_ops: those that touch local memory.
         warps: that run it.
         partition: number of the warp partition; None: the function's own warps.
+        moves_tiles: holds what marks a loop as hot.
     """
 
     start: int
@@ -96,6 +104,7 @@ class HotLoop:
     spill_ops: int
     warps: int
     partition: int | None = None
+    moves_tiles: bool = False
 
 
 def parse_sass(listing: str) -> list[Instruction]:
@@ -136,7 +145,7 @@ def hot_loops(
     partitions: list[int] | None = None,
     jump_table: list[int] | None = None,
 ) -> list[HotLoop]:
-    """Innermost loops by address, each with its warps; see the rules above.
+    """Hot loops by address, each with its warps; see the rules above.
 
     Args:
         instructions: of one function.
@@ -159,16 +168,29 @@ def hot_loops(
     for header, body in sorted(loops.items()):
         if any(other in body for other in loops if other != header):
             continue
-        owners = [i for i in range(len(partitions)) if _dominates(above, jump_table[i], header)]
-        number = owners[0] if owners else None
         last = max(block for block in body if header in flow.successors(block))
         inside = [i for b in body if header <= b <= last for i in flow.nodes[b]["instructions"]]
-        warps = own_warps if number is None else partitions[number]
-        spills = sum(i.is_spill for i in inside)
+        owners = [i for i in range(len(partitions)) if _dominates(above, jump_table[i], header)]
         found.append(
-            HotLoop(header, max(i.address for i in inside), len(inside), spills, warps, number)
+            HotLoop(
+                start=header,
+                end=max(i.address for i in inside),
+                instructions=len(inside),
+                spill_ops=sum(i.is_spill for i in inside),
+                warps=partitions[owners[0]] if owners else own_warps,
+                partition=owners[0] if owners else None,
+                moves_tiles=tensor_core(inside) != "none" or any(i.base in _TILES for i in inside),
+            )
         )
-    return found
+    return [loop for loop in found if loop.moves_tiles or loop is _stand_in(found, loop.partition)]
+
+
+def _stand_in(loops: list[HotLoop], partition: int | None) -> HotLoop | None:
+    """The largest loop of a partition that has none with a mark."""
+    own = [loop for loop in loops if loop.partition == partition]
+    if any(loop.moves_tiles for loop in own):
+        return None
+    return max(own, key=lambda loop: loop.instructions)
 
 
 def warp_instructions_per_token(
@@ -239,6 +261,6 @@ def _dominates(above: dict[int, int], one: int, other: int) -> bool:
 def _waits(flow: nx.DiGraph, body: set[int]) -> bool:
     """A spin, or the dispatch of warp partitions."""
     inside = [i for block in body for i in flow.nodes[block]["instructions"]]
-    if any(i.base == "BRX" for i in inside):
-        return True
+    if len(inside) == 1 or any(i.base == "BRX" for i in inside):
+        return True  # one: the end of a function, never left
     return len(inside) <= SPIN_SIZE and any(i.base in _WAITS for i in inside)
