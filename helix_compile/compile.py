@@ -11,6 +11,7 @@ from torch import nn
 
 from helix_compile.capture import CapturedGraph
 from helix_compile.graph_pass import run_passes
+from helix_compile.kernels.target import target_for
 from helix_compile.mesh import HelixMesh
 from helix_compile.model_source import captured_from, device_for, facts_of
 from helix_compile.module import HelixModule
@@ -54,7 +55,7 @@ def helix_compile(
         q_proj: "replicate" (each CP rank computes all its heads' q) or "gather" (each computes its own, then all-gather).
         v_up: W_UV "before" or "after" the exchange, or "auto" by bytes.
         overlap: "none".
-        lower: "auto" or "reference".
+        lower: "reference" (torch), "triton" (on a CPU by Triton's interpreter) or "auto": Triton on CUDA >= 9.0.
         world: "auto" or "virtual": all ranks in this process.
         max_batch_size: capacity in sequences.
         max_seq_len: capacity in tokens a sequence, prompt included.
@@ -78,8 +79,8 @@ def helix_compile(
     opened = open_world(HelixMesh(plan.layout), world)
     trace_plan(plan)
     dump = os.environ.get("HELIX_DUMP")
-    passes = helix_passes(captured, matches, plan)
-    stages = run_passes(captured.graph, passes, Path(dump) if dump else None)
     facts = facts_of(captured, matches, plan, place)
+    passes = helix_passes(captured, matches, plan, target_for(lower, facts.device))
+    stages = run_passes(captured.graph, passes, Path(dump) if dump else None)
     ranks = build_ranks(plan, stages[STAGES[-1]], facts, opened)
     return HelixModule(plan, stages, ranks, opened, facts)

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from helix_compile.errors import HelixError, LayoutError
 from helix_compile.layout import HelixLayout
 from helix_compile.ledger import local_length
-from helix_compile.ops import MOVES, helix
-from helix_compile.passes.fx_edit import HINT_B, HINT_S, HINT_T, aten, c10d, is_collective
+from helix_compile.ops import MOVES
+from helix_compile.passes.fx_edit import HINT_B, HINT_S, HINT_T, aten, c10d, helix_op, is_collective
 from helix_compile.passes.index_provenance import is_layout_op
 
 _COPIES = frozenset(
@@ -139,11 +139,11 @@ def _cost(node: fx.Node, sizes: _Sizes) -> NodeCost:
         )
     if is_collective(node):
         return NodeCost(wire_bytes=_wire_bytes(node, sizes), is_collective=True)
-    if node.target is helix.mla_decode.default:
+    if helix_op(node) == "mla_decode":
         return _mla_decode(node, sizes)
-    if node.target is helix.cache_append.default:
+    if helix_op(node) == "cache_append":
         return NodeCost(hbm_bytes=2 * sum(sizes.nbytes(n) for n in node.args[4:6]))
-    if node.target is helix.moe_experts.default:
+    if helix_op(node) == "moe_experts":
         return _moe_experts(node, sizes)
     if not isinstance(_first(node.meta.get("val")), Tensor):
         return NodeCost()

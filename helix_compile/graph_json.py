@@ -26,7 +26,7 @@ _OPERATORS = {
     f"operator.{f.__name__}": f
     for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 }
-_KEPT_META = ("input", "sharded", "layer", "step", *PROVENANCE_KEYS)
+_KEPT_META = ("input", "sharded", "layer", "step", "kernel", *PROVENANCE_KEYS)
 _HINTS = {"B": HINT_B, "T": HINT_T}
 
 

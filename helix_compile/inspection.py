@@ -18,6 +18,7 @@ from helix_compile.graph_python import format_python, stage_diff
 from helix_compile.graph_text import attention_block
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.pipeline import STAGES
+from helix_compile.passes.select_kernels import KERNEL
 from helix_compile.plan import BodyPlan, HelixPlan, number
 from helix_compile.schedule import chrome_trace, predict_schedule, predicted_facts
 from helix_compile.views.bodies import body_views
@@ -142,9 +143,20 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
             {"name": d.name, "rule": d.rule, "inputs": dict(d.inputs), "result": d.result}
             for d in plan.decisions
         ],
+        "kernels": _kernel_facts(plan, last),
         "notes": list(plan.notes),
     }
     return Inspection(plan, stages, facts)
+
+
+def _kernel_facts(plan: HelixPlan, last: fx.GraphModule) -> list[dict[str, Any]]:
+    """What computes each helix:: op of each body, and why; empty where lowering asked for no kernels."""
+    return [
+        {"body": body.name, "node": node.name, "op": str(node.target), "provider": node.meta[KERNEL][0], "reason": node.meta[KERNEL][1]}
+        for body in plan.bodies
+        for node in last.get_submodule(body.name).graph.nodes
+        if KERNEL in node.meta
+    ]  # fmt: skip
 
 
 def _memory(plan: HelixPlan, last: fx.GraphModule) -> dict[str, int]:
@@ -208,9 +220,18 @@ def format_report(facts: dict[str, Any]) -> str:
     )
     decisions = ((f"{d['name']} = {d['result']}", d["rule"]) for d in facts["decisions"])
     console.print(_two_columns("decision", "rule", decisions))
+    if facts["kernels"]:
+        console.print(_kernels(facts["kernels"]))
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined] # StringIO
+
+
+def _kernels(kernels: list[dict[str, Any]]) -> Table:
+    table = _table("body", "node", "computed by", "why")
+    for x in kernels:
+        table.add_row(x["body"], x["node"], x["op"], x["reason"])
+    return table
 
 
 def _count(value: int | float) -> str:

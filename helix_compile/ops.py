@@ -23,6 +23,9 @@ from helix_compile.kernels.reference import (
     shard_index_reference,
     unpack_heads_reference,
 )
+from helix_compile.kernels.reference_fused import rope_heads_reference
+from helix_compile.kernels.reference_gqa import gqa_decode_reference
+from helix_compile.kernels.reference_router import moe_router_reference
 
 _LIBRARY = torch.library.Library("helix", "DEF")  # kept alive: dropping it unregisters the ops
 
@@ -64,6 +67,18 @@ def _mla_decode_fake(
     return q_latent.new_empty(q_latent.shape), lse
 
 
+def _gqa_decode_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    return q.new_empty((*q.shape[:3], v_cache.shape[3])), lse
+
+
 def _all_to_all_heads_fake(
     partial_o: Tensor, lse: Tensor, axis: str, peers: int
 ) -> tuple[Tensor, Tensor]:
@@ -102,6 +117,24 @@ def _moe_experts_fake(
     return torch.empty_like(x)
 
 
+def _moe_router_fake(
+    logits: Tensor,
+    bias: Tensor,
+    n_group: int,
+    topk_group: int,
+    top_k: int,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    chosen = (logits.shape[0], top_k)
+    return logits.new_empty(chosen, dtype=torch.int64), logits.new_empty(chosen)
+
+
+def _rope_heads_fake(q_rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    B, H, T, r = q_rope.shape
+    return q_rope.new_empty((B, T, H, r))
+
+
 def _reshard_fake(x: Tensor, source: str, target: str, size: int) -> Tensor:
     """A shard that is gathered grows `size` times along its dim, a sum that is scattered shrinks so."""
     shape = list(x.shape)
@@ -132,6 +165,12 @@ _define(
     _mla_decode_fake,
 )
 _define(
+    "gqa_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor visible,"
+    " float scale) -> (Tensor, Tensor)",
+    gqa_decode_reference,
+    _gqa_decode_fake,
+)
+_define(
     "merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor", merge_lse_reference, _merge_lse_fake
 )
 _define(
@@ -144,6 +183,17 @@ _define(
     " Tensor first_expert) -> Tensor",
     moe_experts_reference,
     _moe_experts_fake,
+)
+_define(
+    "moe_router(Tensor logits, Tensor bias, int n_group, int topk_group, int top_k, bool normalize,"
+    " float scale) -> (Tensor, Tensor)",
+    moe_router_reference,
+    _moe_router_fake,
+)
+_define(
+    "rope_heads(Tensor q_rope, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    rope_heads_reference,
+    _rope_heads_fake,
 )
 _define(
     "pack_heads(Tensor partial_o, Tensor lse, int peers) -> Tensor",

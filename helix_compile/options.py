@@ -17,7 +17,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 LATER = {
     ("overlap", "hopb"): "batch-wise overlap (HOP-B) is not in this version",
-    ("lower", "triton"): "the Triton kernels are not in this version",
     ("lower", "inductor"): "lowering to Inductor is not in this version",
     ("lower", "tensorrt"): "lowering to TensorRT is not in this version",
 }

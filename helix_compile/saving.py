@@ -25,9 +25,12 @@ from transformers import AutoConfig, GenerationConfig
 
 from helix_compile.errors import HelixError
 from helix_compile.graph_json import graph_from_json, graph_to_json
+from helix_compile.kernels.registry import load_kernels
+from helix_compile.kernels.target import device_target
 from helix_compile.kv_cache import allocate_caches
 from helix_compile.mesh import HelixMesh
 from helix_compile.module import HelixModule
+from helix_compile.passes.select_kernels import PROVIDER
 from helix_compile.plan import HelixPlan
 from helix_compile.ranks import ModelFacts, Rank
 from helix_compile.saved_checks import check_saved_graphs, check_saved_inputs, check_saved_params
@@ -132,6 +135,8 @@ def load_module(folder: Path, device: str | torch.device | None) -> HelixModule:
             raise HelixError(
                 f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}"
             )
+        if _uses_kernels(document["stages"]):
+            device_target(place)
         stages = {
             n: _stage(document["stages"][n], f"graphs.json, stage {n}", place) for n in SAVED_STAGES
         }
@@ -201,7 +206,15 @@ def _json(path: Path) -> Any:
         raise HelixError(f"{path}: not valid JSON: {error}") from error
 
 
+def _uses_kernels(stages: dict[str, Any]) -> bool:
+    """True if a graph calls kernels, which its device must be able to run."""
+    bodies = [b for stage in stages.values() for b in stage["bodies"].values()]
+    return any(node["target"].startswith(f"{PROVIDER}.") for body in bodies for node in body)
+
+
 def _stage(entry: dict[str, Any], where: str, device: torch.device) -> fx.GraphModule:
+    if _uses_kernels({"": entry}):
+        load_kernels()  # registers the ops that the graph names
     bodies = {
         name: graph_from_json(nodes, f"{where}, {name}", {}, device)
         for name, nodes in entry["bodies"].items()

@@ -2,12 +2,16 @@
 
     P peers, B sequences, T tokens, h heads owned here, W width of a head's output (R or V); rows = B * T * h
     program (row block, block of W): all peers of its rows, one pass
+    tile [BLOCK_ROWS, BLOCK_P, BLOCK_W]: several rows where W is small
 
 Both inputs may be strided views of the packed exchange buffer: they are read where the collective left them. A peer
-with lse = -inf is not read at all. The spec is merge_lse_reference.
+with lse = -inf is not read at all. The spec is merge_lse_reference. kernels/pack_heads.py merges the splits of one
+rank by the same weights.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,61 +19,94 @@ import triton.language as tl
 from torch import Tensor
 
 from helix_compile.kernels.launch import launch
+from helix_compile.kernels.launch_facts import specialize
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import define_triton_op
 
-BLOCK_W = 128
 TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+STRIDES = ("stride_o_P", "stride_o_row", "stride_lse_P")
+
+
+@triton.jit
+def softmax_weights(lse, axis: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
+    """Unnormalised weights of parts, their sum (0: all parts dead) and the lse of all (natural log)."""
+    alive = lse != float("-inf")  # not >: a NaN is a fault that must reach the output
+    top = tl.max(lse, axis, keep_dims=True)
+    top = tl.where(top == float("-inf"), 0.0, top)  # -inf - -inf is NaN
+    weights = tl.where(alive, tl.exp(lse - top), 0.0)
+    total = tl.sum(weights, axis, keep_dims=True)
+    dead = total == 0.0
+    lse_all = tl.where(dead, float("-inf"), top + tl.log(tl.where(dead, 1.0, total)))
+    return weights, total, lse_all
 
 
 @triton.jit
 def _merge_lse_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     o_ptr, lse_ptr, out_ptr,
-    stride_o_P, stride_o_row, stride_lse_P, stride_lse_row,
-    W, PEERS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+    stride_o_P, stride_o_row, stride_lse_P, rows,
+    PEERS: tl.constexpr, W: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    peers = tl.arange(0, BLOCK_P).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    lse = tl.load(lse_ptr + peers * stride_lse_P + row * stride_lse_row, mask=peers < PEERS, other=float("-inf"))  # fmt: skip
-    alive = lse != float("-inf")  # not >: a NaN is a fault that must reach the output
-    top = tl.max(tl.where(alive, lse, -3.0e38), 0)
-    weights = tl.where(alive, tl.exp(lse - top), 0.0)
-    total = tl.sum(weights, 0)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    peer = tl.arange(0, BLOCK_P).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    inside = (row < rows)[:, None] & (peer < PEERS)[None, :]
+    lse = tl.load(lse_ptr + row[:, None] + peer[None, :] * stride_lse_P, mask=inside, other=float("-inf"))  # fmt: skip
+    weights, total, _ = softmax_weights(lse, 1)
     parts = tl.load(
-        o_ptr + peers[:, None] * stride_o_P + row * stride_o_row + columns[None, :],
-        mask=alive[:, None] & (columns < W)[None, :], other=0.0,
+        o_ptr + (row[:, None] * stride_o_row + peer[None, :] * stride_o_P)[:, :, None] + column[None, None, :],
+        mask=(lse != float("-inf"))[:, :, None] & (column < W)[None, None, :], other=0.0,
     ).to(tl.float32)  # fmt: skip
-    merged = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0.0, total, 1.0)
-    tl.store(out_ptr + row * W + columns, merged.to(out_ptr.dtype.element_ty), mask=columns < W)
+    o = tl.sum(parts * weights[:, :, None], 1) / tl.where(total == 0.0, 1.0, total)
+    tl.store(
+        out_ptr + row[:, None] * W + column[None, :], o.to(out_ptr.dtype.element_ty),
+        mask=(row < rows)[:, None] & (column < W)[None, :],
+    )  # fmt: skip
 
 
-def _case(peers: int, dtype: torch.dtype) -> CompileCase:
+def merge_tile(parts: int, W: int) -> tuple[dict[str, int], int]:
+    """Sizes of a tile over rows, parts and W, and its warps: about 1,024 elements for a warp, 2,048 at most."""
+    block_parts = triton.next_power_of_2(parts)
+    block_w = min(triton.next_power_of_2(W), 128, max(16, 8192 // block_parts))
+    block_rows = max(1, 1024 // (block_parts * block_w))
+    blocks = {"BLOCK_ROWS": block_rows, "BLOCK_P": block_parts, "BLOCK_W": block_w}
+    return blocks, max(1, block_rows * block_parts * block_w // 2048)
+
+
+def _case(peers: int, W: int, dtype: torch.dtype) -> CompileCase:
     element = TRITON_TYPE[dtype]
-    strides = ("stride_o_P", "stride_o_row", "stride_lse_P", "stride_lse_row", "W")
+    blocks, num_warps = merge_tile(peers, W)
     return CompileCase(
         kernel="merge_lse",
         function=_merge_lse_kernel,
-        signature={"o_ptr": f"*{element}", "lse_ptr": "*fp32", "out_ptr": f"*{element}", **dict.fromkeys(strides, "i32")},
-        constexprs={"PEERS": peers, "BLOCK_P": triton.next_power_of_2(peers), "BLOCK_W": BLOCK_W},
-        options={"num_warps": 1, "num_stages": 1},
-        divisible_by_16=("o_ptr", "lse_ptr", "out_ptr", "W"),
-        config=f"{peers} parts, BLOCK_W {BLOCK_W}",
+        signature={
+            "o_ptr": f"*{element}", "lse_ptr": "*fp32", "out_ptr": f"*{element}",
+            **dict.fromkeys((*STRIDES, "rows"), "i32"),
+        },
+        constexprs={"PEERS": peers, "W": W, **blocks},
+        options={"num_warps": num_warps, "num_stages": 1},
+        config=f"{peers} parts, BLOCK_ROWS {blocks['BLOCK_ROWS']}, BLOCK_W {blocks['BLOCK_W']}",
     )  # fmt: skip
 
 
 def merge_lse_triton(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
     """See merge_lse_reference; float32, bfloat16 or float16 parts with float32 lse."""
     peers, B, T, h, W = partial_o_P.shape
+    # views of the packed buffer flatten to views; anything else is copied
     parts, lse = partial_o_P.flatten(1, 3), lse_P.flatten(1, 3)
+    parts = parts if parts.stride(2) == 1 else parts.contiguous()
+    lse = lse if lse.stride(1) == 1 else lse.contiguous()
     out = partial_o_P.new_empty((B, T, h, W))
+    case = _case(peers, W, partial_o_P.dtype)
+    rows = B * T * h
+    blocks = case.constexprs
     launch(
-        _case(peers, partial_o_P.dtype),
-        (B * T * h, triton.cdiv(W, BLOCK_W)),
+        case,
+        (triton.cdiv(rows, blocks["BLOCK_ROWS"]), triton.cdiv(W, blocks["BLOCK_W"])),
         {
             "o_ptr": parts, "lse_ptr": lse, "out_ptr": out, "stride_o_P": parts.stride(0),
-            "stride_o_row": parts.stride(1), "stride_lse_P": lse.stride(0), "stride_lse_row": lse.stride(1), "W": W,
+            "stride_o_row": parts.stride(1), "stride_lse_P": lse.stride(0), "rows": rows,
         },
     )  # fmt: skip
     return out
@@ -87,7 +124,16 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    return [_case(int(site.args[0].shape[0]), site.args[0].dtype)]
+    parts, lse = site.args
+    peers, B, T, h, W = parts.shape
+    # fake views of the packed buffer are contiguous; the real ones begin behind lse and have its strides
+    row_bytes = B * T * h * (W * parts.dtype.itemsize + lse.dtype.itemsize)
+    arguments: dict[str, Any] = {
+        "o_ptr": B * T * h * lse.dtype.itemsize, "lse_ptr": 0, "out_ptr": 0,
+        "stride_o_P": row_bytes // parts.dtype.itemsize, "stride_o_row": W,
+        "stride_lse_P": row_bytes // lse.dtype.itemsize, "rows": B * T * h,
+    }  # fmt: skip
+    return [specialize(_case(int(peers), int(W), parts.dtype), arguments)]
 
 
 MERGE_LSE = register_kernel(

@@ -8,6 +8,7 @@ Nothing here imports Triton; kernels/catalog.py does, by importing the kernel fi
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +81,7 @@ class Kernel:
     """What computes an op.
 
     Attributes:
-        op: base name of the helix:: op.
+        op: base name of the helix:: op; "cache_append.norm_rope": a fused form of it, with more arguments.
         target: the provider's overload; it takes the op's arguments first, positional.
         supports: None where it can compute a site on a target, else the reason why not.
         cases: what has to be compiled for a site on a target.
@@ -108,20 +109,27 @@ class _Registry:
 _REGISTRY = _Registry()  # filled at import of the kernel files and never after
 
 
+def load_kernels() -> None:
+    """Register every kernel of the catalog. Needs Triton, and is slow the first time."""
+    importlib.import_module("helix_compile.kernels.catalog")
+
+
 def register_kernel(kernel: Kernel) -> Kernel:
-    """Add a kernel; its schema must start with the arguments of the op that it stands for.
+    """Add a kernel; its schema must start with the arguments of the op that it stands for, where there is one.
 
     Raises:
         TypeError: an op of that name is registered already, or the schemas differ.
     """
     if kernel.op in _REGISTRY.kernels:
         raise TypeError(f"a kernel for {kernel.op} is registered already")
-    spec = getattr(torch.ops.helix, kernel.op).default._schema
-    own = kernel.target._schema
-    wanted = [(a.name, str(a.type)) for a in spec.arguments]
-    got = [(a.name, str(a.type)) for a in own.arguments][: len(wanted)]
-    if wanted != got or len(spec.returns) != len(own.returns):
-        raise TypeError(f"{own} does not begin like {spec}")
+    base = kernel.op.partition(".")[0]
+    if hasattr(torch.ops.helix, base):
+        spec = getattr(torch.ops.helix, base).default._schema
+        own = kernel.target._schema
+        wanted = [(a.name, str(a.type)) for a in spec.arguments]
+        got = [(a.name, str(a.type)) for a in own.arguments][: len(wanted)]
+        if wanted != got or len(spec.returns) != len(own.returns):
+            raise TypeError(f"{own} does not begin like {spec}")
     _REGISTRY.kernels[kernel.op] = kernel
     return kernel
 

@@ -70,3 +70,20 @@ def device_target(device: torch.device) -> KernelTarget:
             "Python starts, or use lower='reference'"
         )
     return KernelTarget(INTERPRETER, SM_COUNT[INTERPRETER])
+
+
+def target_for(lower: str, device: torch.device) -> KernelTarget | None:
+    """What `lower` asks for on `device`; None: torch references. "auto" is Triton on CUDA >= 9.0.
+
+    Raises:
+        LoweringUnavailable: "triton" where it can't run.
+    """
+    if lower == "triton":
+        return device_target(device)
+    if (
+        lower == "auto"
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    ):
+        return device_target(device)
+    return None

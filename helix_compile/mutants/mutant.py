@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.module import HelixModule
-from helix_compile.passes.fx_edit import calls
-from helix_compile.verifier.static_plan import base_name
+from helix_compile.passes.fx_edit import calls, helix_op
 
 c10d = torch.ops._c10d_functional
 WAIT = c10d.wait_tensor.default
@@ -64,7 +63,7 @@ def bodies(compiled: HelixModule) -> Iterator[fx.GraphModule]:
 def nodes_of(compiled: HelixModule, base: str) -> list[fx.Node]:
     """Every node of a helix op, in bodies and outer graph."""
     graphs = [compiled.graph.graph, *(b.graph for b in bodies(compiled))]
-    return [n for g in graphs for n in g.nodes if base_name(n.target) == base]
+    return [n for g in graphs for n in g.nodes if helix_op(n) == base]
 
 
 def collectives(compiled: HelixModule, target: Any) -> list[fx.Node]:

@@ -63,6 +63,14 @@ def is_call(node: Any, *targets: Callable) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def helix_op(node: Any) -> str:
+    """mla_decode for a call of helix::mla_decode or of a provider's op that stands for it; else ""."""
+    if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    provider, name = node.target._schema.name.split("::")
+    return name if provider.startswith("helix") else ""
+
+
 def is_collective(node: Any) -> bool:
     """True for the start of a collective (not for its wait_tensor)."""
     return (

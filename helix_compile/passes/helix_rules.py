@@ -31,19 +31,44 @@ def _shard_index(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayou
 
 
 def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    cache, table, slots, visible, latent, k_rope = (of(a) for a in node.args)
+    cache, _, slots, visible = (of(a) for a in node.args[:4])
     require(cache == slots == visible, "cache, slots and visible are not of one rank")
-    require(not (table or latent or k_rope), "what is appended must be whole on every rank")
+    # a fused form takes the norm's weight and RoPE's tables besides
+    whole = [of(a) for a in (node.args[1], *node.args[4:]) if isinstance(a, fx.Node)]
+    require(not any(whole), "what is appended must be whole on every rank")
     return dict(visible)
 
 
 def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     q_latent, q_rope, cache, table, visible = (of(a) for a in node.args[:5])
     require(q_latent == q_rope, f"q is {format_layout(q_latent)} and {format_layout(q_rope)}")
-    heads = parse_layout("tpa:S(2)") if degrees.tpa > 1 and degrees.kvp > 1 else {}
-    heads = parse_layout("world:S(2)") if degrees.tpa > 1 and degrees.kvp == 1 else heads
+    heads = _heads(degrees)
     require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
     require(cache == visible and not table, "cache and visible are not of one rank")
+    return _partials(heads, degrees)
+
+
+def _gqa_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Query heads and KV heads are cut over tpa, the slots of a sequence over kvp."""
+    q, k_cache, v_cache, table, visible = (of(a) for a in node.args[:5])
+    heads = _heads(degrees)
+    require(q == heads, f"q is {format_layout(q)}, expected {format_layout(heads)}")
+    require(
+        k_cache == v_cache == {**visible, **heads},
+        f"caches are {format_layout(k_cache)}, {format_layout(v_cache)}, visible {format_layout(visible)}",
+    )
+    require(not table, "the page table must be whole on every rank")
+    return _partials(heads, degrees)
+
+
+def _heads(degrees: HelixLayout) -> Layout:
+    """The layout of q and of a cache with heads: dim 2 is cut over tpa."""
+    if degrees.tpa == 1:
+        return {}
+    return parse_layout("tpa:S(2)" if degrees.kvp > 1 else "world:S(2)")
+
+
+def _partials(heads: Layout, degrees: HelixLayout) -> Result:
     out = {**heads, **({"kvp": PartialSoftmax()} if degrees.kvp > 1 else {})}
     return (out, dict(out))
 
@@ -96,6 +121,22 @@ def _moe_experts(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayou
     return {"world": Partial("sum")} if degrees.world_size > 1 else {}
 
 
+def _moe_router(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    require(not any(of(a) for a in node.args[:2]), "logits and bias must be whole on every rank")
+    return ({}, {})
+
+
+def _rope_heads(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """[B, H, T, r] -> [B, T, H, r]: where heads are cut, they still are."""
+    q, cos, sin = (of(a) for a in node.args[:3])
+    require(not (cos or sin), "the tables of RoPE must be whole on every rank")
+    require(
+        all(p == Shard(1) for p in q.values()),
+        f"queries are {format_layout(q)}, expected heads cut",
+    )
+    return {axis: Shard(2) for axis in q}
+
+
 def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     got, source = of(node.args[0]), normal_form(parse_layout(node.args[1]), degrees)
     stacked = got.get("kvp") == PartialSoftmax() and node.args[1] == "kvp:S(0)"
@@ -111,9 +152,12 @@ HELIX_RULES: dict[Any, Rule] = {
     helix.shard_index.default: _shard_index,
     helix.cache_append.default: _cache_append,
     helix.mla_decode.default: _mla_decode,
+    helix.gqa_decode.default: _gqa_decode,
     helix.all_to_all_heads.default: _all_to_all_heads,
     helix.merge_lse.default: _merge_lse,
     helix.rescale_by_lse.default: _rescale_by_lse,
     helix.moe_experts.default: _moe_experts,
+    helix.moe_router.default: _moe_router,
+    helix.rope_heads.default: _rope_heads,
     helix.reshard.default: _reshard,
 }

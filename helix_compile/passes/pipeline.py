@@ -9,16 +9,20 @@ import torch
 from torch import fx
 
 from helix_compile.capture import CapturedGraph
-from helix_compile.graph_pass import Check, GraphPass, copy_module
+from helix_compile.graph_pass import Check, GraphPass, PassResult, copy_module
+from helix_compile.kernels.registry import Capacity, load_kernels
+from helix_compile.kernels.target import KernelTarget
 from helix_compile.kv_cache import pages_per_sequence
 from helix_compile.matches import LayerMatch
 from helix_compile.options import PAGE_SIZE
 from helix_compile.passes.check_layouts import check_layouts
-from helix_compile.passes.fx_edit import node_named, placeholders
+from helix_compile.passes.fuse_kernels import fuse_kernels
+from helix_compile.passes.fx_edit import erase_unused, node_named, placeholders
 from helix_compile.passes.lower import lower_pass, no_moves_left
 from helix_compile.passes.propagate import fake_mode_of
 from helix_compile.passes.reshard import reshard_pass
 from helix_compile.passes.rewire_outer import rewire_outer_pass, update_calls_pass
+from helix_compile.passes.select_kernels import select_kernels
 from helix_compile.passes.shard_attention import shard_attention_pass
 from helix_compile.passes.shard_ffn import shard_ffn_pass
 from helix_compile.plan import HelixPlan
@@ -27,9 +31,12 @@ STAGES = ("captured", "attention", "reshard", "ffn", "lowered")
 
 
 def helix_passes(
-    captured: CapturedGraph, matches: dict[str, LayerMatch], plan: HelixPlan
+    captured: CapturedGraph,
+    matches: dict[str, LayerMatch],
+    plan: HelixPlan,
+    target: KernelTarget | None = None,
 ) -> list[GraphPass]:
-    """Every pass in order, bound to its matches and plan."""
+    """Every pass in order, bound to its matches and plan. Without a target compute ops keep their references."""
     layout, names = plan.layout, list(matches)
     examples = {n: _examples(captured.bodies[n].graph, matches[n], plan) for n in names}
     common: dict[str, dict[str, Any]] = {
@@ -45,6 +52,7 @@ def helix_passes(
         caches={layer.index: layer.caches for layer in captured.layers},
         plan=plan,
     )
+    lower = partial(_lower, target=target, capacity=capacity_of(plan))
     typed = {n: partial(check_layouts, plan=plan.body(n), degrees=layout) for n in names}
     return [
         GraphPass(
@@ -87,10 +95,28 @@ def helix_passes(
         # last: until here graphs speak of moves, so that golden graphs and diffs stay readable
         GraphPass(
             "lowered",
-            {n: (lower_pass, len(plan.body(n).collectives)) for n in names},
+            {n: (lower, len(plan.body(n).collectives)) for n in names},
             ensures={n: partial(_is_lowered, typed=typed[n]) for n in names},
         ),
     ]
+
+
+def capacity_of(plan: HelixPlan) -> Capacity:
+    """Sizes that a graph leaves open and its kernels' grids are made for."""
+    slots = pages_per_sequence(plan.options, plan.layout.kvp) * PAGE_SIZE
+    return Capacity(plan.options.max_batch_size, slots)
+
+
+def _lower(gm: fx.GraphModule, *, target: KernelTarget | None, capacity: Capacity) -> PassResult:
+    """Moves first: only then does an exchange stand where a kernel may write into its buffer."""
+    result = lower_pass(gm)
+    if target is not None:
+        load_kernels()
+        select_kernels(gm.graph, target, capacity)
+        # after selection: what is fused are kernels of the same provider
+        fuse_kernels(gm.graph, target, capacity)
+        erase_unused(gm.graph, keep=placeholders(gm.graph))
+    return result
 
 
 def _is_lowered(gm: fx.GraphModule, *, typed: Check) -> None:

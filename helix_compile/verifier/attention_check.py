@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.matches import AttentionMatch
+from helix_compile.passes.fx_edit import helix_op
 from helix_compile.verifier.layer_run import CapturedReference, LayerRun
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.scratch import Scratch, deal
-from helix_compile.verifier.static_plan import base_name
 
 # rel-RMSE of one attention output on identical inputs; bf16: correct runs reach 0.0018, the weakest fault 0.0117
 ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -79,7 +79,7 @@ def _blame(
     layout, options = scratch.compiled.plan.layout, scratch.compiled.plan.options
     for rank, values in enumerate(run.values):
         q = torch.cat([values[n.name].double() for n in decode.args[:2]], dim=-1)
-        o, lse = (x.double() for x in values[decode.name])
+        o, lse = _merged(*(x.double() for x in values[decode.name]))
         for row, length in enumerate(scratch.lengths):
             T = q.shape[1]
             mine = deal(length, layout.kvp, options.tokens_per_block)[rank % layout.kvp]
@@ -106,6 +106,15 @@ def _blame(
     return "each rank's own part is right: the exchange or the merge is wrong", 6
 
 
+def _merged(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """One part a row: a kernel may leave the parts of its splits, o [B, T, H, S, R] and lse [B, T, H, S]."""
+    if lse.dim() == 3:
+        return o, lse
+    whole = torch.logsumexp(lse, dim=3)
+    shares = torch.where(lse > -torch.inf, lse - whole[..., None], -torch.inf).exp()
+    return torch.where(shares[..., None] > 0, o, 0.0).mul(shares[..., None]).sum(dim=3), whole
+
+
 def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int) -> Tensor:
     """Causal attention of q [T, h, R + r] over entries [length, R + r]; the last T of them are the queries' own."""
     T = q.shape[0]
@@ -117,5 +126,5 @@ def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int) -
 
 def _decode_node(graph: fx.Graph, number: int) -> fx.Node | None:
     """The decode op of a body's `number`-th attention."""
-    nodes = [n for n in graph.nodes if base_name(n.target) == "mla_decode"]
+    nodes = [n for n in graph.nodes if helix_op(n) == "mla_decode"]
     return nodes[number] if number < len(nodes) else None

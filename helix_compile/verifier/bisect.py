@@ -16,9 +16,9 @@ from torch import Tensor, fx
 
 from helix_compile.layout import HelixLayout
 from helix_compile.matches import LayerMatch
+from helix_compile.passes.fx_edit import helix_op
 from helix_compile.verifier.layer_run import fitted, replicas
 from helix_compile.verifier.report import Finding
-from helix_compile.verifier.static_plan import base_name
 
 # a value may be this far from its fp64 twin (rel-RMSE) before it counts as wrong, noise of earlier ops included
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -206,7 +206,7 @@ def _family(suspects: list[fx.Node], off: float) -> int:
         return {"param": 2, "tensor": 8}.get(suspects[-1].meta.get("input", [""])[0], 0)
     if off == float("inf"):
         return 5
-    names = [base_name(n.target) for n in suspects]
+    names = [helix_op(n) for n in suspects]
     for name, family in _FAMILY.items():
         if name in names:
             return 6 if name == "mla_decode" and "merge_lse" in names else family

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helix_compile.passes.fx_edit import helix_op
+
 _TOPK = torch.ops.aten.topk.default
 # a margin below this part of the largest score may turn by rounding of the layers before the router
 NEAR_TIE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -71,16 +73,36 @@ class RecordTopK(TorchDispatchMode):
 def topk_hook(choices: Choices, *, with_scores: bool = False) -> Any:
     """A hook for VirtualWorld.run that records rank 0's choices; with_scores: their margins too."""
     scores: dict[str, Tensor] = {}
+    router_inputs: dict[str, Tensor] = {}
 
     def hook(rank: int, node: fx.Node, value: Any) -> None:
         if rank:
             return
+        if any(helix_op(user) == "moe_router" for user in node.users):
+            router_inputs[node.name] = value
+        if helix_op(node) == "moe_router":
+            logits, bias = (router_inputs[n.name] for n in node.args[:2])
+            _add_router(choices, logits, bias, node, value[0])
         if with_scores and any(user.target is _TOPK for user in node.users):
             scores[node.name] = value
         if node.op == "call_function" and node.target is _TOPK:
             choices.add(scores.get(node.args[0].name), value[1])
 
     return hook
+
+
+def _add_router(choices: Choices, logits: Tensor, bias: Tensor, node: fx.Node, ids: Tensor) -> None:
+    """The top-ks that the fused router stands for: those of the groups are taken again, that of the experts is its own."""
+    groups, kept = node.args[2:4]
+    scores = logits.sigmoid() + bias
+    two_best = scores.unflatten(1, (groups, -1)).topk(2, dim=-1)
+    choices.add(scores.unflatten(1, (groups, -1)), two_best.indices)
+    totals = two_best.values.sum(dim=-1)
+    chosen = totals.topk(kept, dim=-1).indices
+    choices.add(totals, chosen)
+    open_groups = torch.zeros_like(totals, dtype=torch.bool).scatter(1, chosen, True)
+    size = scores.shape[1] // groups
+    choices.add(scores.masked_fill(~open_groups.repeat_interleave(size, 1), -torch.inf), ids)
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,12 @@ from torch import Tensor, fx
 
 from helix_compile.layout import HelixLayout
 from helix_compile.matches import LayerMatch
-from helix_compile.passes.fx_edit import aten, calls, is_param, placeholders
+from helix_compile.passes.fx_edit import aten, calls, helix_op, is_param, placeholders
 from helix_compile.plan import BodyPlan, HelixPlan
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static_graph import COLLECTIVES
 
 WORK_SLACK = 1e-9  # counts are exact; this only forgives the division
-
-
-def base_name(target: Any) -> str:
-    """mla_decode of helix::mla_decode and of any provider's op that stands for it; else ""."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return ""
-    provider, name = target._schema.name.split("::")
-    return name if provider.startswith("helix") else ""
 
 
 def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> list[Finding]:
@@ -195,7 +187,7 @@ def check_work(
         attended = sum(
             int(_size(n.args[0].meta["val"].shape[2]))
             for n in graph.nodes
-            if base_name(n.target) == "mla_decode" and "val" in n.args[0].meta
+            if helix_op(n) == "mla_decode" and "val" in n.args[0].meta
         )
         heads = sum(a.num_heads // plan.layout.tpa for a in match.attentions)
         if attended != heads:
@@ -228,7 +220,7 @@ def _macs(graph: fx.Graph) -> float:
             total += _numel(node) * _size(node.args[0].meta["val"].shape[-1])
         elif node.target is aten.einsum.default:
             total += _einsum_macs(node)
-        elif base_name(node.target) == "moe_experts":
+        elif helix_op(node) == "moe_experts":
             # an upper bound that the plan counts alike: every local expert once for each token
             total += tokens * (_numel(node.args[3]) + _numel(node.args[4]))
     return total / tokens

@@ -1,0 +1,237 @@
+"""cache_append: the owner writes latent [B, T, R] and k_rope [B, T, r] at its slots; returns a copy of `visible`.
+
+    cache_append.norm_rope: latent before RMSNorm and k_rope before rope: norm, rope and append in one kernel
+
+    B sequences, T new tokens a sequence, R kv_lora_rank, r rope width, cos and sin [B, T, r] or [1, T, r]
+    cache [pages, page_size, R + r], page_table [B, pages of a sequence], slots and visible [B, T]
+    program (token): cache[page_table[b, slot // page_size], slot % page_size] = [latent, k_rope]; slot -1: nothing
+
+Norm and rope are computed in float32; as in the model the normed latent is rounded to its own dtype before the weight.
+The specs are cache_append_reference and cache_append_norm_rope_reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from helix_compile.kernels.launch import launch
+from helix_compile.kernels.launch_facts import specialize
+from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
+from helix_compile.kernels.rope_heads import TRITON_TYPE, rotate_pairs, token_strides, unit_stride
+from helix_compile.kernels.target import KernelTarget
+from helix_compile.kernels.triton_ops import define_triton_op
+
+ELEMENT = {**TRITON_TYPE, torch.int32: "i32", torch.int64: "i64"}
+ANGLE_STRIDES = ("stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T")
+FUSED_ONLY = ("norm_weight_ptr", "cos_ptr", "sin_ptr", "eps", *ANGLE_STRIDES)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _cache_append_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
+    cache_ptr, page_table_ptr, slots_ptr, visible_ptr, latent_ptr, k_rope_ptr, norm_weight_ptr, cos_ptr, sin_ptr, out_ptr,
+    stride_cache_page, stride_cache_slot, stride_table_B,
+    stride_latent_B, stride_latent_T, stride_rope_B, stride_rope_T,
+    stride_cos_B, stride_cos_T, stride_sin_B, stride_sin_T, T, eps,
+    NORM_ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, PAGE: tl.constexpr, R: tl.constexpr, r: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_ROPE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    b, t = token // T, token % T
+    tl.store(out_ptr + token, tl.load(visible_ptr + token))
+    slot = tl.load(slots_ptr + token)
+    if slot >= 0:
+        page = tl.load(page_table_ptr + b * stride_table_B + slot // PAGE).to(tl.int64)
+        row_ptr = cache_ptr + page * stride_cache_page + (slot % PAGE) * stride_cache_slot
+        cache_dtype: tl.constexpr = cache_ptr.dtype.element_ty
+        channel = tl.arange(0, BLOCK_R)
+        latent = tl.load(latent_ptr + b * stride_latent_B + t * stride_latent_T + channel, mask=channel < R, other=0.0)  # fmt: skip
+        k_rope_row = k_rope_ptr + b * stride_rope_B + t * stride_rope_T
+        if NORM_ROPE:
+            wide = latent.to(tl.float32)
+            scale = tl.rsqrt(tl.sum(wide * wide, 0) / R + eps)
+            weight = tl.load(norm_weight_ptr + channel, mask=channel < R, other=0.0).to(tl.float32)
+            normed = (wide * scale).to(latent_ptr.dtype.element_ty).to(tl.float32)
+            tl.store(row_ptr + channel, (weight * normed).to(cache_dtype), mask=channel < R)
+            pair = tl.arange(0, BLOCK_ROPE // 2)
+            first, second = rotate_pairs(
+                k_rope_row, cos_ptr + b * stride_cos_B + t * stride_cos_T, sin_ptr + b * stride_sin_B + t * stride_sin_T,
+                pair, pair < r // 2, r, INTERLEAVED,
+            )  # fmt: skip
+            tl.store(row_ptr + R + pair, first.to(cache_dtype), mask=pair < r // 2)
+            tl.store(row_ptr + R + r // 2 + pair, second.to(cache_dtype), mask=pair < r // 2)
+        else:
+            tl.store(row_ptr + channel, latent.to(cache_dtype), mask=channel < R)
+            rope_channel = tl.arange(0, BLOCK_ROPE)
+            k_rope = tl.load(k_rope_row + rope_channel, mask=rope_channel < r, other=0.0)
+            tl.store(row_ptr + R + rope_channel, k_rope.to(cache_dtype), mask=rope_channel < r)
+
+
+def _arguments(
+    out: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+) -> dict[str, Any]:
+    """Arguments of a launch that only appends; tensors may be fake."""
+    page_table, latent, k_rope = unit_stride(page_table), unit_stride(latent), unit_stride(k_rope)
+    return {
+        "cache_ptr": cache, "page_table_ptr": page_table, "slots_ptr": slots.contiguous(),
+        "visible_ptr": visible.contiguous(), "latent_ptr": latent, "k_rope_ptr": k_rope, "out_ptr": out,
+        "stride_cache_page": cache.stride(0), "stride_cache_slot": cache.stride(1), "stride_table_B": page_table.stride(0),
+        **dict(zip(("stride_latent_B", "stride_latent_T"), token_strides(latent), strict=True)),
+        **dict(zip(("stride_rope_B", "stride_rope_T"), token_strides(k_rope), strict=True)),
+        "T": slots.shape[1],
+    }  # fmt: skip
+
+
+def _norm_rope_arguments(
+    norm_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> dict[str, Any]:
+    cos, sin = unit_stride(cos), unit_stride(sin)
+    strides = zip(ANGLE_STRIDES, (*token_strides(cos), *token_strides(sin)), strict=True)
+    return {"norm_weight_ptr": norm_weight.contiguous(), "eps": eps, "cos_ptr": cos, "sin_ptr": sin, **dict(strides)}  # fmt: skip
+
+
+def _triton_type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"*{ELEMENT[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _case(arguments: dict[str, Any], R: int, r: int, interleaved: bool | None) -> CompileCase:
+    """The case of `arguments`; `interleaved` None: append without norm and rope."""
+    fused = interleaved is not None
+    form = "append" if not fused else f"norm, rope ({'interleaved' if interleaved else 'halves'})"
+    return CompileCase(
+        kernel="cache_append.norm_rope" if fused else "cache_append",
+        function=_cache_append_kernel,
+        signature={name: _triton_type(value) for name, value in arguments.items()},
+        constexprs={
+            **({} if fused else dict.fromkeys(FUSED_ONLY)), "NORM_ROPE": fused, "INTERLEAVED": bool(interleaved),
+            "PAGE": int(arguments["cache_ptr"].shape[1]), "R": R, "r": r,
+            "BLOCK_R": triton.next_power_of_2(R), "BLOCK_ROPE": triton.next_power_of_2(r),
+        },
+        options={"num_warps": 1, "num_stages": 1},
+        config=f"{form}, {R} + {r} channels",
+    )  # fmt: skip
+
+
+def cache_append_triton(
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+) -> Tensor:
+    """See cache_append_reference; float32, bfloat16 or float16 in any combination."""
+    out = _cache_append_fake(cache, page_table, slots, visible, latent, k_rope)
+    arguments = _arguments(out, cache, page_table, slots, visible, latent, k_rope)
+    case = _case(arguments, latent.shape[2], k_rope.shape[2], None)
+    launch(case, (slots.numel(),), arguments)
+    return out
+
+
+def cache_append_norm_rope_triton(
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    """See cache_append_norm_rope_reference."""
+    out = _cache_append_fake(cache, page_table, slots, visible, latent, k_rope)
+    arguments = {
+        **_arguments(out, cache, page_table, slots, visible, latent, k_rope),
+        **_norm_rope_arguments(norm_weight, eps, cos, sin),
+    }
+    case = _case(arguments, latent.shape[2], k_rope.shape[2], interleaved)
+    launch(case, (slots.numel(),), arguments)
+    return out
+
+
+def _cache_append_fake(
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    *norm_rope: Any,
+) -> Tensor:
+    return torch.empty_like(visible, memory_format=torch.contiguous_format)
+
+
+def _refusal(cache: Tensor, floats: tuple[Tensor, ...]) -> str | None:
+    if any(x.dtype not in TRITON_TYPE for x in (cache, *floats)):
+        dtypes = ", ".join(str(x.dtype) for x in floats)
+        return f"cache of {cache.dtype}, values of {dtypes}; the kernel takes 16- and 32-bit floats"
+    if cache.stride(2) != 1:
+        return (
+            f"channels of the cache have stride {cache.stride(2)}; the kernel writes rows in place"
+        )
+    return None
+
+
+def _supports(site: Site, target: KernelTarget) -> str | None:
+    return _refusal(site.args[0], site.args[4:6])
+
+
+def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
+    arguments = _arguments(_cache_append_fake(*site.args), *site.args)
+    R, r = (int(x.shape[2]) for x in site.args[4:6])
+    return [specialize(_case(arguments, R, r, None), arguments)]
+
+
+def cache_append_norm_rope_supports(site_args: tuple[Any, ...], target: KernelTarget) -> str | None:
+    """None where cache_append.norm_rope takes `site_args` on a target, else the reason why not."""
+    cache, _, _, _, latent, k_rope, norm_weight, _, cos, sin, _ = site_args
+    if k_rope.shape[2] % 2:
+        return f"rope width {k_rope.shape[2]} is odd"
+    return _refusal(cache, (latent, k_rope, norm_weight, cos, sin))
+
+
+def cache_append_norm_rope_cases(
+    site_args: tuple[Any, ...], target: KernelTarget
+) -> list[CompileCase]:
+    """What has to be compiled for cache_append.norm_rope with arguments like `site_args`."""
+    append, norm_rope = site_args[:6], site_args[6:10]
+    arguments = {
+        **_arguments(_cache_append_fake(*append), *append),
+        **_norm_rope_arguments(*norm_rope),
+    }
+    R, r = (int(x.shape[2]) for x in append[4:])
+    return [specialize(_case(arguments, R, r, site_args[10]), arguments)]
+
+
+APPEND_SCHEMA = "Tensor(a!) cache, Tensor page_table, Tensor slots, Tensor visible, Tensor latent, Tensor k_rope"  # fmt: skip
+CACHE_APPEND = register_kernel(
+    Kernel(
+        op="cache_append",
+        target=define_triton_op(
+            f"cache_append({APPEND_SCHEMA}) -> Tensor", cache_append_triton, _cache_append_fake
+        ),
+        supports=_supports,
+        cases=_cases,
+    )
+)
+CACHE_APPEND_NORM_ROPE = define_triton_op(
+    f"cache_append.norm_rope({APPEND_SCHEMA}, Tensor norm_weight, float eps, Tensor cos, Tensor sin, bool interleaved)"
+    " -> Tensor",
+    cache_append_norm_rope_triton,
+    _cache_append_fake,
+)

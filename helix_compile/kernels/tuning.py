@@ -1,0 +1,168 @@
+"""Which form and block sizes a kernel gets, and why: one table, an entry a (op, arch, dtype, shape class).
+
+    mla_config(...)    the first entry that a call satisfies: TMA forms first, pointer loads last
+    split_count(...)   how many programs share one sequence's shard
+
+Everything here is a pure function of shapes, dtypes and the target, so that grids are static and a launch can be
+captured. An entry's evidence says what chose it: a static table, or a measurement with card and date.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helix_compile.kernels.target import INTERPRETER, KernelTarget
+
+STATIC = "static table, docs/kernels.md"
+MAX_SPLITS = 64  # the merge holds one part of each split
+HALVES, SINGLE, TRANSPOSED, POINTER = "halves", "single", "transposed", "pointer"
+
+
+@dataclass(frozen=True)
+class MlaConfig:
+    """How mla_decode is built.
+
+    Attributes:
+        form: HALVES, SINGLE, TRANSPOSED (all by TMA) or POINTER.
+        block_h: rows (t * H + h) of one program.
+        block_n: KV slots of one step.
+        num_warps: warps that the compiler starts from (specialisation adds some).
+        num_stages: tiles in flight.
+        warp_specialize: ask for producer and consumer warps; Blackwell only.
+    """
+
+    form: str
+    block_h: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    warp_specialize: bool = False
+
+    def __str__(self) -> str:
+        special = ", warp-specialised" if self.warp_specialize else ""
+        return (
+            f"{self.form}, BLOCK_H {self.block_h}, BLOCK_N {self.block_n}, {self.num_warps} warps, "
+            f"{self.num_stages} stages{special}"
+        )
+
+
+@dataclass(frozen=True)
+class MlaShape:
+    """What a choice may depend on.
+
+    Attributes:
+        rows: T * H query rows of a sequence.
+        R: latent width.
+        r: rope width.
+        page_size: slots of a page.
+        itemsize: bytes of an element of q.
+        tma: the cache can be described to TMA: 16-byte rows and base, q and cache of 16 bits or narrower.
+    """
+
+    rows: int
+    R: int
+    r: int
+    page_size: int
+    itemsize: int
+    tma: bool
+
+
+@dataclass(frozen=True)
+class MlaEntry:
+    """One line of the table.
+
+    Attributes:
+        arch: "sm_100" stands for sm_10x, INTERPRETER for itself, "" for any.
+        max_rows: the shape class: up to so many rows a sequence; None: any.
+        itemsize: bytes of an element of q that it is meant for; None: any.
+        scaled: for the FP8 cache with scales; None: either.
+        config: the choice.
+        evidence: what chose it.
+    """
+
+    arch: str
+    max_rows: int | None
+    itemsize: int | None
+    config: MlaConfig
+    evidence: str
+    scaled: bool | None = None
+
+
+MLA_DECODE = (
+    MlaEntry("sm_100", 32, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2), STATIC, False),
+    MlaEntry("sm_100", None, 2, MlaConfig(HALVES, 64, 64, 8, 2, True), STATIC, False),
+    MlaEntry("sm_90", 16, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2), STATIC, False),
+    MlaEntry("sm_90", 32, 2, MlaConfig(TRANSPOSED, 32, 64, 4, 2), STATIC, False),
+    MlaEntry("sm_90", None, 2, MlaConfig(SINGLE, 64, 64, 8, 2), STATIC, False),
+    MlaEntry(INTERPRETER, 32, None, MlaConfig(TRANSPOSED, 16, 16, 4, 2), "runs each form"),
+    MlaEntry(INTERPRETER, None, None, MlaConfig(HALVES, 64, 16, 4, 2), "runs each form"),
+    MlaEntry(INTERPRETER, None, None, MlaConfig(POINTER, 16, 16, 4, 2), "small tiles: more steps"),
+    MlaEntry("", None, 2, MlaConfig(POINTER, 16, 32, 4, 2), STATIC),
+    MlaEntry("", None, 4, MlaConfig(POINTER, 16, 16, 4, 1), STATIC),
+)  # fmt: skip
+
+
+def mla_config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
+    """The first entry whose class holds the shape and whose form can run it."""
+    return next(entry for entry in MLA_DECODE if _applies(entry, shape, target, scaled)).config
+
+
+def pointer_config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
+    """What `mla_config` would choose if there were no TMA."""
+    return next(
+        entry.config
+        for entry in MLA_DECODE
+        if entry.config.form == POINTER and _applies(entry, shape, target, scaled)
+    )
+
+
+def _applies(entry: MlaEntry, shape: MlaShape, target: KernelTarget, scaled: bool) -> bool:
+    return (
+        entry.arch in ("", _family(target))
+        and (entry.max_rows is None or shape.rows <= entry.max_rows)
+        and entry.itemsize in (None, shape.itemsize)
+        and entry.scaled in (None, scaled)
+        and (entry.config.form == POINTER or _tma_form_runs(entry.config, shape))
+    )
+
+
+def _family(target: KernelTarget) -> str:
+    """sm_103 is tuned as sm_100; below and beyond, each architecture is its own."""
+    return "sm_100" if 100 <= target.capability < 110 else target.arch
+
+
+def _tma_form_runs(config: MlaConfig, shape: MlaShape) -> bool:
+    """Whether tiles are powers of two that lie in one page and stay within the shared memory they were chosen for."""
+    powers = all(16 <= size and size & (size - 1) == 0 for size in (shape.R, shape.r))
+    return (
+        shape.tma
+        and powers
+        and 32 <= shape.R <= 512
+        and shape.r <= 64
+        and shape.page_size % config.block_n == 0
+    )
+
+
+def split_count(
+    B: int,
+    T: int,
+    H: int,
+    max_slots: int,
+    target: KernelTarget,
+    block_h: int = 64,
+    block_n: int = 64,
+) -> int:
+    """Splits of a sequence's shard: a power of two that fills the card once, at most one a tile of KV slots.
+
+    Args:
+        B: sequences.
+        T: new tokens a sequence.
+        H: query heads of this rank.
+        max_slots: capacity of a sequence's shard; lengths live on the device and may not be asked.
+        target: whose streaming multiprocessors are to be filled.
+        block_h: rows of a program.
+        block_n: slots of a tile.
+    """
+    programs = max(1, B * -(-T * H // block_h))
+    wanted = min(target.sm_count // programs, -(-max_slots // block_n), MAX_SPLITS)
+    return 1 << (max(wanted, 1).bit_length() - 1)

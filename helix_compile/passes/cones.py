@@ -1,0 +1,70 @@
+"""Which piece of a graph is a function of one value: walk back from its results until only that value is left.
+
+A fused kernel stands for such a piece. What the piece computes is decided by evaluating it, not by its spelling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.passes.fx_edit import is_param
+
+
+def single_inputs(
+    graph: fx.Graph, results: Collection[fx.Node], besides: Collection[fx.Node] = ()
+) -> Iterator[fx.Node]:
+    """Every node that `results` depend on through nothing else, nearest first.
+
+    Parameters, sizes and the nodes `besides` do not count as inputs of their own.
+    """
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    frontier = set(results)
+    while frontier:
+        last = max(frontier, key=order.__getitem__)
+        if len(frontier) == 1 and last not in results:
+            yield last
+        if last.op != "call_function":
+            return
+        frontier.remove(last)
+        frontier |= {n for n in last.all_input_nodes if _carries(n) and n not in besides}
+
+
+def _carries(node: fx.Node) -> bool:
+    """True for a node that carries tokens: no parameter, nothing computed from parameters alone, no size."""
+    if is_param(node) or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+        return False
+    if node.op == "placeholder":
+        return True
+    inputs = node.all_input_nodes
+    return any(_carries(n) for n in inputs)
+
+
+def ancestors(results: Collection[fx.Node], until: Collection[fx.Node]) -> set[fx.Node]:
+    """Everything that `results` are computed from, up to and without `until`; the results included."""
+    found: set[fx.Node] = set()
+    todo = list(results)
+    while todo:
+        node = todo.pop()
+        if node in found or node in until:
+            continue
+        found.add(node)
+        todo.extend(node.all_input_nodes)
+    return found
+
+
+def constants(nodes: Collection[fx.Node]) -> list[float]:
+    """Python floats among the arguments of `nodes`: where a cone's epsilons and factors are."""
+    return [a for n in nodes for a in n.args if isinstance(a, float)]
+
+
+def close(got: Tensor, expected: Tensor) -> bool:
+    """Equal but for rounding: a few units in the last place of the narrower of the two dtypes."""
+    if got.shape != expected.shape:
+        return False
+    unit = max(torch.finfo(got.dtype).eps, torch.finfo(expected.dtype).eps, 1e-6)
+    got, expected = got.double(), expected.double()
+    scale = expected.abs().amax().clamp(min=1e-30)
+    return bool(((got - expected).abs() <= 8 * unit * scale).all())
