@@ -138,7 +138,7 @@ def _first_error(log: Path) -> str:
     """The line of a compiler's output that says most."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     telling = [s for s in lines if re.search(r"error|Assertion|LLVM ERROR|not supported", s)]
-    return (telling or lines or [""])[0].strip()
+    return _without_folders((telling or lines or [""])[0].strip())
 
 
 def _work(job: _Job, send: Connection) -> None:
@@ -155,7 +155,12 @@ def _short(message: str) -> str:
     """First line and the last one that speaks of an error, of a message that quotes source and command lines."""
     lines = [line.strip() for line in message.splitlines() if line.strip(" ^")] or ["no message"]
     telling = [s for s in lines[1:] if "error" in s.lower()] or lines[1:]
-    return " ".join([lines[0], *telling[-1:]])
+    return _without_folders(" ".join([lines[0], *telling[-1:]]))
+
+
+def _without_folders(text: str) -> str:
+    """File names instead of paths: a reason reads the same on every machine."""
+    return re.sub(r"(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", text)
 
 
 def _compile(job: _Job) -> StaticFigures:
