@@ -6,7 +6,7 @@ A loop is a backward branch whose target dominates it (a branch to a lower addre
 out of line jumps back, too). Loops are left out that
 
     hold another loop: the outer one runs once where the inner one runs many times;
-    are spins: at most SPIN_SIZE instructions that wait for a barrier, for registers or for tensor memory;
+    are spins: at most SPIN_SIZE instructions that wait for a barrier, for registers or for tensor memory to be free;
     dispatch: the loop in which worker warps wait for the next partition (it holds the indirect branch).
 
 Hot are those of the rest that compute, move or hand over tiles: they hold a tensor-core instruction, a TMA load, an
@@ -32,7 +32,7 @@ import networkx as nx
 SPIN_SIZE = 8
 _WAITS = ("SYNCS", "USETMAXREG", "UTCATOMSWS", "NANOSLEEP", "ACQBULK")
 _SPILLS = ("LDL", "STL")
-_TILES = ("UTMALDG", "LDTM", "STTM", "SYNCS")
+_TILES = ("UTMALDG", "LDTM", "STTM")
 _TENSOR_CORE = {
     "tcgen05": ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA", "UTCMXQMMA"),
     "wgmma": ("HGMMA", "QGMMA", "IGMMA", "BGMMA"),
@@ -179,7 +179,7 @@ def hot_loops(
                 spill_ops=sum(i.is_spill for i in inside),
                 warps=partitions[owners[0]] if owners else own_warps,
                 partition=owners[0] if owners else None,
-                moves_tiles=tensor_core(inside) != "none" or any(i.base in _TILES for i in inside),
+                moves_tiles=_touches_tiles(inside) or any(i.base == "SYNCS" for i in inside),
             )
         )
     return [loop for loop in found if loop.moves_tiles or loop is _stand_in(found, loop.partition)]
@@ -258,9 +258,14 @@ def _dominates(above: dict[int, int], one: int, other: int) -> bool:
     return other == one
 
 
+def _touches_tiles(inside: list[Instruction]) -> bool:
+    return tensor_core(inside) != "none" or any(i.base in _TILES for i in inside)
+
+
 def _waits(flow: nx.DiGraph, body: set[int]) -> bool:
     """A spin, or the dispatch of warp partitions."""
     inside = [i for block in body for i in flow.nodes[block]["instructions"]]
     if len(inside) == 1 or any(i.base == "BRX" for i in inside):
         return True  # one: the end of a function, never left
-    return len(inside) <= SPIN_SIZE and any(i.base in _WAITS for i in inside)
+    waits = len(inside) <= SPIN_SIZE and any(i.base in _WAITS for i in inside)
+    return waits and not _touches_tiles(inside)
