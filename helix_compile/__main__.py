@@ -1,4 +1,4 @@
-"""The console script: helix-compile inspect | verify | generate. JSON goes to stdout alone, progress to stderr.
+"""The console script: helix-compile inspect | verify | generate | kernels. JSON goes to stdout alone, progress to stderr.
 
 Exit status: 0 fine, 1 a check failed, 2 wrong use.
 """
@@ -6,7 +6,6 @@ Exit status: 0 fine, 1 a check failed, 2 wrong use.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from helix_compile.errors import HelixError
+from helix_compile.kernels_command import kernels
 from helix_compile.options import HelixOptions
+from helix_compile.output_folder import check_folder
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -71,7 +72,7 @@ def inspect(
     if node is not None and out is not None:
         raise HelixError("inspect: --node prints one node's chain and writes no files; leave --out")
     if out is not None:
-        _check_folder(out)
+        check_folder(out)
     compiled = _compile(ctx, model, dtype, meta)
     if node is not None:
         explanation = compiled.explain_node(node)
@@ -201,6 +202,9 @@ def _verified(
     return report.ok, report.to_json(), str(report)
 
 
+app.command()(kernels)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -216,7 +220,6 @@ def _later(name: str, what: str) -> None:
 
 
 for _name, _what in (
-    ("kernels", "the offline kernel compiler"),
     ("export", "ONNX and TensorRT export"),
     ("plan", "the planner"),
     ("bench", "the benchmark command"),
@@ -229,14 +232,6 @@ def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> A
     from helix_compile.compile import helix_compile
 
     return helix_compile(_model(model, dtype, meta), **options)
-
-
-def _check_folder(out: Path) -> None:
-    """The nearest part of the path that exists is a folder that can be written."""
-    nearest = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "can't be written" if nearest.is_dir() else "is not a folder"
-        raise HelixError(f"--out {out}: {nearest} {what}; choose another folder")
 
 
 def _checked_options(ctx: typer.Context) -> dict[str, Any]:

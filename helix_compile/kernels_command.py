@@ -1,0 +1,173 @@
+"""helix-compile kernels: compile what a plan selects for an architecture, with no device, and say whether it fits.
+
+JSON goes to stdout alone, progress to stderr. Exit status: 0 all fit, 1 one does not, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from helix_compile.errors import HelixError, LoweringUnavailable
+from helix_compile.kernels.kernel_record import KernelRecord
+from helix_compile.kernels.target import KernelTarget, offline_target
+from helix_compile.options import HelixOptions
+from helix_compile.output_folder import check_folder
+
+ARCHS = ("sm_100", "sm_90")
+TABLE_WIDTH = 150
+
+
+def kernels(
+    model: Annotated[str, typer.Argument(help="preset, config.json or checkpoint folder; no weights are loaded")] = "deepseek-v3",
+    cp: Annotated[int, typer.Option(help="ranks that share a KV cache by sequence")] = 4,
+    tpa: Annotated[int, typer.Option(help="attention tensor parallel")] = 1,
+    ep: Annotated[int | None, typer.Option(help="expert parallel; default: the largest that divides")] = None,
+    batch: Annotated[int, typer.Option("--batch", "--max-batch-size", help="capacity in sequences")] = 8,
+    max_seq_len: Annotated[int, typer.Option(help="capacity in tokens a sequence")] = 131072,
+    dtype: Annotated[str | None, typer.Option(help="default: the config's, else bfloat16")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="may be repeated; default: sm_100 and sm_90")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for PTX, cubin and TTGIR")] = None,
+    every: Annotated[bool, typer.Option("--all", help="also what the plan would fall back to")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="measure configurations on this GPU instead; prints a table for tuning.py")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+) -> None:  # fmt: skip
+    """Compile the kernels that MODEL's plan selects, without a GPU: registers, spills, memory, instructions, and fit."""
+    options = HelixOptions(cp=cp, tpa=tpa, ep=ep, max_batch_size=batch, max_seq_len=max_seq_len)
+    targets = [offline_target(name) for name in dict.fromkeys(arch or ARCHS)]
+    _check_triton()
+    if tune:
+        raise HelixError("kernels: --tune is not in this version")
+    if out is None:
+        raise HelixError("kernels: give --out DIR, the folder for PTX, cubin and TTGIR")
+    check_folder(out)
+    records, references = _compiled(_captured(model, dtype), options, targets, out, every)
+    if as_json:
+        print(json.dumps(document(model, options, records, references), indent=1))
+    else:
+        print(format_table(records, references), end="")
+        print(f"files in {out}", file=sys.stderr)
+    raise typer.Exit(0 if all(r.fits for r in records if not r.fallback) else 1)
+
+
+def document(
+    model: str,
+    options: HelixOptions,
+    records: list[KernelRecord],
+    references: list[tuple[str, str, str, str]],
+) -> dict[str, Any]:
+    """What --json prints. `references` are the ops that no kernel computes, as (arch, body, op, reason)."""
+    import triton
+
+    names = ("arch", "body", "op", "reason")
+    return {
+        "triton": triton.__version__,
+        "model": model,
+        "options": options.to_json(),
+        "kernels": [r.to_json() for r in records],
+        "references": [dict(zip(names, line, strict=True)) for line in references],
+    }
+
+
+def format_table(records: list[KernelRecord], references: list[tuple[str, str, str, str]]) -> str:
+    """One line a kernel; below, why kernels do not fit and which ops have none."""
+    import triton
+
+    console = Console(file=StringIO(), width=TABLE_WIDTH, highlight=False, no_color=True)
+    table = Table(box=box.ASCII2, show_edge=False, pad_edge=False, collapse_padding=True)
+    left = ("kernel", "arch", "config")
+    for column in left:
+        table.add_column(column, overflow="fold")
+    for column in ("regs", "threads", "spills B", "shared B", "TMEM", "tensor core", "TMA", "instr/token", "fits"):  # fmt: skip
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in records:
+        name = f"{r.kernel} (fallback)" if r.fallback else r.kernel
+        figures = [_text(n) for n in (r.registers, r.threads, r.spills, r.shared_bytes, r.tmem_columns)]  # fmt: skip
+        used = [r.tensor_core, "yes" if r.tma else "-"]
+        table.add_row(name, r.arch, r.config, *figures, *used, _text(r.instructions_per_kv_token), "yes" if r.fits else "NO")  # fmt: skip
+    console.print(table)
+    console.print(
+        f"Triton {triton.__version__}. Static figures, nothing was run: instr/token are SASS instructions of all warps of "
+        "all CTAs that share a KV token, not speed.",
+        markup=False,
+    )
+    for r in (r for r in records if not r.fits):
+        console.print(
+            f"does not fit: {r.kernel} ({r.config}) on {r.arch}: {r.reason}", markup=False
+        )
+    for arch, body, op, reason in references:
+        console.print(f"no kernel on {arch}: {op} of {body}: {reason}", markup=False)
+    output = console.file
+    assert isinstance(output, StringIO)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def _text(figure: float | None) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure:.1f}" if isinstance(figure, float) else f"{figure:,}"
+
+
+def _check_triton() -> None:
+    """Triton is there, and compiles in this process."""
+    if importlib.util.find_spec("triton") is None:
+        raise LoweringUnavailable(
+            "kernels: needs the triton package (3.6 or newer): pip install triton"
+        )
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise LoweringUnavailable(
+            "kernels: TRITON_INTERPRET=1 is set, and interpreted kernels can't be compiled; start without it"
+        )
+
+
+def _captured(model: str, dtype: str | None) -> Any:
+    """MODEL on the meta device, captured."""
+    from helix_compile.model_source import captured_from
+    from helix_compile.models.presets import named_model
+
+    print(f"capturing {model} ...", file=sys.stderr)
+    try:
+        return captured_from(named_model(model, dtype, meta=True), None)
+    except (KeyError, ValueError, OSError) as error:
+        raise HelixError(f"MODEL {model!r}: {error.args[0] if error.args else error}") from error
+
+
+def _compiled(
+    captured: Any, options: HelixOptions, targets: list[KernelTarget], out: Path, every: bool
+) -> tuple[list[KernelRecord], list[tuple[str, str, str, str]]]:
+    """Records of every target's cases, and the ops that have no kernel."""
+    from helix_compile.kernel_selection import planned, selected_cases
+    from helix_compile.kernels.offline import compile_cases
+
+    model = planned(captured, options)
+    records: list[KernelRecord] = []
+    references: list[tuple[str, str, str, str]] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for target in targets:
+            selection = selected_cases(model, target)
+            references += [(target.arch, *line) for line in selection.references]
+            cases = [c for c in selection.cases if every or not c.fallback]
+            bar = progress.add_task(target.arch, total=len(cases))
+            try:
+                done = partial(_advance, progress, bar)
+                records += compile_cases(cases, target.arch, out, done)
+            except OSError as error:
+                raise HelixError(f"--out {out}: {error.strerror or error}") from error
+    return records, references
+
+
+def _advance(progress: Progress, bar: TaskID, record: KernelRecord) -> None:
+    progress.advance(bar)
