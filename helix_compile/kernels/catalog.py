@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import helix_compile.kernels.cache_append  # noqa: F401
-import helix_compile.kernels.fused  # noqa: F401
-import helix_compile.kernels.gqa_decode  # noqa: F401
-import helix_compile.kernels.merge_lse  # noqa: F401
-import helix_compile.kernels.mla_decode  # noqa: F401
-import helix_compile.kernels.moe_experts  # noqa: F401
-import helix_compile.kernels.moe_router  # noqa: F401
-import helix_compile.kernels.pack_heads  # noqa: F401
+import helix_compile.kernels.cache_append
+import helix_compile.kernels.fused
+import helix_compile.kernels.gqa_decode
+import helix_compile.kernels.merge_lse
+import helix_compile.kernels.mla_decode
+import helix_compile.kernels.moe_experts
+import helix_compile.kernels.moe_router
+import helix_compile.kernels.pack_heads
 import helix_compile.kernels.rope_heads  # noqa: F401
