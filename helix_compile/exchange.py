@@ -102,6 +102,12 @@ def _agreed_op(key: Key, exchange: Exchange) -> str:
     op = ops[members[0]]
     if op == "all_to_all_single":
         _check_splits(members, exchange)
+    if op in ("all_reduce", "reduce_scatter_tensor"):
+        reductions = {r: exchange.posts[r].arguments[0] for r in members}
+        if set(reductions.values()) != {"sum"}:
+            raise RuntimeFault(
+                f"{op} #{number} of {axis} at {where}: reductions {reductions}; this world sums"
+            )
     sent = {r: exchange.posts[r].tensor for r in members}
     meta = {r: (tuple(x.shape), x.dtype) for r, x in sent.items()}
     if len(set(meta.values())) > 1:

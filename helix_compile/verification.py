@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from helix_compile.capture import CapturedLayer, capture
 from helix_compile.compile import helix_compile
@@ -33,7 +33,7 @@ from helix_compile.verifier.check import Check, Progress
 from helix_compile.verifier.import_check import check_import
 from helix_compile.verifier.pair import check_pair
 from helix_compile.verifier.report import Finding, VerificationReport, grouped
-from helix_compile.verifier.static_graph import TypedGraph, type_graph
+from helix_compile.verifier.static_graph import TypedGraph, every_layer_is_called, type_graph
 from helix_compile.verifier.static_params import check_params
 from helix_compile.verifier.subject import Subject, check_layers, check_steps
 
@@ -141,8 +141,10 @@ def _static(
     shards = shard_of_name(plan, [(layer.prefix, layer.body) for layer in layers])
     heads = {x.prefix + a.output_weight for x in layers for a in plan.body(x.body).attentions}
     params = check_params(names, held, whole, shards, plan.layout, frozenset(heads))
-    typed = type_graph(graph, dict(held[0]), params.layouts, plan.layout)
+    shapes = {n: t for n, t in held[0].items() if isinstance(t, Tensor)}
+    typed = type_graph(graph, shapes, params.layouts, plan.layout)
     found = [*static_plan.check_plan(plan, matches, len(held)), *params.findings, *typed.findings]
+    found += every_layer_is_called(graph, [layer.index for layer in layers])
     checks: list[Callable[[], list[Finding]]] = [
         lambda: static_plan.check_collectives(graph, plan, matches),
         lambda: static_plan.check_work(typed.module, plan, matches, whole),

@@ -13,22 +13,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from helix_compile.matches import LayerMatch
-from helix_compile.passes.fx_edit import is_param, placeholders
+from helix_compile.passes.fx_edit import aten, is_call, is_param, placeholders
 from helix_compile.verifier.layer_run import CapturedReference, LayerInputs
 from helix_compile.verifier.needles import absorbed_query, scores
+
+Edit = Callable[[Tensor], Tensor]
+Edits = dict[str, Edit]  # full parameter name -> its edit
 
 # standard deviation of the scores of new tokens after the edit: a few keys a head matter. In float32 the noise of
 # sharp scores would reach the limit of 1e-5 over four layers, and 2 shows every fault there.
 SPREAD = {torch.float64: 6.0, torch.float32: 2.0, torch.bfloat16: 6.0, torch.float16: 6.0}
+VECTOR = 0.2  # spread of norm weights around what they are, and of what is added to biases
 BIAS = 0.2  # spread of the router's correction bias, as a part of the spread of its scores: some choices turn
 
 
-def sharpening(reference: CapturedReference, seed: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def sharpening(reference: CapturedReference, seed: int) -> Edits:
     """Edits by full parameter name, measured on one layer of each body with random hidden states."""
-    edits: dict[str, Callable[[Tensor], Tensor]] = {}
+    edits: Edits = {}
     generator = torch.Generator().manual_seed(seed)
     for body, match in reference.matches.items():
         graph = reference.captured.bodies[body].graph
@@ -59,11 +63,37 @@ def sharpening(reference: CapturedReference, seed: int) -> dict[str, Callable[[T
             for name, rms in _contributions(match, values):
                 factor = max(1.0, 1.0 / max(rms, 1e-6))  # the hidden state has an RMS of one
                 edits[layer.prefix + name] = partial(_scaled, factor=factor)
-            experts = {m.num_experts for m in match.moes}
-            for node in placeholders(graph):
-                shape = tuple(node.meta["val"].shape) if is_param(node) else ()
-                if len(shape) == 1 and shape[0] in experts:
-                    edits[layer.prefix + node.meta["input"][1]] = partial(_biased, seed=seed)
+            edits |= _vectors(graph, layer.prefix, match, seed, edits)
+    return edits | _vectors(reference.captured.graph.graph, "", None, seed, edits)
+
+
+def _vectors(
+    graph: fx.Graph, prefix: str, match: LayerMatch | None, seed: int, known: Edits
+) -> Edits:
+    """Norm weights that are not all one, biases that are not zero: without them one that is left out goes unseen.
+
+    A new model has ones and zeros there, a trained one has not. Vectors that ranks hold parts of are left alone: noise
+    would not commute with their cut.
+    """
+    experts = {m.num_experts for m in match.moes} if match is not None else set()
+    cut = set() if match is None else {a.q_bias for a in match.attentions}
+    cut |= (
+        set() if match is None else {b for f in match.dense_ffns for b in (f.gate_bias, f.up_bias)}
+    )
+    edits: dict[str, Edit] = {}
+    for node in placeholders(graph):
+        shape = tuple(node.meta["val"].shape) if is_param(node) else ()
+        name = prefix + node.meta["input"][1]
+        readers = [u for u in node.users if u.op == "call_function"]
+        if len(shape) != 1 or node.meta["input"][1] in cut or not readers:
+            continue
+        is_bias = any(is_call(u, aten.linear.default) and node in u.args[2:] for u in readers)
+        if shape[0] in experts:
+            edits[name] = partial(_biased, seed=seed)
+        elif is_bias:
+            edits[name] = partial(_shifted, seed=seed, scaled=known.get(name))
+        else:
+            edits[name] = partial(_uneven, seed=seed)
     return edits
 
 
@@ -90,6 +120,18 @@ def _contributions(match: LayerMatch, values: dict[str, Any]) -> Iterator[tuple[
 
 def _scaled(weight: Tensor, factor: float) -> Tensor:
     return weight * factor
+
+
+def _shifted(bias: Tensor, seed: int, scaled: Edit | None) -> Tensor:
+    """Scaled as its weight is, and added to: what a model holds stays in it."""
+    bias = bias if scaled is None else scaled(bias)
+    noise = torch.randn(bias.shape, generator=torch.Generator().manual_seed(seed + 1))
+    return bias + (VECTOR * noise).to(bias)
+
+
+def _uneven(weight: Tensor, seed: int) -> Tensor:
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed + 2))
+    return weight * (1.0 + VECTOR * noise.clamp(-2, 2)).to(weight)
 
 
 def _biased(bias: Tensor, seed: int) -> Tensor:

@@ -109,6 +109,24 @@ def _layer_calls(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "call_module"]
 
 
+def every_layer_is_called(graph: fx.GraphModule, layers: list[int]) -> list[Finding]:
+    """Each layer of the model once, in order."""
+    called = [n.meta.get("layer") for n in _layer_calls(graph.graph)]
+    if called == layers:
+        return []
+    return [
+        Finding(
+            "HX109", "outer graph", f"layers {called} are called", f"layers {layers}, once each"
+        )
+    ]
+
+
+def _foreign(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes of kinds that no pass makes: what a call_method or get_attr computes can't be known."""
+    known = ("placeholder", "call_function", "output")
+    return [n for n in graph.nodes if n.op not in known]
+
+
 def _real_shapes(graph: fx.Graph, shapes: dict[str, Tensor]) -> None:
     mode = fake_mode_of(graph)
     for node in placeholders(graph):
@@ -151,6 +169,14 @@ def _type_body(
         return params.get(local[node], {}) if node in local else step_layout(*node.meta["input"])
 
     typed.findings += _waits(name, graph)
+    foreign = _foreign(graph)
+    for node in foreign:
+        got = f"{node.op} {node.target}"
+        typed.findings.append(
+            Finding("HX103", f"{name}, `{node.name}`", got, "a call_function with a typing rule")
+        )
+    if foreign:
+        return
     _forget_shapes(graph)
     try:
         propagate_shapes(graph)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def check_params(
         shards: local name -> (name of the original, how the plan cuts it).
         head_rows: o_proj weights: two ranks swapped there is a broken rank order.
     """
-    check = ParamCheck()
+    check = ParamCheck(_unknown(names, held))
     for name in names:
         source, shard = shards.get(name, (name, None))
         where = f"parameter {name}"
@@ -90,6 +91,12 @@ def check_params(
             check.findings.append(
                 Finding("HX203", where, f"no {source} in the original", "the original's weight", 2)
             )
+            continue
+        odd = {r: p[name] for r, p in enumerate(held) if name in p and not _holds_values(p[name])}
+        if odd:
+            rank, value = next(iter(odd.items()))
+            got = f"rank {rank}: {'a meta tensor' if isinstance(value, Tensor) else type(value).__name__}"
+            check.findings.append(Finding("HX203", where, got, "a tensor with values", 2))
             continue
         dtypes = {r: p[name].dtype for r, p in enumerate(held) if name in p}
         wrong = [r for r, dtype in dtypes.items() if dtype != originals[source].dtype]
@@ -112,6 +119,23 @@ def check_params(
             check.layouts[name] = normal_form(parse_layout(shard.layout), layout)
     check.findings += _holes(names, originals, shards)
     return check
+
+
+def _holds_values(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta
+
+
+def _unknown(names: list[str], held: Sequence[Mapping[str, Tensor]]) -> list[Finding]:
+    """What a rank holds and the graph never reads: a misspelled name leaves the old weight in use."""
+    extra = [
+        (r, name) for r, params in enumerate(held) for name in sorted(set(params) - set(names))
+    ]
+    return [
+        Finding(
+            "HX203", f"parameter {name}", f"rank {rank} holds it", "a name that the graph reads", 2
+        )
+        for rank, name in extra
+    ]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
