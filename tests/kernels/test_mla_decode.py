@@ -38,9 +38,7 @@ def nan_memory() -> Iterator[None]:
 
 
 def lengths_of(page_size: int) -> st.SearchStrategy[list[int]]:
-    edges = st.sampled_from(
-        [0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size + 2]
-    )
+    edges = st.sampled_from([0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size + 2])
     return st.lists(edges, min_size=1, max_size=5)
 
 
