@@ -35,7 +35,6 @@ STRIDES = (
     "stride_q_head",
     "stride_q_rope_token",
     "stride_q_rope_head",
-    "stride_table",
 )
 
 
@@ -100,7 +99,7 @@ def decode_case(
     return CompileCase(
         kernel="mla_pointer_decode" if config.form == POINTER else "mla_decode",
         function=FUNCTIONS[config.form],
-        signature={**typed, **descriptors, "scale_log2": "fp32", "T": "i32"},
+        signature={**typed, **descriptors, "scale_log2": "fp32", "T": "i32", "stride_table": "i32"},
         constexprs=constexprs,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         divisible_by_16=tuple(typed),

@@ -23,7 +23,7 @@ from helix_compile.kernels.mla_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "stride_table"])
 def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     q_ptr, q_rope_ptr, cache_ptr, page_table_ptr, visible_ptr, cache_scale_ptr, o_ptr, lse_ptr,
     scale_log2, T, stride_table,

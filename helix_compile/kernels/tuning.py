@@ -94,15 +94,23 @@ class MlaEntry:
 
 
 MLA_DECODE = (
-    MlaEntry("sm_100", 16, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2, 2, True, True), STATIC, False),
-    MlaEntry("sm_100", 32, 2, MlaConfig(TRANSPOSED, 32, 64, 4, 2, 2, True, True), STATIC, False),
+    # two CTAs of 16 rows rather than one of 32: that one spills in its hot loops
+    MlaEntry("sm_100", 32, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2, 2, True, True), STATIC, False),
     MlaEntry("sm_100", None, 2, MlaConfig(ROWS, 64, 64, 8, 2, 2, True), STATIC, False),
     MlaEntry("sm_90", 16, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2), STATIC, False),
     MlaEntry("sm_90", 32, 2, MlaConfig(TRANSPOSED, 32, 64, 4, 2), STATIC, False),
     MlaEntry("sm_90", None, 2, MlaConfig(ROWS, 64, 64, 8, 2), STATIC, False),
+    # FP8: tiles are converted on the way to the dot; halves, and specialised warps, don't compile with that
+    MlaEntry("sm_100", 32, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2), STATIC, True),
+    MlaEntry("sm_100", None, 2, MlaConfig(ROWS, 64, 64, 8, 2), STATIC, True),
+    MlaEntry("sm_90", 32, 2, MlaConfig(ROWS, 16, 32, 4, 2), STATIC, True),
+    MlaEntry("sm_90", None, 2, MlaConfig(ROWS, 64, 64, 8, 2), STATIC, True),
     MlaEntry(INTERPRETER, 32, None, MlaConfig(TRANSPOSED, 16, 16, 4, 2), "runs each form"),
     MlaEntry(INTERPRETER, None, None, MlaConfig(ROWS, 64, 16, 4, 2, 2), "runs each form"),
     MlaEntry(INTERPRETER, None, None, MlaConfig(POINTER, 16, 16, 4, 2), "small tiles: more steps"),
+    MlaEntry("", 32, 2, MlaConfig(POINTER, 16, 32, 4, 2), STATIC),
+    MlaEntry("sm_100", None, 2, MlaConfig(POINTER, 64, 32, 8, 2), STATIC),
+    MlaEntry("sm_90", None, 2, MlaConfig(POINTER, 64, 32, 8, 2), STATIC),
     MlaEntry("", None, 2, MlaConfig(POINTER, 16, 32, 4, 2), STATIC),
     MlaEntry("", None, 4, MlaConfig(POINTER, 16, 16, 4, 1), STATIC),
 )  # fmt: skip
@@ -128,6 +136,7 @@ def _applies(entry: MlaEntry, shape: MlaShape, target: KernelTarget, scaled: boo
         and (entry.max_rows is None or shape.rows <= entry.max_rows)
         and entry.itemsize in (None, shape.itemsize)
         and entry.scaled in (None, scaled)
+        and (entry.config.block_h < 64 or (shape.R <= 512 and shape.r <= 64))
         and (entry.config.form == POINTER or _tma_form_runs(entry.config, shape))
     )
 

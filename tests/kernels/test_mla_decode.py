@@ -54,7 +54,7 @@ def drawn_inputs(
     return mla_inputs(lengths, T, H, R, r, page_size, seed=draw(st.integers(0, 99)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.sampled_from(TMA_FORMS),
     drawn_inputs([(32, 16), (64, 32)], [16, 32, 48]),
@@ -64,7 +64,7 @@ def test_tma_forms_agree_with_reference(config: MlaConfig, inputs: MlaInputs, sp
     assert mismatch(run_form(config, inputs, splits), helix.mla_decode(*inputs.args)) is None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     drawn_inputs([(32, 16), (24, 8), (7, 3), (1, 1)], [1, 3, 16, 20]), st.sampled_from([1, 2, 4])
 )
