@@ -12,17 +12,17 @@ ROOMS: list[tuple[str, str]] = [
     ("facts", "errors ledger matches numerics models."),
     ("data", "layout options mesh placement plan"),
     ("ops", "kernels. ops"),
-    ("graph tools", "graph_pass provenance graph_text graph_python graph_queries costs schedule graph_json passes.fx_edit passes.index_provenance "
+    ("graph tools", "graph_pass provenance graph_text graph_python graph_queries costs schedule graph_json output_folder passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),
     ("capture", "capture capture_layers capture_body capture_checks"),
     ("worlds", "exchange virtual_world world"),
-    ("decisions and passes", "planning param_plan passes."),
+    ("decisions and passes", "planning param_plan passes. kernel_selection"),
     ("step", "params kv_cache step_inputs prefix_import ranks"),
     ("views", "views."),
     ("run", "module inspection explain generation model_source saving saved_checks"),
     ("spine", "compile"),
     ("verification", "verifier verifier. verification mutants mutants."),
-    ("front door", "backend __main__ __init__"),
+    ("front door", "backend kernels_command __main__ __init__"),
 ]  # fmt: skip
 # the pipeline gives example shapes of the cache to the attention pass
 EXCEPTIONS = {("passes.pipeline", "kv_cache")}

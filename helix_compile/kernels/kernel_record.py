@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from helix_compile.kernels import sass_count
+import helix_compile.kernels.sass_count as sass_count
 from helix_compile.kernels.registry import CompileCase
 
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor

@@ -196,7 +196,8 @@ def pack_heads_reference(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
     o_rows = partial_o.view(B, T, peers, H // peers, -1).permute(2, 0, 1, 3, 4).reshape(peers, -1)
     lse_rows = lse.view(B, T, peers, H // peers).permute(2, 0, 1, 3).reshape(peers, -1)
     if partial_o.dtype != lse.dtype:
-        o_rows, lse_rows = o_rows.view(torch.uint8), lse_rows.view(torch.uint8)
+        # a chunk of one head leaves strides that view() to bytes does not take
+        o_rows, lse_rows = (x.contiguous().view(torch.uint8) for x in (o_rows, lse_rows))
     return torch.cat([lse_rows, o_rows], dim=1)
 
 
@@ -213,6 +214,9 @@ def unpack_heads_reference(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tu
     lse_rows, o_rows = buffer[:, :split], buffer[:, split:]
     if buffer.dtype != lse.dtype:
         if buffer.shape[1] % lse.dtype.itemsize:
-            lse_rows, o_rows = lse_rows.contiguous(), o_rows.contiguous()
+            # one peer's row counts as contiguous, and still begins where lse is not aligned
+            lse_rows, o_rows = (
+                x.clone(memory_format=torch.contiguous_format) for x in (lse_rows, o_rows)
+            )
         lse_rows, o_rows = lse_rows.view(lse.dtype), o_rows.view(partial_o.dtype)
     return o_rows.view(peers, B, T, h, width), lse_rows.view(peers, B, T, h)

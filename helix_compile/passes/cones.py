@@ -5,6 +5,7 @@ A fused kernel stands for such a piece. What the piece computes is decided by ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 
 import torch
@@ -56,13 +57,13 @@ def ancestors(results: Collection[fx.Node], until: Collection[fx.Node]) -> set[f
 
 
 def constants(nodes: Collection[fx.Node]) -> list[float]:
-    """Python floats among the arguments of `nodes`: where a cone's epsilons and factors are."""
-    return [a for n in nodes for a in n.args if isinstance(a, float)]
+    """Finite Python floats among the arguments of `nodes`: where a cone's epsilons and factors are."""
+    return [a for n in nodes for a in n.args if isinstance(a, float) and math.isfinite(a)]
 
 
 def close(got: Tensor, expected: Tensor) -> bool:
     """Equal but for rounding: a few units in the last place of the narrower of the two dtypes."""
-    if got.shape != expected.shape:
+    if got.shape != expected.shape or not (got.isfinite().all() and expected.isfinite().all()):
         return False
     unit = max(torch.finfo(got.dtype).eps, torch.finfo(expected.dtype).eps, 1e-6)
     got, expected = got.double(), expected.double()

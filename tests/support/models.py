@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half_rope": {"rope_interleave": False},
     # one dense and one MoE layer: where a step is slow, as in Triton's interpreter
     "short": {"num_hidden_layers": 2, "first_k_dense_replace": 1},
+    "short_biased": {"num_hidden_layers": 2, "first_k_dense_replace": 1, "attention_bias": True},
     "short_half_rope": {
         "num_hidden_layers": 2,
         "first_k_dense_replace": 1,

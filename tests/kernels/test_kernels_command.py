@@ -1,0 +1,71 @@
+"""helix-compile kernels on DeepSeek-V3, with no GPU: what the plan selects fits, and uses what the card has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIMITS = {"sm_100": (124, "tcgen05"), "sm_90": (194, "wgmma")}  # Triton 3.7.0, 128 heads
+
+
+def run(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: compiled kernels and interpreted ones can't share one."""
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    command = [sys.executable, "-m", "helix_compile", "kernels", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The selected kernels of DeepSeek-V3 on both architectures."""
+    folder = tmp_path_factory.mktemp("kernels")
+    options = ["--cp", "4", "--batch", "8", "--max-seq-len", "131072"]
+    result = run(*options, "--arch", "sm_100", "--arch", "sm_90", "--json", "--out", str(folder))
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads(result.stdout)["kernels"]
+
+
+def test_every_kernel_fits_and_lies_where_it_says(
+    compiled: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, records = compiled
+    names = {r["kernel"] for r in records}
+    assert {
+        "mla_decode",
+        "merge_lse",
+        "pack_heads.splits",
+        "cache_append.norm_rope",
+        "moe_router",
+    } <= names
+    for record in records:
+        assert record["fits"], record
+        assert record["shared_bytes"] <= 232_448 and record["tmem_columns"] <= 512
+        assert f".target {record['arch']}a" in (folder / record["ptx"]).read_text()
+        assert (folder / record["cubin"]).read_bytes()[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", LIMITS, ids=str)
+def test_attention_uses_the_card(compiled: tuple[Path, list[dict[str, Any]]], arch: str) -> None:
+    limit, tensor_core = LIMITS[arch]
+    (record,) = [r for r in compiled[1] if r["kernel"] == "mla_decode" and r["arch"] == arch]
+    assert record["tma"] and record["tensor_core"] == tensor_core
+    assert 20 < record["instructions_per_kv_token"] <= limit
+    if arch == "sm_90":
+        assert record["spills"] == 0
+    for other in (r for r in compiled[1] if r["kernel"] != "mla_decode"):
+        assert other["spills"] == 0 and other["instructions_per_kv_token"] is None
+
+
+def test_wrong_use(tmp_path: Path) -> None:
+    unknown = run("tiny", "--arch", "sm_42", "--out", str(tmp_path))
+    assert unknown.returncode == 2 and "sm_100" in unknown.stderr and unknown.stdout == ""
+    interpreted = run("tiny", "--out", str(tmp_path / "out"), interpret="1")
+    assert interpreted.returncode == 2 and "TRITON_INTERPRET" in interpreted.stderr
+    assert run("tiny", "--tune", "--out", str(tmp_path)).returncode == 2
+    assert not any(tmp_path.iterdir())
