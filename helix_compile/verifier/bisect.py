@@ -125,7 +125,10 @@ def _twins(graph: fx.Graph, match: LayerMatch, expected: dict[str, Any]) -> dict
             fed = o_proj.args[0]
             assert isinstance(fed, fx.Node)
             twins[fed.name] = heads.reshape(*heads.shape[:2], -1)
-    return twins
+    # the bias of a row-parallel linear is added behind the sum: under the linear's name is another value then
+    biased = [a.o_proj for a in match.attentions if a.o_bias]
+    biased += [f.down for f in match.dense_ffns if f.down_bias]
+    return {name: value for name, value in twins.items() if name not in biased}
 
 
 def _off(
