@@ -52,7 +52,7 @@ def device_target(device: torch.device) -> KernelTarget:
     """
     if importlib.util.find_spec("triton") is None:
         raise LoweringUnavailable(
-            "lower='triton' needs the triton package (3.6 or newer): pip install 'helix-compile[triton]'"
+            "lower='triton' needs the triton package: pip install 'triton>=3.6'"
         )
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
