@@ -42,11 +42,9 @@ def check_cache(
                 page = int(scratch.page_table[row, slot // PAGE_SIZE])
                 untouched[page, slot % PAGE_SIZE] = False
                 got = cache[page, slot % PAGE_SIZE].double()
-                off = (
-                    float((got - new[row, position - past]).abs().max().nan_to_num(torch.inf))
-                    / scale
-                )
-                if off > limit or off != off:
+                allowed = _allowed(position, attention, dtype) * scale
+                off = (got - new[row, position - past]).abs().nan_to_num(torch.inf)
+                if bool((off > allowed).any()):
                     at = f"{where}, rank {rank}, sequence {row}, position {position}"
                     text, family = _entry_fault(
                         got, new[row, position - past], attention, limit * scale
@@ -59,6 +57,16 @@ def check_cache(
             at = f"{where}, rank {rank}, page {page}, slot {slot}"
             return [Finding("HX404", at, f"written ({len(wrong)} slots)", "left alone: not a slot of a new token of this rank", 4, "numeric")]  # fmt: skip
     return []
+
+
+def _allowed(position: int, attention: AttentionMatch, dtype: torch.dtype) -> Tensor:
+    """Limit of each channel [R + r]. An angle is position * frequency, rounded in float32 or wider: its error, and with
+    it that of the roped key, grows with the position.
+    """
+    allowed = torch.full((attention.kv_lora_rank + attention.qk_rope_head_dim,), ENTRY[dtype], dtype=torch.float64)  # fmt: skip
+    angle = position * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    allowed[attention.kv_lora_rank :] += angle
+    return allowed
 
 
 def _entry_fault(
