@@ -39,16 +39,20 @@ import operator
 import torch
 
 import helix_compile.ops  # registers torch.ops.helix
-
+{kernels}
 inf, nan = float("inf"), float("nan")
 '''
+
+
+_KERNELS = "import helix_compile.kernels.catalog  # registers torch.ops.helix_triton\n"
 
 
 def format_python(gm: fx.GraphModule, name: str, title: str = "") -> str:
     """A graph, and the bodies that it calls, as a module with one function each."""
     bodies = [(n, b) for n, b in gm.named_children() if isinstance(b, fx.GraphModule)]
     functions = [format_function(g.graph, n) for n, g in (*bodies, (name, gm))]
-    return "\n\n".join([_HEADER.format(title=title or name), *functions])
+    kernels = _KERNELS if any("torch.ops.helix_triton." in f for f in functions) else ""
+    return "\n\n".join([_HEADER.format(title=title or name, kernels=kernels), *functions])
 
 
 def format_function(graph: fx.Graph, name: str, layouts: bool = True) -> str:

@@ -40,7 +40,7 @@ def kernels(
     arch: Annotated[list[str] | None, typer.Option(help="may be repeated; default: sm_100 and sm_90")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for PTX, cubin and TTGIR")] = None,
     every: Annotated[bool, typer.Option("--all", help="also what the plan would fall back to")] = False,
-    tune: Annotated[bool, typer.Option("--tune", help="measure configurations on this GPU instead; prints a table for tuning.py")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="not in this version: needs a GPU to measure on")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:  # fmt: skip
     """Compile the kernels that MODEL's plan selects, without a GPU: registers, spills, memory, instructions, and fit."""
@@ -48,7 +48,9 @@ def kernels(
     targets = [offline_target(name) for name in dict.fromkeys(arch or ARCHS)]
     _check_triton()
     if tune:
-        raise HelixError("kernels: --tune is not in this version")
+        raise LoweringUnavailable(
+            "kernels: --tune is not in this version; the entries of kernels/tuning.py rest on static tables"
+        )
     if out is None:
         raise HelixError("kernels: give --out DIR, the folder for PTX, cubin and TTGIR")
     check_folder(out)

@@ -22,9 +22,9 @@ from torch import Tensor
 from helix_compile.kernels.launch import launch
 from helix_compile.kernels.launch_facts import specialize
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
-from helix_compile.kernels.rope_heads import TRITON_TYPE, rotate_pairs, token_strides, unit_stride
+from helix_compile.kernels.rope_heads import rotate_pairs, token_strides, unit_stride
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
 ELEMENT = {**TRITON_TYPE, torch.int32: "i32", torch.int64: "i64"}
 ANGLE_STRIDES = ("stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T")
@@ -199,25 +199,21 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return [specialize(_case(arguments, R, r, None), arguments)]
 
 
-def cache_append_norm_rope_supports(site_args: tuple[Any, ...], target: KernelTarget) -> str | None:
-    """None where cache_append.norm_rope takes `site_args` on a target, else the reason why not."""
-    cache, _, _, _, latent, k_rope, norm_weight, _, cos, sin, _ = site_args
+def _cache_append_norm_rope_supports(site: Site, target: KernelTarget) -> str | None:
+    cache, _, _, _, latent, k_rope, norm_weight, _, cos, sin, _ = site.args
     if k_rope.shape[2] % 2:
         return f"rope width {k_rope.shape[2]} is odd"
     return _refusal(cache, (latent, k_rope, norm_weight, cos, sin))
 
 
-def cache_append_norm_rope_cases(
-    site_args: tuple[Any, ...], target: KernelTarget
-) -> list[CompileCase]:
-    """What has to be compiled for cache_append.norm_rope with arguments like `site_args`."""
-    append, norm_rope = site_args[:6], site_args[6:10]
+def _cache_append_norm_rope_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
+    append, norm_rope = site.args[:6], site.args[6:10]
     arguments = {
         **_arguments(_cache_append_fake(*append), *append),
         **_norm_rope_arguments(*norm_rope),
     }
     R, r = (int(x.shape[2]) for x in append[4:])
-    return [specialize(_case(arguments, R, r, site_args[10]), arguments)]
+    return [specialize(_case(arguments, R, r, site.args[10]), arguments)]
 
 
 APPEND_SCHEMA = "Tensor(a!) cache, Tensor page_table, Tensor slots, Tensor visible, Tensor latent, Tensor k_rope"  # fmt: skip
@@ -231,9 +227,16 @@ CACHE_APPEND = register_kernel(
         cases=_cases,
     )
 )
-CACHE_APPEND_NORM_ROPE = define_triton_op(
-    f"cache_append.norm_rope({APPEND_SCHEMA}, Tensor norm_weight, float eps, Tensor cos, Tensor sin, bool interleaved)"
-    " -> Tensor",
-    cache_append_norm_rope_triton,
-    _cache_append_fake,
+CACHE_APPEND_NORM_ROPE = register_kernel(
+    Kernel(
+        op="cache_append.norm_rope",
+        target=define_triton_op(
+            f"cache_append.norm_rope({APPEND_SCHEMA}, Tensor norm_weight, float eps, Tensor cos, Tensor sin, bool interleaved)"
+            " -> Tensor",
+            cache_append_norm_rope_triton,
+            _cache_append_fake,
+        ),
+        supports=_cache_append_norm_rope_supports,
+        cases=_cache_append_norm_rope_cases,
+    )
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import helix_compile.kernels.cache_append
-import helix_compile.kernels.fused
 import helix_compile.kernels.gqa_decode
 import helix_compile.kernels.merge_lse
 import helix_compile.kernels.mla_decode

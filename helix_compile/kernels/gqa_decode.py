@@ -25,10 +25,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from helix_compile.kernels.gqa_tiles import GqaSizes, GqaTile, split_count
 from helix_compile.kernels.launch import launch
-from helix_compile.kernels.merge_splits import TRITON_TYPE, merge_splits, merge_splits_case
+from helix_compile.kernels.merge_splits import merge_splits, merge_splits_case
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
-from helix_compile.kernels.triton_ops import define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -22,9 +22,8 @@ from helix_compile.kernels.launch import launch
 from helix_compile.kernels.launch_facts import specialize
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
-TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 STRIDES = ("stride_o_P", "stride_o_row", "stride_lse_P")
 
 

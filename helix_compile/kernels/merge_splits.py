@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from helix_compile.kernels.launch import launch
+from helix_compile.kernels.merge_lse import softmax_weights
 from helix_compile.kernels.registry import CompileCase
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 
-TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BLOCK_R = 128
 
 
@@ -29,18 +30,14 @@ def merge_splits_kernel(  # type: ignore[no-untyped-def] # Triton types its argu
     splits = tl.arange(0, SPLITS)
     channels = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     lse_S = tl.load(lse_S_ptr + row * SPLITS + splits)
-    alive = lse_S != float("-inf")  # not >: a NaN is a fault that must reach the output
-    top = tl.max(tl.where(alive, lse_S, -3.0e38), 0)
-    weights = tl.where(alive, tl.exp(lse_S - top), 0.0)
-    total = tl.sum(weights, 0)
-    divisor = tl.where(total != 0.0, total, 1.0)
+    weights, total, lse = softmax_weights(lse_S, 0)
     parts = tl.load(
         o_S_ptr + (row * SPLITS + splits)[:, None] * R + channels[None, :],
-        mask=alive[:, None] & (channels < R)[None, :], other=0.0,
+        mask=(lse_S != float("-inf"))[:, None] & (channels < R)[None, :], other=0.0,
     )  # fmt: skip
-    o = tl.sum(parts * weights[:, None], 0) / divisor
+    o = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(o_ptr + row * R + channels, o.to(o_ptr.dtype.element_ty), mask=channels < R)
-    tl.store(lse_ptr + row, tl.where(total != 0.0, top + tl.log(divisor), float("-inf")))
+    tl.store(lse_ptr + row + tl.arange(0, 1), lse)
 
 
 def merge_splits_case(splits: int, R: int, dtype: torch.dtype) -> CompileCase:

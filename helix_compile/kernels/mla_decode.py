@@ -17,13 +17,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from helix_compile.kernels.merge_splits import TRITON_TYPE, merge_splits, merge_splits_case
+from helix_compile.kernels.merge_splits import merge_splits, merge_splits_case
 from helix_compile.kernels.mla_launch import FP8, decode_case, decode_parts
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
-from helix_compile.kernels.triton_ops import define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 from helix_compile.kernels.tuning import (
-    POINTER,
     MlaConfig,
     MlaShape,
     mla_config,
@@ -139,29 +138,6 @@ def _mla_decode_splits_fake(
     return lse.new_empty((B, T, H, num_splits, R)), lse
 
 
-def mla_splits_supports(site: Site, target: KernelTarget) -> str | None:
-    """None where mla_decode.splits takes the site's arguments, else the reason why not."""
-    return _supports(dataclasses.replace(site, args=site.args[:6]), target)
-
-
-def mla_splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    """The form that leaves its splits to pack_heads, and the pointer form behind it."""
-    q_latent, q_rope, cache = site.args[:3]
-    _, tokens, H, R = q_latent.shape
-    rows = (tokens if isinstance(tokens, int) else 1) * H
-    dtype, page_size = q_latent.dtype, cache.shape[1]
-    tma = cache.shape[2] * dtype.itemsize % TMA_BYTES == 0
-    shape = MlaShape(rows, R, q_rope.shape[3], page_size, dtype.itemsize, tma)
-    config, behind = mla_config(shape, target), pointer_config(shape, target)
-    sizes = (H, R, q_rope.shape[3], page_size, dtype, dtype)
-    interpreted = target.arch == INTERPRETER
-    built = [
-        decode_case(c, *sizes, interpreted=interpreted, kv_ctas=-(-rows // c.block_h))
-        for c in ((config, behind) if config != behind else (config,))
-    ]
-    return built[:1] + [dataclasses.replace(case, fallback=True) for case in built[1:]]
-
-
 def _supports(site: Site, target: KernelTarget) -> str | None:
     q_latent, q_rope, cache, page_table, visible, scale = site.args
     dtypes = {q_latent.dtype, q_rope.dtype, cache.dtype}
@@ -181,38 +157,49 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
     return None
 
 
-def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    """The selected form, the merge of each number of splits that a batch can get, and the pointer form behind it.
-
-    T that a graph leaves open stands for plain decode, one token a sequence.
-    """
+def _site_shape(site: Site) -> MlaShape:
+    """Sizes of a site. T that a graph leaves open stands for plain decode, one token a sequence."""
     q_latent, q_rope, cache = site.args[:3]
     _, tokens, H, R = q_latent.shape
-    T = tokens if isinstance(tokens, int) else 1
-    r, page_size, dtype = q_rope.shape[3], cache.shape[1], q_latent.dtype
-    tma = (R + r) * dtype.itemsize % TMA_BYTES == 0
-    shape = MlaShape(T * H, R, r, page_size, dtype.itemsize, tma)
-    config = mla_config(shape, target)
+    tma = cache.shape[2] * cache.dtype.itemsize % TMA_BYTES == 0
+    rows = (tokens if isinstance(tokens, int) else 1) * H
+    return MlaShape(rows, R, q_rope.shape[3], cache.shape[1], q_latent.dtype.itemsize, tma)
+
+
+def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[CompileCase]:
+    """The selected form, once a way to store, and the pointer form behind it."""
+    shape, dtype = _site_shape(site), site.args[0].dtype
+    sizes = (site.args[0].shape[2], shape.R, shape.r, shape.page_size, dtype, dtype)
+    config, behind = mla_config(shape, target), pointer_config(shape, target)
+
+    def case(config: MlaConfig, direct: bool, fallback: bool) -> CompileCase:
+        return decode_case(
+            config, *sizes, direct=direct, interpreted=target.arch == INTERPRETER,
+            kv_ctas=-(-shape.rows // config.block_h), fallback=fallback,
+        )  # fmt: skip
+
+    cases = [case(config, direct, False) for direct in directs]
+    return cases if config == behind else [*cases, case(behind, False, True)]
+
+
+def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
+    """The kernel, and the merge of each number of splits that a batch can get."""
+    shape, config = _site_shape(site), mla_config(_site_shape(site), target)
+    H = site.args[0].shape[2]
     counts = {
-        split_count(B, T, H, site.capacity.max_slots, target, config.block_h, config.block_n)
+        split_count(B, shape.rows // H, H, site.capacity.max_slots, target, config.block_h, config.block_n)
         for B in range(1, site.capacity.max_batch_size + 1)
-    }
-    sizes = (H, R, r, page_size, dtype, dtype)
-    interpreted = target.arch == INTERPRETER
-    cases = [
-        decode_case(
-            config, *sizes, direct=direct, interpreted=interpreted, kv_ctas=-(-T * H // config.block_h)
-        )
-        for direct in sorted({count == 1 for count in counts})
-    ]  # fmt: skip
-    cases += [merge_splits_case(count, R, dtype) for count in sorted(counts - {1})]
-    behind = pointer_config(shape, target)
-    if config.form != POINTER:
-        pointer = decode_case(
-            behind, *sizes, interpreted=interpreted, kv_ctas=-(-T * H // behind.block_h)
-        )
-        cases.append(dataclasses.replace(pointer, fallback=True))
-    return cases
+    }  # fmt: skip
+    cases = _form_cases(site, target, sorted({count == 1 for count in counts}))
+    return cases + [merge_splits_case(n, shape.R, site.args[0].dtype) for n in sorted(counts - {1})]
+
+
+def _splits_supports(site: Site, target: KernelTarget) -> str | None:
+    return _supports(dataclasses.replace(site, args=site.args[:6]), target)
+
+
+def _splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
+    return _form_cases(site, target, [False])
 
 
 _ARGUMENTS = (
@@ -228,10 +215,17 @@ MLA_DECODE = register_kernel(
         cases=_cases,
     )
 )
-MLA_DECODE_SPLITS = define_triton_op(
-    f"mla_decode.splits({_ARGUMENTS}, int num_splits) -> (Tensor, Tensor)",
-    mla_decode_splits_triton,
-    _mla_decode_splits_fake,
+MLA_DECODE_SPLITS = register_kernel(
+    Kernel(
+        op="mla_decode.splits",
+        target=define_triton_op(
+            f"mla_decode.splits({_ARGUMENTS}, int num_splits) -> (Tensor, Tensor)",
+            mla_decode_splits_triton,
+            _mla_decode_splits_fake,
+        ),
+        supports=_splits_supports,
+        cases=_splits_cases,
+    )
 )
 MLA_DECODE_SCALED = define_triton_op(
     f"mla_decode.scaled({_ARGUMENTS}, Tensor cache_scale) -> (Tensor, Tensor)",

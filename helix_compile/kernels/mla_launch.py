@@ -15,12 +15,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from helix_compile.kernels.launch import launch
-from helix_compile.kernels.merge_splits import TRITON_TYPE
 from helix_compile.kernels.mla_pointer_decode import mla_pointer_kernel
 from helix_compile.kernels.mla_tiles import LOG2E
 from helix_compile.kernels.mla_tma_rows import mla_rows_kernel
 from helix_compile.kernels.mla_tma_transposed import mla_transposed_kernel
 from helix_compile.kernels.registry import CompileCase
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 from helix_compile.kernels.tuning import POINTER, ROWS, TRANSPOSED, MlaConfig
 
 FUNCTIONS = {

@@ -27,9 +27,8 @@ from helix_compile.kernels.launch_facts import specialize
 from helix_compile.kernels.moe_tiles import BLOCK_PAIRS, moe_dispatch_kernel, rows_of_tile
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
-from helix_compile.kernels.triton_ops import define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
-TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BLOCK_D = 1024
 FEW_TOKENS = 256  # up to here an expert rarely gets more than 16 rows: tiles of 16, else of 64
 

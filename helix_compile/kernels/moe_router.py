@@ -17,11 +17,10 @@ from torch import Tensor
 from helix_compile.kernels.launch import launch
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
 MAX_EXPERTS = 1024
 WARP_SCORES = 512  # scores that one warp holds; more experts take more warps
-TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # ln 2 in two parts; times an integer below 2^9 the first is exact in float32

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from helix_compile.kernels.launch import launch
 from helix_compile.kernels.launch_facts import specialize
-from helix_compile.kernels.merge_lse import TRITON_TYPE, merge_tile, softmax_weights
+from helix_compile.kernels.merge_lse import merge_tile, softmax_weights
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
 INTEGERS = ("stride_o_row", "stride_o_S", "stride_lse_row", "stride_lse_S", "stride_out_o_P", "stride_out_lse_P", "rows")  # fmt: skip
 
@@ -175,19 +175,17 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return [specialize(case, _arguments(*rows, buffer, partial_o.dtype))]
 
 
-def pack_splits_supports(site_args: tuple[Any, ...], target: KernelTarget) -> str | None:
-    """None where pack_heads.splits takes `site_args` on a target, else the reason why not."""
-    partial_o, lse, _, dtype = site_args
+def _pack_splits_supports(site: Site, target: KernelTarget) -> str | None:
+    partial_o, lse, _, dtype = site.args
     if not {partial_o.dtype, dtype} <= set(TRITON_TYPE) or lse.dtype != torch.float32:
         return f"splits of {partial_o.dtype} packed as {dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
     return None
 
 
-def pack_splits_cases(site_args: tuple[Any, ...], target: KernelTarget) -> list[CompileCase]:
-    """What has to be compiled for pack_heads.splits with arguments like `site_args`."""
-    partial_o, lse, peers, dtype = site_args
+def _pack_splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
+    partial_o, lse, peers, dtype = site.args
     H, splits, W = (int(size) for size in partial_o.shape[2:])
-    buffer = _pack_splits_fake(*site_args)
+    buffer = _pack_splits_fake(*site.args)
     case = _case(splits, H, peers, W, partial_o.dtype, dtype)
     return [specialize(case, _arguments(*_rows(partial_o, lse), buffer, dtype))]
 
@@ -204,8 +202,15 @@ PACK_HEADS = register_kernel(
         cases=_cases,
     )
 )
-PACK_SPLITS = define_triton_op(
-    "pack_heads.splits(Tensor partial_o, Tensor lse, int peers, ScalarType dtype) -> Tensor",
-    pack_splits_triton,
-    _pack_splits_fake,
+PACK_SPLITS = register_kernel(
+    Kernel(
+        op="pack_heads.splits",
+        target=define_triton_op(
+            "pack_heads.splits(Tensor partial_o, Tensor lse, int peers, ScalarType dtype) -> Tensor",
+            pack_splits_triton,
+            _pack_splits_fake,
+        ),
+        supports=_pack_splits_supports,
+        cases=_pack_splits_cases,
+    )
 )

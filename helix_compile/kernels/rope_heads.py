@@ -20,11 +20,10 @@ from torch import Tensor
 
 from helix_compile.kernels.launch import launch
 from helix_compile.kernels.launch_facts import specialize
-from helix_compile.kernels.registry import CompileCase
+from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
-TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BLOCK_H = 8
 STRIDES = (
     "stride_q_B", "stride_q_H", "stride_q_T", "stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T",
@@ -126,9 +125,8 @@ def _rope_heads_fake(q_rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
     return q_rope.new_empty((B, T, H, r))
 
 
-def rope_heads_supports(site_args: tuple[Any, ...], target: KernelTarget) -> str | None:
-    """None where the kernel takes `site_args` on a target, else the reason why not."""
-    q_rope, cos, sin, _ = site_args
+def _supports(site: Site, target: KernelTarget) -> str | None:
+    q_rope, cos, sin, _ = site.args
     if q_rope.dtype not in TRITON_TYPE or cos.dtype not in TRITON_TYPE or cos.dtype != sin.dtype:
         return f"q of {q_rope.dtype}, cos of {cos.dtype}, sin of {sin.dtype}; the kernel takes 16- and 32-bit floats"
     if q_rope.shape[3] % 2:
@@ -136,16 +134,22 @@ def rope_heads_supports(site_args: tuple[Any, ...], target: KernelTarget) -> str
     return None
 
 
-def rope_heads_cases(site_args: tuple[Any, ...], target: KernelTarget) -> list[CompileCase]:
-    """What has to be compiled for arguments like `site_args`."""
-    q_rope, cos, sin, interleaved = site_args
+def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
+    q_rope, cos, sin, interleaved = site.args
     H, r = int(q_rope.shape[1]), int(q_rope.shape[3])
     case = _case(q_rope.dtype, cos.dtype, H, r, interleaved)
-    return [specialize(case, _arguments(q_rope, cos, sin, _rope_heads_fake(*site_args)))]
+    return [specialize(case, _arguments(q_rope, cos, sin, _rope_heads_fake(*site.args)))]
 
 
-ROPE_HEADS = define_triton_op(
-    "rope_heads(Tensor q_rope, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
-    rope_heads_triton,
-    _rope_heads_fake,
+ROPE_HEADS = register_kernel(
+    Kernel(
+        op="rope_heads",
+        target=define_triton_op(
+            "rope_heads(Tensor q_rope, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+            rope_heads_triton,
+            _rope_heads_fake,
+        ),
+        supports=_supports,
+        cases=_cases,
+    )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ def offline_target(arch: str) -> KernelTarget:
     return KernelTarget(arch, SM_COUNT[arch])
 
 
+@functools.cache  # asked for at every launch; what it answers can't change while a process runs
 def device_target(device: torch.device) -> KernelTarget:
     """The target of kernels that run on `device`: its own architecture, or the interpreter on a CPU.
 

@@ -1,4 +1,4 @@
-"""Define ops of the helix_triton:: provider: schema, fake, and one implementation for CPU and CUDA tensors."""
+"""Define ops of the helix_triton:: provider: schema, fake, and one implementation for CPU and CUDA tensors; their dtypes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+# floats that kernels take, and how a Triton signature spells them
+TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LIBRARY = torch.library.Library(
     "helix_triton", "DEF"
 )  # kept alive: dropping it unregisters the ops

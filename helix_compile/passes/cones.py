@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.passes.fx_edit import is_param
+from helix_compile.passes.index_provenance import shape_of
 
 
 def single_inputs(
@@ -59,6 +60,16 @@ def ancestors(results: Collection[fx.Node], until: Collection[fx.Node]) -> set[f
 def constants(nodes: Collection[fx.Node]) -> list[float]:
     """Finite Python floats among the arguments of `nodes`: where a cone's epsilons and factors are."""
     return [a for n in nodes for a in n.args if isinstance(a, float) and math.isfinite(a)]
+
+
+def shape_of_value(node: fx.Node) -> tuple[int, ...]:
+    """A node's shape at the capture hints; () for what is no tensor."""
+    return shape_of(node) if isinstance(node.meta.get("val"), Tensor) else ()
+
+
+def blank(node: fx.Node) -> Tensor:
+    """What a placeholder that only gives sizes holds while a cone is evaluated."""
+    return torch.zeros(shape_of(node), dtype=node.meta["val"].dtype)
 
 
 def close(got: Tensor, expected: Tensor) -> bool:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.kernels.reference_fused import rms_norm_reference, rope_reference
-from helix_compile.passes.cones import ancestors, close, constants, single_inputs
+from helix_compile.passes.cones import (
+    ancestors,
+    blank,
+    close,
+    constants,
+    shape_of_value,
+    single_inputs,
+)
 from helix_compile.passes.evaluate import evaluate
 from helix_compile.passes.fx_edit import is_param, placeholders
 from helix_compile.passes.index_provenance import shape_of
@@ -54,11 +61,6 @@ def find_norm(graph: fx.Graph, result: fx.Node) -> NormMatch | str:
     return found or f"no RMSNorm with a weight [{width}] makes `{result.name}`"
 
 
-def shape_of_value(node: fx.Node) -> tuple[int, ...]:
-    """A node's shape at the capture hints; () for what is no tensor."""
-    return shape_of(node) if isinstance(node.meta.get("val"), Tensor) else ()
-
-
 def _random(node: fx.Node, scale: float = 1.0) -> Tensor:
     """Values of a node's shape and dtype; the same for the same shape."""
     generator = torch.Generator().manual_seed(0)
@@ -66,15 +68,10 @@ def _random(node: fx.Node, scale: float = 1.0) -> Tensor:
     return (scale * torch.randn(shape, generator=generator)).to(dtype)
 
 
-def _blank(node: fx.Node) -> Tensor:
-    """What a placeholder that only gives sizes holds."""
-    return torch.zeros(shape_of(node), dtype=node.meta["val"].dtype)
-
-
 def _is_norm(result: fx.Node, source: fx.Node, weight: fx.Node, eps: float) -> bool:
     for scale in (1.0, 1e-3):  # small values show the epsilon
         x, w = _random(source, scale), _random(weight)
-        got = evaluate(result, {source: x, weight: w}, _blank)
+        got = evaluate(result, {source: x, weight: w}, blank)
         if not close(got, rms_norm_reference(x, w, eps)):
             return False
     return True
@@ -108,7 +105,7 @@ def _is_rope(result: fx.Node, match: RopeMatch) -> bool:
         torch.cat([half[0], half[0]], -1),
         torch.cat([half[1].flip(-1), half[1].flip(-1)], -1),
     )
-    got = evaluate(result, {match.source: x, match.cos: cos, match.sin: sin}, _blank)
+    got = evaluate(result, {match.source: x, match.cos: cos, match.sin: sin}, blank)
     heads = x.reshape(x.shape[0], -1, *x.shape[-2:])
     expected = rope_reference(heads, cos[:, None], sin[:, None], match.interleaved)
     return got.numel() == expected.numel() and close(got.reshape(expected.shape), expected)

@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.kernels.reference_router import moe_router_reference
-from helix_compile.passes.cones import ancestors, close, constants, single_inputs
+from helix_compile.passes.cones import (
+    ancestors,
+    blank,
+    close,
+    constants,
+    shape_of_value,
+    single_inputs,
+)
 from helix_compile.passes.evaluate import evaluate
 from helix_compile.passes.fx_edit import aten, is_call, is_param
 from helix_compile.passes.index_provenance import shape_of
-from helix_compile.passes.match_prologue import shape_of_value
 
 DRAWS = 4
 
@@ -70,8 +76,8 @@ def _is_router(expert_ids: fx.Node, weights: fx.Node, match: RouterMatch) -> boo
         logits = torch.randn(shape, generator=generator)
         bias = torch.randn(shape[1], generator=generator).to(match.bias.meta["val"].dtype)
         known: dict[fx.Node, Tensor] = {match.logits: logits, match.bias: bias}
-        got_ids = evaluate(expert_ids, known, _blank)
-        got_weights = evaluate(weights, known, _blank)
+        got_ids = evaluate(expert_ids, known, blank)
+        got_weights = evaluate(weights, known, blank)
         ids, expected = moe_router_reference(
             logits,
             bias,
@@ -88,7 +94,3 @@ def _is_router(expert_ids: fx.Node, weights: fx.Node, match: RouterMatch) -> boo
         if not close(got_weights.gather(-1, order.indices), expected.gather(-1, own.indices)):
             return False
     return True
-
-
-def _blank(node: fx.Node) -> Tensor:
-    return torch.zeros(shape_of(node), dtype=node.meta["val"].dtype)

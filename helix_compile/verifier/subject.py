@@ -47,9 +47,9 @@ from helix_compile.verifier.step_bisect import bisect_step
 DRAWS_16_BIT = 8  # seeds that the 1.25x rule is pooled over
 
 
-# the captured graph against the model, both in fp64. What a 16- or 32-bit model rounds on purpose is traced into the
-# graph and stays, so the two agree to that rounding alone
-CAPTURE_GAP = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# the captured graph against the model, both in fp64: equal to rounding (measured 1e-15) but for float32 models, where a
+# cast to float32 on purpose can't be told from the model's own dtype and stays narrow (measured up to 2e-6)
+CAPTURE_GAP, CAPTURE_GAP_FLOAT32 = 1e-10, 1e-5
 
 
 class Subject:
@@ -211,7 +211,7 @@ def _located(
         )
     except Exception:
         return outcome.findings
-    if gap > CAPTURE_GAP[subject.dtype]:
+    if gap > (CAPTURE_GAP_FLOAT32 if subject.dtype is torch.float32 else CAPTURE_GAP):
         got = f"its logits are off by {gap:.2e} of the largest, both in float64"
         finding = Finding(
             "HX407", f"stage captured, {scenario.name}", got, "the model's logits", 0, "numeric"

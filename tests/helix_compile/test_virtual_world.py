@@ -128,6 +128,12 @@ def test_unequal_shapes_and_unknown_axis() -> None:
         world().run(graph(lambda g, x: waited(g, reduced(g, x, "dp"))), inputs())
 
 
+def test_another_reduction_is_not_taken_for_a_sum() -> None:
+    mean = graph(lambda g, x: waited(g, g.call_function(c10d.all_reduce.default, (x, "avg", "world"))))  # fmt: skip
+    with pytest.raises(RuntimeFault, match=r"all_reduce #0 of world.*'avg'.*sums"):
+        world().run(mean, inputs())
+
+
 def test_a_failing_op_names_rank_and_node() -> None:
     broken = graph(lambda g, x: g.call_function(torch.mm, (x, x)))
     with pytest.raises(RuntimeFault, match=r"rank 0, node mm: .*mat1 and mat2"):

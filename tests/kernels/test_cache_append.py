@@ -13,8 +13,7 @@ from torch import Tensor
 import helix_compile.kernels.catalog  # noqa: F401
 from helix_compile.kernels.cache_append import (
     CACHE_APPEND,
-    cache_append_norm_rope_cases,
-    cache_append_norm_rope_supports,
+    CACHE_APPEND_NORM_ROPE,
 )
 from helix_compile.kernels.reference_fused import cache_append_norm_rope_reference
 from helix_compile.kernels.registry import Site
@@ -182,9 +181,13 @@ def test_what_they_refuse_and_what_they_compile() -> None:
     turned = Site("cache_append", (args[0].mT, *args[1:]), CAPACITY)
     assert "stride" in str(CACHE_APPEND.supports(turned, INTERPRETED))
     angle = torch.zeros(2, 1, 64, dtype=torch.bfloat16)
-    fused = (*args, torch.ones(512, dtype=torch.bfloat16), 1e-6, angle, angle, True)
-    assert cache_append_norm_rope_supports(fused, INTERPRETED) is None
-    cases = (*CACHE_APPEND.cases(site, INTERPRETED), *cache_append_norm_rope_cases(fused, INTERPRETED))  # fmt: skip
+    more = (torch.ones(512, dtype=torch.bfloat16), 1e-6, angle, angle, True)
+    fused = Site("cache_append.norm_rope", (*args, *more), CAPACITY)
+    assert CACHE_APPEND_NORM_ROPE.supports(fused, INTERPRETED) is None
+    cases = (
+        *CACHE_APPEND.cases(site, INTERPRETED),
+        *CACHE_APPEND_NORM_ROPE.cases(fused, INTERPRETED),
+    )
     for case in cases:
         assert_case_is_complete(case)
         wanted = {"cache_ptr", "latent_ptr", "k_rope_ptr", "stride_cache_slot", "stride_latent_B"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -129,6 +130,18 @@ def test_a_reload_is_bitwise(tmp_path: Path) -> None:
     ids = random_ids(tiny_model("short"), 2, 4)
     assert torch.equal(loaded(ids), compiled(ids))
     assert chosen(loaded, "body_1") == chosen(compiled, "body_1")
+
+
+def test_the_text_of_a_body_runs_by_itself(tmp_path: Path) -> None:
+    """In a new process, where nothing has registered the kernels: every op that the text names is there."""
+    compiled = triton_module("short", **PLANS["after"])
+    compiled.inspect(tmp_path)
+    text = (tmp_path / "body_1.after.py").read_text()
+    ops = sorted(set(re.findall(r"torch\.ops\.helix_triton\.\w+\.\w+", text)))
+    assert len(ops) == 7
+    script = f"import runpy; runpy.run_path({str(tmp_path / 'body_1.after.py')!r}); import torch; {'; '.join(ops)}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_batch_items_are_independent() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import helix_compile.kernels.catalog  # noqa: F401
-from helix_compile.kernels.pack_heads import PACK_HEADS, pack_splits_cases, pack_splits_supports
+from helix_compile.kernels.pack_heads import PACK_HEADS, PACK_SPLITS
 from helix_compile.kernels.reference_fused import pack_splits_reference
 from helix_compile.kernels.registry import Site
 from helix_compile.ops import helix
@@ -144,9 +144,11 @@ def test_what_they_refuse_and_what_they_compile(dtype: torch.dtype) -> None:
     doubles = (torch.zeros(1, 2, 128, 512, dtype=torch.float64), lse.double(), 4)
     assert "float64" in str(PACK_HEADS.supports(Site("pack_heads", doubles, CAPACITY), INTERPRETED))
     splits = (torch.zeros(1, 2, 128, 4, 512), torch.zeros(1, 2, 128, 4), 4, dtype)
-    assert pack_splits_supports(splits, INTERPRETED) is None
-    assert "float64" in str(pack_splits_supports((*splits[:3], torch.float64), INTERPRETED))
-    for case in (*PACK_HEADS.cases(site, INTERPRETED), *pack_splits_cases(splits, INTERPRETED)):
+    fused = Site("pack_heads.splits", splits, CAPACITY)
+    assert PACK_SPLITS.supports(fused, INTERPRETED) is None
+    wide = Site("pack_heads.splits", (*splits[:3], torch.float64), CAPACITY)
+    assert "float64" in str(PACK_SPLITS.supports(wide, INTERPRETED))
+    for case in (*PACK_HEADS.cases(site, INTERPRETED), *PACK_SPLITS.cases(fused, INTERPRETED)):
         assert_case_is_complete(case)
         assert {"o_ptr", "out_o_ptr", "stride_o_row", "stride_out_o_P"} <= set(case.divisible_by_16)
 

@@ -143,21 +143,25 @@ def test_rescaled_parts_sum_to_the_merge() -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
 )
-@pytest.mark.parametrize("shape", [(1, 1, 2, 3), (2, 3, 8, 20), (1, 3, 6, 5)], ids=str)
-def test_pack_and_unpack(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
-    """Also where a row of 16-bit values has an odd count, so that nothing is aligned."""
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2, 3), (2, 3, 8, 20), (1, 3, 6, 5), (2, 1, 3, 1), (1, 3, 3, 5)], ids=str
+)
+@pytest.mark.parametrize("chunks", ["one", "some", "each head"])
+def test_pack_and_unpack(dtype: torch.dtype, shape: tuple[int, int, int, int], chunks: str) -> None:
+    """Also where a row of 16-bit values has an odd count, so that nothing is aligned, and for chunks of one head."""
+    heads = shape[2]
+    peers = {"one": 1, "some": 3 if heads % 2 else 2, "each head": heads}[chunks]
     o, lse = (
         torch.randn(shape).to(dtype),
         torch.randn(shape[:3]).to(reference.accumulation_dtype(dtype)),
     )
     lse[0, 0, 0] = -torch.inf
-    buffer = helix.pack_heads(o, lse, 2)
+    buffer = helix.pack_heads(o, lse, peers)
     sent = o.numel() * o.itemsize + lse.numel() * lse.itemsize
-    assert buffer.shape[0] == 2 and buffer.numel() * buffer.itemsize == sent
+    assert buffer.shape[0] == peers and buffer.numel() * buffer.itemsize == sent
     o_P, lse_P = helix.unpack_heads(buffer, o, lse)
-    half = shape[2] // 2
-    assert torch.equal(o_P, torch.stack([o[:, :, :half], o[:, :, half:]]))
-    assert torch.equal(lse_P, torch.stack([lse[:, :, :half], lse[:, :, half:]]))
+    assert torch.equal(o_P, torch.stack(o.chunk(peers, dim=2)))
+    assert torch.equal(lse_P, torch.stack(lse.chunk(peers, dim=2)))
 
 
 def test_experts_against_a_loop_over_choices() -> None:

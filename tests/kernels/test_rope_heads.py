@@ -14,8 +14,10 @@ from helix_compile.kernels.reference_fused import (
     rope_heads_reference,
     rope_reference,
 )
-from helix_compile.kernels.rope_heads import rope_heads_cases, rope_heads_supports
+from helix_compile.kernels.registry import Site
+from helix_compile.kernels.rope_heads import ROPE_HEADS
 from tests.support.kernel_checks import (
+    CAPACITY,
     INTERPRETED,
     assert_case_is_complete,
     assert_kernel_close,
@@ -84,10 +86,14 @@ def test_channels_that_are_not_dense() -> None:
 def test_what_it_refuses_and_what_it_compiles() -> None:
     q = torch.zeros(2, 128, 1, 192, dtype=torch.bfloat16)[..., 128:]
     cos = torch.zeros(2, 1, 64, dtype=torch.bfloat16)
-    assert rope_heads_supports((q, cos, cos, True), INTERPRETED) is None
-    assert "float64" in str(rope_heads_supports((q.double(), cos, cos, True), INTERPRETED))
-    assert "odd" in str(rope_heads_supports((q[..., :7], cos, cos, True), INTERPRETED))
-    (case,) = rope_heads_cases((q, cos, cos, True), INTERPRETED)
+
+    def site(q: torch.Tensor) -> Site:
+        return Site("rope_heads", (q, cos, cos, True), CAPACITY)
+
+    assert ROPE_HEADS.supports(site(q), INTERPRETED) is None
+    assert "float64" in str(ROPE_HEADS.supports(site(q.double()), INTERPRETED))
+    assert "odd" in str(ROPE_HEADS.supports(site(q[..., :7]), INTERPRETED))
+    (case,) = ROPE_HEADS.cases(site(q), INTERPRETED)
     assert_case_is_complete(case)
     assert {"q_ptr", "stride_q_B", "stride_q_H", "stride_q_T"} <= set(case.divisible_by_16)
 
