@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from helix_compile.command_options import Config, merged_options
 from helix_compile.errors import HelixError
 from helix_compile.kernels_command import kernels
 from helix_compile.options import HelixOptions
@@ -27,7 +28,8 @@ app = typer.Typer(
 _OPTIONS = (*(f.name for f in fields(HelixOptions)), "world")
 _MODEL_HELP = "checkpoint folder, a config.json (random weights), or a preset: tiny, deepseek-v3-lite, deepseek-v3"
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
-Cp = Annotated[int, typer.Option(help="ranks that share a KV cache by sequence")]
+_CP_HELP = "ranks that share a KV cache by sequence; required, here or in --config"
+Cp = Annotated[int | None, typer.Option(help=_CP_HELP)]
 Tpa = Annotated[int, typer.Option(help="attention tensor parallel")]
 Ep = Annotated[int | None, typer.Option(help="expert parallel; default: the largest that divides")]
 TokensPerBlock = Annotated[int, typer.Option(help="round-robin unit of the cache")]
@@ -48,7 +50,8 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout"
 def inspect(
     ctx: typer.Context,
     model: Model,
-    cp: Cp,
+    cp: Cp = None,
+    config: Config = None,
     tpa: Tpa = 1,
     ep: Ep = None,
     tokens_per_block: TokensPerBlock = 32,
@@ -91,10 +94,11 @@ def inspect(
 def generate(
     ctx: typer.Context,
     model: Model,
-    cp: Cp,
     prompt_ids: Annotated[
         str, typer.Option(help="token ids separated by commas or spaces; several prompts by ';'")
     ],
+    cp: Cp = None,
+    config: Config = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 16,
     tpa: Tpa = 1,
     ep: Ep = None,
@@ -134,7 +138,8 @@ def generate(
 def verify(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(help=_MODEL_HELP)] = None,
-    cp: Annotated[int | None, typer.Option(help="ranks that share a KV cache by sequence")] = None,
+    cp: Cp = None,
+    config: Config = None,
     tpa: Tpa = 1,
     ep: Ep = None,
     tokens_per_block: TokensPerBlock = 32,
@@ -159,9 +164,10 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check that MODEL, rewritten, is MODEL: graph, weights and numbers. Exit status 1 if anything is found."""
-    if (model is None) != (cp is None) or (model is None and not self_test):
+    sized = cp is not None or config is not None
+    if (model is not None) != sized or (model is None and not self_test):
         raise HelixError(
-            "helix-compile verify: give MODEL and --cp N, or --self-test, or all of them"
+            "helix-compile verify: give MODEL and --cp N, or --self-test, or all of them (--config FILE may say cp)"
         )
     options = _checked_options(ctx) if model is not None else {}
     results = []
@@ -236,8 +242,7 @@ def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> A
 
 def _checked_options(ctx: typer.Context) -> dict[str, Any]:
     """Options first: loading a model, and the imports for it, may take minutes."""
-    HelixOptions(**{name: ctx.params[name] for name in _OPTIONS if name != "world"})
-    return {name: ctx.params[name] for name in _OPTIONS}
+    return merged_options(ctx, _OPTIONS)
 
 
 def _model(model: str, dtype: str | None, meta: bool) -> Any:

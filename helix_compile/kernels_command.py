@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from helix_compile.command_options import Config, merged_options
 from helix_compile.errors import HelixError, LoweringUnavailable
 from helix_compile.kernels.kernel_record import KernelRecord
 from helix_compile.kernels.target import KernelTarget, offline_target
@@ -30,11 +31,13 @@ TABLE_WIDTH = 150
 
 
 def kernels(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="preset, config.json or checkpoint folder; no weights are loaded")] = "deepseek-v3",
     cp: Annotated[int, typer.Option(help="ranks that share a KV cache by sequence")] = 4,
     tpa: Annotated[int, typer.Option(help="attention tensor parallel")] = 1,
     ep: Annotated[int | None, typer.Option(help="expert parallel; default: the largest that divides")] = None,
-    batch: Annotated[int, typer.Option("--batch", "--max-batch-size", help="capacity in sequences")] = 8,
+    config: Config = None,
+    max_batch_size: Annotated[int, typer.Option("--batch", "--max-batch-size", help="capacity in sequences")] = 8,
     max_seq_len: Annotated[int, typer.Option(help="capacity in tokens a sequence")] = 131072,
     dtype: Annotated[str | None, typer.Option(help="default: the config's, else bfloat16")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="may be repeated; default: sm_100 and sm_90")] = None,
@@ -44,7 +47,7 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:  # fmt: skip
     """Compile the kernels that MODEL's plan selects, without a GPU: registers, spills, memory, instructions, and fit."""
-    options = HelixOptions(cp=cp, tpa=tpa, ep=ep, max_batch_size=batch, max_seq_len=max_seq_len)
+    options = HelixOptions(**merged_options(ctx, ("cp", "tpa", "ep", "max_batch_size", "max_seq_len")))  # fmt: skip
     targets = [offline_target(name) for name in dict.fromkeys(arch or ARCHS)]
     _check_triton()
     if tune:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from helix_compile.errors import LayoutError, LoweringUnavailable, PlanError
+from helix_compile.config_file import mapping_of, read_mapping
+from helix_compile.errors import HelixError, LayoutError, LoweringUnavailable, PlanError
+from helix_compile.own_config import own_fields
+from helix_compile.trtllm_config import trtllm_fields
+from helix_compile.vllm_config import vllm_fields
+
+logger = logging.getLogger(__name__)
+
+COUNTS = ("cp", "tpa", "ep", "tokens_per_block", "max_batch_size", "max_seq_len")  # ints >= 1
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "merge": ("a2a", "ag_rs"),
@@ -20,6 +31,7 @@ LATER = {
     ("lower", "inductor"): "lowering to Inductor is not in this version",
     ("lower", "tensorrt"): "lowering to TensorRT is not in this version",
 }
+WITHOUT_EFFECT_AT_CP1 = ("merge", "q_proj", "v_up", "overlap")
 PAGE_SIZE = (
     128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
 )
@@ -68,7 +80,7 @@ class HelixOptions:
 
     def _refuse_without_effect(self) -> None:
         """At cp = 1 nothing is exchanged, so the options of the exchange can have no effect."""
-        for name in ("merge", "q_proj", "v_up", "overlap"):
+        for name in WITHOUT_EFFECT_AT_CP1:
             if getattr(self, name) != CHOICES[name][0]:
                 raise PlanError(
                     f"option {name}={getattr(self, name)!r} has no effect at cp=1: one rank holds the whole "
@@ -78,6 +90,56 @@ class HelixOptions:
     def to_json(self) -> dict[str, Any]:
         """Plain dict, as in plan.json."""
         return asdict(self)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> HelixOptions:
+        """Options of our own TOML, YAML or JSON file, whose keys are the fields' names (docs/configuration.md).
+
+        Raises:
+            HelixError: the file, key path, got and expected.
+        """
+        fields = checked_own_fields(read_mapping(path), str(path))
+        if "cp" not in fields:
+            raise PlanError(f"{path}: cp: got none, expected an int >= 1; cp has no default")
+        return cls._built(fields, str(path))
+
+    @classmethod
+    def from_trtllm(cls, source: Mapping[str, Any] | str | Path) -> HelixOptions:
+        """Options that TensorRT-LLM's own (a mapping, or its YAML or JSON file) say, by its rules and defaults.
+
+        Raises:
+            HelixError: key path, got and expected; also for what TensorRT-LLM would ignore without a word.
+        """
+        values, where = mapping_of(source)
+        return cls._built_by_engine(*trtllm_fields(values, where), where)
+
+    @classmethod
+    def from_vllm(cls, source: Mapping[str, Any] | str | Path) -> HelixOptions:
+        """Options that vLLM's own (a mapping, or its YAML or JSON file) say, by its rules and defaults.
+
+        Raises:
+            HelixError: key path, got and expected; also for what vLLM would ignore without a word.
+        """
+        values, where = mapping_of(source)
+        return cls._built_by_engine(*vllm_fields(values, where), where)
+
+    @classmethod
+    def _built_by_engine(cls, fields: dict[str, Any], idle: list[str], where: str) -> HelixOptions:
+        if idle:
+            logger.info("%s: no effect here: %s", where, ", ".join(idle))
+        return cls._built(fields, where)
+
+    @classmethod
+    def _built(cls, fields: dict[str, Any], where: str) -> HelixOptions:
+        try:
+            return cls(**fields)
+        except HelixError as error:
+            raise type(error)(f"{where}: {error}") from error
+
+
+def checked_own_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of HelixOptions that a mapping of ours holds; PlanError names key path, got and expected."""
+    return own_fields(values, where, COUNTS, CHOICES)
 
 
 def check_count(name: str, value: Any) -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # a name ending in "." stands for every module below it that no other room names
 ROOMS: list[tuple[str, str]] = [
     ("facts", "errors ledger matches numerics models."),
-    ("data", "layout options mesh placement plan"),
+    ("data", "config_file config_section own_config trtllm_config vllm_config config_dialects options options_schema layout mesh placement plan"),
     ("ops", "kernels. ops"),
     ("graph tools", "graph_pass provenance graph_text graph_python graph_queries costs schedule graph_json output_folder passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),
@@ -22,7 +22,7 @@ ROOMS: list[tuple[str, str]] = [
     ("run", "module inspection explain generation model_source saving saved_checks"),
     ("spine", "compile"),
     ("verification", "verifier verifier. verification mutants mutants."),
-    ("front door", "backend kernels_command __main__ __init__"),
+    ("front door", "backend command_options kernels_command __main__ __init__"),
 ]  # fmt: skip
 # the pipeline gives example shapes of the cache to the attention pass
 EXCEPTIONS = {("passes.pipeline", "kv_cache")}
