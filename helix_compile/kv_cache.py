@@ -84,10 +84,20 @@ class Ledger:
         """Page table [B, pages] of the current batch."""
         return self.page_table[:batch_size]
 
-    def write_sequence(self, cache: Tensor, row: int, entries: Tensor, kvp_rank: int) -> None:
-        """Lay out a whole sequence's entries [length, R + r] in this rank's shard of `cache`."""
+    def write_sequence(
+        self, cache: Tensor, row: int, entries: Tensor, kvp_rank: int, start: int = 0
+    ) -> None:
+        """Lay out entries [length, R + r] of a sequence's tokens from position `start` in this rank's shard of `cache`."""
         tokens_per_block = self.options.tokens_per_block
-        mine = positions_on_rank(len(entries), kvp_rank, self.kvp, tokens_per_block)
-        slots = local_slot(mine, self.kvp, tokens_per_block).to(cache.device)
-        pages = self.page_table[row].to(cache.device)[slots // PAGE_SIZE]
-        cache[pages, slots % PAGE_SIZE] = entries[mine.to(entries.device)].to(cache)
+        mine = positions_on_rank(start + len(entries), kvp_rank, self.kvp, tokens_per_block)
+        mine = mine[mine >= start]
+        cache[self._places(cache, row, mine)] = entries[(mine - start).to(entries.device)].to(cache)
+
+    def read_sequence(self, cache: Tensor, row: int, mine: Tensor) -> Tensor:
+        """Entries [n, R + r] at a sequence's absolute positions `mine` [n], which this shard of `cache` must own."""
+        return cache[self._places(cache, row, mine)]
+
+    def _places(self, cache: Tensor, row: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(pages, slots inside a page) of positions that one shard owns."""
+        slots = local_slot(positions, self.kvp, self.options.tokens_per_block).to(cache.device)
+        return self.page_table[row].to(cache.device)[slots // PAGE_SIZE], slots % PAGE_SIZE

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache
 
 from helix_compile.errors import HelixError, LoweringUnavailable, RuntimeFault
 from helix_compile.explain import NodeExplanation, explain_node
 from helix_compile.graph_python import stage_diff
+from helix_compile.handover import CacheEntries, CacheShard
 from helix_compile.inspection import Inspection, inspect_module
 from helix_compile.kv_cache import Ledger
 from helix_compile.params import params_of_stage
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan import HelixPlan
+from helix_compile.prefix_export import entries_to_export, shards_to_export
 from helix_compile.prefix_import import sequences_to_import
 from helix_compile.ranks import ModelFacts, Rank
 from helix_compile.step_inputs import check_batch, check_ids, checked_mask, chunks_of
@@ -214,31 +217,52 @@ class HelixModule(nn.Module):
 
     def import_cache(
         self,
-        latents: list[Tensor],
-        k_ropes: list[Tensor],
-        lengths: Tensor | list[int],
+        latents: list[Tensor] | DynamicCache,
+        k_ropes: list[Tensor] | None = None,
+        lengths: Tensor | list[int] | None = None,
         mask: Tensor | None = None,
+        *,
+        append: bool = False,
     ) -> None:
-        """Start a batch from a cache that was prefilled elsewhere (disaggregated prefill).
+        """Start a batch from a cache that was prefilled elsewhere (disaggregated prefill), or append to the batch.
 
         Args:
-            latents: per cached attention [B, S, R].
+            latents: per cached attention [B, S, R]; or the unmodified model's DynamicCache, then without k_ropes.
             k_ropes: per cached attention [B, S, r], rotated at absolute positions.
-            lengths: [B] tokens of each sequence.
+            lengths: [B] tokens of each sequence; a DynamicCache's follow from its mask or columns.
             mask: [B, S], 1 = token; drops padding columns. Without it a row's first `lengths` columns are its tokens.
+            append: go on after the tokens that are here: tensors are the next chunk of each sequence; a DynamicCache
+                holds each sequence from its first token, and what is here already is skipped.
 
         Raises:
             RuntimeFault: counts or shapes that do not fit; nothing is written then.
         """
+        held = list(self._ledger.lengths) if append else []
         entries = sequences_to_import(
-            latents, k_ropes, lengths, mask, self._facts, self.plan.options
+            latents, k_ropes, lengths, mask, self._facts, self.plan.options, held
         )
-        self._ledger.lengths = [len(row) for row in entries[0]]
+        held = held or [0] * len(entries[0])
+        if not append:
+            self.reset()  # an interrupt while writing must not leave lengths that promise the old entries
         layout = self.plan.layout
         for rank in self.ranks:
             for cache, rows in zip(rank.cache, entries, strict=True):
                 for row, tokens in enumerate(rows):
-                    self._ledger.write_sequence(cache, row, tokens, layout.index("kvp", rank.rank))
+                    kvp_rank = layout.index("kvp", rank.rank)
+                    self._ledger.write_sequence(cache, row, tokens, kvp_rank, held[row])
+        self._ledger.advance([len(tokens) for tokens in entries[0]])
+
+    def export_cache(self) -> CacheEntries:
+        """The batch's cache, gathered from the shards: (latents, k_ropes, lengths), which import_cache(*...) takes.
+
+        Raises:
+            RuntimeFault: no batch, or cp ranks that live in other processes (then export_shards()).
+        """
+        return entries_to_export(self._ledger, self.ranks, self.plan.layout, self._facts)
+
+    def export_shards(self) -> list[CacheShard]:
+        """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them."""
+        return shards_to_export(self._ledger, self.ranks, self.plan.layout, self._facts)
 
     def generate(
         self,

@@ -71,9 +71,10 @@ class HelixOptions:
                 )
         world_size = self.cp * self.tpa
         if self.ep is not None and world_size % self.ep:
+            fits = [e for e in range(1, min(world_size, 4096) + 1) if world_size % e == 0]
             raise LayoutError(
                 f"ep={self.ep} does not divide the world of cp*tpa = {self.cp}*{self.tpa} = {world_size} "
-                f"ranks; use one of {[e for e in range(1, world_size + 1) if world_size % e == 0]}"
+                f"ranks; use one of {fits}"
             )
         if self.cp == 1:
             self._refuse_without_effect()

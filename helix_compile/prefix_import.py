@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
+from helix_compile.dynamic_cache import parts_of_dynamic_cache
 from helix_compile.errors import RuntimeFault
 from helix_compile.options import HelixOptions
 
@@ -15,18 +17,32 @@ if TYPE_CHECKING:
 
 
 def sequences_to_import(
-    latents: list[Tensor],
-    k_ropes: list[Tensor],
-    lengths: Tensor | list[int],
+    latents: list[Tensor] | DynamicCache,
+    k_ropes: list[Tensor] | None,
+    lengths: Tensor | list[int] | None,
     mask: Tensor | None,
     facts: ModelFacts,
     options: HelixOptions,
+    held: list[int],
 ) -> list[list[Tensor]]:
-    """entries[site][row] = [length, R + r] in order of position.
+    """entries[site][row] = [length, R + r] in order of position, of the tokens that come after the first `held`.
+
+    A DynamicCache holds its sequences from their first token, so the `held` tokens are dropped from it; tensors hold
+    what is new.
 
     Raises:
         RuntimeFault: another number of sites, shapes, lengths or mask that do not fit each other.
     """
+    whole = isinstance(latents, DynamicCache)
+    if isinstance(latents, DynamicCache):
+        if k_ropes is not None:
+            raise RuntimeFault(
+                "import_cache: a DynamicCache holds the k_ropes too; leave k_ropes out"
+            )
+        latents, k_ropes = parts_of_dynamic_cache(latents)
+        if lengths is None:
+            lengths = _lengths_of_columns(latents[0], mask)
+    skipped = held if whole else []
     _check_tensors("latents", "R", latents)
     _check_tensors("k_ropes", "r", k_ropes)
     sites = len(facts.cache_widths)
@@ -47,18 +63,41 @@ def sequences_to_import(
         raise RuntimeFault(
             f"import_cache: {len(counts)} lengths for {B} sequences (max_batch_size={options.max_batch_size})"
         )
+    if held and len(held) != B:
+        raise RuntimeFault(
+            f"import_cache: {B} sequences to append to a batch of {len(held)}; expected the same (a row may have length 0)"
+        )
     if any(n < 0 or n > min(S, options.max_seq_len) for n in counts):
         raise RuntimeFault(
             f"import_cache: lengths {counts}; expected 0 <= length <= columns {S} and max_seq_len {options.max_seq_len}"
         )
+    before = [0] * B if whole else held or [0] * B
+    if any(n + h > options.max_seq_len for n, h in zip(counts, before, strict=True)):
+        raise RuntimeFault(
+            f"import_cache: {counts} tokens after {before} are more than max_seq_len={options.max_seq_len}"
+        )
+    if any(n < h for n, h in zip(counts, skipped, strict=False)):
+        raise RuntimeFault(
+            f"import_cache: the DynamicCache holds {counts} tokens, fewer than the {skipped} that are here already; "
+            "expected it to hold each sequence from its first token"
+        )
     columns = _columns(mask, counts, B, S)
+    if skipped:
+        columns = [c[h:] for c, h in zip(columns, skipped, strict=True)]
     return [
         [torch.cat([latent[b, c], k_rope[b, c]], dim=-1) for b, c in enumerate(columns)]
         for latent, k_rope in zip(latents, k_ropes, strict=True)
     ]
 
 
-def _check_tensors(name: str, letter: str, given: list[Tensor]) -> None:
+def _lengths_of_columns(latent: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens of each row: what the mask keeps, else every column."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.sum(dim=1).to(torch.int64)
+    return torch.full((latent.shape[0],), latent.shape[1])
+
+
+def _check_tensors(name: str, letter: str, given: list[Tensor] | None) -> None:
     """A list of tensors, one a cached attention."""
     got = type(given).__name__
     if isinstance(given, (list, tuple)):
@@ -71,7 +110,7 @@ def _check_tensors(name: str, letter: str, given: list[Tensor]) -> None:
     )
 
 
-def _counts(lengths: Tensor | list[int]) -> list[int]:
+def _counts(lengths: Tensor | list[int] | None) -> list[int]:
     """Lengths as a list of ints."""
     got = type(lengths).__name__
     if isinstance(lengths, Tensor):

@@ -17,7 +17,7 @@ ROOMS: list[tuple[str, str]] = [
     ("capture", "capture capture_layers capture_body capture_checks"),
     ("worlds", "exchange virtual_world world"),
     ("decisions and passes", "planning param_plan passes. kernel_selection"),
-    ("step", "params kv_cache step_inputs prefix_import ranks"),
+    ("step", "params kv_cache step_inputs handover handover_file dynamic_cache prefix_import prefix_export ranks"),
     ("views", "views."),
     ("run", "module inspection explain generation model_source saving saved_checks"),
     ("spine", "compile"),

@@ -1,0 +1,37 @@
+"""Process 1: prefill with the unmodified model, write its cache and the first new tokens for decode.py.
+
+python examples/04_handover/prefill.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from helix_compile.dynamic_cache import parts_of_dynamic_cache
+from helix_compile.handover import CacheEntries
+from helix_compile.handover_file import write_cache
+from helix_compile.models.presets import build_model, preset_config
+
+PROMPT_LENGTH = 50
+
+
+def main(folder: Path) -> None:
+    """Two prompts, no padding; the folder then holds cache.safetensors and first_tokens.json."""
+    model = build_model(preset_config("tiny"))
+    prompts = torch.randint(0, 256, (2, PROMPT_LENGTH), generator=torch.Generator().manual_seed(1))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        logits = model(input_ids=prompts, past_key_values=cache).logits
+    latents, k_ropes = parts_of_dynamic_cache(cache)
+    lengths = torch.full((2,), PROMPT_LENGTH)
+    write_cache(folder / "cache.safetensors", CacheEntries(latents, k_ropes, lengths))
+    (folder / "first_tokens.json").write_text(json.dumps(logits[:, -1].argmax(-1).tolist()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

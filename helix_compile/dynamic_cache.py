@@ -1,0 +1,35 @@
+"""Read a transformers DynamicCache of an unmodified MLA model: latents are its keys, roped keys its values."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from helix_compile.errors import RuntimeFault
+
+
+def parts_of_dynamic_cache(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
+    """Views ([B, S, R] latents, [B, S, r] roped keys), one of each a layer; columns include the sender's padding.
+
+    Raises:
+        RuntimeFault: a layer of another kind (sliding, quantised, static), an empty one, or one that holds full heads.
+    """
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    if not cache.layers:
+        raise RuntimeFault("import_cache: the DynamicCache is empty; expected a prefilled one")
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer:
+            raise RuntimeFault(
+                f"import_cache: layer {i} of the cache is a {type(layer).__name__}, expected a DynamicLayer: other kinds "
+                "keep other columns than all tokens; give latents and k_ropes as tensors"
+            )
+        if layer.keys is None or layer.values is None:
+            raise RuntimeFault(f"import_cache: layer {i} of the DynamicCache is empty; expected a prefilled one")  # fmt: skip
+        for part, tensor in zip(parts, (layer.keys, layer.values), strict=True):
+            if tensor.dim() != 4 or tensor.shape[1] != 1:
+                raise RuntimeFault(
+                    f"import_cache: layer {i} of the DynamicCache holds {tuple(tensor.shape)}, expected [B, 1, S, width]: "
+                    "one latent and one roped key for all heads"
+                )
+            part.append(tensor.squeeze(1))
+    return parts
