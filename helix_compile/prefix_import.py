@@ -43,8 +43,8 @@ def sequences_to_import(
         if lengths is None:
             lengths = _lengths_of_columns(latents[0], mask)
     skipped = held if whole else []
-    _check_tensors("latents", "R", latents)
-    _check_tensors("k_ropes", "r", k_ropes)
+    latents = _tensors("latents", "R", latents)
+    k_ropes = _tensors("k_ropes", "r", k_ropes)
     sites = len(facts.cache_widths)
     if len(latents) != sites or len(k_ropes) != sites:
         raise RuntimeFault(
@@ -97,13 +97,13 @@ def _lengths_of_columns(latent: Tensor, mask: Tensor | None) -> Tensor:
     return torch.full((latent.shape[0],), latent.shape[1])
 
 
-def _check_tensors(name: str, letter: str, given: list[Tensor] | None) -> None:
+def _tensors(name: str, letter: str, given: list[Tensor] | None) -> list[Tensor]:
     """A list of tensors, one a cached attention."""
     got = type(given).__name__
     if isinstance(given, (list, tuple)):
         wrong = [type(t).__name__ for t in given if not isinstance(t, Tensor)]
         if not wrong:
-            return
+            return list(given)
         got = f"a {got} holding {wrong[0]}"
     raise RuntimeFault(
         f"import_cache: {name} must be a list of tensors [B, S, {letter}], got {got}"

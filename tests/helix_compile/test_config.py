@@ -176,7 +176,7 @@ def test_our_own_file_in_three_formats(tmp_path: Path) -> None:
         ("o.yaml", "cp: null", "cp: got None, expected a value"),
         ("o.yaml", "ep: 2", "cp: got none, expected an int >= 1; cp has no default"),
         ("o.yaml", "cp: [4]", "cp: got [4] (list), expected an int >= 1"),
-        ("o.yaml", "cp: 4\nmege: a2a", "mege: got an unknown key, expected one that is understood; did you mean merge"),
+        ("o.yaml", "cp: 4\nmerg: a2a", "merg: got an unknown key, expected one that is understood; did you mean merge"),
         ("o.yaml", "cp: 4\nmerge: fast", "merge: got 'fast' (str), expected one of 'a2a', 'ag_rs'"),
         ("o.yaml", "cp: 4\ndtype: float32", "dtype: got 'float32', expected no such key: it is no option of a file"),
         ("o.yaml", "context_parallel_size: 4", "write 'cp', our name of it"),
