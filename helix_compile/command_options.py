@@ -27,8 +27,13 @@ def given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def merged_options(ctx: typer.Context, names: Iterable[str]) -> dict[str, Any]:
+def merged_options(
+    ctx: typer.Context, names: Iterable[str], idle: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Options `names` of this command and whatever --config says; the command line wins over the file.
+
+    Args:
+        idle: fields that a file may hold and that change nothing in this command; said on stderr.
 
     Raises:
         HelixError: a file that is refused, no cp anywhere, or options that contradict each other.
@@ -39,7 +44,8 @@ def merged_options(ctx: typer.Context, names: Iterable[str]) -> dict[str, Any]:
         read = fields_of_file(path)
         options |= {k: v for k, v in read.fields.items() if not (k in options and given(ctx, k))}
         kept = [k for k in read.fields if k in options and given(ctx, k) and read.fields[k] != options[k]]  # fmt: skip
-        for what, keys in (("no effect here", read.without_effect), ("overridden by the command line", kept)):  # fmt: skip
+        unused = [*read.without_effect, *(k for k in idle if k in read.fields)]
+        for what, keys in (("no effect here", unused), ("overridden by the command line", kept)):  # fmt: skip
             if keys:
                 print(f"{path} ({read.dialect}): {what}: {', '.join(keys)}", file=sys.stderr)
     if options["cp"] is None:

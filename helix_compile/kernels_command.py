@@ -47,7 +47,8 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:  # fmt: skip
     """Compile the kernels that MODEL's plan selects, without a GPU: registers, spills, memory, instructions, and fit."""
-    options = HelixOptions(**merged_options(ctx, ("cp", "tpa", "ep", "max_batch_size", "max_seq_len")))  # fmt: skip
+    names = ("cp", "tpa", "ep", "max_batch_size", "max_seq_len")
+    options = HelixOptions(**merged_options(ctx, names, idle=("lower",)))
     targets = [offline_target(name) for name in dict.fromkeys(arch or ARCHS)]
     _check_triton()
     if tune:

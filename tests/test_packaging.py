@@ -49,5 +49,5 @@ def test_the_wheel_holds_the_package_only(tmp_path: Path) -> None:
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     top = {n.split("/")[0] for n in names if ".dist-info" not in n}
     assert top == {"helix_compile"}
-    for needed in ("py.typed", "passes/pipeline.py", "kernels/reference.py", "models/presets.py", "views/report.css", "views/report.js"):  # fmt: skip
+    for needed in ("py.typed", "passes/pipeline.py", "kernels/reference.py", "models/presets.py", "views/report.css", "views/report.js", "options.schema.json"):  # fmt: skip
         assert f"helix_compile/{needed}" in names

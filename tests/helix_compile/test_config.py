@@ -295,6 +295,9 @@ def test_every_command_that_compiles_takes_a_file(tmp_path: Path) -> None:
         done = run(arguments[0], "tiny", *arguments[1:], "--config", str(file))
         assert isinstance(done.exception, HelixError), done.output
         assert "megre: got an unknown key" in str(done.exception)
+    file.write_text("cp: 4\nlower: triton\n")
+    done = run("kernels", "tiny", "--config", str(file), "--arch", "sm_1")
+    assert "no effect here: lower" in done.stderr
     file.write_text("max_seq_len: 99\n")
     done = run("inspect", "tiny", "--config", str(file))
     assert "Missing option '--cp'" in str(done.exception)
