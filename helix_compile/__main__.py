@@ -6,6 +6,7 @@ Exit status: 0 fine, 1 a check failed, 2 wrong use.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from helix_compile.errors import HelixError
 from helix_compile.kernels_command import kernels
 from helix_compile.options import HelixOptions
 from helix_compile.output_folder import check_folder
+from helix_compile.rank_share import RankShare, fake_group, share_of_rank
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -38,7 +40,7 @@ QProj = Annotated[str, typer.Option(help="replicate | gather")]
 VUp = Annotated[str, typer.Option(help="auto | before | after")]
 Overlap = Annotated[str, typer.Option(help="none")]
 Lower = Annotated[str, typer.Option(help="auto | reference | triton")]
-World = Annotated[str, typer.Option(help="auto | virtual")]
+World = Annotated[str, typer.Option(help="auto | virtual | distributed (under torchrun)")]
 MaxBatch = Annotated[int, typer.Option("--max-batch-size", help="capacity in sequences")]
 MaxSeqLen = Annotated[int, typer.Option(help="capacity in tokens a sequence")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64")]
@@ -69,14 +71,28 @@ def inspect(
     node: Annotated[
         str | None, typer.Option(help="explain one node, such as body_0.linear_4")
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="what this one rank holds, computes and exchanges")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL and say what was rewritten, what was not and why, and the bytes of each collective."""
-    if node is not None and out is not None:
-        raise HelixError("inspect: --node prints one node's chain and writes no files; leave --out")
+    if node is not None and (out is not None or rank is not None):
+        raise HelixError(
+            "inspect: --node prints one node's chain and writes no files; leave --out and --rank"
+        )
+    if rank is not None and (out is not None or world != "auto"):
+        raise HelixError("inspect: --rank looks at one rank of the plan; leave --out and --world")
     if out is not None:
         check_folder(out)
+    if rank is not None:
+        share = _share_of_rank(ctx, model, dtype, meta, rank)
+        print(share.to_json() if as_json else share)
+        return
     compiled = _compile(ctx, model, dtype, meta)
+    if not compiled.world.is_leader:
+        compiled.inspect(out)
+        return
     if node is not None:
         explanation = compiled.explain_node(node)
         print(json.dumps(explanation.to_json(), indent=1) if as_json else explanation)
@@ -121,15 +137,16 @@ def generate(
         raise HelixError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
     ids, mask = padded_prompts(prompt_ids)
     compiled = _compile(ctx, model, dtype, meta=False)
-    stream = len(ids) == 1 and not as_json
+    leads = compiled.world.is_leader  # of several processes one prints
+    stream = len(ids) == 1 and not as_json and leads
     new = compiled.generate(
         ids, mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0,
         streamer=TokenPrinter() if stream else None,
     )[:, ids.shape[1] :]  # fmt: skip
-    if as_json:
+    if as_json and leads:
         print(json.dumps({"prompt_ids": [r[m > 0].tolist() for r, m in zip(ids, mask, strict=True)],
                           "new_ids": new.tolist()}))  # fmt: skip
-    elif not stream:
+    elif leads and not stream:
         for row in new.tolist():
             print(" ".join(map(str, row)))
 
@@ -212,7 +229,8 @@ app.command()(kernels)
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
+        print(text, file=sys.stderr)
 
 
 def _later(name: str, what: str) -> None:
@@ -240,6 +258,19 @@ def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> A
     return helix_compile(_model(model, dtype, meta), **options)
 
 
+def _share_of_rank(
+    ctx: typer.Context, model: str, dtype: str | None, meta: bool, rank: int
+) -> RankShare:
+    """Compile as one rank of a world without peers: graphs, shards and shapes are its own, values there are none."""
+    options = _checked_options(ctx)
+    from helix_compile.compile import helix_compile
+
+    with fake_group(rank, options["cp"] * options["tpa"]) as group:
+        return share_of_rank(
+            helix_compile(_model(model, dtype, meta), **{**options, "world": group})
+        )
+
+
 def _checked_options(ctx: typer.Context) -> dict[str, Any]:
     """Options first: loading a model, and the imports for it, may take minutes."""
     return merged_options(ctx, _OPTIONS)
@@ -248,7 +279,7 @@ def _checked_options(ctx: typer.Context) -> dict[str, Any]:
 def _model(model: str, dtype: str | None, meta: bool) -> Any:
     from helix_compile.models.presets import named_model
 
-    print(f"compiling {model} ...", file=sys.stderr)
+    _say(f"compiling {model} ...")
     try:
         return named_model(model, dtype, meta)
     except (KeyError, ValueError, OSError) as error:

@@ -13,13 +13,14 @@ from helix_compile.capture import CapturedGraph
 from helix_compile.graph_pass import run_passes
 from helix_compile.kernels.target import target_for
 from helix_compile.mesh import HelixMesh
-from helix_compile.model_source import captured_from, device_for, facts_of
+from helix_compile.model_source import captured_from, device_for, device_of, facts_of
 from helix_compile.module import HelixModule
 from helix_compile.options import HelixOptions
 from helix_compile.passes.match_layers import match_layers
 from helix_compile.passes.pipeline import STAGES, helix_passes
 from helix_compile.plan import trace_plan
 from helix_compile.planning import plan_helix
+from helix_compile.rank_claims import claims_of
 from helix_compile.ranks import build_ranks
 from helix_compile.world import open_world
 
@@ -56,10 +57,12 @@ def helix_compile(
         v_up: W_UV "before" or "after" the exchange, or "auto" by bytes.
         overlap: "none".
         lower: "reference" (torch), "triton" (on a CPU by Triton's interpreter) or "auto": Triton on CUDA >= 9.0.
-        world: "auto" or "virtual": all ranks in this process.
+        world: "virtual": all ranks in this process; "distributed": this process is one rank of torch's default group,
+            made from torchrun's environment if there is none; "auto": distributed iff WORLD_SIZE is set; or a
+            ProcessGroup, or a DeviceMesh (flattened), of N processes.
         max_batch_size: capacity in sequences.
         max_seq_len: capacity in tokens a sequence, prompt included.
-        device: where shards and caches live; default: where the model is.
+        device: where shards and caches live; default: where the model is. "cuda" under torchrun: cuda:LOCAL_RANK.
         dtype: convert a copy of the weights first; the model itself keeps its own.
 
     Returns:
@@ -72,15 +75,16 @@ def helix_compile(
         cp=cp, tpa=tpa, ep=ep, tokens_per_block=tokens_per_block, merge=merge, q_proj=q_proj, v_up=v_up,
         overlap=overlap, lower=lower, max_batch_size=max_batch_size, max_seq_len=max_seq_len,
     )  # fmt: skip
-    place = device_for(device)
+    place = device_for(device, world)
     captured = captured_from(model, dtype)
     matches = match_layers(captured, options.max_seq_len)
     plan = plan_helix(captured, matches, options)
-    opened = open_world(HelixMesh(plan.layout), world)
+    opened = open_world(HelixMesh(plan.layout), world, place or device_of(captured))
     trace_plan(plan)
     dump = os.environ.get("HELIX_DUMP")
-    facts = facts_of(captured, matches, plan, place)
+    facts = facts_of(captured, matches, plan, place, opened)
     passes = helix_passes(captured, matches, plan, target_for(lower, facts.device))
-    stages = run_passes(captured.graph, passes, Path(dump) if dump else None)
+    stages = run_passes(captured.graph, passes, Path(dump) if dump and opened.is_leader else None)
+    opened.start(claims_of(plan, stages[STAGES[-1]], facts))
     ranks = build_ranks(plan, stages[STAGES[-1]], facts, opened)
     return HelixModule(plan, stages, ranks, opened, facts)

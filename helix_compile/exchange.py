@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.mesh import HelixMesh
 
 Key = tuple[str, tuple[int, ...], int]  # axis, members of the group, sequence number
 
@@ -81,6 +82,14 @@ def egress_bytes(op: str, peers: int, tensor: Tensor) -> Fraction:
         "all_to_all_single": Fraction(peers - 1, peers),
     }[op]
     return factor * tensor.numel() * tensor.dtype.itemsize
+
+
+def check_axis(mesh: HelixMesh, axis: str, rank: int, where: str) -> None:
+    """Raise RuntimeFault unless `axis` is an axis of the mesh."""
+    if axis not in mesh.groups:
+        raise RuntimeFault(
+            f"rank {rank}, node {where}: unknown axis {axis!r}; one of {', '.join(mesh.groups)}"
+        )
 
 
 def complete_exchange(key: Key, exchange: Exchange) -> str:

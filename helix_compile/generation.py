@@ -32,7 +32,7 @@ REFUSED_ARGUMENTS = {
     "custom_generate": "a custom loop may keep a cache of its own",
     "position_ids": "positions are counted by the module: the number of tokens of a row so far",
     "negative_prompt_ids": _GUIDANCE,
-    "synced_gpus": "ranks of one virtual world take the same steps by construction",
+    "synced_gpus": "all ranks take the same steps by construction",
 }
 _ASSISTED = "it takes tokens back, which needs truncate(); that is not in this version"
 REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -89,6 +89,12 @@ def generate(
             f"generate: {input_ids.shape[0]} prompts x num_return_sequences={settings.num_return_sequences or 1} = "
             f"{sequences} sequences > max_batch_size={capacity}"
         )
+    if settings.max_time is not None and len(compiled.ranks) < compiled.plan.layout.world_size:
+        raise RuntimeFault(
+            f"generate: max_time={settings.max_time} is refused on real ranks: their clocks would stop them at "
+            "different steps; use max_new_tokens"
+        )
+    compiled.world.share_random_state(compiled.device)
     compiled.reset()
     adapter: Any = _Adapter(compiled)
     with torch.no_grad():

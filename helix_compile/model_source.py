@@ -15,7 +15,9 @@ from helix_compile.matches import LayerMatch
 from helix_compile.module import HelixModule
 from helix_compile.params import originals, shard_of_name
 from helix_compile.plan import HelixPlan
+from helix_compile.process_groups import local_device
 from helix_compile.ranks import ModelFacts
+from helix_compile.world import World, is_distributed
 
 
 def captured_from(
@@ -91,12 +93,19 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     return model.eval()
 
 
-def device_for(device: str | torch.device | None) -> torch.device | None:
-    """The asked device, checked to exist; None means where the model is."""
+def device_of(captured: CapturedGraph) -> torch.device:
+    """Where the model is."""
+    assert captured.model is not None
+    return next(captured.model.parameters()).device
+
+
+def device_for(device: str | torch.device | None, world: object = "virtual") -> torch.device | None:
+    """The asked device, checked to exist; None means where the model is. "cuda" is this rank's own GPU."""
     if device is None:
         return None
     try:
         place = torch.device(device)
+        place = local_device(place) if is_distributed(world) else place
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise HelixError(f"device={str(device)!r} can't be used here: {error}") from error
@@ -108,12 +117,17 @@ def facts_of(
     matches: dict[str, LayerMatch],
     plan: HelixPlan,
     device: torch.device | None,
+    world: World,
 ) -> ModelFacts:
-    """Original tensors (on `device`), their cuts, cache widths and configurations."""
+    """Original tensors, their cuts, cache widths and configurations.
+
+    Where all ranks live here the originals go to `device` whole, and shards are views of them; a rank of its own
+    process takes its cuts there alone.
+    """
     model = captured.model
     assert model is not None
     tensors: dict[str, Tensor] = originals(model)
-    if device is not None:
+    if device is not None and len(world.ranks) == world.mesh.world_size:
         tensors = {n: t.to(device) for n, t in tensors.items()}
     sites = [a for layer in captured.layers for a in matches[layer.body].attentions]
     return ModelFacts(
@@ -124,5 +138,5 @@ def facts_of(
         shards=shard_of_name(plan, [(layer.prefix, layer.body) for layer in captured.layers]),
         config=model.config,
         generation_config=getattr(model, "generation_config", None),
-        device=device or next(model.parameters()).device,
+        device=device or device_of(captured),
     )

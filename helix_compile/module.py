@@ -16,13 +16,12 @@ from helix_compile.graph_python import stage_diff
 from helix_compile.handover import CacheEntries, CacheShard
 from helix_compile.inspection import Inspection, inspect_module
 from helix_compile.kv_cache import Ledger
-from helix_compile.params import params_of_stage
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan import HelixPlan
 from helix_compile.prefix_export import entries_to_export, shards_to_export
 from helix_compile.prefix_import import sequences_to_import
-from helix_compile.ranks import ModelFacts, Rank
+from helix_compile.ranks import ModelFacts, Rank, params_of_rank
 from helix_compile.step_inputs import check_batch, check_ids, checked_mask, chunks_of
 from helix_compile.world import World
 
@@ -117,19 +116,11 @@ class HelixModule(nn.Module):
             raise RuntimeFault(
                 f"stage {name!r}: a reloaded module holds the weights of {STAGES[-1]!r} only and runs that stage alone"
             )
+        stage = self.stages[name]
         params = [
-            dict(
-                params_of_stage(
-                    self.stages[name],
-                    self._facts.originals,
-                    self._facts.shards,
-                    self.plan.layout,
-                    r.rank,
-                )
-            )
-            for r in self.ranks
+            params_of_rank(self.plan, stage, self._facts, self.world, r.rank) for r in self.ranks
         ]
-        return self._step(lowered_copy(self.stages[name]), params, input_ids, attention_mask)
+        return self._step(lowered_copy(stage), params, input_ids, attention_mask)
 
     def _step(
         self,
@@ -147,7 +138,13 @@ class HelixModule(nn.Module):
         B, T = input_ids.shape
         ids = input_ids.to(self.device, torch.int64)
         chunks = chunks_of(T, B, max(self._ledger.lengths, default=0) + T)
-        bar = tqdm(chunks, desc="step", unit="chunk", disable=None, delay=2)
+        bar = tqdm(
+            chunks,
+            desc="step",
+            unit="chunk",
+            disable=None if self.world.is_leader else True,
+            delay=2,
+        )
         before = list(self._ledger.lengths)
         try:
             logits = [self._run_chunk(graph, params, ids[:, c], mask[:, c]) for c in bar]
@@ -278,9 +275,9 @@ class HelixModule(nn.Module):
         return generate(self, input_ids, attention_mask, options)
 
     def inspect(self, folder: str | Path | None = None) -> Inspection:
-        """What was rewritten, what was not and why, bytes per collective; with `folder`, files too."""
+        """What was rewritten, what was not and why, bytes per collective; with `folder`, files too (rank 0 writes them)."""
         inspection = inspect_module(self.plan, self.stages)
-        if folder is not None:
+        if folder is not None and self.world.is_leader:
             inspection.write(Path(folder))
         return inspection
 
@@ -308,17 +305,22 @@ class HelixModule(nn.Module):
         return stage_diff(self.stages, before, after)
 
     def save(self, folder: str | Path) -> None:
-        """Write plan, graphs and each rank's weights; load() gives a module with bitwise equal results."""
+        """Write plan, graphs and each rank's weights; load() gives a module with bitwise equal results.
+
+        On real ranks every rank calls it, with one folder that all see: each writes its own weights.
+        """
         from helix_compile.saving import save_module  # saving imports this module
 
         save_module(self, Path(folder))
 
     @staticmethod
-    def load(folder: str | Path, device: str | torch.device | None = None) -> HelixModule:
-        """Read what save() wrote."""
+    def load(
+        folder: str | Path, device: str | torch.device | None = None, world: Any = "auto"
+    ) -> HelixModule:
+        """Read what save() wrote, in any world; `device` and `world` as in helix_compile()."""
         from helix_compile.saving import load_module
 
-        return load_module(Path(folder), device)
+        return load_module(Path(folder), device, world)
 
     def truncate(self, lengths: Any) -> None:
         """Not in this version."""

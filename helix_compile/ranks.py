@@ -54,13 +54,27 @@ class ModelFacts:
 def build_ranks(
     plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, world: World
 ) -> list[Rank]:
-    """Cut parameters and allocate caches for the ranks of this process."""
+    """Cut parameters and allocate caches for the ranks of this process, and for no other."""
     dtype = getattr(torch, plan.dtype)
     ranks = []
     for rank in world.ranks:
-        params = dict(params_of_stage(lowered, facts.originals, facts.shards, plan.layout, rank))
+        params = params_of_rank(plan, lowered, facts, world, rank)
         cache = allocate_caches(
             list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device
         )
         ranks.append(Rank(rank, params, cache))
     return ranks
+
+
+def params_of_rank(
+    plan: HelixPlan, stage: fx.GraphModule, facts: ModelFacts, world: World, rank: int
+) -> dict[str, Tensor]:
+    """Full local name -> tensor of every parameter that a stage reads, on the device.
+
+    Views of the originals where all ranks live in this process. A process with one rank holds what is cut across
+    rows compactly: a view would drag the whole original through its caches, and into what it saves.
+    """
+    cut = params_of_stage(stage, facts.originals, facts.shards, plan.layout, rank)
+    if len(world.ranks) == plan.layout.world_size:
+        return {name: tensor.to(facts.device) for name, tensor in cut}
+    return {name: tensor.to(facts.device).contiguous() for name, tensor in cut}

@@ -6,21 +6,22 @@
     views.json       rank -> parameter -> file, storage, shape, stride, offset
     config.json, generation_config.json   of the original model, for generate()
 
-A reload is bitwise: storages are cloned to aligned memory and the very same views are made on them.
+On real ranks each writes its own file; rank 0 writes what they have in common, when all have said that theirs is
+there. Either kind of folder loads in either world.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, fx
+from torch import fx
 from transformers import AutoConfig, GenerationConfig
 
 from helix_compile.errors import HelixError
@@ -32,9 +33,12 @@ from helix_compile.mesh import HelixMesh
 from helix_compile.module import HelixModule
 from helix_compile.passes.select_kernels import PROVIDER
 from helix_compile.plan import HelixPlan
+from helix_compile.process_groups import local_device
+from helix_compile.rank_claims import claims_of
 from helix_compile.ranks import ModelFacts, Rank
 from helix_compile.saved_checks import check_saved_graphs, check_saved_inputs, check_saved_params
-from helix_compile.world import open_world
+from helix_compile.saved_weights import files_digest, gather_weights, read_params
+from helix_compile.world import World, is_distributed, open_world
 
 SAVED_STAGES = ("ffn", "lowered")
 _VERSION = 2
@@ -42,7 +46,23 @@ _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, Syn
 
 
 def save_module(compiled: HelixModule, folder: Path) -> None:
-    """Write `compiled` to `folder`, which must not hold a saved module yet."""
+    """Write `compiled` to `folder`, which must not hold a saved module yet. Every rank of its world calls it.
+
+    Raises:
+        HelixError: on every rank, if one can't.
+    """
+    world = compiled.world
+    document = _together(world, lambda: _checked_document(compiled, folder))
+    weights = gather_weights(compiled)
+    _together(world, lambda: weights.write(folder))
+    if world.is_leader:
+        _together(world, lambda: _write_common(compiled, folder, document, weights.views))
+    else:
+        _together(world, lambda: None)
+
+
+def _checked_document(compiled: HelixModule, folder: Path) -> dict[str, Any]:
+    """graphs.json, once everything is known to load again. Nothing is written yet."""
     if (folder / "plan.json").exists():
         raise HelixError(
             f"{folder} holds a saved module already; choose another folder or delete it"
@@ -60,24 +80,41 @@ def save_module(compiled: HelixModule, folder: Path) -> None:
         for name in SAVED_STAGES
     }
     _check_reload(graphs, compiled)
-    files, views = _storages(compiled.ranks)
-    facts = compiled.facts
-    document = {
+    return {
         "version": _VERSION,
-        "vocab_size": facts.vocab_size,
-        "cache_widths": list(facts.cache_widths),
-        "latent_widths": list(facts.latent_widths),
+        "vocab_size": compiled.facts.vocab_size,
+        "cache_widths": list(compiled.facts.cache_widths),
+        "latent_widths": list(compiled.facts.latent_widths),
         "stages": graphs,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write_common(
+    compiled: HelixModule, folder: Path, document: dict[str, Any], views: dict[str, Any]
+) -> None:
+    facts = compiled.facts
     facts.config.save_pretrained(folder)
     if facts.generation_config is not None:
         facts.generation_config.save_pretrained(folder)
     (folder / "graphs.json").write_text(json.dumps(document))
     (folder / "views.json").write_text(json.dumps(views, indent=1))
-    for name, tensors in files.items():
-        save_file(tensors, folder / name)
     (folder / "plan.json").write_text(compiled.plan.to_json())  # last: its presence says "complete"
+
+
+def _together(world: World, act: Callable[[], Any]) -> Any:
+    """Do it on every rank; if it fails on one, all raise, and none goes on alone."""
+    result, mine = None, None
+    try:
+        result = act()
+    except (HelixError, OSError, SafetensorError) as error:
+        mine = error
+    said = world.gather_texts("" if mine is None else f"{type(mine).__name__}: {mine}")
+    if isinstance(mine, HelixError):
+        raise mine
+    failed = [f"rank {r}: {text}" for r, text in enumerate(said) if text]
+    if failed:
+        raise HelixError(f"save: {'; '.join(failed)}; the folder is not complete") from mine
+    return result
 
 
 def _check_reload(graphs: dict[str, Any], compiled: HelixModule) -> None:
@@ -99,35 +136,10 @@ def _bodies(stage: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
         yield name, body
 
 
-def _storages(ranks: list[Rank]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(file -> storages as 1-D tensors, rank -> parameter -> view)."""
-    known: dict[tuple[int, torch.dtype], tuple[str, str]] = {}
-    files: dict[str, dict[str, Tensor]] = {}
-    views: dict[str, Any] = {}
-    for rank in ranks:
-        file = f"rank_{rank.rank}.safetensors"
-        files[file], views[str(rank.rank)] = {}, {}
-        for name, tensor in rank.params.items():
-            key = (tensor.untyped_storage().data_ptr(), tensor.dtype)
-            if key not in known or tensor.numel() == 0:
-                known[key] = (file, name)
-                whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                whole.set_(tensor.untyped_storage())
-                files[file][name] = whole.cpu()
-            source_file, storage = known[key]
-            views[str(rank.rank)][name] = {
-                "file": source_file,
-                "storage": storage,
-                "shape": list(tensor.shape),
-                "stride": list(tensor.stride()),
-                "offset": tensor.storage_offset(),
-            }
-    return files, views
-
-
-def load_module(folder: Path, device: str | torch.device | None) -> HelixModule:
+def load_module(folder: Path, device: str | torch.device | None, world: object) -> HelixModule:
     """Read what save_module wrote. HelixError names the file and what is wrong with it."""
     place = torch.device(device or "cpu")
+    place = local_device(place) if is_distributed(world) else place
     plan = HelixPlan.from_json(_read(folder / "plan.json"))
     with _reading(folder / "graphs.json"):
         document = _json(folder / "graphs.json")
@@ -150,17 +162,20 @@ def load_module(folder: Path, device: str | torch.device | None) -> HelixModule:
             **_configurations(folder),
         )
         check_saved_inputs(stages[SAVED_STAGES[-1]], plan, facts)
-    world = open_world(HelixMesh(plan.layout), "virtual")
+    opened = open_world(HelixMesh(plan.layout), world, place)
+    lowered = stages[SAVED_STAGES[-1]]
     with _reading(folder / "views.json"):
-        params = _params(folder, _json(folder / "views.json"), place, list(world.ranks))
-        check_saved_params(stages[SAVED_STAGES[-1]], params)
+        params = read_params(folder, _json(folder / "views.json"), place, opened)
+        check_saved_params(lowered, params)
+    digest = partial(files_digest, folder)
+    opened.start({**claims_of(plan, lowered, facts), "weights": digest})
     dtype = getattr(torch, plan.dtype)
     widths = list(facts.cache_widths)
     ranks = [
         Rank(r, params[r], allocate_caches(widths, plan.options, plan.layout.kvp, dtype, place))
-        for r in world.ranks
+        for r in opened.ranks
     ]
-    return HelixModule(plan, stages, ranks, world, facts)
+    return HelixModule(plan, stages, ranks, opened, facts)
 
 
 @contextmanager
@@ -220,31 +235,3 @@ def _stage(entry: dict[str, Any], where: str, device: torch.device) -> fx.GraphM
         for name, nodes in entry["bodies"].items()
     }
     return graph_from_json(entry["outer"], f"{where}, outer graph", bodies, device)
-
-
-def _params(
-    folder: Path, views: dict[str, Any], device: torch.device, ranks: list[int]
-) -> dict[int, dict[str, Tensor]]:
-    storages: dict[tuple[str, str], Tensor] = {}
-    for file in sorted({v["file"] for rank in views.values() for v in rank.values()}):
-        if file not in {f"rank_{r}.safetensors" for r in ranks}:
-            raise HelixError(f"views.json: {file!r} is not the file of a rank")
-        try:
-            loaded = load_file(folder / file)
-        except (OSError, SafetensorError) as error:
-            raise HelixError(f"{folder / file}: can't be read: {error}") from error
-        for name, tensor in loaded.items():
-            # a clone is aligned; a tensor inside the file is not, and BLAS then rounds differently
-            storages[(file, name)] = tensor.clone().to(device)
-    params: dict[int, dict[str, Tensor]] = {}
-    for rank in ranks:
-        params[rank] = {}
-        for name, view in views[str(rank)].items():
-            try:
-                storage = storages[(view["file"], view["storage"])]
-                params[rank][name] = storage.as_strided(
-                    view["shape"], view["stride"], view["offset"]
-                )
-            except (LookupError, TypeError, RuntimeError) as error:
-                raise HelixError(f"views.json: rank {rank}, {name}: {error}") from error
-    return params

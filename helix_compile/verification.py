@@ -59,7 +59,7 @@ def verify(
         VerificationReport: `.ok`, `.findings`, `.coverage`; print it.
 
     Raises:
-        HelixError: what is asked can't be done (wrong types, another dtype than float64). A fault of the module under
+        HelixError: what is asked can't be done (wrong types, another dtype than float64, real ranks). A fault of the module under
             test is never raised: it is a finding.
     """
     _check_arguments(compiled, model, dtype)
@@ -103,6 +103,13 @@ def _check_arguments(compiled: Any, model: Any, dtype: Any) -> None:
     if dtype not in (None, torch.float64):
         raise HelixError(
             f"verify: dtype may be None (the module's own, {compiled.plan.dtype}) or torch.float64, got {dtype!r}"
+        )
+    held, ranks = len(compiled.ranks), compiled.plan.layout.world_size
+    if held < ranks:
+        raise HelixError(
+            f"verify: this process holds {held} of {ranks} ranks, and the checks read the weights and caches of all; "
+            'verify in one process: helix_compile(model, ..., world="virtual"), or save() here and '
+            'HelixModule.load(folder, world="virtual") there'
         )
     if compiled.device.type == "meta":
         raise HelixError("verify: the module is on the meta device: it has no weights to check")

@@ -7,13 +7,11 @@ groups do, not by node name; so a fault is reported with rank, node and what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed._functional_collectives  # registers the ops
 from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
@@ -22,44 +20,13 @@ from helix_compile.exchange import (
     Key,
     Post,
     check_all_posted,
+    check_axis,
     complete_exchange,
     deadlock_fault,
     egress_bytes,
 )
+from helix_compile.graph_walk import Hook, Pending, Walk
 from helix_compile.mesh import HelixMesh
-
-_c10d = torch.ops._c10d_functional
-_WAIT = _c10d.wait_tensor.default
-_COLLECTIVES = {
-    _c10d.all_reduce.default: "all_reduce",
-    _c10d.all_gather_into_tensor.default: "all_gather_into_tensor",
-    _c10d.reduce_scatter_tensor.default: "reduce_scatter_tensor",
-    _c10d.all_to_all_single.default: "all_to_all_single",
-}
-Hook = Callable[[int, fx.Node, Any], None]
-
-
-@dataclass(frozen=True)
-class Pending:
-    """The value of a collective between its start and its wait_tensor."""
-
-    op: str
-    key: Key
-
-
-class _Step(NamedTuple):
-    """A node, with what every rank would otherwise look up again.
-
-    Attributes:
-        collective: which collective the node starts, or None.
-        pending: the collectives whose values it takes; only wait_tensor may.
-        dead: the nodes whose values nobody needs after it.
-    """
-
-    node: fx.Node
-    collective: str | None
-    pending: tuple[str, ...]
-    dead: tuple[fx.Node, ...]
 
 
 class VirtualWorld:
@@ -78,6 +45,21 @@ class VirtualWorld:
     def ranks(self) -> Sequence[int]:
         """Ranks that live in this process: all of them."""
         return range(self.mesh.world_size)
+
+    @property
+    def is_leader(self) -> bool:
+        """True: one process holds all ranks."""
+        return True
+
+    def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
+        """Nothing to compare: all ranks come from one model."""
+
+    def share_random_state(self, device: torch.device) -> None:
+        """Nothing to share: one process samples."""
+
+    def gather_texts(self, mine: str) -> list[str]:
+        """[mine]."""
+        return [mine]
 
     def reset_counters(self) -> None:
         """Start counting bytes and collectives again."""
@@ -99,23 +81,26 @@ class VirtualWorld:
             RuntimeFault: deadlock, ranks that disagree, a pending value that is used, split sizes that do not fit.
         """
         mailbox: dict[Key, Exchange] = {}
-        steps: dict[fx.Graph, list[_Step]] = {}
+        steps: dict[fx.Graph, Any] = {}
         walks = {}
         for rank in self.ranks:
             graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[rank]
-            walk = _Walk(self.mesh, rank, mailbox, steps, hook)
+            walk = Walk(rank, _Mailbox(self.mesh, rank, mailbox).post, steps, hook)
             walks[rank] = walk.graph(graph, inputs[rank], "")
         waiting: dict[int, tuple[Key, str] | None] = dict.fromkeys(walks)
         outputs: dict[int, Any] = {}
         while walks:
             moved = False
             for rank in list(walks):
-                blocked = waiting[rank]
-                if blocked is not None and not self._complete(mailbox, blocked[0]):
-                    continue
+                blocked, value = waiting[rank], None
+                if blocked is not None:
+                    if not self._complete(mailbox, blocked[0]):
+                        continue
+                    value = _take(mailbox[blocked[0]], rank, *blocked)
                 moved = True
                 try:
-                    waiting[rank] = next(walks[rank])
+                    pending, where = walks[rank].send(value)
+                    waiting[rank] = pending.ticket, where
                 except StopIteration as stop:
                     outputs[rank] = stop.value
                     del walks[rank], waiting[rank]
@@ -138,136 +123,30 @@ class VirtualWorld:
         return exchange.results is not None
 
 
-class _Walk:
-    """One rank's way through its graph. `steps` of a graph are made once and shared by all ranks of a run."""
+class _Mailbox:
+    """Where one rank posts what it starts collectives with."""
 
-    def __init__(
-        self,
-        mesh: HelixMesh,
-        rank: int,
-        mailbox: dict[Key, Exchange],
-        steps: dict[fx.Graph, list[_Step]],
-        hook: Hook | None,
-    ):
-        self.mesh, self.rank, self.mailbox, self.hook = mesh, rank, mailbox, hook
-        self.steps = steps
+    def __init__(self, mesh: HelixMesh, rank: int, exchanges: dict[Key, Exchange]):
+        self.mesh, self.rank, self.exchanges = mesh, rank, exchanges
         self.posted: dict[str, int] = {}
 
-    def graph(
-        self, module: fx.GraphModule, inputs: Sequence[Any], path: str
-    ) -> Generator[tuple[Key, str], None, Any]:
-        values: dict[fx.Node, Any] = {}
-        if module.graph not in self.steps:
-            self.steps[module.graph] = _steps(module.graph)
-        remaining = iter(inputs)
-        for step in self.steps[module.graph]:
-            node = step.node
-            if node.op == "call_function" and node.target is not _WAIT:
-                values[node] = self._call(step, values, path)
-            elif node.op == "placeholder":
-                values[node] = next(remaining)
-            elif node.op == "output":
-                self._refuse_pending(step, path)
-                return fx.map_arg(node.args[0], values.__getitem__)
-            elif node.op == "call_module":
-                self._refuse_pending(step, path)
-                args = fx.map_arg(node.args, values.__getitem__)
-                body = module.get_submodule(str(node.target))
-                assert isinstance(body, fx.GraphModule)
-                values[node] = yield from self.graph(body, list(args), f"{path}{node.name}.")
-            elif node.op == "get_attr":
-                values[node] = _attribute(module, str(node.target))
-            elif node.target is _WAIT:
-                pending = values[node.args[0]]
-                if not isinstance(pending, Pending):
-                    raise self._fault(
-                        f"{path}{node.name}",
-                        "wait_tensor on a value that no collective is computing",
-                    )
-                yield pending.key, f"{path}{node.name}"
-                values[node] = self._take(pending, f"{path}{node.name}")
-            else:
-                raise self._fault(
-                    f"{path}{node.name}", f"a {node.op} node can't be run; use call_function"
-                )
-            if self.hook is not None:
-                self.hook(self.rank, node, values[node])
-            for dead in step.dead:
-                del values[dead]
-        raise self._fault(path, "the graph has no output")
-
-    def _call(self, step: _Step, values: dict[fx.Node, Any], path: str) -> Any:
-        node = step.node
-        self._refuse_pending(step, path)
-        args = fx.map_arg(node.args, values.__getitem__)
-        if step.collective is not None:
-            return self._post(step.collective, args, f"{path}{node.name}")
-        kwargs = fx.map_arg(node.kwargs, values.__getitem__) if node.kwargs else {}
-        assert callable(node.target)
-        try:
-            return node.target(*args, **kwargs)
-        except RuntimeFault:
-            raise
-        except Exception as error:
-            raise self._fault(
-                f"{path}{node.name}", f"{node.target}: {type(error).__name__}: {error}"
-            ) from error
-
-    def _post(self, op: str, args: tuple, where: str) -> Pending:
+    def post(self, op: str, args: tuple, where: str) -> Pending:
         axis = args[-1]
-        if axis not in self.mesh.groups:
-            raise self._fault(where, f"unknown axis {axis!r}; one of {', '.join(self.mesh.groups)}")
+        check_axis(self.mesh, axis, self.rank, where)
         number = self.posted.get(axis, 0)
         self.posted[axis] = number + 1
         key = (axis, self.mesh.members(axis, self.rank), number)
-        exchange = self.mailbox.setdefault(key, Exchange())
+        exchange = self.exchanges.setdefault(key, Exchange())
         exchange.posts[self.rank] = Post(op, args[0], tuple(args[1:-1]), where)
         return Pending(op, key)
 
-    def _take(self, pending: Pending, where: str) -> Tensor:
-        exchange = self.mailbox[pending.key]
-        assert exchange.results is not None
-        if self.rank in exchange.waited:
-            raise self._fault(
-                where, f"{pending.op} (collective #{pending.key[2]}) is waited for twice"
-            )
-        exchange.waited.add(self.rank)
-        return exchange.results.pop(self.rank)
 
-    def _refuse_pending(self, step: _Step, path: str) -> None:
-        if step.pending:
-            raise self._fault(
-                f"{path}{step.node.name}", f"{list(step.pending)} used before wait_tensor"
-            )
-
-    def _fault(self, where: str, what: str) -> RuntimeFault:
-        return RuntimeFault(f"rank {self.rank}, node {where}: {what}")
-
-
-def _steps(graph: fx.Graph) -> list[_Step]:
-    inputs = {node: node.all_input_nodes for node in graph.nodes}
-    last = {used: node for node, sources in inputs.items() for used in (node, *sources)}
-    dead: dict[fx.Node, list[fx.Node]] = {node: [] for node in inputs}
-    for value, user in last.items():
-        dead[user].append(value)
-    started = {
-        node: _COLLECTIVES[node.target]
-        for node in inputs
-        if node.op == "call_function" and node.target in _COLLECTIVES
-    }
-    return [
-        _Step(
-            node,
-            started.get(node),
-            tuple(started[source] for source in sources if source in started),
-            tuple(dead[node]),
+def _take(exchange: Exchange, rank: int, key: Key, where: str) -> Tensor:
+    assert exchange.results is not None
+    if rank in exchange.waited:
+        op = exchange.posts[rank].op
+        raise RuntimeFault(
+            f"rank {rank}, node {where}: {op} (collective #{key[2]}) is waited for twice"
         )
-        for node, sources in inputs.items()
-    ]
-
-
-def _attribute(module: fx.GraphModule, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
+    exchange.waited.add(rank)
+    return exchange.results.pop(rank)

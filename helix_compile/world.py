@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from fractions import Fraction
 from typing import Any, Protocol
 
+import torch
 from torch import fx
 
-from helix_compile.errors import LoweringUnavailable, PlanError
+from helix_compile.distributed_world import DistributedWorld
+from helix_compile.errors import PlanError
+from helix_compile.graph_walk import Hook
 from helix_compile.mesh import HelixMesh
-from helix_compile.virtual_world import Hook, VirtualWorld
+from helix_compile.process_groups import open_parent
+from helix_compile.virtual_world import VirtualWorld
+
+DEFAULT_TIMEOUT_S = (
+    300.0  # ranks may load weights for minutes before they meet; HELIX_TIMEOUT overrides it
+)
 
 
 class World(Protocol):
@@ -19,10 +28,18 @@ class World(Protocol):
 
     mesh: HelixMesh
     sent_bytes: list[Fraction]
+    num_collectives: dict[tuple[str, str], int]
 
     @property
     def ranks(self) -> Sequence[int]:
         """Ranks in this process."""
+
+    @property
+    def is_leader(self) -> bool:
+        """This process prints and writes what all ranks have in common."""
+
+    def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
+        """Before the first run: what the ranks must have in common is compared."""
 
     def run(
         self,
@@ -30,25 +47,46 @@ class World(Protocol):
         inputs: Sequence[Sequence[Any]],
         hook: Hook | None = None,
     ) -> list[Any]:
-        """Outputs by rank."""
+        """Outputs of the ranks in this process, whose inputs are given in the order of `ranks`."""
+
+    def share_random_state(self, device: torch.device) -> None:
+        """All processes go on with rank 0's random state."""
+
+    def gather_texts(self, mine: str) -> list[str]:
+        """The text of every process."""
 
 
-def open_world(mesh: HelixMesh, world: object) -> World:
-    """The world that `world` names: "virtual", or "auto" (virtual unless torchrun set WORLD_SIZE).
+def is_distributed(world: object) -> bool:
+    """Does `world` mean one process a rank? "auto" does iff torchrun set WORLD_SIZE."""
+    return "WORLD_SIZE" in os.environ if world == "auto" else world != "virtual"
+
+
+def open_world(mesh: HelixMesh, world: object, device: torch.device) -> World:
+    """The world that `world` names.
+
+    Args:
+        world: "virtual", "distributed", "auto", a ProcessGroup or a DeviceMesh.
+        device: where the ranks compute.
 
     Raises:
-        LoweringUnavailable: real ranks, which are not in this version.
-        PlanError: an unknown name.
+        HelixError: as open_parent() and HELIX_TIMEOUT say.
     """
-    if world == "auto":
-        world = "distributed" if "WORLD_SIZE" in os.environ else "virtual"
-    if world == "virtual":
+    if not is_distributed(world):
         return VirtualWorld(mesh)
-    if world == "distributed" or not isinstance(world, str):
-        raise LoweringUnavailable(
-            f"world={world!r}: one process a rank (torchrun, ProcessGroup, DeviceMesh) is not in this version; "
-            'use world="virtual", all ranks in this process'
-        )
-    raise PlanError(
-        f"option world={world!r} is unknown; expected 'auto', 'virtual' or 'distributed'"
-    )
+    timeout = _timeout()
+    name = "distributed" if isinstance(world, str) and world == "auto" else world
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where nccl looks for this process's GPU
+    return DistributedWorld(mesh, open_parent(name, mesh, device, timeout), timeout)
+
+
+def _timeout() -> timedelta:
+    """HELIX_TIMEOUT in seconds: how long a rank waits for its peers."""
+    text = os.environ.get("HELIX_TIMEOUT", str(DEFAULT_TIMEOUT_S))
+    try:
+        seconds = float(text)
+        if not 0 < seconds < 1e9:
+            raise ValueError
+    except ValueError as error:
+        raise PlanError(f"HELIX_TIMEOUT must be a number of seconds > 0, got {text!r}") from error
+    return timedelta(seconds=seconds)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from helix_compile.graph_walk import Hook
 from helix_compile.module import HelixModule
 from helix_compile.numerics import WidenedIslands
 from helix_compile.options import PAGE_SIZE
 from helix_compile.passes.fx_edit import placeholders
-from helix_compile.virtual_world import Hook
 
 STALE = 1.0e3  # finite in every dtype, and far from anything that a model computes
 

@@ -74,13 +74,37 @@ def test_ep_without_experts() -> None:
     "option",
     [
         {"overlap": "hopb"}, {"lower": "inductor"}, {"lower": "tensorrt"},
-        {"world": "distributed"}, {"world": 7},
     ],
     ids=str,
 )  # fmt: skip
 def test_what_comes_later_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(LoweringUnavailable, match="not in this version"):
         helix_compile(tiny_model(), cp=2, **option)
+
+
+def test_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torchrun there is no distributed world; a wrong number of processes is told before they meet."""
+    model = tiny_model()
+    with pytest.raises(LoweringUnavailable, match=r"RANK, WORLD_SIZE, .* not set .* torchrun"):
+        helix_compile(model, cp=2, world="distributed")
+    with pytest.raises(PlanError, match="option world=7 is unknown"):
+        helix_compile(model, cp=2, world=7)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "::",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        LayoutError, match=r"cp\*tpa = 2\*1 = 2 ranks, but torchrun's WORLD_SIZE has 3"
+    ):
+        helix_compile(model, cp=2)
+    monkeypatch.setenv("HELIX_TIMEOUT", "soon")
+    with pytest.raises(
+        PlanError, match="HELIX_TIMEOUT must be a number of seconds > 0, got 'soon'"
+    ):
+        helix_compile(model, cp=2)
 
 
 def test_truncate_and_the_dynamo_backend_are_refused() -> None:

@@ -1,0 +1,68 @@
+"""What real ranks must have in common before they start: as short texts, compared by RankAgreement."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.plan import HelixPlan
+from helix_compile.ranks import ModelFacts
+
+_SAMPLES = 16
+
+
+def claims_of(
+    plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts
+) -> dict[str, Callable[[], str]]:
+    """Claim -> how to get it; a world without other processes asks for none.
+
+    The options are said in full, so that a difference can be read; the rest as digests.
+    """
+    options = {
+        f"option {name}": (lambda value=value: repr(value))
+        for name, value in plan.options.to_json().items()
+    }
+    return {
+        "torch version": lambda: torch.__version__,
+        **options,
+        "dtype": lambda: plan.dtype,
+        "weights": lambda: weights_digest(facts.originals),
+        "plan": lambda: _digest(plan.to_json()),
+        "graph": lambda: graph_digest(lowered),
+    }
+
+
+def graph_digest(stage: fx.GraphModule) -> str:
+    """Of the text of an outer graph and its bodies: equal on all ranks and in the virtual world."""
+    bodies = [f"{name}: {body.graph}" for name, body in stage.named_children()]
+    return _digest("\n".join([str(stage.graph), *bodies]))
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of each tensor's name, shape, dtype, the sum of its bits and some of its elements.
+
+    A sum does not see that elements changed places, a sample does not see most of them; together they tell two
+    checkpoints apart at the price of reading the weights once.
+    """
+    return _digest("\n".join(f"{name} {_weights_text(t)}" for name, t in sorted(tensors.items())))
+
+
+def _weights_text(tensor: Tensor) -> str:
+    shape = f"{list(tensor.shape)} {tensor.dtype}"
+    if tensor.device.type == "meta" or not tensor.numel():
+        return shape
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    whole = tensor.detach()
+    if whole.is_floating_point():
+        whole = whole.view(bits[whole.itemsize])
+    flat = whole.reshape(-1)
+    sample: Any = flat[:: max(1, flat.numel() // _SAMPLES)]
+    return f"{shape} {flat.sum(dtype=torch.int64).item()} {sample.tolist()}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

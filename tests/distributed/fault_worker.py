@@ -1,0 +1,91 @@
+"""One rank that runs a two-collective graph step after step; a fault happens on rank 2. No model: it starts fast.
+
+torchrun --nproc-per-node 4 fault_worker.py KIND
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, fx
+
+# the package without its front door, which imports transformers: five seconds less in each of four processes
+package = ModuleType("helix_compile")
+package.__path__ = [str(Path(__file__).parents[2] / "helix_compile")]
+sys.modules["helix_compile"] = package
+
+from helix_compile.layout import HelixLayout  # noqa: E402 - after the package is set
+from helix_compile.mesh import HelixMesh  # noqa: E402
+from helix_compile.world import open_world  # noqa: E402
+
+c10d = torch.ops._c10d_functional
+FAULTY, STEP = 2, 3
+
+
+def main(kind: str) -> None:
+    """Five steps; KIND strikes rank 2 inside its third, or before it."""
+    layout = HelixLayout(kvp=2, tpa=2, ep=1, tpf=4)
+    world = open_world(HelixMesh(layout), "distributed", torch.device("cpu"))
+    rank = world.ranks[0]
+    odd = rank == FAULTY
+    world.start(
+        {
+            "option cp": lambda: "4" if odd and kind == "plan" else "2",
+            "weights": lambda: "0a1b" if odd and kind == "weights" else "77ff",
+        }
+    )
+    step = 0
+
+    def strike(value: Tensor) -> Tensor:
+        if odd and step == STEP and kind.startswith("inside-"):
+            hit(kind.removeprefix("inside-"))
+        return value
+
+    graph = two_collectives(strike)
+    for step in range(1, 6):
+        if odd and step == STEP and kind.startswith("before-"):
+            hit(kind.removeprefix("before-"))
+        length = 2 if odd and step == STEP and kind == "shape" else 1
+        world.run(graph, [[torch.ones(2, length, dtype=torch.int64), torch.ones(4, 3) * rank]])
+    print(f"rank {rank} done", flush=True)
+
+
+def hit(kind: str) -> None:
+    """What goes wrong on the faulty rank."""
+    match kind:
+        case "exception":
+            raise ValueError("weights of layer 7 are NaN")
+        case "exit":
+            os._exit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "hang":
+            time.sleep(600)
+        case _:
+            raise AssertionError(kind)
+
+
+def two_collectives(strike: object) -> fx.GraphModule:
+    """Sum over kvp, strike, sum over the world."""
+    graph = fx.Graph()
+    ids, x = graph.placeholder("input_ids"), graph.placeholder("x")
+    ids.meta["input"], x.meta["input"] = ["input", "input_ids"], ["param", "x"]
+    part = graph.call_function(c10d.all_reduce.default, (x, "sum", "kvp"))
+    part = graph.call_function(c10d.wait_tensor.default, (part,))
+    part = graph.call_function(strike, (part,))
+    total = graph.call_function(c10d.all_reduce.default, (part, "sum", "world"))
+    graph.output(graph.call_function(c10d.wait_tensor.default, (total,)))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1])

@@ -1,0 +1,86 @@
+"""The steps that the ranks and the test both take."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+OPTIONS: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 3, "tokens_per_block": 4}
+TOKENS = 3 * 13 + 3 + 3  # of run_steps, padding included: it is computed and exchanged too
+
+
+def prompts() -> tuple[Tensor, Tensor]:
+    """Left-padded ids [3, 13] and mask; rows of 13, 5 and 1 tokens: some shards are empty."""
+    ids = torch.randint(1, 97, (3, 13), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, :8] = 0
+    mask[2, :12] = 0
+    return ids, mask
+
+
+def run_steps(compiled: Any) -> Tensor:
+    """A ragged prompt and two steps of one token: logits [3, 15, vocab]; 0 at padding."""
+    compiled.reset()
+    compiled.world.reset_counters()
+    ids, mask = prompts()
+    logits = [compiled(ids, mask) * mask[..., None], compiled(ids[:, :1]), compiled(ids[:, 1:2])]
+    return torch.cat(logits, dim=1)
+
+
+def torchrun(
+    script: str, *arguments: str, processes: int = 4, seconds: float = 400, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run tests/distributed/`script` under torchrun; everything it started is dead afterwards.
+
+    Raises:
+        AssertionError: it took longer than `seconds`, or left a process.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return launch(
+        [*command, str(ROOT / "tests/distributed" / script), *arguments], seconds, **environment
+    )
+
+
+def launch(
+    command: list[str], seconds: float, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a session of its own; everything it started is dead afterwards."""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    running = subprocess.Popen(
+        command,
+        env=settings,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        out, err = running.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)
+        out, err = running.communicate()
+        raise AssertionError(f"not done after {seconds} s\n{out}\n{err}") from None
+    left = [pid for pid in _alive() if _session(pid) == running.pid]
+    assert not left, f"processes {left} are left of {command}"
+    return subprocess.CompletedProcess(command, running.returncode, out, err)
+
+
+def _alive() -> list[int]:
+    return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
+
+
+def _session(pid: int) -> int:
+    """Session of a process that has not ended; 0 else."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[3])

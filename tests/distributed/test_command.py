@@ -1,0 +1,104 @@
+"""The command line under torchrun, eight ranks, and one rank of a world that is too big to run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from helix_compile import LayoutError, helix_compile
+from helix_compile.__main__ import app
+from helix_compile.models.presets import build_model, preset_config
+from helix_compile.rank_claims import graph_digest
+from helix_compile.rank_share import RankShare
+from tests.distributed.steps import OPTIONS, launch, run_steps, torchrun
+from tests.support.models import fresh_model
+
+
+@pytest.mark.multi_process
+def test_generate_under_torchrun_prints_once(tmp_path: Path) -> None:
+    config = fresh_model("short", torch.float32).config
+    config.save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "helix_compile",
+               "generate", str(tmp_path / "config.json"), "--cp", "2", "--prompt-ids", "3,1,4; 1,5", "--json",
+               "--max-new-tokens", "5", "--max-seq-len", "64", "--dtype", "float32"]  # fmt: skip
+    result = launch(command, 400)
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)  # one document: one rank printed
+    original = build_model(config, dtype=torch.float32)
+    ids, mask = torch.tensor([[3, 1, 4], [0, 1, 5]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    expected = original.generate(
+        ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
+    assert printed["new_ids"] == expected[:, 3:].tolist()
+    assert result.stderr.count("compiling") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_eight_ranks_in_three_layouts(tmp_path: Path) -> None:
+    model = fresh_model("short", torch.float32)
+    expected = {}
+    for cp, tpa in ((8, 1), (4, 2), (2, 4)):
+        virtual = helix_compile(model, cp=cp, tpa=tpa, world="virtual", **OPTIONS)
+        virtual.save(tmp_path / f"cp{cp}")
+        expected[f"cp{cp}"] = run_steps(virtual)
+    result = torchrun("load_worker.py", str(tmp_path), processes=8, seconds=500)
+    assert result.returncode == 0, result.stderr
+    seen = [load_file(tmp_path / f"seen_{r}.safetensors") for r in range(8)]
+    for name, logits in expected.items():
+        assert (seen[0][name] - logits).abs().max() <= 1e-5 * logits.abs().max()
+        assert all(torch.equal(s[name], seen[0][name]) for s in seen)
+
+
+def test_any_rank_of_a_big_world_compiles_as_itself() -> None:
+    """Ranks 5 and 37 of 64 on the fake group: the same graph text, each with its own shards and no others."""
+    config = preset_config("deepseek-v3")
+    config.num_hidden_layers, config.first_k_dense_replace = 2, 1
+    model = build_model(config, dtype=torch.bfloat16, meta=True)
+    digests, held = set(), []
+    for rank in (5, 37):
+        dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=64)
+        try:
+            compiled = helix_compile(model, cp=64, world="distributed")
+            digests.add(graph_digest(compiled.graph))
+            held.append(compiled.ranks)
+        finally:
+            dist.destroy_process_group()
+    assert [[r.rank for r in ranks] for ranks in held] == [[5], [37]]
+    digests.add(graph_digest(helix_compile(model, cp=64, world="virtual").graph))
+    assert len(digests) == 1
+
+
+def test_inspect_one_rank(tmp_path: Path) -> None:
+    """The figures by hand: 24 heads and 8 experts over 4 ranks, blocks of 32 tokens in turn."""
+    fresh_model("short", torch.float32).config.save_pretrained(tmp_path)
+    model = [
+        str(tmp_path / "config.json"),
+        "--meta",
+        "--cp",
+        "2",
+        "--tpa",
+        "2",
+        "--max-seq-len",
+        "100",
+    ]
+    result = CliRunner().invoke(app, ["inspect", *model, "--rank", "3", "--json"])
+    facts = json.loads(result.stdout)
+    assert facts["coordinates"] == {"tpa": 1, "kvp": 1, "ep": 3, "tpf": 0}
+    assert facts["groups"]["kvp"] == [2, 3] and facts["groups"]["tpa"] == [1, 3]
+    assert facts["cache"]["tokens_of_a_full_sequence"] == 32 + 4  # 32 to 63, and 96 to 99
+    assert facts["bodies"][0]["heads"] == [[18, 24]]
+    assert facts["bodies"][1]["experts"] == [[6, 8]]
+    text = str(RankShare(facts))
+    assert "rank 3 of 4: tpa=1, kvp=1, ep=3, tpf=0" in text
+    assert "heads 18 to 23, experts 6 to 7" in text
+    refused = CliRunner().invoke(app, ["inspect", *model, "--rank", "4"])
+    assert isinstance(refused.exception, LayoutError) and "ranks, 0 to 3" in str(refused.exception)
+    assert not dist.is_initialized()

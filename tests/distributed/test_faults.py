@@ -1,0 +1,188 @@
+"""A rank raises, is killed or hangs: every survivor says who, where and when; nothing hangs, no process is left."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from helix_compile.peer_watch import Life, is_dead, own_life
+from helix_compile.rank_agreement import difference
+from helix_compile.rank_guard import RankGuard, is_transport_error
+from tests.distributed.steps import ROOT, launch, torchrun
+
+DIED = r"rank 2 died or is stuck without an exception; last sign of life: step {}, \d+\.\ds ago"
+RAISED = r"rank 2 raised at step 3: ValueError: weights of layer 7 are NaN"
+slow = pytest.mark.slow
+CASES = [
+    ("inside-exception", RAISED, "wait_tensor_default_1"),
+    ("inside-kill", DIED.format(3), "wait_tensor_default_1"),
+    pytest.param("inside-exit", DIED.format(3), "wait_tensor_default_1", marks=slow),
+    pytest.param("inside-hang", DIED.format(3), "wait_tensor_default_1", marks=slow),
+    pytest.param("inside-stop", DIED.format(3), "wait_tensor_default_1", marks=slow),
+    pytest.param("before-exception", RAISED, "input_ids", marks=slow),
+    pytest.param("before-exit", DIED.format(2), "input_ids", marks=slow),
+    pytest.param("before-kill", DIED.format(2), "input_ids", marks=slow),
+    pytest.param("before-hang", DIED.format(2), "input_ids", marks=slow),
+    pytest.param("before-stop", DIED.format(2), "input_ids", marks=slow),
+]
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize(("kind", "cause", "node"), CASES)
+def test_every_survivor_names_the_rank(kind: str, cause: str, node: str) -> None:
+    result = torchrun("fault_worker.py", kind, HELIX_TIMEOUT="5", seconds=120)
+    assert result.returncode != 0
+    for rank in (0, 1, 3):
+        text = rf"helix_compile: rank {rank} lost its peers in step 3 at graph node '{node}': {cause}\n"
+        assert re.search(text, result.stderr), result.stderr
+    assert "done" not in result.stdout
+
+
+@slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("shape", "ranks disagree in step 3: rank 2 has input_ids [2, 2]"),
+        ("plan", "ranks disagree before the first step: rank 2 has option cp 4, rank 0 has 2"),
+        (
+            "weights",
+            "ranks disagree before the first step: rank 2 has weights 0a1b, rank 0 has 77ff",
+        ),
+    ],
+)
+def test_every_rank_is_told_what_differs(kind: str, text: str) -> None:
+    result = torchrun("fault_worker.py", kind, HELIX_TIMEOUT="20")
+    assert result.returncode != 0
+    assert result.stderr.count(f"RuntimeFault: {text}") == 4, result.stderr
+    assert "lost its peers" not in result.stderr
+
+
+def nodes(kind: str, agents: int = 2, processes: int = 2) -> list[subprocess.CompletedProcess[str]]:
+    """The fault worker under two torchrun agents of this host, as on two nodes."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    port = _free_port()
+    commands = [
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(agents), "--node-rank", str(n),
+         "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(port),
+         str(ROOT / "tests/distributed/fault_worker.py"), kind]
+        for n in range(agents)
+    ]  # fmt: skip
+    with ThreadPoolExecutor(agents) as pool:
+        return list(pool.map(lambda c: launch(c, 120, HELIX_TIMEOUT="20"), commands))
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.multi_process
+def test_two_nodes_of_two_ranks() -> None:
+    results = nodes("none")
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr + results[1].stderr
+    printed = sorted("".join(r.stdout for r in results).split("\n"))
+    assert printed[1:] == [f"rank {r} done" for r in range(4)]
+
+
+@slow
+@pytest.mark.multi_process
+def test_a_death_on_one_node_is_told_on_the_other() -> None:
+    first, second = nodes("inside-kill")
+    assert first.returncode != 0 and second.returncode != 0
+    for rank, stderr in ((0, first.stderr), (1, first.stderr), (3, second.stderr)):
+        text = f"helix_compile: rank {rank} lost its peers in step 3 at .*: {DIED.format(3)}"
+        assert re.search(text, stderr), stderr
+
+
+# what follows needs no process group: a store in memory stands for torchrun's
+
+
+def guards(count: int = 3, seconds: float = 0.3) -> list[RankGuard]:
+    store = dist.HashStore()
+    return [RankGuard(store, r, count, timedelta(seconds=seconds)) for r in range(count)]
+
+
+def test_transport_errors_are_known_by_their_text() -> None:
+    """As gloo of torch 2.13 words them; a wrong argument is not one."""
+    closed = "[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:233"
+    assert is_transport_error(RuntimeError(closed))
+    assert is_transport_error(RuntimeError("Timed out waiting 8000ms for send operation"))
+    assert not is_transport_error(RuntimeError("Split sizes doesn't match total dim 0 size"))
+    assert not is_transport_error(ValueError("gloo"))
+
+
+def test_the_message_of_a_peer_that_raised_between_steps() -> None:
+    mine, peer, _ = guards()
+    for guard in (mine, peer):
+        guard.begin_step()
+        guard.end_step()
+    peer.raised(KeyError("layer_9"))
+    mine.begin_step()
+    fault = mine.lost_peers("body_0.wait_tensor", RuntimeError("gloo: Connection closed"))
+    assert str(fault) == (
+        "rank 0 lost its peers in step 2 at graph node 'body_0.wait_tensor': rank 1 raised at step 2: KeyError: 'layer_9'"
+    )
+
+
+def test_survivors_of_other_hosts_are_told_from_the_dead_by_their_marks() -> None:
+    mine, survivor, dead = guards()
+    for guard in (mine, survivor, dead):
+        guard.begin_step()
+    survivor.lost_peers("wait_tensor", RuntimeError("gloo"))
+    fault = str(mine.lost_peers("wait_tensor", RuntimeError("gloo")))
+    assert "rank 2 died or is stuck" in fault and "rank 1" not in fault
+
+
+def test_a_peer_that_does_not_come_is_named_after_the_timeout() -> None:
+    mine, came, _ = guards()
+    came.store.set("claims/0/1", "{}")
+    started = time.monotonic()
+    with pytest.raises(Exception, match="before step 1: rank 2 died or is stuck") as caught:
+        mine.wait(["claims/0/1", "claims/0/2"], "start")
+    assert "rank 1" not in str(caught.value).replace("step 1", "")
+    assert 0.3 <= time.monotonic() - started < 3
+
+
+def test_not_rank_0_is_blamed_when_it_waits_itself() -> None:
+    """The verdict is rank 0's to give, and it lacks the claims of rank 2."""
+    _, mine, _ = guards()
+    for rank in (0, 1):
+        mine.store.set(f"claims/0/{rank}", "{}")
+    with pytest.raises(Exception, match="rank 2 died or is stuck") as caught:
+        mine.wait(["verdict/0/0"], "start", owed=[f"claims/0/{r}" for r in range(3)])
+    assert "rank 0" not in str(caught.value)
+
+
+def test_a_dead_process_is_known_and_a_reused_pid_is_not_taken_for_it() -> None:
+    here = own_life()
+    assert not is_dead(here, here)
+    assert is_dead(here._replace(born="1"), here)
+    assert not is_dead(Life("another host", 1, "1"), here)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        stat = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        life = Life(here.host, child.pid, stat[19])
+        assert not is_dead(life, here)
+        child.kill()
+        time.sleep(0.2)
+        assert is_dead(life, here)  # a zombie until it is waited for
+    assert is_dead(life, here)
+
+
+def test_differences_name_the_odd_rank_even_if_it_is_rank_0() -> None:
+    claims = [{"plan": "b"}, {"plan": "a"}, {"plan": "a"}]
+    assert difference(claims, 0) == (
+        "ranks disagree before the first step: rank 0 has plan b, rank 1 has a"
+    )
+    assert difference(claims[1:], 4) == ""

@@ -1,0 +1,168 @@
+"""Four real processes against the virtual world and the original model: one launch, many checks.
+
+The bytes are counted by a hook on what c10d is handed, which knows nothing of the world's own counter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from helix_compile import HelixModule, helix_compile
+from helix_compile.rank_claims import graph_digest
+from tests.distributed.steps import OPTIONS, TOKENS, prompts, run_steps, torchrun
+from tests.support.models import fresh_model
+
+pytestmark = pytest.mark.multi_process
+LIMIT = 1e-5
+STEPS = ("loaded", "cp4", "cp2_tpa2", "mesh", "replica", "goes_on", "reloaded")
+
+
+class Launch:
+    """What the ranks saw and said, and the virtual module that they are compared with."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        model = fresh_model("short", torch.float32)
+        self.virtual = helix_compile(model, cp=4, world="virtual", **OPTIONS)
+        self.virtual.save(folder / "virtual")
+        result = torchrun("world_worker.py", str(folder))
+        assert result.returncode == 0, result.stderr
+        self.seen = [load_file(folder / f"seen_{r}.safetensors") for r in range(4)]
+        self.said: list[dict[str, Any]] = [
+            json.loads((folder / f"said_{r}.json").read_text()) for r in range(4)
+        ]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    torch.manual_seed(0)
+    return Launch(tmp_path_factory.mktemp("ranks"))
+
+
+def close(got: Tensor, expected: Tensor) -> bool:
+    return bool((got - expected).abs().max() <= LIMIT * expected.abs().max())
+
+
+def test_logits_are_those_of_the_virtual_world(launch: Launch) -> None:
+    expected = run_steps(launch.virtual)
+    assert expected.abs().max() > 0.1
+    assert {n: close(launch.seen[0][n], expected) for n in STEPS} == dict.fromkeys(STEPS, True)
+
+
+def test_all_ranks_have_the_same_bits(launch: Launch) -> None:
+    first = launch.seen[0]
+    assert len(first) >= len(STEPS)
+    for seen in launch.seen[1:]:
+        # a replica of two ranks is compared with the other one too: same kernels, same order
+        assert [n for n in first if not torch.equal(first[n], seen[n])] == []
+
+
+def test_two_models_take_turns_and_keep_their_caches(launch: Launch) -> None:
+    ids, mask = prompts()
+    launch.virtual.reset()
+    expected = torch.cat([launch.virtual(ids, mask), launch.virtual(ids[:, -1:])], dim=1)
+    for name in ("turns_cp4", "turns_cp2_tpa2"):
+        assert close(launch.seen[1][name][mask_of(mask)], expected[mask_of(mask)])
+
+
+def mask_of(mask: Tensor) -> Tensor:
+    return torch.cat([mask, torch.ones(len(mask), 1)], dim=1) > 0
+
+
+def test_an_earlier_stage_runs(launch: Launch) -> None:
+    ids, mask = prompts()
+    launch.virtual.reset()
+    expected = launch.virtual(ids, mask)[mask > 0]
+    assert close(launch.seen[2]["stage_ffn"][mask > 0], expected)
+
+
+def test_tokens_are_those_of_the_original_model_and_of_rank_0s_seed(launch: Launch) -> None:
+    ids, mask = prompts()
+    greedy: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "pad_token_id": 0}
+    original = fresh_model("short", torch.float32)
+    assert (
+        launch.seen[3]["greedy"].tolist()
+        == original.generate(ids, do_sample=False, **greedy).tolist()
+    )
+    torch.manual_seed(100)
+    sampled = launch.virtual.generate(ids, do_sample=True, temperature=3.0, **greedy).tolist()
+    assert sampled != launch.seen[3]["greedy"].tolist()
+    assert all(seen["sampled"].tolist() == sampled for seen in launch.seen)
+
+
+def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:
+    digest = graph_digest(launch.virtual.graph)
+    assert all(said["digests"][:2] == [digest, digest] for said in launch.said)
+    mixed = {said["digests"][2] for said in launch.said}
+    assert len(mixed) == 1 and mixed != {digest}
+
+
+def test_c10d_was_asked_to_move_what_the_plan_says(launch: Launch) -> None:
+    run_steps(launch.virtual)
+    for rank, said in enumerate(launch.said):
+        for wire, counted, per_token in (said["wire"], said["wire_mixed"]):
+            assert wire == counted == per_token * TOKENS > 0
+        assert said["wire"][1] == launch.virtual.world.sent_bytes[rank]
+        assert said["groups_used"] == 2  # in the mixed world: kvp of two ranks, and the world
+    counts = [list(map(str, x)) for x in sorted(launch.virtual.world.num_collectives.items())]
+    assert all(said["collectives"] == counts for said in launch.said)
+
+
+def test_a_rank_holds_its_own_shard_and_no_more(launch: Launch) -> None:
+    for rank, said in enumerate(launch.said):
+        assert said["ranks"] == [rank]
+        kept, own = said["storages"]
+        assert kept <= own
+        assert own == sum(
+            t.numel() * t.itemsize for t in launch.virtual.ranks[rank].params.values()
+        )
+
+
+def test_models_share_groups(launch: Launch) -> None:
+    assert {said["new_groups"] for said in launch.said} == {0}  # a second model, by a mesh
+
+
+def test_what_the_ranks_save_loads_in_the_virtual_world(launch: Launch) -> None:
+    for seen in launch.seen:
+        assert torch.equal(seen["reloaded"], seen["cp4"])
+    loaded = HelixModule.load(launch.folder / "distributed", world="virtual")
+    assert close(run_steps(loaded), launch.seen[0]["cp4"])
+    sizes = [
+        (launch.folder / "distributed" / f"rank_{r}.safetensors").stat().st_size for r in range(4)
+    ]
+    assert sizes[1] == sizes[2] == sizes[3] < sizes[0]  # what is replicated is kept once
+    assert not list((launch.folder / "distributed").glob("*.partial"))
+
+
+def test_refusals(launch: Launch) -> None:
+    expected = {
+        "max_time": "max_time=1.0 is refused on real ranks",
+        "wrong_size": "cp*tpa = 4*1 = 4 ranks, but the process group has 2 processes",
+        "reversed_mesh": "lists its ranks as [3, 2, 1, 0]",
+        "verify": "this process holds 1 of 4 ranks",
+        "not_a_world": "option world=4 is unknown",
+        "again": "holds a saved module already",
+    }
+    for said in launch.said:
+        assert [n for n, text in expected.items() if text not in said[n]] == []
+
+
+def test_ranks_that_disagree_are_all_told_who_and_what(launch: Launch) -> None:
+    for said in launch.said:
+        assert "rank 2 has input_ids [3, 12]" in said["shape"]
+        assert "rank 0 has [3, 13]" in said["shape"]
+        assert "rank 1 has input_ids [3, 13] (digest" in said["ids"]
+        assert said["lengths_after"] == []
+        assert (
+            "before the first step: rank 2 has option tokens_per_block 8, rank 0 has 4"
+            in said["plan"]
+        )
+        assert "before the first step: rank 3 has weights" in said["weights"]
+        assert "plan" not in said["weights"]

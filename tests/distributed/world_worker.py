@@ -1,0 +1,156 @@
+"""One rank that does everything a real rank can do, once, and writes what it saw: the checks are in test_world.py.
+
+torchrun --nproc-per-node 4 world_worker.py FOLDER     (FOLDER/virtual: a module saved by the virtual world)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helix_compile import HelixError, HelixModule, helix_compile, verify
+from helix_compile.rank_claims import graph_digest
+from tests.distributed.steps import OPTIONS, prompts, run_steps
+from tests.support.models import fresh_model
+
+
+class Wire(TorchDispatchMode):
+    """Counts what c10d is asked to move, from its own arguments: bytes that leave this rank, all_reduce as a ring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0.0
+        self.groups: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name.startswith("_c10d_functional::") and "wait" not in name:
+            members = dist.get_world_size(dist.distributed_c10d._resolve_process_group(args[-1]))
+            share = {"all_reduce": 2 / members, "all_to_all_single": 1 / members}[
+                name.split("::")[1]
+            ]
+            self.sent += (members - 1) * share * args[0].numel() * args[0].element_size()
+            self.groups.add(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def refusal(act: Callable[[], Any]) -> str:
+    """The text of the error that `act` must raise."""
+    try:
+        act()
+    except HelixError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def main(folder: Path) -> None:
+    """Every check in one launch: starting four processes is what costs."""
+    said: dict[str, Any] = {}
+    seen: dict[str, Tensor] = {}
+    ids, mask = prompts()
+
+    loaded = HelixModule.load(folder / "virtual")
+    rank = loaded.ranks[0].rank
+    seen["loaded"] = run_steps(loaded)
+
+    model = fresh_model("short", torch.float32)
+    four = helix_compile(model, cp=4, **OPTIONS)
+    mixed = helix_compile(model, cp=2, tpa=2, **OPTIONS)
+    with Wire() as wire:
+        seen["cp4"] = run_steps(four)
+    said["wire"] = [
+        wire.sent,
+        float(four.world.sent_bytes[0]),
+        float(four.plan.egress_bytes_per_rank_per_token),
+    ]
+    with Wire() as wire:
+        seen["cp2_tpa2"] = run_steps(mixed)
+    said["wire_mixed"] = [
+        wire.sent,
+        float(mixed.world.sent_bytes[0]),
+        float(mixed.plan.egress_bytes_per_rank_per_token),
+    ]
+    said["groups_used"] = len(wire.groups)
+    said["collectives"] = [list(map(str, x)) for x in sorted(four.world.num_collectives.items())]
+    said["digests"] = [graph_digest(c.graph) for c in (loaded, four, mixed)]
+    said["ranks"] = [r.rank for r in four.ranks]
+    # what this rank's parameters keep alive, against the parameters themselves
+    held = loaded.ranks[0].params.values()
+    said["storages"] = [
+        sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values()),
+        sum(t.numel() * t.itemsize for t in held),
+    ]
+
+    # two models take turns, each with its own cache
+    four.reset(), mixed.reset()
+    turns = [(four(ids, mask), mixed(ids, mask)), (four(ids[:, -1:]), mixed(ids[:, -1:]))]
+    seen["turns_cp4"], seen["turns_cp2_tpa2"] = (
+        torch.cat(x, dim=1) for x in zip(*turns, strict=True)
+    )
+
+    four.reset()
+    seen["stage_ffn"] = four.run_stage("ffn", ids, mask)
+
+    # generation: the ranks' own seeds differ, rank 0's counts
+    torch.manual_seed(100 + rank)
+    greedy: dict[str, Any] = {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "pad_token_id": 0,
+        "do_sample": False,
+    }
+    seen["greedy"] = four.generate(ids, **greedy)
+    seen["sampled"] = four.generate(ids, **{**greedy, "do_sample": True, "temperature": 3.0})
+    said["max_time"] = refusal(lambda: four.generate(ids, max_time=1.0, **greedy))
+
+    # worlds by group and by mesh; two replicas of two ranks each
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tpa", "kvp"))
+    groups = len(dist.distributed_c10d._world.pg_map)
+    seen["mesh"] = run_steps(helix_compile(model, cp=2, tpa=2, world=mesh, **OPTIONS))
+    said["new_groups"] = len(dist.distributed_c10d._world.pg_map) - groups
+    seen["replica"] = run_steps(
+        helix_compile(model, cp=2, world=mesh["kvp"].get_group(), **OPTIONS)
+    )
+
+    said["wrong_size"] = refusal(lambda: helix_compile(model, cp=4, world=mesh["kvp"], **OPTIONS))
+    said["reversed_mesh"] = refusal(
+        lambda: helix_compile(model, cp=4, world=dist.DeviceMesh("cpu", [3, 2, 1, 0]), **OPTIONS)
+    )
+    said["verify"] = refusal(lambda: verify(four, model))
+    said["not_a_world"] = refusal(lambda: helix_compile(model, cp=4, world=4, **OPTIONS))
+
+    # what differs is told to all, and the ranks go on
+    four.reset()
+    odd = ids if rank != 2 else ids[:, 1:]
+    said["shape"] = refusal(lambda: four(odd))
+    said["ids"] = refusal(lambda: four(ids if rank != 1 else ids.flip(1)))
+    said["lengths_after"] = four.lengths.tolist()
+    seen["goes_on"] = run_steps(four)
+    odd_plan = {**OPTIONS, "tokens_per_block": 4 if rank != 2 else 8}
+    said["plan"] = refusal(lambda: helix_compile(model, cp=4, **odd_plan))
+
+    four.save(folder / "distributed")
+    said["again"] = refusal(lambda: four.save(folder / "distributed"))
+    seen["reloaded"] = run_steps(HelixModule.load(folder / "distributed"))
+
+    with torch.no_grad():
+        model.lm_head.weight[5, 7] += 0.5 if rank == 3 else 0.0
+    said["weights"] = refusal(lambda: helix_compile(model, cp=4, **OPTIONS))
+
+    save_file({n: t.contiguous() for n, t in seen.items()}, folder / f"seen_{rank}.safetensors")
+    (folder / f"said_{rank}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
