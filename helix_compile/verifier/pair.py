@@ -124,6 +124,8 @@ def check_pair(compiled: HelixModule, other: HelixModule, seed: int, say: Progre
             check.findings += outcome.findings
             check.notes += outcome.notes
             check.coverage.largest_deviation = max(check.coverage.largest_deviation, outcome.worst)
+        if outcome is None or outcome.findings:
+            break  # the first that deviates is the one to look at
     return check
 
 

@@ -12,6 +12,10 @@ from helix_compile.passes.match_layers import match_layers
 from helix_compile.verifier.conditioning import Edits, sharpening
 from helix_compile.verifier.layer_run import CapturedReference
 
+# spread of scores in 16 bits, where both sides round and nothing tells how much of it is the model's own: two legal
+# plans of a four-layer model were 0.04 of the largest logit apart at 2, and 0.11 at the 6 that a single module gets
+PAIR_SPREAD = 2.0
+
 
 def shared_edits(modules: tuple[HelixModule, HelixModule], seed: int) -> Edits | None:
     """Edits by full parameter name, measured on the original weights of the first module that has them.
@@ -24,7 +28,8 @@ def shared_edits(modules: tuple[HelixModule, HelixModule], seed: int) -> Edits |
     captured = captured_of(source)
     whole = {n: _wide(t) for n, t in source.facts.originals.items()}
     matches = match_layers(captured, source.plan.options.max_seq_len)
-    return sharpening(CapturedReference(captured, matches, whole), seed)
+    spread = PAIR_SPREAD if captured.dtype.itemsize == 2 else None
+    return sharpening(CapturedReference(captured, matches, whole), seed, spread)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
