@@ -126,7 +126,9 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     check.coverage.ranks = len(compiled.ranks)
     check.findings += malformed(compiled.graph)
     if check.findings:
-        check.notes.append("nothing else was checked: a graph that is not well formed has no meaning")
+        check.notes.append(
+            "nothing else was checked: a graph that is not well formed has no meaning"
+        )
         return check
     say("static: parameters, layouts, collectives")
     same = model if model.dtype == own_dtype else converted_copy(model, own_dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,21 @@ OTHER_PLANS: list[dict[str, Any]] = [
 NORM, BIAS = "model.layers.1.self_attn.kv_a_layernorm.weight", "self_attn_o_proj_bias"
 
 
-def built(dtype: torch.dtype = torch.float64, **options: Any) -> HelixModule:
+@cache
+def new_model(dtype: torch.dtype) -> Any:
     """As a new model is: norm weights all one, biases zero; nothing but conditioning shows one that is left out."""
     model = fresh_model("short_biased", dtype)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if tensor.dim() == 1:
                 tensor.fill_(0.0 if name.endswith("bias") else 1.0)
-    return helix_compile(model, **{"cp": 2, "max_seq_len": 32, "tokens_per_block": 2, **options})
+    return model
+
+
+def built(dtype: torch.dtype = torch.float64, **options: Any) -> HelixModule:
+    return helix_compile(
+        new_model(dtype), **{"cp": 2, "max_seq_len": 32, "tokens_per_block": 2, **options}
+    )
 
 
 def edit_on_one_rank(name: str) -> Callable[[HelixModule], None]:
@@ -132,7 +140,7 @@ def test_a_reloaded_module_lends_the_weights_of_the_other(tmp_path: Path) -> Non
 def test_the_captured_graph_is_put_together_again() -> None:
     from helix_compile.capture import capture
 
-    model = fresh_model("short_biased")
+    model = new_model(torch.float64)
     assert captured_of(helix_compile(model, cp=2)).layers == capture(model).layers
 
 
