@@ -29,6 +29,7 @@ from helix_compile.step_inputs import (
     checked_mask,
     chunks_of,
     first_kept_column,
+    kept_logits,
 )
 from helix_compile.world import World
 
@@ -163,21 +164,13 @@ class HelixModule(nn.Module):
             delay=2,
         )
         before = list(self._ledger.lengths)
-        kept: Tensor | None = None
         try:
-            for c in bar:
-                logits = self._run_chunk(graph, params, ids[:, c], mask[:, c])
-                if len(chunks) == 1:
-                    return logits[:, first:]
-                if kept is None:  # written chunk by chunk: a list and a cat would hold them twice
-                    kept = logits.new_empty((B, T - first, logits.shape[2]))
-                start, stop = max(c.start, first), max(c.stop, first)
-                kept[:, start - first : stop - first] = logits[:, start - c.start :]
+            return kept_logits(
+                lambda c: self._run_chunk(graph, params, ids[:, c], mask[:, c]), bar, first, T
+            )
         except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
             self._ledger.lengths = before
             raise
-        assert kept is not None  # T >= 1
-        return kept
 
     def _run_chunk(
         self, graph: fx.GraphModule, params: list[dict[str, Tensor]], ids: Tensor, mask: Tensor

@@ -1,6 +1,11 @@
-"""Check what a step is given, before anything is written. Every refusal names what, got, expected and what to do."""
+"""Check what a step is given, before anything is written, and cut a long one into chunks.
+
+Every refusal names what, got, expected and what to do.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -117,3 +122,24 @@ def chunks_of(T: int, batch_size: int, context: int) -> list[slice]:
     """Cut a long step along T so that what is held at a time stays bounded."""
     width = max(1, min(MAX_CHUNK, SCORE_TOKENS // max(1, batch_size * context)))
     return [slice(t, min(t + width, T)) for t in range(0, T, width)]
+
+
+def kept_logits(
+    run_chunk: Callable[[slice], Tensor], chunks: Iterable[slice], first: int, T: int
+) -> Tensor:
+    """Run the chunks of a step; logits [B, T - first, vocab] of the columns from `first` on.
+
+    A chunk's logits are copied to their place and dropped: a list and a cat would hold all of them twice.
+    """
+    kept: Tensor | None = None
+    for chunk in chunks:
+        logits = run_chunk(chunk)
+        if logits.shape[1] == T:
+            return logits[:, first:]
+        if kept is None:
+            kept = logits.new_empty((logits.shape[0], T - first, logits.shape[2]))
+        start, stop = max(chunk.start, first), max(chunk.stop, first)
+        kept[:, start - first : stop - first] = logits[:, start - chunk.start :]
+        del logits
+    assert kept is not None  # T >= 1
+    return kept
