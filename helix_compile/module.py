@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
+import helix_compile.step_inputs as checks
 from helix_compile.errors import HelixError, RuntimeFault
 from helix_compile.explain import NodeExplanation, explain_node
 from helix_compile.graph_python import stage_diff
@@ -22,15 +23,6 @@ from helix_compile.plan import HelixPlan
 from helix_compile.prefix_export import entries_to_export, shards_to_export
 from helix_compile.prefix_import import sequences_to_import
 from helix_compile.ranks import ModelFacts, Rank, params_of_rank
-from helix_compile.step_inputs import (
-    check_batch,
-    check_ids,
-    checked_lengths,
-    checked_mask,
-    chunks_of,
-    first_kept_column,
-    kept_logits,
-)
 from helix_compile.world import World
 
 _FIXED = (
@@ -107,13 +99,8 @@ class HelixModule(nn.Module):
         Raises:
             RuntimeFault: what a step may not be; nothing was written then.
         """
-        return self._step(
-            self.graph,
-            [dict(r.params) for r in self.ranks],
-            input_ids,
-            attention_mask,
-            logits_to_keep,
-        )
+        params = [dict(r.params) for r in self.ranks]
+        return self._step(self.graph, params, input_ids, attention_mask, logits_to_keep)
 
     def run_stage(
         self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -148,24 +135,19 @@ class HelixModule(nn.Module):
     ) -> Tensor:
         if self.device.type == "meta":
             raise RuntimeFault("the model is on the meta device: it can be inspected, not run")
-        check_ids(input_ids, self._facts.vocab_size, self.plan.options.max_batch_size)
-        check_batch(self._ledger, input_ids.shape[0])
-        mask = checked_mask(attention_mask, input_ids)
-        first = first_kept_column(logits_to_keep, input_ids.shape[1])
+        checks.check_ids(input_ids, self._facts.vocab_size, self.plan.options.max_batch_size)
+        checks.check_batch(self._ledger, input_ids.shape[0])
+        mask = checks.checked_mask(attention_mask, input_ids)
+        first = checks.first_kept_column(logits_to_keep, input_ids.shape[1])
         self._ledger.check_room(mask.sum(dim=1).tolist())
         B, T = input_ids.shape
         ids = input_ids.to(self.device, torch.int64)
-        chunks = chunks_of(T, B, max(self._ledger.lengths, default=0) + T)
-        bar = tqdm(
-            chunks,
-            desc="step",
-            unit="chunk",
-            disable=None if self.world.is_leader else True,
-            delay=2,
-        )
+        chunks = checks.chunks_of(T, B, max(self._ledger.lengths, default=0) + T)
+        shown = None if self.world.is_leader else True
+        bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
         before = list(self._ledger.lengths)
         try:
-            return kept_logits(
+            return checks.kept_logits(
                 lambda c: self._run_chunk(graph, params, ids[:, c], mask[:, c]), bar, first, T
             )
         except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
@@ -344,15 +326,13 @@ class HelixModule(nn.Module):
     def truncate(self, lengths: int | list[int] | Tensor) -> None:
         """Take back the last tokens of each sequence (rejected drafts); what comes next is as if they had never been.
 
-        Nothing is erased: what lies behind a length is not read, and is overwritten by the next tokens.
-
-        Args:
-            lengths: tokens that remain, of each sequence [B] (a list or an integer tensor), or one int for all.
+        Nothing is erased: what lies behind a length is not read, and is overwritten by the next tokens. `lengths` are
+        the tokens that remain: [B] (a list or an integer tensor), or one int for every sequence.
 
         Raises:
             RuntimeFault: not 0 <= new <= present length, or no batch yet; no row is changed then.
         """
-        self._ledger.lengths = checked_lengths(lengths, self._ledger.lengths)
+        self._ledger.lengths = checks.checked_lengths(lengths, self._ledger.lengths)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: graphs are captured for one dtype and device."""
