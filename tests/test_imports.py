@@ -19,7 +19,7 @@ ROOMS: list[tuple[str, str]] = [
     ("decisions and passes", "planning param_plan passes. kernel_selection"),
     ("step", "params kv_cache step_inputs handover handover_file dynamic_cache prefix_import prefix_export ranks rank_claims"),
     ("views", "views."),
-    ("run", "module inspection rank_share explain generation model_source saving saved_weights saved_checks"),
+    ("run", "module inspection rank_share explain assisted_generation generation model_source saving saved_weights saved_checks"),
     ("spine", "compile"),
     ("verification", "verifier verifier. verification mutants mutants."),
     ("front door", "backend command_options kernels_command __main__ __init__"),
