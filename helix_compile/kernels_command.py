@@ -42,7 +42,7 @@ def kernels(
     dtype: Annotated[str | None, typer.Option(help="default: the config's, else bfloat16")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="may be repeated; default: sm_100 and sm_90")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for PTX, cubin and TTGIR")] = None,
-    every: Annotated[bool, typer.Option("--all", help="also what the plan would fall back to")] = False,
+    every: Annotated[bool, typer.Option("--all", help="also what the plan would fall back to, and the FP8 form")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="not in this version: needs a GPU to measure on")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:  # fmt: skip

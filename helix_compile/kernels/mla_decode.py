@@ -31,6 +31,7 @@ from helix_compile.kernels.tuning import (
 )
 
 TMA_BYTES = 16  # alignment of a tensor's base and of its rows
+TABLE_TOKENS_PER_SCALE = 16  # of the FP8 form that `kernels --all` compiles beside a 16-bit one
 
 
 def _config_of(q_latent: Tensor, q_rope: Tensor, cache: Tensor, target: KernelTarget) -> MlaConfig:
@@ -179,7 +180,25 @@ def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[C
         )  # fmt: skip
 
     cases = [case(config, direct, False) for direct in directs]
-    return cases if config == behind else [*cases, case(behind, False, True)]
+    if config != behind:
+        cases.append(case(behind, False, True))
+    if shape.itemsize == 2 and shape.page_size % TABLE_TOKENS_PER_SCALE == 0:
+        cases.append(_scaled_case(site, target))
+    return cases
+
+
+def _scaled_case(site: Site, target: KernelTarget) -> CompileCase:
+    """mla_decode.scaled, if the site's cache were FP8; it leaves the parts of each split."""
+    q_latent, q_rope, cache = site.args[:3]
+    tma = cache.shape[2] * FP8.itemsize % TMA_BYTES == 0
+    shape = dataclasses.replace(_site_shape(site), tma=tma)
+    config = mla_config(shape, target, scaled=True)
+    case = decode_case(
+        config, q_latent.shape[2], shape.R, shape.r, shape.page_size, q_latent.dtype, FP8,
+        tokens_per_scale=TABLE_TOKENS_PER_SCALE, interpreted=target.arch == INTERPRETER,
+        kv_ctas=-(-shape.rows // config.block_h), fallback=True,
+    )  # fmt: skip
+    return dataclasses.replace(case, kernel="mla_decode.scaled", config=f"FP8 cache, {config}")
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
@@ -227,6 +246,7 @@ MLA_DECODE_SPLITS = register_kernel(
         cases=_splits_cases,
     )
 )
+# no plan makes an FP8 cache, so nothing selects this one: it is called by its name
 MLA_DECODE_SCALED = define_triton_op(
     f"mla_decode.scaled({_ARGUMENTS}, Tensor cache_scale) -> (Tensor, Tensor)",
     mla_decode_scaled_triton,
