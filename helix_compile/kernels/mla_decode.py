@@ -189,7 +189,7 @@ def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[C
 
 def _scaled_case(site: Site, target: KernelTarget) -> CompileCase:
     """mla_decode.scaled, if the site's cache were FP8; it leaves the parts of each split."""
-    q_latent, q_rope, cache = site.args[:3]
+    q_latent, cache = site.args[0], site.args[2]
     tma = cache.shape[2] * FP8.itemsize % TMA_BYTES == 0
     shape = dataclasses.replace(_site_shape(site), tma=tma)
     config = mla_config(shape, target, scaled=True)
