@@ -21,7 +21,7 @@ from rich.table import Table
 
 from helix_compile.command_options import Config, merged_options
 from helix_compile.errors import HelixError, LoweringUnavailable
-from helix_compile.kernels.kernel_record import KernelRecord
+from helix_compile.kernels.kernel_record import KINDS, KernelRecord
 from helix_compile.kernels.target import KernelTarget, offline_target
 from helix_compile.options import HelixOptions
 from helix_compile.output_folder import check_folder
@@ -50,14 +50,14 @@ def kernels(
     names = ("cp", "tpa", "ep", "max_batch_size", "max_seq_len")
     options = HelixOptions(**merged_options(ctx, names, idle=("lower",)))
     targets = [offline_target(name) for name in dict.fromkeys(arch or ARCHS)]
-    _check_triton()
     if tune:
         raise LoweringUnavailable(
             "kernels: --tune is not in this version; the entries of kernels/tuning.py rest on static tables"
         )
     if out is None:
         raise HelixError("kernels: give --out DIR, the folder for PTX, cubin and TTGIR")
-    check_folder(out)
+    _check_folders(out, targets)
+    _check_triton()
     records, references = _compiled(_captured(model, dtype), options, targets, out, every)
     if as_json:
         print(json.dumps(document(model, options, records, references), indent=1))
@@ -123,6 +123,18 @@ def _text(figure: float | None) -> str:
     if figure is None:
         return "-"
     return f"{figure:.1f}" if isinstance(figure, float) else f"{figure:,}"
+
+
+def _check_folders(out: Path, targets: list[KernelTarget]) -> None:
+    """DIR can be written, and each of its folders is new or holds what this command writes: a new run replaces that."""
+    check_folder(out)
+    for folder in (out / target.arch for target in targets if (out / target.arch).exists()):
+        check_folder(folder)
+        strangers = sorted(p.name for p in folder.iterdir() if p.suffix.lstrip(".") not in KINDS)
+        if strangers:
+            raise HelixError(
+                f"--out {out}: {folder} holds {strangers[0]}, which this command does not write; choose another folder"
+            )
 
 
 def _check_triton() -> None:

@@ -125,6 +125,15 @@ def test_torch_compile_keeps_the_node(op: str) -> None:
     assert_same(compiled(*tensors_of(arguments)), module(*tensors_of(arguments)))
 
 
+@pytest.mark.parametrize("op", OVERLOADS, ids=str)
+def test_schema_and_fake_say_what_the_kernel_does(op: str) -> None:
+    """What the schema calls unwritten stays as it is, and the fake's shapes, strides and dtypes are the kernel's."""
+    checks = ("test_schema", "test_faketensor")
+    if op == "mla_decode.scaled":
+        checks = checks[1:]  # the schema check multiplies FP8 values, which torch does not do on a CPU
+    torch.library.opcheck(OVERLOADS[op], on_device(arguments_of(op), "cpu"), test_utils=checks)
+
+
 class RefuseValues(TorchDispatchMode):
     """Fails where the host reads a tensor's value, or makes a shape of one: what a CUDA graph can't record."""
 
