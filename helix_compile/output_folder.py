@@ -18,6 +18,8 @@ def check_folder(out: Path) -> None:
     if not nearest.is_dir():
         raise HelixError(f"--out {out}: {nearest} is not a folder; choose another folder")
     try:
-        tempfile.TemporaryFile(dir=nearest).close()  # permissions don't tell: root has all, disks may be read-only
+        tempfile.TemporaryFile(
+            dir=nearest
+        ).close()  # permissions don't tell: root has all, disks may be read-only
     except OSError as error:
         raise HelixError(f"--out {out}: {nearest} can't be written ({error.strerror}); choose another folder") from error  # fmt: skip

@@ -188,21 +188,11 @@ def _without_folders(text: str) -> str:
 def _compile(job: _Job) -> StaticFigures:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    from helix_compile.kernels.compiler_probe import case_source
 
     function = getattr(importlib.import_module(job.module), job.function)
-    case, position = job.case, function.arg_names.index
-    missing = [
-        a for a in function.arg_names if a not in case.signature and a not in case.constexprs
-    ]
-    if missing:
-        raise TypeError(f"no type and no value for {', '.join(missing)}")
-    source = ASTSource(
-        function,
-        {a: "constexpr" if a in case.constexprs else case.signature[a] for a in function.arg_names},
-        {(position(a),): value for a, value in case.constexprs.items()},
-        {(position(a),): [["tt.divisibility", 16]] for a in case.divisible_by_16},
-    )  # fmt: skip
+    source = case_source(replace(job.case, function=function))
     # on is Triton's default up to 3.9, which warns that it will change
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     knobs, output = triton.knobs, io.StringIO()
@@ -216,7 +206,7 @@ def _compile(job: _Job) -> StaticFigures:
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
         knobs.cache.dir = cache
         kernel = triton.compile(
-            source, target=GPUTarget("cuda", job.capability, 32), options=case.options
+            source, target=GPUTarget("cuda", job.capability, 32), options=job.case.options
         )
     for kind in KINDS:
         made = kernel.asm[kind]

@@ -130,7 +130,9 @@ def test_schema_and_fake_say_what_the_kernel_does(op: str) -> None:
     """What the schema calls unwritten stays as it is, and the fake's shapes, strides and dtypes are the kernel's."""
     checks = ("test_schema", "test_faketensor")
     if op == "mla_decode.scaled":
-        checks = checks[1:]  # the schema check multiplies FP8 values, which torch does not do on a CPU
+        checks = checks[
+            1:
+        ]  # the schema check multiplies FP8 values, which torch does not do on a CPU
     torch.library.opcheck(OVERLOADS[op], on_device(arguments_of(op), "cpu"), test_utils=checks)
 
 

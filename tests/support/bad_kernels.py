@@ -8,6 +8,7 @@ Triton must compile in that process, so it is never the one that runs the tests.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 
 import torch
@@ -24,7 +25,7 @@ from helix_compile.kernels.tuning import ROWS, MlaConfig
 BF16 = torch.bfloat16
 V3 = (128, 512, 64, 128, BF16, BF16)  # heads, R, r, page size, dtypes of q and cache
 TOO_LARGE = MlaConfig(ROWS, 128, 64, 8, 2)  # an accumulator of 128 x 512 fits no tensor memory
-DIES = MlaConfig(ROWS, 64, 64, 4, 2, warp_specialize=True)  # on sm_90 LLVM ends the process
+LLVM_ERROR = MlaConfig(ROWS, 64, 64, 4, 2, warp_specialize=True)  # what sm_90 makes of it
 
 
 @triton.jit
@@ -32,10 +33,22 @@ def three_lanes_kernel(o_ptr):  # type: ignore[no-untyped-def] # Triton types it
     tl.store(o_ptr + tl.arange(0, 3), 0.0)  # Triton wants a power of 2
 
 
+@triton.constexpr_function
+def end_the_process() -> None:
+    os._exit(3)
+
+
+@triton.jit
+def deadly_kernel(o_ptr):  # type: ignore[no-untyped-def] # Triton types its arguments
+    end_the_process()  # where it is compiled
+    tl.store(o_ptr, 0.0)
+
+
 BROKEN = CompileCase("broken", three_lanes_kernel, {"o_ptr": "*fp32"}, {}, {"num_warps": 1})
+DEADLY = CompileCase("deadly", deadly_kernel, {"o_ptr": "*fp32"}, {}, {"num_warps": 1})
 BAD = {
     "sm_100": [BROKEN, decode_case(TOO_LARGE, *V3)],
-    "sm_90": [decode_case(DIES, *V3)],
+    "sm_90": [DEADLY, decode_case(LLVM_ERROR, *V3)],
     "sm_80": [],
 }
 
