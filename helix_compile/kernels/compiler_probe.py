@@ -5,7 +5,11 @@ Triton 3.6 can't give the accumulators of two halves to the warps of a specialis
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import sys
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -28,12 +32,27 @@ def specialises_halves(capability: int) -> bool:
         return True
     case = decode_case(PROBE, HEADS, R, ROPE, PAGE, torch.bfloat16, torch.bfloat16)
     try:
-        triton.compile(
-            case_source(case), target=GPUTarget("cuda", capability, 32), options=case.options
-        )
+        with _without_stderr():
+            triton.compile(
+                case_source(case), target=GPUTarget("cuda", capability, 32), options=case.options
+            )
     except RuntimeError:  # a compiler pass that fails
         return False
     return True
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """A pass that fails prints the whole module to the descriptor."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def case_source(case: CompileCase) -> ASTSource:

@@ -23,6 +23,7 @@ from triton.testing import do_bench_cudagraph
 from helix_compile.kernels.merge_splits import merge_splits
 from helix_compile.kernels.mla_launch import FP8, decode_case, decode_parts
 from helix_compile.kernels.offline import compile_cases
+from helix_compile.kernels.reference import mla_decode_reference
 from helix_compile.kernels.reference_fp8 import (
     mla_decode_scaled_reference,
     quantize_cache_reference,
@@ -251,11 +252,13 @@ class _Call:
 
     def reference(self) -> Tensor:
         """Output in float64, of the same cache."""
-        wide = (self.q.double(), self.q_rope.double())
-        rest = (self.table, self.visible, self.scale)
+        q, q_rope = self.q.double(), self.q_rope.double()
         if self.cache_scale is not None:
-            return mla_decode_scaled_reference(*wide, self.cache, *rest, self.cache_scale)[0]
-        return torch.ops.helix.mla_decode(*wide, self.cache.double(), *rest)[0]
+            return mla_decode_scaled_reference(
+                q, q_rope, self.cache, self.table, self.visible, self.scale, self.cache_scale
+            )[0]
+        cache = self.cache.double()
+        return mla_decode_reference(q, q_rope, cache, self.table, self.visible, self.scale)[0]
 
 
 def replacement(

@@ -60,6 +60,14 @@ def test_every_choice_of_the_table_is_among_the_classes() -> None:
                 assert tuning.mla_config(shape, target, scaled) in configs
 
 
+def test_a_compiler_that_can_not_split_halves_gets_one_part() -> None:
+    for rows in (16, 128):
+        shape = tuning.MlaShape(rows, 512, 64, 128, 2, tma=True)
+        usual, without = (tuning.mla_config(shape, TARGETS[0], halves=h) for h in (True, False))
+        assert (usual.parts, without) == (2, replace(usual, parts=1, packed=without.packed))
+        assert tuning.mla_config(shape, TARGETS[1], halves=False).form != POINTER
+
+
 def parsed(text: str) -> tuple[MlaEntry, ...]:
     """The table that a text of tuning.py's makes."""
     names: dict[str, Any] = dict(vars(tuning))
