@@ -1,4 +1,8 @@
-"""One-line faults put into the source of mla_decode's kernels: the comparison that their tests use catches each."""
+"""One-line faults put into the source of mla_decode's kernels: the comparison that their tests use catches each.
+
+They are not in the catalogue of `verify --self-test`: verify's own runs take kernels as they are, and interpreting one
+needs TRITON_INTERPRET=1 before Python starts, which the command can't ask for. docs/kernels.md has the table.
+"""
 
 from __future__ import annotations
 
