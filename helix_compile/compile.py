@@ -76,7 +76,7 @@ def helix_compile(
         overlap=overlap, lower=lower, max_batch_size=max_batch_size, max_seq_len=max_seq_len,
     )  # fmt: skip
     place = device_for(device, world)
-    captured = captured_from(model, dtype)
+    captured = captured_from(model, dtype, place)
     matches = match_layers(captured, options.max_seq_len)
     plan = plan_helix(captured, matches, options)
     opened = open_world(HelixMesh(plan.layout), world, place or device_of(captured))
