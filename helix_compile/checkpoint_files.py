@@ -98,7 +98,9 @@ class CheckpointFiles:
             ) from error
         outside = sorted({f for f in files.values() if Path(f).name != f})
         if outside or not files:
-            what = f"names {', '.join(outside)}, not a file of the folder" if outside else "is empty"
+            what = (
+                f"names {', '.join(outside)}, not a file of the folder" if outside else "is empty"
+            )
             raise CheckpointError(f"{path}: weight_map {what}; download the checkpoint again")
         return files
 
@@ -110,9 +112,7 @@ class CheckpointFiles:
                 "Reading a pickle runs code of whoever wrote it, so it is refused; convert it: "
                 "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
             )
-        return (
-            f"{self.folder} has no weights: expected {SINGLE}, or {INDEX} and the files it names"
-        )
+        return f"{self.folder} has no weights: expected {SINGLE}, or {INDEX} and the files it names"
 
     def _read_header(self, file: str) -> list[str]:
         """Note what `file` holds; returns what is wrong with it."""
@@ -123,7 +123,9 @@ class CheckpointFiles:
             handle = safe_open(path, framework="pt", device="cpu")
             self._open[file] = handle
             found = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 no mapping
-            stored = {n: Stored(file, tuple(v.get_shape()), v.get_dtype()) for n, v in found.items()}
+            stored = {
+                n: Stored(file, tuple(v.get_shape()), v.get_dtype()) for n, v in found.items()
+            }
         except (SafetensorError, OSError) as error:
             size = path.stat().st_size
             return [f"{file} ({size} bytes) is damaged, truncated or not safetensors: {error}"]

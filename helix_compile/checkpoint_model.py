@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from helix_compile.checkpoint_files import FLOATS, FP8, CheckpointFiles
 from helix_compile.checkpoint_names import Assembly, assemble
@@ -25,7 +26,7 @@ class Checkpoint:
         notes: what the checkpoint holds beyond the model.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     weights: CheckpointWeights
     notes: tuple[str, ...]
 
@@ -71,7 +72,8 @@ def _fp8_block(folder: Path, config: Any) -> tuple[int, int] | None:
     if quantisation is None:
         return None
     stated = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-    method, block = stated.get("quant_method"), stated.get("weight_block_size")
+    method: Any = stated.get("quant_method")
+    block: Any = stated.get("weight_block_size")
     fits = isinstance(block, (list, tuple)) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)  # fmt: skip
     if method != "fp8" or not fits:
         raise CheckpointError(
@@ -88,7 +90,7 @@ def _stored_dtype(files: CheckpointFiles) -> torch.dtype:
     return FLOATS[next(found, "BF16")]
 
 
-def _meta_model(folder: Path, config: Any, dtype: torch.dtype) -> nn.Module:
+def _meta_model(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
@@ -110,7 +112,7 @@ def _meta_model(folder: Path, config: Any, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
+def computed_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     """Values of the buffers that no checkpoint holds (rotary frequencies), on the CPU; `model` stays on meta.
 
     transformers computes them in _init_weights. It is asked twice, over zeros and over ones: what it left as it was
@@ -130,7 +132,7 @@ def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
     return first
 
 
-def _computed_over(model: nn.Module, names: list[str], fill: int) -> dict[str, Tensor]:
+def _computed_over(model: PreTrainedModel, names: list[str], fill: int) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
         module = model.get_submodule(owner)
@@ -146,7 +148,7 @@ def _computed_over(model: nn.Module, names: list[str], fill: int) -> dict[str, T
     return values
 
 
-def _untie(model: nn.Module, files: CheckpointFiles, assembly: Assembly) -> None:
+def _untie(model: PreTrainedModel, files: CheckpointFiles, assembly: Assembly) -> None:
     """Tied by the configuration but stored twice: one tensor if both are equal, else two, as transformers does."""
     for one, other in list(model.all_tied_weights_keys.items()):
         if one not in assembly.tensors or other not in assembly.tensors:
@@ -157,7 +159,9 @@ def _untie(model: nn.Module, files: CheckpointFiles, assembly: Assembly) -> None
             continue
         owner, _, name = one.rpartition(".")
         old = model.get_parameter(one)
-        setattr(model.get_submodule(owner), name, nn.Parameter(torch.empty_like(old), old.requires_grad))
+        setattr(
+            model.get_submodule(owner), name, nn.Parameter(torch.empty_like(old), old.requires_grad)
+        )
         model.all_tied_weights_keys.pop(one)
 
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -62,7 +62,7 @@ class Assembly:
 
 
 def assemble(
-    model: nn.Module, stored: Mapping[str, Stored], block: tuple[int, int] | None, where: str
+    model: PreTrainedModel, stored: Mapping[str, Stored], block: tuple[int, int] | None, where: str
 ) -> Assembly:
     """Find every tensor of `model` (on meta) in what is stored.
 
@@ -93,7 +93,9 @@ def assemble(
     wrong = {n: a for n, a in found.items() if a.shape != tuple(wanted[n].shape)}
     for name, assembled in wrong.items():
         keys_of = [p.key for p in assembled.pieces]
-        made_of = keys_of[0] if len(keys_of) == 1 else f"{len(keys_of)} tensors such as {keys_of[0]}"
+        made_of = (
+            keys_of[0] if len(keys_of) == 1 else f"{len(keys_of)} tensors such as {keys_of[0]}"
+        )
         problems.append(
             f"does not fit: {name}: the checkpoint has {list(assembled.shape)} ({made_of}), "
             f"the model needs {list(wanted[name].shape)}"
@@ -112,7 +114,7 @@ def assemble(
 
 
 def _by_target(
-    model: nn.Module, wanted: Mapping[str, object], keys: list[str]
+    model: PreTrainedModel, wanted: Mapping[str, object], keys: list[str]
 ) -> tuple[dict[str, tuple[WeightConverter | None, dict[str, list[str]]]], list[str]]:
     """(name in the model -> converter and stored keys by its source pattern, keys that lead nowhere)."""
     rules = get_model_conversion_mapping(model)
@@ -189,7 +191,9 @@ def _assembled(
         if isinstance(operation, MergeModulelist):
             parts = {p: [_stack(each, operation.dim)] for p, each in parts.items()}
         elif isinstance(operation, Concatenate):
-            parts = {"": [_concatenate([a for each in parts.values() for a in each], operation.dim)]}
+            parts = {
+                "": [_concatenate([a for each in parts.values() for a in each], operation.dim)]
+            }
         else:
             raise ValueError(
                 f"transformers makes it by {type(operation).__name__}, which can't be read by slices; load the model "
@@ -232,7 +236,7 @@ def _common(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     return shapes[0]
 
 
-def _tied(model: nn.Module, found: Mapping[str, Assembled]) -> dict[str, str]:
+def _tied(model: PreTrainedModel, found: Mapping[str, Assembled]) -> dict[str, str]:
     """Name that is not stored -> the name that it is tied to and that is; either of the two may be the stored one."""
     same: dict[str, str] = {}
     for one, other in model.all_tied_weights_keys.items():
@@ -243,7 +247,7 @@ def _tied(model: nn.Module, found: Mapping[str, Assembled]) -> dict[str, str]:
     return same
 
 
-def _split_unknown(model: nn.Module, unknown: list[str]) -> tuple[list[str], list[str]]:
+def _split_unknown(model: PreTrainedModel, unknown: list[str]) -> tuple[list[str], list[str]]:
     """(what transformers ignores too: layers for multi-token prediction, old rotary tables; what is left over)."""
     patterns = [
         *(model._keys_to_ignore_on_load_unexpected or ()),

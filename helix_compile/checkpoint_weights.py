@@ -76,13 +76,21 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
     @contextmanager
     def progress(
-        self, wanted: Iterable[tuple[str, ParamShard | None]], layout: HelixLayout, ranks: Iterable[int]
+        self,
+        wanted: Iterable[tuple[str, ParamShard | None]],
+        layout: HelixLayout,
+        ranks: Iterable[int],
     ) -> Iterator[None]:
         """A bar on stderr, in bytes of the checkpoint, while what these ranks want is read."""
         ranks = list(ranks)
         total = 0 if self.device.type == "meta" else self._bytes_of(list(wanted), layout, ranks)
         with tqdm(
-            total=total, desc="checkpoint", unit="B", unit_scale=True, unit_divisor=1024, disable=None
+            total=total,
+            desc="checkpoint",
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=None,
         ) as self._bar:
             try:
                 yield
@@ -156,7 +164,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
         assert self._block is not None
         (row, last_row), (column, last_column) = taken
         rows, columns = self._block
-        grid = ((row // rows, -(-last_row // rows)), (column // columns, -(-last_column // columns)))
+        grid = (
+            (row // rows, -(-last_row // rows)),
+            (column // columns, -(-last_column // columns)),
+        )
         scales = self._files.slice(scale, grid).to(torch.float32)
         row_block = torch.arange(row, last_row) // rows - grid[0][0]
         column_block = torch.arange(column, last_column) // columns - grid[1][0]

@@ -99,7 +99,9 @@ def _place(captured: CapturedGraph, device: torch.device) -> None:
         if not isinstance(value, FakeTensor):
             return value
         with value.fake_mode:
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=device
+            )
 
     for module in (captured.graph, *captured.bodies.values()):
         for node in module.graph.nodes:
