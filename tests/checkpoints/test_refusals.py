@@ -76,8 +76,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"names \.\./other\.safetensors, not a file of the folder",
     ),
     "index_names_the_wrong_file": (
-        lambda f: _reindex(f, lambda m: m.update({"lm_head.weight": FIRST})),
-        rf"lm_head\.weight is said to be in {FIRST}, which does not hold it",
+        lambda f: _reindex(f, lambda m: m.update({"model.norm.weight": FIRST})),
+        rf"model\.norm\.weight is said to be in {FIRST}, which does not hold it",
     ),
     "one_tensor_twice": (
         lambda f: (
