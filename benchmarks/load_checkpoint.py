@@ -3,8 +3,8 @@
     python benchmarks/load_checkpoint.py [--cp 4] [--layers 4] [--keep DIR] [--json]
 
 Makes a bf16 checkpoint of more than 2 GB (small random weights, per-expert names, several files) in a temporary
-folder, then loads it in fresh processes, one after the other: rank r alone for each r, all ranks in one process, and
-from_pretrained, both as it is (weights stay mapped to the files) and copied to memory. Memory is anonymous resident
+folder. A process of its own loads it by from_pretrained, another does so and copies the weights to memory, a third
+loads all ranks and then each rank alone, one after the other. Memory is anonymous resident
 memory (RssAnon, sampled every 2 ms), beyond what the process held when the graphs were ready; caches are not allocated
 by what is measured. Mapped pages of the files belong to the page cache and count nowhere.
 """
@@ -22,6 +22,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from helix_compile import helix_compile
-from helix_compile.checkpoint_weights import CheckpointWeights
+from helix_compile.checkpoint_model import open_checkpoint
 from helix_compile.models.presets import build_model
 from helix_compile.ranks import build_ranks
 
@@ -104,25 +105,28 @@ def _anonymous() -> int:
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
-def load_ranks(folder: Path, cp: int, rank: int | None) -> dict[str, float]:
-    """Read the shards of one rank, or of all, of a module that was compiled without weights (meta)."""
+def load_ranks(folder: Path, cp: int) -> dict[str, dict[str, float]]:
+    """Read the shards of all ranks, then of each alone, of a module that was compiled without weights (meta)."""
     compiled = helix_compile(folder, cp=cp, device="meta", max_batch_size=1, max_seq_len=64)
-    from helix_compile.checkpoint_model import open_checkpoint
-
-    weights = open_checkpoint(folder, None, torch.device("cpu")).weights
-    assert isinstance(weights, CheckpointWeights)
-    facts = type(compiled.facts)(
-        **{**vars(compiled.facts), "originals": weights, "device": torch.device("cpu")}
-    )
-    world: Any = SimpleNamespace(ranks=range(cp) if rank is None else [rank])
-    peak, seconds, ranks = peak_over(lambda: build_ranks(compiled.plan, compiled.graph, facts, world))
-    held = {t.untyped_storage().data_ptr(): t for r in ranks for t in r.params.values()}
-    sizes = [t.untyped_storage().nbytes() for t in held.values()]
-    return {"peak": peak, "seconds": seconds, "held": sum(sizes), "largest": max(sizes)}
+    measured = {}
+    for way in ("all", *range(cp)):
+        weights = open_checkpoint(folder, None, torch.device("cpu")).weights
+        originals = {"originals": weights, "device": torch.device("cpu")}
+        facts = type(compiled.facts)(**{**vars(compiled.facts), **originals})
+        world: Any = SimpleNamespace(ranks=range(cp) if way == "all" else [way])
+        load = partial(build_ranks, compiled.plan, compiled.graph, facts, world)
+        peak, seconds, ranks = peak_over(load)
+        held = {t.untyped_storage().data_ptr(): t for r in ranks for t in r.params.values()}
+        sizes = [t.untyped_storage().nbytes() for t in held.values()]
+        measured[str(way)] = {
+            "peak": peak, "seconds": seconds, "held": sum(sizes), "largest": max(sizes),
+        }  # fmt: skip
+        del ranks, held
+    return measured
 
 
 def load_whole(folder: Path, copied: bool) -> dict[str, float]:
-    """transformers' own loading; `copied` makes the weights memory of this process, as a training loop would."""
+    """Transformers' own loading; `copied` makes the weights memory of this process, as a training loop would."""
 
     def load() -> Any:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -152,14 +156,17 @@ def main() -> None:
         if what.startswith("transformers"):
             print(json.dumps(load_whole(folder, copied=what.endswith("copied"))))
         else:
-            print(json.dumps(load_ranks(folder, arguments.cp, None if what == "all" else int(what))))
+            print(
+                json.dumps(load_ranks(folder, arguments.cp, None if what == "all" else int(what)))
+            )
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         total = make_checkpoint(folder, arguments.layers)
-        ways = ["transformers", "transformers copied", "all", *map(str, range(arguments.cp))]
-        measured = {way: _in_a_process(folder, way, arguments.cp) for way in ways}
+        measured: dict[str, dict[str, float]] = {}
+        for way in ("transformers", "transformers copied", "ranks"):
+            measured |= _in_a_process(folder, way, arguments.cp)
     if arguments.json:
         print(json.dumps({"checkpoint": total, "cp": arguments.cp, "measured": measured}))
         return
@@ -168,7 +175,13 @@ def main() -> None:
     rows = []
     for way, m in measured.items():
         bound = 1.1 * m["held"] + m["largest"]
-        name = way if way.startswith("transformers") else f"rank {way}" if way != "all" else "all ranks"
+        name = (
+            way
+            if way.startswith("transformers")
+            else f"rank {way}"
+            if way != "all"
+            else "all ranks"
+        )
         within = "-" if way.startswith("transformers") else f"{m['peak'] / bound:.2f}"
         rows.append(
             [name, f"{m['held'] / MB:.0f} MB", f"{m['peak'] / MB:.0f} MB", f"{m['peak'] / m['held']:.3f}",
@@ -178,7 +191,7 @@ def main() -> None:
     print_table(header, rows)
 
 
-def _in_a_process(folder: Path, way: str, cp: int) -> dict[str, float]:
+def _in_a_process(folder: Path, way: str, cp: int) -> dict[str, dict[str, float]]:
     command = [sys.executable, __file__, "--cp", str(cp), "--only", str(folder), way]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])

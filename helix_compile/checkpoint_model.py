@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from helix_compile.checkpoint_files import FLOATS, FP8, CheckpointFiles
 from helix_compile.checkpoint_names import Assembly, assemble
@@ -102,9 +103,10 @@ def _meta_model(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedMode
         raise CheckpointError(
             f"{folder}: can't build the model that config.json describes: {error}"
         ) from error
-    for part, kept in model._get_dtype_plan(dtype).items():  # fp32 islands of a 16-bit model
+    for pattern, kept in model._get_dtype_plan(dtype).items():  # fp32 islands of a 16-bit model
+        found, *_ = build_glob_alternation([pattern])
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if part in name:
+            if found.search(name):
                 tensor.data = tensor.data.to(kept)
     if getattr(model.config, "_experts_implementation", None) is not None:
         # grouped_mm is traced differently on each device; this form is not, and the FFN pass replaces either

@@ -44,12 +44,12 @@ def loaded(folder: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def same(got: Tensor, expected: Tensor) -> bool:
-    return got.dtype == expected.dtype and got.shape == expected.shape and torch.equal(got, expected)
+    return (
+        got.dtype == expected.dtype and got.shape == expected.shape and torch.equal(got, expected)
+    )
 
 
-@pytest.mark.parametrize(
-    "dtype", [None, torch.float32, torch.float16, torch.float64], ids=str
-)
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.float64], ids=str)
 def test_parts_and_wholes_are_what_transformers_loads(
     folder: Path, dtype: torch.dtype | None
 ) -> None:
@@ -78,7 +78,10 @@ def test_fp8_is_dequantised_as_the_whole_matrix_is(tmp_path: Path, block: tuple[
         if ".experts." not in name:
             assert same(whole[name], tensor), name
             continue
-        prefix, number, part = name.removesuffix(".weight").split(".experts.")[0], *name.split(".")[-3:-1]
+        prefix, number, part = (
+            name.removesuffix(".weight").split(".experts.")[0],
+            *name.split(".")[-3:-1],
+        )
         if part == "down_proj":
             held = whole[f"{prefix}.experts.down_proj"][int(number)]
         else:
@@ -110,21 +113,28 @@ def test_tied_embeddings(tmp_path: Path, stored: str) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         embedding = tensors["model.embed_tokens.weight"]
         if stored != "embedding":
-            tensors["lm_head.weight"] = embedding + 1 if stored == "different" else embedding.clone()
+            tensors["lm_head.weight"] = (
+                embedding + 1 if stored == "different" else embedding.clone()
+            )
         if stored == "head":
             del tensors["model.embed_tokens.weight"]
 
     rewrite(tmp_path, change)
     checkpoint, whole = open_checkpoint(tmp_path, None, CPU), originals(loaded(tmp_path))
-    head, embedding = checkpoint.weights["lm_head.weight"], checkpoint.weights["model.embed_tokens.weight"]
-    assert same(head, whole["lm_head.weight"]) and same(embedding, whole["model.embed_tokens.weight"])
+    head, embedding = (
+        checkpoint.weights["lm_head.weight"],
+        checkpoint.weights["model.embed_tokens.weight"],
+    )
+    assert same(head, whole["lm_head.weight"]) and same(
+        embedding, whole["model.embed_tokens.weight"]
+    )
     assert (head is embedding) == (stored != "different")
     model = checkpoint.model
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (stored != "different")
 
 
 def test_layers_for_multi_token_prediction_are_ignored_with_a_note(tmp_path: Path) -> None:
-    """transformers' own pattern: model.layers.61.*, also with FP8 and its scales, and old rotary tables."""
+    """Transformers' own pattern: model.layers.61.*, also with FP8 and its scales, and old rotary tables."""
     to_fp8(write(tmp_path), (16, 24))
 
     def add(tensors: dict[str, Tensor]) -> None:
@@ -137,7 +147,9 @@ def test_layers_for_multi_token_prediction_are_ignored_with_a_note(tmp_path: Pat
     assert len(notes) == 1 and "2 tensor(s) that are no part of the model are ignored" in notes[0]
 
 
-def test_one_tensor_is_shared_by_all_who_hold_it_and_read_again_when_none_does(folder: Path) -> None:
+def test_one_tensor_is_shared_by_all_who_hold_it_and_read_again_when_none_does(
+    folder: Path,
+) -> None:
     weights = opened(folder)
     norm = weights["model.norm.weight"]
     assert weights["model.norm.weight"] is norm
@@ -150,7 +162,9 @@ def test_one_tensor_is_shared_by_all_who_hold_it_and_read_again_when_none_does(f
 
 @pytest.mark.parametrize("index", [None, (3, 2, 5, 0, 1, 9, 8, 7)], ids=["view", "rows"])
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_boxes_are_the_elements_that_cut_param_takes(index: tuple[int, ...] | None, parts: int) -> None:
+def test_boxes_are_the_elements_that_cut_param_takes(
+    index: tuple[int, ...] | None, parts: int
+) -> None:
     """A gather of rows, which only odd attention heads need, and a window, each with padding."""
     view, window = ((4, 2, 6), None) if index else ((2, 5, 6), (1, 1, 3))
     total = view[0]

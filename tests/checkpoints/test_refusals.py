@@ -188,7 +188,9 @@ def test_scales_that_do_not_fit_their_blocks(folder: Path) -> None:
         tensors[name] = tensors[name][:-1].clone()
 
     rewrite(folder, change)
-    refused(folder, rf"{name}: \[4, 14\] F32, expected \[5, 14\] floats: one for each 16 x 24 block of")
+    refused(
+        folder, rf"{name}: \[4, 14\] F32, expected \[5, 14\] floats: one for each 16 x 24 block of"
+    )
 
 
 def test_a_long_list_is_cut(folder: Path) -> None:
@@ -202,7 +204,10 @@ def test_a_long_list_is_cut(folder: Path) -> None:
 
 def test_a_buffer_that_nobody_computes() -> None:
     model = build_model(preset_config("tiny"), meta=True)
-    assert set(computed_buffers(model)) == {"model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"}
+    assert set(computed_buffers(model)) == {
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+    }
     model.model.norm.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
     with pytest.raises(CheckpointError, match=r"model\.norm\.table is in no checkpoint"):
         computed_buffers(model)

@@ -11,15 +11,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helix_compile.capture import capture
-from helix_compile.passes.match_layers import match_layers
 from helix_compile.options import HelixOptions
 from helix_compile.params import shard_of_name
+from helix_compile.passes.match_layers import match_layers
 from helix_compile.plan import HelixPlan, ParamShard
 from helix_compile.planning import plan_helix
 from tests.support.models import fresh_model, tiny_model
 
 Tensors = dict[str, Tensor]
-LAYOUTS = ({"cp": 1}, {"cp": 2}, {"cp": 4}, {"cp": 3}, {"cp": 2, "tpa": 2}, {"cp": 3, "tpa": 2, "ep": 2})
+LAYOUTS = (
+    {"cp": 1},
+    {"cp": 2},
+    {"cp": 4},
+    {"cp": 3},
+    {"cp": 2, "tpa": 2},
+    {"cp": 3, "tpa": 2, "ep": 2},
+)
 
 
 def write(folder: Path, variant: str = "short", dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -81,9 +88,7 @@ def plan_of(variant: str, **options: int) -> tuple[HelixPlan, dict[str, tuple[st
     return plan, shard_of_name(plan, [(layer.prefix, layer.body) for layer in captured.layers])
 
 
-def shards_of(
-    variant: str, **options: int
-) -> Iterator[tuple[str, ParamShard, HelixPlan, int]]:
+def shards_of(variant: str, **options: int) -> Iterator[tuple[str, ParamShard, HelixPlan, int]]:
     """(full name of the original, shard, plan, rank) of everything that is cut, on every rank."""
     plan, shards = plan_of(variant, **options)
     for source, shard in shards.values():
