@@ -153,12 +153,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch.export's own pytree
     if arguments.only:
         folder, what = Path(arguments.only[0]), arguments.only[1]
-        if what.startswith("transformers"):
-            print(json.dumps(load_whole(folder, copied=what.endswith("copied"))))
+        if what == "ranks":
+            print(json.dumps(load_ranks(folder, arguments.cp)))
         else:
-            print(
-                json.dumps(load_ranks(folder, arguments.cp, None if what == "all" else int(what)))
-            )
+            print(json.dumps({what: load_whole(folder, copied=what.endswith("copied"))}))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
@@ -193,7 +191,7 @@ def main() -> None:
 
 def _in_a_process(folder: Path, way: str, cp: int) -> dict[str, dict[str, float]]:
     command = [sys.executable, __file__, "--cp", str(cp), "--only", str(folder), way]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
