@@ -78,6 +78,16 @@ class CheckpointFiles:
             return view[...]
         return view[tuple(slice(start, stop) for start, stop in ranges)]
 
+    def sample(self, name: str) -> str:
+        """Name, shape, dtype, and up to 16 elements each of the first and of the middle row, as bytes in hex."""
+        tensor, parts = self.tensors[name], []
+        for place in (0, 1):
+            row = [(place * (size // 2), place * (size // 2) + 1) for size in tensor.shape[:-1]]
+            ends = [(0, min(16, size)) for size in tensor.shape[-1:]]
+            few = self.slice(name, (*row, *ends)).contiguous().reshape(-1)
+            parts.append(few.view(torch.uint8).numpy().tobytes().hex())
+        return f"{name} {tensor} {' '.join(parts)}"
+
     def itemsize(self, name: str) -> int:
         """Bytes of one stored element."""
         return FLOATS[self.tensors[name].dtype].itemsize

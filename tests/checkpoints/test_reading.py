@@ -23,6 +23,7 @@ from helix_compile.checkpoint_weights import CheckpointWeights
 from helix_compile.layout import HelixLayout
 from helix_compile.params import cut_param, originals
 from helix_compile.plan import Cut, ParamShard
+from helix_compile.rank_claims import weights_digest
 from helix_compile.ranks import build_ranks
 from helix_compile.shard_boxes import shard_boxes
 from tests.support.checkpoints import LAYOUTS, rewrite, set_config, shards_of, to_fp8, write
@@ -236,7 +237,7 @@ def test_compiled_from_a_folder_is_compiled_from_the_model(
     assert torch.equal(compiled.run_stage("ffn", ids), reference.run_stage("ffn", ids))
 
     slices.clear()
-    world = SimpleNamespace(ranks=[2])
+    world: Any = SimpleNamespace(ranks=[2])
     (one,) = build_ranks(compiled.plan, compiled.graph, _fresh(compiled.facts, folder), world)
     held = sum(t.numel() * t.element_size() for t in one.params.values())
     assert sum(slices) < held < 0.5 * stored
@@ -279,6 +280,22 @@ def _bar_that_notes(totals: list[int]) -> Any:
             totals.append(self.counted)
 
     return Bar
+
+
+def test_ranks_tell_two_checkpoints_apart_by_little(
+    folder: Path, tmp_path: Path, slices: list[int]
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.5.up_proj.weight"][20, 3] += 1
+
+    one, again = (opened(folder).fingerprint() for _ in range(2))
+    read = sum(slices) / 2
+    other = opened(rewrite(Path(shutil.copytree(folder, tmp_path / "copy")), change)).fingerprint()
+    assert one == again and weights_digest(opened(folder)) != weights_digest(
+        opened(tmp_path / "copy")
+    )
+    assert read < 0.05 * sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert len(set(one.splitlines()) ^ set(other.splitlines())) == 2
 
 
 def test_on_meta_nothing_is_read(folder: Path, slices: list[int]) -> None:
