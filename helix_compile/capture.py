@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from helix_compile.capture_body import CachedSite, capture_body, normalised_module, probe_layer
@@ -57,6 +57,8 @@ class CapturedGraph:
         vocab_size: number of token ids the embedding has.
         model_name: class name, for reports.
         model: the module the parameters come from; None inside the memo.
+        weights: what they are read from instead, where `model` is on meta and stands for a checkpoint folder.
+        notes: what the plan shall say of where the model came from.
     """
 
     graph: fx.GraphModule
@@ -66,6 +68,8 @@ class CapturedGraph:
     vocab_size: int
     model_name: str
     model: nn.Module | None
+    weights: Mapping[str, Tensor] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def bodies(self) -> dict[str, fx.GraphModule]:

@@ -47,7 +47,7 @@ def helix_compile(
 
     Args:
         model: a transformers causal language model with MLA in eval mode, a checkpoint folder, or a CapturedGraph.
-            A model is left as it was; shards are views of its weights.
+            A model is left as it was; shards are views of its weights. Of a folder each rank reads its slices.
         cp: ranks that share a KV cache by sequence (the paper's KVP).
         tpa: attention tensor parallel over heads; there are N = cp * tpa ranks.
         ep: expert parallel in the FFN, by default the largest that divides N and the experts; tpf = N / ep.
@@ -62,8 +62,9 @@ def helix_compile(
             ProcessGroup, or a DeviceMesh (flattened), of N processes.
         max_batch_size: capacity in sequences.
         max_seq_len: capacity in tokens a sequence, prompt included.
-        device: where shards and caches live; default: where the model is. "cuda" under torchrun: cuda:LOCAL_RANK.
-        dtype: convert a copy of the weights first; the model itself keeps its own.
+        device: where shards and caches live; default: where the model is (a folder: CPU). "cuda" under torchrun:
+            cuda:LOCAL_RANK.
+        dtype: convert a copy of the weights first (a folder: as they are read); the model itself keeps its own.
 
     Returns:
         HelixModule: `compiled(input_ids)` is one step; `.plan`, `.stages`, `.graph`, `.ranks` can be inspected.
@@ -76,7 +77,7 @@ def helix_compile(
         overlap=overlap, lower=lower, max_batch_size=max_batch_size, max_seq_len=max_seq_len,
     )  # fmt: skip
     place = device_for(device, world)
-    captured = captured_from(model, dtype)
+    captured = captured_from(model, dtype, place)
     matches = match_layers(captured, options.max_seq_len)
     plan = plan_helix(captured, matches, options)
     opened = open_world(HelixMesh(plan.layout), world, place or device_of(captured))

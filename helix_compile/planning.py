@@ -251,7 +251,7 @@ def _ffn_outputs(match: LayerMatch) -> list[int]:
 
 
 def _notes(captured: CapturedGraph, layout: HelixLayout, options: HelixOptions) -> tuple[str, ...]:
-    notes = []
+    notes = list(captured.notes)
     if layout.tpa > 1:
         notes.append(
             f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)"
