@@ -43,10 +43,24 @@ def attention_shards(
             (Cut(0, axis, H),), (heads, len(rows[0]), R), f"{axis}:S(0)", window, index,
         )  # fmt: skip
     owned = plan.owned_heads
+    yield from _gate_shards(match, owned)
     yield ParamShard(
         match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), (D, owned * V),
         "world:S(1)",
     )  # fmt: skip
+
+
+def _gate_shards(match: AttentionMatch, owned: int) -> Iterable[ParamShard]:
+    """Rows of a gate's linear by the heads a rank owns."""
+    gate, H = match.gate, match.num_heads
+    if gate is None or gate.weight is None:
+        return
+    for name, tail in ((gate.weight, (gate.input_size,)), (gate.bias, ())):
+        if name:
+            yield ParamShard(
+                name, name, (H * gate.width, *tail), (H, gate.width, *tail), (Cut(0, "world", H),),
+                (owned * gate.width, *tail), "world:S(0)",
+            )  # fmt: skip
 
 
 def _rows_as_view(

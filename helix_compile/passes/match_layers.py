@@ -77,6 +77,7 @@ def _no_mla(
 def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     """Each weight is cut by one rule only."""
     names = [n for a in match.attentions for n in (a.q_weight, a.kv_up_weight, a.o_weight)]
+    names += [a.gate.weight for a in match.attentions if a.gate and a.gate.weight]
     names += [n for f in match.dense_ffns for n in (f.gate_weight, f.up_weight, f.down_weight)]
     names += [n for m in match.moes for n in (m.gate_up, m.down)]
     twice = sorted({n for n in names if names.count(n) > 1})
