@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from helix_compile.capture_body import CachedSite, capture_body, normalised_module, probe_layer
+from helix_compile.capture_body import capture_body, normalised_module, probe_layer
 from helix_compile.capture_checks import check_model, check_surroundings
 from helix_compile.capture_layers import (
     LAYER_OP,
@@ -23,7 +23,16 @@ from helix_compile.capture_layers import (
     export_whole,
     find_layers,
 )
+from helix_compile.capture_leaves import (
+    Probe,
+    bind_leaves,
+    insert_layer,
+    insert_part,
+    opaque_part,
+    probe,
+)
 from helix_compile.errors import CaptureError
+from helix_compile.leaves import Leaf, leaves_of
 from helix_compile.passes.fx_edit import add_input, placeholders
 
 
@@ -51,12 +60,13 @@ class CapturedGraph:
     Attributes:
         graph: outer graph; its call_module nodes are the layers, its submodules the bodies. Placeholders:
             input_ids [B, T], attention_mask [B, S + T], position_ids [B, T], past latents, parameters.
-        layers: the layers in order.
+        layers: the layers in order, but for those that stay leaves.
         dtype: the dtype it was captured in; a graph can't be retyped.
         max_positions: the model's own longest sequence, or None.
         vocab_size: number of token ids the embedding has.
         model_name: class name, for reports.
         model: the module the parameters come from; None inside the memo.
+        notes: what a reader of the report should know.
     """
 
     graph: fx.GraphModule
@@ -66,6 +76,17 @@ class CapturedGraph:
     vocab_size: int
     model_name: str
     model: nn.Module | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """What stays the user's own module: whole layers and parts of layers."""
+        return leaves_of(self.graph)
+
+    @property
+    def all_layers(self) -> list[int]:
+        """Numbers of the layers in the order in which they are called, leaves included."""
+        return [n.meta["layer"] for n in self.graph.graph.nodes if n.op == "call_module"]
 
     @property
     def bodies(self) -> dict[str, fx.GraphModule]:
@@ -83,7 +104,12 @@ _MEMO: weakref.WeakKeyDictionary[nn.Module, dict[tuple, CapturedGraph]] = (
 
 
 def capture(
-    model: nn.Module, *, whole: bool = False, owner: nn.Module | None = None
+    model: nn.Module,
+    *,
+    whole: bool = False,
+    owner: nn.Module | None = None,
+    keep: Mapping[int, str] | None = None,
+    unmatched: str = "error",
 ) -> CapturedGraph:
     """Capture the decode step of `model`, which is left as it was.
 
@@ -91,6 +117,8 @@ def capture(
         model: a transformers causal language model in eval mode.
         whole: inline all layers in one body (slow; the cross-check of the per-layer mode).
         owner: object the result is remembered for, by default `model` (a converted copy names its original).
+        keep: layers that stay leaves though they could be captured, with the reason.
+        unmatched: "keep" makes a leaf of a layer that can't be captured, too.
 
     Raises:
         CaptureError: training mode, no layers found, or torch.export failed; says where.
@@ -98,12 +126,17 @@ def capture(
     check_surroundings()
     check_model(model)
     memo = _MEMO.setdefault(owner if owner is not None else model, {})
-    key = (whole, _structure_key(model))
+    kept = dict(keep or {})
+    key = (whole, unmatched, tuple(sorted(kept.items())), _structure_key(model))
     if key not in memo:
         with _experts_as(model, _capturable_experts(model)):
-            captured = _capture_whole(model) if whole else _capture_layers(model)
+            captured = (
+                _capture_whole(model)
+                if whole
+                else _capture_layers(model, kept, unmatched == "keep")
+            )
         memo[key] = replace(captured, model=None)
-    return replace(memo[key], model=model)
+    return replace(memo[key], graph=bind_leaves(memo[key].graph, model), model=model)
 
 
 def _structure_key(model: PreTrainedModel) -> tuple:
@@ -166,14 +199,6 @@ def _capturable_experts(model: PreTrainedModel) -> str | None:
     return None if fits else "batched_mm"
 
 
-def _probe_layers(
-    model: nn.Module, layers: nn.ModuleList, calls: dict[int, LayerCall]
-) -> list[tuple[str, list[CachedSite]]]:
-    """Signature and cached sites of each layer; batched_mm, since the fake of grouped_mm takes bf16 only."""
-    with _experts_as(model, "batched_mm"):
-        return [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
-
-
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
     embedding = model.get_input_embeddings()
     return {
@@ -182,10 +207,21 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": embedding.num_embeddings,
         "model_name": type(model).__name__,
         "model": model,
+        "notes": _mtp_notes(model.config),
     }
 
 
-def _capture_layers(model: nn.Module) -> CapturedGraph:
+def _mtp_notes(config: Any) -> tuple[str, ...]:
+    """Checkpoints of some families hold layers that predict further tokens; transformers' classes have none of them."""
+    names = ("num_nextn_predict_layers", "num_mtp_layers")
+    found = [(n, count) for n in names if (count := getattr(config, n, None))]
+    return tuple(
+        f"{name}={count}: the model class has no multi-token-prediction layers, so they are ignored"
+        for name, count in found
+    )
+
+
+def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) -> CapturedGraph:
     name, layers = find_layers(model)
     program, calls = export_around(model, layers)
     if len(calls) != len(layers):
@@ -194,17 +230,47 @@ def _capture_layers(model: nn.Module) -> CapturedGraph:
         )
     by_signature: dict[str, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
-    captured, caches = [], 0
-    probes = _probe_layers(model, layers, calls)
-    for i, (layer, (signature, cached)) in enumerate(zip(layers, probes, strict=True)):
-        if signature not in by_signature:
-            by_signature[signature] = f"body_{len(bodies)}"
-            bodies[f"body_{len(bodies)}"] = capture_body(layer, calls[i], model.config, cached)
-        places = tuple(range(caches, caches + len(cached)))
-        caches += len(cached)
-        captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[signature], places))
-    outer = _outer_graph(program, bodies, captured, {i: c.names for i, c in calls.items()})
+    captured, leaves, caches = [], dict[int, str](), 0
+    for i, layer in enumerate(layers):
+        try:
+            found = _probe(model, layer, calls[i], i, keep)
+            if not found.leaf and found.signature not in by_signature:
+                number = f"body_{len(bodies)}"
+                bodies[number] = _capture_body(model, layer, calls[i], found, f"{name}.{i}")
+                by_signature[found.signature] = number
+        except CaptureError as error:
+            if not keep_failing:
+                raise
+            found = Probe("", [], leaf=str(error))
+        if found.leaf:
+            leaves[i] = found.leaf
+            continue
+        places = tuple(range(caches, caches + len(found.sites)))
+        caches += len(found.sites)
+        captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[found.signature], places))
+    outer = _outer_graph(
+        program, bodies, captured, calls, {i: (f"{name}.{i}", why) for i, why in leaves.items()}, model.config
+    )  # fmt: skip
     return CapturedGraph(graph=outer, layers=tuple(captured), **_facts(model))
+
+
+def _probe(
+    model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep: dict[int, str]
+) -> Probe:
+    if index in keep:
+        return Probe("", [], leaf=keep[index])
+    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+        return probe(layer, call, model.config, index)
+
+
+def _capture_body(
+    model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, name: str
+) -> fx.GraphModule:
+    with opaque_part(layer, found.part) as recorded:
+        body = capture_body(layer, call, model.config, found.sites)
+    if found.part:
+        insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
+    return body
 
 
 _OUTER_INPUTS = [
@@ -217,18 +283,26 @@ _OUTER_INPUTS = [
 def _outer_graph(
     program: Any,
     bodies: dict[str, fx.GraphModule],
-    layers: list[CapturedLayer],
-    other_names: dict[int, list[str]],
+    captured: list[CapturedLayer],
+    calls: dict[int, LayerCall],
+    leaves: dict[int, tuple[str, str]],
+    config: Any,
 ) -> fx.GraphModule:
     """The graph around the layers, with one call_module per layer instead of the opaque op."""
     module = normalised_module(program, [*_OUTER_INPUTS, ("past", "past_shape")], prefix="model.")
     for name, body in bodies.items():
         module.add_submodule(name, body)
     graph, new_states = module.graph, []
+    layers = {layer.index: layer for layer in captured}
     for node in [n for n in graph.nodes if n.target is LAYER_OP]:
         hidden, others, index = node.args
+        if index in leaves:
+            leaf = insert_layer(module, node, *leaves[index], calls[index], config)
+            node.replace_all_uses_with(leaf)
+            graph.erase_node(node)
+            continue
         layer = layers[index]
-        values = dict(zip(other_names[index], others, strict=True))
+        values = dict(zip(calls[index].names, others, strict=True))
         body = bodies[layer.body]
         args = []
         for placeholder in placeholders(body.graph):
@@ -245,7 +319,7 @@ def _outer_graph(
             call.meta.update({"layer": index, "stack_trace": node.meta.get("stack_trace")})
             out = graph.call_function(operator.getitem, (call, 0))
             states = graph.call_function(operator.getitem, (call, 1))
-        out.meta["val"] = node.meta["val"]
+        out.meta.update({"val": node.meta["val"], "layer": index})
         new_states.append(states)
         node.replace_all_uses_with(out)
         graph.erase_node(node)
@@ -268,7 +342,9 @@ def _past_name(layer: CapturedLayer, name: str) -> str:
 def _capture_whole(model: nn.Module) -> CapturedGraph:
     _, layers = find_layers(model)
     _, calls = export_around(model, layers)
-    cached = [site for _, sites in _probe_layers(model, layers, calls) for site in sites]
+    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+        probes = [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
+    cached = [site for _, sites in probes for site in sites]
     program = export_whole(model, [(site.k_width, site.v_width) for site in cached])
     pasts = [(f"past_{p}_{i}") for i in range(len(cached)) for p in ("latent", "rope")]
     inputs = [("hidden", "input_ids"), ("tensor", "attention_mask"), ("tensor", "position_ids")]

@@ -245,7 +245,7 @@ def _recorder(layer: nn.Module, index: int, calls: dict[int, LayerCall]) -> Any:
     returns_tuple = "tuple" in str(inspect.signature(type(layer).forward).return_annotation).lower()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        call = _record(args, kwargs)
+        call = record_call(args, kwargs)
         calls[index] = call
         out = LAYER_OP(call.hidden, call.others, index)
         return (out,) if returns_tuple else out
@@ -253,7 +253,8 @@ def _recorder(layer: nn.Module, index: int, calls: dict[int, LayerCall]) -> Any:
     return forward
 
 
-def _record(args: tuple, kwargs: dict) -> LayerCall:
+def record_call(args: tuple, kwargs: dict) -> LayerCall:
+    """How a module is called: which of its arguments are tensors, which the cache, which constants."""
     is_cache = lambda leaf: isinstance(leaf, DynamicCache)  # noqa: E731
     paths, spec = pytree.tree_flatten_with_path((args, kwargs), is_leaf=is_cache)
     hidden: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helix_compile.graph_python import stage_diff
 from helix_compile.handover import CacheEntries, CacheShard
 from helix_compile.inspection import Inspection, inspect_module
 from helix_compile.kv_cache import Ledger
+from helix_compile.leaves import leaves_of
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan import HelixPlan
@@ -178,7 +180,7 @@ class HelixModule(nn.Module):
             "kvp_rank": torch.tensor(layout.index("kvp", rank.rank), device=self.device),
             "ep_rank": torch.tensor(layout.index("ep", rank.rank), device=self.device),
         }
-        values = []
+        values: list[Any] = []
         for node in placeholders(graph.graph):
             kind, name = node.meta["input"]
             if kind == "param":
@@ -187,6 +189,8 @@ class HelixModule(nn.Module):
                 values.append(params[name])
             elif kind == "cache":
                 values.append(rank.cache[int(name.removeprefix("cache_"))])
+            elif kind == "leaf":
+                values.append(rank.leaves[name])
             else:
                 values.append(step[name] if name in step else coordinates[name])
         return values
@@ -195,6 +199,7 @@ class HelixModule(nn.Module):
         """Empty the cache; with `rows`, only these sequences, and the others go on."""
         if rows is None:
             self._ledger.lengths = []
+            self._clear_leaves(None)
             return
         if not isinstance(rows, (list, tuple)):
             raise RuntimeFault(
@@ -211,6 +216,12 @@ class HelixModule(nn.Module):
             )
         for row in rows:
             self._ledger.lengths[row] = 0
+        self._clear_leaves(rows)
+
+    def _clear_leaves(self, rows: Sequence[int] | None) -> None:
+        for rank in self.ranks:
+            for state in rank.leaves.values():
+                state.clear(rows)
 
     def import_cache(
         self,
@@ -234,6 +245,11 @@ class HelixModule(nn.Module):
         Raises:
             RuntimeFault: counts or shapes that do not fit; nothing is written then.
         """
+        if self.ranks[0].leaves:
+            raise RuntimeFault(
+                f"import_cache: {', '.join(x.name for x in leaves_of(self.graph))} stay the user's own modules; their state "
+                "is not in latents and rope parts; run the prompt here instead"
+            )
         held = list(self._ledger.lengths) if append else []
         entries = sequences_to_import(
             latents, k_ropes, lengths, mask, self._facts, self.plan.options, held

@@ -10,6 +10,7 @@ from torch import fx
 
 from helix_compile.capture import CapturedGraph
 from helix_compile.layout import HelixLayout
+from helix_compile.leaves import leaf_bytes
 from helix_compile.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch, Table
 from helix_compile.passes.fx_edit import aten, is_call, is_param, placeholders
 from helix_compile.plan import AttentionPlan, BodyPlan, Cut, ParamShard
@@ -109,6 +110,7 @@ def params_bytes_per_rank(captured: CapturedGraph, bodies: tuple[BodyPlan, ...])
     for node in placeholders(captured.graph.graph):
         if is_param(node) and not _in_a_layer(node):
             total += _bytes(node)
+    total += leaf_bytes(captured.graph)
     for plan in bodies:
         graph = captured.bodies[plan.name].graph
         cut = {s.source for s in plan.param_shards}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.kv_cache import allocate_caches
+from helix_compile.leaves import LeafState, leaf_states
 from helix_compile.params import params_of_stage
 from helix_compile.plan import HelixPlan, ParamShard
 from helix_compile.world import World
@@ -23,11 +24,13 @@ class Rank:
         rank: its number.
         params: full name -> local tensor; assigning an item changes this rank only.
         cache: one [num_pages, page_size, R + r] tensor per cached attention.
+        leaves: state of each layer that stays the user's own module.
     """
 
     rank: int
     params: MutableMapping[str, Tensor]
     cache: list[Tensor]
+    leaves: dict[str, LeafState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def build_ranks(
         cache = allocate_caches(
             list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device
         )
-        ranks.append(Rank(rank, params, cache))
+        ranks.append(Rank(rank, params, cache, leaf_states(lowered.graph)))
     return ranks
 
 

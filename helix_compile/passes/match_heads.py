@@ -96,7 +96,9 @@ def check_head_rows(
             raise Reject(f"{what} can't be cut by heads: {error}", value, 6) from error
         if one.shape != whole[:, :, :1].shape or not torch.equal(one[:, :, 0], whole[:, :, head]):
             raise Reject(
-                f"rows {head * rows}.. of the linear of {what} do not make head {head} alone", value, 6
+                f"rows {head * rows}.. of the linear of {what} do not make head {head} alone",
+                value,
+                6,
             )
     return tuple(n.name for n in opened)
 

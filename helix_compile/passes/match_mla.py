@@ -168,9 +168,7 @@ def _rows_of_v(v: Provenance, node: fx.Node) -> tuple[fx.Node, Table]:
         raise Reject("V holds elements that nothing wrote", node, 2)
     if len(used) != 1 or not is_call(used[0], aten.linear.default):
         names = ", ".join(f"`{s.name}`" for s in used)
-        raise Reject(
-            f"V does not derive from one linear over the cache, but from {names}", node, 2
-        )
+        raise Reject(f"V does not derive from one linear over the cache, but from {names}", node, 2)
     kv_up = used[0]
     coordinates = v.coordinates(kv_up)
     assert coordinates is not None

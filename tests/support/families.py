@@ -120,9 +120,9 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
-_TEXT = {
-    "glm5_next": ("Glm5NextTextConfig", {"qk_rope_head_dim": 0}),
-    "mistral_large4": ("MistralLarge4TextConfig", {}),
+_TEXT: dict[str, dict[str, int]] = {
+    "glm5_next": {"qk_rope_head_dim": 0, "index_topk": 16},
+    "mistral_large4": {},
 }
 
 
@@ -139,8 +139,7 @@ def config_of(name: str, variant: str = "", **changes: Any) -> Any:
     module = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
     sizes = {**COMMON, **family.sizes, **family.variants.get(variant, {}), **changes}
     if name in _TEXT:  # a model for images too: the text part is what matters here
-        text, more = _TEXT[name]
-        return getattr(module, family.config)(text_config={**sizes, **more})
+        return getattr(module, family.config)(text_config={**sizes, **_TEXT[name]})
     return getattr(module, family.config)(**sizes)
 
 
