@@ -19,6 +19,7 @@ from helix_compile.capture_checks import check_model, check_surroundings
 from helix_compile.capture_layers import (
     LAYER_OP,
     LayerCall,
+    explain_by_whole_run,
     export_around,
     export_whole,
     find_layers,
@@ -31,7 +32,7 @@ from helix_compile.capture_leaves import (
     opaque_part,
     probe,
 )
-from helix_compile.errors import CaptureError
+from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.leaves import Leaf, leaves_of
 from helix_compile.passes.fx_edit import add_input, placeholders
 
@@ -223,7 +224,10 @@ def _mtp_notes(config: Any) -> tuple[str, ...]:
 
 def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) -> CapturedGraph:
     name, layers = find_layers(model)
-    program, calls = export_around(model, layers)
+    try:
+        program, calls = export_around(model, layers)
+    except CaptureError as error:
+        raise explain_by_whole_run(model, None, error) from error.__cause__
     if len(calls) != len(layers):
         raise CaptureError(
             f"capture: {len(layers)} layers in {name!r} but the forward calls {len(calls)}"
@@ -238,8 +242,10 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
                 number = f"body_{len(bodies)}"
                 bodies[number] = _capture_body(model, layer, calls[i], found, f"{name}.{i}")
                 by_signature[found.signature] = number
-        except CaptureError as error:
+        except HelixError as error:
             if not keep_failing:
+                if isinstance(error, CaptureError):
+                    raise explain_by_whole_run(model, i, error) from error.__cause__
                 raise
             found = Probe("", [], leaf=str(error))
         if found.leaf:
@@ -248,10 +254,27 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
         places = tuple(range(caches, caches + len(found.sites)))
         caches += len(found.sites)
         captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[found.signature], places))
+    if not bodies:
+        raise _nothing_captured(model, leaves)
     outer = _outer_graph(
         program, bodies, captured, calls, {i: (f"{name}.{i}", why) for i, why in leaves.items()}, model.config
     )  # fmt: skip
     return CapturedGraph(graph=outer, layers=tuple(captured), **_facts(model))
+
+
+def _nothing_captured(model: nn.Module, leaves: dict[int, str]) -> MatchError:
+    reasons: dict[str, list[int]] = {}
+    for index, reason in leaves.items():
+        reasons.setdefault(reason, []).append(index)
+    lines = [f"  layers {', '.join(map(str, numbers))}: {why}" for why, numbers in reasons.items()]
+    return MatchError(
+        "\n".join(
+            [
+                f"{type(model).__name__}: no layer with cached attention that could be rewritten",
+                *lines,
+            ]
+        )
+    )
 
 
 def _probe(

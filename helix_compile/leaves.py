@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helix_compile.errors import RuntimeFault
 from helix_compile.passes.fx_edit import placeholders
@@ -138,7 +138,7 @@ class LeafLayer(Leaf):
     def _cache(self, state: LeafState, row: int, start: int) -> Any:
         seen, cache = state.rows.get(row, (0, None))
         if start == 0 or cache is None:
-            seen, cache = 0, DynamicCache(config=self.config)
+            seen, cache = 0, _whole_cache(self.config)
         if seen != start:
             raise RuntimeFault(
                 f"leaf {self.name}: sequence {row} has seen {seen} tokens, the step begins at position {start}; "
@@ -168,6 +168,15 @@ class LeafLayer(Leaf):
             for node in placeholders(self.arguments.graph)
         ]
         return list(self.arguments(*inputs))
+
+
+def _whole_cache(config: Any) -> Any:
+    """A cache that forgets nothing: a window is in the mask, as everywhere in the captured graph."""
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in cache.layers
+    ]
+    return cache
 
 
 def leaves_of(module: fx.GraphModule) -> list[Leaf]:

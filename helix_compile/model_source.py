@@ -21,9 +21,13 @@ from helix_compile.world import World, is_distributed
 
 
 def captured_from(
-    model: nn.Module | CapturedGraph | str | Path, dtype: torch.dtype | None
+    model: nn.Module | CapturedGraph | str | Path,
+    dtype: torch.dtype | None,
+    unmatched: str = "error",
 ) -> CapturedGraph:
     """Capture `model`, loading or converting it first where asked.
+
+    `unmatched` "keep": a layer that can't be captured stays a leaf.
 
     Raises:
         CaptureError: not a model, already compiled, or a dtype that a captured graph can't take.
@@ -52,10 +56,10 @@ def captured_from(
         )
     check_model(model)
     if dtype is None or dtype == model.dtype:
-        return capture(model)
+        return capture(model, unmatched=unmatched)
     if not dtype.is_floating_point:
         raise CaptureError(f"dtype must be a floating dtype, got {dtype}")
-    return capture(converted_copy(model, dtype), owner=model)
+    return capture(converted_copy(model, dtype), owner=model, unmatched=unmatched)
 
 
 def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -126,6 +130,12 @@ def facts_of(
     """
     model = captured.model
     assert model is not None
+    here = next(model.parameters()).device
+    if captured.leaves and device is not None and device != here:
+        raise CaptureError(
+            f"device={str(device)!r}: {', '.join(x.name for x in captured.leaves)} stay the model's own modules, which "
+            f"are on {here}; move the model there first"
+        )
     tensors: dict[str, Tensor] = originals(model)
     if device is not None and len(world.ranks) == world.mesh.world_size:
         tensors = {n: t.to(device) for n, t in tensors.items()}

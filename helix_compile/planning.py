@@ -67,6 +67,7 @@ def plan_helix(
         notes=_notes(captured, layout, options),
         kv_bytes_per_token_per_rank=Fraction(cached_width * captured.dtype.itemsize, layout.kvp),
         params_bytes_per_rank=params_bytes_per_rank(captured, bodies),
+        leaves=tuple((leaf.name, leaf.reason) for leaf in captured.leaves),
     )
 
 
@@ -251,7 +252,7 @@ def _ffn_outputs(match: LayerMatch) -> list[int]:
 
 
 def _notes(captured: CapturedGraph, layout: HelixLayout, options: HelixOptions) -> tuple[str, ...]:
-    notes = []
+    notes = list(captured.notes)
     if layout.tpa > 1:
         notes.append(
             f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)"

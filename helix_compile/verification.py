@@ -27,7 +27,7 @@ from helix_compile.model_source import converted_copy
 from helix_compile.module import HelixModule
 from helix_compile.params import originals, shard_of_name
 from helix_compile.passes.fx_edit import is_param, placeholders
-from helix_compile.passes.match_layers import match_layers
+from helix_compile.passes.match_layers import keep_unmatched, match_layers
 from helix_compile.verifier import static_plan, static_ranks
 from helix_compile.verifier.check import Check, Progress
 from helix_compile.verifier.import_check import check_import
@@ -121,8 +121,9 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     check.coverage.ranks = len(compiled.ranks)
     say("static: parameters, layouts, collectives")
     same = model if model.dtype == own_dtype else converted_copy(model, own_dtype)
-    captured = capture(same, owner=model)
-    matches = match_layers(captured, compiled.plan.options.max_seq_len)
+    options = compiled.plan.options
+    captured = keep_unmatched(capture(same, owner=model, unmatched=options.unmatched), options)
+    matches = match_layers(captured, options.max_seq_len)
     typed = check.guarded("static", partial(_static, compiled, same, captured, matches, check))
     typed = typed or TypedGraph(compiled.graph)
     say("numeric: a deep copy of the original in float64")

@@ -94,13 +94,18 @@ def check_head_rows(
             one = by_head(evaluate(value, {**fixed, linear: part}, sizes=opened))
         except (RuntimeError, IndexError) as error:
             raise Reject(f"{what} can't be cut by heads: {error}", value, 6) from error
-        if one.shape != whole[:, :, :1].shape or not torch.equal(one[:, :, 0], whole[:, :, head]):
+        if one.shape != whole[:, :, :1].shape or not _same(one[:, :, 0], whole[:, :, head]):
             raise Reject(
                 f"rows {head * rows}.. of the linear of {what} do not make head {head} alone",
                 value,
                 6,
             )
     return tuple(n.name for n in opened)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal to rounding: vector and scalar code of one function differ in the last bit."""
+    return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4)
 
 
 def one_linear(value: fx.Node, what: str) -> fx.Node:

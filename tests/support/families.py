@@ -112,7 +112,7 @@ FAMILIES: dict[str, Family] = {
     "hy_v4": Family("HYV4ForCausalLM", "HYV4Config", SPARSE, "sparse"),
     "glm5_next": Family("Glm5NextForConditionalGeneration", "Glm5NextConfig", SPARSE, "sparse"),
     "dots3_note": Family(
-        "Dots3NoteForCausalLM", "Dots3NoteTextConfig", {**SPARSE, "sliding_window": 16, "num_hidden_layers": 3}, "s",
+        "Dots3NoteForCausalLM", "Dots3NoteTextConfig", {**SPARSE, "sliding_window": 16, "num_hidden_layers": 3}, "sparse",
         variants={"sliding": {"layer_types": ["sliding_attention"] * 3}},
     ),
     "mistral_large4": Family(
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 _TEXT: dict[str, dict[str, int]] = {
-    "glm5_next": {"qk_rope_head_dim": 0, "index_topk": 16},
+    "glm5_next": {"qk_rope_head_dim": 0, "index_topk": 16, "num_hidden_layers": 4},
     "mistral_large4": {},
 }
 
@@ -148,7 +148,7 @@ def fresh_family(
 ) -> nn.Module:
     """A new model in eval mode: random biases, weights large enough that softmax is not flat."""
     config = config_of(name, variant, **changes)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "eager" if name == "hy_v4" else "sdpa"
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     torch.manual_seed(seed)
     model = getattr(module, FAMILIES[name].model)(config)
