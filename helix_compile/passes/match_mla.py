@@ -60,12 +60,15 @@ def find_mla(graph: fx.Graph) -> list[AttentionMatch | MatchFailure]:
 _SDPA = aten.scaled_dot_product_attention.default
 
 
+_BEHIND_SOFTMAX = (
+    aten._to_copy.default, aten.clone.default, aten.expand.default, aten.view.default, aten.slice.Tensor,
+)  # fmt: skip
+
+
 def _softmax_of(node: fx.Node) -> fx.Node | None:
-    """The softmax whose result `node` multiplies, through casts and copies."""
+    """The softmax whose result `node` multiplies, through casts, copies and cuts."""
     source: Any = node.args[0]
-    while is_call(
-        source, aten._to_copy.default, aten.clone.default, aten.expand.default, aten.view.default
-    ):
+    while is_call(source, *_BEHIND_SOFTMAX):
         source = source.args[0]
     return source if is_call(source, aten.softmax.int, aten._softmax.default) else None
 
@@ -103,6 +106,12 @@ def _eager_anchor(node: fx.Node) -> _Anchor:
                 f"the score chain holds `{step.target}` (sinks, a cap or a bias?)", step, 1
             )
         step = step.args[0]
+    source: Any = node.args[0]
+    while source is not softmax:
+        cuts = is_call(source, aten.slice.Tensor) and shape_of(source) != shape_of(source.args[0])
+        if cuts:
+            raise Reject("part of the softmax is cut off before it meets V (sinks?)", source, 1)
+        source = source.args[0]
     key = step.args[1]
     if not is_call(key, aten.transpose.int):
         raise Reject("the scores are not q times a transposed K", step, 1)
