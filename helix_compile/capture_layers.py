@@ -128,7 +128,7 @@ class ConcatenatingCache(DynamicCache):
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The longest ModuleList whose items take a cache, with its dotted name."""
+    """The longest ModuleList whose items take a cache and that is in no other such list, with its dotted name."""
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -139,7 +139,8 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"capture: {type(model).__name__} has no list of layers whose forward takes "
             f"`{_CACHE_ARGUMENT}`; expected a transformers 5.23 causal language model"
         )
-    return max(found, key=lambda item: len(item[1]))
+    inner = [n for n, _ in found if any(n.startswith(f"{other}.") for other, _ in found)]
+    return max((x for x in found if x[0] not in inner), key=lambda item: len(item[1]))
 
 
 def _takes_cache(layer: nn.Module) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.distributed.tensor.placement_types import Partial, Shard
 
-from helix_compile.capture import CapturedGraph, CapturedLayer
+from helix_compile.capture import CapturedGraph
+from helix_compile.capture_outer import CapturedLayer
 from helix_compile.layout import HelixLayout
 from helix_compile.matches import AttentionMatch, LayerMatch
 from helix_compile.numerics import WidenedIslands

@@ -20,9 +20,9 @@ class ToyMLA(nn.Module):
         miss: "", "rope_per_head", "v_elsewhere", "scaled_keys", "sinks".
     """
 
-    def __init__(self, style: str, miss: str = ""):
+    def __init__(self, style: str, miss: str = "", layer: int = 0):
         super().__init__()
-        self.style, self.miss = style, miss
+        self.style, self.miss, self.layer = style, miss, layer
         linear = lambda i, o: nn.Linear(i, o, bias=False)  # noqa: E731
         self.a = linear(D, 28 + R + ROPE)
         self.q = linear(28, H * (NOPE + ROPE))
@@ -48,7 +48,7 @@ class ToyMLA(nn.Module):
         q = self.q(q_a).view(B, T, H, NOPE + ROPE).transpose(1, 2)
         q = torch.cat([q[..., :NOPE], _rotated(q[..., NOPE:], cos, sin)], dim=-1)
         k_rope = _rotated(k_rope[:, None], cos, sin)
-        latent, k_rope = past_key_values.update(latent[:, None], k_rope, 0)
+        latent, k_rope = past_key_values.update(latent[:, None], k_rope, self.layer)
         k_nope, v = self._expanded(latent[:, 0])
         rope = k_rope.expand(-1, H, -1, -1)
         if self.miss == "rope_per_head":
@@ -106,9 +106,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-two, one], dim=-1) * sin
 
 
-def toy_model(style: str, miss: str = "") -> Any:
-    """A dense one-layer model with this attention, fp64."""
-    model: Any = fresh_family("youtu", num_hidden_layers=1)
+def toy_model(style: str, miss: str = "", layers: int = 1) -> Any:
+    """A dense model whose last layer has this attention, fp64."""
+    model: Any = fresh_family("youtu", num_hidden_layers=layers)
     torch.manual_seed(3)
-    model.model.layers[0].self_attn = ToyMLA(style, miss).to(torch.float64).eval()
+    toy = ToyMLA(style, miss, layers - 1).to(torch.float64).eval()
+    model.model.layers[layers - 1].self_attn = toy
     return model
