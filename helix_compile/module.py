@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from helix_compile.graph_python import stage_diff
 from helix_compile.handover import CacheEntries, CacheShard
 from helix_compile.inspection import Inspection, inspect_module
 from helix_compile.kv_cache import Ledger
-from helix_compile.leaves import leaves_of
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan import HelixPlan
 from helix_compile.prefix_export import entries_to_export, shards_to_export
 from helix_compile.prefix_import import sequences_to_import
-from helix_compile.ranks import ModelFacts, Rank, params_of_rank
+from helix_compile.ranks import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
 from helix_compile.step_inputs import check_batch, check_ids, checked_mask, chunks_of
 from helix_compile.world import World
 
@@ -199,8 +197,7 @@ class HelixModule(nn.Module):
         """Empty the cache; with `rows`, only these sequences, and the others go on."""
         if rows is None:
             self._ledger.lengths = []
-            self._clear_leaves(None)
-            return
+            return clear_leaves(self.ranks, None)
         if not isinstance(rows, (list, tuple)):
             raise RuntimeFault(
                 f"reset: rows must be a list of row numbers, got {rows!r} ({type(rows).__name__})"
@@ -216,12 +213,7 @@ class HelixModule(nn.Module):
             )
         for row in rows:
             self._ledger.lengths[row] = 0
-        self._clear_leaves(rows)
-
-    def _clear_leaves(self, rows: Sequence[int] | None) -> None:
-        for rank in self.ranks:
-            for state in rank.leaves.values():
-                state.clear(rows)
+        clear_leaves(self.ranks, rows)
 
     def import_cache(
         self,
@@ -245,11 +237,7 @@ class HelixModule(nn.Module):
         Raises:
             RuntimeFault: counts or shapes that do not fit; nothing is written then.
         """
-        if self.ranks[0].leaves:
-            raise RuntimeFault(
-                f"import_cache: {', '.join(x.name for x in leaves_of(self.graph))} stay the user's own modules; their state "
-                "is not in latents and rope parts; run the prompt here instead"
-            )
+        refuse_leaves(self.ranks, self.graph, "import_cache")
         held = list(self._ledger.lengths) if append else []
         entries = sequences_to_import(
             latents, k_ropes, lengths, mask, self._facts, self.plan.options, held
@@ -271,10 +259,12 @@ class HelixModule(nn.Module):
         Raises:
             RuntimeFault: no batch, or cp ranks that live in other processes (then export_shards()).
         """
+        refuse_leaves(self.ranks, self.graph, "export_cache")
         return entries_to_export(self._ledger, self.ranks, self.plan.layout, self._facts)
 
     def export_shards(self) -> list[CacheShard]:
         """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them."""
+        refuse_leaves(self.ranks, self.graph, "export_shards")
         return shards_to_export(self._ledger, self.ranks, self.plan.layout, self._facts)
 
     def generate(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from helix_compile.errors import RuntimeFault
 from helix_compile.kv_cache import allocate_caches
-from helix_compile.leaves import LeafState, leaf_states
+from helix_compile.leaves import LeafState, leaf_states, leaves_of
 from helix_compile.params import params_of_stage
 from helix_compile.plan import HelixPlan, ParamShard
 from helix_compile.world import World
@@ -81,3 +82,20 @@ def params_of_rank(
     if len(world.ranks) == plan.layout.world_size:
         return {name: tensor.to(facts.device) for name, tensor in cut}
     return {name: tensor.to(facts.device).contiguous() for name, tensor in cut}
+
+
+def clear_leaves(ranks: Sequence[Rank], rows: Sequence[int] | None) -> None:
+    """Leaf layers forget these sequences, by default all."""
+    for rank in ranks:
+        for state in rank.leaves.values():
+            state.clear(rows)
+
+
+def refuse_leaves(ranks: Sequence[Rank], graph: fx.GraphModule, call: str) -> None:
+    """RuntimeFault where leaf layers keep a state that latents and rope parts do not hold."""
+    if any(rank.leaves for rank in ranks):
+        names = ", ".join(leaf.name for leaf in leaves_of(graph))
+        raise RuntimeFault(
+            f"{call}: {names} stay the user's own modules; their state is not in latents and rope parts; "
+            "run the prompt here instead"
+        )
