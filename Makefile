@@ -40,6 +40,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/virtual_world.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/prefill_memory.py --resident 61440
 
 size:
 	@wc -l $$(git ls-files 'helix_compile/*.py') | sort -n

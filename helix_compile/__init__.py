@@ -12,6 +12,7 @@ from helix_compile.capture import CapturedGraph, capture
 from helix_compile.compile import helix_compile
 from helix_compile.errors import (
     CaptureError,
+    CheckpointError,
     HelixError,
     LayoutError,
     LoweringError,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "CapturedGraph",
+    "CheckpointError",
     "Finding",
     "HelixError",
     "HelixModule",

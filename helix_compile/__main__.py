@@ -193,7 +193,9 @@ def verify(
     options = _checked_options(ctx) if model is not None else {}
     results = []
     if model is not None:
-        results.append(_verified(_model(model, dtype, meta=False), options, float64_too, seed))
+        built = _model(model, dtype, meta=False)
+        options["dtype"] = _folder_dtype(built, dtype)
+        results.append(_verified(built, options, float64_too, seed))
     if self_test:
         from helix_compile.mutants import self_test as tester
 
@@ -216,15 +218,15 @@ def verify(
 def _verified(
     built: Any, options: dict[str, Any], float64_too: bool, seed: int
 ) -> tuple[bool, str, str]:
-    """(ok, JSON, text) of verify() on a model or a checkpoint folder."""
+    """(ok, JSON, text) of verify() on a model, or on a checkpoint folder against what transformers loads from it."""
     import torch
 
     from helix_compile.compile import helix_compile
     from helix_compile.model_source import load_folder
     from helix_compile.verification import verify as check
 
-    original = load_folder(built, None) if isinstance(built, Path) else built
-    compiled = helix_compile(original, **options)
+    compiled = helix_compile(built, **options)
+    original = load_folder(built, options["dtype"]) if isinstance(built, Path) else built
     report = check(compiled, original, dtype=torch.float64 if float64_too else None, seed=seed, progress=_say)  # fmt: skip
     return report.ok, report.to_json(), str(report)
 
@@ -259,7 +261,15 @@ def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> A
     options = _checked_options(ctx)
     from helix_compile.compile import helix_compile
 
-    return helix_compile(_model(model, dtype, meta), **options)
+    built = _model(model, dtype, meta)
+    return helix_compile(built, dtype=_folder_dtype(built, dtype), **options)
+
+
+def _folder_dtype(built: Any, dtype: str | None) -> Any:
+    """The asked dtype where the weights are still to be read; a preset is built in it."""
+    import torch
+
+    return getattr(torch, dtype) if dtype is not None and isinstance(built, Path) else None
 
 
 def _share_of_rank(

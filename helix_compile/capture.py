@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from helix_compile.capture_body import capture_body, normalised_module, probe_layer
@@ -49,7 +49,8 @@ class CapturedGraph:
         vocab_size: number of token ids the embedding has.
         model_name: class name, for reports.
         model: the module the parameters come from; None inside the memo.
-        notes: what a reader of the report should know.
+        weights: what they are read from instead, where `model` is on meta and stands for a checkpoint folder.
+        notes: what the plan shall say of where the model came from.
     """
 
     graph: fx.GraphModule
@@ -59,6 +60,7 @@ class CapturedGraph:
     vocab_size: int
     model_name: str
     model: nn.Module | None
+    weights: Mapping[str, Tensor] | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -48,7 +48,7 @@ def helix_compile(
 
     Args:
         model: a transformers causal language model with MLA in eval mode, a checkpoint folder, or a CapturedGraph.
-            A model is left as it was; shards are views of its weights.
+            A model is left as it was; shards are views of its weights. Of a folder each rank reads its slices.
         cp: ranks that share a KV cache by sequence (the paper's KVP).
         tpa: attention tensor parallel over heads; there are N = cp * tpa ranks.
         ep: expert parallel in the FFN, by default the largest that divides N and the experts; tpf = N / ep.
@@ -65,8 +65,9 @@ def helix_compile(
         max_seq_len: capacity in tokens a sequence, prompt included.
         unmatched: a layer that can't be captured or whose attention is not recognised is an "error", or stays as it is
             ("keep"): whole on every rank, listed in the report. Some layer must be rewritten.
-        device: where shards and caches live; default: where the model is. "cuda" under torchrun: cuda:LOCAL_RANK.
-        dtype: convert a copy of the weights first; the model itself keeps its own.
+        device: where shards and caches live; default: where the model is (a folder: CPU). "cuda" under torchrun:
+            cuda:LOCAL_RANK.
+        dtype: convert a copy of the weights first (a folder: as they are read); the model itself keeps its own.
 
     Returns:
         HelixModule: `compiled(input_ids)` is one step; `.plan`, `.stages`, `.graph`, `.ranks` can be inspected.
@@ -80,7 +81,7 @@ def helix_compile(
         unmatched=unmatched,
     )  # fmt: skip
     place = device_for(device, world)
-    captured = keep_unmatched(captured_from(model, dtype, unmatched), options)
+    captured = keep_unmatched(captured_from(model, dtype, place, unmatched), options)
     matches = match_layers(captured, options.max_seq_len)
     plan = plan_helix(captured, matches, options)
     opened = open_world(HelixMesh(plan.layout), world, place or device_of(captured))

@@ -15,6 +15,10 @@ class CaptureError(HelixError):
     """The model's decode step can't be turned into graphs."""
 
 
+class CheckpointError(HelixError):
+    """A checkpoint folder that can't be read, or does not hold the model that its configuration describes."""
+
+
 class MatchError(HelixError):
     """A captured graph holds an attention or FFN site that no matcher recognises."""
 

@@ -1,7 +1,8 @@
 """generate(): transformers' own loop over a HelixModule, through a private adapter.
 
 The adapter is a GenerationMixin whose forward is one step. Greedy search, sampling, num_return_sequences, stopping
-criteria and streamers are transformers' code, unchanged. What would silently be wrong is refused with a reason.
+criteria, streamers, prompt lookup and assisted decoding are transformers' code, unchanged. What would silently be wrong
+is refused with a reason.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from helix_compile.assisted_generation import CroppedCache, check_drafts, within_room
 from helix_compile.errors import RuntimeFault
 from helix_compile.step_inputs import check_ids, checked_mask
 
@@ -28,13 +31,13 @@ _GUIDANCE = "classifier-free guidance steps the model a second time with a cache
 REFUSED_ARGUMENTS = {
     "past_key_values": "the sharded cache belongs to the compiled module",
     "inputs_embeds": "the compiled graph starts at input_ids",
-    "assistant_model": "assisted decoding needs truncate(), which is not in this version",
+    "assistant_tokenizer": "drafts are compared as token ids: the assistant must have the same vocabulary",
     "custom_generate": "a custom loop may keep a cache of its own",
     "position_ids": "positions are counted by the module: the number of tokens of a row so far",
     "negative_prompt_ids": _GUIDANCE,
     "synced_gpus": "all ranks take the same steps by construction",
 }
-_ASSISTED = "it takes tokens back, which needs truncate(); that is not in this version"
+_INNER = "the compiled step returns logits only"
 REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": (
         (None, 1),
@@ -46,14 +49,14 @@ REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "guidance_scale": ((None, 1), _GUIDANCE),
     "penalty_alpha": ((None,), "contrastive search branches the cache"),
     "dola_layers": ((None,), "it reads the hidden states of inner layers"),
-    "prompt_lookup_num_tokens": ((None,), f"prompt lookup: {_ASSISTED}"),
-    "assistant_early_exit": ((None,), f"early exit: {_ASSISTED}"),
-    "use_mtp": ((None, False), f"multi-token prediction: {_ASSISTED}"),
+    "assistant_early_exit": ((None,), f"it stops at an inner layer; {_INNER}"),
+    "use_mtp": ((None, False), f"its heads read the last hidden state; {_INNER}"),
+    "speculation_type": ((None,), f"its drafts read hidden states; {_INNER}"),
     "cache_implementation": ((None,), "the cache is the module's own sharded one"),
     "use_cache": ((None, True), "without its cache the module has no context"),
     "prefill_chunk_size": ((None,), "long prompts are cut into chunks inside a step already"),
     "output_attentions": ((None, False), "attention weights are never whole on one rank"),
-    "output_hidden_states": ((None, False), "the compiled step returns logits only"),
+    "output_hidden_states": ((None, False), _INNER),
 }
 
 
@@ -82,6 +85,7 @@ def generate(
     _refuse(settings, options)
     input_ids, attention_mask = _checked_prompts(compiled, input_ids, attention_mask, settings)
     _check_room(compiled, attention_mask, settings)
+    check_drafts(compiled, settings, options, input_ids.shape[0])
     sequences = input_ids.shape[0] * (settings.num_return_sequences or 1)
     capacity = compiled.plan.options.max_batch_size
     if sequences > capacity:
@@ -96,7 +100,7 @@ def generate(
         )
     compiled.world.share_random_state(compiled.device)
     compiled.reset()
-    adapter: Any = _Adapter(compiled)
+    adapter: Any = _Adapter(compiled, padding=int((attention_mask == 0).sum()))
     with torch.no_grad():
         return adapter.generate(
             input_ids.to(compiled.device),
@@ -198,11 +202,15 @@ class _Adapter(nn.Module, GenerationMixin):
     main_input_name = "input_ids"
     base_model_prefix = ""
     _compiled: HelixModule
-    _is_stateful = True  # transformers then never rewinds or branches the cache
+    _is_stateful = (
+        False  # drafts are taken back by truncate(); what would branch the cache is refused before
+    )
 
-    def __init__(self, compiled: HelixModule):
+    def __init__(self, compiled: HelixModule, padding: int):
         super().__init__()
         object.__setattr__(self, "_compiled", compiled)
+        self._padding = padding
+        self._cache: CroppedCache | None = None
         self.config = compiled.facts.config
         self.generation_config = copy.deepcopy(_own_settings(compiled))
         self._steps = 0
@@ -216,10 +224,6 @@ class _Adapter(nn.Module, GenerationMixin):
         return getattr(torch, self._compiled.plan.dtype)
 
     @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the module brings its own cache
-
-    @classmethod
     def can_generate(cls) -> bool:
         return True
 
@@ -227,19 +231,50 @@ class _Adapter(nn.Module, GenerationMixin):
     def _optimize_model_for_decode(self) -> Iterator[None]:
         yield  # nothing to switch: experts are one op
 
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        *sizes: int,
+    ) -> None:
+        """The module brings its own cache; a loop that takes tokens back gets what stands for it."""
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            self._cache = model_kwargs["past_key_values"] = CroppedCache(self._compiled)
+
+    def _get_candidate_generator(self, **kwargs: Any) -> Any:
+        generator = super()._get_candidate_generator(**kwargs)
+        capacity = self._compiled.plan.options.max_seq_len
+        generator.get_candidates = within_room(generator.get_candidates, self._padding, capacity)
+        return generator
+
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int = 1,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """The whole prompt first, then the newest token; the mask comes in total length, or None for all ones."""
-        new = input_ids.shape[1] if self._steps == 0 else 1
+        """The whole prompt first, then what is new; the mask comes in total length, or None for all ones."""
+        new = input_ids.shape[1] if self._steps == 0 else next_sequence_length or 1
         mask = None if attention_mask is None else attention_mask[:, -new:]
-        return {"input_ids": input_ids[:, -new:], "attention_mask": mask}
+        return {
+            "input_ids": input_ids[:, -new:],
+            "attention_mask": mask,
+            "logits_to_keep": logits_to_keep,
+        }
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> CausalLMOutput:
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int = 1,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
         self._steps += 1
-        return CausalLMOutput(logits=self._compiled(input_ids, attention_mask))
+        logits = self._compiled(input_ids, attention_mask, logits_to_keep=logits_to_keep)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
 
 
 class TokenPrinter(BaseStreamer):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.capture import CapturedGraph
+from helix_compile.errors import LoweringUnavailable
 from helix_compile.graph_pass import run_passes
 from helix_compile.kernels.registry import CompileCase, Site, kernel_of
 from helix_compile.kernels.target import KernelTarget
@@ -23,6 +24,8 @@ from helix_compile.passes.pipeline import STAGES, capacity_of, helix_passes
 from helix_compile.passes.select_kernels import KERNEL, PROVIDER, site_of
 from helix_compile.plan import HelixPlan
 from helix_compile.planning import plan_helix
+
+ATTENTION = "mla_decode"
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,36 @@ def selected_cases(model: PlannedModel, target: KernelTarget) -> Selection:
     return Selection(tuple(cases), tuple(references))
 
 
+def attention_site(model: PlannedModel, target: KernelTarget) -> Site:
+    """The first mla_decode of the graph that is lowered for `target`, in a decode step of a full batch (T = 1).
+
+    Raises:
+        LoweringUnavailable: no node of the graph is one.
+    """
+    passes = helix_passes(model.captured, model.matches, model.plan, target)
+    lowered = run_passes(model.captured.graph, passes, None)[STAGES[-1]]
+    for body in model.plan.bodies:
+        gm = lowered.get_submodule(body.name)
+        assert isinstance(gm, fx.GraphModule)
+        for node in gm.graph.nodes:
+            if KERNEL in node.meta and ATTENTION in str(node.target):
+                return _concrete_site(gm.graph, node, model.plan)
+    raise LoweringUnavailable(f"{ATTENTION}: no layer of the model is lowered to it")
+
+
+def _concrete_site(graph: fx.Graph, node: fx.Node, plan: HelixPlan) -> Site:
+    site = site_of(node, capacity_of(plan))
+    sizes = _sizes(graph, plan.options.max_batch_size)
+    return Site(site.op, tuple(concrete(a, sizes) for a in site.args), site.capacity)
+
+
 def _cases_of(
     graph: fx.Graph, node: fx.Node, plan: HelixPlan, target: KernelTarget
 ) -> list[CompileCase]:
-    site = site_of(node, capacity_of(plan))
+    site = _concrete_site(graph, node, plan)
     kernel = kernel_of(site.op)
     assert kernel is not None, f"{node.target} is selected, and not registered"
-    sizes = _sizes(graph, plan.options.max_batch_size)
-    args = tuple(concrete(a, sizes) for a in site.args)
-    return kernel.cases(Site(site.op, args, site.capacity), target)
+    return kernel.cases(site, target)
 
 
 def _sizes(graph: fx.Graph, batch: int) -> dict[Any, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from datetime import date
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from helix_compile.command_options import Config, merged_options
 from helix_compile.errors import HelixError, LoweringUnavailable
-from helix_compile.kernels.kernel_record import KernelRecord
+from helix_compile.kernels.kernel_record import KINDS, KernelRecord
 from helix_compile.kernels.target import KernelTarget, offline_target
 from helix_compile.options import HelixOptions
 from helix_compile.output_folder import check_folder
@@ -42,22 +43,27 @@ def kernels(
     dtype: Annotated[str | None, typer.Option(help="default: the config's, else bfloat16")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="may be repeated; default: sm_100 and sm_90")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for PTX, cubin and TTGIR")] = None,
-    every: Annotated[bool, typer.Option("--all", help="also what the plan would fall back to")] = False,
-    tune: Annotated[bool, typer.Option("--tune", help="not in this version: needs a GPU to measure on")] = False,
+    every: Annotated[bool, typer.Option("--all", help="also what the plan would fall back to, and the FP8 form")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="measure on this GPU, print a table for kernels/tuning.py")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:  # fmt: skip
     """Compile the kernels that MODEL's plan selects, without a GPU: registers, spills, memory, instructions, and fit."""
     names = ("cp", "tpa", "ep", "max_batch_size", "max_seq_len")
     options = HelixOptions(**merged_options(ctx, names, idle=("lower",)))
     targets = [offline_target(name) for name in dict.fromkeys(arch or ARCHS)]
-    _check_triton()
     if tune:
-        raise LoweringUnavailable(
-            "kernels: --tune is not in this version; the entries of kernels/tuning.py rest on static tables"
-        )
+        ignored = {"--all": every, "--arch": arch, "--out": out, "--json": as_json}
+        if given := [name for name, value in ignored.items() if value]:
+            raise HelixError(
+                f"kernels: --tune takes no {given[0]}: the card is the architecture, the table goes to stdout"
+            )
+        _check_card()
+        print(_tuned(_captured(model, dtype), options), end="")
+        return
     if out is None:
         raise HelixError("kernels: give --out DIR, the folder for PTX, cubin and TTGIR")
-    check_folder(out)
+    _check_folders(out, targets)
+    _check_triton()
     records, references = _compiled(_captured(model, dtype), options, targets, out, every)
     if as_json:
         print(json.dumps(document(model, options, records, references), indent=1))
@@ -65,6 +71,46 @@ def kernels(
         print(format_table(records, references), end="")
         print(f"files in {out}", file=sys.stderr)
     raise typer.Exit(0 if all(r.fits for r in records if not r.fallback) else 1)
+
+
+def _check_card() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise LoweringUnavailable(
+            "kernels: --tune measures on a CUDA device, and torch finds none; the entries of kernels/tuning.py rest on "
+            "static tables until a card has measured them"
+        )
+    _check_triton()
+
+
+def _tuned(captured: Any, options: HelixOptions) -> str:
+    """Every candidate's time as comments, then the table, for this card and the attention of the plan."""
+    import torch
+
+    from helix_compile.kernel_selection import attention_site, planned
+    from helix_compile.kernels.target import device_target
+    from helix_compile.kernels.tune import (
+        TuneSizes,
+        cudagraph_ms,
+        fits_card,
+        replacement,
+        table_text,
+        trials_text,
+        tune,
+    )
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    target = device_target(device)
+    site = attention_site(planned(captured, options), target)
+    sizes = TuneSizes.of(site)
+    trials = tune(target, sizes, device, partial(fits_card, target), cudagraph_ms, _say)
+    table = replacement(trials, sizes, torch.cuda.get_device_name(device), date.today())
+    return trials_text(trials) + table_text(table)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def document(
@@ -123,6 +169,18 @@ def _text(figure: float | None) -> str:
     if figure is None:
         return "-"
     return f"{figure:.1f}" if isinstance(figure, float) else f"{figure:,}"
+
+
+def _check_folders(out: Path, targets: list[KernelTarget]) -> None:
+    """DIR can be written, and each of its folders is new or holds what this command writes: a new run replaces that."""
+    check_folder(out)
+    for folder in (out / target.arch for target in targets if (out / target.arch).exists()):
+        check_folder(folder)
+        strangers = sorted(p.name for p in folder.iterdir() if p.suffix.lstrip(".") not in KINDS)
+        if strangers:
+            raise HelixError(
+                f"--out {out}: {folder} holds {strangers[0]}, which this command does not write; choose another folder"
+            )
 
 
 def _check_triton() -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
 
 from helix_compile.capture import CapturedGraph, capture
 from helix_compile.capture_checks import check_model, check_surroundings
+from helix_compile.checkpoint_model import open_checkpoint
 from helix_compile.errors import CaptureError, HelixError
 from helix_compile.matches import LayerMatch
 from helix_compile.module import HelixModule
@@ -23,18 +29,22 @@ from helix_compile.world import World, is_distributed
 def captured_from(
     model: nn.Module | CapturedGraph | str | Path,
     dtype: torch.dtype | None,
+    device: torch.device | None = None,
     unmatched: str = "error",
 ) -> CapturedGraph:
-    """Capture `model`, loading or converting it first where asked.
+    """Capture `model`, converting it first where asked; of a folder, no weight is read yet.
 
     `unmatched` "keep": a layer that can't be captured stays a leaf.
 
     Raises:
         CaptureError: not a model, already compiled, or a dtype that a captured graph can't take.
+        CheckpointError: a folder that does not hold what its config.json describes.
     """
     check_surroundings()
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise CaptureError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
+    if dtype is not None and not dtype.is_floating_point:
+        raise CaptureError(f"dtype must be a floating dtype, got {dtype}")
     if isinstance(model, CapturedGraph):
         if dtype is not None and dtype != model.dtype:
             raise CaptureError(
@@ -44,7 +54,7 @@ def captured_from(
             raise CaptureError("this CapturedGraph does not hold its model; use capture(model)")
         return model
     if isinstance(model, (str, Path)):
-        model = load_folder(Path(model), dtype)
+        return _captured_folder(Path(model), dtype, device or torch.device("cpu"))
     if isinstance(model, HelixModule):
         raise CaptureError(
             "this model is already compiled by helix_compile; pass the original model"
@@ -57,8 +67,6 @@ def captured_from(
     check_model(model)
     if dtype is None or dtype == model.dtype:
         return capture(model, unmatched=unmatched)
-    if not dtype.is_floating_point:
-        raise CaptureError(f"dtype must be a floating dtype, got {dtype}")
     return capture(converted_copy(model, dtype), owner=model, unmatched=unmatched)
 
 
@@ -75,8 +83,39 @@ def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
-def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    """The model of a checkpoint folder, in eval mode; CaptureError if there is none or it can't be loaded."""
+def _captured_folder(
+    folder: Path, dtype: torch.dtype | None, device: torch.device
+) -> CapturedGraph:
+    """The model of a checkpoint folder, captured on the meta device; its weights are read when ranks are built."""
+    _check_checkpoint_folder(folder)
+    checkpoint = open_checkpoint(folder, dtype, device)
+    check_model(checkpoint.model)
+    captured = capture(checkpoint.model)
+    _place(captured, device)
+    return replace(captured, weights=checkpoint.weights, notes=(*captured.notes, *checkpoint.notes))
+
+
+def _place(captured: CapturedGraph, device: torch.device) -> None:
+    """Make graphs that were captured on meta say `device`: in arange and the like, and in the example values."""
+
+    def there(value: Any) -> Any:
+        if not isinstance(value, FakeTensor):
+            return value
+        with value.fake_mode:
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=device
+            )
+
+    for module in (captured.graph, *captured.bodies.values()):
+        for node in module.graph.nodes:
+            if node.kwargs.get("device") is not None:
+                node.kwargs = {**node.kwargs, "device": device}
+            if "val" in node.meta:
+                node.meta["val"] = tree_map(there, node.meta["val"])
+        module.recompile()
+
+
+def _check_checkpoint_folder(folder: Path) -> None:
     if folder.is_file() and folder.suffix == ".json":
         raise CaptureError(
             f"{folder} is a configuration alone: it has no weights; pass a checkpoint folder, or a model with random "
@@ -86,6 +125,15 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         raise CaptureError(f"{folder} is a file; pass the checkpoint folder that holds it")
     if not (folder / "config.json").is_file():
         raise CaptureError(f"{folder} is not a checkpoint folder: it has no config.json")
+
+
+def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a checkpoint folder, loaded whole by transformers, in eval mode; for verify().
+
+    Raises:
+        CaptureError: no such folder, or it can't be loaded.
+    """
+    _check_checkpoint_folder(folder)
     from transformers import AutoModelForCausalLM  # slow to import, and only this path needs it
 
     try:
@@ -98,8 +146,10 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
 
 
 def device_of(captured: CapturedGraph) -> torch.device:
-    """Where the model is."""
+    """Where the model is; what is read from a folder goes to the CPU."""
     assert captured.model is not None
+    if captured.weights is not None:
+        return torch.device("cpu")
     return next(captured.model.parameters()).device
 
 
@@ -123,21 +173,27 @@ def facts_of(
     device: torch.device | None,
     world: World,
 ) -> ModelFacts:
-    """Original tensors, their cuts, cache widths and configurations.
+    """Original tensors (of a folder: read on demand), their cuts, cache widths and configurations.
 
     Where all ranks live here the originals go to `device` whole, and shards are views of them; a rank of its own
     process takes its cuts there alone.
     """
     model = captured.model
     assert model is not None
+    if captured.leaves and captured.weights is not None:
+        raise CaptureError(
+            f"{', '.join(x.name for x in captured.leaves)} stay the model's own modules, which a folder that is read "
+            "shard by shard does not hold; load the model first: AutoModelForCausalLM.from_pretrained(folder).eval()"
+        )
     here = next(model.parameters()).device
     if captured.leaves and device is not None and device != here:
         raise CaptureError(
             f"device={str(device)!r}: {', '.join(x.name for x in captured.leaves)} stay the model's own modules, which "
             f"are on {here}; move the model there first"
         )
-    tensors: dict[str, Tensor] = originals(model)
-    if device is not None and len(world.ranks) == world.mesh.world_size:
+    tensors: Mapping[str, Tensor] = captured.weights or originals(model)
+    everyone = len(world.ranks) == world.mesh.world_size
+    if device is not None and everyone and captured.weights is None:
         tensors = {n: t.to(device) for n, t in tensors.items()}
     sites = [a for layer in captured.layers for a in matches[layer.body].attentions]
     return ModelFacts(

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
-from helix_compile.errors import HelixError, LoweringUnavailable, RuntimeFault
+import helix_compile.step_inputs as checks
+from helix_compile.errors import HelixError, RuntimeFault
 from helix_compile.explain import NodeExplanation, explain_node
 from helix_compile.graph_python import stage_diff
 from helix_compile.handover import CacheEntries, CacheShard
@@ -22,7 +23,6 @@ from helix_compile.plan import HelixPlan
 from helix_compile.prefix_export import entries_to_export, shards_to_export
 from helix_compile.prefix_import import sequences_to_import
 from helix_compile.ranks import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
-from helix_compile.step_inputs import check_batch, check_ids, checked_mask, chunks_of
 from helix_compile.world import World
 
 _FIXED = (
@@ -85,19 +85,22 @@ class HelixModule(nn.Module):
         """[B] int64: tokens of each sequence on all ranks together; empty before the first step. Read only."""
         return torch.tensor(self._ledger.lengths, dtype=torch.int64)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0
+    ) -> Tensor:
         """Append input_ids [B, T] to each sequence's cache; logits [B, T, vocab].
 
         Args:
             input_ids: int64 or int32.
             attention_mask: [B, T], 1 = token. Zeros may stand before or after a row's tokens; a row of zeros is idle.
+            logits_to_keep: return those of the last columns only, 0: all (transformers' name). What a long prompt
+                holds is then bounded; all logits of 65,536 tokens and 129,280 words are 34 GB in float32.
 
         Raises:
             RuntimeFault: what a step may not be; nothing was written then.
         """
-        return self._step(
-            self.graph, [dict(r.params) for r in self.ranks], input_ids, attention_mask
-        )
+        params = [dict(r.params) for r in self.ranks]
+        return self._step(self.graph, params, input_ids, attention_mask, logits_to_keep)
 
     def run_stage(
         self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -128,30 +131,28 @@ class HelixModule(nn.Module):
         params: list[dict[str, Tensor]],
         input_ids: Tensor,
         attention_mask: Tensor | None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         if self.device.type == "meta":
             raise RuntimeFault("the model is on the meta device: it can be inspected, not run")
-        check_ids(input_ids, self._facts.vocab_size, self.plan.options.max_batch_size)
-        check_batch(self._ledger, input_ids.shape[0])
-        mask = checked_mask(attention_mask, input_ids)
+        checks.check_ids(input_ids, self._facts.vocab_size, self.plan.options.max_batch_size)
+        checks.check_batch(self._ledger, input_ids.shape[0])
+        mask = checks.checked_mask(attention_mask, input_ids)
+        first = checks.first_kept_column(logits_to_keep, input_ids.shape[1])
         self._ledger.check_room(mask.sum(dim=1).tolist())
         B, T = input_ids.shape
         ids = input_ids.to(self.device, torch.int64)
-        chunks = chunks_of(T, B, max(self._ledger.lengths, default=0) + T)
-        bar = tqdm(
-            chunks,
-            desc="step",
-            unit="chunk",
-            disable=None if self.world.is_leader else True,
-            delay=2,
-        )
+        chunks = checks.chunks_of(T, B, max(self._ledger.lengths, default=0) + T)
+        shown = None if self.world.is_leader else True
+        bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
         before = list(self._ledger.lengths)
         try:
-            logits = [self._run_chunk(graph, params, ids[:, c], mask[:, c]) for c in bar]
+            return checks.kept_logits(
+                lambda c: self._run_chunk(graph, params, ids[:, c], mask[:, c]), bar, first, T
+            )
         except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
             self._ledger.lengths = before
             raise
-        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
     def _run_chunk(
         self, graph: fx.GraphModule, params: list[dict[str, Tensor]], ids: Tensor, mask: Tensor
@@ -198,19 +199,7 @@ class HelixModule(nn.Module):
         if rows is None:
             self._ledger.lengths = []
             return clear_leaves(self.ranks, None)
-        if not isinstance(rows, (list, tuple)):
-            raise RuntimeFault(
-                f"reset: rows must be a list of row numbers, got {rows!r} ({type(rows).__name__})"
-            )
-        bad = [
-            r
-            for r in rows
-            if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < self._ledger.batch_size
-        ]
-        if bad:
-            raise RuntimeFault(
-                f"reset(rows={list(rows)}): {bad} are not rows of the current batch of {self._ledger.batch_size}"
-            )
+        checks.check_rows(rows, self._ledger)
         for row in rows:
             self._ledger.lengths[row] = 0
         clear_leaves(self.ranks, rows)
@@ -328,11 +317,17 @@ class HelixModule(nn.Module):
 
         return load_module(Path(folder), device, world)
 
-    def truncate(self, lengths: Any) -> None:
-        """Not in this version."""
-        raise LoweringUnavailable(
-            "truncate() (rollback of a speculative step) is not in this version"
-        )
+    def truncate(self, lengths: int | list[int] | Tensor) -> None:
+        """Take back the last tokens of each sequence (rejected drafts); what comes next is as if they had never been.
+
+        Nothing is erased: what lies behind a length is not read, and is overwritten by the next tokens. `lengths` are
+        the tokens that remain: [B] (a list or an integer tensor), or one int for every sequence.
+
+        Raises:
+            RuntimeFault: not 0 <= new <= present length, or no batch yet; no row is changed then.
+        """
+        refuse_leaves(self.ranks, self.graph, "truncate")
+        self._ledger.lengths = checks.checked_lengths(lengths, self._ledger.lengths)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: graphs are captured for one dtype and device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from pathlib import Path
 
 from helix_compile.errors import HelixError
@@ -15,6 +15,11 @@ def check_folder(out: Path) -> None:
         HelixError: it is not; names the part.
     """
     nearest = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "can't be written" if nearest.is_dir() else "is not a folder"
-        raise HelixError(f"--out {out}: {nearest} {what}; choose another folder")
+    if not nearest.is_dir():
+        raise HelixError(f"--out {out}: {nearest} is not a folder; choose another folder")
+    try:
+        tempfile.TemporaryFile(
+            dir=nearest
+        ).close()  # permissions don't tell: root has all, disks may be read-only
+    except OSError as error:
+        raise HelixError(f"--out {out}: {nearest} can't be written ({error.strerror}); choose another folder") from error  # fmt: skip

@@ -6,11 +6,12 @@ original tensors themselves. So four virtual ranks cost what one model costs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, fx, nn
 
+from helix_compile.checkpoint_weights import CheckpointWeights
 from helix_compile.errors import PlanError
 from helix_compile.layout import HelixLayout
 from helix_compile.passes.fx_edit import is_param, placeholders
@@ -67,18 +68,30 @@ def shard_of_name(
 
 def params_of_stage(
     stage: fx.GraphModule,
-    whole: dict[str, Tensor],
+    whole: Mapping[str, Tensor],
     shards: dict[str, tuple[str, ParamShard]],
     layout: HelixLayout,
     rank: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(full local name, tensor) of every parameter that a stage reads: cut only where the stage has it cut."""
-    for node in placeholders(stage.graph):
-        if not is_param(node):
-            continue
-        name = node.meta["input"][1]
-        if node.meta.get("sharded"):
-            source, shard = shards[name]
-            yield name, cut_param(whole[source], shard, layout, rank)
+    """(full local name, tensor) of every parameter that a stage reads: cut only where the stage has it cut.
+
+    From a checkpoint only that part is read, now.
+    """
+    for name, source, shard in wanted_by_stage(stage, shards):
+        if shard is None:
+            yield name, whole[source]
+        elif isinstance(whole, CheckpointWeights):
+            yield name, whole.part(source, shard, layout, rank)
         else:
-            yield name, whole[name]
+            yield name, cut_param(whole[source], shard, layout, rank)
+
+
+def wanted_by_stage(
+    stage: fx.GraphModule, shards: Mapping[str, tuple[str, ParamShard]]
+) -> Iterator[tuple[str, str, ParamShard | None]]:
+    """(full local name, full name of the original, its cut or None where it stays whole) of a stage's parameters."""
+    for node in placeholders(stage.graph):
+        if is_param(node):
+            name = node.meta["input"][1]
+            source, shard = shards[name] if node.meta.get("sharded") else (name, None)
+            yield name, source, shard

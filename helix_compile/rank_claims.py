@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from helix_compile.checkpoint_weights import CheckpointWeights
 from helix_compile.plan import HelixPlan
 from helix_compile.ranks import ModelFacts
 
@@ -46,8 +47,11 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     """Of each tensor's name, shape, dtype, the sum of its bits and some of its elements.
 
     A sum does not see that elements changed places, a sample does not see most of them; together they tell two
-    checkpoints apart at the price of reading the weights once.
+    checkpoints apart at the price of reading the weights once. A checkpoint folder, of which a rank reads its slices
+    only, is told by its headers and a few elements of each stored tensor.
     """
+    if isinstance(tensors, CheckpointWeights):
+        return _digest(tensors.fingerprint())
     return _digest("\n".join(f"{name} {_weights_text(t)}" for name, t in sorted(tensors.items())))
 
 

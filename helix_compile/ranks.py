@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from helix_compile.checkpoint_weights import CheckpointWeights
 from helix_compile.errors import RuntimeFault
 from helix_compile.kv_cache import allocate_caches
 from helix_compile.leaves import LeafState, leaf_states, leaves_of
-from helix_compile.params import params_of_stage
+from helix_compile.params import params_of_stage, wanted_by_stage
 from helix_compile.plan import HelixPlan, ParamShard
 from helix_compile.world import World
 
@@ -41,14 +43,15 @@ class ModelFacts:
     Attributes:
         cache_widths: R + r of each cached attention.
         latent_widths: R of each cached attention.
-        originals: full name -> original tensor; empty in a reloaded module, which runs `lowered` only.
+        originals: full name -> original tensor, read on demand where the model is a checkpoint folder; empty in a
+            reloaded module, which runs `lowered` only.
         shards: full local name -> (full name of the original, its cut).
     """
 
     vocab_size: int
     cache_widths: tuple[int, ...]
     latent_widths: tuple[int, ...]
-    originals: dict[str, Tensor]
+    originals: Mapping[str, Tensor]
     device: torch.device
     shards: dict[str, tuple[str, ParamShard]] = field(default_factory=dict)
     config: Any = None
@@ -58,15 +61,20 @@ class ModelFacts:
 def build_ranks(
     plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, world: World
 ) -> list[Rank]:
-    """Cut parameters and allocate caches for the ranks of this process, and for no other."""
+    """Cut (from a checkpoint: read) parameters and allocate caches for the ranks of this process, and for no other."""
     dtype = getattr(torch, plan.dtype)
-    ranks = []
-    for rank in world.ranks:
-        params = params_of_rank(plan, lowered, facts, world, rank)
-        cache = allocate_caches(
-            list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device
-        )
-        ranks.append(Rank(rank, params, cache, leaf_states(lowered.graph)))
+    ranks, whole = [], facts.originals
+    bar: AbstractContextManager[None] = nullcontext()
+    if isinstance(whole, CheckpointWeights):
+        wanted = [(source, shard) for _, source, shard in wanted_by_stage(lowered, facts.shards)]
+        bar = whole.progress(wanted, plan.layout, world.ranks)
+    with bar:
+        for rank in world.ranks:
+            params = params_of_rank(plan, lowered, facts, world, rank)
+            cache = allocate_caches(
+                list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device
+            )
+            ranks.append(Rank(rank, params, cache, leaf_states(lowered.graph)))
     return ranks
 
 
@@ -96,6 +104,6 @@ def refuse_leaves(ranks: Sequence[Rank], graph: fx.GraphModule, call: str) -> No
     if any(rank.leaves for rank in ranks):
         names = ", ".join(leaf.name for leaf in leaves_of(graph))
         raise RuntimeFault(
-            f"{call}: {names} stay the user's own modules; their state is not in latents and rope parts; "
-            "run the prompt here instead"
+            f"{call}: {names} stay the user's own modules; their state is not in latents and rope parts and can't be "
+            "rolled back; run the prompt here instead"
         )

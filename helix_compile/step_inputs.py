@@ -1,6 +1,11 @@
-"""Check what a step is given, before anything is written. Every refusal names what, got, expected and what to do."""
+"""Check what a step is given, before anything is written, and cut a long one into chunks.
+
+Every refusal names what, got, expected and what to do.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -59,6 +64,51 @@ def checked_mask(mask: Tensor | None, input_ids: Tensor) -> Tensor:
     return host
 
 
+def checked_lengths(lengths: int | list[int] | Tensor, present: list[int]) -> list[int]:
+    """What truncate() is given, as one int a row of the current batch: 0 <= new <= present."""
+    if not present:
+        raise RuntimeFault(
+            "truncate: there are no sequences yet; run a step or import_cache() first"
+        )
+    if isinstance(lengths, Tensor):
+        if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise RuntimeFault(
+                f"truncate: lengths must be an int or integers [B] = [{len(present)}], got a tensor of shape "
+                f"{tuple(lengths.shape)} and {lengths.dtype}"
+            )
+        rows = lengths.tolist()
+    elif isinstance(lengths, (list, tuple)):
+        rows = list(lengths)
+    else:
+        rows = [lengths] * len(present)
+    if len(rows) != len(present):
+        raise RuntimeFault(
+            f"truncate: got {len(rows)} lengths for a batch of {len(present)} sequences; pass one for each, or one int"
+        )
+    for row, (new, limit) in enumerate(zip(rows, present, strict=True)):
+        if isinstance(new, bool) or not isinstance(new, int):
+            raise RuntimeFault(
+                f"truncate: the length of sequence {row} must be an int, got {new!r} ({type(new).__name__})"
+            )
+        if not 0 <= new <= limit:
+            raise RuntimeFault(
+                f"truncate: sequence {row}: got length {new}, expected 0 to {limit}, the tokens that it has; "
+                "truncate() only takes tokens back"
+            )
+    return rows
+
+
+def first_kept_column(logits_to_keep: int, T: int) -> int:
+    """First of T columns whose logits a step returns; 0 keeps all, as in transformers."""
+    if (
+        isinstance(logits_to_keep, bool)
+        or not isinstance(logits_to_keep, int)
+        or logits_to_keep < 0
+    ):
+        raise RuntimeFault(f"logits_to_keep must be an int >= 0 (0: all), got {logits_to_keep!r}")
+    return max(0, T - logits_to_keep) if logits_to_keep else 0
+
+
 def check_batch(ledger: Ledger, batch_size: int) -> None:
     """B is fixed from the first step to reset()."""
     if ledger.batch_size and ledger.batch_size != batch_size:
@@ -68,7 +118,45 @@ def check_batch(ledger: Ledger, batch_size: int) -> None:
         )
 
 
+def check_rows(rows: object, ledger: Ledger) -> None:
+    """`rows` of a reset must be a list of row numbers of the current batch."""
+    if not isinstance(rows, (list, tuple)):
+        raise RuntimeFault(
+            f"reset: rows must be a list of row numbers, got {rows!r} ({type(rows).__name__})"
+        )
+    bad = [
+        r
+        for r in rows
+        if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < ledger.batch_size
+    ]
+    if bad:
+        raise RuntimeFault(
+            f"reset(rows={list(rows)}): {bad} are not rows of the current batch of {ledger.batch_size}"
+        )
+
+
 def chunks_of(T: int, batch_size: int, context: int) -> list[slice]:
     """Cut a long step along T so that what is held at a time stays bounded."""
     width = max(1, min(MAX_CHUNK, SCORE_TOKENS // max(1, batch_size * context)))
     return [slice(t, min(t + width, T)) for t in range(0, T, width)]
+
+
+def kept_logits(
+    run_chunk: Callable[[slice], Tensor], chunks: Iterable[slice], first: int, T: int
+) -> Tensor:
+    """Run the chunks of a step; logits [B, T - first, vocab] of the columns from `first` on.
+
+    A chunk's logits are copied to their place and dropped: a list and a cat would hold all of them twice.
+    """
+    kept: Tensor | None = None
+    for chunk in chunks:
+        logits = run_chunk(chunk)
+        if logits.shape[1] == T:
+            return logits[:, first:]
+        if kept is None:
+            kept = logits.new_empty((logits.shape[0], T - first, logits.shape[2]))
+        start, stop = max(chunk.start, first), max(chunk.stop, first)
+        kept[:, start - first : stop - first] = logits[:, start - chunk.start :]
+        del logits
+    assert kept is not None  # T >= 1
+    return kept

@@ -33,7 +33,12 @@ from helix_compile.verifier.check import Check, Progress
 from helix_compile.verifier.import_check import check_import
 from helix_compile.verifier.pair import check_pair
 from helix_compile.verifier.report import Finding, VerificationReport, grouped
-from helix_compile.verifier.static_graph import TypedGraph, every_layer_is_called, type_graph
+from helix_compile.verifier.static_graph import (
+    TypedGraph,
+    every_layer_is_called,
+    malformed,
+    type_graph,
+)
 from helix_compile.verifier.static_params import check_params
 from helix_compile.verifier.subject import Subject, check_layers, check_steps
 
@@ -119,6 +124,12 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     check = Check([compiled.plan.dtype])
     own_dtype = getattr(torch, compiled.plan.dtype)
     check.coverage.ranks = len(compiled.ranks)
+    check.findings += malformed(compiled.graph)
+    if check.findings:
+        check.notes.append(
+            "nothing else was checked: a graph that is not well formed has no meaning"
+        )
+        return check
     say("static: parameters, layouts, collectives")
     same = model if model.dtype == own_dtype else converted_copy(model, own_dtype)
     options = compiled.plan.options

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS: list[tuple[str, str]] = [
     ("facts", "errors ledger matches numerics models."),
     ("data", "config_file config_section own_config trtllm_config vllm_config config_dialects options options_schema layout mesh placement plan"),
+    ("checkpoints", "checkpoint_files checkpoint_names checkpoint_model checkpoint_weights shard_boxes"),
     ("ops", "kernels. ops"),
     ("graph tools", "graph_pass leaves provenance graph_text graph_python graph_queries costs schedule graph_json output_folder passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),
@@ -19,7 +20,7 @@ ROOMS: list[tuple[str, str]] = [
     ("decisions and passes", "planning param_plan passes. kernel_selection"),
     ("step", "params kv_cache step_inputs handover handover_file dynamic_cache prefix_import prefix_export ranks rank_claims"),
     ("views", "views."),
-    ("run", "module inspection rank_share explain generation model_source saving saved_weights saved_checks"),
+    ("run", "module inspection rank_share explain assisted_generation generation model_source saving saved_weights saved_checks"),
     ("spine", "compile"),
     ("verification", "verifier verifier. verification mutants mutants."),
     ("front door", "backend command_options kernels_command __main__ __init__"),

@@ -15,6 +15,7 @@ from typing import Any
 import helix_compile.kernels.sass_count as sass_count
 from helix_compile.kernels.registry import CompileCase
 
+KINDS = ("ptx", "cubin", "ttgir")  # of files
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor
 REGISTER_STEP = 8  # a warp gets registers in such steps per thread
 MAX_THREADS = 1024
@@ -104,7 +105,7 @@ def describe(
     case: CompileCase, arch: str, folder: Path, stem: str, figures: StaticFigures
 ) -> KernelRecord:
     """Read the record of a compiled case off its files, `folder`/`stem`.ptx, .cubin and .ttgir."""
-    names = {kind: f"{stem}.{kind}" for kind in ("ptx", "cubin", "ttgir")}
+    names = {kind: f"{stem}.{kind}" for kind in KINDS}
     cubin, ptx = folder / names["cubin"], (folder / names["ptx"]).read_text()
     instructions = sass_count.parse_sass(cuobjdump(cubin, "-sass"))
     record = KernelRecord(

@@ -17,6 +17,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from helix_compile.kernels.compiler_probe import specialises_halves
 from helix_compile.kernels.merge_splits import merge_splits, merge_splits_case
 from helix_compile.kernels.mla_launch import FP8, decode_case, decode_parts
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
@@ -31,6 +32,7 @@ from helix_compile.kernels.tuning import (
 )
 
 TMA_BYTES = 16  # alignment of a tensor's base and of its rows
+TABLE_TOKENS_PER_SCALE = 16  # of the FP8 form that `kernels --all` compiles beside a 16-bit one
 
 
 def _config_of(q_latent: Tensor, q_rope: Tensor, cache: Tensor, target: KernelTarget) -> MlaConfig:
@@ -44,7 +46,11 @@ def _config_of(q_latent: Tensor, q_rope: Tensor, cache: Tensor, target: KernelTa
         itemsize=q_latent.dtype.itemsize,
         tma=rows_aligned and cache.data_ptr() % TMA_BYTES == 0,
     )
-    return mla_config(shape, target, scaled=cache.dtype == FP8)
+    return _config(shape, target, scaled=cache.dtype == FP8)
+
+
+def _config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
+    return mla_config(shape, target, scaled, specialises_halves(target.capability))
 
 
 def _decode(
@@ -170,7 +176,7 @@ def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[C
     """The selected form, once a way to store, and the pointer form behind it."""
     shape, dtype = _site_shape(site), site.args[0].dtype
     sizes = (site.args[0].shape[2], shape.R, shape.r, shape.page_size, dtype, dtype)
-    config, behind = mla_config(shape, target), pointer_config(shape, target)
+    config, behind = _config(shape, target), pointer_config(shape, target)
 
     def case(config: MlaConfig, direct: bool, fallback: bool) -> CompileCase:
         return decode_case(
@@ -179,12 +185,30 @@ def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[C
         )  # fmt: skip
 
     cases = [case(config, direct, False) for direct in directs]
-    return cases if config == behind else [*cases, case(behind, False, True)]
+    if config != behind:
+        cases.append(case(behind, False, True))
+    if shape.itemsize == 2 and shape.page_size % TABLE_TOKENS_PER_SCALE == 0:
+        cases.append(_scaled_case(site, target))
+    return cases
+
+
+def _scaled_case(site: Site, target: KernelTarget) -> CompileCase:
+    """mla_decode.scaled, if the site's cache were FP8; it leaves the parts of each split."""
+    q_latent, cache = site.args[0], site.args[2]
+    tma = cache.shape[2] * FP8.itemsize % TMA_BYTES == 0
+    shape = dataclasses.replace(_site_shape(site), tma=tma)
+    config = _config(shape, target, scaled=True)
+    case = decode_case(
+        config, q_latent.shape[2], shape.R, shape.r, shape.page_size, q_latent.dtype, FP8,
+        tokens_per_scale=TABLE_TOKENS_PER_SCALE, interpreted=target.arch == INTERPRETER,
+        kv_ctas=-(-shape.rows // config.block_h), fallback=True,
+    )  # fmt: skip
+    return dataclasses.replace(case, kernel="mla_decode.scaled", config=f"FP8 cache, {config}")
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     """The kernel, and the merge of each number of splits that a batch can get."""
-    shape, config = _site_shape(site), mla_config(_site_shape(site), target)
+    shape, config = _site_shape(site), _config(_site_shape(site), target)
     H = site.args[0].shape[2]
     counts = {
         split_count(B, shape.rows // H, H, site.capacity.max_slots, target, config.block_h, config.block_n)
@@ -227,6 +251,7 @@ MLA_DECODE_SPLITS = register_kernel(
         cases=_splits_cases,
     )
 )
+# no plan makes an FP8 cache, so nothing selects this one: it is called by its name
 MLA_DECODE_SCALED = define_triton_op(
     f"mla_decode.scaled({_ARGUMENTS}, Tensor cache_scale) -> (Tensor, Tensor)",
     mla_decode_scaled_triton,

@@ -56,9 +56,10 @@ def split_range(kv_len, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def] 
 @triton.jit
 def tile_row(page_table_ptr, b, stride_table, first, PAGE: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
     """Row of the cache [pages * PAGE, R + r] that slot `first` of sequence b lies in."""
-    tl.assume(first >= 0)  # division by a power of two is a shift then
-    page = tl.load(page_table_ptr + b.to(tl.int64) * stride_table + first // PAGE)
-    return page.to(tl.int32) * PAGE + first % PAGE
+    # unsigned, so that division by a power of two is a shift; Triton 3.6 can't partition a loop with tl.assume
+    slot = tl.cast(first, tl.uint32)
+    page = tl.load(page_table_ptr + b.to(tl.int64) * stride_table + (slot // PAGE).to(tl.int32))
+    return page.to(tl.int32) * PAGE + (slot % PAGE).to(tl.int32)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import io
 import multiprocessing
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from helix_compile.errors import LoweringUnavailable
-from helix_compile.kernels.kernel_record import KernelRecord, StaticFigures, describe
+from helix_compile.kernels.kernel_record import KINDS, KernelRecord, StaticFigures, describe
 from helix_compile.kernels.registry import CompileCase
 from helix_compile.kernels.target import offline_target
 
@@ -40,9 +41,12 @@ class _Job:
     function: str
     case: CompileCase  # without its function
     capability: int
-    folder: Path
-    stem: str  # of its files in the folder, such as "sm_90/merge_lse_4_parts"
-    log: Path
+    scratch: Path  # gets its files; what is whole goes from here to the folder that was asked for
+    stem: str  # of its files, such as "sm_90/merge_lse_4_parts"
+
+    @property
+    def log(self) -> Path:
+        return self.scratch / "compiler.log"
 
 
 def compile_cases(
@@ -59,12 +63,17 @@ def compile_cases(
         folder: gets `<arch>/<kernel>-<config>.ptx`, .cubin and .ttgir.
         progress: called with each record when it is there.
 
+    A case that can't be compiled leaves no file, and files are put in place whole: an interrupt leaves none half-written.
+
     Raises:
         LoweringUnavailable: an unknown arch, or a process in which Triton interprets instead of compiling.
+        OSError: the folder can't be written.
     """
     capability = offline_target(arch).capability
     for case in cases:
-        if not hasattr(case.function, "cache_key"):
+        if not hasattr(
+            type(case.function), "cache_key"
+        ):  # its own would be computed, and may raise
             raise LoweringUnavailable(
                 f"kernel {case.kernel} is interpreted in this process and can't be compiled: "
                 "TRITON_INTERPRET=1 was set when it was imported; start Python without it"
@@ -75,12 +84,14 @@ def compile_cases(
         jobs = [
             _Job(
                 case.function.fn.__module__, case.function.fn.__qualname__, replace(case, function=None),
-                capability, folder, f"{arch}/{stem}", Path(scratch) / f"{i}.log",
+                capability, Path(scratch) / str(i), f"{arch}/{stem}",
             )
             for i, (case, stem) in enumerate(zip(cases, _stems(cases), strict=True))
         ]  # fmt: skip
         for case, job, outcome in zip(cases, jobs, pool.map(_isolated, jobs), strict=True):
             records.append(_record(case, arch, job, outcome))
+            if isinstance(outcome, StaticFigures):
+                _put(job, folder)
             if progress is not None:
                 progress(records[-1])
     return records
@@ -108,9 +119,21 @@ def _stems(cases: list[CompileCase]) -> list[str]:
 
 def _record(case: CompileCase, arch: str, job: _Job, outcome: StaticFigures | str) -> KernelRecord:
     if isinstance(outcome, StaticFigures):
-        return describe(case, arch, job.folder, job.stem, outcome)
+        return describe(case, arch, job.scratch, job.stem, outcome)
     reason = f"not compiled: {outcome}"
     return KernelRecord(case.kernel, arch, case.config, fallback=case.fallback, reason=reason)
+
+
+def _put(job: _Job, folder: Path) -> None:
+    """Move a kernel's files where they belong: copied beside their places first, which may be on another disk."""
+    for kind in KINDS:
+        place = folder / f"{job.stem}.{kind}"
+        beside = place.with_name(f".{place.name}.part")
+        try:
+            shutil.copyfile(job.scratch / f"{job.stem}.{kind}", beside)
+            beside.replace(place)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def _isolated(job: _Job) -> StaticFigures | str:
@@ -118,6 +141,7 @@ def _isolated(job: _Job) -> StaticFigures | str:
     # not fork: this process may hold CUDA and threads. The server imports the kernels once and forks from there.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
+    (job.scratch / job.stem).parent.mkdir(parents=True)
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(job, send), daemon=True)
     process.start()
@@ -166,21 +190,11 @@ def _without_folders(text: str) -> str:
 def _compile(job: _Job) -> StaticFigures:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    from helix_compile.kernels.compiler_probe import case_source
 
     function = getattr(importlib.import_module(job.module), job.function)
-    case, position = job.case, function.arg_names.index
-    missing = [
-        a for a in function.arg_names if a not in case.signature and a not in case.constexprs
-    ]
-    if missing:
-        raise TypeError(f"no type and no value for {', '.join(missing)}")
-    source = ASTSource(
-        function,
-        {a: "constexpr" if a in case.constexprs else case.signature[a] for a in function.arg_names},
-        {(position(a),): value for a, value in case.constexprs.items()},
-        {(position(a),): [["tt.divisibility", 16]] for a in case.divisible_by_16},
-    )  # fmt: skip
+    source = case_source(replace(job.case, function=function))
     # on is Triton's default up to 3.9, which warns that it will change
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     knobs, output = triton.knobs, io.StringIO()
@@ -194,11 +208,11 @@ def _compile(job: _Job) -> StaticFigures:
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
         knobs.cache.dir = cache
         kernel = triton.compile(
-            source, target=GPUTarget("cuda", job.capability, 32), options=case.options
+            source, target=GPUTarget("cuda", job.capability, 32), options=job.case.options
         )
-    for kind in ("ptx", "ttgir", "cubin"):
+    for kind in KINDS:
         made = kernel.asm[kind]
-        file = job.folder / f"{job.stem}.{kind}"
+        file = job.scratch / f"{job.stem}.{kind}"
         file.write_bytes(made if isinstance(made, bytes) else made.encode())
     tmem = getattr(kernel.metadata, "tmem_size", 0) or 0
     return StaticFigures(kernel.metadata.shared, tmem, output.getvalue())

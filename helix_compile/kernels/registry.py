@@ -139,6 +139,11 @@ def kernel_of(op: str) -> Kernel | None:
     return _REGISTRY.kernels.get(op)
 
 
+def registered_kernels() -> list[Kernel]:
+    """Every kernel that was registered, in that order."""
+    return list(_REGISTRY.kernels.values())
+
+
 def select_kernel(site: Site, target: KernelTarget) -> Choice:
     """The kernel of a site on a target, or the reason why its torch reference runs."""
     kernel = kernel_of(site.op)

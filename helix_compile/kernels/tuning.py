@@ -97,6 +97,9 @@ MLA_DECODE = (
     # two CTAs of 16 rows rather than one of 32: that one spills in its hot loops
     MlaEntry("sm_100", 32, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2, 2, True, True), STATIC, False),
     MlaEntry("sm_100", None, 2, MlaConfig(ROWS, 64, 64, 8, 2, 2, True), STATIC, False),
+    # where the compiler can't specialise a loop over two halves (Triton 3.6)
+    MlaEntry("sm_100", 32, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2, 1, True, True), STATIC, False),
+    MlaEntry("sm_100", None, 2, MlaConfig(ROWS, 64, 64, 8, 2, 1, True), STATIC, False),
     MlaEntry("sm_90", 16, 2, MlaConfig(TRANSPOSED, 16, 64, 4, 2), STATIC, False),
     MlaEntry("sm_90", 32, 2, MlaConfig(TRANSPOSED, 32, 64, 4, 2), STATIC, False),
     MlaEntry("sm_90", None, 2, MlaConfig(ROWS, 64, 64, 8, 2), STATIC, False),
@@ -116,9 +119,19 @@ MLA_DECODE = (
 )  # fmt: skip
 
 
-def mla_config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
-    """The first entry whose class holds the shape and whose form can run it."""
-    return next(entry for entry in MLA_DECODE if _applies(entry, shape, target, scaled)).config
+def mla_config(
+    shape: MlaShape, target: KernelTarget, scaled: bool = False, halves: bool = True
+) -> MlaConfig:
+    """The first entry whose class holds the shape and whose form can run it.
+
+    `halves`: the compiler can specialise a loop over two halves (compiler_probe.specialises_halves).
+    """
+    return next(
+        entry.config
+        for entry in MLA_DECODE
+        if _applies(entry, shape, target, scaled)
+        and (halves or entry.config.parts == 1 or not entry.config.warp_specialize)
+    )
 
 
 def pointer_config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
@@ -132,16 +145,22 @@ def pointer_config(shape: MlaShape, target: KernelTarget, scaled: bool = False) 
 
 def _applies(entry: MlaEntry, shape: MlaShape, target: KernelTarget, scaled: bool) -> bool:
     return (
-        entry.arch in ("", _family(target))
+        entry.arch in ("", family(target))
         and (entry.max_rows is None or shape.rows <= entry.max_rows)
         and entry.itemsize in (None, shape.itemsize)
         and entry.scaled in (None, scaled)
-        and (entry.config.block_h < 64 or (shape.R <= 512 and shape.r <= 64))
-        and (entry.config.form == POINTER or _tma_form_runs(entry.config, shape))
+        and form_runs(entry.config, shape)
     )
 
 
-def _family(target: KernelTarget) -> str:
+def form_runs(config: MlaConfig, shape: MlaShape) -> bool:
+    """Whether a config can take a shape at all; whether it fits a card, the offline compiler says."""
+    return (config.block_h < 64 or (shape.R <= 512 and shape.r <= 64)) and (
+        config.form == POINTER or _tma_form_runs(config, shape)
+    )
+
+
+def family(target: KernelTarget) -> str:
     """sm_103 is tuned as sm_100; below and beyond, each architecture is its own."""
     return "sm_100" if 100 <= target.capability < 110 else target.arch
 

@@ -73,7 +73,7 @@ def build_model(
 
 
 def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.Module | Path:
-    """What a MODEL argument names: a preset, a config.json, or a checkpoint folder (returned as its path).
+    """What a MODEL argument names: a preset, a config.json, or a checkpoint folder (returned as its path, unread).
 
     Args:
         name: preset, path of a config.json (random weights), or folder with config.json and safetensors.
@@ -88,18 +88,12 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
     path = Path(name)
     if name in PRESETS:
         config: Any = preset_config(name)
-    elif path.is_dir() and not meta and dtype is None:
+    elif path.is_dir() and not meta:
         return path
     elif path.exists():
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        if path.is_dir() and not meta:
-            from transformers import AutoModelForCausalLM
-
-            return AutoModelForCausalLM.from_pretrained(
-                path, dtype=chosen, local_files_only=True, use_safetensors=True
-            ).eval()
     else:
         raise KeyError(
             f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name"

@@ -7,8 +7,9 @@ first that does not are the suspects.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ from helix_compile.verifier.report import Finding
 
 # a value may be this far from its fp64 twin (rel-RMSE) before it counts as wrong, noise of earlier ops included
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+Compare = Callable[
+    [fx.Node], tuple[float, int] | None
+]  # how far a node's value is off, and on which rank
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def first_deviation(
         mask: [B, T] of the step's tokens; values at padding are not compared.
     """
     twins = _twins(body.graph, match, expected)
-    return _walk(body.graph.nodes, values, twins, layouts, degrees, dtype, mask)
+    compare = partial(_off, values=values, twins=twins, layouts=layouts, degrees=degrees, mask=mask)
+    return walk(body.graph.nodes, compare, dtype)
 
 
 def outer_deviation(
@@ -78,27 +84,24 @@ def outer_deviation(
     before_layers: bool,
 ) -> Located | None:
     """The same in the outer graph, either before the first layer (embedding, position tables) or behind the last."""
+    twins = {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}  # fmt: skip
+    compare = partial(_off, values=values, twins=twins, layouts=layouts, degrees=degrees, mask=mask)
+    return walk(outer_part(graph, before_layers=before_layers), compare, dtype)
+
+
+def outer_part(graph: fx.Graph, *, before_layers: bool) -> list[fx.Node]:
+    """Nodes of the outer graph in front of the layers or behind them; what only layers read is left out."""
     nodes = list(graph.nodes)
     calls = [i for i, n in enumerate(nodes) if n.op == "call_module"]
     part = nodes[: calls[0]] if before_layers else nodes[calls[-1] + 1 :]
-    # what only layers read is compared with their values
-    part = [n for n in part if n.op != "placeholder" or any(u.op != "call_module" for u in n.users)]
-    twins = {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}  # fmt: skip
-    return _walk(part, values, twins, layouts, degrees, dtype, mask)
+    return [n for n in part if n.op != "placeholder" or any(u.op != "call_module" for u in n.users)]
 
 
-def _walk(
-    nodes: Iterable[fx.Node],
-    values: list[dict[str, Any]],
-    twins: dict[str, Tensor],
-    layouts: dict[str, Any],
-    degrees: HelixLayout,
-    dtype: torch.dtype,
-    mask: Tensor,
-) -> Located | None:
+def walk(nodes: Iterable[fx.Node], compare: Compare, dtype: torch.dtype) -> Located | None:
+    """The first node in order whose value is off by more than noise; compare() gives None where there is no twin."""
     good: set[fx.Node] = set()
     for node in nodes:
-        compared = _off(node, values, twins, layouts, degrees, mask)
+        compared = compare(node)
         if compared is None:
             if node.op in ("placeholder", "get_attr"):
                 good.add(node)  # no twin: page table, cache, a rank's part of a weight
@@ -155,15 +158,20 @@ def _off(
             fit = value.reshape(twin.shape)
         if fit is None:
             return None
-        mine, wanted = _unpadded(fit, mask), _unpadded(twin, mask)
-        norm = float(wanted[wanted.isfinite()].square().sum())
-        # equal infinities (masked scores) are equal; a NaN is not
-        error = torch.where(mine == wanted, 0.0, mine - wanted).square().sum()
-        off = float(error) / norm if norm else float(error)
-        off = off**0.5 if off == off else float("inf")
+        off = rel_rmse(fit, twin, mask)
         if worst is None or off > worst[0]:
             worst = (off, number if not layout else 0)
     return worst
+
+
+def rel_rmse(value: Tensor, wanted: Tensor, mask: Tensor) -> float:
+    """RMS of the difference over that of `wanted`, padding aside; inf where either holds NaN."""
+    value, wanted = _unpadded(value, mask).double(), _unpadded(wanted, mask).double()
+    norm = float(wanted[wanted.isfinite()].square().sum())
+    # equal infinities (masked scores) are equal; a NaN is not
+    error = float(torch.where(value == wanted, 0.0, value - wanted).square().sum())
+    off = error / norm if norm else error
+    return off**0.5 if off == off else float("inf")
 
 
 def _unpadded(value: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from helix_compile.verifier.reference import OriginalFails
 from helix_compile.verifier.report import Coverage, Finding
 
 Progress = Callable[[str], None]
@@ -40,6 +41,9 @@ class Check:
 
 def fault(error: Exception, where: str) -> Finding:
     """A finding for an exception of the module under test."""
+    if isinstance(error, OriginalFails):
+        expected = "an original that runs by itself: change its own settings, such as the experts' implementation"
+        return Finding("HX503", where, str(error), expected, 0, "numeric")
     text = str(error)
     collective = "deadlock" in text or "ranks disagree" in text or "waited for" in text
     pending = "wait" in text and not text.startswith("deadlock")

@@ -32,8 +32,13 @@ VECTOR = {torch.float64: 0.2, torch.float32: 0.0, torch.bfloat16: 0.2, torch.flo
 BIAS = 0.2  # spread of the router's correction bias, as a part of the spread of its scores: some choices turn
 
 
-def sharpening(reference: CapturedReference, seed: int) -> Edits:
-    """Edits by full parameter name, measured on one layer of each body with random hidden states."""
+def sharpening(reference: CapturedReference, seed: int, spread: float | None = None) -> Edits:
+    """Edits by full parameter name, measured on one layer of each body with random hidden states.
+
+    Args:
+        spread: standard deviation of the scores afterwards; by default that of SPREAD for the captured dtype.
+    """
+    spread = SPREAD[reference.captured.dtype] if spread is None else spread
     edits: Edits = {}
     generator = torch.Generator().manual_seed(seed)
     for body, match in reference.matches.items():
@@ -58,7 +63,7 @@ def sharpening(reference: CapturedReference, seed: int) -> Edits:
                 kv_up = reference.tensors[layer.prefix + attention.kv_up_weight]
                 query = absorbed_query(attention, values, kv_up)
                 seen = scores(attention, query, values[attention.latent][:, 0], values[attention.k_rope][:, 0])  # fmt: skip
-                factor = max(1.0, SPREAD[reference.captured.dtype] / max(float(seen.std()), 1e-6))
+                factor = max(1.0, spread / max(float(seen.std()), 1e-6))
                 edits[layer.prefix + attention.q_weight] = partial(_scaled, factor=factor)
                 if attention.q_bias:
                     edits[layer.prefix + attention.q_bias] = partial(_scaled, factor=factor)

@@ -19,7 +19,11 @@ from helix_compile.numerics import WidenedIslands
 from helix_compile.passes.evaluate import evaluate
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.placement import Layout
-from helix_compile.verifier.reference import RecordingInterpreter, with_textbook_experts
+from helix_compile.verifier.reference import (
+    RecordingInterpreter,
+    blaming_the_original,
+    with_textbook_experts,
+)
 from helix_compile.verifier.scratch import Scratch, running
 from helix_compile.verifier.static_params import coordinate
 
@@ -102,7 +106,8 @@ class CapturedReference:
             def record(path: str, node: fx.Node, value: Any) -> None:
                 values[node.name] = value
 
-            out = RecordingInterpreter(body, record).run(*inputs)
+            with blaming_the_original(f"the original's captured layer {layer}, run by itself"):
+                out = RecordingInterpreter(body, record).run(*inputs)
         values["output"] = out[0]
         return values
 

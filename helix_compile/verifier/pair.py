@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -13,37 +13,123 @@ from helix_compile.module import HelixModule
 from helix_compile.passes.fx_edit import is_param, placeholders
 from helix_compile.passes.pipeline import STAGES
 from helix_compile.placement import normal_form, parse_layout
-from helix_compile.verifier.check import Check, Progress
+from helix_compile.verifier.check import Check, Progress, fault
+from helix_compile.verifier.conditioning import Edits
 from helix_compile.verifier.numeric import (
+    Batch,
     Outcome,
     Pool,
     Scenario,
     batches,
+    check_ranks,
     run_scenario,
     scenarios,
     stage_params,
 )
+from helix_compile.verifier.pair_bisect import Side, bisect_pair
+from helix_compile.verifier.pair_weights import shared_edits
+from helix_compile.verifier.reference import edited
+from helix_compile.verifier.report import Finding
 from helix_compile.verifier.routing import Choices, topk_hook
 from helix_compile.verifier.scratch import Scratch
-from helix_compile.verifier.static_graph import TypedGraph, type_graph
+from helix_compile.verifier.static_graph import TypedGraph, malformed, type_graph
 
 # largest deviation over the largest logit; in 16 bits both sides round, each by about 1e-2
 PAIR_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
+FIRST, SECOND = "first module", "second module"
+
+
+class _SecondFails(Exception):
+    """The second module can't be compared with: its findings say why."""
 
 
 @dataclass
 class _ModuleReference:
-    """Another compiled module in the place of the original."""
+    """The second module in the place of the original; what is wrong with itself goes to `findings`."""
 
     scratch: Scratch
+    where: str
+    findings: list[Finding] = field(default_factory=list)
+    number: int = -1
 
     def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None) -> Tensor:
+        self.number += 1
         hook = topk_hook(choices, with_scores=True) if choices is not None else None
-        return self.scratch.step(ids, mask, hook)[0].double()
+        where, kept = f"{SECOND}, {self.where}", mask.bool()
+        try:
+            logits = self.scratch.step(ids, mask, hook)
+        except Exception as error:  # whatever breaks in a module under test is a finding
+            self.findings.append(fault(error, f"{where}, step {self.number}"))
+            raise _SecondFails from error
+        self.findings += check_ranks(logits, kept, where, self.number, self.scratch.params)
+        if not torch.isfinite(logits[0][kept]).all():
+            at = f"{where}, step {self.number}"
+            self.findings.append(Finding("HX406", at, "NaN or inf logits", "finite logits", 5, "numeric"))  # fmt: skip
+        if self.findings:
+            raise _SecondFails
+        return logits[0].double()
+
+
+@dataclass
+class _Pair:
+    """The two modules, the edits that condition both, and their layouts as far as they could be inferred."""
+
+    modules: tuple[HelixModule, HelixModule]
+    edits: Edits
+    typed: list[TypedGraph | None] = field(default_factory=list)
+
+    def scratches(self, scenario: Scenario, seeds: tuple[int, int]) -> list[Scratch]:
+        """Fresh caches for both; the edits are made on copies of what each rank holds: a wrong shard stays wrong."""
+        return [
+            Scratch(
+                module, module.graph,
+                [edited(p, self.edits) for p in stage_params(module, module.graph, STAGES[-1])],
+                len(scenario.lengths), scenario.capacity, seed,
+            )
+            for module, seed in zip(self.modules, seeds, strict=True)
+        ]  # fmt: skip
 
 
 def check_pair(compiled: HelixModule, other: HelixModule, seed: int, say: Progress) -> Check:
     """Two modules of one model on the same steps; layouts of both."""
+    _check_comparable(compiled, other)
+    check = Check([compiled.plan.dtype])
+    check.coverage.ranks = len(compiled.ranks)
+    pair = _Pair((compiled, other), {})
+    broken = False
+    for name, module in ((FIRST, compiled), (SECOND, other)):
+        say(f"static: layouts of the {name}")
+        unrunnable = malformed(module.graph)
+        typed = None if unrunnable else check.guarded(name, partial(_typed, module))
+        found = unrunnable or (typed.findings if typed is not None else [])
+        check.findings += [replace(f, where=f"{name}, {f.where}") for f in found]
+        check.coverage.nodes_typed += typed.nodes if typed is not None else 0
+        pair.typed.append(typed)
+        broken |= bool(unrunnable)
+    if broken:
+        return check
+    _condition(pair, seed, check, say)
+    runs, notes = scenarios(compiled, sum(t.numel() for t in compiled.ranks[0].params.values()))
+    check.notes += notes
+    check.coverage.stages.append(STAGES[-1])
+    check.coverage.limit = PAIR_LIMIT[getattr(torch, compiled.plan.dtype)]
+    room = other.plan.options
+    for scenario in runs:
+        if scenario.capacity > room.max_seq_len or len(scenario.lengths) > room.max_batch_size:
+            check.notes.append(f"{scenario.name} left out: the {SECOND} has room for less")
+            continue
+        say(f"numeric: {scenario.name}")
+        outcome = check.guarded(scenario.name, partial(_run, pair, scenario, seed, check))
+        if outcome is not None:
+            check.findings += outcome.findings
+            check.notes += outcome.notes
+            check.coverage.largest_deviation = max(check.coverage.largest_deviation, outcome.worst)
+        if outcome is None or outcome.findings:
+            break  # the first that deviates is the one to look at
+    return check
+
+
+def _check_comparable(compiled: HelixModule, other: HelixModule) -> None:
     for what in ("vocab_size", "cache_widths", "latent_widths"):
         mine, theirs = getattr(compiled.facts, what), getattr(other.facts, what)
         if mine != theirs:
@@ -54,32 +140,23 @@ def check_pair(compiled: HelixModule, other: HelixModule, seed: int, say: Progre
         raise HelixError(
             f"verify: two modules in {compiled.plan.dtype} and {other.plan.dtype}; compile both in one dtype"
         )
-    check = Check([compiled.plan.dtype])
-    check.coverage.ranks = len(compiled.ranks)
-    for name, module in (("first module", compiled), ("second module", other)):
-        say(f"static: layouts of the {name}")
-        typed = check.guarded(name, partial(_typed, module))
-        if typed is not None:
-            check.findings += [replace(f, where=f"{name}, {f.where}") for f in typed.findings]
-            check.coverage.nodes_typed += typed.nodes
-    runs, notes = scenarios(compiled, sum(t.numel() for t in compiled.ranks[0].params.values()))
-    check.notes += notes
-    check.coverage.stages.append(STAGES[-1])
-    check.coverage.limit = PAIR_LIMIT[getattr(torch, compiled.plan.dtype)]
-    room = other.plan.options
-    for scenario in runs:
-        if scenario.capacity > room.max_seq_len or len(scenario.lengths) > room.max_batch_size:
-            check.notes.append(f"{scenario.name} left out: the second module has room for less")
-            continue
-        say(f"numeric: {scenario.name}")
-        outcome = check.guarded(
-            scenario.name, partial(_run, compiled, other, scenario, seed, check)
+    if other.device.type == "meta":
+        raise HelixError(
+            f"verify: the {SECOND} is on the meta device: it has no weights to compare with"
         )
-        if outcome is not None:
-            check.findings += outcome.findings
-            check.notes += outcome.notes
-            check.coverage.largest_deviation = max(check.coverage.largest_deviation, outcome.worst)
-    return check
+
+
+def _condition(pair: _Pair, seed: int, check: Check, say: Progress) -> None:
+    say("numeric: weights that make faults matter")
+    before = len(check.findings)
+    edits = check.guarded("conditioning", lambda: shared_edits(pair.modules, seed))
+    pair.edits = edits or {}
+    check.coverage.conditioned = bool(edits)
+    if edits is None and len(check.findings) == before:
+        check.notes.append(
+            "weights are as they are: neither module has the original's, which conditioning is measured on (both were "
+            "reloaded). A fault that changes little may hide; compare with a module that was compiled here"
+        )
 
 
 def _typed(module: HelixModule) -> TypedGraph:
@@ -99,18 +176,49 @@ def _typed(module: HelixModule) -> TypedGraph:
     return type_graph(module.graph, dict(module.ranks[0].params), layouts, plan.layout)
 
 
-def _run(
-    compiled: HelixModule, other: HelixModule, scenario: Scenario, seed: int, check: Check
-) -> Outcome:
-    scratches = [
-        Scratch(
-            module, module.graph, stage_params(module, module.graph, STAGES[-1]), len(scenario.lengths),
-            scenario.capacity, seed + number,
+def _run(pair: _Pair, scenario: Scenario, seed: int, check: Check) -> Outcome:
+    steps = batches(scenario, pair.modules[0].facts.vocab_size, seed)
+    mine, theirs = pair.scratches(scenario, (seed, seed + 1))  # pages lie otherwise
+    second = _ModuleReference(theirs, scenario.name)
+    outcome = Outcome(failing_step=None)
+    try:
+        outcome = run_scenario(
+            mine, second, None, steps, scenario.name, check.coverage, Pool(), check.coverage.limit
         )
-        for number, module in enumerate((compiled, other))
-    ]  # fmt: skip
-    return run_scenario(
-        scratches[0], _ModuleReference(scratches[1]), None,
-        batches(scenario, compiled.facts.vocab_size, seed), scenario.name, check.coverage, Pool(),
-        check.coverage.limit,
-    )  # fmt: skip
+    except _SecondFails:
+        outcome.failing_step = second.number
+    outcome.findings = [_spoken(f) for f in outcome.findings] + second.findings
+    if outcome.findings and outcome.failing_step is not None:
+        outcome.findings = _located(pair, scenario, seed, steps, outcome)
+    return outcome
+
+
+def _spoken(finding: Finding) -> Finding:
+    """A finding of run_scenario() in words for two modules: there is no original here."""
+    if finding.code == "HX401":
+        got = finding.got.replace("logits off", "the first module's logits are off")
+        got += " of the second module's"
+        return replace(finding, code="HX409", got=got)
+    if finding.code == "HX408":
+        got = f"{FIRST}: {finding.got}"
+        return replace(finding, got=got, expected="the second module's choice")
+    return replace(finding, where=f"{FIRST}, {finding.where}")
+
+
+def _located(
+    pair: _Pair, scenario: Scenario, seed: int, steps: list[Batch], outcome: Outcome
+) -> list[Finding]:
+    """The findings with the layer and node where the two start to differ."""
+    assert outcome.failing_step is not None
+    sides = [
+        Side(scratch, typed)
+        for scratch, typed in zip(pair.scratches(scenario, (seed, seed)), pair.typed, strict=True)
+    ]
+    try:
+        found = bisect_pair(sides[0], sides[1], steps, outcome.failing_step)
+    except Exception:  # a module that can't be replayed has its finding already
+        return outcome.findings
+    if found is None:
+        return outcome.findings
+    located, place = found
+    return [located.named(replace(f, where=f"{f.where}, {place}")) for f in outcome.findings]

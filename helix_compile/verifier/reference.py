@@ -5,7 +5,8 @@ The eager copy decides. The graph only says *where* a deviation starts, and is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers.cache_utils import DynamicCache
 
+from helix_compile.errors import HelixError
 from helix_compile.graph_pass import copy_module
 from helix_compile.leaves import Leaf
 from helix_compile.matches import LayerMatch
@@ -23,6 +25,22 @@ from helix_compile.verifier.routing import Choices, RecordTopK
 
 CHUNK_TOKENS = 256  # long steps are cut so that scores [B, H, T, S] stay small
 Edits = Mapping[str, Callable[[Tensor], Tensor]]
+
+
+class OriginalFails(HelixError):
+    """The original model raised: there is nothing to compare with, and the module under test is not to blame."""
+
+
+@contextmanager
+def blaming_the_original(what: str) -> Iterator[None]:
+    """What is raised inside is raised again as OriginalFails, which names `what` ran."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).splitlines()
+        raise OriginalFails(
+            f"{what} raised {type(error).__name__}: {text[0] if text else ''}"
+        ) from error
 
 
 def wide_copy(model: Any) -> Any:
@@ -77,7 +95,8 @@ class EagerReference:
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         device = next(self.model.parameters()).device
-        with torch.no_grad(), WidenedIslands():
+        what = f"the original model, run by itself in {self.model.dtype}".replace("torch.", "")
+        with blaming_the_original(what), torch.no_grad(), WidenedIslands():
             out = self.model(
                 input_ids=ids.to(device),
                 attention_mask=self.mask.to(device),

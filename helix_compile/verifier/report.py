@@ -24,6 +24,7 @@ CODES: dict[str, str] = {
     "HX107": "duplicated work: more operations a rank than the plan's",
     "HX108": "ranks run different collectives",
     "HX109": "a layer call does not fit its body",
+    "HX110": "a graph that is not well formed",
     "HX201": "a parameter shard of another rank or another view",
     "HX202": "a parameter shard whose values are not the original's",
     "HX203": "a parameter that is missing or has a wrong shape",
@@ -38,8 +39,10 @@ CODES: dict[str, str] = {
     "HX406": "a value that is not finite",
     "HX407": "the captured graph deviates from the model",
     "HX408": "the router chooses other experts",
+    "HX409": "logits of the two modules deviate from each other",
     "HX501": "the module faults while it runs",
     "HX502": "a deadlock, or ranks that disagree on a collective",
+    "HX503": "the original model can't run",
 }  # fmt: skip
 
 # the bug families of served systems that a finding may point to
@@ -114,6 +117,7 @@ class Coverage:
     padded_rows: int = 0
     idle_rows: int = 0
     needles: int = 0
+    conditioned: bool = False
     full_cache: bool = False
     largest_deviation: float = 0.0
     limit: float = 0.0

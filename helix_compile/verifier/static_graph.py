@@ -97,6 +97,26 @@ def type_graph(
     return typed
 
 
+def malformed(graph: fx.GraphModule) -> list[Finding]:
+    """Graphs that fx itself would refuse: no output, a node before what it reads, a call of a body that is not there."""
+    parts = [("outer graph", graph), *graph.named_children()]
+    findings = []
+    for where, part in parts:
+        if not isinstance(part, fx.GraphModule):
+            continue
+        outputs = [n for n in part.graph.nodes if n.op == "output"]
+        if len(outputs) != 1:
+            got = f"{len(outputs)} output nodes" if outputs else "no output node"
+            findings.append(Finding("HX110", where, got, "one output node, as the last"))
+            continue
+        try:
+            part.graph.lint()
+        except Exception as error:  # lint() raises RuntimeError, ValueError and AssertionError
+            got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            findings.append(Finding("HX110", where, got, "a graph that torch.fx accepts"))
+    return findings
+
+
 def _call(typed: TypedGraph, node: fx.Node, of: Any, degrees: HelixLayout) -> Layout:
     """A layer takes what its body was typed for, and returns the hidden state, whole."""
     body = typed.module.get_submodule(str(node.target))

@@ -75,6 +75,7 @@ class Subject:
         self.reference = CapturedReference(_of(captured, self.plain), matches, weights)
         self.edits = sharpening(self.reference, seed)
         apply_edits(weights, self.edits)
+        check.coverage.conditioned = bool(self.edits)
         self.own_model, self.own = None, None
         if LIMIT.get(self.dtype) is None:  # in 16 bits the original's own rounding is the yardstick
             self.own_model = copy.deepcopy(model)

@@ -93,8 +93,6 @@ def test_stopping_criteria_and_eos() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 2}, "beam search reorders sequences"),
-    ({"assistant_model": torch.nn.Linear(1, 1)}, "assisted decoding needs truncate"),
-    ({"prompt_lookup_num_tokens": 3}, "prompt lookup: it takes tokens back"),
     ({"past_key_values": object()}, "the sharded cache belongs to the compiled module"),
     ({"inputs_embeds": torch.zeros(1, 1, 1)}, "the compiled graph starts at input_ids"),
     ({"cache_implementation": "static"}, "the cache is the module's own sharded one"),

@@ -107,9 +107,7 @@ def test_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
         helix_compile(model, cp=2)
 
 
-def test_truncate_and_the_dynamo_backend_are_refused() -> None:
-    with pytest.raises(LoweringUnavailable, match="not in this version"):
-        helix_compile(tiny_model(), cp=2, max_seq_len=64).truncate([1])
+def test_the_dynamo_backend_is_refused() -> None:
     with pytest.raises(HelixError, match="not in this version"):
         torch.compile(torch.nn.Linear(2, 2), backend="helix", options={"cp": 4})(torch.ones(1, 2))
 

@@ -180,7 +180,7 @@ def test_two_compiled_modules() -> None:
     name = "model.norm.weight"
     for rank in other.ranks:
         rank.params[name] = rank.params[name] * 1.001
-    assert "HX401" in {f.code for f in verify(one, other).findings}
+    assert "HX409" in {f.code for f in verify(one, other).findings}
     with pytest.raises(HelixError, match=r"two modules in float64 and float32"):
         verify(one, compiled_tiny(torch.float32))
 

@@ -56,6 +56,7 @@ def test_attention_uses_the_card(compiled: tuple[Path, list[dict[str, Any]]], ar
     (record,) = [r for r in compiled[1] if r["kernel"] == "mla_decode" and r["arch"] == arch]
     assert record["tma"] and record["tensor_core"] == tensor_core
     assert 20 < record["instructions_per_kv_token"] <= limit
+    assert ("in halves" in record["config"]) == (arch == "sm_100")  # Triton 3.7.0 can
     if arch == "sm_90":
         assert record["spills"] == 0
     for other in (r for r in compiled[1] if r["kernel"] != "mla_decode"):

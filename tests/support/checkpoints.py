@@ -1,0 +1,96 @@
+"""Checkpoint folders for tests: what save_pretrained writes, rewritten tensor by tensor; and FP8 made by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from helix_compile.capture import capture
+from helix_compile.options import HelixOptions
+from helix_compile.params import shard_of_name
+from helix_compile.passes.match_layers import match_layers
+from helix_compile.plan import HelixPlan, ParamShard
+from helix_compile.planning import plan_helix
+from tests.support.models import fresh_model, tiny_model
+
+Tensors = dict[str, Tensor]
+LAYOUTS = (
+    {"cp": 1},
+    {"cp": 2},
+    {"cp": 4},
+    {"cp": 3},
+    {"cp": 2, "tpa": 2},
+    {"cp": 3, "tpa": 2, "ep": 2},
+)
+
+
+def write(folder: Path, variant: str = "short", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A sharded checkpoint of a small model, experts one by one, as transformers saves it."""
+    fresh_model(variant, dtype).save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], Tensors | None]) -> Path:
+    """Change the tensors of a folder; they end up in one file without an index."""
+    tensors: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    changed = change(tensors)
+    changed = tensors if changed is None else changed
+    save_file({n: t.contiguous() for n, t in changed.items()}, folder / "model.safetensors")
+    return folder
+
+
+def set_config(folder: Path, **fields: object) -> None:
+    """Change config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def to_fp8(folder: Path, block: tuple[int, int]) -> Tensors:
+    """Quantise every projection of a folder in place; returns the whole matrices, dequantised the plain way."""
+    whole: Tensors = {}
+
+    def change(tensors: Tensors) -> Tensors:
+        stored: Tensors = {}
+        for name, tensor in tensors.items():
+            stored[name] = tensor
+            if not name.endswith("_proj.weight") and "kv_a_proj" not in name:
+                continue
+            rows, columns = tensor.shape
+            grid = (-(-rows // block[0]), -(-columns // block[1]))
+            scale = torch.rand(grid) * 3 + 0.01  # neighbours differ: a wrong block is seen
+            wide = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            wide = wide[:rows, :columns]
+            quantised = (tensor.float() / wide).to(torch.float8_e4m3fn)
+            stored[name], stored[f"{name}_scale_inv"] = quantised, scale
+            whole[name] = (quantised.float() * wide).to(tensor.dtype)
+        return stored
+
+    rewrite(folder, change)
+    quantisation = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
+    set_config(folder, quantization_config=quantisation)
+    return whole
+
+
+def plan_of(variant: str, **options: int) -> tuple[HelixPlan, dict[str, tuple[str, ParamShard]]]:
+    """A plan of a small model, and its shards by full name."""
+    captured = capture(tiny_model(variant))
+    matches = match_layers(captured, 512)
+    plan = plan_helix(captured, matches, HelixOptions(**options))
+    return plan, shard_of_name(plan, [(layer.prefix, layer.body) for layer in captured.layers])
+
+
+def shards_of(variant: str, **options: int) -> Iterator[tuple[str, ParamShard, HelixPlan, int]]:
+    """(full name of the original, shard, plan, rank) of everything that is cut, on every rank."""
+    plan, shards = plan_of(variant, **options)
+    for source, shard in shards.values():
+        for rank in range(plan.layout.world_size):
+            yield source, shard, plan, rank
