@@ -54,7 +54,7 @@ def captured_from(
             raise CaptureError("this CapturedGraph does not hold its model; use capture(model)")
         return model
     if isinstance(model, (str, Path)):
-        return _captured_folder(Path(model), dtype, device or torch.device("cpu"))
+        return _captured_folder(Path(model), dtype, device or torch.device("cpu", unmatched))
     if isinstance(model, HelixModule):
         raise CaptureError(
             "this model is already compiled by helix_compile; pass the original model"
@@ -84,13 +84,13 @@ def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _captured_folder(
-    folder: Path, dtype: torch.dtype | None, device: torch.device
+    folder: Path, dtype: torch.dtype | None, device: torch.device, unmatched: str
 ) -> CapturedGraph:
     """The model of a checkpoint folder, captured on the meta device; its weights are read when ranks are built."""
     _check_checkpoint_folder(folder)
     checkpoint = open_checkpoint(folder, dtype, device)
     check_model(checkpoint.model)
-    captured = capture(checkpoint.model)
+    captured = capture(checkpoint.model, unmatched=unmatched)
     _place(captured, device)
     return replace(captured, weights=checkpoint.weights, notes=(*captured.notes, *checkpoint.notes))
 

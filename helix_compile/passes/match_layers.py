@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from helix_compile.capture import CapturedGraph, capture
@@ -42,7 +44,8 @@ def keep_unmatched(captured: CapturedGraph, options: HelixOptions) -> CapturedGr
     if not keep:
         return captured
     assert captured.model is not None
-    return capture(captured.model, keep=keep, unmatched="keep")
+    again = capture(captured.model, keep=keep, unmatched="keep")
+    return replace(again, weights=captured.weights, notes=captured.notes)
 
 
 def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMatch:
