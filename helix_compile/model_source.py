@@ -54,7 +54,7 @@ def captured_from(
             raise CaptureError("this CapturedGraph does not hold its model; use capture(model)")
         return model
     if isinstance(model, (str, Path)):
-        return _captured_folder(Path(model), dtype, device or torch.device("cpu", unmatched))
+        return _captured_folder(Path(model), dtype, device or torch.device("cpu"), unmatched)
     if isinstance(model, HelixModule):
         raise CaptureError(
             "this model is already compiled by helix_compile; pass the original model"
