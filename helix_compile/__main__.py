@@ -43,6 +43,7 @@ Lower = Annotated[str, typer.Option(help="auto | reference | triton")]
 World = Annotated[str, typer.Option(help="auto | virtual | distributed (under torchrun)")]
 MaxBatch = Annotated[int, typer.Option("--max-batch-size", help="capacity in sequences")]
 MaxSeqLen = Annotated[int, typer.Option(help="capacity in tokens a sequence")]
+Unmatched = Annotated[str, typer.Option(help="error | keep: leave what is not recognised as it is")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64")]
 Meta = Annotated[bool, typer.Option("--meta", help="no weights: shapes only")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
@@ -65,6 +66,7 @@ def inspect(
     world: World = "auto",
     max_batch_size: MaxBatch = 8,
     max_seq_len: MaxSeqLen = 4096,
+    unmatched: Unmatched = "error",
     dtype: Dtype = None,
     meta: Meta = False,
     out: Annotated[Path | None, typer.Option(help="folder for plan, report and graphs")] = None,
@@ -127,6 +129,7 @@ def generate(
     world: World = "auto",
     max_batch_size: MaxBatch = 8,
     max_seq_len: MaxSeqLen = 4096,
+    unmatched: Unmatched = "error",
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -168,6 +171,7 @@ def verify(
     world: World = "auto",
     max_batch_size: MaxBatch = 8,
     max_seq_len: MaxSeqLen = 4096,
+    unmatched: Unmatched = "error",
     dtype: Dtype = None,
     float64_too: Annotated[
         bool,

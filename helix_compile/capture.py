@@ -14,34 +14,26 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
-from helix_compile.capture_body import CachedSite, capture_body, normalised_module, probe_layer
+from helix_compile.capture_body import capture_body, normalised_module, probe_layer
 from helix_compile.capture_checks import check_model, check_surroundings
 from helix_compile.capture_layers import (
-    LAYER_OP,
     LayerCall,
+    explain_by_whole_run,
     export_around,
     export_whole,
     find_layers,
 )
-from helix_compile.errors import CaptureError
-from helix_compile.passes.fx_edit import add_input, placeholders
-
-
-@dataclass(frozen=True)
-class CapturedLayer:
-    """One layer of the model: which body computes it and where its parameters are.
-
-    Attributes:
-        index: place in the model, 0-based.
-        prefix: what to put before a body's parameter names, e.g. "model.layers.3.".
-        body: name of the body, e.g. "body_1".
-        caches: places of its cached tensors in the module's list of caches, one per attention site.
-    """
-
-    index: int
-    prefix: str
-    body: str
-    caches: tuple[int, ...]
+from helix_compile.capture_leaves import (
+    Probe,
+    bind_leaves,
+    insert_part,
+    opaque_part,
+    probe,
+)
+from helix_compile.capture_outer import CapturedLayer, build_outer
+from helix_compile.errors import CaptureError, HelixError, MatchError
+from helix_compile.leaves import Leaf, leaves_of
+from helix_compile.passes.fx_edit import placeholders
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class CapturedGraph:
     Attributes:
         graph: outer graph; its call_module nodes are the layers, its submodules the bodies. Placeholders:
             input_ids [B, T], attention_mask [B, S + T], position_ids [B, T], past latents, parameters.
-        layers: the layers in order.
+        layers: the layers in order, but for those that stay leaves.
         dtype: the dtype it was captured in; a graph can't be retyped.
         max_positions: the model's own longest sequence, or None.
         vocab_size: number of token ids the embedding has.
@@ -72,6 +64,16 @@ class CapturedGraph:
     notes: tuple[str, ...] = ()
 
     @property
+    def leaves(self) -> list[Leaf]:
+        """What stays the user's own module: whole layers and parts of layers."""
+        return leaves_of(self.graph)
+
+    @property
+    def all_layers(self) -> list[int]:
+        """Numbers of the layers in the order in which they are called, leaves included."""
+        return [n.meta["layer"] for n in self.graph.graph.nodes if n.op == "call_module"]
+
+    @property
     def bodies(self) -> dict[str, fx.GraphModule]:
         """Body name -> graph."""
         return {n: m for n, m in self.graph.named_children() if isinstance(m, fx.GraphModule)}
@@ -87,7 +89,12 @@ _MEMO: weakref.WeakKeyDictionary[nn.Module, dict[tuple, CapturedGraph]] = (
 
 
 def capture(
-    model: nn.Module, *, whole: bool = False, owner: nn.Module | None = None
+    model: nn.Module,
+    *,
+    whole: bool = False,
+    owner: nn.Module | None = None,
+    keep: Mapping[int, str] | None = None,
+    unmatched: str = "error",
 ) -> CapturedGraph:
     """Capture the decode step of `model`, which is left as it was.
 
@@ -95,6 +102,8 @@ def capture(
         model: a transformers causal language model in eval mode.
         whole: inline all layers in one body (slow; the cross-check of the per-layer mode).
         owner: object the result is remembered for, by default `model` (a converted copy names its original).
+        keep: layers that stay leaves though they could be captured, with the reason.
+        unmatched: "keep" makes a leaf of a layer that can't be captured, too.
 
     Raises:
         CaptureError: training mode, no layers found, or torch.export failed; says where.
@@ -102,12 +111,17 @@ def capture(
     check_surroundings()
     check_model(model)
     memo = _MEMO.setdefault(owner if owner is not None else model, {})
-    key = (whole, _structure_key(model))
+    kept = dict(keep or {})
+    key = (whole, unmatched, tuple(sorted(kept.items())), _structure_key(model))
     if key not in memo:
         with _experts_as(model, _capturable_experts(model)):
-            captured = _capture_whole(model) if whole else _capture_layers(model)
+            captured = (
+                _capture_whole(model)
+                if whole
+                else _capture_layers(model, kept, unmatched == "keep")
+            )
         memo[key] = replace(captured, model=None)
-    return replace(memo[key], model=model)
+    return replace(memo[key], graph=bind_leaves(memo[key].graph, model), model=model)
 
 
 def _structure_key(model: PreTrainedModel) -> tuple:
@@ -170,14 +184,6 @@ def _capturable_experts(model: PreTrainedModel) -> str | None:
     return None if fits else "batched_mm"
 
 
-def _probe_layers(
-    model: nn.Module, layers: nn.ModuleList, calls: dict[int, LayerCall]
-) -> list[tuple[str, list[CachedSite]]]:
-    """Signature and cached sites of each layer; batched_mm, since the fake of grouped_mm takes bf16 only."""
-    with _experts_as(model, "batched_mm"):
-        return [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
-
-
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
     embedding = model.get_input_embeddings()
     return {
@@ -186,93 +192,100 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": embedding.num_embeddings,
         "model_name": type(model).__name__,
         "model": model,
+        "notes": _mtp_notes(model.config),
     }
 
 
-def _capture_layers(model: nn.Module) -> CapturedGraph:
+def _mtp_notes(config: Any) -> tuple[str, ...]:
+    """Checkpoints of some families hold layers that predict further tokens; transformers' classes have none of them."""
+    names = ("num_nextn_predict_layers", "num_mtp_layers")
+    found = [(n, count) for n in names if (count := getattr(config, n, None))]
+    return tuple(
+        f"{name}={count}: the model class has no multi-token-prediction layers, so they are ignored"
+        for name, count in found
+    )
+
+
+def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) -> CapturedGraph:
     name, layers = find_layers(model)
-    program, calls = export_around(model, layers)
+    try:
+        program, calls = export_around(model, layers)
+    except CaptureError as error:
+        raise explain_by_whole_run(model, None, error) from error.__cause__
     if len(calls) != len(layers):
         raise CaptureError(
             f"capture: {len(layers)} layers in {name!r} but the forward calls {len(calls)}"
         )
     by_signature: dict[str, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
-    captured, caches = [], 0
-    probes = _probe_layers(model, layers, calls)
-    for i, (layer, (signature, cached)) in enumerate(zip(layers, probes, strict=True)):
-        if signature not in by_signature:
-            by_signature[signature] = f"body_{len(bodies)}"
-            bodies[f"body_{len(bodies)}"] = capture_body(layer, calls[i], model.config, cached)
-        places = tuple(range(caches, caches + len(cached)))
-        caches += len(cached)
-        captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[signature], places))
-    outer = _outer_graph(program, bodies, captured, {i: c.names for i, c in calls.items()})
+    captured, leaves, caches = [], dict[int, str](), 0
+    for i, layer in enumerate(layers):
+        try:
+            found = _probe(model, layer, calls[i], i, keep)
+            if not found.leaf and found.signature not in by_signature:
+                number = f"body_{len(bodies)}"
+                bodies[number] = _capture_body(model, layer, calls[i], found, f"{name}.{i}")
+                by_signature[found.signature] = number
+        except HelixError as error:
+            if not keep_failing:
+                if isinstance(error, CaptureError):
+                    raise explain_by_whole_run(model, i, error) from error.__cause__
+                raise
+            found = Probe("", [], leaf=str(error))
+        if found.leaf:
+            leaves[i] = found.leaf
+            continue
+        places = tuple(range(caches, caches + len(found.sites)))
+        caches += len(found.sites)
+        captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[found.signature], places))
+    if not bodies:
+        raise _nothing_captured(model, leaves)
+    outer = build_outer(
+        program, bodies, captured, calls, {i: (f"{name}.{i}", why) for i, why in leaves.items()}, model.config
+    )  # fmt: skip
     return CapturedGraph(graph=outer, layers=tuple(captured), **_facts(model))
 
 
-_OUTER_INPUTS = [
-    ("input", "input_ids"),
-    ("input", "attention_mask"),
-    ("input", "position_ids"),
-]
+def _nothing_captured(model: nn.Module, leaves: dict[int, str]) -> MatchError:
+    reasons: dict[str, list[int]] = {}
+    for index, reason in leaves.items():
+        reasons.setdefault(reason, []).append(index)
+    lines = [f"  layers {', '.join(map(str, numbers))}: {why}" for why, numbers in reasons.items()]
+    return MatchError(
+        "\n".join(
+            [
+                f"{type(model).__name__}: no layer with cached attention that could be rewritten",
+                *lines,
+            ]
+        )
+    )
 
 
-def _outer_graph(
-    program: Any,
-    bodies: dict[str, fx.GraphModule],
-    layers: list[CapturedLayer],
-    other_names: dict[int, list[str]],
+def _probe(
+    model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep: dict[int, str]
+) -> Probe:
+    if index in keep:
+        return Probe("", [], leaf=keep[index])
+    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+        return probe(layer, call, model.config, index)
+
+
+def _capture_body(
+    model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, name: str
 ) -> fx.GraphModule:
-    """The graph around the layers, with one call_module per layer instead of the opaque op."""
-    module = normalised_module(program, [*_OUTER_INPUTS, ("past", "past_shape")], prefix="model.")
-    for name, body in bodies.items():
-        module.add_submodule(name, body)
-    graph, new_states = module.graph, []
-    for node in [n for n in graph.nodes if n.target is LAYER_OP]:
-        hidden, others, index = node.args
-        layer = layers[index]
-        values = dict(zip(other_names[index], others, strict=True))
-        body = bodies[layer.body]
-        args = []
-        for placeholder in placeholders(body.graph):
-            kind, name = placeholder.meta["input"]
-            if kind == "hidden":
-                args.append(hidden)
-            elif kind == "tensor":
-                args.append(values[name])
-            else:
-                full = f"{layer.prefix}{name}" if kind == "param" else _past_name(layer, name)
-                args.append(add_input(graph, kind, full, placeholder.meta["val"]))
-        with graph.inserting_before(node):
-            call = graph.create_node("call_module", layer.body, tuple(args), name=f"layer_{index}")
-            call.meta.update({"layer": index, "stack_trace": node.meta.get("stack_trace")})
-            out = graph.call_function(operator.getitem, (call, 0))
-            states = graph.call_function(operator.getitem, (call, 1))
-        out.meta["val"] = node.meta["val"]
-        new_states.append(states)
-        node.replace_all_uses_with(out)
-        graph.erase_node(node)
-    output = next(n for n in graph.nodes if n.op == "output")
-    output.args = ((output.args[0][0], new_states),)
-    graph.eliminate_dead_code()
-    for unused in [n for n in placeholders(graph) if not n.users]:
-        graph.erase_node(unused)
-    graph.lint()
-    module.recompile()
-    return module
-
-
-def _past_name(layer: CapturedLayer, name: str) -> str:
-    """past_latent_0 of a body -> past_latent_7 of the model: sites are numbered over all layers."""
-    part, _, site = name.rpartition("_")
-    return f"{part}_{layer.caches[int(site)]}"
+    with opaque_part(layer, found.part) as recorded:
+        body = capture_body(layer, call, model.config, found.sites)
+    if found.part:
+        insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
+    return body
 
 
 def _capture_whole(model: nn.Module) -> CapturedGraph:
     _, layers = find_layers(model)
     _, calls = export_around(model, layers)
-    cached = [site for _, sites in _probe_layers(model, layers, calls) for site in sites]
+    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+        probes = [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
+    cached = [site for _, sites in probes for site in sites]
     program = export_whole(model, [(site.k_width, site.v_width) for site in cached])
     pasts = [(f"past_{p}_{i}") for i in range(len(cached)) for p in ("latent", "rope")]
     inputs = [("hidden", "input_ids"), ("tensor", "attention_mask"), ("tensor", "position_ids")]

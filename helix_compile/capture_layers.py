@@ -7,23 +7,26 @@ export costs the same for 4 and for 61 layers, and no name inside a layer matter
 from __future__ import annotations
 
 import inspect
+import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helix_compile.capture_checks import explained
-from helix_compile.errors import CaptureError
+from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.passes.fx_edit import HINT_B, HINT_S, HINT_T
 
 BATCH, TOKENS, PAST = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
@@ -86,6 +89,11 @@ class ConcatenatingCache(DynamicCache):
 
     def __init__(self, config: Any, pasts: list[tuple[Tensor, Tensor]] | None, past: Tensor):
         super().__init__(config=config)
+        # a window is read off the mask: a cache layer that forgets would hide it
+        layers: list[Any] = vars(self)["layers"]
+        layers[:] = [
+            DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in layers
+        ]
         self.pasts = pasts
         self.new: list[tuple[Tensor, Tensor]] = []
         for layer in self.layers:
@@ -108,15 +116,19 @@ class ConcatenatingCache(DynamicCache):
             torch.cat([past[1], value_states], dim=2),
         )
 
-    def update_indexer(self, *args: Any, **kwargs: Any) -> Any:
-        raise CaptureError(
-            "capture: the model keeps an indexer cache (sparse attention over a top-k of keys); "
-            "Helix rewrites dense MLA only"
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any) -> Any:
+        caller = traceback.extract_stack(limit=2)[0]
+        raise MatchError(
+            f"layer {layer_idx}: sparse attention: at node `update_indexer` "
+            f"({Path(caller.filename).name}:{caller.lineno}) the layer caches keys of an indexer, which chooses a top-k "
+            "of the cached tokens for each query.\n"
+            "  Helix merges exact partial results over all cached tokens: a top-k over shards is another algorithm.\n"
+            "  nearest that works: a model of the same family with dense MLA (deepseek_v3, glm4_moe_lite, axk1, ...)"
         )
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The longest ModuleList whose items take a cache, with its dotted name."""
+    """The longest ModuleList whose items take a cache and that is in no other such list, with its dotted name."""
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -127,7 +139,8 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"capture: {type(model).__name__} has no list of layers whose forward takes "
             f"`{_CACHE_ARGUMENT}`; expected a transformers 5.23 causal language model"
         )
-    return max(found, key=lambda item: len(item[1]))
+    inner = [n for n, _ in found if any(n.startswith(f"{other}.") for other, _ in found)]
+    return max((x for x in found if x[0] not in inner), key=lambda item: len(item[1]))
 
 
 def _takes_cache(layer: nn.Module) -> bool:
@@ -185,11 +198,15 @@ def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> Expor
     return _export_model(model, lambda p: ConcatenatingCache(model.config, pairs(p), p[0]), pasts)
 
 
-def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> ExportedProgram:
-    device = next(model.parameters()).device
+def _model_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.zeros(HINT_B, HINT_T, dtype=torch.int64, device=device)
     mask = torch.ones(HINT_B, HINT_S + HINT_T, dtype=torch.int64, device=device)
     positions = (torch.arange(HINT_T, device=device) + HINT_S).expand(HINT_B, -1).contiguous()
+    return ids, mask, positions
+
+
+def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> ExportedProgram:
+    ids, mask, positions = _model_inputs(next(model.parameters()).device)
     shapes = (
         {0: BATCH, 1: TOKENS},
         {0: BATCH, 1: Dim.AUTO},
@@ -245,7 +262,7 @@ def _recorder(layer: nn.Module, index: int, calls: dict[int, LayerCall]) -> Any:
     returns_tuple = "tuple" in str(inspect.signature(type(layer).forward).return_annotation).lower()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        call = _record(args, kwargs)
+        call = record_call(args, kwargs)
         calls[index] = call
         out = LAYER_OP(call.hidden, call.others, index)
         return (out,) if returns_tuple else out
@@ -253,7 +270,8 @@ def _recorder(layer: nn.Module, index: int, calls: dict[int, LayerCall]) -> Any:
     return forward
 
 
-def _record(args: tuple, kwargs: dict) -> LayerCall:
+def record_call(args: tuple, kwargs: dict) -> LayerCall:
+    """How a module is called: which of its arguments are tensors, which the cache, which constants."""
     is_cache = lambda leaf: isinstance(leaf, DynamicCache)  # noqa: E731
     paths, spec = pytree.tree_flatten_with_path((args, kwargs), is_leaf=is_cache)
     hidden: Tensor | None = None
@@ -277,3 +295,30 @@ def _record(args: tuple, kwargs: dict) -> LayerCall:
     if hidden is None:
         raise CaptureError("capture: a layer is called without a tensor")
     return LayerCall(hidden, spec, leaves, others, names)
+
+
+def explain_by_whole_run(
+    model: PreTrainedModel, index: int | None, error: CaptureError
+) -> HelixError:
+    """Why capture failed, by running the whole model on fake tensors, layers in place.
+
+    A layer that runs there and not alone needs what another layer leaves behind.
+    """
+    device = next(model.parameters()).device
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with torch.no_grad(), fake:
+            past = torch.zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype, device=device)
+            cache = ConcatenatingCache(model.config.get_text_config(), None, past)
+            _Around(model, lambda pasts: cache)(*_model_inputs(device), [past])
+    except HelixError as reason:
+        return reason
+    except Exception:  # no more is learnt: the first error stands
+        return error
+    if index is None:
+        return error
+    return MatchError(
+        f"layer {index}: can't be captured alone, though the whole model runs: it reads what another layer leaves "
+        f"behind (K and V that layers share?).\n  alone: {error}\n"
+        "  nearest that works: a model whose layers each cache a latent of their own"
+    )

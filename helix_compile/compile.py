@@ -16,7 +16,7 @@ from helix_compile.mesh import HelixMesh
 from helix_compile.model_source import captured_from, device_for, device_of, facts_of
 from helix_compile.module import HelixModule
 from helix_compile.options import HelixOptions
-from helix_compile.passes.match_layers import match_layers
+from helix_compile.passes.match_layers import keep_unmatched, match_layers
 from helix_compile.passes.pipeline import STAGES, helix_passes
 from helix_compile.plan import trace_plan
 from helix_compile.planning import plan_helix
@@ -40,6 +40,7 @@ def helix_compile(
     world: Any = "auto",
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
+    unmatched: str = "error",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HelixModule:
@@ -62,6 +63,8 @@ def helix_compile(
             ProcessGroup, or a DeviceMesh (flattened), of N processes.
         max_batch_size: capacity in sequences.
         max_seq_len: capacity in tokens a sequence, prompt included.
+        unmatched: a layer that can't be captured or whose attention is not recognised is an "error", or stays as it is
+            ("keep"): whole on every rank, listed in the report. Some layer must be rewritten.
         device: where shards and caches live; default: where the model is (a folder: CPU). "cuda" under torchrun:
             cuda:LOCAL_RANK.
         dtype: convert a copy of the weights first (a folder: as they are read); the model itself keeps its own.
@@ -75,9 +78,10 @@ def helix_compile(
     options = HelixOptions(
         cp=cp, tpa=tpa, ep=ep, tokens_per_block=tokens_per_block, merge=merge, q_proj=q_proj, v_up=v_up,
         overlap=overlap, lower=lower, max_batch_size=max_batch_size, max_seq_len=max_seq_len,
+        unmatched=unmatched,
     )  # fmt: skip
     place = device_for(device, world)
-    captured = captured_from(model, dtype, place)
+    captured = keep_unmatched(captured_from(model, dtype, place, unmatched), options)
     matches = match_layers(captured, options.max_seq_len)
     plan = plan_helix(captured, matches, options)
     opened = open_world(HelixMesh(plan.layout), world, place or device_of(captured))

@@ -11,6 +11,7 @@ from torch._logging import trace_structured
 
 from helix_compile.errors import HelixError, PassError
 from helix_compile.graph_python import format_python
+from helix_compile.leaves import Leaf
 from helix_compile.provenance import CAPTURED, mark_captured, mark_pass
 
 Check = Callable[[fx.GraphModule], None]
@@ -104,8 +105,11 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of an outer graph and its bodies; node names and meta are kept, parameters are not held at all."""
     root = nn.Module()
     for name, body in module.named_children():
+        if isinstance(body, Leaf):  # the user's own module: never copied
+            root.add_module(name, body)
+            continue
         assert isinstance(body, fx.GraphModule)
-        root.add_module(name, fx.GraphModule(nn.Module(), copy_graph(body.graph)))
+        root.add_module(name, fx.GraphModule(body, copy_graph(body.graph)))
     return fx.GraphModule(root, copy_graph(module.graph))
 
 

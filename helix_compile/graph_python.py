@@ -147,7 +147,8 @@ def stage_diff(stages: dict[str, fx.GraphModule], before: str, after: str, conte
     Layouts are compared where both stages have them: nobody infers those of a captured graph.
     """
     parts: list[str] = []
-    for name in (*(n for n, _ in stages[before].named_children()), ""):
+    bodies = [n for n, b in stages[before].named_children() if isinstance(b, fx.GraphModule)]
+    for name in (*bodies, ""):
         pair = [stages[stage].get_submodule(name).graph for stage in (before, after)]
         typed = all(any("layout" in n.meta for n in graph.nodes) for graph in pair)
         shown = name or "outer"

@@ -15,6 +15,7 @@ import torch.distributed._functional_collectives  # registers the ops
 from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.leaves import Leaf
 
 _c10d = torch.ops._c10d_functional
 _WAIT = _c10d.wait_tensor.default
@@ -88,6 +89,10 @@ class Walk:
                 self._refuse_pending(step, path)
                 args = fx.map_arg(node.args, values.__getitem__)
                 body = module.get_submodule(str(node.target))
+                if isinstance(body, Leaf):
+                    values[node] = self._leaf(body, args, f"{path}{node.name}")
+                    self._after(step, values)
+                    continue
                 assert isinstance(body, fx.GraphModule)
                 values[node] = yield from self.graph(body, list(args), f"{path}{node.name}.")
             elif node.op == "get_attr":
@@ -104,11 +109,23 @@ class Walk:
                 raise self.fault(
                     f"{path}{node.name}", f"a {node.op} node can't be run; use call_function"
                 )
-            if self.hook is not None:
-                self.hook(self.rank, node, values[node])
-            for dead in step.dead:
-                del values[dead]
+            self._after(step, values)
         raise self.fault(path, "the graph has no output")
+
+    def _after(self, step: _Step, values: dict[fx.Node, Any]) -> None:
+        if self.hook is not None:
+            self.hook(self.rank, step.node, values[step.node])
+        for dead in step.dead:
+            del values[dead]
+
+    def _leaf(self, leaf: Leaf, args: Any, where: str) -> Any:
+        try:
+            return leaf(*args)
+        except RuntimeFault:
+            raise
+        except Exception as error:
+            what = f"leaf {leaf.name}: {type(error).__name__}: {error}"
+            raise self.fault(where, what) from error
 
     def _call(self, step: _Step, values: dict[fx.Node, Any], path: str) -> Any:
         node = step.node

@@ -135,6 +135,7 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
         ],
         "egress_bytes_per_rank_per_token": number(plan.egress_bytes_per_rank_per_token),
         "not_rewritten": [{"what": w, "reason": r} for w, r in plan.not_rewritten],
+        "leaves": [{"module": name, "reason": why} for name, why in plan.leaves],
         "kv_bytes_per_token_per_rank": number(plan.kv_bytes_per_token_per_rank),
         "params_bytes_per_rank": plan.params_bytes_per_rank,
         "memory_per_rank": _memory(plan, last),
@@ -218,6 +219,9 @@ def format_report(facts: dict[str, Any]) -> str:
             "not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])
         )
     )
+    if facts["leaves"]:
+        leaves = ((x["module"], x["reason"]) for x in facts["leaves"])
+        console.print(_two_columns("leaf: as in the model, whole on every rank", "why", leaves))
     decisions = ((f"{d['name']} = {d['result']}", d["rule"]) for d in facts["decisions"])
     console.print(_two_columns("decision", "rule", decisions))
     if facts["kernels"]:

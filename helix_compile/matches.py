@@ -22,6 +22,24 @@ class MatchFailure:
 
 
 @dataclass(frozen=True)
+class GateMatch:
+    """A gate between attention and o_proj: product = attention * value, both in `form` ("BTHV", "BHTV" or "BT(HV)").
+
+    `weight` and `bias` belong to the linear it comes from, whose rows [h * width, (h + 1) * width) make head h; None
+    where one gate serves all heads. `head_views` are views on the way that write the head count.
+    """
+
+    product: str
+    value: str
+    form: str
+    weight: str | None = None
+    bias: str | None = None
+    width: int = 0
+    input_size: int = 0
+    head_views: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class AttentionMatch:
     """One MLA site.
 
@@ -30,7 +48,8 @@ class AttentionMatch:
     `mask`. Parameters are names relative to the layer. `scale` multiplies the scores.
 
     Tables: `uk_rows[h][d]`, `uv_rows[h][v]` are rows of the kv_up weight; `q_nope[d]`, `q_rope[j]` are channels of q.
-    Input column h * V + v of o_proj reads channel v of head h.
+    Input column h * V + v of o_proj reads channel v of head h. `head_views` are views between q_proj and q that write
+    the head count as a number.
     """
 
     anchor: str
@@ -60,6 +79,8 @@ class AttentionMatch:
     uv_rows: Table
     q_nope: tuple[int, ...]
     q_rope: tuple[int, ...]
+    head_views: tuple[str, ...] = ()
+    gate: GateMatch | None = None
 
     @property
     def q_head_dim(self) -> int:

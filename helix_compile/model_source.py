@@ -30,8 +30,11 @@ def captured_from(
     model: nn.Module | CapturedGraph | str | Path,
     dtype: torch.dtype | None,
     device: torch.device | None = None,
+    unmatched: str = "error",
 ) -> CapturedGraph:
     """Capture `model`, converting it first where asked; of a folder, no weight is read yet.
+
+    `unmatched` "keep": a layer that can't be captured stays a leaf.
 
     Raises:
         CaptureError: not a model, already compiled, or a dtype that a captured graph can't take.
@@ -51,7 +54,7 @@ def captured_from(
             raise CaptureError("this CapturedGraph does not hold its model; use capture(model)")
         return model
     if isinstance(model, (str, Path)):
-        return _captured_folder(Path(model), dtype, device or torch.device("cpu"))
+        return _captured_folder(Path(model), dtype, device or torch.device("cpu"), unmatched)
     if isinstance(model, HelixModule):
         raise CaptureError(
             "this model is already compiled by helix_compile; pass the original model"
@@ -63,8 +66,8 @@ def captured_from(
         )
     check_model(model)
     if dtype is None or dtype == model.dtype:
-        return capture(model)
-    return capture(converted_copy(model, dtype), owner=model)
+        return capture(model, unmatched=unmatched)
+    return capture(converted_copy(model, dtype), owner=model, unmatched=unmatched)
 
 
 def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -81,15 +84,15 @@ def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _captured_folder(
-    folder: Path, dtype: torch.dtype | None, device: torch.device
+    folder: Path, dtype: torch.dtype | None, device: torch.device, unmatched: str
 ) -> CapturedGraph:
     """The model of a checkpoint folder, captured on the meta device; its weights are read when ranks are built."""
     _check_checkpoint_folder(folder)
     checkpoint = open_checkpoint(folder, dtype, device)
     check_model(checkpoint.model)
-    captured = capture(checkpoint.model)
+    captured = capture(checkpoint.model, unmatched=unmatched)
     _place(captured, device)
-    return replace(captured, weights=checkpoint.weights, notes=checkpoint.notes)
+    return replace(captured, weights=checkpoint.weights, notes=(*captured.notes, *checkpoint.notes))
 
 
 def _place(captured: CapturedGraph, device: torch.device) -> None:
@@ -177,6 +180,17 @@ def facts_of(
     """
     model = captured.model
     assert model is not None
+    if captured.leaves and captured.weights is not None:
+        raise CaptureError(
+            f"{', '.join(x.name for x in captured.leaves)} stay the model's own modules, which a folder that is read "
+            "shard by shard does not hold; load the model first: AutoModelForCausalLM.from_pretrained(folder).eval()"
+        )
+    here = next(model.parameters()).device
+    if captured.leaves and device is not None and device != here:
+        raise CaptureError(
+            f"device={str(device)!r}: {', '.join(x.name for x in captured.leaves)} stay the model's own modules, which "
+            f"are on {here}; move the model there first"
+        )
     tensors: Mapping[str, Tensor] = captured.weights or originals(model)
     everyone = len(world.ranks) == world.mesh.world_size
     if device is not None and everyone and captured.weights is None:

@@ -22,7 +22,7 @@ from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan import HelixPlan
 from helix_compile.prefix_export import entries_to_export, shards_to_export
 from helix_compile.prefix_import import sequences_to_import
-from helix_compile.ranks import ModelFacts, Rank, params_of_rank
+from helix_compile.ranks import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
 from helix_compile.world import World
 
 _FIXED = (
@@ -179,7 +179,7 @@ class HelixModule(nn.Module):
             "kvp_rank": torch.tensor(layout.index("kvp", rank.rank), device=self.device),
             "ep_rank": torch.tensor(layout.index("ep", rank.rank), device=self.device),
         }
-        values = []
+        values: list[Any] = []
         for node in placeholders(graph.graph):
             kind, name = node.meta["input"]
             if kind == "param":
@@ -188,6 +188,8 @@ class HelixModule(nn.Module):
                 values.append(params[name])
             elif kind == "cache":
                 values.append(rank.cache[int(name.removeprefix("cache_"))])
+            elif kind == "leaf":
+                values.append(rank.leaves[name])
             else:
                 values.append(step[name] if name in step else coordinates[name])
         return values
@@ -196,22 +198,11 @@ class HelixModule(nn.Module):
         """Empty the cache; with `rows`, only these sequences, and the others go on."""
         if rows is None:
             self._ledger.lengths = []
-            return
-        if not isinstance(rows, (list, tuple)):
-            raise RuntimeFault(
-                f"reset: rows must be a list of row numbers, got {rows!r} ({type(rows).__name__})"
-            )
-        bad = [
-            r
-            for r in rows
-            if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < self._ledger.batch_size
-        ]
-        if bad:
-            raise RuntimeFault(
-                f"reset(rows={list(rows)}): {bad} are not rows of the current batch of {self._ledger.batch_size}"
-            )
+            return clear_leaves(self.ranks, None)
+        checks.check_rows(rows, self._ledger)
         for row in rows:
             self._ledger.lengths[row] = 0
+        clear_leaves(self.ranks, rows)
 
     def import_cache(
         self,
@@ -235,6 +226,7 @@ class HelixModule(nn.Module):
         Raises:
             RuntimeFault: counts or shapes that do not fit; nothing is written then.
         """
+        refuse_leaves(self.ranks, self.graph, "import_cache")
         held = list(self._ledger.lengths) if append else []
         entries = sequences_to_import(
             latents, k_ropes, lengths, mask, self._facts, self.plan.options, held
@@ -256,10 +248,12 @@ class HelixModule(nn.Module):
         Raises:
             RuntimeFault: no batch, or cp ranks that live in other processes (then export_shards()).
         """
+        refuse_leaves(self.ranks, self.graph, "export_cache")
         return entries_to_export(self._ledger, self.ranks, self.plan.layout, self._facts)
 
     def export_shards(self) -> list[CacheShard]:
         """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them."""
+        refuse_leaves(self.ranks, self.graph, "export_shards")
         return shards_to_export(self._ledger, self.ranks, self.plan.layout, self._facts)
 
     def generate(
@@ -332,6 +326,7 @@ class HelixModule(nn.Module):
         Raises:
             RuntimeFault: not 0 <= new <= present length, or no batch yet; no row is changed then.
         """
+        refuse_leaves(self.ranks, self.graph, "truncate")
         self._ledger.lengths = checks.checked_lengths(lengths, self._ledger.lengths)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

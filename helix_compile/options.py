@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "q_proj": ("replicate", "gather"),
     "v_up": ("auto", "before", "after"),
     "overlap": ("none", "hopb"),
+    "unmatched": ("error", "keep"),
     "lower": ("auto", "reference", "triton", "inductor", "tensorrt"),
 }
 LATER = {
@@ -52,6 +53,7 @@ class HelixOptions:
     lower: str = "auto"
     max_batch_size: int = 8
     max_seq_len: int = 4096
+    unmatched: str = "error"
 
     def __post_init__(self) -> None:
         for name in ("cp", "tpa", "tokens_per_block", "max_batch_size", "max_seq_len"):

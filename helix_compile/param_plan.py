@@ -10,6 +10,7 @@ from torch import fx
 
 from helix_compile.capture import CapturedGraph
 from helix_compile.layout import HelixLayout
+from helix_compile.leaves import leaf_bytes
 from helix_compile.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch, Table
 from helix_compile.passes.fx_edit import aten, is_call, is_param, placeholders
 from helix_compile.plan import AttentionPlan, BodyPlan, Cut, ParamShard
@@ -43,10 +44,24 @@ def attention_shards(
             (Cut(0, axis, H),), (heads, len(rows[0]), R), f"{axis}:S(0)", window, index,
         )  # fmt: skip
     owned = plan.owned_heads
+    yield from _gate_shards(match, owned)
     yield ParamShard(
         match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), (D, owned * V),
         "world:S(1)",
     )  # fmt: skip
+
+
+def _gate_shards(match: AttentionMatch, owned: int) -> Iterable[ParamShard]:
+    """Rows of a gate's linear by the heads a rank owns."""
+    gate, H = match.gate, match.num_heads
+    if gate is None or gate.weight is None:
+        return
+    for name, tail in ((gate.weight, (gate.input_size,)), (gate.bias, ())):
+        if name:
+            yield ParamShard(
+                name, name, (H * gate.width, *tail), (H, gate.width, *tail), (Cut(0, "world", H),),
+                (owned * gate.width, *tail), "world:S(0)",
+            )  # fmt: skip
 
 
 def _rows_as_view(
@@ -95,6 +110,7 @@ def params_bytes_per_rank(captured: CapturedGraph, bodies: tuple[BodyPlan, ...])
     for node in placeholders(captured.graph.graph):
         if is_param(node) and not _in_a_layer(node):
             total += _bytes(node)
+    total += leaf_bytes(captured.graph)
     for plan in bodies:
         graph = captured.bodies[plan.name].graph
         cut = {s.source for s in plan.param_shards}

@@ -142,7 +142,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class HelixPlan:
-    """The whole plan. Equal plans compare equal; `diff` says where two differ."""
+    """The whole plan. Equal plans compare equal; `diff` says where two differ.
+
+    `leaves`: (name, reason) of what stays the user's own module, whole on every rank.
+    """
 
     model: str
     dtype: str
@@ -154,6 +157,7 @@ class HelixPlan:
     notes: tuple[str, ...]
     kv_bytes_per_token_per_rank: Fraction
     params_bytes_per_rank: int
+    leaves: tuple[tuple[str, str], ...] = ()
 
     def body(self, name: str) -> BodyPlan:
         """The plan of one body."""
@@ -187,6 +191,7 @@ class HelixPlan:
                 ),
                 not_rewritten=_tuples(fields.pop("not_rewritten")),
                 notes=tuple(fields.pop("notes")),
+                leaves=_tuples(fields.pop("leaves", [])),
                 kv_bytes_per_token_per_rank=_fraction(fields.pop("kv_bytes_per_token_per_rank")),
                 **fields,
             )

@@ -67,6 +67,7 @@ def plan_helix(
         notes=_notes(captured, layout, options),
         kv_bytes_per_token_per_rank=Fraction(cached_width * captured.dtype.itemsize, layout.kvp),
         params_bytes_per_rank=params_bytes_per_rank(captured, bodies),
+        leaves=tuple((leaf.name, leaf.reason) for leaf in captured.leaves),
     )
 
 

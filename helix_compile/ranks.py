@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.checkpoint_weights import CheckpointWeights
+from helix_compile.errors import RuntimeFault
 from helix_compile.kv_cache import allocate_caches
+from helix_compile.leaves import LeafState, leaf_states, leaves_of
 from helix_compile.params import params_of_stage, wanted_by_stage
 from helix_compile.plan import HelixPlan, ParamShard
 from helix_compile.world import World
@@ -25,11 +27,13 @@ class Rank:
         rank: its number.
         params: full name -> local tensor; assigning an item changes this rank only.
         cache: one [num_pages, page_size, R + r] tensor per cached attention.
+        leaves: state of each layer that stays the user's own module.
     """
 
     rank: int
     params: MutableMapping[str, Tensor]
     cache: list[Tensor]
+    leaves: dict[str, LeafState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def build_ranks(
             cache = allocate_caches(
                 list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device
             )
-            ranks.append(Rank(rank, params, cache))
+            ranks.append(Rank(rank, params, cache, leaf_states(lowered.graph)))
     return ranks
 
 
@@ -86,3 +90,20 @@ def params_of_rank(
     if len(world.ranks) == plan.layout.world_size:
         return {name: tensor.to(facts.device) for name, tensor in cut}
     return {name: tensor.to(facts.device).contiguous() for name, tensor in cut}
+
+
+def clear_leaves(ranks: Sequence[Rank], rows: Sequence[int] | None) -> None:
+    """Leaf layers forget these sequences, by default all."""
+    for rank in ranks:
+        for state in rank.leaves.values():
+            state.clear(rows)
+
+
+def refuse_leaves(ranks: Sequence[Rank], graph: fx.GraphModule, call: str) -> None:
+    """RuntimeFault where leaf layers keep a state that latents and rope parts do not hold."""
+    if any(rank.leaves for rank in ranks):
+        names = ", ".join(leaf.name for leaf in leaves_of(graph))
+        raise RuntimeFault(
+            f"{call}: {names} stay the user's own modules; their state is not in latents and rope parts and can't be "
+            "rolled back; run the prompt here instead"
+        )

@@ -29,6 +29,7 @@ from helix_compile.graph_json import graph_from_json, graph_to_json
 from helix_compile.kernels.registry import load_kernels
 from helix_compile.kernels.target import device_target
 from helix_compile.kv_cache import allocate_caches
+from helix_compile.leaves import leaves_of
 from helix_compile.mesh import HelixMesh
 from helix_compile.module import HelixModule
 from helix_compile.passes.select_kernels import PROVIDER
@@ -66,6 +67,12 @@ def _checked_document(compiled: HelixModule, folder: Path) -> dict[str, Any]:
     if (folder / "plan.json").exists():
         raise HelixError(
             f"{folder} holds a saved module already; choose another folder or delete it"
+        )
+    leaves = leaves_of(compiled.graph)
+    if leaves:
+        raise HelixError(
+            f"save: {', '.join(leaf.name for leaf in leaves)} stay the user's own modules, whose code is not in the "
+            "graphs; a module with leaves can't be saved: compile it where it runs"
         )
     if compiled.device.type == "meta":
         raise HelixError("a module on the meta device has no weights to save")

@@ -118,6 +118,23 @@ def check_batch(ledger: Ledger, batch_size: int) -> None:
         )
 
 
+def check_rows(rows: object, ledger: Ledger) -> None:
+    """`rows` of a reset must be a list of row numbers of the current batch."""
+    if not isinstance(rows, (list, tuple)):
+        raise RuntimeFault(
+            f"reset: rows must be a list of row numbers, got {rows!r} ({type(rows).__name__})"
+        )
+    bad = [
+        r
+        for r in rows
+        if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < ledger.batch_size
+    ]
+    if bad:
+        raise RuntimeFault(
+            f"reset(rows={list(rows)}): {bad} are not rows of the current batch of {ledger.batch_size}"
+        )
+
+
 def chunks_of(T: int, batch_size: int, context: int) -> list[slice]:
     """Cut a long step along T so that what is held at a time stays bounded."""
     width = max(1, min(MAX_CHUNK, SCORE_TOKENS // max(1, batch_size * context)))

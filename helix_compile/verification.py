@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helix_compile.capture import CapturedLayer, capture
+from helix_compile.capture import CapturedGraph, capture
 from helix_compile.compile import helix_compile
 from helix_compile.errors import HelixError
 from helix_compile.matches import LayerMatch
@@ -27,7 +27,7 @@ from helix_compile.model_source import converted_copy
 from helix_compile.module import HelixModule
 from helix_compile.params import originals, shard_of_name
 from helix_compile.passes.fx_edit import is_param, placeholders
-from helix_compile.passes.match_layers import match_layers
+from helix_compile.passes.match_layers import keep_unmatched, match_layers
 from helix_compile.verifier import static_plan, static_ranks
 from helix_compile.verifier.check import Check, Progress
 from helix_compile.verifier.import_check import check_import
@@ -132,11 +132,10 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
         return check
     say("static: parameters, layouts, collectives")
     same = model if model.dtype == own_dtype else converted_copy(model, own_dtype)
-    captured = capture(same, owner=model)
-    matches = match_layers(captured, compiled.plan.options.max_seq_len)
-    typed = check.guarded(
-        "static", partial(_static, compiled, same, captured.layers, matches, check)
-    )
+    options = compiled.plan.options
+    captured = keep_unmatched(capture(same, owner=model, unmatched=options.unmatched), options)
+    matches = match_layers(captured, options.max_seq_len)
+    typed = check.guarded("static", partial(_static, compiled, same, captured, matches, check))
     typed = typed or TypedGraph(compiled.graph)
     say("numeric: a deep copy of the original in float64")
     subject = Subject(compiled, same, captured, matches, typed, seed, say, check)
@@ -148,11 +147,11 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
 def _static(
     compiled: HelixModule,
     model: nn.Module,
-    layers: tuple[CapturedLayer, ...],
+    captured: CapturedGraph,
     matches: dict[str, LayerMatch],
     check: Check,
 ) -> TypedGraph:
-    plan, graph = compiled.plan, compiled.graph
+    plan, graph, layers = compiled.plan, compiled.graph, captured.layers
     held = [rank.params for rank in compiled.ranks]
     whole = {n: t.to(compiled.device) for n, t in originals(model).items()}
     names = [n.meta["input"][1] for n in placeholders(graph.graph) if is_param(n)]
@@ -162,15 +161,16 @@ def _static(
     shapes = {n: t for n, t in held[0].items() if isinstance(t, Tensor)}
     typed = type_graph(graph, shapes, params.layouts, plan.layout)
     found = [*static_plan.check_plan(plan, matches, len(held)), *params.findings, *typed.findings]
-    found += every_layer_is_called(graph, [layer.index for layer in layers])
+    found += every_layer_is_called(graph, captured.all_layers)
     checks: list[Callable[[], list[Finding]]] = [
         lambda: static_plan.check_collectives(graph, plan, matches),
         lambda: static_plan.check_work(typed.module, plan, matches, whole),
         lambda: static_ranks.check_ledger(graph, plan),
         lambda: static_ranks.check_mesh(compiled.world.mesh.groups, plan.layout),
         lambda: static_ranks.check_rank_order(graph, plan, matches, compiled.world),
-        lambda: check_import(compiled),
     ]
+    if not compiled.ranks[0].leaves:  # with leaf layers a prefix can't be imported, and is refused
+        checks.append(lambda: check_import(compiled))
     for run in checks:
         try:
             found += run()

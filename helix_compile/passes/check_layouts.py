@@ -41,7 +41,7 @@ def check_layouts(gm: fx.GraphModule, *, plan: BodyPlan, degrees: HelixLayout) -
         return step_layout(kind, name)
 
     try:
-        layouts = infer_layouts(gm.graph, input_layout, degrees)
+        layouts = infer_layouts(gm.graph, input_layout, degrees, whole_on_whole)
     except Untyped as error:
         node = error.node
         raise PassError(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
 
 
 def evaluate(
-    node: fx.Node, known: dict[fx.Node, Any], missing: Callable[[fx.Node], Any] | None = None
+    node: fx.Node,
+    known: dict[fx.Node, Any],
+    missing: Callable[[fx.Node], Any] | None = None,
+    sizes: Mapping[fx.Node, list[Any]] | None = None,
 ) -> Any:
     """Value of `node`, given values for some of its ancestors.
 
@@ -17,6 +20,7 @@ def evaluate(
         node: what to compute.
         known: node -> value; the walk stops there. Filled with what was computed on the way.
         missing: asked for the value of a placeholder that is not known; without it that is a KeyError.
+        sizes: other sizes for some views than the graph has.
     """
     todo = [node]
     while todo:
@@ -35,7 +39,10 @@ def evaluate(
         if waiting:
             todo.extend(waiting)
             continue
-        args = fx.map_arg(current.args, known.__getitem__)
+        args = current.args
+        if sizes and current in sizes:
+            args = (args[0], sizes[current])
+        args = fx.map_arg(args, known.__getitem__)
         kwargs = dict(fx.map_arg(current.kwargs, known.__getitem__))
         if kwargs.get("device") is not None:
             kwargs["device"] = "cpu"  # a model captured on meta or CUDA is still evaluated here

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
-from helix_compile.capture import CapturedGraph
+from helix_compile.capture import CapturedGraph, capture
 from helix_compile.errors import MatchError
 from helix_compile.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch
+from helix_compile.options import HelixOptions
 from helix_compile.passes.fx_edit import is_param
 from helix_compile.passes.index_provenance import is_cache_update
 from helix_compile.passes.match_ffn import find_dense_ffns
@@ -22,6 +25,27 @@ def match_layers(captured: CapturedGraph, max_seq_len: int) -> dict[str, LayerMa
         MatchError: a body whose attention is not MLA, with the layer, node, source line and closest reason.
     """
     return {name: _match_body(captured, name, max_seq_len) for name in captured.bodies}
+
+
+def keep_unmatched(captured: CapturedGraph, options: HelixOptions) -> CapturedGraph:
+    """With unmatched="keep": the same model with every layer that no matcher recognises as a leaf.
+
+    Raises:
+        MatchError: no layer is left to rewrite; lists the reasons.
+    """
+    if options.unmatched != "keep":
+        return captured
+    keep: dict[int, str] = {}
+    for name in captured.bodies:
+        try:
+            _match_body(captured, name, options.max_seq_len)
+        except MatchError as error:
+            keep |= {layer.index: str(error) for layer in captured.layers_of(name)}
+    if not keep:
+        return captured
+    assert captured.model is not None
+    again = capture(captured.model, keep=keep, unmatched="keep")
+    return replace(again, weights=captured.weights, notes=captured.notes)
 
 
 def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMatch:
@@ -53,6 +77,11 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
     return layer_match
 
 
+_KEEP_HINT = (
+    '\n  nearest that works: unmatched="keep" leaves such layers as they are, if others match'
+)
+
+
 def _no_mla(
     captured: CapturedGraph, body: str, failures: list[MatchFailure], matched: int
 ) -> MatchError:
@@ -71,12 +100,14 @@ def _no_mla(
         + (f" at {len(failures)} of {len(failures) + matched} sites" if matched else "")
         + f".\n  closest: {closest.reason}\n  at node `{closest.node}` ({closest.where})\n"
         "  expected K and V expanded from one cached latent, plus one shared rope part (DeepSeek-V3 style)"
+        + _KEEP_HINT
     )
 
 
 def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     """Each weight is cut by one rule only."""
     names = [n for a in match.attentions for n in (a.q_weight, a.kv_up_weight, a.o_weight)]
+    names += [a.gate.weight for a in match.attentions if a.gate and a.gate.weight]
     names += [n for f in match.dense_ffns for n in (f.gate_weight, f.up_weight, f.down_weight)]
     names += [n for m in match.moes for n in (m.gate_up, m.down)]
     twice = sorted({n for n in names if names.count(n) > 1})

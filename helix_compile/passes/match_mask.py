@@ -62,7 +62,8 @@ def _mask_error(captured: CapturedGraph, body: str, match: AttentionMatch, why: 
     layer = captured.layers_of(body)[0].index
     return MatchError(
         f"layer {layer}: attention at node `{node.name}` ({source_line(node)}) has a mask that Helix can't keep: "
-        f"{why}. Expected: every key at a position <= the query's, except padding."
+        f"{why}. Expected: every key at a position <= the query's, except padding. "
+        'nearest that works: full causal attention; unmatched="keep" leaves such layers as they are, if others match'
     )
 
 

@@ -35,9 +35,8 @@ def propagate_shapes(graph: fx.Graph) -> None:
     mode = fake_mode_of(graph)
     with mode, torch.no_grad():
         for node in graph.nodes:
-            if (
-                node.op == "call_module"
-            ):  # a rewritten layer returns a hidden state like the one it gets
+            # a rewritten layer returns a hidden state like the one it gets; a leaf's value never changes
+            if node.op == "call_module" and "leaf" not in node.meta:
                 node.meta["val"] = node.args[0].meta["val"]
             if node.op != "call_function":
                 continue

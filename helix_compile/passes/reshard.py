@@ -36,10 +36,16 @@ def reshard_pass(
         o_proj = node_named(gm.graph, attention.o_proj)
         flat = o_proj.args[0]
         assert isinstance(flat, fx.Node)
-        gathered = flat.args[0]
+        reader = flat.args[0] if attention.gate else flat
+        assert isinstance(reader, fx.Node)
+        gathered = reader.args[0]
         if is_call(gathered, helix.reshard.default):
-            flat.args = (gathered.args[0], *flat.args[1:])
+            reader.args = (gathered.args[0], *reader.args[1:])
         cut_input(gm.graph, attention.o_weight, plan)
+        if attention.gate is not None:
+            for name in (attention.gate.weight, attention.gate.bias):
+                if name:
+                    cut_input(gm.graph, name, plan)
         sum_over_world(o_proj, layout)
     erase_unused(gm.graph, keep=placeholders(gm.graph)[:1])
     propagate_shapes(gm.graph)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from helix_compile.errors import PassError
+from helix_compile.leaves import is_leaf_call
 from helix_compile.ops import helix
 from helix_compile.passes.fx_edit import (
     add_input,
@@ -44,7 +45,7 @@ def rewire_outer_pass(
     """
     graph = gm.graph
     _index_tokens(graph, plan)
-    for call in [n for n in graph.nodes if n.op == "call_module"]:
+    for call in _layer_calls(gm):
         layer = call.meta["layer"]
         old = {
             (kind, name): a for (kind, name), a in zip(before[call.target], call.args, strict=True)
@@ -73,6 +74,12 @@ def rewire_outer_pass(
             f"outer graph: {', '.join(n.name for n in left)} is still used by {users}; only the mask may "
             "depend on the cached length"
         )
+
+
+def _layer_calls(gm: fx.GraphModule) -> list[fx.Node]:
+    """Calls of bodies; a leaf is called as it was."""
+    calls = [n for n in gm.graph.nodes if n.op == "call_module"]
+    return [n for n in calls if not is_leaf_call(gm, n)]
 
 
 _GONE = (["input", "attention_mask"], ["input", "position_ids"])
@@ -128,7 +135,7 @@ def _argument(
 def update_calls_pass(gm: fx.GraphModule) -> None:
     """Follow a pass over the bodies: hand on ep_rank where a body asks for it now, mark what has been cut."""
     graph = gm.graph
-    for call in [n for n in graph.nodes if n.op == "call_module"]:
+    for call in _layer_calls(gm):
         body = gm.get_submodule(call.target)
         assert isinstance(body, fx.GraphModule)
         inputs = placeholders(body.graph)

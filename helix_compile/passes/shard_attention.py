@@ -16,7 +16,7 @@ from torch import fx
 
 from helix_compile.graph_pass import PassResult
 from helix_compile.layout import HelixLayout
-from helix_compile.matches import AttentionMatch, LayerMatch
+from helix_compile.matches import AttentionMatch, GateMatch, LayerMatch
 from helix_compile.ops import helix
 from helix_compile.passes.fx_edit import (
     add_input,
@@ -28,6 +28,7 @@ from helix_compile.passes.fx_edit import (
     node_named,
     placeholders,
 )
+from helix_compile.passes.match_heads import gate_by_head, open_view
 from helix_compile.passes.propagate import fake_shard, propagate_shapes
 from helix_compile.plan import AttentionPlan, BodyPlan
 from helix_compile.provenance import made_from
@@ -80,6 +81,7 @@ def _rewrite_site(
     for name in (match.q_weight, match.q_bias):
         if name:
             cut_input(graph, name, body)
+    open_views(graph, match.head_views, match.num_heads)
     anchor, o_proj = node_named(graph, match.anchor), node_named(graph, match.o_proj)
     with graph.inserting_before(anchor), made_from(graph, anchor):
         with made_from(graph, node_named(graph, match.q)):
@@ -98,9 +100,31 @@ def _rewrite_site(
             o = named(
                 graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", layout.world_size
             )
+    # a gate may be computed behind attention: what reads it stands at its place
+    place = node_named(graph, match.gate.product) if match.gate else anchor
+    with graph.inserting_before(place), made_from(graph, anchor):
+        if match.gate:
+            o = _gated(graph, match, match.gate, o)
         with made_from(graph, o_proj.args[0]):
             flat = named(graph, "o_flat", aten.flatten.using_ints, o, 2, 3)
     o_proj.args = (flat, *o_proj.args[1:])
+
+
+def _gated(graph: fx.Graph, match: AttentionMatch, gate: GateMatch, o: fx.Node) -> fx.Node:
+    """O [B, T, h, V] times its gate."""
+    open_views(graph, gate.head_views, match.num_heads)
+    with made_from(graph, node_named(graph, gate.product)):
+        value = node_named(graph, gate.value)
+        for op, *args in gate_by_head(value, gate.form, match.v_head_dim):
+            value = graph.call_function(op, (value, *args))
+        return named(graph, "o_gated", aten.mul.Tensor, o, value)
+
+
+def open_views(graph: fx.Graph, names: tuple[str, ...], heads: int) -> None:
+    """Views that write the head count get -1 there: a rank has fewer heads."""
+    for name in names:
+        view = node_named(graph, name)
+        view.args = (view.args[0], open_view(view, heads))
 
 
 def _absorbed_query(

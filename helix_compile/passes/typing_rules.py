@@ -253,6 +253,11 @@ def _aligned(
     return Shard(dim)
 
 
+def _last_dim_joined(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    last = len(shape_of(node.args[0])) - 1
+    return _map_dims(of(node.args[0]), lambda d: None if d == last else d, str(node.target))
+
+
 def _expand(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     shift = len(shape_of(node)) - len(shape_of(node.args[0]))
     return _map_dims(of(node.args[0]), lambda d: d + shift, "expand")
@@ -276,6 +281,9 @@ RULES: dict[Any, Rule] = {
     aten.clone.default: _same,
     aten.contiguous.default: _same,
     aten.alias.default: _same,
+    aten.type_as.default: _same,  # the other operand lends its dtype only
+    aten.view_as_complex.default: _last_dim_joined,
+    aten.view_as_real.default: _same,
     aten.transpose.int: _transpose,
     aten.movedim.int: _movedim,
     aten.unsqueeze.default: _unsqueeze,

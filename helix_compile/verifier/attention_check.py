@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from helix_compile.matches import AttentionMatch
 from helix_compile.passes.fx_edit import helix_op
-from helix_compile.verifier.layer_run import CapturedReference, LayerRun
+from helix_compile.verifier.layer_run import CapturedReference, LayerRun, attention_output
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.scratch import Scratch, deal
 
@@ -34,7 +34,7 @@ def check_attention(
     layout, dtype = scratch.compiled.plan.layout, getattr(torch, scratch.compiled.plan.dtype)
     kv_up = reference.tensors[reference.prefix(layer) + attention.kv_up_weight]
     w_uv = kv_up.double()[torch.tensor(attention.uv_rows)]
-    owned = [v[o_proj.args[0].name] for v in run.values]
+    owned = [v[attention_output(o_proj, attention).name] for v in run.values]
     q_parts = [[v[n.name].double() for n in decode.args[:2]] for v in run.values]
     heads = attention.num_heads // layout.world_size
     pooled, norm, worst = 0.0, 0.0, (0.0, 0, 0, 0)

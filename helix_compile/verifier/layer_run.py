@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 from torch.distributed.tensor.placement_types import Partial, Shard
 
-from helix_compile.capture import CapturedGraph, CapturedLayer
+from helix_compile.capture import CapturedGraph
+from helix_compile.capture_outer import CapturedLayer
 from helix_compile.layout import HelixLayout
-from helix_compile.matches import LayerMatch
+from helix_compile.matches import AttentionMatch, LayerMatch
 from helix_compile.numerics import WidenedIslands
 from helix_compile.passes.evaluate import evaluate
 from helix_compile.passes.fx_edit import placeholders
@@ -200,6 +201,16 @@ def replicas(parts: list[Tensor], layout: Layout, degrees: HelixLayout) -> list[
     if type(placement) is Partial:
         return [torch.stack([parts[r].double() for r in ranks]).sum(0) for ranks in groups.values()]
     return []
+
+
+def attention_output(o_proj: fx.Node, attention: AttentionMatch) -> fx.Node:
+    """The node whose value is attention alone: what o_proj reads, or what its gate multiplies."""
+    node = o_proj.args[0]
+    assert isinstance(node, fx.Node)
+    for _ in range(2 if attention.gate else 0):  # o_flat(o_gated(o, gate))
+        source = node.args[0]
+        node = source if isinstance(source, fx.Node) else node
+    return node
 
 
 def fitted(value: Tensor, expected: Tensor) -> Tensor | None:

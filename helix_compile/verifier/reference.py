@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from helix_compile.errors import HelixError
 from helix_compile.graph_pass import copy_module
+from helix_compile.leaves import Leaf
 from helix_compile.matches import LayerMatch
 from helix_compile.model_source import converted_copy
 from helix_compile.numerics import WidenedIslands
@@ -125,6 +126,8 @@ class RecordingInterpreter(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Go into the layer instead of calling it."""
         body = self.module.get_submodule(str(target))
+        if isinstance(body, Leaf):
+            return super().call_module(target, args, kwargs)
         assert isinstance(body, fx.GraphModule)
         inner = RecordingInterpreter(body, self.record, f"{self.path}{self.calling}.")
         return inner.run(*args, **kwargs)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.graph_walk import Hook
+from helix_compile.leaves import LeafState, leaf_states
 from helix_compile.module import HelixModule
 from helix_compile.numerics import WidenedIslands
 from helix_compile.options import PAGE_SIZE
@@ -56,6 +57,7 @@ class Scratch:
         graph: the stage that runs.
         params: per rank, name -> tensor.
         caches: per rank, one tensor per cached attention.
+        leaves: per rank, the state of each leaf layer.
         lengths: tokens of each sequence so far.
     """
 
@@ -68,6 +70,7 @@ class Scratch:
     lengths: list[int] = field(init=False)
     page_table: Tensor = field(init=False)
     caches: list[list[Tensor]] = field(init=False)
+    leaves: list[dict[str, LeafState]] = field(init=False)
 
     def __post_init__(self) -> None:
         layout, options = self.compiled.plan.layout, self.compiled.plan.options
@@ -80,6 +83,7 @@ class Scratch:
         device = self.compiled.device
         self.page_table = shuffled.view(self.rows, pages).to(device)
         dtype = getattr(torch, self.compiled.plan.dtype)
+        self.leaves = [leaf_states(self.graph.graph) for _ in self.params]
         self.caches = []
         for _ in self.params:
             mine = []
@@ -143,13 +147,15 @@ class Scratch:
             "kvp_rank": torch.tensor(rank % layout.kvp, device=device),
             "ep_rank": torch.tensor(rank // layout.tpf, device=device),
         }
-        values = []
+        values: list[Any] = []
         for node in placeholders(self.graph.graph):
             kind, name = node.meta["input"]
             if kind == "param":
                 values.append(self.params[rank][name])
             elif kind == "cache":
                 values.append(self.caches[rank][int(name.removeprefix("cache_"))])
+            elif kind == "leaf":
+                values.append(self.leaves[rank][name])
             else:
                 values.append(known[name] if name in known else ranks[name])
         return values

@@ -16,7 +16,13 @@ from torch import Tensor, fx
 from helix_compile.errors import PassError
 from helix_compile.graph_pass import copy_module
 from helix_compile.layout import HelixLayout
-from helix_compile.passes.check_layouts import Untyped, infer_layouts, step_layout
+from helix_compile.leaves import Leaf, is_leaf_call
+from helix_compile.passes.check_layouts import (
+    Untyped,
+    infer_layouts,
+    step_layout,
+    whole_on_whole,
+)
 from helix_compile.passes.fx_edit import calls, placeholders, source_line
 from helix_compile.passes.lowered_rules import LOWERED_RULES, WAIT
 from helix_compile.passes.propagate import fake_mode_of, propagate_shapes
@@ -71,7 +77,8 @@ def type_graph(
         return params.get(name, {}) if kind == "param" else step_layout(kind, name)
 
     first_calls: dict[str, fx.Node] = {}
-    for call in _layer_calls(outer):
+    bodies = [n for n in _layer_calls(outer) if not is_leaf_call(typed.module, n)]
+    for call in bodies:
         first = first_calls.setdefault(str(call.target), call)
         typed.findings += _fits(call, first, typed.module, params)
     for name, call in first_calls.items():
@@ -113,6 +120,8 @@ def malformed(graph: fx.GraphModule) -> list[Finding]:
 def _call(typed: TypedGraph, node: fx.Node, of: Any, degrees: HelixLayout) -> Layout:
     """A layer takes what its body was typed for, and returns the hidden state, whole."""
     body = typed.module.get_submodule(str(node.target))
+    if isinstance(body, Leaf):
+        return whole_on_whole(node, of, degrees)
     assert isinstance(body, fx.GraphModule)
     inside = typed.layouts.get(str(node.target), {})
     for taken, argument in zip(placeholders(body.graph), node.args, strict=False):
@@ -189,7 +198,9 @@ def _type_body(
         return params.get(local[node], {}) if node in local else step_layout(*node.meta["input"])
 
     typed.findings += _waits(name, graph)
-    foreign = _foreign(graph)
+    module = typed.module.get_submodule(name)
+    assert isinstance(module, fx.GraphModule)
+    foreign = [n for n in _foreign(graph) if not is_leaf_call(module, n)]
     for node in foreign:
         got = f"{node.op} {node.target}"
         typed.findings.append(
@@ -200,7 +211,7 @@ def _type_body(
     _forget_shapes(graph)
     try:
         propagate_shapes(graph)
-        layouts = infer_layouts(graph, layout_of, degrees)
+        layouts = infer_layouts(graph, layout_of, degrees, whole_on_whole)
         typed.layouts[name] = {n.name: layout for n, layout in layouts.items()}
     except Untyped as error:
         typed.findings.append(_finding(name, error))
@@ -279,8 +290,8 @@ def collective_sequence(graph: fx.GraphModule) -> list[tuple[str, str]]:
     for node in graph.graph.nodes:
         if node.op == "call_module":
             body = graph.get_submodule(str(node.target))
-            assert isinstance(body, fx.GraphModule)
-            found += collective_sequence(body)
+            if isinstance(body, fx.GraphModule):  # a leaf starts none
+                found += collective_sequence(body)
         elif node.op == "call_function" and node.target in COLLECTIVES:
             found.append((str(node.target).split(".")[1], str(node.args[-1])))
     return found

@@ -77,6 +77,8 @@ def bisect_step(
     if located is not None:
         return located, None, gap
     for layer, values in recorder.layers.items():
+        if str(captured.call(layer).target) not in captured.matches:
+            continue  # a leaf has no nodes
         call = captured.call(layer)
         body = scratch.graph.get_submodule(str(call.target))
         located = first_deviation(

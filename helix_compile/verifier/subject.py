@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from helix_compile.capture import CapturedGraph
+from helix_compile.capture_leaves import bind_leaves
 from helix_compile.matches import LayerMatch
 from helix_compile.module import HelixModule
 from helix_compile.params import originals
@@ -71,7 +72,7 @@ class Subject:
         self.dtype: torch.dtype = getattr(torch, compiled.plan.dtype)
         self.plain = wide_copy(model)
         weights = dict(originals(self.plain))
-        self.reference = CapturedReference(captured, matches, weights)
+        self.reference = CapturedReference(_of(captured, self.plain), matches, weights)
         self.edits = sharpening(self.reference, seed)
         apply_edits(weights, self.edits)
         check.coverage.conditioned = bool(self.edits)
@@ -80,12 +81,19 @@ class Subject:
             self.own_model = copy.deepcopy(model)
             own_weights = dict(originals(self.own_model))
             apply_edits(own_weights, self.edits)
-            self.own = CapturedReference(captured, matches, own_weights, wide=False)
+            self.own = CapturedReference(
+                _of(captured, self.own_model), matches, own_weights, wide=False
+            )
 
     def params(self, graph: fx.GraphModule, stage: str) -> list[dict[str, Tensor]]:
         """Each rank's parameters with the edits made on copies of its own tensors: a wrong shard stays wrong."""
         held = stage_params(self.compiled, graph, stage)
         return [edited(params, self.edits) for params in held]
+
+
+def _of(captured: CapturedGraph, model: nn.Module) -> CapturedGraph:
+    """The capture with `model`'s own modules as its leaves."""
+    return replace(captured, graph=bind_leaves(captured.graph, model), model=model)
 
 
 def check_layers(subject: Subject) -> None:
@@ -133,6 +141,11 @@ def check_steps(subject: Subject) -> None:
     check.coverage.limit = limit if limit is not None else RATIO
     runs, notes = scenarios(compiled, sum(p.numel() for p in subject.plain.parameters()))
     check.notes += notes
+    if compiled.ranks[0].leaves and any(r.idle for r in runs):
+        runs = [replace(r, idle=False) for r in runs]
+        check.notes.append(
+            "no sequence sits out a step: the original's own layers with a state take padding behind a prompt as tokens"
+        )
     stages = [
         n
         for n in STAGES[1:]

@@ -47,12 +47,22 @@ def test_an_error_around_the_layers_is_a_short_capture_error(
 
 @pytest.mark.parametrize("place", ["self_attn.kv_a_layernorm", "input_layernorm"])
 def test_an_error_inside_a_layer_is_as_short(place: str) -> None:
-    model = fresh_model()
+    model = fresh_model("short")
     part = model.model.layers[0].get_submodule(place)
-    part.forward = _branching.__get__(part)
-    with pytest.raises(CaptureError, match=r"DeepseekV3DecoderLayer .*branches on data") as caught:
+    part.forward = _failing.__get__(part)
+    with pytest.raises(CaptureError, match=r"DeepseekV3DecoderLayer .*KeyError") as caught:
         _compile(model)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_part_that_branches_on_data_stays_a_leaf() -> None:
+    model = fresh_model("short")
+    part = model.model.layers[0].self_attn.kv_a_layernorm
+    part.forward = _branching.__get__(part)
+    compiled = helix_compile(model, cp=2, max_seq_len=64)
+    ((name, reason),) = compiled.plan.leaves
+    assert name == "model.layers.0.self_attn.kv_a_layernorm" and "branches on data" in reason
+    assert part.forward.__func__ is _branching
 
 
 def test_models_that_are_not_a_causal_language_model_in_eval_mode() -> None:

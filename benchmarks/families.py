@@ -1,0 +1,55 @@
+"""Write docs/families.md: what happens to every MLA family of the installed transformers, measured.
+
+    python -m benchmarks.families
+
+The models are tiny and of awkward sizes (tests/support/families.py). A test compares the table with a fresh run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.support.families import FAMILIES
+from tests.support.family_run import Row, measured_row
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+_TEXT = """# MLA families
+
+Every family of transformers {version} whose configuration has a `kv_lora_rank`, as a tiny model of awkward sizes in
+float64 (`tests/support/families.py`), compiled as it is. Made by `python -m benchmarks.families`; a test holds the table
+to a fresh run.
+
+- *sites* are what was rewritten, over all layers; *leaves* stay the model's own modules, whole on every rank.
+- *cp 2*, *cp 4*: largest deviation of a logit from the unmodified model over the largest logit, over a ragged left-padded
+  prompt and six steps of one or three tokens; the limit is 1e-10. Both sides run with the model's float32 islands (norms,
+  router, linear attention) widened to float64. Greedy tokens are the same.
+- "refused: heads": the heads don't divide over that many ranks.
+
+{table}
+"""
+
+
+def format_page(rows: list[Row]) -> str:
+    """The page with these rows."""
+    head = Row("family", "sites", "leaves", ("cp 2", "cp 4"), "refused with")
+    line = "|---" * 6 + "|"
+    table = "\n".join([str(head), line, *map(str, rows)])
+    return _TEXT.format(version=transformers.__version__, table=table)
+
+
+def main() -> None:
+    """Measure and write."""
+    torch.set_num_threads(1)
+    names = [(n, v) for n, family in FAMILIES.items() for v in ("", *family.variants)]
+    rows = []
+    for name, variant in names:
+        rows.append(measured_row(name, variant))
+        print(rows[-1], flush=True)
+    PAGE.write_text(format_page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""What must be cut by heads around an attention site: q's linear, a gate's linear, and the columns of o_proj.
+
+    anchor [B, H, T, V] -> layout ops -> (x gate) -> layout ops -> linear(o_proj)
+
+That rows [h * w, (h + 1) * w) of a linear make head h alone is not read off names: the piece of graph behind it is run
+on one head at a time. Views in that piece that write the head count as a number get -1 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.matches import GateMatch, MatchFailure
+from helix_compile.passes.evaluate import evaluate
+from helix_compile.passes.fx_edit import aten, is_call, is_param, source_line
+from helix_compile.passes.index_provenance import (
+    concrete,
+    is_layout_op,
+    shape_of,
+    trace_elements,
+)
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+class Reject(Exception):
+    """Unwinds one candidate; becomes a MatchFailure."""
+
+    def __init__(self, reason: str, node: fx.Node, depth: int):
+        super().__init__(reason)
+        self.failure = MatchFailure(reason, node.name, source_line(node), depth)
+
+
+def open_view(node: fx.Node, heads: int) -> list[Any] | None:
+    """Sizes of a view with -1 where it writes the head count as a number, or None if it does not.
+
+    That place is the first literal `heads` behind dims that are those of the input.
+    """
+    if not is_call(node, *_VIEWS):
+        return None
+    source, sizes = node.args
+    assert isinstance(source, fx.Node) and isinstance(sizes, (list, tuple))
+    before = shape_of(source)
+    for place, size in enumerate(sizes):
+        if isinstance(size, int) and size == heads:
+            opened = list(sizes)
+            for other, value in enumerate(sizes):
+                if isinstance(value, int) and value == -1:
+                    opened[other] = shape_of(node)[other]
+            opened[place] = -1
+            return opened
+        if place >= len(before) or concrete(size) != before[place]:
+            return None
+    return None
+
+
+def check_head_rows(
+    value: fx.Node, linear: fx.Node, by_head: Callable[[Tensor], Tensor], what: str
+) -> tuple[str, ...]:
+    """Rows [h * w, (h + 1) * w) of `linear` must give head h of `value`: run the piece on one head at a time.
+
+    Args:
+        value: what is cut by heads.
+        linear: where its heads come from.
+        by_head: puts a value of `value` in the form [B, T, H, ...].
+        what: for messages.
+
+    Returns:
+        Names of the views that write the head count.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(node: fx.Node) -> Tensor:
+        numbers = torch.randn(shape_of(node), generator=generator)
+        return numbers.to(node.meta["val"].dtype)
+
+    full = random(linear)
+    inputs: dict[fx.Node, Any] = {linear: full}
+    whole = by_head(evaluate(value, inputs, random))
+    fixed = {n: v for n, v in inputs.items() if n.op == "placeholder"}
+    H = whole.shape[2]
+    between = [n for n in inputs if n not in fixed and n is not linear]
+    opened = {n: sizes for n in between if (sizes := open_view(n, H)) is not None}
+    if full.shape[-1] % H:
+        raise Reject(f"{full.shape[-1]} rows of the linear of {what} are not {H} heads", value, 6)
+    rows = full.shape[-1] // H
+    for head in sorted({0, H // 2, H - 1}):
+        part = full[..., head * rows : (head + 1) * rows].contiguous()
+        try:
+            one = by_head(evaluate(value, {**fixed, linear: part}, sizes=opened))
+        except (RuntimeError, IndexError) as error:
+            raise Reject(f"{what} can't be cut by heads: {error}", value, 6) from error
+        if one.shape != whole[:, :, :1].shape or not _same(one[:, :, 0], whole[:, :, head]):
+            raise Reject(
+                f"rows {head * rows}.. of the linear of {what} do not make head {head} alone",
+                value,
+                6,
+            )
+    return tuple(n.name for n in opened)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal to rounding: vector and scalar code of one function differ in the last bit."""
+    return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4)
+
+
+def one_linear(value: fx.Node, what: str) -> fx.Node:
+    """The one linear whose output becomes `value`."""
+    found, seen, todo = [], {value}, [value]
+    while todo:
+        node = todo.pop()
+        if is_call(node, aten.linear.default):
+            found.append(node)
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    if len(found) != 1:
+        raise Reject(f"{what} must come from one linear, it comes from {len(found)}", value, 6)
+    return found[0]
+
+
+def output_projection(anchor: fx.Node) -> tuple[fx.Node, GateMatch | None]:
+    """The first linear behind attention, reached by single users through layout ops and at most one gate.
+
+    Its input column h * V + v is channel v of head h.
+    """
+    node, product = anchor, None
+    while not is_call(node, aten.linear.default):
+        if len(node.users) != 1:
+            raise Reject(
+                f"{len(node.users)} users between attention and its output projection", node, 6
+            )
+        before, node = node, next(iter(node.users))
+        if is_call(node, aten.mul.Tensor) and product is None and len(node.all_input_nodes) == 2:
+            product = (node, before)
+        elif not (is_layout_op(node) or is_call(node, aten.linear.default)):
+            raise Reject(
+                f"`{node.target}` stands between attention and its output projection", node, 6
+            )
+    stop = product[0] if product else anchor
+    source = trace_elements(node.args[0], stop=lambda n: n is stop)
+    places = source.coordinates(stop)
+    if places is None or source.ids.dim() != 3:
+        raise Reject("the output projection does not read all heads of attention", node, 6)
+    gate = None
+    if product is not None:
+        attended = trace_elements(product[1], stop=lambda n: n is anchor)
+        inside = attended.coordinates(anchor)
+        if inside is None or attended.ids.shape != shape_of(product[0]):
+            raise Reject("a gate widens what attention returns", product[0], 6)
+        places = tuple(c[places] for c in inside)
+        gate = _gate(product[0], product[1], attended.ids, anchor)
+    _check_columns(places, anchor, node)
+    return node, gate
+
+
+def _check_columns(places: tuple[Tensor, ...], anchor: fx.Node, o_proj: fx.Node) -> None:
+    batch, head, token, channel = places
+    B, T, width = batch.shape
+    _, H, _, V = shape_of(anchor)
+    straight = bool((batch == torch.arange(B).view(B, 1, 1)).all()) and bool(
+        (token == torch.arange(T).view(1, T, 1)).all()
+    )
+    if not straight or width != H * V:
+        raise Reject("the output projection mixes sequences or positions", o_proj, 6)
+    if not torch.equal(head[0, 0] * V + channel[0, 0], torch.arange(width)):
+        raise Reject(
+            "the output projection reads heads that are not whole blocks of columns", o_proj, 6
+        )
+
+
+def gate_by_head(gate: Any, form: str, v_head_dim: int) -> list[tuple[Any, ...]]:
+    """(op, args...) that bring a gate in `form` to [B, T, H, V or 1], as for o [B, T, H, V]."""
+    if form == "BHTV":
+        return [(aten.transpose.int, 1, 2)]
+    if form == "BT(HV)":
+        return [(aten.unflatten.int, 2, [-1, v_head_dim])]
+    return []
+
+
+def _gate(product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node) -> GateMatch:
+    """The gate of product = attended * gate, cut by heads where it has heads."""
+    B, H, T, V = shape_of(anchor)
+    straight = (ids.flatten().min() + torch.arange(ids.numel())).view(B, H, T, V)
+    forms = {
+        "BTHV": straight.transpose(1, 2),
+        "BHTV": straight,
+        "BT(HV)": straight.transpose(1, 2).flatten(2),
+    }
+    form = next((f for f, x in forms.items() if x.shape == ids.shape and torch.equal(x, ids)), None)
+    gate = next(n for n in product.args if n is not attended)
+    assert isinstance(gate, fx.Node)
+    size = shape_of(gate)
+    if form is None or len(size) != ids.dim() or (form == "BT(HV)" and size[2] != H * V):
+        raise Reject(f"a gate of shape {size} on attention of shape {tuple(ids.shape)}", product, 6)
+    names = {"product": product.name, "value": gate.name, "form": form}
+    heads = {"BTHV": size[2], "BHTV": size[1]}.get(form, H) if len(size) == 4 else H
+    if heads == 1:  # the same for all heads: nothing to cut
+        return GateMatch(**names)
+
+    def by_head(value: Tensor) -> Tensor:
+        for op, *args in gate_by_head(gate, form, V):
+            value = op(value, *args)
+        return value
+
+    linear = one_linear(gate, "the gate")
+    views = check_head_rows(gate, linear, by_head, "the gate")
+    _refuse_other_readers(linear, gate, product)
+    weights = [a for a in linear.args[1:] if a is not None]
+    if not all(map(is_param, weights)):
+        raise Reject("the weight of the gate's linear is computed, not a parameter", linear, 6)
+    bias = weights[1].meta["input"][1] if len(weights) > 1 else None
+    return GateMatch(
+        **names, weight=weights[0].meta["input"][1], bias=bias, width=shape_of(linear)[-1] // H,
+        input_size=shape_of(linear.args[0])[-1], head_views=views,
+    )  # fmt: skip
+
+
+def _refuse_other_readers(linear: fx.Node, gate: fx.Node, product: fx.Node) -> None:
+    """What is between the gate's linear and the product is for the gate alone: it will be cut by heads."""
+    todo = [linear]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user is product and node is gate:
+                continue
+            if user.op == "output" or user is product or is_call(user, aten.linear.default):
+                raise Reject(f"`{node.name}` of the gate is read by `{user.name}` too", node, 6)
+            todo.append(user)

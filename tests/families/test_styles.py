@@ -1,0 +1,50 @@
+"""Latent attention in unusual styles matches, or is refused with the reason that applies; near-misses are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helix_compile import MatchError
+from tests.support.family_run import compiled_family, run_family
+from tests.support.numerics import LIMIT
+from tests.support.toy_mla import toy_model
+
+
+@pytest.mark.parametrize("style", ["cat", "heads_last", "fused_a", "eager"])
+def test_a_style_that_matches_computes_the_same(style: str) -> None:
+    model = toy_model(style)
+    run = run_family(model, compiled_family(model, 4))
+    assert run.worst <= LIMIT[torch.float64] and run.same_tokens
+
+
+@pytest.mark.parametrize(
+    ("style", "reason"),
+    [
+        ("separate", "no part of K derives from the linear that makes V"),
+        ("stacked_bmm", "V does not derive from one linear over the cache, but from `matmul"),
+        ("einsum", "V does not derive from one linear over the cache, but from `einsum"),
+    ],
+)
+def test_a_style_that_is_not_rewritten_says_why(style: str, reason: str) -> None:
+    with pytest.raises(MatchError, match=reason):
+        compiled_family(toy_model(style), 2)
+
+
+@pytest.mark.parametrize(
+    "style",
+    ["cat", *(pytest.param(s, marks=pytest.mark.slow) for s in ("heads_last", "fused_a", "eager"))],
+)
+@pytest.mark.parametrize(
+    ("miss", "reason"),
+    [
+        ("rope_per_head", "the rope part differs per head"),
+        ("v_elsewhere", "the input of the linear that makes V is not what the layer caches|no part of K derives"),
+        ("scaled_keys", "the score chain holds"),
+        ("sinks", r"score chain holds `aten\.cat\.default` \(sinks"),
+    ],
+)  # fmt: skip
+def test_a_near_miss_is_refused(style: str, miss: str, reason: str) -> None:
+    with pytest.raises(MatchError, match=reason) as caught:
+        compiled_family(toy_model(style, miss), 2)
+    assert "layer 0" in str(caught.value) and "at node" in str(caught.value)

@@ -1,0 +1,167 @@
+"""Every family of transformers whose configuration has a `kv_lora_rank`, as a tiny model of awkward sizes.
+
+Tests and the generator of docs/families.md share this file. tests/families/test_every_family.py fails when the installed
+transformers ships a family that is not listed here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 72, "intermediate_size": 58, "num_hidden_layers": 3,
+    "num_attention_heads": 12, "num_key_value_heads": 12, "q_lora_rank": 28, "kv_lora_rank": 20, "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10, "v_head_dim": 14, "max_position_embeddings": 1024,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 22, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3,
+}  # fmt: skip
+GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
+HYBRID_EXPERTS = {**EXPERTS, **GROUPS, "num_local_experts": 8}
+SPARSE: dict[str, Any] = {
+    **EXPERTS,
+    "index_topk": 4,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "num_hidden_layers": 2,
+}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+    "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
+LLAMA4 = {
+    **YARN, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8, "partial_rotary_factor": 6 / 16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        model: name of the class in transformers.models.NAME.
+        config: name of the configuration class.
+        sizes: what differs from COMMON; None removes nothing, it is passed on.
+        refused: part of the message it is refused with, or "" where it is rewritten.
+        variants: other configurations of the same family, name -> what differs again.
+    """
+
+    model: str
+    config: str
+    sizes: dict[str, Any]
+    refused: str = ""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM", "DeepseekV3Config",
+        {**EXPERTS, **GROUPS, "first_k_dense_replace": 1},
+        variants={"yarn": {"rope_parameters": YARN}, "no_q_lora": {"q_lora_rank": None}},
+    ),
+    "deepseek_v2": Family(
+        "DeepseekV2ForCausalLM", "DeepseekV2Config",
+        {**EXPERTS, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy", **GROUPS},
+        variants={"lite": {"q_lora_rank": None, "topk_method": "greedy"}},
+    ),
+    "glm4_moe_lite": Family(
+        "Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig",
+        {**EXPERTS, "num_attention_heads": 20, "num_key_value_heads": 20, "v_head_dim": 18},
+    ),
+    "youtu": Family(
+        "YoutuForCausalLM", "YoutuConfig", {"v_head_dim": 6},
+        variants={"six_heads": {"num_attention_heads": 6, "num_key_value_heads": 6}},
+    ),
+    "minicpm3": Family(
+        "MiniCPM3ForCausalLM", "MiniCPM3Config",
+        {"hidden_size": 80, "num_attention_heads": 40, "num_key_value_heads": 40, "dim_model_base": 16},
+    ),
+    "axk1": Family("AXK1ForCausalLM", "AXK1Config", {**EXPERTS, **GROUPS}),
+    "mistral4": Family(
+        "Mistral4ForCausalLM", "Mistral4Config",
+        {**EXPERTS, "first_k_dense_replace": 1, "rope_parameters": LLAMA4},
+    ),
+    "kimi_linear": Family(
+        "KimiLinearForCausalLM", "KimiLinearConfig",
+        {**HYBRID_EXPERTS, "num_hidden_layers": 4, "linear_head_dim": 18, "linear_num_heads": 4,
+         "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]},
+    ),
+    "bailing_hybrid": Family(
+        "BailingHybridForCausalLM", "BailingHybridConfig",
+        {**HYBRID_EXPERTS, "num_hidden_layers": 4, "head_dim": 16, "first_k_dense_replace": 1,
+         "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]},
+    ),
+    "longcat_flash": Family(
+        "LongcatFlashForCausalLM", "LongcatFlashConfig",
+        {"num_hidden_layers": 4, "ffn_hidden_size": 58, "n_routed_experts": 6, "zero_expert_num": 3, "moe_topk": 3,
+         "expert_ffn_hidden_size": 22, "head_dim": 6},
+    ),
+    "deepseek_v32": Family("DeepseekV32ForCausalLM", "DeepseekV32Config", SPARSE, "sparse"),
+    "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", SPARSE, "sparse"),
+    "axk2": Family("AXK2ForCausalLM", "AXK2Config", SPARSE, "sparse"),
+    "hy_v4": Family("HYV4ForCausalLM", "HYV4Config", SPARSE, "sparse"),
+    "glm5_next": Family("Glm5NextForConditionalGeneration", "Glm5NextConfig", SPARSE, "sparse"),
+    "dots3_note": Family(
+        "Dots3NoteForCausalLM", "Dots3NoteTextConfig", {**SPARSE, "sliding_window": 16, "num_hidden_layers": 3}, "sparse",
+        variants={"sliding": {"layer_types": ["sliding_attention"] * 3}},
+    ),
+    "mistral_large4": Family(
+        "MistralLarge4ForConditionalGeneration", "MistralLarge4Config", SPARSE, "sparse",
+    ),
+}  # fmt: skip
+
+_TEXT: dict[str, dict[str, int]] = {
+    "glm5_next": {"qk_rope_head_dim": 0, "index_topk": 16, "num_hidden_layers": 4},
+    "mistral_large4": {},
+}
+
+
+def shipped_families() -> list[str]:
+    """Folders of the installed transformers whose configuration has a kv_lora_rank."""
+    root = Path(transformers.__file__).parent / "models"
+    files = root.glob("*/configuration_*.py")
+    return sorted({f.parent.name for f in files if "kv_lora_rank" in f.read_text(encoding="utf-8")})
+
+
+def config_of(name: str, variant: str = "", **changes: Any) -> Any:
+    """The tiny configuration of a family, or of one of its variants."""
+    family = FAMILIES[name]
+    module = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
+    sizes = {**COMMON, **family.sizes, **family.variants.get(variant, {}), **changes}
+    if name in _TEXT:  # a model for images too: the text part is what matters here
+        return getattr(module, family.config)(text_config={**sizes, **_TEXT[name]})
+    return getattr(module, family.config)(**sizes)
+
+
+def fresh_family(
+    name: str, variant: str = "", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
+) -> nn.Module:
+    """A new model in eval mode: random biases, weights large enough that softmax is not flat."""
+    config = config_of(name, variant, **changes)
+    config._attn_implementation = "eager" if name == "hy_v4" else "sdpa"
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    torch.manual_seed(seed)
+    model = getattr(module, FAMILIES[name].model)(config)
+    with torch.no_grad():
+        for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor_name.endswith("bias"):
+                tensor.normal_(std=0.3)
+            elif "proj" in tensor_name and "mlp" not in tensor_name:
+                tensor.mul_(4.0)
+    model = model.to(dtype).eval()
+    if getattr(config, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
+tiny_family: Callable[..., Any] = cache(fresh_family)
