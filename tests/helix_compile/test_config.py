@@ -263,7 +263,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     options: dict[str, Any] = {}
 
     def record(model: object, **given: Any) -> None:
-        options.update(given)
+        options.update({k: v for k, v in given.items() if k != "dtype"})
         raise HelixError("recorded")
 
     monkeypatch.setattr(cli, "_model", lambda *_, **__: None)
