@@ -61,6 +61,9 @@ def helix_backend(
         _raise_through_dynamo(error)
 
 
+helix_backend.reset = _SESSIONS.clear  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+
+
 def compiled_modules(model: nn.Module) -> list[HelixModule]:
     """The HelixModules behind a torch.compiled model (or its original), in no order: to inspect() or verify() them.
 
@@ -109,5 +112,6 @@ def _raise_through_dynamo(error: HelixError) -> NoReturn:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
 
     kind = type(error)
-    through = type(kind.__name__, (kind, ShortenTraceback), {"__init__": start})
+    body = {"__init__": start, "__module__": kind.__module__}
+    through = type(kind.__name__, (kind, ShortenTraceback), body)
     raise through(str(error)) from None

@@ -66,10 +66,10 @@ def compared_outputs(gm: fx.GraphModule, frame: Frame, args: tuple[Any, ...]) ->
         after = [mode.digest(s) if isinstance(s, Tensor) else "" for s in stand_ins]
     outputs = []
     for place, (digest, value) in enumerate(zip(digests, results, strict=True)):
-        role = expected.roles.get(digest)
-        if role is None:
+        found = expected.roles.get(digest)
+        if found is None:
             raise _different(run, expected, f"output {place}")
-        outputs.append(GraphOutput(*role, tuple(value.shape), value.dtype))
+        outputs.append(GraphOutput(*found, tuple(value.shape), value.dtype))
     for role, digest in zip(frame.inputs, after, strict=True):
         if role.kind == "cache" and digest not in expected.after[(role.layer, role.name)]:
             raise _different(run, expected, f"the cache's {role.name} of layer {role.layer}")

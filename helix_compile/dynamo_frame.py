@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.output_graph import graph_break_reasons
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from transformers import PreTrainedModel
 
 from helix_compile.errors import CaptureError
 
@@ -64,11 +66,11 @@ def traced_frame(gm: fx.GraphModule, example_inputs: list[Any]) -> Frame:
     output = InstructionTranslator.current_tx().output
     scope = dict(output.local_scope)
     model = scope.get("self")
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         what = f"a {type(model).__name__}" if isinstance(model, nn.Module) else "a function"
         raise CaptureError(
-            f"torch.compile: the compiled frame is that of {what}, not a transformers causal language model "
-            f"(a part of a model, or what is left behind a graph break?); {_ALONE}"
+            f"torch.compile: the compiled frame is that of {what}, not a transformers causal language model; {_ALONE}"
+            + _last_graph_break()
         )
     arguments = _arguments(model, scope)
     named = [
@@ -86,22 +88,30 @@ def traced_frame(gm: fx.GraphModule, example_inputs: list[Any]) -> Frame:
 
 def _refuse_graph_break(gm: fx.GraphModule) -> None:
     reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
-        return
+    if reason is not None and reason.graph_break:
+        raise CaptureError(
+            f"torch.compile: graph break at {_told(reason)}. Helix needs the whole step in one graph; {_ALONE}"
+        )
+
+
+def _last_graph_break() -> str:
+    """Behind a break inside a loop Dynamo gives up the whole frame and comes with its parts: say where it broke."""
+    if not graph_break_reasons:
+        return ""
+    return f". Dynamo's last graph break was at {_told(graph_break_reasons[-1])}"
+
+
+def _told(reason: Any) -> str:
     frames = [f for f in reason.user_stack if f.filename]
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
-    why = " ".join(str(reason.reason).split("\n")[0].split())
-    raise CaptureError(
-        f"torch.compile: graph break at {place}: {why}. Helix needs the whole step in one graph; remove the break, and "
-        "compile with fullgraph=True to have Dynamo explain it"
-    )
+    return f"{place} ({' '.join(str(reason.reason).split(chr(10))[0].split())})"
 
 
 def _arguments(model: nn.Module, scope: dict[str, Any]) -> dict[str, Any]:
     """The call's arguments by name, whether the frame is the forward or a decorator's (*args, **kwargs) around it."""
     signature = inspect.signature(model.forward)
     given = {k: v for k, v in scope.items() if k != "self"}
-    if set(given) == {"args", "kwargs"}:
+    if "args" in given and "input_ids" not in given:  # a decorator's frame
         bound = signature.bind(*given["args"], **given["kwargs"]).arguments
     else:
         bound = {k: v for k, v in given.items() if k in signature.parameters}

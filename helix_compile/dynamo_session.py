@@ -124,7 +124,9 @@ class Session:
         apart = counted.expand(whole.shape[0], T) - places
         shifts = list(cache.shifts)
         for row, (values, tokens) in enumerate(zip(apart, whole[:, S:], strict=True)):
-            found = set(values[tokens].tolist()) | ({shifts[row]} - {None})
+            found: set[int] = set(values[tokens].tolist())
+            if (before := shifts[row]) is not None:
+                found.add(before)
             if len(found) > 1:
                 raise RuntimeFault(
                     f"row {row}: the positions jump against the tokens (by {sorted(found)}): a gap in attention_mask, "

@@ -56,6 +56,7 @@ class DigestMode(TorchDispatchMode):
             fake = torch.empty_strided(
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
             )
+        assert isinstance(fake, FakeTensor)
         self._name(fake, _hash("input", name))
         return fake
 
