@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from helix_compile.capture import capture
+from helix_compile.capture_checks import check_surroundings
 from helix_compile.compile import helix_compile
 from helix_compile.dynamo_cache import Key, UserCache, stand_in, version_of
 from helix_compile.dynamo_check import GraphOutput, compared_outputs
@@ -14,6 +16,7 @@ from helix_compile.dynamo_frame import Frame
 from helix_compile.errors import RuntimeFault
 from helix_compile.module import HelixModule
 from helix_compile.passes.fx_edit import aten, is_call, placeholders
+from helix_compile.provenance import CAPTURED
 from helix_compile.step_inputs import check_ids, checked_mask
 
 _ROTATION = (aten.cos.default, aten.sin.default, aten.polar.default)
@@ -50,11 +53,22 @@ class Session:
         return self._module
 
     def compile(self, model: nn.Module) -> None:
-        """Rewrite the model, once for all graphs."""
-        if self._module is None:
-            with torch.inference_mode(False), torch.no_grad():
+        """Rewrite the model, once for all graphs.
+
+        Raises:
+            CaptureError: under autocast, which would not be in the rewritten graph.
+            RuntimeFault: another graph came because the model itself was changed.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            check_surroundings()
+            if self._module is None:
                 self._module = helix_compile(model, **self.options)
-            self._rotary = _positions_rotate_only(self._module)
+                self._rotary = _positions_rotate_only(self._module)
+            elif capture(model).graph is not self._module.stages[CAPTURED]:
+                raise RuntimeFault(
+                    "the model (a constant, a hook, a method or its configuration) was changed since it was compiled; "
+                    "call torch._dynamo.reset() and torch.compile it again"
+                )
 
     def remember(self, weights: dict[str, Tensor]) -> None:
         """Which weights the shards were cut from."""

@@ -94,8 +94,8 @@ def test_what_is_no_whole_model_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="that of a function"), torch.no_grad():
         torch.compile(mine, backend="helix", options={"cp": 4})(IDS)
-    with pytest.raises(CaptureError, match="output_hidden_states"), torch.no_grad():
-        torch.compile(model, backend="helix", options={"cp": 4})(IDS, output_hidden_states=True)
+    with pytest.raises(CaptureError, match="called with labels="), torch.no_grad():
+        torch.compile(model, backend="helix", options={"cp": 4})(IDS, labels=IDS)
 
 
 def traced(model: Any, past: bool, check: Any) -> None:
@@ -158,7 +158,7 @@ def test_a_graph_that_is_not_the_models_forward_is_refused(past: bool) -> None:
     assert told == [(edit, edit is not masked_otherwise) for edit in edits]
 
 
-def test_weights_that_changed_are_refused_until_compiled_anew() -> None:
+def test_a_model_that_changed_is_refused_until_compiled_anew() -> None:
     model = fresh_model("short")
     compiled = torch.compile(
         model, backend="helix", fullgraph=True, options={"cp": 4, "max_seq_len": 64}
@@ -167,6 +167,9 @@ def test_weights_that_changed_are_refused_until_compiled_anew() -> None:
         compiled(IDS)
         model.model.layers[0].self_attn.kv_b_proj.weight.mul_(1.5)
         with pytest.raises(RuntimeFault, match=r"1 weights changed.*layers\.0\.self_attn\.kv_b"):
+            compiled(IDS)
+        model.model.layers[1].self_attn.scaling *= 2
+        with pytest.raises(RuntimeFault, match="a constant, a hook"):
             compiled(IDS)
         torch._dynamo.reset()
         expected = model(IDS).logits
