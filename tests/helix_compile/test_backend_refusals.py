@@ -169,10 +169,8 @@ def test_a_model_that_changed_is_refused_until_compiled_anew() -> None:
         with pytest.raises(RuntimeFault, match=r"1 weights changed.*layers\.0\.self_attn\.kv_b"):
             compiled(IDS)
         mlp = model.model.layers[0].mlp
-        before, mlp.act_fn = (
-            mlp.act_fn,
-            nn.GELU(),
-        )  # Dynamo guards on it and comes with another graph
+        before = mlp.act_fn
+        mlp.act_fn = nn.GELU().eval()  # Dynamo guards on it and comes with another graph
         with pytest.raises(RuntimeFault, match="a constant, a hook"):
             compiled(IDS)
         mlp.act_fn = before
