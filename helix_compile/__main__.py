@@ -28,7 +28,7 @@ app = typer.Typer(
 
 # options that helix_compile takes as they are
 _OPTIONS = (*(f.name for f in fields(HelixOptions)), "world")
-_MODEL_HELP = "checkpoint folder, a config.json (random weights), or a preset: tiny, deepseek-v3-lite, deepseek-v3"
+_MODEL_HELP = "checkpoint folder, a config.json (random weights), a .pt2 of torch.export.save, or a preset: tiny, deepseek-v3-lite, deepseek-v3"
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 _CP_HELP = "ranks that share a KV cache by sequence; required, here or in --config"
 Cp = Annotated[int | None, typer.Option(help=_CP_HELP)]

@@ -291,6 +291,11 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     inputs = [("hidden", "input_ids"), ("tensor", "attention_mask"), ("tensor", "position_ids")]
     body = normalised_module(program, [*inputs, *(("past", p) for p in pasts)], prefix="model.")
     layer = CapturedLayer(0, "", "body_0", tuple(range(len(cached))))
+    return CapturedGraph(graph=whole_graph(body), layers=(layer,), **_facts(model))
+
+
+def whole_graph(body: fx.GraphModule) -> fx.GraphModule:
+    """The outer graph of a model that is one body: its inputs, one call, logits and what is cached."""
     outer = fx.Graph()
     args = []
     for placeholder in placeholders(body.graph):
@@ -305,5 +310,4 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     outer.output((out, [outer.call_function(operator.getitem, (call, 1))]))
     root = nn.Module()
     root.add_module("body_0", body)
-    module = fx.GraphModule(root, outer)
-    return CapturedGraph(graph=module, layers=(layer,), **_facts(model))
+    return fx.GraphModule(root, outer)

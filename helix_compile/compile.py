@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from helix_compile.capture import CapturedGraph
 from helix_compile.graph_pass import run_passes
@@ -26,7 +27,7 @@ from helix_compile.world import open_world
 
 
 def helix_compile(
-    model: nn.Module | CapturedGraph | str | Path,
+    model: nn.Module | CapturedGraph | ExportedProgram | str | Path,
     cp: int,
     *,
     tpa: int = 1,
@@ -47,7 +48,8 @@ def helix_compile(
     """Rewrite the decode step of `model` for Helix parallelism (arXiv 2507.07120).
 
     Args:
-        model: a transformers causal language model with MLA in eval mode, a checkpoint folder, or a CapturedGraph.
+        model: a transformers causal language model with MLA in eval mode, a checkpoint folder, a CapturedGraph,
+            or a program of torch.export (or the .pt2 file of one).
             A model is left as it was; shards are views of its weights. Of a folder each rank reads its slices.
         cp: ranks that share a KV cache by sequence (the paper's KVP).
         tpa: attention tensor parallel over heads; there are N = cp * tpa ranks.

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from helix_compile.capture import CapturedGraph, capture
 from helix_compile.capture_checks import check_model, check_surroundings
+from helix_compile.capture_program import capture_program, load_program
 from helix_compile.checkpoint_model import open_checkpoint
 from helix_compile.errors import CaptureError, HelixError
 from helix_compile.matches import LayerMatch
@@ -27,7 +29,7 @@ from helix_compile.world import World, is_distributed
 
 
 def captured_from(
-    model: nn.Module | CapturedGraph | str | Path,
+    model: nn.Module | CapturedGraph | ExportedProgram | str | Path,
     dtype: torch.dtype | None,
     device: torch.device | None = None,
     unmatched: str = "error",
@@ -53,6 +55,15 @@ def captured_from(
         if model.model is None:
             raise CaptureError("this CapturedGraph does not hold its model; use capture(model)")
         return model
+    if isinstance(model, (str, Path)) and Path(model).suffix == ".pt2":
+        model = load_program(Path(model))
+    if isinstance(model, ExportedProgram):
+        captured = capture_program(model)
+        if dtype not in (None, captured.dtype):
+            raise CaptureError(
+                f"a program exported in {captured.dtype} can't be retyped to {dtype}; export it in that dtype"
+            )
+        return captured
     if isinstance(model, (str, Path)):
         return _captured_folder(Path(model), dtype, device or torch.device("cpu"), unmatched)
     if isinstance(model, HelixModule):
@@ -61,8 +72,8 @@ def captured_from(
         )
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise CaptureError(
-            f"expected a transformers causal language model, a checkpoint folder or a CapturedGraph, "
-            f"got {type(model).__name__}"
+            f"expected a transformers causal language model, a checkpoint folder, an ExportedProgram or a "
+            f"CapturedGraph, got {type(model).__name__}"
         )
     check_model(model)
     if dtype is None or dtype == model.dtype:

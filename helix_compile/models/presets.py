@@ -73,7 +73,7 @@ def build_model(
 
 
 def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.Module | Path:
-    """What a MODEL argument names: a preset, a config.json, or a checkpoint folder (returned as its path, unread).
+    """What a MODEL argument names: a preset, a config.json, a checkpoint folder or a .pt2 (both as paths, unread).
 
     Args:
         name: preset, path of a config.json (random weights), or folder with config.json and safetensors.
@@ -89,6 +89,12 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
     if name in PRESETS:
         config: Any = preset_config(name)
     elif path.is_dir() and not meta:
+        return path
+    elif path.suffix == ".pt2" and path.is_file():
+        if meta or dtype is not None:
+            raise ValueError(
+                "an exported program has its weights and dtype; drop --meta and --dtype"
+            )
         return path
     elif path.exists():
         from transformers import AutoConfig

@@ -107,11 +107,6 @@ def test_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
         helix_compile(model, cp=2)
 
 
-def test_the_dynamo_backend_is_refused() -> None:
-    with pytest.raises(HelixError, match="not in this version"):
-        torch.compile(torch.nn.Linear(2, 2), backend="helix", options={"cp": 4})(torch.ones(1, 2))
-
-
 def test_models() -> None:
     with pytest.raises(CaptureError, match=r"training mode; call model\.eval"):
         helix_compile(fresh_model().train(), cp=2)

@@ -1,0 +1,93 @@
+"""The user's cache object, as the backend sees it: tensors that stand for what the sharded cache holds.
+
+The latents live in the ranks' shards. What the user's DynamicCache or StaticCache gets are stride-0 views of one NaN:
+right shape and dtype, so lengths count, and no memory. They are also the proof that a cache is the current one: each
+call must bring the very objects that the last call left, unedited. A view that was cut, copied, selected or written is
+another object or has another version, and is refused.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from helix_compile.errors import RuntimeFault
+
+Key = tuple[int, str]  # layer, field
+_START_OVER = "to start over pass a new cache"
+
+
+@dataclass
+class UserCache:
+    """Which tensors the current cache consists of, and what was fed so far.
+
+    Attributes:
+        mask: [B, S] bool on the host: columns fed so far, True = token.
+        shifts: per row, the user's position of a token less its place among the row's tokens; None before a token.
+    """
+
+    mask: Tensor | None = None
+    shifts: list[int | None] = field(default_factory=list)
+    _held: dict[Key, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> int:
+        """S: columns fed so far, padding included."""
+        return 0 if self.mask is None else self.mask.shape[1]
+
+    def check(self, tensors: dict[Key, Tensor], columns: int) -> None:
+        """Raise RuntimeFault unless `tensors` are those that the last call left, with `columns` columns."""
+        if self.mask is None:
+            raise RuntimeFault(
+                f"the cache comes with {columns} columns, but this compiled model has filled none: a cache that was "
+                f"filled elsewhere (by the model itself, or by another compiled one) holds nothing here; {_START_OVER}"
+            )
+        for (layer, name), tensor in tensors.items():
+            if name == "cumulative_length":
+                continue
+            reference, version = self._held.get((layer, name), (None, 0))
+            if reference is None or reference() is not tensor:
+                raise RuntimeFault(
+                    f"the cache's {name} of layer {layer} is not the tensor that the last step left there: this is "
+                    f"another cache object, or it was cropped, reordered, copied or refilled. The keys live in the "
+                    f"ranks' shards and can't follow; {_START_OVER}"
+                )
+            if version_of(tensor) != version:
+                raise RuntimeFault(
+                    f"the cache's {name} of layer {layer} was written in place since the last step; it is a stand-in "
+                    f"without memory, and the ranks' shards can't follow; {_START_OVER}"
+                )
+        if columns != self.columns:
+            raise RuntimeFault(
+                f"the cache says {columns} columns, {self.columns} were fed: it was rewound or extended outside of "
+                f"the compiled model, which the ranks' shards can't follow; {_START_OVER}"
+            )
+
+    def hold(self, tensors: dict[Key, Tensor]) -> None:
+        """From now on these are the tensors of the current cache."""
+        for key, tensor in tensors.items():
+            if key[1] != "cumulative_length":
+                self._held[key] = (weakref.ref(tensor), version_of(tensor))
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written in place.
+
+    Raises:
+        RuntimeFault: an inference tensor, which does not count.
+    """
+    if tensor.is_inference():
+        raise RuntimeFault(
+            "the cache's tensors were made under torch.inference_mode(), where edits can't be seen; make the cache "
+            "outside of it (torch.no_grad() is fine)"
+        )
+    return tensor._version
+
+
+def stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A stride-0 view of one NaN: whoever reads a latent from it gets NaN, never a number that looks right."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(shape)

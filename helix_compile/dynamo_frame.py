@@ -1,0 +1,166 @@
+"""What Dynamo compiled: which model's forward, how it was called, and what each input of the graph is.
+
+A user's `torch.compile(model)` gives a frame of the model's own forward. Its graph's inputs are weights, tensors of the
+call, and the tensors of the user's cache; here each gets its role, by the identity of the object and never by a name
+of a weight.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.output_graph import graph_break_reasons
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from transformers import PreTrainedModel
+
+from helix_compile.errors import CaptureError
+
+CALL_TENSORS = ("input_ids", "attention_mask", "position_ids")
+_SUPPORTED = {*CALL_TENSORS, "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+_CACHE = re.compile(r".*\.layers\[(\d+)\]\.(\w+)$")
+_ALONE = "compile the causal language model itself: torch.compile(model, backend='helix', fullgraph=True)"
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One placeholder of a Dynamo graph.
+
+    Attributes:
+        kind: "weight", "call" (input_ids, attention_mask, position_ids), "cache", "size" (an int) or "constant".
+        name: a weight's full name, the argument's name, or the field of the cache ("keys", "cumulative_length").
+        layer: of a cache tensor, its layer.
+    """
+
+    kind: str
+    name: str
+    layer: int = -1
+
+
+@dataclass
+class Frame:
+    """The call that Dynamo traced.
+
+    Attributes:
+        model: the module whose forward it is.
+        arguments: how it was called, by the forward's own parameter names.
+        inputs: role of each placeholder, in the graph's order.
+    """
+
+    model: nn.Module
+    arguments: dict[str, Any]
+    inputs: list[GraphInput]
+
+
+def traced_frame(gm: fx.GraphModule, example_inputs: list[Any]) -> Frame:
+    """Read the frame off the translator that is calling the backend just now.
+
+    Raises:
+        CaptureError: a graph break, a frame that is no model's forward, or an argument that Helix can't serve.
+    """
+    _refuse_graph_break(gm)
+    output = InstructionTranslator.current_tx().output
+    scope = dict(output.local_scope)
+    model = scope.get("self")
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        what = f"a {type(model).__name__}" if isinstance(model, nn.Module) else "a function"
+        raise CaptureError(
+            f"torch.compile: the compiled frame is that of {what}, not a transformers causal language model; {_ALONE}"
+            + _last_graph_break()
+        )
+    arguments = _arguments(model, scope)
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    names = {id(tensor): name for name, tensor in reversed(named)}
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = [
+        _role(node, value, names, arguments)
+        for node, value in zip(places, example_inputs, strict=True)
+    ]
+    return Frame(model, arguments, inputs)
+
+
+def _refuse_graph_break(gm: fx.GraphModule) -> None:
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        raise CaptureError(
+            f"torch.compile: graph break at {_told(reason)}. Helix needs the whole step in one graph; {_ALONE}"
+        )
+
+
+def _last_graph_break() -> str:
+    """Behind a break inside a loop Dynamo gives up the whole frame and comes with its parts: say where it broke."""
+    if not graph_break_reasons:
+        return ""
+    return f". Dynamo's last graph break was at {_told(graph_break_reasons[-1])}"
+
+
+def _told(reason: Any) -> str:
+    frames = [f for f in reason.user_stack if f.filename]
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
+    return f"{place} ({' '.join(str(reason.reason).split(chr(10))[0].split())})"
+
+
+def _arguments(model: nn.Module, scope: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments by name, whether the frame is the forward or a decorator's (*args, **kwargs) around it."""
+    signature = inspect.signature(model.forward)
+    given = {k: v for k, v in scope.items() if k != "self"}
+    if "args" in given and "input_ids" not in given:  # a decorator's frame
+        bound = signature.bind(*given["args"], **given["kwargs"]).arguments
+    else:
+        bound = {k: v for k, v in given.items() if k in signature.parameters}
+    flat: dict[str, Any] = {}
+    for name, value in bound.items():
+        many = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        flat.update(value if many else {name: value})
+    for name, value in flat.items():
+        if value is not None and name not in _SUPPORTED:
+            raise CaptureError(
+                f"torch.compile: the model is called with {name}=..., which a Helix step can't serve; it takes "
+                + ", ".join(sorted(_SUPPORTED))
+            )
+    keep = flat.get("logits_to_keep", 0)
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise CaptureError(
+            f"torch.compile: logits_to_keep must be an int, got {type(keep).__name__}"
+        )
+    if not isinstance(flat.get("input_ids"), Tensor):
+        raise CaptureError("torch.compile: the model is called without input_ids")
+    return flat
+
+
+def _role(
+    node: fx.Node, value: Any, names: dict[int, str], arguments: dict[str, Any]
+) -> GraphInput:
+    if not isinstance(value, Tensor):
+        return GraphInput("size", node.name)
+    if id(value) in names:
+        return GraphInput("weight", names[id(value)])
+    for name in CALL_TENSORS:
+        if arguments.get(name) is value:
+            return GraphInput("call", name)
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    found = _CACHE.match(source.name if source is not None else "")
+    if found:
+        layers = getattr(arguments.get("past_key_values"), "layers", [])
+        layer = int(found[1])
+        if layer < len(layers) and getattr(layers[layer], found[2], None) is value:
+            return GraphInput("cache", found[2], layer)
+    return GraphInput("constant", getattr(source, "name", node.name))
+
+
+def tensors_of_cache(cache: Any) -> dict[tuple[int, str], Tensor]:
+    """(layer, field) -> tensor of a transformers cache; {} for None or a cache that is still empty."""
+    layers = getattr(cache, "layers", [])
+    return {
+        (i, name): value
+        for i, layer in enumerate(layers)
+        for name, value in vars(layer).items()
+        if isinstance(value, torch.Tensor)
+    }

@@ -1,0 +1,146 @@
+"""Two programs compute the same value if their operators, constants and inputs hash the same.
+
+A dispatch mode runs a program on fake tensors and gives every value a digest: hash(operator, constants, digests of its
+tensors). Memory is hashed, not names: a digest belongs to a storage and a view adds size, stride and offset, so an
+in-place update is followed through every alias. Values made of constants and integers alone (positions, masks) are
+computed for real and hashed by content. Nothing of the size of a weight is allocated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helix_compile.errors import CaptureError
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def content_digest(tensor: Tensor) -> str:
+    """Hash of a real tensor's values, shape and dtype."""
+    with unset_fake_temporarily():
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return _hash(str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(raw).hexdigest())
+
+
+class DigestMode(TorchDispatchMode):
+    """Digest of every value while this is open; run the program inside `with mode.fake, mode:`.
+
+    Attributes:
+        fake: the fake mode that it works with; make stand-ins by stand_in().
+        seen: digests of all values so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.seen: set[str] = set()
+        self._storages: dict[int, str] = {}
+        self._known: set[int] = set()
+        self._kept: list[Any] = []  # storages and tensors stay alive: their addresses are keys
+        self._foreign: dict[int, FakeTensor] = {}
+
+    def stand_in(self, tensor: Tensor, name: str) -> FakeTensor:
+        """A fake of `tensor` (own storage) whose digest is that of `name`."""
+        with torch.no_grad(), self.fake:
+            fake = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+        assert isinstance(fake, FakeTensor)
+        self._name(fake, _hash("input", name))
+        return fake
+
+    def known(self, tensor: Tensor) -> Tensor:
+        """A private copy of a small real tensor that is computed with for real."""
+        copy = tensor.detach().clone()
+        self._known.add(id(copy))
+        self._kept.append(copy)
+        return copy
+
+    def digest(self, value: Any) -> str:
+        """Digest of a value of the program."""
+        if not isinstance(value, Tensor):
+            return _hash(value)
+        if id(value) in self._known:
+            return content_digest(value)
+        value = self._faked(value)
+        place = (tuple(value.shape), value.stride(), value.storage_offset(), str(value.dtype))
+        return _hash(self._storages[value.untyped_storage()._cdata], place)
+
+    def _name(self, fake: FakeTensor, digest: str) -> None:
+        storage = fake.untyped_storage()
+        self._storages[storage._cdata] = digest
+        self._kept.append(storage)
+
+    def _faked(self, value: Tensor) -> FakeTensor:
+        """The fake of a value; a real tensor that nobody announced is a constant of the program."""
+        if isinstance(value, FakeTensor):
+            return value
+        if id(value) not in self._foreign:
+            self._kept.append(value)
+            self._foreign[id(value)] = self.stand_in(value, f"constant {content_digest(value)}")
+        return self._foreign[id(value)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [x for x in flat if isinstance(x, Tensor)]
+        if all(id(t) in self._known for t in tensors) and self._is_small(func, flat, tensors):
+            with unset_fake_temporarily():
+                out = func(*args, **kwargs)
+            for leaf in pytree.tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._known.add(id(leaf))
+                    self._kept.append(leaf)
+            return out
+        digests = [self.digest(x) if isinstance(x, Tensor) else repr(x) for x in flat]
+        made = _hash(str(func), str(spec), digests)
+        flat = [self._enter(x) if isinstance(x, Tensor) else x for x in flat]
+        args, kwargs = pytree.tree_unflatten(flat, spec)
+        changed = list(_written(func, args, kwargs))
+        out = func(*args, **kwargs)
+        for number, tensor in enumerate(changed):
+            self._name(tensor, _hash(made, "written", number))
+        for number, leaf in enumerate(pytree.tree_leaves(out)):
+            if isinstance(leaf, FakeTensor):
+                if leaf.untyped_storage()._cdata not in self._storages:
+                    self._name(leaf, _hash(made, number))
+                self.seen.add(self.digest(leaf))
+        return out
+
+    def _enter(self, value: Tensor) -> FakeTensor:
+        """A known value that meets an unknown one goes on as a fake that is named by its content."""
+        if id(value) not in self._known:
+            return self._faked(value)
+        return self.stand_in(value, f"constant {content_digest(value)}")
+
+    def _is_small(self, func: Any, flat: list[Any], tensors: list[Tensor]) -> bool:
+        """With tensors: what is known stays known. Without: only integers are made for real, never a buffer."""
+        if tensors:
+            return True
+        dtypes = [x for x in flat if isinstance(x, torch.dtype)]
+        if dtypes:
+            return not any(d.is_floating_point or d.is_complex for d in dtypes)
+        return func in (torch.ops.aten.arange.default, torch.ops.aten.arange.start)
+
+
+def _written(func: Any, args: tuple, kwargs: dict) -> Iterable[FakeTensor]:
+    """The tensors that an operator writes into, by its schema."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
+        if isinstance(value, FakeTensor):
+            yield value
+        elif isinstance(value, Tensor):
+            raise CaptureError(f"capture: {func} writes a computed value into a constant")
