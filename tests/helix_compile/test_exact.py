@@ -61,7 +61,13 @@ def plan_id(plan: dict[str, Any]) -> str:
     return "-".join(f"{k}{v}" for k, v in plan.items())
 
 
-@pytest.mark.parametrize("plan", pairwise(), ids=plan_id)
+def in_two_tiers(plans: list[dict[str, Any]]) -> list[Any]:
+    """Every second one in CI, the others in the slow tier: only together do they hold every pair."""
+    marks = [(), pytest.mark.slow]
+    return [pytest.param(p, marks=marks[i % 2], id=plan_id(p)) for i, p in enumerate(plans)]
+
+
+@pytest.mark.parametrize("plan", in_two_tiers(pairwise()))
 def test_fp64_over_plans(plan: dict[str, Any]) -> None:
     model = tiny_model()
     compiled = helix_compile(model, max_seq_len=256, **plan)
@@ -71,11 +77,12 @@ def test_fp64_over_plans(plan: dict[str, Any]) -> None:
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "plain"])
 @pytest.mark.parametrize(
     "plan",
-    [
-        {"cp": 4, "tokens_per_block": 3, "v_up": "after"},
-        {"cp": 2, "tpa": 2, "tokens_per_block": 2, "v_up": "before", "q_proj": "gather"},
-    ],
-    ids=plan_id,
+    in_two_tiers(
+        [
+            {"cp": 2, "tpa": 2, "tokens_per_block": 2, "v_up": "before", "q_proj": "gather"},
+            {"cp": 4, "tokens_per_block": 3, "v_up": "after"},
+        ]
+    ),
 )
 def test_fp64_over_models(variant: str, plan: dict[str, Any]) -> None:
     model = tiny_model(variant)
