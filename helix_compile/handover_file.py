@@ -20,8 +20,12 @@ def write_cache(path: str | Path, entries: CacheEntries) -> None:
     """Write latents.N, k_ropes.N and lengths; an error leaves no file and an older one as it was.
 
     Raises:
-        RuntimeFault: entries that are no cache, or a disk that refuses.
+        RuntimeFault: entries that are no cache, a path that is not a file of its own, or a disk that refuses.
     """
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+        raise RuntimeFault(
+            f"{path}: is a link, a folder or a device; expected a new path or a regular file, which is replaced"
+        )
     entries = CacheEntries(*entries)
     tensors: dict[str, Tensor] = {"lengths": torch.as_tensor(entries.lengths, dtype=torch.int64)}
     seen: set[int] = set()

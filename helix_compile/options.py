@@ -32,6 +32,7 @@ LATER = {
     ("lower", "inductor"): "lowering to Inductor is not in this version",
     ("lower", "tensorrt"): "lowering to TensorRT is not in this version",
 }
+MAX_COUNT = 2**31 - 1
 WITHOUT_EFFECT_AT_CP1 = ("merge", "q_proj", "v_up", "overlap")
 PAGE_SIZE = (
     128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
@@ -146,9 +147,13 @@ def checked_own_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise LayoutError unless `value` is a real int >= 1."""
+    """Raise LayoutError unless `value` is a real int >= 1 that the int32 of `visible` can hold."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise LayoutError(f"{name} must be an int >= 1, got {value!r} ({type(value).__name__})")
+    if value > MAX_COUNT:
+        raise LayoutError(
+            f"{name} must be at most {MAX_COUNT:,} (local slots are int32), got {value:,}"
+        )
 
 
 def default_ep(world_size: int, num_experts: int) -> int:

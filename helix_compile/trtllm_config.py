@@ -37,7 +37,7 @@ _SERVERS = "this is a file of disaggregated serving; give its generation_servers
 REFUSED = {
     "context_servers": _SERVERS,
     "generation_servers": _SERVERS,
-    "speculative_config": "speculative decoding needs truncate(), which is not in this version",
+    "speculative_config": "drafts belong to the loop that decodes: generate(prompt_lookup_num_tokens=..., assistant_model=...)",
     "sparse_attention_config": "sparse attention is not supported",
     "quant_config": "quantised weights are not supported",
     "lora_config": "LoRA is not supported",

@@ -28,7 +28,7 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 REFUSED = {
     "dcp_kv_cache_interleave_size": "vLLM renamed it; write cp_kv_cache_interleave_size",
-    "speculative_config": "speculative decoding needs truncate(), which is not in this version",
+    "speculative_config": "drafts belong to the loop that decodes: generate(prompt_lookup_num_tokens=..., assistant_model=...)",
     "quantization": "quantised weights are not supported",
     "enable_lora": "LoRA is not supported",
     "hf_overrides": "give a checkpoint folder whose config.json says it",

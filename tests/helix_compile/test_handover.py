@@ -272,3 +272,15 @@ def test_the_example_of_two_processes(tmp_path: Path) -> None:
     expected = model.generate(prompts, max_new_tokens=24, do_sample=False, pad_token_id=0)
     assert json.loads(done.stdout) == expected[:, 50:].tolist()
     assert columns_of(read_cache(tmp_path / "cache.safetensors")) == 50
+
+
+def test_only_a_file_is_replaced(tmp_path: Path) -> None:
+    """A link, a folder or a device in the place of the file stays what it is."""
+    link, aim = tmp_path / "link", tmp_path / "aim"
+    aim.write_bytes(b"as it was")
+    link.symlink_to(aim)
+    entries = CacheEntries([torch.zeros(1, 2, 4)], [torch.zeros(1, 2, 2)], torch.tensor([2]))
+    for path in (link, tmp_path):
+        with pytest.raises(RuntimeFault, match="is a link, a folder or a device"):
+            write_cache(path, entries)
+    assert link.is_symlink() and aim.read_bytes() == b"as it was"

@@ -37,6 +37,7 @@ LAYOUTS: list[tuple[dict[str, Any], str]] = [
     ({"cp": 2, "tpa": 0}, "tpa must be an int >= 1, got 0"),
     ({"cp": 2, "tokens_per_block": 0}, "tokens_per_block must be an int >= 1"),
     ({"cp": 2, "max_batch_size": 0}, "max_batch_size must be an int >= 1"),
+    ({"cp": 2, "max_seq_len": 10**30}, "max_seq_len must be at most 2,147,483,647"),
 ]
 
 
