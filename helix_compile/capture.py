@@ -198,11 +198,13 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
 
 def _mtp_notes(config: Any) -> tuple[str, ...]:
     """Checkpoints of some families hold layers that predict further tokens; transformers' classes have none of them."""
+    # transformers gives one number both names in some configurations
     names = ("num_nextn_predict_layers", "num_mtp_layers")
-    found = [(n, count) for n in names if (count := getattr(config, n, None))]
-    return tuple(
-        f"{name}={count}: the model class has no multi-token-prediction layers, so they are ignored"
-        for name, count in found
+    count = next((n for name in names if (n := getattr(config, name, None))), 0)
+    if not count:
+        return ()
+    return (
+        f"the configuration counts {count} multi-token-prediction layer(s): the model class has none, so they are ignored",
     )
 
 

@@ -223,9 +223,10 @@ def test_compiled_from_a_folder_is_compiled_from_the_model(
     assert totals == [sum(slices), sum(slices)] and 0.9 * stored < sum(slices) < stored
     model = loaded(folder)
     reference = helix_compile(model, cp=4)
-    note, *others = compiled.plan.notes
-    assert replace(compiled.plan, notes=tuple(others)) == reference.plan
-    assert "1 tensor(s) that is no part of the model" in note
+    ignored = [n for n in compiled.plan.notes if "1 tensor(s) that is no part of the model" in n]
+    others = tuple(n for n in compiled.plan.notes if n not in ignored)
+    assert len(ignored) == 1
+    assert replace(compiled.plan, notes=others) == reference.plan
     assert _operations(compiled.graph) == _operations(reference.graph)
     for mine, theirs in zip(compiled.ranks, reference.ranks, strict=True):
         assert mine.params.keys() == theirs.params.keys()
