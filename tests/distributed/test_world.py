@@ -22,7 +22,7 @@ from tests.support.models import fresh_model
 
 pytestmark = pytest.mark.multi_process
 LIMIT = 1e-5
-STEPS = ("loaded", "cp4", "cp2_tpa2", "mesh", "replica", "goes_on", "reloaded", "checkpoint")
+STEPS = ("loaded", "cp4", "cp2_tpa2", "mesh", "replica", "goes_on", "reloaded", "after_damage")
 
 
 class Launch:
@@ -33,8 +33,7 @@ class Launch:
         model = fresh_model("short", torch.float32)
         self.virtual = helix_compile(model, cp=4, world="virtual", **OPTIONS)
         self.virtual.save(folder / "virtual")
-        for copy in ("checkpoint", "damaged"):
-            model.save_pretrained(folder / copy, max_shard_size="60KB")
+        model.save_pretrained(folder / "damaged", max_shard_size="60KB")
         cut = sorted((folder / "damaged").glob("*.safetensors"))[1]
         self.cut_off = cut.name
         os.truncate(cut, 5000)
@@ -102,12 +101,6 @@ def test_tokens_are_those_of_the_original_model_and_of_rank_0s_seed(launch: Laun
     sampled = launch.virtual.generate(ids, do_sample=True, temperature=3.0, **greedy).tolist()
     assert sampled != launch.seen[3]["greedy"].tolist()
     assert all(seen["sampled"].tolist() == sampled for seen in launch.seen)
-
-
-def test_a_folder_read_slice_by_slice_gives_the_tokens_of_the_loaded_model(launch: Launch) -> None:
-    """Its logits are among STEPS."""
-    for seen in launch.seen:
-        assert torch.equal(seen["checkpoint_greedy"], seen["greedy"])
 
 
 def test_a_folder_that_is_damaged_on_one_rank_is_told_on_all(launch: Launch) -> None:
