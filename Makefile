@@ -38,6 +38,8 @@ fix: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/decode_step.py
 	$(BIN)/python benchmarks/virtual_world.py
+	$(BIN)/torchrun --nproc-per-node 4 benchmarks/distributed_step.py
+	$(BIN)/python benchmarks/handover.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/prefill_memory.py --resident 61440

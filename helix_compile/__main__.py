@@ -259,9 +259,13 @@ for _name, _what in (
 
 def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> Any:
     options = _checked_options(ctx)
-    from helix_compile.compile import helix_compile
+    import torch
 
-    built = _model(model, dtype, meta)
+    from helix_compile.compile import helix_compile
+    from helix_compile.world import errors_told
+
+    with errors_told(options["world"], options["cp"], options["tpa"], torch.device("cpu")):
+        built = _model(model, dtype, meta)
     return helix_compile(built, dtype=_folder_dtype(built, dtype), **options)
 
 

@@ -14,7 +14,13 @@ from helix_compile.capture import CapturedGraph
 from helix_compile.graph_pass import run_passes
 from helix_compile.kernels.target import target_for
 from helix_compile.mesh import HelixMesh
-from helix_compile.model_source import captured_from, device_for, device_of, facts_of
+from helix_compile.model_source import (
+    captured_from,
+    device_for,
+    device_of,
+    device_of_input,
+    facts_of,
+)
 from helix_compile.module import HelixModule
 from helix_compile.options import HelixOptions
 from helix_compile.passes.match_layers import keep_unmatched, match_layers
@@ -23,7 +29,7 @@ from helix_compile.plan import trace_plan
 from helix_compile.planning import plan_helix
 from helix_compile.rank_claims import claims_of
 from helix_compile.ranks import build_ranks
-from helix_compile.world import open_world
+from helix_compile.world import errors_told, open_world
 
 
 def helix_compile(
@@ -83,9 +89,10 @@ def helix_compile(
         unmatched=unmatched,
     )  # fmt: skip
     place = device_for(device, world)
-    captured = keep_unmatched(captured_from(model, dtype, place, unmatched), options)
-    matches = match_layers(captured, options.max_seq_len)
-    plan = plan_helix(captured, matches, options)
+    with errors_told(world, cp, tpa, place or device_of_input(model)):
+        captured = keep_unmatched(captured_from(model, dtype, place, unmatched), options)
+        matches = match_layers(captured, options.max_seq_len)
+        plan = plan_helix(captured, matches, options)
     opened = open_world(HelixMesh(plan.layout), world, place or device_of(captured))
     trace_plan(plan)
     dump = os.environ.get("HELIX_DUMP")

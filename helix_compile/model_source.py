@@ -164,6 +164,13 @@ def device_of(captured: CapturedGraph) -> torch.device:
     return next(captured.model.parameters()).device
 
 
+def device_of_input(model: object) -> torch.device:
+    """Where a model that is not captured yet is; anything but a module counts as on the CPU."""
+    held = model.model if isinstance(model, CapturedGraph) else model
+    first = next(held.parameters(), None) if isinstance(held, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
+
+
 def device_for(device: str | torch.device | None, world: object = "virtual") -> torch.device | None:
     """The asked device, checked to exist; None means where the model is. "cuda" is this rank's own GPU."""
     if device is None:

@@ -95,6 +95,20 @@ class RankGuard:
         self._own = replace(self._own, step=at, time=time.time(), error=text)
         self._write()
 
+    def tell(self, error: BaseException) -> None:
+        """This rank raised before its first step: say so, and wait until every peer has heard, raised too or is dead."""
+        self.raised(error, step=0)
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        while time.monotonic() < deadline and not all(map(self._is_done, self._records().values())):
+            time.sleep(_LOOK_S)
+
+    def _is_done(self, record: RankRecord | None) -> bool:
+        """It said its word, or can't any more."""
+        if record is None:
+            return False
+        ended = record.left or is_dead(record.life, self._own.life)
+        return bool(record.lost or record.error or ended)
+
     def leave(self) -> None:
         """The script ends."""
         self._own = replace(self._own, left=True)

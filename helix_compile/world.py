@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any, Protocol
@@ -12,8 +14,9 @@ import torch
 from torch import fx
 
 from helix_compile.distributed_world import DistributedWorld
-from helix_compile.errors import PlanError
+from helix_compile.errors import HelixError, PlanError
 from helix_compile.graph_walk import Hook
+from helix_compile.layout import HelixLayout
 from helix_compile.mesh import HelixMesh
 from helix_compile.process_groups import open_parent
 from helix_compile.virtual_world import VirtualWorld
@@ -78,6 +81,33 @@ def open_world(mesh: HelixMesh, world: object, device: torch.device) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where nccl looks for this process's GPU
     return DistributedWorld(mesh, open_parent(name, mesh, device, timeout), timeout)
+
+
+@contextmanager
+def errors_told(world: object, cp: int, tpa: int, device: torch.device) -> Iterator[None]:
+    """What one rank alone raises before the ranks meet, such as for a damaged file on its node, is told to the others.
+
+    The rank says its error at once, meets the others where they open their world, and raises when they have heard. Had
+    it left, they would wait for it, or be ended by torchrun without a word.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_distributed(world):
+            # no such world, or the others are gone: the error itself says more
+            with suppress(HelixError, RuntimeError):
+                layout = HelixLayout(kvp=cp, tpa=tpa, ep=1, tpf=cp * tpa)
+                _tell(HelixMesh(layout), world, device, error)
+        raise
+
+
+def _tell(mesh: HelixMesh, world: object, device: torch.device, error: Exception) -> None:
+    rank = os.environ.get("RANK", "?")
+    sys.stderr.write(f"helix_compile: rank {rank}: {type(error).__name__}: {error}\n")
+    sys.stderr.flush()
+    opened = open_world(mesh, world, device)
+    assert isinstance(opened, DistributedWorld)
+    opened.guard.tell(error)
 
 
 def _timeout() -> timedelta:

@@ -6,6 +6,7 @@ The bytes are counted by a hook on what c10d is handed, which knows nothing of t
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.support.models import fresh_model
 
 pytestmark = pytest.mark.multi_process
 LIMIT = 1e-5
-STEPS = ("loaded", "cp4", "cp2_tpa2", "mesh", "replica", "goes_on", "reloaded")
+STEPS = ("loaded", "cp4", "cp2_tpa2", "mesh", "replica", "goes_on", "reloaded", "after_damage")
 
 
 class Launch:
@@ -32,8 +33,13 @@ class Launch:
         model = fresh_model("short", torch.float32)
         self.virtual = helix_compile(model, cp=4, world="virtual", **OPTIONS)
         self.virtual.save(folder / "virtual")
+        model.save_pretrained(folder / "damaged", max_shard_size="60KB")
+        cut = sorted((folder / "damaged").glob("*.safetensors"))[1]
+        self.cut_off = cut.name
+        os.truncate(cut, 5000)
         result = torchrun("world_worker.py", str(folder))
         assert result.returncode == 0, result.stderr
+        self.stderr = result.stderr
         self.seen = [load_file(folder / f"seen_{r}.safetensors") for r in range(4)]
         self.said: list[dict[str, Any]] = [
             json.loads((folder / f"said_{r}.json").read_text()) for r in range(4)
@@ -95,6 +101,18 @@ def test_tokens_are_those_of_the_original_model_and_of_rank_0s_seed(launch: Laun
     sampled = launch.virtual.generate(ids, do_sample=True, temperature=3.0, **greedy).tolist()
     assert sampled != launch.seen[3]["greedy"].tolist()
     assert all(seen["sampled"].tolist() == sampled for seen in launch.seen)
+
+
+def test_a_folder_that_is_damaged_on_one_rank_is_told_on_all(launch: Launch) -> None:
+    folder = launch.folder / "damaged"
+    own = f"CheckpointError: {folder}: 1 problem(s) with its files; nothing was read:\n  {launch.cut_off} (5000 bytes)"
+    assert launch.said[2]["damaged"].startswith(own)
+    for rank in (0, 1, 3):
+        assert launch.said[rank]["damaged"] == (
+            f"RuntimeFault: rank {rank} lost its peers before step 1: rank 2 raised at step 0: CheckpointError: {folder}: "
+            "1 problem(s) with its files; nothing was read:"
+        )
+    assert f"helix_compile: rank 2: {own}" in launch.stderr
 
 
 def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:

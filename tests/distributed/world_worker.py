@@ -1,6 +1,7 @@
 """One rank that does everything a real rank can do, once, and writes what it saw: the checks are in test_world.py.
 
-torchrun --nproc-per-node 4 world_worker.py FOLDER     (FOLDER/virtual: a module saved by the virtual world)
+torchrun --nproc-per-node 4 world_worker.py FOLDER     (FOLDER/virtual: a module saved by the virtual world;
+FOLDER/damaged: the model as transformers saves it, with a file cut off)
 """
 
 from __future__ import annotations
@@ -142,6 +143,11 @@ def main(folder: Path) -> None:
     four.save(folder / "distributed")
     said["again"] = refusal(lambda: four.save(folder / "distributed"))
     seen["reloaded"] = run_steps(HelixModule.load(folder / "distributed"))
+
+    # a folder that is damaged on the node of rank 2; the others have the model captured, which is cheap
+    source = folder / "damaged" if rank == 2 else model
+    said["damaged"] = refusal(lambda: helix_compile(source, cp=4, **OPTIONS))
+    seen["after_damage"] = run_steps(helix_compile(model, cp=4, **OPTIONS))
 
     with torch.no_grad():
         model.lm_head.weight[5, 7] += 0.5 if rank == 3 else 0.0
