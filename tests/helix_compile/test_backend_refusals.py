@@ -136,7 +136,9 @@ def activated_otherwise(node: fx.Node) -> Any:
     return (torch.nn.functional.gelu, {}) if found else None
 
 
-@pytest.mark.parametrize("past", [False, True], ids=["prompt", "step"])
+@pytest.mark.parametrize(
+    "past", [pytest.param(False, marks=pytest.mark.slow), True], ids=["prompt", "step"]
+)
 def test_a_graph_that_is_not_the_models_forward_is_refused(past: bool) -> None:
     edits = [scaled, masked_otherwise if past else not_causal, activated_otherwise]
     told = []

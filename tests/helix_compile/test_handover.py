@@ -261,6 +261,7 @@ def _full_disk(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str])
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.slow
 def test_the_example_of_two_processes(tmp_path: Path) -> None:
     """Prefill by the unmodified model in one process, decode by four ranks in another; one process says the same."""
     for script in ("prefill", "decode"):

@@ -69,7 +69,14 @@ def test_the_catalogue_is_wide() -> None:
     assert {m.kind for m in CATALOGUE} == kinds
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+# in CI those that only one check can find; the slow tier has all, and all of them in bfloat16
+NAMES = [
+    pytest.param(n, marks=() if n in BY_NUMBERS or n in BY_TYPES else pytest.mark.slow)
+    for n in MUTANTS
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_caught(name: str) -> None:
     report = report_of(name)
     assert not report.ok
@@ -91,6 +98,7 @@ def test_the_same_plan_without_a_fault_is_fine(options: dict) -> None:
     assert report.ok, report
 
 
+@pytest.mark.slow
 def test_the_likeliest_family_is_usually_the_one() -> None:
     """A guess, so not each time; but a reader who follows it is right more often than not."""
     right = [n for n, m in MUTANTS.items() if m.family in {f.family for f in report_of(n).findings}]
