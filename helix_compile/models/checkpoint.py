@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -51,7 +52,11 @@ def read_weights(
         raise ValueError(
             f"{folder} does not hold what its config.json describes; nothing was read:\n  {told}{more}"
         )
+    tied = _tied(model)
     model.to_empty(device=device)
+    for name, other in tied.items():  # to_empty gave each its own memory
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, model.get_parameter(other))
     places = _places(model)
     for file in files:
         with safe_open(file, framework="pt") as stored, torch.no_grad():
@@ -86,15 +91,18 @@ def _experts_of(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Second name of a parameter that has two -> the first."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    names = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in names if first[id(p)] != name}
+
+
 def _problems(model: nn.Module, shapes: dict[str, list[int]], block: object) -> list[str]:
-    places, problems = _places(model), []
-    same = {
-        id(tensor): name for name, tensor in model.named_parameters()
-    }  # one name of a tied tensor is enough
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    places, problems, tied = _places(model), [], _tied(model)
+    for name, tensor in model.state_dict().items():
         pieces = _experts_of(name, tensor)
-        names = [name, same.get(id(tensor), name)]
-        if any(n in shapes for n in names):
+        if name in shapes or tied.get(name) in shapes:
             problems += [f"stored twice: {name} and {p}" for p in pieces if p in shapes]
         else:
             problems += [f"missing: {p}" for p in pieces or [name] if p not in shapes]
@@ -111,7 +119,8 @@ def _problems(model: nn.Module, shapes: dict[str, list[int]], block: object) -> 
 
 
 def _ignored(model: nn.Module, key: str) -> bool:
-    count = model.config.num_hidden_layers
+    config: Any = model.config
+    count: int = config.num_hidden_layers
     number = re.match(r"model\.layers\.(\d+)\.", key)
     return key.endswith("rotary_emb.inv_freq") or (number is not None and int(number[1]) >= count)
 

@@ -37,7 +37,7 @@ def test_logits_are_those_of_transformers(variant: str) -> None:
 
 
 def test_yarn_whose_tables_are_scaled() -> None:
-    """mscale is not mscale_all_dim: cos and sin are multiplied too."""
+    """Here mscale is not mscale_all_dim: cos and sin are multiplied too."""
     model = tiny_family("deepseek_v3", "yarn")
     own = own_twin(model)
     assert own.model.rotary_emb.scale != 1.0
