@@ -65,6 +65,7 @@ def read_weights(
                     continue
                 tensor = stored.get_tensor(key)
                 if tensor.dtype in _FP8.values():
+                    assert fp8_block is not None  # refused above
                     with safe_open(where[key + _SCALE], framework="pt") as other:
                         tensor = _dequantised(tensor, other.get_tensor(key + _SCALE), fp8_block)
                 places[key].copy_(tensor)
