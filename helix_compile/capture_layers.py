@@ -242,15 +242,22 @@ def _opaque(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None
     """Each layer's forward is one opaque op while this is open; put back afterwards.
 
     A layer's hooks are part of what it computes: they are captured with its body, and kept away from the graph around.
+    So are its tensors: torch.export's bookkeeping is quadratic in the number of parameters, used or not.
     """
     before = {i: layer.__dict__.get("forward") for i, layer in enumerate(layers)}
     hooks = [(layer._forward_hooks, layer._forward_pre_hooks) for layer in layers]
     for i, layer in enumerate(layers):
         layer.forward = _recorder(layer, i, calls)
         layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
+    modules = list(layers.modules())
+    tensors = [(m._parameters, m._buffers) for m in modules]
+    for m in modules:
+        m._parameters, m._buffers = {}, {}
     try:
         yield
     finally:
+        for m, (parameters, buffers) in zip(modules, tensors, strict=True):
+            m._parameters, m._buffers = parameters, buffers
         for i, layer in enumerate(layers):
             del layer.forward
             layer._forward_hooks, layer._forward_pre_hooks = hooks[i]
