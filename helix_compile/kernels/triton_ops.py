@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from helix_compile.kernels.target import device_target
 
 # floats that kernels take, and how a Triton signature spells them
 TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -22,8 +25,19 @@ def define_triton_op(schema: str, launcher: Callable[..., Any], fake: Callable[.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, launcher, key)
+    _LIBRARY.impl(name, launcher, "CUDA")
+    _LIBRARY.impl(name, _interpreted(launcher), "CPU")
     torch.library.register_fake(f"helix_triton::{name}", fake, lib=_LIBRARY)
     base, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.helix_triton, base), overload or "default")
+
+
+def _interpreted(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher where Triton interprets; else LoweringUnavailable instead of Triton's "0 active drivers"."""
+
+    @functools.wraps(launcher)
+    def launch(*args: Any) -> Any:
+        device_target(torch.device("cpu"))
+        return launcher(*args)
+
+    return launch

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import helix_compile.kernels.catalog
 import helix_compile.kernels.launch as launch_module
 import helix_compile.ops  # noqa: F401
+from helix_compile import LoweringUnavailable
 from helix_compile.kernels.launch import launch
 from helix_compile.kernels.reference_fp8 import quantize_cache_reference
 from helix_compile.kernels.registry import registered_kernels
+from helix_compile.kernels.target import device_target
 from tests.support.kernel_cases import CASES, Arguments, on_device
 
 # arguments of the forms that CASES, which is by base op, does not call; each from those of its base op
@@ -182,3 +185,15 @@ def test_a_host_read_would_be_caught() -> None:
     with RefuseValues(), pytest.raises(AssertionError, match="waits for the device"):
         torch.ones(2).sum().item()
     assert launch_module.launch is launch
+
+
+@pytest.mark.parametrize("op", OVERLOADS, ids=str)
+def test_a_cpu_without_the_interpreter_is_refused(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a saved graph finds it that is loaded where TRITON_INTERPRET is not set."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    device_target.cache_clear()
+    try:
+        with pytest.raises(LoweringUnavailable, match="TRITON_INTERPRET=1"):
+            OVERLOADS[op](*arguments_of(op))
+    finally:
+        device_target.cache_clear()
