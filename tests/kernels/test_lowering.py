@@ -155,7 +155,7 @@ def test_batch_items_are_independent() -> None:
     torch.testing.assert_close(both, alone, rtol=0, atol=2e-5 * float(alone.abs().max()))
 
 
-@pytest.mark.parametrize("plan", ["after", "before"])
+@pytest.mark.parametrize("plan", [pytest.param("after", marks=pytest.mark.slow), "before"])
 def test_verify_is_silent_and_sees_an_edit(plan: str) -> None:
     """The static checks alone, on the graph with fused ops; then a scale that is off by a thousandth."""
     model = tiny_model("short", torch.float32)
