@@ -204,7 +204,7 @@ def _mtp_notes(config: Any) -> tuple[str, ...]:
     if not count:
         return ()
     return (
-        f"the configuration counts {count} multi-token-prediction layer(s): the model class has none, so they are ignored",
+        f"{count} multi-token-prediction layer(s) in the configuration: ignored, the model class has none",
     )
 
 
