@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS: list[tuple[str, str]] = [
     ("facts", "errors ledger matches numerics models."),
     ("data", "config_file config_section own_config trtllm_config vllm_config config_dialects options options_schema layout mesh placement plan graph_digest"),
-    ("checkpoints", "checkpoint_files checkpoint_names checkpoint_model checkpoint_weights shard_boxes"),
+    ("checkpoints", "checkpoint_files checkpoint_names checkpoint_model checkpoint_weights checkpoint_load shard_boxes"),
     ("ops", "kernels. ops"),
     ("graph tools", "graph_pass leaves provenance graph_text graph_python graph_queries costs schedule graph_json output_folder passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),

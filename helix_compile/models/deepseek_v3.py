@@ -1,7 +1,8 @@
 """DeepSeek-V3 (arXiv 2412.19437) on one device in plain PyTorch.
 
     model = DeepseekV3(preset_config("deepseek-v3-lite")).eval()      # random weights
-    model = load_deepseek_v3("path/of/checkpoint", dtype=torch.bfloat16)
+
+helix_compile.checkpoint_load.load_deepseek_v3("folder/") gives it the weights of a checkpoint.
 
 Parameters have the names that transformers' DeepseekV3ForCausalLM gives them, and logits equal its logits. What it computes
 in float32 whatever the dtype (norms, router, rotary angles) is float32 here too.
@@ -13,7 +14,6 @@ in float32 whatever the dtype (norms, router, rotary angles) is float32 here too
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DynamicCache
 
-from helix_compile.models.checkpoint import read_weights
 from helix_compile.models.rope import RotaryEmbedding, rotate, yarn_mscale
 
 
@@ -263,30 +262,3 @@ class DeepseekV3(nn.Module):
                 x, position_embeddings=rope, attention_mask=mask, past_key_values=past_key_values
             )
         return Output(self.lm_head(self.model.norm(x)), past_key_values)
-
-
-def load_deepseek_v3(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> DeepseekV3:
-    """The model of a Hugging Face folder (config.json, *.safetensors), in eval mode. FP8 blocks are dequantised.
-
-    Args:
-        folder: experts one by one or stacked, in one file or many.
-        dtype: of the weights; default: the configuration's, else float32. The router's bias stays float32.
-        device: where the weights go.
-
-    Raises:
-        ValueError: what is stored is not what config.json describes; nothing was read then.
-    """
-    config = DeepseekV3Config.from_pretrained(folder, local_files_only=True)
-    quantised = getattr(config, "quantization_config", None)
-    dtype = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    with torch.device("meta"):
-        model = DeepseekV3(config)
-    for tensor in model.parameters():
-        tensor.data = tensor.data.to(dtype)
-    read_weights(model, Path(folder), (quantised or {}).get("weight_block_size"), device)
-    model.model.rotary_emb = RotaryEmbedding(config).to(device)
-    if quantised:
-        del config.quantization_config
-    return model.eval()

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
-from helix_compile.models.deepseek_v3 import DeepseekV3, load_deepseek_v3
+from helix_compile.checkpoint_load import load_deepseek_v3
+from helix_compile.errors import CheckpointError
+from helix_compile.models.deepseek_v3 import DeepseekV3
 from helix_compile.models.presets import PRESETS, preset_config
 from helix_compile.models.rope import RotaryEmbedding
 from tests.support.checkpoints import Tensors, rewrite, to_fp8, write
@@ -106,7 +108,7 @@ def _stacked(tensors: Tensors) -> Tensors:
 
 
 def _with_mtp(tensors: Tensors) -> Tensors:
-    return {**tensors, "model.layers.2.eh_proj.weight": torch.ones(3)}
+    return {**tensors, "model.layers.61.eh_proj.weight": torch.ones(3)}
 
 
 @pytest.mark.parametrize("change", [None, _stacked, _with_mtp], ids=["singly", "stacked", "mtp"])
@@ -114,8 +116,6 @@ def _with_mtp(tensors: Tensors) -> Tensors:
 def test_a_checkpoint_is_read(
     tmp_path: Path, variant: str, change: Callable[[Tensors], Tensors] | None
 ) -> None:
-    if change is _with_mtp and variant == "tied":  # four layers there: layer 2 is one of them
-        change = None
     write(tmp_path, variant)
     if change:
         rewrite(tmp_path, change)
@@ -140,38 +140,9 @@ def test_fp8_blocks_are_dequantised(tmp_path: Path) -> None:
         torch.testing.assert_close(got[key].bfloat16(), whole[key].bfloat16(), rtol=0, atol=0)
 
 
-def _without(name: str) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: {n: t for n, t in tensors.items() if n != name}
-
-
-def _with(name: str, tensor: Tensor) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: {**tensors, name: tensor}
-
-
-EXPERTS = "model.layers.1.mlp.experts"
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (_without(f"{EXPERTS}.6.up_proj.weight"), f"missing: {EXPERTS}.6.up_proj.weight"),
-        (_without("model.norm.weight"), "missing: model.norm.weight"),
-        (_with("model.norm.weight", torch.ones(5)), r"model.norm.weight \[5\], expected \[72\]"),
-        (_with("model.other.weight", torch.ones(5)), r"left over: model.other.weight \[5\]"),
-        (_with(f"{EXPERTS}.down_proj", torch.ones(8, 72, 40)), "stored twice"),
-    ],
-)  # fmt: skip
-def test_a_checkpoint_that_does_not_fit_is_refused(
-    tmp_path: Path, change: Callable[[Tensors], Tensors], told: str
-) -> None:
-    rewrite(write(tmp_path), change)
-    with pytest.raises(ValueError, match=told):
-        load_deepseek_v3(tmp_path)
-
-
-def test_fp8_without_scales_is_refused(tmp_path: Path) -> None:
-    to_fp8(write(tmp_path), (24, 16))
-    key = "model.layers.0.self_attn.kv_b_proj.weight_scale_inv"
-    rewrite(tmp_path, _without(key))
-    with pytest.raises(ValueError, match=f"missing: {key}"):
+def test_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    """By the reader that tests/checkpoints holds to account."""
+    name = "model.norm.weight"
+    rewrite(write(tmp_path), lambda tensors: {n: t for n, t in tensors.items() if n != name})
+    with pytest.raises(CheckpointError, match=f"missing: {name}"):
         load_deepseek_v3(tmp_path)
