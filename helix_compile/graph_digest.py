@@ -36,7 +36,8 @@ def graph_digest(graph: fx.GraphModule) -> str:
         if node.op == "placeholder":
             what = ["input", *map(str, node.meta.get("input", [node.name]))]
         elif node.op == "call_module":
-            what = ["body", bodies[str(node.target)]]
+            name = str(node.target)
+            what = ["body", bodies[name]] if name in bodies else ["leaf", name]
         else:
             what = [node.op, _target(node.target)]
         parts = (what, [text(a) for a in node.args], text(node.kwargs))

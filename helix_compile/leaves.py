@@ -9,6 +9,7 @@ state (linear attention forgets at padding), and T = 1 and T > 1 may take the br
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ class LeafState:
             self.rows.pop(row, None)
 
 
-class Leaf(nn.Module):
+class Leaf(nn.Module, abc.ABC):
     """A module of the user's model in a graph; `module` is that very object.
 
     Attributes:
@@ -45,9 +46,9 @@ class Leaf(nn.Module):
         super().__init__()
         self.name, self.reason, self.module = name, reason, module
 
+    @abc.abstractmethod
     def bound(self, model: nn.Module) -> Leaf:
         """The same leaf of `model`: a capture is remembered without the model it was made from."""
-        raise NotImplementedError
 
 
 class LeafPart(Leaf):

@@ -10,7 +10,14 @@ import json
 from dataclasses import MISSING, fields
 from typing import Any
 
-from helix_compile.options import CHOICES, COUNTS, LATER, WITHOUT_EFFECT_AT_CP1, HelixOptions
+from helix_compile.options import (
+    CHOICES,
+    COUNTS,
+    LATER,
+    MAX_COUNT,
+    WITHOUT_EFFECT_AT_CP1,
+    HelixOptions,
+)
 
 
 def options_schema() -> dict[str, Any]:
@@ -18,7 +25,7 @@ def options_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for field in fields(HelixOptions):
         if field.name in COUNTS:
-            properties[field.name] = {"type": "integer", "minimum": 1}
+            properties[field.name] = {"type": "integer", "minimum": 1, "maximum": MAX_COUNT}
         else:
             there = [c for c in CHOICES[field.name] if (field.name, c) not in LATER]
             properties[field.name] = {"enum": there}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.checkpoint_weights import CheckpointWeights
+from helix_compile.graph_digest import graph_digest
 from helix_compile.plan import HelixPlan
 from helix_compile.ranks import ModelFacts
 
@@ -35,12 +36,6 @@ def claims_of(
         "plan": lambda: _digest(plan.to_json()),
         "graph": lambda: graph_digest(lowered),
     }
-
-
-def graph_digest(stage: fx.GraphModule) -> str:
-    """Of the text of an outer graph and its bodies: equal on all ranks and in the virtual world."""
-    bodies = [f"{name}: {body.graph}" for name, body in stage.named_children()]
-    return _digest("\n".join([str(stage.graph), *bodies]))
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

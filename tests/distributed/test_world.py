@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helix_compile import HelixModule, helix_compile
-from helix_compile.rank_claims import graph_digest
 from tests.distributed.steps import OPTIONS, TOKENS, prompts, run_steps, torchrun
+from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
 
 pytestmark = pytest.mark.multi_process
@@ -116,10 +116,10 @@ def test_a_folder_that_is_damaged_on_one_rank_is_told_on_all(launch: Launch) -> 
 
 
 def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:
-    digest = graph_digest(launch.virtual.graph)
-    assert all(said["digests"][:2] == [digest, digest] for said in launch.said)
-    mixed = {said["digests"][2] for said in launch.said}
-    assert len(mixed) == 1 and mixed != {digest}
+    text = stage_text(launch.virtual.graph)
+    assert all(said["texts"][:2] == [text, text] for said in launch.said)
+    mixed = {said["texts"][2] for said in launch.said}
+    assert len(mixed) == 1 and mixed != {text}
 
 
 def test_c10d_was_asked_to_move_what_the_plan_says(launch: Launch) -> None:

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
-from helix_compile.rank_claims import graph_digest
 from tests.distributed.steps import OPTIONS, prompts, run_steps
+from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
 
 
@@ -83,7 +83,7 @@ def main(folder: Path) -> None:
     ]
     said["groups_used"] = len(wire.groups)
     said["collectives"] = [list(map(str, x)) for x in sorted(four.world.num_collectives.items())]
-    said["digests"] = [graph_digest(c.graph) for c in (loaded, four, mixed)]
+    said["texts"] = [stage_text(c.graph) for c in (loaded, four, mixed)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves
     held = loaded.ranks[0].params.values()

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from helix_compile import HelixError, MatchError, verify
 from helix_compile.errors import RuntimeFault
+from helix_compile.graph_digest import graph_digest
 from helix_compile.graph_pass import copy_module
 from helix_compile.leaves import is_leaf_call
 from helix_compile.numerics import WidenedIslands
@@ -133,6 +134,8 @@ def test_two_captures_share_nothing_but_the_model() -> None:
     assert torch.equal(first(ids), second(ids))
     first(ids)
     assert second.ranks[0].leaves["leaf_0"].rows[0][0] == 4
+    digests = [graph_digest(c.graph) for c in (first, second, compiled_family(hybrid(), 1))]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_leaf_takes_whole_values_only() -> None:

@@ -225,12 +225,14 @@ def test_the_shipped_schema_is_the_generated_one() -> None:
 
 
 GOOD: list[dict[str, Any]] = [
+    {"cp": 4, "max_seq_len": 2**31 - 1},
     {"cp": 1},
     {"cp": 4, "tpa": 2, "ep": 8, "tokens_per_block": 1, "max_batch_size": 1, "max_seq_len": 1},
     {"cp": 2, "merge": "ag_rs", "q_proj": "gather", "v_up": "after", "lower": "triton", "overlap": "none"},
     {"cp": 1, "merge": "a2a", "v_up": "auto", "lower": "reference"},
 ]  # fmt: skip
 BAD: list[Any] = [
+    {"cp": 4, "max_seq_len": 2**31},
     {}, [], {"cp": 0}, {"cp": -1}, {"cp": "4"}, {"cp": True}, {"cp": None}, {"cp": 2.5}, {"tpa": 2}, {"cp": 4, "x": 1},
     {"cp": 4, "merge": "fast"}, {"cp": 4, "merge": None}, {"cp": 1, "merge": "ag_rs"}, {"cp": 1, "v_up": "before"},
     {"cp": 4, "overlap": "hopb"}, {"cp": 4, "lower": "tensorrt"}, {"cp": 4, "ep": None}, {"cp": 4, "dtype": "float32"},

@@ -65,3 +65,9 @@ class BodyValues:
         if dtype is torch.bool:
             return torch.ones(shape_of(node), dtype=dtype)
         return torch.randn(shape_of(node), generator=self._generator, dtype=torch.float64).to(dtype)
+
+
+def stage_text(stage: fx.GraphModule) -> str:
+    """Text of an outer graph and its bodies, node names included."""
+    bodies = [f"{name}: {body.graph}" for name, body in stage.named_children()]
+    return "\n".join([str(stage.graph), *bodies])
