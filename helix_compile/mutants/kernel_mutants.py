@@ -85,6 +85,40 @@ def token_counts(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: T
     return o, torch.log(visible[..., None].to(lse.dtype)).expand_as(lse).contiguous()
 
 
+# the faults that tests/kernels/test_kernel_mutants.py puts into the kernels' source, by their effect on the op
+
+
+@_kernel("the mask of mla_decode is off by one slot", 7, "mla_decode")
+def mask_off_by_one(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+    return _reference("mla_decode", q, qr, cache, table, visible + (visible > 0), scale)
+
+
+@_kernel("exp in the place of exp2", 6, "mla_decode")
+def exp_for_exp2(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+    """Scores are in base 2 by then, so weights come out sharper than the statistics say."""
+    lse = _reference("mla_decode", q, qr, cache, table, visible, scale)[1]
+    return _reference("mla_decode", q, qr, cache, table, visible, scale / math.log(2))[0], lse
+
+
+@_kernel("the running maximum is stale, earlier slots are shrunk twice", 6, "mla_decode")
+def stale_maximum(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+    o, lse = _reference("mla_decode", q, qr, cache, table, visible, scale)
+    o_first, lse_first = _reference("mla_decode", q, qr, cache, table, visible // 2, scale)
+    share = torch.where(lse_first == -torch.inf, 0.0, torch.exp(lse_first - lse))[..., None]
+    total = share * share + 1 - share
+    return ((o - o_first * share + o_first * share * share) / total).to(o.dtype), lse + torch.log(total[..., 0])  # fmt: skip
+
+
+@_kernel("the second half of a shard's slots is left out", 5, "mla_decode")
+def split_dropped(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+    return _reference("mla_decode", q, qr, cache, table, (visible + 1) // 2, scale)
+
+
+@_kernel("the rope part of the scores is not scaled", 8, "mla_decode")
+def rope_unscaled(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+    return _reference("mla_decode", q, qr / scale, cache, table, visible, scale)
+
+
 # empty and short shards
 
 
