@@ -60,10 +60,10 @@ def kernels(
         _check_card()
         print(_tuned(_captured(model, dtype), options), end="")
         return
-    _check_triton()
     if out is None:
         raise HelixError("kernels: give --out DIR, the folder for PTX, cubin and TTGIR")
     _check_folders(out, targets)
+    _check_triton()
     records, references = _compiled(_captured(model, dtype), options, targets, out, every)
     if as_json:
         print(json.dumps(document(model, options, records, references), indent=1))

@@ -23,6 +23,7 @@ from weakref import WeakSet, ref
 import torch.distributed as dist
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.last_words import before_sigterm
 from helix_compile.peer_watch import Life, is_dead, own_life, watch
 
 GRACE_S = 0.5  # for survivors on other hosts to mark themselves
@@ -184,13 +185,18 @@ class RankGuard:
 
         def tell(rank: int) -> bool:
             there = guard()
-            if there is not None and rank >= 0 and there.running:
-                with suppress(RuntimeError):
-                    if found := there._culprits(there._records()):
-                        there.fault(there.node, found)
+            if there is not None and rank >= 0:
+                there.speak()
             return there is not None
 
         watch(lives, self._own.life, tell)
+
+    def speak(self) -> None:
+        """If a step runs that a peer has broken, say so; for a thread, while this rank waits inside the transport."""
+        if self.running:
+            with suppress(RuntimeError):
+                if found := self._culprits(self._records()):
+                    self.fault(self.node, found)
 
     def _absent(self, keys: Sequence[str]) -> list[int]:
         """Ranks whose key is not there."""
@@ -263,5 +269,11 @@ def _hook_exceptions() -> None:
         before(kind, error, trace)
 
     hook.tells_helix_peers = True  # type: ignore[attr-defined] # a mark on our own function
+
+    def speak() -> None:
+        for guard in list(_GUARDS):
+            guard.speak()
+
     sys.excepthook = hook
     atexit.register(leave)
+    before_sigterm(speak)

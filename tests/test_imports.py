@@ -16,7 +16,7 @@ ROOMS: list[tuple[str, str]] = [
     ("graph tools", "graph_pass leaves provenance graph_text graph_python graph_queries costs schedule graph_json output_folder passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),
     ("capture", "capture capture_layers capture_body capture_leaves capture_outer capture_checks"),
-    ("worlds", "exchange graph_walk process_groups peer_watch rank_guard rank_agreement virtual_world distributed_world world"),
+    ("worlds", "exchange graph_walk process_groups peer_watch last_words rank_guard rank_agreement virtual_world distributed_world world"),
     ("decisions and passes", "planning param_plan passes. kernel_selection capture_program"),
     ("step", "params kv_cache step_inputs handover handover_file dynamic_cache prefix_import prefix_export ranks rank_claims"),
     ("views", "views."),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from helix_compile.last_words import EXIT_STATUS
 from helix_compile.peer_watch import Life, is_dead, own_life
 from helix_compile.rank_agreement import difference
 from helix_compile.rank_guard import RankGuard, is_transport_error
@@ -186,3 +187,35 @@ def test_differences_name_the_odd_rank_even_if_it_is_rank_0() -> None:
         "ranks disagree before the first step: rank 0 has plan b, rank 1 has a"
     )
     assert difference(claims[1:], 4) == ""
+
+
+_IN_C = """
+import ctypes, sys
+from helix_compile.last_words import before_sigterm
+assert before_sigterm(lambda: (sys.stderr.write("last words\\n"), sys.stderr.flush()))
+assert not before_sigterm(print)
+mutex = ctypes.create_string_buffer(64)
+print("waits", flush=True)
+for _ in range(2):  # the second time for ever, without the interpreter, and no signal interrupts it
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_rank_that_waits_inside_c_has_last_words() -> None:
+    """Torchrun ends survivors by SIGTERM; where only a Python handler listened, nothing would be said, nor would it end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "waits\n"
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert said == "last words\n" and process.returncode == EXIT_STATUS
+
+
+def test_somebody_elses_handler_is_left_alone() -> None:
+    script = (
+        "import signal; mine = lambda *_: None; signal.signal(signal.SIGTERM, mine);"
+        "from helix_compile.last_words import before_sigterm;"
+        "assert not before_sigterm(print) and signal.getsignal(signal.SIGTERM) is mine"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
