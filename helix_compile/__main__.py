@@ -45,6 +45,9 @@ MaxBatch = Annotated[int, typer.Option("--max-batch-size", help="capacity in seq
 MaxSeqLen = Annotated[int, typer.Option(help="capacity in tokens a sequence")]
 Unmatched = Annotated[str, typer.Option(help="error | keep: leave what is not recognised as it is")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda or cuda:N; cuda under torchrun: each process its own GPU")
+]
 Meta = Annotated[bool, typer.Option("--meta", help="no weights: shapes only")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 
@@ -131,6 +134,7 @@ def generate(
     max_seq_len: MaxSeqLen = 4096,
     unmatched: Unmatched = "error",
     dtype: Dtype = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Generate greedily from token ids; prints the new ids of each prompt, streaming where there is one."""
@@ -173,6 +177,7 @@ def verify(
     max_seq_len: MaxSeqLen = 4096,
     unmatched: Unmatched = "error",
     dtype: Dtype = None,
+    device: Device = "cpu",
     float64_too: Annotated[
         bool,
         typer.Option("--float64-too", help="compile the same plan in float64 and hold it to 1e-10"),
@@ -193,6 +198,7 @@ def verify(
     options = _checked_options(ctx) if model is not None else {}
     results = []
     if model is not None:
+        options["device"] = _place(ctx, options["world"])
         built = _model(model, dtype, meta=False)
         options["dtype"] = _folder_dtype(built, dtype)
         results.append(_verified(built, options, float64_too, seed))
@@ -225,8 +231,12 @@ def _verified(
     from helix_compile.model_source import load_folder
     from helix_compile.verification import verify as check
 
+    original = built
+    if not isinstance(built, Path):
+        built = original = built.to(options["device"])  # verify() runs both
     compiled = helix_compile(built, **options)
-    original = load_folder(built, options["dtype"]) if isinstance(built, Path) else built
+    if isinstance(built, Path):
+        original = load_folder(built, options["dtype"]).to(options["device"])
     report = check(compiled, original, dtype=torch.float64 if float64_too else None, seed=seed, progress=_say)  # fmt: skip
     return report.ok, report.to_json(), str(report)
 
@@ -264,9 +274,17 @@ def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> A
     from helix_compile.compile import helix_compile
     from helix_compile.world import errors_told
 
-    with errors_told(options["world"], options["cp"], options["tpa"], torch.device("cpu")):
+    place = _place(ctx, options["world"])
+    with errors_told(options["world"], options["cp"], options["tpa"], place or torch.device("cpu")):
         built = _model(model, dtype, meta)
-    return helix_compile(built, dtype=_folder_dtype(built, dtype), **options)
+    return helix_compile(built, dtype=_folder_dtype(built, dtype), device=place, **options)
+
+
+def _place(ctx: typer.Context, world: str) -> Any:
+    """The device that --device names, checked before a model is built for it; None where a command has no such option."""
+    from helix_compile.model_source import device_for
+
+    return device_for(ctx.params.get("device"), world)
 
 
 def _folder_dtype(built: Any, dtype: str | None) -> Any:

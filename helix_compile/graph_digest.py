@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import torch
 from torch import fx
 
 
 def graph_digest(graph: fx.GraphModule) -> str:
-    """Hex digest of an outer graph and its bodies: operators, constants, data flow, and the names of their inputs.
+    """Hex digest of an outer graph and its bodies: operators, constants, data flow, and the names of their inputs;
+    not where it runs.
 
     Args:
         graph: a stage of a HelixModule, e.g. `compiled.graph`. Weights' values and sizes of caches are no part of it.
@@ -30,6 +32,8 @@ def graph_digest(graph: fx.GraphModule) -> str:
             return {k: text(v) for k, v in sorted(value.items())}
         if isinstance(value, slice):
             return ["slice", text(value.start), text(value.stop), text(value.step)]
+        if isinstance(value, torch.device):
+            return "device"  # each rank's own: cuda:0 on one is cuda:1 on the next
         return repr(value)
 
     for node in graph.graph.nodes:

@@ -81,7 +81,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
         return {"torch": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
-        return {"device": str(value)}
+        return {"device": value.type}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -101,7 +101,7 @@ def graph_from_json(
     mode = FakeTensorMode(shape_env=ShapeEnv())
     for entry in entries:
         try:
-            node = _node_from_json(graph, entry, nodes, bodies)
+            node = _node_from_json(graph, entry, nodes, bodies, device)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise HelixError(
                 f"{where}: node {entry.get('name')!r} is not valid: {type(error).__name__}: {error}"
@@ -119,11 +119,15 @@ def graph_from_json(
 
 
 def _node_from_json(
-    graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node], bodies: dict[str, Any]
+    graph: fx.Graph,
+    entry: dict[str, Any],
+    nodes: dict[str, fx.Node],
+    bodies: dict[str, Any],
+    device: torch.device,
 ) -> fx.Node:
     op, target = entry["op"], entry["target"]
-    args = tuple(_decode(a, nodes) for a in entry["args"])
-    kwargs = {k: _decode(v, nodes) for k, v in entry["kwargs"].items()}
+    args = tuple(_decode(a, nodes, device) for a in entry["args"])
+    kwargs = {k: _decode(v, nodes, device) for k, v in entry["kwargs"].items()}
     if op == "output":
         return graph.output(args[0])
     if op == "call_module" and target not in bodies:
@@ -144,9 +148,9 @@ def _resolve(name: str) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace), rest[0]), rest[1])
 
 
-def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+def _decode(value: Any, nodes: dict[str, fx.Node], device: torch.device) -> Any:
     if isinstance(value, list):
-        return [_decode(v, nodes) for v in value]
+        return [_decode(v, nodes, device) for v in value]
     if isinstance(value, dict):
         ((kind, content),) = value.items()
         if kind == "node":
@@ -157,7 +161,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
                 raise ValueError(f"torch.{content} is not a dtype, layout or memory format")
             return decoded
         if kind == "device":
-            return torch.device(content)
+            return device  # where it is loaded, not where it was saved
         if kind == "float":
             return float(content)
         raise ValueError(f"unknown argument kind {kind!r}")

@@ -19,6 +19,7 @@ from helix_compile.capture_checks import check_model, check_surroundings
 from helix_compile.capture_program import capture_program, load_program
 from helix_compile.checkpoint_model import open_checkpoint
 from helix_compile.errors import CaptureError, HelixError
+from helix_compile.graph_pass import copy_module
 from helix_compile.matches import LayerMatch
 from helix_compile.module import HelixModule
 from helix_compile.params import originals, shard_of_name
@@ -36,12 +37,26 @@ def captured_from(
 ) -> CapturedGraph:
     """Capture `model`, converting it first where asked; of a folder, no weight is read yet.
 
-    `unmatched` "keep": a layer that can't be captured stays a leaf.
+    `unmatched` "keep": a layer that can't be captured stays a leaf. Graphs say `device`, where one is given.
 
     Raises:
         CaptureError: not a model, already compiled, or a dtype that a captured graph can't take.
         CheckpointError: a folder that does not hold what its config.json describes.
     """
+    captured = _captured(model, dtype, device, unmatched)
+    if device is None or captured.weights is not None or device == device_of(captured):
+        return captured
+    captured = replace(captured, graph=copy_module(captured.graph))  # which may be the user's
+    _place(captured, device)
+    return captured
+
+
+def _captured(
+    model: nn.Module | CapturedGraph | ExportedProgram | str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    unmatched: str,
+) -> CapturedGraph:
     check_surroundings()
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise CaptureError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")

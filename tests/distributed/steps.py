@@ -31,7 +31,8 @@ def run_steps(compiled: Any) -> Tensor:
     compiled.reset()
     compiled.world.reset_counters()
     ids, mask = prompts()
-    logits = [compiled(ids, mask) * mask[..., None], compiled(ids[:, :1]), compiled(ids[:, 1:2])]
+    prompt = compiled(ids, mask)
+    logits = [prompt * mask[..., None].to(prompt), compiled(ids[:, :1]), compiled(ids[:, 1:2])]
     return torch.cat(logits, dim=1)
 
 
@@ -53,7 +54,8 @@ def launch(
     command: list[str], seconds: float, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a session of its own; everything it started is dead afterwards."""
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     running = subprocess.Popen(
         command,
         env=settings,
