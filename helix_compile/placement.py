@@ -11,7 +11,6 @@ a value that is cut or summed over every rank is written over "world", not over 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
@@ -20,16 +19,33 @@ from helix_compile.layout import ATTENTION_AXES, AXES, FFN_AXES, HelixLayout
 Layout = dict[str, Placement]
 
 
-@dataclass(frozen=True)
-class PartialSoftmax(Placement):
+class Mark(Placement):
+    """A placement of ours that has no fields: equal to every other of its class.
+
+    No dataclass: its __init__ would not call that of the base, which is a C++ class in torch 2.11.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+
+class PartialSoftmax(Mark):
     """Attention over a part of the keys: exact only after the merge by log-sum-exp."""
 
     def __str__(self) -> str:
         return "PS"
 
 
-@dataclass(frozen=True)
-class PerRank(Placement):
+class PerRank(Mark):
     """Another value on each rank by construction: slots, visible lengths, a cache shard, a rank index.
 
     Only an op that knows what it means may read it.

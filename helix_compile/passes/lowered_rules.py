@@ -6,31 +6,28 @@ Between a collective and its wait_tensor a value is Pending; only wait_tensor ta
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed._functional_collectives
 from torch import fx
-from torch.distributed.tensor.placement_types import Partial, Placement, Shard
+from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.layout import HelixLayout
 from helix_compile.ops import helix
 from helix_compile.passes.typing_rules import Result, Rule, Violation
-from helix_compile.placement import Layout, PartialSoftmax, format_layout
+from helix_compile.placement import Layout, Mark, PartialSoftmax, format_layout
 
 _c10d = torch.ops._c10d_functional
 WAIT = _c10d.wait_tensor.default
 PENDING = "pending"  # not a mesh axis: marks the layout that a value will have after its wait
 
 
-@dataclass(frozen=True)
-class Pending(Placement):
+class Pending(Mark):
     """Started and not yet waited for."""
 
 
-@dataclass(frozen=True)
-class Packed(Placement):
+class Packed(Mark):
     """Rows of a packed exchange buffer that belong to this rank's heads."""
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
@@ -33,7 +34,8 @@ def propagate_shapes(graph: fx.Graph) -> None:
         PassError: an op does not take the shapes it gets; names node, op and shapes.
     """
     mode = fake_mode_of(graph)
-    with mode, torch.no_grad():
+    # by Python: torch 2.11 computes aten.linear in C++ there, which takes no symbolic sizes
+    with mode, enable_python_dispatcher(), torch.no_grad():
         for node in graph.nodes:
             # a rewritten layer returns a hidden state like the one it gets; a leaf's value never changes
             if node.op == "call_module" and "leaf" not in node.meta:
