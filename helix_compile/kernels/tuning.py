@@ -9,7 +9,7 @@ captured. An entry's evidence says what chose it: a static table, or a measureme
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helix_compile.kernels.target import INTERPRETER, KernelTarget
 
@@ -61,7 +61,7 @@ class MlaShape:
         r: rope width.
         page_size: slots of a page.
         itemsize: bytes of an element of q.
-        tma: the cache can be described to TMA: 16-byte rows and base, q and cache of 16 bits or narrower.
+        tma: the cache can be described to TMA: rows and base are aligned to 16 bytes.
     """
 
     rows: int
@@ -126,21 +126,32 @@ def mla_config(
 
     `halves`: the compiler can specialise a loop over two halves (compiler_probe.specialises_halves).
     """
-    return next(
+    chosen = next(
         entry.config
         for entry in MLA_DECODE
         if _applies(entry, shape, target, scaled)
         and (halves or entry.config.parts == 1 or not entry.config.warp_specialize)
     )
+    return _unpipelined(chosen) if not shape.tma else chosen
 
 
 def pointer_config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
     """What `mla_config` would choose if there were no TMA."""
-    return next(
+    chosen = next(
         entry.config
         for entry in MLA_DECODE
         if entry.config.form == POINTER and _applies(entry, shape, target, scaled)
     )
+    return _unpipelined(chosen) if not shape.tma else chosen
+
+
+def _unpipelined(config: MlaConfig) -> MlaConfig:
+    """For rows that are not aligned to 16 bytes: Triton 3.6 copies them ahead in wider pieces than they are aligned to.
+
+    On an H200 that was "misaligned address" (R = 20, r = 6, 2 stages). Its pipeliner trusts the mask alone, 20 channels
+    being four at a time, and forgets that a row has 26 (triton-lang/triton#8752 added that; 3.7 is right).
+    """
+    return replace(config, num_stages=1)
 
 
 def _applies(entry: MlaEntry, shape: MlaShape, target: KernelTarget, scaled: bool) -> bool:

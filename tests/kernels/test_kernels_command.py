@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import DeepseekV3Config
+
+from tests.support.models import SIZES
 
 LIMITS = {"sm_100": (124, "tcgen05"), "sm_90": (194, "wgmma")}  # Triton 3.7.0, 128 heads
 
@@ -61,6 +65,20 @@ def test_attention_uses_the_card(compiled: tuple[Path, list[dict[str, Any]]], ar
         assert record["spills"] == 0
     for other in (r for r in compiled[1] if r["kernel"] != "mla_decode"):
         assert other["spills"] == 0 and other["instructions_per_kv_token"] is None
+
+
+def test_no_copy_is_wider_than_a_row_is_aligned_to(tmp_path: Path) -> None:
+    """Rows of R + r = 26 floats: an asynchronous copy of 16 bytes from there is "misaligned address" on a card."""
+    DeepseekV3Config(**SIZES).save_pretrained(tmp_path)
+    config = str(tmp_path / "config.json")
+    result = run(config, "--cp", "4", "--arch", "sm_90", "--dtype", "float32", "--json", "--out", str(tmp_path / "out"))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (record,) = [r for r in json.loads(result.stdout)["kernels"] if "mla" in r["kernel"]]
+    assert record["kernel"] == "mla_pointer_decode"
+    ptx = (tmp_path / "out" / record["ptx"]).read_text()
+    assert "ld.global" in ptx
+    copies = re.findall(r"cp\.async\.c[ag]\S* \[[^]]*\], \[[^]]*\], (0x\w+)", ptx)
+    assert all(int(size, 16) <= 8 for size in copies)
 
 
 def test_wrong_use(tmp_path: Path) -> None:
