@@ -55,7 +55,19 @@ def compared_outputs(gm: fx.GraphModule, frame: Frame, args: tuple[Any, ...]) ->
     Raises:
         CaptureError: a value that the model's forward does not compute, with node and source line.
     """
-    expected = _by_forward(frame)
+    try:
+        return _outputs_of(gm, frame, args, _by_forward(frame, exporting=False))
+    except CaptureError as error:
+        # torch 2.11 traces `torch.compiler.is_exporting()` as True, which models ask: the same values by other ops
+        try:
+            return _outputs_of(gm, frame, args, _by_forward(frame, exporting=True))
+        except CaptureError:
+            raise error from None
+
+
+def _outputs_of(
+    gm: fx.GraphModule, frame: Frame, args: tuple[Any, ...], expected: _Expected
+) -> list[GraphOutput]:
     mode = DigestMode()
     stand_ins = [_enter(mode, role, value) for role, value in zip(frame.inputs, args, strict=True)]
     with torch.no_grad(), mode.fake, mode:
@@ -87,7 +99,7 @@ class _Expected:
     seen: set[str]
 
 
-def _by_forward(frame: Frame) -> _Expected:
+def _by_forward(frame: Frame, exporting: bool) -> _Expected:
     mode = DigestMode()
     stand_ins: dict[int, Any] = {}
 
@@ -114,7 +126,7 @@ def _by_forward(frame: Frame) -> _Expected:
         for (layer, name), tensor in tensors_of_cache(cache).items():
             before[(layer, name)] = enter(GraphInput("cache", name, layer), tensor)
             setattr(cache.layers[layer], name, before[(layer, name)])
-    with torch.no_grad(), _as_if_compiling(), mode.fake, mode:
+    with torch.no_grad(), _as_if_compiling(exporting), mode.fake, mode:
         out = torch.func.functional_call(model, weights, (), call)
         logits = out.logits if hasattr(out, "logits") else out[0]
         roles = {mode.digest(logits): ("logits", "", -1)}
@@ -142,14 +154,15 @@ def _enter(mode: DigestMode, role: GraphInput, value: Any) -> Any:
 
 
 @contextmanager
-def _as_if_compiling() -> Iterator[None]:
+def _as_if_compiling(exporting: bool) -> Iterator[None]:
     """Models branch on torch.compiler.is_compiling() (a mask may be left out in eager mode): take Dynamo's branch."""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
+    flags = torch.compiler
+    before = flags._is_compiling_flag, flags._is_exporting_flag
+    flags._is_compiling_flag, flags._is_exporting_flag = True, exporting
     try:
         yield
     finally:
-        torch.compiler._is_compiling_flag = before
+        flags._is_compiling_flag, flags._is_exporting_flag = before
 
 
 class _Recorder(fx.Interpreter):

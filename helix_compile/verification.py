@@ -10,6 +10,7 @@ Nothing is written: the steps run on scratch caches, the weights that sharpen at
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -73,6 +74,7 @@ def verify(
     if isinstance(model, HelixModule):
         check: Check = check_pair(compiled, model, seed, say)
     else:
+        model = _on_cpu(model)
         check = _single(compiled, model, seed, say)
         if dtype is torch.float64 and compiled.plan.dtype != "float64":
             say("the same plan in float64")
@@ -144,6 +146,13 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     return check
 
 
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """The model, or a copy where it is on a card: the reference is computed on the CPU, in fp64."""
+    if all(t.device.type == "cpu" for t in model.parameters()):
+        return model
+    return copy.deepcopy(model).to("cpu")
+
+
 def _static(
     compiled: HelixModule,
     model: nn.Module,
@@ -167,7 +176,9 @@ def _static(
         lambda: static_plan.check_work(typed.module, plan, matches, whole),
         lambda: static_ranks.check_ledger(graph, plan),
         lambda: static_ranks.check_mesh(compiled.world.mesh.groups, plan.layout),
-        lambda: static_ranks.check_rank_order(graph, plan, matches, compiled.world),
+        lambda: static_ranks.check_rank_order(
+            graph, plan, matches, compiled.world, compiled.device
+        ),
     ]
     if not compiled.ranks[0].leaves:  # with leaf layers a prefix can't be imported, and is refused
         checks.append(lambda: check_import(compiled))

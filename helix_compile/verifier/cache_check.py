@@ -32,7 +32,7 @@ def check_cache(
     new = torch.cat([expected[attention.latent], expected[attention.k_rope]], dim=-1)[:, 0].double()
     scale, limit = float(new.abs().max()), ENTRY[dtype]
     for rank, caches in enumerate(scratch.caches):
-        cache, old = caches[site], before[rank][site]
+        cache, old = caches[site].cpu(), before[rank][site].cpu()
         untouched = torch.ones(cache.shape[:2], dtype=torch.bool)
         for row, past in enumerate(pasts):
             mine = deal(past + T, cp, tpb)[rank % cp]

@@ -168,19 +168,26 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
     with running(scratch.compiled):
         inputs = []
         for rank in range(len(scratch.params)):
-            known: dict[fx.Node, Any] = dict(
-                zip(placeholders(outer), scratch.inputs_of(rank, step), strict=True)
-            )
+            placed = dict(zip(placeholders(outer), scratch.inputs_of(rank, step), strict=True))
             hidden = call.args[0]
             assert isinstance(hidden, fx.Node)
+            known: dict[fx.Node, Any] = {hidden: given.hidden}
             for node in outer.nodes:
                 if node.target is torch.ops.aten.embedding.default:
                     known[node] = given.hidden
-            known[hidden] = given.hidden
-            inputs.append([evaluate(a, known) if isinstance(a, fx.Node) else a for a in call.args])
-        outputs = scratch.compiled.world.run(body, inputs, record)
+            inputs.append([_argument(a, placed, known) for a in call.args])
+        outputs = scratch.run(body, inputs, record)
     scratch.lengths = [n + int(k) for n, k in zip(scratch.lengths, mask.sum(dim=1), strict=True)]
     return LayerRun(values, outputs)
+
+
+def _argument(argument: Any, placed: dict[fx.Node, Any], known: dict[fx.Node, Any]) -> Any:
+    """What a layer is called with: a parameter, or the cache itself, which it writes; or what is computed before it."""
+    if not isinstance(argument, fx.Node):
+        return argument
+    if argument in placed:
+        return placed[argument]
+    return evaluate(argument, known, lambda node: placed[node].cpu())
 
 
 def replicas(parts: list[Tensor], layout: Layout, degrees: HelixLayout) -> list[Tensor]:

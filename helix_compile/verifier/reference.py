@@ -66,7 +66,7 @@ def apply_edits(tensors: dict[str, Tensor], edits: Edits) -> None:
 
 def edited(params: Mapping[str, Tensor], edits: Edits) -> dict[str, Tensor]:
     """The same for what a rank holds, on copies: a wrong shard stays wrong."""
-    return {n: edits[n](t.clone()).to(t.dtype) if n in edits else t for n, t in params.items()}
+    return {n: edits[n](t.clone().cpu()).to(t) if n in edits else t for n, t in params.items()}
 
 
 @dataclass

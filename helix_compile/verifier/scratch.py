@@ -2,6 +2,9 @@
 
 Pages of a sequence are not in a row. Pages that no sequence has are NaN, unused slots of a page in use hold a large
 finite value (a kernel may read them, and must then ignore them); memory that an op allocates and does not write is NaN.
+
+Caches and parameters are where the module is. Everything else of the verifier is on the CPU, which the original is moved
+to: what goes in is moved, and what comes out comes back.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 
 from helix_compile.graph_walk import Hook
 from helix_compile.leaves import LeafState, leaf_states
@@ -81,7 +85,7 @@ class Scratch:
         generator = torch.Generator().manual_seed(self.seed)
         shuffled = torch.randperm(total, generator=generator)[: self.rows * pages]
         device = self.compiled.device
-        self.page_table = shuffled.view(self.rows, pages).to(device)
+        self.page_table = shuffled.view(self.rows, pages)
         dtype = getattr(torch, self.compiled.plan.dtype)
         self.leaves = [leaf_states(self.graph.graph) for _ in self.params]
         self.caches = []
@@ -99,22 +103,22 @@ class Scratch:
         hands = deal(len(entries), layout.kvp, options.tokens_per_block)
         for rank, caches in enumerate(self.caches):
             mine = hands[rank % layout.kvp]
-            slots = torch.arange(len(mine), device=entries.device)
-            pages = self.page_table[row].to(entries.device)[slots // PAGE_SIZE]
+            slots = torch.arange(len(mine))
+            pages = self.page_table[row][slots // PAGE_SIZE]
             caches[site][pages, slots % PAGE_SIZE] = entries[mine].to(caches[site])
         self.lengths[row] = len(entries)
 
     def shard(self, site: int, row: int, rank: int, count: int) -> Tensor:
         """The first `count` local slots of a sequence on one rank: [count, R + r]."""
-        cache = self.caches[rank][site]
-        slots = torch.arange(count, device=cache.device)
-        return cache[self.page_table[row][slots // PAGE_SIZE], slots % PAGE_SIZE]
+        slots = torch.arange(count)
+        pages = self.page_table[row][slots // PAGE_SIZE]
+        return self.caches[rank][site][pages, slots % PAGE_SIZE].cpu()
 
     def gathered(self, site: int, row: int, length: int, tpa_rank: int = 0) -> Tensor:
         """What the ranks of one tpa coordinate hold of a sequence, in order of position: [length, R + r]."""
         layout, options = self.compiled.plan.layout, self.compiled.plan.options
         width = self.compiled.facts.cache_widths[site]
-        whole = self.caches[0][site].new_empty((length, width))
+        whole = self.caches[0][site].new_empty((length, width), device="cpu")
         for kvp, mine in enumerate(deal(length, layout.kvp, options.tokens_per_block)):
             whole[mine] = self.shard(site, row, tpa_rank * layout.kvp + kvp, len(mine))
         return whole
@@ -130,22 +134,34 @@ class Scratch:
     def step(self, ids: Tensor, mask: Tensor, hook: Hook | None = None) -> list[Tensor]:
         """Append a step; logits [B, T, vocab] of every rank."""
         known = {
-            "input_ids": ids.to(self.compiled.device, torch.int64),
-            "positions": self.positions(mask).to(self.compiled.device),
+            "input_ids": ids.to(torch.int64),
+            "positions": self.positions(mask),
             "page_table": self.page_table,
         }
         inputs = [self.inputs_of(rank, known) for rank in range(len(self.params))]
         with running(self.compiled):
-            logits = self.compiled.world.run(self.graph, inputs, hook)
+            logits = self.run(self.graph, inputs, hook)
         self.lengths = [n + int(new) for n, new in zip(self.lengths, mask.sum(dim=1), strict=True)]
         return logits
 
+    def run(
+        self, graph: fx.GraphModule, inputs: list[list[Any]], hook: Hook | None = None
+    ) -> list[Tensor]:
+        """Output of every rank, on the CPU; `hook` sees values there too."""
+        placed = [tree_map_only(Tensor, lambda t: t.to(self.compiled.device), x) for x in inputs]
+
+        def shown(rank: int, node: fx.Node, value: Any) -> None:
+            assert hook is not None
+            hook(rank, node, _on_cpu(value))
+
+        return _on_cpu(self.compiled.world.run(graph, placed, shown if hook else None))
+
     def inputs_of(self, rank: int, known: dict[str, Any]) -> list[Any]:
         """Values of the outer graph's placeholders on one rank."""
-        layout, device = self.compiled.plan.layout, self.compiled.device
+        layout = self.compiled.plan.layout
         ranks = {
-            "kvp_rank": torch.tensor(rank % layout.kvp, device=device),
-            "ep_rank": torch.tensor(rank // layout.tpf, device=device),
+            "kvp_rank": torch.tensor(rank % layout.kvp),
+            "ep_rank": torch.tensor(rank // layout.tpf),
         }
         values: list[Any] = []
         for node in placeholders(self.graph.graph):
@@ -159,6 +175,10 @@ class Scratch:
             else:
                 values.append(known[name] if name in known else ranks[name])
         return values
+
+
+def _on_cpu(value: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.cpu(), value)
 
 
 @contextmanager

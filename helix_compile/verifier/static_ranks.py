@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +82,11 @@ def check_mesh(
 
 
 def check_rank_order(
-    graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch], world: Any
+    graph: fx.GraphModule,
+    plan: HelixPlan,
+    matches: dict[str, LayerMatch],
+    world: Any,
+    device: torch.device,
 ) -> list[Finding]:
     """Send head numbers through the real exchange: each rank must get the block whose o_proj columns it holds."""
     if plan.layout.kvp == 1:
@@ -96,7 +102,8 @@ def check_rank_order(
             if exchange is None:
                 findings.append(Finding("HX106", f"{name}, `{pack.name}`", "no unpack_heads and merge_lse behind it", "them", 1))  # fmt: skip
                 continue
-            findings += _owned_heads(name, exchange, found.num_heads, plan.layout, world)
+            run = partial(_run_on, device, world, exchange)
+            findings += _owned_heads(name, exchange, found.num_heads, plan.layout, run)
     return findings
 
 
@@ -141,8 +148,12 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+def _run_on(device: torch.device, world: Any, graph: fx.GraphModule, inputs: Any) -> Any:
+    return world.run(graph, [[t.to(device) for t in given] for given in inputs])
+
+
 def _owned_heads(
-    name: str, exchange: fx.GraphModule, heads: int, layout: HelixLayout, world: Any
+    name: str, exchange: fx.GraphModule, heads: int, layout: HelixLayout, run: Callable[[Any], Any]
 ) -> list[Finding]:
     computed = heads // layout.tpa
     inputs = []
@@ -150,7 +161,7 @@ def _owned_heads(
         first = coordinate("tpa", rank, layout) * computed
         inputs.append(_head_numbers(exchange, torch.arange(first, first + computed)))
     try:
-        results = world.run(exchange, inputs)
+        results = run(inputs)
     except Exception as error:  # the graph under test may do anything
         return [Finding("HX106", f"{name}, exchange", str(error), "an exchange that runs", 1)]
     block = heads // layout.world_size
