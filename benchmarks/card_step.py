@@ -40,8 +40,7 @@ def main() -> int:
     config: Any = preset_config("deepseek-v3")
     config = DeepseekV3Config(**{**config.to_dict(), "num_hidden_layers": 1, "first_k_dense_replace": 1, "vocab_size": 1024})  # fmt: skip
     config._attn_implementation = "sdpa"
-    with torch.device("cuda"):
-        model = build_model(config).to("cuda", torch.bfloat16)
+    model = build_model(config, dtype=torch.bfloat16).to("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {arguments.batch}\n")
     rows = [_measure(model, S, arguments.batch, arguments.repeats) for S in arguments.contexts]
     header = ["context", "unmodified (sdpa)", "cp=1", "cp=4, a rank's share", "ratio cp=1", "ratio cp=4", "deviation"]  # fmt: skip
