@@ -65,8 +65,9 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
         page = tl.load(
             page_table_ptr + b.to(tl.int64) * stride_table + slots // PAGE, mask=used, other=0
         )
-        row = page * PAGE + slots % PAGE  # int64, as the table
-        k_ptrs = cache_ptr + row[:, None] * (R + ROPE)
+        # int64, as the table. Page and slot are multiplied one by one: Triton 3.6 takes page * PAGE + slot for a multiple
+        # of what its first slot is one of, reads a row of 26 in pieces of 4, and that is "misaligned address"
+        k_ptrs = cache_ptr + (page * (PAGE * (R + ROPE)) + slots % PAGE * (R + ROPE))[:, None]
         k = tl.load(
             k_ptrs + channels[None, :], mask=used[:, None] & (channels < R)[None, :], other=0.0
         )
@@ -102,7 +103,7 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
         inside = inside & (total != 0.0)
     o = acc / divisor[:, None]
     tl.store(
-        o_ptr + out[:, None] * R + channels[None, :],
+        o_ptr + (out * R)[:, None] + channels[None, :],
         o.to(o_ptr.dtype.element_ty),
         mask=inside[:, None] & (channels < R)[None, :],
     )

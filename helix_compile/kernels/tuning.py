@@ -9,7 +9,7 @@ captured. An entry's evidence says what chose it: a static table, or a measureme
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from helix_compile.kernels.target import INTERPRETER, KernelTarget
 
@@ -126,32 +126,21 @@ def mla_config(
 
     `halves`: the compiler can specialise a loop over two halves (compiler_probe.specialises_halves).
     """
-    chosen = next(
+    return next(
         entry.config
         for entry in MLA_DECODE
         if _applies(entry, shape, target, scaled)
         and (halves or entry.config.parts == 1 or not entry.config.warp_specialize)
     )
-    return _unpipelined(chosen) if not shape.tma else chosen
 
 
 def pointer_config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
     """What `mla_config` would choose if there were no TMA."""
-    chosen = next(
+    return next(
         entry.config
         for entry in MLA_DECODE
         if entry.config.form == POINTER and _applies(entry, shape, target, scaled)
     )
-    return _unpipelined(chosen) if not shape.tma else chosen
-
-
-def _unpipelined(config: MlaConfig) -> MlaConfig:
-    """For rows that are not aligned to 16 bytes: Triton 3.6 copies them ahead in wider pieces than they are aligned to.
-
-    On an H200 that was "misaligned address" (R = 20, r = 6, 2 stages). Its pipeliner trusts the mask alone, 20 channels
-    being four at a time, and forgets that a row has 26 (triton-lang/triton#8752 added that; 3.7 is right).
-    """
-    return replace(config, num_stages=1)
 
 
 def _applies(entry: MlaEntry, shape: MlaShape, target: KernelTarget, scaled: bool) -> bool:

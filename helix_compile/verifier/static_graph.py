@@ -163,7 +163,7 @@ def _real_shapes(graph: fx.Graph, shapes: dict[str, Tensor]) -> None:
         if kind == "param" and name in shapes:
             real = shapes[name]
             with mode:
-                node.meta["val"] = torch.empty(real.shape, dtype=real.dtype)
+                node.meta["val"] = torch.empty(real.shape, dtype=real.dtype, device=real.device)
 
 
 def _forget_shapes(graph: fx.Graph) -> None:
@@ -190,9 +190,8 @@ def _type_body(
     for node, parameter in local.items():
         if parameter in shapes:
             with mode:
-                node.meta["val"] = torch.empty(
-                    shapes[parameter].shape, dtype=shapes[parameter].dtype
-                )
+                real = shapes[parameter]
+                node.meta["val"] = torch.empty(real.shape, dtype=real.dtype, device=real.device)
 
     def layout_of(node: fx.Node) -> Layout:
         return params.get(local[node], {}) if node in local else step_layout(*node.meta["input"])

@@ -10,6 +10,10 @@ from torch import Tensor
 
 import helix_compile.kernels.catalog
 from helix_compile import helix_compile
+from helix_compile.kernels.reference_fp8 import (
+    mla_decode_scaled_reference,
+    quantize_cache_reference,
+)
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import device_target
 from tests.support.driver import STEPS, Reference, deviation, left_padded, random_ids
@@ -56,19 +60,34 @@ def test_case_on_the_device(case: KernelCase, dtype: torch.dtype) -> None:
         assert worst_deviation(got, expected_results(case, arguments), case.exact) <= LIMIT[dtype]
 
 
-@pytest.mark.parametrize("T", [1, 5])
-@pytest.mark.parametrize("heads", [16, 128])
-def test_mla_decode_at_the_real_shape(heads: int, T: int) -> None:
-    """R = 512, r = 64 over lengths around the borders of a page, of a tile and of a split; bf16."""
+def real_shape(heads: int, T: int) -> tuple[Any, ...]:
+    """Arguments with R = 512, r = 64 over lengths around the borders of a page, of a tile and of a split; bf16."""
     lengths = (0, 1, 63, 64, 65, 127, 128, 129, 4097)
     step = GqaStep(lengths, T, 1, heads, 576, 1, 128, torch.bfloat16)
     q, cache, _, table, visible, scale = step.arguments()
-    args = (
-        q[..., :512].contiguous(), q[..., 512:].contiguous(), cache[:, :, 0], table, visible, scale,
-    )  # fmt: skip
+    return q[..., :512].contiguous(), q[..., 512:].contiguous(), cache[:, :, 0], table, visible, scale  # fmt: skip
+
+
+ROWS = [(16, 1), (16, 2), (32, 1), (20, 3), (16, 5), (128, 1), (128, 5)]  # heads and T of each form
+
+
+@pytest.mark.parametrize(("heads", "T"), ROWS)
+def test_mla_decode_at_the_real_shape(heads: int, T: int) -> None:
+    args = real_shape(heads, T)
     case = KernelCase("mla_decode", "real", lambda dtype, seed: args)
     got = results(triton_op("mla_decode"), on_device(args, "cuda"))
     assert worst_deviation(got, expected_results(case, args)) <= LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("heads", "T"), ROWS)
+def test_mla_decode_of_an_fp8_cache(heads: int, T: int) -> None:
+    """Against float64 over what the FP8 cache says: its own rounding is no part of the difference."""
+    q, q_rope, cache, table, visible, scale = real_shape(heads, T)
+    stored, cache_scale = quantize_cache_reference(cache.nan_to_num(0.0), 16)
+    args = (q, q_rope, stored, table, visible, scale, cache_scale)
+    expected = mla_decode_scaled_reference(q.double(), q_rope.double(), *args[2:])
+    got = torch.ops.helix_triton.mla_decode.scaled(*on_device(args, "cuda"))
+    assert worst_deviation(list(got), list(expected)) <= LIMIT[torch.bfloat16]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.op in CAPTURED], ids=str)

@@ -13,6 +13,7 @@ from helix_compile import helix_compile
 from helix_compile.capture import CapturedGraph, capture
 from helix_compile.graph_digest import graph_digest
 from helix_compile.graph_json import graph_from_json, graph_to_json
+from helix_compile.verifier.static_graph import type_graph
 from tests.support.models import fresh_model
 
 MODEL = fresh_model("short", torch.float32)
@@ -44,6 +45,9 @@ def test_graphs_say_the_device_that_was_asked_for(captured: bool) -> None:
     here = helix_compile(model, cp=2)  # what was captured once serves both
     assert devices(here.graph) == {"cpu"}
     assert graph_digest(here.graph) == graph_digest(there.graph)
+    typed = [type_graph(m.graph, m.ranks[0].params, {}, m.plan.layout) for m in (here, there)]
+    assert typed[0].nodes == typed[1].nodes > 60
+    assert typed[0].findings == typed[1].findings  # of shapes that propagate on either device
 
 
 @pytest.mark.parametrize("here", ["cpu", "meta"])
