@@ -5,6 +5,7 @@ JSON goes to stdout alone, progress to stderr. Exit status: 0 all fit, 1 one doe
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -92,19 +93,20 @@ def _tuned(captured: Any, options: HelixOptions) -> str:
     from helix_compile.kernels.target import device_target
     from helix_compile.kernels.tune import (
         TuneSizes,
-        cudagraph_ms,
         fits_card,
         replacement,
         table_text,
         trials_text,
         tune,
     )
+    from helix_compile.kernels.tune_child import ChildTrials
 
     device = torch.device("cuda", torch.cuda.current_device())
     target = device_target(device)
     site = attention_site(planned(captured, options), target)
     sizes = TuneSizes.of(site)
-    trials = tune(target, sizes, device, partial(fits_card, target), cudagraph_ms, _say)
+    with contextlib.closing(ChildTrials(target, sizes, device)) as measured:
+        trials = tune(target, sizes, partial(fits_card, target), measured, _say)
     table = replacement(trials, sizes, torch.cuda.get_device_name(device), date.today())
     return trials_text(trials) + table_text(table)
 

@@ -100,7 +100,7 @@ def compile_cases(
 @contextlib.contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
     """Threads that wait for one compiling process each. An interrupt drops what has not started."""
-    pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(max_workers=min(32, os.cpu_count() or 1))
     try:
         yield pool
     finally:

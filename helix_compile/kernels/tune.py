@@ -52,6 +52,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 
 Timer = Callable[[Callable[[], object]], float]  # a call -> its milliseconds
 Fits = Callable[[Sequence[CompileCase]], list[str | None]]  # cases -> why each can't be launched
+Trials = Callable[[MlaEntry, MlaConfig], "Trial"]
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,13 @@ class TuneSizes:
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate of one class: its time, or why it has none."""
+    """One candidate of one class: its time, or why it has none; `faulted`: it may have broken the process it ran in."""
 
     entry: MlaEntry
     config: MlaConfig
     ms: float | None = None
     reason: str = ""
+    faulted: bool = False
 
 
 def classes_of(target: KernelTarget, sizes: TuneSizes) -> list[MlaEntry]:
@@ -141,19 +143,17 @@ def _shape(entry: MlaEntry, sizes: TuneSizes) -> MlaShape:
 def tune(
     target: KernelTarget,
     sizes: TuneSizes,
-    device: torch.device,
     fits: Fits,
-    timer: Timer,
+    measured: Trials,
     progress: Callable[[str], None] | None = None,
 ) -> list[Trial]:
     """Every candidate of every class, measured or refused.
 
     Args:
-        target: of `device`.
+        target: of the card, or the interpreter.
         sizes: what is measured.
-        device: a card, or the CPU where Triton interprets.
         fits: says of each case why it can't be launched, or None.
-        timer: milliseconds of a call that launches kernels.
+        measured: the trial of a candidate that fits.
         progress: called with a line for each class.
     """
     trials = []
@@ -162,13 +162,10 @@ def tune(
         if progress is not None:
             progress(f"{_class_text(entry)}: {len(configs)} candidates")
         reasons = fits([_case(config, entry, sizes, target) for config in configs])
-        call, check = _Call(entry, sizes, device), _Call(entry, _checked(sizes), device)
-        expected = check.reference()
-        for config, reason in zip(configs, reasons, strict=True):
-            trials.append(
-                Trial(entry, config, reason=reason) if reason
-                else _measured(entry, config, target, call, check, expected, timer)
-            )  # fmt: skip
+        trials += [
+            Trial(entry, config, reason=reason) if reason else measured(entry, config)
+            for config, reason in zip(configs, reasons, strict=True)
+        ]
     return trials
 
 
@@ -189,25 +186,42 @@ def _checked(sizes: TuneSizes) -> TuneSizes:
     return replace(sizes, B=1, slots=min(sizes.slots, CHECKED_SLOTS))
 
 
-def _measured(
-    entry: MlaEntry,
-    config: MlaConfig,
-    target: KernelTarget,
-    call: _Call,
-    check: _Call,
-    expected: Tensor,
-    timer: Timer,
-) -> Trial:
-    try:
-        got = check(config, target)[0].double()
-        deviation = float((got - expected).abs().max() / expected.abs().max())
-        if not deviation <= TOLERANCE[call.sizes.dtype]:
-            return Trial(
-                entry, config, reason=f"wrong: off by {deviation:.1e} of the largest value"
-            )
-        return Trial(entry, config, timer(lambda: call(config, target)))
-    except (RuntimeError, triton.TritonError) as error:  # a launch that the card refuses
-        return Trial(entry, config, reason=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+class LocalTrials:
+    """Trials in this process: a candidate is compared with the reference, then timed.
+
+    Args:
+        target: of `device`.
+        sizes: what is measured.
+        device: a card, or the CPU where Triton interprets.
+        timer: milliseconds of a call that launches kernels.
+    """
+
+    def __init__(self, target: KernelTarget, sizes: TuneSizes, device: torch.device, timer: Timer):
+        self.target, self.sizes, self.device, self.timer = target, sizes, device, timer
+        self._entry: MlaEntry | None = None
+
+    def __call__(self, entry: MlaEntry, config: MlaConfig) -> Trial:
+        """Its time, or why it has none."""
+        try:
+            self._prepare(entry)
+            got = self._check(config, self.target)[0].double()
+            deviation = float((got - self._expected).abs().max() / self._expected.abs().max())
+            if not deviation <= TOLERANCE[self.sizes.dtype]:
+                reason = f"wrong: off by {deviation:.1e} of the largest value"
+                return Trial(entry, config, reason=reason)
+            return Trial(entry, config, self.timer(lambda: self._call(config, self.target)))
+        except (RuntimeError, triton.TritonError) as error:  # a launch that the card refuses
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            return Trial(entry, config, reason=reason, faulted=isinstance(error, RuntimeError))
+
+    def _prepare(self, entry: MlaEntry) -> None:
+        """Inputs of a class, kept while its candidates are tried."""
+        if entry == self._entry:
+            return
+        self._call = _Call(entry, self.sizes, self.device)
+        self._check = _Call(entry, _checked(self.sizes), self.device)
+        self._expected = self._check.reference()
+        self._entry = entry
 
 
 def _case(

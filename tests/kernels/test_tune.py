@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ import helix_compile.ops  # noqa: F401
 from helix_compile.kernels.registry import CompileCase
 from helix_compile.kernels.target import KernelTarget, device_target, offline_target
 from helix_compile.kernels.tune import (
+    LocalTrials,
     Trial,
     TuneSizes,
     candidates,
@@ -27,7 +32,8 @@ from helix_compile.kernels.tune import (
     trials_text,
     tune,
 )
-from helix_compile.kernels.tuning import MLA_DECODE, POINTER, MlaEntry, form_runs
+from helix_compile.kernels.tune_child import ChildTrials
+from helix_compile.kernels.tuning import MLA_DECODE, POINTER, MlaConfig, MlaEntry, form_runs
 
 V3 = TuneSizes(8, 32768, 512, 64, 128, torch.bfloat16)
 SMALL = TuneSizes(2, 40, 32, 16, 32, torch.float32)
@@ -135,7 +141,8 @@ def test_only_what_fits_and_is_right_is_timed(few: None, monkeypatch: pytest.Mon
     def first_too_large(cases: Sequence[CompileCase]) -> list[str | None]:
         return ["too large", *no_limit(cases)[1:]]
 
-    trials = tune(device_target(CPU), SMALL, CPU, first_too_large, clock)
+    measured = LocalTrials(device_target(CPU), SMALL, CPU, clock)
+    trials = tune(device_target(CPU), SMALL, first_too_large, measured)
     classes = classes_of(device_target(CPU), SMALL)
     assert len(trials) == 3 * len(classes)
     assert [t.ms is None for t in trials] == [True, False, False] * len(classes), trials
@@ -143,9 +150,43 @@ def test_only_what_fits_and_is_right_is_timed(few: None, monkeypatch: pytest.Mon
 
     decode = tuner.decode_parts
     monkeypatch.setattr(tuner, "decode_parts", lambda *a, **k: [x * 1.01 for x in decode(*a, **k)])
-    wrong = tune(device_target(CPU), SMALL, CPU, no_limit, clock)
+    wrong = tune(device_target(CPU), SMALL, no_limit, measured)
     assert all(t.ms is None and t.reason.startswith("wrong: off by") for t in wrong)
     assert len(timed) == 2 * len(classes)
+
+
+def deadly_trials(path: str) -> Callable[[MlaEntry, MlaConfig], Trial]:
+    """Stands for a card: some candidates fault, end the process or hang, and a fault spoils what comes after it."""
+    spoilt = False
+    with open(path, "a") as file:
+        file.write("started\n")
+
+    def trial(entry: MlaEntry, config: MlaConfig) -> Trial:
+        nonlocal spoilt
+        if config.num_stages == 1 or spoilt:
+            spoilt = True
+            return Trial(entry, config, reason="AcceleratorError: illegal", faulted=True)
+        if config.num_stages == 2:
+            os._exit(7)
+        if config.num_stages == 3:
+            time.sleep(60)
+        return Trial(entry, config, ms=1.0)
+
+    return trial
+
+
+def test_a_candidate_that_faults_costs_no_other_its_trial(tmp_path: Path) -> None:
+    entry = classes_of(TARGETS[1], V3)[0]
+    log = tmp_path / "children"
+    stages = (4, 1, 4, 5, 2, 4, 3, 4, 4)
+    with closing(ChildTrials(str(log), make=deadly_trials, timeout_s=3)) as trials:
+        got = [trials(entry, replace(entry.config, num_stages=n)) for n in stages]
+    assert [t.config.num_stages for t in got] == list(stages)
+    bad = {n: t.reason for n, t in zip(stages, got, strict=True) if t.ms is None}
+    assert bad == {
+        1: "AcceleratorError: illegal", 2: "ended its process (exit status 7)", 3: "took longer than 3 s",
+    }  # fmt: skip
+    assert log.read_text().count("started") == 4  # the first, and one after each of the three
 
 
 def test_no_card_is_a_refusal(
