@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu lint fix bench size clean
+.PHONY: demo test test-slow test-gpu test-versions lint fix bench size clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,21 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
+# The oldest and the newest versions that are supported, each in an environment of its own, through the smoke tier.
+# On x86 torch 2.11.0 brings its CUDA libraries (several gigabytes). Triton 3.6's interpreter needs numpy below 2.4.
+lowest := torch==2.11.0 triton==3.6.0 transformers==5.23.0 numpy==2.3.5
+newest := torch==2.13.0 triton==3.7.0 transformers==5.23.0
+SMOKE := tests/test_smoke.py tests/helix_compile/test_device.py tests/helix_compile/test_backend.py \
+  tests/helix_compile/test_saving.py tests/kernels/test_custom_ops.py tests/distributed/test_world.py
+
+test-versions: test-lowest test-newest
+
+test-lowest test-newest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet $($*)
+	.venv-$*/bin/pip install --quiet $($*) -e . "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100" "psutil>=6"
+	.venv-$*/bin/python -m pytest $(SMOKE) -m "not gpu and not slow" -n auto --dist loadfile
+
 fix: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -48,4 +63,4 @@ size:
 	@wc -l $$(git ls-files 'helix_compile/*.py') | sort -n
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
