@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from helix_compile.errors import CaptureError, HelixError
+from helix_compile.errors import CaptureError, HelixError, MatchError
 
 _BRANCH = "the model branches on data; a graph holds one branch only"
 _HINTS = {
@@ -41,6 +41,7 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         CaptureError: wrapped by torch.compile, or a module in training mode, which is named.
+        MatchError: a quantised layer with packed weights.
     """
     name = type(model).__name__
     if hasattr(model, "_orig_mod"):
@@ -54,6 +55,13 @@ def check_model(model: nn.Module) -> None:
         if module.training and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             raise CaptureError(
                 f"capture: {name}: `{part}` is in training mode; call model.eval() first"
+            )
+        if hasattr(
+            module, "_packed_params"
+        ):  # torch.ao's quantised layers: no tensor that export could see
+            raise MatchError(
+                f"{name}: `{part}` is a quantised linear ({type(module).__name__}) whose weight is packed, not a tensor: "
+                "it can't be captured or cut; pass the model as it was before quantisation"
             )
 
 

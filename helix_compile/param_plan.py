@@ -13,6 +13,7 @@ from helix_compile.layout import HelixLayout
 from helix_compile.leaves import leaf_bytes
 from helix_compile.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch, Table
 from helix_compile.passes.fx_edit import aten, is_call, is_param, placeholders
+from helix_compile.passes.narrow_weights import is_quantised
 from helix_compile.plan import AttentionPlan, BodyPlan, Cut, ParamShard
 
 
@@ -152,7 +153,12 @@ def replicated_roles(
         cut = {s.source for s in plan.param_shards}
         latents = _latent_projections(graph, matches[plan.name])
         for node in (n for n in placeholders(graph) if is_param(n)):
-            if node.meta["input"][1] not in cut:
+            name = node.meta["input"][1]
+            if is_quantised(node):
+                dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+                role = "quantised " + re.sub(r"\d+", "*", name)
+                found[role] = f"{dtype}, made wide in the forward: every rank computes it whole"
+            elif name not in cut:
                 for user in node.users:
                     _classify(node, user, latents, found)
     return tuple(found.items())

@@ -28,6 +28,7 @@ from helix_compile.passes.match_heads import (
     one_linear,
     output_projection,
 )
+from helix_compile.passes.narrow_weights import computed_weight
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,7 @@ def _match_site(anchor: _Anchor) -> AttentionMatch:
 def _param(linear: fx.Node, place: int) -> str:
     weight = linear.args[place]
     if not is_param(weight):
-        raise Reject(
-            f"the weight of `{linear.name}` is computed (`{weight}`), not a parameter", linear, 6
-        )
+        raise Reject(computed_weight(linear, weight), linear, 6)
     return weight.meta["input"][1]
 
 
