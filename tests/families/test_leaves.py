@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+import helix_compile.__main__ as cli
 from helix_compile import HelixError, MatchError, verify
 from helix_compile.errors import RuntimeFault
 from helix_compile.graph_digest import graph_digest
 from helix_compile.graph_pass import copy_module
 from helix_compile.leaves import is_leaf_call
+from helix_compile.models import presets
 from helix_compile.numerics import WidenedIslands
 from helix_compile.verifier.static_graph import type_graph
 from tests.support.driver import Reference, deviation, left_padded, random_ids
@@ -169,8 +173,21 @@ def test_a_python_loop_of_experts_is_a_leaf_inside_a_rewritten_body() -> None:
     assert "forward" not in vars(model.model.layers[0].mlp.experts)
 
 
-def test_keep_leaves_what_is_not_recognised_and_rewrites_the_rest() -> None:
+def test_keep_leaves_what_is_not_recognised_and_rewrites_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = toy_model("cat", "sinks", layers=2)
+    monkeypatch.setattr(presets, "named_model", lambda *a: model)
+    command = ["helix-compile", "inspect", "it", "--cp", "2", "--json", "--unmatched"]
+    monkeypatch.setattr(sys, "argv", [*command, "keep"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    (leaf,) = json.loads(capsys.readouterr().out)["leaves"]
+    assert leaf["module"] == "model.layers.1" and "sinks" in leaf["reason"]
+    monkeypatch.setattr(sys, "argv", [*command, "error"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "MatchError: layer 1" in capsys.readouterr().err
     with pytest.raises(MatchError, match="layer 1"):
         compiled_family(model, 2)
     compiled = compiled_family(model, 2, unmatched="keep")
