@@ -13,9 +13,11 @@ import pytest
 from helix_compile import __main__ as cli
 from helix_compile.models import presets
 from helix_compile.models.presets import build_model, preset_config
+from tests.support.command import run_here
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As a user does."""
     command = [sys.executable, "-m", "helix_compile", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -27,7 +29,7 @@ KEYS = {
 
 
 def test_inspect_json_and_files(tmp_path: Path) -> None:
-    done = run("inspect", "tiny", "--cp", "4", "--json", "--out", str(tmp_path))
+    done = run_process("inspect", "tiny", "--cp", "4", "--json", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert KEYS <= set(facts) and facts["world_size"] == 4
@@ -69,19 +71,19 @@ def test_inspect_json_and_files(tmp_path: Path) -> None:
 
 def test_inspect_one_node() -> None:
     options = ("--cp", "2", "--meta", "--node", "body_1.all_reduce")
-    done = run("inspect", "tiny", *options)
+    done = run_here("inspect", "tiny", *options)
     assert done.returncode == 0, done.stderr
     assert "made by   pass lowered" in done.stdout and "modeling_deepseek_v3.py:" in done.stdout
-    told = json.loads(run("inspect", "tiny", *options, "--json").stdout)
+    told = json.loads(run_here("inspect", "tiny", *options, "--json").stdout)
     assert told["made_by"] == "lowered" and told["origins"][0]["op"] == "aten.linear"
-    wrong = run("inspect", "tiny", "--cp", "2", "--meta", "--node", "body_1.al_reduce")
+    wrong = run_here("inspect", "tiny", "--cp", "2", "--meta", "--node", "body_1.al_reduce")
     assert wrong.returncode == 2 and "close: body_1.all_reduce" in wrong.stderr
-    both = run("inspect", "tiny", *options, "--out", "somewhere")
+    both = run_here("inspect", "tiny", *options, "--out", "somewhere")
     assert both.returncode == 2 and "--node" in both.stderr
 
 
 def test_inspect_text_and_options_by_name() -> None:
-    done = run("inspect", "tiny", "--cp", "2", "--tpa", "2", "--tokens-per-block", "8", "--v-up", "after", "--merge", "ag_rs", "--dtype", "bfloat16", "--meta")  # fmt: skip
+    done = run_here("inspect", "tiny", "--cp", "2", "--tpa", "2", "--tokens-per-block", "8", "--v-up", "after", "--merge", "ag_rs", "--dtype", "bfloat16", "--meta")  # fmt: skip
     assert done.returncode == 0, done.stderr
     for part in ("(bfloat16) on 4 ranks: cp=2, tpa=2", "reduce_scatter_tensor", "v_up = after"):
         assert part in done.stdout
@@ -89,7 +91,7 @@ def test_inspect_text_and_options_by_name() -> None:
 
 @pytest.mark.slow
 def test_the_real_configuration_on_meta() -> None:
-    done = run("inspect", "deepseek-v3", "--meta", "--cp", "8", "--json")
+    done = run_process("inspect", "deepseek-v3", "--meta", "--cp", "8", "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert [layer["count"] for layer in facts["layers"]] == [3, 58]
@@ -101,14 +103,15 @@ def test_generate_from_a_preset_a_config_and_a_checkpoint(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     arguments = ("--cp", "4", "--prompt-ids", "1,2,3;4", "--max-new-tokens", "5", "--json")
     outputs = [
-        run("generate", str(m), *arguments) for m in ("tiny", tmp_path / "config.json", tmp_path)
+        run_here("generate", str(m), *arguments)
+        for m in ("tiny", tmp_path / "config.json", tmp_path)
     ]
     assert all(o.returncode == 0 for o in outputs), [o.stderr for o in outputs]
     documents = [json.loads(o.stdout) for o in outputs]
     assert documents[0] == documents[1] == documents[2]
     assert documents[0]["prompt_ids"] == [[1, 2, 3], [4]]
     assert [len(r) for r in documents[0]["new_ids"]] == [5, 5]
-    streamed = run(
+    streamed = run_here(
         "generate", "tiny", "--cp", "2", "--prompt-ids", "1 2 3", "--max-new-tokens", "5"
     )
     assert streamed.stdout.split() and len(streamed.stdout.split()) == 5
@@ -137,7 +140,7 @@ def test_generate_from_a_preset_a_config_and_a_checkpoint(tmp_path: Path) -> Non
     ids=lambda v: "-".join(v) if isinstance(v, tuple) else "",
 )
 def test_wrong_use_is_exit_status_2(arguments: tuple[str, ...], message: str) -> None:
-    done = run(*arguments)
+    done = run_here(*arguments)
     assert done.returncode == 2 and message in done.stderr and done.stdout == ""
 
 
@@ -184,7 +187,7 @@ def test_random_weights_that_do_not_fit_in_memory(
 
 
 def test_verify_is_exit_status_0_and_json() -> None:
-    done = run("verify", "tiny", "--cp", "4", "--tokens-per-block", "8", "--json")
+    done = run_process("verify", "tiny", "--cp", "4", "--tokens-per-block", "8", "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["ok"] is True and facts["findings"] == []
