@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,13 +186,22 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved module that nothing is wrong with; it loads."""
+    folder = tmp_path_factory.mktemp("whole") / "saved"
+    saved(folder)
+    HelixModule.load(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("tamper", "message"), [t[1:] for t in TAMPERED], ids=[t[0] for t in TAMPERED]
 )
 def test_what_was_tampered_with_is_refused(
-    tmp_path: Path, tamper: Callable[[Path], None], message: str
+    whole: Path, tmp_path: Path, tamper: Callable[[Path], None], message: str
 ) -> None:
-    saved(tmp_path / "saved")
+    shutil.copytree(whole, tmp_path / "saved")
     tamper(tmp_path / "saved")
     with pytest.raises(HelixError, match=message):
         HelixModule.load(tmp_path / "saved")
