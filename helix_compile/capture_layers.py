@@ -219,7 +219,9 @@ def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> Expor
 
 def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedProgram:
     """torch.export, then run_decompositions({}): functional, with linear and attention kept whole."""
-    with torch.no_grad(), warnings.catch_warnings():
+    # the cache of fake results costs more than it saves where every size is a symbol: a quarter of a capture
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with torch.no_grad(), warnings.catch_warnings(), uncached:
         # torch.export walks transformers' registered pytrees and warns about its own deprecation each time
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
