@@ -17,12 +17,23 @@ from torch import Tensor
 
 from helix_compile import HelixModule, helix_compile
 from tests.distributed.steps import OPTIONS, TOKENS, prompts, run_steps, torchrun
+from tests.support.disk import REASON
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
 
 pytestmark = pytest.mark.multi_process
 LIMIT = 1e-5
-STEPS = ("loaded", "cp4", "cp2_tpa2", "mesh", "replica", "goes_on", "reloaded", "after_damage")
+STEPS = (
+    "loaded",
+    "cp4",
+    "cp2_tpa2",
+    "mesh",
+    "replica",
+    "goes_on",
+    "after_full_disk",
+    "reloaded",
+    "after_damage",
+)
 
 
 class Launch:
@@ -156,7 +167,15 @@ def test_what_the_ranks_save_loads_in_the_virtual_world(launch: Launch) -> None:
         (launch.folder / "distributed" / f"rank_{r}.safetensors").stat().st_size for r in range(4)
     ]
     assert sizes[1] == sizes[2] == sizes[3] < sizes[0]  # what is replicated is kept once
-    assert not list((launch.folder / "distributed").glob("*.partial"))
+    assert not list((launch.folder / "distributed").glob(".*"))
+
+
+def test_a_full_disk_of_one_rank_is_told_on_all_and_leaves_nothing(launch: Launch) -> None:
+    file = launch.folder / "new" / "full" / "rank_2.safetensors"
+    told = f"HelixError: {file}: can't be written: Error while serializing: I/O error: {REASON}"
+    for rank, said in enumerate(launch.said):
+        assert said["full_disk"].startswith(told if rank == 2 else f"HelixError: save: rank 2: {told}")  # fmt: skip
+    assert not (launch.folder / "new").exists()
 
 
 def test_refusals(launch: Launch) -> None:

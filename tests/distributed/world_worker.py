@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
 from tests.distributed.steps import OPTIONS, prompts, run_steps
+from tests.support.disk import full_after
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
 
@@ -139,6 +141,11 @@ def main(folder: Path) -> None:
     seen["goes_on"] = run_steps(four)
     odd_plan = {**OPTIONS, "tokens_per_block": 4 if rank != 2 else 8}
     said["plan"] = refusal(lambda: helix_compile(model, cp=4, **odd_plan))
+
+    # the disk of rank 2 is full
+    with full_after(1000) if rank == 2 else nullcontext():
+        said["full_disk"] = refusal(lambda: four.save(folder / "new" / "full"))
+    seen["after_full_disk"] = run_steps(four)
 
     four.save(folder / "distributed")
     said["again"] = refusal(lambda: four.save(folder / "distributed"))
