@@ -324,7 +324,8 @@ def main() -> None:
     try:
         app()
     except HelixError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if not error.is_said:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
 
 

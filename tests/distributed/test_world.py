@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Launch:
         cut = sorted((folder / "damaged").glob("*.safetensors"))[1]
         self.cut_off = cut.name
         os.truncate(cut, 5000)
+        for copy in ("damaged_for_all", "damaged_for_1"):
+            shutil.copytree(folder / "damaged", folder / copy)
         result = torchrun("world_worker.py", str(folder))
         assert result.returncode == 0, result.stderr
         self.stderr = result.stderr
@@ -124,6 +127,26 @@ def test_a_folder_that_is_damaged_on_one_rank_is_told_on_all(launch: Launch) -> 
             "1 problem(s) with its files; nothing was read:"
         )
     assert f"helix_compile: rank 2: {own}" in launch.stderr
+
+
+def test_a_long_error_of_several_ranks_is_said_whole_once(launch: Launch) -> None:
+    """Of a folder that is damaged for ranks 0, 2 and 3; rank 1 has another folder, so an error of its own."""
+    whole = []
+    for rank, said in enumerate(launch.said):
+        first, *rest = said["damaged_for_all"].split("\n")
+        folder = launch.folder / ("damaged_for_1" if rank == 1 else "damaged_for_all")
+        start = f"CheckpointError: {folder}: 1 problem(s) with its files; nothing was read:"
+        assert first.startswith(start)
+        assert f"helix_compile: rank {rank}: {first}\n" in launch.stderr
+        if rest:
+            assert rest[0].startswith(f"  {launch.cut_off} (5000 bytes)") and first == start
+            whole.append(rank)
+    assert len(whole) == 2 and 1 in whole
+    (teller,) = set(whole) - {1}
+    told = f"(the same error as rank {teller}'s, which has it whole)"
+    short = [r for r, said in enumerate(launch.said) if said["damaged_for_all"].endswith(told)]
+    assert short == sorted({0, 2, 3} - {teller})
+    assert launch.stderr.count(f"{launch.cut_off} (5000 bytes)") == 3  # rank 2 alone, and these two
 
 
 def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:

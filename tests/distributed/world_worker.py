@@ -154,6 +154,9 @@ def main(folder: Path) -> None:
     # a folder that is damaged on the node of rank 2; the others have the model captured, which is cheap
     source = folder / "damaged" if rank == 2 else model
     said["damaged"] = refusal(lambda: helix_compile(source, cp=4, **OPTIONS))
+    # damaged for all alike, but on rank 1 in another way
+    source = folder / ("damaged_for_all" if rank != 1 else "damaged_for_1")
+    said["damaged_for_all"] = refusal(lambda: helix_compile(source, cp=4, **OPTIONS))
     seen["after_damage"] = run_steps(helix_compile(model, cp=4, **OPTIONS))
 
     with torch.no_grad():
