@@ -178,7 +178,9 @@ class RankGuard:
                 self._own = replace(self._own, lost=True)
                 with suppress(RuntimeError):  # the store may be gone
                     self._write()
-        return RuntimeFault(self._said)
+        fault = RuntimeFault(self._said)
+        fault.is_said = True
+        return fault
 
     def _watch_peers(self) -> None:
         lives = {r: record.life for r, record in self._records().items() if record is not None}
