@@ -102,10 +102,7 @@ def inspect(
         explanation = compiled.explain_node(node)
         print(json.dumps(explanation.to_json(), indent=1) if as_json else explanation)
         return
-    try:
-        inspection = compiled.inspect(out)
-    except OSError as error:
-        raise HelixError(f"--out {out}: {error.strerror or error}") from error
+    inspection = compiled.inspect(out)
     print(inspection.to_json() if as_json else inspection)
     if out is not None:
         print(f"files in {out}", file=sys.stderr)
@@ -327,7 +324,8 @@ def main() -> None:
     try:
         app()
     except HelixError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if not error.is_said:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class HelixError(Exception):
-    """Base of all errors below; catch this to catch every refusal of helix_compile."""
+    """Base of all errors below; catch this to catch every refusal of helix_compile.
+
+    Attributes:
+        is_said: it stands on stderr already; the command line does not repeat it.
+    """
+
+    is_said = False
 
 
 class LayoutError(HelixError):

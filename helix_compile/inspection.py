@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from helix_compile.passes.pipeline import STAGES
 from helix_compile.passes.select_kernels import KERNEL
 from helix_compile.plan import BodyPlan, HelixPlan, number
 from helix_compile.schedule import chrome_trace, predict_schedule, predicted_facts
+from helix_compile.staged_files import StagedFiles
 from helix_compile.views.bodies import body_views
 from helix_compile.views.layer_svg import format_layer_svg
 from helix_compile.views.model_explorer import format_model_explorer
@@ -51,9 +53,12 @@ class Inspection:
         return attention_block(before, weight), attention_block(after, weight)
 
     def write(self, folder: Path) -> list[Path]:
-        """Everything that docs/inspect.md lists; graphs are read, never changed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {
+        """Everything that docs/inspect.md lists; graphs are read, never changed.
+
+        Raises:
+            HelixError: a file can't be written; none is then, and what was there is as it was.
+        """
+        texts = {
             "plan.json": self.plan.to_json(),
             "report.txt": str(self),
             "report.json": self.to_json(),
@@ -62,13 +67,10 @@ class Inspection:
             **self._pictures(),
             "schedule.trace.json": self._trace(),
         }
-        written = []
-        for name, text in files.items():
-            (folder / name).write_text(
-                text + ("" if text.endswith("\n") else "\n"), encoding="utf-8"
-            )
-            written.append(folder / name)
-        return written
+        with StagedFiles(folder, "inspection") as files:
+            for name, text in texts.items():
+                files.write(name, partial(_write_text, text))
+            return files.move()
 
     def _trace(self) -> str:
         """The predicted schedule of one layer of each body; opens in Perfetto."""
@@ -107,6 +109,10 @@ class Inspection:
                 files[f"{number}_{stage}.diff"] = stage_diff(self.stages, before, stage)
             before = stage
         return files
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
 
 
 def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspection:

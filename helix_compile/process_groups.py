@@ -83,6 +83,15 @@ def open_parent(world: object, mesh: HelixMesh, device: torch.device, timeout: t
     return parent
 
 
+def early_store() -> Any:
+    """A store that the ranks share before they meet: of torch's default group, else of torchrun's agent, else None."""
+    if dist.group.WORLD is not None:
+        return dist.group.WORLD.get_group_store()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(dist.rendezvous("env://"))[0]
+    return None
+
+
 def axis_groups(parent: Any, mesh: HelixMesh, timeout: timedelta) -> AxisGroups:
     """Make what is missing of this rank's groups. Collective: every rank of `parent` calls it with the same mesh."""
     rank = parent.rank()

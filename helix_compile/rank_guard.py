@@ -90,7 +90,8 @@ class RankGuard:
         """Tell the peers that this rank raised, and at which step (default: the one that runs or comes)."""
         if self._own.error or self._own.lost:
             return
-        cause = error.__cause__ if isinstance(error, RuntimeFault) and error.__cause__ else error
+        inside = self.running and isinstance(error, RuntimeFault)  # its text names rank and node
+        cause = error.__cause__ if inside and error.__cause__ else error
         at = self.step + (not self.running) if step is None else step
         text = f"{type(cause).__name__}: {cause}".splitlines()[0]
         self._own = replace(self._own, step=at, time=time.time(), error=text)
@@ -177,7 +178,9 @@ class RankGuard:
                 self._own = replace(self._own, lost=True)
                 with suppress(RuntimeError):  # the store may be gone
                     self._write()
-        return RuntimeFault(self._said)
+        fault = RuntimeFault(self._said)
+        fault.is_said = True
+        return fault
 
     def _watch_peers(self) -> None:
         lives = {r: record.life for r, record in self._records().items() if record is not None}

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from helix_compile.errors import HelixError
 from helix_compile.module import HelixModule
 from helix_compile.passes.fx_edit import is_param, placeholders
 from helix_compile.ranks import Rank
+from helix_compile.staged_files import StagedFiles
 from helix_compile.world import World
 
 
@@ -40,16 +41,10 @@ class SavedWeights:
     files: dict[str, dict[str, Tensor]]
     views: dict[str, Any]
 
-    def write(self, folder: Path) -> None:
-        """Each file under another name first, so that none is ever half there."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self, files: StagedFiles) -> None:
+        """This process's files."""
         for name, tensors in self.files.items():
-            partial = folder / f"{name}.partial"
-            try:
-                save_file(tensors, partial)
-                os.replace(partial, folder / name)
-            finally:
-                partial.unlink(missing_ok=True)
+            files.write(name, partial(save_file, tensors))
 
 
 def gather_weights(compiled: HelixModule) -> SavedWeights:

@@ -6,8 +6,8 @@
     views.json       rank -> parameter -> file, storage, shape, stride, offset
     config.json, generation_config.json   of the original model, for generate()
 
-On real ranks each writes its own file; rank 0 writes what they have in common, when all have said that theirs is
-there. Either kind of folder loads in either world.
+On real ranks each writes its own file, and rank 0 what they have in common. The files come into the folder when all
+ranks have said that theirs are written. Either kind of folder loads in either world.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import fx
 from transformers import AutoConfig, GenerationConfig
 
@@ -38,7 +37,8 @@ from helix_compile.process_groups import local_device
 from helix_compile.rank_claims import claims_of
 from helix_compile.ranks import ModelFacts, Rank
 from helix_compile.saved_checks import check_saved_graphs, check_saved_inputs, check_saved_params
-from helix_compile.saved_weights import files_digest, gather_weights, read_params
+from helix_compile.saved_weights import SavedWeights, files_digest, gather_weights, read_params
+from helix_compile.staged_files import StagedFiles
 from helix_compile.world import World, is_distributed, open_world
 
 SAVED_STAGES = ("ffn", "lowered")
@@ -50,16 +50,16 @@ def save_module(compiled: HelixModule, folder: Path) -> None:
     """Write `compiled` to `folder`, which must not hold a saved module yet. Every rank of its world calls it.
 
     Raises:
-        HelixError: on every rank, if one can't.
+        HelixError: on every rank, if one can't; nothing is left in the folder then.
     """
     world = compiled.world
-    document = _together(world, lambda: _checked_document(compiled, folder))
-    weights = gather_weights(compiled)
-    _together(world, lambda: weights.write(folder))
-    if world.is_leader:
-        _together(world, lambda: _write_common(compiled, folder, document, weights.views))
-    else:
-        _together(world, lambda: None)
+    with StagedFiles(folder, f"rank_{world.ranks[0]}") as files:
+        document = _together(world, lambda: _checked_document(compiled, folder))
+        weights = gather_weights(compiled)
+        _together(world, lambda: _write(compiled, files, weights, document))
+        # the leader's last file says "complete", so the others come first
+        _together(world, lambda: None if world.is_leader else files.move())
+        _together(world, lambda: files.move() if world.is_leader else None)
 
 
 def _checked_document(compiled: HelixModule, folder: Path) -> dict[str, Any]:
@@ -96,16 +96,26 @@ def _checked_document(compiled: HelixModule, folder: Path) -> dict[str, Any]:
     }
 
 
-def _write_common(
-    compiled: HelixModule, folder: Path, document: dict[str, Any], views: dict[str, Any]
+def _write(
+    compiled: HelixModule, files: StagedFiles, weights: SavedWeights, document: dict[str, Any]
 ) -> None:
+    """This process's weights; on the leader also what the ranks have in common."""
+    weights.write(files)
+    if not compiled.world.is_leader:
+        return
     facts = compiled.facts
-    facts.config.save_pretrained(folder)
-    if facts.generation_config is not None:
-        facts.generation_config.save_pretrained(folder)
-    (folder / "graphs.json").write_text(json.dumps(document))
-    (folder / "views.json").write_text(json.dumps(views, indent=1))
-    (folder / "plan.json").write_text(compiled.plan.to_json())  # last: its presence says "complete"
+    files.write("config.json", lambda path: facts.config.save_pretrained(path.parent))
+    generation = facts.generation_config
+    if generation is not None:
+        files.write("generation_config.json", lambda path: generation.save_pretrained(path.parent))
+    texts = {"graphs.json": json.dumps(document), "views.json": json.dumps(weights.views, indent=1),
+             "plan.json": compiled.plan.to_json()}  # fmt: skip # plan.json last: its presence says "complete"
+    for name, text in texts.items():
+        files.write(name, partial(_write_text, text))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text)
 
 
 def _together(world: World, act: Callable[[], Any]) -> Any:
@@ -113,14 +123,14 @@ def _together(world: World, act: Callable[[], Any]) -> Any:
     result, mine = None, None
     try:
         result = act()
-    except (HelixError, OSError, SafetensorError) as error:
+    except (HelixError, OSError) as error:
         mine = error
     said = world.gather_texts("" if mine is None else f"{type(mine).__name__}: {mine}")
     if isinstance(mine, HelixError):
         raise mine
     failed = [f"rank {r}: {text}" for r, text in enumerate(said) if text]
     if failed:
-        raise HelixError(f"save: {'; '.join(failed)}; the folder is not complete") from mine
+        raise HelixError(f"save: {'; '.join(failed)}") from mine
     return result
 
 

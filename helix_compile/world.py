@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from helix_compile.errors import HelixError, PlanError
 from helix_compile.graph_walk import Hook
 from helix_compile.layout import HelixLayout
 from helix_compile.mesh import HelixMesh
-from helix_compile.process_groups import open_parent
+from helix_compile.process_groups import early_store, open_parent
 from helix_compile.virtual_world import VirtualWorld
 
 DEFAULT_TIMEOUT_S = (
@@ -88,26 +89,48 @@ def errors_told(world: object, cp: int, tpa: int, device: torch.device) -> Itera
     """What one rank alone raises before the ranks meet, such as for a damaged file on its node, is told to the others.
 
     The rank says its error at once, meets the others where they open their world, and raises when they have heard. Had
-    it left, they would wait for it, or be ended by torchrun without a word.
+    it left, they would wait for it, or be ended by torchrun without a word. Of ranks with one long error (a folder that
+    is damaged for all) the first says and raises it whole, the others its first line.
     """
     try:
         yield
     except Exception as error:
-        if is_distributed(world):
-            # no such world, or the others are gone: the error itself says more
-            with suppress(HelixError, RuntimeError):
-                layout = HelixLayout(kvp=cp, tpa=tpa, ep=1, tpf=cp * tpa)
-                _tell(HelixMesh(layout), world, device, error)
+        if not is_distributed(world):
+            raise
+        short = _say(error)
+        # no such world, or the others are gone: the error itself says more
+        with suppress(HelixError, RuntimeError):
+            layout = HelixLayout(kvp=cp, tpa=tpa, ep=1, tpf=cp * tpa)
+            opened = open_world(HelixMesh(layout), world, device)
+            assert isinstance(opened, DistributedWorld)
+            opened.guard.tell(error)
+        if short is not None:
+            raise short from None
         raise
 
 
-def _tell(mesh: HelixMesh, world: object, device: torch.device, error: Exception) -> None:
+def _say(error: Exception) -> HelixError | None:
+    """On stderr, whole or in short; the short error to raise if another rank has said the same."""
     rank = os.environ.get("RANK", "?")
-    sys.stderr.write(f"helix_compile: rank {rank}: {type(error).__name__}: {error}\n")
+    text, short = f"{type(error).__name__}: {error}", None
+    if isinstance(error, HelixError):
+        error.is_said = True
+        if "\n" in text and (first := _first_to_say(text, rank)) != rank:
+            line = str(error).splitlines()[0]
+            short = type(error)(f"{line} (the same error as rank {first}'s, which has it whole)")
+            short.is_said = True
+    sys.stderr.write(f"helix_compile: rank {rank}: {type(error).__name__}: {short or error}\n")
     sys.stderr.flush()
-    opened = open_world(mesh, world, device)
-    assert isinstance(opened, DistributedWorld)
-    opened.guard.tell(error)
+    return short
+
+
+def _first_to_say(text: str, rank: str) -> str:
+    """The rank that said this first; `rank` itself where the ranks share no store yet."""
+    with suppress(RuntimeError):  # the store is gone: say it
+        if (store := early_store()) is not None:
+            key = f"helix/said/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+            return store.compare_set(key, "", rank).decode()
+    return rank
 
 
 def _timeout() -> timedelta:

@@ -13,7 +13,7 @@ ROOMS: list[tuple[str, str]] = [
     ("data", "config_file config_section own_config trtllm_config vllm_config config_dialects options options_schema layout mesh placement plan graph_digest"),
     ("checkpoints", "checkpoint_files checkpoint_names checkpoint_model checkpoint_weights checkpoint_load shard_boxes"),
     ("ops", "kernels. ops"),
-    ("graph tools", "graph_pass leaves provenance graph_text graph_python graph_queries costs schedule graph_json output_folder passes.fx_edit passes.index_provenance "
+    ("graph tools", "graph_pass leaves provenance graph_text graph_python graph_queries costs schedule graph_json output_folder staged_files passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),
     ("capture", "capture capture_layers capture_body capture_leaves capture_outer capture_checks"),
     ("worlds", "exchange graph_walk process_groups peer_watch last_words rank_guard rank_agreement virtual_world distributed_world world"),

@@ -1,10 +1,11 @@
-"""One rank that loads each saved module in FOLDER, runs the steps, and writes its logits.
+"""One rank that loads each saved module in FOLDER, runs the steps, and writes its logits, its node and its cp group.
 
 torchrun --nproc-per-node 8 load_worker.py FOLDER
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def main(folder: Path) -> None:
     for saved in sorted(path for path in folder.iterdir() if path.is_dir()):
         loaded = HelixModule.load(saved)
         seen[saved.name] = run_steps(loaded).contiguous()
-    save_file(seen, folder / f"seen_{loaded.ranks[0].rank}.safetensors")
+    rank = loaded.ranks[0].rank
+    place = {"node": os.environ["GROUP_RANK"], "kvp": str(loaded.world.mesh.members("kvp", rank))}
+    save_file(seen, folder / f"seen_{rank}.safetensors", metadata=place)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,25 @@ def torchrun(
     return launch(
         [*command, str(ROOT / "tests/distributed" / script), *arguments], seconds, **environment
     )
+
+
+def launch_nodes(
+    command: list[str], nodes: int, seconds: float, **environment: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run torchrun's agents of several nodes on this host, by loopback.
+
+    In `command`, $NODE_RANK, node0 and the port 29500 are put for what they are here.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    known = {"node0": "127.0.0.1", "29500": port}
+    commands = [
+        [known.get(word, word).replace("$NODE_RANK", str(n)) for word in command]
+        for n in range(nodes)
+    ]
+    with ThreadPoolExecutor(nodes) as pool:
+        return list(pool.map(lambda c: launch(c, seconds, **environment), commands))
 
 
 def launch(

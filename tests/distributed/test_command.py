@@ -16,7 +16,7 @@ from helix_compile import LayoutError, helix_compile
 from helix_compile.__main__ import app
 from helix_compile.models.presets import build_model, preset_config
 from helix_compile.rank_share import RankShare
-from tests.distributed.steps import OPTIONS, launch, run_steps, torchrun
+from tests.distributed.steps import OPTIONS, ROOT, launch, run_steps, torchrun
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
 
@@ -55,6 +55,7 @@ def test_a_folder_that_one_rank_lacks_ends_all_with_its_name(tmp_path: Path) -> 
         f"helix_compile: rank 0 lost its peers before step 1: rank 1 raised at step 0: {error}"
         in result.stderr
     ), result.stderr
+    assert result.stderr.count(error) == 2, result.stderr  # by each rank once
 
 
 @pytest.mark.slow
@@ -91,6 +92,24 @@ def test_any_rank_of_a_big_world_compiles_as_itself() -> None:
     assert [[r.rank for r in ranks] for ranks in held] == [[5], [37]]
     texts.add(stage_text(helix_compile(model, cp=64, world="virtual").graph))
     assert len(texts) == 1
+
+
+@pytest.mark.slow
+def test_the_documented_rank_of_deepseek_v3() -> None:
+    """The command of docs/distributed.md, by hand: 128 heads, 256 experts and 18432 FFN rows over 64 ranks."""
+    command = "helix-compile inspect deepseek-v3 --meta --cp 64 --rank 37"
+    assert f"\n{command}\n" in (ROOT / "docs/distributed.md").read_text()
+    result = CliRunner().invoke(app, [*command.split()[1:], "--json"])
+    facts = json.loads(result.stdout)
+    assert facts["coordinates"] == {"tpa": 0, "kvp": 37, "ep": 37, "tpf": 0}
+    assert facts["cache"]["blocks"] == "b with b % 64 == 37"
+    dense, routed = facts["bodies"]
+    assert (len(dense["layers"]), len(routed["layers"])) == (3, 58)
+    assert dense["heads"] == routed["heads"] == [[74, 76]] and routed["experts"] == [[148, 152]]
+    rows = {s["name"]: [c["rows"] for c in s["cuts"]] for s in dense["shards"]}
+    assert rows["mlp.gate_proj.weight"] == [[37 * 288, 38 * 288]]
+    # by hand: 64 ranks exchange, but for its own part, 128 heads of 512 bf16 and an fp32 lse; each rank sends 63/64 of it
+    assert dense["exchanges"][0]["bytes_sent_per_token"] == 63 / 64 * 128 * (512 * 2 + 4)
 
 
 def test_inspect_one_rank(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from helix_compile.last_words import EXIT_STATUS
 from helix_compile.peer_watch import Life, is_dead, own_life
 from helix_compile.rank_agreement import difference
 from helix_compile.rank_guard import RankGuard, is_transport_error
-from tests.distributed.steps import ROOT, launch, torchrun
+from tests.distributed.steps import ROOT, launch_nodes, torchrun
 
 DIED = r"rank 2 died or is stuck without an exception; last sign of life: step {}, \d+\.\ds ago"
 RAISED = r"rank 2 raised at step 3: ValueError: weights of layer 7 are NaN"
@@ -66,27 +66,12 @@ def test_every_rank_is_told_what_differs(kind: str, text: str) -> None:
     assert "lost its peers" not in result.stderr
 
 
-def nodes(kind: str, agents: int = 2, processes: int = 2) -> list[subprocess.CompletedProcess[str]]:
-    """The fault worker under two torchrun agents of this host, as on two nodes."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    port = _free_port()
-    commands = [
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(agents), "--node-rank", str(n),
-         "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(port),
-         str(ROOT / "tests/distributed/fault_worker.py"), kind]
-        for n in range(agents)
-    ]  # fmt: skip
-    with ThreadPoolExecutor(agents) as pool:
-        return list(pool.map(lambda c: launch(c, 120, HELIX_TIMEOUT="20"), commands))
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def nodes(kind: str) -> list[subprocess.CompletedProcess[str]]:
+    """The fault worker on two nodes of two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "$NODE_RANK",
+               "--nproc-per-node", "2", "--master-addr", "node0", "--master-port", "29500",
+               str(ROOT / "tests/distributed/fault_worker.py"), kind]  # fmt: skip
+    return launch_nodes(command, 2, 120, HELIX_TIMEOUT="20")
 
 
 @pytest.mark.multi_process

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,23 @@ from torch import Tensor
 
 from helix_compile import HelixModule, helix_compile
 from tests.distributed.steps import OPTIONS, TOKENS, prompts, run_steps, torchrun
+from tests.support.disk import REASON
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
 
 pytestmark = pytest.mark.multi_process
 LIMIT = 1e-5
-STEPS = ("loaded", "cp4", "cp2_tpa2", "mesh", "replica", "goes_on", "reloaded", "after_damage")
+STEPS = (
+    "loaded",
+    "cp4",
+    "cp2_tpa2",
+    "mesh",
+    "replica",
+    "goes_on",
+    "after_full_disk",
+    "reloaded",
+    "after_damage",
+)
 
 
 class Launch:
@@ -37,6 +49,8 @@ class Launch:
         cut = sorted((folder / "damaged").glob("*.safetensors"))[1]
         self.cut_off = cut.name
         os.truncate(cut, 5000)
+        for copy in ("damaged_for_all", "damaged_for_1"):
+            shutil.copytree(folder / "damaged", folder / copy)
         result = torchrun("world_worker.py", str(folder))
         assert result.returncode == 0, result.stderr
         self.stderr = result.stderr
@@ -115,6 +129,26 @@ def test_a_folder_that_is_damaged_on_one_rank_is_told_on_all(launch: Launch) -> 
     assert f"helix_compile: rank 2: {own}" in launch.stderr
 
 
+def test_a_long_error_of_several_ranks_is_said_whole_once(launch: Launch) -> None:
+    """Of a folder that is damaged for ranks 0, 2 and 3; rank 1 has another folder, so an error of its own."""
+    whole = []
+    for rank, said in enumerate(launch.said):
+        first, *rest = said["damaged_for_all"].split("\n")
+        folder = launch.folder / ("damaged_for_1" if rank == 1 else "damaged_for_all")
+        start = f"CheckpointError: {folder}: 1 problem(s) with its files; nothing was read:"
+        assert first.startswith(start)
+        assert f"helix_compile: rank {rank}: {first}\n" in launch.stderr
+        if rest:
+            assert rest[0].startswith(f"  {launch.cut_off} (5000 bytes)") and first == start
+            whole.append(rank)
+    assert len(whole) == 2 and 1 in whole
+    (teller,) = set(whole) - {1}
+    told = f"(the same error as rank {teller}'s, which has it whole)"
+    short = [r for r, said in enumerate(launch.said) if said["damaged_for_all"].endswith(told)]
+    assert short == sorted({0, 2, 3} - {teller})
+    assert launch.stderr.count(f"{launch.cut_off} (5000 bytes)") == 3  # rank 2 alone, and these two
+
+
 def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:
     text = stage_text(launch.virtual.graph)
     assert all(said["texts"][:2] == [text, text] for said in launch.said)
@@ -156,7 +190,15 @@ def test_what_the_ranks_save_loads_in_the_virtual_world(launch: Launch) -> None:
         (launch.folder / "distributed" / f"rank_{r}.safetensors").stat().st_size for r in range(4)
     ]
     assert sizes[1] == sizes[2] == sizes[3] < sizes[0]  # what is replicated is kept once
-    assert not list((launch.folder / "distributed").glob("*.partial"))
+    assert not list((launch.folder / "distributed").glob(".*"))
+
+
+def test_a_full_disk_of_one_rank_is_told_on_all_and_leaves_nothing(launch: Launch) -> None:
+    file = launch.folder / "new" / "full" / "rank_2.safetensors"
+    told = f"HelixError: {file}: can't be written: Error while serializing: I/O error: {REASON}"
+    for rank, said in enumerate(launch.said):
+        assert said["full_disk"].startswith(told if rank == 2 else f"HelixError: save: rank 2: {told}")  # fmt: skip
+    assert not (launch.folder / "new").exists()
 
 
 def test_refusals(launch: Launch) -> None:
@@ -178,9 +220,7 @@ def test_ranks_that_disagree_are_all_told_who_and_what(launch: Launch) -> None:
         assert "rank 0 has [3, 13]" in said["shape"]
         assert "rank 1 has input_ids [3, 13] (digest" in said["ids"]
         assert said["lengths_after"] == []
-        assert (
-            "before the first step: rank 2 has option tokens_per_block 8, rank 0 has 4"
-            in said["plan"]
-        )
+        version = f"before the first step: rank 1 has torch version 2.0.0, rank 0 has {torch.__version__}; "
+        assert version + "rank 2 has option tokens_per_block 8, rank 0 has 4" in said["plan"]
         assert "before the first step: rank 3 has weights" in said["weights"]
         assert "plan" not in said["weights"]

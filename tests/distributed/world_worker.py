@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
 from tests.distributed.steps import OPTIONS, prompts, run_steps
+from tests.support.disk import full_after
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
 
@@ -138,7 +141,14 @@ def main(folder: Path) -> None:
     said["lengths_after"] = four.lengths.tolist()
     seen["goes_on"] = run_steps(four)
     odd_plan = {**OPTIONS, "tokens_per_block": 4 if rank != 2 else 8}
-    said["plan"] = refusal(lambda: helix_compile(model, cp=4, **odd_plan))
+    version = "2.0.0" if rank == 1 else torch.__version__
+    with patch("torch.__version__", version):
+        said["plan"] = refusal(lambda: helix_compile(model, cp=4, **odd_plan))
+
+    # the disk of rank 2 is full
+    with full_after(1000) if rank == 2 else nullcontext():
+        said["full_disk"] = refusal(lambda: four.save(folder / "new" / "full"))
+    seen["after_full_disk"] = run_steps(four)
 
     four.save(folder / "distributed")
     said["again"] = refusal(lambda: four.save(folder / "distributed"))
@@ -147,6 +157,9 @@ def main(folder: Path) -> None:
     # a folder that is damaged on the node of rank 2; the others have the model captured, which is cheap
     source = folder / "damaged" if rank == 2 else model
     said["damaged"] = refusal(lambda: helix_compile(source, cp=4, **OPTIONS))
+    # damaged for all alike, but on rank 1 in another way
+    source = folder / ("damaged_for_all" if rank != 1 else "damaged_for_1")
+    said["damaged_for_all"] = refusal(lambda: helix_compile(source, cp=4, **OPTIONS))
     seen["after_damage"] = run_steps(helix_compile(model, cp=4, **OPTIONS))
 
     with torch.no_grad():

@@ -169,7 +169,9 @@ def test_wrong_values_print_the_message_alone(
     ):  # fmt: skip
         assert _refused(capsys, monkeypatch, *arguments).startswith(message)
     monkeypatch.setattr(Path, "mkdir", _full_disk)
-    assert "out: No space left" in _refused(capsys, monkeypatch, *inspect, str(tmp_path / "out"))
+    assert "out: can't be written: No space left" in _refused(
+        capsys, monkeypatch, *inspect, str(tmp_path / "out")
+    )
 
 
 def _full_disk(*_: object, **__: object) -> None:
