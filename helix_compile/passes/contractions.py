@@ -65,7 +65,9 @@ def product_of(node: Any) -> Product | None:
             return None
         else:
             batch = "abcdefgh"[: max(dims) - 2]
-            a, b = (f"{batch[len(batch) - d + 2 :]}{end}" for d, end in zip(dims, ("yz", "zx")))
+            a, b = (
+                batch[len(batch) + 2 - d :] + e for d, e in zip(dims, ("yz", "zx"), strict=True)
+            )
             out = f"{batch}yx"
     if len(set(a)) != len(a) or len(set(b)) != len(b) or set(out) - set(a + b):
         return None

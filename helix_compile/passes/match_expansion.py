@@ -50,7 +50,7 @@ class Expansion:
         return self.product.node
 
     @property
-    def R(self) -> int:
+    def width(self) -> int:
         """Width of the latent."""
         return shape_of(self.latent)[-1]
 
@@ -136,12 +136,15 @@ def weight_of_v(v: Provenance, node: fx.Node) -> tuple[Expansion, UpWeight]:
         raise Reject(f"V does not derive from one linear over the cache, but from {names}", node, 2)
     expansion = expansion_of(used[0], "V")
     first, step = expanded(v, expansion, v.ids, "V", 3)
-    return expansion, up_weight(expansion.view, first, step, expansion.R, "W_UV", expansion.node)
+    return expansion, up_weight(
+        expansion.view, first, step, expansion.width, "W_UV", expansion.node
+    )
 
 
 def expansion_of_k(k: Provenance, of_v: Expansion, node: fx.Node) -> Expansion:
     """The product over the same latent as V's that the nope part of K comes from."""
-    found, others = [], []
+    found: list[Expansion] = []
+    others: list[Expansion] = []
     for source in k.used():
         try:
             expansion = of_v if source is of_v.node else expansion_of(source, "K")

@@ -137,7 +137,7 @@ def _absorbed_query(
         q_latent = named(
             graph, "q_latent", aten.einsum.default, f"{form},{order}->bthr", [q_nope, w_uk]
         )
-    q_rope = _as_bthc(graph, q_rope, match.q_rope_form if match.q_rope_value else match.q_form)
+    q_rope = _as_bthc(graph, q_rope, match.q_rope_form)
     if plan.q_proj == "replicate":
         return q_latent, q_rope
     packed = named(graph, "q_packed", aten.cat.default, [q_latent, q_rope], -1)

@@ -23,7 +23,7 @@ def absorbed_query(
     `whole` is the parameter that holds W_UK.
     """
     q = permuted(values[match.q].double(), match.q_form, "BTHC")
-    rope = permuted(values[match.q_rope_value].double(), match.q_rope_form, "BTHC") if match.q_rope_value else q  # fmt: skip
+    rope = permuted(values[match.q_rope_value or match.q].double(), match.q_rope_form, "BTHC")
     nope, w_uk = q[..., list(match.q_nope)], match.w_uk.of(whole.double())
     return torch.einsum("bthd,hdr->bthr", nope, w_uk), rope[..., list(match.q_rope)]
 
