@@ -194,7 +194,7 @@ def _head_weight(
         [values[held.index(d)] for d in dims] for values in (view.place.shape, view.place.stride())
     )
     first = (
-        view.place.storage_offset()
+        int(view.place.storage_offset())
         + torch.arange(heads)[:, None] * by_head
         + torch.arange(rows) * by_row
     )

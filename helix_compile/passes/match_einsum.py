@@ -23,6 +23,7 @@ from helix_compile.passes.match_heads import Reject
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _SAME_ELEMENTS = (
     aten._to_copy.default,
+    aten.type_as.default,
     aten.clone.default,
     aten.alias.default,
     aten.detach.default,

@@ -190,7 +190,7 @@ def _gate(
     """The gate of product = attended * gate, cut by heads where it has heads."""
     lying = (ids.flatten().min() + torch.arange(ids.numel())).view(shape_of(anchor))
     straight = permuted(lying, order, "BHTV")
-    B, H, T, V = straight.shape
+    H, V = straight.shape[1], straight.shape[3]
     forms = {
         "BTHV": straight.transpose(1, 2),
         "BHTV": straight,

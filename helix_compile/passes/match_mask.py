@@ -108,4 +108,9 @@ def _allowed(
         value = permuted(value, match.mask_form, "BHTS")
     if value.dtype is torch.bool:
         return value
-    return value > torch.finfo(value.dtype).min / 2
+    seen = value > torch.finfo(value.dtype).min / 2
+    if bool((value[seen] != 0).any()):
+        raise _mask_error(
+            captured, body, match, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)"
+        )  # fmt: skip
+    return seen

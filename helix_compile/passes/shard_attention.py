@@ -150,6 +150,8 @@ def _absorbed_query(
 
 
 def _as_bthc(graph: fx.Graph, q_rope: fx.Node, form: str) -> fx.Node:
+    if form == "BTHC":
+        return q_rope
     if form == "BHTC":
         return named(graph, "q_rope", aten.transpose.int, q_rope, 1, 2)
     return named(

@@ -20,7 +20,8 @@ class ToyMLA(nn.Module):
             "flat" (W [R, H * D]), "chain" (DeepSeek's own scores, heads behind tokens), "absorbed" (its own absorbed
             form), "absorbed_stacked" (the same with parameters of their own, [H, R, D] and [H, D, R]).
         miss: "", "rope_per_head", "v_elsewhere", "scaled_keys", "sinks", "softmax_axis", "v_uncached", "v_heads"
-            (W_UV of the heads in another order), "shifted" (V from the latent of another position).
+            (W_UV of the heads in another order), "shifted" (V from the latent of another position), "bias" (a penalty
+            by distance is added to the mask).
     """
 
     def __init__(self, style: str, miss: str = "", layer: int = 0):
@@ -52,6 +53,9 @@ class ToyMLA(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         B, T, _ = hidden_states.shape
+        if self.miss == "bias":
+            S = attention_mask.shape[-1]
+            attention_mask = attention_mask + torch.arange(S, dtype=torch.float64) * 0.01
         q_a, latent, k_rope = self._compressed(hidden_states).split([28, R, ROPE], dim=-1)
         cos, sin = (t[:, None, :, :ROPE] for t in position_embeddings)
         q = self.q(q_a).view(B, T, H, NOPE + ROPE).transpose(1, 2)
@@ -183,6 +187,16 @@ class ToyMLA(nn.Module):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     one, two = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-two, one], dim=-1) * sin
+
+
+def toy_layers(*toys: tuple[str, str]) -> Any:
+    """A dense model, fp64, with one (style, miss) a layer: one capture for them all."""
+    model: Any = fresh_family("youtu", num_hidden_layers=len(toys))
+    torch.manual_seed(3)
+    for layer, (style, miss) in enumerate(toys):
+        toy = ToyMLA(style, miss, layer).to(torch.float64).eval()
+        model.model.layers[layer].self_attn = toy
+    return model
 
 
 def toy_model(style: str, miss: str = "", layers: int = 1) -> Any:
