@@ -63,8 +63,8 @@ class _Chain:
 def is_spelled(node: fx.Node) -> bool:
     """True for the product of a softmax and V that is an einsum, or whose scores are einsums or a sum of products."""
     softmax = _softmax_before(node)
-    if softmax is None:
-        return False
+    if softmax is None or not _Axes(node.graph).has_context(softmax):
+        return False  # a softmax over experts, say
     if is_call(node, aten.einsum.default):
         return True
     todo, found = [softmax.args[0]], []
@@ -175,6 +175,10 @@ class _Axes:
     def role(self, size: Any) -> str:
         """B, T, S, or "" for a fixed size."""
         return self.sizes.get(_key(size), "") if isinstance(size, torch.SymInt) else ""
+
+    def has_context(self, node: fx.Node) -> bool:
+        """True if one of a value's dims runs over the keys."""
+        return any(self.role(size) == "S" for size in node.meta["val"].shape)
 
     def of(self, product: Product, operand: fx.Node, letters: str) -> dict[str, str]:
         """Letter -> role, without letters of fixed dims but the summed one."""

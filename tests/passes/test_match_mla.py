@@ -10,7 +10,6 @@ from helix_compile.graph_pass import copy_graph
 from helix_compile.matches import AttentionMatch, MatchFailure
 from helix_compile.numerics import WidenedIslands
 from helix_compile.passes.fx_edit import aten, calls, is_call, node_named
-from helix_compile.passes.index_provenance import is_cache_update
 from helix_compile.passes.match_mla import find_mla
 from tests.support.graphs import BodyValues, captured_tiny
 from tests.support.models import SIZES
@@ -119,10 +118,8 @@ def test_a_bias_on_the_expansion_is_refused() -> None:
     assert "has a bias; absorption can't hold it" in failure.reason and failure.node == kv_up.name
 
 
-def test_k_and_v_from_two_linears_match_over_one_latent_only() -> None:
-    """A second linear over the latent is W_UV in a linear of its own; over the cached rope part it is no site."""
+def test_k_and_v_from_two_linears_over_one_latent_match() -> None:
     graph = dense_body()
-    rope = node_named(graph, only_match(graph).k_rope)
     kv_up = node_named(graph, only_match(graph).v_up)
     (anchor,) = calls(graph, aten.scaled_dot_product_attention.default)
     with graph.inserting_after(kv_up):
@@ -138,9 +135,9 @@ def test_k_and_v_from_two_linears_match_over_one_latent_only() -> None:
     anchor.update_arg(2, v)
     match = only_match(graph)
     assert (match.v_up, match.k_up) == (twin.name, kv_up.name)
-    cached = next(user for user in rope.users if is_cache_update(user))
-    twin.args = (cached, twin.args[1])
-    assert "no part of K derives from a linear over the cached latent" in only_failure(graph).reason
+    rows = torch.arange(H * (NOPE + V)).view(H, NOPE + V)
+    assert torch.equal(torch.tensor(match.w_uv.rows), rows[:, NOPE:])
+    assert torch.equal(torch.tensor(match.w_uk.rows), rows[:, :NOPE])
 
 
 def test_two_users_behind_attention_are_refused() -> None:
