@@ -171,14 +171,17 @@ class _Axes:
         if update is not None:
             self.sizes[_key(update.meta["val"].shape[2])] = "S"
         self.sizes |= {_key(hidden.shape[1]): "T", _key(hidden.shape[0]): "B"}
+        step = {symbol for size in hidden.shape for symbol in _symbols(size)}
+        self.past = {s for size in self.sizes for s in getattr(size, "free_symbols", ())} - step
 
     def role(self, size: Any) -> str:
         """B, T, S, or "" for a fixed size."""
         return self.sizes.get(_key(size), "") if isinstance(size, torch.SymInt) else ""
 
     def has_context(self, node: fx.Node) -> bool:
-        """True if one of a value's dims runs over the keys."""
-        return any(self.role(size) == "S" for size in node.meta["val"].shape)
+        """True if one of a value's dims depends on how much is cached: it runs over the keys, sinks or not."""
+        sizes = [_key(size) for size in node.meta["val"].shape]
+        return any(self.past & getattr(size, "free_symbols", set()) for size in sizes)
 
     def of(self, product: Product, operand: fx.Node, letters: str) -> dict[str, str]:
         """Letter -> role, without letters of fixed dims but the summed one."""
@@ -228,3 +231,7 @@ def _form(letters: str, roles: dict[str, str]) -> str:
 
 def _key(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _symbols(size: Any) -> set[Any]:
+    return set(getattr(_key(size), "free_symbols", ()))
