@@ -29,6 +29,24 @@ to a fresh run.
 - "refused: heads": the heads don't divide over that many ranks.
 
 {table}
+
+## Styles of writing MLA
+
+The matcher reads dataflow, so a model of your own may be written in any of these ways (`tests/support/toy_mla.py` has
+each; `tests/families/test_styles.py` and `test_other_styles.py` hold them to 1e-10 in float64 at cp 1, 2 and 4):
+
+- one linear for K and V, cut per head or as a whole, heads first or last, K joined by `cat` or written in place;
+- W_UK and W_UV as linears of their own, or as parameters [H, D, R], [H, R, D] or [R, H * D], applied by einsum, matmul
+  or bmm;
+- attention as `scaled_dot_product_attention`, as matmul and softmax, or as DeepSeek's einsum chain with heads behind
+  tokens;
+- absorbed already: W_UK on the query, scores over the cached latent plus scores over the cached rope part, W_UV on the
+  result.
+
+A rank's part of W_UK and W_UV is a view of the parameter wherever the parameter has whole heads in one of these orders; rows
+in another order are copied, from a linear only. Refused, with the reason: a rope part that differs per head, V from what
+is not cached or from another position, scores scaled or biased per key, a softmax over another dim, a W_UV that is
+computed (a cast, a flip of heads), a bias on W_UK or W_UV, dims that the graph does not keep as symbols.
 """
 
 

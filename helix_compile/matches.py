@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 Table = tuple[tuple[int, ...], ...]
+
+
+def permuted(value: Tensor, form: str, wanted: str) -> Tensor:
+    """A value whose dims lie in the order `form`, in the order `wanted`."""
+    return value.permute([form.index(letter) for letter in wanted])
 
 
 @dataclass(frozen=True)
@@ -40,22 +48,63 @@ class GateMatch:
 
 
 @dataclass(frozen=True)
+class UpWeight:
+    """W_UK or W_UV [H, D, R] in a parameter: element (h, d, r) is number at[h][d] + r * step of it, counted row by row.
+
+    `order` says how its dims lie there: "hdr" (rows of a linear, or stacked [H, D, R]), "hrd" (stacked [H, R, D]) or
+    "rhd" ([R, H * D]); a rank holds its part in the same order.
+    """
+
+    param: str
+    shape: tuple[int, ...]
+    at: Table
+    step: int
+    order: str
+
+    @property
+    def rows(self) -> Table:
+        """[h][d] -> row of the parameter as [-1, R]; for order "hdr"."""
+        width = self.shape[-1]
+        return tuple(tuple(first // width for first in head) for head in self.at)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """[H, D, R] out of the parameter."""
+        if self.order == "hdr":
+            return whole.reshape(-1, self.shape[-1])[torch.tensor(self.rows, device=whole.device)]
+        view, window = self.view()
+        part = whole.reshape(view).narrow(*window)
+        return part.permute([self.order.index(letter) for letter in "hdr"])
+
+    def view(self) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+        """(view, window) of the parameter that hold it, for "hrd" and "rhd"."""
+        H, D, numel = len(self.at), len(self.at[0]), torch.Size(self.shape).numel()
+        window = (2, self.at[0][0], D)
+        if self.order == "hrd":
+            return (H, numel // (H * self.step), self.step), window
+        return (numel // self.step, H, self.step // H), window
+
+
+@dataclass(frozen=True)
 class AttentionMatch:
     """One MLA site.
 
     Node names: `anchor` (attention output [B, H, T, V]), `q` [B, H, T, Dn + r], `q_proj` and `o_proj` (linears),
-    `kv_up` (the linear that expands the latent), `latent` [B, 1, T, R] and `k_rope` [B, 1, T, r] (new tokens),
-    `mask`. Parameters are names relative to the layer. `scale` multiplies the scores.
+    `v_up` and `k_up` (the products with W_UV and W_UK: one linear where it makes both), `latent` [B, 1, T, R] and
+    `k_rope` [B, 1, T, r] (new tokens), `mask`. Parameters are names relative to the layer. `scale` multiplies the scores.
 
-    Tables: `uk_rows[h][d]`, `uv_rows[h][v]` are rows of the kv_up weight; `q_nope[d]`, `q_rope[j]` are channels of q.
-    Input column h * V + v of o_proj reads channel v of head h. `head_views` are views between q_proj and q that write
-    the head count as a number.
+    Tables: `w_uk`, `w_uv` say where these weights are; `q_nope[d]`, `q_rope[j]` are channels of q, or of
+    `q_rope_value` where the rope part of q is a value of its own. Input column h * V + v of o_proj reads channel v of
+    head h. `head_views` are views between q_proj and q that write the head count as a number.
+
+    Forms are orders of dims where the model has another one: of the anchor, of q, of `q_rope_value`, of the scores
+    that the mask is added to (for sdpa, all heads before tokens).
     """
 
     anchor: str
     q: str
     q_proj: str
-    kv_up: str
+    v_up: str
+    k_up: str
     o_proj: str
     latent: str
     k_rope: str
@@ -64,7 +113,8 @@ class AttentionMatch:
     past_rope: str
     q_weight: str
     q_bias: str | None
-    kv_up_weight: str
+    w_uk: UpWeight
+    w_uv: UpWeight
     o_weight: str
     o_bias: str | None
     scale: float
@@ -75,12 +125,15 @@ class AttentionMatch:
     v_head_dim: int
     hidden_size: int
     q_input_size: int
-    uk_rows: Table
-    uv_rows: Table
     q_nope: tuple[int, ...]
     q_rope: tuple[int, ...]
     head_views: tuple[str, ...] = ()
     gate: GateMatch | None = None
+    q_rope_value: str = ""
+    form: str = "BHTV"
+    q_form: str = "BHTC"
+    q_rope_form: str = "BHTC"
+    mask_form: str = "BHTS"
 
     @property
     def q_head_dim(self) -> int:

@@ -11,7 +11,7 @@ from torch import fx
 from helix_compile.capture import CapturedGraph
 from helix_compile.layout import HelixLayout
 from helix_compile.leaves import leaf_bytes
-from helix_compile.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch, Table
+from helix_compile.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch, UpWeight
 from helix_compile.passes.fx_edit import aten, is_call, is_param, placeholders
 from helix_compile.passes.narrow_weights import is_quantised
 from helix_compile.plan import AttentionPlan, BodyPlan, Cut, ParamShard
@@ -25,7 +25,6 @@ def attention_shards(
     Dk = match.q_head_dim
     q_axis = "world" if plan.q_proj == "gather" else "tpa"
     v_axis = "world" if plan.v_up == "after" else "tpa"
-    kv_rows = 1 + max(max(map(max, match.uk_rows)), max(map(max, match.uv_rows)))
     q_heads, v_heads = H // layout.size(q_axis), H // layout.size(v_axis)
     weights = [(match.q_weight, (match.q_input_size,))] + (
         [(match.q_bias, ())] if match.q_bias else []
@@ -35,14 +34,15 @@ def attention_shards(
             name, name, (H * Dk, *tail), (H, Dk, *tail), (Cut(0, q_axis, H),), (q_heads * Dk, *tail),
             f"{q_axis}:S(0)",
         )  # fmt: skip
-    for suffix, rows, axis, heads in (
-        ("w_uk", match.uk_rows, q_axis, q_heads),
-        ("w_uv", match.uv_rows, v_axis, v_heads),
+    for suffix, weight, axis, heads in (
+        ("w_uk", match.w_uk, q_axis, q_heads),
+        ("w_uv", match.w_uv, v_axis, v_heads),
     ):
-        view, window, index = _rows_as_view(rows, kv_rows, R)
+        sizes, dim = {"h": heads, "d": len(weight.at[0]), "r": R}, weight.order.index("h")
+        view, window, index = _up_view(weight)
         yield ParamShard(
-            f"{match.kv_up_weight}.{suffix}", match.kv_up_weight, (kv_rows, R), view,
-            (Cut(0, axis, H),), (heads, len(rows[0]), R), f"{axis}:S(0)", window, index,
+            f"{weight.param}.{suffix}", weight.param, weight.shape, view, (Cut(dim, axis, H),),
+            tuple(sizes[letter] for letter in weight.order), f"{axis}:S({dim})", window, index,
         )  # fmt: skip
     owned = plan.owned_heads
     yield from _gate_shards(match, owned)
@@ -65,12 +65,15 @@ def _gate_shards(match: AttentionMatch, owned: int) -> Iterable[ParamShard]:
             )  # fmt: skip
 
 
-def _rows_as_view(
-    rows: Table, total: int, R: int
+def _up_view(
+    weight: UpWeight,
 ) -> tuple[tuple[int, ...], tuple[int, int, int] | None, tuple[int, ...] | None]:
-    """(view, window, index) that pick `rows` [H][d] out of [total, R]; a view where rows of a head are in a row."""
+    """(view, window, index) that pick a weight out of its parameter; a view where rows of a head are in a row."""
+    if weight.order != "hdr":
+        return *weight.view(), None
+    rows, R = weight.rows, weight.shape[-1]
     H, width = len(rows), len(rows[0])
-    start, stride = rows[0][0], total // H
+    start, stride = rows[0][0], math.prod(weight.shape[:-1]) // H
     if all(rows[h][d] == h * stride + start + d for h in range(H) for d in range(width)):
         return (H, stride, R), (1, start, width), None
     return (H, width, R), None, tuple(r for row in rows for r in row)

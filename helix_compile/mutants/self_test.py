@@ -136,8 +136,8 @@ class _Rule:
             probe = LayerInputs(wide, mask, positions, ((zero[0], zero[1]),))
             prefix = self.reference.captured.layers_of(body)[0].prefix
             values = self.reference.layer(layer, probe)
-            kv_up = self.reference.tensors[prefix + attention.kv_up_weight]
-            latent, k_rope = background(attention, absorbed_query(attention, values, kv_up), CONTEXT, generator)  # fmt: skip
+            w_uk = self.reference.tensors[prefix + attention.w_uk.param]
+            latent, k_rope = background(attention, absorbed_query(attention, values, w_uk), CONTEXT, generator)  # fmt: skip
             past = (latent[:, None].to(dtype), k_rope[:, None].to(dtype))
             expected = self.reference.layer(
                 layer, LayerInputs(wide, mask, positions, ((past[0].double(), past[1].double()),))

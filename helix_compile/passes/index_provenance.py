@@ -107,7 +107,7 @@ def trace_elements(node: fx.Node, stop: Callable[[fx.Node], bool] = is_cache_upd
             return concrete(n)
         if n not in done:
             if is_layout_op(n) and not stop(n):
-                done[n] = _move(n, value)
+                done[n] = run_move(n, value)
             else:
                 shape = shape_of(n)
                 numel = math.prod(shape)
@@ -120,7 +120,8 @@ def trace_elements(node: fx.Node, stop: Callable[[fx.Node], bool] = is_cache_upd
     return Provenance(ids, sources)
 
 
-def _move(node: fx.Node, value: Callable[[Any], Any]) -> Any:
+def run_move(node: fx.Node, value: Callable[[Any], Any]) -> Any:
+    """Result of a layout op on other values: `value` gives one for each argument."""
     if is_call(node, aten.new_empty.default):
         return torch.zeros([concrete(s) for s in node.args[1]], dtype=torch.int64)
     args = [value(a) for a in node.args]

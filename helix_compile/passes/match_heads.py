@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from helix_compile.matches import GateMatch, MatchFailure
+from helix_compile.matches import GateMatch, MatchFailure, permuted
 from helix_compile.passes.evaluate import evaluate
 from helix_compile.passes.fx_edit import aten, is_call, is_param, source_line
 from helix_compile.passes.index_provenance import (
@@ -125,8 +125,8 @@ def one_linear(value: fx.Node, what: str) -> fx.Node:
     return found[0]
 
 
-def output_projection(anchor: fx.Node) -> tuple[fx.Node, GateMatch | None]:
-    """The first linear behind attention, reached by single users through layout ops and at most one gate.
+def output_projection(anchor: fx.Node, form: str = "BHTV") -> tuple[fx.Node, GateMatch | None]:
+    """The first linear behind attention [form], reached by single users through layout ops and at most one gate.
 
     Its input column h * V + v is channel v of head h.
     """
@@ -155,15 +155,15 @@ def output_projection(anchor: fx.Node) -> tuple[fx.Node, GateMatch | None]:
         if inside is None or attended.ids.shape != shape_of(product[0]):
             raise Reject("a gate widens what attention returns", product[0], 6)
         places = tuple(c[places] for c in inside)
-        gate = _gate(product[0], product[1], attended.ids, anchor)
-    _check_columns(places, anchor, node)
+        gate = _gate(product[0], product[1], attended.ids, anchor, form)
+    _check_columns(places, anchor, node, form)
     return node, gate
 
 
-def _check_columns(places: tuple[Tensor, ...], anchor: fx.Node, o_proj: fx.Node) -> None:
-    batch, head, token, channel = places
+def _check_columns(places: tuple[Tensor, ...], anchor: fx.Node, o_proj: fx.Node, form: str) -> None:
+    batch, head, token, channel = (places[form.index(c)] for c in "BHTV")
     B, T, width = batch.shape
-    _, H, _, V = shape_of(anchor)
+    H, V = (shape_of(anchor)[form.index(c)] for c in "HV")
     straight = bool((batch == torch.arange(B).view(B, 1, 1)).all()) and bool(
         (token == torch.arange(T).view(1, T, 1)).all()
     )
@@ -184,10 +184,13 @@ def gate_by_head(gate: Any, form: str, v_head_dim: int) -> list[tuple[Any, ...]]
     return []
 
 
-def _gate(product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node) -> GateMatch:
+def _gate(
+    product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node, order: str
+) -> GateMatch:
     """The gate of product = attended * gate, cut by heads where it has heads."""
-    B, H, T, V = shape_of(anchor)
-    straight = (ids.flatten().min() + torch.arange(ids.numel())).view(B, H, T, V)
+    lying = (ids.flatten().min() + torch.arange(ids.numel())).view(shape_of(anchor))
+    straight = permuted(lying, order, "BHTV")
+    H, V = straight.shape[1], straight.shape[3]
     forms = {
         "BTHV": straight.transpose(1, 2),
         "BHTV": straight,

@@ -11,7 +11,7 @@ from helix_compile.errors import MatchError
 from helix_compile.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch
 from helix_compile.options import HelixOptions
 from helix_compile.passes.fx_edit import is_param
-from helix_compile.passes.index_provenance import is_cache_update
+from helix_compile.passes.index_provenance import is_cache_update, is_layout_op
 from helix_compile.passes.match_ffn import find_dense_ffns
 from helix_compile.passes.match_mask import check_mask
 from helix_compile.passes.match_mla import find_mla
@@ -106,7 +106,8 @@ def _no_mla(
 
 def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     """Each weight is cut by one rule only."""
-    names = [n for a in match.attentions for n in (a.q_weight, a.kv_up_weight, a.o_weight)]
+    ups = [n for a in match.attentions for n in dict.fromkeys((a.w_uk.param, a.w_uv.param))]
+    names = [n for a in match.attentions for n in (a.q_weight, a.o_weight)] + ups
     names += [a.gate.weight for a in match.attentions if a.gate and a.gate.weight]
     names += [n for f in match.dense_ffns for n in (f.gate_weight, f.up_weight, f.down_weight)]
     names += [n for m in match.moes for n in (m.gate_up, m.down)]
@@ -114,9 +115,21 @@ def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     if twice:
         raise MatchError(f"{match.body}: parameters matched in two roles: {', '.join(twice)}")
     by_name = {n.meta["input"][1]: n for n in graph.nodes if is_param(n)}
-    shared = [n for n in names if len(by_name[n].users) > 1 and not _is_expert(n, match)]
+    shared = [
+        n for n in names if len(by_name[n].users) > 1 and n not in ups and not _is_expert(n, match)
+    ]
+    expanders = {n for a in match.attentions for n in (a.k_up, a.v_up)}
+    shared += [n for n in ups if not _readers(by_name[n]) <= expanders]
     if shared:
         raise MatchError(f"{match.body}: parameters used twice can't be cut: {', '.join(shared)}")
+
+
+def _readers(weight: fx.Node) -> set[str]:
+    """Names of what reads a weight, or a view of it."""
+    found: set[str] = set()
+    for user in weight.users:
+        found |= _readers(user) if is_layout_op(user) else {user.name}
+    return found
 
 
 def _is_expert(name: str, match: LayerMatch) -> bool:
@@ -126,6 +139,7 @@ def _is_expert(name: str, match: LayerMatch) -> bool:
 def _check_complete(match: LayerMatch, graph: fx.Graph, layer: int) -> None:
     """Expert weights that no matcher took would silently stay whole on every rank: refuse."""
     taken = {n for m in match.moes for n in (m.gate_up, m.down)}
+    taken |= {n for a in match.attentions for n in (a.w_uk.param, a.w_uv.param)}
     for node in graph.nodes:
         if is_param(node) and node.meta["val"].dim() == 3 and node.meta["input"][1] not in taken:
             users = ", ".join(f"`{u.name}` ({u.target})" for u in node.users)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from helix_compile.capture import CapturedGraph
 from helix_compile.errors import MatchError
-from helix_compile.matches import AttentionMatch
+from helix_compile.matches import AttentionMatch, permuted
 from helix_compile.passes.evaluate import evaluate
 from helix_compile.passes.fx_edit import (
     HINT_B,
@@ -103,6 +103,14 @@ def _allowed(
             captured, body, match,
             f"it is computed from {missing} (sparse attention over a top-k of keys?)",
         ) from missing  # fmt: skip
+    value = value[(None,) * (4 - value.dim())]
+    if match.mask_form != "BHTS":
+        value = permuted(value, match.mask_form, "BHTS")
     if value.dtype is torch.bool:
         return value
-    return value > torch.finfo(value.dtype).min / 2
+    seen = value > torch.finfo(value.dtype).min / 2
+    if bool((value[seen] != 0).any()):
+        raise _mask_error(
+            captured, body, match, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)"
+        )  # fmt: skip
+    return seen

@@ -12,15 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from helix_compile.matches import AttentionMatch, MatchFailure, Table
+from helix_compile.matches import AttentionMatch, MatchFailure, UpWeight, permuted
+from helix_compile.passes.contractions import PRODUCTS, up_weight
 from helix_compile.passes.fx_edit import aten, calls, is_call, is_param
 from helix_compile.passes.index_provenance import (
     Provenance,
     is_cache_update,
     shape_of,
     trace_elements,
+)
+from helix_compile.passes.match_absorbed import absorbed_site
+from helix_compile.passes.match_einsum import Operand, SpelledAnchor, is_spelled, spelled_anchor
+from helix_compile.passes.match_expansion import (
+    Expansion,
+    check_grid,
+    expanded,
+    expansion_of_k,
+    weight_of_v,
 )
 from helix_compile.passes.match_heads import (
     Reject,
@@ -41,18 +51,28 @@ class _Anchor:
     v: fx.Node
     mask: fx.Node | None
     scale: float
+    q_form: str = "BHTC"
+    k_form: str = "BHSC"
+    v_form: str = "BHSC"
+    form: str = "BHTV"
+    mask_form: str = "BHTS"
 
 
 def find_mla(graph: fx.Graph) -> list[AttentionMatch | MatchFailure]:
     """One entry per attention site of a body, in graph order."""
     sites = calls(graph, aten.scaled_dot_product_attention.default)
     sites += [n for n in calls(graph, aten.matmul.default, aten.bmm.default) if _softmax_of(n)]
+    spelled = [n for n in calls(graph, *PRODUCTS) if is_spelled(n)]
+    sites = list(dict.fromkeys(sites + spelled))
     order = {n: i for i, n in enumerate(graph.nodes)}
     results: list[AttentionMatch | MatchFailure] = []
     for node in sorted(sites, key=order.__getitem__):
         try:
-            anchor = _fused_anchor(node) if node in calls(graph, _SDPA) else _eager_anchor(node)
-            results.append(_match_site(anchor))
+            if node in spelled:
+                results.append(_match_spelled(spelled_anchor(node)))
+            else:
+                fused = node.target is _SDPA
+                results.append(_match_site(_fused_anchor(node) if fused else _eager_anchor(node)))
         except Reject as rejection:
             results.append(rejection.failure)
     return results
@@ -91,6 +111,8 @@ def _eager_anchor(node: fx.Node) -> _Anchor:
     softmax = _softmax_of(node)
     assert softmax is not None
     mask, scale = None, 1.0
+    if softmax.args[1] not in (-1, len(shape_of(softmax)) - 1):
+        raise Reject(f"the softmax runs over dim {softmax.args[1]}, not over the keys", softmax, 1)
     step: Any = softmax.args[0]
     while not is_call(step, aten.matmul.default):
         if is_call(step, aten.mul.Tensor, aten.div.Tensor) and isinstance(
@@ -119,32 +141,94 @@ def _eager_anchor(node: fx.Node) -> _Anchor:
     return _Anchor(node, step.args[0], key.args[0], node.args[1], mask, scale)
 
 
-def _match_site(anchor: _Anchor) -> AttentionMatch:
-    node = anchor.node
-    if anchor.mask is None:
+def _match_spelled(anchor: SpelledAnchor) -> AttentionMatch:
+    """A site of products in any order of dims: scores of one product over expanded K, or absorbed already."""
+    out_form = anchor.out_form.replace("C", "V")
+    if len(anchor.pairs) == 1:
+        ((q, k),) = anchor.pairs
+        return _match_site(
+            _Anchor(
+                anchor.node, q.node, k.node, anchor.v.node, anchor.mask, anchor.scale,
+                q.form, k.form, anchor.v.form, out_form, anchor.form,
+            )
+        )  # fmt: skip
+    _refuse_no_mask(anchor.mask, anchor.node)
+    site = absorbed_site(anchor)
+    nope, rope = (shape_of(o.node)[o.form.index("C")] for o in (site.q, site.q_rope))
+    return _site(
+        _Anchor(
+            site.v_up, site.q.node, site.k_up, site.v_up, anchor.mask, anchor.scale, site.q.form,
+            form=site.form, mask_form=anchor.form,
+        ),
+        site.q_rope, site.latent, site.rope, (site.k_up, site.w_uk), (site.v_up, site.w_uv),
+        tuple(range(nope)), tuple(range(rope)),
+    )  # fmt: skip
+
+
+def _refuse_no_mask(mask: fx.Node | None, node: fx.Node) -> None:
+    if mask is None:
         raise Reject(
             "attention without a mask: a decode step over a cache needs the causal one", node, 1
         )
-    v = trace_elements(anchor.v)
-    kv_up, uv_rows = _rows_of_v(v, node)
-    k = trace_elements(anchor.k)
-    uk_rows, q_nope, rope, q_rope = _channels_of_k(k, kv_up, node)
-    latent = _cached_latent(kv_up)
-    new_latent, past_latent = _cache_parts(latent, "latent", kv_up)
+
+
+def _match_site(anchor: _Anchor) -> AttentionMatch:
+    """A site of K and V that are expanded from a latent."""
+    node = anchor.node
+    _refuse_no_mask(anchor.mask, node)
+    v_up, w_uv = weight_of_v(_in_order(anchor.v, anchor.v_form, "V"), node)
+    k = _in_order(anchor.k, anchor.k_form, "K")
+    k_up = expansion_of_k(k, v_up, node)
+    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, node)
+    return _site(
+        anchor, None, v_up.latent, rope, (k_up.node, w_uk), (v_up.node, w_uv), q_nope, q_rope
+    )
+
+
+def _in_order(value: fx.Node, form: str, what: str) -> Provenance:
+    """Where the elements of K or V [form] come from, as [B, H, S, C]."""
+    if sorted(form) != sorted("BHSC"):
+        raise Reject(f"{what} has no heads: [{', '.join(form)}]", value, 2)
+    source = trace_elements(value)
+    return Provenance(permuted(source.ids, form, "BHSC"), source.sources)
+
+
+def _site(
+    anchor: _Anchor,
+    rope_of_q: Operand | None,
+    latent: fx.Node,
+    rope: fx.Node,
+    uk: tuple[fx.Node, UpWeight],
+    uv: tuple[fx.Node, UpWeight],
+    q_nope: tuple[int, ...],
+    q_rope: tuple[int, ...],
+) -> AttentionMatch:
+    """The match, given where W_UK, W_UV and the cached parts are: what is left are q, the mask and the way to o_proj."""
+    node, mask = anchor.node, anchor.mask
+    assert mask is not None
+    new_latent, past_latent = _cache_parts(latent, "latent", uv[0])
     new_rope, past_rope = _cache_parts(rope, "rope part of K", node)
-    o_proj, gate = output_projection(node)
+    o_proj, gate = output_projection(node, anchor.form)
     q_proj = one_linear(anchor.q, "q")
-    head_views = check_head_rows(anchor.q, q_proj, lambda q: q.transpose(1, 2), "q")
+    views = check_head_rows(anchor.q, q_proj, lambda q: permuted(q, anchor.q_form, "BTHC"), "q")
+    if rope_of_q is not None:
+        value, form = rope_of_q.node, rope_of_q.form
+        if one_linear(value, "the rope part of q") is not q_proj:
+            raise Reject("the rope part of q comes from another linear than the rest", value, 6)
+        more = check_head_rows(value, q_proj, lambda q: permuted(q, form, "BTHC"), "q")
+        views = tuple(dict.fromkeys(views + more))
     return AttentionMatch(
-        anchor=node.name, q=anchor.q.name, q_proj=q_proj.name, kv_up=kv_up.name, o_proj=o_proj.name,
-        latent=new_latent.name, k_rope=new_rope.name, mask=anchor.mask.name,
+        anchor=node.name, q=anchor.q.name, q_proj=q_proj.name, v_up=uv[0].name, k_up=uk[0].name, o_proj=o_proj.name,
+        latent=new_latent.name, k_rope=new_rope.name, mask=mask.name,
         past_latent=past_latent.name, past_rope=past_rope.name,
-        q_weight=_param(q_proj, 1), q_bias=_bias(q_proj), kv_up_weight=_param(kv_up, 1),
+        q_weight=_param(q_proj, 1), q_bias=_bias(q_proj), w_uk=uk[1], w_uv=uv[1],
         o_weight=_param(o_proj, 1), o_bias=_bias(o_proj), scale=anchor.scale,
-        num_heads=len(uv_rows), kv_lora_rank=shape_of(latent)[-1],
-        qk_rope_head_dim=len(q_rope), qk_nope_head_dim=len(q_nope), v_head_dim=len(uv_rows[0]),
-        hidden_size=shape_of(o_proj)[-1], q_input_size=shape_of(q_proj.args[0])[-1], uk_rows=uk_rows, uv_rows=uv_rows,
-        q_nope=q_nope, q_rope=q_rope, head_views=head_views, gate=gate,
+        num_heads=len(uv[1].at), kv_lora_rank=shape_of(latent)[-1],
+        qk_rope_head_dim=len(q_rope), qk_nope_head_dim=len(q_nope), v_head_dim=len(uv[1].at[0]),
+        hidden_size=shape_of(o_proj)[-1], q_input_size=shape_of(q_proj.args[0])[-1],
+        q_nope=q_nope, q_rope=q_rope, head_views=views, gate=gate,
+        q_rope_value=rope_of_q.node.name if rope_of_q else "", form=anchor.form, q_form=anchor.q_form,
+        q_rope_form=rope_of_q.form if rope_of_q else anchor.q_form, mask_form=anchor.mask_form,
     )  # fmt: skip
 
 
@@ -159,65 +243,28 @@ def _bias(linear: fx.Node) -> str | None:
     return _param(linear, 2) if len(linear.args) > 2 and linear.args[2] is not None else None
 
 
-def _check_grid(coordinates: tuple[Tensor, ...], what: str, node: fx.Node, depth: int) -> None:
-    """Coordinates (b, ..., s, ...) must map batch to batch and sequence to sequence."""
-    batch, sequence = coordinates
-    B, _, S, _ = batch.shape
-    if not bool((batch == torch.arange(B).view(B, 1, 1, 1)).all()):
-        raise Reject(f"{what}: an element comes from another sequence of the batch", node, depth)
-    if not bool((sequence == torch.arange(S).view(1, 1, S, 1)).all()):
-        raise Reject(f"{what}: an element comes from another position", node, depth)
-
-
-def _rows_of_v(v: Provenance, node: fx.Node) -> tuple[fx.Node, Table]:
-    """The linear that makes V, and its rows [H][V]."""
-    used = v.used()
-    if v.undefined():
-        raise Reject("V holds elements that nothing wrote", node, 2)
-    if len(used) != 1 or not is_call(used[0], aten.linear.default):
-        names = ", ".join(f"`{s.name}`" for s in used)
-        raise Reject(f"V does not derive from one linear over the cache, but from {names}", node, 2)
-    kv_up = used[0]
-    coordinates = v.coordinates(kv_up)
-    assert coordinates is not None
-    _check_grid((coordinates[0], coordinates[-2]), "V", kv_up, 3)
-    columns = coordinates[-1]
-    if not bool((columns == columns[:1, :, :1]).all()):
-        raise Reject("V's channel map depends on batch or position", kv_up, 3)
-    if len(kv_up.args) > 2 and kv_up.args[2] is not None:
-        raise Reject(
-            "the linear that expands the latent has a bias; absorption can't hold it", kv_up, 3
-        )
-    return kv_up, tuple(map(tuple, columns[0, :, 0].tolist()))
-
-
 def _channels_of_k(
-    k: Provenance, kv_up: fx.Node, node: fx.Node
-) -> tuple[Table, tuple[int, ...], fx.Node, tuple[int, ...]]:
-    """(rows of kv_up [H][Dn], nope channels, rope source, rope channels in the order of the rope columns)."""
+    k: Provenance, k_up: Expansion, node: fx.Node
+) -> tuple[UpWeight, tuple[int, ...], fx.Node, tuple[int, ...]]:
+    """(W_UK, nope channels, rope source, rope channels in the order of the rope columns)."""
     if k.undefined():
         raise Reject("K holds elements that nothing wrote", node, 4)
-    others = [s for s in k.used() if s is not kv_up]
-    if kv_up not in k.used():
-        raise Reject("no part of K derives from the linear that makes V", node, 4)
+    others = [s for s in k.used() if s is not k_up.node]
     if len(others) != 1:
         names = ", ".join(f"`{s.name}`" for s in others) or "nothing"
         raise Reject(f"the rest of K must be one shared rope part, it is {names}", node, 4)
-    rope, rows, nope, rope_of = others[0], [], [], {}
+    rope, columns, nope, rope_of, step = others[0], [], [], {}, 1
     for channel in range(k.ids.shape[3]):
         ids = k.ids[..., channel : channel + 1]
-        from_linear, from_rope = k.coordinates(kv_up, ids), k.coordinates(rope, ids)
-        if from_linear is not None:
-            _check_grid((from_linear[0], from_linear[-2]), "K", kv_up, 4)
-            row = from_linear[-1]
-            if not bool((row == row[:1, :, :1]).all()):
-                raise Reject("K's channel map depends on batch or position", node, 4)
+        from_rope = k.coordinates(rope, ids)
+        if k.coordinates(k_up.node, ids) is not None:
+            first, step = expanded(k, k_up, ids, "K", 4)
             nope.append(channel)
-            rows.append(row[0, :, 0, 0].tolist())
+            columns.append(first)
         elif from_rope is not None:
             if rope.meta["val"].dim() != 4 or bool((from_rope[1] != 0).any()):
                 raise Reject("the rope part differs per head", rope, 4)
-            _check_grid((from_rope[0], from_rope[2]), "rope part", rope, 4)
+            check_grid(from_rope[0], from_rope[2], "rope part", rope, 4)
             if bool((from_rope[3] != from_rope[3].flatten()[0]).any()):
                 raise Reject("the rope part's channel map depends on head or position", rope, 4)
             rope_of[int(from_rope[3].flatten()[0])] = channel
@@ -225,21 +272,8 @@ def _channels_of_k(
             raise Reject("K's split into nope and rope depends on head or position", node, 4)
     if not nope or sorted(rope_of) != list(range(shape_of(rope)[-1])):
         raise Reject("K does not use each rope channel exactly once", rope, 4)
-    table = tuple(map(tuple, torch.tensor(rows).T.tolist()))
-    return table, tuple(nope), rope, tuple(rope_of[j] for j in sorted(rope_of))
-
-
-def _cached_latent(kv_up: fx.Node) -> fx.Node:
-    """The cached latent [B, 1, S + T, R] that kv_up reads, through reshapes only."""
-    source = trace_elements(kv_up.args[0])
-    used = source.used()
-    if len(used) != 1 or not is_cache_update(used[0]):
-        raise Reject("the input of the linear that makes V is not what the layer caches", kv_up, 5)
-    latent = used[0]
-    straight = torch.arange(source.sources[latent], source.sources[latent] + source.ids.numel())
-    if shape_of(latent)[1] != 1 or not torch.equal(source.ids.flatten(), straight):
-        raise Reject("the cached latent has heads or is permuted before it is expanded", kv_up, 5)
-    return latent
+    w_uk = up_weight(k_up.view, torch.cat(columns, dim=1), step, k_up.width, "W_UK", k_up.node)
+    return w_uk, tuple(nope), rope, tuple(rope_of[j] for j in sorted(rope_of))
 
 
 def _cache_parts(update: fx.Node, what: str, node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -72,12 +72,10 @@ def shard_attention_pass(
 def _rewrite_site(
     graph: fx.Graph, match: AttentionMatch, plan: AttentionPlan, body: BodyPlan, layout: HelixLayout
 ) -> None:
-    kv_up = input_named(graph, "param", match.kv_up_weight)
-    with made_from(graph, kv_up):
-        w_uk, w_uv = (
-            _shard_input(graph, f"{match.kv_up_weight}.{s}", kv_up, body) for s in ("w_uk", "w_uv")
-        )
-    up = node_named(graph, match.kv_up)
+    w_uk = _shard_input(graph, match.w_uk.param, "w_uk", body)
+    w_uv = _shard_input(graph, match.w_uv.param, "w_uv", body)
+    up = node_named(graph, match.v_up)
+    apply_uv = f"bthr,{match.w_uv.order.replace('d', 'v')}->bthv"
     for name in (match.q_weight, match.q_bias):
         if name:
             cut_input(graph, name, body)
@@ -90,12 +88,12 @@ def _rewrite_site(
         if plan.v_up == "before":
             with made_from(graph, up):
                 partial_o = named(
-                    graph, "partial_o_up", aten.einsum.default, "bthr,hvr->bthv", [partial_o, w_uv]
+                    graph, "partial_o_up", aten.einsum.default, apply_uv, [partial_o, w_uv]
                 )
         o = _merge(graph, plan, partial_o, lse)
         if plan.v_up == "after":
             with made_from(graph, up):
-                o = named(graph, "o_up", aten.einsum.default, "bthr,hvr->bthv", [o, w_uv])
+                o = named(graph, "o_up", aten.einsum.default, apply_uv, [o, w_uv])
         if layout.world_size > 1:
             o = named(
                 graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", layout.world_size
@@ -132,10 +130,14 @@ def _absorbed_query(
 ) -> tuple[fx.Node, fx.Node]:
     """q_latent [B, T, Ht, R] and q_rope [B, T, Ht, r]."""
     q = node_named(graph, match.q)
-    q_nope, q_rope = (_channels(graph, q, c) for c in (match.q_nope, match.q_rope))
-    with made_from(graph, node_named(graph, match.kv_up)):
-        q_latent = named(graph, "q_latent", aten.einsum.default, "bhtn,hnr->bthr", [q_nope, w_uk])
-    q_rope = named(graph, "q_rope", aten.transpose.int, q_rope, 1, 2)
+    of_rope = node_named(graph, match.q_rope_value) if match.q_rope_value else q
+    q_nope, q_rope = _channels(graph, q, match.q_nope), _channels(graph, of_rope, match.q_rope)
+    form, order = match.q_form.replace("C", "N").lower(), match.w_uk.order.replace("d", "n")
+    with made_from(graph, node_named(graph, match.k_up)):
+        q_latent = named(
+            graph, "q_latent", aten.einsum.default, f"{form},{order}->bthr", [q_nope, w_uk]
+        )
+    q_rope = _as_bthc(graph, q_rope, match.q_rope_form)
     if plan.q_proj == "replicate":
         return q_latent, q_rope
     packed = named(graph, "q_packed", aten.cat.default, [q_latent, q_rope], -1)
@@ -147,8 +149,18 @@ def _absorbed_query(
     return q_latent, q_rope
 
 
+def _as_bthc(graph: fx.Graph, q_rope: fx.Node, form: str) -> fx.Node:
+    if form == "BTHC":
+        return q_rope
+    if form == "BHTC":
+        return named(graph, "q_rope", aten.transpose.int, q_rope, 1, 2)
+    return named(
+        graph, "q_rope", aten.permute.default, q_rope, [form.index(letter) for letter in "BTHC"]
+    )
+
+
 def _channels(graph: fx.Graph, q: fx.Node, channels: tuple[int, ...]) -> fx.Node:
-    """Channels of q [B, H, T, Dk] in this order: one slice a run, joined where there are several."""
+    """Channels of q [*, *, *, Dk] in this order: one slice a run, joined where there are several."""
     runs: list[list[int]] = []
     for channel in channels:
         if runs and channel == runs[-1][-1] + 1:
@@ -206,9 +218,11 @@ def _merge(graph: fx.Graph, plan: AttentionPlan, partial_o: fx.Node, lse: fx.Nod
     return named(graph, "o", helix.reshard.default, rescaled, "kvp:P(sum)", "kvp:S(2)", plan.kvp)
 
 
-def _shard_input(graph: fx.Graph, name: str, like: fx.Node, body: BodyPlan) -> fx.Node:
-    node = add_input(graph, "param", name, like.meta["val"])
-    cut_input(graph, name, body)
+def _shard_input(graph: fx.Graph, param: str, suffix: str, body: BodyPlan) -> fx.Node:
+    whole = input_named(graph, "param", param)
+    with made_from(graph, whole):
+        node = add_input(graph, "param", f"{param}.{suffix}", whole.meta["val"])
+    cut_input(graph, f"{param}.{suffix}", body)
     return node
 
 

@@ -104,6 +104,11 @@ def _movedim(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -
     return _map_dims(of(node.args[0]), order.index, "movedim")
 
 
+def _permute(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    ndim = node.meta["val"].dim()
+    return _map_dims(of(node.args[0]), [d % ndim for d in node.args[1]].index, "permute")
+
+
 def _unsqueeze(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     place = node.args[1] % node.meta["val"].dim()
     return _map_dims(of(node.args[0]), lambda d: d + (d >= place), "unsqueeze")
@@ -286,6 +291,7 @@ RULES: dict[Any, Rule] = {
     aten.view_as_real.default: _same,
     aten.transpose.int: _transpose,
     aten.movedim.int: _movedim,
+    aten.permute.default: _permute,
     aten.unsqueeze.default: _unsqueeze,
     aten.squeeze.dim: _squeeze,
     aten.slice.Tensor: _along(1),

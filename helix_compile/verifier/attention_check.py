@@ -32,8 +32,8 @@ def check_attention(
     if decode is None or o_proj is None:
         return []  # another graph than the passes make: the layer's output decides
     layout, dtype = scratch.compiled.plan.layout, getattr(torch, scratch.compiled.plan.dtype)
-    kv_up = reference.tensors[reference.prefix(layer) + attention.kv_up_weight]
-    w_uv = kv_up.double()[torch.tensor(attention.uv_rows)]
+    whole = reference.tensors[reference.prefix(layer) + attention.w_uv.param]
+    w_uv = attention.w_uv.of(whole.double())
     owned = [v[attention_output(o_proj, attention).name] for v in run.values]
     q_parts = [[v[n.name].double() for n in decode.args[:2]] for v in run.values]
     heads = attention.num_heads // layout.world_size

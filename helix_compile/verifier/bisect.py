@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.layout import HelixLayout
-from helix_compile.matches import LayerMatch
+from helix_compile.matches import LayerMatch, permuted
 from helix_compile.passes.fx_edit import helix_op
 from helix_compile.verifier.layer_run import attention_output, fitted, replicas
 from helix_compile.verifier.report import Finding
@@ -124,7 +124,7 @@ def _twins(graph: fx.Graph, match: LayerMatch, expected: dict[str, Any]) -> dict
     for attention in match.attentions:
         o_proj, anchor = by_name.get(attention.o_proj), expected.get(attention.anchor)
         if o_proj is not None and isinstance(anchor, Tensor):
-            heads = anchor.transpose(1, 2).double()  # [B, T, H, V]
+            heads = permuted(anchor, attention.form, "BTHV").double()
             twins[attention_output(o_proj, attention).name] = heads.reshape(*heads.shape[:2], -1)
     # the bias of a row-parallel linear is added behind the sum: under the linear's name is another value then
     biased = [a.o_proj for a in match.attentions if a.o_bias]

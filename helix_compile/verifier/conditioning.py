@@ -60,8 +60,8 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
             )
             values = reference.layer(layer.index, given)
             for attention in match.attentions:
-                kv_up = reference.tensors[layer.prefix + attention.kv_up_weight]
-                query = absorbed_query(attention, values, kv_up)
+                w_uk = reference.tensors[layer.prefix + attention.w_uk.param]
+                query = absorbed_query(attention, values, w_uk)
                 seen = scores(attention, query, values[attention.latent][:, 0], values[attention.k_rope][:, 0])  # fmt: skip
                 factor = max(1.0, spread / max(float(seen.std()), 1e-6))
                 edits[layer.prefix + attention.q_weight] = partial(_scaled, factor=factor)

@@ -193,8 +193,8 @@ def _inputs(
     prefix = reference.prefix(layer)
     pasts = []
     for attention in match.attentions:
-        kv_up = reference.tensors[prefix + attention.kv_up_weight]
-        query = absorbed_query(attention, values, kv_up)
+        w_uk = reference.tensors[prefix + attention.w_uk.param]
+        query = absorbed_query(attention, values, w_uk)
         latent, k_rope = background(attention, query, S, generator)
         if S:
             new = tuple(values[n][:, 0].double() for n in (attention.latent, attention.k_rope))

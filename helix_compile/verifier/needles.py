@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_compile.matches import AttentionMatch
+from helix_compile.matches import AttentionMatch, permuted
 
 
 def absorbed_query(
-    match: AttentionMatch, values: dict[str, Any], kv_up: Tensor
+    match: AttentionMatch, values: dict[str, Any], whole: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Q in the latent space [B, T, H, R] and its rope part [B, T, H, r], from the original's own q."""
-    q = values[match.q].double()
-    w_uk = kv_up.double()[torch.tensor(match.uk_rows)]
-    nope, rope = q[..., list(match.q_nope)], q[..., list(match.q_rope)]
-    return torch.einsum("bhtd,hdr->bthr", nope, w_uk), rope.transpose(1, 2)
+    """Q in the latent space [B, T, H, R] and its rope part [B, T, H, r], from the original's own q.
+
+    `whole` is the parameter that holds W_UK.
+    """
+    q = permuted(values[match.q].double(), match.q_form, "BTHC")
+    rope = permuted(values[match.q_rope_value or match.q].double(), match.q_rope_form, "BTHC")
+    nope, w_uk = q[..., list(match.q_nope)], match.w_uk.of(whole.double())
+    return torch.einsum("bthd,hdr->bthr", nope, w_uk), rope[..., list(match.q_rope)]
 
 
 def scores(

@@ -79,8 +79,8 @@ def _shard_axes(body: BodyPlan, match: LayerMatch, plan: HelixPlan) -> list[Find
         after, gather = site.v_up == "after", plan.options.q_proj == "gather"
         wanted = {
             found.q_weight: "world" if gather else "tpa",
-            f"{found.kv_up_weight}.w_uk": "world" if gather else "tpa",
-            f"{found.kv_up_weight}.w_uv": "world" if after else "tpa",
+            f"{found.w_uk.param}.w_uk": "world" if gather else "tpa",
+            f"{found.w_uv.param}.w_uv": "world" if after else "tpa",
             found.o_weight: "world",
         }
         for name, axis in wanted.items():

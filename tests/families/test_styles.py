@@ -19,19 +19,6 @@ def test_a_style_that_matches_computes_the_same(style: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("style", "reason"),
-    [
-        ("separate", "no part of K derives from the linear that makes V"),
-        ("stacked_bmm", "V does not derive from one linear over the cache, but from `matmul"),
-        ("einsum", "V does not derive from one linear over the cache, but from `einsum"),
-    ],
-)
-def test_a_style_that_is_not_rewritten_says_why(style: str, reason: str) -> None:
-    with pytest.raises(MatchError, match=reason):
-        compiled_family(toy_model(style), 2)
-
-
-@pytest.mark.parametrize(
     "style",
     ["cat", *(pytest.param(s, marks=pytest.mark.slow) for s in ("heads_last", "fused_a", "eager"))],
 )

@@ -43,24 +43,23 @@ def test_tables_are_the_rows_of_kv_b_proj(attention: str) -> None:
     """Transformers lays kv_b_proj out as [H, nope + v, R] and a query head as [nope, rope]."""
     match = only_match(dense_body(attention=attention))
     rows = torch.arange(H * (NOPE + V)).view(H, NOPE + V)
-    assert torch.equal(torch.tensor(match.uk_rows), rows[:, :NOPE])
-    assert torch.equal(torch.tensor(match.uv_rows), rows[:, NOPE:])
+    assert torch.equal(torch.tensor(match.w_uk.rows), rows[:, :NOPE])
+    assert torch.equal(torch.tensor(match.w_uv.rows), rows[:, NOPE:])
     assert (match.q_nope, match.q_rope) == (tuple(range(10)), tuple(range(10, 16)))
     sizes = (match.num_heads, match.kv_lora_rank, match.qk_rope_head_dim, match.v_head_dim)
     assert sizes == (H, R, ROPE, V) and match.qk_nope_head_dim == NOPE
-    assert match.kv_up_weight.endswith("kv_b_proj.weight")
+    assert match.w_uk.param == match.w_uv.param == "self_attn.kv_b_proj.weight"
     assert match.o_weight.endswith("o_proj.weight") and match.q_weight.endswith("q_b_proj.weight")
 
 
 def absorbed(match: AttentionMatch, values: BodyValues) -> Tensor:
     """Attention [B, H, T, V] written with the match's tables alone; every key is visible."""
-    w = values.param(match.kv_up_weight)
     latent, rope = (
         torch.cat([values[past], values[new]], dim=2)[:, 0]
         for past, new in ((match.past_latent, match.latent), (match.past_rope, match.k_rope))
     )
     q = values[match.q]
-    w_uk, w_uv = (w[torch.tensor(t)] for t in (match.uk_rows, match.uv_rows))
+    w_uk, w_uv = (values.param(w.param)[torch.tensor(w.rows)] for w in (match.w_uk, match.w_uv))
     q_latent = torch.einsum("bhtn,hnr->bhtr", q[..., list(match.q_nope)], w_uk)
     scores = torch.einsum("bhtr,bsr->bhts", q_latent, latent)
     scores = scores + torch.einsum("bhtj,bsj->bhts", q[..., list(match.q_rope)], rope)
@@ -112,16 +111,16 @@ def test_v_scaled_is_refused_at_the_multiplication() -> None:
 
 def test_a_bias_on_the_expansion_is_refused() -> None:
     graph = dense_body()
-    kv_up = node_named(graph, only_match(graph).kv_up)
+    kv_up = node_named(graph, only_match(graph).v_up)
     bias = next(n for n in graph.nodes if n.op == "placeholder")
     kv_up.args = (*kv_up.args[:2], bias)
     failure = only_failure(graph)
     assert "has a bias; absorption can't hold it" in failure.reason and failure.node == kv_up.name
 
 
-def test_k_and_v_from_two_linears_are_refused() -> None:
+def test_k_and_v_from_two_linears_over_one_latent_match() -> None:
     graph = dense_body()
-    kv_up = node_named(graph, only_match(graph).kv_up)
+    kv_up = node_named(graph, only_match(graph).v_up)
     (anchor,) = calls(graph, aten.scaled_dot_product_attention.default)
     with graph.inserting_after(kv_up):
         twin = graph.call_function(aten.linear.default, kv_up.args)
@@ -134,7 +133,11 @@ def test_k_and_v_from_two_linears_are_refused() -> None:
         v = graph.call_function(aten.slice.Tensor, (heads, 3, NOPE, NOPE + V))
         v.meta["val"] = heads.meta["val"][..., NOPE:]
     anchor.update_arg(2, v)
-    assert "no part of K derives from the linear that makes V" in only_failure(graph).reason
+    match = only_match(graph)
+    assert (match.v_up, match.k_up) == (twin.name, kv_up.name)
+    rows = torch.arange(H * (NOPE + V)).view(H, NOPE + V)
+    assert torch.equal(torch.tensor(match.w_uv.rows), rows[:, NOPE:])
+    assert torch.equal(torch.tensor(match.w_uk.rows), rows[:, :NOPE])
 
 
 def test_two_users_behind_attention_are_refused() -> None:

@@ -16,8 +16,12 @@ class ToyMLA(nn.Module):
     """Every style of expanding a cached latent; `miss` breaks one condition of the rewrite.
 
     Args:
-        style: "cat", "heads_last", "fused_a", "eager", "separate", "stacked_bmm", "einsum".
-        miss: "", "rope_per_head", "v_elsewhere", "scaled_keys", "sinks".
+        style: "cat", "heads_last", "fused_a", "eager", "separate", "stacked_bmm", "einsum", "stacked_hdr" (W [H, D, R]),
+            "flat" (W [R, H * D]), "chain" (DeepSeek's own scores, heads behind tokens), "absorbed" (its own absorbed
+            form), "absorbed_stacked" (the same with parameters of their own, [H, R, D] and [H, D, R]).
+        miss: "", "rope_per_head", "v_elsewhere", "scaled_keys", "sinks", "softmax_axis", "v_uncached", "v_heads"
+            (W_UV of the heads in another order), "shifted" (V from the latent of another position), "bias" (a penalty
+            by distance is added to the mask).
     """
 
     def __init__(self, style: str, miss: str = "", layer: int = 0):
@@ -30,6 +34,12 @@ class ToyMLA(nn.Module):
         self.k_only, self.v_only = linear(R, H * NOPE), linear(R, H * V)
         self.uk = nn.Parameter(torch.randn(H, R, NOPE))
         self.uv = nn.Parameter(torch.randn(H, R, V))
+        self.uk_rows, self.uv_rows = (
+            nn.Parameter(w.transpose(1, 2).clone()) for w in (self.uk, self.uv)
+        )
+        self.uk_flat, self.uv_flat = (
+            nn.Parameter(w.transpose(0, 1).flatten(1).clone()) for w in (self.uk, self.uv)
+        )
         self.k_heads, self.v_side = linear(ROPE, H * ROPE), linear(ROPE, H * V)
         self.sink = nn.Parameter(torch.randn(H))
         self.o = linear(H * V, D)
@@ -43,21 +53,89 @@ class ToyMLA(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         B, T, _ = hidden_states.shape
+        if self.miss == "bias":
+            S = attention_mask.shape[-1]
+            attention_mask = attention_mask + torch.arange(S, dtype=torch.float64) * 0.01
         q_a, latent, k_rope = self._compressed(hidden_states).split([28, R, ROPE], dim=-1)
         cos, sin = (t[:, None, :, :ROPE] for t in position_embeddings)
         q = self.q(q_a).view(B, T, H, NOPE + ROPE).transpose(1, 2)
         q = torch.cat([q[..., :NOPE], _rotated(q[..., NOPE:], cos, sin)], dim=-1)
         k_rope = _rotated(k_rope[:, None], cos, sin)
         latent, k_rope = past_key_values.update(latent[:, None], k_rope, self.layer)
+        if self.style in ("chain", "absorbed", "absorbed_stacked"):
+            attend = self._chain if self.style == "chain" else self._absorbed
+            q_nope, q_rope = q.transpose(1, 2).split([NOPE, ROPE], dim=-1)
+            out = attend(q_nope, q_rope, latent[:, 0], k_rope[:, 0], attention_mask)
+            return self.o(out.flatten(2)), None
         k_nope, v = self._expanded(latent[:, 0])
         rope = k_rope.expand(-1, H, -1, -1)
         if self.miss == "rope_per_head":
             rope = self.k_heads(k_rope[:, 0]).view(B, -1, H, ROPE).transpose(1, 2)
-        if self.miss == "v_elsewhere":
-            v = self.v_side(k_rope[:, 0]).view(B, -1, H, V).transpose(1, 2)
+        v = self._other_v(v.transpose(1, 2), latent[:, 0], k_rope[:, 0]).transpose(1, 2)
         k = torch.cat([k_nope, rope], dim=-1)
         out = self._attended(q, k, v, attention_mask).transpose(1, 2)
         return self.o(out.reshape(B, T, H * V)), None
+
+    def _other_v(self, v: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+        """V [B, S, H, V], or what a near-miss has in its place."""
+        B = v.shape[0]
+        if self.miss == "v_elsewhere":
+            return self.v_side(k_rope).view(B, -1, H, V)
+        if self.miss == "v_uncached":
+            return self.v_only(latent * 2.0).view(B, -1, H, V)
+        if self.miss == "shifted":
+            return self.v_only(torch.cat([latent[:, 1:], latent[:, :1]], dim=1)).view(B, -1, H, V)
+        return v
+
+    def _chain(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor
+    ) -> Tensor:
+        """DeepSeek's official scores: every value [B, T or S, H, *]."""
+        k_nope, v = (t.transpose(1, 2) for t in self._expanded(latent))
+        rope = k_rope.unsqueeze(2).expand(-1, -1, H, -1)
+        if self.miss == "rope_per_head":
+            rope = self.k_heads(k_rope).view(k_rope.shape[0], -1, H, ROPE)
+        v = self._other_v(v, latent, k_rope)
+        q, k = torch.cat([q_nope, q_rope], dim=-1), torch.cat([k_nope, rope], dim=-1)
+        scores = torch.einsum("bshd,bthd->bsht", q, k) * 0.25
+        return torch.einsum("bsht,bthd->bshd", self._weights(scores, latent, mask), v)
+
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor
+    ) -> Tensor:
+        """DeepSeek's official absorbed form: W_UK on q, W_UV on what attention over the latent returns."""
+        w = self.kv.weight.view(H, NOPE + V, R)
+        uk, uv, uv_letters = w[:, :NOPE], w[:, -V:], "hdc"
+        if self.style == "absorbed_stacked":
+            uk, uv, uv_letters = self.uk_rows, self.uv, "hcd"
+        if self.miss == "v_heads":
+            uv = uv.flip(0)
+        q_latent = torch.einsum("bshd,hdc->bshc", q_nope, uk)
+        by_rope = torch.einsum("bshr,btr->bsht", q_rope, k_rope)
+        if self.miss == "rope_per_head":
+            rope = self.k_heads(k_rope).view(k_rope.shape[0], -1, H, ROPE)
+            by_rope = torch.einsum("bshr,bthr->bsht", q_rope, rope)
+        scores = (torch.einsum("bshc,btc->bsht", q_latent, latent) + by_rope) * 0.25
+        values = {
+            "v_uncached": latent * 2.0, "v_elsewhere": k_rope @ self.v_side.weight[:R].T,
+            "shifted": torch.cat([latent[:, 1:], latent[:, :1]], dim=1),
+        }.get(self.miss, latent)  # fmt: skip
+        x = torch.einsum("bsht,btc->bshc", self._weights(scores, latent, mask), values)
+        return torch.einsum(f"bshc,{uv_letters}->bshd", x, uv)
+
+    def _weights(self, scores: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
+        """Softmax of scores [B, T, H, S]."""
+        if self.miss == "scaled_keys":
+            scores = scores * (1.0 + latent[..., 0].abs())[:, None, None]
+        if mask.dtype is torch.bool:
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(
+                ~mask, torch.finfo(scores.dtype).min
+            )
+        scores = scores + mask.transpose(1, 2)
+        if self.miss == "sinks":
+            sink = self.sink.view(1, 1, H, 1).expand(scores.shape[0], scores.shape[1], -1, 1)
+            return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+        return scores.softmax(2 if self.miss == "softmax_axis" else -1)
 
     def _compressed(self, hidden: Tensor) -> Tensor:
         if self.style == "fused_a":
@@ -74,6 +152,11 @@ class ToyMLA(nn.Module):
         if self.style == "stacked_bmm":
             by_head = latent[:, None].expand(-1, H, -1, -1)
             return by_head @ self.uk, by_head @ self.uv
+        if self.style == "stacked_hdr":
+            return (torch.einsum("bsc,hdc->bhsd", latent, w) for w in (self.uk_rows, self.uv_rows))  # type: ignore[return-value]
+        if self.style == "flat":
+            k, v = latent @ self.uk_flat, latent @ self.uv_flat
+            return k.view(B, -1, H, NOPE).transpose(1, 2), v.view(B, -1, H, V).transpose(1, 2)
         if self.style == "einsum":
             return (torch.einsum("bsr,hrd->bhsd", latent, w) for w in (self.uk, self.uv))  # type: ignore[return-value]
         both = self.kv(latent)
@@ -85,7 +168,7 @@ class ToyMLA(nn.Module):
         return k, v
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        if self.style != "eager" and self.miss not in ("scaled_keys", "sinks"):
+        if self.style != "eager" and self.miss not in ("scaled_keys", "sinks", "softmax_axis"):
             return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.25)
         scores = q @ k.transpose(2, 3) * 0.25
         if self.miss == "scaled_keys":
@@ -98,12 +181,22 @@ class ToyMLA(nn.Module):
         if self.miss == "sinks":
             sink = self.sink.view(1, H, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
             return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1] @ v
-        return scores.softmax(-1) @ v
+        return scores.softmax(1 if self.miss == "softmax_axis" else -1) @ v
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     one, two = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-two, one], dim=-1) * sin
+
+
+def toy_layers(*toys: tuple[str, str]) -> Any:
+    """A dense model, fp64, with one (style, miss) a layer: one capture for them all."""
+    model: Any = fresh_family("youtu", num_hidden_layers=len(toys))
+    torch.manual_seed(3)
+    for layer, (style, miss) in enumerate(toys):
+        toy = ToyMLA(style, miss, layer).to(torch.float64).eval()
+        model.model.layers[layer].self_attn = toy
+    return model
 
 
 def toy_model(style: str, miss: str = "", layers: int = 1) -> Any:
