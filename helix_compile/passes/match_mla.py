@@ -7,15 +7,12 @@ No class, module or parameter name is looked at: q_lora or not, interleaved or h
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
-from helix_compile.matches import AttentionMatch, MatchFailure, Table
-from helix_compile.passes.fx_edit import aten, calls, is_call, is_param
+from helix_compile.matches import AttentionMatch, Table
+from helix_compile.passes.attention_anchor import Anchor, cache_parts, check_grid
+from helix_compile.passes.fx_edit import aten, is_call
 from helix_compile.passes.index_provenance import (
     Provenance,
     is_cache_update,
@@ -24,149 +21,38 @@ from helix_compile.passes.index_provenance import (
 )
 from helix_compile.passes.match_heads import (
     Reject,
+    bias_of,
     check_head_rows,
     one_linear,
     output_projection,
+    param_of,
 )
-from helix_compile.passes.narrow_weights import computed_weight
 
 
-@dataclass(frozen=True)
-class _Anchor:
-    """One attention in normal form: softmax(scale * q k^T + mask) v."""
-
-    node: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    mask: fx.Node | None
-    scale: float
-
-
-def find_mla(graph: fx.Graph) -> list[AttentionMatch | MatchFailure]:
-    """One entry per attention site of a body, in graph order."""
-    sites = calls(graph, aten.scaled_dot_product_attention.default)
-    sites += [n for n in calls(graph, aten.matmul.default, aten.bmm.default) if _softmax_of(n)]
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    results: list[AttentionMatch | MatchFailure] = []
-    for node in sorted(sites, key=order.__getitem__):
-        try:
-            anchor = _fused_anchor(node) if node in calls(graph, _SDPA) else _eager_anchor(node)
-            results.append(_match_site(anchor))
-        except Reject as rejection:
-            results.append(rejection.failure)
-    return results
-
-
-_SDPA = aten.scaled_dot_product_attention.default
-
-
-_BEHIND_SOFTMAX = (
-    aten._to_copy.default, aten.clone.default, aten.expand.default, aten.view.default, aten.slice.Tensor,
-)  # fmt: skip
-
-
-def _softmax_of(node: fx.Node) -> fx.Node | None:
-    """The softmax whose result `node` multiplies, through casts, copies and cuts."""
-    source: Any = node.args[0]
-    while is_call(source, *_BEHIND_SOFTMAX):
-        source = source.args[0]
-    return source if is_call(source, aten.softmax.int, aten._softmax.default) else None
-
-
-def _fused_anchor(node: fx.Node) -> _Anchor:
-    q, k, v = node.args[:3]
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    if node.kwargs.get("enable_gqa"):
-        raise Reject("grouped-query attention: K and V have fewer heads than q", node, 0)
-    if (len(node.args) > 5 and node.args[5]) or node.kwargs.get("is_causal"):
-        raise Reject("is_causal without a mask is not the causal mask of a decode step", node, 0)
-    scale = node.kwargs.get("scale")
-    scale = 1.0 / math.sqrt(shape_of(q)[-1]) if scale is None else float(scale)
-    return _Anchor(node, q, k, v, mask, scale)
-
-
-def _eager_anchor(node: fx.Node) -> _Anchor:
-    """matmul(softmax(scale * matmul(q, k^T) + mask), v), the form of attn_implementation="eager"."""
-    softmax = _softmax_of(node)
-    assert softmax is not None
-    mask, scale = None, 1.0
-    step: Any = softmax.args[0]
-    while not is_call(step, aten.matmul.default):
-        if is_call(step, aten.mul.Tensor, aten.div.Tensor) and isinstance(
-            step.args[1], (int, float)
-        ):
-            factor = float(step.args[1])
-            scale = scale * factor if step.target is aten.mul.Tensor else scale / factor
-        elif is_call(step, aten.add.Tensor) and mask is None and isinstance(step.args[1], fx.Node):
-            mask = step.args[1]
-            if scale != 1.0:
-                raise Reject("the scores are scaled after the mask is added", step, 1)
-        elif not is_call(step, aten._to_copy.default):
-            raise Reject(
-                f"the score chain holds `{step.target}` (sinks, a cap or a bias?)", step, 1
-            )
-        step = step.args[0]
-    source: Any = node.args[0]
-    while source is not softmax:
-        cuts = is_call(source, aten.slice.Tensor) and shape_of(source) != shape_of(source.args[0])
-        if cuts:
-            raise Reject("part of the softmax is cut off before it meets V (sinks?)", source, 1)
-        source = source.args[0]
-    key = step.args[1]
-    if not is_call(key, aten.transpose.int):
-        raise Reject("the scores are not q times a transposed K", step, 1)
-    return _Anchor(node, step.args[0], key.args[0], node.args[1], mask, scale)
-
-
-def _match_site(anchor: _Anchor) -> AttentionMatch:
-    node = anchor.node
-    if anchor.mask is None:
-        raise Reject(
-            "attention without a mask: a decode step over a cache needs the causal one", node, 1
-        )
-    v = trace_elements(anchor.v)
+def match_mla_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
+    """The site, given where V's elements come from; Reject says why it is none."""
+    node, mask = anchor.node, anchor.mask
+    assert mask is not None
     kv_up, uv_rows = _rows_of_v(v, node)
     k = trace_elements(anchor.k)
     uk_rows, q_nope, rope, q_rope = _channels_of_k(k, kv_up, node)
     latent = _cached_latent(kv_up)
-    new_latent, past_latent = _cache_parts(latent, "latent", kv_up)
-    new_rope, past_rope = _cache_parts(rope, "rope part of K", node)
+    new_latent, past_latent = cache_parts(latent, "latent", kv_up)
+    new_rope, past_rope = cache_parts(rope, "rope part of K", node)
     o_proj, gate = output_projection(node)
     q_proj = one_linear(anchor.q, "q")
     head_views = check_head_rows(anchor.q, q_proj, lambda q: q.transpose(1, 2), "q")
     return AttentionMatch(
         anchor=node.name, q=anchor.q.name, q_proj=q_proj.name, kv_up=kv_up.name, o_proj=o_proj.name,
-        latent=new_latent.name, k_rope=new_rope.name, mask=anchor.mask.name,
+        latent=new_latent.name, k_rope=new_rope.name, mask=mask.name,
         past_latent=past_latent.name, past_rope=past_rope.name,
-        q_weight=_param(q_proj, 1), q_bias=_bias(q_proj), kv_up_weight=_param(kv_up, 1),
-        o_weight=_param(o_proj, 1), o_bias=_bias(o_proj), scale=anchor.scale,
+        q_weight=param_of(q_proj, 1), q_bias=bias_of(q_proj), kv_up_weight=param_of(kv_up, 1),
+        o_weight=param_of(o_proj, 1), o_bias=bias_of(o_proj), scale=anchor.scale,
         num_heads=len(uv_rows), kv_lora_rank=shape_of(latent)[-1],
         qk_rope_head_dim=len(q_rope), qk_nope_head_dim=len(q_nope), v_head_dim=len(uv_rows[0]),
         hidden_size=shape_of(o_proj)[-1], q_input_size=shape_of(q_proj.args[0])[-1], uk_rows=uk_rows, uv_rows=uv_rows,
         q_nope=q_nope, q_rope=q_rope, head_views=head_views, gate=gate,
     )  # fmt: skip
-
-
-def _param(linear: fx.Node, place: int) -> str:
-    weight = linear.args[place]
-    if not is_param(weight):
-        raise Reject(computed_weight(linear, weight), linear, 6)
-    return weight.meta["input"][1]
-
-
-def _bias(linear: fx.Node) -> str | None:
-    return _param(linear, 2) if len(linear.args) > 2 and linear.args[2] is not None else None
-
-
-def _check_grid(coordinates: tuple[Tensor, ...], what: str, node: fx.Node, depth: int) -> None:
-    """Coordinates (b, ..., s, ...) must map batch to batch and sequence to sequence."""
-    batch, sequence = coordinates
-    B, _, S, _ = batch.shape
-    if not bool((batch == torch.arange(B).view(B, 1, 1, 1)).all()):
-        raise Reject(f"{what}: an element comes from another sequence of the batch", node, depth)
-    if not bool((sequence == torch.arange(S).view(1, 1, S, 1)).all()):
-        raise Reject(f"{what}: an element comes from another position", node, depth)
 
 
 def _rows_of_v(v: Provenance, node: fx.Node) -> tuple[fx.Node, Table]:
@@ -180,7 +66,7 @@ def _rows_of_v(v: Provenance, node: fx.Node) -> tuple[fx.Node, Table]:
     kv_up = used[0]
     coordinates = v.coordinates(kv_up)
     assert coordinates is not None
-    _check_grid((coordinates[0], coordinates[-2]), "V", kv_up, 3)
+    check_grid((coordinates[0], coordinates[-2]), "V", kv_up, 3)
     columns = coordinates[-1]
     if not bool((columns == columns[:1, :, :1]).all()):
         raise Reject("V's channel map depends on batch or position", kv_up, 3)
@@ -208,7 +94,7 @@ def _channels_of_k(
         ids = k.ids[..., channel : channel + 1]
         from_linear, from_rope = k.coordinates(kv_up, ids), k.coordinates(rope, ids)
         if from_linear is not None:
-            _check_grid((from_linear[0], from_linear[-2]), "K", kv_up, 4)
+            check_grid((from_linear[0], from_linear[-2]), "K", kv_up, 4)
             row = from_linear[-1]
             if not bool((row == row[:1, :, :1]).all()):
                 raise Reject("K's channel map depends on batch or position", node, 4)
@@ -217,7 +103,7 @@ def _channels_of_k(
         elif from_rope is not None:
             if rope.meta["val"].dim() != 4 or bool((from_rope[1] != 0).any()):
                 raise Reject("the rope part differs per head", rope, 4)
-            _check_grid((from_rope[0], from_rope[2]), "rope part", rope, 4)
+            check_grid((from_rope[0], from_rope[2]), "rope part", rope, 4)
             if bool((from_rope[3] != from_rope[3].flatten()[0]).any()):
                 raise Reject("the rope part's channel map depends on head or position", rope, 4)
             rope_of[int(from_rope[3].flatten()[0])] = channel
@@ -240,11 +126,3 @@ def _cached_latent(kv_up: fx.Node) -> fx.Node:
     if shape_of(latent)[1] != 1 or not torch.equal(source.ids.flatten(), straight):
         raise Reject("the cached latent has heads or is permuted before it is expanded", kv_up, 5)
     return latent
-
-
-def _cache_parts(update: fx.Node, what: str, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """(new, past) of a cache update cat([past, new], dim=2)."""
-    if not is_cache_update(update):
-        raise Reject(f"the {what} (`{update.name}`) is not cached", node, 5)
-    past, new = update.args[0]
-    return new, past

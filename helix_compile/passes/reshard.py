@@ -23,7 +23,7 @@ from helix_compile.passes.fx_edit import (
     placeholders,
 )
 from helix_compile.passes.propagate import propagate_shapes
-from helix_compile.passes.shard_attention import cut_input
+from helix_compile.passes.cut_inputs import cut_input
 from helix_compile.plan import BodyPlan
 from helix_compile.provenance import made_from
 
