@@ -129,6 +129,11 @@ class AttentionMatch:
         """Weights that this site cuts."""
         return self.q_weight, self.kv_up_weight, self.o_weight
 
+    @property
+    def cut_biases(self) -> tuple[str | None, ...]:
+        """Biases that this site cuts."""
+        return (self.q_bias,)
+
 
 @dataclass(frozen=True)
 class GqaMatch:
@@ -192,6 +197,11 @@ class GqaMatch:
     def cut_weights(self) -> tuple[str, ...]:
         """Weights that this site cuts."""
         return self.q_weight, self.k_weight, self.v_weight, self.o_weight
+
+    @property
+    def cut_biases(self) -> tuple[str | None, ...]:
+        """Biases that this site cuts."""
+        return self.q_bias, self.k_bias, self.v_bias
 
 
 Site = AttentionMatch | GqaMatch
