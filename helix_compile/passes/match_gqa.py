@@ -52,18 +52,19 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
     new_k, past_k = _new_and_past(k_update, "K")
     new_v, past_v = _new_and_past(v_update, "V")
     o_proj, gate = output_projection(node)
-    linears, views = [], []
-    for what, value in (("q", anchor.q), ("K", new_k), ("V", new_v)):
-        linear = one_linear(value, what)
-        if linear in linears:
-            raise Reject(
-                f"{what} and another of q, K and V come from one linear: their rows can't be cut by one rule "
-                "(split it into three linears)",
-                linear,
-                6,
-            )
-        linears.append(linear)
-        views.append(check_head_rows(value, linear, lambda x: x.transpose(1, 2), what))
+    values = (("q", anchor.q), ("K", new_k), ("V", new_v))
+    linears = [one_linear(value, what) for what, value in values]
+    if len(set(linears)) < 3:
+        raise Reject(
+            "q, K and V come from fewer than three linears, whose rows can't be cut by one rule (nearest that works: three "
+            "linears)",
+            linears[0],
+            6,
+        )
+    views = [
+        check_head_rows(value, linear, lambda x: x.transpose(1, 2), what)
+        for (what, value), linear in zip(values, linears, strict=True)
+    ]
     q_proj, k_proj, v_proj = linears
     return GqaMatch(
         anchor=node.name, q=anchor.q.name, q_proj=q_proj.name, k_proj=k_proj.name, v_proj=v_proj.name,
