@@ -206,6 +206,7 @@ class GqaMatch:
 
 Site = AttentionMatch | GqaMatch
 
+
 @dataclass(frozen=True)
 class DenseFFNMatch:
     """down(act(gate(x)) * up(x)): a dense FFN or a shared expert. Names of linears and of their parameters."""

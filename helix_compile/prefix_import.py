@@ -39,9 +39,7 @@ def sequences_to_import(
             raise RuntimeFault(
                 "import_cache: a DynamicCache holds the k_ropes too; leave k_ropes out"
             )
-        latents, k_ropes = parts_of_dynamic_cache(
-            latents, [row.heads for row in facts.caches]
-        )
+        latents, k_ropes = parts_of_dynamic_cache(latents, [row.heads for row in facts.caches])
         if lengths is None:
             lengths = _lengths_of_columns(latents[0], mask)
     skipped = held if whole else []

@@ -81,9 +81,7 @@ def build_ranks(
     with bar:
         for rank in world.ranks:
             params = params_of_rank(plan, lowered, facts, world, rank)
-            cache = allocate_caches(
-                facts.caches, plan.options, plan.layout, dtype, facts.device
-            )
+            cache = allocate_caches(facts.caches, plan.options, plan.layout, dtype, facts.device)
             ranks.append(Rank(rank, params, cache, leaf_states(lowered.graph)))
     return ranks
 

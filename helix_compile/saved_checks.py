@@ -78,9 +78,7 @@ def saved_caches(document: Mapping[str, Any]) -> tuple[CacheRow, ...]:
         K >= 0 and a % (K or 1) == w % (K or 1) == 0
         for K, a, w in zip(heads, first, whole, strict=True)
     ):
-        raise HelixError(
-            f"graphs.json: kv_heads {heads} do not divide widths {first} of {whole}"
-        )
+        raise HelixError(f"graphs.json: kv_heads {heads} do not divide widths {first} of {whole}")
     return tuple(
         CacheRow(a // (K or 1), (w - a) // (K or 1), K)
         for K, a, w in zip(heads, first, whole, strict=True)

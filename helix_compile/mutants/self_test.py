@@ -30,10 +30,10 @@ from helix_compile.verifier.conditioning import sharpening
 from helix_compile.verifier.layer_check import LayerCase
 from helix_compile.verifier.layer_run import CapturedReference, LayerInputs, run_layer
 from helix_compile.verifier.needles import background
-from helix_compile.verifier.site_terms import empty_past, past_of, query_parts
 from helix_compile.verifier.reference import apply_edits, edited, wide_copy
 from helix_compile.verifier.report import FAMILIES
 from helix_compile.verifier.scratch import Scratch
+from helix_compile.verifier.site_terms import empty_past, past_of, query_parts
 
 ATOL, RTOL, MAY_FAIL = 0.1, 0.05, 0.02
 CONTEXT = 512  # tokens of the rule's case; every shard has the same number

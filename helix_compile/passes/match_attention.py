@@ -1,7 +1,7 @@
 """Find attention sites: anchor on attention, ask where V comes from, and try the one kind of site that this can be.
 
-    V is what the layer caches              grouped-query attention   match_gqa.py
-    V is made from what the layer caches    MLA                       match_mla.py
+V is what the layer caches              grouped-query attention   match_gqa.py
+V is made from what the layer caches    MLA                       match_mla.py
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
     kv_heads = shape_of(v_update)[1]
     if shape_of(k_update)[1] != kv_heads or H % kv_heads:
         raise Reject(
-            f"{H} query heads, {shape_of(k_update)[1]} heads of K and {kv_heads} of V are cached: no groups", node, 3
+            f"{H} query heads, {shape_of(k_update)[1]} heads of K and {kv_heads} of V are cached: no groups",
+            node,
+            3,
         )
     for what, source, update in (("K", k, k_update), ("V", v, v_update)):
         _check_repeated(what, source, update, H, anchor.shared_heads, node)
@@ -104,7 +106,11 @@ def _check_repeated(
         first = int((read != torch.arange(H) // group).nonzero()[0])
         raise Reject(
             f"{what}: query head {first} reads KV head {int(read[first])}, expected {first // group}"
-            + (" (the heads are tiled as a whole; repeat each one, as repeat_interleave does)" if tiled else ""),
+            + (
+                " (the heads are tiled as a whole; repeat each one, as repeat_interleave does)"
+                if tiled
+                else ""
+            ),
             node,
             4,
         )

@@ -100,8 +100,7 @@ def _no_attention(
         + (f" at {len(failures)} of {len(failures) + matched} sites" if matched else "")
         + f".\n  closest: {closest.reason}\n  at node `{closest.node}` ({closest.where})\n"
         "  expected K and V expanded from one cached latent, plus one shared rope part (DeepSeek-V3 style), or cached K and "
-        "V, each head repeated for a group of query heads (Llama style)"
-        + _KEEP_HINT
+        "V, each head repeated for a group of query heads (Llama style)" + _KEEP_HINT
     )
 
 

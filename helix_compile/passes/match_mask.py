@@ -67,9 +67,7 @@ def _mask_error(captured: CapturedGraph, body: str, match: Site, why: str) -> Ma
     )
 
 
-def _allowed(
-    captured: CapturedGraph, body: str, match: Site, mask: Tensor, T: int
-) -> Tensor:
+def _allowed(captured: CapturedGraph, body: str, match: Site, mask: Tensor, T: int) -> Tensor:
     """Mask of the site [B, 1, T, S + T], True = visible, for a 2-D padding mask [B, S + T]."""
     B, total = mask.shape
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]

@@ -8,7 +8,7 @@ No class, module or parameter name is looked at: q_lora or not, interleaved or h
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from helix_compile.matches import AttentionMatch, Table
 from helix_compile.passes.attention_anchor import Anchor, cache_parts, check_grid

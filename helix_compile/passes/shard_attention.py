@@ -115,9 +115,7 @@ def _rewrite_site(
     o_proj.args = (flat, *o_proj.args[1:])
 
 
-def _raised(
-    graph: fx.Graph, match: Site, name: str, o: fx.Node, w_uv: fx.Node | None
-) -> fx.Node:
+def _raised(graph: fx.Graph, match: Site, name: str, o: fx.Node, w_uv: fx.Node | None) -> fx.Node:
     """O [B, T, h, R] by W_UV: [B, T, h, V]."""
     assert isinstance(match, AttentionMatch)
     with made_from(graph, node_named(graph, match.kv_up)):

@@ -1,8 +1,8 @@
 """Grouped-query sites -> attention over this rank's slots and KV heads: (partial_o, lse), as shard_attention.py exchanges them.
 
-    k, v of the new tokens: this rank's KV heads (k_proj and v_proj are cut over tpa)
-    cache_append(k, v) at this rank's slots; cache [pages, page_size, K / tpa, Dk + Dv]
-    partial_o, lse = gqa_decode(q, cache[..., :Dk], cache[..., Dk:])
+k, v of the new tokens: this rank's KV heads (k_proj and v_proj are cut over tpa)
+cache_append(k, v) at this rank's slots; cache [pages, page_size, K / tpa, Dk + Dv]
+partial_o, lse = gqa_decode(q, cache[..., :Dk], cache[..., Dk:])
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ def gqa_attention(
     k, v = (_tokens_first(graph, node_named(graph, n)) for n in match.new)
     with made_from(graph, *past):
         written = named(
-            graph, "visible_now", helix.cache_append.default, cache, page_table, slots, visible, k, v
+            graph,
+            "visible_now",
+            helix.cache_append.default,
+            cache,
+            page_table,
+            slots,
+            visible,
+            k,
+            v,
         )
         width = match.q_head_dim
         k_cache = named(graph, "k_cache", aten.slice.Tensor, cache, 3, 0, width)
@@ -48,9 +56,7 @@ def gqa_attention(
     return getitems(graph, attended, "partial_o", "lse")
 
 
-def _query(
-    graph: fx.Graph, match: GqaMatch, plan: AttentionPlan, layout: HelixLayout
-) -> fx.Node:
+def _query(graph: fx.Graph, match: GqaMatch, plan: AttentionPlan, layout: HelixLayout) -> fx.Node:
     """Q [B, T, Ht, Dk]."""
     q = named(graph, "q_heads", aten.transpose.int, node_named(graph, match.q), 1, 2)
     if plan.q_proj == "replicate":

@@ -127,12 +127,10 @@ def _merged(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 def _query(attention: Site, decode: fx.Node, values: dict[str, Any]) -> Tensor:
     """The q that a rank's decode op got [B, T, h, *], in the widths of the rank's entries."""
     places = decode.args[: 1 if attention.cache.heads else 2]
-    return local_query(attention, [values[n.name].double() for n in places])  # type: ignore[union-attr] # nodes
+    return local_query(attention, [values[n.name].double() for n in places])
 
 
-def _dense(
-    q: Tensor, entries: Tensor, attention: Site, length: int, first_head: int
-) -> Tensor:
+def _dense(q: Tensor, entries: Tensor, attention: Site, length: int, first_head: int) -> Tensor:
     """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own."""
     T = q.shape[0]
     s = torch.einsum("thw,sw->ths", q, entries) * attention.scale

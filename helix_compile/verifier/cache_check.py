@@ -73,9 +73,7 @@ def _allowed(position: int, attention: Site, dtype: torch.dtype) -> Tensor:
     return allowed
 
 
-def _entry_fault(
-    got: Tensor, wanted: Tensor, attention: Site, limit: float
-) -> tuple[str, int]:
+def _entry_fault(got: Tensor, wanted: Tensor, attention: Site, limit: float) -> tuple[str, int]:
     if bool((got == STALE).all()):
         return "never written", 7
     error = (got - wanted).abs().nan_to_num(torch.inf)

@@ -7,15 +7,14 @@ A needle is a key that one head of the last query must find: its score is the ro
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor
 
 from helix_compile.matches import Site
 
 
-def scores(
-    match: Site, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor
-) -> Tensor:
+def scores(match: Site, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor) -> Tensor:
     """[B, T, H, S] of keys latent [B, S, R], k_rope [B, S, r]."""
     q_latent, q_rope = query
     by_latent = torch.einsum("bthr,bsr->bths", q_latent, latent.double())

@@ -8,8 +8,8 @@ from helix_compile import capture
 from helix_compile.matches import AttentionMatch
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.index_provenance import trace_elements
-from helix_compile.passes.match_layers import match_layers
 from helix_compile.passes.match_attention import find_attention
+from helix_compile.passes.match_layers import match_layers
 from helix_compile.passes.typing_rules import reshape_map
 from tests.support.models import VARIANTS, tiny_model
 
