@@ -18,14 +18,14 @@ from helix_compile.kernels.registry import CompileCase, Site, kernel_of
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.matches import LayerMatch
 from helix_compile.options import HelixOptions
-from helix_compile.passes.fx_edit import helix_op, placeholders
+from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.match_layers import match_layers
 from helix_compile.passes.pipeline import STAGES, capacity_of, helix_passes
 from helix_compile.passes.select_kernels import KERNEL, PROVIDER, site_of
 from helix_compile.plan import HelixPlan
 from helix_compile.planning import plan_helix
 
-ATTENTION = ("mla_decode", "gqa_decode")
+ATTENTION = "mla_decode"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def selected_cases(model: PlannedModel, target: KernelTarget) -> Selection:
 
 
 def attention_site(model: PlannedModel, target: KernelTarget) -> Site:
-    """The first attention of the graph that is lowered for `target`, in a decode step of a full batch (T = 1).
+    """The first mla_decode of the graph that is lowered for `target`, in a decode step of a full batch (T = 1).
 
     Raises:
         LoweringUnavailable: no node of the graph is one.
@@ -91,9 +91,11 @@ def attention_site(model: PlannedModel, target: KernelTarget) -> Site:
         gm = lowered.get_submodule(body.name)
         assert isinstance(gm, fx.GraphModule)
         for node in gm.graph.nodes:
-            if KERNEL in node.meta and helix_op(node) in ATTENTION:
+            if KERNEL in node.meta and ATTENTION in str(node.target):
                 return _concrete_site(gm.graph, node, model.plan)
-    raise LoweringUnavailable(f"{' or '.join(ATTENTION)}: no layer of the model is lowered to it")
+    raise LoweringUnavailable(
+        f"{ATTENTION}: no layer of the model is lowered to it; --tune measures {ATTENTION} alone"
+    )
 
 
 def _concrete_site(graph: fx.Graph, node: fx.Node, plan: HelixPlan) -> Site:
