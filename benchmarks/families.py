@@ -1,4 +1,4 @@
-"""Write docs/families.md: what happens to every MLA family of the installed transformers, measured.
+"""Write docs/families.md: what happens to every MLA family of the installed transformers and to some others, measured.
 
     python -m benchmarks.families
 
@@ -16,10 +16,11 @@ from tests.support.families import FAMILIES
 from tests.support.family_run import Row, measured_row
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
-_TEXT = """# MLA families
+_TEXT = """# Model families
 
-Every family of transformers {version} whose configuration has a `kv_lora_rank`, as a tiny model of awkward sizes in
-float64 (`tests/support/families.py`), compiled as it is. Made by `python -m benchmarks.families`; a test holds the table
+Every family of transformers {version} whose configuration has a `kv_lora_rank` (MLA), and behind them some with
+grouped-query attention (llama, qwen3, mixtral), as tiny models of awkward sizes in float64
+(`tests/support/families.py`), compiled as they are. Made by `python -m benchmarks.families`; a test holds the table
 to a fresh run.
 
 - *sites* are what was rewritten, over all layers; *leaves* stay the model's own modules, whole on every rank.

@@ -1,4 +1,4 @@
-"""helix_compile: rewrite an MLA decode step for Helix parallelism (arXiv 2507.07120) as a torch.fx pass.
+"""helix_compile: rewrite a decode step for Helix parallelism (arXiv 2507.07120) as a torch.fx pass.
 
 compiled = helix_compile(model, cp=4)
 logits = compiled(input_ids)

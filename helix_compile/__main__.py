@@ -23,7 +23,7 @@ from helix_compile.rank_share import RankShare, fake_group, share_of_rank
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-    help="Rewrite an MLA decode step for Helix parallelism, look at it, and run it.",
+    help="Rewrite a decode step for Helix parallelism, look at it, and run it.",
 )  # fmt: skip
 
 # options that helix_compile takes as they are

@@ -19,9 +19,9 @@ from helix_compile.capture import CapturedGraph, CapturedLayer, whole_graph
 from helix_compile.capture_body import normalised_module
 from helix_compile.capture_checks import explained
 from helix_compile.errors import CaptureError
-from helix_compile.matches import AttentionMatch
+from helix_compile.matches import MatchFailure
 from helix_compile.passes.fx_edit import aten, is_call, node_named, placeholders
-from helix_compile.passes.match_mla import find_mla
+from helix_compile.passes.match_attention import find_attention
 
 _HOW = (
     "export the step with input_ids first, then attention_mask [B, S + T], position_ids [B, T] and the past tensors, "
@@ -129,8 +129,9 @@ def _is_past(node: fx.Node) -> bool:
 
 def _name_pasts(body: fx.GraphModule) -> None:
     """past_latent_0, past_rope_0, ...: which is which, and of which site, the matcher tells."""
-    for site, match in enumerate(m for m in find_mla(body.graph) if isinstance(m, AttentionMatch)):
-        for part, name in (("latent", match.past_latent), ("rope", match.past_rope)):
+    found = [m for m in find_attention(body.graph) if not isinstance(m, MatchFailure)]
+    for site, match in enumerate(found):
+        for part, name in zip(("latent", "rope"), match.past, strict=True):
             node_named(body.graph, name).meta["input"] = ["past", f"past_{part}_{site}"]
 
 

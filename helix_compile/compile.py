@@ -54,16 +54,16 @@ def helix_compile(
     """Rewrite the decode step of `model` for Helix parallelism (arXiv 2507.07120).
 
     Args:
-        model: a transformers causal language model with MLA in eval mode, a checkpoint folder, a CapturedGraph,
-            or a program of torch.export (or the .pt2 file of one).
+        model: a transformers causal language model with MLA or grouped-query attention in eval mode, a checkpoint
+            folder, a CapturedGraph, or a program of torch.export (or the .pt2 file of one).
             A model is left as it was; shards are views of its weights. Of a folder each rank reads its slices.
         cp: ranks that share a KV cache by sequence (the paper's KVP).
-        tpa: attention tensor parallel over heads; there are N = cp * tpa ranks.
+        tpa: attention tensor parallel over heads (divides the KV heads where there are some); there are N = cp * tpa ranks.
         ep: expert parallel in the FFN, by default the largest that divides N and the experts; tpf = N / ep.
         tokens_per_block: round-robin unit of the cache between ranks.
         merge: "a2a" (one packed all-to-all over heads) or "ag_rs" (all-gather of lse, reduce-scatter of o).
         q_proj: "replicate" (each CP rank computes all its heads' q) or "gather" (each computes its own, then all-gather).
-        v_up: W_UV "before" or "after" the exchange, or "auto" by bytes.
+        v_up: W_UV "before" or "after" the exchange, or "auto" by bytes; grouped-query attention has none.
         overlap: "none".
         lower: "reference" (torch), "triton" (on a CPU by Triton's interpreter) or "auto": Triton on CUDA >= 9.0.
         world: "virtual": all ranks in this process; "distributed": this process is one rank of torch's default group,

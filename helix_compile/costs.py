@@ -141,6 +141,8 @@ def _cost(node: fx.Node, sizes: _Sizes) -> NodeCost:
         return NodeCost(wire_bytes=_wire_bytes(node, sizes), is_collective=True)
     if helix_op(node) == "mla_decode":
         return _mla_decode(node, sizes)
+    if helix_op(node) == "gqa_decode":
+        return _gqa_decode(node, sizes)
     if helix_op(node) == "cache_append":
         return NodeCost(hbm_bytes=2 * sum(sizes.nbytes(n) for n in node.args[4:6]))
     if helix_op(node) == "moe_experts":
@@ -182,6 +184,14 @@ def _mla_decode(node: fx.Node, sizes: _Sizes) -> NodeCost:
     local = sizes.local_context()
     moved = sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.args[:2])
     return NodeCost(2.0 * B * T * H * local * (width + R), moved + B * local * width * item)
+
+
+def _gqa_decode(node: fx.Node, sizes: _Sizes) -> NodeCost:
+    """Every new token against this rank's part of the context: K and V of a KV head are read once for its group."""
+    (B, T, H, Dk), (*_, K, Dv) = sizes.of(node.args[0]), sizes.of(node.args[2])
+    local, item = sizes.local_context(), node.args[2].meta["val"].dtype.itemsize
+    moved = sizes.nbytes(node) + sizes.nbytes(node.args[0])
+    return NodeCost(2.0 * B * T * H * local * (Dk + Dv), moved + B * local * K * (Dk + Dv) * item)
 
 
 def _moe_experts(node: fx.Node, sizes: _Sizes) -> NodeCost:

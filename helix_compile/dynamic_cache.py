@@ -1,6 +1,8 @@
-"""Read a transformers DynamicCache of an unmodified MLA model: latents are its keys, roped keys its values."""
+"""Read a transformers DynamicCache of an unmodified model: of MLA latents are its keys, roped keys its values."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -8,8 +10,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from helix_compile.errors import RuntimeFault
 
 
-def parts_of_dynamic_cache(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
-    """Views ([B, S, R] latents, [B, S, r] roped keys), one of each a layer; columns include the sender's padding.
+def parts_of_dynamic_cache(
+    cache: DynamicCache, heads: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """([B, S, R] latents, [B, S, r] roped keys), one of each a layer; columns include the sender's padding.
+
+    `heads` are the KV heads of each cached attention; where that is not 0, K and V of all heads side by side,
+    [B, S, K Dk] and [B, S, K Dv].
 
     Raises:
         RuntimeFault: a layer of another kind (sliding, quantised, static), an empty one, or one that holds full heads.
@@ -26,10 +33,12 @@ def parts_of_dynamic_cache(cache: DynamicCache) -> tuple[list[Tensor], list[Tens
         if layer.keys is None or layer.values is None:
             raise RuntimeFault(f"import_cache: layer {i} of the DynamicCache is empty; expected a prefilled one")  # fmt: skip
         for part, tensor in zip(parts, (layer.keys, layer.values), strict=True):
-            if tensor.dim() != 4 or tensor.shape[1] != 1:
+            K = heads[i] if i < len(heads) else 0
+            if tensor.dim() != 4 or tensor.shape[1] != (K or 1):
+                what = f"{K} KV heads" if K else "one latent and one roped key for all heads"
                 raise RuntimeFault(
-                    f"import_cache: layer {i} of the DynamicCache holds {tuple(tensor.shape)}, expected [B, 1, S, width]: "
-                    "one latent and one roped key for all heads"
+                    f"import_cache: layer {i} of the DynamicCache holds {tuple(tensor.shape)}, expected "
+                    f"[B, {K or 1}, S, width]: {what}"
                 )
-            part.append(tensor.squeeze(1))
+            part.append(tensor.transpose(1, 2).flatten(2) if K else tensor.squeeze(1))
     return parts

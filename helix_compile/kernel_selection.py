@@ -93,7 +93,9 @@ def attention_site(model: PlannedModel, target: KernelTarget) -> Site:
         for node in gm.graph.nodes:
             if KERNEL in node.meta and ATTENTION in str(node.target):
                 return _concrete_site(gm.graph, node, model.plan)
-    raise LoweringUnavailable(f"{ATTENTION}: no layer of the model is lowered to it")
+    raise LoweringUnavailable(
+        f"{ATTENTION}: no layer of the model is lowered to it; --tune measures {ATTENTION} alone"
+    )
 
 
 def _concrete_site(graph: fx.Graph, node: fx.Node, plan: HelixPlan) -> Site:

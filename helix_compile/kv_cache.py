@@ -1,18 +1,21 @@
 """The paged latent cache of one rank and the ledger of a batch: page table, lengths, capacity.
 
-Per attention site [num_pages, page_size, R + r]. `tokens_per_block` is the round-robin unit between ranks, `page_size`
+Per attention site [num_pages, page_size, R + r], or [num_pages, page_size, K / tpa, Dk + Dv] where K and V are cached. `tokens_per_block` is the round-robin unit between ranks, `page_size`
 the unit inside a rank's shard; the two are independent. Every rank has the same page table: shards differ in content.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.layout import HelixLayout
 from helix_compile.ledger import local_length, local_slot, positions_on_rank
+from helix_compile.matches import CacheRow
 from helix_compile.options import PAGE_SIZE, HelixOptions
 
 
@@ -22,17 +25,39 @@ def pages_per_sequence(options: HelixOptions, kvp: int) -> int:
     return max(1, -(-slots // PAGE_SIZE))
 
 
-def cache_shape(width: int, options: HelixOptions, kvp: int) -> tuple[int, int, int]:
-    """[pages, page size, width] of one rank's cache of one attention site."""
-    return options.max_batch_size * pages_per_sequence(options, kvp), PAGE_SIZE, width
+def cache_shape(row: CacheRow, options: HelixOptions, layout: HelixLayout) -> tuple[int, ...]:
+    """[pages, page size, R + r] of one rank's cache of one attention site, or [pages, page size, K / tpa, Dk + Dv]."""
+    pages = options.max_batch_size * pages_per_sequence(options, layout.kvp)
+    return pages, PAGE_SIZE, *row.tail(layout.tpa)
 
 
 def allocate_caches(
-    widths: list[int], options: HelixOptions, kvp: int, dtype: torch.dtype, device: torch.device
+    rows: Sequence[CacheRow],
+    options: HelixOptions,
+    layout: HelixLayout,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Tensor]:
     """Zeroed caches of one rank: stale NaN in the tail of a page would reach an output as 0 * NaN in a kernel."""
-    shapes = [cache_shape(w, options, kvp) for w in widths]
+    shapes = [cache_shape(row, options, layout) for row in rows]
     return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def rows_of_rank(entries: Tensor, row: CacheRow, layout: HelixLayout, rank: int) -> Tensor:
+    """What a rank caches of entries [n, first + second] of all heads: [n, R + r], or its heads [n, K / tpa, Dk + Dv]."""
+    if not row.heads:
+        return entries
+    parts = entries.split(row.widths, dim=-1)
+    by_head = torch.cat([p.unflatten(-1, (row.heads, -1)) for p in parts], dim=-1)
+    return by_head.chunk(layout.tpa, dim=-2)[layout.index("tpa", rank)]
+
+
+def parts_of_rows(rows: Tensor, row: CacheRow) -> tuple[Tensor, Tensor]:
+    """Both parts of cached rows of all heads [..., R + r] or [..., K, Dk + Dv]: [..., first] and [..., second]."""
+    first, second = rows.split([row.first, row.second], dim=-1)
+    if row.heads:
+        first, second = first.flatten(-2), second.flatten(-2)
+    return first.contiguous(), second.contiguous()
 
 
 @dataclass
@@ -87,14 +112,14 @@ class Ledger:
     def write_sequence(
         self, cache: Tensor, row: int, entries: Tensor, kvp_rank: int, start: int = 0
     ) -> None:
-        """Lay out entries [length, R + r] of a sequence's tokens from position `start` in this rank's shard of `cache`."""
+        """Lay out entries [length, *] of a sequence's tokens from position `start` in this rank's shard of `cache`."""
         tokens_per_block = self.options.tokens_per_block
         mine = positions_on_rank(start + len(entries), kvp_rank, self.kvp, tokens_per_block)
         mine = mine[mine >= start]
         cache[self._places(cache, row, mine)] = entries[(mine - start).to(entries.device)].to(cache)
 
     def read_sequence(self, cache: Tensor, row: int, mine: Tensor) -> Tensor:
-        """Entries [n, R + r] at a sequence's absolute positions `mine` [n], which this shard of `cache` must own."""
+        """Entries [n, *] at a sequence's absolute positions `mine` [n], which this shard of `cache` must own."""
         return cache[self._places(cache, row, mine)]
 
     def _places(self, cache: Tensor, row: int, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,28 @@ class MatchFailure:
 
 
 @dataclass(frozen=True)
+class CacheRow:
+    """What one token leaves in the cache: a latent and a rope part, or K and V of `heads` KV heads.
+
+    `first` and `second` are the widths: R and r, or Dk and Dv of one head. `heads` is 0 where all heads share the row.
+    """
+
+    first: int
+    second: int
+    heads: int = 0
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Numbers of both parts, all heads together."""
+        return self.first * (self.heads or 1), self.second * (self.heads or 1)
+
+    def tail(self, tpa: int) -> tuple[int, ...]:
+        """Trailing sizes of a rank's cache: (R + r), or (K / tpa, Dk + Dv)."""
+        width = self.first + self.second
+        return (self.heads // tpa, width) if self.heads else (width,)
+
+
+@dataclass(frozen=True)
 class GateMatch:
     """A gate between attention and o_proj: product = attention * value, both in `form` ("BTHV", "BHTV" or "BT(HV)").
 
@@ -140,6 +162,105 @@ class AttentionMatch:
         """Channels of one query head."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    @property
+    def cache(self) -> CacheRow:
+        """What a token leaves in the cache."""
+        return CacheRow(self.kv_lora_rank, self.qk_rope_head_dim)
+
+    @property
+    def new(self) -> tuple[str, str]:
+        """Nodes of what the new tokens add to the cache."""
+        return self.latent, self.k_rope
+
+    @property
+    def past(self) -> tuple[str, str]:
+        """Placeholders of what is cached."""
+        return self.past_latent, self.past_rope
+
+    @property
+    def cut_weights(self) -> tuple[str, ...]:
+        """Weights that this site cuts."""
+        return self.q_weight, *dict.fromkeys((self.w_uk.param, self.w_uv.param)), self.o_weight
+
+    @property
+    def cut_biases(self) -> tuple[str | None, ...]:
+        """Biases that this site cuts."""
+        return (self.q_bias,)
+
+
+@dataclass(frozen=True)
+class GqaMatch:
+    """One grouped-query site: K and V are cached as they are; query head j reads KV head j // (num_heads / kv_heads).
+
+    Node names: `anchor` (attention output [B, H, T, Dv]), `q` [B, H, T, Dk], `q_proj`, `k_proj`, `v_proj` and `o_proj`
+    (linears), `k` [B, K, T, Dk] and `v` [B, K, T, Dv] (new tokens, as they are cached), `past_k` and `past_v`, `mask`.
+    Parameters are names relative to the layer. Rows [h * D, (h + 1) * D) of q_proj, k_proj and v_proj make head h.
+    `head_views`, `k_views`, `v_views` are views on the way from each linear that write the head count as a number.
+    """
+
+    anchor: str
+    q: str
+    q_proj: str
+    k_proj: str
+    v_proj: str
+    o_proj: str
+    k: str
+    v: str
+    past_k: str
+    past_v: str
+    mask: str
+    q_weight: str
+    q_bias: str | None
+    k_weight: str
+    k_bias: str | None
+    v_weight: str
+    v_bias: str | None
+    o_weight: str
+    o_bias: str | None
+    scale: float
+    num_heads: int
+    kv_heads: int
+    q_head_dim: int
+    v_head_dim: int
+    hidden_size: int
+    q_input_size: int
+    k_input_size: int
+    v_input_size: int
+    head_views: tuple[str, ...] = ()
+    k_views: tuple[str, ...] = ()
+    v_views: tuple[str, ...] = ()
+    gate: GateMatch | None = None
+    form: str = "BHTV"  # of the anchor, and of the scores: the only ones that are matched
+    mask_form: str = "BHTS"
+
+    @property
+    def cache(self) -> CacheRow:
+        """What a token leaves in the cache."""
+        return CacheRow(self.q_head_dim, self.v_head_dim, self.kv_heads)
+
+    @property
+    def new(self) -> tuple[str, str]:
+        """Nodes of what the new tokens add to the cache."""
+        return self.k, self.v
+
+    @property
+    def past(self) -> tuple[str, str]:
+        """Placeholders of what is cached."""
+        return self.past_k, self.past_v
+
+    @property
+    def cut_weights(self) -> tuple[str, ...]:
+        """Weights that this site cuts."""
+        return self.q_weight, self.k_weight, self.v_weight, self.o_weight
+
+    @property
+    def cut_biases(self) -> tuple[str | None, ...]:
+        """Biases that this site cuts."""
+        return self.q_bias, self.k_bias, self.v_bias
+
+
+Site = AttentionMatch | GqaMatch
+
 
 @dataclass(frozen=True)
 class DenseFFNMatch:
@@ -188,7 +309,7 @@ class LayerMatch:
     """Everything found in one body. A normal layer has one attention and one FFN; a whole graph has them all."""
 
     body: str
-    attentions: tuple[AttentionMatch, ...]
+    attentions: tuple[Site, ...]
     dense_ffns: tuple[DenseFFNMatch, ...]
     moes: tuple[MoEMatch, ...]
 

@@ -231,8 +231,7 @@ def facts_of(
     sites = [a for layer in captured.layers for a in matches[layer.body].attentions]
     return ModelFacts(
         vocab_size=captured.vocab_size,
-        cache_widths=tuple(a.kv_lora_rank + a.qk_rope_head_dim for a in sites),
-        latent_widths=tuple(a.kv_lora_rank for a in sites),
+        caches=tuple(a.cache for a in sites),
         originals=tensors,
         shards=shard_of_name(plan, [(layer.prefix, layer.body) for layer in captured.layers]),
         config=model.config,

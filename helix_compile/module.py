@@ -16,7 +16,7 @@ from helix_compile.explain import NodeExplanation, explain_node
 from helix_compile.graph_python import stage_diff
 from helix_compile.handover import CacheEntries, CacheShard
 from helix_compile.inspection import Inspection, inspect_module
-from helix_compile.kv_cache import Ledger
+from helix_compile.kv_cache import Ledger, rows_of_rank
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan import HelixPlan
@@ -216,8 +216,8 @@ class HelixModule(nn.Module):
         """Start a batch from a cache that was prefilled elsewhere (disaggregated prefill), or append to the batch.
 
         Args:
-            latents: per cached attention [B, S, R]; or the unmodified model's DynamicCache, then without k_ropes.
-            k_ropes: per cached attention [B, S, r], rotated at absolute positions.
+            latents: per cached attention [B, S, R], or K of all heads side by side [B, S, K Dk]; or the unmodified model's DynamicCache, then without k_ropes.
+            k_ropes: per cached attention [B, S, r], rotated at absolute positions; or V [B, S, K Dv].
             lengths: [B] tokens of each sequence; a DynamicCache's follow from its mask or columns.
             mask: [B, S], 1 = token; drops padding columns. Without it a row's first `lengths` columns are its tokens.
             append: go on after the tokens that are here: tensors are the next chunk of each sequence; a DynamicCache
@@ -236,10 +236,11 @@ class HelixModule(nn.Module):
             self.reset()  # an interrupt while writing must not leave lengths that promise the old entries
         layout = self.plan.layout
         for rank in self.ranks:
-            for cache, rows in zip(rank.cache, entries, strict=True):
+            kvp_rank = layout.index("kvp", rank.rank)
+            for cache, kind, rows in zip(rank.cache, self._facts.caches, entries, strict=True):
                 for row, tokens in enumerate(rows):
-                    kvp_rank = layout.index("kvp", rank.rank)
-                    self._ledger.write_sequence(cache, row, tokens, kvp_rank, held[row])
+                    mine = rows_of_rank(tokens, kind, layout, rank.rank)
+                    self._ledger.write_sequence(cache, row, mine, kvp_rank, held[row])
         self._ledger.advance([len(tokens) for tokens in entries[0]])
 
     def export_cache(self) -> CacheEntries:

@@ -11,39 +11,33 @@ from torch import fx
 from helix_compile.capture import CapturedGraph
 from helix_compile.layout import HelixLayout
 from helix_compile.leaves import leaf_bytes
-from helix_compile.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch, UpWeight
+from helix_compile.matches import (
+    AttentionMatch,
+    DenseFFNMatch,
+    GqaMatch,
+    LayerMatch,
+    MoEMatch,
+    Site,
+    UpWeight,
+)
 from helix_compile.passes.fx_edit import aten, is_call, is_param, placeholders
 from helix_compile.passes.narrow_weights import is_quantised
 from helix_compile.plan import AttentionPlan, BodyPlan, Cut, ParamShard
 
 
-def attention_shards(
-    match: AttentionMatch, plan: AttentionPlan, layout: HelixLayout
-) -> Iterable[ParamShard]:
-    """Q rows, W_UK, W_UV by heads; o_proj by the columns of the heads a rank owns."""
-    H, R, V, D = match.num_heads, match.kv_lora_rank, match.v_head_dim, match.hidden_size
-    Dk = match.q_head_dim
+def attention_shards(match: Site, plan: AttentionPlan, layout: HelixLayout) -> Iterable[ParamShard]:
+    """Q rows by query heads, what makes K and V by theirs; o_proj by the columns of the heads a rank owns."""
+    H, V, D = match.num_heads, match.v_head_dim, match.hidden_size
     q_axis = "world" if plan.q_proj == "gather" else "tpa"
-    v_axis = "world" if plan.v_up == "after" else "tpa"
-    q_heads, v_heads = H // layout.size(q_axis), H // layout.size(v_axis)
-    weights = [(match.q_weight, (match.q_input_size,))] + (
-        [(match.q_bias, ())] if match.q_bias else []
+    yield from _head_rows(
+        match.q_weight, match.q_bias, H, match.q_head_dim, match.q_input_size, q_axis, layout
     )
-    for name, tail in weights:
-        yield ParamShard(
-            name, name, (H * Dk, *tail), (H, Dk, *tail), (Cut(0, q_axis, H),), (q_heads * Dk, *tail),
-            f"{q_axis}:S(0)",
-        )  # fmt: skip
-    for suffix, weight, axis, heads in (
-        ("w_uk", match.w_uk, q_axis, q_heads),
-        ("w_uv", match.w_uv, v_axis, v_heads),
-    ):
-        sizes, dim = {"h": heads, "d": len(weight.at[0]), "r": R}, weight.order.index("h")
-        view, window, index = _up_view(weight)
-        yield ParamShard(
-            f"{weight.param}.{suffix}", weight.param, weight.shape, view, (Cut(dim, axis, H),),
-            tuple(sizes[letter] for letter in weight.order), f"{axis}:S({dim})", window, index,
-        )  # fmt: skip
+    if isinstance(match, GqaMatch):
+        K, cache = match.kv_heads, match.cache
+        yield from _head_rows(match.k_weight, match.k_bias, K, cache.first, match.k_input_size, "tpa", layout)  # fmt: skip
+        yield from _head_rows(match.v_weight, match.v_bias, K, cache.second, match.v_input_size, "tpa", layout)  # fmt: skip
+    else:
+        yield from _latent_shards(match, plan, q_axis, layout)
     owned = plan.owned_heads
     yield from _gate_shards(match, owned)
     yield ParamShard(
@@ -52,7 +46,36 @@ def attention_shards(
     )  # fmt: skip
 
 
-def _gate_shards(match: AttentionMatch, owned: int) -> Iterable[ParamShard]:
+def _head_rows(
+    weight: str, bias: str | None, H: int, width: int, inputs: int, axis: str, layout: HelixLayout
+) -> Iterable[ParamShard]:
+    """A linear's weight [H * width, inputs] and bias, cut by heads."""
+    heads = H // layout.size(axis)
+    for name, tail in ((weight, (inputs,)), (bias, ())):
+        if name:
+            yield ParamShard(
+                name, name, (H * width, *tail), (H, width, *tail), (Cut(0, axis, H),), (heads * width, *tail),
+                f"{axis}:S(0)",
+            )  # fmt: skip
+
+
+def _latent_shards(
+    match: AttentionMatch, plan: AttentionPlan, q_axis: str, layout: HelixLayout
+) -> Iterable[ParamShard]:
+    """W_UK and W_UV by heads."""
+    H, R = match.num_heads, match.kv_lora_rank
+    v_axis = "world" if plan.v_up == "after" else "tpa"
+    for suffix, weight, axis in (("w_uk", match.w_uk, q_axis), ("w_uv", match.w_uv, v_axis)):
+        sizes = {"h": H // layout.size(axis), "d": len(weight.at[0]), "r": R}
+        dim = weight.order.index("h")
+        view, window, index = _up_view(weight)
+        yield ParamShard(
+            f"{weight.param}.{suffix}", weight.param, weight.shape, view, (Cut(dim, axis, H),),
+            tuple(sizes[letter] for letter in weight.order), f"{axis}:S({dim})", window, index,
+        )  # fmt: skip
+
+
+def _gate_shards(match: Site, owned: int) -> Iterable[ParamShard]:
     """Rows of a gate's linear by the heads a rank owns."""
     gate, H = match.gate, match.num_heads
     if gate is None or gate.weight is None:
@@ -175,7 +198,7 @@ def _latent_projections(graph: fx.Graph, match: LayerMatch) -> set[fx.Node]:
     by_name = {n.name: n for n in graph.nodes}
     found: set[fx.Node] = set()
     for site in match.attentions:
-        todo = [by_name[site.q_proj].args[0], by_name[site.latent], by_name[site.k_rope]]
+        todo = [by_name[site.q_proj].args[0], *(by_name[name] for name in site.new)]
         seen = set(todo)
         while todo:
             node = todo.pop()

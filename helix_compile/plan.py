@@ -80,8 +80,9 @@ class Collective:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Decisions for one MLA site. head_ranges[rank] are the heads that rank owns after the exchange,
-    output_weight the parameter whose rows it holds for them.
+    """Decisions for one attention site. head_ranges[rank] are the heads that rank owns after the exchange,
+    output_weight the parameter whose rows it holds for them. `cached_heads` are the KV heads that a rank caches; 0 where
+    the heads share one latent (MLA). v_up is "none" where there is no W_UV.
     """
 
     site: int
@@ -94,6 +95,7 @@ class AttentionPlan:
     head_ranges: tuple[tuple[int, int], ...]
     tokens_per_block: int
     output_weight: str
+    cached_heads: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from helix_compile.capture import CapturedGraph
 from helix_compile.errors import LayoutError, PlanError
 from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.layout import HelixLayout
-from helix_compile.matches import AttentionMatch, LayerMatch, MoEMatch
+from helix_compile.matches import AttentionMatch, GqaMatch, LayerMatch, MoEMatch, Site
 from helix_compile.options import HelixOptions, default_ep
 from helix_compile.param_plan import (
     attention_shards,
@@ -44,7 +44,7 @@ def plan_helix(
     layout, ep_decision = _layout(options, moes)
     _check_divisible(captured, matches, layout)
     attentions = [a for match in matches.values() for a in match.attentions]
-    v_up_decision = _v_up(attentions[0], captured.dtype, options)
+    v_up_decision = _v_up(attentions, captured.dtype, options)
     v_up = str(v_up_decision.result)
     q_decision = Decision(
         "q_proj", "as asked; replicate reads more weights, gather adds one all-gather a layer",
@@ -52,7 +52,7 @@ def plan_helix(
     )  # fmt: skip
     bodies = tuple(_plan_body(captured, match, layout, options, v_up) for match in matches.values())
     cached_width = sum(
-        (a.kv_lora_rank + a.qk_rope_head_dim) * len(captured.layers_of(name))
+        math.prod(a.cache.tail(layout.tpa)) * len(captured.layers_of(name))
         for name, match in matches.items()
         for a in match.attentions
     )
@@ -64,7 +64,7 @@ def plan_helix(
         bodies=bodies,
         decisions=(ep_decision, v_up_decision, q_decision),
         not_rewritten=replicated_roles(captured, matches, bodies),
-        notes=_notes(captured, layout, options),
+        notes=_notes(captured, attentions, layout, options),
         kv_bytes_per_token_per_rank=Fraction(cached_width * captured.dtype.itemsize, layout.kvp),
         params_bytes_per_rank=params_bytes_per_rank(captured, bodies),
         leaves=tuple((leaf.name, leaf.reason) for leaf in captured.leaves),
@@ -104,6 +104,14 @@ def _check_divisible(
                     f"N = cp*tpa = {layout.kvp}*{layout.tpa} = {N} ranks ({a.num_heads} % {N} = "
                     f"{a.num_heads % N}); choose cp*tpa from {fits}"
                 )
+            K = a.cache.heads
+            if K and K % layout.tpa:
+                fits = [n for n in range(1, K + 1) if K % n == 0]
+                raise PlanError(
+                    f"layer {captured.layers_of(name)[0].index}: {K} KV heads can't be divided over tpa={layout.tpa} "
+                    f"({K} % {layout.tpa} = {K % layout.tpa}): each rank of tpa caches whole KV heads; choose tpa from "
+                    f"{fits} and cp*tpa from the divisors of {a.num_heads} query heads"
+                )
 
 
 def break_even_tokens(match: AttentionMatch, dtype: torch.dtype) -> float:
@@ -115,7 +123,15 @@ def break_even_tokens(match: AttentionMatch, dtype: torch.dtype) -> float:
     return read / (H * (R - V) * dtype.itemsize / LINK_BYTES_PER_S)
 
 
-def _v_up(match: AttentionMatch, dtype: torch.dtype, options: HelixOptions) -> Decision:
+def _v_up(sites: list[Site], dtype: torch.dtype, options: HelixOptions) -> Decision:
+    match = next((a for a in sites if isinstance(a, AttentionMatch)), None)
+    if match is None:
+        if options.v_up != "auto":
+            raise PlanError(
+                f"option v_up={options.v_up!r} has no effect: no attention of this model has a W_UV (grouped-query "
+                'attention caches V itself); drop it or use v_up="auto"'
+            )
+        return Decision("v_up", "V is cached as it is: there is no W_UV", (), "none")
     even = break_even_tokens(match, dtype)
     inputs = (
         ("R", match.kv_lora_rank), ("V", match.v_head_dim), ("tokens", options.max_batch_size),
@@ -175,7 +191,7 @@ def _plan_body(
 
 
 def _plan_attention(
-    site: int, match: AttentionMatch, layout: HelixLayout, options: HelixOptions, v_up: str
+    site: int, match: Site, layout: HelixLayout, options: HelixOptions, v_up: str
 ) -> AttentionPlan:
     owned = match.num_heads // layout.world_size
     return AttentionPlan(
@@ -183,12 +199,13 @@ def _plan_attention(
         kvp=layout.kvp,
         merge=options.merge,
         q_proj=options.q_proj,
-        v_up=v_up,
+        v_up="none" if match.cache.heads else v_up,
         computed_heads=match.num_heads // layout.tpa,
         owned_heads=owned,
         head_ranges=tuple((r * owned, (r + 1) * owned) for r in range(layout.world_size)),
         tokens_per_block=options.tokens_per_block,
         output_weight=match.o_weight,
+        cached_heads=match.cache.heads // layout.tpa,
     )
 
 
@@ -217,15 +234,18 @@ def _part(total: int, width: int, index: int) -> int:
 
 
 def _exchange(
-    match: AttentionMatch, plan: AttentionPlan, layout: HelixLayout, dtype: torch.dtype
+    match: Site, plan: AttentionPlan, layout: HelixLayout, dtype: torch.dtype
 ) -> Iterable[Collective]:
     cp, H = layout.kvp, plan.computed_heads
-    width = match.v_head_dim if plan.v_up == "before" else match.kv_lora_rank
+    if isinstance(match, GqaMatch):
+        asked, query_width, width = "q", match.q_head_dim, match.v_head_dim
+    else:
+        asked, query_width = "absorbed q", match.kv_lora_rank + match.qk_rope_head_dim
+        width = match.v_head_dim if plan.v_up == "before" else match.kv_lora_rank
     payload, statistic = width * dtype.itemsize, accumulation_dtype(dtype).itemsize
     if plan.q_proj == "gather":
-        query = (match.kv_lora_rank + match.qk_rope_head_dim) * dtype.itemsize
-        moved = Fraction((cp - 1) * plan.owned_heads * query)
-        yield Collective("all_gather_into_tensor", "kvp", "absorbed q", moved)
+        moved = Fraction((cp - 1) * plan.owned_heads * query_width * dtype.itemsize)
+        yield Collective("all_gather_into_tensor", "kvp", asked, moved)
     if plan.merge == "a2a":
         moved = Fraction((cp - 1) * H * (payload + statistic), cp)
         yield Collective("all_to_all_single", "kvp", "partial_o and lse", moved)
@@ -251,9 +271,11 @@ def _ffn_outputs(match: LayerMatch) -> list[int]:
     return alone + [m.hidden_size for m in match.moes]
 
 
-def _notes(captured: CapturedGraph, layout: HelixLayout, options: HelixOptions) -> tuple[str, ...]:
+def _notes(
+    captured: CapturedGraph, attentions: list[Site], layout: HelixLayout, options: HelixOptions
+) -> tuple[str, ...]:
     notes = list(captured.notes)
-    if layout.tpa > 1:
+    if layout.tpa > 1 and not all(a.cache.heads for a in attentions):
         notes.append(
             f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)"
         )

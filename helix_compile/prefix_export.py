@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from helix_compile.errors import RuntimeFault
 from helix_compile.handover import CacheEntries, CacheShard, join_shards
-from helix_compile.kv_cache import Ledger
+from helix_compile.kv_cache import Ledger, parts_of_rows
 from helix_compile.layout import HelixLayout
 from helix_compile.ledger import positions_on_rank
+from helix_compile.matches import CacheRow
 from helix_compile.ranks import ModelFacts, Rank
 
 
@@ -28,10 +30,7 @@ def shards_to_export(
         )
     tokens_per_block = ledger.options.tokens_per_block
     shards: dict[int, CacheShard] = {}
-    for rank in ranks:
-        cp_rank = layout.index("kvp", rank.rank)
-        if cp_rank in shards:
-            continue
+    for cp_rank in sorted({layout.index("kvp", rank.rank) for rank in ranks}):
         held = [
             positions_on_rank(length, cp_rank, layout.kvp, tokens_per_block)
             for length in ledger.lengths
@@ -40,14 +39,34 @@ def shards_to_export(
         for row, mine in enumerate(held):
             positions[row, : len(mine)] = mine
         latents, k_ropes = [], []
-        for cache, R in zip(rank.cache, facts.latent_widths, strict=True):
-            entries = cache.new_zeros(*positions.shape, cache.shape[2])
-            for row, mine in enumerate(held):
-                entries[row, : len(mine)] = ledger.read_sequence(cache, row, mine)
-            latents.append(entries[..., :R].contiguous())
-            k_ropes.append(entries[..., R:].contiguous())
+        for site, kind in enumerate(facts.caches):
+            parts = []
+            for cache in _caches_with_all_heads(site, kind, cp_rank, ranks, layout):
+                entries = cache.new_zeros(*positions.shape, *cache.shape[2:])
+                for row, mine in enumerate(held):
+                    entries[row, : len(mine)] = ledger.read_sequence(cache, row, mine)
+                parts.append(entries)
+            first, second = parts_of_rows(torch.cat(parts, dim=2), kind)
+            latents.append(first)
+            k_ropes.append(second)
         shards[cp_rank] = CacheShard(cp_rank, latents, k_ropes, positions, torch.tensor(ledger.lengths))  # fmt: skip
     return list(shards.values())
+
+
+def _caches_with_all_heads(
+    site: int, kind: CacheRow, cp_rank: int, ranks: list[Rank], layout: HelixLayout
+) -> list[Tensor]:
+    """A CP rank's caches of one site: K and V are cut by heads over tpa; one rank of tpa has the whole of a latent."""
+    mine = [rank for rank in ranks if layout.index("kvp", rank.rank) == cp_rank]
+    mine.sort(key=lambda rank: layout.index("tpa", rank.rank))
+    if not kind.heads:
+        return [mine[0].cache[site]]
+    if len(mine) < layout.tpa:
+        raise RuntimeFault(
+            f"export: this process holds the KV heads of {len(mine)} of tpa={layout.tpa} ranks alone; a shard holds all "
+            "heads: export where the ranks of tpa live in one process, or compile with tpa=1"
+        )
+    return [rank.cache[site] for rank in mine]
 
 
 def entries_to_export(

@@ -25,7 +25,7 @@ def sequences_to_import(
     options: HelixOptions,
     held: list[int],
 ) -> list[list[Tensor]]:
-    """entries[site][row] = [length, R + r] in order of position, of the tokens that come after the first `held`.
+    """entries[site][row] = [length, R + r], or [length, K Dk + K Dv], in order of position, of the tokens that come after the first `held`.
 
     A DynamicCache holds its sequences from their first token, so the `held` tokens are dropped from it; tensors hold
     what is new.
@@ -39,13 +39,13 @@ def sequences_to_import(
             raise RuntimeFault(
                 "import_cache: a DynamicCache holds the k_ropes too; leave k_ropes out"
             )
-        latents, k_ropes = parts_of_dynamic_cache(latents)
+        latents, k_ropes = parts_of_dynamic_cache(latents, [row.heads for row in facts.caches])
         if lengths is None:
             lengths = _lengths_of_columns(latents[0], mask)
     skipped = held if whole else []
     latents = _tensors("latents", "R", latents)
     k_ropes = _tensors("k_ropes", "r", k_ropes)
-    sites = len(facts.cache_widths)
+    sites = len(facts.caches)
     if len(latents) != sites or len(k_ropes) != sites:
         raise RuntimeFault(
             f"import_cache: {len(latents)} latents and {len(k_ropes)} k_ropes for {sites} cached attentions"
@@ -57,8 +57,7 @@ def sequences_to_import(
         )
     B, S = latents[0].shape[:2]
     for site, (latent, k_rope) in enumerate(zip(latents, k_ropes, strict=True)):
-        R = facts.latent_widths[site]
-        _check_site(site, latent, k_rope, (B, S, R, facts.cache_widths[site] - R))
+        _check_site(site, latent, k_rope, (B, S, *facts.caches[site].widths))
     if len(counts) != B or B > options.max_batch_size:
         raise RuntimeFault(
             f"import_cache: {len(counts)} lengths for {B} sequences (max_batch_size={options.max_batch_size})"
@@ -136,8 +135,8 @@ def _check_site(
     if not fits:
         raise RuntimeFault(
             f"import_cache: attention {site}: latent {tuple(latent.shape)} and k_rope {tuple(k_rope.shape)}; "
-            f"expected [{B}, {S}, R] and [{B}, {S}, r] with R = {R} and r = {r} (squeeze the head dim of a "
-            "transformers cache)"
+            f"expected [{B}, {S}, R] and [{B}, {S}, r] with R = {R} and r = {r} (of a transformers cache "
+            "squeeze the head dim, or of K and V put all heads side by side: x.transpose(1, 2).flatten(2))"
         )
     got = (latent.shape[2], k_rope.shape[2])
     if got != (R, r):

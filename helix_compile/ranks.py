@@ -14,6 +14,7 @@ from helix_compile.checkpoint_weights import CheckpointWeights
 from helix_compile.errors import RuntimeFault
 from helix_compile.kv_cache import allocate_caches
 from helix_compile.leaves import LeafState, leaf_states, leaves_of
+from helix_compile.matches import CacheRow
 from helix_compile.params import params_of_stage, wanted_by_stage
 from helix_compile.plan import HelixPlan, ParamShard
 from helix_compile.world import World
@@ -26,7 +27,8 @@ class Rank:
     Attributes:
         rank: its number.
         params: full name -> local tensor; assigning an item changes this rank only.
-        cache: one [num_pages, page_size, R + r] tensor per cached attention.
+        cache: one [num_pages, page_size, R + r] tensor per cached attention; where K and V are cached,
+            [num_pages, page_size, K / tpa, Dk + Dv].
         leaves: state of each layer that stays the user's own module.
     """
 
@@ -41,21 +43,29 @@ class ModelFacts:
     """What a module needs to know of the model it was made from.
 
     Attributes:
-        cache_widths: R + r of each cached attention.
-        latent_widths: R of each cached attention.
+        caches: what a token leaves in the cache of each cached attention.
         originals: full name -> original tensor, read on demand where the model is a checkpoint folder; empty in a
             reloaded module, which runs `lowered` only.
         shards: full local name -> (full name of the original, its cut).
     """
 
     vocab_size: int
-    cache_widths: tuple[int, ...]
-    latent_widths: tuple[int, ...]
+    caches: tuple[CacheRow, ...]
     originals: Mapping[str, Tensor]
     device: torch.device
     shards: dict[str, tuple[str, ParamShard]] = field(default_factory=dict)
     config: Any = None
     generation_config: Any = None
+
+    @property
+    def cache_widths(self) -> tuple[int, ...]:
+        """Numbers that a token leaves in each cached attention, all heads together: R + r, or K (Dk + Dv)."""
+        return tuple(sum(row.widths) for row in self.caches)
+
+    @property
+    def latent_widths(self) -> tuple[int, ...]:
+        """Those of the first part: R, or K Dk."""
+        return tuple(row.widths[0] for row in self.caches)
 
 
 def build_ranks(
@@ -71,9 +81,7 @@ def build_ranks(
     with bar:
         for rank in world.ranks:
             params = params_of_rank(plan, lowered, facts, world, rank)
-            cache = allocate_caches(
-                list(facts.cache_widths), plan.options, plan.layout.kvp, dtype, facts.device
-            )
+            cache = allocate_caches(facts.caches, plan.options, plan.layout, dtype, facts.device)
             ranks.append(Rank(rank, params, cache, leaf_states(lowered.graph)))
     return ranks
 

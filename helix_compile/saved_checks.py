@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, fx
 
 from helix_compile.errors import HelixError, PassError, RuntimeFault
 from helix_compile.kv_cache import cache_shape
+from helix_compile.matches import CacheRow
 from helix_compile.passes.check_layouts import check_layouts
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.plan import HelixPlan
@@ -60,20 +62,38 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def saved_caches(document: Mapping[str, Any]) -> tuple[CacheRow, ...]:
+    """What a token leaves in each cache, as graphs.json states it (files of before grouped-query attention: latents).
+
+    Raises:
+        HelixError: widths and heads that do not fit each other.
+    """
+    whole, first = document["cache_widths"], document["latent_widths"]
+    heads = document.get("kv_heads", [0] * len(whole))
+    if len(first) != len(whole) or not all(0 < a < w for a, w in zip(first, whole, strict=True)):
+        raise HelixError(
+            f"graphs.json: latent_widths {first} are not parts of cache_widths {whole}"
+        )
+    if len(heads) != len(whole) or not all(
+        K >= 0 and a % (K or 1) == w % (K or 1) == 0
+        for K, a, w in zip(heads, first, whole, strict=True)
+    ):
+        raise HelixError(f"graphs.json: kv_heads {heads} do not divide widths {first} of {whole}")
+    return tuple(
+        CacheRow(a // (K or 1), (w - a) // (K or 1), K)
+        for K, a, w in zip(heads, first, whole, strict=True)
+    )
+
+
 def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFacts) -> None:
     """Caches of the graph are those that the plan's options and the stated widths make.
 
     Raises:
         HelixError: another number, size or dtype of caches.
     """
-    whole, latent = facts.cache_widths, facts.latent_widths
-    if len(latent) != len(whole) or not all(0 < R < w for R, w in zip(latent, whole, strict=True)):
-        raise HelixError(
-            f"graphs.json: latent_widths {list(latent)} are not parts of cache_widths {list(whole)}"
-        )
     wanted = {
-        f"cache_{i}": (cache_shape(width, plan.options, plan.layout.kvp), plan.dtype)
-        for i, width in enumerate(facts.cache_widths)
+        f"cache_{i}": (cache_shape(row, plan.options, plan.layout), plan.dtype)
+        for i, row in enumerate(facts.caches)
     }
     got = {
         n.meta["input"][1]: (tuple(n.meta["val"].shape), str(n.meta["val"].dtype).split(".")[1])

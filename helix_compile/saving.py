@@ -36,7 +36,12 @@ from helix_compile.plan import HelixPlan
 from helix_compile.process_groups import local_device
 from helix_compile.rank_claims import claims_of
 from helix_compile.ranks import ModelFacts, Rank
-from helix_compile.saved_checks import check_saved_graphs, check_saved_inputs, check_saved_params
+from helix_compile.saved_checks import (
+    check_saved_graphs,
+    check_saved_inputs,
+    check_saved_params,
+    saved_caches,
+)
 from helix_compile.saved_weights import SavedWeights, files_digest, gather_weights, read_params
 from helix_compile.staged_files import StagedFiles
 from helix_compile.world import World, is_distributed, open_world
@@ -92,6 +97,7 @@ def _checked_document(compiled: HelixModule, folder: Path) -> dict[str, Any]:
         "vocab_size": compiled.facts.vocab_size,
         "cache_widths": list(compiled.facts.cache_widths),
         "latent_widths": list(compiled.facts.latent_widths),
+        "kv_heads": [row.heads for row in compiled.facts.caches],
         "stages": graphs,
     }
 
@@ -172,8 +178,7 @@ def load_module(folder: Path, device: str | torch.device | None, world: object) 
         check_saved_graphs(stages, plan)
         facts = ModelFacts(
             vocab_size=document["vocab_size"],
-            cache_widths=tuple(document["cache_widths"]),
-            latent_widths=tuple(document["latent_widths"]),
+            caches=saved_caches(document),
             originals={},
             device=place,
             **_configurations(folder),
@@ -187,9 +192,8 @@ def load_module(folder: Path, device: str | torch.device | None, world: object) 
     digest = partial(files_digest, folder)
     opened.start({**claims_of(plan, lowered, facts), "weights": digest})
     dtype = getattr(torch, plan.dtype)
-    widths = list(facts.cache_widths)
     ranks = [
-        Rank(r, params[r], allocate_caches(widths, plan.options, plan.layout.kvp, dtype, place))
+        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, place))
         for r in opened.ranks
     ]
     return HelixModule(plan, stages, ranks, opened, facts)

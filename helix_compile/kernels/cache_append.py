@@ -4,6 +4,8 @@
 
     B sequences, T new tokens a sequence, R kv_lora_rank, r rope width, cos and sin [B, T, r] or [1, T, r]
     cache [pages, page_size, R + r], page_table [B, pages of a sequence], slots and visible [B, T]
+    cache with KV heads [pages, page_size, K, Dk + Dv], latent [B, T, K, Dk], k_rope [B, T, K, Dv]: each head of a token
+    is a token of its own, in pages of page_size * K
     program (token): cache[page_table[b, slot // page_size], slot % page_size] = [latent, k_rope]; slot -1: nothing
 
 Norm and rope are computed in float32; as in the model the normed latent is rounded to its own dtype before the weight.
@@ -135,11 +137,32 @@ def cache_append_triton(
     k_rope: Tensor,
 ) -> Tensor:
     """See cache_append_reference; float32, bfloat16 or float16 in any combination."""
+    if cache.dim() == 4:
+        rows = _heads_as_tokens(cache, page_table, slots, visible, latent, k_rope)
+        return cache_append_triton(*rows).view(*visible.shape, -1)[..., 0].contiguous()
     out = _cache_append_fake(cache, page_table, slots, visible, latent, k_rope)
     arguments = _arguments(out, cache, page_table, slots, visible, latent, k_rope)
     case = _case(arguments, latent.shape[2], k_rope.shape[2], None)
     launch(case, (slots.numel(),), arguments)
     return out
+
+
+def _heads_as_tokens(
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+) -> tuple[Tensor, ...]:
+    """The arguments of a cache with K heads as those of one without: slot s, head k is slot s * K + k."""
+    K = cache.shape[2]
+    heads = torch.arange(K, device=slots.device)
+    by_head = torch.where(slots[..., None] >= 0, slots[..., None] * K + heads, -1)
+    return (
+        cache.flatten(1, 2), page_table, by_head.flatten(1),
+        visible[..., None].expand(*visible.shape, K).flatten(1), latent.flatten(1, 2), k_rope.flatten(1, 2),
+    )  # fmt: skip
 
 
 def cache_append_norm_rope_triton(
@@ -182,10 +205,12 @@ def _refusal(cache: Tensor, floats: tuple[Tensor, ...]) -> str | None:
     if any(x.dtype not in TRITON_TYPE for x in (cache, *floats)):
         dtypes = ", ".join(str(x.dtype) for x in floats)
         return f"cache of {cache.dtype}, values of {dtypes}; the kernel takes 16- and 32-bit floats"
-    if cache.stride(2) != 1:
+    if cache.stride(-1) != 1:
         return (
-            f"channels of the cache have stride {cache.stride(2)}; the kernel writes rows in place"
+            f"channels of the cache have stride {cache.stride(-1)}; the kernel writes rows in place"
         )
+    if cache.dim() == 4 and cache.stride(1) != cache.shape[2] * cache.stride(2):
+        return "the KV heads of a slot are not side by side in the cache; the kernel writes rows in place"
     return None
 
 
@@ -194,13 +219,16 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    arguments = _arguments(_cache_append_fake(*site.args), *site.args)
-    R, r = (int(x.shape[2]) for x in site.args[4:6])
+    args = _heads_as_tokens(*site.args) if site.args[0].dim() == 4 else site.args
+    arguments = _arguments(_cache_append_fake(*args), *args)
+    R, r = (int(x.shape[2]) for x in args[4:6])
     return [specialize(_case(arguments, R, r, None), arguments)]
 
 
 def _cache_append_norm_rope_supports(site: Site, target: KernelTarget) -> str | None:
     cache, _, _, _, latent, k_rope, norm_weight, _, cos, sin, _ = site.args
+    if cache.dim() == 4:
+        return "a cache with KV heads; the fused kernel writes one latent a token"
     if k_rope.shape[2] % 2:
         return f"rope width {k_rope.shape[2]} is odd"
     return _refusal(cache, (latent, k_rope, norm_weight, cos, sin))

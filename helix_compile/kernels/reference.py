@@ -56,7 +56,8 @@ def cache_append_reference(
     """Write latent [B, T, R] and k_rope [B, T, r] at this rank's slots; return a copy of `visible`.
 
     The copy is what mla_decode consumes: "write before read" is a data edge that nothing can reorder.
-    cache is [pages, page_size, R + r], page_table [B, pages of a sequence] int64.
+    cache is [pages, page_size, R + r], page_table [B, pages of a sequence] int64. Of grouped-query attention latent is
+    K [B, T, K, Dk], k_rope is V [B, T, K, Dv], and cache [pages, page_size, K, Dk + Dv].
     """
     page_size = cache.shape[1]
     row, column = torch.nonzero(slots >= 0, as_tuple=True)

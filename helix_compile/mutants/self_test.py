@@ -29,10 +29,11 @@ from helix_compile.verification import verify
 from helix_compile.verifier.conditioning import sharpening
 from helix_compile.verifier.layer_check import LayerCase
 from helix_compile.verifier.layer_run import CapturedReference, LayerInputs, run_layer
-from helix_compile.verifier.needles import absorbed_query, background
+from helix_compile.verifier.needles import background
 from helix_compile.verifier.reference import apply_edits, edited, wide_copy
 from helix_compile.verifier.report import FAMILIES
 from helix_compile.verifier.scratch import Scratch
+from helix_compile.verifier.site_terms import empty_past, past_of, query_parts
 
 ATOL, RTOL, MAY_FAIL = 0.1, 0.05, 0.02
 CONTEXT = 512  # tokens of the rule's case; every shard has the same number
@@ -132,13 +133,13 @@ class _Rule:
             wide = hidden.double()
             mask = torch.ones(1, CONTEXT + 1, dtype=torch.int64)
             positions = torch.tensor([[CONTEXT]])
-            zero = [torch.zeros(1, 1, CONTEXT, w, dtype=torch.float64) for w in (attention.kv_lora_rank, attention.qk_rope_head_dim)]  # fmt: skip
+            zero = tuple(x.double() for x in empty_past(attention, 1, CONTEXT))
             probe = LayerInputs(wide, mask, positions, ((zero[0], zero[1]),))
             prefix = self.reference.captured.layers_of(body)[0].prefix
             values = self.reference.layer(layer, probe)
-            w_uk = self.reference.tensors[prefix + attention.w_uk.param]
-            latent, k_rope = background(attention, absorbed_query(attention, values, w_uk), CONTEXT, generator)  # fmt: skip
-            past = (latent[:, None].to(dtype), k_rope[:, None].to(dtype))
+            query = query_parts(attention, values, self.reference.tensors, prefix)
+            entries = (x.to(dtype) for x in background(attention, query, CONTEXT, generator))
+            past = past_of(attention, *entries)
             expected = self.reference.layer(
                 layer, LayerInputs(wide, mask, positions, ((past[0].double(), past[1].double()),))
             )["output"]

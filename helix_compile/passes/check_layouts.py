@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.distributed.tensor.placement_types import Shard
 
 from helix_compile.errors import PassError
 from helix_compile.layout import HelixLayout
@@ -38,7 +39,7 @@ def check_layouts(gm: fx.GraphModule, *, plan: BodyPlan, degrees: HelixLayout) -
             shard = plan.shard(name)
             assert shard is not None
             return parse_layout(shard.layout)
-        return step_layout(kind, name)
+        return step_layout(node)
 
     try:
         layouts = infer_layouts(gm.graph, input_layout, degrees, whole_on_whole)
@@ -82,10 +83,12 @@ def infer_layouts(
     return layouts
 
 
-def step_layout(kind: str, name: str) -> Layout:
-    """Layout of an input that is not a parameter."""
+def step_layout(node: fx.Node) -> Layout:
+    """Layout of an input that is not a parameter. A cache of K and V [pages, page size, K, D] is cut by heads too."""
+    kind, name = node.meta["input"]
     if kind == "cache":
-        return {"kvp": PerRank()}
+        heads: Layout = {"tpa": Shard(2)} if node.meta["val"].dim() == 4 else {}
+        return {"kvp": PerRank(), **heads}
     if kind in ("step", "input") and name in _PER_RANK:
         return {_PER_RANK[name]: PerRank()}
     return {}

@@ -32,10 +32,19 @@ def _shard_index(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayou
 
 def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     cache, _, slots, visible = (of(a) for a in node.args[:4])
-    require(cache == slots == visible, "cache, slots and visible are not of one rank")
+    # a cache with heads holds those of the rank's tpa, and so does what is appended
+    heads = _heads(degrees) if len(shape_of(node.args[0])) == 4 else {}
+    require(slots == visible, "slots and visible are not of one rank")
+    require(
+        cache == {**visible, **heads},
+        f"cache is {format_layout(cache)}, visible {format_layout(visible)}: not of one rank",
+    )
     # a fused form takes the norm's weight and RoPE's tables besides
-    whole = [of(a) for a in (node.args[1], *node.args[4:]) if isinstance(a, fx.Node)]
-    require(not any(whole), "what is appended must be whole on every rank")
+    require(
+        all(of(a) == heads for a in node.args[4:6])
+        and not any(of(a) for a in (node.args[1], *node.args[6:]) if isinstance(a, fx.Node)),
+        "what is appended must be whole on every rank (K and V: the rank's heads)",
+    )
     return dict(visible)
 
 

@@ -24,7 +24,7 @@ _MOVES = frozenset(
         aten.permute.default, aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default,
         aten.slice.Tensor, aten.select.int, aten.cat.default, aten.expand.default,
         aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
-        aten.repeat.default, aten.clone.default, aten.slice_scatter.default, aten.alias.default,
+        aten.repeat.default, aten.repeat_interleave.self_int, aten.clone.default, aten.slice_scatter.default, aten.alias.default,
         aten.detach.default, aten.unbind.int, aten.t.default, aten.movedim.int,
         aten.stack.default, aten.flatten.using_ints, aten.unflatten.int,
         aten.select_scatter.default, operator.getitem,

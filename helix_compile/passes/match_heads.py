@@ -23,6 +23,7 @@ from helix_compile.passes.index_provenance import (
     shape_of,
     trace_elements,
 )
+from helix_compile.passes.narrow_weights import computed_weight
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
@@ -123,6 +124,19 @@ def one_linear(value: fx.Node, what: str) -> fx.Node:
     if len(found) != 1:
         raise Reject(f"{what} must come from one linear, it comes from {len(found)}", value, 6)
     return found[0]
+
+
+def param_of(linear: fx.Node, place: int) -> str:
+    """Name of the parameter that is argument `place` of a linear; Reject where it is computed."""
+    weight = linear.args[place]
+    if not is_param(weight):
+        raise Reject(computed_weight(linear, weight), linear, 6)
+    return weight.meta["input"][1]
+
+
+def bias_of(linear: fx.Node) -> str | None:
+    """Name of a linear's bias, or None."""
+    return param_of(linear, 2) if len(linear.args) > 2 and linear.args[2] is not None else None
 
 
 def output_projection(anchor: fx.Node, form: str = "BHTV") -> tuple[fx.Node, GateMatch | None]:

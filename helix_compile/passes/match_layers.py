@@ -12,9 +12,9 @@ from helix_compile.matches import AttentionMatch, LayerMatch, MatchFailure, MoEM
 from helix_compile.options import HelixOptions
 from helix_compile.passes.fx_edit import is_param
 from helix_compile.passes.index_provenance import is_cache_update, is_layout_op
+from helix_compile.passes.match_attention import find_attention
 from helix_compile.passes.match_ffn import find_dense_ffns
 from helix_compile.passes.match_mask import check_mask
-from helix_compile.passes.match_mla import find_mla
 from helix_compile.passes.match_moe import find_moes
 
 
@@ -22,7 +22,7 @@ def match_layers(captured: CapturedGraph, max_seq_len: int) -> dict[str, LayerMa
     """Body name -> what was found in it.
 
     Raises:
-        MatchError: a body whose attention is not MLA, with the layer, node, source line and closest reason.
+        MatchError: a body whose attention is neither MLA nor grouped-query, with the layer, node, source line and closest reason.
     """
     return {name: _match_body(captured, name, max_seq_len) for name in captured.bodies}
 
@@ -50,16 +50,16 @@ def keep_unmatched(captured: CapturedGraph, options: HelixOptions) -> CapturedGr
 
 def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMatch:
     graph = captured.bodies[body].graph
-    attentions = find_mla(graph)
-    matched = [a for a in attentions if isinstance(a, AttentionMatch)]
+    attentions = find_attention(graph)
+    matched = [a for a in attentions if not isinstance(a, MatchFailure)]
     failures = [a for a in attentions if isinstance(a, MatchFailure)]
     layers = captured.layers_of(body)
     if failures or not matched:
-        raise _no_mla(captured, body, failures, len(matched))
+        raise _no_attention(captured, body, failures, len(matched))
     cached = len(layers[0].caches)
     if len(matched) != cached:
         raise MatchError(
-            f"layer {layers[0].index}: {cached} cached attentions but {len(matched)} MLA sites found"
+            f"layer {layers[0].index}: {cached} cached attentions but {len(matched)} sites found"
         )
     for match in matched:
         check_mask(captured, body, match, max_seq_len)
@@ -82,7 +82,7 @@ _KEEP_HINT = (
 )
 
 
-def _no_mla(
+def _no_attention(
     captured: CapturedGraph, body: str, failures: list[MatchFailure], matched: int
 ) -> MatchError:
     layers = captured.layers_of(body)
@@ -90,24 +90,25 @@ def _no_mla(
     if not failures:
         updates = sum(is_cache_update(n) for n in captured.bodies[body].graph.nodes)
         return MatchError(
-            f"{where}: no MLA attention found.\n"
+            f"{where}: no MLA or grouped-query attention found.\n"
             f"  closest: no attention op at all in {len(captured.bodies[body].graph.nodes)} nodes "
             f"({updates} cache updates)\n  expected scaled_dot_product_attention or matmul(softmax(...), v)"
         )
     closest = max(failures, key=lambda f: f.depth)
     return MatchError(
-        f"{where} of {captured.model_name}: no MLA attention found"
+        f"{where} of {captured.model_name}: no MLA or grouped-query attention found"
         + (f" at {len(failures)} of {len(failures) + matched} sites" if matched else "")
         + f".\n  closest: {closest.reason}\n  at node `{closest.node}` ({closest.where})\n"
-        "  expected K and V expanded from one cached latent, plus one shared rope part (DeepSeek-V3 style)"
-        + _KEEP_HINT
+        "  expected K and V expanded from one cached latent, plus one shared rope part (DeepSeek-V3 style), or cached K and "
+        "V, each head repeated for a group of query heads (Llama style)" + _KEEP_HINT
     )
 
 
 def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     """Each weight is cut by one rule only."""
-    ups = [n for a in match.attentions for n in dict.fromkeys((a.w_uk.param, a.w_uv.param))]
-    names = [n for a in match.attentions for n in (a.q_weight, a.o_weight)] + ups
+    mla = [a for a in match.attentions if isinstance(a, AttentionMatch)]
+    ups = [n for a in mla for n in dict.fromkeys((a.w_uk.param, a.w_uv.param))]
+    names = [n for a in match.attentions for n in a.cut_weights]
     names += [a.gate.weight for a in match.attentions if a.gate and a.gate.weight]
     names += [n for f in match.dense_ffns for n in (f.gate_weight, f.up_weight, f.down_weight)]
     names += [n for m in match.moes for n in (m.gate_up, m.down)]
@@ -118,7 +119,7 @@ def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     shared = [
         n for n in names if len(by_name[n].users) > 1 and n not in ups and not _is_expert(n, match)
     ]
-    expanders = {n for a in match.attentions for n in (a.k_up, a.v_up)}
+    expanders = {n for a in mla for n in (a.k_up, a.v_up)}
     shared += [n for n in ups if not _readers(by_name[n]) <= expanders]
     if shared:
         raise MatchError(f"{match.body}: parameters used twice can't be cut: {', '.join(shared)}")
@@ -139,7 +140,7 @@ def _is_expert(name: str, match: LayerMatch) -> bool:
 def _check_complete(match: LayerMatch, graph: fx.Graph, layer: int) -> None:
     """Expert weights that no matcher took would silently stay whole on every rank: refuse."""
     taken = {n for m in match.moes for n in (m.gate_up, m.down)}
-    taken |= {n for a in match.attentions for n in (a.w_uk.param, a.w_uv.param)}
+    taken |= {n for a in match.attentions for n in a.cut_weights}
     for node in graph.nodes:
         if is_param(node) and node.meta["val"].dim() == 3 and node.meta["input"][1] not in taken:
             users = ", ".join(f"`{u.name}` ({u.target})" for u in node.users)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from helix_compile.capture import CapturedGraph
 from helix_compile.errors import MatchError
-from helix_compile.matches import AttentionMatch, permuted
+from helix_compile.matches import Site, permuted
 from helix_compile.passes.evaluate import evaluate
 from helix_compile.passes.fx_edit import (
     HINT_B,
@@ -26,7 +26,7 @@ from helix_compile.passes.fx_edit import (
 PADDED = 2  # columns of left padding in row 0 of the small case
 
 
-def check_mask(captured: CapturedGraph, body: str, match: AttentionMatch, max_seq_len: int) -> None:
+def check_mask(captured: CapturedGraph, body: str, match: Site, max_seq_len: int) -> None:
     """Raise MatchError unless the site's mask is the causal one plus padding, up to `max_seq_len`."""
     mask = torch.ones(HINT_B, HINT_S + HINT_T, dtype=torch.int64)
     mask[0, :PADDED] = 0
@@ -42,7 +42,7 @@ def check_mask(captured: CapturedGraph, body: str, match: AttentionMatch, max_se
 def _compare(
     captured: CapturedGraph,
     body: str,
-    match: AttentionMatch,
+    match: Site,
     got: Tensor,
     expected: Tensor,
     where: str,
@@ -57,7 +57,7 @@ def _compare(
         )  # fmt: skip
 
 
-def _mask_error(captured: CapturedGraph, body: str, match: AttentionMatch, why: str) -> MatchError:
+def _mask_error(captured: CapturedGraph, body: str, match: Site, why: str) -> MatchError:
     node = node_named(captured.bodies[body].graph, match.anchor)
     layer = captured.layers_of(body)[0].index
     return MatchError(
@@ -67,9 +67,7 @@ def _mask_error(captured: CapturedGraph, body: str, match: AttentionMatch, why: 
     )
 
 
-def _allowed(
-    captured: CapturedGraph, body: str, match: AttentionMatch, mask: Tensor, T: int
-) -> Tensor:
+def _allowed(captured: CapturedGraph, body: str, match: Site, mask: Tensor, T: int) -> Tensor:
     """Mask of the site [B, 1, T, S + T], True = visible, for a 2-D padding mask [B, S + T]."""
     B, total = mask.shape
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]

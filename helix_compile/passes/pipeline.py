@@ -12,7 +12,7 @@ from helix_compile.capture import CapturedGraph
 from helix_compile.graph_pass import Check, GraphPass, PassResult, copy_module
 from helix_compile.kernels.registry import Capacity, load_kernels
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kv_cache import pages_per_sequence
+from helix_compile.kv_cache import cache_shape, pages_per_sequence
 from helix_compile.matches import LayerMatch
 from helix_compile.options import PAGE_SIZE
 from helix_compile.passes.check_layouts import check_layouts
@@ -143,12 +143,8 @@ def _examples(graph: fx.Graph, match: LayerMatch, plan: HelixPlan) -> dict[str, 
         empty = partial(torch.empty, device=hidden.device)
         caches = [
             empty(
-                (
-                    plan.options.max_batch_size * pages,
-                    PAGE_SIZE,
-                    a.kv_lora_rank + a.qk_rope_head_dim,
-                ),
-                dtype=node_named(graph, a.latent).meta["val"].dtype,
+                cache_shape(a.cache, plan.options, plan.layout),
+                dtype=node_named(graph, a.new[0]).meta["val"].dtype,
             )
             for a in match.attentions
         ]

@@ -7,6 +7,8 @@
     o = merge_lse(partial_o_P, lse_P);  o = o W_UV
     reshard(o, heads over world -> R) -> o_proj, still whole
 
+A grouped-query site has no latent: shard_gqa.py makes its (partial_o, lse), and there is no W_UK and no W_UV.
+
 The stage equals the original: the last gather is what reshard_pass takes away.
 """
 
@@ -16,8 +18,9 @@ from torch import fx
 
 from helix_compile.graph_pass import PassResult
 from helix_compile.layout import HelixLayout
-from helix_compile.matches import AttentionMatch, GateMatch, LayerMatch
+from helix_compile.matches import AttentionMatch, GateMatch, GqaMatch, LayerMatch, Site
 from helix_compile.ops import helix
+from helix_compile.passes.cut_inputs import cut_input, open_views
 from helix_compile.passes.fx_edit import (
     add_input,
     aten,
@@ -28,8 +31,9 @@ from helix_compile.passes.fx_edit import (
     node_named,
     placeholders,
 )
-from helix_compile.passes.match_heads import gate_by_head, open_view
-from helix_compile.passes.propagate import fake_shard, propagate_shapes
+from helix_compile.passes.match_heads import gate_by_head
+from helix_compile.passes.propagate import propagate_shapes
+from helix_compile.passes.shard_gqa import gqa_attention
 from helix_compile.plan import AttentionPlan, BodyPlan
 from helix_compile.provenance import made_from
 
@@ -70,30 +74,29 @@ def shard_attention_pass(
 
 
 def _rewrite_site(
-    graph: fx.Graph, match: AttentionMatch, plan: AttentionPlan, body: BodyPlan, layout: HelixLayout
+    graph: fx.Graph, match: Site, plan: AttentionPlan, body: BodyPlan, layout: HelixLayout
 ) -> None:
-    w_uk = _shard_input(graph, match.w_uk.param, "w_uk", body)
-    w_uv = _shard_input(graph, match.w_uv.param, "w_uv", body)
-    up = node_named(graph, match.v_up)
-    apply_uv = f"bthr,{match.w_uv.order.replace('d', 'v')}->bthv"
     for name in (match.q_weight, match.q_bias):
         if name:
             cut_input(graph, name, body)
     open_views(graph, match.head_views, match.num_heads)
     anchor, o_proj = node_named(graph, match.anchor), node_named(graph, match.o_proj)
+    w_uv = None
+    if isinstance(match, AttentionMatch):
+        w_uk = _shard_input(graph, match.w_uk.param, "w_uk", body)
+        w_uv = _shard_input(graph, match.w_uv.param, "w_uv", body)
     with graph.inserting_before(anchor), made_from(graph, anchor):
-        with made_from(graph, node_named(graph, match.q)):
-            q_latent, q_rope = _absorbed_query(graph, match, plan, w_uk, layout)
-        partial_o, lse = _local_attention(graph, match, plan, q_latent, q_rope)
+        if isinstance(match, GqaMatch):
+            partial_o, lse = gqa_attention(graph, match, plan, body, layout)
+        else:
+            with made_from(graph, node_named(graph, match.q)):
+                q_latent, q_rope = _absorbed_query(graph, match, plan, w_uk, layout)
+            partial_o, lse = _local_attention(graph, match, plan, q_latent, q_rope)
         if plan.v_up == "before":
-            with made_from(graph, up):
-                partial_o = named(
-                    graph, "partial_o_up", aten.einsum.default, apply_uv, [partial_o, w_uv]
-                )
+            partial_o = _raised(graph, match, "partial_o_up", partial_o, w_uv)
         o = _merge(graph, plan, partial_o, lse)
         if plan.v_up == "after":
-            with made_from(graph, up):
-                o = named(graph, "o_up", aten.einsum.default, apply_uv, [o, w_uv])
+            o = _raised(graph, match, "o_up", o, w_uv)
         if layout.world_size > 1:
             o = named(
                 graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", layout.world_size
@@ -108,7 +111,15 @@ def _rewrite_site(
     o_proj.args = (flat, *o_proj.args[1:])
 
 
-def _gated(graph: fx.Graph, match: AttentionMatch, gate: GateMatch, o: fx.Node) -> fx.Node:
+def _raised(graph: fx.Graph, match: Site, name: str, o: fx.Node, w_uv: fx.Node | None) -> fx.Node:
+    """O [B, T, h, R] by W_UV: [B, T, h, V]."""
+    assert isinstance(match, AttentionMatch)
+    product = f"bthr,{match.w_uv.order.replace('d', 'v')}->bthv"
+    with made_from(graph, node_named(graph, match.v_up)):
+        return named(graph, name, aten.einsum.default, product, [o, w_uv])
+
+
+def _gated(graph: fx.Graph, match: Site, gate: GateMatch, o: fx.Node) -> fx.Node:
     """O [B, T, h, V] times its gate."""
     open_views(graph, gate.head_views, match.num_heads)
     with made_from(graph, node_named(graph, gate.product)):
@@ -116,13 +127,6 @@ def _gated(graph: fx.Graph, match: AttentionMatch, gate: GateMatch, o: fx.Node) 
         for op, *args in gate_by_head(value, gate.form, match.v_head_dim):
             value = graph.call_function(op, (value, *args))
         return named(graph, "o_gated", aten.mul.Tensor, o, value)
-
-
-def open_views(graph: fx.Graph, names: tuple[str, ...], heads: int) -> None:
-    """Views that write the head count get -1 there: a rank has fewer heads."""
-    for name in names:
-        view = node_named(graph, name)
-        view.args = (view.args[0], open_view(view, heads))
 
 
 def _absorbed_query(
@@ -183,8 +187,8 @@ def _local_attention(
         input_named(graph, "step", n) for n in ("slots", "visible", "page_table")
     )
     cache = input_named(graph, "cache", f"cache_{plan.site}")
-    latent, k_rope = (_squeezed(graph, node_named(graph, n)) for n in (match.latent, match.k_rope))
-    past = [node_named(graph, n) for n in (match.past_latent, match.past_rope)]
+    latent, k_rope = (_squeezed(graph, node_named(graph, n)) for n in match.new)
+    past = [node_named(graph, n) for n in match.past]
     with made_from(graph, *past):
         written = named(
             graph, "visible_now", helix.cache_append.default,
@@ -224,11 +228,3 @@ def _shard_input(graph: fx.Graph, param: str, suffix: str, body: BodyPlan) -> fx
         node = add_input(graph, "param", f"{param}.{suffix}", whole.meta["val"])
     cut_input(graph, f"{param}.{suffix}", body)
     return node
-
-
-def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
-    """From here on this parameter is the rank's shard: its shape and its layout."""
-    node, shard = input_named(graph, "param", name), body.shard(name)
-    assert shard is not None, name
-    node.meta["val"] = fake_shard(node, shard)
-    node.meta["sharded"] = True

@@ -13,6 +13,7 @@ from helix_compile.graph_pass import PassResult
 from helix_compile.layout import HelixLayout
 from helix_compile.matches import DenseFFNMatch, LayerMatch, MoEMatch
 from helix_compile.ops import helix
+from helix_compile.passes.cut_inputs import cut_input
 from helix_compile.passes.fx_edit import (
     add_input,
     aten,
@@ -24,7 +25,6 @@ from helix_compile.passes.fx_edit import (
 )
 from helix_compile.passes.propagate import propagate_shapes
 from helix_compile.passes.reshard import sum_over_world
-from helix_compile.passes.shard_attention import cut_input
 from helix_compile.plan import BodyPlan
 from helix_compile.provenance import made_from
 

@@ -263,6 +263,21 @@ def _last_dim_joined(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixL
     return _map_dims(of(node.args[0]), lambda d: None if d == last else d, str(node.target))
 
 
+def _mean(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Of dims that are whole; a norm of each head keeps its heads cut."""
+    layout, ndim = of(node.args[0]), len(shape_of(node.args[0]))
+    require(
+        all(isinstance(p, Shard) for p in layout.values()), f"a mean of {format_layout(layout)}"
+    )
+    gone = sorted(d % ndim for d in node.args[1])
+    keep = len(node.args) > 2 and node.args[2]
+    return _map_dims(
+        layout,
+        lambda d: None if d in gone else d if keep else d - sum(g < d for g in gone),
+        "mean",
+    )
+
+
 def _expand(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     shift = len(shape_of(node)) - len(shape_of(node.args[0]))
     return _map_dims(of(node.args[0]), lambda d: d + shift, "expand")
@@ -299,6 +314,7 @@ RULES: dict[Any, Rule] = {
     aten.split.Tensor: _along(2),
     aten.cat.default: _cat,
     aten.expand.default: _expand,
+    aten.mean.dim: _mean,
     operator.getitem: _getitem,
     aten.linear.default: _linear,
     aten.einsum.default: _einsum,

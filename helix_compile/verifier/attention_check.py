@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
-from helix_compile.matches import AttentionMatch
+from helix_compile.matches import AttentionMatch, Site
 from helix_compile.passes.fx_edit import helix_op
 from helix_compile.verifier.layer_run import CapturedReference, LayerRun, attention_output
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.scratch import Scratch, deal
+from helix_compile.verifier.site_terms import local_query, weighted
 
 # rel-RMSE of one attention output on identical inputs; bf16: correct runs reach 0.0018, the weakest fault 0.0117
 ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -17,7 +20,7 @@ ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, to
 
 def check_attention(
     run: LayerRun,
-    attention: AttentionMatch,
+    attention: Site,
     scratch: Scratch,
     site: int,
     reference: CapturedReference,
@@ -32,10 +35,12 @@ def check_attention(
     if decode is None or o_proj is None:
         return []  # another graph than the passes make: the layer's output decides
     layout, dtype = scratch.compiled.plan.layout, getattr(torch, scratch.compiled.plan.dtype)
-    whole = reference.tensors[reference.prefix(layer) + attention.w_uv.param]
-    w_uv = attention.w_uv.of(whole.double())
+    w_uv = None
+    if isinstance(attention, AttentionMatch):
+        whole = reference.tensors[reference.prefix(layer) + attention.w_uv.param]
+        w_uv = attention.w_uv.of(whole.double())
     owned = [v[attention_output(o_proj, attention).name] for v in run.values]
-    q_parts = [[v[n.name].double() for n in decode.args[:2]] for v in run.values]
+    queries = [_query(attention, decode, v) for v in run.values]
     heads = attention.num_heads // layout.world_size
     pooled, norm, worst = 0.0, 0.0, (0.0, 0, 0, 0)
     limit = ATTENTION[dtype]
@@ -44,9 +49,10 @@ def check_attention(
         first = rank * heads - tpa * layout.kvp * heads
         for row, length in enumerate(scratch.lengths):
             entries = scratch.gathered(site, row, length, tpa).double()
-            q = torch.cat(q_parts[rank], dim=-1)[row, :, first : first + heads]
-            dense = _dense(q, entries, attention, length)
-            v = torch.einsum("thr,hvr->thv", dense, w_uv[rank * heads : (rank + 1) * heads])
+            q = queries[rank][row, :, first : first + heads]
+            v = _dense(q, entries, attention, length, first)
+            if w_uv is not None:
+                v = torch.einsum("thr,hvr->thv", v, w_uv[rank * heads : (rank + 1) * heads])
             got = o[row].reshape(*v.shape).double()
             error = (got - v).square().sum(dim=(1, 2))
             pooled, norm = pooled + float(error.sum()), norm + float(v.square().sum())
@@ -69,7 +75,7 @@ def check_attention(
 
 def _blame(
     run: LayerRun,
-    attention: AttentionMatch,
+    attention: Site,
     scratch: Scratch,
     site: int,
     decode: fx.Node,
@@ -78,7 +84,7 @@ def _blame(
     """Which half is wrong: a rank's own attention over its shard, or what is made of the ranks' parts."""
     layout, options = scratch.compiled.plan.layout, scratch.compiled.plan.options
     for rank, values in enumerate(run.values):
-        q = torch.cat([values[n.name].double() for n in decode.args[:2]], dim=-1)
+        q = _query(attention, decode, values)
         o, lse = _merged(*(x.double() for x in values[decode.name]))
         for row, length in enumerate(scratch.lengths):
             T = q.shape[1]
@@ -92,9 +98,7 @@ def _blame(
             alive = expected > -torch.inf
             if not torch.equal(alive, lse[row] > -torch.inf) or bool(lse[row].isnan().any()):
                 return f"{at} says the wrong shards are empty", 5
-            wanted = torch.einsum(
-                "ths,sr->thr", s.softmax(-1).nan_to_num(0), held[:, : attention.kv_lora_rank]
-            )
+            wanted = weighted(attention, s.softmax(-1).nan_to_num(0), held)
             norm = max(float(wanted.square().sum()), 1e-300)
             off = (float((o[row] - wanted)[alive].square().sum()) / norm) ** 0.5
             apart = float((lse[row] - expected)[alive].abs().max()) if bool(alive.any()) else 0.0
@@ -120,16 +124,22 @@ def _merged(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(shares[..., None] > 0, o, 0.0).mul(shares[..., None]).sum(dim=3), whole
 
 
-def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int) -> Tensor:
-    """Causal attention of q [T, h, R + r] over entries [length, R + r]; the last T of them are the queries' own."""
+def _query(attention: Site, decode: fx.Node, values: dict[str, Any]) -> Tensor:
+    """The q that a rank's decode op got [B, T, h, *], in the widths of the rank's entries."""
+    places = decode.args[: 1 if attention.cache.heads else 2]
+    return local_query(attention, [values[n.name].double() for n in places])
+
+
+def _dense(q: Tensor, entries: Tensor, attention: Site, length: int, first_head: int) -> Tensor:
+    """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own."""
     T = q.shape[0]
     s = torch.einsum("thw,sw->ths", q, entries) * attention.scale
     seen = torch.arange(length) <= torch.arange(length - T, length)[:, None]
     s = s.masked_fill(~seen[:, None], -torch.inf)
-    return torch.einsum("ths,sr->thr", s.softmax(-1), entries[:, : attention.kv_lora_rank])
+    return weighted(attention, s.softmax(-1), entries, first_head)
 
 
 def _decode_node(graph: fx.Graph, number: int) -> fx.Node | None:
     """The decode op of a body's `number`-th attention."""
-    nodes = [n for n in graph.nodes if helix_op(n) == "mla_decode"]
+    nodes = [n for n in graph.nodes if helix_op(n) in ("mla_decode", "gqa_decode")]
     return nodes[number] if number < len(nodes) else None

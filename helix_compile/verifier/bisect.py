@@ -202,6 +202,7 @@ def _between(node: fx.Node, good: set[fx.Node]) -> list[fx.Node]:
 
 _FAMILY = {
     "mla_decode": 4,
+    "gqa_decode": 4,
     "merge_lse": 6,
     "rescale_by_lse": 6,
     "unpack_heads": 1,
@@ -218,7 +219,7 @@ def _family(suspects: list[fx.Node], off: float) -> int:
     names = [helix_op(n) for n in suspects]
     for name, family in _FAMILY.items():
         if name in names:
-            return 6 if name == "mla_decode" and "merge_lse" in names else family
+            return 6 if name.endswith("a_decode") and "merge_lse" in names else family
     texts = " ".join(str(n.target) for n in suspects)
     if "all_reduce" in texts or "all_gather" in texts or "reduce_scatter" in texts:
         return 10

@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from helix_compile.matches import LayerMatch
 from helix_compile.passes.fx_edit import aten, is_call, is_param, placeholders
 from helix_compile.verifier.layer_run import CapturedReference, LayerInputs
-from helix_compile.verifier.needles import absorbed_query, scores
+from helix_compile.verifier.needles import scores
+from helix_compile.verifier.site_terms import empty_past, new_entries, query_parts
 
 Edit = Callable[[Tensor], Tensor]
 Edits = dict[str, Edit]  # full parameter name -> its edit
@@ -51,18 +52,14 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
                 torch.ones(B, T, dtype=torch.int64),
                 torch.arange(T).expand(B, T).contiguous(),
                 tuple(
-                    (
-                        torch.zeros(B, 1, 0, a.kv_lora_rank, dtype=torch.float64),
-                        torch.zeros(B, 1, 0, a.qk_rope_head_dim, dtype=torch.float64),
-                    )
-                    for a in match.attentions
+                    (a.double(), b.double())
+                    for a, b in (empty_past(site, B, 0) for site in match.attentions)
                 ),
             )
             values = reference.layer(layer.index, given)
             for attention in match.attentions:
-                w_uk = reference.tensors[layer.prefix + attention.w_uk.param]
-                query = absorbed_query(attention, values, w_uk)
-                seen = scores(attention, query, values[attention.latent][:, 0], values[attention.k_rope][:, 0])  # fmt: skip
+                query = query_parts(attention, values, reference.tensors, layer.prefix)
+                seen = scores(attention, query, *new_entries(attention, values))
                 factor = max(1.0, spread / max(float(seen.std()), 1e-6))
                 edits[layer.prefix + attention.q_weight] = partial(_scaled, factor=factor)
                 if attention.q_bias:
@@ -92,7 +89,7 @@ def _vectors(
     would not commute with their cut.
     """
     experts = {m.num_experts for m in match.moes} if match is not None else set()
-    cut = set() if match is None else {a.q_bias for a in match.attentions}
+    cut = set() if match is None else {b for a in match.attentions for b in a.cut_biases}
     cut |= (
         set() if match is None else {b for f in match.dense_ffns for b in (f.gate_bias, f.up_bias)}
     )

@@ -12,6 +12,7 @@ from helix_compile.options import PAGE_SIZE
 from helix_compile.verifier.check import fault
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.scratch import deal
+from helix_compile.verifier.site_terms import on_rank
 
 
 @contextmanager
@@ -79,9 +80,11 @@ def check_import(compiled: HelixModule) -> list[Finding]:
                 slots = torch.arange(len(mine))
                 for site, cache in enumerate(rank.cache):
                     held = cache[table[row].cpu()[slots // PAGE_SIZE], slots % PAGE_SIZE]
-                    wrong = (
-                        (held != entries[site][row, longest - length :][mine]).any(dim=-1).nonzero()
-                    )
+                    wanted = on_rank(
+                        entries[site][row, longest - length :][mine], compiled.facts.caches[site],
+                        rank.rank // cp, layout.tpa,
+                    )  # fmt: skip
+                    wrong = (held != wanted).flatten(1).any(dim=-1).nonzero()
                     if len(wrong):
                         position = mine[int(wrong[0])]
                         where = f"import_cache: site {site}, rank {rank.rank}, sequence {row}, position {position}"

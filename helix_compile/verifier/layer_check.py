@@ -24,16 +24,18 @@ from helix_compile.verifier.bisect import Located, first_deviation
 from helix_compile.verifier.cache_check import check_cache
 from helix_compile.verifier.check import fault
 from helix_compile.verifier.layer_run import CapturedReference, LayerInputs, LayerRun, run_layer
-from helix_compile.verifier.needles import (
-    absorbed_query,
-    background,
-    need_the_new_token,
-    plant,
-)
+from helix_compile.verifier.needles import background, need_the_new_token, plant
 from helix_compile.verifier.numeric import LIMIT, RATIO
 from helix_compile.verifier.report import Coverage, Finding
 from helix_compile.verifier.routing import NEAR_TIE, Choices, RecordTopK
 from helix_compile.verifier.scratch import Scratch, deal
+from helix_compile.verifier.site_terms import (
+    empty_past,
+    entries_of,
+    new_entries,
+    past_of,
+    query_parts,
+)
 
 # tokens of the long context, and what bounds it: the original expands every key and value to fp64
 LONG, EXPANDED_BYTES = 2048, 2 * 2**30
@@ -116,8 +118,8 @@ def check_layer(
     given = _inputs(reference, match, layer, case, dtype, seed, coverage)
     mask = torch.ones(len(case.lengths), case.T, dtype=torch.int64)
     sites = reference.sites(layer)
-    for site, (latent, k_rope) in zip(sites, given.pasts, strict=True):
-        entries = torch.cat([latent, k_rope], dim=-1)[:, 0]
+    for site, past in zip(sites, given.pasts, strict=True):
+        entries = torch.cat(entries_of(past), dim=-1)
         for row, n in enumerate(case.lengths):
             scratch.fill(site, row, entries[row, entries.shape[1] - n :])
     before = [[c.clone() for c in caches] for caches in scratch.caches]
@@ -184,25 +186,21 @@ def _inputs(
     hidden = torch.randn(B, T, hidden_size, generator=generator, dtype=torch.float64).to(dtype)
     mask = torch.tensor([[0] * (S - n) + [1] * (n + T) for n in case.lengths])
     positions = torch.stack([torch.arange(n, n + T) for n in case.lengths])
-    empty = tuple(
-        (torch.zeros(B, 1, S, a.kv_lora_rank), torch.zeros(B, 1, S, a.qk_rope_head_dim))
-        for a in match.attentions
-    )
+    empty = tuple(empty_past(a, B, S) for a in match.attentions)
     probe = _as(LayerInputs(hidden, mask, positions, empty), torch.float64)
     values = reference.layer(layer, probe)
     prefix = reference.prefix(layer)
     pasts = []
     for attention in match.attentions:
-        w_uk = reference.tensors[prefix + attention.w_uk.param]
-        query = absorbed_query(attention, values, w_uk)
+        query = query_parts(attention, values, reference.tensors, prefix)
         latent, k_rope = background(attention, query, S, generator)
         if S:
-            new = tuple(values[n][:, 0].double() for n in (attention.latent, attention.k_rope))
+            new = new_entries(attention, values)
             coverage.needles += need_the_new_token(
-                attention, query, (new[0], new[1]), latent, list(case.lengths)
+                attention, query, new, latent, list(case.lengths)
             )
             coverage.needles += plant(attention, query, latent, k_rope, list(case.lengths))
-        pasts.append((latent[:, None].to(dtype), k_rope[:, None].to(dtype)))
+        pasts.append(past_of(attention, latent.to(dtype), k_rope.to(dtype)))
     return LayerInputs(hidden, mask, positions, tuple(pasts))
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor.placement_types import Partial, Shard
 from helix_compile.capture import CapturedGraph
 from helix_compile.capture_outer import CapturedLayer
 from helix_compile.layout import HelixLayout
-from helix_compile.matches import AttentionMatch, LayerMatch
+from helix_compile.matches import LayerMatch, Site
 from helix_compile.numerics import WidenedIslands
 from helix_compile.passes.evaluate import evaluate
 from helix_compile.passes.fx_edit import placeholders
@@ -31,7 +31,7 @@ from helix_compile.verifier.static_params import coordinate
 @dataclass(frozen=True)
 class LayerInputs:
     """What a layer reads: hidden [B, T, D], mask [B, S + T] and positions [B, T] with padding in front, and per
-    site the past (latent [B, 1, S, R], k_rope [B, 1, S, r]).
+    site the past (latent [B, 1, S, R] and k_rope [B, 1, S, r], or K and V [B, K, S, *]).
     """
 
     hidden: Tensor
@@ -210,7 +210,7 @@ def replicas(parts: list[Tensor], layout: Layout, degrees: HelixLayout) -> list[
     return []
 
 
-def attention_output(o_proj: fx.Node, attention: AttentionMatch) -> fx.Node:
+def attention_output(o_proj: fx.Node, attention: Site) -> fx.Node:
     """The node whose value is attention alone: what o_proj reads, or what its gate multiplies."""
     node = o_proj.args[0]
     assert isinstance(node, fx.Node)

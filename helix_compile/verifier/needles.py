@@ -7,30 +7,14 @@ A needle is a key that one head of the last query must find: its score is the ro
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from helix_compile.matches import AttentionMatch, permuted
+from helix_compile.matches import Site
 
 
-def absorbed_query(
-    match: AttentionMatch, values: dict[str, Any], whole: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Q in the latent space [B, T, H, R] and its rope part [B, T, H, r], from the original's own q.
-
-    `whole` is the parameter that holds W_UK.
-    """
-    q = permuted(values[match.q].double(), match.q_form, "BTHC")
-    rope = permuted(values[match.q_rope_value or match.q].double(), match.q_rope_form, "BTHC")
-    nope, w_uk = q[..., list(match.q_nope)], match.w_uk.of(whole.double())
-    return torch.einsum("bthd,hdr->bthr", nope, w_uk), rope[..., list(match.q_rope)]
-
-
-def scores(
-    match: AttentionMatch, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor
-) -> Tensor:
+def scores(match: Site, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor) -> Tensor:
     """[B, T, H, S] of keys latent [B, S, R], k_rope [B, S, r]."""
     q_latent, q_rope = query
     by_latent = torch.einsum("bthr,bsr->bths", q_latent, latent.double())
@@ -38,20 +22,21 @@ def scores(
 
 
 def background(
-    match: AttentionMatch, query: tuple[Tensor, Tensor], S: int, generator: torch.Generator
+    match: Site, query: tuple[Tensor, Tensor], S: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random keys [B, S, R], [B, S, r] whose scores have a spread of about one."""
+    """Random entries [B, S, R], [B, S, r] whose scores have a spread of about one."""
     B = query[0].shape[0]
     parts = []
-    for part, width in zip(query, (match.kv_lora_rank, match.qk_rope_head_dim), strict=True):
+    for part, width in zip(query, match.cache.widths, strict=True):
         keys = torch.randn(B, S, width, generator=generator, dtype=torch.float64)
         norm = float(part.square().sum(-1).mean().sqrt()) if width else 1.0
-        parts.append(keys / max(norm * match.scale, 1e-12) / math.sqrt(2))
+        # V has no part in the scores: values of about one
+        parts.append(keys / max(norm * match.scale, 1e-12) / math.sqrt(2) if norm else keys)
     return parts[0], parts[1]
 
 
 def need_the_new_token(
-    match: AttentionMatch,
+    match: Site,
     query: tuple[Tensor, Tensor],
     new: tuple[Tensor, Tensor],
     latent: Tensor,
@@ -84,7 +69,7 @@ def need_the_new_token(
 
 
 def plant(
-    match: AttentionMatch,
+    match: Site,
     query: tuple[Tensor, Tensor],
     latent: Tensor,
     k_rope: Tensor,
@@ -105,7 +90,7 @@ def plant(
             continue
         places = [first, S - 1, first + n // 2, first + 1, S - 2]
         for h, place in enumerate(places[: max(1, match.num_heads - 2)]):
-            by_rope = h >= 3 and match.qk_rope_head_dim > 0
+            by_rope = h >= 3 and bool(q_rope.any())
             part, keys = (q_rope, k_rope) if by_rope else (q_latent, latent)
             direction = part[b, h]
             row = scores(match, query, latent, k_rope)[b, -1, h, first:]

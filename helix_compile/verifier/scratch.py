@@ -9,6 +9,7 @@ to: what goes in is moved, and what comes out comes back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from helix_compile.module import HelixModule
 from helix_compile.numerics import WidenedIslands
 from helix_compile.options import PAGE_SIZE
 from helix_compile.passes.fx_edit import placeholders
+from helix_compile.verifier.site_terms import on_rank, side_by_side
 
 STALE = 1.0e3  # finite in every dtype, and far from anything that a model computes
 
@@ -91,33 +93,37 @@ class Scratch:
         self.caches = []
         for _ in self.params:
             mine = []
-            for width in self.compiled.facts.cache_widths:
-                cache = torch.full((total, PAGE_SIZE, width), torch.nan, dtype=dtype, device=device)
+            for row in self.compiled.facts.caches:
+                shape = (total, PAGE_SIZE, *row.tail(layout.tpa))
+                cache = torch.full(shape, torch.nan, dtype=dtype, device=device)
                 cache[shuffled.to(device)] = STALE
                 mine.append(cache)
             self.caches.append(mine)
 
     def fill(self, site: int, row: int, entries: Tensor) -> None:
-        """Lay out a whole sequence [length, R + r] of one site on every rank."""
+        """Lay out a whole sequence's entries [length, first + second] of one site on every rank."""
         layout, options = self.compiled.plan.layout, self.compiled.plan.options
         hands = deal(len(entries), layout.kvp, options.tokens_per_block)
         for rank, caches in enumerate(self.caches):
             mine = hands[rank % layout.kvp]
             slots = torch.arange(len(mine))
             pages = self.page_table[row][slots // PAGE_SIZE]
-            caches[site][pages, slots % PAGE_SIZE] = entries[mine].to(caches[site])
+            kind = self.compiled.facts.caches[site]
+            rows = on_rank(entries[mine], kind, rank // layout.kvp, layout.tpa)
+            caches[site][pages, slots % PAGE_SIZE] = rows.to(caches[site])
         self.lengths[row] = len(entries)
 
     def shard(self, site: int, row: int, rank: int, count: int) -> Tensor:
-        """The first `count` local slots of a sequence on one rank: [count, R + r]."""
+        """The first `count` local slots of a sequence on one rank: entries [count, *] of its heads."""
         slots = torch.arange(count)
         pages = self.page_table[row][slots // PAGE_SIZE]
-        return self.caches[rank][site][pages, slots % PAGE_SIZE].cpu()
+        rows = self.caches[rank][site][pages, slots % PAGE_SIZE].cpu()
+        return side_by_side(rows, self.compiled.facts.caches[site])
 
     def gathered(self, site: int, row: int, length: int, tpa_rank: int = 0) -> Tensor:
-        """What the ranks of one tpa coordinate hold of a sequence, in order of position: [length, R + r]."""
+        """What the ranks of one tpa coordinate hold of a sequence, in order of position: [length, *]."""
         layout, options = self.compiled.plan.layout, self.compiled.plan.options
-        width = self.compiled.facts.cache_widths[site]
+        width = math.prod(self.caches[0][site].shape[2:])
         whole = self.caches[0][site].new_empty((length, width), device="cpu")
         for kvp, mine in enumerate(deal(length, layout.kvp, options.tokens_per_block)):
             whole[mine] = self.shard(site, row, tpa_rank * layout.kvp + kvp, len(mine))

@@ -74,7 +74,7 @@ def type_graph(
 
     def outer_layout(node: fx.Node) -> Layout:
         kind, name = node.meta["input"]
-        return params.get(name, {}) if kind == "param" else step_layout(kind, name)
+        return params.get(name, {}) if kind == "param" else step_layout(node)
 
     first_calls: dict[str, fx.Node] = {}
     bodies = [n for n in _layer_calls(outer) if not is_leaf_call(typed.module, n)]
@@ -194,7 +194,7 @@ def _type_body(
                 node.meta["val"] = torch.empty(real.shape, dtype=real.dtype, device=real.device)
 
     def layout_of(node: fx.Node) -> Layout:
-        return params.get(local[node], {}) if node in local else step_layout(*node.meta["input"])
+        return params.get(local[node], {}) if node in local else step_layout(node)
 
     typed.findings += _waits(name, graph)
     module = typed.module.get_submodule(name)

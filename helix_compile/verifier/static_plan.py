@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.layout import HelixLayout
-from helix_compile.matches import LayerMatch
+from helix_compile.matches import GqaMatch, LayerMatch
 from helix_compile.passes.fx_edit import aten, calls, helix_op, is_param, placeholders
 from helix_compile.plan import BodyPlan, HelixPlan
 from helix_compile.verifier.report import Finding
@@ -79,10 +79,13 @@ def _shard_axes(body: BodyPlan, match: LayerMatch, plan: HelixPlan) -> list[Find
         after, gather = site.v_up == "after", plan.options.q_proj == "gather"
         wanted = {
             found.q_weight: "world" if gather else "tpa",
-            f"{found.w_uk.param}.w_uk": "world" if gather else "tpa",
-            f"{found.w_uv.param}.w_uv": "world" if after else "tpa",
             found.o_weight: "world",
         }
+        if isinstance(found, GqaMatch):
+            wanted |= {found.k_weight: "tpa", found.v_weight: "tpa"}
+        else:
+            wanted[f"{found.w_uk.param}.w_uk"] = "world" if gather else "tpa"
+            wanted[f"{found.w_uv.param}.w_uv"] = "world" if after else "tpa"
         for name, axis in wanted.items():
             shard = body.shard(name)
             axes = None if shard is None else tuple(c.axis for c in shard.cuts)
@@ -187,7 +190,7 @@ def check_work(
         attended = sum(
             int(_size(n.args[0].meta["val"].shape[2]))
             for n in graph.nodes
-            if helix_op(n) == "mla_decode" and "val" in n.args[0].meta
+            if helix_op(n) in ("mla_decode", "gqa_decode") and "val" in n.args[0].meta
         )
         heads = sum(a.num_heads // plan.layout.tpa for a in match.attentions)
         if attended != heads:

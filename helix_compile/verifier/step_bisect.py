@@ -14,6 +14,7 @@ from helix_compile.verifier.layer_run import CapturedReference
 from helix_compile.verifier.numeric import Batch
 from helix_compile.verifier.reference import EagerReference, RecordingInterpreter
 from helix_compile.verifier.scratch import Scratch
+from helix_compile.verifier.site_terms import empty_past
 from helix_compile.verifier.static_graph import TypedGraph
 
 
@@ -135,7 +136,6 @@ def _past(
     if S == 0:
         layer = next(x for x in captured.captured.layers if site in x.caches)
         match = captured.matches[layer.body].attentions[layer.caches.index(site)]
-        width = match.qk_rope_head_dim if part.endswith("rope") else match.kv_lora_rank
-        return torch.zeros(B, 1, 0, width, dtype=torch.float64)
+        return empty_past(match, B, 0)[part.endswith("rope")].double()
     entry = reference.cache.layers[site]
     return entry.values if part.endswith("rope") else entry.keys

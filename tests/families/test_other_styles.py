@@ -14,7 +14,7 @@ from torch import Tensor
 from helix_compile import HelixModule, MatchError, verify
 from helix_compile.capture import capture
 from helix_compile.matches import AttentionMatch, MatchFailure
-from helix_compile.passes.match_mla import find_mla
+from helix_compile.passes.match_attention import find_attention
 from tests.support.driver import random_ids
 from tests.support.family_run import compiled_family, run_family
 from tests.support.numerics import LIMIT
@@ -38,7 +38,7 @@ def model_of(styles: tuple[str, ...]) -> Any:
 def sites(styles: tuple[str, ...]) -> dict[str, AttentionMatch]:
     found = {}
     for layer, style in enumerate(styles):
-        (match,) = find_mla(capture(model_of(styles)).bodies[f"body_{layer}"].graph)
+        (match,) = find_attention(capture(model_of(styles)).bodies[f"body_{layer}"].graph)
         assert isinstance(match, AttentionMatch), match
         found[style] = match
     return found
@@ -149,7 +149,7 @@ FIRST = (
 def test_near_misses_are_refused_with_their_reason(misses: tuple[tuple[str, str], ...]) -> None:
     captured = capture(toy_layers(*misses))
     for layer, miss in enumerate(misses):
-        (failure,) = find_mla(captured.bodies[f"body_{layer}"].graph)
+        (failure,) = find_attention(captured.bodies[f"body_{layer}"].graph)
         assert isinstance(failure, MatchFailure), miss
         assert re.search(MISSES[miss], failure.reason), (miss, failure)
 

@@ -119,13 +119,13 @@ def test_models() -> None:
         helix_compile("nowhere", cp=2)
 
 
-def test_a_model_without_mla_names_layer_node_and_reason() -> None:
+def test_a_model_that_is_not_matched_names_layer_node_and_reason() -> None:
     config = GPT2Config(
         n_layer=2, n_embd=32, n_head=4, vocab_size=97, bos_token_id=0, eos_token_id=0
     )
     with pytest.raises(MatchError) as caught:
         helix_compile(GPT2LMHeadModel(config).eval(), cp=2)
-    for part in ("layer 0", "V does not derive from one linear", "`scaled_dot_product_attention`"):
+    for part in ("layer 0", "`aten.addmm.default` stands between", "`addmm_1`", "expected K and V"):
         assert part in str(caught.value)
 
 

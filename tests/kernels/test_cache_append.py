@@ -92,6 +92,25 @@ def test_append_writes_mine_and_nothing_else(
     assert torch.equal(seen, step.visible) and seen.data_ptr() != step.visible.data_ptr()
 
 
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_heads_of_k_and_v_lie_side_by_side(by_kernel: bool) -> None:
+    """Slot by slot, against a loop; K and V as they come, [B, K, T, D] transposed; nothing else is touched."""
+    B, T, K, Dk, Dv, page = 2, 3, 3, 6, 10, 4
+    cache = torch.full((B * 2, page, K, Dk + Dv), 7.0)
+    table, slots = torch.tensor([[3, 0], [2, 1]]), torch.tensor([[2, -1, 5], [-1, 0, 7]])
+    k, v = (torch.randn(B, K, T, D).transpose(1, 2) for D in (Dk, Dv))
+    wanted = cache.clone()
+    for b in range(B):
+        for t in range(T):
+            if (slot := int(slots[b, t])) >= 0:
+                for head in range(K):
+                    wanted[table[b, slot // page], slot % page, head] = torch.cat([k[b, t, head], v[b, t, head]])  # fmt: skip
+    visible = torch.arange(B * T, dtype=torch.int32).view(B, T)
+    append = triton_ops.cache_append if by_kernel else helix.cache_append
+    assert torch.equal(append(cache, table, slots, visible, k, v), visible)
+    assert torch.equal(cache, wanted)
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16])
 def test_append_rounds_to_the_dtype_of_the_cache(cache_dtype: torch.dtype) -> None:
     step = step_of(2, 2, 8, 4, 4, 1.0, torch.float32, 1)

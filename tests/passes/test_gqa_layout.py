@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from torch import fx
 
 from helix_compile.layout import HelixLayout
@@ -64,3 +65,52 @@ def test_partials_of_own_heads(kvp: int, tpa: int, layouts: dict[str, str], resu
 def test_what_does_not_fit_is_named(change: dict[str, str], word: str) -> None:
     with pytest.raises(Untyped, match=re.escape(word)):
         inferred(degrees(2, 2), {**SHARDED, **change})
+
+
+APPEND = ("cache", "page_table", "slots", "visible", "k", "v")
+APPENDED = {"cache": "kvp:L, tpa:S(2)", "slots": "kvp:L", "visible": "kvp:L", "k": "tpa:S(2)", "v": "tpa:S(2)"}  # fmt: skip
+
+
+def appended(layouts: dict[str, str], dims: int = 4) -> Any:
+    """Layout of what cache_append returns, for a cache of so many dims."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in APPEND]
+    inputs[0].meta["val"] = torch.empty((8, 4, 3, 16)[4 - dims :])
+    node = graph.call_function(helix.cache_append.default, tuple(inputs))
+    of = {name: parse_layout(layouts.get(name, "R")) for name in APPEND}
+    return format_layout(infer_layouts(graph, lambda n: of[n.name], degrees(2, 2))[node])
+
+
+def test_append_takes_a_ranks_heads_or_a_whole_latent() -> None:
+    assert appended(APPENDED) == "kvp:L"
+    latent = {"cache": "kvp:L", "slots": "kvp:L", "visible": "kvp:L"}
+    assert appended(latent, dims=3) == "kvp:L"
+    for layouts, dims in (
+        ({**APPENDED, "k": "R"}, 4), ({**APPENDED, "cache": "kvp:L"}, 4), ({**APPENDED, "slots": "R"}, 4),
+        (APPENDED, 3), ({**latent, "k": "tpa:S(2)"}, 3), (latent, 4),
+    ):  # fmt: skip
+        with pytest.raises(Untyped):
+            appended(layouts, dims)
+
+
+@pytest.mark.parametrize(
+    ("keep", "before", "after"),
+    [(True, "tpa:S(2)", "tpa:S(2)"), (False, "tpa:S(2)", "tpa:S(1)"), (False, "tpa:S(1)", None), (True, "kvp:PS", None)],
+)  # fmt: skip
+def test_a_mean_keeps_heads_cut(keep: bool, before: str, after: str | None) -> None:
+    """Of dim 1 of [B, T, K, D]: it must be whole."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2, 3, 4, 5)
+    node = graph.call_function(torch.ops.aten.mean.dim, (x, [1], keep))
+
+    def result() -> str:
+        return format_layout(
+            infer_layouts(graph, lambda n: parse_layout(before), degrees(2, 2))[node]
+        )
+
+    if after is None:
+        with pytest.raises(Untyped):
+            result()
+    else:
+        assert result() == after

@@ -10,7 +10,7 @@ from helix_compile.graph_pass import copy_graph
 from helix_compile.matches import AttentionMatch, MatchFailure
 from helix_compile.numerics import WidenedIslands
 from helix_compile.passes.fx_edit import aten, calls, is_call, node_named
-from helix_compile.passes.match_mla import find_mla
+from helix_compile.passes.match_attention import find_attention
 from tests.support.graphs import BodyValues, captured_tiny
 from tests.support.models import SIZES
 
@@ -27,13 +27,13 @@ def dense_body(variant: str = "plain", attention: str = "sdpa") -> fx.Graph:
 
 
 def only_match(graph: fx.Graph) -> AttentionMatch:
-    (match,) = find_mla(graph)
+    (match,) = find_attention(graph)
     assert isinstance(match, AttentionMatch)
     return match
 
 
 def only_failure(graph: fx.Graph) -> MatchFailure:
-    (failure,) = find_mla(graph)
+    (failure,) = find_attention(graph)
     assert isinstance(failure, MatchFailure)
     return failure
 
@@ -173,4 +173,4 @@ def test_a_cap_on_the_scores_is_refused() -> None:
 def test_no_attention_no_match() -> None:
     graph = fx.Graph()
     graph.output(graph.call_function(aten.neg.default, (graph.placeholder("x"),)))
-    assert find_mla(graph) == []
+    assert find_attention(graph) == []

@@ -8,8 +8,8 @@ from helix_compile import capture
 from helix_compile.matches import AttentionMatch
 from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.index_provenance import trace_elements
+from helix_compile.passes.match_attention import find_attention
 from helix_compile.passes.match_layers import match_layers
-from helix_compile.passes.match_mla import find_mla
 from helix_compile.passes.typing_rules import reshape_map
 from tests.support.models import VARIANTS, tiny_model
 
@@ -44,7 +44,7 @@ def test_a_layer_with_another_constant_gets_its_own_body() -> None:
 def test_provenance_follows_elements_not_shapes() -> None:
     """Transposing twice, cutting and joining gives every element its own source coordinate back."""
     graph = capture(tiny_model()).bodies["body_0"].graph
-    (match,) = find_mla(graph)
+    (match,) = find_attention(graph)
     assert isinstance(match, AttentionMatch)
     anchor = next(n for n in graph.nodes if n.name == match.anchor)
     k = trace_elements(anchor.args[1])

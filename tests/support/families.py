@@ -1,4 +1,5 @@
-"""Every family of transformers whose configuration has a `kv_lora_rank`, as a tiny model of awkward sizes.
+"""Every family of transformers whose configuration has a `kv_lora_rank`, and some with grouped-query attention, as tiny
+models of awkward sizes.
 
 Tests and the generator of docs/families.md share this file. tests/families/test_every_family.py fails when the installed
 transformers ships a family that is not listed here.
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+
+from tests.support.gqa_models import SIZES
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 72, "intermediate_size": 58, "num_hidden_layers": 3,
@@ -54,6 +57,7 @@ class Family:
         sizes: what differs from COMMON; None removes nothing, it is passed on.
         refused: part of the message it is refused with, or "" where it is rewritten.
         variants: other configurations of the same family, name -> what differs again.
+        common: what `sizes` differ from.
     """
 
     model: str
@@ -61,6 +65,7 @@ class Family:
     sizes: dict[str, Any]
     refused: str = ""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    common: dict[str, Any] = field(default_factory=lambda: COMMON)
 
 
 FAMILIES: dict[str, Family] = {
@@ -120,6 +125,18 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
+GROUPED = {
+    "llama": Family(
+        "LlamaForCausalLM", "LlamaConfig", {"num_key_value_heads": 3},
+        variants={"plain_heads": {"num_key_value_heads": 12}, "one_kv_head": {"num_key_value_heads": 1}}, common=SIZES,
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 14}, common=SIZES),
+    "mixtral": Family(
+        "MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 3}, common=SIZES,
+    ),
+}  # fmt: skip
+FAMILIES |= GROUPED
+
 _TEXT: dict[str, dict[str, int]] = {
     "glm5_next": {"qk_rope_head_dim": 0, "index_topk": 16, "num_hidden_layers": 4},
     "mistral_large4": {},
@@ -137,7 +154,7 @@ def config_of(name: str, variant: str = "", **changes: Any) -> Any:
     """The tiny configuration of a family, or of one of its variants."""
     family = FAMILIES[name]
     module = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
-    sizes = {**COMMON, **family.sizes, **family.variants.get(variant, {}), **changes}
+    sizes = {**family.common, **family.sizes, **family.variants.get(variant, {}), **changes}
     if name in _TEXT:  # a model for images too: the text part is what matters here
         return getattr(module, family.config)(text_config={**sizes, **_TEXT[name]})
     return getattr(module, family.config)(**sizes)

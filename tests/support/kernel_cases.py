@@ -158,14 +158,16 @@ def _unpack(H: int, W: int, peers: int) -> Callable:
     return arguments
 
 
-def _append(R: int, r: int, page: int) -> Callable:
+def _append(R: int, r: int, page: int, heads: tuple[int, ...] = ()) -> Callable:
+    """`heads` (K,): K and V of K KV heads, else a latent and a rope part."""
+
     def arguments(dtype: torch.dtype, seed: int) -> Arguments:
         draw = torch.Generator().manual_seed(seed)
         B, T, pages = 3, 4, 3
-        cache = torch.full((B * pages, page, R + r), STALE, dtype=dtype)
+        cache = torch.full((B * pages, page, *heads, R + r), STALE, dtype=dtype)
         slots = torch.randint(0, page * pages - T, (B, 1), generator=draw) + torch.arange(T)
         slots[torch.rand(B, T, generator=draw) < 0.4] = -1
-        new = (torch.randn(B, T, width, generator=draw).to(dtype) for width in (R, r))
+        new = (torch.randn(B, T, *heads, w, generator=draw).to(dtype) for w in (R, r))
         table = torch.randperm(B * pages, generator=draw).view(B, pages)
         return cache, table, slots, (slots + 1).int(), *new
 
@@ -219,6 +221,7 @@ CASES = [
     KernelCase("pack_heads", "wide", _pack(16, 512, 4), exact=True),
     KernelCase("unpack_heads", "wide", _unpack(16, 512, 4), exact=True),
     KernelCase("cache_append", "odd", _append(20, 6, 5), exact=True),
+    KernelCase("cache_append", "kv-heads", _append(10, 6, 5, heads=(3,)), exact=True),
     KernelCase("cache_append", "wide", _append(512, 64, 128), exact=True),
     KernelCase("moe_experts", "odd", _experts(7, 72, 40, 4)),
     KernelCase("moe_experts", "one-token", _experts(1, 128, 64, 8)),

@@ -1,0 +1,94 @@
+"""Grouped-query attention in several styles, as the graph of one attention layer; `miss` breaks one condition."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from helix_compile.capture_body import export_functional, normalised_module
+from helix_compile.passes.fx_edit import HINT_B, HINT_S, HINT_T
+
+H, K, DK, DV, D = 12, 4, 10, 14, 36
+
+
+class ToyGQA(nn.Module):
+    """Styles: "repeat", "enable_gqa", "eager", "interleave". Misses: see `_missed` and `_attended`."""
+
+    def __init__(self, style: str, miss: str = ""):
+        super().__init__()
+        self.style, self.miss = style, miss
+        self.q, self.o = nn.Linear(D, H * DK), nn.Linear(H * DV, D, bias=False)
+        self.k, self.v = nn.Linear(D, K * DK), nn.Linear(D, K * DV)
+        self.qkv = nn.Linear(D, H * DK + K * (DK + DV))
+        self.sink = nn.Parameter(torch.randn(H))
+
+    def forward(
+        self, hidden: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        B, T, _ = hidden.shape
+        if self.miss == "one linear":
+            q, k, v = self.qkv(hidden).split([H * DK, K * DK, K * DV], dim=-1)
+        else:
+            q, k, v = self.q(hidden), self.k(hidden), self.v(hidden)
+        q, k, v = (x.view(B, T, -1, w).transpose(1, 2) for x, w in ((q, DK), (k, DK), (v, DV)))
+        if self.miss == "norm over heads":
+            k = k / (k.square().mean(dim=(1, 3), keepdim=True) + 1e-5).sqrt()
+        new_k, new_v = k, v
+        k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+        k, v, mask = self._missed(k, v, mask)
+        out = self._attended(q, k, v, mask).transpose(1, 2)
+        return self.o(out.reshape(B, T, H * DV)), [new_k, new_v]
+
+    def _missed(self, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.miss == "other heads":
+            k = torch.cat([k[:, 1:], k[:, :1]], dim=1)
+        if self.miss == "v from another position":
+            v = torch.cat([v[:, :, 1:], v[:, :, :1]], dim=2)
+        if self.miss == "k of other channels":
+            k = torch.cat([k[..., 1:], k[..., :1]], dim=-1)
+        if self.miss == "k scaled":
+            k = k * (1.0 + k[..., :1].abs())
+        if self.miss == "window by slice":
+            k, v, mask = k[:, :, 1:], v[:, :, 1:], mask[..., 1:]
+        return k, v, mask
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        B, _, S, W = x.shape
+        if self.miss == "tiled":
+            return x[:, None].expand(-1, H // K, -1, -1, -1).reshape(B, H, S, W)
+        if self.style == "interleave":
+            return x.repeat_interleave(H // K, dim=1)
+        return x[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, S, W)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        sdpa = nn.functional.scaled_dot_product_attention
+        if self.style == "enable_gqa":
+            return sdpa(q, k, v, attn_mask=mask, scale=0.25, enable_gqa=True)
+        k, v = self._repeated(k), self._repeated(v)
+        if self.style != "eager":
+            return sdpa(q, k, v, attn_mask=mask, scale=0.25)
+        scores = q @ k.transpose(2, 3) * 0.25
+        if self.miss == "score scaled per key":
+            scores = scores * (1.0 + k[..., 0].abs()[:, :, None])
+        scores = scores + mask
+        if self.miss == "sinks":
+            sink = self.sink.view(1, H, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+            return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1] @ v
+        return scores.softmax(-1) @ v
+
+
+@cache
+def toy_graph(style: str, miss: str = "") -> fx.Graph:
+    """The attention exported at the capture hints, which is what matchers look at; names of inputs as in a captured body."""
+    torch.manual_seed(0)
+    layer = ToyGQA(style, miss).double()
+    total = HINT_S + HINT_T
+    args: tuple[Any, ...] = (
+        torch.randn(HINT_B, HINT_T, D).double(), torch.randn(HINT_B, 1, HINT_T, total).double(),
+        torch.randn(HINT_B, K, HINT_S, DK).double(), torch.randn(HINT_B, K, HINT_S, DV).double(),
+    )  # fmt: skip
+    names = [("hidden", "hidden"), ("tensor", "mask"), ("past", "past_latent_0"), ("past", "past_rope_0")]  # fmt: skip
+    return normalised_module(export_functional(layer, args, None), names, prefix="").graph
