@@ -229,7 +229,7 @@ def _verified(
     from helix_compile.verification import verify as check
 
     original = built
-    if not isinstance(built, Path):
+    if isinstance(built, torch.nn.Module):
         built = original = built.to(options["device"])  # verify() runs both
     compiled = helix_compile(built, **options)
     if isinstance(built, Path):

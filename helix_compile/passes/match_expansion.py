@@ -143,6 +143,8 @@ def weight_of_v(v: Provenance, node: fx.Node) -> tuple[Expansion, UpWeight]:
 
 def expansion_of_k(k: Provenance, of_v: Expansion, node: fx.Node) -> Expansion:
     """The product over the same latent as V's that the nope part of K comes from."""
+    if k.undefined():
+        raise Reject("K holds elements that nothing wrote", node, 4)
     found: list[Expansion] = []
     others: list[Expansion] = []
     for source in k.used():

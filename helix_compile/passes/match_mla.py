@@ -114,8 +114,6 @@ def _channels_of_k(
     k: Provenance, k_up: Expansion, node: fx.Node
 ) -> tuple[UpWeight, tuple[int, ...], fx.Node, tuple[int, ...]]:
     """(W_UK, nope channels, rope source, rope channels in the order of the rope columns)."""
-    if k.undefined():
-        raise Reject("K holds elements that nothing wrote", node, 4)
     others = [s for s in k.used() if s is not k_up.node]
     if len(others) != 1:
         names = ", ".join(f"`{s.name}`" for s in others) or "nothing"

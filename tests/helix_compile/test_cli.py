@@ -131,6 +131,10 @@ def test_generate_from_a_preset_a_config_and_a_checkpoint(tmp_path: Path) -> Non
         (("inspect", "tiny"), "Missing option '--cp'"),
         (("generate", "tiny", "--cp", "2", "--prompt-ids", "a"), "expected integers"),
         (("generate", "tiny", "--cp", "2", "--prompt-ids", "300"), "token ids must be in [0, 256)"),
+        (
+            ("generate", "tiny", "--cp", "2", "--prompt-ids", "1", "--device", "nowhere"),
+            "device='nowhere' can't be used here",
+        ),
         (("verify", "tiny"), "give MODEL and --cp N, or --self-test"),
         (("verify",), "give MODEL and --cp N, or --self-test"),
         (("verify", "tiny", "--cp", "3"), "8 heads can't be divided"),

@@ -265,7 +265,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     options: dict[str, Any] = {}
 
     def record(model: object, **given: Any) -> None:
-        options.update({k: v for k, v in given.items() if k != "dtype"})
+        options.update({k: v for k, v in given.items() if k not in ("dtype", "device")})
         raise HelixError("recorded")
 
     monkeypatch.setattr(cli, "_model", lambda *_, **__: None)
