@@ -29,6 +29,7 @@ from helix_compile.passes.index_provenance import (
     trace_elements,
 )
 from helix_compile.passes.match_heads import Reject
+from helix_compile.passes.narrow_weights import computed_weight
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def expansion_of(node: fx.Node, what: str) -> Expansion:
     """
     found = weight_product(node)
     if found is None:
+        if is_call(node, aten.linear.default):
+            raise Reject(computed_weight(node, node.args[1]), node, 3)
         if product_of(node) is not None:
             raise Reject(
                 f"the weight of `{node.name}` is computed, not a view of a parameter", node, 3
