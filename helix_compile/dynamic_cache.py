@@ -11,12 +11,12 @@ from helix_compile.errors import RuntimeFault
 
 
 def parts_of_dynamic_cache(
-    cache: DynamicCache, heads: Sequence[int]
+    cache: DynamicCache, heads: Sequence[int] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
     """([B, S, R] latents, [B, S, r] roped keys), one of each a layer; columns include the sender's padding.
 
-    `heads` are the KV heads of each cached attention; where that is not 0, K and V of all heads side by side,
-    [B, S, K Dk] and [B, S, K Dv].
+    `heads` are the KV heads of each cached attention (none given: latents); where that is not 0, K and V of all heads
+    side by side, [B, S, K Dk] and [B, S, K Dv].
 
     Raises:
         RuntimeFault: a layer of another kind (sliding, quantised, static), an empty one, or one that holds full heads.
