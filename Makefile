@@ -20,6 +20,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p helix_compile
+	$(BIN)/mypy examples
 	$(BIN)/codespell helix_compile tests examples benchmarks docs *.md
 
 test: lint

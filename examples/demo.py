@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -53,7 +54,7 @@ def left_padded_prompts(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def fp64_deviation(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> float:
     """Largest deviation of an unmasked prompt logit over the largest logit, all in float64."""
-    original = copy.deepcopy(model).double()
+    original: Any = copy.deepcopy(model).double()
     original.set_experts_implementation("batched_mm")
     compiled = helix_compile(original, cp=CP, max_seq_len=256)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -78,7 +79,7 @@ def main() -> int:
     """Run the demo; the exit status."""
     torch.manual_seed(0)
     start = time.perf_counter()
-    model = build_model(preset_config("tiny"))
+    model: Any = build_model(preset_config("tiny"))
     print(f"rewriting transformers' {type(model).__name__} for cp={CP} ...", file=sys.stderr)
     compiled = helix_compile(model, cp=CP, max_seq_len=256)
     show(compiled)

@@ -56,9 +56,8 @@ def check_model(model: nn.Module) -> None:
             raise CaptureError(
                 f"capture: {name}: `{part}` is in training mode; call model.eval() first"
             )
-        if hasattr(
-            module, "_packed_params"
-        ):  # torch.ao's quantised layers: no tensor that export could see
+        # of torch.ao's quantised layers: it is no tensor that export could see
+        if hasattr(module, "_packed_params"):
             raise MatchError(
                 f"{name}: `{part}` is a quantised linear ({type(module).__name__}) whose weight is packed, not a tensor: "
                 "it can't be captured or cut; pass the model as it was before quantisation"

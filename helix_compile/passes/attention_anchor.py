@@ -103,5 +103,7 @@ def cache_parts(update: fx.Node, what: str, node: fx.Node) -> tuple[fx.Node, fx.
     """(new, past) of a cache update cat([past, new], dim=2)."""
     if not is_cache_update(update):
         raise Reject(f"the {what} (`{update.name}`) is not cached", node, 5)
-    past, new = update.args[0]
-    return new, past
+    parts, dim = update.args[0], update.args[1] if len(update.args) > 1 else 0
+    if len(parts) != 2 or dim not in (2, -2) or parts[0].meta.get("input", [""])[0] != "past":
+        raise Reject(f"{what}: the cache is not extended as cat([past, new], dim=2)", update, 5)
+    return parts[1], parts[0]

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from helix_compile.matches import GqaMatch
-from helix_compile.passes.attention_anchor import Anchor
+from helix_compile.passes.attention_anchor import Anchor, cache_parts
 from helix_compile.passes.index_provenance import (
     Provenance,
     is_cache_update,
@@ -52,8 +52,8 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
         )
     for what, source, update in (("K", k, k_update), ("V", v, v_update)):
         _check_repeated(what, source, update, H, anchor.shared_heads, node)
-    new_k, past_k = _new_and_past(k_update, "K")
-    new_v, past_v = _new_and_past(v_update, "V")
+    new_k, past_k = cache_parts(k_update, "K", node)
+    new_v, past_v = cache_parts(v_update, "V", node)
     o_proj, gate = output_projection(node)
     values = (("q", anchor.q), ("K", new_k), ("V", new_v))
     linears = [one_linear(value, what) for what, value in values]
@@ -118,12 +118,3 @@ def _check_repeated(
     width = shape_of(update)[3]
     if ids.shape[3] != width or not bool((channel == torch.arange(width)).all()):
         raise Reject(f"{what}: channels are cut or permuted between cache and attention", node, 4)
-
-
-def _new_and_past(update: fx.Node, what: str) -> tuple[fx.Node, fx.Node]:
-    """(new, past) of cat([past, new], dim=2)."""
-    parts, dim = update.args[0], update.args[1] if len(update.args) > 1 else 0
-    past = parts[0]
-    if len(parts) != 2 or dim not in (2, -2) or past.meta.get("input", [""])[0] != "past":
-        raise Reject(f"{what}: the cache is not extended as cat([past, new], dim=2)", update, 5)
-    return parts[1], past

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from helix_compile.passes.cones import ancestors
 from helix_compile.passes.fx_edit import is_param
 
 _DEQUANTISE = (
@@ -17,7 +18,7 @@ def computed_weight(linear: fx.Node, weight: object) -> str:
     """The reason, with the way out where the weight is dequantised in the layer's forward."""
     if not isinstance(weight, fx.Node):
         return f"the weight of `{linear.name}` is `{weight}`, not a parameter"
-    for node in _above(weight):
+    for node in sorted(ancestors([weight], until=()), key=lambda n: n.name):
         if is_param(node) and is_quantised(node):
             dtype = str(node.meta["val"].dtype).removeprefix("torch.")
             return (
@@ -31,13 +32,3 @@ def is_quantised(param: fx.Node) -> bool:
     """A parameter of a byte or less an element: an integer or FP8 weight that the forward makes wide."""
     dtype = param.meta["val"].dtype
     return dtype.itemsize == 1 and dtype is not torch.bool
-
-
-def _above(node: fx.Node) -> list[fx.Node]:
-    found, todo = [], [node]
-    while todo:
-        current = todo.pop()
-        if current not in found:
-            found.append(current)
-            todo += current.all_input_nodes
-    return found

@@ -11,6 +11,7 @@ from torch import fx
 
 from helix_compile.layout import HelixLayout
 from helix_compile.matches import LayerMatch
+from helix_compile.passes.cones import ancestors
 from helix_compile.passes.fx_edit import helix_op
 from helix_compile.plan import HelixPlan
 from helix_compile.verifier.report import Finding
@@ -114,7 +115,7 @@ def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
     stands for that.
     """
     merges = [n for n in graph.nodes if helix_op(n) == "merge_lse"]
-    merge = next((m for m in merges if pack in _ancestors(m)), None)
+    merge = next((m for m in merges if pack in ancestors([m], until=())), None)
     if merge is None:
         return None
     copy = fx.Graph()
@@ -123,29 +124,26 @@ def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
         assert isinstance(operand, fx.Node)
         env[operand] = copy.placeholder(name)
     unpack = next(
-        (n for n in graph.nodes if helix_op(n) == "unpack_heads" and pack in _ancestors(n)), None
+        (
+            n
+            for n in graph.nodes
+            if helix_op(n) == "unpack_heads" and pack in ancestors([n], until=())
+        ),
+        None,
     )
     likes = unpack.args[1:2] if unpack is not None else ()
     for operand in likes:
         if isinstance(operand, fx.Node) and operand not in env:
             env[operand] = copy.placeholder("whole_o")
-    inside = {n for n in _ancestors(merge) if pack in _ancestors(n)} | {pack, merge}
+    inside = {n for n in ancestors([merge], until=()) if pack in ancestors([n], until=())} | {
+        pack,
+        merge,
+    }
     for node in graph.nodes:
         if node in inside:
             env[node] = copy.node_copy(node, lambda n: env[n])
     copy.output(env[merge])
     return fx.GraphModule(torch.nn.Module(), copy)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    todo = list(node.all_input_nodes)
-    while todo:
-        current = todo.pop()
-        if current not in found:
-            found.add(current)
-            todo += current.all_input_nodes
-    return found
 
 
 def _run_on(device: torch.device, world: Any, graph: fx.GraphModule, inputs: Any) -> Any:

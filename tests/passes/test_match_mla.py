@@ -118,6 +118,21 @@ def test_a_bias_on_the_expansion_is_refused() -> None:
     assert "has a bias; absorption can't hold it" in failure.reason and failure.node == kv_up.name
 
 
+@pytest.mark.parametrize("fault", ["new before past", "another dim", "three parts"])
+def test_a_cache_that_is_extended_in_another_way_is_refused(fault: str) -> None:
+    """Positions would count otherwise: the rewrite appends behind what is cached."""
+    graph = dense_body()
+    latent = node_named(graph, only_match(graph).latent)
+    (update,) = [n for n in latent.users if is_call(n, aten.cat.default)]
+    past, new = update.args[0]
+    update.args = {
+        "new before past": ([new, past], 2), "another dim": ([past, new], 3), "three parts": ([past, new, new], 2),
+    }[fault]  # fmt: skip
+    failure = only_failure(graph)
+    assert "latent: the cache is not extended as cat([past, new], dim=2)" in failure.reason
+    assert failure.node == update.name
+
+
 def test_k_and_v_from_two_linears_over_one_latent_match() -> None:
     graph = dense_body()
     kv_up = node_named(graph, only_match(graph).v_up)

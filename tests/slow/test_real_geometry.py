@@ -13,16 +13,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeepseekV3Config, DynamicCache
 
 from helix_compile import HelixModule, helix_compile
 from helix_compile.models.presets import build_model
+from tests.support.routing import Routing
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -37,20 +36,6 @@ STEPS = (16, 1)
 PROMPTS = (8, 48)
 CP = 4
 MAX_FLIPPED = 0.05  # share of tokens that original or compiled routes otherwise than the reference
-
-
-class Routing(TorchDispatchMode):
-    """Writes down the experts that a router's top-k chooses, sorted, one tensor [tokens, k] a call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.chosen: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.topk.default and args[1] == FEW_EXPERTS["num_experts_per_tok"]:
-            self.chosen.append(out[1].sort(dim=-1).values)
-        return out
 
 
 @dataclass(frozen=True)
@@ -111,7 +96,7 @@ def outcomes(
     found = {}
     cases = {"prompts": lambda: [prompt()], "contexts": lambda: [behind(c) for c in CONTEXTS]}
     for name, run in cases.items():
-        with Routing() as routing:
+        with Routing(FEW_EXPERTS["num_experts_per_tok"]) as routing:
             logits = torch.cat([x.float().flatten(0, 1) for x in run()])
         by_rank = [torch.cat(routing.chosen[rank::ranks]) for rank in range(ranks)]
         assert all(torch.equal(x, by_rank[0]) for x in by_rank)
