@@ -38,16 +38,23 @@ class Mutant:
     options: dict[str, Any] = field(default_factory=lambda: A2A)
 
 
-CATALOGUE: list[Mutant] = []
+CATALOGUE: list[Mutant] = []  # made on a model with MLA
+GQA_CATALOGUE: list[
+    Mutant
+] = []  # faults that only grouped-query attention can have, made on a model with it
 
 
 def mutant(
-    name: str, family: int, kind: str, options: dict[str, Any] | None = None
+    name: str,
+    family: int,
+    kind: str,
+    options: dict[str, Any] | None = None,
+    catalogue: list[Mutant] = CATALOGUE,
 ) -> Callable[[Callable[[HelixModule], None]], Callable[[HelixModule], None]]:
     """Register the function that follows."""
 
     def register(apply: Callable[[HelixModule], None]) -> Callable[[HelixModule], None]:
-        CATALOGUE.append(Mutant(name, family, kind, apply, options or A2A))
+        catalogue.append(Mutant(name, family, kind, apply, options or A2A))
         return apply
 
     return register

@@ -22,7 +22,7 @@ from helix_compile.capture import capture
 from helix_compile.compile import helix_compile
 from helix_compile.models.presets import TINY, build_model
 from helix_compile.module import HelixModule
-from helix_compile.mutants.catalogue import CATALOGUE, Mutant
+from helix_compile.mutants.catalogue import CATALOGUE, GQA_CATALOGUE, Mutant
 from helix_compile.params import originals
 from helix_compile.passes.match_layers import match_layers
 from helix_compile.verification import verify
@@ -33,7 +33,7 @@ from helix_compile.verifier.needles import background
 from helix_compile.verifier.reference import apply_edits, edited, wide_copy
 from helix_compile.verifier.report import FAMILIES
 from helix_compile.verifier.scratch import Scratch
-from helix_compile.verifier.site_terms import empty_past, past_of, query_parts
+from helix_compile.verifier.site_terms import empty_past, entries_of, past_of, query_parts
 
 ATOL, RTOL, MAY_FAIL = 0.1, 0.05, 0.02
 CONTEXT = 512  # tokens of the rule's case; every shard has the same number
@@ -78,6 +78,24 @@ def awkward_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     return build_model(DeepseekV3Config(**sizes), dtype=dtype)
 
 
+def awkward_gqa(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A Qwen3-MoE with 12 query heads in 4 groups, norms of query and key, one dense layer, widths that do not divide."""
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=97, hidden_size=36, intermediate_size=58, moe_intermediate_size=22, num_hidden_layers=3,
+        mlp_only_layers=[0], num_experts=8, num_experts_per_tok=3, num_attention_heads=12, num_key_value_heads=4,
+        head_dim=14, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = build_model(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):  # new ones are all alike
+                weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * 0.3)
+    return model
+
+
 def self_test(
     model: nn.Module,
     mutants: list[Mutant] | None = None,
@@ -86,8 +104,9 @@ def self_test(
     """Compile `model` once for each mutant, break it, verify it.
 
     Args:
-        model: a DeepSeek-V3 in transformers' names with dense and MoE layers, 24 heads, 8 experts: awkward_model().
-        mutants: by default the whole catalogue.
+        model: a DeepSeek-V3 in transformers' names with dense and MoE layers, 24 heads, 8 experts: awkward_model();
+            for GQA_CATALOGUE awkward_gqa().
+        mutants: by default the whole CATALOGUE.
         progress: called with the name of each mutant when its turn comes.
     """
     judge = _Rule(model)
@@ -109,6 +128,12 @@ def self_test(
             )
         )  # fmt: skip
     return verdicts
+
+
+def self_test_of_both_kinds(progress: Callable[[str], None] | None = None) -> list[Verdict]:
+    """The catalogue on a model with MLA, then the faults of grouped-query attention on a model with it."""
+    grouped = self_test(awkward_gqa(), GQA_CATALOGUE, progress)
+    return self_test(awkward_model(), CATALOGUE, progress) + grouped
 
 
 class _Rule:
@@ -153,7 +178,7 @@ class _Rule:
             try:
                 scratch = Scratch(compiled, compiled.graph, params, 1, CONTEXT + case.T)
                 site = self.reference.sites(layer)[0]
-                scratch.fill(site, 0, torch.cat(given.pasts[0], dim=-1)[0, 0])
+                scratch.fill(site, 0, torch.cat(entries_of(given.pasts[0]), dim=-1)[0])
                 outputs = run_layer(
                     scratch, layer, given, torch.ones(1, 1, dtype=torch.int64)
                 ).outputs

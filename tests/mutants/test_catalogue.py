@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
+import torch
 
 from helix_compile import HelixModule, VerificationReport, helix_compile, verify
-from helix_compile.mutants.catalogue import CATALOGUE, Mutant
+from helix_compile.mutants.catalogue import CATALOGUE, GQA_CATALOGUE, Mutant
+from helix_compile.mutants.mutant import A2A, MIXED
+from helix_compile.mutants.self_test import _Rule, awkward_gqa, awkward_model
 from helix_compile.verifier.report import CODES, FAMILIES
 from tests.support.models import tiny_model
 
@@ -63,6 +68,7 @@ def report_of(name: str) -> VerificationReport:
 
 
 def test_the_catalogue_is_wide() -> None:
+    assert len({m.name for m in CATALOGUE + GQA_CATALOGUE}) == len(CATALOGUE + GQA_CATALOGUE)
     assert len(MUTANTS) == len(CATALOGUE) >= 40
     assert {m.family for m in CATALOGUE} == set(FAMILIES) - {0}
     kinds = {"graph", "parameters", "cache", "positions", "plan", "kernel"}
@@ -96,6 +102,74 @@ def test_the_expectations_name_mutants() -> None:
 def test_the_same_plan_without_a_fault_is_fine(options: dict) -> None:
     report = verify(helix_compile(tiny_model(), **options), tiny_model())
     assert report.ok, report
+
+
+# of grouped-query attention: what each must be found by, numbers and types
+GROUPED = {
+    "query heads are dealt to K/V heads in turn, not in groups": "HX402",
+    "query heads read the next group's K/V head": "HX402",
+    "every query head reads the first value head": "HX402",
+    "ranks of tpa hold each other's K and V rows": "HX201",
+    "K rows of a rank are one head late, V rows are not": "HX202",
+    "V is read one channel early": "HX402",
+    "K and V change places in the cache": "HX404",
+    "the last K/V head is not written": "HX404",
+    "the norms of query and key are swapped": "HX204",
+    "grouped scores without the model's scale": "HX402",
+    "the mask of gqa_decode is off by one slot": "HX402",
+    "T > 1: each grouped query sees the whole step": "HX402",
+    "an empty shard of K/V says lse = 0": "HX402",
+    "statistics of a group are those of its first query head": "HX402",
+    "grouped attention over the cache is computed twice": "HX107",
+}
+IN_CI = ("HX201", "HX202", "HX204", "HX107", "HX404")
+
+
+@cache
+def grouped_model(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    model: Any = awkward_gqa(dtype)
+    model.set_experts_implementation("batched_mm")  # grouped_mm takes no 16-bit rows of 36
+    return model
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(m, marks=() if GROUPED[m.name] in IN_CI else pytest.mark.slow)
+        for m in GQA_CATALOGUE
+    ],
+    ids=lambda m: m.name,
+)
+def test_caught_on_grouped_query_attention(mutant: Mutant) -> None:
+    compiled = helix_compile(grouped_model(), **mutant.options)
+    mutant.apply(compiled)
+    report = verify(compiled, grouped_model())
+    assert GROUPED[mutant.name] in {f.code for f in report.findings}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", GQA_CATALOGUE, ids=lambda m: m.name)
+def test_caught_on_grouped_query_attention_in_bfloat16(mutant: Mutant) -> None:
+    model = grouped_model(torch.bfloat16)
+    compiled = helix_compile(model, **mutant.options)
+    mutant.apply(compiled)
+    assert not verify(compiled, model).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [A2A, MIXED], ids=str)
+def test_grouped_query_attention_without_a_fault_is_fine(dtype: torch.dtype, options: dict) -> None:
+    model = grouped_model(dtype)
+    report = verify(helix_compile(model, **options), model)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("build", [awkward_model, awkward_gqa])
+def test_the_acceptance_rule_runs_on_sound_modules(build: Callable[[], torch.nn.Module]) -> None:
+    """Or "does not run" would say nothing of a mutant."""
+    model = build()
+    assert _Rule(model).share_off(helix_compile(model, **CATALOGUE[0].options)) == 0.0
 
 
 @pytest.mark.slow
