@@ -14,9 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.families import fresh_family
+from tests.support.gqa_models import fresh_gqa
+
 ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 3, "tokens_per_block": 4}
 TOKENS = 3 * 13 + 3 + 3  # of run_steps, padding included: it is computed and exchanged too
+
+
+MIXED = {**OPTIONS, "cp": 2, "tpa": 2}
+
+
+def grouped_model() -> Any:
+    """Grouped-query attention: 4 KV heads over two ranks of tpa."""
+    return fresh_gqa("qwen3", torch.float32)
+
+
+def hybrid_model() -> Any:
+    """A leaf layer, which every rank computes with a state of its own, and one of MLA."""
+    kinds = ["linear_attention", "full_attention"]
+    return fresh_family(
+        "kimi_linear", num_hidden_layers=2, layer_types=kinds, mlp_layer_types=["dense"] * 2
+    ).float()
 
 
 def prompts() -> tuple[Tensor, Tensor]:

@@ -22,7 +22,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
-from tests.distributed.steps import OPTIONS, prompts, run_steps
+from tests.distributed.steps import (
+    MIXED,
+    OPTIONS,
+    grouped_model,
+    hybrid_model,
+    prompts,
+    run_steps,
+)
 from tests.support.disk import full_after
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
@@ -87,6 +94,19 @@ def main(folder: Path) -> None:
     said["groups_used"] = len(wire.groups)
     said["collectives"] = [list(map(str, x)) for x in sorted(four.world.num_collectives.items())]
     said["texts"] = [stage_text(c.graph) for c in (loaded, four, mixed)]
+
+    # other kinds of site: grouped-query attention, and a layer that is a leaf
+    grouped = helix_compile(grouped_model(), **MIXED)
+    with Wire() as wire:
+        seen["grouped"] = run_steps(grouped)
+    said["wire_grouped"] = [
+        wire.sent,
+        float(grouped.world.sent_bytes[0]),
+        float(grouped.plan.egress_bytes_per_rank_per_token),
+    ]
+    hybrid = helix_compile(hybrid_model(), cp=4, **OPTIONS)
+    seen["hybrid"] = run_steps(hybrid)
+    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves
     held = loaded.ranks[0].params.values()

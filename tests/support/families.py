@@ -137,10 +137,21 @@ GROUPED = {
 }  # fmt: skip
 FAMILIES |= GROUPED
 
+# models for images too: what differs in the text part, and a small other part (1.6 billion parameters by default)
 _TEXT: dict[str, dict[str, int]] = {
     "glm5_next": {"qk_rope_head_dim": 0, "index_topk": 16, "num_hidden_layers": 4},
     "mistral_large4": {},
 }
+_IMAGES: dict[str, dict[str, int]] = {
+    "glm5_next": {
+        "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 40, "out_hidden_size": 72,
+        "projection_intermediate_size": 40,
+    },
+    "mistral_large4": {
+        "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 40,
+        "head_dim": 16, "model_type": "pixtral",
+    },
+}  # fmt: skip
 
 
 def shipped_families() -> list[str]:
@@ -155,8 +166,9 @@ def config_of(name: str, variant: str = "", **changes: Any) -> Any:
     family = FAMILIES[name]
     module = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
     sizes = {**family.common, **family.sizes, **family.variants.get(variant, {}), **changes}
-    if name in _TEXT:  # a model for images too: the text part is what matters here
-        return getattr(module, family.config)(text_config={**sizes, **_TEXT[name]})
+    if name in _TEXT:
+        text = {**sizes, **_TEXT[name]}
+        return getattr(module, family.config)(text_config=text, vision_config=dict(_IMAGES[name]))
     return getattr(module, family.config)(**sizes)
 
 

@@ -68,6 +68,6 @@ class BodyValues:
 
 
 def stage_text(stage: fx.GraphModule) -> str:
-    """Text of an outer graph and its bodies, node names included."""
-    bodies = [f"{name}: {body.graph}" for name, body in stage.named_children()]
+    """Text of an outer graph and its bodies, node names included; of a leaf its name only."""
+    bodies = [f"{name}: {getattr(body, 'graph', 'leaf')}" for name, body in stage.named_children()]
     return "\n".join([str(stage.graph), *bodies])
