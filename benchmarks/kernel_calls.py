@@ -160,13 +160,15 @@ def _flashinfer_mla(
 
 
 def _gqa(B: int, S: int) -> dict[str, Call]:
-    k_cache, table, visible = _paged(B, S, KV_HEADS, HEAD_DIM)
-    v_cache = torch.randn_like(k_cache)
+    """Ours reads K and V as views of one cache, as the rewritten graph does; the others get two tensors."""
+    both, table, visible = _paged(B, S, KV_HEADS, 2 * HEAD_DIM)
+    k_view, v_view = both[..., :HEAD_DIM], both[..., HEAD_DIM:]
+    k_cache, v_cache = k_view.contiguous(), v_view.contiguous()
     q = torch.randn(B, 1, GQA_HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE)
     scale = HEAD_DIM**-0.5
     k, v = (c.view(B, -1, KV_HEADS, HEAD_DIM)[:, :S].transpose(1, 2) for c in (k_cache, v_cache))
     calls: dict[str, Call] = {
-        "helix": lambda: triton_ops.gqa_decode(q, k_cache, v_cache, table, visible, scale)[0],
+        "helix": lambda: triton_ops.gqa_decode(q, k_view, v_view, table, visible, scale)[0],
         "torch sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(
             q.view(B, KV_HEADS, -1, HEAD_DIM), k, v, scale=scale
         ).view(B, 1, GQA_HEADS, HEAD_DIM),

@@ -82,8 +82,8 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
             tl.static_assert(PAGE % BLOCK_N == 0)
             page = tl.load(table_ptr + b * stride_table_B + n // PAGE)
             row = (page * PAGE + n % PAGE).to(tl.int32)
-            k = k_src.load([row, head * DK])
-            v = v_src.load([row, head * DV])
+            k = k_src.load([row, head * stride_k_K])
+            v = v_src.load([row, head * stride_v_K])
         else:
             inside = slots < end
             page = tl.load(table_ptr + b * stride_table_B + slots // PAGE, mask=inside, other=0)
@@ -181,8 +181,8 @@ def gqa_decode_triton(
     sizes, target = GqaSizes.of(q, k_cache, v_cache), device_target(q.device)
     assert q.stride(3) == k_cache.stride(3) == v_cache.stride(3) == page_table.stride(1) == 1
     if tma is None:
-        tma = sizes.can_use_tma(target) and all(map(_is_one_block, (k_cache, v_cache)))
-    tile = sizes.tile(T, target, tma)
+        tma = sizes.can_use_tma(target) and all(map(is_for_tma, (k_cache, v_cache)))
+    tile = sizes.tile(B, T, target, tma)
     row_tiles = triton.cdiv(T * sizes.G, tile.rows)
     if splits is None:
         steps = triton.cdiv(page_table.shape[1] * sizes.page_size, tile.slots)
@@ -193,7 +193,7 @@ def gqa_decode_triton(
     case = _decode_case(sizes, target, tile, tma, splits > 1)
     blocks = case.constexprs["BLOCK_DK"], case.constexprs["BLOCK_DV"]
     k_src, v_src = (
-        TensorDescriptor.from_tensor(cache.flatten(0, 1).flatten(1), [tile.slots, block])
+        TensorDescriptor.from_tensor(_slots_by_channels(cache), [tile.slots, block])
         if tma
         else cache
         for cache, block in zip((k_cache, v_cache), blocks, strict=True)
@@ -216,9 +216,19 @@ def gqa_decode_triton(
     return parts.view(B, T, H, sizes.Dv), part_lse.view(B, T, H)
 
 
-def _is_one_block(cache: Tensor) -> bool:
-    """All slots of all pages at one stride, from an address that TMA takes."""
-    return cache.is_contiguous() and cache.data_ptr() % 16 == 0
+def is_for_tma(cache: Tensor) -> bool:
+    """All slots of all pages at one stride, as in a view of K or V of one cache; addresses are multiples of 16 bytes."""
+    _, page_size, _, _ = cache.shape
+    pages, slots, heads, channels = cache.stride()
+    aligned = all(stride * cache.itemsize % 16 == 0 for stride in (slots, heads))
+    return pages == page_size * slots and channels == 1 and aligned and cache.data_ptr() % 16 == 0
+
+
+def _slots_by_channels(cache: Tensor) -> Tensor:
+    """[pages * page_size, channels]: head h's start at channel h * stride(2); what lies between is another view's."""
+    _, _, heads, width = cache.shape
+    channels = (heads - 1) * cache.stride(2) + width
+    return cache.as_strided((cache.shape[0] * cache.shape[1], channels), (cache.stride(1), 1))
 
 
 def _gqa_decode_fake(
@@ -250,15 +260,18 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     """Of a decode step (T = 1) first, then the larger row tiles, which several new tokens take; the same by pointers."""
     sizes = GqaSizes.of(*site.args[:3])
     tma = sizes.can_use_tma(target)
-    tiles = list(dict.fromkeys(sizes.tile(T, target, tma) for T in (1, 2, 4, 8, 16, 32, 64)))
-    programs = site.capacity.max_batch_size * sizes.K * triton.cdiv(sizes.G, tiles[0].rows)
+    B = site.capacity.max_batch_size
+    tiles = list(dict.fromkeys(sizes.tile(B, T, target, tma) for T in (1, 2, 4, 8, 16, 32, 64)))
+    programs = B * sizes.K * triton.cdiv(sizes.G, tiles[0].rows)
     steps = triton.cdiv(site.capacity.max_slots, tiles[0].slots)
     splits = split_count(programs, steps, target.sm_count)
     cases = [_decode_case(sizes, target, tile, tma, splits > 1) for tile in tiles]
     if splits > 1:
         cases.append(merge_splits_case(splits, sizes.Dv, sizes.dtype))
     if tma:
-        by_pointers = _decode_case(sizes, target, sizes.tile(1, target, False), False, splits > 1)
+        by_pointers = _decode_case(
+            sizes, target, sizes.tile(B, 1, target, False), False, splits > 1
+        )
         cases.append(replace(by_pointers, kernel="gqa_pointer_decode", fallback=True))
     return cases
 

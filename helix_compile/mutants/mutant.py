@@ -98,7 +98,7 @@ def replace_op(compiled: HelixModule, base: str, kernel: Callable[..., Any]) -> 
 
     `kernel` takes the op's arguments; the reference op is torch.ops.helix.`base`.
     """
-    namespace = f"helix_mutant_{kernel.__name__}"
+    namespace = f"helix_mutant_{base}_{kernel.__name__}"
     if namespace not in _LIBRARIES:
         library = torch.library.Library(namespace, "DEF")
         original = getattr(torch.ops.helix, base).default

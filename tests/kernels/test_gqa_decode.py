@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import helix_compile.kernels.catalog  # noqa: F401
 from helix_compile.kernels import reference_gqa
-from helix_compile.kernels.gqa_decode import gqa_decode_triton
+from helix_compile.kernels.gqa_decode import gqa_decode_triton, is_for_tma
 from helix_compile.kernels.gqa_tiles import split_count
 from helix_compile.kernels.registry import Capacity, Site, kernel_of, select_kernel
 from helix_compile.kernels.target import KernelTarget, offline_target
@@ -70,12 +71,36 @@ def test_kernel_agrees_with_reference(step: GqaStep, splits: int | None, seed: i
 
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("widths", [(16, 32), (64, 64)], ids=str)
-def test_tma_form_agrees_with_reference(splits: int, widths: tuple[int, int]) -> None:
-    """The interpreter runs descriptors too; stale slots are read there, with weight 0."""
+@pytest.mark.parametrize("joint", [False, True])
+def test_tma_form_agrees_with_reference(splits: int, widths: tuple[int, int], joint: bool) -> None:
+    """The interpreter runs descriptors too; stale slots are read there, with weight 0.
+
+    `joint`: K and V are views of one cache, as in the rewritten graph.
+    """
     Dk, Dv = widths
     args = GqaStep((0, 1, 31, 33, 64), T=2, K=2, G=5, Dk=Dk, Dv=Dv, page_size=32).arguments()
-    got = gqa_decode_triton(*args, splits=splits, tma=True)
-    assert deviation(got, helix.gqa_decode(*args)) <= 2e-6
+    expected = helix.gqa_decode(*args)
+    q, k_cache, v_cache, *rest = args
+    if joint:
+        both = torch.cat([k_cache, v_cache], dim=-1)
+        k_cache, v_cache = both[..., :Dk], both[..., Dk:]
+    assert is_for_tma(k_cache) and is_for_tma(v_cache)
+    got = gqa_decode_triton(q, k_cache, v_cache, *rest, splits=splits, tma=True)
+    assert deviation(got, expected) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "offset"),
+    [
+        ((3, 16, 2, 16), (16 * 2 * 20, 40, 20, 1), 0),  # a slot of 80 bytes, but a head of 40
+        ((3, 16, 2, 16), (16 * 2 * 16, 32, 16, 1), 4),  # an address that is no multiple of 16
+        ((3, 16, 2, 16), (17 * 2 * 16, 32, 16, 1), 0),  # a gap between pages
+        ((3, 16, 2, 16), (16 * 2 * 32, 64, 32, 2), 0),  # every second channel
+    ],
+)
+def test_what_tma_can_not_describe_goes_by_pointers(shape: Any, strides: Any, offset: int) -> None:
+    memory = torch.zeros(4000, dtype=torch.bfloat16)
+    assert not is_for_tma(memory.as_strided(shape, strides, offset))
 
 
 @pytest.mark.parametrize("width", [128, 192, 256])

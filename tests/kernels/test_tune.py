@@ -19,6 +19,9 @@ import helix_compile.__main__ as cli
 import helix_compile.kernels.tune as tuner
 import helix_compile.kernels.tuning as tuning
 import helix_compile.ops  # noqa: F401
+from helix_compile.capture import capture
+from helix_compile.errors import LoweringUnavailable
+from helix_compile.kernel_selection import attention_site, planned
 from helix_compile.kernels.registry import CompileCase
 from helix_compile.kernels.target import KernelTarget, device_target, offline_target
 from helix_compile.kernels.tune import (
@@ -34,6 +37,8 @@ from helix_compile.kernels.tune import (
 )
 from helix_compile.kernels.tune_child import ChildTrials
 from helix_compile.kernels.tuning import MLA_DECODE, POINTER, MlaConfig, MlaEntry, form_runs
+from helix_compile.options import HelixOptions
+from tests.support.gqa_models import fresh_gqa
 
 V3 = TuneSizes(8, 32768, 512, 64, 128, torch.bfloat16)
 SMALL = TuneSizes(2, 40, 32, 16, 32, torch.float32)
@@ -206,3 +211,10 @@ def test_no_card_is_a_refusal(
             cli.main()
         out, err = capsys.readouterr()
         assert caught.value.code == 2 and out == "" and err.startswith(message), err
+
+
+def test_a_model_without_mla_decode_has_nothing_to_tune() -> None:
+    captured = capture(fresh_gqa("llama", torch.bfloat16).to("meta"))
+    model = planned(captured, HelixOptions(cp=4))
+    with pytest.raises(LoweringUnavailable, match="no layer of the model is lowered to it; --tune measures mla_decode alone"):  # fmt: skip
+        attention_site(model, offline_target("sm_90"))
