@@ -218,16 +218,17 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
         raise CaptureError(
             f"capture: {len(layers)} layers in {name!r} but the forward calls {len(calls)}"
         )
-    by_signature: dict[str, str] = {}
+    by_signature: dict[tuple, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
     captured, leaves, caches = [], dict[int, str](), 0
     for i, layer in enumerate(layers):
         try:
             found = _probe(model, layer, calls[i], i, keep)
-            if not found.leaf and found.signature not in by_signature:
+            signature = (found.signature, *map(id, calls[i].masks))
+            if not found.leaf and signature not in by_signature:
                 number = f"body_{len(bodies)}"
                 bodies[number] = _capture_body(model, layer, calls[i], found, f"{name}.{i}")
-                by_signature[found.signature] = number
+                by_signature[signature] = number
         except HelixError as error:
             if not keep_failing:
                 if isinstance(error, CaptureError):
@@ -239,7 +240,7 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
             continue
         places = tuple(range(caches, caches + len(found.sites)))
         caches += len(found.sites)
-        captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[found.signature], places))
+        captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[signature], places))
     if not bodies:
         raise _nothing_captured(model, leaves)
     outer = build_outer(

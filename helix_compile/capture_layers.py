@@ -79,6 +79,13 @@ class LayerCall:
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
         return args, kwargs
 
+    @property
+    def masks(self) -> list[Tensor]:
+        """What may be a mask: the other tensors that are as wide as the sequence. Layers with different ones are apart."""
+        steps = [str(size) for size in self.hidden.shape[:2]]
+        wide = [t for t in self.others if t.dim() > 1 and isinstance(t.shape[-1], torch.SymInt)]
+        return [t for t in wide if str(t.shape[-1]) not in steps]
+
     def constants(self) -> str:
         """Text of everything but the tensors: part of what makes two layers the same."""
         return f"{self.spec} {self.leaves!r}"

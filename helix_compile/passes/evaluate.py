@@ -13,6 +13,7 @@ def evaluate(
     known: dict[fx.Node, Any],
     missing: Callable[[fx.Node], Any] | None = None,
     sizes: Mapping[fx.Node, list[Any]] | None = None,
+    given: Callable[[fx.Node], Any] | None = None,
 ) -> Any:
     """Value of `node`, given values for some of its ancestors.
 
@@ -21,12 +22,16 @@ def evaluate(
         known: node -> value; the walk stops there. Filled with what was computed on the way.
         missing: asked for the value of a placeholder that is not known; without it that is a KeyError.
         sizes: other sizes for some views than the graph has.
+        given: asked first for the value of each node; None: it has none.
     """
     todo = [node]
     while todo:
         current = todo[-1]
         if current in known:
             todo.pop()
+            continue
+        if given is not None and (value := given(current)) is not None:
+            known[current] = value
             continue
         if current.op == "placeholder":
             if missing is None:

@@ -1,74 +1,127 @@
-"""Accept a mask by what it does: evaluate it at small positions and at one far query; only causal + padding passes.
+"""Accept a mask by what it does: evaluate it whole at the first positions and at strips further on; causal + padding passes.
 
-A window of 4096 looks causal near 0, a top-k mask needs the hidden states: neither can pass here.
+A window of 4096 looks causal near 0, a top-k mask needs the hidden states: neither can pass here. Every layer that a body
+computes is looked at: layers of one body may be given different masks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from helix_compile.capture import CapturedGraph
-from helix_compile.errors import MatchError
+from helix_compile.errors import MatchError, PlanError
 from helix_compile.matches import Site, permuted
 from helix_compile.passes.evaluate import evaluate
-from helix_compile.passes.fx_edit import (
-    HINT_B,
-    HINT_S,
-    HINT_T,
-    node_named,
-    placeholders,
-    source_line,
-)
+from helix_compile.passes.fx_edit import node_named, placeholders, source_line
 
-PADDED = 2  # columns of left padding in row 0 of the small case
+ROWS = 4  # sequences of the square at the first positions; two of them padded on the left
+SQUARE = 512  # its side: all queries of an empty cache against all keys
+STRIP, STRIP_ELEMENTS = 64, 2**21  # queries of a strip at most, and queries x keys
+LONGEST = 2**24  # tokens; the mask of one query over them takes a few hundred MB to evaluate
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The mask of one site, as one layer's call gives it."""
+
+    captured: CapturedGraph
+    body: str
+    match: Site
+    call: fx.Node
 
 
 def check_mask(captured: CapturedGraph, body: str, match: Site, max_seq_len: int) -> None:
-    """Raise MatchError unless the site's mask is the causal one plus padding, up to `max_seq_len`."""
-    mask = torch.ones(HINT_B, HINT_S + HINT_T, dtype=torch.int64)
-    mask[0, :PADDED] = 0
-    small = _allowed(captured, body, match, mask, HINT_T)
-    keys = torch.arange(HINT_S + HINT_T)
-    causal = keys <= torch.arange(HINT_T)[:, None] + HINT_S
-    _compare(captured, body, match, small, causal & (mask[:, None, None] > 0), "near position 0")
-    far = _allowed(captured, body, match, torch.ones(1, max_seq_len, dtype=torch.int64), 1)
-    everything = torch.ones(1, 1, 1, max_seq_len, dtype=torch.bool)
-    _compare(captured, body, match, far, everything, f"for the query at {max_seq_len - 1}")
+    """Raise MatchError unless the site's mask is the causal one plus padding, up to `max_seq_len`, in every layer.
+
+    Raises:
+        PlanError: a capacity at which no mask can be evaluated.
+    """
+    if max_seq_len > LONGEST:
+        raise PlanError(
+            f"option max_seq_len={max_seq_len}: got more than masks can be evaluated for, expected at most {LONGEST}"
+        )
+    for subject in _subjects(captured, body, match):
+        side = min(max_seq_len, SQUARE)
+        mask = torch.ones(ROWS, side, dtype=torch.int64)
+        mask[0, : min(2, side - 1)] = 0
+        mask[1, : side // 3] = 0
+        _compare(subject, mask, side)
+        total = max_seq_len
+        while total > side:
+            strip = min(STRIP, total, max(1, STRIP_ELEMENTS // total))
+            _compare(subject, torch.ones(1, total, dtype=torch.int64), strip)
+            total = max(side, total // 2)
 
 
-def _compare(
-    captured: CapturedGraph,
-    body: str,
-    match: Site,
-    got: Tensor,
-    expected: Tensor,
-    where: str,
-) -> None:
-    expected = expected.expand(got.shape[0], 1, *expected.shape[2:])
-    different = int((got.expand_as(expected) != expected).sum())
-    if different:
+def _subjects(captured: CapturedGraph, body: str, match: Site) -> Iterator[_Subject]:
+    """One for each set of outer values that layers of this body give to what the mask is computed from."""
+    graph = captured.bodies[body].graph
+    read = _ancestors(node_named(graph, match.mask))
+    places = [i for i, p in enumerate(placeholders(graph)) if p in read]
+    seen = set()
+    for node in captured.graph.graph.nodes:
+        if node.op == "call_module" and node.target == body:
+            key = tuple(node.args[i] for i in places if not _is_past(node.args[i]))
+            if key not in seen:
+                seen.add(key)
+                yield _Subject(captured, body, match, node)
+
+
+def _is_past(node: Any) -> bool:
+    """A layer's own past: zeros of its shape stand for it here, whichever layer's it is."""
+    return node.op == "placeholder" and node.meta["input"][0] == "past"
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if current not in found:
+            found.add(current)
+            todo += current.all_input_nodes
+    return found
+
+
+def _compare(subject: _Subject, mask: Tensor, T: int) -> None:
+    """The last T queries against all keys, for a padding mask [B, S + T]; queries that are padding may see anything."""
+    total = mask.shape[1]
+    got = _allowed(subject, mask, T)
+    keys = torch.arange(total)
+    causal = keys <= torch.arange(total - T, total)[:, None]
+    expected = causal & (mask[:, None, None] > 0)
+    different = (got != expected) & (mask[:, None, -T:, None] > 0)
+    if count := int(different.sum()):
+        *_, query, key = (int(x) for x in different.nonzero()[0])
+        on_padding = not bool((different & (mask[:, None, None] > 0)).any())
+        guess = (
+            "keys of padding are seen: attention_mask is not part of it"
+            if on_padding
+            else "sliding window, chunked or bidirectional attention?"
+        )
         raise _mask_error(
-            captured, body, match,
-            f"it differs from causal + padding at {different} of {expected.numel()} places {where} "
-            "(sliding window, chunked or bidirectional attention?)",
-        )  # fmt: skip
+            subject,
+            f"it differs from causal + padding at {count:,} of {different.numel():,} places, first for the query at "
+            f"{total - T + query} and the key at {key} of {total:,} ({guess})",
+        )
 
 
-def _mask_error(captured: CapturedGraph, body: str, match: Site, why: str) -> MatchError:
-    node = node_named(captured.bodies[body].graph, match.anchor)
-    layer = captured.layers_of(body)[0].index
+def _mask_error(subject: _Subject, why: str) -> MatchError:
+    node = node_named(subject.captured.bodies[subject.body].graph, subject.match.anchor)
     return MatchError(
-        f"layer {layer}: attention at node `{node.name}` ({source_line(node)}) has a mask that Helix can't keep: "
-        f"{why}. Expected: every key at a position <= the query's, except padding. "
+        f"layer {subject.call.meta['layer']}: attention at node `{node.name}` ({source_line(node)}) has a mask that Helix "
+        f"can't keep: {why}. Expected: every key at a position <= the query's, except padding. "
         'nearest that works: full causal attention; unmatched="keep" leaves such layers as they are, if others match'
     )
 
 
-def _allowed(captured: CapturedGraph, body: str, match: Site, mask: Tensor, T: int) -> Tensor:
-    """Mask of the site [B, 1, T, S + T], True = visible, for a 2-D padding mask [B, S + T]."""
+def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
+    """Mask of the site [B, 1 or H, T, S + T], True = visible, for a 2-D padding mask [B, S + T]."""
     B, total = mask.shape
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
     inputs = {
@@ -76,9 +129,10 @@ def _allowed(captured: CapturedGraph, body: str, match: Site, mask: Tensor, T: i
         "attention_mask": mask,
         "position_ids": positions,
     }
-    graph = captured.bodies[body].graph
-    call = next(n for n in captured.graph.graph.nodes if n.op == "call_module" and n.target == body)
-    outer_args = dict(zip(placeholders(graph), call.args, strict=True))
+    captured = subject.captured
+    graph = captured.bodies[subject.body].graph
+    outer_args = dict(zip(placeholders(graph), subject.call.args, strict=True))
+    sizes = B, T, total - T
 
     def outer_input(node: fx.Node) -> Any:
         kind, name = node.meta["input"]
@@ -90,25 +144,53 @@ def _allowed(captured: CapturedGraph, body: str, match: Site, mask: Tensor, T: i
         raise KeyError(name)
 
     known: dict[fx.Node, Any] = {}
+    outer_size = _size_reader(captured.graph.graph, *sizes)
     try:
         value = evaluate(
-            node_named(graph, match.mask),
+            node_named(graph, subject.match.mask),
             {},
-            lambda n: evaluate(outer_args[n], known, outer_input),
+            lambda n: evaluate(outer_args[n], known, outer_input, given=outer_size),
+            given=_size_reader(graph, *sizes),
         )
     except KeyError as missing:
         raise _mask_error(
-            captured, body, match,
-            f"it is computed from {missing} (sparse attention over a top-k of keys?)",
-        ) from missing  # fmt: skip
+            subject, f"it is computed from {missing} (sparse attention over a top-k of keys?)"
+        ) from missing
     value = value[(None,) * (4 - value.dim())]
-    if match.mask_form != "BHTS":
-        value = permuted(value, match.mask_form, "BHTS")
+    if subject.match.mask_form != "BHTS":
+        value = permuted(value, subject.match.mask_form, "BHTS")
     if value.dtype is torch.bool:
         return value
     seen = value > torch.finfo(value.dtype).min / 2
     if bool((value[seen] != 0).any()):
         raise _mask_error(
-            captured, body, match, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)"
-        )  # fmt: skip
+            subject, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)"
+        )
     return seen
+
+
+def _size_reader(graph: fx.Graph, B: int, T: int, S: int) -> Callable[[fx.Node], int | None]:
+    """Numbers for the nodes that are sizes, so that nobody asks for the hidden states they are read off."""
+    numbers: dict[Any, int] = {}
+    for node in placeholders(graph):
+        kind, name = node.meta["input"]
+        shape = getattr(node.meta["val"], "shape", ())
+        dims = (
+            {0: B, 1: T}
+            if kind == "hidden" or name == "input_ids"
+            else {2: S}
+            if kind == "past"
+            else {}
+        )
+        for dim, number in dims.items():
+            if isinstance(shape[dim], torch.SymInt):
+                numbers[shape[dim].node.expr] = number
+
+    def size(node: fx.Node) -> int | None:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.SymInt):
+            return None
+        number = value.node.expr.subs(numbers)
+        return int(number) if number.is_number else None
+
+    return size

@@ -180,9 +180,7 @@ def test_a_sliding_window_is_seen_even_where_it_looks_causal(
 
     monkeypatch.setattr(modeling, "create_causal_mask", window)
     model = fresh_model()
-    with pytest.raises(
-        MatchError, match=r"differs from causal \+ padding at 28 of 128 places for the query at 127"
-    ):
+    with pytest.raises(MatchError, match="first for the query at 104 and the key at 2 of 128"):
         helix_compile(model, cp=2, max_seq_len=128)
 
 
