@@ -31,6 +31,7 @@ from helix_compile.capture_leaves import (
     probe,
 )
 from helix_compile.capture_outer import CapturedLayer, build_outer
+from helix_compile.capture_paths import check_paths
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.leaves import Leaf, leaves_of
 from helix_compile.passes.fx_edit import placeholders
@@ -231,8 +232,6 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
                 by_signature[signature] = number
         except HelixError as error:
             if not keep_failing:
-                if isinstance(error, CaptureError):
-                    raise explain_by_whole_run(model, i, error) from error.__cause__
                 raise
             found = Probe("", [], leaf=str(error))
         if found.leaf:
@@ -269,8 +268,11 @@ def _probe(
 ) -> Probe:
     if index in keep:
         return Probe("", [], leaf=keep[index])
-    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
-        return probe(layer, call, model.config, index)
+    try:
+        with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+            return probe(layer, call, model.config, index)
+    except CaptureError as error:
+        raise explain_by_whole_run(model, index, error) from error.__cause__
 
 
 def _capture_body(
@@ -278,6 +280,8 @@ def _capture_body(
 ) -> fx.GraphModule:
     with opaque_part(layer, found.part) as recorded:
         body = capture_body(layer, call, model.config, found.sites)
+    if not found.part:  # the part is a branch on data itself, which can't be run on fake tensors
+        check_paths(layer, call, model.config, body)
     if found.part:
         insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
     return body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,11 @@ from torch import nn
 from helix_compile.errors import CaptureError, HelixError, MatchError
 
 _BRANCH = "the model branches on data; a graph holds one branch only"
+_SIZES = {
+    r"L\['(hidden|input_ids)'\]\.size\(\)\[0\]": "B",
+    r"L\['(hidden|input_ids)'\]\.size\(\)\[1\]": "T",
+    r"L\['pasts'\]\[\d+\]\.size\(\)\[2\]": "S",
+}
 _HINTS = {
     "GuardOnDataDependentSymNode": _BRANCH,
     "DataDependentOutputException": _BRANCH,
@@ -75,4 +81,17 @@ def explained(what: str) -> Iterator[None]:
         kind = type(error).__name__
         first = next(iter(str(error).strip().splitlines()), "")
         hint = f" ({_HINTS[kind]})" if kind in _HINTS else ""
+        if first.startswith("Constraints violated"):
+            first, hint = "it holds for some sizes only", f" ({_constraints(str(error))})"
         raise CaptureError(f"capture: {what}: {kind}: {first}{hint}") from None
+
+
+def _constraints(text: str) -> str:
+    """What torch.export found out about sizes, in the letters of this project."""
+    found = re.findall(r"generated guard (.+)|must always be related to .+ by (.+)\.", text)
+    for name, letter in _SIZES.items():
+        found = [(re.sub(name, letter, a), b) for a, b in found]
+    said = dict.fromkeys(
+        re.sub(r"\btokens\b", "T", re.sub(r"\bpast\b", "S", a or b)) for a, b in found
+    )
+    return f"{'; '.join(said)}: the forward branches on a size, or computes with it as a number; a graph holds one answer"

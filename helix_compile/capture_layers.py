@@ -101,7 +101,7 @@ class ConcatenatingCache(DynamicCache):
         layers[:] = [
             DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in layers
         ]
-        self.pasts = pasts
+        self.pasts, self.length = pasts, past.shape[2]
         self.new: list[tuple[Tensor, Tensor]] = []
         for layer in self.layers:
             layer.keys = layer.values = past
@@ -114,7 +114,7 @@ class ConcatenatingCache(DynamicCache):
         site = len(self.new)
         self.new.append((key_states, value_states))
         if self.pasts is None:  # a probe: any past of the right width will do
-            shapes = [(*t.shape[:2], HINT_S, t.shape[3]) for t in (key_states, value_states)]
+            shapes = [(*t.shape[:2], self.length, t.shape[3]) for t in (key_states, value_states)]
             past = tuple(t.new_zeros(s) for t, s in zip(self.new[site], shapes, strict=True))
         else:
             past = self.pasts[site]
