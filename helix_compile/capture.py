@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from helix_compile.capture_body import capture_body, normalised_module, probe_layer
 from helix_compile.capture_checks import check_model, check_surroundings
+from helix_compile.capture_equal import OWN_NAMES, EqualLayers
 from helix_compile.capture_layers import (
     LayerCall,
     explain_by_whole_run,
@@ -139,7 +140,7 @@ def _structure_key(model: PreTrainedModel) -> tuple:
 
 def _constants_and_code(module: nn.Module) -> tuple:
     """Plain attributes, hooks, and the functions of the class and of the instance (someone may have patched one)."""
-    plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and _is_plain(v)}
+    plain = {k: v for k, v in vars(module).items() if k not in OWN_NAMES and _is_plain(v)}
     tensors = [
         (k, v.data_ptr(), v._version, tuple(v.shape))
         for k, v in vars(module).items()
@@ -222,9 +223,13 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
     by_signature: dict[tuple, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
     captured, leaves, caches = [], dict[int, str](), 0
+    equal = EqualLayers(lambda layer, call: _run_on_fakes(model, layer, call, -1).signature)
     for i, layer in enumerate(layers):
         try:
-            found = _probe(model, layer, calls[i], i, keep)
+            known = None if i in keep else equal.find(layer, calls[i])
+            found = known or _probe(model, layer, calls[i], i, keep)
+            if known is None and not found.leaf and not found.part:
+                equal.add(layer, calls[i], found)
             signature = (found.signature, *map(id, calls[i].masks))
             if not found.leaf and signature not in by_signature:
                 number = f"body_{len(bodies)}"
@@ -269,10 +274,14 @@ def _probe(
     if index in keep:
         return Probe("", [], leaf=keep[index])
     try:
-        with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
-            return probe(layer, call, model.config, index)
+        return _run_on_fakes(model, layer, call, index)
     except CaptureError as error:
         raise explain_by_whole_run(model, index, error) from error.__cause__
+
+
+def _run_on_fakes(model: nn.Module, layer: nn.Module, call: LayerCall, index: int) -> Probe:
+    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+        return probe(layer, call, model.config, index)
 
 
 def _capture_body(
