@@ -26,6 +26,8 @@ RUNS: list[Any] = [
     ("llama", {"cp": 1, "tpa": 4}), ("llama", {"cp": 3, "tpa": 2, "q_proj": "gather", "merge": "ag_rs"}),
     ("llama", {"cp": 2, "merge": "ag_rs"}),
     ("qwen3", {"cp": 4}), ("qwen3", {"cp": 2, "tpa": 2, "q_proj": "gather"}),
+    ("cohere", {"cp": 2, "tpa": 2}), ("ernie", {"cp": 2, "tpa": 2}),
+    pytest.param("glm", {"cp": 2, "tpa": 2, "q_proj": "gather"}, marks=SLOW),
     ("mixtral", {"cp": 4}), ("mixtral", {"cp": 2, "tpa": 2, "ep": 2}),
     pytest.param("mixtral", {"cp": 2, "tpa": 3, "ep": 1}, marks=SLOW),
     pytest.param("llama_biased", {"cp": 4, "tpa": 3}, marks=SLOW),
@@ -143,8 +145,9 @@ def test_broken_modules_are_rejected(fault: Callable[[HelixModule], None]) -> No
     assert worst_deviation(model, compiled, RAGGED) > 1e-4
 
 
-def test_verify_accepts_a_sound_one() -> None:
-    report = verify(compiled_gqa(cp=2, tpa=2), tiny_gqa())
+@pytest.mark.parametrize("name", ["llama", "cohere", "ernie", pytest.param("glm", marks=SLOW)])
+def test_verify_accepts_a_sound_one(name: str) -> None:
+    report = verify(compiled_gqa(name, cp=2, tpa=2), tiny_gqa(name))
     assert report.ok, str(report)
     assert report.coverage.needles > 0 and report.coverage.empty_shards > 0
 

@@ -19,6 +19,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_mha": ("Llama", {"num_key_value_heads": 12}),
     "llama_mqa": ("Llama", {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3", {"head_dim": 14}),
+    "cohere": ("Cohere", {}),
+    "glm": ("Glm", {}),
+    "ernie": ("Ernie4_5", {"use_bias": True, "num_key_value_heads": 2}),
     "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 6}),
 }  # fmt: skip
 
