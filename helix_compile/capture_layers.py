@@ -176,21 +176,36 @@ class _Around(nn.Module):
             raise CaptureError(
                 f"capture: {type(self.model).__name__} has no logits: pass the causal language model around it"
             )
+        if out.logits.dim() != 3:
+            raise CaptureError(f"capture: logits of shape {tuple(out.logits.shape)}, expected three dims")
         return out.logits, [t for pair in cache.new for t in pair]
 
 
 def export_around(
     model: PreTrainedModel, layers: nn.ModuleList
 ) -> tuple[ExportedProgram, dict[int, LayerCall]]:
-    """Export everything around the layers; returns the program and how each layer was called."""
-    calls: dict[int, LayerCall] = {}
+    """Export everything around the layers; returns the program and how each layer was called.
+
+    Whether a layer returns a tuple is told by its annotation, and where that does not fit (some say tuple and return a
+    tensor), by what the model around it takes.
+    """
     device = next(model.parameters()).device
     past = torch.zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype, device=device)
-    with _opaque(layers, calls):
-        program = _export_model(
-            model, lambda pasts: ConcatenatingCache(model.config, None, pasts[0]), [past]
-        )
-    return program, calls
+    cache_of = lambda pasts: ConcatenatingCache(model.config, None, pasts[0])  # noqa: E731
+    returned = (str(inspect.signature(type(x).forward).return_annotation) for x in layers)
+    annotated = tuple("tuple" in text.lower() for text in returned)
+    failures: list[tuple[int, CaptureError]] = []
+    for tuples in dict.fromkeys((annotated, (False,) * len(layers), (True,) * len(layers))):
+        calls: dict[int, LayerCall] = {}
+        try:
+            with _opaque(layers, calls, tuples):
+                return _export_model(model, cache_of, [past]), calls
+        except CaptureError as error:
+            failures.append((len(calls), error))
+            if not calls:
+                break
+    # what came furthest says most
+    raise max(failures, key=lambda failure: failure[0])[1]
 
 
 def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> ExportedProgram:
@@ -247,8 +262,10 @@ def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedPr
 
 
 @contextmanager
-def _opaque(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None]:
-    """Each layer's forward is one opaque op while this is open; put back afterwards.
+def _opaque(
+    layers: nn.ModuleList, calls: dict[int, LayerCall], tuples: tuple[bool, ...]
+) -> Iterator[None]:
+    """Each layer's forward is one opaque op while this is open, in a tuple where `tuples` says so; put back afterwards.
 
     A layer's hooks are part of what it computes: they are captured with its body, and kept away from the graph around.
     So are its tensors: torch.export's bookkeeping is quadratic in the number of parameters, used or not.
@@ -256,7 +273,7 @@ def _opaque(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None
     before = {i: layer.__dict__.get("forward") for i, layer in enumerate(layers)}
     hooks = [(layer._forward_hooks, layer._forward_pre_hooks) for layer in layers]
     for i, layer in enumerate(layers):
-        layer.forward = _recorder(layer, i, calls)
+        layer.forward = _recorder(i, calls, tuples[i])
         layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
     modules = list(layers.modules())
     tensors = [(m._parameters, m._buffers) for m in modules]
@@ -274,9 +291,7 @@ def _opaque(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None
                 layer.forward = own
 
 
-def _recorder(layer: nn.Module, index: int, calls: dict[int, LayerCall]) -> Any:
-    returns_tuple = "tuple" in str(inspect.signature(type(layer).forward).return_annotation).lower()
-
+def _recorder(index: int, calls: dict[int, LayerCall], returns_tuple: bool) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = record_call(args, kwargs)
         calls[index] = call

@@ -26,6 +26,7 @@ RUNS: list[Any] = [
     ("llama", {"cp": 1, "tpa": 4}), ("llama", {"cp": 3, "tpa": 2, "q_proj": "gather", "merge": "ag_rs"}),
     ("llama", {"cp": 2, "merge": "ag_rs"}),
     ("qwen3", {"cp": 4}), ("qwen3", {"cp": 2, "tpa": 2, "q_proj": "gather"}),
+    ("glm4", {"cp": 2, "tpa": 2}), ("gemma3", {"cp": 2, "tpa": 2}),
     ("cohere", {"cp": 2, "tpa": 2}), ("ernie", {"cp": 2, "tpa": 2}),
     pytest.param("glm", {"cp": 2, "tpa": 2, "q_proj": "gather"}, marks=SLOW),
     ("mixtral", {"cp": 4}), ("mixtral", {"cp": 2, "tpa": 2, "ep": 2}),
@@ -111,6 +112,18 @@ def test_a_window_is_seen_even_where_it_looks_causal() -> None:
     model = fresh_gqa("mixtral", num_hidden_layers=1, sliding_window=100)
     with pytest.raises(MatchError, match=r"layer 0: attention at node .* first for the query at 10[0-3] and the key at [0-3] of 128"):  # fmt: skip
         helix_compile(model, cp=2, max_seq_len=128)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}), ("llama4", {})],
+)
+def test_windows_and_chunks_of_models_whose_layers_say_tuple(
+    name: str, changes: dict[str, Any]
+) -> None:
+    model = fresh_gqa(name, **changes)
+    with pytest.raises(MatchError, match=r"layer 0: attention at node .*sliding window, chunked"):
+        helix_compile(model, cp=2, max_seq_len=64)
 
 
 def swap_keys_of_tpa(compiled: HelixModule) -> None:
