@@ -177,7 +177,9 @@ class _Around(nn.Module):
                 f"capture: {type(self.model).__name__} has no logits: pass the causal language model around it"
             )
         if out.logits.dim() != 3:
-            raise CaptureError(f"capture: logits of shape {tuple(out.logits.shape)}, expected three dims")
+            raise CaptureError(
+                f"capture: logits of shape {tuple(out.logits.shape)}, expected three dims"
+            )
         return out.logits, [t for pair in cache.new for t in pair]
 
 

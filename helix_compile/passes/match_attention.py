@@ -16,8 +16,8 @@ from helix_compile.passes.fx_edit import aten, calls
 from helix_compile.passes.index_provenance import is_cache_update
 from helix_compile.passes.match_einsum import SpelledAnchor, is_spelled, spelled_anchor
 from helix_compile.passes.match_gqa import match_gqa_site
-from helix_compile.passes.match_heads import Reject
 from helix_compile.passes.match_mla import in_order, match_absorbed_site, match_mla_site
+from helix_compile.passes.reject import Reject
 
 _PLAIN = ("BHTC", "BHSC", "BHSC", "BHTV", "BHTS")
 

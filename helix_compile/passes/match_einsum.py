@@ -18,7 +18,7 @@ from torch import fx
 from helix_compile.passes.contractions import PRODUCTS, Product, product_of
 from helix_compile.passes.fx_edit import aten, is_call
 from helix_compile.passes.index_provenance import is_cache_update, shape_of
-from helix_compile.passes.match_heads import Reject
+from helix_compile.passes.reject import Reject
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _SAME_ELEMENTS = (

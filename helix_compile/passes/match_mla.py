@@ -13,6 +13,7 @@ from torch import fx
 from helix_compile.matches import AttentionMatch, UpWeight, permuted
 from helix_compile.passes.attention_anchor import Anchor, cache_parts
 from helix_compile.passes.contractions import up_weight
+from helix_compile.passes.head_cuts import cut_or_whole
 from helix_compile.passes.index_provenance import (
     Provenance,
     shape_of,
@@ -28,13 +29,12 @@ from helix_compile.passes.match_expansion import (
     weight_of_v,
 )
 from helix_compile.passes.match_heads import (
-    Reject,
     bias_of,
-    check_head_rows,
     one_linear,
     output_projection,
     param_of,
 )
+from helix_compile.passes.reject import Reject
 
 
 def match_absorbed_site(spelled: SpelledAnchor) -> AttentionMatch:
@@ -88,13 +88,18 @@ def _site(
     new_rope, past_rope = cache_parts(rope, "rope part of K", node)
     o_proj, gate = output_projection(node, anchor.form)
     q_proj = one_linear(anchor.q, "q")
-    views = check_head_rows(anchor.q, q_proj, lambda q: permuted(q, anchor.q_form, "BTHC"), "q")
+    width, form = len(q_nope) + len(q_rope), anchor.q_form
+    views, uncut = cut_or_whole(
+        anchor.q, q_proj, lambda q: permuted(q, anchor.q_form, "BTHC"), form.index("H"), width, "q"
+    )
     if rope_of_q is not None:
         value, form = rope_of_q.node, rope_of_q.form
         if one_linear(value, "the rope part of q") is not q_proj:
             raise Reject("the rope part of q comes from another linear than the rest", value, 6)
-        more = check_head_rows(value, q_proj, lambda q: permuted(q, form, "BTHC"), "q")
-        views = tuple(dict.fromkeys(views + more))
+        more, why = cut_or_whole(
+            value, q_proj, lambda q: permuted(q, form, "BTHC"), form.index("H"), width, "q"
+        )
+        views, uncut = tuple(dict.fromkeys(views + more)), uncut + why
     return AttentionMatch(
         anchor=node.name, q=anchor.q.name, q_proj=q_proj.name, v_up=uv[0].name, k_up=uk[0].name, o_proj=o_proj.name,
         latent=new_latent.name, k_rope=new_rope.name, mask=mask.name,
@@ -104,7 +109,7 @@ def _site(
         num_heads=len(uv[1].at), kv_lora_rank=shape_of(latent)[-1],
         qk_rope_head_dim=len(q_rope), qk_nope_head_dim=len(q_nope), v_head_dim=len(uv[1].at[0]),
         hidden_size=shape_of(o_proj)[-1], q_input_size=shape_of(q_proj.args[0])[-1],
-        q_nope=q_nope, q_rope=q_rope, head_views=views, gate=gate,
+        q_nope=q_nope, q_rope=q_rope, head_views=views, gate=gate, uncut=uncut,
         q_rope_value=rope_of_q.node.name if rope_of_q else "", form=anchor.form, q_form=anchor.q_form,
         q_rope_form=rope_of_q.form if rope_of_q else anchor.q_form, mask_form=anchor.mask_form,
     )  # fmt: skip

@@ -114,6 +114,18 @@ def test_a_window_is_seen_even_where_it_looks_causal() -> None:
         helix_compile(model, cp=2, max_seq_len=128)
 
 
+def test_a_norm_with_a_weight_per_head_stays_whole() -> None:
+    """Cohere's use_qk_norm: heads can't be cut, so q, K and V are whole on every rank, or the plan is refused."""
+    model = fresh_gqa("cohere", use_qk_norm=True)
+    compiled = helix_compile(model, cp=4, tokens_per_block=2, max_batch_size=3, max_seq_len=64)
+    assert worst_deviation(model, compiled, RAGGED) <= LIMIT[torch.float64]
+    assert verify(compiled, model).ok
+    with pytest.raises(PlanError, match=r"layer 0: tpa=2 cuts q by heads, but rows 0.* `add_\d+` \(modeling_cohere.py:\d+\)\. nearest that works: tpa=1"):  # fmt: skip
+        helix_compile(model, cp=2, tpa=2)
+    with pytest.raises(PlanError, match=r"layer 0: q_proj=\"gather\" cuts q by heads.* nearest that works: q_proj=\"replicate\""):  # fmt: skip
+        helix_compile(model, cp=2, q_proj="gather")
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}), ("llama4", {})],
