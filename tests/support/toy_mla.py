@@ -21,7 +21,8 @@ class ToyMLA(nn.Module):
             form), "absorbed_stacked" (the same with parameters of their own, [H, R, D] and [H, D, R]).
         miss: "", "rope_per_head", "v_elsewhere", "scaled_keys", "sinks", "softmax_axis", "v_uncached", "v_heads"
             (W_UV of the heads in another order), "shifted" (V from the latent of another position), "bias" (a penalty
-            by distance is added to the mask).
+            by distance is added to the mask), "cache_out", "length_out", "mask_out" (the result reads the cache, how much
+            there is, or the mask besides).
     """
 
     def __init__(self, style: str, miss: str = "", layer: int = 0):
@@ -74,7 +75,14 @@ class ToyMLA(nn.Module):
         v = self._other_v(v.transpose(1, 2), latent[:, 0], k_rope[:, 0]).transpose(1, 2)
         k = torch.cat([k_nope, rope], dim=-1)
         out = self._attended(q, k, v, attention_mask).transpose(1, 2)
-        return self.o(out.reshape(B, T, H * V)), None
+        return self._more(self.o(out.reshape(B, T, H * V)), latent, attention_mask), None
+
+    def _more(self, out: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
+        if self.miss == "cache_out":
+            return out + latent[:, 0].transpose(1, 2)[:, :1].sum(-1, keepdim=True)
+        if self.miss == "length_out":
+            return out + 1.0 / latent.shape[2]
+        return out + mask.sum(-1)[:, 0, :, None] if self.miss == "mask_out" else out
 
     def _other_v(self, v: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
         """V [B, S, H, V], or what a near-miss has in its place."""
