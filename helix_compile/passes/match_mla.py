@@ -51,6 +51,62 @@ def match_absorbed_site(spelled: SpelledAnchor) -> AttentionMatch:
     )  # fmt: skip
 
 
+def match_split_site(spelled: SpelledAnchor, v: Provenance) -> AttentionMatch:
+    """A site of expanded K and V whose scores are one product over the nope part and one over the rope part of K."""
+    node = spelled.node
+    if len(spelled.pairs) != 2:
+        raise Reject(f"the scores are a sum of {len(spelled.pairs)} products", node, 1)
+    v_up, w_uv = weight_of_v(v, node)
+    (first, first_k), (second, second_k) = spelled.pairs
+    k = _side_by_side(first_k, second_k, v.ids.shape[1], node)
+    k_up = expansion_of_k(k, v_up, node)
+    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, node)
+    width = shape_of(first_k.node)[first_k.form.index("C")]
+    parts = [{channel < width for channel in channels} for channels in (q_nope, q_rope)]
+    if parts not in ([{True}, {False}], [{False}, {True}]):
+        raise Reject(
+            "one product of the scores reads both the nope and the rope part of K", node, 4
+        )
+    of_nope, of_rope = (first, second) if parts[0] == {True} else (second, first)
+    anchor = Anchor(
+        node, of_nope.node, first_k.node, spelled.v.node, spelled.mask, spelled.scale, q_form=of_nope.form,
+        form=spelled.out_form.replace("C", "V"), mask_form=spelled.form,
+    )  # fmt: skip
+    return _site(
+        anchor, of_rope, v_up.latent, rope, (k_up.node, w_uk), (v_up.node, w_uv),
+        *(tuple(c if is_first == {True} else c - width for c in channels)
+          for channels, is_first in zip((q_nope, q_rope), parts, strict=True)),
+    )  # fmt: skip
+
+
+def _side_by_side(first: Operand, second: Operand, heads: int, node: fx.Node) -> Provenance:
+    """Where the elements of two parts of K come from, as of one K [B, heads, S, C] that is both."""
+    parts = [_with_heads(k, node) for k in (first, second)]
+    both = set(parts[0].used()) & set(parts[1].used())
+    if both:
+        names = ", ".join(f"`{n.name}`" for n in both)
+        raise Reject(f"both products of the scores read K from {names}", node, 4)
+    behind = int(parts[0].ids.max())
+    moved = torch.where(parts[1].ids > 0, parts[1].ids + behind, 0)
+    if {x.ids.shape[1] for x in parts} - {1, heads}:
+        raise Reject(f"K has other heads than V's {heads}", node, 4)
+    ids = [x.expand(-1, heads, -1, -1) for x in (parts[0].ids, moved)]
+    sources = {n: base for n, base in parts[0].sources.items() if n in parts[0].used()}
+    sources |= {n: base + behind for n, base in parts[1].sources.items() if n in parts[1].used()}
+    return Provenance(torch.cat(ids, dim=3), sources)
+
+
+def _with_heads(k: Operand, node: fx.Node) -> Provenance:
+    """A part of K as [B, H, S, C], H = 1 where all heads share it."""
+    source, form = trace_elements(k.node), k.form.replace("1", "H")
+    ids = source.ids
+    if "H" not in form:
+        form, ids = f"H{form}", ids[None]
+    if sorted(form) != sorted("BHSC"):
+        raise Reject(f"a part of K is [{', '.join(k.form)}]", node, 4)
+    return Provenance(permuted(ids, form, "BHSC"), source.sources)
+
+
 def match_mla_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     """A site of K and V that are expanded from a latent, given where V's elements come from; Reject says why it is none."""
     node = anchor.node
@@ -89,6 +145,9 @@ def _site(
     o_proj, gate = output_projection(node, anchor.form)
     q_proj = one_linear(anchor.q, "q")
     width, form = len(q_nope) + len(q_rope), anchor.q_form
+    for order in (form, rope_of_q.form if rope_of_q else form):
+        if order[-1] != "C":
+            raise Reject(f"q is [{', '.join(order)}], expected its channels last", anchor.q, 6)
     views, uncut = cut_or_whole(
         anchor.q, q_proj, lambda q: permuted(q, anchor.q_form, "BTHC"), form.index("H"), width, "q"
     )
