@@ -43,8 +43,8 @@ def cut_or_whole(
     H, rows = shape_of(value)[heads_dim], shape_of(linear)[-1]
     if rows != H * width:
         raise Reject(
-            f"the linear of {what} has {rows} rows, expected {H} heads x {width} channels = {H * width}: it makes something "
-            "else besides (nearest that works: a linear of its own)",
+            f"the linear of {what} has {rows} rows, expected {H} heads x {width} channels = {H * width}: some rows are for "
+            "something else, or channels are repeated (nearest that works: a linear with one row for each channel)",
             linear,
             6,
         )
@@ -95,7 +95,7 @@ def check_head_rows(
             one = by_head(evaluate(value, {**fixed, linear: part}, sizes=opened))
         except NotRun as stopped:
             raise Reject(
-                f"{what} can't be cut by heads: `{stopped.node.name}` ({stopped.node.target}) works on {H} heads as a fixed "
+                f"{what} can't be cut by heads: `{stopped.node.name}` ({stopped.node.target}) works on all {H} heads as a fixed "
                 "number, it does not run on one of them",
                 stopped.node,
                 6,

@@ -128,7 +128,10 @@ def test_a_norm_with_a_weight_per_head_stays_whole() -> None:
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}), ("llama4", {})],
+    [
+        ("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}),
+        pytest.param("llama4", {}, marks=SLOW),
+    ],
 )
 def test_windows_and_chunks_of_models_whose_layers_say_tuple(
     name: str, changes: dict[str, Any]

@@ -56,6 +56,7 @@ MISSES: list[tuple[str, str, str]] = [
     ("eager", "score scaled per key", "the score chain holds `aten.mul.Tensor` (sinks, a cap or a bias?)"),
     ("eager", "sinks", "the score chain holds `aten.cat.default` (sinks, a cap or a bias?)"),
     ("repeat", "one linear", "q, K and V come from fewer than three linears"),
+    ("repeat", "q and more", f"the linear of q has {H * (DK + 1)} rows, expected {H} heads x {DK} channels = {H * DK}"),
     ("repeat", "gate's heads change places", "the gate can't be cut by heads: aten.slice.Tensor works across dim 2, which is cut by heads (a gate is cut over all cp * tpa ranks; nearest that works: a gate whose linear"),
     ("repeat", "gate from q's linear", f"the gate and what attention reads come from one linear `linear_3` of {H * (DK + DV)} rows"),
 ]  # fmt: skip
@@ -74,7 +75,7 @@ UNCUT: list[tuple[str, str, str]] = [
     ("q's heads change places", "q", "q can't be cut by heads: aten.slice.Tensor works across dim 1, which is cut by heads"),
     ("next to nothing across heads", "q", "q can't be cut by heads: mean works across dim 1, which is cut by heads"),
     ("a weight per head", "q", "rows 0.. of the linear of q do not make head 0 alone"),
-    ("heads taken by number", "q", f"(aten.select.int) works on {H} heads as a fixed number, it does not run on one of them"),
+    ("heads taken by number", "q", f"(aten.select.int) works on all {H} heads as a fixed number, it does not run on one of them"),
 ]  # fmt: skip
 
 

@@ -24,13 +24,17 @@ class ToyGQA(nn.Module):
         self.k, self.v = nn.Linear(D, K * DK), nn.Linear(D, K * DV)
         self.qkv = nn.Linear(D, H * DK + K * (DK + DV))
         self.gate, self.q_gate = nn.Linear(D, H * DV), nn.Linear(D, H * (DK + DV))
+        self.q_more = nn.Linear(D, H * (DK + 1))
         self.sink = nn.Parameter(torch.randn(H))
 
     def forward(
         self, hidden: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         B, T, _ = hidden.shape
-        if self.miss == "one linear":
+        if self.miss == "q and more":
+            q = self.q_more(hidden).view(B, T, H, DK + 1)[..., :DK].flatten(2)
+            k, v = self.k(hidden), self.v(hidden)
+        elif self.miss == "one linear":
             q, k, v = self.qkv(hidden).split([H * DK, K * DK, K * DV], dim=-1)
         else:
             q, k, v = self.q(hidden), self.k(hidden), self.v(hidden)
