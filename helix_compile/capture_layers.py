@@ -91,6 +91,9 @@ class LayerCall:
         return f"{self.spec} {self.leaves!r}"
 
 
+Calls = dict[int, LayerCall]
+
+
 class ConcatenatingCache(DynamicCache):
     """A cache of given pasts [B, heads, S, width]: update() concatenates, keeps what is new, writes nothing."""
 
@@ -177,28 +180,20 @@ class _Around(nn.Module):
                 f"capture: {type(self.model).__name__} has no logits: pass the causal language model around it"
             )
         if out.logits.dim() != 3:
-            raise CaptureError(
-                f"capture: logits of shape {tuple(out.logits.shape)}, expected three dims"
-            )
+            raise CaptureError(f"capture: logits are {tuple(out.logits.shape)}, not three dims")
         return out.logits, [t for pair in cache.new for t in pair]
 
 
-def export_around(
-    model: PreTrainedModel, layers: nn.ModuleList
-) -> tuple[ExportedProgram, dict[int, LayerCall]]:
-    """Export everything around the layers; returns the program and how each layer was called.
-
-    Whether a layer returns a tuple is told by its annotation, and where that does not fit (some say tuple and return a
-    tensor), by what the model around it takes.
-    """
-    device = next(model.parameters()).device
-    past = torch.zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype, device=device)
+def export_around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[ExportedProgram, Calls]:
+    """Export everything around the layers; returns the program and how each layer was called."""
+    past = next(model.parameters()).new_zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype)
     cache_of = lambda pasts: ConcatenatingCache(model.config, None, pasts[0])  # noqa: E731
     returned = (str(inspect.signature(type(x).forward).return_annotation) for x in layers)
+    # an annotation may be wrong about a tuple: then what the model around the layer takes decides
     annotated = tuple("tuple" in text.lower() for text in returned)
     failures: list[tuple[int, CaptureError]] = []
     for tuples in dict.fromkeys((annotated, (False,) * len(layers), (True,) * len(layers))):
-        calls: dict[int, LayerCall] = {}
+        calls: Calls = {}
         try:
             with _opaque(layers, calls, tuples):
                 return _export_model(model, cache_of, [past]), calls
@@ -206,8 +201,7 @@ def export_around(
             failures.append((len(calls), error))
             if not calls:
                 break
-    # what came furthest says most
-    raise max(failures, key=lambda failure: failure[0])[1]
+    raise max(failures, key=lambda failure: failure[0])[1]  # what came furthest says most
 
 
 def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> ExportedProgram:
@@ -264,9 +258,7 @@ def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedPr
 
 
 @contextmanager
-def _opaque(
-    layers: nn.ModuleList, calls: dict[int, LayerCall], tuples: tuple[bool, ...]
-) -> Iterator[None]:
+def _opaque(layers: nn.ModuleList, calls: Calls, tuples: tuple[bool, ...]) -> Iterator[None]:
     """Each layer's forward is one opaque op while this is open, in a tuple where `tuples` says so; put back afterwards.
 
     A layer's hooks are part of what it computes: they are captured with its body, and kept away from the graph around.
@@ -293,7 +285,7 @@ def _opaque(
                 layer.forward = own
 
 
-def _recorder(index: int, calls: dict[int, LayerCall], returns_tuple: bool) -> Any:
+def _recorder(index: int, calls: Calls, returns_tuple: bool) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = record_call(args, kwargs)
         calls[index] = call
