@@ -41,8 +41,12 @@ each; `tests/families/test_styles.py` and `test_other_styles.py` hold them to 1e
   or bmm;
 - attention as `scaled_dot_product_attention`, as matmul and softmax, or as DeepSeek's einsum chain with heads behind
   tokens;
+- scores of two products, one over K's nope part and one over the shared rope part;
 - absorbed already: W_UK on the query, scores over the cached latent plus scores over the cached rope part, W_UV on the
   result.
+
+In all of them the mask is *added* to the scores (0 where a key is visible, a large negative number where not), or given to
+`scaled_dot_product_attention`; scores masked by `masked_fill` or `where` are refused with that reason.
 
 A rank's part of W_UK and W_UV is a view of the parameter wherever the parameter has whole heads in one of these orders; rows
 in another order are copied, from a linear only. Refused, with the reason: a rope part that differs per head, V from what

@@ -91,6 +91,9 @@ class LayerCall:
         return f"{self.spec} {self.leaves!r}"
 
 
+Calls = dict[int, LayerCall]
+
+
 class ConcatenatingCache(DynamicCache):
     """A cache of given pasts [B, heads, S, width]: update() concatenates, keeps what is new, writes nothing."""
 
@@ -176,21 +179,29 @@ class _Around(nn.Module):
             raise CaptureError(
                 f"capture: {type(self.model).__name__} has no logits: pass the causal language model around it"
             )
+        if out.logits.dim() != 3:
+            raise CaptureError(f"capture: logits are {tuple(out.logits.shape)}, not three dims")
         return out.logits, [t for pair in cache.new for t in pair]
 
 
-def export_around(
-    model: PreTrainedModel, layers: nn.ModuleList
-) -> tuple[ExportedProgram, dict[int, LayerCall]]:
+def export_around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[ExportedProgram, Calls]:
     """Export everything around the layers; returns the program and how each layer was called."""
-    calls: dict[int, LayerCall] = {}
-    device = next(model.parameters()).device
-    past = torch.zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype, device=device)
-    with _opaque(layers, calls):
-        program = _export_model(
-            model, lambda pasts: ConcatenatingCache(model.config, None, pasts[0]), [past]
-        )
-    return program, calls
+    past = next(model.parameters()).new_zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype)
+    cache_of = lambda pasts: ConcatenatingCache(model.config, None, pasts[0])  # noqa: E731
+    returned = (str(inspect.signature(type(x).forward).return_annotation) for x in layers)
+    # an annotation may be wrong about a tuple: then what the model around the layer takes decides
+    annotated = tuple("tuple" in text.lower() for text in returned)
+    failures: list[tuple[int, CaptureError]] = []
+    for tuples in dict.fromkeys((annotated, (False,) * len(layers), (True,) * len(layers))):
+        calls: Calls = {}
+        try:
+            with _opaque(layers, calls, tuples):
+                return _export_model(model, cache_of, [past]), calls
+        except CaptureError as error:
+            failures.append((len(calls), error))
+            if not calls:
+                break
+    raise max(failures, key=lambda failure: failure[0])[1]  # what came furthest says most
 
 
 def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> ExportedProgram:
@@ -247,8 +258,8 @@ def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedPr
 
 
 @contextmanager
-def _opaque(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None]:
-    """Each layer's forward is one opaque op while this is open; put back afterwards.
+def _opaque(layers: nn.ModuleList, calls: Calls, tuples: tuple[bool, ...]) -> Iterator[None]:
+    """Each layer's forward is one opaque op while this is open, in a tuple where `tuples` says so; put back afterwards.
 
     A layer's hooks are part of what it computes: they are captured with its body, and kept away from the graph around.
     So are its tensors: torch.export's bookkeeping is quadratic in the number of parameters, used or not.
@@ -256,7 +267,7 @@ def _opaque(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None
     before = {i: layer.__dict__.get("forward") for i, layer in enumerate(layers)}
     hooks = [(layer._forward_hooks, layer._forward_pre_hooks) for layer in layers]
     for i, layer in enumerate(layers):
-        layer.forward = _recorder(layer, i, calls)
+        layer.forward = _recorder(i, calls, tuples[i])
         layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
     modules = list(layers.modules())
     tensors = [(m._parameters, m._buffers) for m in modules]
@@ -274,9 +285,7 @@ def _opaque(layers: nn.ModuleList, calls: dict[int, LayerCall]) -> Iterator[None
                 layer.forward = own
 
 
-def _recorder(layer: nn.Module, index: int, calls: dict[int, LayerCall]) -> Any:
-    returns_tuple = "tuple" in str(inspect.signature(type(layer).forward).return_annotation).lower()
-
+def _recorder(index: int, calls: Calls, returns_tuple: bool) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = record_call(args, kwargs)
         calls[index] = call

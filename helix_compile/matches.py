@@ -30,6 +30,16 @@ class MatchFailure:
 
 
 @dataclass(frozen=True)
+class Uncut:
+    """Why q, K or V (`what`) can't be cut by heads, and the node and line that stand in the way. It works where it is whole."""
+
+    what: str
+    reason: str
+    node: str
+    where: str = ""
+
+
+@dataclass(frozen=True)
 class CacheRow:
     """What one token leaves in the cache: a latent and a rope part, or K and V of `heads` KV heads.
 
@@ -151,6 +161,7 @@ class AttentionMatch:
     q_rope: tuple[int, ...]
     head_views: tuple[str, ...] = ()
     gate: GateMatch | None = None
+    uncut: tuple[Uncut, ...] = ()
     q_rope_value: str = ""
     form: str = "BHTV"
     q_form: str = "BHTC"
@@ -230,6 +241,7 @@ class GqaMatch:
     k_views: tuple[str, ...] = ()
     v_views: tuple[str, ...] = ()
     gate: GateMatch | None = None
+    uncut: tuple[Uncut, ...] = ()
     form: str = "BHTV"  # of the anchor, and of the scores: the only ones that are matched
     mask_form: str = "BHTS"
 

@@ -43,6 +43,7 @@ def plan_helix(
     moes = [m for match in matches.values() for m in match.moes]
     layout, ep_decision = _layout(options, moes)
     _check_divisible(captured, matches, layout)
+    _check_cut_heads(captured, matches, options)
     attentions = [a for match in matches.values() for a in match.attentions]
     v_up_decision = _v_up(attentions, captured.dtype, options)
     v_up = str(v_up_decision.result)
@@ -112,6 +113,24 @@ def _check_divisible(
                     f"({K} % {layout.tpa} = {K % layout.tpa}): each rank of tpa caches whole KV heads; choose tpa from "
                     f"{fits} and cp*tpa from the divisors of {a.num_heads} query heads"
                 )
+
+
+def _check_cut_heads(
+    captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions
+) -> None:
+    """Q, K and V are cut by heads over tpa, q also where it is gathered: then they must be such that they can be."""
+    for name, match in matches.items():
+        for uncut in (u for a in match.attentions for u in a.uncut):
+            if options.tpa > 1:
+                asked, nearest = f"tpa={options.tpa}", "tpa=1, where every rank computes it whole"
+            elif options.q_proj == "gather" and uncut.what == "q":
+                asked, nearest = 'q_proj="gather"', 'q_proj="replicate"'
+            else:
+                continue
+            raise PlanError(
+                f"layer {captured.layers_of(name)[0].index}: {asked} cuts {uncut.what} by heads, but {uncut.reason}, at node "
+                f"`{uncut.node}` ({uncut.where or 'no source line'}). nearest that works: {nearest}"
+            )
 
 
 def break_even_tokens(match: AttentionMatch, dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ from torch import fx
 
 from helix_compile.passes.fx_edit import aten, is_call
 from helix_compile.passes.index_provenance import is_cache_update, shape_of
-from helix_compile.passes.match_heads import Reject
+from helix_compile.passes.reject import Reject, unknown_in_scores
 
 SDPA = aten.scaled_dot_product_attention.default
 
@@ -83,9 +83,7 @@ def _eager_anchor(node: fx.Node) -> Anchor:
             if scale != 1.0:
                 raise Reject("the scores are scaled after the mask is added", step, 1)
         elif not is_call(step, aten._to_copy.default):
-            raise Reject(
-                f"the score chain holds `{step.target}` (sinks, a cap or a bias?)", step, 1
-            )
+            raise Reject(unknown_in_scores(step), step, 1)
         step = step.args[0]
     source: Any = node.args[0]
     while source is not softmax:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from helix_compile.matches import UpWeight
 from helix_compile.passes.fx_edit import aten, is_call, is_param
 from helix_compile.passes.index_provenance import is_layout_op, run_move, shape_of
-from helix_compile.passes.match_heads import Reject
+from helix_compile.passes.reject import Reject
 
 PRODUCTS = (
     aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.einsum.default,

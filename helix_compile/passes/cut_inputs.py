@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from helix_compile.passes.fx_edit import input_named, node_named
-from helix_compile.passes.match_heads import open_view
+from helix_compile.passes.head_cuts import open_view
 from helix_compile.passes.propagate import fake_shard
 from helix_compile.plan import BodyPlan
 

@@ -8,6 +8,14 @@ from typing import Any
 from torch import fx
 
 
+class NotRun(RuntimeError):
+    """`node` does not run on the values it got."""
+
+    def __init__(self, node: fx.Node, cause: Exception):
+        super().__init__(f"`{node.name}`: {cause}")
+        self.node = node
+
+
 def evaluate(
     node: fx.Node,
     known: dict[fx.Node, Any],
@@ -23,6 +31,10 @@ def evaluate(
         missing: asked for the value of a placeholder that is not known; without it that is a KeyError.
         sizes: other sizes for some views than the graph has.
         given: asked first for the value of each node; None: it has none.
+
+    Raises:
+        KeyError: a placeholder has no value.
+        NotRun: a node does not take the values it gets.
     """
     todo = [node]
     while todo:
@@ -51,5 +63,8 @@ def evaluate(
         kwargs = dict(fx.map_arg(current.kwargs, known.__getitem__))
         if kwargs.get("device") is not None:
             kwargs["device"] = "cpu"  # a model captured on meta or CUDA is still evaluated here
-        known[current] = current.target(*args, **kwargs)
+        try:
+            known[current] = current.target(*args, **kwargs)
+        except (RuntimeError, IndexError) as error:
+            raise NotRun(current, error) from error
     return known[node]

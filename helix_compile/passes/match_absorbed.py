@@ -31,7 +31,7 @@ from helix_compile.passes.index_provenance import (
     trace_elements,
 )
 from helix_compile.passes.match_einsum import Operand, SpelledAnchor
-from helix_compile.passes.match_heads import Reject
+from helix_compile.passes.reject import Reject
 
 
 @dataclass(frozen=True)

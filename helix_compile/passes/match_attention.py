@@ -2,7 +2,8 @@
 
 V is what the layer caches              grouped-query attention   match_gqa.py
 V is made from what the layer caches    MLA                       match_mla.py
-scores of two products                  MLA, absorbed already     match_absorbed.py by match_mla.py
+scores of two products over the cache   MLA, absorbed already     match_absorbed.py by match_mla.py
+scores of two products over parts of K  MLA                       match_split_site in match_mla.py
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from helix_compile.matches import MatchFailure, Site
 from helix_compile.passes.attention_anchor import SDPA, Anchor, anchor_of, softmax_of
 from helix_compile.passes.contractions import PRODUCTS
 from helix_compile.passes.fx_edit import aten, calls
-from helix_compile.passes.index_provenance import is_cache_update
+from helix_compile.passes.index_provenance import is_cache_update, trace_elements
 from helix_compile.passes.match_einsum import SpelledAnchor, is_spelled, spelled_anchor
 from helix_compile.passes.match_gqa import match_gqa_site
-from helix_compile.passes.match_heads import Reject
-from helix_compile.passes.match_mla import in_order, match_absorbed_site, match_mla_site
+from helix_compile.passes.match_mla import (
+    in_order,
+    match_absorbed_site,
+    match_mla_site,
+    match_split_site,
+)
+from helix_compile.passes.reject import Reject
 
 _PLAIN = ("BHTC", "BHSC", "BHSC", "BHTV", "BHTS")
 
@@ -42,6 +48,9 @@ def _spelled_site(node: fx.Node) -> Site:
     spelled = spelled_anchor(node)
     if len(spelled.pairs) > 1:
         _check_mask(spelled)
+        v = trace_elements(spelled.v.node)
+        if "H" in spelled.v.form and not (len(v.used()) == 1 and is_cache_update(v.used()[0])):
+            return match_split_site(spelled, in_order(spelled.v.node, spelled.v.form, "V"))
         return match_absorbed_site(spelled)
     ((q, k),) = spelled.pairs
     anchor = Anchor(

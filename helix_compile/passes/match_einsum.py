@@ -18,7 +18,7 @@ from torch import fx
 from helix_compile.passes.contractions import PRODUCTS, Product, product_of
 from helix_compile.passes.fx_edit import aten, is_call
 from helix_compile.passes.index_provenance import is_cache_update, shape_of
-from helix_compile.passes.match_heads import Reject
+from helix_compile.passes.reject import Reject, unknown_in_scores
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _SAME_ELEMENTS = (
@@ -157,8 +157,7 @@ def _walk(step: Any, factor: float, chain: _Chain) -> None:
     elif is_call(step, *_SAME_ELEMENTS):
         _walk(step.args[0], factor, chain)
     else:
-        what = getattr(step, "target", step)
-        raise Reject(f"the score chain holds `{what}` (sinks, a cap or a bias?)", step, 1)
+        raise Reject(unknown_in_scores(step), step, 1)
 
 
 class _Axes:

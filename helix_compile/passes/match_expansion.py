@@ -28,8 +28,8 @@ from helix_compile.passes.index_provenance import (
     shape_of,
     trace_elements,
 )
-from helix_compile.passes.match_heads import Reject
 from helix_compile.passes.narrow_weights import computed_weight
+from helix_compile.passes.reject import Reject
 
 
 @dataclass(frozen=True)

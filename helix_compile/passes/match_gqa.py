@@ -13,6 +13,7 @@ from torch import fx
 
 from helix_compile.matches import GqaMatch
 from helix_compile.passes.attention_anchor import Anchor, cache_parts
+from helix_compile.passes.head_cuts import cut_or_whole
 from helix_compile.passes.index_provenance import (
     Provenance,
     is_cache_update,
@@ -21,13 +22,12 @@ from helix_compile.passes.index_provenance import (
 )
 from helix_compile.passes.match_expansion import check_grid
 from helix_compile.passes.match_heads import (
-    Reject,
     bias_of,
-    check_head_rows,
     one_linear,
     output_projection,
     param_of,
 )
+from helix_compile.passes.reject import Reject
 
 
 def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
@@ -64,8 +64,8 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
             linears[0],
             6,
         )
-    views = [
-        check_head_rows(value, linear, lambda x: x.transpose(1, 2), what)
+    cuts = [
+        cut_or_whole(value, linear, lambda x: x.transpose(1, 2), 1, shape_of(value)[3], what)
         for (what, value), linear in zip(values, linears, strict=True)
     ]
     q_proj, k_proj, v_proj = linears
@@ -77,7 +77,8 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
         scale=anchor.scale, num_heads=H, kv_heads=kv_heads, q_head_dim=shape_of(anchor.q)[3],
         v_head_dim=shape_of(v_update)[3], hidden_size=shape_of(o_proj)[-1],
         q_input_size=shape_of(q_proj.args[0])[-1], k_input_size=shape_of(k_proj.args[0])[-1],
-        v_input_size=shape_of(v_proj.args[0])[-1], head_views=views[0], k_views=views[1], v_views=views[2], gate=gate,
+        v_input_size=shape_of(v_proj.args[0])[-1], head_views=cuts[0][0], k_views=cuts[1][0], v_views=cuts[2][0],
+        gate=gate, uncut=tuple(u for _, uncut in cuts for u in uncut),
     )  # fmt: skip
 
 

@@ -2,111 +2,24 @@
 
     anchor [B, H, T, V] -> layout ops -> (x gate) -> layout ops -> linear(o_proj)
 
-That rows [h * w, (h + 1) * w) of a linear make head h alone is not read off names: the piece of graph behind it is run
-on one head at a time. Views in that piece that write the head count as a number get -1 there.
+That rows of a linear make one head alone is shown in head_cuts.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from helix_compile.matches import GateMatch, MatchFailure, permuted
-from helix_compile.passes.evaluate import evaluate
-from helix_compile.passes.fx_edit import aten, is_call, is_param, source_line
-from helix_compile.passes.index_provenance import (
-    concrete,
-    is_layout_op,
-    shape_of,
-    trace_elements,
-)
+from helix_compile.matches import GateMatch, permuted
+from helix_compile.passes.cones import ancestors
+from helix_compile.passes.fx_edit import aten, is_call, is_param
+from helix_compile.passes.head_cuts import check_head_rows
+from helix_compile.passes.index_provenance import is_layout_op, shape_of, trace_elements
 from helix_compile.passes.narrow_weights import computed_weight
-
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-
-
-class Reject(Exception):
-    """Unwinds one candidate; becomes a MatchFailure."""
-
-    def __init__(self, reason: str, node: fx.Node, depth: int):
-        super().__init__(reason)
-        self.failure = MatchFailure(reason, node.name, source_line(node), depth)
-
-
-def open_view(node: fx.Node, heads: int) -> list[Any] | None:
-    """Sizes of a view with -1 where it writes the head count as a number, or None if it does not.
-
-    That place is the first literal `heads` behind dims that are those of the input.
-    """
-    if not is_call(node, *_VIEWS):
-        return None
-    source, sizes = node.args
-    assert isinstance(source, fx.Node) and isinstance(sizes, (list, tuple))
-    before = shape_of(source)
-    for place, size in enumerate(sizes):
-        if isinstance(size, int) and size == heads:
-            opened = list(sizes)
-            for other, value in enumerate(sizes):
-                if isinstance(value, int) and value == -1:
-                    opened[other] = shape_of(node)[other]
-            opened[place] = -1
-            return opened
-        if place >= len(before) or concrete(size) != before[place]:
-            return None
-    return None
-
-
-def check_head_rows(
-    value: fx.Node, linear: fx.Node, by_head: Callable[[Tensor], Tensor], what: str
-) -> tuple[str, ...]:
-    """Rows [h * w, (h + 1) * w) of `linear` must give head h of `value`: run the piece on one head at a time.
-
-    Args:
-        value: what is cut by heads.
-        linear: where its heads come from.
-        by_head: puts a value of `value` in the form [B, T, H, ...].
-        what: for messages.
-
-    Returns:
-        Names of the views that write the head count.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def random(node: fx.Node) -> Tensor:
-        numbers = torch.randn(shape_of(node), generator=generator)
-        return numbers.to(node.meta["val"].dtype)
-
-    full = random(linear)
-    inputs: dict[fx.Node, Any] = {linear: full}
-    whole = by_head(evaluate(value, inputs, random))
-    fixed = {n: v for n, v in inputs.items() if n.op == "placeholder"}
-    H = whole.shape[2]
-    between = [n for n in inputs if n not in fixed and n is not linear]
-    opened = {n: sizes for n in between if (sizes := open_view(n, H)) is not None}
-    if full.shape[-1] % H:
-        raise Reject(f"{full.shape[-1]} rows of the linear of {what} are not {H} heads", value, 6)
-    rows = full.shape[-1] // H
-    for head in sorted({0, H // 2, H - 1}):
-        part = full[..., head * rows : (head + 1) * rows].contiguous()
-        try:
-            one = by_head(evaluate(value, {**fixed, linear: part}, sizes=opened))
-        except (RuntimeError, IndexError) as error:
-            raise Reject(f"{what} can't be cut by heads: {error}", value, 6) from error
-        if one.shape != whole[:, :, :1].shape or not _same(one[:, :, 0], whole[:, :, head]):
-            raise Reject(
-                f"rows {head * rows}.. of the linear of {what} do not make head {head} alone",
-                value,
-                6,
-            )
-    return tuple(n.name for n in opened)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal to rounding: vector and scalar code of one function differ in the last bit."""
-    return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4)
+from helix_compile.passes.reject import Reject
 
 
 def one_linear(value: fx.Node, what: str) -> fx.Node:
@@ -227,8 +140,12 @@ def _gate(
         return value
 
     linear = one_linear(gate, "the gate")
-    views = check_head_rows(gate, linear, by_head, "the gate")
-    _refuse_other_readers(linear, gate, product)
+    _refuse_other_readers(linear, gate, product, anchor)
+    heads_dim = form.index("H") if len(size) == 4 else 2
+    try:
+        views = check_head_rows(gate, linear, by_head, heads_dim, "the gate")
+    except Reject as rejection:
+        raise _with_advice(rejection) from rejection
     weights = [a for a in linear.args[1:] if a is not None]
     if not all(map(is_param, weights)):
         raise Reject("the weight of the gate's linear is computed, not a parameter", linear, 6)
@@ -239,8 +156,27 @@ def _gate(
     )  # fmt: skip
 
 
-def _refuse_other_readers(linear: fx.Node, gate: fx.Node, product: fx.Node) -> None:
+def _with_advice(rejection: Reject) -> Reject:
+    """A gate is cut over all ranks, so no smaller tpa would help."""
+    rejection.failure = replace(
+        rejection.failure,
+        reason=f"{rejection.failure.reason} (a gate is cut over all cp * tpa ranks; nearest that works: a gate whose "
+        "linear makes the heads one after the other, with nothing across them)",
+    )
+    return rejection
+
+
+def _refuse_other_readers(
+    linear: fx.Node, gate: fx.Node, product: fx.Node, anchor: fx.Node
+) -> None:
     """What is between the gate's linear and the product is for the gate alone: it will be cut by heads."""
+    if linear in ancestors([anchor], until=[]):
+        raise Reject(
+            f"the gate and what attention reads come from one linear `{linear.name}` of {shape_of(linear)[-1]} rows, which "
+            "are cut by two rules (nearest that works: the gate as a linear of its own)",
+            linear,
+            6,
+        )
     todo = [linear]
     while todo:
         node = todo.pop()

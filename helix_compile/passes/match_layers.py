@@ -13,6 +13,7 @@ from helix_compile.options import HelixOptions
 from helix_compile.passes.fx_edit import is_param
 from helix_compile.passes.index_provenance import is_cache_update, is_layout_op
 from helix_compile.passes.match_attention import find_attention
+from helix_compile.passes.match_context import check_context
 from helix_compile.passes.match_ffn import find_dense_ffns
 from helix_compile.passes.match_mask import check_mask
 from helix_compile.passes.match_moe import find_moes
@@ -63,6 +64,7 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
         )
     for match in matched:
         check_mask(captured, body, match, max_seq_len)
+    check_context(captured, body, matched)
     moes = find_moes(graph)
     for failure in moes:
         if isinstance(failure, MatchFailure):

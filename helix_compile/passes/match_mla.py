@@ -13,6 +13,7 @@ from torch import fx
 from helix_compile.matches import AttentionMatch, UpWeight, permuted
 from helix_compile.passes.attention_anchor import Anchor, cache_parts
 from helix_compile.passes.contractions import up_weight
+from helix_compile.passes.head_cuts import cut_or_whole
 from helix_compile.passes.index_provenance import (
     Provenance,
     shape_of,
@@ -28,13 +29,12 @@ from helix_compile.passes.match_expansion import (
     weight_of_v,
 )
 from helix_compile.passes.match_heads import (
-    Reject,
     bias_of,
-    check_head_rows,
     one_linear,
     output_projection,
     param_of,
 )
+from helix_compile.passes.reject import Reject
 
 
 def match_absorbed_site(spelled: SpelledAnchor) -> AttentionMatch:
@@ -49,6 +49,62 @@ def match_absorbed_site(spelled: SpelledAnchor) -> AttentionMatch:
         anchor, site.q_rope, site.latent, site.rope, (site.k_up, site.w_uk), (site.v_up, site.w_uv),
         tuple(range(nope)), tuple(range(rope)),
     )  # fmt: skip
+
+
+def match_split_site(spelled: SpelledAnchor, v: Provenance) -> AttentionMatch:
+    """A site of expanded K and V whose scores are one product over the nope part and one over the rope part of K."""
+    node = spelled.node
+    if len(spelled.pairs) != 2:
+        raise Reject(f"the scores are a sum of {len(spelled.pairs)} products", node, 1)
+    v_up, w_uv = weight_of_v(v, node)
+    (first, first_k), (second, second_k) = spelled.pairs
+    k = _side_by_side(first_k, second_k, v.ids.shape[1], node)
+    k_up = expansion_of_k(k, v_up, node)
+    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, node)
+    width = shape_of(first_k.node)[first_k.form.index("C")]
+    parts = [{channel < width for channel in channels} for channels in (q_nope, q_rope)]
+    if parts not in ([{True}, {False}], [{False}, {True}]):
+        raise Reject(
+            "one product of the scores reads both the nope and the rope part of K", node, 4
+        )
+    of_nope, of_rope = (first, second) if parts[0] == {True} else (second, first)
+    anchor = Anchor(
+        node, of_nope.node, first_k.node, spelled.v.node, spelled.mask, spelled.scale, q_form=of_nope.form,
+        form=spelled.out_form.replace("C", "V"), mask_form=spelled.form,
+    )  # fmt: skip
+    return _site(
+        anchor, of_rope, v_up.latent, rope, (k_up.node, w_uk), (v_up.node, w_uv),
+        *(tuple(c if is_first == {True} else c - width for c in channels)
+          for channels, is_first in zip((q_nope, q_rope), parts, strict=True)),
+    )  # fmt: skip
+
+
+def _side_by_side(first: Operand, second: Operand, heads: int, node: fx.Node) -> Provenance:
+    """Where the elements of two parts of K come from, as of one K [B, heads, S, C] that is both."""
+    parts = [_with_heads(k, node) for k in (first, second)]
+    both = set(parts[0].used()) & set(parts[1].used())
+    if both:
+        names = ", ".join(f"`{n.name}`" for n in both)
+        raise Reject(f"both products of the scores read K from {names}", node, 4)
+    behind = int(parts[0].ids.max())
+    moved = torch.where(parts[1].ids > 0, parts[1].ids + behind, 0)
+    if {x.ids.shape[1] for x in parts} - {1, heads}:
+        raise Reject(f"K has other heads than V's {heads}", node, 4)
+    ids = [x.expand(-1, heads, -1, -1) for x in (parts[0].ids, moved)]
+    sources = {n: base for n, base in parts[0].sources.items() if n in parts[0].used()}
+    sources |= {n: base + behind for n, base in parts[1].sources.items() if n in parts[1].used()}
+    return Provenance(torch.cat(ids, dim=3), sources)
+
+
+def _with_heads(k: Operand, node: fx.Node) -> Provenance:
+    """A part of K as [B, H, S, C], H = 1 where all heads share it."""
+    source, form = trace_elements(k.node), k.form.replace("1", "H")
+    ids = source.ids
+    if "H" not in form:
+        form, ids = f"H{form}", ids[None]
+    if sorted(form) != sorted("BHSC"):
+        raise Reject(f"a part of K is [{', '.join(k.form)}]", node, 4)
+    return Provenance(permuted(ids, form, "BHSC"), source.sources)
 
 
 def match_mla_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
@@ -88,13 +144,21 @@ def _site(
     new_rope, past_rope = cache_parts(rope, "rope part of K", node)
     o_proj, gate = output_projection(node, anchor.form)
     q_proj = one_linear(anchor.q, "q")
-    views = check_head_rows(anchor.q, q_proj, lambda q: permuted(q, anchor.q_form, "BTHC"), "q")
+    width, form = len(q_nope) + len(q_rope), anchor.q_form
+    for order in (form, rope_of_q.form if rope_of_q else form):
+        if order[-1] != "C":
+            raise Reject(f"q is [{', '.join(order)}], expected its channels last", anchor.q, 6)
+    views, uncut = cut_or_whole(
+        anchor.q, q_proj, lambda q: permuted(q, anchor.q_form, "BTHC"), form.index("H"), width, "q"
+    )
     if rope_of_q is not None:
         value, form = rope_of_q.node, rope_of_q.form
         if one_linear(value, "the rope part of q") is not q_proj:
             raise Reject("the rope part of q comes from another linear than the rest", value, 6)
-        more = check_head_rows(value, q_proj, lambda q: permuted(q, form, "BTHC"), "q")
-        views = tuple(dict.fromkeys(views + more))
+        more, why = cut_or_whole(
+            value, q_proj, lambda q: permuted(q, form, "BTHC"), form.index("H"), width, "q"
+        )
+        views, uncut = tuple(dict.fromkeys(views + more)), uncut + why
     return AttentionMatch(
         anchor=node.name, q=anchor.q.name, q_proj=q_proj.name, v_up=uv[0].name, k_up=uk[0].name, o_proj=o_proj.name,
         latent=new_latent.name, k_rope=new_rope.name, mask=mask.name,
@@ -104,7 +168,7 @@ def _site(
         num_heads=len(uv[1].at), kv_lora_rank=shape_of(latent)[-1],
         qk_rope_head_dim=len(q_rope), qk_nope_head_dim=len(q_nope), v_head_dim=len(uv[1].at[0]),
         hidden_size=shape_of(o_proj)[-1], q_input_size=shape_of(q_proj.args[0])[-1],
-        q_nope=q_nope, q_rope=q_rope, head_views=views, gate=gate,
+        q_nope=q_nope, q_rope=q_rope, head_views=views, gate=gate, uncut=uncut,
         q_rope_value=rope_of_q.node.name if rope_of_q else "", form=anchor.form, q_form=anchor.q_form,
         q_rope_form=rope_of_q.form if rope_of_q else anchor.q_form, mask_form=anchor.mask_form,
     )  # fmt: skip

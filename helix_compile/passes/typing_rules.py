@@ -139,6 +139,16 @@ def _cat(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Re
     return _map_dims(layouts[0], lambda d: None if d == along else d, "cat")
 
 
+def _stack(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """A new dim before which and behind which everything keeps its place (interleaved RoPE, joined by flatten)."""
+    layouts = [of(n) for n in node.args[0]]
+    require(
+        all(x == layouts[0] for x in layouts), f"stack of {[format_layout(x) for x in layouts]}"
+    )
+    place = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()
+    return _map_dims(layouts[0], lambda d: d + (d >= place), "stack")
+
+
 def _getitem(node: fx.Node, of: Callable[[Any], Any], degrees: HelixLayout) -> Result:
     return of(node.args[0])[node.args[1]]
 
@@ -278,6 +288,21 @@ def _mean(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> R
     )
 
 
+def _norm(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Layer norm, RMS norm: the dims that are normalised are whole, and so are weight and bias, which have these dims."""
+    x, *weights = (n for n in node.args if isinstance(n, fx.Node))
+    layout = of(x)
+    require(
+        all(isinstance(p, Shard) for p in layout.values()), f"a norm of {format_layout(layout)}"
+    )
+    require(
+        not any(of(w) for w in weights),
+        f"weights of a norm are {[format_layout(of(w)) for w in weights]}, expected whole",
+    )
+    first = len(shape_of(x)) - len(node.args[1])
+    return _map_dims(layout, lambda d: d if d < first else None, str(node.target))
+
+
 def _expand(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     shift = len(shape_of(node)) - len(shape_of(node.args[0]))
     return _map_dims(of(node.args[0]), lambda d: d + shift, "expand")
@@ -313,8 +338,11 @@ RULES: dict[Any, Rule] = {
     aten.split_with_sizes.default: _along(2),
     aten.split.Tensor: _along(2),
     aten.cat.default: _cat,
+    aten.stack.default: _stack,
     aten.expand.default: _expand,
     aten.mean.dim: _mean,
+    aten.layer_norm.default: _norm,
+    aten.rms_norm.default: _norm,
     operator.getitem: _getitem,
     aten.linear.default: _linear,
     aten.einsum.default: _einsum,

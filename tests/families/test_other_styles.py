@@ -20,8 +20,8 @@ from tests.support.family_run import compiled_family, run_family
 from tests.support.numerics import LIMIT
 from tests.support.toy_mla import NOPE, H, R, ToyMLA, V, toy_layers, toy_model
 
-STYLES = ("separate", "stacked_bmm", "flat", "chain", "absorbed")
-MORE = ("stacked_hdr", "absorbed_stacked")
+STYLES = ("separate", "stacked_bmm", "flat", "chain", "absorbed", "split")
+MORE = ("stacked_hdr", "absorbed_stacked", "split_einsum")
 SETS = [
     pytest.param(STYLES, id="styles"),
     pytest.param(MORE, id="more", marks=pytest.mark.slow),
@@ -135,9 +135,22 @@ MISSES = {
     ("absorbed", "v_uncached"): "V of absorbed attention is not what the layer caches, but `mul",
     ("absorbed", "shifted"): "V: an element comes from another position",
     ("absorbed", "v_heads"): "W_UV is computed, not a view of a parameter",
+    ("split", "rope_per_head"): "the rope part differs per head",
+    ("split", "one_scaled"): r"scales \[0\.125, 0\.25\]",
+    ("split", "mixed_parts"): "both products of the scores read K from `linear|one product of the scores reads both",
+    ("split", "scaled_keys"): r"the score chain holds `aten\.mul\.Tensor`",
+    ("split", "v_uncached"): "the input of the linear that makes V is not what the layer caches",
+    ("split", "v_elsewhere"): "no part of K derives from a linear over the cached latent that V is made from",
+    ("split", "shifted"): "V: an element comes from another position",
+    ("split", "softmax_axis"): r"the softmax runs over dim 1 of \[B, H, T, S\], not over the keys",
+    ("split", "sinks"): r"part of the softmax is cut off|score chain holds `aten\.cat\.default`",
+    ("split", "fill_mask"): r"the scores are masked by `aten\.masked_fill\.Scalar`, expected a mask that is added",
+    ("eager", "fill_mask"): r"the scores are masked by `aten\.masked_fill\.Scalar`, expected a mask that is added",
+    ("eager", "where_mask"): r"the scores are masked by `aten\.where\.\w+`, expected a mask that is added",
 }  # fmt: skip
 FIRST = (
     ("separate", "v_uncached"), ("chain", "rope_per_head"), ("chain", "softmax_axis"), ("absorbed", "shifted"),
+    ("split", "rope_per_head"), ("split", "one_scaled"), ("split", "mixed_parts"), ("eager", "fill_mask"),
 )  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from helix_compile.capture_layers import export_around, find_layers
 from helix_compile.errors import CaptureError
@@ -31,3 +33,28 @@ def test_they_come_back_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(CaptureError, match="nonsense"):
         export_around(model, find_layers(model)[1])
     assert _held(model) == before
+
+
+@pytest.mark.parametrize("returned", [Tensor, tuple])
+@pytest.mark.parametrize("annotation", [Tensor, tuple])
+def test_a_layers_annotation_may_be_wrong(annotation: type, returned: type) -> None:
+    """Glm4's and Gemma3's say a tuple and return a tensor; the other way round rows of the batch would be lost."""
+    model = fresh_model("short")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+
+    class Layer(type(model.model.layers[0])):  # type: ignore[misc] # the class is only known now
+        def forward(self, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+            out = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+            return (out,) if returned is tuple else out
+
+    Layer.forward.__annotations__["return"] = annotation
+    model.model.layers[0].__class__ = Layer
+    norm = model.model.norm
+    if returned is tuple:
+        whole = norm.forward
+        norm.forward = lambda out: whole(out[0])
+    program, calls = export_around(model, find_layers(model)[1])
+    logits = program.graph_signature.user_outputs[0]
+    (value,) = (n.meta["val"] for n in program.graph.nodes if n.name == logits)
+    assert value.dim() == 3 and len(calls) == 1

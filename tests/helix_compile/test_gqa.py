@@ -26,6 +26,9 @@ RUNS: list[Any] = [
     ("llama", {"cp": 1, "tpa": 4}), ("llama", {"cp": 3, "tpa": 2, "q_proj": "gather", "merge": "ag_rs"}),
     ("llama", {"cp": 2, "merge": "ag_rs"}),
     ("qwen3", {"cp": 4}), ("qwen3", {"cp": 2, "tpa": 2, "q_proj": "gather"}),
+    ("glm4", {"cp": 2, "tpa": 2}), ("gemma3", {"cp": 2, "tpa": 2}),
+    ("cohere", {"cp": 2, "tpa": 2}), ("ernie", {"cp": 2, "tpa": 2}),
+    pytest.param("glm", {"cp": 2, "tpa": 2, "q_proj": "gather"}, marks=SLOW),
     ("mixtral", {"cp": 4}), ("mixtral", {"cp": 2, "tpa": 2, "ep": 2}),
     pytest.param("mixtral", {"cp": 2, "tpa": 3, "ep": 1}, marks=SLOW),
     pytest.param("llama_biased", {"cp": 4, "tpa": 3}, marks=SLOW),
@@ -111,6 +114,33 @@ def test_a_window_is_seen_even_where_it_looks_causal() -> None:
         helix_compile(model, cp=2, max_seq_len=128)
 
 
+def test_a_norm_with_a_weight_per_head_stays_whole() -> None:
+    """Cohere's use_qk_norm: heads can't be cut, so q, K and V are whole on every rank, or the plan is refused."""
+    model = fresh_gqa("cohere", use_qk_norm=True)
+    compiled = helix_compile(model, cp=4, tokens_per_block=2, max_batch_size=3, max_seq_len=64)
+    assert worst_deviation(model, compiled, RAGGED) <= LIMIT[torch.float64]
+    assert verify(compiled, model).ok
+    with pytest.raises(PlanError, match=r"layer 0: tpa=2 cuts q by heads, but rows 0.* `add_\d+` \(modeling_cohere.py:\d+\)\. nearest that works: tpa=1"):  # fmt: skip
+        helix_compile(model, cp=2, tpa=2)
+    with pytest.raises(PlanError, match=r"layer 0: q_proj=\"gather\" cuts q by heads.* nearest that works: q_proj=\"replicate\""):  # fmt: skip
+        helix_compile(model, cp=2, q_proj="gather")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}),
+        pytest.param("llama4", {}, marks=SLOW),
+    ],
+)
+def test_windows_and_chunks_of_models_whose_layers_say_tuple(
+    name: str, changes: dict[str, Any]
+) -> None:
+    model = fresh_gqa(name, **changes)
+    with pytest.raises(MatchError, match=r"layer 0: attention at node .*sliding window, chunked"):
+        helix_compile(model, cp=2, max_seq_len=64)
+
+
 def swap_keys_of_tpa(compiled: HelixModule) -> None:
     """Ranks of tpa 0 and 1 hold each other's K rows."""
     name = "model.layers.1.self_attn.k_proj.weight"
@@ -143,8 +173,9 @@ def test_broken_modules_are_rejected(fault: Callable[[HelixModule], None]) -> No
     assert worst_deviation(model, compiled, RAGGED) > 1e-4
 
 
-def test_verify_accepts_a_sound_one() -> None:
-    report = verify(compiled_gqa(cp=2, tpa=2), tiny_gqa())
+@pytest.mark.parametrize("name", ["llama", "cohere", "ernie", pytest.param("glm", marks=SLOW)])
+def test_verify_accepts_a_sound_one(name: str) -> None:
+    report = verify(compiled_gqa(name, cp=2, tpa=2), tiny_gqa(name))
     assert report.ok, str(report)
     assert report.coverage.needles > 0 and report.coverage.empty_shards > 0
 

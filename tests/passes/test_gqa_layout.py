@@ -114,3 +114,51 @@ def test_a_mean_keeps_heads_cut(keep: bool, before: str, after: str | None) -> N
             result()
     else:
         assert result() == after
+
+
+X = "tpa:S(1)"  # heads of [B, K, T, D] are cut
+Op = Any
+aten = torch.ops.aten
+RULES: list[tuple[Op, Any, dict[str, str], str | None]] = [
+    (aten.stack.default, lambda a, b, w: ([a, b], -1), {"a": X, "b": X}, X),
+    (aten.stack.default, lambda a, b, w: ([a, b], 1), {"a": X, "b": X}, "tpa:S(2)"),
+    (aten.stack.default, lambda a, b, w: ([a, b],), {"a": X, "b": X}, "tpa:S(2)"),
+    (aten.stack.default, lambda a, b, w: ([a, b], 2), {"a": X, "b": X}, X),
+    (aten.stack.default, lambda a, b, w: ([a, b], -1), {"a": X}, None),
+    (aten.stack.default, lambda a, b, w: ([a, b], -1), {"a": X, "b": "tpa:S(2)"}, None),
+    (aten.layer_norm.default, lambda a, b, w: (a, [5], w), {"a": X}, X),
+    (aten.layer_norm.default, lambda a, b, w: (a, [5], w, w), {"a": X}, X),
+    (aten.layer_norm.default, lambda a, b, w: (a, [5]), {"a": X}, X),
+    (aten.layer_norm.default, lambda a, b, w: (a, [5], w), {"a": "tpa:S(3)"}, None),
+    (aten.layer_norm.default, lambda a, b, w: (a, [3, 4, 5]), {"a": X}, None),
+    (aten.layer_norm.default, lambda a, b, w: (a, [5], w), {"a": X, "w": "tpa:S(0)"}, None),
+    (aten.layer_norm.default, lambda a, b, w: (a, [5], w), {"a": "tpa:P(sum)"}, None),
+    (aten.layer_norm.default, lambda a, b, w: (a, [5], w), {"a": "kvp:PS"}, None),
+    (aten.rms_norm.default, lambda a, b, w: (a, [5], w), {"a": X}, X),
+    (aten.rms_norm.default, lambda a, b, w: (a, [4, 5]), {"a": X}, X),
+    (aten.rms_norm.default, lambda a, b, w: (a, [5], w), {"a": "tpa:S(3)"}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "args", "layouts", "result"), RULES)
+def test_heads_stay_cut_through_norms_and_interleaved_rope(
+    op: Any, args: Any, layouts: dict[str, str], result: str | None
+) -> None:
+    """Of a, b [2, 3, 4, 5] and w [5]."""
+    graph = fx.Graph()
+    inputs = {name: graph.placeholder(name) for name in "abw"}
+    values = {"a": torch.rand(2, 3, 4, 5), "b": torch.rand(2, 3, 4, 5), "w": torch.rand(5)}
+    for name, node in inputs.items():
+        node.meta["val"] = values[name]
+    node = graph.call_function(op, args(**inputs))
+    node.meta["val"] = op(*args(**values))
+    of = {name: parse_layout(layouts.get(name, "R")) for name in "abw"}
+
+    def inferred() -> str:
+        return format_layout(infer_layouts(graph, lambda n: of[n.name], degrees(2, 2))[node])
+
+    if result is None:
+        with pytest.raises(Untyped):
+            inferred()
+    else:
+        assert inferred() == result

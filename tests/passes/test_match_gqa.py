@@ -56,7 +56,9 @@ MISSES: list[tuple[str, str, str]] = [
     ("eager", "score scaled per key", "the score chain holds `aten.mul.Tensor` (sinks, a cap or a bias?)"),
     ("eager", "sinks", "the score chain holds `aten.cat.default` (sinks, a cap or a bias?)"),
     ("repeat", "one linear", "q, K and V come from fewer than three linears"),
-    ("repeat", "norm over heads", "do not make head"),
+    ("repeat", "q and more", f"the linear of q has {H * (DK + 1)} rows, expected {H} heads x {DK} channels = {H * DK}"),
+    ("repeat", "gate's heads change places", "the gate can't be cut by heads: aten.slice.Tensor works across dim 2, which is cut by heads (a gate is cut over all cp * tpa ranks; nearest that works: a gate whose linear"),
+    ("repeat", "gate from q's linear", f"the gate and what attention reads come from one linear `linear_3` of {H * (DK + DV)} rows"),
 ]  # fmt: skip
 
 
@@ -66,3 +68,25 @@ def test_near_misses_say_the_reason(style: str, miss: str, reason: str) -> None:
     assert isinstance(failure, MatchFailure)
     assert re.search(re.escape(reason), failure.reason), failure.reason
     assert failure.node
+
+
+UNCUT: list[tuple[str, str, str]] = [
+    ("norm over heads", "K", "rows 0.. of the linear of K do not make head 0 alone"),
+    ("q's heads change places", "q", "q can't be cut by heads: aten.slice.Tensor works across dim 1, which is cut by heads"),
+    ("next to nothing across heads", "q", "q can't be cut by heads: mean works across dim 1, which is cut by heads"),
+    ("a weight per head", "q", "rows 0.. of the linear of q do not make head 0 alone"),
+    ("heads taken by number", "q", f"(aten.select.int) works on all {H} heads as a fixed number, it does not run on one of them"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("miss", "what", "reason"), UNCUT, ids=[m for m, *_ in UNCUT])
+def test_what_can_not_be_cut_by_heads_is_said_and_is_no_refusal(
+    miss: str, what: str, reason: str
+) -> None:
+    """It works where nothing is cut: at tpa=1."""
+    (match,) = find_attention(toy_graph("repeat", miss))
+    assert isinstance(match, GqaMatch), match
+    (uncut,) = match.uncut
+    assert uncut.what == what and reason in uncut.reason, uncut
+    assert uncut.node and uncut.where.startswith("toy_gqa.py:")
+    assert not only_match("repeat").uncut

@@ -19,6 +19,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_mha": ("Llama", {"num_key_value_heads": 12}),
     "llama_mqa": ("Llama", {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3", {"head_dim": 14}),
+    "cohere": ("Cohere", {}),
+    "glm": ("Glm", {}),
+    "ernie": ("Ernie4_5", {"use_bias": True, "num_key_value_heads": 2}),
+    "glm4": ("Glm4", {}),
+    "gemma3": ("Gemma3", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}),
+    "llama4": ("Llama4", {"num_local_experts": 4, "attention_chunk_size": 8}),
     "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 6}),
 }  # fmt: skip
 
@@ -28,7 +34,8 @@ def fresh_gqa(
 ) -> Any:
     """A new model in eval mode: random biases, weights large enough that softmax is not flat."""
     kind, sizes = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **sizes, **changes})
+    of_text = getattr(transformers, f"{kind}TextConfig", None)  # of models for images too
+    config = (of_text or getattr(transformers, f"{kind}Config"))(**{**SIZES, **sizes, **changes})
     config._attn_implementation = attention
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)

@@ -23,24 +23,48 @@ class ToyGQA(nn.Module):
         self.q, self.o = nn.Linear(D, H * DK), nn.Linear(H * DV, D, bias=False)
         self.k, self.v = nn.Linear(D, K * DK), nn.Linear(D, K * DV)
         self.qkv = nn.Linear(D, H * DK + K * (DK + DV))
+        self.gate, self.q_gate = nn.Linear(D, H * DV), nn.Linear(D, H * (DK + DV))
+        self.q_more = nn.Linear(D, H * (DK + 1))
         self.sink = nn.Parameter(torch.randn(H))
 
     def forward(
         self, hidden: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         B, T, _ = hidden.shape
-        if self.miss == "one linear":
+        if self.miss == "q and more":
+            q = self.q_more(hidden).view(B, T, H, DK + 1)[..., :DK].flatten(2)
+            k, v = self.k(hidden), self.v(hidden)
+        elif self.miss == "one linear":
             q, k, v = self.qkv(hidden).split([H * DK, K * DK, K * DV], dim=-1)
         else:
             q, k, v = self.q(hidden), self.k(hidden), self.v(hidden)
         q, k, v = (x.view(B, T, -1, w).transpose(1, 2) for x, w in ((q, DK), (k, DK), (v, DV)))
+        q = self._missed_q(q)
         if self.miss == "norm over heads":
             k = k / (k.square().mean(dim=(1, 3), keepdim=True) + 1e-5).sqrt()
         new_k, new_v = k, v
         k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
         k, v, mask = self._missed(k, v, mask)
+        if self.miss == "gate from q's linear":
+            q, gate = self.q_gate(hidden).view(B, T, H, DK + DV).split([DK, DV], dim=-1)
+            q = q.transpose(1, 2)
         out = self._attended(q, k, v, mask).transpose(1, 2)
+        if self.miss == "gate's heads change places":
+            gate = _swapped(self.gate(hidden).view(B, T, H, DV), 2)
+        if self.miss.startswith("gate"):
+            out = out * gate.sigmoid()
         return self.o(out.reshape(B, T, H * DV)), [new_k, new_v]
+
+    def _missed_q(self, q: Tensor) -> Tensor:
+        if self.miss == "q's heads change places":
+            return _swapped(q, 1)
+        if self.miss == "next to nothing across heads":
+            return q + 1e-6 * q.mean(dim=1, keepdim=True)
+        if self.miss == "a weight per head":
+            return q * self.sink.view(1, H, 1, 1)
+        if self.miss == "heads taken by number":
+            return torch.stack([q[:, head] for head in range(H)], dim=1)
+        return q
 
     def _missed(self, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.miss == "other heads":
@@ -78,6 +102,12 @@ class ToyGQA(nn.Module):
             sink = self.sink.view(1, H, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
             return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1] @ v
         return scores.softmax(-1) @ v
+
+
+def _swapped(x: Tensor, dim: int) -> Tensor:
+    """Heads 1 and 4 change places; heads 0, 6 and 11 alone would not show it."""
+    order = [x.narrow(dim, *part) for part in ((0, 1), (4, 1), (2, 2), (1, 1), (5, H - 5))]
+    return torch.cat(order, dim=dim)
 
 
 @cache

@@ -18,10 +18,13 @@ class ToyMLA(nn.Module):
     Args:
         style: "cat", "heads_last", "fused_a", "eager", "separate", "stacked_bmm", "einsum", "stacked_hdr" (W [H, D, R]),
             "flat" (W [R, H * D]), "chain" (DeepSeek's own scores, heads behind tokens), "absorbed" (its own absorbed
-            form), "absorbed_stacked" (the same with parameters of their own, [H, R, D] and [H, D, R]).
+            form), "absorbed_stacked" (the same with parameters of their own, [H, R, D] and [H, D, R]), "split" (one score
+            product over K's nope part and one over the shared rope part), "split_einsum".
         miss: "", "rope_per_head", "v_elsewhere", "scaled_keys", "sinks", "softmax_axis", "v_uncached", "v_heads"
             (W_UV of the heads in another order), "shifted" (V from the latent of another position), "bias" (a penalty
-            by distance is added to the mask).
+            by distance is added to the mask), "cache_out", "length_out", "mask_out" (the result reads the cache, how much
+            there is, or the mask besides), "one_scaled" (one of the two score products is scaled), "mixed_parts" (the
+            products part K elsewhere than between nope and rope), "fill_mask", "where_mask" (the mask is no sum).
     """
 
     def __init__(self, style: str, miss: str = "", layer: int = 0):
@@ -73,8 +76,20 @@ class ToyMLA(nn.Module):
             rope = self.k_heads(k_rope[:, 0]).view(B, -1, H, ROPE).transpose(1, 2)
         v = self._other_v(v.transpose(1, 2), latent[:, 0], k_rope[:, 0]).transpose(1, 2)
         k = torch.cat([k_nope, rope], dim=-1)
-        out = self._attended(q, k, v, attention_mask).transpose(1, 2)
-        return self.o(out.reshape(B, T, H * V)), None
+        if self.style.startswith("split"):
+            shared = rope if self.miss == "rope_per_head" else k_rope
+            scores = self._two_products(q, k_nope, shared, k)
+            out = self._weighted(scores, k, v, attention_mask).transpose(1, 2)
+        else:
+            out = self._attended(q, k, v, attention_mask).transpose(1, 2)
+        return self._more(self.o(out.reshape(B, T, H * V)), latent, attention_mask), None
+
+    def _more(self, out: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
+        if self.miss == "cache_out":
+            return out + latent[:, 0].transpose(1, 2)[:, :1].sum(-1, keepdim=True)
+        if self.miss == "length_out":
+            return out + 1.0 / latent.shape[2]
+        return out + mask.sum(-1)[:, 0, :, None] if self.miss == "mask_out" else out
 
     def _other_v(self, v: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
         """V [B, S, H, V], or what a near-miss has in its place."""
@@ -167,21 +182,45 @@ class ToyMLA(nn.Module):
         k, v = both.view(B, -1, H, NOPE + V).transpose(1, 2).split([NOPE, V], dim=-1)
         return k, v
 
+    def _two_products(self, q: Tensor, k_nope: Tensor, k_rope: Tensor, k: Tensor) -> Tensor:
+        """Scores [B, H, T, S] of k_nope [B, H, S, NOPE] and k_rope [B, 1, S, ROPE]."""
+        if self.style == "split_einsum":
+            nope = torch.einsum("bhtd,bhsd->bhts", q[..., :NOPE], k_nope)
+            return (nope + torch.einsum("bhtr,bsr->bhts", q[..., NOPE:], k_rope[:, 0])) * 0.25
+        cut = NOPE - 2 if self.miss == "mixed_parts" else NOPE
+        if self.miss == "mixed_parts":
+            k_nope, k_rope = k[..., :cut], k[..., cut:]
+        by_rope = q[..., cut:] @ k_rope.transpose(2, 3)
+        if self.miss == "one_scaled":
+            by_rope = by_rope * 0.5
+        return (q[..., :cut] @ k_nope.transpose(2, 3) + by_rope) * 0.25
+
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        if self.style != "eager" and self.miss not in ("scaled_keys", "sinks", "softmax_axis"):
+        spelled = ("scaled_keys", "sinks", "softmax_axis", "fill_mask", "where_mask")
+        if self.style != "eager" and self.miss not in spelled:
             return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.25)
-        scores = q @ k.transpose(2, 3) * 0.25
+        return self._weighted(q @ k.transpose(2, 3) * 0.25, k, v, mask)
+
+    def _weighted(self, scores: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """V by the softmax of scores [B, H, T, S]."""
         if self.miss == "scaled_keys":
             scores = scores * (1.0 + k.shape[2] / (1.0 + k[..., 0].abs()[:, :, None]))
+        if self.miss == "fill_mask":
+            return scores.masked_fill(~mask, -1e30).softmax(-1) @ v
+        if self.miss == "where_mask":
+            return torch.where(mask, scores, -1e30).softmax(-1) @ v
         if mask.dtype is torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(
-                ~mask, torch.finfo(q.dtype).min
+            mask = torch.zeros_like(mask, dtype=v.dtype).masked_fill(
+                ~mask, torch.finfo(v.dtype).min
             )
         scores = scores + mask
         if self.miss == "sinks":
-            sink = self.sink.view(1, H, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+            sink = self.sink.view(1, H, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
             return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1] @ v
-        return scores.softmax(1 if self.miss == "softmax_axis" else -1) @ v
+        weights = scores.softmax(1 if self.miss == "softmax_axis" else -1)
+        if self.style == "split_einsum":
+            return torch.einsum("bhts,bhsd->bhtd", weights, v)
+        return weights @ v
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
