@@ -179,3 +179,32 @@ def test_a_model_that_changed_is_refused_until_compiled_anew() -> None:
         torch._dynamo.reset()
         expected = model(IDS).logits
         assert (compiled(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize("where", ["", "model.layers.1.self_attn.o_proj"], ids=["model", "inside"])
+def test_a_hook_that_comes_or_goes_is_refused(where: str) -> None:
+    model = fresh_model("short")
+    module = model.get_submodule(where)
+    compiled = torch.compile(model, backend="helix", options={"cp": 4, "max_seq_len": 64})
+
+    def check() -> None:
+        expected = model(IDS).logits
+        assert (compiled(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+    with torch.no_grad():
+        check()
+        hook = module.register_forward_pre_hook(lambda *args: None)
+        with pytest.raises(
+            RuntimeFault, match=rf"{where or 'the model'} has 1 forward hooks, and 0"
+        ):
+            compiled(IDS)
+        hook.remove()
+        check()
+        if not where:
+            return  # a hook around the whole model is run by torch, outside of what is compiled
+        hook = module.register_forward_hook(lambda module, args, out: out * 1.5)
+        torch._dynamo.reset()
+        check()
+        hook.remove()
+        with pytest.raises(RuntimeFault, match="hook"):
+            compiled(IDS)
