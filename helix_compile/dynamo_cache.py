@@ -79,6 +79,18 @@ class UserCache:
                 self._held[key] = (weakref.ref(tensor), version_of(tensor))
 
 
+def check_countable(tensors: dict[Key, Tensor]) -> None:
+    """Raise RuntimeFault if edits of these can't be seen, or if a length among them can't be counted up."""
+    for (layer, name), tensor in tensors.items():
+        if name in LATENTS:
+            version_of(tensor)
+        elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeFault(
+                f"the cache's {name} of layer {layer} was made under torch.inference_mode() and can't be written outside "
+                "of it; make the cache where the model is called (torch.no_grad() is fine)"
+            )
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written in place.
 

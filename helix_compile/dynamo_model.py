@@ -35,9 +35,15 @@ class ModelState:
         """Raise RuntimeFault if a weight was replaced or written, or a hook of the forward added or removed."""
         changed = [n for n, t in weights.items() if self._weights.get(n) != _state(t)]
         if changed:
+            told = ""
+            if len(changed) == len(weights) > 1:
+                told = (
+                    ". If this is another model: Dynamo takes models of one class, compiled with equal options, for one; "
+                    "give each its own (docs/torch_compile.md, two at a time)"
+                )
             raise RuntimeFault(
                 f"{len(changed)} weights changed since the model was compiled, {changed[0]} first; the ranks' shards "
-                f"were cut from the old ones: {_ANEW}"
+                f"were cut from the old ones: {_ANEW}{told}"
             )
         for (name, reference), before in zip(self._modules, self._hooks, strict=True):
             now = _hooks_of(reference())

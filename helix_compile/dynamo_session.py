@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from helix_compile.capture import capture
 from helix_compile.capture_checks import check_surroundings
 from helix_compile.compile import helix_compile
-from helix_compile.dynamo_cache import LATENTS, Key, UserCache, stand_in
+from helix_compile.dynamo_cache import LATENTS, Key, UserCache, check_countable, stand_in
 from helix_compile.dynamo_check import GraphOutput, compared_outputs
 from helix_compile.dynamo_frame import CAPACITY, LENGTHS, Frame, layers_of_cache
 from helix_compile.dynamo_model import ModelState
@@ -95,6 +95,7 @@ class Session:
         check_ids(ids, module.facts.vocab_size, module.plan.options.max_batch_size)
         B, T = ids.shape
         S = columns
+        check_countable(past)
         if S:
             self.cache.check(past, S)
         if capacity and S + T > capacity:
@@ -169,8 +170,10 @@ class CompiledGraph:
         """Outputs of the Dynamo graph, in its order."""
         weights = {r.name: a for r, a in zip(self._inputs, args, strict=True) if r.kind == "weight"}
         if self._first is not None:
-            self._outputs = compared_outputs(*self._first, args)
-            self.session.compile(self._first[1].model)
+            # after model.compile() the model's own call goes through Dynamo, which would give up on what traces it here
+            with torch.compiler.set_stance("force_eager"):
+                self._outputs = compared_outputs(*self._first, args)
+                self.session.compile(self._first[1].model)
             self.session.state.remember_weights(weights)
             self._first = None  # the user's cache and model must not be held from here
         self.session.state.check(weights)
