@@ -111,8 +111,7 @@ def _output(found: tuple[str, str, int], value: Tensor | int, expected: _Expecte
         return GraphOutput(kind, field, layer, shape, dtype)
     if field not in (*_FIELDS, _WINDOW):
         raise CaptureError(
-            f"torch.compile: layer {layer} of the cache keeps {field}; a Helix step fills keys and values only. "
-            "helix_compile(model, ...) runs layers with another state as they are"
+            f"torch.compile: layer {layer} of the cache keeps {field}; a Helix step fills keys and values only"
         )
     return GraphOutput(kind, field, layer, shape, dtype, expected.layers[layer])
 

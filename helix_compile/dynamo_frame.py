@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.output_graph import graph_break_reasons
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from helix_compile.errors import CaptureError
 
@@ -76,6 +77,7 @@ def traced_frame(gm: fx.GraphModule, example_inputs: list[Any]) -> Frame:
             + _last_graph_break()
         )
     arguments = _arguments(model, scope)
+    _refuse_other_states(model, arguments)
     named = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -136,6 +138,18 @@ def _arguments(model: nn.Module, scope: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(flat.get("input_ids"), Tensor):
         raise CaptureError("torch.compile: the model is called without input_ids")
     return flat
+
+
+def _refuse_other_states(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    cache = arguments.get("past_key_values")
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    for number, layer in enumerate(getattr(cache, "layers", [])):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise CaptureError(
+                f"torch.compile: layer {number} of {type(model).__name__} has a state beside keys and values (linear "
+                "attention), which Helix can't hold in the user's cache; helix_compile(model, ...) runs such layers as "
+                "they are, with their own state"
+            )
 
 
 def _role(

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # a name ending in "." stands for every module below it that no other room names
 ROOMS: list[tuple[str, str]] = [
-    ("facts", "errors ledger matches numerics models."),
+    ("facts", "errors torch_logs ledger matches numerics models."),
     ("data", "config_file config_section own_config trtllm_config vllm_config config_dialects options options_schema layout mesh placement plan graph_digest"),
     ("checkpoints", "checkpoint_files checkpoint_names checkpoint_model checkpoint_weights checkpoint_load shard_boxes"),
     ("ops", "kernels. ops"),
@@ -23,7 +23,7 @@ ROOMS: list[tuple[str, str]] = [
     ("run", "module inspection rank_share explain assisted_generation generation model_source saving saved_weights saved_checks"),
     ("spine", "compile"),
     ("verification", "verifier verifier. verification mutants mutants."),
-    ("front door", "backend value_digest dynamo_frame dynamo_check dynamo_cache dynamo_session command_options kernels_command __main__ __init__"),
+    ("front door", "backend value_digest dynamo_frame dynamo_check dynamo_cache dynamo_model dynamo_session command_options kernels_command __main__ __init__"),
 ]  # fmt: skip
 # the pipeline gives example shapes of the cache to the attention pass
 EXCEPTIONS = {("passes.pipeline", "kv_cache")}
