@@ -88,7 +88,11 @@ def test_two_at_a_time() -> None:
     two = run(TWO, torch=torch, model=model)
     in_turn([two["first"], two["second"]], [model, model])
     assert len(compiled_modules(model)) == 2
-    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_equal_options_are_one_compiled_model() -> None:
+    model = tiny_gqa()
     compiled = [compiled_with(model, max_batch_size=b) for b in (2, 2, 3)]
     in_turn(compiled[1:], [model, model])
     with pytest.raises(RuntimeFault, match="another cache object"):
@@ -113,6 +117,7 @@ def test_too_many_graphs_never_look_right() -> None:
                 next_ids(compiled, ids, cache)
 
 
+@pytest.mark.slow
 def test_two_models_of_one_class() -> None:
     models = [tiny_gqa(), fresh_gqa()]
     with torch.no_grad():
@@ -124,6 +129,7 @@ def test_two_models_of_one_class() -> None:
     in_turn([run(TWO, torch=torch, model=m)["first"] for m in models], models)
 
 
+@pytest.mark.slow
 def test_a_backend_object_of_its_own_can_be_reset() -> None:
     model = fresh_gqa()
     compiled = run(TWO, torch=torch, model=model)["first"]
@@ -152,6 +158,7 @@ def new_cache(kind: Callable[..., Any], **more: Any) -> Any:
         return kind(config=tiny_gqa().config, **more)
 
 
+@pytest.mark.slow
 def test_caches_of_inference_mode() -> None:
     model = tiny_gqa()
     compiled = compiled_with(model)

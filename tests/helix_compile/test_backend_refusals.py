@@ -161,7 +161,7 @@ def test_a_graph_that_is_not_the_models_forward_is_refused(past: bool) -> None:
     assert told == [(edit, edit is not masked_otherwise) for edit in edits]
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_linear_attention_is_refused(cached: bool) -> None:
     model = tiny_family("kimi_linear")
     compiled = torch.compile(model, backend="helix", fullgraph=True, options={"cp": 2})
@@ -194,7 +194,11 @@ def test_a_model_that_changed_is_refused_until_compiled_anew() -> None:
         assert (compiled(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
-@pytest.mark.parametrize("where", ["", "model.layers.1.self_attn.o_proj"], ids=["model", "inside"])
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param("", marks=pytest.mark.slow), "model.layers.1.self_attn.o_proj"],
+    ids=["model", "inside"],
+)
 def test_a_hook_that_comes_or_goes_is_refused(where: str) -> None:
     model = fresh_model("short")
     module = model.get_submodule(where)

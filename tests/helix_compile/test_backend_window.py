@@ -78,7 +78,7 @@ def check(got: Tensor, expected: Tensor) -> None:
     ("make", "kind"),
     [
         (all_windows, "dynamic"),
-        (some_windows, "dynamic"),
+        pytest.param(some_windows, "dynamic", marks=pytest.mark.slow),
         pytest.param(some_windows, "static", marks=pytest.mark.slow),
         pytest.param(all_windows, "static", marks=pytest.mark.slow),
     ],
