@@ -17,6 +17,7 @@ from torch import Tensor
 from helix_compile.errors import RuntimeFault
 
 Key = tuple[int, str]  # layer, field
+LATENTS = ("keys", "values")  # the fields that a step fills
 _START_OVER = "to start over pass a new cache"
 
 
@@ -45,8 +46,13 @@ class UserCache:
                 f"the cache comes with {columns} columns, but this compiled model has filled none: a cache that was "
                 f"filled elsewhere (by the model itself, or by another compiled one) holds nothing here; {_START_OVER}"
             )
+        for layer, name in self._held:
+            if (layer, name) not in tensors:
+                raise RuntimeFault(
+                    f"the cache's {name} of layer {layer} is missing: that layer was emptied; {_START_OVER}"
+                )
         for (layer, name), tensor in tensors.items():
-            if name == "cumulative_length":
+            if name not in LATENTS:
                 continue
             reference, version = self._held.get((layer, name), (None, 0))
             if reference is None or reference() is not tensor:
@@ -69,8 +75,20 @@ class UserCache:
     def hold(self, tensors: dict[Key, Tensor]) -> None:
         """From now on these are the tensors of the current cache."""
         for key, tensor in tensors.items():
-            if key[1] != "cumulative_length":
+            if key[1] in LATENTS:
                 self._held[key] = (weakref.ref(tensor), version_of(tensor))
+
+
+def check_countable(tensors: dict[Key, Tensor]) -> None:
+    """Raise RuntimeFault if edits of these can't be seen, or if a length among them can't be counted up."""
+    for (layer, name), tensor in tensors.items():
+        if name in LATENTS:
+            version_of(tensor)
+        elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeFault(
+                f"the cache's {name} of layer {layer} was made under torch.inference_mode() and can't be written outside "
+                "of it; make the cache where the model is called (torch.no_grad() is fine)"
+            )
 
 
 def version_of(tensor: Tensor) -> int:

@@ -19,10 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from helix_compile.dynamo_frame import Frame, GraphInput, tensors_of_cache
+from helix_compile.dynamo_frame import (
+    NO_CACHE,
+    CacheLayer,
+    Frame,
+    GraphInput,
+    layers_of_cache,
+    tensors_of_cache,
+)
 from helix_compile.errors import CaptureError
 from helix_compile.passes.fx_edit import source_line
 from helix_compile.value_digest import DigestMode
+
+_FIELDS = ("keys", "values", "cumulative_length")
+_WINDOW = "_sliding_window_tensor"  # the window of a DynamicSlidingWindowLayer once more
 
 
 @dataclass(frozen=True)
@@ -30,11 +40,12 @@ class GraphOutput:
     """What the graph returns at one place.
 
     Attributes:
-        kind: "logits" or "cache".
-        field: of a cache tensor "keys", "values" or "cumulative_length".
-        layer: its layer.
+        kind: "logits", "cache" or "length" (an int: columns of the cache).
+        field: of a cache tensor its name in the layer: "keys", "values", or a number ("cumulative_length" or the window).
+        layer: its layer; of a number, any layer that has this one.
         shape: its shape in the call that was compared.
         dtype: its dtype.
+        room: what its layer keeps.
     """
 
     kind: str
@@ -42,6 +53,7 @@ class GraphOutput:
     layer: int = -1
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    room: CacheLayer = NO_CACHE
 
 
 def compared_outputs(gm: fx.GraphModule, frame: Frame, args: tuple[Any, ...]) -> list[GraphOutput]:
@@ -81,13 +93,27 @@ def _outputs_of(
         found = expected.roles.get(digest)
         if found is None:
             raise _different(run, expected, f"output {place}")
-        outputs.append(GraphOutput(*found, tuple(value.shape), value.dtype))
+        outputs.append(_output(found, value, expected))
     for role, digest in zip(frame.inputs, after, strict=True):
         if role.kind == "cache" and digest not in expected.after[(role.layer, role.name)]:
             raise _different(run, expected, f"the cache's {role.name} of layer {role.layer}")
     if not any(o.kind == "logits" for o in outputs):
         raise CaptureError("torch.compile: the graph does not return the model's logits")
     return outputs
+
+
+def _output(found: tuple[str, str, int], value: Tensor | int, expected: _Expected) -> GraphOutput:
+    kind, field, layer = found
+    if not isinstance(value, Tensor):
+        return GraphOutput(kind, field, layer)
+    shape, dtype = tuple(value.shape), value.dtype
+    if kind == "logits":
+        return GraphOutput(kind, field, layer, shape, dtype)
+    if field not in (*_FIELDS, _WINDOW):
+        raise CaptureError(
+            f"torch.compile: layer {layer} of the cache keeps {field}; a Helix step fills keys and values only"
+        )
+    return GraphOutput(kind, field, layer, shape, dtype, expected.layers[layer])
 
 
 @dataclass
@@ -97,6 +123,7 @@ class _Expected:
     roles: dict[str, tuple[str, str, int]]
     after: dict[tuple[int, str], set[str]]
     seen: set[str]
+    layers: list[CacheLayer]
 
 
 def _by_forward(frame: Frame, exporting: bool) -> _Expected:
@@ -136,7 +163,11 @@ def _by_forward(frame: Frame, exporting: bool) -> _Expected:
         for (layer, name), tensor in left.items():
             roles[mode.digest(tensor)] = ("cache", name, layer)
             after.setdefault((layer, name), set()).add(mode.digest(tensor))
-    return _Expected(roles, after, mode.seen)
+        layers = layers_of_cache(cache)
+        for number, room in enumerate(layers):
+            if room.length is not None:
+                roles[mode.digest(room.length)] = ("length", "", number)
+    return _Expected(roles, after, mode.seen, layers)
 
 
 def _enter(mode: DigestMode, role: GraphInput, value: Any) -> Any:

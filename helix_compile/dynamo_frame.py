@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.output_graph import graph_break_reasons
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from helix_compile.errors import CaptureError
 
 CALL_TENSORS = ("input_ids", "attention_mask", "position_ids")
 _SUPPORTED = {*CALL_TENSORS, "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+LENGTHS = ("cumulative_length", "cumulative_length_int")  # where a layer of a cache counts
+CAPACITY = "max_cache_len"
 _CACHE = re.compile(r".*\.layers\[(\d+)\]\.(\w+)$")
 _ALONE = "compile the causal language model itself: torch.compile(model, backend='helix', fullgraph=True)"
 
@@ -31,7 +34,8 @@ class GraphInput:
     """One placeholder of a Dynamo graph.
 
     Attributes:
-        kind: "weight", "call" (input_ids, attention_mask, position_ids), "cache", "size" (an int) or "constant".
+        kind: "weight", "call" (input_ids, attention_mask, position_ids), "cache", "count" (an int of the cache), "size"
+            (another int) or "constant".
         name: a weight's full name, the argument's name, or the field of the cache ("keys", "cumulative_length").
         layer: of a cache tensor, its layer.
     """
@@ -73,6 +77,7 @@ def traced_frame(gm: fx.GraphModule, example_inputs: list[Any]) -> Frame:
             + _last_graph_break()
         )
     arguments = _arguments(model, scope)
+    _refuse_other_states(model, arguments)
     named = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -135,24 +140,66 @@ def _arguments(model: nn.Module, scope: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _refuse_other_states(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    cache = arguments.get("past_key_values")
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    for number, layer in enumerate(getattr(cache, "layers", [])):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise CaptureError(
+                f"torch.compile: layer {number} of {type(model).__name__} has a state beside keys and values (linear "
+                "attention), which Helix can't hold in the user's cache; helix_compile(model, ...) runs such layers as "
+                "they are, with their own state"
+            )
+
+
 def _role(
     node: fx.Node, value: Any, names: dict[int, str], arguments: dict[str, Any]
 ) -> GraphInput:
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    found = _CACHE.match(source.name if source is not None else "")
     if not isinstance(value, Tensor):
+        if found and found[2] in (*LENGTHS, CAPACITY):
+            return GraphInput("count", found[2], int(found[1]))
         return GraphInput("size", node.name)
     if id(value) in names:
         return GraphInput("weight", names[id(value)])
     for name in CALL_TENSORS:
         if arguments.get(name) is value:
             return GraphInput("call", name)
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    found = _CACHE.match(source.name if source is not None else "")
     if found:
         layers = getattr(arguments.get("past_key_values"), "layers", [])
         layer = int(found[1])
         if layer < len(layers) and getattr(layers[layer], found[2], None) is value:
             return GraphInput("cache", found[2], layer)
     return GraphInput("constant", getattr(source, "name", node.name))
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """How much one layer of the user's cache keeps.
+
+    Attributes:
+        window: columns that a layer with a sliding window sees, of which it keeps one less; 0 = it keeps all.
+        capacity: columns that a layer of a StaticCache has room for; 0 = it grows.
+        length: columns that it counts in an int; None = in a tensor, or by the shape of its keys.
+    """
+
+    window: int = 0
+    capacity: int = 0
+    length: int | None = None
+
+
+NO_CACHE = CacheLayer()
+
+
+def layers_of_cache(cache: Any) -> list[CacheLayer]:
+    """One for each layer of a transformers cache; [] for None."""
+    found = []
+    for layer in getattr(cache, "layers", []):
+        counts = [n for name in LENGTHS if isinstance(n := getattr(layer, name, None), int)]
+        window, capacity = getattr(layer, "sliding_window", 0), getattr(layer, CAPACITY, 0)
+        found.append(CacheLayer(window, capacity, counts[0] if counts else None))
+    return found
 
 
 def tensors_of_cache(cache: Any) -> dict[tuple[int, str], Tensor]:

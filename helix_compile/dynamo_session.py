@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 from helix_compile.capture import capture
 from helix_compile.capture_checks import check_surroundings
 from helix_compile.compile import helix_compile
-from helix_compile.dynamo_cache import Key, UserCache, stand_in, version_of
+from helix_compile.dynamo_cache import LATENTS, Key, UserCache, check_countable, stand_in
 from helix_compile.dynamo_check import GraphOutput, compared_outputs
-from helix_compile.dynamo_frame import Frame
+from helix_compile.dynamo_frame import CAPACITY, LENGTHS, Frame, layers_of_cache
+from helix_compile.dynamo_model import ModelState
 from helix_compile.errors import RuntimeFault
 from helix_compile.module import HelixModule
 from helix_compile.passes.fx_edit import aten, is_call, placeholders
@@ -33,7 +34,7 @@ class Session:
         self.options = options
         self.cache = UserCache()
         self._module: HelixModule | None = None
-        self._weights: dict[str, tuple[int, int]] = {}
+        self.state = ModelState()
         self._rotary = False
 
     @property
@@ -64,25 +65,12 @@ class Session:
             if self._module is None:
                 self._module = helix_compile(model, **self.options)
                 self._rotary = _positions_rotate_only(self._module)
+                self.state.remember_hooks(model)
             elif capture(model).graph is not self._module.stages[CAPTURED]:
                 raise RuntimeFault(
                     "the model (a constant, a hook, a method or its configuration) was changed since it was compiled; "
                     "call torch._dynamo.reset() and torch.compile it again"
                 )
-
-    def remember(self, weights: dict[str, Tensor]) -> None:
-        """Which weights the shards were cut from."""
-        for name, tensor in weights.items():
-            self._weights.setdefault(name, _state(tensor))
-
-    def check_weights(self, weights: dict[str, Tensor]) -> None:
-        """Raise RuntimeFault if a weight was replaced or written: shards that are copies would be stale."""
-        changed = [n for n, t in weights.items() if self._weights.get(n) != _state(t)]
-        if changed:
-            raise RuntimeFault(
-                f"{len(changed)} weights changed since the model was compiled, {changed[0]} first; the ranks' shards "
-                "were cut from the old ones: call torch._dynamo.reset() and torch.compile the model again"
-            )
 
     def step(
         self,
@@ -90,6 +78,8 @@ class Session:
         mask: Tensor | None,
         positions: Tensor | None,
         past: dict[Key, Tensor],
+        columns: int,
+        capacity: int,
     ) -> Tensor:
         """Logits [B, T, vocab] of a step; the whole step is checked before anything is written.
 
@@ -97,14 +87,22 @@ class Session:
             ids: [B, T].
             mask: [B, S + T], 1 = token, or None.
             positions: [B or 1, T], or None: S, S + 1, ... as transformers counts, padding included.
-            past: the user's cache on entry; empty or of length 0 to start a batch.
+            past: tensors of the user's cache on entry.
+            columns: S, how many it has by its own account; 0 starts a batch.
+            capacity: columns that it has room for; 0 = it grows.
         """
         module = self.module
         check_ids(ids, module.facts.vocab_size, module.plan.options.max_batch_size)
         B, T = ids.shape
-        S = columns_of(past)
+        S = columns
+        check_countable(past)
         if S:
             self.cache.check(past, S)
+        if capacity and S + T > capacity:
+            raise RuntimeFault(
+                f"the StaticCache has room for max_cache_len={capacity} columns, {S} are in it and the step brings {T}; "
+                "make it larger, or start over with a new one"
+            )
         cache = self.cache if S else UserCache(shifts=[None] * B)
         if S and len(cache.shifts) != B:
             raise RuntimeFault(f"the cache holds {len(cache.shifts)} sequences, got {B}")
@@ -162,6 +160,9 @@ class CompiledGraph:
         self.session = session
         self._inputs = frame.inputs
         self._keep = frame.arguments.get("logits_to_keep", 0)
+        layers = layers_of_cache(frame.arguments.get("past_key_values"))
+        # what Dynamo does not pass on it guards on: the same in every call of this graph
+        self._lengths = {i: x.length for i, x in enumerate(layers) if x.length is not None}
         self._first: tuple[fx.GraphModule, Frame] | None = (gm, frame)
         self._outputs: list[GraphOutput] = []
 
@@ -169,22 +170,36 @@ class CompiledGraph:
         """Outputs of the Dynamo graph, in its order."""
         weights = {r.name: a for r, a in zip(self._inputs, args, strict=True) if r.kind == "weight"}
         if self._first is not None:
-            self._outputs = compared_outputs(*self._first, args)
-            self.session.compile(self._first[1].model)
-            self.session.remember(weights)
+            # after model.compile() the model's own call goes through Dynamo, which would give up on what traces it here
+            with torch.compiler.set_stance("force_eager"):
+                self._outputs = compared_outputs(*self._first, args)
+                self.session.compile(self._first[1].model)
+            self.session.state.remember_weights(weights)
             self._first = None  # the user's cache and model must not be held from here
-        self.session.check_weights(weights)
+        self.session.state.check(weights)
         roles = list(zip(self._inputs, args, strict=True))
         call = {r.name: a for r, a in roles if r.kind == "call"}
         past = {(r.layer, r.name): a for r, a in roles if r.kind == "cache"}
         ids = call["input_ids"]
-        logits = self.session.step(ids, call.get("attention_mask"), call.get("position_ids"), past)
+        counts = {(r.layer, r.name): a for r, a in roles if r.kind == "count"}
+        rooms = {layer: a for (layer, name), a in counts.items() if name == CAPACITY}
+        lengths = {layer: a for (layer, name), a in counts.items() if name in LENGTHS}
+        logits = self.session.step(
+            ids,
+            call.get("attention_mask"),
+            call.get("position_ids"),
+            past,
+            columns_of(past, {**self._lengths, **lengths}),
+            self._capacity(past, rooms),
+        )
         cache = self.session.cache
-        results = [self._result(o, logits, ids.shape[0], cache.columns) for o in self._outputs]
+        results = [
+            self._result(o, logits, ids.shape[0], cache.columns, rooms) for o in self._outputs
+        ]
         made = {
             (o.layer, o.field): r
             for o, r in zip(self._outputs, results, strict=True)
-            if o.layer >= 0
+            if isinstance(r, Tensor) and o.field in LATENTS
         }
         for (_, name), tensor in past.items():
             if name == "cumulative_length":
@@ -192,22 +207,47 @@ class CompiledGraph:
         cache.hold({**past, **made})
         return results
 
-    def _result(self, output: GraphOutput, logits: Tensor, B: int, columns: int) -> Tensor:
+    def _capacity(self, past: dict[Key, Tensor], rooms: dict[int, int]) -> int:
+        """Columns that fit in every layer of a StaticCache, whether its tensors come with the call or are made in it."""
+        if not any(name == "cumulative_length" for _, name in past):
+            return 0
+        found = [t.shape[2] for (_, name), t in past.items() if name in LATENTS]
+        found += [_room(o, rooms) for o in self._outputs if o.field in LATENTS]
+        return min(found)
+
+    def _result(
+        self, output: GraphOutput, logits: Tensor, B: int, columns: int, rooms: dict[int, int]
+    ) -> Tensor | int:
+        if output.kind == "length":
+            return columns
         if output.kind == "logits":
             return logits[:, -self._keep :] if self._keep else logits
-        if output.field == "cumulative_length":
-            return torch.tensor(columns, dtype=output.dtype, device=logits.device)
-        static = any(o.field == "cumulative_length" for o in self._outputs)
-        _, heads, length, width = output.shape
-        shape = (B, heads, length if static else columns, width)
+        if output.field not in LATENTS:
+            number = columns if output.field == "cumulative_length" else output.room.window
+            return torch.tensor(number, dtype=output.dtype, device=logits.device)
+        kept = min(columns, output.room.window - 1) if output.room.window else columns
+        _, heads, _, width = output.shape
+        shape = (B, heads, _room(output, rooms) or kept, width)
         return stand_in(shape, output.dtype, logits.device)
 
 
-def columns_of(past: dict[Key, Tensor]) -> int:
-    """S, as the user's cache tells it: a StaticCache counts in a tensor, a DynamicCache by its shape."""
-    counted = {int(t) for (_, name), t in past.items() if name == "cumulative_length"}
-    if not counted:
-        counted = {t.shape[2] if t.dim() == 4 else 0 for t in past.values()}
+def _room(output: GraphOutput, rooms: dict[int, int]) -> int:
+    """Capacity of an output's layer in this call: Dynamo takes caches of other capacities to the same graph."""
+    return rooms.get(output.layer, output.room.capacity)
+
+
+def columns_of(past: dict[Key, Tensor], lengths: dict[int, int]) -> int:
+    """S, as the user's cache tells it.
+
+    Args:
+        past: its tensors. A StaticCache counts in one of them, a DynamicCache by their shape.
+        lengths: layer -> what it counts in an int; with a sliding window it keeps fewer columns than it has seen.
+    """
+    counted = {int(t) for (_, name), t in past.items() if name in LENGTHS} | set(lengths.values())
+    told = {*lengths, *(layer for layer, name in past if name in LENGTHS)}
+    for (layer, name), tensor in past.items():
+        if name in LATENTS and layer not in told:
+            counted.add(tensor.shape[2] if tensor.dim() == 4 else 0)
     if len(counted) > 1:
         raise RuntimeFault(
             f"the cache's layers have different lengths {sorted(counted)}: it was edited; to start over pass a new cache"
@@ -235,10 +275,6 @@ def _whole_mask(mask: Tensor | None, cache: UserCache, B: int, S: int, T: int) -
             + "; the cache holds what was a token then"
         )
     return whole
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else version_of(tensor)
 
 
 def _positions_rotate_only(module: HelixModule) -> bool:

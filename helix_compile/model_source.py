@@ -26,6 +26,7 @@ from helix_compile.params import originals, shard_of_name
 from helix_compile.plan import HelixPlan
 from helix_compile.process_groups import local_device
 from helix_compile.ranks import ModelFacts
+from helix_compile.torch_logs import raised_not_logged
 from helix_compile.world import World, is_distributed
 
 
@@ -43,7 +44,8 @@ def captured_from(
         CaptureError: not a model, already compiled, or a dtype that a captured graph can't take.
         CheckpointError: a folder that does not hold what its config.json describes.
     """
-    captured = _captured(model, dtype, device, unmatched)
+    with raised_not_logged():
+        captured = _captured(model, dtype, device, unmatched)
     if device is None or captured.weights is not None or device == device_of(captured):
         return captured
     captured = replace(captured, graph=copy_module(captured.graph))  # which may be the user's

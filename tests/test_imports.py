@@ -9,13 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # a name ending in "." stands for every module below it that no other room names
 ROOMS: list[tuple[str, str]] = [
-    ("facts", "errors ledger matches numerics models."),
+    ("facts", "errors torch_logs ledger matches numerics models."),
     ("data", "config_file config_section own_config trtllm_config vllm_config config_dialects options options_schema layout mesh placement plan graph_digest"),
     ("checkpoints", "checkpoint_files checkpoint_names checkpoint_model checkpoint_weights checkpoint_load shard_boxes"),
     ("ops", "kernels. ops"),
     ("graph tools", "graph_pass leaves provenance graph_text graph_python graph_queries costs schedule graph_json output_folder staged_files passes.fx_edit passes.index_provenance "
                     "passes.evaluate passes.propagate passes.canonicalize"),
-    ("capture", "capture capture_layers capture_body capture_leaves capture_outer capture_checks"),
+    ("capture", "capture capture_layers capture_body capture_equal capture_leaves capture_outer capture_paths capture_checks"),
     ("worlds", "exchange graph_walk process_groups peer_watch last_words rank_guard rank_agreement virtual_world distributed_world world"),
     ("decisions and passes", "planning param_plan passes. kernel_selection capture_program"),
     ("step", "params kv_cache step_inputs handover handover_file dynamic_cache prefix_import prefix_export ranks rank_claims"),
@@ -23,7 +23,7 @@ ROOMS: list[tuple[str, str]] = [
     ("run", "module inspection rank_share explain assisted_generation generation model_source saving saved_weights saved_checks"),
     ("spine", "compile"),
     ("verification", "verifier verifier. verification mutants mutants."),
-    ("front door", "backend value_digest dynamo_frame dynamo_check dynamo_cache dynamo_session command_options kernels_command __main__ __init__"),
+    ("front door", "backend value_digest dynamo_frame dynamo_check dynamo_cache dynamo_model dynamo_session command_options kernels_command __main__ __init__"),
 ]  # fmt: skip
 # the pipeline gives example shapes of the cache to the attention pass
 EXCEPTIONS = {("passes.pipeline", "kv_cache")}

@@ -12,6 +12,8 @@ from transformers import DynamicCache
 from helix_compile import CaptureError, HelixError, LayoutError, PlanError, RuntimeFault
 from helix_compile.dynamo_check import compared_outputs
 from helix_compile.dynamo_frame import traced_frame
+from tests.support.families import tiny_family
+from tests.support.gqa_models import fresh_gqa
 from tests.support.models import fresh_model, tiny_model
 
 IDS = torch.arange(6).view(2, 3)
@@ -160,6 +162,18 @@ def test_a_graph_that_is_not_the_models_forward_is_refused(past: bool) -> None:
     assert told == [(edit, edit is not masked_otherwise) for edit in edits]
 
 
+@pytest.mark.parametrize("cached", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_linear_attention_is_refused(cached: bool) -> None:
+    model = tiny_family("kimi_linear")
+    compiled = torch.compile(model, backend="helix", fullgraph=True, options={"cp": 2})
+    cache = DynamicCache(config=model.config) if cached else None
+    with (
+        pytest.raises(CaptureError, match=r"layer 0 of KimiLinear.*linear attention"),
+        torch.no_grad(),
+    ):
+        compiled(IDS, past_key_values=cache)
+
+
 def test_a_model_that_changed_is_refused_until_compiled_anew() -> None:
     model = fresh_model("short")
     compiled = torch.compile(
@@ -179,3 +193,36 @@ def test_a_model_that_changed_is_refused_until_compiled_anew() -> None:
         torch._dynamo.reset()
         expected = model(IDS).logits
         assert (compiled(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param("", marks=pytest.mark.slow), "model.layers.1.self_attn.o_proj"],
+    ids=["model", "inside"],
+)
+def test_a_hook_that_comes_later_is_refused(where: str) -> None:
+    model = fresh_gqa()
+    compiled = torch.compile(model, backend="helix", options={"cp": 4, "max_seq_len": 64})
+    with torch.no_grad():
+        expected = model(IDS).logits
+        compiled(IDS)
+        hook = model.get_submodule(where).register_forward_pre_hook(lambda *args: None)
+        with pytest.raises(
+            RuntimeFault, match=rf"{where or 'the model'} has 1 forward hooks, and 0"
+        ):
+            compiled(IDS)
+        hook.remove()
+        assert (compiled(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_a_hook_that_goes_is_refused() -> None:
+    model = fresh_gqa()
+    hook = model.model.layers[0].register_forward_hook(lambda module, args, out: out * 1.5)
+    compiled = torch.compile(model, backend="helix", options={"cp": 4, "max_seq_len": 64})
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert (compiled(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+        hook.remove()
+        with pytest.raises(RuntimeFault, match="hook"):
+            compiled(IDS)
