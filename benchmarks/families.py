@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 _TEXT = """# Model families
 
 Every family of transformers {version} whose configuration has a `kv_lora_rank` (MLA), and behind them some with
-grouped-query attention (llama, qwen3, mixtral), as tiny models of awkward sizes in float64
+grouped-query attention (llama to mixtral), as tiny models of awkward sizes in float64
 (`tests/support/families.py`), compiled as they are. Made by `python -m benchmarks.families`; a test holds the table
 to a fresh run.
 

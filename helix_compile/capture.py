@@ -114,7 +114,7 @@ def capture(
     check_model(model)
     memo = _MEMO.setdefault(owner if owner is not None else model, {})
     kept = dict(keep or {})
-    key = (whole, unmatched, tuple(sorted(kept.items())), _structure_key(model))
+    key = (whole, unmatched, tuple(sorted(kept.items())), structure_key(model))
     if key not in memo:
         with _experts_as(model, _capturable_experts(model)):
             captured = (
@@ -126,7 +126,7 @@ def capture(
     return replace(memo[key], graph=bind_leaves(memo[key].graph, model), model=model)
 
 
-def _structure_key(model: PreTrainedModel) -> tuple:
+def structure_key(model: PreTrainedModel) -> tuple:
     """What a capture depends on: shapes, dtypes, configuration, constants and code of every module, not weights."""
     shapes = tuple((n, tuple(p.shape), p.dtype, p.device) for n, p in model.named_parameters())
     config = model.config

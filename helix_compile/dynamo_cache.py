@@ -18,7 +18,16 @@ from helix_compile.errors import RuntimeFault
 
 Key = tuple[int, str]  # layer, field
 LATENTS = ("keys", "values")  # the fields that a step fills
+STATES = (
+    "conv_states",
+    "recurrent_states",
+)  # of linear attention, which stays a leaf: its own states are on the ranks
 _START_OVER = "to start over pass a new cache"
+
+
+def is_held(field: str) -> bool:
+    """True if a stand-in is left there: what it stands for is on the ranks."""
+    return field in LATENTS or field.startswith(STATES)
 
 
 @dataclass
@@ -52,7 +61,7 @@ class UserCache:
                     f"the cache's {name} of layer {layer} is missing: that layer was emptied; {_START_OVER}"
                 )
         for (layer, name), tensor in tensors.items():
-            if name not in LATENTS:
+            if not is_held(name):
                 continue
             reference, version = self._held.get((layer, name), (None, 0))
             if reference is None or reference() is not tensor:
@@ -75,14 +84,14 @@ class UserCache:
     def hold(self, tensors: dict[Key, Tensor]) -> None:
         """From now on these are the tensors of the current cache."""
         for key, tensor in tensors.items():
-            if key[1] in LATENTS:
+            if is_held(key[1]):
                 self._held[key] = (weakref.ref(tensor), version_of(tensor))
 
 
 def check_countable(tensors: dict[Key, Tensor]) -> None:
     """Raise RuntimeFault if edits of these can't be seen, or if a length among them can't be counted up."""
     for (layer, name), tensor in tensors.items():
-        if name in LATENTS:
+        if is_held(name):
             version_of(tensor)
         elif tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeFault(

@@ -10,7 +10,6 @@ refused with the first node that differs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from helix_compile.dynamo_cache import LATENTS, STATES
 from helix_compile.dynamo_frame import (
     NO_CACHE,
     CacheLayer,
     Frame,
     GraphInput,
+    copied_cache,
     layers_of_cache,
     tensors_of_cache,
 )
@@ -31,7 +32,7 @@ from helix_compile.errors import CaptureError
 from helix_compile.passes.fx_edit import source_line
 from helix_compile.value_digest import DigestMode
 
-_FIELDS = ("keys", "values", "cumulative_length")
+_FIELDS = (*LATENTS, "cumulative_length")
 _WINDOW = "_sliding_window_tensor"  # the window of a DynamicSlidingWindowLayer once more
 
 
@@ -109,9 +110,9 @@ def _output(found: tuple[str, str, int], value: Tensor | int, expected: _Expecte
     shape, dtype = tuple(value.shape), value.dtype
     if kind == "logits":
         return GraphOutput(kind, field, layer, shape, dtype)
-    if field not in (*_FIELDS, _WINDOW):
+    if field not in (*_FIELDS, _WINDOW) and not field.startswith(STATES):
         raise CaptureError(
-            f"torch.compile: layer {layer} of the cache keeps {field}; a Helix step fills keys and values only"
+            f"torch.compile: layer {layer} of the cache keeps {field}; a Helix step fills {', '.join((*LATENTS, *STATES))}"
         )
     return GraphOutput(kind, field, layer, shape, dtype, expected.layers[layer])
 
@@ -148,11 +149,9 @@ def _by_forward(frame: Frame, exporting: bool) -> _Expected:
     }
     cache, before = frame.arguments.get("past_key_values"), {}
     if cache is not None:
-        call["past_key_values"] = cache = copy.copy(cache)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
         for (layer, name), tensor in tensors_of_cache(cache).items():
             before[(layer, name)] = enter(GraphInput("cache", name, layer), tensor)
-            setattr(cache.layers[layer], name, before[(layer, name)])
+        call["past_key_values"] = cache = copied_cache(cache, before)
     with torch.no_grad(), _as_if_compiling(exporting), mode.fake, mode:
         out = torch.func.functional_call(model, weights, (), call)
         logits = out.logits if hasattr(out, "logits") else out[0]

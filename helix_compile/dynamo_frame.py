@@ -7,17 +7,16 @@ of a weight.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.output_graph import graph_break_reasons
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import PreTrainedModel
 
 from helix_compile.errors import CaptureError
 
@@ -25,7 +24,7 @@ CALL_TENSORS = ("input_ids", "attention_mask", "position_ids")
 _SUPPORTED = {*CALL_TENSORS, "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
 LENGTHS = ("cumulative_length", "cumulative_length_int")  # where a layer of a cache counts
 CAPACITY = "max_cache_len"
-_CACHE = re.compile(r".*\.layers\[(\d+)\]\.(\w+)$")
+_CACHE = re.compile(r".*\.layers\[(\d+)\]\.(\w+(?:\[\d+\])?)$")
 _ALONE = "compile the causal language model itself: torch.compile(model, backend='helix', fullgraph=True)"
 
 
@@ -77,7 +76,6 @@ def traced_frame(gm: fx.GraphModule, example_inputs: list[Any]) -> Frame:
             + _last_graph_break()
         )
     arguments = _arguments(model, scope)
-    _refuse_other_states(model, arguments)
     named = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -140,18 +138,6 @@ def _arguments(model: nn.Module, scope: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _refuse_other_states(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    cache = arguments.get("past_key_values")
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    for number, layer in enumerate(getattr(cache, "layers", [])):
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            raise CaptureError(
-                f"torch.compile: layer {number} of {type(model).__name__} has a state beside keys and values (linear "
-                "attention), which Helix can't hold in the user's cache; helix_compile(model, ...) runs such layers as "
-                "they are, with their own state"
-            )
-
-
 def _role(
     node: fx.Node, value: Any, names: dict[int, str], arguments: dict[str, Any]
 ) -> GraphInput:
@@ -169,7 +155,7 @@ def _role(
     if found:
         layers = getattr(arguments.get("past_key_values"), "layers", [])
         layer = int(found[1])
-        if layer < len(layers) and getattr(layers[layer], found[2], None) is value:
+        if layer < len(layers) and fields_of(layers[layer]).get(found[2]) is value:
             return GraphInput("cache", found[2], layer)
     return GraphInput("constant", getattr(source, "name", node.name))
 
@@ -202,12 +188,33 @@ def layers_of_cache(cache: Any) -> list[CacheLayer]:
     return found
 
 
+def fields_of(layer: Any) -> dict[str, Tensor]:
+    """Field -> tensor of one layer; states of linear attention, which it keeps by number, as "conv_states[0]"."""
+    found: dict[str, Tensor] = {}
+    for name, value in vars(layer).items():
+        numbered = value.items() if isinstance(value, dict) else ()
+        found |= {f"{name}[{k}]": v for k, v in numbered if isinstance(v, Tensor)}
+        if isinstance(value, Tensor):
+            found[name] = value
+    return found
+
+
 def tensors_of_cache(cache: Any) -> dict[tuple[int, str], Tensor]:
     """(layer, field) -> tensor of a transformers cache; {} for None or a cache that is still empty."""
     layers = getattr(cache, "layers", [])
-    return {
-        (i, name): value
-        for i, layer in enumerate(layers)
-        for name, value in vars(layer).items()
-        if isinstance(value, torch.Tensor)
-    }
+    return {(i, name): t for i, layer in enumerate(layers) for name, t in fields_of(layer).items()}
+
+
+def copied_cache(cache: Any, tensors: dict[tuple[int, str], Tensor]) -> Any:
+    """A copy that can be filled without a trace in `cache`, with other tensors in its fields."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in copied.layers:
+        vars(layer).update({k: dict(v) for k, v in vars(layer).items() if isinstance(v, dict)})
+    for (number, name), tensor in tensors.items():
+        field, _, place = name.rstrip("]").partition("[")
+        if place:
+            getattr(copied.layers[number], field)[int(place)] = tensor
+        else:
+            setattr(copied.layers[number], field, tensor)
+    return copied

@@ -7,17 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from helix_compile.capture import capture
+from helix_compile.capture import structure_key
 from helix_compile.capture_checks import check_surroundings
 from helix_compile.compile import helix_compile
-from helix_compile.dynamo_cache import LATENTS, Key, UserCache, check_countable, stand_in
+from helix_compile.dynamo_cache import (
+    LATENTS,
+    STATES,
+    Key,
+    UserCache,
+    check_countable,
+    is_held,
+    stand_in,
+)
 from helix_compile.dynamo_check import GraphOutput, compared_outputs
 from helix_compile.dynamo_frame import CAPACITY, LENGTHS, Frame, layers_of_cache
 from helix_compile.dynamo_model import ModelState
 from helix_compile.errors import RuntimeFault
 from helix_compile.module import HelixModule
 from helix_compile.passes.fx_edit import aten, is_call, placeholders
-from helix_compile.provenance import CAPTURED
 from helix_compile.step_inputs import check_ids, checked_mask
 
 _ROTATION = (aten.cos.default, aten.sin.default, aten.polar.default)
@@ -34,6 +41,7 @@ class Session:
         self.options = options
         self.cache = UserCache()
         self._module: HelixModule | None = None
+        self._structure: tuple = ()
         self.state = ModelState()
         self._rotary = False
 
@@ -66,7 +74,8 @@ class Session:
                 self._module = helix_compile(model, **self.options)
                 self._rotary = _positions_rotate_only(self._module)
                 self.state.remember_hooks(model)
-            elif capture(model).graph is not self._module.stages[CAPTURED]:
+                self._structure = structure_key(model)
+            elif structure_key(model) != self._structure:
                 raise RuntimeFault(
                     "the model (a constant, a hook, a method or its configuration) was changed since it was compiled; "
                     "call torch._dynamo.reset() and torch.compile it again"
@@ -199,7 +208,7 @@ class CompiledGraph:
         made = {
             (o.layer, o.field): r
             for o, r in zip(self._outputs, results, strict=True)
-            if isinstance(r, Tensor) and o.field in LATENTS
+            if isinstance(r, Tensor) and is_held(o.field)
         }
         for (_, name), tensor in past.items():
             if name == "cumulative_length":
@@ -222,6 +231,9 @@ class CompiledGraph:
             return columns
         if output.kind == "logits":
             return logits[:, -self._keep :] if self._keep else logits
+        if output.field.startswith(STATES):
+            # models write it in place, and Dynamo traces that before we are asked: a view of one number can't be written
+            return stand_in((B, *output.shape[1:]), output.dtype, logits.device).contiguous()
         if output.field not in LATENTS:
             number = columns if output.field == "cumulative_length" else output.room.window
             return torch.tensor(number, dtype=output.dtype, device=logits.device)

@@ -20,7 +20,7 @@ _VARIES = re.compile(_NUMBER.pattern + r"|\.py:\d+")  # and lines of the install
 _IN_OTHER_TESTS = (
     "deepseek_v3", "glm4_moe_lite", "axk1", "youtu",
     "glm_moe_dsa", "axk2", "mistral_large4", "hy_v4", "glm5_next",
-    "llama", "qwen3", "mixtral",
+    "llama", "qwen3", "qwen3_moe", "glm4", "cohere", "ernie4_5", "mistral", "mixtral",
 )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from transformers import DynamicCache
 from helix_compile import CaptureError, HelixError, LayoutError, PlanError, RuntimeFault
 from helix_compile.dynamo_check import compared_outputs
 from helix_compile.dynamo_frame import traced_frame
-from tests.support.families import tiny_family
 from tests.support.gqa_models import fresh_gqa
 from tests.support.models import fresh_model, tiny_model
 
@@ -160,18 +159,6 @@ def test_a_graph_that_is_not_the_models_forward_is_refused(past: bool) -> None:
     traced(tiny_model("short"), past, check)
     # a mask is known by its values: what uses it is the first node that differs
     assert told == [(edit, edit is not masked_otherwise) for edit in edits]
-
-
-@pytest.mark.parametrize("cached", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_linear_attention_is_refused(cached: bool) -> None:
-    model = tiny_family("kimi_linear")
-    compiled = torch.compile(model, backend="helix", fullgraph=True, options={"cp": 2})
-    cache = DynamicCache(config=model.config) if cached else None
-    with (
-        pytest.raises(CaptureError, match=r"layer 0 of KimiLinear.*linear attention"),
-        torch.no_grad(),
-    ):
-        compiled(IDS, past_key_values=cache)
 
 
 def test_a_model_that_changed_is_refused_until_compiled_anew() -> None:

@@ -74,7 +74,14 @@ def test_fp64_over_plans(plan: dict[str, Any]) -> None:
     assert worst_deviation(model, compiled, RAGGED) <= LIMIT[torch.float64]
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "plain"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, marks=pytest.mark.slow if v.startswith("short") else ())
+        for v in VARIANTS
+        if v != "plain"
+    ],
+)
 @pytest.mark.parametrize(
     "plan",
     in_two_tiers(

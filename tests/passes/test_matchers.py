@@ -13,8 +13,13 @@ from helix_compile.passes.match_layers import match_layers
 from helix_compile.passes.typing_rules import reshape_map
 from tests.support.models import VARIANTS, tiny_model
 
+# tests/helix_compile/test_exact.py runs the others in CI
+IN_CI = ("plain", "no_q_lora", "v_wider_than_latent", "half_rope")
 
-@pytest.mark.parametrize("variant", VARIANTS)
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=() if v in IN_CI else pytest.mark.slow) for v in VARIANTS]
+)
 def test_roles_of_every_variant(variant: str) -> None:
     captured = capture(tiny_model(variant))
     dense, moe = match_layers(captured, 128).values()

@@ -131,6 +131,15 @@ GROUPED = {
         variants={"plain_heads": {"num_key_value_heads": 12}, "one_kv_head": {"num_key_value_heads": 1}}, common=SIZES,
     ),
     "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 14}, common=SIZES),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 22, "mlp_only_layers": [0],
+         "num_hidden_layers": 3, "head_dim": 14}, common=SIZES,
+    ),
+    "glm4": Family("Glm4ForCausalLM", "Glm4Config", {}, common=SIZES),
+    "cohere": Family("CohereForCausalLM", "CohereConfig", {}, common=SIZES),
+    "ernie4_5": Family("Ernie4_5ForCausalLM", "Ernie4_5Config", {"use_bias": True}, common=SIZES),
+    "mistral": Family("MistralForCausalLM", "MistralConfig", {"sliding_window": None}, common=SIZES),
     "mixtral": Family(
         "MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 3}, common=SIZES,
     ),

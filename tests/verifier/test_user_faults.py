@@ -96,7 +96,7 @@ FAULTS: dict[str, tuple[Break, str, str]] = {
 
 VECTORS = ("output bias", "norm weight", "last norm")  # float32 does not condition them
 CASES = [
-    (f, d)
+    pytest.param(f, d, marks=() if d is torch.float64 else pytest.mark.slow)
     for f in FAULTS
     for d in (torch.float64, torch.float32)
     if f not in VECTORS or d is torch.float64
