@@ -79,6 +79,22 @@ def test_mla_decode_at_the_real_shape(heads: int, T: int) -> None:
     assert worst_deviation(got, expected_results(case, args)) <= LIMIT[torch.bfloat16]
 
 
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("B", [9, 72])  # 72 sequences of 8 KV heads fill a card twice
+@pytest.mark.parametrize("T", [1, 5])
+def test_gqa_decode_at_a_real_shape(T: int, B: int, joint: bool) -> None:
+    """`joint`: K and V are views of one cache, as in the rewritten graph."""
+    lengths = (0, 1, 63, 64, 65, 127, 128, 129, 1025) * (B // 9)
+    args = GqaStep(lengths, T, 8, 8, 128, 128, 128, torch.bfloat16).arguments()
+    case = KernelCase("gqa_decode", "real", lambda dtype, seed: args)
+    q, k, v, *rest = on_device(args, "cuda")
+    if joint:
+        both = torch.cat([k, v], dim=-1)
+        k, v = both[..., :128], both[..., 128:]
+    got = results(triton_op("gqa_decode"), (q, k, v, *rest))
+    assert worst_deviation(got, expected_results(case, args)) <= LIMIT[torch.bfloat16]
+
+
 @pytest.mark.parametrize(("heads", "T"), ROWS)
 def test_mla_decode_of_an_fp8_cache(heads: int, T: int) -> None:
     """Against float64 over what the FP8 cache says: its own rounding is no part of the difference."""
