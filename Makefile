@@ -37,7 +37,8 @@ test-gpu: $(STAMP)
 lowest := torch==2.11.0 triton==3.6.0 transformers==5.23.0 numpy==2.3.5
 newest := torch==2.13.0 triton==3.7.0 transformers==5.23.0
 SMOKE := tests/test_smoke.py tests/helix_compile/test_device.py tests/helix_compile/test_backend.py \
-  tests/helix_compile/test_saving.py tests/kernels/test_custom_ops.py tests/distributed/test_world.py
+  tests/helix_compile/test_saving.py tests/helix_compile/test_capture_paths.py tests/kernels/test_custom_ops.py \
+  tests/distributed/test_world.py
 
 test-versions: test-lowest test-newest
 
