@@ -139,6 +139,7 @@ def test_columns_of_padding_may_go_on_behind_the_window() -> None:
     assert mine.layers[0].keys.shape == reference.layers[0].keys.shape
 
 
+@pytest.mark.slow
 def test_an_edited_length_and_an_emptied_layer_are_refused() -> None:
     model = some_windows()
     compiled = compile_(model)

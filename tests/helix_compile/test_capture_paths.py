@@ -59,9 +59,9 @@ def other_op(out: Tensor, length: Any) -> Tensor:
     [
         (one_token, "B=2, T=1, S=5"),
         (empty_cache, "B=2, T=3, S=0"),
-        (one_sequence, "B=1, T=3, S=5"),
+        pytest.param(one_sequence, "B=1, T=3, S=5", marks=pytest.mark.slow),
         (other_constant, "B=2, T=1, S=5"),
-        (other_op, "B=2, T=1, S=5"),
+        pytest.param(other_op, "B=2, T=1, S=5", marks=pytest.mark.slow),
     ],
 )
 def test_another_path_is_refused_with_its_place(change: Change, where: str) -> None:
@@ -73,7 +73,9 @@ def test_another_path_is_refused_with_its_place(change: Change, where: str) -> N
     assert f"test_capture_paths.py:{line} (`torch." in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_rounding_does_not_hide_it(dtype: torch.dtype) -> None:
     with pytest.raises(CaptureError, match="takes another path at B=2, T=1"):
         capture(branching(one_token, dtype))

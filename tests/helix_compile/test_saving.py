@@ -24,9 +24,18 @@ def saved(folder: Path, dtype: torch.dtype = torch.float32, **plan: Any) -> Heli
     return compiled
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+PADDED = {"cp": 3, "tpa": 2, "merge": "ag_rs", "v_up": "after"}
+
+
 @pytest.mark.parametrize(
-    "plan", [{}, {"cp": 3, "tpa": 2, "merge": "ag_rs", "v_up": "after"}], ids=str
+    ("dtype", "plan"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, PADDED),
+        pytest.param(torch.float32, PADDED, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_reload_is_bitwise(tmp_path: Path, dtype: torch.dtype, plan: dict[str, Any]) -> None:
     """At cp * tpa = 6 every FFN shard is padded."""

@@ -37,8 +37,17 @@ def compiled_tiny(dtype: torch.dtype = torch.float64, **options: Any) -> HelixMo
     return helix_compile(tiny_model(dtype=dtype), **{"cp": 4, "tokens_per_block": 4, **options})
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", PLANS[:2], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        pytest.param(
+            o, d, marks=pytest.mark.slow if o is PLANS[1] and d is not torch.float64 else ()
+        )
+        for o in PLANS[:2]
+        for d in (torch.float64, torch.float32, torch.bfloat16)
+    ],
+    ids=str,
+)
 def test_a_clean_module_is_ok(options: dict[str, Any], dtype: torch.dtype) -> None:
     model = tiny_model(dtype=dtype)
     report = verify(helix_compile(model, **options), model)

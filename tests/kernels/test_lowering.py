@@ -54,7 +54,9 @@ def test_the_whole_model_by_kernels(plan: str) -> None:
     assert worst_deviation(model, compiled, [5, 1], (1, 3)) <= 2e-5
 
 
-@pytest.mark.parametrize("variant", ["short_half_rope", "short_plain_router"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("short_half_rope", marks=pytest.mark.slow), "short_plain_router"]
+)
 def test_other_models_by_kernels(variant: str) -> None:
     compiled = triton_module(variant, cp=2)
     assert "moe_router.default" in chosen(compiled, "body_1").values()
@@ -155,7 +157,8 @@ def test_batch_items_are_independent() -> None:
     torch.testing.assert_close(both, alone, rtol=0, atol=2e-5 * float(alone.abs().max()))
 
 
-@pytest.mark.parametrize("plan", [pytest.param("after", marks=pytest.mark.slow), "before"])
+@pytest.mark.slow  # a minute of the interpreter
+@pytest.mark.parametrize("plan", ["after", "before"])
 def test_verify_is_silent_and_sees_an_edit(plan: str) -> None:
     """The static checks alone, on the graph with fused ops; then a scale that is off by a thousandth."""
     model = tiny_model("short", torch.float32)
