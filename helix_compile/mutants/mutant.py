@@ -39,9 +39,8 @@ class Mutant:
 
 
 CATALOGUE: list[Mutant] = []  # made on a model with MLA
-GQA_CATALOGUE: list[
-    Mutant
-] = []  # faults that only grouped-query attention can have, made on a model with it
+# faults that only grouped-query attention can have, made on a model with it
+GQA_CATALOGUE: list[Mutant] = []
 
 
 def mutant(

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from helix_compile.capture import CapturedGraph
 from helix_compile.errors import MatchError, PlanError
 from helix_compile.matches import Site, permuted
-from helix_compile.passes.evaluate import evaluate
+from helix_compile.passes.cones import ancestors
+from helix_compile.passes.evaluate import NotRun, evaluate
 from helix_compile.passes.fx_edit import node_named, placeholders, source_line
 
 ROWS = 4  # sequences of the square at the first positions; two of them padded on the left
@@ -61,7 +62,7 @@ def check_mask(captured: CapturedGraph, body: str, match: Site, max_seq_len: int
 def _subjects(captured: CapturedGraph, body: str, match: Site) -> Iterator[_Subject]:
     """One for each set of outer values that layers of this body give to what the mask is computed from."""
     graph = captured.bodies[body].graph
-    read = _ancestors(node_named(graph, match.mask))
+    read = ancestors([node_named(graph, match.mask)], until=[])
     places = [i for i, p in enumerate(placeholders(graph)) if p in read]
     seen = set()
     for node in captured.graph.graph.nodes:
@@ -75,17 +76,6 @@ def _subjects(captured: CapturedGraph, body: str, match: Site) -> Iterator[_Subj
 def _is_past(node: Any) -> bool:
     """A layer's own past: zeros of its shape stand for it here, whichever layer's it is."""
     return node.op == "placeholder" and node.meta["input"][0] == "past"
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        if current not in found:
-            found.add(current)
-            todo += current.all_input_nodes
-    return found
 
 
 def _compare(subject: _Subject, mask: Tensor, T: int) -> None:
@@ -156,6 +146,10 @@ def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
         raise _mask_error(
             subject, f"it is computed from {missing} (sparse attention over a top-k of keys?)"
         ) from missing
+    except NotRun as stopped:
+        raise _mask_error(
+            subject, f"it does not run for B={B}, T={T}, S={total - T}: {stopped}"
+        ) from stopped
     value = value[(None,) * (4 - value.dim())]
     if subject.match.mask_form != "BHTS":
         value = permuted(value, subject.match.mask_form, "BHTS")

@@ -55,6 +55,12 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def moved(wire: Wire, compiled: HelixModule) -> list[float]:
+    """Bytes that c10d was asked to move, that the world counted, and that the plan says of a token."""
+    counted, planned = compiled.world.sent_bytes[0], compiled.plan.egress_bytes_per_rank_per_token
+    return [wire.sent, float(counted), float(planned)]
+
+
 def refusal(act: Callable[[], Any]) -> str:
     """The text of the error that `act` must raise."""
     try:
@@ -79,18 +85,10 @@ def main(folder: Path) -> None:
     mixed = helix_compile(model, cp=2, tpa=2, **OPTIONS)
     with Wire() as wire:
         seen["cp4"] = run_steps(four)
-    said["wire"] = [
-        wire.sent,
-        float(four.world.sent_bytes[0]),
-        float(four.plan.egress_bytes_per_rank_per_token),
-    ]
+    said["wire"] = moved(wire, four)
     with Wire() as wire:
         seen["cp2_tpa2"] = run_steps(mixed)
-    said["wire_mixed"] = [
-        wire.sent,
-        float(mixed.world.sent_bytes[0]),
-        float(mixed.plan.egress_bytes_per_rank_per_token),
-    ]
+    said["wire_mixed"] = moved(wire, mixed)
     said["groups_used"] = len(wire.groups)
     said["collectives"] = [list(map(str, x)) for x in sorted(four.world.num_collectives.items())]
     said["texts"] = [stage_text(c.graph) for c in (loaded, four, mixed)]
@@ -99,11 +97,7 @@ def main(folder: Path) -> None:
     grouped = helix_compile(grouped_model(), **MIXED)
     with Wire() as wire:
         seen["grouped"] = run_steps(grouped)
-    said["wire_grouped"] = [
-        wire.sent,
-        float(grouped.world.sent_bytes[0]),
-        float(grouped.plan.egress_bytes_per_rank_per_token),
-    ]
+    said["wire_grouped"] = moved(wire, grouped)
     hybrid = helix_compile(hybrid_model(), cp=4, **OPTIONS)
     seen["hybrid"] = run_steps(hybrid)
     said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid)]

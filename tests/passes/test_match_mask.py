@@ -202,3 +202,11 @@ def test_a_capacity_beyond_any_mask_is_refused_before_it_is_evaluated() -> None:
     assert match_layers(captured_tiny(), 2**20)
     with pytest.raises(PlanError, match=r"max_seq_len=1000000000: .* expected at most 16777216"):
         match_layers(captured_tiny(), 10**9)
+
+
+def test_a_mask_that_does_not_run_at_other_sizes_is_told_as_one() -> None:
+    def fixed(mask: Tensor) -> Tensor:
+        return mask & torch.ones(3, 8, dtype=torch.bool)  # of the capture's sizes
+
+    with pytest.raises(MatchError, match=r"layer 0: .* does not run for B=4, T=64, S=0"):
+        match_layers(with_mask(lambda g, mask: g.call_function(fixed, (mask,))), 64)
