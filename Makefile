@@ -36,8 +36,8 @@ test-gpu: $(STAMP)
 # On x86 torch 2.11.0 brings its CUDA libraries (several gigabytes). Triton 3.6's interpreter needs numpy below 2.4.
 lowest := torch==2.11.0 triton==3.6.0 transformers==5.23.0 numpy==2.3.5
 newest := torch==2.13.0 triton==3.7.0 transformers==5.23.0
-SMOKE := tests/test_smoke.py tests/helix_compile/test_device.py tests/helix_compile/test_backend.py \
-  tests/helix_compile/test_saving.py tests/helix_compile/test_capture_paths.py tests/kernels/test_custom_ops.py \
+SMOKE := tests/test_smoke.py tests/runtime/test_device.py tests/dynamo/test_backend.py \
+  tests/saving/test_saving.py tests/capture/test_paths.py tests/ir/test_ops.py \
   tests/distributed/test_world.py
 
 test-versions: test-lowest test-newest

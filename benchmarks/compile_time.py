@@ -22,11 +22,11 @@ from measuring import MB, format_machine, peak_bytes, print_table
 from transformers import DeepseekV3Config
 
 from helix_compile import helix_compile
-from helix_compile.capture import capture
+from helix_compile.capture.model import capture
+from helix_compile.config.options import HelixOptions
 from helix_compile.models.presets import build_model, preset_config
-from helix_compile.options import HelixOptions
-from helix_compile.passes.match_layers import match_layers
-from helix_compile.planning import plan_helix
+from helix_compile.passes.decide.plan_helix import plan_helix
+from helix_compile.passes.match.layers import match_layers
 
 CP = 8
 

@@ -34,7 +34,7 @@ to a fresh run.
 ## Styles of writing MLA
 
 The matcher reads dataflow, so a model of your own may be written in any of these ways (`tests/support/toy_mla.py` has
-each; `tests/families/test_styles.py` and `test_other_styles.py` hold them to 1e-10 in float64 at cp 1, 2 and 4):
+each; `tests/whole/test_styles.py` and `test_other_styles.py` hold them to 1e-10 in float64 at cp 1, 2 and 4):
 
 - one linear for K and V, cut per head or as a whole, heads first or last, K joined by `cat` or written in place;
 - W_UK and W_UV as linears of their own, or as parameters [H, D, R], [H, R, D] or [R, H * D], applied by einsum, matmul

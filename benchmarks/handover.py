@@ -20,8 +20,8 @@ from measuring import MB, format_machine, median_ms, print_table
 from transformers import DeepseekV3Config
 
 from helix_compile import HelixModule, helix_compile
-from helix_compile.handover import CacheEntries
-from helix_compile.handover_file import read_cache, write_cache
+from helix_compile.cache.file import read_cache, write_cache
+from helix_compile.cache.shards import CacheEntries
 from helix_compile.models.presets import PRESETS, build_model
 
 R, ROPE = 512, 64

@@ -23,7 +23,7 @@ from kernel_costs import (
 from torch import Tensor
 
 import helix_compile.kernels.catalog
-from helix_compile.ops import helix
+from helix_compile.ir.ops import helix
 
 PAGE = 128
 FLASH_MLA_PAGE = 64

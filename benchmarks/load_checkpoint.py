@@ -33,9 +33,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from helix_compile import helix_compile
-from helix_compile.checkpoint_model import open_checkpoint
+from helix_compile.checkpoint.model import open_checkpoint
 from helix_compile.models.presets import build_model
-from helix_compile.ranks import build_ranks
+from helix_compile.runtime.rank import build_ranks
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "moe_intermediate_size": 1024,

@@ -19,8 +19,9 @@ from decode_step import GEOMETRY
 from measuring import MB, extra_peak_bytes, format_machine, print_table
 from transformers import DeepseekV3Config
 
-from helix_compile import helix_compile, step_inputs
+from helix_compile import helix_compile
 from helix_compile.models.presets import build_model
+from helix_compile.runtime import step as step_inputs
 
 
 def measure(cp: int, tokens: int, resident: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from transformers import DeepseekV3Config
 
 from helix_compile import HelixModule, helix_compile
-from helix_compile.graph_pass import copy_module
+from helix_compile.ir.stage import copy_module
 from helix_compile.models.presets import PRESETS, build_model
 
 RANKS = 4

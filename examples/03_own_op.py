@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile import helix_compile, verify
+from helix_compile.ir.graph import aten, calls
 from helix_compile.models.presets import build_model, preset_config
-from helix_compile.passes.check_layouts import typing_rule
-from helix_compile.passes.fx_edit import aten, calls
-from helix_compile.passes.typing_rules import elementwise
+from helix_compile.passes.typing.aten_rules import elementwise
+from helix_compile.passes.typing.check_layouts import typing_rule
 
 
 @torch.library.custom_op("example::gated", mutates_args=())

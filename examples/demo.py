@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from helix_compile import HelixModule, helix_compile
 from helix_compile.models.presets import build_model, preset_config
-from helix_compile.numerics import WidenedIslands
+from helix_compile.verifier.numeric.reference import WidenedIslands
 
 CP, PROMPTS, NEW_TOKENS = 4, (9, 40, 23), 32
 FP64_LIMIT = 1e-10

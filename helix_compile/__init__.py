@@ -8,7 +8,8 @@ print(verify(compiled, model))
 
 from __future__ import annotations
 
-from helix_compile.capture import CapturedGraph, capture
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.capture.model import capture
 from helix_compile.compile import helix_compile
 from helix_compile.errors import (
     CaptureError,
@@ -23,9 +24,9 @@ from helix_compile.errors import (
     RuntimeFault,
 )
 from helix_compile.module import HelixModule
-from helix_compile.plan import HelixPlan
-from helix_compile.verification import assert_equivalent, verify
+from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.verifier.report import Finding, VerificationReport
+from helix_compile.verifier.verify import assert_equivalent, verify
 
 __version__ = "0.1.0"
 __all__ = [

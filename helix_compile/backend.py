@@ -16,11 +16,11 @@ from torch import fx, nn
 from torch._dynamo.exc import ShortenTraceback
 
 from helix_compile.compile import helix_compile
-from helix_compile.dynamo_frame import traced_frame
-from helix_compile.dynamo_session import CompiledGraph, Session
+from helix_compile.config.options import HelixOptions
+from helix_compile.dynamo.frame import traced_frame
+from helix_compile.dynamo.session import CompiledGraph, Session
 from helix_compile.errors import HelixError, PlanError
 from helix_compile.module import HelixModule
-from helix_compile.options import HelixOptions
 
 # model -> id of the options object -> session; Dynamo's cache of compiled graphs is what keeps a session alive
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[int, Session]] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,22 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from helix_compile.capture import CapturedGraph
-from helix_compile.graph_pass import run_passes
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.capture.model import capture
+from helix_compile.capture.source import captured_from, device_of, device_of_input
+from helix_compile.config.options import HelixOptions
+from helix_compile.errors import MatchError
 from helix_compile.kernels.target import target_for
-from helix_compile.mesh import HelixMesh
-from helix_compile.model_source import (
-    captured_from,
-    device_for,
-    device_of,
-    device_of_input,
-    facts_of,
-)
+from helix_compile.layout.degrees import HelixMesh
 from helix_compile.module import HelixModule
-from helix_compile.options import HelixOptions
-from helix_compile.passes.match_layers import keep_unmatched, match_layers
+from helix_compile.passes.decide.plan_helix import plan_helix
+from helix_compile.passes.match.layers import _match_body, match_layers
 from helix_compile.passes.pipeline import STAGES, helix_passes
-from helix_compile.plan import trace_plan
-from helix_compile.planning import plan_helix
-from helix_compile.rank_claims import claims_of
-from helix_compile.ranks import build_ranks
-from helix_compile.world import errors_told, open_world
+from helix_compile.passes.runner import run_passes
+from helix_compile.plan.helix_plan import trace_plan
+from helix_compile.runtime.claims import claims_of
+from helix_compile.runtime.rank import build_ranks, facts_of
+from helix_compile.worlds.world import device_for, errors_told, open_world
 
 
 def helix_compile(
@@ -102,3 +99,24 @@ def helix_compile(
     opened.start(claims_of(plan, stages[STAGES[-1]], facts))
     ranks = build_ranks(plan, stages[STAGES[-1]], facts, opened)
     return HelixModule(plan, stages, ranks, opened, facts)
+
+
+def keep_unmatched(captured: CapturedGraph, options: HelixOptions) -> CapturedGraph:
+    """With unmatched="keep": the same model with every layer that no matcher recognises as a leaf.
+
+    Raises:
+        MatchError: no layer is left to rewrite; lists the reasons.
+    """
+    if options.unmatched != "keep":
+        return captured
+    keep: dict[int, str] = {}
+    for name in captured.bodies:
+        try:
+            _match_body(captured, name, options.max_seq_len)
+        except MatchError as error:
+            keep |= {layer.index: str(error) for layer in captured.layers_of(name)}
+    if not keep:
+        return captured
+    assert captured.model is not None
+    again = capture(captured.model, keep=keep, unmatched="keep")
+    return replace(again, weights=captured.weights, notes=captured.notes)

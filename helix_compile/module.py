@@ -10,20 +10,20 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
-import helix_compile.step_inputs as checks
+import helix_compile.runtime.step as checks
+from helix_compile.cache.pages import Ledger
+from helix_compile.cache.shards import CacheEntries, CacheShard
+from helix_compile.cache.transfer import entries_to_export, sequences_to_import, shards_to_export
 from helix_compile.errors import HelixError, RuntimeFault
-from helix_compile.explain import NodeExplanation, explain_node
-from helix_compile.graph_python import stage_diff
-from helix_compile.handover import CacheEntries, CacheShard
-from helix_compile.inspection import Inspection, inspect_module
-from helix_compile.kv_cache import Ledger, rows_of_rank
-from helix_compile.passes.fx_edit import placeholders
+from helix_compile.ir.graph import placeholders
 from helix_compile.passes.pipeline import STAGES, lowered_copy
-from helix_compile.plan import HelixPlan
-from helix_compile.prefix_export import entries_to_export, shards_to_export
-from helix_compile.prefix_import import sequences_to_import
-from helix_compile.ranks import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
-from helix_compile.world import World
+from helix_compile.plan.cache_row import rows_of_rank
+from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
+from helix_compile.views.explain import NodeExplanation, explain_node
+from helix_compile.views.graph_python import stage_diff
+from helix_compile.views.inspection import Inspection, inspect_module
+from helix_compile.worlds.world import World
 
 _FIXED = (
     "is refused: the graphs were captured for one dtype and device; "
@@ -264,9 +264,9 @@ class HelixModule(nn.Module):
         **options: Any,
     ) -> Any:
         """Generate by transformers' own loop; starts with reset(). See generation.py for what is refused."""
-        from helix_compile.generation import (
-            generate,
-        )  # transformers' generation code is slow to import
+        from helix_compile.runtime.generation import (
+            generate,  # transformers' generation code is slow to import
+        )
 
         return generate(self, input_ids, attention_mask, options)
 
@@ -305,7 +305,7 @@ class HelixModule(nn.Module):
 
         On real ranks every rank calls it, with one folder that all see: each writes its own weights.
         """
-        from helix_compile.saving import save_module  # saving imports this module
+        from helix_compile.saving.module_folder import save_module  # saving imports this module
 
         save_module(self, Path(folder))
 
@@ -314,7 +314,7 @@ class HelixModule(nn.Module):
         folder: str | Path, device: str | torch.device | None = None, world: Any = "auto"
     ) -> HelixModule:
         """Read what save() wrote, in any world; `device` and `world` as in helix_compile()."""
-        from helix_compile.saving import load_module
+        from helix_compile.saving.module_folder import load_module
 
         return load_module(Path(folder), device, world)
 

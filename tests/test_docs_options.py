@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from helix_compile import trtllm_config, vllm_config
-from helix_compile.options import HelixOptions
+from helix_compile.config import trtllm as trtllm_config
+from helix_compile.config import vllm as vllm_config
+from helix_compile.config.options import HelixOptions
 
 DOCS = Path(__file__).parents[1] / "docs"
 

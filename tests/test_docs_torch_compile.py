@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from helix_compile import RuntimeFault, helix_compile
 from helix_compile.backend import compiled_modules
-from helix_compile.dynamo_session import CompiledGraph
+from helix_compile.dynamo.session import CompiledGraph
 from tests.support.gqa_models import fresh_gqa, tiny_gqa
 
 TEXT = (Path(__file__).parents[1] / "docs/torch_compile.md").read_text()

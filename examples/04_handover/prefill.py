@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from helix_compile.dynamic_cache import parts_of_dynamic_cache
-from helix_compile.handover import CacheEntries
-from helix_compile.handover_file import write_cache
+from helix_compile.cache.file import write_cache
+from helix_compile.cache.shards import CacheEntries
+from helix_compile.cache.transfer import parts_of_dynamic_cache
 from helix_compile.models.presets import build_model, preset_config
 
 PROMPT_LENGTH = 50

@@ -21,15 +21,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.launch import launch
-from helix_compile.kernels.launch_facts import specialize
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
+from helix_compile.kernels.registry import (
+    CompileCase,
+    Kernel,
+    Site,
+    launch,
+    register_kernel,
+    specialize,
+)
 from helix_compile.kernels.rope_heads import rotate_pairs, token_strides, unit_stride
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
 ELEMENT = {**TRITON_TYPE, torch.int32: "i32", torch.int64: "i64"}
+
+
 ANGLE_STRIDES = ("stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T")
+
+
 FUSED_ONLY = ("norm_weight_ptr", "cos_ptr", "sin_ptr", "eps", *ANGLE_STRIDES)
 
 
@@ -245,6 +254,8 @@ def _cache_append_norm_rope_cases(site: Site, target: KernelTarget) -> list[Comp
 
 
 APPEND_SCHEMA = "Tensor(a!) cache, Tensor page_table, Tensor slots, Tensor visible, Tensor latent, Tensor k_rope"  # fmt: skip
+
+
 CACHE_APPEND = register_kernel(
     Kernel(
         op="cache_append",
@@ -255,6 +266,8 @@ CACHE_APPEND = register_kernel(
         cases=_cases,
     )
 )
+
+
 CACHE_APPEND_NORM_ROPE = register_kernel(
     Kernel(
         op="cache_append.norm_rope",

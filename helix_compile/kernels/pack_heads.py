@@ -21,10 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.launch import launch
-from helix_compile.kernels.launch_facts import specialize
-from helix_compile.kernels.merge_lse import merge_tile, softmax_weights
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
+from helix_compile.kernels.merge import merge_tile, softmax_weights
+from helix_compile.kernels.registry import (
+    CompileCase,
+    Kernel,
+    Site,
+    launch,
+    register_kernel,
+    specialize,
+)
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
@@ -202,6 +207,8 @@ PACK_HEADS = register_kernel(
         cases=_cases,
     )
 )
+
+
 PACK_SPLITS = register_kernel(
     Kernel(
         op="pack_heads.splits",

@@ -5,6 +5,19 @@
 
 lse is natural log, float32 or wider. lse = -inf means "no key seen", and then the partial output is 0. A dead
 part may hold anything, NaN included: it is never multiplied by 0, it is not read.
+
+Pure-torch definition of helix::gqa_decode. This is the spec; kernels must agree with it.
+
+    B sequences, T new tokens a sequence, H query heads, K KV heads (both of this rank), G = H / K, S slots,
+    Dk, Dv widths of a key and of a value. Query head j reads KV head j // G.
+
+lse is natural log, float32 or wider. lse = -inf means "no key seen", and then the partial output is 0.
+
+The router of a mixture of experts in plain torch: biased grouped top-k as in DeepSeek-V3, with ties defined.
+
+    N tokens, E experts in n_group groups of equal size, k experts a token
+
+torch.topk leaves ties open; here the lower index wins, among groups and among experts. This is the spec of the kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helix_compile.ledger import local_length, local_slot, owner_rank
+from helix_compile.layout.ledger import local_length, local_slot, owner_rank
 
 SCORE_BYTES = (
     64 * 2**20
@@ -221,3 +234,110 @@ def unpack_heads_reference(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tu
             )
         lse_rows, o_rows = lse_rows.view(lse.dtype), o_rows.view(partial_o.dtype)
     return o_rows.view(peers, B, T, h, width), lse_rows.view(peers, B, T, h)
+
+
+def gqa_decode_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Grouped-query attention of q [B, T, H, Dk] over this rank's shard of the cache.
+
+    Args:
+        q: rotated queries.
+        k_cache: [pages, page_size, K, Dk].
+        v_cache: [pages, page_size, K, Dv].
+        page_table: [B, pages of a sequence] int64.
+        visible: [B, T] int32. A row sees slots < visible: local slots ascend in position, so that is the causal mask.
+        scale: of the scores.
+
+    Returns:
+        partial_o [B, T, H, Dv] in the dtype of q and lse [B, T, H].
+    """
+    B, T, H, _ = q.shape
+    dtype = accumulation_dtype(q.dtype)
+    partial_o = q.new_zeros((B, T, H, v_cache.shape[3]))
+    lse = q.new_full((B, T, H), -torch.inf, dtype=dtype)
+    longest = visible.amax(dim=1).tolist() if T else [0] * B
+    for b in range(B):
+        if longest[b] == 0:
+            continue  # an empty shard: o = 0 and lse = -inf stand
+        k_KSD, v_KSD = (
+            _heads_of_sequence(cache, page_table[b], longest[b]).to(dtype)
+            for cache in (k_cache, v_cache)
+        )
+        step = max(1, SCORE_BYTES // (H * longest[b] * dtype.itemsize))
+        for t in range(0, T, step):
+            part = slice(t, t + step)
+            o, row_lse = _attend_grouped(
+                q[b, part].to(dtype), k_KSD, v_KSD, visible[b, part], scale
+            )
+            partial_o[b, part] = o.to(partial_o.dtype)
+            lse[b, part] = row_lse
+    return partial_o, lse
+
+
+def _heads_of_sequence(cache: Tensor, pages: Tensor, length: int) -> Tensor:
+    """The first `length` slots of a sequence, heads first: [K, length, D]."""
+    used = pages[: -(-length // cache.shape[1])]
+    return cache[used].flatten(0, 1)[:length].movedim(1, 0)
+
+
+def _attend_grouped(
+    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, visible_T: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    (T, H, Dk), (K, S, Dv) = q_THD.shape, v_KSD.shape
+    q_KRD = q_THD.view(T, K, H // K, Dk).movedim(1, 0).reshape(K, -1, Dk)  # rows: T * G
+    scores = (q_KRD @ k_KSD.mT).mul_(scale).view(K, T, H // K, S)
+    hidden = torch.arange(S, device=k_KSD.device) >= visible_T[:, None]
+    scores.masked_fill_(hidden[:, None, :], -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    alive = lse != -torch.inf  # not >: a NaN must reach the output
+    weights = scores.sub_(torch.where(alive, lse, 0.0)[..., None]).exp_()
+    o = (weights.view(K, -1, S) @ v_KSD).view(K, T, H // K, Dv)
+    return o.movedim(0, 1).reshape(T, H, Dv), lse.movedim(0, 1).reshape(T, H)
+
+
+def moe_router_reference(
+    logits: Tensor,
+    bias: Tensor,
+    n_group: int,
+    topk_group: int,
+    top_k: int,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Choose top_k of E experts for each token.
+
+    Args:
+        logits: [N, E] float32.
+        bias: [E], added to the scores for the choice alone.
+        n_group: groups of E // n_group neighbours; a group scores the sum of its two best.
+        topk_group: groups that experts may come from.
+        top_k: experts a token.
+        normalize: divide a token's weights by their sum (plus 1e-20).
+        scale: factor of the weights.
+
+    Returns:
+        expert_ids [N, top_k] int64, best first by biased score, and weights [N, top_k]. A NaN ranks above all.
+    """
+    scores = logits.sigmoid()
+    choice = scores + bias
+    size = choice.shape[1] // n_group
+    two_best = choice.unflatten(1, (n_group, size)).topk(min(2, size), dim=-1).values
+    kept_groups = _best(two_best.sum(dim=-1), topk_group)
+    kept = torch.zeros((choice.shape[0], n_group), dtype=torch.bool, device=choice.device)
+    kept.scatter_(1, kept_groups, True)
+    choice = choice.masked_fill(~kept.repeat_interleave(size, dim=1), -torch.inf)
+    expert_ids = _best(choice, top_k)
+    weights = scores.gather(1, expert_ids)
+    if normalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return expert_ids, weights * scale
+
+
+def _best(values: Tensor, count: int) -> Tensor:
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]

@@ -18,13 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.launch import launch
-from helix_compile.kernels.launch_facts import specialize
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
+from helix_compile.kernels.registry import (
+    CompileCase,
+    Kernel,
+    Site,
+    launch,
+    register_kernel,
+    specialize,
+)
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
 BLOCK_H = 8
+
+
 STRIDES = (
     "stride_q_B", "stride_q_H", "stride_q_T", "stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T",
 )  # fmt: skip

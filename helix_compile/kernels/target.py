@@ -11,6 +11,8 @@ import torch
 from helix_compile.errors import LoweringUnavailable
 
 INTERPRETER = "interpreter"
+
+
 # streaming multiprocessors of the cards that offline compilation stands for: B200, H100 SXM, A100
 SM_COUNT = {"sm_100": 148, "sm_90": 132, "sm_80": 108, INTERPRETER: 1}
 

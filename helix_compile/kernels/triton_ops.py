@@ -12,6 +12,8 @@ from helix_compile.kernels.target import device_target
 
 # floats that kernels take, and how a Triton signature spells them
 TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
 _LIBRARY = torch.library.Library(
     "helix_triton", "DEF"
 )  # kept alive: dropping it unregisters the ops

@@ -2,7 +2,7 @@
 
     model = DeepseekV3(preset_config("deepseek-v3-lite")).eval()      # random weights
 
-helix_compile.checkpoint_load.load_deepseek_v3("folder/") gives it the weights of a checkpoint.
+helix_compile.checkpoint.model.load_deepseek_v3("folder/") gives it the weights of a checkpoint.
 
 Parameters have the names that transformers' DeepseekV3ForCausalLM gives them, and logits equal its logits. What it computes
 in float32 whatever the dtype (norms, router, rotary angles) is float32 here too.

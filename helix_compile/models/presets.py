@@ -21,6 +21,8 @@ TINY: dict[str, Any] = {
     "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
     "max_position_embeddings": 4096, "eos_token_id": None, "bos_token_id": None,
 }  # fmt: skip
+
+
 # The geometry TensorRT-LLM's own Helix test uses (DeepSeek-V3-Lite: 32 heads, hidden 2560), fewer layers and experts.
 DEEPSEEK_V3_LITE: dict[str, Any] = {
     "vocab_size": 32000, "hidden_size": 2560, "intermediate_size": 10240, "moe_intermediate_size": 1536,
@@ -29,6 +31,8 @@ DEEPSEEK_V3_LITE: dict[str, Any] = {
     "n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1,
     "max_position_embeddings": 32768, "eos_token_id": None, "bos_token_id": None,
 }  # fmt: skip
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": TINY,
     "deepseek-v3-lite": DEEPSEEK_V3_LITE,

@@ -8,24 +8,25 @@ from typing import Any
 import torch
 from torch import fx
 
-from helix_compile.capture import CapturedGraph
-from helix_compile.graph_pass import Check, GraphPass, PassResult, copy_module
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.config.options import PAGE_SIZE
+from helix_compile.ir.graph import erase_unused, node_named, placeholders
+from helix_compile.ir.shapes import fake_mode_of
+from helix_compile.ir.stage import copy_module
 from helix_compile.kernels.registry import Capacity, load_kernels
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kv_cache import cache_shape, pages_per_sequence
-from helix_compile.matches import LayerMatch
-from helix_compile.options import PAGE_SIZE
-from helix_compile.passes.check_layouts import check_layouts
-from helix_compile.passes.fuse_kernels import fuse_kernels
-from helix_compile.passes.fx_edit import erase_unused, node_named, placeholders
-from helix_compile.passes.lower import lower_pass, no_moves_left
-from helix_compile.passes.propagate import fake_mode_of
-from helix_compile.passes.reshard import reshard_pass
-from helix_compile.passes.rewire_outer import rewire_outer_pass, update_calls_pass
-from helix_compile.passes.select_kernels import select_kernels
-from helix_compile.passes.shard_attention import shard_attention_pass
-from helix_compile.passes.shard_ffn import shard_ffn_pass
-from helix_compile.plan import HelixPlan
+from helix_compile.passes.lower.collectives import lower_pass, no_moves_left
+from helix_compile.passes.lower.fuse_kernels import fuse_kernels
+from helix_compile.passes.lower.select_kernels import select_kernels
+from helix_compile.passes.rewrite.attention import shard_attention_pass
+from helix_compile.passes.rewrite.ffn import shard_ffn_pass
+from helix_compile.passes.rewrite.outer import rewire_outer_pass, update_calls_pass
+from helix_compile.passes.rewrite.reshard import reshard_pass
+from helix_compile.passes.runner import Check, GraphPass, PassResult
+from helix_compile.passes.typing.check_layouts import check_layouts
+from helix_compile.plan.cache_row import cache_shape, pages_per_sequence
+from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.plan.matches import LayerMatch
 
 STAGES = ("captured", "attention", "reshard", "ffn", "lowered")
 

@@ -17,25 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_compile.matches import LayerMatch
-from helix_compile.passes.fx_edit import placeholders
-from helix_compile.verifier.attention_check import check_attention
-from helix_compile.verifier.bisect import Located, first_deviation
-from helix_compile.verifier.cache_check import check_cache
-from helix_compile.verifier.check import fault
-from helix_compile.verifier.layer_run import CapturedReference, LayerInputs, LayerRun, run_layer
-from helix_compile.verifier.needles import background, need_the_new_token, plant
-from helix_compile.verifier.numeric import LIMIT, RATIO
-from helix_compile.verifier.report import Coverage, Finding
-from helix_compile.verifier.routing import NEAR_TIE, Choices, RecordTopK
-from helix_compile.verifier.scratch import Scratch, deal
-from helix_compile.verifier.site_terms import (
+from helix_compile.ir.graph import placeholders
+from helix_compile.plan.matches import LayerMatch
+from helix_compile.verifier.bisect.walk import Located, first_deviation
+from helix_compile.verifier.contract import deal
+from helix_compile.verifier.numeric.attention_check import check_attention
+from helix_compile.verifier.numeric.cache_check import check_cache
+from helix_compile.verifier.numeric.layer_run import (
+    CapturedReference,
+    LayerInputs,
+    LayerRun,
+    run_layer,
+)
+from helix_compile.verifier.numeric.routing import NEAR_TIE, Choices, RecordTopK
+from helix_compile.verifier.numeric.scratch import Scratch
+from helix_compile.verifier.numeric.sharpen import background, need_the_new_token, plant
+from helix_compile.verifier.numeric.site_terms import (
     empty_past,
     entries_of,
     new_entries,
     past_of,
     query_parts,
 )
+from helix_compile.verifier.numeric.steps import LIMIT, RATIO
+from helix_compile.verifier.report import Coverage, Finding, fault
 
 # tokens of the long context, and what bounds it: the original expands every key and value to fp64
 LONG, EXPANDED_BYTES = 2048, 2 * 2**30

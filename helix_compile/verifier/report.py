@@ -1,10 +1,13 @@
-"""What a verification found and what it looked at. A finding has a stable code; docs/findings.md explains each."""
+"""What a verification found and what it looked at, and how a fault of the module under test becomes a finding.
+
+A finding has a stable code; docs/findings.md explains each.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from typing import Any
@@ -12,6 +15,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from helix_compile.errors import HelixError
+
+Progress = Callable[[str], None]
 
 # code -> what it says; docs/findings.md has a section for each
 CODES: dict[str, str] = {
@@ -44,6 +51,7 @@ CODES: dict[str, str] = {
     "HX502": "a deadlock, or ranks that disagree on a collective",
     "HX503": "the original model can't run",
 }  # fmt: skip
+
 
 # the bug families of served systems that a finding may point to
 FAMILIES: dict[int, str] = {
@@ -204,3 +212,47 @@ def grouped(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         else replace(group[0], where=f"{group[0].where} (and {len(group) - 1} like it)")
         for group in groups.values()
     )
+
+
+@dataclass
+class Check:
+    """Findings, notes and coverage of a run; `dtypes` are those that were checked."""
+
+    dtypes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    coverage: Coverage = field(default_factory=Coverage)
+
+    def merge(self, other: Check) -> None:
+        """Take over what another dtype has shown."""
+        self.dtypes += other.dtypes
+        self.findings += [replace(f, where=f"{other.dtypes[0]}: {f.where}") for f in other.findings]
+        self.notes += [f"in {other.dtypes[0]}: {n}" for n in other.notes]
+        for name in ("steps", "tokens", "needles", "empty_shards", "unequal_shards"):
+            total = getattr(self.coverage, name) + getattr(other.coverage, name)
+            setattr(self.coverage, name, total)
+
+    def guarded(self, where: str, run: Callable[[], Any]) -> Any:
+        """run(), or None and a finding: whatever the module under test makes a check do, verify() does not raise."""
+        try:
+            return run()
+        except Exception as error:
+            self.findings.append(fault(error, where))
+            return None
+
+
+class OriginalFails(HelixError):
+    """The original model raised: there is nothing to compare with, and the module under test is not to blame."""
+
+
+def fault(error: Exception, where: str) -> Finding:
+    """A finding for an exception of the module under test."""
+    if isinstance(error, OriginalFails):
+        expected = "an original that runs by itself: change its own settings, such as the experts' implementation"
+        return Finding("HX503", where, str(error), expected, 0, "numeric")
+    text = str(error)
+    collective = "deadlock" in text or "ranks disagree" in text or "waited for" in text
+    pending = "wait" in text and not text.startswith("deadlock")
+    got = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    family = 10 if collective or pending else 0
+    return Finding("HX502" if collective else "HX501", where, got, "a step that runs", family, "numeric")  # fmt: skip

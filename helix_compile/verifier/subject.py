@@ -9,16 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
-from helix_compile.capture import CapturedGraph
-from helix_compile.capture_leaves import bind_leaves
-from helix_compile.matches import LayerMatch
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.capture.leaves import bind_leaves
+from helix_compile.ir.graph import placeholders
+from helix_compile.layout.placement import normal_form, parse_layout
 from helix_compile.module import HelixModule
-from helix_compile.params import originals
-from helix_compile.passes.fx_edit import placeholders
 from helix_compile.passes.pipeline import STAGES, lowered_copy
-from helix_compile.placement import normal_form, parse_layout
-from helix_compile.verifier.check import Check, Progress
-from helix_compile.verifier.conditioning import sharpening
+from helix_compile.plan.matches import LayerMatch
+from helix_compile.runtime.rank import originals
+from helix_compile.verifier.bisect.replay import bisect_step
 from helix_compile.verifier.layer_check import (
     LayerOutcome,
     cases,
@@ -26,8 +25,11 @@ from helix_compile.verifier.layer_check import (
     layers_to_check,
     pooled_finding,
 )
-from helix_compile.verifier.layer_run import CapturedReference
-from helix_compile.verifier.numeric import (
+from helix_compile.verifier.numeric.layer_run import CapturedReference
+from helix_compile.verifier.numeric.reference import EagerReference, apply_edits, edited, wide_copy
+from helix_compile.verifier.numeric.scratch import Scratch
+from helix_compile.verifier.numeric.sharpen import sharpening
+from helix_compile.verifier.numeric.steps import (
     LIMIT,
     RATIO,
     Batch,
@@ -39,11 +41,8 @@ from helix_compile.verifier.numeric import (
     scenarios,
     stage_params,
 )
-from helix_compile.verifier.reference import EagerReference, apply_edits, edited, wide_copy
-from helix_compile.verifier.report import Finding
-from helix_compile.verifier.scratch import Scratch
-from helix_compile.verifier.static_graph import TypedGraph, type_graph
-from helix_compile.verifier.step_bisect import bisect_step
+from helix_compile.verifier.report import Check, Finding, Progress
+from helix_compile.verifier.static.graph import TypedGraph, type_graph
 
 DRAWS_16_BIT = 8  # seeds that the 1.25x rule is pooled over
 

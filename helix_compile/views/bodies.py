@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from helix_compile.plan import BodyPlan, HelixPlan
+from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
 from helix_compile.views.build_view import build_view, first_stages
 from helix_compile.views.graph_view import GraphView
 

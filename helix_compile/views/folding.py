@@ -13,18 +13,24 @@ import torch
 import torch.distributed._functional_collectives
 from torch import Tensor, fx
 
-from helix_compile.ops import helix
-from helix_compile.passes.fx_edit import aten, is_call, is_param
-from helix_compile.passes.index_provenance import is_cache_update, is_layout_op
+from helix_compile.ir.elements import is_cache_update, is_layout_op
+from helix_compile.ir.graph import aten, is_call, is_param
+from helix_compile.ir.ops import helix
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
+
+
 _CACHES = ("past", "cache")
+
+
 _KEY_OPS = frozenset(
     {
         aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.einsum.default,
         aten.scaled_dot_product_attention.default, aten._grouped_mm.default, aten.embedding.default,
     }
 )  # fmt: skip
+
+
 # arguments that an op reads the shape and dtype of, never a value
 _SHAPE_ONLY: dict[Any, tuple[int, ...]] = {
     helix.unpack_heads.default: (1, 2),

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import fx
 
-from helix_compile.passes.fx_edit import placeholders
-from helix_compile.plan import HelixPlan
+from helix_compile.ir.graph import placeholders
+from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.views.bodies import body_views, graph_of
 from helix_compile.views.build_view import build_view, first_stages
 from helix_compile.views.folding import fold

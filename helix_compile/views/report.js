@@ -17,7 +17,7 @@
     return `${n.toFixed(1)} ${units[unit]}`;
   };
 
-  // The round-robin ledger, as in helix_compile/ledger.py; a test compares the two.
+  // The round-robin ledger, as in helix_compile/layout/ledger.py; a test compares the two.
   const { cp, tokens_per_block: perBlock } = facts.kv;
   const ownerRank = (position) => Math.floor(position / perBlock) % cp;
   const localSlot = (position) =>

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import fx
 
-from helix_compile.kv_cache import pages_per_sequence
-from helix_compile.layout import HelixLayout
-from helix_compile.options import PAGE_SIZE
-from helix_compile.plan import BodyPlan, HelixPlan, ParamShard
+from helix_compile.config.options import PAGE_SIZE
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.plan.cache_row import pages_per_sequence
+from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
 from helix_compile.views.bodies import BodyViews, body_views
 from helix_compile.views.graph_view import GraphView, NodeView, ValueView
 from helix_compile.views.layer_svg import draw_panel, format_panel_svg

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from helix_compile import helix_compile
-from helix_compile.handover_file import write_cache
+from helix_compile.cache.file import write_cache
 from tests.distributed.steps import OPTIONS, prompts
 from tests.support.disk import full_after
 from tests.support.handover import random_entries

@@ -21,9 +21,8 @@ package = ModuleType("helix_compile")
 package.__path__ = [str(Path(__file__).parents[2] / "helix_compile")]
 sys.modules["helix_compile"] = package
 
-from helix_compile.layout import HelixLayout  # noqa: E402 - after the package is set
-from helix_compile.mesh import HelixMesh  # noqa: E402
-from helix_compile.world import open_world  # noqa: E402
+from helix_compile.layout.degrees import HelixLayout, HelixMesh  # noqa: E402
+from helix_compile.worlds.world import open_world  # noqa: E402
 
 c10d = torch.ops._c10d_functional
 FAULTY, STEP = 2, 3

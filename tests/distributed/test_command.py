@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from helix_compile import LayoutError, helix_compile
-from helix_compile.__main__ import app
+from helix_compile.cli.commands import app
 from helix_compile.models.presets import build_model, preset_config
-from helix_compile.rank_share import RankShare
+from helix_compile.views.rank_share import RankShare
 from tests.distributed.steps import OPTIONS, ROOT, launch, run_steps, torchrun
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from helix_compile.last_words import EXIT_STATUS
-from helix_compile.peer_watch import Life, is_dead, own_life
-from helix_compile.rank_agreement import difference
-from helix_compile.rank_guard import RankGuard, is_transport_error
+from helix_compile.worlds.distributed import difference
+from helix_compile.worlds.guard import RankGuard, is_transport_error
+from helix_compile.worlds.peers import EXIT_STATUS, Life, is_dead, own_life
 from tests.distributed.steps import ROOT, launch_nodes, torchrun
 
 DIED = r"rank 2 died or is stuck without an exception; last sign of life: step {}, \d+\.\ds ago"
@@ -200,7 +199,7 @@ def test_a_rank_that_waits_inside_c_has_last_words() -> None:
 def test_somebody_elses_handler_is_left_alone() -> None:
     script = (
         "import signal; mine = lambda *_: None; signal.signal(signal.SIGTERM, mine);"
-        "from helix_compile.last_words import before_sigterm;"
+        "from helix_compile.worlds.peers import before_sigterm;"
         "assert not before_sigterm(print) and signal.getsignal(signal.SIGTERM) is mine"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import helix_compile.kernels.catalog
 from helix_compile import helix_compile
-from helix_compile.kernels.reference_fp8 import (
+from helix_compile.kernels.reference_fused import (
     mla_decode_scaled_reference,
     quantize_cache_reference,
 )

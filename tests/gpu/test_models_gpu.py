@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from helix_compile import HelixModule, helix_compile, verify
-from helix_compile.graph_digest import graph_digest
+from helix_compile.runtime.claims import graph_digest
 from tests.distributed.steps import OPTIONS, run_steps, torchrun
 from tests.support.models import fresh_model
 

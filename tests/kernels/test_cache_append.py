@@ -11,13 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import helix_compile.kernels.catalog  # noqa: F401
-from helix_compile.kernels.cache_append import (
-    CACHE_APPEND,
-    CACHE_APPEND_NORM_ROPE,
-)
+from helix_compile.ir.ops import helix
+from helix_compile.kernels.cache_append import CACHE_APPEND, CACHE_APPEND_NORM_ROPE
 from helix_compile.kernels.reference_fused import cache_append_norm_rope_reference
 from helix_compile.kernels.registry import Site
-from helix_compile.ops import helix
 from tests.support.kernel_checks import (
     CAPACITY,
     INTERPRETED,

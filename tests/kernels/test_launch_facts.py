@@ -6,8 +6,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from helix_compile.kernels.launch_facts import specialize
-from helix_compile.kernels.registry import CompileCase
+from helix_compile.kernels.registry import CompileCase, specialize
 
 
 def test_ones_multiples_and_aligned_views() -> None:

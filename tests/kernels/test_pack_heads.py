@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import helix_compile.kernels.catalog  # noqa: F401
+from helix_compile.ir.ops import helix
 from helix_compile.kernels.pack_heads import PACK_HEADS, PACK_SPLITS
 from helix_compile.kernels.reference_fused import pack_splits_reference
 from helix_compile.kernels.registry import Site
-from helix_compile.ops import helix
 from tests.support.kernel_checks import (
     CAPACITY,
     INTERPRETED,

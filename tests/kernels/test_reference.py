@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from helix_compile.ir.ops import helix
 from helix_compile.kernels import reference
-from helix_compile.ops import helix
 
 B, T, H, R, r, PAGE = 3, 2, 4, 8, 6, 5
 SCALE = 0.3

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
-from helix_compile.checkpoint_load import load_deepseek_v3
+from helix_compile.checkpoint.model import load_deepseek_v3
 from helix_compile.errors import CheckpointError
 from helix_compile.models.deepseek_v3 import DeepseekV3
 from helix_compile.models.presets import PRESETS, preset_config

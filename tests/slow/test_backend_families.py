@@ -14,7 +14,7 @@ from tests.support.families import FAMILIES, tiny_family
 pytestmark = pytest.mark.slow
 OPTIONS = {"cp": 2, "tokens_per_block": 2, "max_seq_len": 64, "max_batch_size": 3}
 # norms, router and linear attention compute in float32 on both sides (Dynamo can't run under a mode that widens them);
-# helix_compile itself is held to 1e-10 with those widened, by tests/families/test_every_family.py
+# helix_compile itself is held to 1e-10 with those widened, by tests/whole/test_every_family.py
 ISLANDS = 5e-6
 
 

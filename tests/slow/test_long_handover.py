@@ -7,7 +7,7 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 from helix_compile import HelixModule, helix_compile
-from helix_compile.numerics import WidenedIslands
+from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import deviation
 from tests.support.models import SIZES
 

@@ -80,7 +80,7 @@ def test_as_many_real_experts_as_fit() -> None:
         f"rel-RMSE of {int(alike.sum())} of {alike.numel()} tokens: original {errors[0]:.4f}, compiled {errors[1]:.4f}; "
         f"turned by one alone: {by_original}, {by_rewrite}"
     )
-    # a near-tied router that rounding turns: verify()'s rule (verifier/numeric.py)
+    # a near-tied router that rounding turns: verify()'s rule (verifier/numeric/steps.py)
     assert by_rewrite <= 3 * by_original + max(1, 0.05 * alike.numel())
     assert alike.float().mean() >= 0.5
     assert 0 < errors[0] < 0.02

@@ -7,13 +7,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from helix_compile import helix_compile, verify
-from helix_compile.capture import capture
-from helix_compile.mutants.catalogue import CATALOGUE, Mutant
-from helix_compile.passes.match_layers import match_layers
-from helix_compile.verifier.check import Check
+from helix_compile.capture.model import capture
+from helix_compile.passes.match.layers import match_layers
 from helix_compile.verifier.layer_check import LayerCase, LayerOutcome, check_layer
-from helix_compile.verifier.scratch import Scratch
-from helix_compile.verifier.static_graph import TypedGraph
+from helix_compile.verifier.mutants.mutant import CATALOGUE, Mutant
+from helix_compile.verifier.numeric.scratch import Scratch
+from helix_compile.verifier.report import Check
+from helix_compile.verifier.static.graph import TypedGraph
 from helix_compile.verifier.subject import Subject
 from tests.support.models import tiny_model
 from tests.support.plans import ModelCase, PlanCase, plans

@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from helix_compile import kernel_selection
-from helix_compile.__main__ import main as helix_compile_main
-from helix_compile.kernels.mla_launch import decode_case
+from helix_compile.cli import kernel_cases as kernel_selection
+from helix_compile.cli.commands import main as helix_compile_main
+from helix_compile.kernels.mla.launch import decode_case
+from helix_compile.kernels.mla.tuning import ROWS, MlaConfig
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, kernel_of
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.tuning import ROWS, MlaConfig
 
 BF16 = torch.bfloat16
 V3 = (128, 512, 64, 128, BF16, BF16)  # heads, R, r, page size, dtypes of q and cache

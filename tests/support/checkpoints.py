@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helix_compile.capture import capture
-from helix_compile.options import HelixOptions
-from helix_compile.params import shard_of_name
-from helix_compile.passes.match_layers import match_layers
-from helix_compile.plan import HelixPlan, ParamShard
-from helix_compile.planning import plan_helix
+from helix_compile.capture.model import capture
+from helix_compile.config.options import HelixOptions
+from helix_compile.passes.decide.plan_helix import plan_helix
+from helix_compile.passes.match.layers import match_layers
+from helix_compile.plan.helix_plan import HelixPlan, ParamShard
+from helix_compile.runtime.rank import shard_of_name
 from tests.support.models import fresh_model, tiny_model
 
 Tensors = dict[str, Tensor]

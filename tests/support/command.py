@@ -8,7 +8,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from unittest import mock
 
-import helix_compile.__main__ as cli
+import helix_compile.cli.commands as cli
 
 
 def run_here(*arguments: str) -> subprocess.CompletedProcess[str]:

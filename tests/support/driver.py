@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from helix_compile.numerics import WidenedIslands
+from helix_compile.verifier.numeric.reference import WidenedIslands
 
 STEPS = (1, 1, 3, 1, 4, 1)
 

@@ -1,7 +1,7 @@
 """Every family of transformers whose configuration has a `kv_lora_rank`, and some with grouped-query attention, as tiny
 models of awkward sizes.
 
-Tests and the generator of docs/families.md share this file. tests/families/test_every_family.py fails when the installed
+Tests and the generator of docs/families.md share this file. tests/whole/test_every_family.py fails when the installed
 transformers ships a family that is not listed here.
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from helix_compile import HelixError, helix_compile
-from helix_compile.numerics import WidenedIslands
+from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids
 from tests.support.families import tiny_family
 

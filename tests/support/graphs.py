@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile import HelixModule, helix_compile
-from helix_compile.capture import CapturedGraph, capture
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.capture.model import capture
+from helix_compile.ir.dataflow import evaluate
+from helix_compile.ir.graph import node_named
+from helix_compile.ir.sizes import shape_of
 from helix_compile.models.presets import build_model, preset_config
-from helix_compile.passes.evaluate import evaluate
-from helix_compile.passes.fx_edit import node_named
-from helix_compile.passes.index_provenance import shape_of
 from tests.support.models import tiny_model
 
 _SHOWN = ("helix.", "_c10d_functional.", "aten.linear.", "aten.einsum.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helix_compile import HelixModule
-from helix_compile.handover import CacheEntries
+from helix_compile.cache.shards import CacheEntries
 
 
 def random_entries(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helix_compile.kernels.merge_splits import merge_splits
-from helix_compile.kernels.mla_launch import decode_parts
+from helix_compile.kernels.merge import merge_splits
+from helix_compile.kernels.mla.launch import decode_parts
+from helix_compile.kernels.mla.tuning import MlaConfig
 from helix_compile.kernels.registry import CompileCase
-from helix_compile.kernels.tuning import MlaConfig
 
 TOLERANCE = 2e-6  # float32, of the largest reference value
 STALE = 1e4  # what the unused slots of a used page hold

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from helix_compile import helix_compile, verify
-from helix_compile.params import originals
-from helix_compile.verifier.numeric import Pool, Scenario, batches, run_scenario, stage_params
-from helix_compile.verifier.reference import EagerReference, wide_copy
+from helix_compile.runtime.rank import originals
+from helix_compile.verifier.numeric.reference import EagerReference, wide_copy
+from helix_compile.verifier.numeric.scratch import Scratch
+from helix_compile.verifier.numeric.steps import Pool, Scenario, batches, run_scenario, stage_params
 from helix_compile.verifier.report import Coverage
-from helix_compile.verifier.scratch import Scratch
 from tests.support.models import YARN
 
 

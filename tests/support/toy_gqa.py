@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from helix_compile.capture_body import export_functional, normalised_module
-from helix_compile.passes.fx_edit import HINT_B, HINT_S, HINT_T
+from helix_compile.capture.body import normalised_module
+from helix_compile.capture.layers import export_functional
+from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
 
 H, K, DK, DV, D = 12, 4, 10, 14, 36
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
-from helix_compile.verifier.pair_weights import captured_of
+from helix_compile.verifier.pair import captured_of
 from helix_compile.verifier.report import Finding
 from tests.support.models import fresh_model
 
@@ -142,7 +142,7 @@ def test_a_reloaded_module_lends_the_weights_of_the_other(tmp_path: Path) -> Non
 
 
 def test_the_captured_graph_is_put_together_again() -> None:
-    from helix_compile.capture import capture
+    from helix_compile.capture.model import capture
 
     model = new_model(torch.float64)
     assert captured_of(helix_compile(model, cp=2)).layers == capture(model).layers

@@ -9,17 +9,18 @@ import torch
 from torch import fx
 
 from helix_compile import helix_compile
-from helix_compile.graph_pass import copy_module
-from helix_compile.ledger import local_slot, owner_rank
-from helix_compile.numerics import WidenedIslands
-from helix_compile.params import cut_param
-from helix_compile.passes.fx_edit import calls
-from helix_compile.verifier.needles import need_the_new_token, plant, scores
+from helix_compile.ir.graph import calls
+from helix_compile.ir.stage import copy_module
+from helix_compile.layout.ledger import local_slot, owner_rank
+from helix_compile.plan.shard import cut_param
+from helix_compile.verifier.contract import deal
+from helix_compile.verifier.numeric.reference import WidenedIslands
+from helix_compile.verifier.numeric.routing import Choices, compare_choices
+from helix_compile.verifier.numeric.scratch import Scratch, poisoned_memory
+from helix_compile.verifier.numeric.sharpen import need_the_new_token, plant, scores
 from helix_compile.verifier.report import Finding, grouped
-from helix_compile.verifier.routing import Choices, compare_choices
-from helix_compile.verifier.scratch import Scratch, deal, poisoned_memory
-from helix_compile.verifier.static_graph import COLLECTIVES, same_collectives
-from helix_compile.verifier.static_params import part
+from helix_compile.verifier.static.graph import COLLECTIVES, same_collectives
+from helix_compile.verifier.static.params import part
 from tests.support.graphs import captured_tiny
 from tests.support.models import tiny_model
 
@@ -46,7 +47,7 @@ def test_slices_agree_with_the_cut_of_every_parameter() -> None:
 
 
 def test_a_needle_scores_what_it_should() -> None:
-    from helix_compile.passes.match_layers import match_layers
+    from helix_compile.passes.match.layers import match_layers
 
     match = match_layers(captured_tiny(), 64)["body_0"].attentions[0]
     torch.manual_seed(1)

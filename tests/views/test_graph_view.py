@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from helix_compile import HelixModule, helix_compile
-from helix_compile.graph_pass import copy_graph
+from helix_compile.ir.graph import is_param, node_named, placeholders
+from helix_compile.ir.stage import copy_graph
 from helix_compile.models.presets import build_model, preset_config
-from helix_compile.passes.fx_edit import is_param, node_named, placeholders
 from helix_compile.views.bodies import body_views
 from helix_compile.views.build_view import build_view, first_stages
 from helix_compile.views.folding import fold, is_value

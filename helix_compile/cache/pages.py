@@ -1,0 +1,99 @@
+"""The paged latent cache of one rank and the ledger of a batch: page table, lengths, capacity.
+
+Per attention site [num_pages, page_size, R + r], or [num_pages, page_size, K / tpa, Dk + Dv] where K and V are cached. `tokens_per_block` is the round-robin unit between ranks, `page_size`
+the unit inside a rank's shard; the two are independent. Every rank has the same page table: shards differ in content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from helix_compile.config.options import PAGE_SIZE, HelixOptions
+from helix_compile.errors import RuntimeFault
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.ledger import local_slot, positions_on_rank
+from helix_compile.plan.cache_row import CacheRow, cache_shape, pages_per_sequence
+
+
+def allocate_caches(
+    rows: Sequence[CacheRow],
+    options: HelixOptions,
+    layout: HelixLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor]:
+    """Zeroed caches of one rank: stale NaN in the tail of a page would reach an output as 0 * NaN in a kernel."""
+    shapes = [cache_shape(row, options, layout) for row in rows]
+    return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+@dataclass
+class Ledger:
+    """How many tokens each sequence has, mirrored on the host so that no step asks the device.
+
+    Attributes:
+        lengths: tokens of each sequence of the current batch; empty before the first step.
+        page_table: [max_batch_size, pages of a sequence] int64.
+    """
+
+    options: HelixOptions
+    kvp: int
+    device: torch.device
+    lengths: list[int] = field(default_factory=list)
+    page_table: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows, pages = self.options.max_batch_size, pages_per_sequence(self.options, self.kvp)
+        self.page_table = torch.arange(rows * pages, device=self.device).view(rows, pages)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of the current batch, 0 before the first step."""
+        return len(self.lengths)
+
+    def check_room(self, new_tokens: list[int]) -> None:
+        """Raise RuntimeFault unless every sequence has room for its new tokens; nothing is changed."""
+        lengths = self.lengths or [0] * len(new_tokens)
+        for row, (length, new) in enumerate(zip(lengths, new_tokens, strict=True)):
+            if length + new > self.options.max_seq_len:
+                raise RuntimeFault(
+                    f"sequence {row} is full: {length} tokens + {new} new = {length + new} > "
+                    f"max_seq_len={self.options.max_seq_len}; compile with a larger max_seq_len or reset()"
+                )
+
+    def advance(self, new_tokens: list[int]) -> None:
+        """Count tokens that were written."""
+        lengths = self.lengths or [0] * len(new_tokens)
+        self.lengths = [a + b for a, b in zip(lengths, new_tokens, strict=True)]
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """Absolute positions [B, T] int64 of a step's tokens, -1 where mask [B, T] is 0; padding never counts."""
+        lengths = torch.tensor(self.lengths or [0] * mask.shape[0], dtype=torch.int64)
+        places = mask.to(torch.int64).cumsum(dim=1) - 1 + lengths[:, None]
+        return torch.where(mask > 0, places, -1).to(self.device)
+
+    def pages_of(self, batch_size: int) -> Tensor:
+        """Page table [B, pages] of the current batch."""
+        return self.page_table[:batch_size]
+
+    def write_sequence(
+        self, cache: Tensor, row: int, entries: Tensor, kvp_rank: int, start: int = 0
+    ) -> None:
+        """Lay out entries [length, *] of a sequence's tokens from position `start` in this rank's shard of `cache`."""
+        tokens_per_block = self.options.tokens_per_block
+        mine = positions_on_rank(start + len(entries), kvp_rank, self.kvp, tokens_per_block)
+        mine = mine[mine >= start]
+        cache[self._places(cache, row, mine)] = entries[(mine - start).to(entries.device)].to(cache)
+
+    def read_sequence(self, cache: Tensor, row: int, mine: Tensor) -> Tensor:
+        """Entries [n, *] at a sequence's absolute positions `mine` [n], which this shard of `cache` must own."""
+        return cache[self._places(cache, row, mine)]
+
+    def _places(self, cache: Tensor, row: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(pages, slots inside a page) of positions that one shard owns."""
+        slots = local_slot(positions, self.kvp, self.options.tokens_per_block).to(cache.device)
+        return self.page_table[row].to(cache.device)[slots // PAGE_SIZE], slots % PAGE_SIZE

@@ -1,0 +1,284 @@
+"""Read a transformers DynamicCache of an unmodified model: of MLA latents are its keys, roped keys its values.
+
+Gather a batch's entries from the shards of the ranks in this process: the inverse of import_cache.
+
+Check and cut a prefilled cache into one run of entries a sequence, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from helix_compile.cache.pages import Ledger
+from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards
+from helix_compile.config.options import HelixOptions
+from helix_compile.errors import RuntimeFault
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.ledger import positions_on_rank
+from helix_compile.plan.cache_row import CacheRow, parts_of_rows
+from helix_compile.runtime.rank import ModelFacts, Rank
+
+if TYPE_CHECKING:
+    from helix_compile.runtime.rank import ModelFacts
+
+
+def parts_of_dynamic_cache(
+    cache: DynamicCache, heads: Sequence[int] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """([B, S, R] latents, [B, S, r] roped keys), one of each a layer; columns include the sender's padding.
+
+    `heads` are the KV heads of each cached attention (none given: latents); where that is not 0, K and V of all heads
+    side by side, [B, S, K Dk] and [B, S, K Dv].
+
+    Raises:
+        RuntimeFault: a layer of another kind (sliding, quantised, static), an empty one, or one that holds full heads.
+    """
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    if not cache.layers:
+        raise RuntimeFault("import_cache: the DynamicCache is empty; expected a prefilled one")
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer:
+            raise RuntimeFault(
+                f"import_cache: layer {i} of the cache is a {type(layer).__name__}, expected a DynamicLayer: other kinds "
+                "keep other columns than all tokens; give latents and k_ropes as tensors"
+            )
+        if layer.keys is None or layer.values is None:
+            raise RuntimeFault(f"import_cache: layer {i} of the DynamicCache is empty; expected a prefilled one")  # fmt: skip
+        for part, tensor in zip(parts, (layer.keys, layer.values), strict=True):
+            K = heads[i] if i < len(heads) else 0
+            if tensor.dim() != 4 or tensor.shape[1] != (K or 1):
+                what = f"{K} KV heads" if K else "one latent and one roped key for all heads"
+                raise RuntimeFault(
+                    f"import_cache: layer {i} of the DynamicCache holds {tuple(tensor.shape)}, expected "
+                    f"[B, {K or 1}, S, width]: {what}"
+                )
+            part.append(tensor.transpose(1, 2).flatten(2) if K else tensor.squeeze(1))
+    return parts
+
+
+def shards_to_export(
+    ledger: Ledger, ranks: list[Rank], layout: HelixLayout, facts: ModelFacts
+) -> list[CacheShard]:
+    """One shard for each CP rank that lives here (ranks that differ in tpa only hold the same); copies.
+
+    Raises:
+        RuntimeFault: no batch, or a module without values.
+    """
+    if facts.device.type == "meta":
+        raise RuntimeFault("export: the model is on the meta device: its cache has no values")
+    if not ledger.batch_size:
+        raise RuntimeFault(
+            "export: there is no batch; expected a step or import_cache() before (reset() empties the cache)"
+        )
+    tokens_per_block = ledger.options.tokens_per_block
+    shards: dict[int, CacheShard] = {}
+    for cp_rank in sorted({layout.index("kvp", rank.rank) for rank in ranks}):
+        held = [
+            positions_on_rank(length, cp_rank, layout.kvp, tokens_per_block)
+            for length in ledger.lengths
+        ]
+        positions = torch.full((len(held), max(map(len, held))), -1, dtype=torch.int64)
+        for row, mine in enumerate(held):
+            positions[row, : len(mine)] = mine
+        latents, k_ropes = [], []
+        for site, kind in enumerate(facts.caches):
+            parts = []
+            for cache in _caches_with_all_heads(site, kind, cp_rank, ranks, layout):
+                entries = cache.new_zeros(*positions.shape, *cache.shape[2:])
+                for row, mine in enumerate(held):
+                    entries[row, : len(mine)] = ledger.read_sequence(cache, row, mine)
+                parts.append(entries)
+            first, second = parts_of_rows(torch.cat(parts, dim=2), kind)
+            latents.append(first)
+            k_ropes.append(second)
+        shards[cp_rank] = CacheShard(cp_rank, latents, k_ropes, positions, torch.tensor(ledger.lengths))  # fmt: skip
+    return list(shards.values())
+
+
+def _caches_with_all_heads(
+    site: int, kind: CacheRow, cp_rank: int, ranks: list[Rank], layout: HelixLayout
+) -> list[Tensor]:
+    """A CP rank's caches of one site: K and V are cut by heads over tpa; one rank of tpa has the whole of a latent."""
+    mine = [rank for rank in ranks if layout.index("kvp", rank.rank) == cp_rank]
+    mine.sort(key=lambda rank: layout.index("tpa", rank.rank))
+    if not kind.heads:
+        return [mine[0].cache[site]]
+    if len(mine) < layout.tpa:
+        raise RuntimeFault(
+            f"export: this process holds the KV heads of {len(mine)} of tpa={layout.tpa} ranks alone; a shard holds all "
+            "heads: export where the ranks of tpa live in one process, or compile with tpa=1"
+        )
+    return [rank.cache[site] for rank in mine]
+
+
+def entries_to_export(
+    ledger: Ledger, ranks: list[Rank], layout: HelixLayout, facts: ModelFacts
+) -> CacheEntries:
+    """The whole cache, if every CP rank lives in this process; RuntimeFault otherwise."""
+    here = {layout.index("kvp", rank.rank) for rank in ranks}
+    if len(here) < layout.kvp:
+        raise RuntimeFault(
+            f"export_cache: this process holds cp rank {', '.join(map(str, sorted(here)))} of {layout.kvp} alone; "
+            "export_shards() gives its part with absolute positions, handover.join_shards() joins the parts of all ranks"
+        )
+    return join_shards(shards_to_export(ledger, ranks, layout, facts))
+
+
+def sequences_to_import(
+    latents: list[Tensor] | DynamicCache,
+    k_ropes: list[Tensor] | None,
+    lengths: Tensor | list[int] | None,
+    mask: Tensor | None,
+    facts: ModelFacts,
+    options: HelixOptions,
+    held: list[int],
+) -> list[list[Tensor]]:
+    """entries[site][row] = [length, R + r], or [length, K Dk + K Dv], in order of position, of the tokens that come after the first `held`.
+
+    A DynamicCache holds its sequences from their first token, so the `held` tokens are dropped from it; tensors hold
+    what is new.
+
+    Raises:
+        RuntimeFault: another number of sites, shapes, lengths or mask that do not fit each other.
+    """
+    whole = isinstance(latents, DynamicCache)
+    if isinstance(latents, DynamicCache):
+        if k_ropes is not None:
+            raise RuntimeFault(
+                "import_cache: a DynamicCache holds the k_ropes too; leave k_ropes out"
+            )
+        latents, k_ropes = parts_of_dynamic_cache(latents, [row.heads for row in facts.caches])
+        if lengths is None:
+            lengths = _lengths_of_columns(latents[0], mask)
+    skipped = held if whole else []
+    latents = _tensors("latents", "R", latents)
+    k_ropes = _tensors("k_ropes", "r", k_ropes)
+    sites = len(facts.caches)
+    if len(latents) != sites or len(k_ropes) != sites:
+        raise RuntimeFault(
+            f"import_cache: {len(latents)} latents and {len(k_ropes)} k_ropes for {sites} cached attentions"
+        )
+    counts = _counts(lengths)
+    if latents[0].dim() != 3:
+        raise RuntimeFault(
+            f"import_cache: latents must be [B, S, R], got {tuple(latents[0].shape)}"
+        )
+    B, S = latents[0].shape[:2]
+    for site, (latent, k_rope) in enumerate(zip(latents, k_ropes, strict=True)):
+        _check_site(site, latent, k_rope, (B, S, *facts.caches[site].widths))
+    if len(counts) != B or B > options.max_batch_size:
+        raise RuntimeFault(
+            f"import_cache: {len(counts)} lengths for {B} sequences (max_batch_size={options.max_batch_size})"
+        )
+    if held and len(held) != B:
+        raise RuntimeFault(
+            f"import_cache: {B} sequences to append to a batch of {len(held)}; expected the same (a row may have length 0)"
+        )
+    if any(n < 0 or n > min(S, options.max_seq_len) for n in counts):
+        raise RuntimeFault(
+            f"import_cache: lengths {counts}; expected 0 <= length <= columns {S} and max_seq_len {options.max_seq_len}"
+        )
+    before = [0] * B if whole else held or [0] * B
+    if any(n + h > options.max_seq_len for n, h in zip(counts, before, strict=True)):
+        raise RuntimeFault(
+            f"import_cache: {counts} tokens after {before} are more than max_seq_len={options.max_seq_len}"
+        )
+    if any(n < h for n, h in zip(counts, skipped, strict=False)):
+        raise RuntimeFault(
+            f"import_cache: the DynamicCache holds {counts} tokens, fewer than the {skipped} that are here already; "
+            "expected it to hold each sequence from its first token"
+        )
+    columns = _columns(mask, counts, B, S)
+    if skipped:
+        columns = [c[h:] for c, h in zip(columns, skipped, strict=True)]
+    return [
+        [torch.cat([latent[b, c], k_rope[b, c]], dim=-1) for b, c in enumerate(columns)]
+        for latent, k_rope in zip(latents, k_ropes, strict=True)
+    ]
+
+
+def _lengths_of_columns(latent: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens of each row: what the mask keeps, else every column."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.sum(dim=1).to(torch.int64)
+    return torch.full((latent.shape[0],), latent.shape[1])
+
+
+def _tensors(name: str, letter: str, given: list[Tensor] | None) -> list[Tensor]:
+    """A list of tensors, one a cached attention."""
+    got = type(given).__name__
+    if isinstance(given, (list, tuple)):
+        wrong = [type(t).__name__ for t in given if not isinstance(t, Tensor)]
+        if not wrong:
+            return list(given)
+        got = f"a {got} holding {wrong[0]}"
+    raise RuntimeFault(
+        f"import_cache: {name} must be a list of tensors [B, S, {letter}], got {got}"
+    )
+
+
+def _counts(lengths: Tensor | list[int] | None) -> list[int]:
+    """Lengths as a list of ints."""
+    got = type(lengths).__name__
+    if isinstance(lengths, Tensor):
+        got = f"a tensor of shape {tuple(lengths.shape)}"
+    if not isinstance(lengths, (Tensor, list, tuple)) or (
+        isinstance(lengths, Tensor) and lengths.dim() != 1
+    ):
+        raise RuntimeFault(
+            f"import_cache: lengths must be a list or a tensor of ints, one a sequence, got {got}"
+        )
+    counts = list(lengths.tolist() if isinstance(lengths, Tensor) else lengths)
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+        raise RuntimeFault(f"import_cache: lengths must be ints, got {counts}")
+    return counts
+
+
+def _check_site(
+    site: int, latent: Tensor, k_rope: Tensor, sizes: tuple[int, int, int, int]
+) -> None:
+    """One attention's tensors: shapes, each width by itself, and that they hold numbers of a cache."""
+    B, S, R, r = sizes
+    fits = latent.dim() == k_rope.dim() == 3 and latent.shape[:2] == k_rope.shape[:2] == (B, S)
+    if not fits:
+        raise RuntimeFault(
+            f"import_cache: attention {site}: latent {tuple(latent.shape)} and k_rope {tuple(k_rope.shape)}; "
+            f"expected [{B}, {S}, R] and [{B}, {S}, r] with R = {R} and r = {r} (of a transformers cache "
+            "squeeze the head dim, or of K and V put all heads side by side: x.transpose(1, 2).flatten(2))"
+        )
+    got = (latent.shape[2], k_rope.shape[2])
+    if got != (R, r):
+        swapped = "; latents and k_ropes are swapped" if got == (r, R) else ""
+        raise RuntimeFault(
+            f"import_cache: attention {site}: latent and k_rope have widths {got[0]} and {got[1]}; "
+            f"expected R = {R} and r = {r}{swapped}"
+        )
+    for name, tensor in (("latents", latent), ("k_ropes", k_rope)):
+        if not tensor.is_floating_point():
+            raise RuntimeFault(
+                f"import_cache: attention {site}: {name} must be floating, got {tensor.dtype}"
+            )
+
+
+def _columns(mask: Tensor | None, counts: list[int], B: int, S: int) -> list[Tensor]:
+    """Columns of each row that hold its tokens."""
+    if mask is None:
+        return [torch.arange(n) for n in counts]
+    if not isinstance(mask, Tensor):
+        raise RuntimeFault(f"import_cache: mask must be a tensor [B, S], got {type(mask).__name__}")
+    if tuple(mask.shape) != (B, S):
+        raise RuntimeFault(f"import_cache: mask {tuple(mask.shape)}, expected {(B, S)}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise RuntimeFault("import_cache: mask must hold 0 and 1 only")
+    columns = [torch.nonzero(row).flatten() for row in mask.cpu()]
+    found = [len(c) for c in columns]
+    if found != counts:
+        raise RuntimeFault(
+            f"import_cache: the mask keeps {found} tokens a row, lengths say {counts}"
+        )
+    return columns

@@ -1,0 +1,244 @@
+"""One layer -> one body graph, and the signature by which equal layers share a body.
+
+A body's placeholders, in this order: hidden, the layer's other tensors, what it caches (past), its parameters. Each
+carries meta["input"] = [kind, name]; a parameter's name is relative to its layer.
+
+One shape of graph for the matchers: no asserts, B and T read from one place, no dead code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helix_compile.capture.checks import explained
+from helix_compile.capture.layers import BATCH, PAST, TOKENS, ConcatenatingCache, export_functional
+from helix_compile.errors import CaptureError
+from helix_compile.ir.leaves import LayerCall
+from helix_compile.ir.shapes import trust_shapes
+from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
+from helix_compile.ir.stage import copy_graph
+
+
+def hint_of(size: int | torch.SymInt) -> int:
+    """Concrete hint of a size, without adding a guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def example_like(fake: Tensor, device: torch.device) -> Tensor:
+    """A small real tensor of `fake`'s hinted shape."""
+    shape = [hint_of(s) for s in fake.shape]
+    return torch.zeros(shape, dtype=fake.dtype, device=device)
+
+
+class CachedSite(NamedTuple):
+    """What one attention site caches: two tensors [B, heads, T, width]."""
+
+    k_heads: int
+    k_width: int
+    v_heads: int
+    v_width: int
+
+
+class _Body(nn.Module):
+    def __init__(self, layer: nn.Module, call: LayerCall, config: Any):
+        super().__init__()
+        self.layer, self._call, self._config = layer, call, config
+
+    def forward(self, hidden: Tensor, others: list[Tensor], pasts: list[Tensor]) -> Any:
+        pairs = list(zip(pasts[::2], pasts[1::2], strict=True))
+        cache = ConcatenatingCache(self._config, pairs, pasts[0] if pasts else hidden)
+        args, kwargs = self._call.rebuild(hidden, others, cache)
+        out = self.layer(*args, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        return out, [t for pair in cache.new for t in pair]
+
+
+class _OpTrace(TorchDispatchMode):
+    """Writes down every aten op with shapes, constants and parameter names."""
+
+    def __init__(self, names: dict[int, str]):
+        super().__init__()
+        self.names = names
+        self.lines: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat = pytree.tree_leaves((args, kwargs))
+        self.lines.append(f"{func} {[self._text(leaf) for leaf in flat]}")
+        return func(*args, **kwargs)
+
+    def _text(self, leaf: Any) -> str:
+        if isinstance(leaf, Tensor):
+            return self.names.get(id(leaf), "") + f"{tuple(leaf.shape)}{leaf.dtype}"
+        return repr(leaf)
+
+
+def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, list[CachedSite]]:
+    """Run `layer` once on fake tensors: its signature, and what each attention site caches.
+
+    The signature covers every aten op with its constants, so two layers share a body only if they compute the
+    same function of their parameters. (0.05 s a layer; a layer that can't be run so is a CaptureError.)
+    """
+    device = next(layer.parameters()).device
+    names = {id(t): n for n, t in (*layer.named_parameters(), *layer.named_buffers())}
+    trace = _OpTrace(names)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with explained(f"{type(layer).__name__} can't be traced"), torch.no_grad(), fake, trace:
+        hidden = example_like(call.hidden, device)
+        others = [example_like(t, device) for t in call.others]
+        cache = ConcatenatingCache(config, None, hidden.new_zeros(HINT_B, 1, HINT_S, 1))
+        args, kwargs = call.rebuild(hidden, others, cache)
+        layer(*args, **kwargs)
+    bad = [tuple(t.shape) for pair in cache.new for t in pair if t.dim() != 4]
+    if bad:
+        raise CaptureError(
+            f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; "
+            "expected [B, heads, T, width]"
+        )
+    sites = [CachedSite(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in cache.new]
+    text = "\n".join([call.constants(), str(sites), *trace.lines])
+    return hashlib.sha256(text.encode()).hexdigest(), sites
+
+
+def capture_body(
+    layer: nn.Module, call: LayerCall, config: Any, cached: list[CachedSite]
+) -> fx.GraphModule:
+    """Export one layer, dynamic in B, T and S."""
+    device = next(layer.parameters()).device
+    batch, tokens = call.hidden.shape[:2]
+    hidden = example_like(call.hidden, device)
+    others = [example_like(t, device) for t in call.others]
+    pasts = [
+        torch.zeros(HINT_B, heads, HINT_S, width, dtype=call.hidden.dtype, device=device)
+        for site in cached
+        for heads, width in (site[:2], site[2:])
+    ]
+    shapes = (
+        {0: BATCH, 1: TOKENS},
+        [_dims(t, batch, tokens) for t in call.others],
+        [{0: BATCH, 2: PAST} for _ in pasts],
+    )
+    sizes = f"(B={HINT_B}, T={HINT_T}, S={HINT_S})"
+    with explained(f"torch.export failed on {type(layer).__name__} {sizes}"):
+        program = export_functional(_Body(layer, call, config), (hidden, others, pasts), shapes)
+    names = ["hidden", *call.names]
+    names += [f"past_{part}_{i}" for i in range(len(cached)) for part in ("latent", "rope")]
+    kinds = ["hidden"] + ["tensor"] * len(others) + ["past"] * len(pasts)
+    return normalised_module(program, list(zip(kinds, names, strict=True)), prefix="layer.")
+
+
+def _dims(fake: Tensor, batch: Any, tokens: Any) -> dict[int, Any]:
+    dims: dict[int, Any] = {}
+    for dim, size in enumerate(fake.shape):
+        if isinstance(size, torch.SymInt):
+            same = [
+                d for s, d in ((batch, BATCH), (tokens, TOKENS)) if s.node.expr == size.node.expr
+            ]
+            dims[dim] = same[0] if same else Dim.AUTO
+    return dims
+
+
+def normalised_module(
+    program: ExportedProgram, inputs: list[tuple[str, str]], prefix: str
+) -> fx.GraphModule:
+    """Graph of `program`, activations before parameters, named, canonical; unused placeholders dropped.
+
+    `inputs` gives (kind, name) of the user inputs in order; the first one is [B, T, ...] and anchors B and T.
+    """
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph = copy_graph(program.graph, mapping)
+    by_name = {n.name: mapping[n] for n in program.graph.nodes if n.op == "placeholder"}
+    user, lifted = [], []
+    for spec in program.graph_signature.input_specs:
+        node = by_name[spec.arg.name]
+        if spec.kind == InputKind.USER_INPUT:
+            user.append(node)
+        else:
+            name = str(spec.target).removeprefix(prefix)
+            node.meta["input"] = ["param", name]
+            lifted.append((node, name.replace(".", "_")))
+    for node, (kind, name) in zip(user, inputs, strict=True):
+        node.meta["input"] = [kind, name]
+    named = [(n, name) for n, (_, name) in zip(user, inputs, strict=True)]
+    _reorder(graph, [*named, *lifted])
+    canonicalize(graph, user[0])
+    for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
+        if node is not user[0]:
+            graph.erase_node(node)
+    _refuse_constants(graph)
+    trust_shapes(graph)
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def _refuse_constants(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            raise CaptureError(
+                f"capture: node `{node.name}` reads the constant {node.target!r}, which is neither a parameter "
+                "nor a buffer of the model"
+            )
+
+
+def _reorder(graph: fx.Graph, named: list[tuple[fx.Node, str]]) -> None:
+    """Put placeholders into the given order under the given names."""
+    names: set[str] = set()
+    first = next(iter(graph.nodes))
+    for node, name in named:
+        unique = name
+        while unique in names:
+            unique += "_"
+        names.add(unique)
+        first.prepend(node) if node is not first else None
+        node.name = node.target = unique
+    previous = named[0][0]
+    for node, _ in named[1:]:
+        previous.append(node)
+        previous = node
+
+
+_aten = torch.ops.aten
+
+
+_CHECKS = frozenset(
+    {
+        _aten._assert_tensor_metadata.default,
+        _aten._assert_scalar.default,
+        _aten.sym_constrain_range_for_size.default,
+        torch.ops.aten._assert_async.msg,
+    }
+)
+
+
+def canonicalize(graph: fx.Graph, anchor: fx.Node) -> None:
+    """Edit `graph` in place: strip checks, read B and T from `anchor` [B, T, ...] only, drop dead code.
+
+    torch.export takes B from the mask, T from the positions or S from the past, whatever it saw first. Those
+    inputs go away in the rewrite, so every size that equals B or T is re-pointed to `anchor` (same symbol).
+    """
+    for node in list(graph.nodes):
+        if node.target in _CHECKS:
+            graph.erase_node(node)
+    batch, tokens = anchor.meta["val"].shape[:2]
+    last_input = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    sizes = []
+    with graph.inserting_after(last_input):
+        for dim, size in ((1, tokens), (0, batch)):
+            node = graph.call_function(_aten.sym_size.int, (anchor, dim))
+            node.meta["val"] = size
+            sizes.append(node)
+    for node in list(graph.nodes):
+        if node.target is _aten.sym_size.int and node not in sizes:
+            for size in sizes:
+                if node.meta["val"].node.expr == size.meta["val"].node.expr:
+                    node.replace_all_uses_with(size)
+    graph.eliminate_dead_code()
+    graph.lint()

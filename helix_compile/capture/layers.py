@@ -1,0 +1,279 @@
+"""Find a model's layers, export the graph around them, and record how each layer is called.
+
+While the whole model is exported, each layer's forward is one opaque op (hidden, other tensors, layer index). So the
+export costs the same for 4 and for 61 layers, and no name inside a layer matters (capture-and-match, section 4).
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import OutputKind
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from helix_compile.capture.checks import explained
+from helix_compile.errors import CaptureError, HelixError, MatchError
+from helix_compile.ir.leaves import LayerCall, record_call
+from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
+
+BATCH, TOKENS, PAST = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
+
+
+_CACHE_ARGUMENT = "past_key_values"
+
+
+@torch.library.custom_op("helix_capture::layer", mutates_args=())
+def _layer(hidden: Tensor, others: list[Tensor], index: int) -> Tensor:
+    """Stand-in for one layer while the graph around the layers is exported."""
+    raise RuntimeError("helix_capture::layer has no implementation: it only marks a layer's place")
+
+
+@_layer.register_fake
+def _(hidden: Tensor, others: list[Tensor], index: int) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+LAYER_OP = torch.ops.helix_capture.layer.default
+
+
+Calls = dict[int, LayerCall]
+
+
+class ConcatenatingCache(DynamicCache):
+    """A cache of given pasts [B, heads, S, width]: update() concatenates, keeps what is new, writes nothing."""
+
+    def __init__(self, config: Any, pasts: list[tuple[Tensor, Tensor]] | None, past: Tensor):
+        super().__init__(config=config)
+        # a window is read off the mask: a cache layer that forgets would hide it
+        layers: list[Any] = vars(self)["layers"]
+        layers[:] = [
+            DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in layers
+        ]
+        self.pasts, self.length = pasts, past.shape[2]
+        self.new: list[tuple[Tensor, Tensor]] = []
+        for layer in self.layers:
+            layer.keys = layer.values = past
+            layer.dtype, layer.device = past.dtype, past.device
+            layer.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        site = len(self.new)
+        self.new.append((key_states, value_states))
+        if self.pasts is None:  # a probe: any past of the right width will do
+            shapes = [(*t.shape[:2], self.length, t.shape[3]) for t in (key_states, value_states)]
+            past = tuple(t.new_zeros(s) for t, s in zip(self.new[site], shapes, strict=True))
+        else:
+            past = self.pasts[site]
+        return (
+            torch.cat([past[0], key_states], dim=2),
+            torch.cat([past[1], value_states], dim=2),
+        )
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any) -> Any:
+        caller = traceback.extract_stack(limit=2)[0]
+        raise MatchError(
+            f"layer {layer_idx}: sparse attention: at node `update_indexer` "
+            f"({Path(caller.filename).name}:{caller.lineno}) the layer caches keys of an indexer, which chooses a top-k "
+            "of the cached tokens for each query.\n"
+            "  Helix merges exact partial results over all cached tokens: a top-k over shards is another algorithm.\n"
+            "  nearest that works: a model of the same family with dense MLA (deepseek_v3, glm4_moe_lite, axk1, ...)"
+        )
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The longest ModuleList whose items take a cache and that is in no other such list, with its dotted name."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and _takes_cache(module[0])
+    ]
+    if not found:
+        raise CaptureError(
+            f"capture: {type(model).__name__} has no list of layers whose forward takes "
+            f"`{_CACHE_ARGUMENT}`; expected a transformers 5.23 causal language model"
+        )
+    inner = [n for n, _ in found if any(n.startswith(f"{other}.") for other, _ in found)]
+    return max((x for x in found if x[0] not in inner), key=lambda item: len(item[1]))
+
+
+def _takes_cache(layer: nn.Module) -> bool:
+    return _CACHE_ARGUMENT in inspect.signature(type(layer).forward).parameters
+
+
+class _Around(nn.Module):
+    """The model as a function of tensors only."""
+
+    def __init__(self, model: nn.Module, pasts_of: Any):
+        super().__init__()
+        self.model, self._cache_of = model, pasts_of
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, pasts: list[Tensor]
+    ) -> Any:
+        cache = self._cache_of(pasts)
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        if not hasattr(out, "logits"):
+            raise CaptureError(
+                f"capture: {type(self.model).__name__} has no logits: pass the causal language model around it"
+            )
+        if out.logits.dim() != 3:
+            raise CaptureError(f"capture: logits are {tuple(out.logits.shape)}, not three dims")
+        return out.logits, [t for pair in cache.new for t in pair]
+
+
+def export_around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[ExportedProgram, Calls]:
+    """Export everything around the layers; returns the program and how each layer was called."""
+    past = next(model.parameters()).new_zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype)
+    cache_of = lambda pasts: ConcatenatingCache(model.config, None, pasts[0])  # noqa: E731
+    returned = (str(inspect.signature(type(x).forward).return_annotation) for x in layers)
+    # an annotation may be wrong about a tuple: then what the model around the layer takes decides
+    annotated = tuple("tuple" in text.lower() for text in returned)
+    failures: list[tuple[int, CaptureError]] = []
+    for tuples in dict.fromkeys((annotated, (False,) * len(layers), (True,) * len(layers))):
+        calls: Calls = {}
+        try:
+            with _opaque(layers, calls, tuples):
+                return _export_model(model, cache_of, [past]), calls
+        except CaptureError as error:
+            failures.append((len(calls), error))
+            if not calls:
+                break
+    raise max(failures, key=lambda failure: failure[0])[1]  # what came furthest says most
+
+
+def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> ExportedProgram:
+    """Export the model in one graph, layers inlined; `widths` are those of what each site caches."""
+    device = next(model.parameters()).device
+    pasts = [
+        torch.zeros(HINT_B, 1, HINT_S, w, dtype=model.dtype, device=device)
+        for pair in widths
+        for w in pair
+    ]
+    pairs = lambda flat: list(zip(flat[::2], flat[1::2], strict=True))  # noqa: E731 - two uses on one line
+    return _export_model(model, lambda p: ConcatenatingCache(model.config, pairs(p), p[0]), pasts)
+
+
+def _model_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.zeros(HINT_B, HINT_T, dtype=torch.int64, device=device)
+    mask = torch.ones(HINT_B, HINT_S + HINT_T, dtype=torch.int64, device=device)
+    positions = (torch.arange(HINT_T, device=device) + HINT_S).expand(HINT_B, -1).contiguous()
+    return ids, mask, positions
+
+
+def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> ExportedProgram:
+    ids, mask, positions = _model_inputs(next(model.parameters()).device)
+    shapes = (
+        {0: BATCH, 1: TOKENS},
+        {0: BATCH, 1: Dim.AUTO},
+        {0: BATCH, 1: TOKENS},
+        [{0: BATCH, 2: PAST} for _ in pasts],
+    )
+    with explained(f"{type(model).__name__} can't be exported around its layers"):
+        return export_functional(_Around(model, cache_of), (ids, mask, positions, pasts), shapes)
+
+
+def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedProgram:
+    """torch.export, then run_decompositions({}): functional, with linear and attention kept whole."""
+    # the cache of fake results costs more than it saves where every size is a symbol: a quarter of a capture
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with torch.no_grad(), warnings.catch_warnings(), uncached:
+        # torch.export walks transformers' registered pytrees and warns about its own deprecation each time
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+        program = program.run_decompositions({})
+    changed = [
+        s.target
+        for s in program.graph_signature.output_specs
+        if s.kind is not OutputKind.USER_OUTPUT
+    ]
+    if changed:
+        raise CaptureError(
+            f"capture: the forward changes {', '.join(map(str, changed))} while it runs (a state of its own besides "
+            "the cache); a decode graph may depend on its inputs and weights only"
+        )
+    return program
+
+
+@contextmanager
+def _opaque(layers: nn.ModuleList, calls: Calls, tuples: tuple[bool, ...]) -> Iterator[None]:
+    """Each layer's forward is one opaque op while this is open, in a tuple where `tuples` says so; put back afterwards.
+
+    A layer's hooks are part of what it computes: they are captured with its body, and kept away from the graph around.
+    So are its tensors: torch.export's bookkeeping is quadratic in the number of parameters, used or not.
+    """
+    before = {i: layer.__dict__.get("forward") for i, layer in enumerate(layers)}
+    hooks = [(layer._forward_hooks, layer._forward_pre_hooks) for layer in layers]
+    for i, layer in enumerate(layers):
+        layer.forward = _recorder(i, calls, tuples[i])
+        layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
+    modules = list(layers.modules())
+    tensors = [(m._parameters, m._buffers) for m in modules]
+    for m in modules:
+        m._parameters, m._buffers = {}, {}
+    try:
+        yield
+    finally:
+        for m, (parameters, buffers) in zip(modules, tensors, strict=True):
+            m._parameters, m._buffers = parameters, buffers
+        for i, layer in enumerate(layers):
+            del layer.forward
+            layer._forward_hooks, layer._forward_pre_hooks = hooks[i]
+            if (own := before[i]) is not None:
+                layer.forward = own
+
+
+def _recorder(index: int, calls: Calls, returns_tuple: bool) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = record_call(args, kwargs)
+        calls[index] = call
+        out = LAYER_OP(call.hidden, call.others, index)
+        return (out,) if returns_tuple else out
+
+    return forward
+
+
+def explain_by_whole_run(
+    model: PreTrainedModel, index: int | None, error: CaptureError
+) -> HelixError:
+    """Why capture failed, by running the whole model on fake tensors, layers in place.
+
+    A layer that runs there and not alone needs what another layer leaves behind.
+    """
+    device = next(model.parameters()).device
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with torch.no_grad(), fake:
+            past = torch.zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype, device=device)
+            cache = ConcatenatingCache(model.config.get_text_config(), None, past)
+            _Around(model, lambda pasts: cache)(*_model_inputs(device), [past])
+    except HelixError as reason:
+        return reason
+    except Exception:  # no more is learnt: the first error stands
+        return error
+    if index is None:
+        return error
+    return MatchError(
+        f"layer {index}: can't be captured alone, though the whole model runs: it reads what another layer leaves "
+        f"behind (K and V that layers share?).\n  alone: {error}\n"
+        "  nearest that works: a model whose layers each cache a latent of their own"
+    )

@@ -1,0 +1,292 @@
+"""nn.Module -> CapturedGraph: the decode step as one outer graph and one body per structurally distinct layer.
+
+The graph around the layers: one call_module a layer, of its body or of the user's own module.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from transformers import PreTrainedModel
+
+from helix_compile.capture.body import capture_body, normalised_module, probe_layer
+from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
+from helix_compile.capture.checks import check_model, check_surroundings
+from helix_compile.capture.equal import EqualLayers, structure_key
+from helix_compile.capture.layers import (
+    LAYER_OP,
+    explain_by_whole_run,
+    export_around,
+    export_whole,
+    find_layers,
+)
+from helix_compile.capture.leaves import (
+    Probe,
+    bind_leaves,
+    insert_layer,
+    insert_part,
+    opaque_part,
+    probe,
+)
+from helix_compile.capture.paths import check_paths
+from helix_compile.errors import CaptureError, HelixError, MatchError
+from helix_compile.ir.graph import add_input, placeholders
+from helix_compile.ir.leaves import LayerCall
+
+_MEMO: weakref.WeakKeyDictionary[nn.Module, dict[tuple, CapturedGraph]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def capture(
+    model: nn.Module,
+    *,
+    whole: bool = False,
+    owner: nn.Module | None = None,
+    keep: Mapping[int, str] | None = None,
+    unmatched: str = "error",
+) -> CapturedGraph:
+    """Capture the decode step of `model`, which is left as it was.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        whole: inline all layers in one body (slow; the cross-check of the per-layer mode).
+        owner: object the result is remembered for, by default `model` (a converted copy names its original).
+        keep: layers that stay leaves though they could be captured, with the reason.
+        unmatched: "keep" makes a leaf of a layer that can't be captured, too.
+
+    Raises:
+        CaptureError: training mode, no layers found, or torch.export failed; says where.
+    """
+    check_surroundings()
+    check_model(model)
+    memo = _MEMO.setdefault(owner if owner is not None else model, {})
+    kept = dict(keep or {})
+    key = (whole, unmatched, tuple(sorted(kept.items())), structure_key(model))
+    if key not in memo:
+        with _experts_as(model, _capturable_experts(model)):
+            captured = (
+                _capture_whole(model)
+                if whole
+                else _capture_layers(model, kept, unmatched == "keep")
+            )
+        memo[key] = replace(captured, model=None)
+    return replace(memo[key], graph=bind_leaves(memo[key].graph, model), model=model)
+
+
+@contextmanager
+def _experts_as(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
+    """Experts in another form while this is open (None: as they are)."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before is None or implementation in (None, before):
+        yield
+        return
+    try:
+        model.set_experts_implementation(implementation)
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _capturable_experts(model: PreTrainedModel) -> str | None:
+    """The form to capture: grouped_mm raises on fp64, eager is a Python loop over the experts that were hit."""
+    now = getattr(model.config, "_experts_implementation", None)
+    fits = now == "batched_mm" or (now == "grouped_mm" and model.dtype != torch.float64)
+    return None if fits else "batched_mm"
+
+
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
+    embedding = model.get_input_embeddings()
+    return {
+        "dtype": model.dtype,
+        "max_positions": getattr(model.config, "max_position_embeddings", None),
+        "vocab_size": embedding.num_embeddings,
+        "model_name": type(model).__name__,
+        "model": model,
+        "notes": _mtp_notes(model.config),
+    }
+
+
+def _mtp_notes(config: Any) -> tuple[str, ...]:
+    """Checkpoints of some families hold layers that predict further tokens; transformers' classes have none of them."""
+    # transformers gives one number both names in some configurations
+    names = ("num_nextn_predict_layers", "num_mtp_layers")
+    count = next((n for name in names if (n := getattr(config, name, None))), 0)
+    if not count:
+        return ()
+    return (
+        f"{count} multi-token-prediction layer(s) in the configuration: ignored, the model class has none",
+    )
+
+
+def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) -> CapturedGraph:
+    name, layers = find_layers(model)
+    try:
+        program, calls = export_around(model, layers)
+    except CaptureError as error:
+        raise explain_by_whole_run(model, None, error) from error.__cause__
+    if len(calls) != len(layers):
+        raise CaptureError(
+            f"capture: {len(layers)} layers in {name!r} but the forward calls {len(calls)}"
+        )
+    by_signature: dict[tuple, str] = {}
+    bodies: dict[str, fx.GraphModule] = {}
+    captured, leaves, caches = [], dict[int, str](), 0
+    equal = EqualLayers(lambda layer, call: _run_on_fakes(model, layer, call, -1).signature)
+    for i, layer in enumerate(layers):
+        try:
+            known = None if i in keep else equal.find(layer, calls[i])
+            found = known or _probe(model, layer, calls[i], i, keep)
+            if known is None and not found.leaf and not found.part:
+                equal.add(layer, calls[i], found)
+            signature = (found.signature, *map(id, calls[i].masks))
+            if not found.leaf and signature not in by_signature:
+                number = f"body_{len(bodies)}"
+                bodies[number] = _capture_body(model, layer, calls[i], found, f"{name}.{i}")
+                by_signature[signature] = number
+        except HelixError as error:
+            if not keep_failing:
+                raise
+            found = Probe("", [], leaf=str(error))
+        if found.leaf:
+            leaves[i] = found.leaf
+            continue
+        places = tuple(range(caches, caches + len(found.sites)))
+        caches += len(found.sites)
+        captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[signature], places))
+    if not bodies:
+        raise _nothing_captured(model, leaves)
+    outer = build_outer(
+        program, bodies, captured, calls, {i: (f"{name}.{i}", why) for i, why in leaves.items()}, model.config
+    )  # fmt: skip
+    return CapturedGraph(graph=outer, layers=tuple(captured), **_facts(model))
+
+
+def _nothing_captured(model: nn.Module, leaves: dict[int, str]) -> MatchError:
+    reasons: dict[str, list[int]] = {}
+    for index, reason in leaves.items():
+        reasons.setdefault(reason, []).append(index)
+    lines = [f"  layers {', '.join(map(str, numbers))}: {why}" for why, numbers in reasons.items()]
+    return MatchError(
+        "\n".join(
+            [
+                f"{type(model).__name__}: no layer with cached attention that could be rewritten",
+                *lines,
+            ]
+        )
+    )
+
+
+def _probe(
+    model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep: dict[int, str]
+) -> Probe:
+    if index in keep:
+        return Probe("", [], leaf=keep[index])
+    try:
+        return _run_on_fakes(model, layer, call, index)
+    except CaptureError as error:
+        raise explain_by_whole_run(model, index, error) from error.__cause__
+
+
+def _run_on_fakes(model: nn.Module, layer: nn.Module, call: LayerCall, index: int) -> Probe:
+    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+        return probe(layer, call, model.config, index)
+
+
+def _capture_body(
+    model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, name: str
+) -> fx.GraphModule:
+    with opaque_part(layer, found.part) as recorded:
+        body = capture_body(layer, call, model.config, found.sites)
+    if not found.part:  # the part is a branch on data itself, which can't be run on fake tensors
+        check_paths(layer, call, model.config, body)
+    if found.part:
+        insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
+    return body
+
+
+def _capture_whole(model: nn.Module) -> CapturedGraph:
+    _, layers = find_layers(model)
+    _, calls = export_around(model, layers)
+    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+        probes = [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
+    cached = [site for _, sites in probes for site in sites]
+    program = export_whole(model, [(site.k_width, site.v_width) for site in cached])
+    pasts = [(f"past_{p}_{i}") for i in range(len(cached)) for p in ("latent", "rope")]
+    inputs = [("hidden", "input_ids"), ("tensor", "attention_mask"), ("tensor", "position_ids")]
+    body = normalised_module(program, [*inputs, *(("past", p) for p in pasts)], prefix="model.")
+    layer = CapturedLayer(0, "", "body_0", tuple(range(len(cached))))
+    return CapturedGraph(graph=whole_graph(body), layers=(layer,), **_facts(model))
+
+
+OUTER_INPUTS = [
+    ("input", "input_ids"),
+    ("input", "attention_mask"),
+    ("input", "position_ids"),
+]
+
+
+def build_outer(
+    program: Any,
+    bodies: dict[str, fx.GraphModule],
+    captured: list[CapturedLayer],
+    calls: dict[int, LayerCall],
+    leaves: dict[int, tuple[str, str]],
+    config: Any,
+) -> fx.GraphModule:
+    """The graph around the layers, with one call_module per layer instead of the opaque op."""
+    module = normalised_module(program, [*OUTER_INPUTS, ("past", "past_shape")], prefix="model.")
+    for name, body in bodies.items():
+        module.add_submodule(name, body)
+    graph, new_states = module.graph, []
+    layers = {layer.index: layer for layer in captured}
+    for node in [n for n in graph.nodes if n.target is LAYER_OP]:
+        hidden, others, index = node.args
+        if index in leaves:
+            leaf = insert_layer(module, node, *leaves[index], calls[index], config)
+            node.replace_all_uses_with(leaf)
+            graph.erase_node(node)
+            continue
+        layer = layers[index]
+        values = dict(zip(calls[index].names, others, strict=True))
+        body = bodies[layer.body]
+        args = []
+        for placeholder in placeholders(body.graph):
+            kind, name = placeholder.meta["input"]
+            if kind == "hidden":
+                args.append(hidden)
+            elif kind == "tensor":
+                args.append(values[name])
+            else:
+                full = f"{layer.prefix}{name}" if kind == "param" else _past_name(layer, name)
+                args.append(add_input(graph, kind, full, placeholder.meta["val"]))
+        with graph.inserting_before(node):
+            call = graph.create_node("call_module", layer.body, tuple(args), name=f"layer_{index}")
+            call.meta.update({"layer": index, "stack_trace": node.meta.get("stack_trace")})
+            out = graph.call_function(operator.getitem, (call, 0))
+            states = graph.call_function(operator.getitem, (call, 1))
+        out.meta.update({"val": node.meta["val"], "layer": index})
+        new_states.append(states)
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = ((output.args[0][0], new_states),)
+    graph.eliminate_dead_code()
+    for unused in [n for n in placeholders(graph) if not n.users]:
+        graph.erase_node(unused)
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def _past_name(layer: CapturedLayer, name: str) -> str:
+    """past_latent_0 of a body -> past_latent_7 of the model: sites are numbered over all layers."""
+    part, _, site = name.rpartition("_")
+    return f"{part}_{layer.caches[int(site)]}"

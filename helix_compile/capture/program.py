@@ -1,0 +1,158 @@
+"""A program that torch.export saved -> CapturedGraph: the whole model in one body.
+
+What each input is, is read off the graph: token ids index the embedding, a past stands before new entries in a
+concatenation along the sequence, the mask is as wide as the cache with the step, positions are as wide as the step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from helix_compile.capture.body import normalised_module
+from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
+from helix_compile.capture.checks import explained
+from helix_compile.errors import CaptureError
+from helix_compile.ir.graph import aten, is_call, node_named, placeholders
+from helix_compile.passes.match.attention import find_attention
+from helix_compile.plan.matches import MatchFailure
+
+_HOW = (
+    "export the step with input_ids first, then attention_mask [B, S + T], position_ids [B, T] and the past tensors, "
+    "with dynamic batch, tokens and past (docs/torch_compile.md shows it)"
+)
+
+
+def load_program(path: Path) -> ExportedProgram:
+    """What torch.export.save wrote; CaptureError if it can't be read."""
+    with explained(f"{path} can't be loaded by torch.export.load"):
+        return torch.export.load(path)
+
+
+def capture_program(program: ExportedProgram) -> CapturedGraph:
+    """The decode step that `program` is, as one body.
+
+    Args:
+        program: exported with dynamic batch B, new tokens T and past length S; see docs/torch_compile.md.
+
+    Raises:
+        CaptureError: a static size, inputs whose role can't be read off the graph, state that it changes.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        weights: Any = program.module()
+        functional = program.run_decompositions({})
+    weights.config = None
+    changed = [
+        s for s in functional.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT
+    ]
+    if changed:
+        raise CaptureError(
+            f"capture: the program changes {changed[0].target} while it runs (a StaticCache?); {_HOW}"
+        )
+    _drop_empty_parts(functional.graph)
+    by_name = {n.name: n for n in functional.graph.nodes if n.op == "placeholder"}
+    users = [
+        by_name[s.arg.name]
+        for s in functional.graph_signature.input_specs
+        if s.kind is InputKind.USER_INPUT
+    ]
+    roles = _roles(users)
+    body = normalised_module(functional, roles, prefix="")
+    _name_pasts(body)
+    vocab_size = _returns_logits_and_new(body)
+    pasts = [n for n in placeholders(body.graph) if n.meta["input"][0] == "past"]
+    first = next(p for p in weights.parameters() if p.is_floating_point())
+    layer = CapturedLayer(0, "", "body_0", tuple(range(len(pasts) // 2)))
+    return CapturedGraph(
+        graph=whole_graph(body),
+        layers=(layer,),
+        dtype=first.dtype,
+        max_positions=None,
+        vocab_size=vocab_size,
+        model_name="ExportedProgram",
+        model=weights,
+    )
+
+
+def _drop_empty_parts(graph: fx.Graph) -> None:
+    """A DynamicCache starts as tensor([]): cat([tensor([]), x]) is x."""
+    for node in [n for n in graph.nodes if is_call(n, aten.cat.default)]:
+        parts = [p for p in node.args[0] if tuple(p.meta["val"].shape) != (0,)]
+        if len(parts) == 1:
+            node.replace_all_uses_with(parts[0])
+            graph.erase_node(node)
+
+
+def _roles(users: list[fx.Node]) -> list[tuple[str, str]]:
+    """(kind, name) of each user input, in order."""
+    ids = users[0] if users else None
+    if ids is None or not any(
+        is_call(u, aten.embedding.default) and u.args[1] is ids for u in ids.users
+    ):
+        raise CaptureError(
+            f"capture: the program's first input is not the token ids of an embedding; {_HOW}"
+        )
+    batch, tokens = ids.meta["val"].shape
+    for name, size in (("batch", batch), ("tokens", tokens)):
+        if isinstance(size, int):
+            raise CaptureError(f"capture: the program's {name} size is fixed at {size}; {_HOW}")
+    roles = [("hidden", "input_ids")]
+    for node in users[1:]:
+        value = node.meta.get("val")
+        if not node.users or not isinstance(value, torch.Tensor):
+            roles.append(("unused", node.name))
+        elif _is_past(node):
+            roles.append(("past", node.name))
+        elif value.dim() == 2 and not value.is_floating_point():
+            name = "position_ids" if str(value.shape[1]) == str(tokens) else "attention_mask"
+            roles.append(("tensor", name))
+        else:
+            raise CaptureError(
+                f"capture: input `{node.name}` {list(value.shape)} of the program is no token ids, mask, positions or "
+                f"past; {_HOW}"
+            )
+    return roles
+
+
+def _is_past(node: fx.Node) -> bool:
+    return node.meta["val"].dim() == 4 and any(
+        is_call(u, aten.cat.default) and u.args[0][0] is node for u in node.users
+    )
+
+
+def _name_pasts(body: fx.GraphModule) -> None:
+    """past_latent_0, past_rope_0, ...: which is which, and of which site, the matcher tells."""
+    found = [m for m in find_attention(body.graph) if not isinstance(m, MatchFailure)]
+    for site, match in enumerate(found):
+        for part, name in zip(("latent", "rope"), match.past, strict=True):
+            node_named(body.graph, name).meta["input"] = ["past", f"past_{part}_{site}"]
+
+
+def _returns_logits_and_new(body: fx.GraphModule) -> int:
+    """Make the body return (logits, what each past is extended by); the width of the logits."""
+    output = next(n for n in body.graph.nodes if n.op == "output")
+    updates = {
+        n: n.args[0][1]
+        for n in body.graph.nodes
+        if is_call(n, aten.cat.default)
+        and isinstance(n.args[0][0], fx.Node)
+        and n.args[0][0].meta.get("input", [""])[0] == "past"
+    }
+    flat = [n for n in output.args[0] if isinstance(n, fx.Node)]
+    logits = [n for n in flat if n not in updates and n not in updates.values()]
+    if len(logits) != 1 or logits[0].meta["val"].dim() != 3:
+        names = ", ".join(f"`{n.name}` {list(n.meta['val'].shape)}" for n in logits) or "none"
+        raise CaptureError(
+            f"capture: the program must return logits [B, T, vocab] and its cache, besides the cache it returns {names}"
+        )
+    output.args = ((logits[0], list(updates.values())),)
+    body.graph.eliminate_dead_code()
+    body.recompile()
+    return int(logits[0].meta["val"].shape[-1])

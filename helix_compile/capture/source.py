@@ -1,0 +1,181 @@
+"""What helix_compile accepts as `model`, and what it reads off it: a module, a folder, or a CapturedGraph."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
+
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.capture.checks import check_model, check_surroundings, raised_not_logged
+from helix_compile.capture.model import capture
+from helix_compile.capture.program import capture_program, load_program
+from helix_compile.checkpoint.model import open_checkpoint
+from helix_compile.errors import CaptureError
+from helix_compile.ir.stage import copy_module
+from helix_compile.module import HelixModule
+
+
+def captured_from(
+    model: nn.Module | CapturedGraph | ExportedProgram | str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | None = None,
+    unmatched: str = "error",
+) -> CapturedGraph:
+    """Capture `model`, converting it first where asked; of a folder, no weight is read yet.
+
+    `unmatched` "keep": a layer that can't be captured stays a leaf. Graphs say `device`, where one is given.
+
+    Raises:
+        CaptureError: not a model, already compiled, or a dtype that a captured graph can't take.
+        CheckpointError: a folder that does not hold what its config.json describes.
+    """
+    with raised_not_logged():
+        captured = _captured(model, dtype, device, unmatched)
+    if device is None or captured.weights is not None or device == device_of(captured):
+        return captured
+    captured = replace(captured, graph=copy_module(captured.graph))  # which may be the user's
+    _place(captured, device)
+    return captured
+
+
+def _captured(
+    model: nn.Module | CapturedGraph | ExportedProgram | str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    unmatched: str,
+) -> CapturedGraph:
+    check_surroundings()
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise CaptureError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
+    if dtype is not None and not dtype.is_floating_point:
+        raise CaptureError(f"dtype must be a floating dtype, got {dtype}")
+    if isinstance(model, CapturedGraph):
+        if dtype is not None and dtype != model.dtype:
+            raise CaptureError(
+                f"a graph captured in {model.dtype} can't be retyped to {dtype}; pass the model instead"
+            )
+        if model.model is None:
+            raise CaptureError("this CapturedGraph does not hold its model; use capture(model)")
+        return model
+    if isinstance(model, (str, Path)) and Path(model).suffix == ".pt2":
+        model = load_program(Path(model))
+    if isinstance(model, ExportedProgram):
+        captured = capture_program(model)
+        if dtype not in (None, captured.dtype):
+            raise CaptureError(
+                f"a program exported in {captured.dtype} can't be retyped to {dtype}; export it in that dtype"
+            )
+        return captured
+    if isinstance(model, (str, Path)):
+        return _captured_folder(Path(model), dtype, device or torch.device("cpu"), unmatched)
+    if isinstance(model, HelixModule):
+        raise CaptureError(
+            "this model is already compiled by helix_compile; pass the original model"
+        )
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise CaptureError(
+            f"expected a transformers causal language model, a checkpoint folder, an ExportedProgram or a "
+            f"CapturedGraph, got {type(model).__name__}"
+        )
+    check_model(model)
+    if dtype is None or dtype == model.dtype:
+        return capture(model, unmatched=unmatched)
+    return capture(converted_copy(model, dtype), owner=model, unmatched=unmatched)
+
+
+def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A deep copy whose weights are `dtype`. What the model keeps wider on purpose (tables, fp32 islands) stays."""
+    twin = copy.deepcopy(model)
+    keep = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    narrow = dtype.itemsize < torch.float32.itemsize
+    stored = dict(twin.state_dict(keep_vars=True))
+    for name, tensor in stored.items():
+        kept = narrow and any(k in name for k in keep)
+        if tensor.dtype == model.dtype and not kept:
+            tensor.data = tensor.data.to(dtype)
+    return twin
+
+
+def _captured_folder(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, unmatched: str
+) -> CapturedGraph:
+    """The model of a checkpoint folder, captured on the meta device; its weights are read when ranks are built."""
+    _check_checkpoint_folder(folder)
+    checkpoint = open_checkpoint(folder, dtype, device)
+    check_model(checkpoint.model)
+    captured = capture(checkpoint.model, unmatched=unmatched)
+    _place(captured, device)
+    return replace(captured, weights=checkpoint.weights, notes=(*captured.notes, *checkpoint.notes))
+
+
+def _place(captured: CapturedGraph, device: torch.device) -> None:
+    """Make graphs that were captured on meta say `device`: in arange and the like, and in the example values."""
+
+    def there(value: Any) -> Any:
+        if not isinstance(value, FakeTensor):
+            return value
+        with value.fake_mode:
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=device
+            )
+
+    for module in (captured.graph, *captured.bodies.values()):
+        for node in module.graph.nodes:
+            if node.kwargs.get("device") is not None:
+                node.kwargs = {**node.kwargs, "device": device}
+            if "val" in node.meta:
+                node.meta["val"] = tree_map(there, node.meta["val"])
+        module.recompile()
+
+
+def _check_checkpoint_folder(folder: Path) -> None:
+    if folder.is_file() and folder.suffix == ".json":
+        raise CaptureError(
+            f"{folder} is a configuration alone: it has no weights; pass a checkpoint folder, or a model with random "
+            "weights: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()"
+        )
+    if folder.is_file():
+        raise CaptureError(f"{folder} is a file; pass the checkpoint folder that holds it")
+    if not (folder / "config.json").is_file():
+        raise CaptureError(f"{folder} is not a checkpoint folder: it has no config.json")
+
+
+def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a checkpoint folder, loaded whole by transformers, in eval mode; for verify().
+
+    Raises:
+        CaptureError: no such folder, or it can't be loaded.
+    """
+    _check_checkpoint_folder(folder)
+    from transformers import AutoModelForCausalLM  # slow to import, and only this path needs it
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CaptureError(f"{folder}: can't load the checkpoint: {error}") from error
+    return model.eval()
+
+
+def device_of(captured: CapturedGraph) -> torch.device:
+    """Where the model is; what is read from a folder goes to the CPU."""
+    assert captured.model is not None
+    if captured.weights is not None:
+        return torch.device("cpu")
+    return next(captured.model.parameters()).device
+
+
+def device_of_input(model: object) -> torch.device:
+    """Where a model that is not captured yet is; anything but a module counts as on the CPU."""
+    held = model.model if isinstance(model, CapturedGraph) else model
+    first = next(held.parameters(), None) if isinstance(held, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device

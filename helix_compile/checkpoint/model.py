@@ -1,0 +1,207 @@
+"""Our own DeepSeek-V3 with the weights of a Hugging Face folder, read by the reader that helix_compile("folder/") uses.
+
+A checkpoint folder as a model without weights (meta device) and a source to read its parameters from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+
+from helix_compile.checkpoint.files import FLOATS, FP8, CheckpointFiles
+from helix_compile.checkpoint.names import Assembly, assemble
+from helix_compile.checkpoint.weights import CheckpointWeights
+from helix_compile.errors import CheckpointError
+from helix_compile.models.deepseek_v3 import DeepseekV3
+from helix_compile.models.rope import RotaryEmbedding
+
+
+def load_deepseek_v3(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> DeepseekV3:
+    """The model of a folder, whole, in eval mode. What is read and what is refused: docs/checkpoints.md.
+
+    Args:
+        folder: config.json and safetensors of a DeepseekV3ForCausalLM; FP8 blocks are dequantised.
+        dtype: of the weights; default: config.json's, else what is stored. The router's bias stays float32.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: what is stored is not what config.json describes; nothing was read then.
+    """
+    checkpoint = open_checkpoint(Path(folder), dtype, torch.device(device))
+    config = checkpoint.model.config
+    with torch.device("meta"):
+        model = DeepseekV3(config)
+    weights = {name: checkpoint.weights[name] for name in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
+    if weights["lm_head.weight"] is weights["model.embed_tokens.weight"]:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rotary_emb = RotaryEmbedding(config).to(device)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that was checked against its configuration, of which no weight has been read.
+
+    Attributes:
+        model: transformers' model on the meta device, in eval mode.
+        weights: where its parameters are read from.
+        notes: what the checkpoint holds beyond the model.
+    """
+
+    model: PreTrainedModel
+    weights: CheckpointWeights
+    notes: tuple[str, ...]
+
+
+def open_checkpoint(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Checkpoint:
+    """Open config.json and the headers of the safetensors files; names and shapes are compared, nothing is read.
+
+    Args:
+        dtype: of the weights once read; default: what config.json states, else what is stored.
+        device: where what is read goes.
+
+    Raises:
+        CheckpointError: a configuration that can't be built, files that can't be read, or that hold another model.
+    """
+    config = _config(folder)
+    block = _fp8_block(folder, config)
+    files = CheckpointFiles(folder)
+    model = _meta_model(folder, config, dtype or config.dtype or _stored_dtype(files))
+    assembly = assemble(model, files.tensors, block, str(folder))
+    computed = computed_buffers(model)
+    _untie(model, files, assembly)
+    like = {
+        name: tensor.detach()
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+    }
+    weights = CheckpointWeights(files, assembly, like, computed, block, device)
+    return Checkpoint(model, weights, assembly.notes)
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers checks a config by many exception classes of its own
+        raise CheckpointError(f"{folder / 'config.json'}: can't be read: {error}") from error
+
+
+def _fp8_block(folder: Path, config: Any) -> tuple[int, int] | None:
+    """(rows, columns) of one FP8 scale; None if the weights are not quantised."""
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return None
+    stated = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    method: Any = stated.get("quant_method")
+    block: Any = stated.get("weight_block_size")
+    fits = isinstance(block, (list, tuple)) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)  # fmt: skip
+    if method != "fp8" or not fits:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: quantization_config has quant_method={method!r}, weight_block_size={block!r}; "
+            "only 'fp8' with [rows, columns] is read (dequantised on load). Dequantise the checkpoint first"
+        )
+    del config.quantization_config  # what is read is no longer quantised
+    return block[0], block[1]
+
+
+def _stored_dtype(files: CheckpointFiles) -> torch.dtype:
+    """The first floating dtype, as transformers' dtype="auto" has it; an FP8 checkpoint is computed in bfloat16."""
+    found = (t.dtype for t in files.tensors.values() if t.dtype in FLOATS and t.dtype not in FP8)
+    return FLOATS[next(found, "BF16")]
+
+
+def _meta_model(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: can't build the model that config.json describes: {error}"
+        ) from error
+    for pattern, kept in model._get_dtype_plan(dtype).items():  # fp32 islands of a 16-bit model
+        found, *_ = build_glob_alternation([pattern])
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if found.search(name):
+                tensor.data = tensor.data.to(kept)
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        # grouped_mm is traced differently on each device; this form is not, and the FFN pass replaces either
+        model.set_experts_implementation("batched_mm")
+    return model.eval()
+
+
+def computed_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Values of the buffers that no checkpoint holds (rotary frequencies), on the CPU; `model` stays on meta.
+
+    transformers computes them in _init_weights. It is asked twice, over zeros and over ones: what it left as it was
+    would differ.
+
+    Raises:
+        CheckpointError: a buffer that it does not compute.
+    """
+    names = [name for name, _ in model.named_non_persistent_buffers(remove_duplicate=False)]
+    first, second = (_computed_over(model, names, fill) for fill in (0, 1))
+    for name in names:
+        if not torch.equal(first[name], second[name]):
+            raise CheckpointError(
+                f"{type(model).__name__}: buffer {name} is in no checkpoint and transformers does not compute it; "
+                "load the model by from_pretrained and pass it instead of the folder"
+            )
+    return first
+
+
+def _computed_over(model: PreTrainedModel, names: list[str], fill: int) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = model.get_submodule(owner)
+        on_meta = {n: module.get_buffer(n) for n in module._non_persistent_buffers_set}
+        for name, buffer in on_meta.items():
+            setattr(module, name, torch.full_like(buffer, fill, device="cpu"))
+        try:
+            model._init_weights(module)
+            values |= {f"{owner}.{n}" if owner else n: module.get_buffer(n) for n in on_meta}
+        finally:
+            for name, buffer in on_meta.items():
+                setattr(module, name, buffer)
+    return values
+
+
+def _untie(model: PreTrainedModel, files: CheckpointFiles, assembly: Assembly) -> None:
+    """Tied by the configuration but stored twice: one tensor if both are equal, else two, as transformers does."""
+    for one, other in list(model.all_tied_weights_keys.items()):
+        if one not in assembly.tensors or other not in assembly.tensors:
+            continue
+        mine, theirs = (assembly.tensors[name].pieces[0].key for name in (one, other))
+        if _equal(files, mine, theirs):
+            assembly.same[one] = other
+            continue
+        owner, _, name = one.rpartition(".")
+        old = model.get_parameter(one)
+        setattr(
+            model.get_submodule(owner), name, nn.Parameter(torch.empty_like(old), old.requires_grad)
+        )
+        model.all_tied_weights_keys.pop(one)
+
+
+def _equal(files: CheckpointFiles, one: str, other: str) -> bool:
+    rows = files.tensors[one].shape[0]
+    for start in range(0, rows, 1024):
+        part = [(start, min(start + 1024, rows))]
+        whole = [(0, size) for size in files.tensors[one].shape[1:]]
+        if not torch.equal(*(files.slice(k, (*part, *whole)) for k in (one, other))):
+            return False
+    return True

@@ -1,0 +1,285 @@
+"""Which stored tensors make up which tensor of the model, by transformers' own conversion rules; checked by shape.
+
+transformers keeps the experts of a layer as stacked `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F], while a
+checkpoint holds `experts.3.gate_proj.weight` [F, D] and so on. Its rules (transformers.conversion_mapping) say which
+names are stacked and joined; here they are applied to names and shapes only, so that a slice can be read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from helix_compile.checkpoint.files import FLOATS, FP8, Stored
+from helix_compile.errors import CheckpointError
+
+SCALE = "_scale_inv"
+
+
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor inside a tensor of the model: it begins at `start` and is `size` large there.
+
+    Dims in `stacked` have size 1 and are not in the stored tensor. `scale` is the stored name of its FP8 scales.
+    """
+
+    key: str
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    stacked: tuple[int, ...] = ()
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A tensor of the model out of pieces; `shape` is what they add up to."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Name in the model -> its pieces; `same` says which other name a tied tensor is read as; notes for the plan."""
+
+    tensors: dict[str, Assembled]
+    same: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def assemble(
+    model: PreTrainedModel, stored: Mapping[str, Stored], block: tuple[int, int] | None, where: str
+) -> Assembly:
+    """Find every tensor of `model` (on meta) in what is stored.
+
+    Args:
+        block: rows and columns that share one FP8 scale, by the configuration; None if it states none.
+        where: the folder, for messages.
+
+    Raises:
+        CheckpointError: names or shapes that miss, are left over or do not fit, listed with their numbers.
+    """
+    wanted = model.state_dict()
+    scales = {
+        key: key + SCALE
+        for key, tensor in stored.items()
+        if tensor.dtype in FP8 and key + SCALE in stored
+    }
+    keys = sorted(set(stored) - set(scales.values()), key=dot_natural_key)
+    collected, unknown = _by_target(model, wanted, keys)
+    known = [key for key in keys if key not in set(unknown)]
+    problems = [p for k in known for p in _storage_problems(k, stored, scales.get(k), block)]
+    found: dict[str, Assembled] = {}
+    for name, (converter, sources) in collected.items():
+        try:
+            found[name] = _assembled(converter, sources, stored, scales)
+        except ValueError as error:
+            problems.append(f"does not fit: {name}: {error}")
+    same = _tied(model, found)
+    wrong = {n: a for n, a in found.items() if a.shape != tuple(wanted[n].shape)}
+    for name, assembled in wrong.items():
+        keys_of = [p.key for p in assembled.pieces]
+        made_of = (
+            keys_of[0] if len(keys_of) == 1 else f"{len(keys_of)} tensors such as {keys_of[0]}"
+        )
+        problems.append(
+            f"does not fit: {name}: the checkpoint has {list(assembled.shape)} ({made_of}), "
+            f"the model needs {list(wanted[name].shape)}"
+        )
+    failed = {line.split(": ")[1] for line in problems if line.startswith("does not fit")}
+    problems += [
+        f"missing: {name} {list(wanted[name].shape)}"
+        for name in wanted
+        if name not in found and name not in same and name not in failed
+    ]
+    ignored, left_over = _split_unknown(model, unknown)
+    problems += [f"left over: {key} {stored[key]}" for key in left_over]
+    if problems:
+        raise CheckpointError(_report(where, type(model).__name__, problems))
+    return Assembly(found, same, _notes(ignored))
+
+
+def _by_target(
+    model: PreTrainedModel, wanted: Mapping[str, object], keys: list[str]
+) -> tuple[dict[str, tuple[WeightConverter | None, dict[str, list[str]]]], list[str]]:
+    """(name in the model -> converter and stored keys by its source pattern, keys that lead nowhere)."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix, state = model.base_model_prefix, dict(wanted)
+    collected: dict[str, tuple[WeightConverter | None, dict[str, list[str]]]] = {}
+    unknown = []
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in wanted and key in wanted:  # as transformers does: the model's own name wins
+            name, pattern = key, None
+        if name not in wanted:
+            unknown.append(key)
+            continue
+        converter = by_pattern[pattern] if pattern is not None else None
+        entry = collected.setdefault(name, (converter, defaultdict(list)))
+        if entry[0] is not converter:  # stacked and one by one at once
+            entry[1]["another form of it"].append(key)
+        else:
+            entry[1][pattern or key].append(key)
+    return collected, unknown
+
+
+def _storage_problems(
+    key: str, stored: Mapping[str, Stored], scale: str | None, block: tuple[int, int] | None
+) -> Iterator[str]:
+    """What can't be read whatever it is for: a dtype, or FP8 without the scales that belong to it."""
+    tensor = stored[key]
+    if tensor.dtype not in FLOATS:
+        yield f"does not fit: {key}: dtype {tensor.dtype} is not one of {', '.join(FLOATS)}"
+    if tensor.dtype not in FP8:
+        return
+    if scale is None:
+        yield f"missing: {key + SCALE}, the scales of {key} {tensor}"
+    elif block is None:
+        yield f"does not fit: {key}: {tensor}, and config.json states no quantization_config.weight_block_size"
+    elif len(tensor.shape) != 2:
+        yield f"does not fit: {key}: {tensor}: FP8 is read for matrices only"
+    else:
+        grid = tuple(-(-size // part) for size, part in zip(tensor.shape, block, strict=True))
+        if stored[scale].shape != grid or stored[scale].dtype not in ("F32", "F16", "BF16"):
+            yield (
+                f"does not fit: {scale}: {stored[scale]}, expected {list(grid)} floats: one for each "
+                f"{block[0]} x {block[1]} block of {key} {tensor}"
+            )
+
+
+def _assembled(
+    converter: WeightConverter | None,
+    sources: dict[str, list[str]],
+    stored: Mapping[str, Stored],
+    scales: Mapping[str, str],
+) -> Assembled:
+    """The converter's operations on shapes. ValueError says what can't be done."""
+
+    def one(key: str) -> Assembled:
+        shape = stored[key].shape
+        return Assembled(shape, (Piece(key, (0,) * len(shape), shape, scale=scales.get(key)),))
+
+    if converter is None:
+        keys = [key for each in sources.values() for key in each]
+        if len(keys) > 1:
+            raise ValueError(f"stored {len(keys)} times: {', '.join(keys[:3])}")
+        return one(keys[0])
+    if extra := sources.get("another form of it"):
+        raise ValueError(f"stored one by one and also as {extra[0]}")
+    # in the order of the rule: gate before up
+    parts = {p: [one(k) for k in sources[p]] for p in converter.source_patterns if p in sources}
+    if absent := [p for p in converter.source_patterns if p not in sources]:
+        raise ValueError(f"nothing is stored as {', '.join(absent)}")
+    for operation in converter.operations:
+        if isinstance(operation, MergeModulelist):
+            parts = {p: [_stack(each, operation.dim)] for p, each in parts.items()}
+        elif isinstance(operation, Concatenate):
+            parts = {
+                "": [_concatenate([a for each in parts.values() for a in each], operation.dim)]
+            }
+        else:
+            raise ValueError(
+                f"transformers makes it by {type(operation).__name__}, which can't be read by slices; load the model "
+                "by from_pretrained and pass it instead of the folder"
+            )
+    made = [a for each in parts.values() for a in each]
+    if len(made) != 1:
+        raise ValueError(f"{len(made)} tensors take its place")
+    return made[0]
+
+
+def _stack(parts: list[Assembled], dim: int) -> Assembled:
+    shape = _common([p.shape for p in parts])
+    pieces = []
+    for i, part in enumerate(parts):
+        for piece in part.pieces:
+            start = (*piece.start[:dim], i, *piece.start[dim:])
+            size = (*piece.size[:dim], 1, *piece.size[dim:])
+            dims = tuple(sorted((dim, *(d + (d >= dim) for d in piece.stacked))))
+            pieces.append(replace(piece, start=start, size=size, stacked=dims))
+    return Assembled((*shape[:dim], len(parts), *shape[dim:]), tuple(pieces))
+
+
+def _concatenate(parts: list[Assembled], dim: int) -> Assembled:
+    _common([p.shape[:dim] + p.shape[dim + 1 :] for p in parts])
+    pieces, at = [], 0
+    for part in parts:
+        for piece in part.pieces:
+            start = (*piece.start[:dim], piece.start[dim] + at, *piece.start[dim + 1 :])
+            pieces.append(replace(piece, start=start))
+        at += part.shape[dim]
+    first = parts[0].shape
+    return Assembled((*first[:dim], at, *first[dim + 1 :]), tuple(pieces))
+
+
+def _common(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    if len(set(shapes)) > 1:
+        told = ", ".join(str(list(s)) for s in sorted(set(shapes)))
+        raise ValueError(f"tensors of different shapes are to be joined: {told}")
+    return shapes[0]
+
+
+def _tied(model: PreTrainedModel, found: Mapping[str, Assembled]) -> dict[str, str]:
+    """Name that is not stored -> the name that it is tied to and that is; either of the two may be the stored one."""
+    same: dict[str, str] = {}
+    for one, other in model.all_tied_weights_keys.items():
+        if one not in found and other in found:
+            same[one] = other
+        elif other not in found and one in found:
+            same[other] = one
+    return same
+
+
+def _split_unknown(model: PreTrainedModel, unknown: list[str]) -> tuple[list[str], list[str]]:
+    """(what transformers ignores too: layers for multi-token prediction, old rotary tables; what is left over)."""
+    patterns = [
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    ]
+    ignored = [k for k in unknown if any(re.search(p, k) for p in patterns)]
+    return ignored, [k for k in unknown if k not in ignored]
+
+
+def _notes(ignored: list[str]) -> tuple[str, ...]:
+    if not ignored:
+        return ()
+    return (
+        f"checkpoint: {len(ignored)} tensor(s) that {'is' if len(ignored) == 1 else 'are'} no part of the model are "
+        f"ignored, as transformers does: {', '.join(ignored[:2])}{', ...' if ignored[2:] else ''}",
+    )
+
+
+def _report(where: str, model: str, problems: list[str]) -> str:
+    kinds = {
+        kind: sum(p.startswith(kind) for p in problems)
+        for kind in ("missing", "left over", "does not fit")
+    }
+    counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    more = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    return "\n  ".join(
+        [
+            f"{where} is not a checkpoint of the {model} that its config.json describes ({counts}); nothing was read:",
+            *problems[:_LISTED],
+            *more,
+        ]
+    )

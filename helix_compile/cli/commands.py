@@ -1,0 +1,373 @@
+"""The console script: helix-compile inspect | verify | generate | kernels. JSON goes to stdout alone, progress to stderr.
+
+Exit status: 0 fine, 1 a check failed, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from helix_compile.cli.kernels import kernels
+from helix_compile.cli.options import Config, merged_options
+from helix_compile.config.options import HelixOptions
+from helix_compile.errors import HelixError
+from helix_compile.files import check_folder
+from helix_compile.views.rank_share import RankShare, fake_group, share_of_rank
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Rewrite a decode step for Helix parallelism, look at it, and run it.",
+)  # fmt: skip
+
+
+# options that helix_compile takes as they are
+_OPTIONS = (*(f.name for f in fields(HelixOptions)), "world")
+
+
+_MODEL_HELP = "checkpoint folder, a config.json (random weights), a .pt2 of torch.export.save, or a preset: tiny, deepseek-v3-lite, deepseek-v3"
+
+
+Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
+
+
+_CP_HELP = "ranks that share a KV cache by sequence; required, here or in --config"
+
+
+Cp = Annotated[int | None, typer.Option(help=_CP_HELP)]
+
+
+Tpa = Annotated[int, typer.Option(help="attention tensor parallel")]
+
+
+Ep = Annotated[int | None, typer.Option(help="expert parallel; default: the largest that divides")]
+
+
+TokensPerBlock = Annotated[int, typer.Option(help="round-robin unit of the cache")]
+
+
+Merge = Annotated[str, typer.Option(help="a2a | ag_rs")]
+
+
+QProj = Annotated[str, typer.Option(help="replicate | gather")]
+
+
+VUp = Annotated[str, typer.Option(help="auto | before | after")]
+
+
+Overlap = Annotated[str, typer.Option(help="none")]
+
+
+Lower = Annotated[str, typer.Option(help="auto | reference | triton")]
+
+
+World = Annotated[str, typer.Option(help="auto | virtual | distributed (under torchrun)")]
+
+
+MaxBatch = Annotated[int, typer.Option("--max-batch-size", help="capacity in sequences")]
+
+
+MaxSeqLen = Annotated[int, typer.Option(help="capacity in tokens a sequence")]
+
+
+Unmatched = Annotated[str, typer.Option(help="error | keep: leave what is not recognised as it is")]
+
+
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64")]
+
+
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda or cuda:N; cuda under torchrun: each process its own GPU")
+]
+
+
+Meta = Annotated[bool, typer.Option("--meta", help="no weights: shapes only")]
+
+
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+
+
+@app.command()
+def inspect(
+    ctx: typer.Context,
+    model: Model,
+    cp: Cp = None,
+    config: Config = None,
+    tpa: Tpa = 1,
+    ep: Ep = None,
+    tokens_per_block: TokensPerBlock = 32,
+    merge: Merge = "a2a",
+    q_proj: QProj = "replicate",
+    v_up: VUp = "auto",
+    overlap: Overlap = "none",
+    lower: Lower = "auto",
+    world: World = "auto",
+    max_batch_size: MaxBatch = 8,
+    max_seq_len: MaxSeqLen = 4096,
+    unmatched: Unmatched = "error",
+    dtype: Dtype = None,
+    meta: Meta = False,
+    out: Annotated[Path | None, typer.Option(help="folder for plan, report and graphs")] = None,
+    node: Annotated[
+        str | None, typer.Option(help="explain one node, such as body_0.linear_4")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="what this one rank holds, computes and exchanges")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL and say what was rewritten, what was not and why, and the bytes of each collective."""
+    if node is not None and (out is not None or rank is not None):
+        raise HelixError(
+            "inspect: --node prints one node's chain and writes no files; leave --out and --rank"
+        )
+    if rank is not None and (out is not None or world != "auto"):
+        raise HelixError("inspect: --rank looks at one rank of the plan; leave --out and --world")
+    if out is not None:
+        check_folder(out)
+    if rank is not None:
+        share = _share_of_rank(ctx, model, dtype, meta, rank)
+        print(share.to_json() if as_json else share)
+        return
+    compiled = _compile(ctx, model, dtype, meta)
+    if not compiled.world.is_leader:
+        compiled.inspect(out)
+        return
+    if node is not None:
+        explanation = compiled.explain_node(node)
+        print(json.dumps(explanation.to_json(), indent=1) if as_json else explanation)
+        return
+    inspection = compiled.inspect(out)
+    print(inspection.to_json() if as_json else inspection)
+    if out is not None:
+        print(f"files in {out}", file=sys.stderr)
+
+
+@app.command()
+def generate(
+    ctx: typer.Context,
+    model: Model,
+    prompt_ids: Annotated[
+        str, typer.Option(help="token ids separated by commas or spaces; several prompts by ';'")
+    ],
+    cp: Cp = None,
+    config: Config = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 16,
+    tpa: Tpa = 1,
+    ep: Ep = None,
+    tokens_per_block: TokensPerBlock = 32,
+    merge: Merge = "a2a",
+    q_proj: QProj = "replicate",
+    v_up: VUp = "auto",
+    overlap: Overlap = "none",
+    lower: Lower = "auto",
+    world: World = "auto",
+    max_batch_size: MaxBatch = 8,
+    max_seq_len: MaxSeqLen = 4096,
+    unmatched: Unmatched = "error",
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Generate greedily from token ids; prints the new ids of each prompt, streaming where there is one."""
+    from helix_compile.runtime.generation import (  # heavy: imports transformers
+        TokenPrinter,
+        padded_prompts,
+    )
+
+    if max_new_tokens < 1:
+        raise HelixError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
+    ids, mask = padded_prompts(prompt_ids)
+    compiled = _compile(ctx, model, dtype, meta=False)
+    leads = compiled.world.is_leader  # of several processes one prints
+    stream = len(ids) == 1 and not as_json and leads
+    new = compiled.generate(
+        ids, mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0,
+        streamer=TokenPrinter() if stream else None,
+    )[:, ids.shape[1] :]  # fmt: skip
+    if as_json and leads:
+        print(json.dumps({"prompt_ids": [r[m > 0].tolist() for r, m in zip(ids, mask, strict=True)],
+                          "new_ids": new.tolist()}))  # fmt: skip
+    elif leads and not stream:
+        for row in new.tolist():
+            print(" ".join(map(str, row)))
+
+
+@app.command()
+def verify(
+    ctx: typer.Context,
+    model: Annotated[str | None, typer.Argument(help=_MODEL_HELP)] = None,
+    cp: Cp = None,
+    config: Config = None,
+    tpa: Tpa = 1,
+    ep: Ep = None,
+    tokens_per_block: TokensPerBlock = 32,
+    merge: Merge = "a2a",
+    q_proj: QProj = "replicate",
+    v_up: VUp = "auto",
+    overlap: Overlap = "none",
+    lower: Lower = "auto",
+    world: World = "auto",
+    max_batch_size: MaxBatch = 8,
+    max_seq_len: MaxSeqLen = 4096,
+    unmatched: Unmatched = "error",
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    float64_too: Annotated[
+        bool,
+        typer.Option("--float64-too", help="compile the same plan in float64 and hold it to 1e-10"),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="of tokens, hidden states and needles")] = 0,
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test", help="verify the verifier: every known fault must be caught"),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check that MODEL, rewritten, is MODEL: graph, weights and numbers. Exit status 1 if anything is found."""
+    sized = cp is not None or config is not None
+    if (model is not None) != sized or (model is None and not self_test):
+        raise HelixError(
+            "helix-compile verify: give MODEL and --cp N, or --self-test, or all of them (--config FILE may say cp)"
+        )
+    options = _checked_options(ctx) if model is not None else {}
+    results = []
+    if model is not None:
+        options["device"] = _place(ctx, options["world"])
+        built = _model(model, dtype, meta=False)
+        options["dtype"] = _folder_dtype(built, dtype)
+        results.append(_verified(built, options, float64_too, seed))
+    if self_test:
+        from helix_compile.verifier.mutants import self_test as tester
+
+        verdicts = tester.self_test_of_both_kinds(_say)
+        text, table = tester.to_json(verdicts), tester.format_table(verdicts)
+        results.append((all(v.caught for v in verdicts), text, table))
+    if as_json:
+        documents = [json.loads(text) for _, text, _ in results]
+        both = {
+            "ok": all(ok for ok, *_ in results),
+            "verify": documents[0],
+            "self_test": documents[-1],
+        }
+        print(json.dumps(documents[0] if len(documents) == 1 else both, indent=1))
+    else:
+        print("\n\n".join(text for *_, text in results))
+    raise typer.Exit(0 if all(ok for ok, *_ in results) else 1)
+
+
+def _verified(
+    built: Any, options: dict[str, Any], float64_too: bool, seed: int
+) -> tuple[bool, str, str]:
+    """(ok, JSON, text) of verify() on a model, or on a checkpoint folder against what transformers loads from it."""
+    import torch
+
+    from helix_compile.capture.source import load_folder
+    from helix_compile.compile import helix_compile
+    from helix_compile.verifier.verify import verify as check
+
+    original = built
+    if isinstance(built, torch.nn.Module):
+        built = original = built.to(options["device"])  # verify() runs both
+    compiled = helix_compile(built, **options)
+    if isinstance(built, Path):
+        original = load_folder(built, options["dtype"]).to(options["device"])
+    report = check(compiled, original, dtype=torch.float64 if float64_too else None, seed=seed, progress=_say)  # fmt: skip
+    return report.ok, report.to_json(), str(report)
+
+
+app.command()(kernels)
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
+        print(text, file=sys.stderr)
+
+
+def _later(name: str, what: str) -> None:
+    @app.command(
+        name,
+        hidden=True,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    def refuse() -> None:
+        raise HelixError(f"helix-compile {name}: {what} is not in this version")
+
+
+for _name, _what in (
+    ("export", "ONNX and TensorRT export"),
+    ("plan", "the planner"),
+    ("bench", "the benchmark command"),
+):
+    _later(_name, _what)
+
+
+def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> Any:
+    options = _checked_options(ctx)
+    import torch
+
+    from helix_compile.compile import helix_compile
+    from helix_compile.worlds.world import errors_told
+
+    place = _place(ctx, options["world"])
+    with errors_told(options["world"], options["cp"], options["tpa"], place or torch.device("cpu")):
+        built = _model(model, dtype, meta)
+    return helix_compile(built, dtype=_folder_dtype(built, dtype), device=place, **options)
+
+
+def _place(ctx: typer.Context, world: str) -> Any:
+    """The device that --device names, checked before a model is built for it; None where a command has no such option."""
+    from helix_compile.worlds.world import device_for
+
+    return device_for(ctx.params.get("device"), world)
+
+
+def _folder_dtype(built: Any, dtype: str | None) -> Any:
+    """The asked dtype where the weights are still to be read; a preset is built in it."""
+    import torch
+
+    return getattr(torch, dtype) if dtype is not None and isinstance(built, Path) else None
+
+
+def _share_of_rank(
+    ctx: typer.Context, model: str, dtype: str | None, meta: bool, rank: int
+) -> RankShare:
+    """Compile as one rank of a world without peers: graphs, shards and shapes are its own, values there are none."""
+    options = _checked_options(ctx)
+    from helix_compile.compile import helix_compile
+
+    with fake_group(rank, options["cp"] * options["tpa"]) as group:
+        return share_of_rank(
+            helix_compile(_model(model, dtype, meta), **{**options, "world": group})
+        )
+
+
+def _checked_options(ctx: typer.Context) -> dict[str, Any]:
+    """Options first: loading a model, and the imports for it, may take minutes."""
+    return merged_options(ctx, _OPTIONS)
+
+
+def _model(model: str, dtype: str | None, meta: bool) -> Any:
+    from helix_compile.models.presets import named_model
+
+    _say(f"compiling {model} ...")
+    try:
+        return named_model(model, dtype, meta)
+    except (KeyError, ValueError, OSError) as error:
+        raise HelixError(f"MODEL {model!r}: {error.args[0] if error.args else error}") from error
+
+
+def main() -> None:
+    """Entry point: a HelixError is wrong use (2) and prints its message alone."""
+    try:
+        app()
+    except HelixError as error:
+        if not error.is_said:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,142 @@
+"""Which kernels a plan selects on an architecture, without a device: the cases that the offline compiler takes.
+
+model on meta -> capture, match, plan -> lowered graph for an arch -> for each kernel node the CompileCases of its site
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.config.options import HelixOptions
+from helix_compile.errors import LoweringUnavailable
+from helix_compile.ir.graph import placeholders
+from helix_compile.kernels.registry import CompileCase, Site, kernel_of
+from helix_compile.kernels.target import KernelTarget
+from helix_compile.passes.decide.plan_helix import plan_helix
+from helix_compile.passes.lower.select_kernels import KERNEL, PROVIDER, site_of
+from helix_compile.passes.match.layers import match_layers
+from helix_compile.passes.pipeline import STAGES, capacity_of, helix_passes
+from helix_compile.passes.runner import run_passes
+from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.plan.matches import LayerMatch
+
+ATTENTION = "mla_decode"
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model up to its plan: what lowering for several architectures shares."""
+
+    captured: CapturedGraph
+    matches: dict[str, LayerMatch]
+    plan: HelixPlan
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What computes a plan's ops on one architecture.
+
+    Attributes:
+        cases: to compile, each once.
+        references: (body, op, reason) of each op whose torch reference runs.
+    """
+
+    cases: tuple[CompileCase, ...]
+    references: tuple[tuple[str, str, str], ...]
+
+
+def planned(captured: CapturedGraph, options: HelixOptions) -> PlannedModel:
+    """The plan of a captured model."""
+    matches = match_layers(captured, options.max_seq_len)
+    return PlannedModel(captured, matches, plan_helix(captured, matches, options))
+
+
+def selected_cases(model: PlannedModel, target: KernelTarget) -> Selection:
+    """The cases of every kernel in the graph that is lowered for `target`, for a decode step of a full batch (T = 1).
+
+    What compilation depends on decides: two nodes with the same case give one.
+    """
+    passes = helix_passes(model.captured, model.matches, model.plan, target)
+    lowered = run_passes(model.captured.graph, passes, None)[STAGES[-1]]
+    cases: list[CompileCase] = []
+    references: list[tuple[str, str, str]] = []
+    for body in model.plan.bodies:
+        gm = lowered.get_submodule(body.name)
+        assert isinstance(gm, fx.GraphModule)
+        for node in gm.graph.nodes:
+            if KERNEL not in node.meta:
+                continue
+            provider, reason = node.meta[KERNEL]
+            if provider != PROVIDER:
+                references.append((body.name, str(node.target), reason))
+                continue
+            cases += [c for c in _cases_of(gm.graph, node, model.plan, target) if c not in cases]
+    return Selection(tuple(cases), tuple(references))
+
+
+def attention_site(model: PlannedModel, target: KernelTarget) -> Site:
+    """The first mla_decode of the graph that is lowered for `target`, in a decode step of a full batch (T = 1).
+
+    Raises:
+        LoweringUnavailable: no node of the graph is one.
+    """
+    passes = helix_passes(model.captured, model.matches, model.plan, target)
+    lowered = run_passes(model.captured.graph, passes, None)[STAGES[-1]]
+    for body in model.plan.bodies:
+        gm = lowered.get_submodule(body.name)
+        assert isinstance(gm, fx.GraphModule)
+        for node in gm.graph.nodes:
+            if KERNEL in node.meta and ATTENTION in str(node.target):
+                return _concrete_site(gm.graph, node, model.plan)
+    raise LoweringUnavailable(
+        f"{ATTENTION}: no layer of the model is lowered to it; --tune measures {ATTENTION} alone"
+    )
+
+
+def _concrete_site(graph: fx.Graph, node: fx.Node, plan: HelixPlan) -> Site:
+    site = site_of(node, capacity_of(plan))
+    sizes = _sizes(graph, plan.options.max_batch_size)
+    return Site(site.op, tuple(concrete(a, sizes) for a in site.args), site.capacity)
+
+
+def _cases_of(
+    graph: fx.Graph, node: fx.Node, plan: HelixPlan, target: KernelTarget
+) -> list[CompileCase]:
+    site = _concrete_site(graph, node, plan)
+    kernel = kernel_of(site.op)
+    assert kernel is not None, f"{node.target} is selected, and not registered"
+    return kernel.cases(site, target)
+
+
+def _sizes(graph: fx.Graph, batch: int) -> dict[Any, int]:
+    """Symbols of a body -> sizes of a decode step: hidden is [B, T, D]."""
+    hidden = next(n for n in placeholders(graph) if n.meta["input"][0] == "hidden").meta["val"]
+    known = zip(hidden.shape, (batch, 1), strict=False)
+    return {size.node.expr: value for size, value in known if isinstance(size, torch.SymInt)}
+
+
+def concrete(value: Any, sizes: dict[Any, int]) -> Any:
+    """An example value with numbers for its symbols; a tensor becomes one on meta with the same strides.
+
+    A launch compiles in what it knows of its integers (1, multiples of 16), so the offline compiler needs integers too.
+    """
+    if isinstance(value, Tensor):
+        shape, stride = ([_size(s, sizes) for s in of] for of in (value.shape, value.stride()))
+        offset = _size(value.storage_offset(), sizes)
+        reach = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1
+        base = torch.empty(max(reach, 1), dtype=value.dtype, device="meta")
+        return base.as_strided(shape, stride, offset)
+    if isinstance(value, torch.SymInt):
+        return _size(value, sizes)
+    if isinstance(value, (list, tuple)):
+        return type(value)(concrete(v, sizes) for v in value)
+    return value
+
+
+def _size(size: Any, sizes: dict[Any, int]) -> int:
+    return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else int(size)

@@ -1,0 +1,54 @@
+"""JSON Schema of our own configuration file, made from HelixOptions; shipped as options.schema.json for editors.
+
+`python -m helix_compile.config.schema` prints it. What a schema can't say is said by the loader alone: that ep divides
+cp * tpa, and that an int is written as one (4.0 is an integer to JSON Schema).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields
+from typing import Any
+
+from helix_compile.config.options import (
+    CHOICES,
+    COUNTS,
+    LATER,
+    MAX_COUNT,
+    WITHOUT_EFFECT_AT_CP1,
+    HelixOptions,
+)
+
+
+def options_schema() -> dict[str, Any]:
+    """The schema as plain data."""
+    properties: dict[str, Any] = {}
+    for field in fields(HelixOptions):
+        if field.name in COUNTS:
+            properties[field.name] = {"type": "integer", "minimum": 1, "maximum": MAX_COUNT}
+        else:
+            there = [c for c in CHOICES[field.name] if (field.name, c) not in LATER]
+            properties[field.name] = {"enum": there}
+        if field.default is not MISSING and field.default is not None:
+            properties[field.name]["default"] = field.default
+    alone = {name: {"const": CHOICES[name][0]} for name in WITHOUT_EFFECT_AT_CP1}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "helix_compile options",
+        "description": "TOML, YAML or JSON; the keys are the keywords of helix_compile()",
+        "type": "object",
+        "properties": properties,
+        "required": [f.name for f in fields(HelixOptions) if f.default is MISSING],
+        "additionalProperties": False,
+        "if": {"properties": {"cp": {"const": 1}}},
+        "then": {"properties": alone},
+    }
+
+
+def schema_text() -> str:
+    """What options.schema.json holds."""
+    return json.dumps(options_schema(), indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema_text(), end="")

@@ -1,0 +1,283 @@
+"""What can't be captured stays the user's own module: a leaf, whole on every rank, with its own state there.
+
+    layer_i = leaf_i(hidden, state, positions, input_ids, *weights)   a layer without cached latent attention
+    experts = leaf_0(hidden, ids, weights)                            a part of a layer that export chokes on
+
+A leaf layer is run one sequence at a time, on its tokens only. So padding, idle rows and reset(rows=...) can't touch its
+state (linear attention forgets at padding), and T = 1 and T > 1 may take the branches that they take in the model.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from helix_compile.errors import CaptureError, RuntimeFault
+from helix_compile.ir.graph import placeholders
+
+
+@dataclass
+class LeafState:
+    """One rank's state of one leaf layer: sequence -> (tokens it has seen, its cache)."""
+
+    rows: dict[int, tuple[int, Any]] = field(default_factory=dict)
+
+    def clear(self, rows: Iterable[int] | None = None) -> None:
+        """Forget these sequences, by default all."""
+        for row in list(self.rows) if rows is None else rows:
+            self.rows.pop(row, None)
+
+
+class Leaf(nn.Module, abc.ABC):
+    """A module of the user's model in a graph; `module` is that very object.
+
+    Attributes:
+        name: its dotted name in the model.
+        reason: why it is not captured.
+    """
+
+    def __init__(self, name: str, reason: str, module: nn.Module | None = None):
+        super().__init__()
+        self.name, self.reason, self.module = name, reason, module
+
+    @abc.abstractmethod
+    def bound(self, model: nn.Module) -> Leaf:
+        """The same leaf of `model`: a capture is remembered without the model it was made from."""
+
+
+class LeafPart(Leaf):
+    """A child module of a layer; a function of tensors, without a state."""
+
+    def __init__(self, name: str, reason: str, call: Any, module: nn.Module | None = None):
+        super().__init__(name, reason, module)
+        self.call = call
+
+    def bound(self, model: nn.Module) -> LeafPart:
+        return LeafPart(self.name, self.reason, self.call, model.get_submodule(self.name))
+
+    def forward(self, hidden: Tensor, *others: Tensor) -> Tensor:
+        """Call the module as the model does."""
+        assert self.module is not None
+        args, kwargs = self.call.rebuild(hidden, list(others), None)
+        return self.module(*args, **kwargs)
+
+
+class LeafLayer(Leaf):
+    """A whole layer.
+
+    Attributes:
+        call: how the model calls it.
+        config: what transformers' cache asks for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reason: str,
+        call: Any,
+        arguments: fx.GraphModule,
+        config: Any,
+        module: nn.Module | None = None,
+    ):
+        super().__init__(name, reason, module)
+        self.call, self.config = call, config
+        # in a list: the graph is no part of the user's module
+        self._arguments = [arguments]
+
+    @property
+    def arguments(self) -> fx.GraphModule:
+        """Graph of its other tensors, from input_ids, attention_mask, position_ids, past_shape and weights."""
+        return self._arguments[0]
+
+    def bound(self, model: nn.Module) -> LeafLayer:
+        module = model.get_submodule(self.name)
+        return LeafLayer(self.name, self.reason, self.call, self.arguments, self.config, module)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: LeafState,
+        positions: Tensor,
+        input_ids: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
+        """Run the layer.
+
+        Args:
+            hidden: [B, T, D].
+            state: this rank's; written.
+            positions: [B, T] absolute, -1 = padding.
+            input_ids: [B, T].
+            weights: what `arguments` reads.
+
+        Returns:
+            [B, T, D], zeros at padding.
+
+        Raises:
+            RuntimeFault: the state is not at the step's first position (a step broke off): call reset().
+        """
+        out = torch.zeros_like(hidden)
+        for row, places in enumerate(positions):
+            kept = (places >= 0).nonzero().flatten()
+            if len(kept):
+                start = int(places[kept[0]])
+                cache = self._cache(state, row, start)
+                others = self._others(places[kept], input_ids[row, kept], start, hidden, weights)
+                args, kwargs = self.call.rebuild(hidden[row, kept][None], others, cache)
+                assert self.module is not None
+                result = self.module(*args, **kwargs)
+                out[row, kept] = result[0][0] if isinstance(result, tuple) else result[0]
+                state.rows[row] = (start + len(kept), cache)
+        return out
+
+    def _cache(self, state: LeafState, row: int, start: int) -> Any:
+        seen, cache = state.rows.get(row, (0, None))
+        if start == 0 or cache is None:
+            seen, cache = 0, _whole_cache(self.config)
+        if seen != start:
+            raise RuntimeFault(
+                f"leaf {self.name}: sequence {row} has seen {seen} tokens, the step begins at position {start}; "
+                "a step broke off or the cache was changed behind the leaf's back: call reset(), or reset(rows=...)"
+            )
+        return cache
+
+    def _others(
+        self,
+        positions: Tensor,
+        ids: Tensor,
+        start: int,
+        hidden: Tensor,
+        weights: tuple[Tensor, ...],
+    ) -> list[Tensor]:
+        """The layer's other tensors for one sequence, by the graph around the layers."""
+        mask = torch.ones(1, start + len(positions), dtype=torch.int64, device=hidden.device)
+        given = {
+            "input_ids": ids[None],
+            "attention_mask": mask,
+            "position_ids": positions[None],
+            "past_shape": hidden.new_zeros(1, 1, start, 1),
+        }
+        remaining = iter(weights)
+        inputs = [
+            next(remaining) if node.meta["input"][0] == "param" else given[node.meta["input"][1]]
+            for node in placeholders(self.arguments.graph)
+        ]
+        return list(self.arguments(*inputs))
+
+
+def _whole_cache(config: Any) -> Any:
+    """A cache that forgets nothing: a window is in the mask, as everywhere in the captured graph."""
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in cache.layers
+    ]
+    return cache
+
+
+def leaves_of(module: fx.GraphModule) -> list[Leaf]:
+    """Every leaf of an outer graph and its bodies, in order."""
+    found: list[Leaf] = []
+    for _, child in module.named_children():
+        if isinstance(child, Leaf):
+            found.append(child)
+        elif isinstance(child, fx.GraphModule):
+            found += leaves_of(child)
+    return found
+
+
+def is_leaf_call(module: fx.GraphModule, node: fx.Node) -> bool:
+    """True for a call_module of a leaf."""
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Leaf)
+
+
+def leaf_states(graph: fx.Graph) -> dict[str, LeafState]:
+    """A new state for each leaf layer of an outer graph."""
+    inputs = (n.meta["input"] for n in placeholders(graph))
+    return {name: LeafState() for kind, name in inputs if kind == "leaf"}
+
+
+def leaf_bytes(module: fx.GraphModule) -> int:
+    """Bytes of the parameters and buffers that leaves keep."""
+    total = 0
+    for leaf in leaves_of(module):
+        if leaf.module is not None:
+            tensors = [*leaf.module.parameters(), *leaf.module.buffers()]
+            total += sum(t.numel() * t.itemsize for t in tensors)
+    return total
+
+
+@dataclass
+class LayerCall:
+    """How the model calls one layer: the pytree of its arguments, tensors and the cache marked by place.
+
+    Attributes:
+        others: example tensors after `hidden`, FakeTensors with the symbols of the outer export.
+        names: readable name of each of them.
+    """
+
+    hidden: Tensor
+    spec: pytree.TreeSpec
+    leaves: list[Any]
+    others: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def rebuild(self, hidden: Tensor, others: list[Tensor], cache: Any) -> tuple[tuple, dict]:
+        """The layer's (args, kwargs) with these tensors in their places."""
+        filled = []
+        for leaf in self.leaves:
+            match leaf:
+                case ("hidden",):
+                    filled.append(hidden)
+                case ("other", int(index)):
+                    filled.append(others[index])
+                case ("cache",):
+                    filled.append(cache)
+                case ("constant", value):
+                    filled.append(value)
+        args, kwargs = pytree.tree_unflatten(filled, self.spec)
+        return args, kwargs
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """What may be a mask: the other tensors that are as wide as the sequence. Layers with different ones are apart."""
+        steps = [str(size) for size in self.hidden.shape[:2]]
+        wide = [t for t in self.others if t.dim() > 1 and isinstance(t.shape[-1], torch.SymInt)]
+        return [t for t in wide if str(t.shape[-1]) not in steps]
+
+    def constants(self) -> str:
+        """Text of everything but the tensors: part of what makes two layers the same."""
+        return f"{self.spec} {self.leaves!r}"
+
+
+def record_call(args: tuple, kwargs: dict) -> LayerCall:
+    """How a module is called: which of its arguments are tensors, which the cache, which constants."""
+    is_cache = lambda leaf: isinstance(leaf, DynamicCache)  # noqa: E731
+    paths, spec = pytree.tree_flatten_with_path((args, kwargs), is_leaf=is_cache)
+    hidden: Tensor | None = None
+    leaves: list[tuple[Any, ...]] = []
+    others: list[Tensor] = []
+    names: list[str] = []
+    for path, leaf in paths:
+        if isinstance(leaf, Tensor) and hidden is None:
+            hidden = leaf
+            leaves.append(("hidden",))
+        elif isinstance(leaf, Tensor):
+            leaves.append(("other", len(others)))
+            others.append(leaf)
+            keys = (str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:])
+            name = "_".join(keys)
+            names.append(name if name.isidentifier() else f"argument_{name}")
+        elif is_cache(leaf):
+            leaves.append(("cache",))
+        else:
+            leaves.append(("constant", leaf))
+    if hidden is None:
+        raise CaptureError("capture: a layer is called without a tensor")
+    return LayerCall(hidden, spec, leaves, others, names)

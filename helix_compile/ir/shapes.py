@@ -1,0 +1,114 @@
+"""Give every node of an edited graph its meta["val"]: shapes at this rank, symbolic in B and T."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from helix_compile.errors import PassError
+from helix_compile.ir.graph import aten, is_call
+from helix_compile.ir.sizes import concrete, shape_of
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode that the graph's values live in."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+def propagate_shapes(graph: fx.Graph) -> None:
+    """Bring meta["val"] of every node up to date with the placeholders'.
+
+    A value is a function of the op and of its arguments' shapes, so only nodes where these differ from what their
+    value was computed from (meta["val_key"]) are run: a few dozen a stage, instead of all.
+
+    Raises:
+        PassError: an op does not take the shapes it gets; names node, op and shapes.
+    """
+    mode = fake_mode_of(graph)
+    # by Python: torch 2.11 computes aten.linear in C++ there, which takes no symbolic sizes
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        for node in graph.nodes:
+            # a rewritten layer returns a hidden state like the one it gets; a leaf's value never changes
+            if node.op == "call_module" and "leaf" not in node.meta:
+                node.meta["val"] = node.args[0].meta["val"]
+            if node.op != "call_function":
+                continue
+            key = _val_key(node)
+            if node.meta.get("val_key") == key:
+                continue
+            args = fx.map_arg(node.args, lambda n: n.meta["val"])
+            kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+            try:
+                node.meta["val"] = node.target(*args, **kwargs)
+            except Exception as error:
+                shapes = [_shape(n.meta["val"]) for n in node.all_input_nodes]
+                raise PassError(
+                    f"node `{node.name}` ({node.target}) does not take {shapes}: {error}"
+                ) from error
+            node.meta["val_key"] = key
+
+
+def trust_shapes(graph: fx.Graph) -> None:
+    """Declare that every meta["val"] of a freshly exported graph is up to date."""
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" in node.meta:
+            node.meta["val_key"] = _val_key(node)
+
+
+def _val_key(node: fx.Node) -> tuple:
+    """What a node's value depends on. Sizes are compared as expressions, which adds no guard."""
+    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    return node.target, spec, tuple(_leaf_key(leaf) for leaf in leaves)
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, fx.Node):
+        return _leaf_key(leaf.meta["val"])
+    if isinstance(leaf, Tensor):
+        sizes = [_leaf_key(size) for size in (*leaf.shape, *leaf.stride())]
+        return "tensor", leaf.dtype, leaf.device, *sizes
+    if isinstance(leaf, (list, tuple)):
+        return tuple(_leaf_key(item) for item in leaf)
+    if isinstance(leaf, torch.SymInt):
+        return "size", leaf.node.expr
+    return type(leaf), leaf  # the type too: 2 == 2.0, and they promote differently
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else str(value)
+
+
+def open_view(node: fx.Node, heads: int) -> list[Any] | None:
+    """Sizes of a view with -1 where it writes the head count as a number, or None if it does not.
+
+    That place is the first literal `heads` behind dims that are those of the input.
+    """
+    if not is_call(node, *_VIEWS):
+        return None
+    source, sizes = node.args
+    assert isinstance(source, fx.Node) and isinstance(sizes, (list, tuple))
+    before = shape_of(source)
+    for place, size in enumerate(sizes):
+        if isinstance(size, int) and size == heads:
+            opened = list(sizes)
+            for other, value in enumerate(sizes):
+                if isinstance(value, int) and value == -1:
+                    opened[other] = shape_of(node)[other]
+            opened[place] = -1
+            return opened
+        if place >= len(before) or concrete(size) != before[place]:
+            return None
+    return None
+
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)

@@ -1,0 +1,36 @@
+"""A stage: an outer graph with its bodies, and copies of one."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from helix_compile.ir.leaves import Leaf
+
+
+def graphs_of(stage: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
+    """("outer", graph) and (name, graph) of each body of a stage."""
+    bodies = [(n, b) for n, b in stage.named_children() if isinstance(b, fx.GraphModule)]
+    return [(OUTER, stage), *bodies]
+
+
+OUTER = "outer"
+
+
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of an outer graph and its bodies; node names and meta are kept, parameters are not held at all."""
+    root = nn.Module()
+    for name, body in module.named_children():
+        if isinstance(body, Leaf):  # the user's own module: never copied
+            root.add_module(name, body)
+            continue
+        assert isinstance(body, fx.GraphModule)
+        root.add_module(name, fx.GraphModule(body, copy_graph(body.graph)))
+    return fx.GraphModule(root, copy_graph(module.graph))
+
+
+def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.Graph:
+    """A copy of a graph, output and meta included; fills `mapping` with node -> its copy."""
+    copy, mapping = fx.Graph(), {} if mapping is None else mapping
+    output = copy.output(copy.graph_copy(graph, mapping))
+    output.meta = dict(next(n for n in graph.nodes if n.op == "output").meta)
+    return copy

@@ -1,0 +1,267 @@
+"""mla_decode: q_latent [B, T, H, R], q_rope [B, T, H, r], paged cache [pages, page_size, R + r] -> partial_o, lse.
+
+    mla_decode          one split: the kernel writes partial_o [B, T, H, R] and lse [B, T, H] itself;
+                        more: float32 parts of each split, then merge_splits
+    mla_decode.splits   the parts as they are: partial_o_S [B, T, H, S, R], lse_S [B, T, H, S]
+    mla_decode.scaled   mla_decode over an FP8 cache with one scale per block of tokens
+
+The forms of the kernel lie in mla_tma_*.py and mla_pointer_decode.py; tuning.py chooses, mla_launch.py launches.
+Lengths are read on the device, grids follow from shapes. The specs are mla_decode_reference and
+mla_decode_scaled_reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from helix_compile.kernels.merge import merge_splits, merge_splits_case
+from helix_compile.kernels.mla.launch import FP8, decode_case, decode_parts
+from helix_compile.kernels.mla.probe import specialises_halves
+from helix_compile.kernels.mla.tuning import (
+    MlaConfig,
+    MlaShape,
+    mla_config,
+    pointer_config,
+    split_count,
+)
+from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
+from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
+from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
+
+TMA_BYTES = 16  # alignment of a tensor's base and of its rows
+
+
+TABLE_TOKENS_PER_SCALE = 16  # of the FP8 form that `kernels --all` compiles beside a 16-bit one
+
+
+def _config_of(q_latent: Tensor, q_rope: Tensor, cache: Tensor, target: KernelTarget) -> MlaConfig:
+    _, T, H, R = q_latent.shape
+    rows_aligned = (R + q_rope.shape[3]) * cache.dtype.itemsize % TMA_BYTES == 0
+    shape = MlaShape(
+        rows=T * H,
+        R=R,
+        r=q_rope.shape[3],
+        page_size=cache.shape[1],
+        itemsize=q_latent.dtype.itemsize,
+        tma=rows_aligned and cache.data_ptr() % TMA_BYTES == 0,
+    )
+    return _config(shape, target, scaled=cache.dtype == FP8)
+
+
+def _config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
+    return mla_config(shape, target, scaled, specialises_halves(target.capability))
+
+
+def _decode(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+    cache_scale: Tensor | None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op's two results where num_splits is None, else the parts of so many splits."""
+    target = device_target(q_latent.device)
+    config = _config_of(q_latent, q_rope, cache, target)
+    B, T, H, R = q_latent.shape
+    max_slots = page_table.shape[1] * cache.shape[1]
+    splits = num_splits or split_count(B, T, H, max_slots, target, config.block_h, config.block_n)
+    direct = num_splits is None and splits == 1
+    parts, lse_S = decode_parts(
+        config, q_latent, q_rope, cache, page_table, visible, scale, cache_scale,
+        splits=splits, direct=direct, interpreted=target.arch == INTERPRETER,
+    )  # fmt: skip
+    if direct:
+        return parts.view(B, T, H, R), lse_S.view(B, T, H)
+    return (parts, lse_S) if num_splits else merge_splits(parts, lse_S, q_latent.dtype)
+
+
+def mla_decode_triton(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See mla_decode_reference; float32, bfloat16 or float16, scale > 0."""
+    return _decode(q_latent, q_rope, cache, page_table, visible, scale, None)
+
+
+def mla_decode_splits_triton(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """Float32 parts of each split; a split that saw nothing has lse = -inf, and its part is not written."""
+    return _decode(q_latent, q_rope, cache, page_table, visible, scale, None, num_splits)
+
+
+def mla_decode_scaled_triton(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+    cache_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See mla_decode_scaled_reference; tiles become q's dtype, scales are folded into scores and weights."""
+    return _decode(q_latent, q_rope, cache, page_table, visible, scale, cache_scale)
+
+
+def _mla_decode_fake(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+    cache_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    lse = q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)
+    return q_latent.new_empty(q_latent.shape), lse
+
+
+def _mla_decode_splits_fake(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    B, T, H, R = q_latent.shape
+    lse = q_latent.new_empty((B, T, H, num_splits), dtype=torch.float32)
+    return lse.new_empty((B, T, H, num_splits, R)), lse
+
+
+def _supports(site: Site, target: KernelTarget) -> str | None:
+    q_latent, q_rope, cache, page_table, visible, scale = site.args
+    dtypes = {q_latent.dtype, q_rope.dtype, cache.dtype}
+    if len(dtypes) > 1 or q_latent.dtype not in TRITON_TYPE:
+        return (
+            f"q_latent {q_latent.dtype}, q_rope {q_rope.dtype}, cache {cache.dtype}; the kernel takes one of float32, "
+            "bfloat16 and float16 for all three"
+        )
+    if page_table.dtype != torch.int64 or visible.dtype != torch.int32:
+        return f"page_table {page_table.dtype}, visible {visible.dtype}; the kernel takes int64 and int32"
+    if not cache.is_contiguous():
+        return f"the cache has strides {cache.stride()}; the kernel takes a contiguous one"
+    if not scale > 0:
+        return (
+            f"scale {scale}; the kernel takes the maximum before it scales, so it needs scale > 0"
+        )
+    return None
+
+
+def _site_shape(site: Site) -> MlaShape:
+    """Sizes of a site. T that a graph leaves open stands for plain decode, one token a sequence."""
+    q_latent, q_rope, cache = site.args[:3]
+    _, tokens, H, R = q_latent.shape
+    tma = cache.shape[2] * cache.dtype.itemsize % TMA_BYTES == 0
+    rows = (tokens if isinstance(tokens, int) else 1) * H
+    return MlaShape(rows, R, q_rope.shape[3], cache.shape[1], q_latent.dtype.itemsize, tma)
+
+
+def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[CompileCase]:
+    """The selected form, once a way to store, and the pointer form behind it."""
+    shape, dtype = _site_shape(site), site.args[0].dtype
+    sizes = (site.args[0].shape[2], shape.R, shape.r, shape.page_size, dtype, dtype)
+    config, behind = _config(shape, target), pointer_config(shape, target)
+
+    def case(config: MlaConfig, direct: bool, fallback: bool) -> CompileCase:
+        return decode_case(
+            config, *sizes, direct=direct, interpreted=target.arch == INTERPRETER,
+            kv_ctas=-(-shape.rows // config.block_h), fallback=fallback,
+        )  # fmt: skip
+
+    cases = [case(config, direct, False) for direct in directs]
+    if config != behind:
+        cases.append(case(behind, False, True))
+    if shape.itemsize == 2 and shape.page_size % TABLE_TOKENS_PER_SCALE == 0:
+        cases.append(_scaled_case(site, target))
+    return cases
+
+
+def _scaled_case(site: Site, target: KernelTarget) -> CompileCase:
+    """mla_decode.scaled, if the site's cache were FP8; it leaves the parts of each split."""
+    q_latent, cache = site.args[0], site.args[2]
+    tma = cache.shape[2] * FP8.itemsize % TMA_BYTES == 0
+    shape = dataclasses.replace(_site_shape(site), tma=tma)
+    config = _config(shape, target, scaled=True)
+    case = decode_case(
+        config, q_latent.shape[2], shape.R, shape.r, shape.page_size, q_latent.dtype, FP8,
+        tokens_per_scale=TABLE_TOKENS_PER_SCALE, interpreted=target.arch == INTERPRETER,
+        kv_ctas=-(-shape.rows // config.block_h), fallback=True,
+    )  # fmt: skip
+    return dataclasses.replace(case, kernel="mla_decode.scaled", config=f"FP8 cache, {config}")
+
+
+def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
+    """The kernel, and the merge of each number of splits that a batch can get."""
+    shape, config = _site_shape(site), _config(_site_shape(site), target)
+    H = site.args[0].shape[2]
+    counts = {
+        split_count(B, shape.rows // H, H, site.capacity.max_slots, target, config.block_h, config.block_n)
+        for B in range(1, site.capacity.max_batch_size + 1)
+    }  # fmt: skip
+    cases = _form_cases(site, target, sorted({count == 1 for count in counts}))
+    return cases + [merge_splits_case(n, shape.R, site.args[0].dtype) for n in sorted(counts - {1})]
+
+
+def _splits_supports(site: Site, target: KernelTarget) -> str | None:
+    return _supports(dataclasses.replace(site, args=site.args[:6]), target)
+
+
+def _splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
+    return _form_cases(site, target, [False])
+
+
+_ARGUMENTS = (
+    "Tensor q_latent, Tensor q_rope, Tensor cache, Tensor page_table, Tensor visible, float scale"
+)
+
+
+MLA_DECODE = register_kernel(
+    Kernel(
+        op="mla_decode",
+        target=define_triton_op(
+            f"mla_decode({_ARGUMENTS}) -> (Tensor, Tensor)", mla_decode_triton, _mla_decode_fake
+        ),
+        supports=_supports,
+        cases=_cases,
+    )
+)
+
+
+MLA_DECODE_SPLITS = register_kernel(
+    Kernel(
+        op="mla_decode.splits",
+        target=define_triton_op(
+            f"mla_decode.splits({_ARGUMENTS}, int num_splits) -> (Tensor, Tensor)",
+            mla_decode_splits_triton,
+            _mla_decode_splits_fake,
+        ),
+        supports=_splits_supports,
+        cases=_splits_cases,
+    )
+)
+
+
+# no plan makes an FP8 cache, so nothing selects this one: it is called by its name
+MLA_DECODE_SCALED = define_triton_op(
+    f"mla_decode.scaled({_ARGUMENTS}, Tensor cache_scale) -> (Tensor, Tensor)",
+    mla_decode_scaled_triton,
+    _mla_decode_fake,
+)

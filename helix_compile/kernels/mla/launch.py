@@ -1,0 +1,183 @@
+"""Build and launch one form of mla_decode: the CompileCase of a config, the arguments of a call.
+
+decode_case(config, sizes, ...) -> CompileCase      what the offline compiler reads
+decode_parts(config, tensors, ...) -> parts, lse    one launch of it, grid (row tiles, B, splits)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from helix_compile.kernels.mla.pointer import mla_pointer_kernel
+from helix_compile.kernels.mla.tiles import LOG2E
+from helix_compile.kernels.mla.tma import mla_rows_kernel, mla_transposed_kernel
+from helix_compile.kernels.mla.tuning import POINTER, ROWS, TRANSPOSED, MlaConfig
+from helix_compile.kernels.registry import CompileCase, launch
+from helix_compile.kernels.triton_ops import TRITON_TYPE
+
+FUNCTIONS = {
+    ROWS: mla_rows_kernel,
+    TRANSPOSED: mla_transposed_kernel,
+    POINTER: mla_pointer_kernel,
+}
+
+
+FP8 = torch.float8_e4m3fn
+
+
+CACHE_TYPE = {**TRITON_TYPE, FP8: "fp8e4nv"}
+
+
+STRIDES = (
+    "stride_q_token",
+    "stride_q_head",
+    "stride_q_rope_token",
+    "stride_q_rope_head",
+)
+
+
+@functools.lru_cache(maxsize=256)
+def decode_case(
+    config: MlaConfig,
+    H: int,
+    R: int,
+    r: int,
+    page_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    *,
+    tokens_per_scale: int = 0,
+    direct: bool = False,
+    interpreted: bool = False,
+    kv_ctas: int = 1,
+    fallback: bool = False,
+) -> CompileCase:
+    """The kernel of one form.
+
+    Args:
+        config: form and block sizes.
+        H: query heads of this rank.
+        R: latent width.
+        r: rope width.
+        page_size: slots of a page.
+        dtype: of q.
+        cache_dtype: of the cache.
+        tokens_per_scale: slots that share a scale; 0: the cache has no scales.
+        direct: there is one split, and it writes the op's output: q's dtype, and 0 where nothing was seen.
+        interpreted: whether Triton's interpreter runs it.
+        kv_ctas: for tables, CTAs that visit each KV token.
+        fallback: for tables, whether the plan would select another.
+    """
+    element, cache_element = TRITON_TYPE[dtype], CACHE_TYPE[cache_dtype]
+    typed = {
+        "q_ptr": f"*{element}", "q_rope_ptr": f"*{element}", "page_table_ptr": "*i64", "visible_ptr": "*i32",
+        "o_ptr": f"*{element}" if direct else "*fp32", "lse_ptr": "*fp32", **dict.fromkeys(STRIDES, "i32"),
+    }  # fmt: skip
+    constexprs: dict[str, Any] = {
+        "H": H, "R": R, "ROPE": r, "PAGE": page_size, "TOKENS_PER_SCALE": tokens_per_scale, "BLOCK_H": config.block_h,
+        "BLOCK_N": config.block_n, "STORE_DEAD": direct, "WIDE_DOT": interpreted and dtype == torch.bfloat16,
+    }  # fmt: skip
+    if tokens_per_scale:
+        typed["cache_scale_ptr"] = "*fp32"
+    else:
+        constexprs["cache_scale_ptr"] = None
+    if config.form == POINTER:
+        typed["cache_ptr"] = f"*{cache_element}"
+        constexprs |= {"BLOCK_R": _padded(R), "BLOCK_ROPE": _padded(r)}
+    else:
+        constexprs |= {
+            "PARTS": config.parts,
+            "WARP_SPECIALIZE": config.warp_specialize,
+            "PACKED": config.packed,
+        }
+    descriptors = {
+        name: f"tensordesc<{cache_element}[{block[0]},{block[1]}]>"
+        for name, block in _tma_blocks(config, R, r).items()
+    }
+    return CompileCase(
+        kernel="mla_pointer_decode" if config.form == POINTER else "mla_decode",
+        function=FUNCTIONS[config.form],
+        signature={**typed, **descriptors, "scale_log2": "fp32", "T": "i32", "stride_table": "i32"},
+        constexprs=constexprs,
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        divisible_by_16=tuple(typed),
+        config=str(config),
+        kv_tokens_per_step=config.block_n,
+        ctas_per_kv_token=kv_ctas,
+        fallback=fallback,
+    )
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))  # a dot takes no less than 16
+
+
+def _tma_blocks(config: MlaConfig, R: int, r: int) -> dict[str, list[int]]:
+    """Descriptors over the cache [slots, R + r]: each loads one tile of latent, or of rope, channels."""
+    if config.form == POINTER:
+        return {}
+    return {"k_desc": [config.block_n, R // config.parts], "k_rope_desc": [config.block_n, r]}
+
+
+def decode_parts(
+    config: MlaConfig,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+    cache_scale: Tensor | None,
+    *,
+    splits: int,
+    direct: bool,
+    interpreted: bool,
+    case: CompileCase | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run one form: parts [B, T, H, splits, R] (q's dtype if direct, else float32) and lse [B, T, H, splits].
+
+    `case` stands in for the one that the config gives: an edited kernel, say.
+    """
+    B, T, H, R = q_latent.shape
+    page_size, r = cache.shape[1], q_rope.shape[3]
+    o = q_latent.new_empty((B, T, H, splits, R), dtype=q_latent.dtype if direct else torch.float32)
+    lse = q_latent.new_empty((B, T, H, splits), dtype=torch.float32)
+    if o.numel() == 0:
+        return o, lse
+    q_latent, q_rope = _one_token_stride(q_latent), _one_token_stride(q_rope)
+    page_table, visible = page_table.contiguous(), visible.contiguous()
+    case = case or decode_case(
+        config, H, R, r, page_size, q_latent.dtype, cache.dtype,
+        tokens_per_scale=0 if cache_scale is None else page_size // cache_scale.shape[1],
+        direct=direct, interpreted=interpreted,
+    )  # fmt: skip
+    arguments = {
+        "q_ptr": q_latent, "q_rope_ptr": q_rope, "page_table_ptr": page_table, "visible_ptr": visible,
+        "o_ptr": o, "lse_ptr": lse, "scale_log2": scale * LOG2E, "T": T, "stride_table": page_table.stride(0),
+        "stride_q_token": q_latent.stride(1), "stride_q_head": q_latent.stride(2),
+        "stride_q_rope_token": q_rope.stride(1), "stride_q_rope_head": q_rope.stride(2),
+    }  # fmt: skip
+    if cache_scale is not None:
+        arguments["cache_scale_ptr"] = cache_scale
+    if config.form == POINTER:
+        arguments["cache_ptr"] = cache
+    slots = cache.view(-1, R + r)
+    for name, block in _tma_blocks(config, R, r).items():
+        arguments[name] = TensorDescriptor.from_tensor(slots, block)
+    launch(case, (triton.cdiv(T * H, config.block_h), B, splits), arguments)
+    return o, lse
+
+
+def _one_token_stride(q: Tensor) -> Tensor:
+    """The query [B, T, H, *] as it is where rows lie contiguous and (b, t) is one stride, else a copy."""
+    B, T = q.shape[:2]
+    one_stride = B == 1 or T == 1 or q.stride(0) == T * q.stride(1)
+    if q.stride(3) != 1 or not one_stride:
+        return q.contiguous()
+    return q if T > 1 else q.as_strided(q.shape, (q.stride(0), q.stride(0), *q.stride()[2:]))

@@ -1,0 +1,109 @@
+"""mla_decode by pointer loads: any R, r, page size and dtype; what runs where no TMA form does.
+
+    q [rows, R] and [rows, r] stay; per tile of BLOCK_N slots: page of each slot -> k [N, R], k_rope [N, r]
+    raw = q k^T + q_rope k_rope^T -> p -> acc [rows, R] += p k     (the values are the keys' first R channels)
+
+R and r are padded to powers of two in the tile and masked. Rows of the cache past kv_len are not read at all.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from helix_compile.kernels.mla.tiles import (
+    START,
+    natural_lse,
+    output_rows,
+    query_offsets,
+    row_limits,
+    sequence_length,
+    softmax_step,
+    split_range,
+)
+
+
+@triton.jit(do_not_specialize=["T", "stride_table"])
+def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
+    q_ptr, q_rope_ptr, cache_ptr, page_table_ptr, visible_ptr, cache_scale_ptr, o_ptr, lse_ptr,
+    scale_log2, T, stride_table,
+    stride_q_token, stride_q_head, stride_q_rope_token, stride_q_rope_head,
+    H: tl.constexpr, R: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, TOKENS_PER_SCALE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ROPE: tl.constexpr,
+    STORE_DEAD: tl.constexpr, WIDE_DOT: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    channels = tl.arange(0, BLOCK_R)
+    rope_channels = tl.arange(0, BLOCK_ROPE)
+    limit = row_limits(visible_ptr, rows, b, T, H)
+    kv_len = sequence_length(visible_ptr, b, T)
+    start, end = split_range(kv_len, BLOCK_N)
+
+    inside = (rows < T * H)[:, None]
+    q_offsets = (
+        query_offsets(rows, b, T, H, stride_q_token, stride_q_head)[:, None] + channels[None, :]
+    )
+    q = tl.load(q_ptr + q_offsets, mask=inside & (channels < R)[None, :], other=0.0)
+    q_offsets = (
+        query_offsets(rows, b, T, H, stride_q_rope_token, stride_q_rope_head)[:, None]
+        + rope_channels[None, :]
+    )
+    q_rope = tl.load(
+        q_rope_ptr + q_offsets, mask=inside & (rope_channels < ROPE)[None, :], other=0.0
+    )
+    if WIDE_DOT:  # the interpreter's dot takes no bfloat16
+        q = q.to(tl.float32)
+        q_rope = q_rope.to(tl.float32)
+
+    m = tl.full([BLOCK_H], START, tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
+    for first in tl.range(start, end, BLOCK_N):
+        slots = first + tl.arange(0, BLOCK_N)
+        used = slots < kv_len
+        page = tl.load(
+            page_table_ptr + b.to(tl.int64) * stride_table + slots // PAGE, mask=used, other=0
+        )
+        # int64, as the table. Page and slot are multiplied one by one: Triton 3.6 takes page * PAGE + slot for a multiple
+        # of what its first slot is one of, reads a row of 26 in pieces of 4, and that is "misaligned address"
+        k_ptrs = cache_ptr + (page * (PAGE * (R + ROPE)) + slots % PAGE * (R + ROPE))[:, None]
+        k = tl.load(
+            k_ptrs + channels[None, :], mask=used[:, None] & (channels < R)[None, :], other=0.0
+        )
+        k_rope = tl.load(
+            k_ptrs + R + rope_channels[None, :],
+            mask=used[:, None] & (rope_channels < ROPE)[None, :],
+            other=0.0,
+        )
+        k = k.to(q.dtype)
+        raw = tl.dot(q, k.T, input_precision="ieee")
+        raw = tl.dot(q_rope, k_rope.to(q.dtype).T, raw, input_precision="ieee")
+        if TOKENS_PER_SCALE > 0:
+            k_scale = tl.load(
+                cache_scale_ptr
+                + page * (PAGE // TOKENS_PER_SCALE)
+                + slots % PAGE // TOKENS_PER_SCALE,
+                mask=used,
+                other=0.0,
+            )
+            raw *= k_scale[None, :]
+        raw = tl.where(slots[None, :] < limit[:, None], raw, float("-inf"))
+        p, shrink, m = softmax_step(raw, m, scale_log2, 1)
+        total = total * shrink + tl.sum(p, 1)
+        if TOKENS_PER_SCALE > 0:
+            p *= k_scale[None, :]
+        acc = tl.dot(p.to(q.dtype), k, acc * shrink[:, None], input_precision="ieee")
+
+    lse, divisor = natural_lse(m, total)
+    out = output_rows(rows, b, T, H)
+    inside = rows < T * H
+    tl.store(lse_ptr + out, lse, mask=inside)
+    if not STORE_DEAD:  # the merge doesn't read a dead part
+        inside = inside & (total != 0.0)
+    o = acc / divisor[:, None]
+    tl.store(
+        o_ptr + (out * R)[:, None] + channels[None, :],
+        o.to(o_ptr.dtype.element_ty),
+        mask=inside[:, None] & (channels < R)[None, :],
+    )

@@ -1,0 +1,244 @@
+"""Which part of which parameter a rank holds: ParamShard for every role, and the bytes they add up to."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+from torch import fx
+
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.ir.graph import aten, is_call, is_param, placeholders
+from helix_compile.ir.leaves import leaf_bytes
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.passes.match.reject import is_quantised
+from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Cut, ParamShard
+from helix_compile.plan.matches import (
+    AttentionMatch,
+    DenseFFNMatch,
+    GqaMatch,
+    LayerMatch,
+    MoEMatch,
+    Site,
+    UpWeight,
+)
+
+
+def attention_shards(match: Site, plan: AttentionPlan, layout: HelixLayout) -> Iterable[ParamShard]:
+    """Q rows by query heads, what makes K and V by theirs; o_proj by the columns of the heads a rank owns."""
+    H, V, D = match.num_heads, match.v_head_dim, match.hidden_size
+    q_axis = "world" if plan.q_proj == "gather" else "tpa"
+    yield from _head_rows(
+        match.q_weight, match.q_bias, H, match.q_head_dim, match.q_input_size, q_axis, layout
+    )
+    if isinstance(match, GqaMatch):
+        K, cache = match.kv_heads, match.cache
+        yield from _head_rows(match.k_weight, match.k_bias, K, cache.first, match.k_input_size, "tpa", layout)  # fmt: skip
+        yield from _head_rows(match.v_weight, match.v_bias, K, cache.second, match.v_input_size, "tpa", layout)  # fmt: skip
+    else:
+        yield from _latent_shards(match, plan, q_axis, layout)
+    owned = plan.owned_heads
+    yield from _gate_shards(match, owned)
+    yield ParamShard(
+        match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), (D, owned * V),
+        "world:S(1)",
+    )  # fmt: skip
+
+
+def _head_rows(
+    weight: str, bias: str | None, H: int, width: int, inputs: int, axis: str, layout: HelixLayout
+) -> Iterable[ParamShard]:
+    """A linear's weight [H * width, inputs] and bias, cut by heads."""
+    heads = H // layout.size(axis)
+    for name, tail in ((weight, (inputs,)), (bias, ())):
+        if name:
+            yield ParamShard(
+                name, name, (H * width, *tail), (H, width, *tail), (Cut(0, axis, H),), (heads * width, *tail),
+                f"{axis}:S(0)",
+            )  # fmt: skip
+
+
+def _latent_shards(
+    match: AttentionMatch, plan: AttentionPlan, q_axis: str, layout: HelixLayout
+) -> Iterable[ParamShard]:
+    """W_UK and W_UV by heads."""
+    H, R = match.num_heads, match.kv_lora_rank
+    v_axis = "world" if plan.v_up == "after" else "tpa"
+    for suffix, weight, axis in (("w_uk", match.w_uk, q_axis), ("w_uv", match.w_uv, v_axis)):
+        sizes = {"h": H // layout.size(axis), "d": len(weight.at[0]), "r": R}
+        dim = weight.order.index("h")
+        view, window, index = _up_view(weight)
+        yield ParamShard(
+            f"{weight.param}.{suffix}", weight.param, weight.shape, view, (Cut(dim, axis, H),),
+            tuple(sizes[letter] for letter in weight.order), f"{axis}:S({dim})", window, index,
+        )  # fmt: skip
+
+
+def _gate_shards(match: Site, owned: int) -> Iterable[ParamShard]:
+    """Rows of a gate's linear by the heads a rank owns."""
+    gate, H = match.gate, match.num_heads
+    if gate is None or gate.weight is None:
+        return
+    for name, tail in ((gate.weight, (gate.input_size,)), (gate.bias, ())):
+        if name:
+            yield ParamShard(
+                name, name, (H * gate.width, *tail), (H, gate.width, *tail), (Cut(0, "world", H),),
+                (owned * gate.width, *tail), "world:S(0)",
+            )  # fmt: skip
+
+
+def _up_view(
+    weight: UpWeight,
+) -> tuple[tuple[int, ...], tuple[int, int, int] | None, tuple[int, ...] | None]:
+    """(view, window, index) that pick a weight out of its parameter; a view where rows of a head are in a row."""
+    if weight.order != "hdr":
+        return *weight.view(), None
+    rows, R = weight.rows, weight.shape[-1]
+    H, width = len(rows), len(rows[0])
+    start, stride = rows[0][0], math.prod(weight.shape[:-1]) // H
+    if all(rows[h][d] == h * stride + start + d for h in range(H) for d in range(width)):
+        return (H, stride, R), (1, start, width), None
+    return (H, width, R), None, tuple(r for row in rows for r in row)
+
+
+def dense_shards(match: DenseFFNMatch, layout: HelixLayout) -> Iterable[ParamShard]:
+    """Gate and up by rows, down by columns, over all ranks."""
+    F, D_in, D = match.width, match.input_size, match.hidden_size
+    f = -(-F // layout.world_size)
+    for name in (match.gate_weight, match.up_weight):
+        yield ParamShard(
+            name, name, (F, D_in), (F, D_in), (Cut(0, "world", F),), (f, D_in), "world:S(0)"
+        )
+    for bias in (match.gate_bias, match.up_bias):
+        if bias:
+            yield ParamShard(bias, bias, (F,), (F,), (Cut(0, "world", F),), (f,), "world:S(0)")
+    down = match.down_weight
+    yield ParamShard(down, down, (D, F), (D, F), (Cut(1, "world", F),), (D, f), "world:S(1)")
+
+
+def moe_shards(match: MoEMatch, layout: HelixLayout) -> Iterable[ParamShard]:
+    """Experts over ep; within an expert each half of gate_up by rows and down by columns over tpf."""
+    E, F, D = match.num_experts, match.width, match.hidden_size
+    e, f = E // layout.ep, -(-F // layout.tpf)
+    yield ParamShard(
+        match.gate_up, match.gate_up, (E, 2 * F, D), (E, 2, F, D),
+        (Cut(0, "ep", E), Cut(2, "tpf", F)), (e, 2, f, D), "ep:S(0), tpf:S(2)",
+    )  # fmt: skip
+    yield ParamShard(
+        match.down, match.down, (E, D, F), (E, D, F), (Cut(0, "ep", E), Cut(2, "tpf", F)),
+        (e, D, f), "ep:S(0), tpf:S(2)",
+    )  # fmt: skip
+
+
+def params_bytes_per_rank(captured: CapturedGraph, bodies: tuple[BodyPlan, ...]) -> int:
+    """Bytes of parameters that one rank holds: its shards with padding, and what is replicated."""
+    total = 0
+    for node in placeholders(captured.graph.graph):
+        if is_param(node) and not _in_a_layer(node):
+            total += _bytes(node)
+    total += leaf_bytes(captured.graph)
+    for plan in bodies:
+        graph = captured.bodies[plan.name].graph
+        cut = {s.source for s in plan.param_shards}
+        one = 0
+        for node in (n for n in placeholders(graph) if is_param(n)):
+            name, itemsize = node.meta["input"][1], node.meta["val"].dtype.itemsize
+            if name not in cut:
+                one += _bytes(node)
+            for shard in (s for s in plan.param_shards if s.source == name):
+                one += itemsize * math.prod(shard.shape)
+        total += one * len(plan.layers)
+    return total
+
+
+def _in_a_layer(node: fx.Node) -> bool:
+    return any(user.op == "call_module" for user in node.users)
+
+
+def _bytes(node: fx.Node) -> int:
+    return node.meta["val"].numel() * node.meta["val"].dtype.itemsize
+
+
+def replicated_roles(
+    captured: CapturedGraph, matches: dict[str, LayerMatch], bodies: tuple[BodyPlan, ...]
+) -> tuple[tuple[str, str], ...]:
+    """What stays as it was on every rank, and why: (what, reason). A linear in no pattern is told by its name."""
+    outer = captured.graph.graph
+    found: dict[str, str] = {}
+    if any(is_call(n, aten.embedding.default) for n in outer.nodes):
+        found["embedding"] = "one row a token; every rank needs the hidden state"
+    for node in (n for n in placeholders(outer) if is_param(n)):
+        for user in node.users:
+            if is_call(user, aten.mul.Tensor, aten._to_copy.default):
+                found["norms"] = _NORMS
+            elif is_call(user, aten.linear.default):
+                found["head"] = "the logits are wanted on every rank; not cut in this version"
+    for plan in bodies:
+        graph = captured.bodies[plan.name].graph
+        cut = {s.source for s in plan.param_shards}
+        latents = _latent_projections(graph, matches[plan.name])
+        for node in (n for n in placeholders(graph) if is_param(n)):
+            name = node.meta["input"][1]
+            if is_quantised(node):
+                dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+                role = "quantised " + re.sub(r"\d+", "*", name)
+                found[role] = f"{dtype}, made wide in the forward: every rank computes it whole"
+            elif name not in cut:
+                for user in node.users:
+                    _classify(node, user, latents, found)
+    return tuple(found.items())
+
+
+_NORMS = "work on the whole hidden state, which every rank holds"
+
+
+def _latent_projections(graph: fx.Graph, match: LayerMatch) -> set[fx.Node]:
+    """The linears that q's projection and the cached latent come from."""
+    by_name = {n.name: n for n in graph.nodes}
+    found: set[fx.Node] = set()
+    for site in match.attentions:
+        todo = [by_name[site.q_proj].args[0], *(by_name[name] for name in site.new)]
+        seen = set(todo)
+        while todo:
+            node = todo.pop()
+            assert isinstance(node, fx.Node)
+            if is_call(node, aten.linear.default):
+                found.add(node)
+                continue
+            fresh = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            todo += fresh
+    return found
+
+
+def _classify(param: fx.Node, user: fx.Node, latents: set[fx.Node], found: dict[str, str]) -> None:
+    if is_call(user, aten._to_copy.default):
+        for next_user in user.users:
+            _classify(param, next_user, latents, found)
+    elif is_call(user, aten.mul.Tensor):
+        found["norms"] = _NORMS
+    elif is_call(user, aten.linear.default) and user in latents:
+        found["latent projections"] = "q_a and kv_a: every rank needs the whole latent"
+    elif is_call(user, aten.linear.default) and _feeds_topk(user):
+        found["router"] = "every rank needs every token's choice, exactly as the original makes it"
+    elif is_call(user, aten.linear.default) and user.args[1] is not param:
+        found["biases of summed outputs"] = "added once, behind the sum over ranks"
+    elif is_call(user, aten.linear.default):
+        name = re.sub(r"\d+", "*", param.meta["input"][1])
+        after = ", ".join(sorted({str(u.target) for u in user.users}))
+        found[f"linear {name}"] = (
+            f"in no pattern that is rewritten (its result goes to {after}): every rank computes it whole"
+        )
+
+
+def _feeds_topk(node: fx.Node) -> bool:
+    seen, todo = set(), [node]
+    while todo:
+        for user in todo.pop().users:
+            if is_call(user, aten.topk.default):
+                return True
+            if user not in seen and not is_call(user, aten.linear.default):
+                seen.add(user)
+                todo.append(user)
+    return False

@@ -1,0 +1,314 @@
+"""plan_helix(): matches + options -> HelixPlan. Every decision is made here, and only here.
+
+Sizes come from the matches, never from a config. Bytes follow helix-algorithm section 8, the placement of W_UV its
+section 9.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+
+import torch
+
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.config.options import HelixOptions, default_ep
+from helix_compile.errors import LayoutError, PlanError
+from helix_compile.kernels.reference import accumulation_dtype
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.passes.decide.param_shards import (
+    attention_shards,
+    dense_shards,
+    moe_shards,
+    params_bytes_per_rank,
+    replicated_roles,
+)
+from helix_compile.plan.helix_plan import (
+    AttentionPlan,
+    BodyPlan,
+    Collective,
+    Decision,
+    FFNPlan,
+    HelixPlan,
+)
+from helix_compile.plan.matches import AttentionMatch, GqaMatch, LayerMatch, MoEMatch, Site
+
+HBM_BYTES_PER_S = 8.0e12  # B200-class, the preset behind the default of v_up
+
+
+LINK_BYTES_PER_S = 900e9
+
+
+def plan_helix(
+    captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions
+) -> HelixPlan:
+    """Decide everything.
+
+    Raises:
+        LayoutError: heads, experts or ranks that do not divide, with the numbers.
+        PlanError: an option that can have no effect on this model.
+    """
+    moes = [m for match in matches.values() for m in match.moes]
+    layout, ep_decision = _layout(options, moes)
+    _check_divisible(captured, matches, layout)
+    _check_cut_heads(captured, matches, options)
+    attentions = [a for match in matches.values() for a in match.attentions]
+    v_up_decision = _v_up(attentions, captured.dtype, options)
+    v_up = str(v_up_decision.result)
+    q_decision = Decision(
+        "q_proj", "as asked; replicate reads more weights, gather adds one all-gather a layer",
+        (("option", options.q_proj),), options.q_proj,
+    )  # fmt: skip
+    bodies = tuple(_plan_body(captured, match, layout, options, v_up) for match in matches.values())
+    cached_width = sum(
+        math.prod(a.cache.tail(layout.tpa)) * len(captured.layers_of(name))
+        for name, match in matches.items()
+        for a in match.attentions
+    )
+    return HelixPlan(
+        model=captured.model_name,
+        dtype=str(captured.dtype).removeprefix("torch."),
+        layout=layout,
+        options=options,
+        bodies=bodies,
+        decisions=(ep_decision, v_up_decision, q_decision),
+        not_rewritten=replicated_roles(captured, matches, bodies),
+        notes=_notes(captured, attentions, layout, options),
+        kv_bytes_per_token_per_rank=Fraction(cached_width * captured.dtype.itemsize, layout.kvp),
+        params_bytes_per_rank=params_bytes_per_rank(captured, bodies),
+        leaves=tuple((leaf.name, leaf.reason) for leaf in captured.leaves),
+    )
+
+
+def _layout(options: HelixOptions, moes: list[MoEMatch]) -> tuple[HelixLayout, Decision]:
+    world_size = options.cp * options.tpa
+    experts = math.gcd(*(m.num_experts for m in moes)) if moes else 0
+    if options.ep is not None and options.ep > 1 and not moes:
+        raise PlanError(f"option ep={options.ep} has no effect: the model has no routed experts")
+    ep = default_ep(world_size, experts) if options.ep is None else options.ep
+    for moe in moes:
+        if moe.num_experts % ep:
+            raise LayoutError(
+                f"{moe.num_experts} routed experts can't be divided over ep={ep} "
+                f"({moe.num_experts} % {ep} = {moe.num_experts % ep}); "
+                f"use an ep that divides both {moe.num_experts} and {world_size}"
+            )
+    rule = (
+        "as asked" if options.ep else "largest e with N % e == 0 and E % e == 0; 1 without experts"
+    )
+    decision = Decision("ep", rule, (("N", world_size), ("E", experts), ("option", options.ep)), ep)
+    return HelixLayout(kvp=options.cp, tpa=options.tpa, ep=ep, tpf=world_size // ep), decision
+
+
+def _check_divisible(
+    captured: CapturedGraph, matches: dict[str, LayerMatch], layout: HelixLayout
+) -> None:
+    N = layout.world_size
+    for name, match in matches.items():
+        for a in match.attentions:
+            if a.num_heads % N:
+                fits = [n for n in range(1, a.num_heads + 1) if a.num_heads % n == 0]
+                raise LayoutError(
+                    f"layer {captured.layers_of(name)[0].index}: {a.num_heads} heads can't be divided over "
+                    f"N = cp*tpa = {layout.kvp}*{layout.tpa} = {N} ranks ({a.num_heads} % {N} = "
+                    f"{a.num_heads % N}); choose cp*tpa from {fits}"
+                )
+            K = a.cache.heads
+            if K and K % layout.tpa:
+                fits = [n for n in range(1, K + 1) if K % n == 0]
+                raise PlanError(
+                    f"layer {captured.layers_of(name)[0].index}: {K} KV heads can't be divided over tpa={layout.tpa} "
+                    f"({K} % {layout.tpa} = {K % layout.tpa}): each rank of tpa caches whole KV heads; choose tpa from "
+                    f"{fits} and cp*tpa from the divisors of {a.num_heads} query heads"
+                )
+
+
+def _check_cut_heads(
+    captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions
+) -> None:
+    """Q, K and V are cut by heads over tpa, q also where it is gathered: then they must be such that they can be."""
+    for name, match in matches.items():
+        for uncut in (u for a in match.attentions for u in a.uncut):
+            if options.tpa > 1:
+                asked, nearest = f"tpa={options.tpa}", "tpa=1, where every rank computes it whole"
+            elif options.q_proj == "gather" and uncut.what == "q":
+                asked, nearest = 'q_proj="gather"', 'q_proj="replicate"'
+            else:
+                continue
+            raise PlanError(
+                f"layer {captured.layers_of(name)[0].index}: {asked} cuts {uncut.what} by heads, but {uncut.reason}, at node "
+                f"`{uncut.node}` ({uncut.where or 'no source line'}). nearest that works: {nearest}"
+            )
+
+
+def break_even_tokens(match: AttentionMatch, dtype: torch.dtype) -> float:
+    """B*: tokens a step at which W_UV before and after the exchange cost the same; inf where V >= R."""
+    H, R, V = match.num_heads, match.kv_lora_rank, match.v_head_dim
+    if V >= R:
+        return math.inf
+    read = H * R * V * dtype.itemsize / HBM_BYTES_PER_S
+    return read / (H * (R - V) * dtype.itemsize / LINK_BYTES_PER_S)
+
+
+def _v_up(sites: list[Site], dtype: torch.dtype, options: HelixOptions) -> Decision:
+    match = next((a for a in sites if isinstance(a, AttentionMatch)), None)
+    if match is None:
+        if options.v_up != "auto":
+            raise PlanError(
+                f"option v_up={options.v_up!r} has no effect: no attention of this model has a W_UV (grouped-query "
+                'attention caches V itself); drop it or use v_up="auto"'
+            )
+        return Decision("v_up", "V is cached as it is: there is no W_UV", (), "none")
+    even = break_even_tokens(match, dtype)
+    inputs = (
+        ("R", match.kv_lora_rank), ("V", match.v_head_dim), ("tokens", options.max_batch_size),
+        ("B*", None if math.isinf(even) else round(even, 3)), ("HBM_TB_s", HBM_BYTES_PER_S / 1e12),
+        ("link_GB_s", LINK_BYTES_PER_S / 1e9), ("option", options.v_up),
+    )  # fmt: skip
+    if options.cp == 1:
+        return Decision(
+            "v_up", "cp = 1: nothing is exchanged, so there is no before", inputs, "after"
+        )
+    if options.v_up != "auto":
+        return Decision("v_up", "as asked", inputs, options.v_up)
+    rule = '"after" if V >= R or max_batch_size <= B*, else "before"'
+    return Decision("v_up", rule, inputs, "after" if options.max_batch_size <= even else "before")
+
+
+def _plan_body(
+    captured: CapturedGraph,
+    match: LayerMatch,
+    layout: HelixLayout,
+    options: HelixOptions,
+    v_up: str,
+) -> BodyPlan:
+    attentions = tuple(
+        _plan_attention(i, a, layout, options, v_up) for i, a in enumerate(match.attentions)
+    )
+    ffns = [
+        *_plan_dense(match, layout),
+        *(_plan_moe(i, m, layout) for i, m in enumerate(match.moes)),
+    ]
+    shards = [
+        *(
+            s
+            for a, p in zip(match.attentions, attentions, strict=True)
+            for s in attention_shards(a, p, layout)
+        ),
+        *(s for f in match.dense_ffns for s in dense_shards(f, layout)),
+        *(s for m in match.moes for s in moe_shards(m, layout)),
+    ]
+    dtype = captured.dtype
+    collectives = [
+        *(
+            c
+            for a, p in zip(match.attentions, attentions, strict=True)
+            for c in _exchange(a, p, layout, dtype)
+        ),
+        *(_all_reduce("FFN output", D, layout, dtype) for D in _ffn_outputs(match)),
+    ]
+    return BodyPlan(
+        name=match.body,
+        layers=tuple(layer.index for layer in captured.layers_of(match.body)),
+        attentions=attentions,
+        ffns=tuple(ffns),
+        param_shards=tuple(shards),
+        collectives=tuple(c for c in collectives if c.egress_bytes_per_rank_per_token),
+    )
+
+
+def _plan_attention(
+    site: int, match: Site, layout: HelixLayout, options: HelixOptions, v_up: str
+) -> AttentionPlan:
+    owned = match.num_heads // layout.world_size
+    return AttentionPlan(
+        site=site,
+        kvp=layout.kvp,
+        merge=options.merge,
+        q_proj=options.q_proj,
+        v_up="none" if match.cache.heads else v_up,
+        computed_heads=match.num_heads // layout.tpa,
+        owned_heads=owned,
+        head_ranges=tuple((r * owned, (r + 1) * owned) for r in range(layout.world_size)),
+        tokens_per_block=options.tokens_per_block,
+        output_weight=match.o_weight,
+        cached_heads=match.cache.heads // layout.tpa,
+    )
+
+
+def _plan_dense(match: LayerMatch, layout: HelixLayout) -> Iterable[FFNPlan]:
+    """Dense FFNs and shared experts alike are cut over all N ranks."""
+    shared = {m.shared for m in match.moes}
+    N = layout.world_size
+    for site, ffn in enumerate(match.dense_ffns):
+        shard = -(-ffn.width // N)
+        padding = tuple(shard - _part(ffn.width, shard, r) for r in range(N))
+        yield FFNPlan(
+            "shared" if ffn.down in shared else "dense", site, ("world",), ffn.width, shard, padding
+        )
+
+
+def _plan_moe(site: int, match: MoEMatch, layout: HelixLayout) -> FFNPlan:
+    shard = -(-match.width // layout.tpf)
+    ranks = range(layout.world_size)
+    padding = tuple(shard - _part(match.width, shard, layout.index("tpf", r)) for r in ranks)
+    per_rank = match.num_experts // layout.ep
+    return FFNPlan("routed", site, ("ep", "tpf"), match.width, shard, padding, per_rank)
+
+
+def _part(total: int, width: int, index: int) -> int:
+    return max(0, min(total, (index + 1) * width) - index * width)
+
+
+def _exchange(
+    match: Site, plan: AttentionPlan, layout: HelixLayout, dtype: torch.dtype
+) -> Iterable[Collective]:
+    cp, H = layout.kvp, plan.computed_heads
+    if isinstance(match, GqaMatch):
+        asked, query_width, width = "q", match.q_head_dim, match.v_head_dim
+    else:
+        asked, query_width = "absorbed q", match.kv_lora_rank + match.qk_rope_head_dim
+        width = match.v_head_dim if plan.v_up == "before" else match.kv_lora_rank
+    payload, statistic = width * dtype.itemsize, accumulation_dtype(dtype).itemsize
+    if plan.q_proj == "gather":
+        moved = Fraction((cp - 1) * plan.owned_heads * query_width * dtype.itemsize)
+        yield Collective("all_gather_into_tensor", "kvp", asked, moved)
+    if plan.merge == "a2a":
+        moved = Fraction((cp - 1) * H * (payload + statistic), cp)
+        yield Collective("all_to_all_single", "kvp", "partial_o and lse", moved)
+    else:
+        yield Collective("all_gather_into_tensor", "kvp", "lse", Fraction((cp - 1) * H * statistic))
+        moved = Fraction((cp - 1) * H * payload, cp)
+        yield Collective("reduce_scatter_tensor", "kvp", "rescaled partial_o", moved)
+    yield _all_reduce("attention output", match.hidden_size, layout, dtype)
+
+
+def _all_reduce(what: str, hidden: int, layout: HelixLayout, dtype: torch.dtype) -> Collective:
+    """As a ring, own chunk excluded: 2 (N - 1) / N of the vector."""
+    N = layout.world_size
+    return Collective(
+        "all_reduce", "world", what, Fraction(2 * (N - 1) * hidden * dtype.itemsize, N)
+    )
+
+
+def _ffn_outputs(match: LayerMatch) -> list[int]:
+    """Widths of the FFN sums: a shared expert is added to the routed ones before the one all-reduce."""
+    shared = {m.shared for m in match.moes}
+    alone = [f.hidden_size for f in match.dense_ffns if f.down not in shared]
+    return alone + [m.hidden_size for m in match.moes]
+
+
+def _notes(
+    captured: CapturedGraph, attentions: list[Site], layout: HelixLayout, options: HelixOptions
+) -> tuple[str, ...]:
+    notes = list(captured.notes)
+    if layout.tpa > 1 and not all(a.cache.heads for a in attentions):
+        notes.append(
+            f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)"
+        )
+    if captured.max_positions and options.max_seq_len > captured.max_positions:
+        notes.append(
+            f"max_seq_len={options.max_seq_len} is beyond the model's own maximum of {captured.max_positions}"
+        )
+    return tuple(notes)

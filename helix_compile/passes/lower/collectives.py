@@ -1,0 +1,110 @@
+"""Moves become collectives; compute ops get a provider. The only pass that knows torch's collectives.
+
+    all_to_all_heads(o, lse)      pack_heads -> all_to_all_single -> wait_tensor -> unpack_heads
+    reshard(P -> R)               all_reduce -> wait_tensor
+    reshard(S(d) -> R)            all_gather_into_tensor -> wait_tensor -> peers of dim 0 moved to dim d
+    reshard(P -> S(d))            dim d moved to 0 -> reduce_scatter_tensor -> wait_tensor -> moved back
+
+Group arguments are axis names, so the graphs of all ranks are the same text.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed._functional_collectives
+from torch import fx
+from torch.distributed.tensor.placement_types import Partial, Shard
+
+from helix_compile.errors import LoweringError
+from helix_compile.ir.graph import aten, calls, named
+from helix_compile.ir.ops import MOVES, helix
+from helix_compile.ir.origin import made_from
+from helix_compile.ir.shapes import propagate_shapes
+from helix_compile.layout.placement import Layout, parse_layout
+from helix_compile.passes.runner import PassResult
+
+c10d = torch.ops._c10d_functional
+
+
+def lower_pass(gm: fx.GraphModule) -> PassResult:
+    """Expand every move of a body."""
+    moves = calls(gm.graph, *MOVES)
+    for node in moves:
+        with made_from(gm.graph, node), gm.graph.inserting_before(node):
+            if node.target is helix.all_to_all_heads.default:
+                lowered = _all_to_all_heads(gm.graph, *node.args)
+            else:
+                lowered = _reshard(gm.graph, *node.args)
+        lowered.meta = {**node.meta, **lowered.meta}
+        node.replace_all_uses_with(lowered)
+        gm.graph.erase_node(node)
+    propagate_shapes(gm.graph)
+    return PassResult(gm, len(moves))
+
+
+def no_moves_left(gm: fx.GraphModule) -> None:
+    """A lowered graph holds collectives only."""
+    left = calls(gm.graph, *MOVES)
+    if left:
+        raise LoweringError(
+            f"{len(left)} moves not lowered: " + ", ".join(f"`{n.name}` ({n.target})" for n in left)
+        )
+
+
+def _all_to_all_heads(
+    graph: fx.Graph, partial_o: fx.Node, lse: fx.Node, axis: str, peers: int
+) -> fx.Node:
+    buffer = named(graph, "packed", helix.pack_heads.default, partial_o, lse, peers)
+    splits = [1] * peers
+    buffer = named(
+        graph, "all_to_all_single", c10d.all_to_all_single.default, buffer, splits, splits, axis
+    )
+    buffer = named(graph, "wait_tensor", c10d.wait_tensor.default, buffer)
+    return named(graph, "unpacked", helix.unpack_heads.default, buffer, partial_o, lse)
+
+
+def _reshard(graph: fx.Graph, x: fx.Node, source: str, target: str, size: int) -> fx.Node:
+    before, after = parse_layout(source), parse_layout(target)
+    axis = _moved_axis(before, after)
+    old, new = before.get(axis, before.get("world")), after.get(axis)
+    if isinstance(old, Partial) and new is None:
+        reduced = named(graph, "all_reduce", c10d.all_reduce.default, x, "sum", axis)
+        return named(graph, "wait_tensor", c10d.wait_tensor.default, reduced)
+    if isinstance(old, Shard) and new is None:
+        return _gather(graph, x, old.dim, size, axis)
+    if isinstance(old, Partial) and isinstance(new, Shard):
+        return _reduce_scatter(graph, x, new.dim, size, axis)
+    raise LoweringError(f"no collective turns {source!r} into {target!r}")
+
+
+def _moved_axis(before: Layout, after: Layout) -> str:
+    """The one axis along which the layouts differ; "world" -> "tpa" moves along "kvp"."""
+    if "world" in before and "tpa" in after:
+        return "kvp"
+    if "world" in before and not after:
+        return "world"
+    return next(iter(before))
+
+
+def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
+    whole = graph.call_function(aten.contiguous.default, (x,))
+    whole = named(
+        graph, "all_gather_into_tensor", c10d.all_gather_into_tensor.default, whole, size, axis
+    )
+    whole = named(graph, "wait_tensor", c10d.wait_tensor.default, whole)
+    if dim == 0:
+        return whole
+    # the collective stacks peers on dim 0; heads of peer p go behind those of peer p - 1
+    peers = graph.call_function(aten.unflatten.int, (whole, 0, [size, -1]))
+    peers = graph.call_function(aten.movedim.int, (peers, 0, dim))
+    return graph.call_function(aten.flatten.using_ints, (peers, dim, dim + 1))
+
+
+def _reduce_scatter(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
+    first = graph.call_function(aten.movedim.int, (x, dim, 0))
+    first = graph.call_function(aten.contiguous.default, (first,))
+    part = named(
+        graph, "reduce_scatter_tensor", c10d.reduce_scatter_tensor.default, first, "sum", size, axis
+    )
+    part = named(graph, "wait_tensor", c10d.wait_tensor.default, part)
+    return graph.call_function(aten.movedim.int, (part, 0, dim))

@@ -1,0 +1,63 @@
+"""Compute ops -> the kernels of a target, chosen from the registry by op, architecture, dtype and shape.
+
+What has no kernel keeps its torch reference, and says why: meta["kernel"] = [provider, reason].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from helix_compile.ir.graph import is_call
+from helix_compile.ir.ops import MOVES, helix
+from helix_compile.kernels.registry import Capacity, Site, select_kernel
+from helix_compile.kernels.target import KernelTarget
+
+KERNEL, PROVIDER = "kernel", "helix_triton"
+
+
+# a view of the exchange buffer: there is nothing to compute
+VIEWS = (helix.unpack_heads.default,)
+
+
+def select_kernels(graph: fx.Graph, target: KernelTarget, capacity: Capacity) -> None:
+    """Give every helix:: compute op of `graph` the provider's op, or the reason why it stays as it is."""
+    for node in graph.nodes:
+        if is_compute_op(node):
+            choose(node, target, capacity)
+
+
+def is_compute_op(node: fx.Node) -> bool:
+    """A helix:: op that computes."""
+    return (
+        node.op == "call_function"
+        and str(node.target).startswith("helix.")
+        and node.target not in (*MOVES, *VIEWS)
+    )
+
+
+def choose(node: fx.Node, target: KernelTarget, capacity: Capacity) -> bool:
+    """Retarget one helix:: op; False where its reference stays."""
+    choice = select_kernel(site_of(node, capacity), target)
+    if choice.kernel is not None:
+        node.target = choice.kernel.target
+    node.meta[KERNEL] = [PROVIDER if choice.kernel else "reference", choice.reason]
+    return choice.kernel is not None
+
+
+def site_of(node: fx.Node, capacity: Capacity) -> Site:
+    """What selection sees of a node."""
+    args: tuple[Any, ...] = fx.map_arg(node.args, lambda n: n.meta["val"])
+    name = str(node.target).removeprefix("helix_triton.").removeprefix("helix.")
+    return Site(name.removesuffix(".default"), args, capacity)
+
+
+def is_kernel(node: Any, op: str) -> bool:
+    """True for a call of the helix_triton:: op of this name ("mla_decode", "pack_heads.splits")."""
+    name = op if "." in op else f"{op}.default"
+    return (
+        isinstance(node, fx.Node)
+        and is_call(node, node.target)
+        and str(node.target) == f"{PROVIDER}.{name}"
+    )

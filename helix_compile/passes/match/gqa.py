@@ -1,0 +1,112 @@
+"""Find grouped-query sites by dataflow: K and V are what the layer caches, their heads repeated for groups of query heads.
+
+    k = rope(norm(linear_k(x))),  v = linear_v(x)  -> cache [B, K, S, D] -> each head G times -> attention
+
+Norm and rope are optional. No class, module or parameter name is looked at; K = H (plain multi-head attention) is the
+same thing with groups of one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from helix_compile.ir.elements import Provenance, is_cache_update, trace_elements
+from helix_compile.ir.sizes import shape_of
+from helix_compile.passes.match.anchor import Anchor, cache_parts
+from helix_compile.passes.match.expansion import check_grid
+from helix_compile.passes.match.head_cuts import cut_or_whole
+from helix_compile.passes.match.heads import bias_of, one_linear, output_projection, param_of
+from helix_compile.passes.match.reject import Reject
+from helix_compile.plan.matches import GqaMatch
+
+
+def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
+    """The site, given where V's elements come from; Reject says why it is none."""
+    node, mask = anchor.node, anchor.mask
+    assert mask is not None
+    k = trace_elements(anchor.k)
+    used = k.used()
+    if k.undefined() or len(used) != 1 or not is_cache_update(used[0]):
+        names = ", ".join(f"`{s.name}` ({s.target})" for s in used)
+        raise Reject(f"V is what the layer caches, K is not: it comes from {names}", node, 3)
+    H = shape_of(anchor.q)[1]
+    k_update, v_update = used[0], v.used()[0]
+    if k_update is v_update:
+        raise Reject("K and V are one cached value", node, 3)
+    kv_heads = shape_of(v_update)[1]
+    if shape_of(k_update)[1] != kv_heads or H % kv_heads:
+        raise Reject(
+            f"{H} query heads, {shape_of(k_update)[1]} heads of K and {kv_heads} of V are cached: no groups",
+            node,
+            3,
+        )
+    for what, source, update in (("K", k, k_update), ("V", v, v_update)):
+        _check_repeated(what, source, update, H, anchor.shared_heads, node)
+    new_k, past_k = cache_parts(k_update, "K", node)
+    new_v, past_v = cache_parts(v_update, "V", node)
+    o_proj, gate = output_projection(node)
+    values = (("q", anchor.q), ("K", new_k), ("V", new_v))
+    linears = [one_linear(value, what) for what, value in values]
+    if len(set(linears)) < 3:
+        raise Reject(
+            "q, K and V come from fewer than three linears, whose rows can't be cut by one rule (nearest that works: three "
+            "linears)",
+            linears[0],
+            6,
+        )
+    cuts = [
+        cut_or_whole(value, linear, lambda x: x.transpose(1, 2), 1, shape_of(value)[3], what)
+        for (what, value), linear in zip(values, linears, strict=True)
+    ]
+    q_proj, k_proj, v_proj = linears
+    return GqaMatch(
+        anchor=node.name, q=anchor.q.name, q_proj=q_proj.name, k_proj=k_proj.name, v_proj=v_proj.name,
+        o_proj=o_proj.name, k=new_k.name, v=new_v.name, past_k=past_k.name, past_v=past_v.name, mask=mask.name,
+        q_weight=param_of(q_proj, 1), q_bias=bias_of(q_proj), k_weight=param_of(k_proj, 1), k_bias=bias_of(k_proj),
+        v_weight=param_of(v_proj, 1), v_bias=bias_of(v_proj), o_weight=param_of(o_proj, 1), o_bias=bias_of(o_proj),
+        scale=anchor.scale, num_heads=H, kv_heads=kv_heads, q_head_dim=shape_of(anchor.q)[3],
+        v_head_dim=shape_of(v_update)[3], hidden_size=shape_of(o_proj)[-1],
+        q_input_size=shape_of(q_proj.args[0])[-1], k_input_size=shape_of(k_proj.args[0])[-1],
+        v_input_size=shape_of(v_proj.args[0])[-1], head_views=cuts[0][0], k_views=cuts[1][0], v_views=cuts[2][0],
+        gate=gate, uncut=tuple(u for _, uncut in cuts for u in uncut),
+    )  # fmt: skip
+
+
+def _check_repeated(
+    what: str, source: Provenance, update: fx.Node, H: int, shared: bool, node: fx.Node
+) -> None:
+    """Query head j must read all channels of KV head j // G of its own sequence, at every position in place."""
+    kv_heads = shape_of(update)[1]
+    ids = source.ids.repeat_interleave(H // source.ids.shape[1], dim=1) if shared else source.ids
+    coordinates = source.coordinates(update, ids)
+    if coordinates is None or ids.shape[1] != H:
+        raise Reject(f"{what} of {ids.shape[1]} heads meets {H} query heads", node, 4)
+    if ids.shape[2] != shape_of(update)[2]:
+        raise Reject(
+            f"{what}: attention sees {ids.shape[2]} positions of {shape_of(update)[2]} that are cached (a window?)",
+            node,
+            4,
+        )
+    batch, head, position, channel = coordinates
+    check_grid(batch, position, what, node, 4)
+    group = H // kv_heads
+    read = head[:, :, :, 0].flatten(2)[0, :, 0]
+    if not bool((head == read.view(1, H, 1, 1)).all()):
+        raise Reject(f"{what}: the KV head depends on position or channel", node, 4)
+    if not torch.equal(read, torch.arange(H) // group):
+        tiled = torch.equal(read, torch.arange(H) % kv_heads)
+        first = int((read != torch.arange(H) // group).nonzero()[0])
+        raise Reject(
+            f"{what}: query head {first} reads KV head {int(read[first])}, expected {first // group}"
+            + (
+                " (the heads are tiled as a whole; repeat each one, as repeat_interleave does)"
+                if tiled
+                else ""
+            ),
+            node,
+            4,
+        )
+    width = shape_of(update)[3]
+    if ids.shape[3] != width or not bool((channel == torch.arange(width)).all()):
+        raise Reject(f"{what}: channels are cut or permuted between cache and attention", node, 4)

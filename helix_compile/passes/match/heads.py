@@ -1,0 +1,188 @@
+"""What must be cut by heads around an attention site: q's linear, a gate's linear, and the columns of o_proj.
+
+    anchor [B, H, T, V] -> layout ops -> (x gate) -> layout ops -> linear(o_proj)
+
+That rows of a linear make one head alone is shown in head_cuts.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.ir.dataflow import ancestors
+from helix_compile.ir.elements import is_layout_op, trace_elements
+from helix_compile.ir.graph import aten, is_call, is_param
+from helix_compile.ir.sizes import shape_of
+from helix_compile.passes.match.head_cuts import check_head_rows
+from helix_compile.passes.match.reject import Reject, computed_weight
+from helix_compile.plan.matches import GateMatch, permuted
+
+
+def one_linear(value: fx.Node, what: str) -> fx.Node:
+    """The one linear whose output becomes `value`."""
+    found, seen, todo = [], {value}, [value]
+    while todo:
+        node = todo.pop()
+        if is_call(node, aten.linear.default):
+            found.append(node)
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    if len(found) != 1:
+        raise Reject(f"{what} must come from one linear, it comes from {len(found)}", value, 6)
+    return found[0]
+
+
+def param_of(linear: fx.Node, place: int) -> str:
+    """Name of the parameter that is argument `place` of a linear; Reject where it is computed."""
+    weight = linear.args[place]
+    if not is_param(weight):
+        raise Reject(computed_weight(linear, weight), linear, 6)
+    return weight.meta["input"][1]
+
+
+def bias_of(linear: fx.Node) -> str | None:
+    """Name of a linear's bias, or None."""
+    return param_of(linear, 2) if len(linear.args) > 2 and linear.args[2] is not None else None
+
+
+def output_projection(anchor: fx.Node, form: str = "BHTV") -> tuple[fx.Node, GateMatch | None]:
+    """The first linear behind attention [form], reached by single users through layout ops and at most one gate.
+
+    Its input column h * V + v is channel v of head h.
+    """
+    node, product = anchor, None
+    while not is_call(node, aten.linear.default):
+        if len(node.users) != 1:
+            raise Reject(
+                f"{len(node.users)} users between attention and its output projection", node, 6
+            )
+        before, node = node, next(iter(node.users))
+        if is_call(node, aten.mul.Tensor) and product is None and len(node.all_input_nodes) == 2:
+            product = (node, before)
+        elif not (is_layout_op(node) or is_call(node, aten.linear.default)):
+            raise Reject(
+                f"`{node.target}` stands between attention and its output projection", node, 6
+            )
+    stop = product[0] if product else anchor
+    source = trace_elements(node.args[0], stop=lambda n: n is stop)
+    places = source.coordinates(stop)
+    if places is None or source.ids.dim() != 3:
+        raise Reject("the output projection does not read all heads of attention", node, 6)
+    gate = None
+    if product is not None:
+        attended = trace_elements(product[1], stop=lambda n: n is anchor)
+        inside = attended.coordinates(anchor)
+        if inside is None or attended.ids.shape != shape_of(product[0]):
+            raise Reject("a gate widens what attention returns", product[0], 6)
+        places = tuple(c[places] for c in inside)
+        gate = _gate(product[0], product[1], attended.ids, anchor, form)
+    _check_columns(places, anchor, node, form)
+    return node, gate
+
+
+def _check_columns(places: tuple[Tensor, ...], anchor: fx.Node, o_proj: fx.Node, form: str) -> None:
+    batch, head, token, channel = (places[form.index(c)] for c in "BHTV")
+    B, T, width = batch.shape
+    H, V = (shape_of(anchor)[form.index(c)] for c in "HV")
+    straight = bool((batch == torch.arange(B).view(B, 1, 1)).all()) and bool(
+        (token == torch.arange(T).view(1, T, 1)).all()
+    )
+    if not straight or width != H * V:
+        raise Reject("the output projection mixes sequences or positions", o_proj, 6)
+    if not torch.equal(head[0, 0] * V + channel[0, 0], torch.arange(width)):
+        raise Reject(
+            "the output projection reads heads that are not whole blocks of columns", o_proj, 6
+        )
+
+
+def gate_by_head(gate: Any, form: str, v_head_dim: int) -> list[tuple[Any, ...]]:
+    """(op, args...) that bring a gate in `form` to [B, T, H, V or 1], as for o [B, T, H, V]."""
+    if form == "BHTV":
+        return [(aten.transpose.int, 1, 2)]
+    if form == "BT(HV)":
+        return [(aten.unflatten.int, 2, [-1, v_head_dim])]
+    return []
+
+
+def _gate(
+    product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node, order: str
+) -> GateMatch:
+    """The gate of product = attended * gate, cut by heads where it has heads."""
+    lying = (ids.flatten().min() + torch.arange(ids.numel())).view(shape_of(anchor))
+    straight = permuted(lying, order, "BHTV")
+    H, V = straight.shape[1], straight.shape[3]
+    forms = {
+        "BTHV": straight.transpose(1, 2),
+        "BHTV": straight,
+        "BT(HV)": straight.transpose(1, 2).flatten(2),
+    }
+    form = next((f for f, x in forms.items() if x.shape == ids.shape and torch.equal(x, ids)), None)
+    gate = next(n for n in product.args if n is not attended)
+    assert isinstance(gate, fx.Node)
+    size = shape_of(gate)
+    if form is None or len(size) != ids.dim() or (form == "BT(HV)" and size[2] != H * V):
+        raise Reject(f"a gate of shape {size} on attention of shape {tuple(ids.shape)}", product, 6)
+    names = {"product": product.name, "value": gate.name, "form": form}
+    heads = {"BTHV": size[2], "BHTV": size[1]}.get(form, H) if len(size) == 4 else H
+    if heads == 1:  # the same for all heads: nothing to cut
+        return GateMatch(**names)
+
+    def by_head(value: Tensor) -> Tensor:
+        for op, *args in gate_by_head(gate, form, V):
+            value = op(value, *args)
+        return value
+
+    linear = one_linear(gate, "the gate")
+    _refuse_other_readers(linear, gate, product, anchor)
+    heads_dim = form.index("H") if len(size) == 4 else 2
+    try:
+        views = check_head_rows(gate, linear, by_head, heads_dim, "the gate")
+    except Reject as rejection:
+        raise _with_advice(rejection) from rejection
+    weights = [a for a in linear.args[1:] if a is not None]
+    if not all(map(is_param, weights)):
+        raise Reject("the weight of the gate's linear is computed, not a parameter", linear, 6)
+    bias = weights[1].meta["input"][1] if len(weights) > 1 else None
+    return GateMatch(
+        **names, weight=weights[0].meta["input"][1], bias=bias, width=shape_of(linear)[-1] // H,
+        input_size=shape_of(linear.args[0])[-1], head_views=views,
+    )  # fmt: skip
+
+
+def _with_advice(rejection: Reject) -> Reject:
+    """A gate is cut over all ranks, so no smaller tpa would help."""
+    rejection.failure = replace(
+        rejection.failure,
+        reason=f"{rejection.failure.reason} (a gate is cut over all cp * tpa ranks; nearest that works: a gate whose "
+        "linear makes the heads one after the other, with nothing across them)",
+    )
+    return rejection
+
+
+def _refuse_other_readers(
+    linear: fx.Node, gate: fx.Node, product: fx.Node, anchor: fx.Node
+) -> None:
+    """What is between the gate's linear and the product is for the gate alone: it will be cut by heads."""
+    if linear in ancestors([anchor], until=[]):
+        raise Reject(
+            f"the gate and what attention reads come from one linear `{linear.name}` of {shape_of(linear)[-1]} rows, which "
+            "are cut by two rules (nearest that works: the gate as a linear of its own)",
+            linear,
+            6,
+        )
+    todo = [linear]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user is product and node is gate:
+                continue
+            if user.op == "output" or user is product or is_call(user, aten.linear.default):
+                raise Reject(f"`{node.name}` of the gate is read by `{user.name}` too", node, 6)
+            todo.append(user)

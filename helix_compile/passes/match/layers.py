@@ -1,0 +1,128 @@
+"""Run every matcher on every body. An attention site that is not matched is an error with the closest reason."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.errors import MatchError
+from helix_compile.ir.elements import is_cache_update, is_layout_op
+from helix_compile.ir.graph import is_param
+from helix_compile.passes.match.attention import find_attention
+from helix_compile.passes.match.context import check_context
+from helix_compile.passes.match.ffn import find_dense_ffns, find_moes
+from helix_compile.passes.match.mask import check_mask
+from helix_compile.plan.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch
+
+
+def match_layers(captured: CapturedGraph, max_seq_len: int) -> dict[str, LayerMatch]:
+    """Body name -> what was found in it.
+
+    Raises:
+        MatchError: a body whose attention is neither MLA nor grouped-query, with the layer, node, source line and closest reason.
+    """
+    return {name: _match_body(captured, name, max_seq_len) for name in captured.bodies}
+
+
+def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMatch:
+    graph = captured.bodies[body].graph
+    attentions = find_attention(graph)
+    matched = [a for a in attentions if not isinstance(a, MatchFailure)]
+    failures = [a for a in attentions if isinstance(a, MatchFailure)]
+    layers = captured.layers_of(body)
+    if failures or not matched:
+        raise _no_attention(captured, body, failures, len(matched))
+    cached = len(layers[0].caches)
+    if len(matched) != cached:
+        raise MatchError(
+            f"layer {layers[0].index}: {cached} cached attentions but {len(matched)} sites found"
+        )
+    for match in matched:
+        check_mask(captured, body, match, max_seq_len)
+    check_context(captured, body, matched)
+    moes = find_moes(graph)
+    for failure in moes:
+        if isinstance(failure, MatchFailure):
+            raise MatchError(
+                f"layer {layers[0].index}: routed experts at node `{failure.node}` ({failure.where}) "
+                f"not recognised: {failure.reason}"
+            )
+    found = tuple(m for m in moes if isinstance(m, MoEMatch))
+    layer_match = LayerMatch(body, tuple(matched), tuple(find_dense_ffns(graph)), found)
+    _check_disjoint(layer_match, graph)
+    _check_complete(layer_match, graph, layers[0].index)
+    return layer_match
+
+
+_KEEP_HINT = (
+    '\n  nearest that works: unmatched="keep" leaves such layers as they are, if others match'
+)
+
+
+def _no_attention(
+    captured: CapturedGraph, body: str, failures: list[MatchFailure], matched: int
+) -> MatchError:
+    layers = captured.layers_of(body)
+    where = f"layer {layers[0].index}" + (f" (and {len(layers) - 1} like it)" if layers[1:] else "")
+    if not failures:
+        updates = sum(is_cache_update(n) for n in captured.bodies[body].graph.nodes)
+        return MatchError(
+            f"{where}: no MLA or grouped-query attention found.\n"
+            f"  closest: no attention op at all in {len(captured.bodies[body].graph.nodes)} nodes "
+            f"({updates} cache updates)\n  expected scaled_dot_product_attention or matmul(softmax(...), v)"
+        )
+    closest = max(failures, key=lambda f: f.depth)
+    return MatchError(
+        f"{where} of {captured.model_name}: no MLA or grouped-query attention found"
+        + (f" at {len(failures)} of {len(failures) + matched} sites" if matched else "")
+        + f".\n  closest: {closest.reason}\n  at node `{closest.node}` ({closest.where})\n"
+        "  expected K and V expanded from one cached latent, plus one shared rope part (DeepSeek-V3 style), or cached K and "
+        "V, each head repeated for a group of query heads (Llama style)" + _KEEP_HINT
+    )
+
+
+def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
+    """Each weight is cut by one rule only."""
+    mla = [a for a in match.attentions if isinstance(a, AttentionMatch)]
+    ups = [n for a in mla for n in dict.fromkeys((a.w_uk.param, a.w_uv.param))]
+    names = [n for a in match.attentions for n in a.cut_weights]
+    names += [a.gate.weight for a in match.attentions if a.gate and a.gate.weight]
+    names += [n for f in match.dense_ffns for n in (f.gate_weight, f.up_weight, f.down_weight)]
+    names += [n for m in match.moes for n in (m.gate_up, m.down)]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise MatchError(f"{match.body}: parameters matched in two roles: {', '.join(twice)}")
+    by_name = {n.meta["input"][1]: n for n in graph.nodes if is_param(n)}
+    shared = [
+        n for n in names if len(by_name[n].users) > 1 and n not in ups and not _is_expert(n, match)
+    ]
+    expanders = {n for a in mla for n in (a.k_up, a.v_up)}
+    shared += [n for n in ups if not _readers(by_name[n]) <= expanders]
+    if shared:
+        raise MatchError(f"{match.body}: parameters used twice can't be cut: {', '.join(shared)}")
+
+
+def _readers(weight: fx.Node) -> set[str]:
+    """Names of what reads a weight, or a view of it."""
+    found: set[str] = set()
+    for user in weight.users:
+        found |= _readers(user) if is_layout_op(user) else {user.name}
+    return found
+
+
+def _is_expert(name: str, match: LayerMatch) -> bool:
+    return any(name in (m.gate_up, m.down) for m in match.moes)
+
+
+def _check_complete(match: LayerMatch, graph: fx.Graph, layer: int) -> None:
+    """Expert weights that no matcher took would silently stay whole on every rank: refuse."""
+    taken = {n for m in match.moes for n in (m.gate_up, m.down)}
+    taken |= {n for a in match.attentions for n in a.cut_weights}
+    for node in graph.nodes:
+        if is_param(node) and node.meta["val"].dim() == 3 and node.meta["input"][1] not in taken:
+            users = ", ".join(f"`{u.name}` ({u.target})" for u in node.users)
+            raise MatchError(
+                f"layer {layer}: {node.meta['input'][1]} {list(node.meta['val'].shape)} looks like expert weights, "
+                f"but no routed experts were recognised around {users}; expected transformers' grouped_mm or "
+                "batched_mm form with silu"
+            )

@@ -1,0 +1,195 @@
+"""Accept a mask by what it does: evaluate it whole at the first positions and at strips further on; causal + padding passes.
+
+A window of 4096 looks causal near 0, a top-k mask needs the hidden states: neither can pass here. Every layer that a body
+computes is looked at: layers of one body may be given different masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.errors import MatchError, PlanError
+from helix_compile.ir.dataflow import NotRun, ancestors, evaluate
+from helix_compile.ir.graph import node_named, placeholders, source_line
+from helix_compile.plan.matches import Site, permuted
+
+ROWS = 4  # sequences of the square at the first positions; two of them padded on the left
+
+
+SQUARE = 512  # its side: all queries of an empty cache against all keys
+
+
+STRIP, STRIP_ELEMENTS = 64, 2**21  # queries of a strip at most, and queries x keys
+
+
+LONGEST = 2**24  # tokens; the mask of one query over them takes a few hundred MB to evaluate
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The mask of one site, as one layer's call gives it."""
+
+    captured: CapturedGraph
+    body: str
+    match: Site
+    call: fx.Node
+
+
+def check_mask(captured: CapturedGraph, body: str, match: Site, max_seq_len: int) -> None:
+    """Raise MatchError unless the site's mask is the causal one plus padding, up to `max_seq_len`, in every layer.
+
+    Raises:
+        PlanError: a capacity at which no mask can be evaluated.
+    """
+    if max_seq_len > LONGEST:
+        raise PlanError(
+            f"option max_seq_len={max_seq_len}: got more than masks can be evaluated for, expected at most {LONGEST}"
+        )
+    for subject in _subjects(captured, body, match):
+        side = min(max_seq_len, SQUARE)
+        mask = torch.ones(ROWS, side, dtype=torch.int64)
+        mask[0, : min(2, side - 1)] = 0
+        mask[1, : side // 3] = 0
+        _compare(subject, mask, side)
+        total = max_seq_len
+        while total > side:
+            strip = min(STRIP, total, max(1, STRIP_ELEMENTS // total))
+            _compare(subject, torch.ones(1, total, dtype=torch.int64), strip)
+            total = max(side, total // 2)
+
+
+def _subjects(captured: CapturedGraph, body: str, match: Site) -> Iterator[_Subject]:
+    """One for each set of outer values that layers of this body give to what the mask is computed from."""
+    graph = captured.bodies[body].graph
+    read = ancestors([node_named(graph, match.mask)], until=[])
+    places = [i for i, p in enumerate(placeholders(graph)) if p in read]
+    seen = set()
+    for node in captured.graph.graph.nodes:
+        if node.op == "call_module" and node.target == body:
+            key = tuple(node.args[i] for i in places if not _is_past(node.args[i]))
+            if key not in seen:
+                seen.add(key)
+                yield _Subject(captured, body, match, node)
+
+
+def _is_past(node: Any) -> bool:
+    """A layer's own past: zeros of its shape stand for it here, whichever layer's it is."""
+    return node.op == "placeholder" and node.meta["input"][0] == "past"
+
+
+def _compare(subject: _Subject, mask: Tensor, T: int) -> None:
+    """The last T queries against all keys, for a padding mask [B, S + T]; queries that are padding may see anything."""
+    total = mask.shape[1]
+    got = _allowed(subject, mask, T)
+    keys = torch.arange(total)
+    causal = keys <= torch.arange(total - T, total)[:, None]
+    expected = causal & (mask[:, None, None] > 0)
+    different = (got != expected) & (mask[:, None, -T:, None] > 0)
+    if count := int(different.sum()):
+        *_, query, key = (int(x) for x in different.nonzero()[0])
+        on_padding = not bool((different & (mask[:, None, None] > 0)).any())
+        guess = (
+            "keys of padding are seen: attention_mask is not part of it"
+            if on_padding
+            else "sliding window, chunked or bidirectional attention?"
+        )
+        raise _mask_error(
+            subject,
+            f"it differs from causal + padding at {count:,} of {different.numel():,} places, first for the query at "
+            f"{total - T + query} and the key at {key} of {total:,} ({guess})",
+        )
+
+
+def _mask_error(subject: _Subject, why: str) -> MatchError:
+    node = node_named(subject.captured.bodies[subject.body].graph, subject.match.anchor)
+    return MatchError(
+        f"layer {subject.call.meta['layer']}: attention at node `{node.name}` ({source_line(node)}) has a mask that Helix "
+        f"can't keep: {why}. Expected: every key at a position <= the query's, except padding. "
+        'nearest that works: full causal attention; unmatched="keep" leaves such layers as they are, if others match'
+    )
+
+
+def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
+    """Mask of the site [B, 1 or H, T, S + T], True = visible, for a 2-D padding mask [B, S + T]."""
+    B, total = mask.shape
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
+    inputs = {
+        "input_ids": torch.zeros(B, T, dtype=torch.int64),
+        "attention_mask": mask,
+        "position_ids": positions,
+    }
+    captured = subject.captured
+    graph = captured.bodies[subject.body].graph
+    outer_args = dict(zip(placeholders(graph), subject.call.args, strict=True))
+    sizes = B, T, total - T
+
+    def outer_input(node: fx.Node) -> Any:
+        kind, name = node.meta["input"]
+        if kind == "input":
+            return inputs[name]
+        if kind == "past":
+            _, heads, _, width = node.meta["val"].shape
+            return torch.zeros(1).expand(B, heads, total - T, width)
+        raise KeyError(name)
+
+    known: dict[fx.Node, Any] = {}
+    outer_size = _size_reader(captured.graph.graph, *sizes)
+    try:
+        value = evaluate(
+            node_named(graph, subject.match.mask),
+            {},
+            lambda n: evaluate(outer_args[n], known, outer_input, given=outer_size),
+            given=_size_reader(graph, *sizes),
+        )
+    except KeyError as missing:
+        raise _mask_error(
+            subject, f"it is computed from {missing} (sparse attention over a top-k of keys?)"
+        ) from missing
+    except NotRun as stopped:
+        raise _mask_error(
+            subject, f"it does not run for B={B}, T={T}, S={total - T}: {stopped}"
+        ) from stopped
+    value = value[(None,) * (4 - value.dim())]
+    if subject.match.mask_form != "BHTS":
+        value = permuted(value, subject.match.mask_form, "BHTS")
+    if value.dtype is torch.bool:
+        return value
+    seen = value > torch.finfo(value.dtype).min / 2
+    if bool((value[seen] != 0).any()):
+        raise _mask_error(
+            subject, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)"
+        )
+    return seen
+
+
+def _size_reader(graph: fx.Graph, B: int, T: int, S: int) -> Callable[[fx.Node], int | None]:
+    """Numbers for the nodes that are sizes, so that nobody asks for the hidden states they are read off."""
+    numbers: dict[Any, int] = {}
+    for node in placeholders(graph):
+        kind, name = node.meta["input"]
+        shape = getattr(node.meta["val"], "shape", ())
+        dims = (
+            {0: B, 1: T}
+            if kind == "hidden" or name == "input_ids"
+            else {2: S}
+            if kind == "past"
+            else {}
+        )
+        for dim, number in dims.items():
+            if isinstance(shape[dim], torch.SymInt):
+                numbers[shape[dim].node.expr] = number
+
+    def size(node: fx.Node) -> int | None:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.SymInt):
+            return None
+        number = value.node.expr.subs(numbers)
+        return int(number) if number.is_number else None
+
+    return size

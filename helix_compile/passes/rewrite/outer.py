@@ -1,0 +1,152 @@
+"""The graph around the layers after the attention pass: positions, slots and caches instead of mask and pasts.
+
+positions -> shard_index(kvp_rank) -> slots, visible        the only place that knows ranks and blocks
+positions clamped to 0 -> rotary tables                     padding is position -1
+layer_i = body(hidden, ..., slots, visible, page_table, cache_i, parameters)
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from helix_compile.errors import PassError
+from helix_compile.ir.graph import add_input, aten, erase_unused, getitems, placeholders
+from helix_compile.ir.leaves import is_leaf_call
+from helix_compile.ir.ops import helix
+from helix_compile.ir.origin import made_from
+from helix_compile.ir.shapes import fake_mode_of
+from helix_compile.plan.helix_plan import HelixPlan
+
+STEP_INPUTS = ("slots", "visible", "page_table")
+
+
+def rewire_outer_pass(
+    gm: fx.GraphModule,
+    *,
+    before: dict[str, list[list[str]]],
+    prefixes: dict[int, str],
+    caches: dict[int, tuple[int, ...]],
+    plan: HelixPlan,
+) -> None:
+    """Rebuild every layer call from its body's placeholders.
+
+    Args:
+        gm: the outer graph, edited in place; its bodies are already rewritten.
+        before: body -> [kind, name] of its placeholders before the pass, so that old arguments are found by name.
+        prefixes: layer -> prefix of its parameters.
+        caches: layer -> places of its caches.
+        plan: the whole plan.
+    """
+    graph = gm.graph
+    _index_tokens(graph, plan)
+    for call in _layer_calls(gm):
+        layer = call.meta["layer"]
+        old = {
+            (kind, name): a for (kind, name), a in zip(before[call.target], call.args, strict=True)
+        }
+        body = gm.get_submodule(call.target)
+        assert isinstance(body, fx.GraphModule)
+        sources = {s.name: s.source for s in plan.body(call.target).param_shards}
+        call.args = tuple(
+            _argument(graph, p, old, prefixes[layer], caches[layer], sources)
+            for p in placeholders(body.graph)
+        )
+        for user in list(call.users):
+            if user.args[1] == 0:  # bodies return the hidden state alone now
+                call.meta["val"] = user.meta.get("val")
+                user.replace_all_uses_with(call)
+        _mark_cut(call, body)
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = (output.args[0][0],)
+    erase_unused(graph, keep=[placeholders(graph)[0]])
+    left = [
+        n for n in placeholders(graph) if n.meta["input"] in _GONE or n.meta["input"][0] == "past"
+    ]
+    if left:
+        users = ", ".join(f"`{u.name}`" for n in left for u in n.users)
+        raise PassError(
+            f"outer graph: {', '.join(n.name for n in left)} is still used by {users}; only the mask may "
+            "depend on the cached length"
+        )
+
+
+def _layer_calls(gm: fx.GraphModule) -> list[fx.Node]:
+    """Calls of bodies; a leaf is called as it was."""
+    calls = [n for n in gm.graph.nodes if n.op == "call_module"]
+    return [n for n in calls if not is_leaf_call(gm, n)]
+
+
+_GONE = (["input", "attention_mask"], ["input", "position_ids"])
+
+
+def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
+    """Add positions, ranks, page table and shard_index; RoPE reads the clamped positions."""
+    ids = placeholders(graph)[0]
+    with fake_mode_of(graph):
+        scalar = ids.meta["val"].new_empty(())
+    gone = [n for n in placeholders(graph) if n.meta["input"] in _GONE]
+    with made_from(graph, *(gone or [ids])):
+        positions = add_input(graph, "input", "positions", ids.meta["val"])
+        page_table = add_input(graph, "input", "page_table", ids.meta["val"])
+        kvp_rank = add_input(graph, "input", "kvp_rank", scalar)
+    old = next((n for n in placeholders(graph) if n.meta["input"] == _GONE[1]), None)
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with made_from(graph, *(gone or [ids])), graph.inserting_before(first):
+        clamped = graph.call_function(aten.clamp.default, (positions, 0))
+        clamped.meta["val"] = ids.meta["val"]
+        indexed = graph.call_function(
+            helix.shard_index.default,
+            (positions, kvp_rank, plan.layout.kvp, plan.options.tokens_per_block),
+        )
+        slots, visible = getitems(graph, indexed, "slots", "visible")
+    slots.meta["step"], visible.meta["step"], page_table.meta["step"] = STEP_INPUTS
+    if old is not None:
+        old.replace_all_uses_with(clamped)
+
+
+def _argument(
+    graph: fx.Graph,
+    placeholder: fx.Node,
+    old: dict[tuple[str, str], fx.Node],
+    prefix: str,
+    caches: tuple[int, ...],
+    sources: dict[str, str],
+) -> fx.Node:
+    kind, name = placeholder.meta["input"]
+    if kind == "step":
+        return next(n for n in graph.nodes if n.meta.get("step") == name)
+    if kind == "cache":
+        site = int(name.removeprefix("cache_"))
+        past = [old[("past", f"past_{part}_{site}")] for part in ("latent", "rope")]
+        with made_from(graph, *past):
+            return add_input(graph, "cache", f"cache_{caches[site]}", placeholder.meta["val"])
+    if kind == "param" and ("param", name) not in old:  # cut out of another one
+        with made_from(graph, old[("param", sources[name])]):
+            return add_input(graph, "param", f"{prefix}{name}", placeholder.meta["val"])
+    return old[(kind, name)]
+
+
+def update_calls_pass(gm: fx.GraphModule) -> None:
+    """Follow a pass over the bodies: hand on ep_rank where a body asks for it now, mark what has been cut."""
+    graph = gm.graph
+    for call in _layer_calls(gm):
+        body = gm.get_submodule(call.target)
+        assert isinstance(body, fx.GraphModule)
+        inputs = placeholders(body.graph)
+        names = [p.meta["input"] for p in inputs]
+        if ["step", "ep_rank"] in names and len(names) > len(call.args):
+            scalar = next(
+                n for n in placeholders(graph) if n.meta["input"] == ["input", "kvp_rank"]
+            )
+            ep_rank = add_input(graph, "input", "ep_rank", scalar.meta["val"])
+            place = names.index(["step", "ep_rank"])
+            call.args = (*call.args[:place], ep_rank, *call.args[place:])
+        _mark_cut(call, body)
+
+
+def _mark_cut(call: fx.Node, body: fx.GraphModule) -> None:
+    """An outer parameter is cut where its body's placeholder is."""
+    for placeholder, argument in zip(placeholders(body.graph), call.args, strict=True):
+        if placeholder.meta["input"][0] == "param":
+            argument.meta["val"] = placeholder.meta["val"]
+            argument.meta["sharded"] = placeholder.meta.get("sharded", False)

@@ -1,0 +1,61 @@
+"""What becomes a rank's share inside a body: parameters take the shard's shape, views forget the head count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.ir.graph import aten, input_named, is_call, named, node_named
+from helix_compile.ir.ops import helix
+from helix_compile.ir.origin import made_from
+from helix_compile.ir.shapes import fake_mode_of, open_view
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.plan.helix_plan import BodyPlan, ParamShard
+
+
+def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
+    """From here on this parameter is the rank's shard: its shape and its layout."""
+    node, shard = input_named(graph, "param", name), body.shard(name)
+    assert shard is not None, name
+    node.meta["val"] = fake_shard(node, shard)
+    node.meta["sharded"] = True
+
+
+def open_views(graph: fx.Graph, names: tuple[str, ...], heads: int) -> None:
+    """Views that write the head count get -1 there: a rank has fewer heads."""
+    for name in names:
+        view = node_named(graph, name)
+        view.args = (view.args[0], open_view(view, heads))
+
+
+def fake_shard(node: fx.Node, shard: ParamShard) -> Tensor:
+    """Value of a parameter placeholder after its cut: what one rank holds."""
+    old = node.meta["val"]
+    with fake_mode_of(node.graph):
+        return torch.empty(shard.shape, dtype=old.dtype, device=old.device)
+
+
+def sum_over_world(node: fx.Node, layout: HelixLayout) -> fx.Node:
+    """Put reshard(P -> R) behind a row-parallel node; the bias of a linear moves behind the sum."""
+    if layout.world_size == 1:
+        return node
+    graph, users = node.graph, list(node.users)
+    with made_from(graph, node), graph.inserting_after(node):
+        total = named(
+            graph,
+            f"{node.name}_sum",
+            helix.reshard.default,
+            node,
+            "world:P(sum)",
+            "R",
+            layout.world_size,
+        )
+    result = total
+    if is_call(node, aten.linear.default) and len(node.args) > 2 and node.args[2] is not None:
+        bias = node.args[2]
+        node.args = node.args[:2]
+        with made_from(graph, node), graph.inserting_after(total):
+            result = graph.call_function(aten.add.Tensor, (total, bias))
+    for user in users:
+        user.replace_input_with(node, result)
+    return result

@@ -1,0 +1,44 @@
+"""Attention -> FFN boundary: the gather of heads goes, o_proj is cut by rows over all ranks, one all_reduce.
+
+    reshard(o, heads -> R) -> o_proj                      before
+    o -> o_proj (this rank's columns) -> reshard(P -> R)  after: the heads a rank owns are the columns it holds
+
+A bias is added once, behind the sum.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from helix_compile.ir.graph import erase_unused, is_call, node_named, placeholders
+from helix_compile.ir.ops import helix
+from helix_compile.ir.shapes import propagate_shapes
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.passes.rewrite.parts import cut_input, sum_over_world
+from helix_compile.passes.runner import PassResult
+from helix_compile.plan.helix_plan import BodyPlan
+from helix_compile.plan.matches import LayerMatch
+
+
+def reshard_pass(
+    gm: fx.GraphModule, *, match: LayerMatch, plan: BodyPlan, layout: HelixLayout
+) -> PassResult:
+    """Move the reshard of every attention site from before o_proj to behind it."""
+    for attention in match.attentions:
+        o_proj = node_named(gm.graph, attention.o_proj)
+        flat = o_proj.args[0]
+        assert isinstance(flat, fx.Node)
+        reader = flat.args[0] if attention.gate else flat
+        assert isinstance(reader, fx.Node)
+        gathered = reader.args[0]
+        if is_call(gathered, helix.reshard.default):
+            reader.args = (gathered.args[0], *reader.args[1:])
+        cut_input(gm.graph, attention.o_weight, plan)
+        if attention.gate is not None:
+            for name in (attention.gate.weight, attention.gate.bias):
+                if name:
+                    cut_input(gm.graph, name, plan)
+        sum_over_world(o_proj, layout)
+    erase_unused(gm.graph, keep=placeholders(gm.graph)[:1])
+    propagate_shapes(gm.graph)
+    return PassResult(gm, len(match.attentions))

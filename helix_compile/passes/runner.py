@@ -1,0 +1,116 @@
+"""How passes are scheduled and run. The runner knows nothing about any pass; the order is in passes/pipeline.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import fx
+from torch._logging import trace_structured
+
+from helix_compile.errors import HelixError, PassError
+from helix_compile.ir.origin import CAPTURED, mark_captured, mark_pass
+from helix_compile.ir.stage import copy_module
+from helix_compile.views.graph_python import format_python
+
+Check = Callable[[fx.GraphModule], None]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did to one graph: the graph, and how many sites it rewrote."""
+
+    gm: fx.GraphModule
+    num_rewrites: int
+
+
+@dataclass(frozen=True)
+class GraphPass:
+    """One stage: a pass for each body, one for the outer graph, and what must hold after it.
+
+    Args:
+        stage: name of the stage it makes.
+        bodies: body name -> (pass, number of rewrites that the plan expects).
+        outer: pass over the outer graph, run after the bodies (it reads their placeholders).
+        ensures: body name -> what must hold for it afterwards.
+    """
+
+    stage: str
+    bodies: dict[str, tuple[Callable[[fx.GraphModule], PassResult], int]]
+    outer: Callable[[fx.GraphModule], None] | None = None
+    ensures: Mapping[str, Check] = field(default_factory=dict)
+
+
+def run_passes(
+    captured: fx.GraphModule, passes: list[GraphPass], dump: Path | None = None
+) -> dict[str, fx.GraphModule]:
+    """Run `passes` in order on copies; returns stage name -> outer graph (bodies are its submodules).
+
+    Raises:
+        PassError: a pass rewrote another number of sites than planned or broke a promise; names the passes before.
+    """
+    for graph in _graphs(captured):
+        mark_captured(graph)
+    stages = {CAPTURED: captured}
+    current = captured
+    _dump(dump, 0, CAPTURED, captured)
+    for number, graph_pass in enumerate(passes, 1):
+        current = copy_module(current)
+        before = [(graph, set(graph.nodes)) for graph in _graphs(current)]
+        try:
+            _run_one(current, graph_pass)
+        except HelixError:
+            raise
+        except Exception as error:
+            raise PassError(
+                f"pass {graph_pass.stage!r} failed after {', '.join(stages)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        for graph, nodes in before:
+            mark_pass(graph, nodes, graph_pass.stage)
+        stages[graph_pass.stage] = current
+        _dump(dump, number, graph_pass.stage, current)
+    return stages
+
+
+def _graphs(module: fx.GraphModule) -> list[fx.Graph]:
+    """The outer graph and those of the bodies."""
+    bodies = [b for _, b in module.named_children() if isinstance(b, fx.GraphModule)]
+    return [module.graph, *(b.graph for b in bodies)]
+
+
+def _run_one(module: fx.GraphModule, graph_pass: GraphPass) -> None:
+    for name, (run, expected) in graph_pass.bodies.items():
+        body = module.get_submodule(name)
+        assert isinstance(body, fx.GraphModule)
+        result = run(body)
+        if result.num_rewrites != expected:
+            raise PassError(
+                f"pass {graph_pass.stage!r}, {name}: {result.num_rewrites} sites rewritten, the plan has {expected}"
+            )
+    if graph_pass.outer is not None:
+        graph_pass.outer(module)
+    for graph_module in (module, *(module.get_submodule(n) for n in graph_pass.bodies)):
+        assert isinstance(graph_module, fx.GraphModule)
+        graph_module.graph.lint()
+        graph_module.recompile()
+    for name, check in graph_pass.ensures.items():
+        body = module.get_submodule(name)
+        assert isinstance(body, fx.GraphModule)
+        check(body)
+
+
+def _dump(folder: Path | None, number: int, stage: str, module: fx.GraphModule) -> None:
+    """To HELIX_DUMP's folder, and to torch's structured trace where one is written (TORCH_TRACE; tlparse shows it)."""
+    name = f"{number:02d}_{stage}"
+
+    def text() -> str:
+        return format_python(module, "outer", f"Stage {stage}.")
+
+    trace_structured(
+        "graph_dump", lambda: {"name": f"helix_{name}"}, payload_fn=text, expect_trace_id=False
+    )
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_text(text())

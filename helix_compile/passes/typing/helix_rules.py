@@ -1,0 +1,280 @@
+"""Typing rules of the helix:: ops: what attention, exchange, merge, experts and reshards take and leave.
+
+Typing rules of what lowering makes: collectives, and the packing around them.
+
+Between a collective and its wait_tensor a value is Pending; only wait_tensor takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives
+from torch import fx
+from torch.distributed.tensor.placement_types import Partial, Shard
+
+from helix_compile.ir.ops import helix
+from helix_compile.ir.sizes import shape_of
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.placement import (
+    Layout,
+    Mark,
+    PartialSoftmax,
+    PerRank,
+    format_layout,
+    normal_form,
+    parse_layout,
+)
+from helix_compile.passes.typing.aten_rules import Result, Rule, Violation, require
+
+
+def _shard_index(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    positions, rank = (of(a) for a in node.args[:2])
+    require(not positions, f"positions are {format_layout(positions)}")
+    require(degrees.kvp == 1 or rank == {"kvp": PerRank()}, f"the rank is {format_layout(rank)}")
+    require(node.args[2] == degrees.kvp, f"cp is {node.args[2]}, the mesh has {degrees.kvp}")
+    return (dict(rank), dict(rank))
+
+
+def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    cache, _, slots, visible = (of(a) for a in node.args[:4])
+    # a cache with heads holds those of the rank's tpa, and so does what is appended
+    heads = _heads(degrees) if len(shape_of(node.args[0])) == 4 else {}
+    require(slots == visible, "slots and visible are not of one rank")
+    require(
+        cache == {**visible, **heads},
+        f"cache is {format_layout(cache)}, visible {format_layout(visible)}: not of one rank",
+    )
+    # a fused form takes the norm's weight and RoPE's tables besides
+    require(
+        all(of(a) == heads for a in node.args[4:6])
+        and not any(of(a) for a in (node.args[1], *node.args[6:]) if isinstance(a, fx.Node)),
+        "what is appended must be whole on every rank (K and V: the rank's heads)",
+    )
+    return dict(visible)
+
+
+def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    q_latent, q_rope, cache, table, visible = (of(a) for a in node.args[:5])
+    require(q_latent == q_rope, f"q is {format_layout(q_latent)} and {format_layout(q_rope)}")
+    heads = _heads(degrees)
+    require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
+    require(cache == visible and not table, "cache and visible are not of one rank")
+    return _partials(heads, degrees)
+
+
+def _gqa_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Query heads and KV heads are cut over tpa, the slots of a sequence over kvp."""
+    q, k_cache, v_cache, table, visible = (of(a) for a in node.args[:5])
+    heads = _heads(degrees)
+    require(q == heads, f"q is {format_layout(q)}, expected {format_layout(heads)}")
+    require(
+        k_cache == v_cache == {**visible, **heads},
+        f"caches are {format_layout(k_cache)}, {format_layout(v_cache)}, visible {format_layout(visible)}",
+    )
+    require(not table, "the page table must be whole on every rank")
+    return _partials(heads, degrees)
+
+
+def _heads(degrees: HelixLayout) -> Layout:
+    """The layout of q and of a cache with heads: dim 2 is cut over tpa."""
+    if degrees.tpa == 1:
+        return {}
+    return parse_layout("tpa:S(2)" if degrees.kvp > 1 else "world:S(2)")
+
+
+def _partials(heads: Layout, degrees: HelixLayout) -> Result:
+    out = {**heads, **({"kvp": PartialSoftmax()} if degrees.kvp > 1 else {})}
+    return (out, dict(out))
+
+
+def _exchanged(layout: Layout, degrees: HelixLayout) -> Layout:
+    """Each rank owns whole partials of its own heads: dim 3 of [P, B, T, h, ...]."""
+    require(
+        layout.get("kvp") == PartialSoftmax(), f"nothing to exchange in {format_layout(layout)}"
+    )
+    require(set(layout) <= {"kvp", "tpa"}, f"can't exchange {format_layout(layout)}")
+    return {"world": Shard(3)}
+
+
+def _all_to_all_heads(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    partial_o, lse = (of(a) for a in node.args[:2])
+    require(partial_o == lse, f"o is {format_layout(partial_o)}, lse {format_layout(lse)}")
+    require(node.args[2:] == ("kvp", degrees.kvp), f"exchange over {node.args[2:]}")
+    return (_exchanged(partial_o, degrees), _exchanged(lse, degrees))
+
+
+def _merge_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    parts, lse = (of(a) for a in node.args)
+    require(
+        parts == lse == {"world": Shard(3)},
+        f"merge of {format_layout(parts)}, {format_layout(lse)}",
+    )
+    peers = shape_of(node.args[0])[0]
+    require(peers == degrees.kvp, f"merge of {peers} parts, kvp has {degrees.kvp}")
+    return {"world": Shard(2)}
+
+
+def _rescale_by_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    partial_o, lse, lse_P = (of(a) for a in node.args)
+    rest = {a: p for a, p in lse.items() if a != "kvp"}
+    require(partial_o == lse and lse.get("kvp") == PartialSoftmax(), f"o {partial_o}, lse {lse}")
+    require(lse_P == {a: Shard(3) for a in rest}, f"lse of all peers is {format_layout(lse_P)}")
+    return {**rest, "kvp": Partial("sum")}
+
+
+def _moe_experts(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    x, ids, weights, gate_up, down, first = (of(a) for a in node.args)
+    require(not (x or ids or weights), "tokens and their choices must be whole on every rank")
+    require(gate_up == down, f"gate_up {format_layout(gate_up)}, down {format_layout(down)}")
+    expected: Layout = {"ep": PerRank()} if degrees.ep > 1 else {}
+    require(
+        first == expected,
+        f"first_expert is {format_layout(first)}, expected {format_layout(expected)}",
+    )
+    require(shape_of(node.args[3])[0] > 0, "no expert on this rank")
+    return {"world": Partial("sum")} if degrees.world_size > 1 else {}
+
+
+def _moe_router(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    require(not any(of(a) for a in node.args[:2]), "logits and bias must be whole on every rank")
+    return ({}, {})
+
+
+def _rope_heads(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """[B, H, T, r] -> [B, T, H, r]: where heads are cut, they still are."""
+    q, cos, sin = (of(a) for a in node.args[:3])
+    require(not (cos or sin), "the tables of RoPE must be whole on every rank")
+    require(
+        all(p == Shard(1) for p in q.values()),
+        f"queries are {format_layout(q)}, expected heads cut",
+    )
+    return {axis: Shard(2) for axis in q}
+
+
+def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    got, source = of(node.args[0]), normal_form(parse_layout(node.args[1]), degrees)
+    stacked = got.get("kvp") == PartialSoftmax() and node.args[1] == "kvp:S(0)"
+    if stacked:  # lse of every rank, stacked: shard_attention's ag_rs form
+        return {a: p for a, p in got.items() if a != "kvp"}
+    expected = {**{a: p for a, p in got.items() if a not in source}, **source}
+    require(got == expected, f"the value is {format_layout(got)}, the reshard takes {node.args[1]}")
+    rest = {a: p for a, p in got.items() if a not in source}
+    return {**rest, **parse_layout(node.args[2])}
+
+
+HELIX_RULES: dict[Any, Rule] = {
+    helix.shard_index.default: _shard_index,
+    helix.cache_append.default: _cache_append,
+    helix.mla_decode.default: _mla_decode,
+    helix.gqa_decode.default: _gqa_decode,
+    helix.all_to_all_heads.default: _all_to_all_heads,
+    helix.merge_lse.default: _merge_lse,
+    helix.rescale_by_lse.default: _rescale_by_lse,
+    helix.moe_experts.default: _moe_experts,
+    helix.moe_router.default: _moe_router,
+    helix.rope_heads.default: _rope_heads,
+    helix.reshard.default: _reshard,
+}
+
+
+_c10d = torch.ops._c10d_functional
+
+
+WAIT = _c10d.wait_tensor.default
+
+
+PENDING = "pending"  # not a mesh axis: marks the layout that a value will have after its wait
+
+
+class Pending(Mark):
+    """Started and not yet waited for."""
+
+
+class Packed(Mark):
+    """Rows of a packed exchange buffer that belong to this rank's heads."""
+
+
+def _start(layout: Layout) -> Layout:
+    return {**layout, PENDING: Pending()}
+
+
+def _all_reduce(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    x, (op, axis) = of(node.args[0]), node.args[1:3]
+    if op != "sum" or x != {axis: Partial("sum")}:
+        raise Violation(f"all_reduce({op}) over {axis} of {format_layout(x)}", "collective")
+    return _start({})
+
+
+def _all_gather(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    x, (size, axis) = of(node.args[0]), node.args[1:3]
+    if size != degrees.size(axis):
+        raise Violation(
+            f"all_gather of {size} parts over {axis}, which has {degrees.size(axis)}", "collective"
+        )
+    if x.get("world") is not None and axis == "kvp":
+        # heads over N become heads over tpa: the peers that now stand on dim 0 are the major part of what tpa cuts
+        shard = x["world"]
+        rest: Layout = {"tpa": Shard(0)}
+    else:
+        shard, rest = x.get(axis), {a: p for a, p in x.items() if a != axis}  # type: ignore[assignment]
+    if not isinstance(shard, (Shard, PartialSoftmax)):
+        raise Violation(f"all_gather over {axis} of {format_layout(x)}", "collective")
+    return _start(rest)
+
+
+def _reduce_scatter(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    x, (op, size, axis) = of(node.args[0]), node.args[1:4]
+    key = (
+        "world" if degrees.size(axis) == degrees.world_size else axis
+    )  # the normal form of an axis with all ranks
+    if op != "sum" or size != degrees.size(axis) or x.get(key) != Partial("sum"):
+        raise Violation(
+            f"reduce_scatter({op}, {size}) over {axis} of {format_layout(x)}", "collective"
+        )
+    return _start({**x, key: Shard(0)})
+
+
+def _all_to_all(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    x, axis = of(node.args[0]), node.args[3]
+    if x.get(axis) != PartialSoftmax() or len(node.args[1]) != degrees.size(axis):
+        raise Violation(
+            f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts",
+            "collective",
+        )
+    return _start({"world": Packed()})
+
+
+def _wait(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    x = of(node.args[0])
+    if PENDING not in x:
+        raise Violation("wait_tensor on a value that no collective is computing", "pending")
+    return {a: p for a, p in x.items() if a != PENDING}
+
+
+def _pack(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    partial_o, lse = (of(a) for a in node.args[:2])
+    if partial_o != lse or lse.get("kvp") != PartialSoftmax() or node.args[2] != degrees.kvp:
+        raise Violation(
+            f"pack of {format_layout(partial_o)} and {format_layout(lse)} for {node.args[2]} peers"
+        )
+    return {"kvp": PartialSoftmax()}
+
+
+def _unpack(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    if of(node.args[0]) != {"world": Packed()}:
+        raise Violation(f"unpack of {format_layout(of(node.args[0]))}")
+    return ({"world": Shard(3)}, {"world": Shard(3)})
+
+
+LOWERED_RULES: dict[Any, Rule] = {
+    _c10d.all_reduce.default: _all_reduce,
+    _c10d.all_gather_into_tensor.default: _all_gather,
+    _c10d.reduce_scatter_tensor.default: _reduce_scatter,
+    _c10d.all_to_all_single.default: _all_to_all,
+    _c10d.wait_tensor.default: _wait,
+    helix.pack_heads.default: _pack,
+    helix.unpack_heads.default: _unpack,
+}

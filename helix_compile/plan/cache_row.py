@@ -1,0 +1,63 @@
+"""What a cached attention holds for one token, and the shapes of its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helix_compile.config.options import PAGE_SIZE, HelixOptions
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.ledger import local_length
+
+
+def pages_per_sequence(options: HelixOptions, kvp: int) -> int:
+    """Pages of one sequence of max_seq_len tokens on the fullest rank (CP rank 0)."""
+    slots = local_length(options.max_seq_len, 0, kvp, options.tokens_per_block)
+    return max(1, -(-slots // PAGE_SIZE))
+
+
+def cache_shape(row: CacheRow, options: HelixOptions, layout: HelixLayout) -> tuple[int, ...]:
+    """[pages, page size, R + r] of one rank's cache of one attention site, or [pages, page size, K / tpa, Dk + Dv]."""
+    pages = options.max_batch_size * pages_per_sequence(options, layout.kvp)
+    return pages, PAGE_SIZE, *row.tail(layout.tpa)
+
+
+def rows_of_rank(entries: Tensor, row: CacheRow, layout: HelixLayout, rank: int) -> Tensor:
+    """What a rank caches of entries [n, first + second] of all heads: [n, R + r], or its heads [n, K / tpa, Dk + Dv]."""
+    if not row.heads:
+        return entries
+    parts = entries.split(row.widths, dim=-1)
+    by_head = torch.cat([p.unflatten(-1, (row.heads, -1)) for p in parts], dim=-1)
+    return by_head.chunk(layout.tpa, dim=-2)[layout.index("tpa", rank)]
+
+
+def parts_of_rows(rows: Tensor, row: CacheRow) -> tuple[Tensor, Tensor]:
+    """Both parts of cached rows of all heads [..., R + r] or [..., K, Dk + Dv]: [..., first] and [..., second]."""
+    first, second = rows.split([row.first, row.second], dim=-1)
+    if row.heads:
+        first, second = first.flatten(-2), second.flatten(-2)
+    return first.contiguous(), second.contiguous()
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """What one token leaves in the cache: a latent and a rope part, or K and V of `heads` KV heads.
+
+    `first` and `second` are the widths: R and r, or Dk and Dv of one head. `heads` is 0 where all heads share the row.
+    """
+
+    first: int
+    second: int
+    heads: int = 0
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Numbers of both parts, all heads together."""
+        return self.first * (self.heads or 1), self.second * (self.heads or 1)
+
+    def tail(self, tpa: int) -> tuple[int, ...]:
+        """Trailing sizes of a rank's cache: (R + r), or (K / tpa, Dk + Dv)."""
+        width = self.first + self.second
+        return (self.heads // tpa, width) if self.heads else (width,)

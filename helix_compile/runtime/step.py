@@ -1,0 +1,164 @@
+"""Check what a step is given, before anything is written, and cut a long one into chunks.
+
+Every refusal names what, got, expected and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from helix_compile.cache.pages import Ledger
+from helix_compile.errors import RuntimeFault
+
+SCORE_TOKENS = (
+    2**22
+)  # (sequences x tokens x context) of one chunk; bounds what a long step holds at a time
+
+
+MAX_CHUNK = 512
+
+
+def check_ids(input_ids: Tensor, vocab_size: int, max_batch_size: int) -> None:
+    """input_ids must be [B, T] int, 1 <= B <= max_batch_size, T >= 1, ids in the vocabulary."""
+    if not isinstance(input_ids, Tensor):
+        raise RuntimeFault(f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise RuntimeFault(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    if input_ids.dim() != 2:
+        raise RuntimeFault(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
+    B, T = input_ids.shape
+    if T == 0 or B == 0:
+        raise RuntimeFault(
+            f"a step needs at least one sequence and one token, got [B, T] = {[B, T]}"
+        )
+    if B > max_batch_size:
+        raise RuntimeFault(
+            f"{B} sequences > max_batch_size={max_batch_size}; compile with max_batch_size={B} or split the batch"
+        )
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise RuntimeFault(f"token ids must be in [0, {vocab_size}), got ids from {low} to {high}")
+
+
+def checked_mask(mask: Tensor | None, input_ids: Tensor) -> Tensor:
+    """attention_mask as int64 [B, T] on the host; ones where it is None. Zeros between tokens are refused."""
+    B, T = input_ids.shape
+    if mask is None:
+        return torch.ones(B, T, dtype=torch.int64)
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (B, T):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise RuntimeFault(
+            f"attention_mask must be [B, T] = {(B, T)}, the mask of this step's tokens, got {got}"
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise RuntimeFault("attention_mask must hold 0 and 1 only")
+    host = mask.to("cpu", torch.int64)
+    starts = torch.diff(host, dim=1, prepend=torch.zeros(B, 1, dtype=torch.int64)) == 1
+    broken = (starts.sum(dim=1) > 1).nonzero().flatten().tolist()
+    if broken:
+        raise RuntimeFault(
+            f"attention_mask has zeros between tokens in rows {broken}; padding may stand before or after a row's "
+            "tokens only"
+        )
+    return host
+
+
+def checked_lengths(lengths: int | list[int] | Tensor, present: list[int]) -> list[int]:
+    """What truncate() is given, as one int a row of the current batch: 0 <= new <= present."""
+    if not present:
+        raise RuntimeFault(
+            "truncate: there are no sequences yet; run a step or import_cache() first"
+        )
+    if isinstance(lengths, Tensor):
+        if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise RuntimeFault(
+                f"truncate: lengths must be an int or integers [B] = [{len(present)}], got a tensor of shape "
+                f"{tuple(lengths.shape)} and {lengths.dtype}"
+            )
+        rows = lengths.tolist()
+    elif isinstance(lengths, (list, tuple)):
+        rows = list(lengths)
+    else:
+        rows = [lengths] * len(present)
+    if len(rows) != len(present):
+        raise RuntimeFault(
+            f"truncate: got {len(rows)} lengths for a batch of {len(present)} sequences; pass one for each, or one int"
+        )
+    for row, (new, limit) in enumerate(zip(rows, present, strict=True)):
+        if isinstance(new, bool) or not isinstance(new, int):
+            raise RuntimeFault(
+                f"truncate: the length of sequence {row} must be an int, got {new!r} ({type(new).__name__})"
+            )
+        if not 0 <= new <= limit:
+            raise RuntimeFault(
+                f"truncate: sequence {row}: got length {new}, expected 0 to {limit}, the tokens that it has; "
+                "truncate() only takes tokens back"
+            )
+    return rows
+
+
+def first_kept_column(logits_to_keep: int, T: int) -> int:
+    """First of T columns whose logits a step returns; 0 keeps all, as in transformers."""
+    if (
+        isinstance(logits_to_keep, bool)
+        or not isinstance(logits_to_keep, int)
+        or logits_to_keep < 0
+    ):
+        raise RuntimeFault(f"logits_to_keep must be an int >= 0 (0: all), got {logits_to_keep!r}")
+    return max(0, T - logits_to_keep) if logits_to_keep else 0
+
+
+def check_batch(ledger: Ledger, batch_size: int) -> None:
+    """B is fixed from the first step to reset()."""
+    if ledger.batch_size and ledger.batch_size != batch_size:
+        raise RuntimeFault(
+            f"the batch has {ledger.batch_size} sequences since the first step, got {batch_size}; "
+            "call reset() to start another batch, or mask idle rows"
+        )
+
+
+def check_rows(rows: object, ledger: Ledger) -> None:
+    """`rows` of a reset must be a list of row numbers of the current batch."""
+    if not isinstance(rows, (list, tuple)):
+        raise RuntimeFault(
+            f"reset: rows must be a list of row numbers, got {rows!r} ({type(rows).__name__})"
+        )
+    bad = [
+        r
+        for r in rows
+        if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < ledger.batch_size
+    ]
+    if bad:
+        raise RuntimeFault(
+            f"reset(rows={list(rows)}): {bad} are not rows of the current batch of {ledger.batch_size}"
+        )
+
+
+def chunks_of(T: int, batch_size: int, context: int) -> list[slice]:
+    """Cut a long step along T so that what is held at a time stays bounded."""
+    width = max(1, min(MAX_CHUNK, SCORE_TOKENS // max(1, batch_size * context)))
+    return [slice(t, min(t + width, T)) for t in range(0, T, width)]
+
+
+def kept_logits(
+    run_chunk: Callable[[slice], Tensor], chunks: Iterable[slice], first: int, T: int
+) -> Tensor:
+    """Run the chunks of a step; logits [B, T - first, vocab] of the columns from `first` on.
+
+    A chunk's logits are copied to their place and dropped: a list and a cat would hold all of them twice.
+    """
+    kept: Tensor | None = None
+    for chunk in chunks:
+        logits = run_chunk(chunk)
+        if logits.shape[1] == T:
+            return logits[:, first:]
+        if kept is None:
+            kept = logits.new_empty((logits.shape[0], T - first, logits.shape[2]))
+        start, stop = max(chunk.start, first), max(chunk.stop, first)
+        kept[:, start - first : stop - first] = logits[:, start - chunk.start :]
+        del logits
+    assert kept is not None  # T >= 1
+    return kept

@@ -1,0 +1,128 @@
+"""What a saved module must hold before it is trusted: graphs that type, and inputs and weights that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from helix_compile.errors import HelixError, PassError, RuntimeFault
+from helix_compile.ir.graph import placeholders
+from helix_compile.passes.typing.check_layouts import check_layouts
+from helix_compile.plan.cache_row import CacheRow, cache_shape
+from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.runtime.rank import ModelFacts
+
+
+def check_saved_graphs(stages: dict[str, fx.GraphModule], plan: HelixPlan) -> None:
+    """Infer the layout of every value again: a collective that was taken out or changed is found here.
+
+    Raises:
+        HelixError: a body that the plan does not know, or does not type.
+    """
+    names = {body.name for body in plan.bodies}
+    for stage, outer in stages.items():
+        bodies = dict(outer.named_children())
+        if set(bodies) != names:
+            raise HelixError(
+                f"stage {stage}: bodies {sorted(bodies)}, the plan has {sorted(names)}"
+            )
+        for name, body in bodies.items():
+            assert isinstance(body, fx.GraphModule)
+            try:
+                check_layouts(body, plan=plan.body(name), degrees=plan.layout)
+            except PassError as error:
+                raise HelixError(f"graphs.json, stage {stage}: {error}") from error
+        for call in [n for n in outer.graph.nodes if n.op == "call_module"]:
+            _check_call(stage, call, placeholders(outer.get_submodule(call.target).graph))
+
+
+def _check_call(stage: str, call: fx.Node, inputs: list[fx.Node]) -> None:
+    """A layer gets its own weights and caches: the same kind, name and shape as its body takes."""
+    where = f"graphs.json, stage {stage}, layer call `{call.name}`"
+    if len(call.args) != len(inputs):
+        raise HelixError(f"{where}: {len(call.args)} arguments, its body takes {len(inputs)}")
+    for argument, taken in zip(call.args, inputs, strict=True):
+        kind, name = taken.meta["input"]
+        if not isinstance(argument, fx.Node):
+            raise HelixError(f"{where}: {argument!r} stands for {kind} {name}")
+        if kind not in ("param", "cache"):
+            continue
+        given, given_name = argument.meta.get("input", (None, argument.name))
+        same_name = kind == "cache" or given_name.endswith(f".{name}")
+        if given != kind or not same_name or _shape(argument) != _shape(taken):
+            raise HelixError(
+                f"{where}: {given} {given_name} {_shape(argument)} stands for {kind} {name} {_shape(taken)}"
+            )
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def saved_caches(document: Mapping[str, Any]) -> tuple[CacheRow, ...]:
+    """What a token leaves in each cache, as graphs.json states it (files of before grouped-query attention: latents).
+
+    Raises:
+        HelixError: widths and heads that do not fit each other.
+    """
+    whole, first = document["cache_widths"], document["latent_widths"]
+    heads = document.get("kv_heads", [0] * len(whole))
+    if len(first) != len(whole) or not all(0 < a < w for a, w in zip(first, whole, strict=True)):
+        raise HelixError(
+            f"graphs.json: latent_widths {first} are not parts of cache_widths {whole}"
+        )
+    if len(heads) != len(whole) or not all(
+        K >= 0 and a % (K or 1) == w % (K or 1) == 0
+        for K, a, w in zip(heads, first, whole, strict=True)
+    ):
+        raise HelixError(f"graphs.json: kv_heads {heads} do not divide widths {first} of {whole}")
+    return tuple(
+        CacheRow(a // (K or 1), (w - a) // (K or 1), K)
+        for K, a, w in zip(heads, first, whole, strict=True)
+    )
+
+
+def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFacts) -> None:
+    """Caches of the graph are those that the plan's options and the stated widths make.
+
+    Raises:
+        HelixError: another number, size or dtype of caches.
+    """
+    wanted = {
+        f"cache_{i}": (cache_shape(row, plan.options, plan.layout), plan.dtype)
+        for i, row in enumerate(facts.caches)
+    }
+    got = {
+        n.meta["input"][1]: (tuple(n.meta["val"].shape), str(n.meta["val"].dtype).split(".")[1])
+        for n in placeholders(lowered.graph)
+        if n.meta["input"][0] == "cache"
+    }
+    if got != wanted:
+        raise HelixError(f"graphs.json takes caches {got}, the plan makes {wanted}")
+
+
+def check_saved_params(lowered: fx.GraphModule, params: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Each rank holds every parameter of the graph, in its shape and dtype, and no other.
+
+    Raises:
+        RuntimeFault: one that is missing, does not fit or is unknown.
+    """
+    inputs = [n.meta["input"] for n in placeholders(lowered.graph)]
+    known = {name for kind, name in inputs if kind == "param"}
+    for rank, held in params.items():
+        if unknown := sorted(set(held) - known):
+            raise RuntimeFault(f"rank {rank}: the graph takes no parameter {', '.join(unknown)}")
+    for node in placeholders(lowered.graph):
+        kind, name = node.meta["input"]
+        if kind != "param":
+            continue
+        expected = (tuple(node.meta["val"].shape), node.meta["val"].dtype)
+        for rank, held in params.items():
+            tensor = held.get(name)
+            got = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else None
+            if got != expected:
+                raise RuntimeFault(
+                    f"rank {rank}: parameter {name} is {got}, the graph expects {expected}"
+                )

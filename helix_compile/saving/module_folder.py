@@ -1,0 +1,262 @@
+"""save() and load(): what was inspected is what runs.
+
+    plan.json        every decision
+    graphs.json      stages from "ffn" on: outer graph and bodies
+    rank_R.safetensors   each storage once, in the file of the first rank that uses it
+    views.json       rank -> parameter -> file, storage, shape, stride, offset
+    config.json, generation_config.json   of the original model, for generate()
+
+On real ranks each writes its own file, and rank 0 what they have in common. The files come into the folder when all
+ranks have said that theirs are written. Either kind of folder loads in either world.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from transformers import AutoConfig, GenerationConfig
+
+from helix_compile.cache.pages import allocate_caches
+from helix_compile.errors import HelixError
+from helix_compile.files import StagedFiles
+from helix_compile.ir.leaves import leaves_of
+from helix_compile.kernels.registry import load_kernels
+from helix_compile.kernels.target import device_target
+from helix_compile.layout.degrees import HelixMesh
+from helix_compile.module import HelixModule
+from helix_compile.passes.lower.select_kernels import PROVIDER
+from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.runtime.claims import claims_of
+from helix_compile.runtime.rank import ModelFacts, Rank
+from helix_compile.saving.checks import (
+    check_saved_graphs,
+    check_saved_inputs,
+    check_saved_params,
+    saved_caches,
+)
+from helix_compile.saving.graphs import graph_from_json, graph_to_json
+from helix_compile.saving.weights import SavedWeights, files_digest, gather_weights, read_params
+from helix_compile.worlds.groups import local_device
+from helix_compile.worlds.world import World, is_distributed, open_world
+
+SAVED_STAGES = ("ffn", "lowered")
+
+
+_VERSION = 2
+
+
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError)
+
+
+def save_module(compiled: HelixModule, folder: Path) -> None:
+    """Write `compiled` to `folder`, which must not hold a saved module yet. Every rank of its world calls it.
+
+    Raises:
+        HelixError: on every rank, if one can't; nothing is left in the folder then.
+    """
+    world = compiled.world
+    with StagedFiles(folder, f"rank_{world.ranks[0]}") as files:
+        document = _together(world, lambda: _checked_document(compiled, folder))
+        weights = gather_weights(compiled)
+        _together(world, lambda: _write(compiled, files, weights, document))
+        # the leader's last file says "complete", so the others come first
+        _together(world, lambda: None if world.is_leader else files.move())
+        _together(world, lambda: files.move() if world.is_leader else None)
+
+
+def _checked_document(compiled: HelixModule, folder: Path) -> dict[str, Any]:
+    """graphs.json, once everything is known to load again. Nothing is written yet."""
+    if (folder / "plan.json").exists():
+        raise HelixError(
+            f"{folder} holds a saved module already; choose another folder or delete it"
+        )
+    leaves = leaves_of(compiled.graph)
+    if leaves:
+        raise HelixError(
+            f"save: {', '.join(leaf.name for leaf in leaves)} stay the user's own modules, whose code is not in the "
+            "graphs; a module with leaves can't be saved: compile it where it runs"
+        )
+    if compiled.device.type == "meta":
+        raise HelixError("a module on the meta device has no weights to save")
+    check_saved_params(
+        compiled.stages[SAVED_STAGES[-1]], {r.rank: r.params for r in compiled.ranks}
+    )
+    graphs = {
+        name: {
+            "outer": graph_to_json(compiled.stages[name]),
+            "bodies": {n: graph_to_json(b) for n, b in _bodies(compiled.stages[name])},
+        }
+        for name in SAVED_STAGES
+    }
+    _check_reload(graphs, compiled)
+    return {
+        "version": _VERSION,
+        "vocab_size": compiled.facts.vocab_size,
+        "cache_widths": list(compiled.facts.cache_widths),
+        "latent_widths": list(compiled.facts.latent_widths),
+        "kv_heads": [row.heads for row in compiled.facts.caches],
+        "stages": graphs,
+    }
+
+
+def _write(
+    compiled: HelixModule, files: StagedFiles, weights: SavedWeights, document: dict[str, Any]
+) -> None:
+    """This process's weights; on the leader also what the ranks have in common."""
+    weights.write(files)
+    if not compiled.world.is_leader:
+        return
+    facts = compiled.facts
+    files.write("config.json", lambda path: facts.config.save_pretrained(path.parent))
+    generation = facts.generation_config
+    if generation is not None:
+        files.write("generation_config.json", lambda path: generation.save_pretrained(path.parent))
+    texts = {"graphs.json": json.dumps(document), "views.json": json.dumps(weights.views, indent=1),
+             "plan.json": compiled.plan.to_json()}  # fmt: skip # plan.json last: its presence says "complete"
+    for name, text in texts.items():
+        files.write(name, partial(_write_text, text))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text)
+
+
+def _together(world: World, act: Callable[[], Any]) -> Any:
+    """Do it on every rank; if it fails on one, all raise, and none goes on alone."""
+    result, mine = None, None
+    try:
+        result = act()
+    except (HelixError, OSError) as error:
+        mine = error
+    said = world.gather_texts("" if mine is None else f"{type(mine).__name__}: {mine}")
+    if isinstance(mine, HelixError):
+        raise mine
+    failed = [f"rank {r}: {text}" for r, text in enumerate(said) if text]
+    if failed:
+        raise HelixError(f"save: {'; '.join(failed)}") from mine
+    return result
+
+
+def _check_reload(graphs: dict[str, Any], compiled: HelixModule) -> None:
+    """Read the graphs as load() will: an edit that load() would refuse is said before anything is written."""
+    try:
+        stages = {
+            n: _stage(entry, f"stage {n}", torch.device("cpu")) for n, entry in graphs.items()
+        }
+        check_saved_graphs(stages, compiled.plan)
+    except (HelixError, *_DAMAGE) as error:
+        raise HelixError(
+            f"this graph could not be loaded again, nothing is saved: {error}"
+        ) from error
+
+
+def _bodies(stage: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    for name, body in stage.named_children():
+        assert isinstance(body, fx.GraphModule)
+        yield name, body
+
+
+def load_module(folder: Path, device: str | torch.device | None, world: object) -> HelixModule:
+    """Read what save_module wrote. HelixError names the file and what is wrong with it."""
+    place = torch.device(device or "cpu")
+    place = local_device(place) if is_distributed(world) else place
+    plan = HelixPlan.from_json(_read(folder / "plan.json"))
+    with _reading(folder / "graphs.json"):
+        document = _json(folder / "graphs.json")
+        if document.get("version") != _VERSION:
+            raise HelixError(
+                f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}"
+            )
+        if _uses_kernels(document["stages"]):
+            device_target(place)
+        stages = {
+            n: _stage(document["stages"][n], f"graphs.json, stage {n}", place) for n in SAVED_STAGES
+        }
+        check_saved_graphs(stages, plan)
+        facts = ModelFacts(
+            vocab_size=document["vocab_size"],
+            caches=saved_caches(document),
+            originals={},
+            device=place,
+            **_configurations(folder),
+        )
+        check_saved_inputs(stages[SAVED_STAGES[-1]], plan, facts)
+    opened = open_world(HelixMesh(plan.layout), world, place)
+    lowered = stages[SAVED_STAGES[-1]]
+    with _reading(folder / "views.json"):
+        params = read_params(folder, _json(folder / "views.json"), place, opened)
+        check_saved_params(lowered, params)
+    digest = partial(files_digest, folder)
+    opened.start({**claims_of(plan, lowered, facts), "weights": digest})
+    dtype = getattr(torch, plan.dtype)
+    ranks = [
+        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, place))
+        for r in opened.ranks
+    ]
+    return HelixModule(plan, stages, ranks, opened, facts)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a damaged file makes fail is said to be that file's fault."""
+    try:
+        yield
+    except HelixError:
+        raise
+    except _DAMAGE as error:
+        raise HelixError(
+            f"{path}: damaged, or not written by save(): {type(error).__name__}: {error}"
+        ) from error
+
+
+def _configurations(folder: Path) -> dict[str, Any]:
+    """The original model's configurations, for generate()."""
+    generation = folder / "generation_config.json"
+    try:
+        return {
+            "config": AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            ),
+            "generation_config": GenerationConfig.from_pretrained(folder)
+            if generation.exists()
+            else None,
+        }
+    except Exception as error:  # transformers checks a config by many exception classes of its own
+        raise HelixError(f"{folder / 'config.json'}: can't be read: {error}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise HelixError(f"{path}: not a saved module: {error}") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise HelixError(f"{path}: not valid JSON: {error}") from error
+
+
+def _uses_kernels(stages: dict[str, Any]) -> bool:
+    """True if a graph calls kernels, which its device must be able to run."""
+    bodies = [b for stage in stages.values() for b in stage["bodies"].values()]
+    return any(node["target"].startswith(f"{PROVIDER}.") for body in bodies for node in body)
+
+
+def _stage(entry: dict[str, Any], where: str, device: torch.device) -> fx.GraphModule:
+    if _uses_kernels({"": entry}):
+        load_kernels()  # registers the ops that the graph names
+    bodies = {
+        name: graph_from_json(nodes, f"{where}, {name}", {}, device)
+        for name, nodes in entry["bodies"].items()
+    }
+    return graph_from_json(entry["outer"], f"{where}, outer graph", bodies, device)

@@ -1,0 +1,299 @@
+"""Two modules whose logits deviate: the step again on both with every value kept, and the first value that differs.
+
+Modules of one plan have the same nodes, and each rank of one holds what that rank of the other holds: they are compared
+node by node. Modules of unlike plans share only what every rank holds whole around the layers: embedding, each layer's
+output, last norm, logits.
+
+A step whose logits deviate: replay it on both sides with every value kept, and find the layer and node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.ir.graph import placeholders
+from helix_compile.module import HelixModule
+from helix_compile.verifier.bisect.walk import (
+    Compare,
+    Located,
+    first_deviation,
+    outer_deviation,
+    outer_part,
+    rel_rmse,
+    walk,
+)
+from helix_compile.verifier.numeric.layer_run import CapturedReference
+from helix_compile.verifier.numeric.reference import EagerReference, RecordingInterpreter
+from helix_compile.verifier.numeric.scratch import Scratch
+from helix_compile.verifier.numeric.site_terms import empty_past
+from helix_compile.verifier.numeric.steps import Batch
+from helix_compile.verifier.static.graph import TypedGraph
+
+Values = list[dict[str, Any]]  # per rank, node name -> value
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two modules: fresh caches, and the layouts of its nodes."""
+
+    scratch: Scratch
+    typed: TypedGraph | None
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The outer graph that runs."""
+        return self.scratch.graph
+
+
+def alike(first: HelixModule, second: HelixModule) -> bool:
+    """Whether a rank of one holds what the same rank of the other holds, edits aside."""
+    mine, theirs = first.plan, second.plan
+    return (
+        mine.layout == theirs.layout
+        and mine.options.tokens_per_block == theirs.options.tokens_per_block
+        and mine.options.merge == theirs.options.merge
+        and [(b.name, b.attentions, b.param_shards) for b in mine.bodies]
+        == [(b.name, b.attentions, b.param_shards) for b in theirs.bodies]
+    )
+
+
+def bisect_pair(
+    first: Side, second: Side, steps: list[Batch], failing: int
+) -> tuple[Located, str] | None:
+    """Replay steps[:failing] on both, then compare the values of the failing one.
+
+    Args:
+        first, second: fresh, with one seed if their plans are alike.
+
+    Returns:
+        the first value that differs and the place of its graph ("layer 3" or "outer graph"); None if there is none.
+    """
+    for batch in steps[:failing]:
+        for side in (first, second):
+            side.scratch.step(batch.ids, batch.mask)
+    mine, theirs = (_recorded(side, steps[failing]) for side in (first, second))
+    dtype = getattr(torch, first.scratch.compiled.plan.dtype)
+    same = alike(first.scratch.compiled, second.scratch.compiled)
+    parts = _bodies_too if same else _outer_only
+    for place, nodes, compare in parts(first, second, mine, theirs, steps[failing].mask):
+        located = walk(nodes, compare, dtype)
+        if located is not None:
+            node = next(n for n in nodes if n.name == located.node)
+            called = node.op == "call_module"
+            return located, f"layer {node.meta['layer']}" if called else place
+    return None
+
+
+def _recorded(side: Side, batch: Batch) -> Recorder:
+    recorder = Recorder(len(side.scratch.params))
+    recorder.in_outer = set(side.graph.graph.nodes)
+    with suppress(Exception):  # values up to a fault are what is wanted
+        side.scratch.step(batch.ids, batch.mask, recorder)
+    return recorder
+
+
+Part = tuple[str, list[fx.Node], Compare]
+
+
+def _bodies_too(
+    first: Side, second: Side, mine: Recorder, theirs: Recorder, mask: Tensor
+) -> Iterator[Part]:
+    def compare(nodes: list[fx.Node], others: fx.Graph, a: Values, b: Values) -> Compare:
+        twins = {n.name for n in others.nodes}
+        known = {n for n in nodes if n.name in twins and _is_own(n)}
+        return partial(_by_rank, mine=a, theirs=b, known=known, mask=mask)
+
+    outer = second.graph.graph
+    before = outer_part(first.graph.graph, before_layers=True)
+    yield "outer graph", before, compare(before, outer, mine.outer, theirs.outer)
+    for layer, values in mine.layers.items():
+        bodies = [_body(side.graph, layer) for side in (first, second)]
+        if None not in bodies and layer in theirs.layers:
+            nodes = list(bodies[0].nodes)
+            yield f"layer {layer}", nodes, compare(nodes, bodies[1], values, theirs.layers[layer])
+    behind = outer_part(first.graph.graph, before_layers=False)
+    yield "outer graph", behind, compare(behind, outer, mine.outer, theirs.outer)
+
+
+def _is_own(node: fx.Node) -> bool:
+    """Caches are compared by what is written to them: they hold the whole step when it is over."""
+    return node.meta.get("input", ("",))[0] != "cache"
+
+
+def _body(graph: fx.GraphModule, layer: int) -> Any:
+    calls = [n for n in graph.graph.nodes if n.op == "call_module" and n.meta["layer"] == layer]
+    return graph.get_submodule(str(calls[0].target)).graph if calls else None
+
+
+def _outer_only(
+    first: Side, second: Side, mine: Recorder, theirs: Recorder, mask: Tensor
+) -> Iterator[Part]:
+    def whole(side: Side) -> set[str]:
+        layouts = side.typed.layouts.get("", {}) if side.typed is not None else {}
+        calls = {n.name for n in side.graph.graph.nodes if n.op == "call_module"}
+        return {name for name, layout in layouts.items() if layout == {}} | calls
+
+    nodes = [n for n in first.graph.graph.nodes if n.op != "placeholder"]
+    shared = whole(first) & whole(second)
+    known = {n for n in nodes if n.name in shared}
+    # every rank holds the same: rank 0 of the other speaks for all
+    spoken = [theirs.outer[0]] * len(mine.outer)
+    yield "outer graph", nodes, partial(_by_rank, mine=mine.outer, theirs=spoken, known=known, mask=mask)  # fmt: skip
+
+
+def _by_rank(
+    node: fx.Node, mine: Values, theirs: Values, known: set[fx.Node], mask: Tensor
+) -> tuple[float, int] | None:
+    """The largest deviation of a node's value over the ranks, and whose it is."""
+    if node not in known:
+        return None
+    worst: tuple[float, int] | None = None
+    for rank, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        value, wanted = a.get(node.name), b.get(node.name)
+        if not (_is_number(value) and _is_number(wanted)):
+            return None
+        off = _off(value, wanted, mask)
+        if worst is None or off > worst[0]:
+            worst = (off, rank)
+    return worst
+
+
+def _is_number(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _off(value: Tensor, wanted: Tensor, mask: Tensor) -> float:
+    if value.shape != wanted.shape:
+        return float("inf")
+    unwritten = value.isnan() & wanted.isnan()  # poisoned memory, or a fault that both have
+    return rel_rmse(value.masked_fill(unwritten, 0), wanted.masked_fill(unwritten, 0), mask)
+
+
+class Recorder:
+    """Hook of VirtualWorld.run: values by rank and layer. A layer's nodes come before its call in the outer graph."""
+
+    def __init__(self, ranks: int):
+        self.pending: list[dict[str, Any]] = [{} for _ in range(ranks)]
+        self.layers: dict[int, list[dict[str, Any]]] = {}
+        self.outer: list[dict[str, Any]] = [{} for _ in range(ranks)]
+        self.ranks = ranks
+        self.in_outer: set[fx.Node] = set()
+
+    def __call__(self, rank: int, node: fx.Node, value: Any) -> None:
+        if node not in self.in_outer:
+            self.pending[rank][node.name] = value
+            return
+        if node.op == "call_module":
+            place = self.layers.setdefault(node.meta["layer"], [{} for _ in range(self.ranks)])
+            place[rank], self.pending[rank] = self.pending[rank], {}
+        self.outer[rank][node.name] = value
+
+
+def bisect_step(
+    scratch: Scratch,
+    reference: EagerReference,
+    captured: CapturedReference,
+    typed: TypedGraph,
+    steps: list[Batch],
+    failing: int,
+) -> tuple[Located | None, int | None, float]:
+    """Replay steps[:failing], then compare every value of the failing one.
+
+    Args:
+        scratch, reference: fresh.
+        captured: the original's graph with the weights of `reference`, in fp64.
+        typed: layouts of the stage that failed.
+
+    Returns:
+        the first value that deviates, its layer (None: in the outer graph), and how far the captured graph's own
+        logits are from the model's, over the largest: the graph can only tell the place if this is nothing.
+    """
+    for batch in steps[:failing]:
+        scratch.step(batch.ids, batch.mask)
+        reference.step(batch.ids, batch.mask)
+    batch = steps[failing]
+    expected_layers, expected_outer, graph_logits = _captured_step(captured, reference, batch)
+    logits = reference.step(batch.ids, batch.mask)
+    kept = batch.mask.bool()
+    gap = float((graph_logits - logits)[kept].abs().max() / logits[kept].abs().max())
+    recorder = Recorder(len(scratch.params))
+    recorder.in_outer = set(scratch.graph.graph.nodes)
+    with suppress(Exception):  # values up to a fault are what is wanted
+        scratch.step(batch.ids, batch.mask, recorder)
+    plan = scratch.compiled.plan
+    dtype = getattr(torch, plan.dtype)
+    located = outer_deviation(
+        recorder.outer, expected_outer, typed.layouts.get("", {}), scratch.graph.graph,
+        plan.layout, dtype, batch.mask, before_layers=True,
+    )  # fmt: skip
+    if located is not None:
+        return located, None, gap
+    for layer, values in recorder.layers.items():
+        if str(captured.call(layer).target) not in captured.matches:
+            continue  # a leaf has no nodes
+        call = captured.call(layer)
+        body = scratch.graph.get_submodule(str(call.target))
+        located = first_deviation(
+            values, expected_layers[layer], typed.layouts.get(str(call.target), {}), body,
+            captured.matches[str(call.target)], plan.layout, dtype, batch.mask,
+        )  # fmt: skip
+        if located is not None:
+            return located, layer, gap
+    located = outer_deviation(
+        recorder.outer, expected_outer, typed.layouts.get("", {}), scratch.graph.graph,
+        plan.layout, dtype, batch.mask, before_layers=False,
+    )  # fmt: skip
+    return located, None, gap
+
+
+def _captured_step(
+    captured: CapturedReference, reference: EagerReference, batch: Batch
+) -> tuple[dict[int, dict[str, Any]], dict[str, Any], Tensor]:
+    """Every value of the original's captured graph for a step, on the past that the eager copy has."""
+    graph = captured.graph
+    B, T = batch.ids.shape
+    mask = batch.mask if reference.mask is None else torch.cat([reference.mask, batch.mask], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
+    inputs: list[Any] = []
+    known = {"input_ids": batch.ids, "attention_mask": mask, "position_ids": positions}
+    for node in placeholders(graph.graph):
+        kind, name = node.meta["input"]
+        if kind == "param":
+            inputs.append(captured.tensors[name])
+        elif kind == "past":
+            inputs.append(_past(captured, reference, name, B, mask.shape[1] - T))
+        else:
+            inputs.append(known[name])
+    names = {n.name: n.meta["layer"] for n in graph.graph.nodes if n.op == "call_module"}
+    layers: dict[int, dict[str, Any]] = {layer: {} for layer in names.values()}
+    outer: dict[str, Any] = {}
+
+    def record(path: str, node: fx.Node, value: Any) -> None:
+        target = layers[names[path[:-1]]] if path else outer
+        target[node.name] = value
+
+    with captured.evaluating():
+        out = RecordingInterpreter(graph, record).run(*inputs)
+    return layers, outer, out[0]
+
+
+def _past(
+    captured: CapturedReference, reference: EagerReference, name: str, B: int, S: int
+) -> Tensor:
+    if name == "past_shape":
+        return torch.zeros(B, 1, S, 1, dtype=torch.float64)
+    part, _, number = name.rpartition("_")
+    site = int(number)
+    if S == 0:
+        layer = next(x for x in captured.captured.layers if site in x.caches)
+        match = captured.matches[layer.body].attentions[layer.caches.index(site)]
+        return empty_past(match, B, 0)[part.endswith("rope")].double()
+    entry = reference.cache.layers[site]
+    return entry.values if part.endswith("rope") else entry.keys

@@ -1,0 +1,171 @@
+"""Caches after a step: only the new tokens' slots changed, each on its owner, and they hold the original's entries.
+
+Does import_cache deal a prefilled cache out as the contract says? Run on caches that stand in for the module's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helix_compile.config.options import PAGE_SIZE
+from helix_compile.module import HelixModule
+from helix_compile.plan.matches import AttentionMatch, Site
+from helix_compile.verifier.contract import deal
+from helix_compile.verifier.numeric.scratch import STALE, Scratch
+from helix_compile.verifier.numeric.site_terms import new_entries, on_rank
+from helix_compile.verifier.report import Finding, fault
+
+# a new entry is rounded once; its inputs passed two norms and a linear in the module's dtype
+ENTRY = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+def check_cache(
+    attention: Site,
+    scratch: Scratch,
+    site: int,
+    expected: dict[str, Any],
+    before: list[list[Tensor]],
+    pasts: tuple[int, ...],
+    T: int,
+    where: str,
+) -> list[Finding]:
+    """Only the new tokens' slots changed, each on its owner, and they hold the original's latent and roped key."""
+    plan, dtype = scratch.compiled.plan, getattr(torch, scratch.compiled.plan.dtype)
+    cp, tpb = plan.layout.kvp, plan.options.tokens_per_block
+    row_of, tpa = attention.cache, plan.layout.tpa
+    new = torch.cat(new_entries(attention, expected), dim=-1)
+    scale, limit = float(new.abs().max()), ENTRY[dtype]
+    for rank, caches in enumerate(scratch.caches):
+        cache, old = caches[site].cpu(), before[rank][site].cpu()
+        untouched = torch.ones(cache.shape[:2], dtype=torch.bool)
+        for row, past in enumerate(pasts):
+            mine = deal(past + T, cp, tpb)[rank % cp]
+            for slot, position in enumerate(mine):
+                if position < past:
+                    continue
+                page = int(scratch.page_table[row, slot // PAGE_SIZE])
+                untouched[page, slot % PAGE_SIZE] = False
+                got = cache[page, slot % PAGE_SIZE].double()
+                wanted = on_rank(new[row, position - past], row_of, rank // cp, tpa)
+                allowed = on_rank(_allowed(position, attention, dtype), row_of, rank // cp, tpa) * scale  # fmt: skip
+                off = (got - wanted).abs().nan_to_num(torch.inf)
+                if bool((off > allowed).any()):
+                    at = f"{where}, rank {rank}, sequence {row}, position {position}"
+                    text, family = _entry_fault(got, wanted, attention, limit * scale)
+                    what = "K and V" if row_of.heads else "latent and k_rope"
+                    return [Finding("HX404", at, text, f"the original's {what} to {limit:.0e}", family, "numeric")]  # fmt: skip
+        changed = (cache != old) & ~(cache.isnan() & old.isnan())
+        wrong = (changed.flatten(2).any(dim=-1) & untouched).nonzero()
+        if len(wrong):
+            page, slot = wrong[0].tolist()
+            at = f"{where}, rank {rank}, page {page}, slot {slot}"
+            return [Finding("HX404", at, f"written ({len(wrong)} slots)", "left alone: not a slot of a new token of this rank", 4, "numeric")]  # fmt: skip
+    return []
+
+
+def _allowed(position: int, attention: Site, dtype: torch.dtype) -> Tensor:
+    """Limit of each channel of an entry. An angle is position * frequency, rounded in float32 or wider: its error, and with
+    it that of the roped key, grows with the position.
+    """
+    first, second = attention.cache.widths
+    allowed = torch.full((first + second,), ENTRY[dtype], dtype=torch.float64)
+    angle = position * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    roped = slice(first, None) if isinstance(attention, AttentionMatch) else slice(0, first)
+    allowed[roped] += angle
+    return allowed
+
+
+def _entry_fault(got: Tensor, wanted: Tensor, attention: Site, limit: float) -> tuple[str, int]:
+    if bool((got == STALE).all()):
+        return "never written", 7
+    error = (got - wanted).abs().nan_to_num(torch.inf)
+    first = attention.cache.first
+    latent, rope = error[..., :first], error[..., first:]
+    if attention.cache.heads:
+        return f"K off by {float(latent.max()):.2e}, V by {float(rope.max()):.2e}", 4
+    if float(latent.max()) <= limit:
+        return f"k_rope off by {float(rope.max()):.2e}, the latent is right", 8
+    return f"another entry: the latent is off by {float(latent.max()):.2e}", 4
+
+
+@contextmanager
+def _stand_in_caches(compiled: HelixModule) -> Iterator[None]:
+    """Empty caches and an empty batch; the module's own come back afterwards, untouched."""
+    caches, lengths = [rank.cache for rank in compiled.ranks], compiled._ledger.lengths
+    for rank in compiled.ranks:
+        # not filled: memory that nobody writes is never really taken
+        rank.cache = [torch.empty_like(cache) for cache in rank.cache]
+    compiled._ledger.lengths = []
+    try:
+        yield
+    finally:
+        for rank, cache in zip(compiled.ranks, caches, strict=True):
+            rank.cache = cache
+        compiled._ledger.lengths = lengths
+
+
+def check_import(compiled: HelixModule) -> list[Finding]:
+    """Two left-padded sequences, one longer than a page on every rank where capacity allows."""
+    options, layout = compiled.plan.options, compiled.plan.layout
+    cp, tpb = layout.kvp, options.tokens_per_block
+    longest = min(options.max_seq_len, cp * (PAGE_SIZE + 2 * tpb) + 1)
+    lengths = [longest, max(1, longest // 3)][: options.max_batch_size]
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, compiled.plan.dtype)
+    widths = compiled.facts.cache_widths
+    entries = [
+        torch.randn(len(lengths), longest, w, generator=generator).to(compiled.device, dtype)
+        for w in widths
+    ]
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
+    with _stand_in_caches(compiled):
+        table = compiled.page_table
+        pages = compiled.ranks[0].cache[0].shape[0]
+        if len(table.unique()) != table.numel() or int(table.max()) >= pages:
+            got = f"{table.numel() - len(table.unique())} pages that two places name, largest {int(table.max())}"
+            return [
+                Finding(
+                    "HX404", "page table", got, f"{table.numel()} pages below {pages}, each once", 4
+                )
+            ]
+        try:
+            halves = [
+                (e[..., :R], e[..., R:])
+                for e, R in zip(entries, compiled.facts.latent_widths, strict=True)
+            ]
+            compiled.import_cache([a for a, _ in halves], [b for _, b in halves], lengths, mask)
+        except Exception as error:  # the module under test may do anything
+            return [fault(error, "import_cache")]
+        if compiled.lengths.tolist() != lengths:
+            return [
+                Finding(
+                    "HX404",
+                    "import_cache: lengths",
+                    str(compiled.lengths.tolist()),
+                    str(lengths),
+                    11,
+                )
+            ]
+        table = compiled.page_table
+        for rank in compiled.ranks:
+            for row, length in enumerate(lengths):
+                mine = deal(length, cp, tpb)[rank.rank % cp]
+                slots = torch.arange(len(mine))
+                for site, cache in enumerate(rank.cache):
+                    held = cache[table[row].cpu()[slots // PAGE_SIZE], slots % PAGE_SIZE]
+                    wanted = on_rank(
+                        entries[site][row, longest - length :][mine], compiled.facts.caches[site],
+                        rank.rank // cp, layout.tpa,
+                    )  # fmt: skip
+                    wrong = (held != wanted).flatten(1).any(dim=-1).nonzero()
+                    if len(wrong):
+                        position = mine[int(wrong[0])]
+                        where = f"import_cache: site {site}, rank {rank.rank}, sequence {row}, position {position}"
+                        got = f"{len(wrong)} of {len(mine)} entries of this shard are others"
+                        return [Finding("HX404", where, got, "the entries of its positions", 11)]
+    return []

@@ -1,0 +1,230 @@
+"""One layer on given inputs, by the captured graph in fp64 and by the ranks: every value of both, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.distributed.tensor.placement_types import Partial, Shard
+
+from helix_compile.capture.captured import CapturedGraph, CapturedLayer
+from helix_compile.ir.dataflow import evaluate
+from helix_compile.ir.graph import placeholders
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.placement import Layout
+from helix_compile.plan.matches import LayerMatch, Site
+from helix_compile.verifier.contract import coordinate
+from helix_compile.verifier.numeric.reference import (
+    RecordingInterpreter,
+    WidenedIslands,
+    blaming_the_original,
+    with_textbook_experts,
+)
+from helix_compile.verifier.numeric.scratch import Scratch, running
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a layer reads: hidden [B, T, D], mask [B, S + T] and positions [B, T] with padding in front, and per
+    site the past (latent [B, 1, S, R] and k_rope [B, 1, S, r], or K and V [B, K, S, *]).
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    positions: Tensor
+    pasts: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass
+class CapturedReference:
+    """The captured graph of the original model, with weights in any dtype.
+
+    Attributes:
+        tensors: full name -> weight. fp64 weights: everything is computed in fp64; else in the captured dtype.
+    """
+
+    captured: CapturedGraph
+    matches: dict[str, LayerMatch]
+    tensors: Mapping[str, Tensor]
+    wide: bool = True
+    graph: fx.GraphModule = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.graph = with_textbook_experts(self.captured.graph, self.matches)
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """The modes that the graph is evaluated in."""
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        if self.wide:
+            stack.enter_context(WidenedIslands(self.captured.dtype))
+        return stack
+
+    def prefix(self, layer: int) -> str:
+        """What stands before the names of a layer's parameters."""
+        return self._layer(layer).prefix
+
+    def sites(self, layer: int) -> list[int]:
+        """Places of a layer's caches."""
+        return list(self._layer(layer).caches)
+
+    def _layer(self, index: int) -> CapturedLayer:
+        return next(x for x in self.captured.layers if x.index == index)
+
+    def call(self, layer: int) -> fx.Node:
+        """The outer graph's call of a layer."""
+        nodes = self.graph.graph.nodes
+        return next(n for n in nodes if n.op == "call_module" and n.meta["layer"] == layer)
+
+    def layer(self, layer: int, given: LayerInputs) -> dict[str, Any]:
+        """Values of every node of a layer, by name; "output" is the new hidden state."""
+        call = self.call(layer)
+        body = self.graph.get_submodule(str(call.target))
+        assert isinstance(body, fx.GraphModule)
+        known = self._known(given)
+        inputs = []
+        with self.evaluating():
+            for node, argument in zip(placeholders(body.graph), call.args, strict=True):
+                kind, name = node.meta["input"]
+                if kind == "hidden":
+                    inputs.append(given.hidden)
+                elif kind == "past":
+                    site = int(name.rpartition("_")[2])
+                    inputs.append(given.pasts[site]["rope" in name])
+                elif kind == "param":
+                    assert isinstance(argument, fx.Node)
+                    inputs.append(self.tensors[argument.meta["input"][1]])
+                else:
+                    inputs.append(evaluate(argument, known, self._param))
+            values: dict[str, Any] = {}
+
+            def record(path: str, node: fx.Node, value: Any) -> None:
+                values[node.name] = value
+
+            with blaming_the_original(f"the original's captured layer {layer}, run by itself"):
+                out = RecordingInterpreter(body, record).run(*inputs)
+        values["output"] = out[0]
+        return values
+
+    def _param(self, node: fx.Node) -> Tensor:
+        return self.tensors[node.meta["input"][1]]
+
+    def _known(self, given: LayerInputs) -> dict[fx.Node, Any]:
+        B, T = given.positions.shape
+        S = given.mask.shape[1] - T
+        dtype = given.hidden.dtype
+        by_name = {
+            "input_ids": torch.zeros(B, T, dtype=torch.int64),
+            "attention_mask": given.mask,
+            "position_ids": given.positions.clamp(min=0),
+            "past_shape": torch.zeros(B, 1, S, 1, dtype=dtype),
+        }
+        known: dict[fx.Node, Any] = {}
+        for node in placeholders(self.graph.graph):
+            kind, name = node.meta["input"]
+            if kind in ("input", "past") and name in by_name:
+                known[node] = by_name[name]
+        for node in self.graph.graph.nodes:
+            if node.op == "call_module":
+                break
+            if node.target is torch.ops.aten.embedding.default:
+                known[node] = given.hidden  # the tables ask it for its dtype and size only
+        return known
+
+
+@dataclass
+class LayerRun:
+    """What the ranks computed: values[rank][node name], and the new hidden state of each rank."""
+
+    values: list[dict[str, Any]]
+    outputs: list[Tensor]
+
+
+def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) -> LayerRun:
+    """Run one layer of the module on its scratch cache (which already holds the past).
+
+    Args:
+        mask: [B, T] of the new tokens.
+    """
+    outer = scratch.graph.graph
+    call = next(n for n in outer.nodes if n.op == "call_module" and n.meta["layer"] == layer)
+    body = scratch.graph.get_submodule(str(call.target))
+    assert isinstance(body, fx.GraphModule)
+    step = {
+        "input_ids": torch.zeros(mask.shape, dtype=torch.int64),
+        "positions": scratch.positions(mask),
+        "page_table": scratch.page_table,
+    }
+    values: list[dict[str, Any]] = [{} for _ in scratch.params]
+
+    def record(rank: int, node: fx.Node, value: Any) -> None:
+        values[rank][node.name] = value
+
+    with running(scratch.compiled):
+        inputs = []
+        for rank in range(len(scratch.params)):
+            placed = dict(zip(placeholders(outer), scratch.inputs_of(rank, step), strict=True))
+            hidden = call.args[0]
+            assert isinstance(hidden, fx.Node)
+            known: dict[fx.Node, Any] = {hidden: given.hidden}
+            for node in outer.nodes:
+                if node.target is torch.ops.aten.embedding.default:
+                    known[node] = given.hidden
+            inputs.append([_argument(a, placed, known) for a in call.args])
+        outputs = scratch.run(body, inputs, record)
+    scratch.lengths = [n + int(k) for n, k in zip(scratch.lengths, mask.sum(dim=1), strict=True)]
+    return LayerRun(values, outputs)
+
+
+def _argument(argument: Any, placed: dict[fx.Node, Any], known: dict[fx.Node, Any]) -> Any:
+    """What a layer is called with: a parameter, or the cache itself, which it writes; or what is computed before it."""
+    if not isinstance(argument, fx.Node):
+        return argument
+    if argument in placed:
+        return placed[argument]
+    return evaluate(argument, known, lambda node: placed[node].cpu())
+
+
+def replicas(parts: list[Tensor], layout: Layout, degrees: HelixLayout) -> list[Tensor]:
+    """The whole value as each group of ranks has it: shards joined, sums summed. [] where that has no meaning."""
+    if not layout:
+        return parts
+    if len(layout) != 1:
+        return []
+    ((axis, placement),) = layout.items()
+    groups: dict[int, list[int]] = {}
+    other = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}.get(axis)
+    for rank in range(len(parts)):
+        key = coordinate(other, rank, degrees) if other else 0
+        groups.setdefault(key, []).append(rank)
+    if type(placement) is Shard:
+        dim = placement.dim
+        return [torch.cat([parts[r] for r in ranks], dim=dim) for ranks in groups.values()]
+    if type(placement) is Partial:
+        return [torch.stack([parts[r].double() for r in ranks]).sum(0) for ranks in groups.values()]
+    return []
+
+
+def attention_output(o_proj: fx.Node, attention: Site) -> fx.Node:
+    """The node whose value is attention alone: what o_proj reads, or what its gate multiplies."""
+    node = o_proj.args[0]
+    assert isinstance(node, fx.Node)
+    for _ in range(2 if attention.gate else 0):  # o_flat(o_gated(o, gate))
+        source = node.args[0]
+        node = source if isinstance(source, fx.Node) else node
+    return node
+
+
+def fitted(value: Tensor, expected: Tensor) -> Tensor | None:
+    """The value without the zeros that pad its last shards; None if the shapes can't be compared."""
+    if value.dim() != expected.dim():
+        return None
+    for dim, (mine, size) in enumerate(zip(value.shape, expected.shape, strict=True)):
+        if mine < size:
+            return None
+        value = value.narrow(dim, 0, size)
+    return value

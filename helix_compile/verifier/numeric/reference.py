@@ -1,0 +1,199 @@
+"""The mode that makes a float64 comparison sharp.
+
+DeepSeek-V3 computes norms and the router in float32 whatever its dtype. In float64 these islands swallow small faults
+(a clean module then shows a deviation of exactly 0) and turn noise of 1e-15 into one float32 ulp of 1e-8 at random
+(capture-and-match, sections 10 and 11). Run both sides with the islands widened instead.
+
+The truth: a deep fp64 copy of the original model, run as it is; and its captured graph, node by node, in fp64.
+
+The eager copy decides. The graph only says *where* a deviation starts, and is the reference for one layer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.cache_utils import DynamicCache
+
+from helix_compile.capture.source import converted_copy
+from helix_compile.ir.graph import erase_unused, input_named, node_named, placeholders
+from helix_compile.ir.leaves import Leaf
+from helix_compile.ir.stage import copy_module
+from helix_compile.plan.matches import LayerMatch
+from helix_compile.verifier.numeric.routing import Choices, RecordTopK
+from helix_compile.verifier.report import OriginalFails
+
+
+class WidenedIslands(TorchDispatchMode):
+    """While open, a cast of a float64 tensor to float32 is a copy in float64. Use it around both sides.
+
+    Args:
+        captured_dtype: evaluate a graph that was captured in this dtype on float64 tensors: casts to it and new tensors
+            in it are float64 too.
+    """
+
+    def __init__(self, captured_dtype: torch.dtype = torch.float64):
+        super().__init__()
+        self.captured_dtype = captured_dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`, but for the casts."""
+        kwargs = dict(kwargs or {})
+        target = kwargs.get("dtype")
+        cast = func is torch.ops.aten._to_copy.default and target in (
+            torch.float32,
+            self.captured_dtype,
+        )
+        if cast and args[0].dtype is torch.float64:
+            return args[0].clone()
+        if target is self.captured_dtype:  # not float32: position tables stay as they are
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+CHUNK_TOKENS = 256  # long steps are cut so that scores [B, H, T, S] stay small
+
+
+Edits = Mapping[str, Callable[[Tensor], Tensor]]
+
+
+@contextmanager
+def blaming_the_original(what: str) -> Iterator[None]:
+    """What is raised inside is raised again as OriginalFails, which names `what` ran."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).splitlines()
+        raise OriginalFails(
+            f"{what} raised {type(error).__name__}: {text[0] if text else ''}"
+        ) from error
+
+
+def wide_copy(model: Any) -> Any:
+    """A deep copy in fp64 with sdpa attention; `model` is left alone.
+
+    Experts run one by one ("eager"): fp64 has no grouped matmul, and batched_mm gathers three matrices a choice, which
+    at real widths is more than the model itself.
+    """
+    twin: Any = converted_copy(model, torch.float64).eval()
+    twin.config._attn_implementation = "sdpa"
+    if getattr(twin.config, "_experts_implementation", None) is not None:
+        twin.set_experts_implementation("eager")
+    return twin
+
+
+def apply_edits(tensors: dict[str, Tensor], edits: Edits) -> None:
+    """Change weights in place. Each edit commutes with every cut, so a faulty shard stays faulty."""
+    with torch.no_grad():
+        for name, edit in edits.items():
+            if name in tensors:
+                tensors[name].copy_(edit(tensors[name]))
+
+
+def edited(params: Mapping[str, Tensor], edits: Edits) -> dict[str, Tensor]:
+    """The same for what a rank holds, on copies: a wrong shard stays wrong."""
+    return {n: edits[n](t.clone().cpu()).to(t) if n in edits else t for n, t in params.items()}
+
+
+@dataclass
+class EagerReference:
+    """The copy with its own DynamicCache. Padding is a column there and never a position."""
+
+    model: Any
+    mask: Tensor | None = None
+    cache: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache = DynamicCache(config=self.model.config)
+
+    def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None) -> Tensor:
+        """Logits [B, T, vocab] of ids [B, T] with mask [B, T]; every top-k goes to `choices`."""
+        logits, recorded = [], []
+        for part, kept in zip(ids.split(CHUNK_TOKENS, 1), mask.split(CHUNK_TOKENS, 1), strict=True):
+            recorded.append(Choices())
+            with RecordTopK(recorded[-1]):
+                logits.append(self._chunk_logits(part, kept))
+        if choices is not None:
+            choices.join(recorded, len(ids))
+        return torch.cat(logits, dim=1)
+
+    def _chunk_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        device = next(self.model.parameters()).device
+        what = f"the original model, run by itself in {self.model.dtype}".replace("torch.", "")
+        with blaming_the_original(what), torch.no_grad(), WidenedIslands():
+            out = self.model(
+                input_ids=ids.to(device),
+                attention_mask=self.mask.to(device),
+                position_ids=positions.to(device),
+                past_key_values=self.cache,
+            )
+        return out.logits
+
+
+Record = Callable[[str, fx.Node, Any], None]
+
+
+class RecordingInterpreter(fx.Interpreter):
+    """Runs a graph, its layers node by node, and calls record(path, node, value) after each node."""
+
+    def __init__(self, module: fx.GraphModule, record: Record, path: str = ""):
+        super().__init__(module)
+        self.record, self.path, self.calling = record, path, ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run and record."""
+        self.calling = n.name
+        value = super().run_node(n)
+        self.record(self.path, n, value)
+        return value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Go into the layer instead of calling it."""
+        body = self.module.get_submodule(str(target))
+        if isinstance(body, Leaf):
+            return super().call_module(target, args, kwargs)
+        assert isinstance(body, fx.GraphModule)
+        inner = RecordingInterpreter(body, self.record, f"{self.path}{self.calling}.")
+        return inner.run(*args, **kwargs)
+
+
+def with_textbook_experts(
+    graph: fx.GraphModule, matches: Mapping[str, LayerMatch]
+) -> fx.GraphModule:
+    """A copy of a captured graph whose routed experts are computed expert by expert.
+
+    fp64 has no grouped matmul, and this is written apart from the op's reference. Names of nodes are kept.
+    """
+    copy = copy_module(graph)
+    for name, match in matches.items():
+        body = copy.get_submodule(name)
+        assert isinstance(body, fx.GraphModule)
+        for moe in match.moes:
+            output = node_named(body.graph, moe.output)
+            reads = [node_named(body.graph, n) for n in (moe.x, moe.expert_ids, moe.weights)]
+            reads += [input_named(body.graph, "param", n) for n in (moe.gate_up, moe.down)]
+            output.target, output.args, output.kwargs = _experts, tuple(reads), {}
+        erase_unused(body.graph, keep=placeholders(body.graph))
+        body.recompile()
+    return copy
+
+
+def _experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """X [.., D], ids and weights [.., k], gate_up [E, 2F, D], down [E, D, F] -> [N, D]."""
+    tokens = x.reshape(-1, x.shape[-1])
+    ids, weights = ids.reshape(len(tokens), -1), weights.reshape(len(tokens), -1)
+    out = torch.zeros_like(tokens)
+    for expert in torch.unique(ids).tolist():
+        chosen = (ids == expert).any(dim=1)
+        share = (weights * (ids == expert)).sum(dim=1)[chosen, None]
+        gate, up = nn.functional.linear(tokens[chosen], gate_up[expert]).chunk(2, dim=-1)
+        out[chosen] += nn.functional.linear(nn.functional.silu(gate) * up, down[expert]) * share
+    return out

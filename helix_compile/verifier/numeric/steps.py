@@ -1,0 +1,352 @@
+"""Whole steps against the original in fp64: ragged prompts, then steps over block and page boundaries, on every stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.config.options import PAGE_SIZE
+from helix_compile.errors import HelixError
+from helix_compile.passes.pipeline import STAGES
+from helix_compile.runtime.rank import params_of_stage
+from helix_compile.verifier.contract import deal
+from helix_compile.verifier.numeric.reference import EagerReference
+from helix_compile.verifier.numeric.routing import Choices, compare_choices, topk_hook
+from helix_compile.verifier.numeric.scratch import Scratch
+from helix_compile.verifier.report import Coverage, Finding, fault
+
+# largest deviation over the largest value; None: pooled rel-RMSE at most RATIO times the original's own
+LIMIT: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+RATIO = 1.25
+
+
+FLIPS = 0.05  # share of tokens that the rewrite alone may route otherwise in 16 bits, beyond the original's own
+
+
+DECODE = (1, 1, 3, 1, 4, 1)
+
+
+FLOPS = 5e10  # of the fp64 reference in one draw of a scenario; the prompts of a large model are cut to this
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A ragged left-padded prompt and the steps after it; with `idle`, row 0 sits out the second step."""
+
+    name: str
+    lengths: tuple[int, ...]
+    steps: tuple[int, ...]
+    capacity: int
+    idle: bool = False
+
+
+def scenarios(compiled: Any, parameters: int) -> tuple[list[Scenario], list[str]]:
+    """What to run for this plan, and notes on what was cut to the budget."""
+    options, cp = compiled.plan.options, compiled.plan.layout.kvp
+    tpb = options.tokens_per_block
+    notes: list[str] = []
+    affordable = int(FLOPS / (2 * parameters))  # tokens of all sequences together
+    turn = cp * tpb
+    decode: tuple[int, ...] = DECODE
+    # an empty shard; a step over the first block boundary; unequal shards and a boundary on the next turn
+    wanted: tuple[int, ...] = (1, max(1, tpb - 1), turn + max(1, tpb - 1))[
+        -min(3, options.max_batch_size) :
+    ]
+    if affordable < sum(wanted) + len(wanted) * sum(decode):
+        wanted, decode = wanted[-2:], (1, 3, 1)
+        longest = max(2, affordable - 2 * sum(decode) - 1)
+        wanted = tuple(min(n, longest) for n in (1, *wanted[-1:]))[
+            -min(2, options.max_batch_size) :
+        ]
+        notes.append(f"prompt cut to {max(wanted)} tokens: {parameters:,} parameters in float64")
+    room = options.max_seq_len - sum(decode)
+    if room < 1:
+        steps = (1,) * max(0, min(sum(decode), options.max_seq_len - 1))
+        return [Scenario("short", (1,), steps, options.max_seq_len)], notes
+    lengths = tuple(min(n, room) for n in wanted)
+    found = [Scenario("ragged", lengths, decode, options.max_seq_len, idle=len(lengths) > 1)]
+    # longer than a page on every rank, and then to the last slot
+    full = min(options.max_seq_len, cp * PAGE_SIZE + turn + 1)
+    if full > affordable:
+        notes.append(
+            f"a cache of {full} tokens was not filled step by step: {parameters:,} parameters"
+        )
+    elif full > 9:
+        rows = (full - 8, 2)[: min(2, options.max_batch_size)]
+        found.append(Scenario("full", rows, (3, 1, 4), full))
+    return found, notes
+
+
+@dataclass
+class Pool:
+    """Sums for rel-RMSE over all tokens of a run."""
+
+    error: float = 0.0
+    own_error: float = 0.0
+    norm: float = 0.0
+
+    def add(self, got: Tensor, own: Tensor, expected: Tensor) -> None:
+        """Add tokens: the module's logits, the original's own in the same dtype, the fp64 ones."""
+        self.error += float((got.double() - expected).square().sum())
+        self.own_error += float((own.double() - expected).square().sum())
+        self.norm += float(expected.square().sum())
+
+    @property
+    def ratio(self) -> float:
+        """rel-RMSE over that of the original in its own dtype."""
+        return (self.error / self.own_error) ** 0.5 if self.own_error else float("inf")
+
+    @property
+    def rel_rmse(self) -> float:
+        """rel-RMSE of the module."""
+        return (self.error / self.norm) ** 0.5 if self.norm else 0.0
+
+
+@dataclass
+class Outcome:
+    """What a scenario showed."""
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    worst: float = 0.0
+    failing_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of a step and which are real."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def batches(scenario: Scenario, vocab_size: int, seed: int) -> list[Batch]:
+    """The prompt (left-padded) and the steps of a scenario."""
+    generator = torch.Generator().manual_seed(seed)
+    width, rows = max(scenario.lengths), len(scenario.lengths)
+    mask = torch.tensor([[0] * (width - n) + [1] * n for n in scenario.lengths])
+    made = []
+    for number, T in enumerate((width, *scenario.steps)):
+        if number:
+            mask = torch.ones(rows, T, dtype=torch.int64)
+        if scenario.idle and number == 2:
+            mask[0] = 0
+        ids = torch.randint(0, vocab_size, (rows, T), generator=generator)
+        made.append(Batch(ids, mask))
+    return made
+
+
+class Stepper(Protocol):
+    """The original, or what stands for it: logits [B, T, vocab] in fp64 of a step, its top-ks recorded."""
+
+    def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None) -> Tensor:
+        """Append ids [B, T] with mask [B, T]."""
+        ...
+
+
+def run_scenario(
+    scratch: Scratch,
+    reference: Stepper,
+    own: EagerReference | None,
+    steps: list[Batch],
+    where: str,
+    coverage: Coverage,
+    pool: Pool,
+    limit: float | None = None,
+) -> Outcome:
+    """Run a scenario on the module and on the reference, step by step, until something is wrong.
+
+    Args:
+        own: the original in the module's own dtype, needed where the limit is a ratio.
+        where: stage and scenario, for findings.
+        limit: largest deviation over the largest logit; by default that of the dtype.
+    """
+    outcome = Outcome()
+    dtype = getattr(torch, scratch.compiled.plan.dtype)
+    excluded = torch.zeros(scratch.rows, dtype=torch.bool)
+    flips, own_flips, tokens = 0, 0, 0
+    for number, batch in enumerate(steps):
+        B, T = batch.ids.shape
+        expected_choices, choices, own_choices = Choices(), Choices(), Choices()
+        before = list(scratch.lengths)
+        try:
+            logits = scratch.step(batch.ids, batch.mask, topk_hook(choices))
+        except Exception as error:
+            outcome.findings.append(fault(error, f"{where}, step {number}"))
+            outcome.failing_step = number
+            return outcome
+        expected = reference.step(batch.ids, batch.mask, expected_choices)
+        routing = compare_choices(choices, expected_choices, B, T, dtype)
+        kept = batch.mask.bool()
+        if own is not None:
+            own_logits = own.step(batch.ids, batch.mask, own_choices)
+            own_routing = compare_choices(own_choices, expected_choices, B, T, dtype)
+            flips += int((~routing.alike & own_routing.alike & kept).sum())
+            own_flips += int((routing.alike & ~own_routing.alike & kept).sum())
+            tokens += int(kept.sum())
+            alike = kept & routing.alike & own_routing.alike
+            pool.add(logits[0][alike], own_logits[alike], expected[alike])
+        _count(coverage, scratch, before, batch)
+        found = check_ranks(logits, kept, where, number, scratch.params)
+        if own is None:
+            turned = ~routing.alike & kept
+            if bool((turned & ~routing.near_tie).any()):
+                found.append(_router_finding(turned & ~routing.near_tie, before, where, number))
+            newly = (turned & routing.near_tie).any(dim=1) & ~excluded
+            if bool(newly.any()):
+                rows = newly.nonzero().flatten().tolist()
+                outcome.notes.append(
+                    f"{where}, step {number}: a near-tied router choice turned in sequences {rows}; "
+                    "they are not compared from there on"
+                )
+                excluded |= newly
+            kept = kept & ~excluded[:, None]
+            allowed = LIMIT[dtype] if limit is None else limit
+            deviation, finding = _compare(logits[0], expected, kept, allowed, before, where, number)
+            outcome.worst = max(outcome.worst, deviation)
+            found += [finding] if finding else []
+        elif not torch.isfinite(logits[0][kept]).all():
+            found.append(_not_finite(logits[0], kept, before, where, number))
+        if found:
+            outcome.findings += found
+            outcome.failing_step = number
+            return outcome
+    if own is not None and flips > 3 * own_flips + max(1, FLIPS * tokens):
+        outcome.findings.append(
+            Finding(
+                "HX408", where,
+                f"{flips} of {tokens} tokens are routed otherwise than in fp64 by the module alone",
+                f"about {own_flips}, as by the original in its own dtype", 0, "numeric",
+            )
+        )  # fmt: skip
+        outcome.failing_step = 0
+    elif flips or own_flips:
+        outcome.notes.append(
+            f"{where}: near-tied routers: {flips} of {tokens} tokens are routed otherwise than in fp64 by the "
+            f"module alone, {own_flips} by the original alone; logits are compared where all agree"
+        )
+    return outcome
+
+
+def place(index: list[int], before: list[int], kept: Tensor) -> str:
+    """Sequence and absolute position of column `t` of row `b`."""
+    b, t = index
+    position = before[b] + int(kept[b, :t].sum())
+    return f"sequence {b}, position {position}"
+
+
+def check_ranks(
+    logits: list[Tensor], kept: Tensor, where: str, number: int, params: list[dict[str, Tensor]]
+) -> list[Finding]:
+    """All ranks must return the same bits, but for the order of sums where their parameters have unlike strides."""
+    first = logits[0]
+    for rank, other in enumerate(logits[1:], 1):
+        if other.shape != first.shape:
+            got = f"rank {rank} {tuple(other.shape)}, rank 0 {tuple(first.shape)}"
+            return [Finding("HX405", f"{where}, step {number}", got, "equal shapes", 0, "numeric")]
+        mine, wanted = other[kept].nan_to_num(1e9).double(), first[kept].nan_to_num(1e9).double()
+        gap = float((mine - wanted).abs().max()) if len(mine) else 0.0
+        allowed = _rounding(params[0], params[rank], first.dtype)
+        if gap > allowed * float(wanted.abs().max() if len(wanted) else 0.0):
+            got = f"rank {rank} deviates from rank 0 by up to {gap:.2e}"
+            expected = f"at most {allowed:.0e} of the largest" if allowed else "the same bits"
+            return [Finding("HX405", f"{where}, step {number}", got, expected, 10, "numeric")]
+    return []
+
+
+def _rounding(mine: dict[str, Tensor], other: dict[str, Tensor], dtype: torch.dtype) -> float:
+    """How far two ranks' logits may be apart, over the largest: 0.0 where all their parameters lie alike in memory.
+
+    A matmul sums K products in the order that the strides suggest. What layers add is summed over the ranks and then the
+    same on each, so only the last product, with the output embedding, can differ: by a rounding of the result in the
+    dtype on each side, and by sqrt(K) roundings in what sums are kept in (float32 for 16 bits; errors of a sum grow as a
+    random walk).
+    """
+    sizes = [
+        max(t.shape)
+        for name, t in mine.items()
+        if name in other and t.shape == other[name].shape and t.stride() != other[name].stride()
+    ]
+    if not sizes:
+        return 0.0
+    kept_in = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return torch.finfo(dtype).eps + max(sizes) ** 0.5 * kept_in
+
+
+def _not_finite(logits: Tensor, kept: Tensor, before: list[int], where: str, number: int) -> Finding:  # fmt: skip
+    bad = (~torch.isfinite(logits)).any(dim=-1) & kept
+    at = place(bad.nonzero()[0].tolist(), before, kept)
+    return Finding(
+        "HX406", f"{where}, step {number}, {at}",
+        f"{int(bad.sum())} of {int(kept.sum())} tokens have NaN or inf logits", "finite logits", 5,
+        "numeric",
+    )  # fmt: skip
+
+
+def _router_finding(wrong: Tensor, before: list[int], where: str, number: int) -> Finding:
+    at = place(wrong.nonzero()[0].tolist(), before, torch.ones_like(wrong))
+    return Finding(
+        "HX408", f"{where}, step {number}, {at}",
+        f"{int(wrong.sum())} tokens choose other experts, by a clear margin", "the original's choice",
+        0, "numeric",
+    )  # fmt: skip
+
+
+def _compare(
+    got: Tensor, expected: Tensor, kept: Tensor, limit: float, before: list[int], where: str, number: int
+) -> tuple[float, Finding | None]:  # fmt: skip
+    if not bool(kept.any()):
+        return 0.0, None
+    if not torch.isfinite(got[kept]).all():
+        return float("inf"), _not_finite(got, kept, before, where, number)
+    error = (got.double() - expected).abs().amax(dim=-1).masked_fill(~kept, 0)
+    largest = float(expected[kept].abs().max())
+    deviation = float(error.max()) / largest
+    if deviation <= limit:
+        return deviation, None
+    first = (error > limit * largest).nonzero()[0].tolist()
+    at = place(first, before, kept)
+    return deviation, Finding(
+        "HX401", f"{where}, step {number}, {at}",
+        f"logits off by {deviation:.2e} of the largest", f"at most {limit:.0e}", 0, "numeric",
+    )  # fmt: skip
+
+
+def _count(coverage: Coverage, scratch: Scratch, before: list[int], batch: Batch) -> None:
+    plan = scratch.compiled.plan
+    cp, tpb = plan.layout.kvp, plan.options.tokens_per_block
+    coverage.steps += 1
+    coverage.tokens += int(batch.mask.sum())
+    for row, (old, new) in enumerate(zip(before, scratch.lengths, strict=True)):
+        shards = [len(hand) for hand in deal(new, cp, tpb)]
+        coverage.empty_shards += sum(n == 0 for n in shards)
+        coverage.unequal_shards += len(set(shards)) > 1
+        coverage.block_boundaries += (new - 1) // tpb - max(old - 1, 0) // tpb if new > old else 0
+        was = [len(hand) for hand in deal(old, cp, tpb)]
+        coverage.page_boundaries += sum(
+            max(n - 1, 0) // PAGE_SIZE > max(o - 1, 0) // PAGE_SIZE
+            for n, o in zip(shards, was, strict=True)
+        )
+        real = int(batch.mask[row].sum())
+        coverage.idle_rows += real == 0
+        coverage.padded_rows += 0 < real < batch.mask.shape[1]
+        coverage.longest_context = max(coverage.longest_context, new)
+        coverage.full_cache |= new == scratch.capacity
+
+
+def stage_params(compiled: Any, stage: fx.GraphModule, name: str) -> list[dict[str, Tensor]]:
+    """Each rank's parameters for a stage: what the ranks hold for the last one, else cut from the originals."""
+    if name == STAGES[-1]:
+        return [dict(rank.params) for rank in compiled.ranks]
+    facts = compiled.facts
+    if not facts.originals:
+        raise HelixError(f"stage {name!r}: a reloaded module has no weights for it")
+    return [
+        dict(params_of_stage(stage, facts.originals, facts.shards, compiled.plan.layout, r.rank))
+        for r in compiled.ranks
+    ]

@@ -1,0 +1,260 @@
+"""Does the plan fit the model and itself, and does the graph do what the plan says: collectives, work, ownership.
+
+What is expected is computed from the matches of the original model and from the options, not from the plan's own lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.ir.graph import aten, calls, helix_op, is_param, placeholders
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
+from helix_compile.plan.matches import GqaMatch, LayerMatch
+from helix_compile.verifier.report import Finding
+from helix_compile.verifier.static.graph import COLLECTIVES
+
+WORK_SLACK = 1e-9  # counts are exact; this only forgives the division
+
+
+def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> list[Finding]:
+    """The plan's numbers against the model's and against each other."""
+    layout, options, findings = plan.layout, plan.options, []
+
+    def expect(where: str, got: Any, expected: Any, family: int) -> None:
+        if got != expected:
+            findings.append(Finding("HX302", where, str(got), str(expected), family))
+
+    expect("plan.layout: cp", layout.kvp, options.cp, 12)
+    expect("plan.layout: tpa", layout.tpa, options.tpa, 12)
+    expect("plan.layout: ranks", layout.world_size, ranks, 12)
+    expect("plan.layout: ep * tpf", layout.ep * layout.tpf, layout.kvp * layout.tpa, 12)
+    if options.ep is not None:
+        expect("plan.layout: ep", layout.ep, options.ep, 9)
+    expect("plan.bodies", [b.name for b in plan.bodies], list(matches), 0)
+    for body in plan.bodies:
+        match = matches.get(body.name)
+        if match is None:
+            continue
+        for site, (attention, found) in enumerate(
+            zip(body.attentions, match.attentions, strict=False)
+        ):
+            where = f"plan, {body.name}, attention {site}"
+            H, N = found.num_heads, layout.world_size
+            expect(f"{where}: heads % ranks", H % N, 0, 12)
+            expect(f"{where}: merge", attention.merge, options.merge, 9)
+            expect(f"{where}: q_proj", attention.q_proj, options.q_proj, 9)
+            if options.v_up != "auto":
+                expect(f"{where}: v_up", attention.v_up, options.v_up, 9)
+            expect(
+                f"{where}: tokens_per_block",
+                attention.tokens_per_block,
+                options.tokens_per_block,
+                9,
+            )
+            blocks = tuple((r * (H // N), (r + 1) * (H // N)) for r in range(N))
+            expect(f"{where}: head_ranges", attention.head_ranges, blocks, 1)
+        for ffn in body.ffns:
+            parts = layout.tpf if ffn.kind == "routed" else layout.world_size
+            where = f"plan, {body.name}, {ffn.kind} FFN"
+            expect(f"{where}: shard width", ffn.shard_width, math.ceil(ffn.width / parts), 2)
+            if ffn.kind == "routed":
+                experts = match.moes[ffn.site].num_experts
+                expect(f"{where}: experts % ep", experts % layout.ep, 0, 12)
+                expect(f"{where}: experts a rank", ffn.experts_per_rank * layout.ep, experts, 12)
+        findings += _cuts(body, layout)
+        findings += _shard_axes(body, match, plan)
+    return findings
+
+
+def _shard_axes(body: BodyPlan, match: LayerMatch, plan: HelixPlan) -> list[Finding]:
+    """Options that only move weights must have moved them: W_UV over all ranks if it is applied after the exchange."""
+    findings = []
+    for site, found in zip(body.attentions, match.attentions, strict=False):
+        after, gather = site.v_up == "after", plan.options.q_proj == "gather"
+        wanted = {
+            found.q_weight: "world" if gather else "tpa",
+            found.o_weight: "world",
+        }
+        if isinstance(found, GqaMatch):
+            wanted |= {found.k_weight: "tpa", found.v_weight: "tpa"}
+        else:
+            wanted[f"{found.w_uk.param}.w_uk"] = "world" if gather else "tpa"
+            wanted[f"{found.w_uv.param}.w_uv"] = "world" if after else "tpa"
+        for name, axis in wanted.items():
+            shard = body.shard(name)
+            axes = None if shard is None else tuple(c.axis for c in shard.cuts)
+            if axes != (axis,):
+                where = f"plan, {body.name}, parameter {name}: axes of its cuts"
+                findings.append(Finding("HX302", where, str(axes), str((axis,)), 9))
+    return findings
+
+
+def _cuts(body: BodyPlan, layout: HelixLayout) -> list[Finding]:
+    """A cut's total is the size of the dim that it cuts, or the tail of the weight is in no shard."""
+    findings = []
+    for shard in body.param_shards:
+        sizes = list(shard.view)
+        if shard.window is not None:
+            sizes[shard.window[0]] = shard.window[2]
+        for cut in shard.cuts:
+            where = f"plan, {body.name}, parameter {shard.name}, dim {cut.dim}"
+            if cut.total != sizes[cut.dim]:
+                findings.append(
+                    Finding("HX302", where, f"cut of {cut.total}", f"{sizes[cut.dim]}", 2)
+                )
+    return findings
+
+
+def expected_collectives(match: LayerMatch, plan: HelixPlan) -> Counter[tuple[str, str]]:
+    """(op, axis) -> how many a body must have, by the options (helix-algorithm, sections 6 and 8)."""
+    options, layout, count = plan.options, plan.layout, Counter[tuple[str, str]]()
+    sites = len(match.attentions)
+    if layout.kvp > 1:
+        if options.merge == "a2a":
+            count[("all_to_all_single", "kvp")] += sites
+        else:
+            count[("all_gather_into_tensor", "kvp")] += sites
+            count[("reduce_scatter_tensor", "kvp")] += sites
+        if options.q_proj == "gather":
+            count[("all_gather_into_tensor", "kvp")] += sites
+    if layout.world_size > 1:
+        shared = {m.shared for m in match.moes}
+        sums = sum(f.down not in shared for f in match.dense_ffns) + len(match.moes)
+        count[("all_reduce", "world")] += sites + sums
+    return count
+
+
+def check_collectives(
+    graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch]
+) -> list[Finding]:
+    """Each body has the collectives of its options, and the plan lists the same."""
+    findings = []
+    for name, body in graph.named_children():
+        if name not in matches:
+            continue
+        assert isinstance(body, fx.GraphModule)
+        expected = expected_collectives(matches[name], plan)
+        got = Counter(
+            (str(n.target).split(".")[1], str(n.args[-1])) for n in calls(body.graph, *COLLECTIVES)
+        )
+        planned = Counter((c.op, c.axis) for c in plan.body(name).collectives)
+        if got != expected:
+            findings.append(Finding("HX105", name, _counts(got), _counts(expected), 10))
+        if planned != expected:
+            findings.append(
+                Finding(
+                    "HX302", f"plan, {name}: collectives", _counts(planned), _counts(expected), 9
+                )
+            )
+    return findings
+
+
+def _counts(count: Counter[tuple[str, str]]) -> str:
+    return ", ".join(f"{n} {op} over {axis}" for (op, axis), n in sorted(count.items())) or "none"
+
+
+def check_work(
+    typed: fx.GraphModule,
+    plan: HelixPlan,
+    matches: dict[str, LayerMatch],
+    originals: dict[str, Tensor],
+) -> list[Finding]:
+    """Multiplications a rank does for each token against those of the planned shards; attention once for each head.
+
+    Args:
+        typed: the graph with shapes propagated from what the ranks hold.
+    """
+    findings = []
+    for name, body in typed.named_children():
+        if name not in matches:
+            continue
+        assert isinstance(body, fx.GraphModule)
+        match, graph = matches[name], body.graph
+        got, expected = _macs(graph), _planned_macs(typed, name, plan, originals)
+        if got > expected * (1 + WORK_SLACK):
+            findings.append(
+                Finding(
+                    "HX107",
+                    name,
+                    f"{got:,.0f} multiplications a token a rank",
+                    f"{expected:,.0f}",
+                    13,
+                )
+            )
+        attended = sum(
+            int(_size(n.args[0].meta["val"].shape[2]))
+            for n in graph.nodes
+            if helix_op(n) in ("mla_decode", "gqa_decode") and "val" in n.args[0].meta
+        )
+        heads = sum(a.num_heads // plan.layout.tpa for a in match.attentions)
+        if attended != heads:
+            got_text = f"attention over the cache for {attended} heads a rank"
+            findings.append(Finding("HX107", name, got_text, f"{heads}", 13))
+    return findings
+
+
+def _size(size: Any) -> int:
+    """A symbolic size by its hint."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    hint = size.node.hint
+    return int(hint) if hint is not None else 1
+
+
+def _numel(node: Any) -> int:
+    return math.prod(_size(s) for s in node.meta["val"].shape)
+
+
+def _macs(graph: fx.Graph) -> float:
+    """Multiplications with a weight for each token, at the sizes the graph was captured with."""
+    hidden = placeholders(graph)[0]
+    tokens = math.prod(_size(s) for s in hidden.meta["val"].shape[:2])
+    total = 0
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        if node.target in (aten.linear.default, aten.mm.default) or node.target is aten.bmm.default:
+            total += _numel(node) * _size(node.args[0].meta["val"].shape[-1])
+        elif node.target is aten.einsum.default:
+            total += _einsum_macs(node)
+        elif helix_op(node) == "moe_experts":
+            # an upper bound that the plan counts alike: every local expert once for each token
+            total += tokens * (_numel(node.args[3]) + _numel(node.args[4]))
+    return total / tokens
+
+
+def _einsum_macs(node: fx.Node) -> int:
+    terms = str(node.args[0]).split("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, operand in zip(terms, node.args[1], strict=True):
+        shape = operand.meta["val"].shape
+        sizes.update({letter: _size(s) for letter, s in zip(term, shape, strict=True)})
+    return math.prod(sizes.values())
+
+
+def _planned_macs(
+    typed: fx.GraphModule, name: str, plan: HelixPlan, originals: dict[str, Tensor]
+) -> float:
+    """One multiplication for each element of the planned shard of each weight matrix."""
+    call = next(n for n in typed.graph.nodes if n.op == "call_module" and n.target == name)
+    body = typed.get_submodule(name)
+    assert isinstance(body, fx.GraphModule)
+    inputs = placeholders(body.graph)
+    total = 0.0
+    for node, argument in zip(inputs, call.args, strict=False):
+        if not is_param(node):
+            continue
+        shard = plan.body(name).shard(node.meta["input"][1])
+        if shard is not None:
+            total += math.prod(shard.shape) if len(shard.shape) > 1 else 0
+        else:
+            assert isinstance(argument, fx.Node)
+            whole = originals.get(argument.meta["input"][1])
+            total += whole.numel() if whole is not None and whole.dim() > 1 else 0
+    return total

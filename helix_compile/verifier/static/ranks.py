@@ -1,0 +1,186 @@
+"""Who owns which token, and which heads reach whom: run the graph's own ops on numbers and see where they end up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from helix_compile.ir.dataflow import ancestors
+from helix_compile.ir.graph import helix_op
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.plan.matches import LayerMatch
+from helix_compile.verifier.contract import coordinate, deal
+from helix_compile.verifier.report import Finding
+
+
+def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
+    """Run the graph's own shard_index on three turns of positions: the owner and slot of each must be as dealt."""
+    nodes = [n for n in graph.graph.nodes if helix_op(n) == "shard_index"]
+    if len(nodes) != 1:
+        return [Finding("HX301", "outer graph", f"{len(nodes)} shard_index", "one", 7)]
+    node, cp, tpb = nodes[0], plan.layout.kvp, plan.options.tokens_per_block
+    length = 3 * cp * tpb + 1
+    hands = deal(length, cp, tpb)
+    positions = torch.arange(-1, length)[None]
+    for rank, mine in enumerate(hands):
+        slot_of = {p: slot for slot, p in enumerate(mine)}
+        expected_slots = torch.tensor([[slot_of.get(p, -1) for p in range(-1, length)]])
+        seen = torch.zeros(length + 1, dtype=torch.int64)
+        seen[[p + 1 for p in mine]] = 1
+        try:
+            slots, visible = node.target(positions, torch.tensor(rank), *node.args[2:])
+        except Exception as error:  # an op under test may do anything
+            return [
+                Finding("HX301", f"`{node.name}`, rank {rank}", str(error), "slots and visible", 7)
+            ]
+        for what, got, expected in (
+            ("slot", slots, expected_slots),
+            ("visible", visible, seen.cumsum(0)[None]),
+        ):
+            wrong = (got.cpu() != expected).nonzero()
+            if len(wrong):
+                column = int(wrong[0, 1])
+                where = f"`{node.name}`, CP rank {rank}, position {column - 1}: {what}"
+                return [
+                    Finding(
+                        "HX301", where, str(int(got[0, column])), str(int(expected[0, column])), 7
+                    )
+                ]
+    return []
+
+
+def check_mesh(
+    groups: dict[str, tuple[tuple[int, ...], ...]], layout: HelixLayout
+) -> list[Finding]:
+    """The groups of ranks along each axis, members in the order of their coordinate."""
+    findings = []
+    others = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}
+    for axis, other in others.items():
+        ranks = range(layout.world_size)
+        expected = {
+            tuple(
+                sorted(
+                    (r for r in ranks if coordinate(other, r, layout) == i),
+                    key=lambda r: coordinate(axis, r, layout),
+                )
+            )
+            for i in range(layout.size(other))
+        }
+        got = set(groups[axis])
+        if got != expected:
+            findings.append(Finding("HX106", f"groups of {axis}", str(sorted(got)), str(sorted(expected)), 1))  # fmt: skip
+    if groups["world"] != (tuple(range(layout.world_size)),):
+        findings.append(
+            Finding("HX106", "group world", str(groups["world"]), "all ranks in order", 1)
+        )
+    return findings
+
+
+def check_rank_order(
+    graph: fx.GraphModule,
+    plan: HelixPlan,
+    matches: dict[str, LayerMatch],
+    world: Any,
+    device: torch.device,
+) -> list[Finding]:
+    """Send head numbers through the real exchange: each rank must get the block whose o_proj columns it holds."""
+    if plan.layout.kvp == 1:
+        return []
+    findings = []
+    for name, body in graph.named_children():
+        if name not in matches:
+            continue
+        assert isinstance(body, fx.GraphModule)
+        packs = [n for n in body.graph.nodes if helix_op(n) == "pack_heads"]
+        for pack, found in zip(packs, matches[name].attentions, strict=False):
+            exchange = _exchange_of(body.graph, pack)
+            if exchange is None:
+                findings.append(Finding("HX106", f"{name}, `{pack.name}`", "no unpack_heads and merge_lse behind it", "them", 1))  # fmt: skip
+                continue
+            run = partial(_run_on, device, world, exchange)
+            findings += _owned_heads(name, exchange, found.num_heads, plan.layout, run)
+    return findings
+
+
+def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
+    """pack_heads ... merge_lse as a graph of its own with inputs partial_o and lse.
+
+    Where unpack_heads takes shape and dtype from elsewhere (a fused pack reads the parts of splits), whole_o
+    stands for that.
+    """
+    merges = [n for n in graph.nodes if helix_op(n) == "merge_lse"]
+    merge = next((m for m in merges if pack in ancestors([m], until=())), None)
+    if merge is None:
+        return None
+    copy = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for operand, name in zip(pack.args[:2], ("partial_o", "lse"), strict=True):
+        assert isinstance(operand, fx.Node)
+        env[operand] = copy.placeholder(name)
+    unpack = next(
+        (
+            n
+            for n in graph.nodes
+            if helix_op(n) == "unpack_heads" and pack in ancestors([n], until=())
+        ),
+        None,
+    )
+    likes = unpack.args[1:2] if unpack is not None else ()
+    for operand in likes:
+        if isinstance(operand, fx.Node) and operand not in env:
+            env[operand] = copy.placeholder("whole_o")
+    inside = {n for n in ancestors([merge], until=()) if pack in ancestors([n], until=())} | {
+        pack,
+        merge,
+    }
+    for node in graph.nodes:
+        if node in inside:
+            env[node] = copy.node_copy(node, lambda n: env[n])
+    copy.output(env[merge])
+    return fx.GraphModule(torch.nn.Module(), copy)
+
+
+def _run_on(device: torch.device, world: Any, graph: fx.GraphModule, inputs: Any) -> Any:
+    return world.run(graph, [[t.to(device) for t in given] for given in inputs])
+
+
+def _owned_heads(
+    name: str, exchange: fx.GraphModule, heads: int, layout: HelixLayout, run: Callable[[Any], Any]
+) -> list[Finding]:
+    computed = heads // layout.tpa
+    inputs = []
+    for rank in range(layout.world_size):
+        first = coordinate("tpa", rank, layout) * computed
+        inputs.append(_head_numbers(exchange, torch.arange(first, first + computed)))
+    try:
+        results = run(inputs)
+    except Exception as error:  # the graph under test may do anything
+        return [Finding("HX106", f"{name}, exchange", str(error), "an exchange that runs", 1)]
+    block = heads // layout.world_size
+    for rank, owned in enumerate(results):
+        got = owned.reshape(-1).tolist()
+        expected = [float(h) for h in range(rank * block, (rank + 1) * block)]
+        if not torch.allclose(torch.tensor(got), torch.tensor(expected), rtol=0, atol=1e-3):
+            text = [round(h, 3) for h in got]
+            return [Finding("HX106", f"{name}, rank {rank} after the exchange", f"heads {text}", f"heads {expected}", 1)]  # fmt: skip
+    return []
+
+
+def _head_numbers(exchange: fx.GraphModule, heads: torch.Tensor) -> list[torch.Tensor]:
+    """One token whose every head holds its number, exact in any float dtype up to 256; one split where parts are split."""
+    names = [n.name for n in exchange.graph.nodes if n.op == "placeholder"]
+    pack = next(n for n in exchange.graph.nodes if helix_op(n) == "pack_heads")
+    split = len(pack.args) > 3
+    numbers = heads.float().view(1, 1, -1, 1)
+    lse = torch.zeros(1, 1, len(heads))
+    values = {
+        "partial_o": numbers.unsqueeze(3) if split else numbers,
+        "lse": lse.unsqueeze(3) if split else lse,
+        "whole_o": numbers.to(pack.args[3]) if split else numbers,
+    }
+    return [values[name].clone() for name in names]

@@ -1,0 +1,329 @@
+"""What was rewritten, what was not and why, bytes on the wire: as text, as JSON, as files. The same facts in all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+from helix_compile.files import StagedFiles
+from helix_compile.ir.graph import placeholders
+from helix_compile.ir.stage import OUTER, graphs_of
+from helix_compile.passes.lower.select_kernels import KERNEL
+from helix_compile.passes.pipeline import STAGES
+from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, number
+from helix_compile.predict.schedule import chrome_trace, predict_schedule, predicted_facts
+from helix_compile.views.bodies import body_views
+from helix_compile.views.graph_python import format_python, stage_diff
+from helix_compile.views.graph_text import attention_block
+from helix_compile.views.layer_svg import format_layer_svg
+from helix_compile.views.model_explorer import format_model_explorer
+from helix_compile.views.report import format_html_report
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A report on a compiled module. print() it, or read `.facts` (what --json prints)."""
+
+    plan: HelixPlan
+    stages: dict[str, fx.GraphModule]
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        return format_report(self.facts)
+
+    def to_json(self) -> str:
+        """The facts as one JSON document."""
+        return json.dumps(self.facts, indent=1)
+
+    def attention_before_after(self, body: str) -> tuple[list[str], list[str]]:
+        """Short view of one body's attention block in the captured graph and in the last stage before lowering."""
+        weight = self.plan.body(body).attentions[0].output_weight
+        stages = ("captured", "ffn") if "captured" in self.stages else ("ffn", "lowered")
+        before, after = (self.stages[s].get_submodule(body) for s in stages)
+        assert isinstance(before, fx.GraphModule) and isinstance(after, fx.GraphModule)
+        return attention_block(before, weight), attention_block(after, weight)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Everything that docs/inspect.md lists; graphs are read, never changed.
+
+        Raises:
+            HelixError: a file can't be written; none is then, and what was there is as it was.
+        """
+        texts = {
+            "plan.json": self.plan.to_json(),
+            "report.txt": str(self),
+            "report.json": self.to_json(),
+            **self._graph_files(),
+            **self._stage_files(),
+            **self._pictures(),
+            "schedule.trace.json": self._trace(),
+        }
+        with StagedFiles(folder, "inspection") as files:
+            for name, text in texts.items():
+                files.write(name, partial(_write_text, text))
+            return files.move()
+
+    def _trace(self) -> str:
+        """The predicted schedule of one layer of each body; opens in Perfetto."""
+        lowered = list(self.stages.values())[-1]
+        return json.dumps(chrome_trace(predict_schedule(self.plan, lowered), self.plan))
+
+    def _pictures(self) -> dict[str, str]:
+        """report.html, model_explorer.json, and NAME.svg of each body."""
+        files = {
+            "report.html": format_html_report(self.plan, self.stages, self.facts),
+            "model_explorer.json": format_model_explorer(self.plan, self.stages),
+        }
+        for views in body_views(self.plan, self.stages):
+            layers = ranges_text(list(views.plan.layers))
+            title = f"{self.plan.model}, {views.plan.name} (layers {layers})"
+            files[f"{views.plan.name}.svg"] = format_layer_svg(title, views.before, views.after)
+        return files
+
+    def _graph_files(self) -> dict[str, str]:
+        """NAME.before.py and NAME.after.py of each body and the outer graph: Python that runs."""
+        files = {}
+        names = list(self.stages)
+        for moment, stage in (("before", names[0]), ("after", names[-1])):
+            for name, gm in graphs_of(self.stages[stage]):
+                title = f"{name} of {self.plan.model}, stage {stage}."
+                files[f"{name}.{moment}.py"] = format_python(gm, name, title)
+        return files
+
+    def _stage_files(self) -> dict[str, str]:
+        """NN_STAGE.txt of each stage, and NN_STAGE.diff: what its pass changed."""
+        files, before = {}, None
+        for stage, gm in self.stages.items():
+            number = f"{STAGES.index(stage):02d}"
+            files[f"{number}_{stage}.txt"] = format_python(gm, OUTER, f"Stage {stage}.")
+            if before is not None:
+                files[f"{number}_{stage}.diff"] = stage_diff(self.stages, before, stage)
+            before = stage
+        return files
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
+
+
+def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspection:
+    """Collect the facts of a plan and its stages."""
+    first, last = next(iter(stages.values())), list(stages.values())[-1]
+    facts = {
+        "model": plan.model,
+        "dtype": plan.dtype,
+        "world_size": plan.layout.world_size,
+        "layout": {
+            "cp": plan.layout.kvp,
+            **{k: v for k, v in asdict(plan.layout).items() if k != "kvp"},
+        },
+        "options": plan.options.to_json(),
+        "layers": [_layer_facts(b, first, last) for b in plan.bodies],
+        "collectives": [
+            {
+                "body": body.name,
+                "op": c.op,
+                "axis": c.axis,
+                "what": c.what,
+                "egress_bytes_per_rank_per_token": number(c.egress_bytes_per_rank_per_token),
+            }
+            for body in plan.bodies
+            for c in body.collectives
+        ],
+        "egress_bytes_per_rank_per_token": number(plan.egress_bytes_per_rank_per_token),
+        "not_rewritten": [{"what": w, "reason": r} for w, r in plan.not_rewritten],
+        "leaves": [{"module": name, "reason": why} for name, why in plan.leaves],
+        "kv_bytes_per_token_per_rank": number(plan.kv_bytes_per_token_per_rank),
+        "params_bytes_per_rank": plan.params_bytes_per_rank,
+        "memory_per_rank": _memory(plan, last),
+        "predicted": predicted_facts(plan, last),
+        "decisions": [
+            {"name": d.name, "rule": d.rule, "inputs": dict(d.inputs), "result": d.result}
+            for d in plan.decisions
+        ],
+        "kernels": _kernel_facts(plan, last),
+        "notes": list(plan.notes),
+    }
+    return Inspection(plan, stages, facts)
+
+
+def _kernel_facts(plan: HelixPlan, last: fx.GraphModule) -> list[dict[str, Any]]:
+    """What computes each helix:: op of each body, and why; empty where lowering asked for no kernels."""
+    return [
+        {"body": body.name, "node": node.name, "op": str(node.target), "provider": node.meta[KERNEL][0], "reason": node.meta[KERNEL][1]}
+        for body in plan.bodies
+        for node in last.get_submodule(body.name).graph.nodes
+        if KERNEL in node.meta
+    ]  # fmt: skip
+
+
+def _memory(plan: HelixPlan, last: fx.GraphModule) -> dict[str, int]:
+    """Bytes that one rank holds: its shards, and its caches as they are allocated (whole pages, every sequence)."""
+    caches = [n.meta["val"] for n in placeholders(last.graph) if n.meta["input"][0] == "cache"]
+    cache = sum(c.numel() * c.itemsize for c in caches)
+    return {
+        "params_bytes": plan.params_bytes_per_rank,
+        "kv_cache_bytes": cache,
+        "total_bytes": plan.params_bytes_per_rank + cache,
+        "sequences": plan.options.max_batch_size,
+        "tokens_per_sequence": plan.options.max_seq_len,
+    }
+
+
+def _layer_facts(plan: BodyPlan, first: fx.GraphModule, last: fx.GraphModule) -> dict[str, Any]:
+    roles: dict[str, int] = {"attention": len(plan.attentions)}
+    names = {"dense": "dense_ffn", "shared": "shared_expert", "routed": "routed_experts"}
+    for ffn in plan.ffns:
+        roles[names[ffn.kind]] = roles.get(names[ffn.kind], 0) + 1
+    before, after = (stage.get_submodule(plan.name) for stage in (first, last))
+    assert isinstance(before, fx.GraphModule) and isinstance(after, fx.GraphModule)
+    return {
+        "body": plan.name,
+        "layers": list(plan.layers),
+        "count": len(plan.layers),
+        "roles": roles,
+        "head_ranges": [list(r) for r in plan.attentions[0].head_ranges],
+        "ffn": [
+            {"kind": f.kind, "axes": list(f.axes), "width": f.width, "shard_width": f.shard_width,
+             "padding": list(f.padding), "experts_per_rank": f.experts_per_rank}
+            for f in plan.ffns
+        ],
+        "nodes_before": len(before.graph.nodes),
+        "nodes_after": len(after.graph.nodes),
+    }  # fmt: skip
+
+
+def format_report(facts: dict[str, Any]) -> str:
+    """The facts as a report for a terminal."""
+    console = Console(file=StringIO(), width=110, highlight=False, no_color=True)
+    layout = ", ".join(f"{k}={v}" for k, v in facts["layout"].items())
+    console.print(
+        f"{facts['model']} ({facts['dtype']}) on {facts['world_size']} ranks: {layout}",
+        markup=False,
+    )
+    console.print(_rewrites(facts))
+    console.print(_collectives(facts))
+    per_rank = (
+        f"per rank: {_count(facts['kv_bytes_per_token_per_rank'])} bytes of KV cache a token, "
+        f"{facts['params_bytes_per_rank']:,} bytes of parameters, "
+        f"{_count(facts['egress_bytes_per_rank_per_token'])} bytes sent a token"
+    )
+    console.print(per_rank, markup=False, soft_wrap=True)
+    console.print(_memory_text(facts["memory_per_rank"]), markup=False, soft_wrap=True)
+    console.print(_predicted(facts["predicted"]))
+    console.print(
+        _two_columns(
+            "not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])
+        )
+    )
+    if facts["leaves"]:
+        leaves = ((x["module"], x["reason"]) for x in facts["leaves"])
+        console.print(_two_columns("leaf: as in the model, whole on every rank", "why", leaves))
+    decisions = ((f"{d['name']} = {d['result']}", d["rule"]) for d in facts["decisions"])
+    console.print(_two_columns("decision", "rule", decisions))
+    if facts["kernels"]:
+        console.print(_kernels(facts["kernels"]))
+    for note in facts["notes"]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined] # StringIO
+
+
+def _kernels(kernels: list[dict[str, Any]]) -> Table:
+    table = _table("body", "node", "computed by", "why")
+    for x in kernels:
+        table.add_row(x["body"], x["node"], x["op"], x["reason"])
+    return table
+
+
+def _count(value: int | float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.ASCII2, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _rewrites(facts: dict[str, Any]) -> Table:
+    table = _table("body", "layers", "rewritten", "heads/rank", "FFN/rank", "nodes")
+    for layer in facts["layers"]:
+        start, stop = layer["head_ranges"][0]
+        ffn = "; ".join(_ffn_text(f) for f in layer["ffn"])
+        nodes = f"{layer['nodes_before']} -> {layer['nodes_after']}"
+        table.add_row(
+            layer["body"],
+            ranges_text(layer["layers"]),
+            ", ".join(layer["roles"]),
+            str(stop - start),
+            ffn,
+            nodes,
+        )
+    return table
+
+
+def _ffn_text(ffn: dict[str, Any]) -> str:
+    experts = f"{ffn['experts_per_rank']} experts x " if ffn["experts_per_rank"] else ""
+    padding = f" (+{sum(ffn['padding'])} padding)" if sum(ffn["padding"]) else ""
+    return f"{ffn['kind']} {experts}{ffn['shard_width']} of {ffn['width']}{padding}"
+
+
+def _collectives(facts: dict[str, Any]) -> Table:
+    table = _table("body", "collective", "axis", "of", "bytes/rank/token")
+    for c in facts["collectives"]:
+        table.add_row(
+            c["body"], c["op"], c["axis"], c["what"], _count(c["egress_bytes_per_rank_per_token"])
+        )
+    return table
+
+
+def _memory_text(memory: dict[str, int]) -> str:
+    return (
+        f"memory: {memory['params_bytes']:,} bytes of parameters + {memory['kv_cache_bytes']:,} of KV cache "
+        f"= {memory['total_bytes']:,}\n"
+        f"capacity: {memory['sequences']} sequences of {memory['tokens_per_sequence']:,} tokens"
+    )
+
+
+def _predicted(facts: dict[str, Any]) -> Table:
+    """The title says of which machine and step; a row says what of a layer's time nothing can hide."""
+    table = _table("predicted", "us a layer", "longest", "collectives: us (slack)")
+    for body in facts["bodies"]:
+        collectives = ", ".join(
+            f"{c['node']} {c['microseconds']:.1f} ({c['slack_microseconds']:.1f})"
+            for c in body["collectives"]
+        )
+        total = f"{body['microseconds_of_a_layer']:.1f}"
+        table.add_row(body["body"], total, body["longest"], collectives)
+    step = f"{facts['batch']} sequences x {facts['tokens']} token, context {facts['context']:,}"
+    table.caption = f"{facts['what']}: {facts['machine']}; {step}"
+    table.caption_justify = "left"
+    return table
+
+
+def _two_columns(left: str, right: str, rows: Any) -> Table:
+    table = _table(left, right)
+    for a, b in rows:
+        table.add_row(a.replace("[", r"\["), b.replace("[", r"\["))
+    return table
+
+
+def ranges_text(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

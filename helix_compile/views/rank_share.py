@@ -1,0 +1,156 @@
+"""What one rank of a world of any size holds, computes and exchanges: `helix-compile inspect MODEL --cp 64 --rank 37`.
+
+The rank is compiled as itself on torch's "fake" process group: no peers, no values, right shapes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from helix_compile.errors import LayoutError
+from helix_compile.layout.degrees import AXES
+from helix_compile.layout.ledger import local_length
+from helix_compile.module import HelixModule
+from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """print() it, or read `.facts` (what --json prints)."""
+
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self.facts))
+
+    def to_json(self) -> str:
+        """The facts as one JSON document."""
+        return json.dumps(self.facts, indent=1)
+
+
+@contextmanager
+def fake_group(rank: int, world_size: int) -> Iterator[Any]:
+    """Torch's default group, of the "fake" backend, while this is open.
+
+    Raises:
+        LayoutError: no such rank, or a group exists already.
+    """
+    if not 0 <= rank < world_size:
+        raise LayoutError(
+            f"rank {rank} does not exist: cp*tpa = {world_size} ranks, 0 to {world_size - 1}"
+        )
+    if dist.is_initialized():
+        raise LayoutError(
+            "a process group exists already; a rank can be inspected without one only"
+        )
+    dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def share_of_rank(compiled: HelixModule) -> RankShare:
+    """The share of the first rank in this process."""
+    plan, layout, held = compiled.plan, compiled.plan.layout, compiled.ranks[0]
+    rank, options = held.rank, plan.options
+    place = layout.index("kvp", rank)
+    mesh = compiled.world.mesh
+    return RankShare(
+        {
+            "model": plan.model,
+            "rank": rank,
+            "world_size": layout.world_size,
+            "coordinates": {axis: layout.index(axis, rank) for axis in AXES if axis != "world"},
+            "groups": {axis: list(mesh.members(axis, rank)) for axis in AXES},
+            "cache": {
+                "blocks": f"b with b % {layout.kvp} == {place}",
+                "tokens_per_block": options.tokens_per_block,
+                "tokens_of_a_full_sequence": local_length(
+                    options.max_seq_len, place, layout.kvp, options.tokens_per_block
+                ),
+                "bytes": sum(c.numel() * c.itemsize for c in held.cache),
+            },
+            "params_bytes": sum(t.numel() * t.itemsize for t in held.params.values()),
+            "bodies": [_body(plan, body, rank) for body in plan.bodies],
+        }
+    )
+
+
+def _body(plan: HelixPlan, body: BodyPlan, rank: int) -> dict[str, Any]:
+    layout = plan.layout
+    ep = layout.index("ep", rank)
+    routed = [f for f in body.ffns if f.kind == "routed"]
+    return {
+        "body": body.name,
+        "layers": list(body.layers),
+        "heads": [list(a.head_ranges[rank]) for a in body.attentions],
+        "experts": [[ep * f.experts_per_rank, (ep + 1) * f.experts_per_rank] for f in routed],
+        "exchanges": [
+            {
+                "op": c.op,
+                "axis": c.axis,
+                "what": c.what,
+                "bytes_sent_per_token": float(c.egress_bytes_per_rank_per_token),
+            }
+            for c in body.collectives
+        ],
+        "shards": [
+            {
+                "name": s.name,
+                "source": s.source,
+                "shape": list(s.shape),
+                "cuts": [
+                    {
+                        "dim": c.dim,
+                        "axis": c.axis,
+                        "rows": list(c.bounds(layout, rank)),
+                        "of": c.total,
+                    }
+                    for c in s.cuts
+                ],
+                "padding": s.padding(layout, rank),
+            }
+            for s in body.param_shards
+        ],
+    }
+
+
+def _lines(facts: dict[str, Any]) -> Iterator[str]:
+    where = ", ".join(f"{axis}={index}" for axis, index in facts["coordinates"].items())
+    yield f"{facts['model']}: rank {facts['rank']} of {facts['world_size']}: {where}"
+    for axis, members in facts["groups"].items():
+        yield f"group {axis}: {_ranks(members)}"
+    cache = facts["cache"]
+    yield (
+        f"cache: blocks {cache['blocks']} of {cache['tokens_per_block']} tokens; {cache['tokens_of_a_full_sequence']:,} "
+        f"tokens of a full sequence; {cache['bytes']:,} bytes"
+    )
+    yield f"parameters: {facts['params_bytes']:,} bytes"
+    for body in facts["bodies"]:
+        layers = body["layers"]
+        experts = "".join(f", experts {a} to {b - 1}" for a, b in body["experts"])
+        heads = ", ".join(f"heads {a} to {b - 1}" for a, b in body["heads"])
+        yield f"{body['body']} ({len(layers)} layers from {layers[0]}): {heads}{experts}"
+        for x in body["exchanges"]:
+            yield f"  {x['op']} over {x['axis']}, {x['what']}: {x['bytes_sent_per_token']:,.1f} bytes a token"
+        for s in body["shards"]:
+            cuts = "; ".join(
+                f"dim {c['dim']}: {c['rows'][0]} to {c['rows'][1] - 1} of {c['of']}"
+                for c in s["cuts"]
+            )
+            padding = f", {s['padding']} zeros" if s["padding"] else ""
+            yield f"  {s['name']} {s['shape']}: {cuts or 'whole'}{padding}"
+
+
+def _ranks(members: list[int]) -> str:
+    step = members[1] - members[0] if len(members) > 1 else 1
+    if len(members) > 8 and members == list(range(members[0], members[-1] + 1, step)):
+        return f"{members[0]}, {members[1]}, ... {members[-1]} ({len(members)} ranks)"
+    return ", ".join(map(str, members))

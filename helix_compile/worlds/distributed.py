@@ -1,0 +1,270 @@
+"""One rank a process: the graphs of the virtual world, text for text, over torch.distributed.
+
+Axis names become process groups only here, while a graph runs. Nothing replaces c10d: a collective node calls its
+_c10d_functional op with the group's name, and wait_tensor waits for it.
+
+Do all ranks mean the same? Each says what it has, rank 0 compares, everyone hears the verdict.
+
+It goes through the store, not through a collective: ranks that disagree may not be able to run one together. One
+round is a set, a wait and a get for a rank, and one multi_get for rank 0, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from helix_compile.errors import RuntimeFault
+from helix_compile.layout.degrees import HelixMesh
+from helix_compile.worlds.groups import AxisGroups, axis_groups, next_world
+from helix_compile.worlds.guard import RankGuard, is_transport_error
+from helix_compile.worlds.virtual import check_axis, egress_bytes
+from helix_compile.worlds.walk import Hook, Pending, Walk
+
+_c10d = torch.ops._c10d_functional
+
+
+class DistributedWorld:
+    """This process's rank of `mesh`; its peers are the other members of the parent group.
+
+    Attributes:
+        sent_bytes: one entry, the bytes that left this rank since the last reset_counters(), as the virtual world
+            counts them.
+        num_collectives: collectives that this rank took part in, by (op, axis).
+    """
+
+    def __init__(self, mesh: HelixMesh, parent: Any, timeout: timedelta):
+        self.mesh, self._timeout = mesh, timeout
+        self._parent: Any = parent  # until start(): who holds a group keeps its threads alive
+        self.rank = parent.rank()
+        self._groups: AxisGroups | None = None
+        self._broken = ""
+        self._gathers = 0
+        self.reset_counters()
+        # a fake group has no peers to ask: its one rank is a world of its own
+        store = dist.PrefixStore(f"helix/{next_world(parent)}", parent.get_group_store())
+        fake = dist.get_backend(parent) == "fake"
+        self.guard = RankGuard(store, self.rank, 1 if fake else mesh.world_size, timeout)
+        self._agreement = RankAgreement(self.guard)
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """Ranks that live in this process: one."""
+        return (self.rank,)
+
+    @property
+    def is_leader(self) -> bool:
+        """True on rank 0, which prints and writes what all ranks have in common."""
+        return self.rank == 0
+
+    def reset_counters(self) -> None:
+        """Start counting bytes and collectives again."""
+        self.sent_bytes = [Fraction(0)]
+        self.num_collectives: dict[tuple[str, str], int] = {}
+
+    def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
+        """Compare what the ranks are about to run, then make the groups. Collective.
+
+        Raises:
+            RuntimeFault: names the rank that differs, and in what.
+        """
+        said = self._agreement.differing({name: claim() for name, claim in claims.items()}, "start")
+        if said:
+            raise RuntimeFault(said)
+        self._groups = axis_groups(self._parent, self.mesh, self._timeout)
+        self._parent = None
+
+    def run(
+        self,
+        graphs: fx.GraphModule | Sequence[fx.GraphModule],
+        inputs: Sequence[Sequence[Any]],
+        hook: Hook | None = None,
+    ) -> list[Any]:
+        """Run this rank's graph (`graphs`, or its one item) on inputs[0]; returns [output]. Every rank calls it.
+
+        Args:
+            hook: called with (rank, node, value) after every node.
+
+        Raises:
+            RuntimeFault: ranks that differ in the step's inputs (nothing was run then); a peer that raised, died or is
+                stuck; a fault of the graph. After the last two the ranks no longer agree on where they are, and every
+                later run is refused.
+        """
+        if self._broken:
+            raise RuntimeFault(
+                f"these ranks can't go on, start them again; what happened: {self._broken}"
+            )
+        graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[0]
+        self.guard.begin_step()
+        try:
+            said = self._agreement.differing(_input_claims(graph, inputs[0]), "input_ids")
+            if not said:
+                return [self._walk(graph, inputs[0], hook)]
+        except BaseException as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            self.guard.raised(error)
+            raise
+        finally:
+            self.guard.end_step()
+        raise RuntimeFault(said)
+
+    def share_random_state(self, device: torch.device) -> None:
+        """Every rank goes on with rank 0's random state, so that sampling gives the same tokens. Collective."""
+        states = [torch.get_rng_state()]
+        if device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(device))
+        mine = [state.tolist() for state in states] if self.is_leader else None
+        leaders = json.loads(self.gather_texts(json.dumps(mine))[0])
+        torch.set_rng_state(torch.tensor(leaders[0], dtype=torch.uint8))
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(torch.tensor(leaders[1], dtype=torch.uint8), device)
+
+    def gather_texts(self, mine: str) -> list[str]:
+        """Every rank's text, by rank; so a barrier too. Through the store: for saving and seeds, not for steps."""
+        if self.guard.world_size == 1:
+            return [mine]
+        store, number = self.guard.store, self._gathers
+        keys = [f"gather/{number}/{r}" for r in range(self.guard.world_size)]
+        store.set(keys[self.rank], mine)
+        self.guard.wait(keys, "between steps")
+        texts = [text.decode() for text in store.multi_get(keys)]
+        if number:
+            store.delete_key(f"gather/{number - 1}/{self.rank}")  # all ranks have read it
+        self._gathers += 1
+        return texts
+
+    def _walk(self, graph: fx.GraphModule, inputs: Sequence[Any], hook: Hook | None) -> Any:
+        started: dict[int, tuple[Tensor, str]] = {}
+
+        def post(op: str, args: tuple, where: str) -> Pending:
+            ticket = len(tickets)
+            tickets.append(op)
+            started[ticket] = self._start(op, args, where), where
+            return Pending(op, ticket)
+
+        tickets: list[str] = []
+        walk = Walk(self.rank, post, {}, hook)
+        steps = walk.graph(graph, inputs, "")
+        value = None
+        try:
+            while True:
+                pending, where = steps.send(value)
+                if pending.ticket not in started:
+                    number = f"collective #{pending.ticket}"
+                    raise walk.fault(where, f"{pending.op} ({number}) is waited for twice")
+                value = self._wait(started.pop(pending.ticket)[0], where)
+        except StopIteration as stop:
+            if started:
+                left = ", ".join(where for _, where in started.values())
+                raise walk.fault(left, "started, but never waited for") from None
+            return stop.value
+
+    def _start(self, op: str, args: tuple, where: str) -> Tensor:
+        tensor, axis = args[0], args[-1]
+        check_axis(self.mesh, axis, self.rank, where)
+        members = self.mesh.members(axis, self.rank)
+        self.sent_bytes[0] += egress_bytes(op, len(members), tensor)
+        self.num_collectives[(op, axis)] = self.num_collectives.get((op, axis), 0) + 1
+        if len(members) == 1:
+            return tensor.clone()
+        assert self._groups is not None, "start() makes the groups"
+        if axis not in self._groups.names:
+            raise RuntimeFault(
+                f"rank {self.rank}, node {where}: axis {axis!r} has no process group; "
+                f"graphs exchange over {', '.join(self._groups.names)}"
+            )
+        call = getattr(_c10d, op).default
+        return self._guarded(lambda: call(*args[:-1], self._groups.names[axis]), where)  # type: ignore[union-attr] # asserted
+
+    def _wait(self, tensor: Tensor, where: str) -> Tensor:
+        return self._guarded(lambda: _c10d.wait_tensor.default(tensor), where)
+
+    def _guarded(self, call: Callable[[], Tensor], where: str) -> Tensor:
+        self.guard.node = where
+        try:
+            return call()
+        except RuntimeError as error:
+            if is_transport_error(error):
+                raise self.guard.lost_peers(where, error) from error
+            raise RuntimeFault(
+                f"rank {self.rank}, node {where}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _input_claims(graph: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, str]:
+    """Shape and digest of what a step gives every rank alike: ids, positions (so lengths and mask too), pages."""
+    claims = {}
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=True):
+        kind, name = node.meta.get("input", ("", ""))
+        if kind == "input" and not name.endswith("_rank") and isinstance(value, Tensor):
+            stored = value.detach().cpu().contiguous().numpy().tobytes()
+            claims[name] = (
+                f"{list(value.shape)} (digest {hashlib.blake2b(stored, digest_size=4).hexdigest()})"
+            )
+    return claims
+
+
+_EQUAL = "equal"
+
+
+class RankAgreement:
+    """Rounds of comparison over a guard's store; every rank takes part in each."""
+
+    def __init__(self, guard: RankGuard):
+        self.guard = guard
+        self._round = 0
+
+    def differing(self, claims: Mapping[str, str], node: str) -> str:
+        """Who differs from the others in what, the same text on every rank; "" if all ranks claim the same.
+
+        Args:
+            claims: what -> short text.
+            node: where the step is, for a peer that does not come.
+
+        Raises:
+            RuntimeFault: a peer raised, died or is stuck.
+        """
+        guard, store, rank = self.guard, self.guard.store, self.guard.rank
+        if guard.world_size == 1:
+            return ""
+        verdict = f"verdict/{self._round}/0"
+        keys = [f"claims/{self._round}/{r}" for r in range(guard.world_size)]
+        store.set(keys[rank], json.dumps(dict(claims)))
+        if rank == 0:
+            guard.wait(keys, node)
+            said = difference([json.loads(text) for text in store.multi_get(keys)], guard.step)
+            store.set(verdict, said or _EQUAL)
+            if self._round:
+                store.delete_key(f"verdict/{self._round - 1}/0")  # all ranks are past it
+        else:
+            guard.wait([verdict], node, owed=keys)
+            said = store.get(verdict).decode()
+        store.delete_key(keys[rank])  # rank 0 has read it
+        self._round += 1
+        return "" if said == _EQUAL else said
+
+
+def difference(claims: list[dict[str, str]], step: int) -> str:
+    """Which rank differs in what from most; "" if none does."""
+    found = []
+    for name in dict.fromkeys(name for claim in claims for name in claim):
+        values = [claim.get(name, "nothing") for claim in claims]
+        usual = Counter(values).most_common(1)[0][0]
+        witness = values.index(usual)
+        found += [
+            f"rank {r} has {name} {value}, rank {witness} has {usual}"
+            for r, value in enumerate(values)
+            if value != usual
+        ]
+    when = f"in step {step}" if step else "before the first step"
+    return f"ranks disagree {when}: {'; '.join(found)}" if found else ""

@@ -1,0 +1,128 @@
+"""What this process says before SIGTERM ends it, also while its main thread waits inside C++ and runs no Python.
+
+torchrun ends survivors about 0.1 s after a death. A rank that hangs in gloo can't run a signal handler; but Python's own C
+handler writes to a pipe at once, and a thread reads it, speaks and ends the process, as SIGTERM would have.
+
+Which processes of this host live: by /proc at any time, and at once when one dies, by a thread on their pidfds.
+
+A rank that waits inside gloo may hear nothing of a death until torchrun ends it, 0.1 s later; the thread hears it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+
+EXIT_STATUS = 128 + signal.SIGTERM
+
+
+PATIENCE_S = 2.0  # for a store that does not answer any more; torchrun sends SIGKILL after 30
+
+
+def before_sigterm(speak: Callable[[], None]) -> bool:
+    """Call `speak` when SIGTERM comes, then end. False where somebody else handles SIGTERM or wakes up by signals.
+
+    Call it in the main thread; the first caller in a process has it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return False
+    hear, wake = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(wake, False)
+    before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    if before != -1:
+        signal.set_wakeup_fd(before)
+        os.close(hear)
+        os.close(wake)
+        return False
+
+    def listen() -> None:
+        while signal.SIGTERM not in os.read(hear, 64):
+            pass
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        speaker.join(PATIENCE_S)
+        os._exit(EXIT_STATUS)
+
+    def handle(number: int, frame: Any) -> None:
+        threading.Event().wait()  # the thread ends this process
+
+    threading.Thread(target=listen, daemon=True, name="helix last words").start()
+    signal.signal(signal.SIGTERM, handle)
+    return True
+
+
+_LOOK_MS = 5000  # how long a thread outlives its owner
+
+
+class Life(NamedTuple):
+    """A process: host and pid namespace, pid within it, and when it was born (a pid comes again)."""
+
+    host: str
+    pid: int
+    born: str
+
+
+def own_life() -> Life:
+    """This process."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return Life(f"{socket.gethostname()} {space}", os.getpid(), _state(os.getpid())[1])
+
+
+def is_dead(life: Life, here: Life) -> bool:
+    """True if it is known to have ended; False if it lives, or can't be seen from `here`."""
+    if life.host != here.host or not life.born:
+        return False
+    state, born = _state(life.pid)
+    return state in ("", "Z", "X") or born != life.born
+
+
+def watch(lives: dict[int, Life], here: Life, tell: Callable[[int], bool]) -> None:
+    """Call `tell` with the rank of each of these processes that ends, at once, until it returns False.
+
+    It is called with -1 now and then, to learn whether it still wants to hear. Processes of other hosts, and systems
+    without pidfd, are not watched.
+    """
+    poll, ranks = select.poll(), {}
+    for rank, life in lives.items():
+        if life.host == here.host and life.born and hasattr(os, "pidfd_open"):
+            try:
+                pidfd = os.pidfd_open(life.pid)
+            except OSError:
+                continue  # ended before; /proc says so
+            ranks[pidfd] = rank
+            poll.register(pidfd, select.POLLIN)
+    if ranks:
+        Thread(target=_listen, args=(poll, ranks, tell), daemon=True, name="helix peers").start()
+
+
+def _listen(poll: select.poll, ranks: dict[int, int], tell: Callable[[int], bool]) -> None:
+    wanted = True
+    while ranks and wanted:
+        for pidfd, _ in poll.poll(_LOOK_MS):
+            poll.unregister(pidfd)
+            os.close(pidfd)
+            wanted = tell(ranks.pop(pidfd)) and wanted
+        wanted = wanted and tell(-1)
+    for pidfd in ranks:
+        os.close(pidfd)
+
+
+def _state(pid: int) -> tuple[str, str]:
+    """(state, start time) by /proc; ("", "") where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]

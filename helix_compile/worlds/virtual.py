@@ -1,0 +1,309 @@
+"""What ranks of one process exchange: posts that must agree, what each rank gets, and bytes that leave it.
+
+All ranks in this process with real values: one generator a rank, and a mailbox for collectives.
+
+A collective posts its argument and its value is *pending*; at wait_tensor the rank is suspended until every member of
+the group has posted, and another rank runs. Collectives are matched by (axis, members, sequence number), as process
+groups do, not by node name; so a fault is reported with rank, node and what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from helix_compile.errors import RuntimeFault
+from helix_compile.layout.degrees import HelixMesh
+from helix_compile.worlds.walk import Hook, Pending, Walk
+
+Key = tuple[str, tuple[int, ...], int]  # axis, members of the group, sequence number
+
+
+class Post(NamedTuple):
+    """What one rank starts a collective with."""
+
+    op: str
+    tensor: Tensor
+    arguments: tuple
+    where: str
+
+
+@dataclass
+class Exchange:
+    """One collective: what each member posted, then what each member gets."""
+
+    posts: dict[int, Post] = field(default_factory=dict)
+    results: dict[int, Tensor] | None = None
+    waited: set[int] = field(default_factory=set)
+
+    def drop_arguments(self) -> None:
+        """Keep who posted what and where, not the tensors."""
+        self.posts = {r: p._replace(tensor=p.tensor.new_empty(0)) for r, p in self.posts.items()}
+
+
+def _all_reduce(tensors: list[Tensor]) -> list[Tensor]:
+    return [_sum(tensors)] * len(tensors)
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    """In rank order, in float32 or wider for 16-bit floats, rounded once: the same bits in every run."""
+    dtype = tensors[0].dtype
+    wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+    total = tensors[0].to(wide, copy=True)
+    for tensor in tensors[1:]:
+        total += tensor
+    return total.to(dtype)
+
+
+def _all_gather(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.cat(tensors, dim=0)] * len(tensors)
+
+
+def _reduce_scatter(tensors: list[Tensor]) -> list[Tensor]:
+    return list(_sum(tensors).chunk(len(tensors), dim=0))
+
+
+def _all_to_all(tensors: list[Tensor]) -> list[Tensor]:
+    chunks = [t.chunk(len(tensors), dim=0) for t in tensors]
+    return [torch.cat([chunk[i] for chunk in chunks], dim=0) for i in range(len(tensors))]
+
+
+_OUTCOME: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+    "all_reduce": _all_reduce,
+    "all_gather_into_tensor": _all_gather,
+    "reduce_scatter_tensor": _reduce_scatter,
+    "all_to_all_single": _all_to_all,
+}
+
+
+def egress_bytes(op: str, peers: int, tensor: Tensor) -> Fraction:
+    """Bytes that leave a rank: all_reduce as a ring, own chunk never counted (helix-algorithm, section 8)."""
+    factor = {
+        "all_reduce": Fraction(2 * (peers - 1), peers),
+        "all_gather_into_tensor": Fraction(peers - 1),
+        "reduce_scatter_tensor": Fraction(peers - 1, peers),
+        "all_to_all_single": Fraction(peers - 1, peers),
+    }[op]
+    return factor * tensor.numel() * tensor.dtype.itemsize
+
+
+def check_axis(mesh: HelixMesh, axis: str, rank: int, where: str) -> None:
+    """Raise RuntimeFault unless `axis` is an axis of the mesh."""
+    if axis not in mesh.groups:
+        raise RuntimeFault(
+            f"rank {rank}, node {where}: unknown axis {axis!r}; one of {', '.join(mesh.groups)}"
+        )
+
+
+def complete_exchange(key: Key, exchange: Exchange) -> str:
+    """All members have posted: check that they agree, and give each its result. Returns the op's name."""
+    op, members = _agreed_op(key, exchange), key[1]
+    tensors = [exchange.posts[rank].tensor for rank in members]
+    exchange.results = dict(zip(members, _OUTCOME[op](tensors), strict=True))
+    return op
+
+
+def _agreed_op(key: Key, exchange: Exchange) -> str:
+    axis, members, number = key
+    ops = {r: exchange.posts[r].op for r in members}
+    where = {r: exchange.posts[r].where for r in members}
+    if len(set(ops.values())) > 1:
+        raise RuntimeFault(
+            f"ranks disagree on collective #{number} of {axis}: {ops} at nodes {where}"
+        )
+    op = ops[members[0]]
+    if op == "all_to_all_single":
+        _check_splits(members, exchange)
+    if op in ("all_reduce", "reduce_scatter_tensor"):
+        reductions = {r: exchange.posts[r].arguments[0] for r in members}
+        if set(reductions.values()) != {"sum"}:
+            raise RuntimeFault(
+                f"{op} #{number} of {axis} at {where}: reductions {reductions}; this world sums"
+            )
+    sent = {r: exchange.posts[r].tensor for r in members}
+    meta = {r: (tuple(x.shape), x.dtype) for r, x in sent.items()}
+    if len(set(meta.values())) > 1:
+        raise RuntimeFault(
+            f"ranks disagree on the shape of {op} #{number} of {axis}: {meta} at {where}"
+        )
+    if op in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        sizes = {r: exchange.posts[r].arguments[-1] for r in members}
+        wrong = {r: s for r, s in sizes.items() if s != len(members)}
+        if wrong:
+            raise RuntimeFault(
+                f"{op} #{number} of {axis}: group size {wrong}, the group has {len(members)}"
+            )
+    return op
+
+
+def _check_splits(members: tuple[int, ...], exchange: Exchange) -> None:
+    """What a rank expects from each peer must be what that peer sends to it, and be equal for all."""
+    for place, rank in enumerate(members):
+        _, tensor, (output_splits, input_splits), where = exchange.posts[rank]
+        sent = [exchange.posts[peer].arguments[1][place] for peer in members]
+        if list(output_splits) != sent:
+            raise RuntimeFault(
+                f"rank {rank}, node {where}: output_split_sizes={list(output_splits)} but peers send {sent}"
+            )
+        if sum(input_splits) != tensor.shape[0] or len(set(input_splits)) > 1:
+            raise RuntimeFault(
+                f"rank {rank}, node {where}: input_split_sizes={list(input_splits)} do not cut dim 0 of "
+                f"{tuple(tensor.shape)} in {len(members)} equal parts"
+            )
+
+
+def deadlock_fault(
+    mailbox: dict[Key, Exchange], waiting: dict[int, tuple[Key, str] | None]
+) -> RuntimeFault:
+    """Nobody can move: who waits where, and for whom."""
+    lines = []
+    for rank, blocked in waiting.items():
+        assert blocked is not None
+        (axis, members, number), where = blocked
+        missing = [m for m in members if m not in mailbox[blocked[0]].posts]
+        lines.append(
+            f"rank {rank} waits at {where} for {missing} in group {axis} (collective #{number})"
+        )
+    return RuntimeFault("deadlock: " + "; ".join(lines))
+
+
+def check_all_posted(mailbox: dict[Key, Exchange]) -> None:
+    """A collective that some members never started, or that nobody waited for, is a fault of the graph."""
+    for (axis, members, number), exchange in mailbox.items():
+        missing = [m for m in members if m not in exchange.posts]
+        op = next(iter(exchange.posts.values())).op
+        if missing:
+            raise RuntimeFault(
+                f"ranks disagree: {op} #{number} of {axis} was never started by {missing}"
+            )
+        silent = [m for m in members if m not in exchange.waited]
+        if silent:
+            raise RuntimeFault(f"{op} #{number} of {axis} is never waited for by {silent}")
+
+
+class VirtualWorld:
+    """Runs one graph per rank to completion, ranks taking turns.
+
+    Attributes:
+        sent_bytes: bytes that left each rank since the last reset_counters().
+        num_collectives: collectives by (op, axis), counted once for a group.
+    """
+
+    def __init__(self, mesh: HelixMesh):
+        self.mesh = mesh
+        self.reset_counters()
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """Ranks that live in this process: all of them."""
+        return range(self.mesh.world_size)
+
+    @property
+    def is_leader(self) -> bool:
+        """True: one process holds all ranks."""
+        return True
+
+    def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
+        """Nothing to compare: all ranks come from one model."""
+
+    def share_random_state(self, device: torch.device) -> None:
+        """Nothing to share: one process samples."""
+
+    def gather_texts(self, mine: str) -> list[str]:
+        """[mine]."""
+        return [mine]
+
+    def reset_counters(self) -> None:
+        """Start counting bytes and collectives again."""
+        self.sent_bytes = [Fraction(0)] * self.mesh.world_size
+        self.num_collectives: dict[tuple[str, str], int] = {}
+
+    def run(
+        self,
+        graphs: fx.GraphModule | Sequence[fx.GraphModule],
+        inputs: Sequence[Sequence[Any]],
+        hook: Hook | None = None,
+    ) -> list[Any]:
+        """Run `graphs` (one for all, or one a rank) on `inputs[rank]`; returns the outputs by rank.
+
+        Args:
+            hook: called with (rank, node, value) after every node; a call_module's nodes come before it.
+
+        Raises:
+            RuntimeFault: deadlock, ranks that disagree, a pending value that is used, split sizes that do not fit.
+        """
+        mailbox: dict[Key, Exchange] = {}
+        steps: dict[fx.Graph, Any] = {}
+        walks = {}
+        for rank in self.ranks:
+            graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[rank]
+            walk = Walk(rank, _Mailbox(self.mesh, rank, mailbox).post, steps, hook)
+            walks[rank] = walk.graph(graph, inputs[rank], "")
+        waiting: dict[int, tuple[Key, str] | None] = dict.fromkeys(walks)
+        outputs: dict[int, Any] = {}
+        while walks:
+            moved = False
+            for rank in list(walks):
+                blocked, value = waiting[rank], None
+                if blocked is not None:
+                    if not self._complete(mailbox, blocked[0]):
+                        continue
+                    value = _take(mailbox[blocked[0]], rank, *blocked)
+                moved = True
+                try:
+                    pending, where = walks[rank].send(value)
+                    waiting[rank] = pending.ticket, where
+                except StopIteration as stop:
+                    outputs[rank] = stop.value
+                    del walks[rank], waiting[rank]
+            if not moved:
+                raise deadlock_fault(mailbox, waiting)
+        check_all_posted(mailbox)
+        return [outputs[rank] for rank in self.ranks]
+
+    def _complete(self, mailbox: dict[Key, Exchange], key: Key) -> bool:
+        exchange = mailbox[key]
+        axis, members, _ = key
+        if exchange.results is None and len(exchange.posts) == len(members):
+            op = complete_exchange(key, exchange)
+            sent = egress_bytes(op, len(members), exchange.posts[members[0]].tensor)  # all alike
+            for rank in members:
+                self.sent_bytes[rank] += sent
+            exchange.drop_arguments()
+            count = self.num_collectives
+            count[(op, axis)] = count.get((op, axis), 0) + 1
+        return exchange.results is not None
+
+
+class _Mailbox:
+    """Where one rank posts what it starts collectives with."""
+
+    def __init__(self, mesh: HelixMesh, rank: int, exchanges: dict[Key, Exchange]):
+        self.mesh, self.rank, self.exchanges = mesh, rank, exchanges
+        self.posted: dict[str, int] = {}
+
+    def post(self, op: str, args: tuple, where: str) -> Pending:
+        axis = args[-1]
+        check_axis(self.mesh, axis, self.rank, where)
+        number = self.posted.get(axis, 0)
+        self.posted[axis] = number + 1
+        key = (axis, self.mesh.members(axis, self.rank), number)
+        exchange = self.exchanges.setdefault(key, Exchange())
+        exchange.posts[self.rank] = Post(op, args[0], tuple(args[1:-1]), where)
+        return Pending(op, key)
+
+
+def _take(exchange: Exchange, rank: int, key: Key, where: str) -> Tensor:
+    assert exchange.results is not None
+    if rank in exchange.waited:
+        op = exchange.posts[rank].op
+        raise RuntimeFault(
+            f"rank {rank}, node {where}: {op} (collective #{key[2]}) is waited for twice"
+        )
+    exchange.waited.add(rank)
+    return exchange.results.pop(rank)

@@ -1,0 +1,190 @@
+"""One rank's way through its graph, node by node, in any world: a generator that stops where it waits for its peers.
+
+A collective node posts its argument and its value is *pending*; at wait_tensor the generator yields (pending, where)
+and the world sends the value back. A pending value that reaches any other operator is a fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed._functional_collectives  # registers the ops
+from torch import Tensor, fx
+
+from helix_compile.errors import RuntimeFault
+from helix_compile.ir.leaves import Leaf
+
+_c10d = torch.ops._c10d_functional
+
+
+_WAIT = _c10d.wait_tensor.default
+
+
+_COLLECTIVES = {
+    _c10d.all_reduce.default: "all_reduce",
+    _c10d.all_gather_into_tensor.default: "all_gather_into_tensor",
+    _c10d.reduce_scatter_tensor.default: "reduce_scatter_tensor",
+    _c10d.all_to_all_single.default: "all_to_all_single",
+}
+
+
+Hook = Callable[[int, fx.Node, Any], None]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The value of a collective between its start and its wait_tensor; `ticket` is the world's own."""
+
+    op: str
+    ticket: Any
+
+
+Post = Callable[[str, tuple, str], Pending]  # op, arguments with the axis last, where
+
+
+class _Step(NamedTuple):
+    """A node, with what every rank would otherwise look up again.
+
+    Attributes:
+        collective: which collective the node starts, or None.
+        pending: the collectives whose values it takes; only wait_tensor may.
+        dead: the nodes whose values nobody needs after it.
+    """
+
+    node: fx.Node
+    collective: str | None
+    pending: tuple[str, ...]
+    dead: tuple[fx.Node, ...]
+
+
+class Walk:
+    """One rank's way through its graph.
+
+    Args:
+        post: starts a collective and gives its pending value.
+        steps: of a graph, made once and shared by all walks of a run.
+        hook: called with (rank, node, value) after every node.
+    """
+
+    def __init__(
+        self, rank: int, post: Post, steps: dict[fx.Graph, list[_Step]], hook: Hook | None
+    ):
+        self.rank, self.post, self.steps, self.hook = rank, post, steps, hook
+
+    def graph(
+        self, module: fx.GraphModule, inputs: Sequence[Any], path: str
+    ) -> Generator[tuple[Pending, str], Tensor | None, Any]:
+        """Run `module` on `inputs`; yields where it waits, wants the value sent back, and returns the output."""
+        values: dict[fx.Node, Any] = {}
+        if module.graph not in self.steps:
+            self.steps[module.graph] = _steps(module.graph)
+        remaining = iter(inputs)
+        for step in self.steps[module.graph]:
+            node = step.node
+            if node.op == "call_function" and node.target is not _WAIT:
+                values[node] = self._call(step, values, path)
+            elif node.op == "placeholder":
+                values[node] = next(remaining)
+            elif node.op == "output":
+                self._refuse_pending(step, path)
+                return fx.map_arg(node.args[0], values.__getitem__)
+            elif node.op == "call_module":
+                self._refuse_pending(step, path)
+                args = fx.map_arg(node.args, values.__getitem__)
+                body = module.get_submodule(str(node.target))
+                if isinstance(body, Leaf):
+                    values[node] = self._leaf(body, args, f"{path}{node.name}")
+                    self._after(step, values)
+                    continue
+                assert isinstance(body, fx.GraphModule)
+                values[node] = yield from self.graph(body, list(args), f"{path}{node.name}.")
+            elif node.op == "get_attr":
+                values[node] = _attribute(module, str(node.target))
+            elif node.target is _WAIT:
+                pending = values[node.args[0]]
+                if not isinstance(pending, Pending):
+                    raise self.fault(
+                        f"{path}{node.name}",
+                        "wait_tensor on a value that no collective is computing",
+                    )
+                values[node] = yield pending, f"{path}{node.name}"
+            else:
+                raise self.fault(
+                    f"{path}{node.name}", f"a {node.op} node can't be run; use call_function"
+                )
+            self._after(step, values)
+        raise self.fault(path, "the graph has no output")
+
+    def _after(self, step: _Step, values: dict[fx.Node, Any]) -> None:
+        if self.hook is not None:
+            self.hook(self.rank, step.node, values[step.node])
+        for dead in step.dead:
+            del values[dead]
+
+    def _leaf(self, leaf: Leaf, args: Any, where: str) -> Any:
+        try:
+            return leaf(*args)
+        except RuntimeFault:
+            raise
+        except Exception as error:
+            what = f"leaf {leaf.name}: {type(error).__name__}: {error}"
+            raise self.fault(where, what) from error
+
+    def _call(self, step: _Step, values: dict[fx.Node, Any], path: str) -> Any:
+        node = step.node
+        self._refuse_pending(step, path)
+        args = fx.map_arg(node.args, values.__getitem__)
+        if step.collective is not None:
+            return self.post(step.collective, args, f"{path}{node.name}")
+        kwargs = fx.map_arg(node.kwargs, values.__getitem__) if node.kwargs else {}
+        assert callable(node.target)
+        try:
+            return node.target(*args, **kwargs)
+        except RuntimeFault:
+            raise
+        except Exception as error:
+            raise self.fault(
+                f"{path}{node.name}", f"{node.target}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _refuse_pending(self, step: _Step, path: str) -> None:
+        if step.pending:
+            raise self.fault(
+                f"{path}{step.node.name}", f"{list(step.pending)} used before wait_tensor"
+            )
+
+    def fault(self, where: str, what: str) -> RuntimeFault:
+        """An error that says which rank and node."""
+        return RuntimeFault(f"rank {self.rank}, node {where}: {what}")
+
+
+def _steps(graph: fx.Graph) -> list[_Step]:
+    inputs = {node: node.all_input_nodes for node in graph.nodes}
+    last = {used: node for node, sources in inputs.items() for used in (node, *sources)}
+    dead: dict[fx.Node, list[fx.Node]] = {node: [] for node in inputs}
+    for value, user in last.items():
+        dead[user].append(value)
+    started = {
+        node: _COLLECTIVES[node.target]
+        for node in inputs
+        if node.op == "call_function" and node.target in _COLLECTIVES
+    }
+    return [
+        _Step(
+            node,
+            started.get(node),
+            tuple(started[source] for source in sources if source in started),
+            tuple(dead[node]),
+        )
+        for node, sources in inputs.items()
+    ]
+
+
+def _attribute(module: fx.GraphModule, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value

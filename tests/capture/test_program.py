@@ -1,0 +1,110 @@
+"""A program saved by torch.export as input: the same numbers, and the same weights cut, as the model it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import DynamicCache
+from typer.testing import CliRunner
+
+from helix_compile import CaptureError, helix_compile
+from helix_compile.cli.commands import app
+from tests.support.models import tiny_model
+from tests.support.numerics import LIMIT
+
+OPTIONS: dict[str, Any] = {"cp": 4, "tokens_per_block": 3, "max_seq_len": 64, "max_batch_size": 2}
+
+
+class Step(nn.Module):
+    """The step as docs/torch_compile.md shows it: tensors in, tensors out."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, pasts: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        cache = DynamicCache(list(zip(pasts[::2], pasts[1::2], strict=True)))
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.logits, [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+
+def exported(model: Any, dynamic: bool = True) -> ExportedProgram:
+    B, T, S = 2, 3, 5
+    batch, tokens, past = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
+    config = model.config
+    pasts = [
+        torch.zeros(B, 1, S, width, dtype=model.dtype)
+        for _ in range(config.num_hidden_layers)
+        for width in (config.kv_lora_rank, config.qk_rope_head_dim)
+    ]
+    ids, mask = torch.zeros(B, T, dtype=torch.int64), torch.ones(B, S + T, dtype=torch.int64)
+    positions = torch.arange(S, S + T).expand(B, -1).contiguous()
+    shapes = (
+        {0: batch, 1: tokens},
+        {0: batch, 1: Dim.AUTO},
+        {0: batch, 1: tokens},
+        [{0: batch, 2: past} for _ in pasts],
+    )
+    with torch.no_grad():
+        return torch.export.export(
+            Step(model),
+            (ids, mask, positions, pasts),
+            dynamic_shapes=shapes if dynamic else None,
+            strict=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def program() -> ExportedProgram:
+    return exported(tiny_model("short"))
+
+
+def test_a_program_gives_the_models_logits(program: ExportedProgram) -> None:
+    model = tiny_model("short")
+    compiled, other = helix_compile(program, **OPTIONS), helix_compile(model, **OPTIONS)
+    ids = torch.randint(0, 97, (2, 14))
+    steps = [ids[:, :11], *ids[:, 11:].split(1, dim=1)]
+    got, same = (torch.cat([m(i) for i in steps], 1) for m in (compiled, other))
+    with torch.no_grad():
+        expected = model(ids).logits
+    largest = expected.abs().max()
+    assert (got - same).abs().max() <= LIMIT[torch.float64] * largest
+    assert (
+        got - expected
+    ).abs().max() <= 1e-7 * largest  # the model's fp32 islands, in steps and at once
+    shards = {s.source for body in compiled.plan.bodies for s in body.param_shards}
+    assert {n.removeprefix("model.") for n in shards} >= {
+        f"model.layers.{i}.self_attn.{p}_proj.weight" for i in (0, 1) for p in ("kv_b", "o", "q_b")
+    }
+
+
+def test_inspect_takes_a_saved_program(program: ExportedProgram, tmp_path: Path) -> None:
+    path = tmp_path / "step.pt2"
+    torch.export.save(program, path)
+    result = CliRunner().invoke(app, ["inspect", str(path), "--cp", "4"])
+    assert result.exit_code == 0, result.output
+    assert "ExportedProgram" in result.output
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="batch size is fixed at 2"):
+        helix_compile(exported(tiny_model("short"), dynamic=False), **OPTIONS)
+    with pytest.raises(CaptureError, match="first input is not the token ids"):
+        helix_compile(torch.export.export(nn.Linear(2, 2), (torch.ones(3, 2),)), **OPTIONS)
+    broken = tmp_path / "broken.pt2"
+    broken.write_bytes(b"not a program")
+    with pytest.raises(CaptureError, match=r"broken\.pt2 can't be loaded"):
+        helix_compile(broken, **OPTIONS)

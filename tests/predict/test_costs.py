@@ -1,0 +1,85 @@
+"""Predicted costs against figures worked out by hand, and wire bytes against the plan's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helix_compile import HelixError, HelixModule, helix_compile
+from helix_compile.errors import LayoutError
+from helix_compile.models.presets import build_model, preset_config
+from helix_compile.predict.costs import GB200, Machine, NodeCost, Workload, predict_costs
+from tests.support.models import tiny_model
+
+
+def costs_of(compiled: HelixModule, body: str, step: Workload, rank: int = 0) -> dict[str, NodeCost]:  # fmt: skip
+    graph = compiled.graph.get_submodule(body).graph
+    options = compiled.plan.options
+    return predict_costs(graph, step, compiled.plan.layout, options.tokens_per_block, rank)
+
+
+@pytest.mark.parametrize(
+    "plan", [{"cp": 4}, {"cp": 2, "tpa": 2, "merge": "ag_rs"}, {"cp": 3, "tpa": 2}], ids=str
+)
+@pytest.mark.parametrize("step", [Workload(5, 1, 900), Workload(2, 3, 40)], ids=str)
+def test_wire_bytes_are_the_plans(plan: dict[str, Any], step: Workload) -> None:
+    compiled = helix_compile(tiny_model(), max_seq_len=1024, **plan)
+    for body in compiled.plan.bodies:
+        costs = costs_of(compiled, body.name, step)
+        wire = sum(c.wire_bytes for c in costs.values())
+        planned = float(body.egress_bytes_per_rank_per_token) * step.batch * step.tokens
+        assert wire == pytest.approx(planned, rel=1e-12)
+
+
+def test_attention_at_the_real_sizes() -> None:
+    """2 B T H s (576 + 512) flops and B s 576 bytes of cache: helix-algorithm, section 14."""
+    config = preset_config("deepseek-v3")
+    config.num_hidden_layers = 4
+    model = build_model(config, dtype=torch.bfloat16, meta=True)
+    compiled = helix_compile(model, cp=8, max_seq_len=131072)
+    step = Workload(batch=4, tokens=1, context=131071)
+    cost = costs_of(compiled, "body_1", step)["mla_decode"]
+    local = 131072 // 8
+    assert cost.flops == 2 * 4 * 128 * local * (576 + 512)
+    activations = 4 * 128 * (576 * 2 + 512 * 2 + 4)  # q, partial_o in bf16, lse in fp32
+    assert cost.hbm_bytes == 4 * local * 576 * 2 + activations
+    assert cost.seconds(GB200) == cost.hbm_bytes / 8.0e12  # memory bound
+    o_proj = costs_of(compiled, "body_1", step)["linear_4"]
+    assert o_proj.flops == 2 * 4 * 7168 * 16384 / 8
+    experts = costs_of(compiled, "body_1", step)["routed"]
+    assert experts.flops == 6 * 4 * 8 / 8 * 2048 * 7168
+    hit = 1 - (1 - 8 / 256) ** 4
+    weights = 3 * 2048 * 7168 * 32 * 2
+    assert experts.hbm_bytes == pytest.approx(hit * weights + 2 * 4 * 7168 * 2)
+
+
+def test_ranks_differ_by_their_part_of_the_context() -> None:
+    compiled = helix_compile(tiny_model(), cp=4, max_seq_len=1024, tokens_per_block=32)
+    flops = [costs_of(compiled, "body_0", Workload(1, 1, 99), r)["mla_decode"].flops for r in range(4)]  # fmt: skip
+    assert [f / flops[3] for f in flops] == [8.0, 8.0, 8.0, 1.0]  # 32, 32, 32 and 4 tokens of 100
+
+
+def test_views_waits_and_inputs_cost_nothing() -> None:
+    compiled = helix_compile(tiny_model(), cp=4, max_seq_len=64)
+    costs = costs_of(compiled, "body_1", Workload(2, 1, 10))
+    for name in ("hidden", "view", "transpose", "getitem", "wait_tensor", "sym_size_int", "output"):
+        assert costs[name] == NodeCost(), name
+    assert costs["linear_4"].flops > 0 and costs["all_reduce"].is_collective
+
+
+def test_seconds_are_a_roofline() -> None:
+    machine = Machine("round numbers", 100.0, 10.0, 5.0, 2.0)
+    assert NodeCost(flops=1000, hbm_bytes=10).seconds(machine) == 10.0
+    assert NodeCost(flops=10, hbm_bytes=100).seconds(machine) == 10.0
+    assert NodeCost(wire_bytes=15, is_collective=True).seconds(machine) == 5.0
+
+
+def test_refusals() -> None:
+    compiled = helix_compile(tiny_model(), cp=4, max_seq_len=64)
+    graph = compiled.stages["ffn"].get_submodule("body_0").graph
+    with pytest.raises(HelixError, match=r"exchanged.*is a move"):
+        predict_costs(graph, Workload(1, 1, 1), compiled.plan.layout, 32)
+    with pytest.raises(LayoutError, match="batch=0"):
+        Workload(0, 1, 1)

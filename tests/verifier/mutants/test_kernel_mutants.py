@@ -1,0 +1,147 @@
+"""One-line faults put into the source of mla_decode's kernels: the comparison that their tests use catches each.
+
+They are not in the catalogue of `verify --self-test`: verify's own runs take kernels as they are, and interpreting one
+needs TRITON_INTERPRET=1 before Python starts, which the command can't ask for. docs/kernels.md has the table.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from helix_compile.kernels.mla import pointer as mla_pointer_decode
+from helix_compile.kernels.mla import tiles as mla_tiles
+from helix_compile.kernels.mla import tma as mla_tma_rows
+from helix_compile.kernels.mla import tma as mla_tma_transposed
+from helix_compile.kernels.mla.launch import decode_case
+from helix_compile.kernels.mla.tuning import POINTER, ROWS, TRANSPOSED, MlaConfig
+from tests.support.mla import mismatch, mla_inputs, run_form
+
+TILES = "mla_tiles"  # edits of what all forms share; "" edits the form's own file
+
+
+@dataclass(frozen=True)
+class KernelMutant:
+    """A textual edit of one line of a kernel file; `transposed` is the line where KV slots are the rows."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    before_transposed: str = ""
+    after_transposed: str = ""
+    caught_by: str = "partial_o differs"
+
+    def edit(self, form: str) -> tuple[str, str]:
+        if form == TRANSPOSED and self.before_transposed:
+            return self.before_transposed, self.after_transposed
+        return self.before, self.after
+
+
+MUTANTS = [
+    KernelMutant(
+        "mask off by one",
+        "",
+        "slots[None, :] < limit[:, None]",
+        "slots[None, :] <= limit[:, None]",
+        "slots[:, None] < limit[None, :]",
+        "slots[:, None] <= limit[None, :]",
+    ),
+    KernelMutant("exp for exp2", TILES, "p = tl.exp2(", "p = tl.exp("),
+    KernelMutant(
+        "stale max", TILES, "return p, tl.exp2(m - top), top", "return p, tl.exp2(m - top), m"
+    ),
+    KernelMutant(
+        "split dropped",
+        TILES,
+        "per_split = tl.cdiv(tiles, tl.num_programs(2))",
+        "per_split = tiles // tl.num_programs(2)",
+        caught_by="lse = -inf in other rows",
+    ),
+    KernelMutant(
+        "lse in base 2", TILES, "(m + tl.log2(divisor)) * LN2", "(m + tl.log2(divisor))"
+    ),
+    KernelMutant(
+        "rope part unscaled",
+        "",
+        "tl.dot(q_rope, ",
+        "tl.dot(q_rope / scale_log2, ",
+        "tl.dot(k_rope, q_rope, ",
+        "tl.dot(k_rope, q_rope / scale_log2, ",
+    ),
+]  # fmt: skip
+FORMS: dict[str, tuple[MlaConfig, ModuleType, str]] = {
+    ROWS: (MlaConfig(ROWS, 16, 16, 4, 2, parts=2), mla_tma_rows, "mla_rows_kernel"),
+    TRANSPOSED: (MlaConfig(TRANSPOSED, 16, 16, 4, 2), mla_tma_transposed, "mla_transposed_kernel"),
+    POINTER: (MlaConfig(POINTER, 16, 16, 4, 2), mla_pointer_decode, "mla_pointer_kernel"),
+}
+
+
+Load = Callable[[str, str], ModuleType]
+
+
+@pytest.fixture
+def load_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Import a text as a module of the given name: Triton reads a function's source from its file."""
+
+    def load(name: str, text: str) -> ModuleType:
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def source_of(module: ModuleType) -> str:
+    assert module.__file__ is not None
+    return Path(module.__file__).read_text()
+
+
+def edited_kernel(form: str, mutant: KernelMutant | None, load: Load) -> Any:
+    """The jit function of a form, in fresh modules with the mutant's edit (None: none)."""
+    _, module, function = FORMS[form]
+    tiles, own = source_of(mla_tiles), source_of(module)
+    if mutant is not None:
+        before, after = mutant.edit(form)
+        target = tiles if mutant.file == TILES else own
+        assert before in target, f"{before!r} is no longer in the source"
+        edited = target.replace(before, after)
+        tiles, own = (edited, own) if mutant.file == TILES else (tiles, edited)
+    load("edited_mla_tiles", tiles)
+    own = own.replace("helix_compile.kernels.mla.tiles", "edited_mla_tiles")
+    return getattr(load(f"edited_{function}", own), function)
+
+
+def fault_of(form: str, mutant: KernelMutant | None, load: Load) -> str | None:
+    """What the comparison says of the edited kernel, over 4 splits, which 2 tiles do not fill."""
+    inputs = mla_inputs([60, 17, 0], T=2, H=5, seed=1)
+    config, H, R, r = FORMS[form][0], 5, 32, 16
+    case = decode_case(config, H, R, r, 16, torch.float32, torch.float32, interpreted=True)
+    case = replace(case, function=edited_kernel(form, mutant, load))
+    wanted = torch.ops.helix.mla_decode(*inputs.args)
+    return mismatch(run_form(config, inputs, splits=4, case=case), wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unedited_source_passes(form: str, load_source: Load) -> None:
+    assert fault_of(form, None, load_source) is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_each_mutant_is_caught(mutant: KernelMutant, form: str, load_source: Load) -> None:
+    fault = fault_of(form, mutant, load_source)
+    assert fault is not None and fault.startswith(mutant.caught_by)

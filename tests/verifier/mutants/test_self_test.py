@@ -1,0 +1,176 @@
+"""Every known fault is caught, and what the verifier says of it is of the right kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from helix_compile import HelixModule, VerificationReport, helix_compile, verify
+from helix_compile.verifier.mutants.mutant import A2A, CATALOGUE, GQA_CATALOGUE, MIXED, Mutant
+from helix_compile.verifier.mutants.self_test import _Rule, awkward_gqa, awkward_model
+from helix_compile.verifier.report import CODES, FAMILIES
+from tests.support.models import tiny_model
+
+OPTIONS = [dict(t) for t in dict.fromkeys(tuple(m.options.items()) for m in CATALOGUE)]
+
+MUTANTS = {m.name: m for m in CATALOGUE}
+# what no type can see: these must be found by the numbers, and by this check of them
+BY_NUMBERS = {
+    "gate and up are swapped": "HX403",
+    "the last choice of a token is dropped": "HX403",
+    "plain mean of the parts": "HX402",
+    "base-2 weights from natural-log statistics": "HX402",
+    "an empty shard says lse = 0": "HX402",
+    "dead parts are multiplied by 0 and hold NaN": "HX406",
+    "a page is counted in absolute slots past the first": "HX402",
+    "a token is also written one slot further": "HX404",
+    "query and key positions one too large": "HX404",
+    "only the first token of a step is written": "HX404",
+    "padding is written to slot 0": "HX401",
+    "attention reads the cache before the new token is written": "HX402",
+}
+# right numbers, wrong all the same: only the static check can find these
+BY_TYPES = {
+    "every rank computes the whole FFN and takes its part of the sum": "HX107",
+    "a projection is computed twice and averaged": "HX107",
+    "attention over the cache is computed twice": "HX107",
+    "merge option accepted and ignored": "HX105",
+    "v_up option accepted and ignored": "HX302",
+    "two sequences share a page": "HX404",
+    "a cache is imported in the order of the sender, not dealt block by block": "HX404",
+    "a collective is waited for twice": "HX104",
+    "o_proj rows in (kvp, tpa) order": "HX201",
+    "FFN shards overlap by one row": "HX202",
+    "one rank has an older router bias": "HX204",
+    "kvp groups run through in reverse": "HX106",
+    "blocks start one token late": "HX301",
+    "an op of unknown meaning stands in the graph": "HX103",
+    "a layer is called with the norm of another": "HX109",
+    "no all_reduce behind the FFN": "HX101",
+    "owned heads reach o_proj in reverse": "HX102",
+}
+
+
+def mutated(mutant: Mutant) -> HelixModule:
+    compiled = helix_compile(tiny_model(), **mutant.options)
+    mutant.apply(compiled)
+    return compiled
+
+
+@cache
+def report_of(name: str) -> VerificationReport:
+    return verify(mutated(MUTANTS[name]), tiny_model())
+
+
+def test_the_catalogue_is_wide() -> None:
+    assert len({m.name for m in CATALOGUE + GQA_CATALOGUE}) == len(CATALOGUE + GQA_CATALOGUE)
+    assert len(MUTANTS) == len(CATALOGUE) >= 40
+    assert {m.family for m in CATALOGUE} == set(FAMILIES) - {0}
+    kinds = {"graph", "parameters", "cache", "positions", "plan", "kernel"}
+    assert {m.kind for m in CATALOGUE} == kinds
+
+
+# in CI one of each code that only one check can find; the slow tier has all, and all of them in bfloat16
+ONE_OF_EACH = {code: name for by in (BY_NUMBERS, BY_TYPES) for name, code in by.items()}.values()
+NAMES = [pytest.param(n, marks=() if n in ONE_OF_EACH else pytest.mark.slow) for n in MUTANTS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_caught(name: str) -> None:
+    report = report_of(name)
+    assert not report.ok
+    assert all(f.code in CODES and f.where and f.got and f.expected for f in report.findings)
+    found = {(f.code, f.check) for f in report.findings}
+    if name in BY_NUMBERS:
+        assert (BY_NUMBERS[name], "numeric") in found
+    if name in BY_TYPES:
+        assert (BY_TYPES[name], "static") in found
+
+
+def test_the_expectations_name_mutants() -> None:
+    assert set(BY_NUMBERS) | set(BY_TYPES) <= set(MUTANTS)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_same_plan_without_a_fault_is_fine(options: dict) -> None:
+    report = verify(helix_compile(tiny_model(), **options), tiny_model())
+    assert report.ok, report
+
+
+# of grouped-query attention: what each must be found by, numbers and types
+GROUPED = {
+    "query heads are dealt to K/V heads in turn, not in groups": "HX402",
+    "query heads read the next group's K/V head": "HX402",
+    "every query head reads the first value head": "HX402",
+    "ranks of tpa hold each other's K and V rows": "HX201",
+    "K rows of a rank are one head late, V rows are not": "HX202",
+    "V is read one channel early": "HX402",
+    "K and V change places in the cache": "HX404",
+    "the last K/V head is not written": "HX404",
+    "the norms of query and key are swapped": "HX204",
+    "grouped scores without the model's scale": "HX402",
+    "the mask of gqa_decode is off by one slot": "HX402",
+    "T > 1: each grouped query sees the whole step": "HX402",
+    "an empty shard of K/V says lse = 0": "HX402",
+    "statistics of a group are those of its first query head": "HX402",
+    "grouped attention over the cache is computed twice": "HX107",
+}
+IN_CI = ("HX201", "HX202", "HX204", "HX107", "HX404")
+
+
+@cache
+def grouped_model(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    model: Any = awkward_gqa(dtype)
+    model.set_experts_implementation("batched_mm")  # grouped_mm takes no 16-bit rows of 36
+    return model
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(m, marks=() if GROUPED[m.name] in IN_CI else pytest.mark.slow)
+        for m in GQA_CATALOGUE
+    ],
+    ids=lambda m: m.name,
+)
+def test_caught_on_grouped_query_attention(mutant: Mutant) -> None:
+    compiled = helix_compile(grouped_model(), **mutant.options)
+    mutant.apply(compiled)
+    report = verify(compiled, grouped_model())
+    assert GROUPED[mutant.name] in {f.code for f in report.findings}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", GQA_CATALOGUE, ids=lambda m: m.name)
+def test_caught_on_grouped_query_attention_in_bfloat16(mutant: Mutant) -> None:
+    model = grouped_model(torch.bfloat16)
+    compiled = helix_compile(model, **mutant.options)
+    mutant.apply(compiled)
+    assert not verify(compiled, model).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [A2A, MIXED], ids=str)
+def test_grouped_query_attention_without_a_fault_is_fine(dtype: torch.dtype, options: dict) -> None:
+    model = grouped_model(dtype)
+    report = verify(helix_compile(model, **options), model)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("build", [awkward_model, awkward_gqa])
+def test_the_acceptance_rule_runs_on_sound_modules(build: Callable[[], torch.nn.Module]) -> None:
+    """Or "does not run" would say nothing of a mutant."""
+    model = build()
+    assert _Rule(model).share_off(helix_compile(model, **CATALOGUE[0].options)) == 0.0
+
+
+@pytest.mark.slow
+def test_the_likeliest_family_is_usually_the_one() -> None:
+    """A guess, so not each time; but a reader who follows it is right more often than not."""
+    right = [n for n, m in MUTANTS.items() if m.family in {f.family for f in report_of(n).findings}]
+    assert len(right) >= 0.7 * len(MUTANTS)

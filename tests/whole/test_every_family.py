@@ -1,0 +1,84 @@
+"""Every MLA family that transformers ships, and some with grouped-query attention, is rewritten, or refused with the reason that applies; docs/families.md agrees."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from benchmarks.families import PAGE
+from tests.support.families import FAMILIES, GROUPED, fresh_family, shipped_families
+from tests.support.family_run import compiled_family, measured_row, run_family
+from tests.support.numerics import LIMIT
+
+_SLOW = pytest.mark.slow
+_NUMBER = re.compile(r"\d\.\de[+-]\d\d")
+_VARIES = re.compile(_NUMBER.pattern + r"|\.py:\d+")  # and lines of the installed transformers
+# deepseek_v3 is what most other tests run; the others of the first line differ from it by a norm, a width or a factor,
+# those of the second are refused as deepseek_v32 is, tests/whole/test_gqa.py runs those of the third
+_IN_OTHER_TESTS = (
+    "deepseek_v3", "glm4_moe_lite", "axk1", "youtu",
+    "glm_moe_dsa", "axk2", "mistral_large4", "hy_v4", "glm5_next",
+    "llama", "qwen3", "qwen3_moe", "glm4", "cohere", "ernie4_5", "mistral", "mixtral",
+)  # fmt: skip
+
+
+def test_no_shipped_family_is_forgotten() -> None:
+    assert sorted(set(FAMILIES) - set(GROUPED)) == shipped_families()
+
+
+def _rows() -> dict[str, str]:
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+
+
+def _cases() -> list:
+    cases = []
+    for name, family in FAMILIES.items():
+        cases.append(pytest.param(name, "", marks=[_SLOW] if name in _IN_OTHER_TESTS else []))
+        cases += [pytest.param(name, variant, marks=[_SLOW]) for variant in family.variants]
+    return cases
+
+
+@pytest.mark.parametrize(("name", "variant"), _cases())
+def test_a_family_does_what_the_table_says(name: str, variant: str) -> None:
+    row = measured_row(name, variant)
+    written = _rows()[row.name]
+    assert _VARIES.sub("#", str(row)) == _VARIES.sub("#", written)
+    for text in (*row.deviations, *_NUMBER.findall(written)):
+        if _NUMBER.fullmatch(text):
+            assert float(text) <= LIMIT[torch.float64]
+    if FAMILIES[name].refused:
+        assert re.search(r"MatchError: layer \d+: ", row.refused)
+    else:
+        assert not row.refused and not any("tokens" in d for d in row.deviations)
+
+
+def test_the_table_has_a_row_for_each_case_and_no_other() -> None:
+    names = {
+        f"{n}, {v}" if v else n for n, family in FAMILIES.items() for v in ("", *family.variants)
+    }
+    assert set(_rows()) - {"family"} == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if not f.refused])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cp": 1},
+        {"cp": 2, "tpa": 2},
+        {"cp": 2, "q_proj": "gather"},
+        {"cp": 4, "merge": "ag_rs", "v_up": "before"},
+    ],
+)
+def test_a_family_with_other_options(name: str, options: dict) -> None:
+    model = fresh_family(name)
+    if name in GROUPED:
+        options = {k: v for k, v in options.items() if k != "v_up"}  # no W_UV
+        kv_heads = model.config.num_key_value_heads
+        if kv_heads % options.get("tpa", 1):  # three heads can't be halved
+            options["tpa"] = kv_heads
+    run = run_family(model, compiled_family(model, **options))
+    assert run.worst <= LIMIT[torch.float64] and run.same_tokens

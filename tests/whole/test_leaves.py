@@ -1,0 +1,218 @@
+"""Layers that can't be captured stay the user's own modules: exact with padding, idle rows and resets; reported; typed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import helix_compile.cli.commands as cli
+from helix_compile import HelixError, MatchError, verify
+from helix_compile.errors import RuntimeFault
+from helix_compile.ir.leaves import is_leaf_call
+from helix_compile.ir.stage import copy_module
+from helix_compile.models import presets
+from helix_compile.runtime.claims import graph_digest
+from helix_compile.verifier.numeric.reference import WidenedIslands
+from helix_compile.verifier.static.graph import type_graph
+from tests.support.driver import Reference, deviation, left_padded, random_ids
+from tests.support.families import fresh_family, tiny_family
+from tests.support.family_run import compiled_family, run_family
+from tests.support.numerics import LIMIT
+from tests.support.toy_mla import toy_model
+
+
+@cache
+def hybrid() -> Any:
+    """A layer of linear attention, and one of MLA."""
+    kinds = ("linear_attention", "full_attention")
+    return fresh_family(
+        "kimi_linear", num_hidden_layers=2, layer_types=list(kinds), mlp_layer_types=["dense"] * 2
+    )
+
+
+class RowByRow:
+    """The original, each sequence alone with a cache of its own and without padding."""
+
+    def __init__(self, model: Any, rows: int):
+        self.model, self.rows = model, [Reference(model) for _ in range(rows)]
+
+    def reset(self, row: int) -> None:
+        self.rows[row] = Reference(self.model)
+
+    def step(self, ids: Tensor, mask: Tensor) -> Tensor:
+        out = torch.zeros(*ids.shape, self.model.config.vocab_size, dtype=torch.float64)
+        for row, kept in enumerate(mask.bool()):
+            if kept.any():
+                alone = ids[row, kept][None]
+                out[row, kept] = self.rows[row].step(alone, torch.ones_like(alone))[0]
+        return out
+
+
+def leaf_calls(compiled: Any) -> list[fx.Node]:
+    return [n for n in compiled.graph.graph.nodes if is_leaf_call(compiled.graph, n)]
+
+
+def test_padding_idle_rows_and_row_resets_leave_the_state_of_others_alone() -> None:
+    model = hybrid()
+    compiled, reference = compiled_family(model, 2), RowByRow(model, 3)
+    torch.manual_seed(5)
+
+    def both(mask: Tensor) -> None:
+        ids = random_ids(model, *mask.shape)
+        with WidenedIslands():
+            got, expected = compiled(ids, mask), reference.step(ids, mask)
+        assert deviation(got, expected, mask) <= LIMIT[torch.float64]
+
+    both(left_padded([5, 2, 9]))
+    both(torch.tensor([[1, 1, 1], [0, 0, 0], [1, 1, 0]]))
+    compiled.reset(rows=[1])
+    reference.reset(1)
+    assert 1 not in compiled.ranks[1].leaves["leaf_0"].rows
+    both(torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]]))
+    both(torch.ones(3, 1, dtype=torch.int64))
+
+
+def test_reset_begins_anew_and_a_full_cache_changes_nothing() -> None:
+    model = hybrid()
+    compiled = compiled_family(model, 2)
+    ids = random_ids(model, 1, 6)
+    first = compiled(ids)
+    with pytest.raises(RuntimeFault):
+        compiled(random_ids(model, 1, 60))  # 66 tokens > 64
+    assert compiled.ranks[0].leaves["leaf_0"].rows[0][0] == 6
+    compiled.reset()
+    assert not compiled.ranks[0].leaves["leaf_0"].rows
+    assert torch.equal(compiled(ids), first)
+
+
+def test_each_rank_has_a_state_of_its_own_and_a_broken_step_is_a_fault() -> None:
+    model = hybrid()
+    compiled = compiled_family(model, 2)
+    compiled(random_ids(model, 1, 3))
+    states = [rank.leaves["leaf_0"] for rank in compiled.ranks]
+    assert states[0] is not states[1] and states[0].rows[0][1] is not states[1].rows[0][1]
+    run = compiled.world.run
+    compiled.world.run = lambda *args: (run(*args), 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compiled(random_ids(model, 1, 1))
+    compiled.world.run = run
+    with pytest.raises(
+        RuntimeFault, match=r"has seen 4 tokens, the step begins at position 3.*reset"
+    ):
+        compiled(random_ids(model, 1, 1))
+    compiled.reset()
+    compiled(random_ids(model, 1, 1))
+
+
+def test_the_graph_calls_the_users_own_layer_and_the_report_says_so(tmp_path: Path) -> None:
+    model = hybrid()
+    compiled = compiled_family(model, 2)
+    (call,) = leaf_calls(compiled)
+    leaf: Any = compiled.graph.get_submodule(str(call.target))
+    assert leaf.module is model.model.layers[0] and not list(compiled.parameters())
+    assert not any(name.startswith("model.layers.0.") for name in compiled.ranks[0].params)
+    facts = compiled.inspect(tmp_path / "files").facts
+    assert [x["module"] for x in facts["leaves"]] == ["model.layers.0"]
+    assert "model.layers.0" in str(compiled.inspect())
+    assert type(compiled.plan).from_json(compiled.plan.to_json()) == compiled.plan
+    whole = sum(p.numel() * 8 for p in model.model.layers[0].parameters())
+    assert compiled.plan.params_bytes_per_rank > whole
+    with pytest.raises(HelixError, match=r"model\.layers\.0 stay the user's own modules"):
+        compiled.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    latents, ropes = torch.zeros(1, 2, 20), torch.zeros(1, 2, 6)
+    with pytest.raises(RuntimeFault, match=r"import_cache: model\.layers\.0 stay"):
+        compiled.import_cache([latents], [ropes], [2])
+
+
+def test_two_captures_share_nothing_but_the_model() -> None:
+    first, second = (compiled_family(hybrid(), 2) for _ in range(2))
+    ids = random_ids(hybrid(), 1, 4)
+    assert torch.equal(first(ids), second(ids))
+    first(ids)
+    assert second.ranks[0].leaves["leaf_0"].rows[0][0] == 4
+    digests = [graph_digest(c.graph) for c in (first, second, compiled_family(hybrid(), 1))]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_leaf_takes_whole_values_only() -> None:
+    compiled = compiled_family(hybrid(), 2)
+    shapes = dict(compiled.ranks[0].params)
+    layouts: dict = {}
+    graph = copy_module(compiled.graph)
+    assert not any(
+        f.where == "outer graph"
+        for f in type_graph(graph, shapes, layouts, compiled.plan.layout).findings
+    )
+    call = next(n for n in graph.graph.nodes if is_leaf_call(graph, n))
+    slots = next(n for n in graph.graph.nodes if n.meta.get("step") == "slots")
+    call.args = (*call.args[:2], slots, *call.args[3:])
+    found = type_graph(graph, shapes, layouts, compiled.plan.layout).findings
+    assert [f.code for f in found if f.where.startswith("outer graph")] == ["HX102"]
+
+
+def test_a_python_loop_of_experts_is_a_leaf_inside_a_rewritten_body() -> None:
+    model = fresh_family("longcat_flash", num_hidden_layers=2)
+    compiled = compiled_family(model, 2)
+    (plan,) = compiled.plan.bodies
+    assert len(plan.attentions) == 2 and [name for name, _ in compiled.plan.leaves] == [
+        "model.layers.0.mlp.experts"
+    ]
+    body: Any = compiled.graph.get_submodule(plan.name)
+    (call,) = [n for n in body.graph.nodes if n.op == "call_module"]
+    assert body.get_submodule(call.target).module is model.model.layers[0].mlp.experts
+    run = run_family(model, compiled)
+    assert run.worst <= LIMIT[torch.float64] and run.same_tokens
+    assert "forward" not in vars(model.model.layers[0].mlp.experts)
+
+
+def test_keep_leaves_what_is_not_recognised_and_rewrites_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = toy_model("cat", "sinks", layers=2)
+    monkeypatch.setattr(presets, "named_model", lambda *a: model)
+    command = ["helix-compile", "inspect", "it", "--cp", "2", "--json", "--unmatched"]
+    monkeypatch.setattr(sys, "argv", [*command, "keep"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    (leaf,) = json.loads(capsys.readouterr().out)["leaves"]
+    assert leaf["module"] == "model.layers.1" and "sinks" in leaf["reason"]
+    monkeypatch.setattr(sys, "argv", [*command, "error"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "MatchError: layer 1" in capsys.readouterr().err
+    with pytest.raises(MatchError, match="layer 1"):
+        compiled_family(model, 2)
+    compiled = compiled_family(model, 2, unmatched="keep")
+    assert [name for name, _ in compiled.plan.leaves] == ["model.layers.1"]
+    assert "sinks" in compiled.plan.leaves[0][1]
+    run = run_family(model, compiled)
+    assert run.worst <= LIMIT[torch.float64] and run.same_tokens
+    with pytest.raises(MatchError, match="no layer with cached attention that could be rewritten"):
+        compiled_family(toy_model("cat", "sinks"), 2, unmatched="keep")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kimi_linear", "bailing_hybrid", "longcat_flash", "deepseek_v2"])
+def test_verify_runs_leaves_and_gates(name: str) -> None:
+    model = tiny_family(name)
+    report = verify(compiled_family(model, 2), model)
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.slow
+def test_verify_sees_a_gate_that_another_rank_holds() -> None:
+    model = tiny_family("bailing_hybrid")
+    compiled = compiled_family(model, 2)
+    name = next(n for n in compiled.ranks[0].params if n.endswith("g_proj.weight"))
+    params = [rank.params for rank in compiled.ranks]
+    params[0][name], params[1][name] = params[1][name], params[0][name]
+    report = verify(compiled, model)
+    assert not report.ok and any(name in f.where for f in report.findings)
