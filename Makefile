@@ -21,6 +21,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p helix_compile
 	$(BIN)/mypy examples
+	$(BIN)/python tools/lint_imports.py
 	$(BIN)/codespell helix_compile tests examples benchmarks docs *.md
 
 test: lint

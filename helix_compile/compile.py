@@ -15,7 +15,7 @@ from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
 from helix_compile.capture.source import captured_from, device_of, device_of_input
 from helix_compile.config.options import HelixOptions
-from helix_compile.errors import MatchError
+from helix_compile.errors import CaptureError, MatchError
 from helix_compile.kernels.target import target_for
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.module import HelixModule
@@ -26,6 +26,7 @@ from helix_compile.passes.runner import run_passes
 from helix_compile.plan.helix_plan import trace_plan
 from helix_compile.runtime.claims import claims_of
 from helix_compile.runtime.rank import build_ranks, facts_of
+from helix_compile.views.graph_python import dump_to
 from helix_compile.worlds.world import device_for, errors_told, open_world
 
 
@@ -85,6 +86,10 @@ def helix_compile(
         overlap=overlap, lower=lower, max_batch_size=max_batch_size, max_seq_len=max_seq_len,
         unmatched=unmatched,
     )  # fmt: skip
+    if isinstance(model, HelixModule):
+        raise CaptureError(
+            "this model is already compiled by helix_compile; pass the original model"
+        )
     place = device_for(device, world)
     with errors_told(world, cp, tpa, place or device_of_input(model)):
         captured = keep_unmatched(captured_from(model, dtype, place, unmatched), options)
@@ -95,7 +100,9 @@ def helix_compile(
     dump = os.environ.get("HELIX_DUMP")
     facts = facts_of(captured, matches, plan, place, opened)
     passes = helix_passes(captured, matches, plan, target_for(lower, facts.device))
-    stages = run_passes(captured.graph, passes, Path(dump) if dump and opened.is_leader else None)
+    stages = run_passes(
+        captured.graph, passes, dump_to(Path(dump) if dump and opened.is_leader else None)
+    )
     opened.start(claims_of(plan, stages[STAGES[-1]], facts))
     ranks = build_ranks(plan, stages[STAGES[-1]], facts, opened)
     return HelixModule(plan, stages, ranks, opened, facts)

@@ -20,6 +20,7 @@ from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
+from helix_compile.saving.module_folder import load_parts, save_module
 from helix_compile.views.explain import NodeExplanation, explain_node
 from helix_compile.views.graph_python import stage_diff
 from helix_compile.views.inspection import Inspection, inspect_module
@@ -229,7 +230,7 @@ class HelixModule(nn.Module):
         refuse_leaves(self.ranks, self.graph, "import_cache")
         held = list(self._ledger.lengths) if append else []
         entries = sequences_to_import(
-            latents, k_ropes, lengths, mask, self._facts, self.plan.options, held
+            latents, k_ropes, lengths, mask, self._facts.caches, self.plan.options, held
         )
         held = held or [0] * len(entries[0])
         if not append:
@@ -250,12 +251,18 @@ class HelixModule(nn.Module):
             RuntimeFault: no batch, or cp ranks that live in other processes (then export_shards()).
         """
         refuse_leaves(self.ranks, self.graph, "export_cache")
-        return entries_to_export(self._ledger, self.ranks, self.plan.layout, self._facts)
+        return entries_to_export(self._ledger, self._caches(), self.plan.layout, self._facts.caches)
 
     def export_shards(self) -> list[CacheShard]:
         """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them."""
         refuse_leaves(self.ranks, self.graph, "export_shards")
-        return shards_to_export(self._ledger, self.ranks, self.plan.layout, self._facts)
+        return shards_to_export(self._ledger, self._caches(), self.plan.layout, self._facts.caches)
+
+    def _caches(self) -> dict[int, list[Tensor]]:
+        """Rank -> its caches, for export; RuntimeFault where they have no values."""
+        if self.device.type == "meta":
+            raise RuntimeFault("export: the model is on the meta device: its cache has no values")
+        return {rank.rank: rank.cache for rank in self.ranks}
 
     def generate(
         self,
@@ -305,8 +312,6 @@ class HelixModule(nn.Module):
 
         On real ranks every rank calls it, with one folder that all see: each writes its own weights.
         """
-        from helix_compile.saving.module_folder import save_module  # saving imports this module
-
         save_module(self, Path(folder))
 
     @staticmethod
@@ -314,9 +319,7 @@ class HelixModule(nn.Module):
         folder: str | Path, device: str | torch.device | None = None, world: Any = "auto"
     ) -> HelixModule:
         """Read what save() wrote, in any world; `device` and `world` as in helix_compile()."""
-        from helix_compile.saving.module_folder import load_module
-
-        return load_module(Path(folder), device, world)
+        return HelixModule(*load_parts(Path(folder), device, world))
 
     def truncate(self, lengths: int | list[int] | Tensor) -> None:
         """Take back the last tokens of each sequence (rejected drafts); what comes next is as if they had never been.

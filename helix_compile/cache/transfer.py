@@ -7,8 +7,7 @@ Check and cut a prefilled cache into one run of entries a sequence, before anyth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +20,6 @@ from helix_compile.errors import RuntimeFault
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.ledger import positions_on_rank
 from helix_compile.plan.cache_row import CacheRow, parts_of_rows
-from helix_compile.runtime.rank import ModelFacts, Rank
-
-if TYPE_CHECKING:
-    from helix_compile.runtime.rank import ModelFacts
 
 
 def parts_of_dynamic_cache(
@@ -62,22 +57,29 @@ def parts_of_dynamic_cache(
 
 
 def shards_to_export(
-    ledger: Ledger, ranks: list[Rank], layout: HelixLayout, facts: ModelFacts
+    ledger: Ledger,
+    caches: Mapping[int, list[Tensor]],
+    layout: HelixLayout,
+    kinds: Sequence[CacheRow],
 ) -> list[CacheShard]:
     """One shard for each CP rank that lives here (ranks that differ in tpa only hold the same); copies.
 
+    Args:
+        ledger: whose tokens are exported.
+        caches: rank -> its caches, of the ranks in this process.
+        layout: the degrees.
+        kinds: what a token leaves in each cached attention.
+
     Raises:
-        RuntimeFault: no batch, or a module without values.
+        RuntimeFault: no batch.
     """
-    if facts.device.type == "meta":
-        raise RuntimeFault("export: the model is on the meta device: its cache has no values")
     if not ledger.batch_size:
         raise RuntimeFault(
             "export: there is no batch; expected a step or import_cache() before (reset() empties the cache)"
         )
     tokens_per_block = ledger.options.tokens_per_block
     shards: dict[int, CacheShard] = {}
-    for cp_rank in sorted({layout.index("kvp", rank.rank) for rank in ranks}):
+    for cp_rank in sorted({layout.index("kvp", rank) for rank in caches}):
         held = [
             positions_on_rank(length, cp_rank, layout.kvp, tokens_per_block)
             for length in ledger.lengths
@@ -86,9 +88,9 @@ def shards_to_export(
         for row, mine in enumerate(held):
             positions[row, : len(mine)] = mine
         latents, k_ropes = [], []
-        for site, kind in enumerate(facts.caches):
+        for site, kind in enumerate(kinds):
             parts = []
-            for cache in _caches_with_all_heads(site, kind, cp_rank, ranks, layout):
+            for cache in _caches_with_all_heads(site, kind, cp_rank, caches, layout):
                 entries = cache.new_zeros(*positions.shape, *cache.shape[2:])
                 for row, mine in enumerate(held):
                     entries[row, : len(mine)] = ledger.read_sequence(cache, row, mine)
@@ -101,32 +103,39 @@ def shards_to_export(
 
 
 def _caches_with_all_heads(
-    site: int, kind: CacheRow, cp_rank: int, ranks: list[Rank], layout: HelixLayout
+    site: int,
+    kind: CacheRow,
+    cp_rank: int,
+    caches: Mapping[int, list[Tensor]],
+    layout: HelixLayout,
 ) -> list[Tensor]:
     """A CP rank's caches of one site: K and V are cut by heads over tpa; one rank of tpa has the whole of a latent."""
-    mine = [rank for rank in ranks if layout.index("kvp", rank.rank) == cp_rank]
-    mine.sort(key=lambda rank: layout.index("tpa", rank.rank))
+    mine = [rank for rank in caches if layout.index("kvp", rank) == cp_rank]
+    mine.sort(key=lambda rank: layout.index("tpa", rank))
     if not kind.heads:
-        return [mine[0].cache[site]]
+        return [caches[mine[0]][site]]
     if len(mine) < layout.tpa:
         raise RuntimeFault(
             f"export: this process holds the KV heads of {len(mine)} of tpa={layout.tpa} ranks alone; a shard holds all "
             "heads: export where the ranks of tpa live in one process, or compile with tpa=1"
         )
-    return [rank.cache[site] for rank in mine]
+    return [caches[rank][site] for rank in mine]
 
 
 def entries_to_export(
-    ledger: Ledger, ranks: list[Rank], layout: HelixLayout, facts: ModelFacts
+    ledger: Ledger,
+    caches: Mapping[int, list[Tensor]],
+    layout: HelixLayout,
+    kinds: Sequence[CacheRow],
 ) -> CacheEntries:
     """The whole cache, if every CP rank lives in this process; RuntimeFault otherwise."""
-    here = {layout.index("kvp", rank.rank) for rank in ranks}
+    here = {layout.index("kvp", rank) for rank in caches}
     if len(here) < layout.kvp:
         raise RuntimeFault(
             f"export_cache: this process holds cp rank {', '.join(map(str, sorted(here)))} of {layout.kvp} alone; "
             "export_shards() gives its part with absolute positions, handover.join_shards() joins the parts of all ranks"
         )
-    return join_shards(shards_to_export(ledger, ranks, layout, facts))
+    return join_shards(shards_to_export(ledger, caches, layout, kinds))
 
 
 def sequences_to_import(
@@ -134,7 +143,7 @@ def sequences_to_import(
     k_ropes: list[Tensor] | None,
     lengths: Tensor | list[int] | None,
     mask: Tensor | None,
-    facts: ModelFacts,
+    kinds: Sequence[CacheRow],
     options: HelixOptions,
     held: list[int],
 ) -> list[list[Tensor]]:
@@ -152,13 +161,13 @@ def sequences_to_import(
             raise RuntimeFault(
                 "import_cache: a DynamicCache holds the k_ropes too; leave k_ropes out"
             )
-        latents, k_ropes = parts_of_dynamic_cache(latents, [row.heads for row in facts.caches])
+        latents, k_ropes = parts_of_dynamic_cache(latents, [row.heads for row in kinds])
         if lengths is None:
             lengths = _lengths_of_columns(latents[0], mask)
     skipped = held if whole else []
     latents = _tensors("latents", "R", latents)
     k_ropes = _tensors("k_ropes", "r", k_ropes)
-    sites = len(facts.caches)
+    sites = len(kinds)
     if len(latents) != sites or len(k_ropes) != sites:
         raise RuntimeFault(
             f"import_cache: {len(latents)} latents and {len(k_ropes)} k_ropes for {sites} cached attentions"
@@ -170,7 +179,7 @@ def sequences_to_import(
         )
     B, S = latents[0].shape[:2]
     for site, (latent, k_rope) in enumerate(zip(latents, k_ropes, strict=True)):
-        _check_site(site, latent, k_rope, (B, S, *facts.caches[site].widths))
+        _check_site(site, latent, k_rope, (B, S, *kinds[site].widths))
     if len(counts) != B or B > options.max_batch_size:
         raise RuntimeFault(
             f"import_cache: {len(counts)} lengths for {B} sequences (max_batch_size={options.max_batch_size})"

@@ -19,9 +19,7 @@ from helix_compile.capture.body import normalised_module
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
 from helix_compile.capture.checks import explained
 from helix_compile.errors import CaptureError
-from helix_compile.ir.graph import aten, is_call, node_named, placeholders
-from helix_compile.passes.match.attention import find_attention
-from helix_compile.plan.matches import MatchFailure
+from helix_compile.ir.graph import aten, is_call, placeholders
 
 _HOW = (
     "export the step with input_ids first, then attention_mask [B, S + T], position_ids [B, T] and the past tensors, "
@@ -65,7 +63,6 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
     ]
     roles = _roles(users)
     body = normalised_module(functional, roles, prefix="")
-    _name_pasts(body)
     vocab_size = _returns_logits_and_new(body)
     pasts = [n for n in placeholders(body.graph) if n.meta["input"][0] == "past"]
     first = next(p for p in weights.parameters() if p.is_floating_point())
@@ -125,14 +122,6 @@ def _is_past(node: fx.Node) -> bool:
     return node.meta["val"].dim() == 4 and any(
         is_call(u, aten.cat.default) and u.args[0][0] is node for u in node.users
     )
-
-
-def _name_pasts(body: fx.GraphModule) -> None:
-    """past_latent_0, past_rope_0, ...: which is which, and of which site, the matcher tells."""
-    found = [m for m in find_attention(body.graph) if not isinstance(m, MatchFailure)]
-    for site, match in enumerate(found):
-        for part, name in zip(("latent", "rope"), match.past, strict=True):
-            node_named(body.graph, name).meta["input"] = ["past", f"past_{part}_{site}"]
 
 
 def _returns_logits_and_new(body: fx.GraphModule) -> int:

@@ -20,7 +20,6 @@ from helix_compile.capture.program import capture_program, load_program
 from helix_compile.checkpoint.model import open_checkpoint
 from helix_compile.errors import CaptureError
 from helix_compile.ir.stage import copy_module
-from helix_compile.module import HelixModule
 
 
 def captured_from(
@@ -76,10 +75,6 @@ def _captured(
         return captured
     if isinstance(model, (str, Path)):
         return _captured_folder(Path(model), dtype, device or torch.device("cpu"), unmatched)
-    if isinstance(model, HelixModule):
-        raise CaptureError(
-            "this model is already compiled by helix_compile; pass the original model"
-        )
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise CaptureError(
             f"expected a transformers causal language model, a checkpoint folder, an ExportedProgram or a "

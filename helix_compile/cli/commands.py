@@ -343,9 +343,8 @@ def _share_of_rank(
     from helix_compile.compile import helix_compile
 
     with fake_group(rank, options["cp"] * options["tpa"]) as group:
-        return share_of_rank(
-            helix_compile(_model(model, dtype, meta), **{**options, "world": group})
-        )
+        compiled = helix_compile(_model(model, dtype, meta), **{**options, "world": group})
+        return share_of_rank(compiled.plan, compiled.ranks[0], compiled.world.mesh)
 
 
 def _checked_options(ctx: typer.Context) -> dict[str, Any]:

@@ -15,7 +15,6 @@ Nothing here imports Triton; kernels/catalog.py does, by importing the kernel fi
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -159,11 +158,6 @@ class _Registry:
 
 
 _REGISTRY = _Registry()  # filled at import of the kernel files and never after
-
-
-def load_kernels() -> None:
-    """Register every kernel of the catalog. Needs Triton, and is slow the first time."""
-    importlib.import_module("helix_compile.kernels.catalog")
 
 
 def register_kernel(kernel: Kernel) -> Kernel:

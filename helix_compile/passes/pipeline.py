@@ -13,7 +13,7 @@ from helix_compile.config.options import PAGE_SIZE
 from helix_compile.ir.graph import erase_unused, node_named, placeholders
 from helix_compile.ir.shapes import fake_mode_of
 from helix_compile.ir.stage import copy_module
-from helix_compile.kernels.registry import Capacity, load_kernels
+from helix_compile.kernels.registry import Capacity
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.passes.lower.collectives import lower_pass, no_moves_left
 from helix_compile.passes.lower.fuse_kernels import fuse_kernels
@@ -112,7 +112,8 @@ def _lower(gm: fx.GraphModule, *, target: KernelTarget | None, capacity: Capacit
     """Moves first: only then does an exchange stand where a kernel may write into its buffer."""
     result = lower_pass(gm)
     if target is not None:
-        load_kernels()
+        import helix_compile.kernels.catalog  # noqa: F401  needs Triton, and is slow the first time
+
         select_kernels(gm.graph, target, capacity)
         # after selection: what is fused are kernels of the same provider
         fuse_kernels(gm.graph, target, capacity)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import fx
-from torch._logging import trace_structured
 
 from helix_compile.errors import HelixError, PassError
 from helix_compile.ir.origin import CAPTURED, mark_captured, mark_pass
 from helix_compile.ir.stage import copy_module
-from helix_compile.views.graph_python import format_python
 
 Check = Callable[[fx.GraphModule], None]
+Dump = Callable[[int, str, fx.GraphModule], None]  # number and name of a stage that is done
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class GraphPass:
 
 
 def run_passes(
-    captured: fx.GraphModule, passes: list[GraphPass], dump: Path | None = None
+    captured: fx.GraphModule, passes: list[GraphPass], dump: Dump | None = None
 ) -> dict[str, fx.GraphModule]:
     """Run `passes` in order on copies; returns stage name -> outer graph (bodies are its submodules).
 
@@ -54,7 +52,8 @@ def run_passes(
         mark_captured(graph)
     stages = {CAPTURED: captured}
     current = captured
-    _dump(dump, 0, CAPTURED, captured)
+    if dump is not None:
+        dump(0, CAPTURED, captured)
     for number, graph_pass in enumerate(passes, 1):
         current = copy_module(current)
         before = [(graph, set(graph.nodes)) for graph in _graphs(current)]
@@ -70,7 +69,8 @@ def run_passes(
         for graph, nodes in before:
             mark_pass(graph, nodes, graph_pass.stage)
         stages[graph_pass.stage] = current
-        _dump(dump, number, graph_pass.stage, current)
+        if dump is not None:
+            dump(number, graph_pass.stage, current)
     return stages
 
 
@@ -99,18 +99,3 @@ def _run_one(module: fx.GraphModule, graph_pass: GraphPass) -> None:
         body = module.get_submodule(name)
         assert isinstance(body, fx.GraphModule)
         check(body)
-
-
-def _dump(folder: Path | None, number: int, stage: str, module: fx.GraphModule) -> None:
-    """To HELIX_DUMP's folder, and to torch's structured trace where one is written (TORCH_TRACE; tlparse shows it)."""
-    name = f"{number:02d}_{stage}"
-
-    def text() -> str:
-        return format_python(module, "outer", f"Stage {stage}.")
-
-    trace_structured(
-        "graph_dump", lambda: {"name": f"helix_{name}"}, payload_fn=text, expect_trace_id=False
-    )
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.txt").write_text(text())

@@ -7,16 +7,13 @@ object stands for the module's sharded cache, and `crop` is truncate().
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from helix_compile.errors import RuntimeFault
-
-if TYPE_CHECKING:
-    from helix_compile.module import HelixModule
-
+from helix_compile.runtime.compiled import CompiledModule
 
 Drafts = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -24,7 +21,7 @@ Drafts = Callable[..., tuple[Tensor, Tensor | None]]
 class CroppedCache:
     """What transformers' assisted decoding asks of a cache, on a module's own."""
 
-    def __init__(self, compiled: HelixModule):
+    def __init__(self, compiled: CompiledModule):
         self._compiled = compiled
 
     def activate_past_recording(self) -> None:
@@ -49,7 +46,7 @@ class CroppedCache:
 
 
 def check_drafts(
-    compiled: HelixModule, settings: GenerationConfig, options: dict[str, Any], prompts: int
+    compiled: CompiledModule, settings: GenerationConfig, options: dict[str, Any], prompts: int
 ) -> None:
     """Raise RuntimeFault unless the drafts that are asked for can be made and checked.
 
@@ -80,7 +77,7 @@ def check_drafts(
         )
 
 
-def _check_assistant(compiled: HelixModule, assistant: Any) -> None:
+def _check_assistant(compiled: CompiledModule, assistant: Any) -> None:
     if not isinstance(assistant, PreTrainedModel) or not assistant.can_generate():
         raise RuntimeFault(
             "generate: assistant_model must be a transformers model that can generate, got "

@@ -1,4 +1,4 @@
-"""generate(): transformers' own loop over a HelixModule, through a private adapter.
+"""generate(): transformers' own loop over a compiled module, through a private adapter.
 
 The adapter is a GenerationMixin whose forward is one step. Greedy search, sampling, num_return_sequences, stopping
 criteria, streamers, prompt lookup and assisted decoding are transformers' code, unchanged. What would silently be wrong
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.drafts import CroppedCache, check_drafts, within_room
 from helix_compile.runtime.step import check_ids, checked_mask
-
-if TYPE_CHECKING:
-    from helix_compile.module import HelixModule
-
 
 _GUIDANCE = "classifier-free guidance steps the model a second time with a cache of its own"
 
@@ -68,7 +65,7 @@ REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def generate(
-    compiled: HelixModule,
+    compiled: CompiledModule,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     options: dict[str, Any],
@@ -117,7 +114,7 @@ def generate(
 
 
 def _checked_prompts(
-    compiled: HelixModule, ids: Tensor | None, mask: Tensor | None, settings: GenerationConfig
+    compiled: CompiledModule, ids: Tensor | None, mask: Tensor | None, settings: GenerationConfig
 ) -> tuple[Tensor, Tensor]:
     if compiled.device.type == "meta":
         raise RuntimeFault(
@@ -155,7 +152,7 @@ def _inferred_mask(ids: Tensor, settings: GenerationConfig) -> Tensor:
     return (ids != int(pad)).to(ids.dtype)
 
 
-def _check_room(compiled: HelixModule, mask: Tensor, settings: GenerationConfig) -> None:
+def _check_room(compiled: CompiledModule, mask: Tensor, settings: GenerationConfig) -> None:
     """The longest row with all its new tokens fits; the last one is returned, but never put into the cache."""
     columns, prompt = mask.shape[1], int(mask.sum(dim=1).max())
     new = settings.max_new_tokens
@@ -176,7 +173,7 @@ def _check_room(compiled: HelixModule, mask: Tensor, settings: GenerationConfig)
         )
 
 
-def _settings(compiled: HelixModule, options: dict[str, Any]) -> GenerationConfig:
+def _settings(compiled: CompiledModule, options: dict[str, Any]) -> GenerationConfig:
     """The generation config that transformers will arrive at, as far as refusals need it."""
     given, own = options.get("generation_config"), _own_settings(compiled)
     settings = copy.deepcopy(given or own)
@@ -188,7 +185,7 @@ def _settings(compiled: HelixModule, options: dict[str, Any]) -> GenerationConfi
     return settings
 
 
-def _own_settings(compiled: HelixModule) -> GenerationConfig:
+def _own_settings(compiled: CompiledModule) -> GenerationConfig:
     facts = compiled.facts
     return facts.generation_config or GenerationConfig.from_model_config(facts.config)
 
@@ -204,16 +201,16 @@ def _refuse(settings: GenerationConfig, options: dict[str, Any]) -> None:
 
 
 class _Adapter(nn.Module, GenerationMixin):
-    """What GenerationMixin asks of a model, on top of a HelixModule's step."""
+    """What GenerationMixin asks of a model, on top of a compiled module's step."""
 
     main_input_name = "input_ids"
     base_model_prefix = ""
-    _compiled: HelixModule
+    _compiled: CompiledModule
     _is_stateful = (
         False  # drafts are taken back by truncate(); what would branch the cache is refused before
     )
 
-    def __init__(self, compiled: HelixModule, padding: int):
+    def __init__(self, compiled: CompiledModule, padding: int):
         super().__init__()
         object.__setattr__(self, "_compiled", compiled)
         self._padding = padding

@@ -27,13 +27,12 @@ from helix_compile.cache.pages import allocate_caches
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
 from helix_compile.ir.leaves import leaves_of
-from helix_compile.kernels.registry import load_kernels
 from helix_compile.kernels.target import device_target
 from helix_compile.layout.degrees import HelixMesh
-from helix_compile.module import HelixModule
 from helix_compile.passes.lower.select_kernels import PROVIDER
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.claims import claims_of
+from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import ModelFacts, Rank
 from helix_compile.saving.checks import (
     check_saved_graphs,
@@ -55,7 +54,7 @@ _VERSION = 2
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError)
 
 
-def save_module(compiled: HelixModule, folder: Path) -> None:
+def save_module(compiled: CompiledModule, folder: Path) -> None:
     """Write `compiled` to `folder`, which must not hold a saved module yet. Every rank of its world calls it.
 
     Raises:
@@ -71,7 +70,7 @@ def save_module(compiled: HelixModule, folder: Path) -> None:
         _together(world, lambda: files.move() if world.is_leader else None)
 
 
-def _checked_document(compiled: HelixModule, folder: Path) -> dict[str, Any]:
+def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
     """graphs.json, once everything is known to load again. Nothing is written yet."""
     if (folder / "plan.json").exists():
         raise HelixError(
@@ -107,7 +106,7 @@ def _checked_document(compiled: HelixModule, folder: Path) -> dict[str, Any]:
 
 
 def _write(
-    compiled: HelixModule, files: StagedFiles, weights: SavedWeights, document: dict[str, Any]
+    compiled: CompiledModule, files: StagedFiles, weights: SavedWeights, document: dict[str, Any]
 ) -> None:
     """This process's weights; on the leader also what the ranks have in common."""
     weights.write(files)
@@ -144,7 +143,7 @@ def _together(world: World, act: Callable[[], Any]) -> Any:
     return result
 
 
-def _check_reload(graphs: dict[str, Any], compiled: HelixModule) -> None:
+def _check_reload(graphs: dict[str, Any], compiled: CompiledModule) -> None:
     """Read the graphs as load() will: an edit that load() would refuse is said before anything is written."""
     try:
         stages = {
@@ -163,8 +162,10 @@ def _bodies(stage: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
         yield name, body
 
 
-def load_module(folder: Path, device: str | torch.device | None, world: object) -> HelixModule:
-    """Read what save_module wrote. HelixError names the file and what is wrong with it."""
+def load_parts(
+    folder: Path, device: str | torch.device | None, world: object
+) -> tuple[HelixPlan, dict[str, fx.GraphModule], list[Rank], World, ModelFacts]:
+    """What save_module wrote, as HelixModule takes it. HelixError names the file and what is wrong with it."""
     place = torch.device(device or "cpu")
     place = local_device(place) if is_distributed(world) else place
     plan = HelixPlan.from_json(_read(folder / "plan.json"))
@@ -200,7 +201,7 @@ def load_module(folder: Path, device: str | torch.device | None, world: object) 
         Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, place))
         for r in opened.ranks
     ]
-    return HelixModule(plan, stages, ranks, opened, facts)
+    return plan, stages, ranks, opened, facts
 
 
 @contextmanager
@@ -254,7 +255,7 @@ def _uses_kernels(stages: dict[str, Any]) -> bool:
 
 def _stage(entry: dict[str, Any], where: str, device: torch.device) -> fx.GraphModule:
     if _uses_kernels({"": entry}):
-        load_kernels()  # registers the ops that the graph names
+        import helix_compile.kernels.catalog  # noqa: F401  registers the ops that the graph names
     bodies = {
         name: graph_from_json(nodes, f"{where}, {name}", {}, device)
         for name, nodes in entry["bodies"].items()

@@ -24,7 +24,7 @@ from torch import Tensor
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
 from helix_compile.ir.graph import is_param, placeholders
-from helix_compile.module import HelixModule
+from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import Rank
 from helix_compile.worlds.world import World
 
@@ -47,7 +47,7 @@ class SavedWeights:
             files.write(name, partial(save_file, tensors))
 
 
-def gather_weights(compiled: HelixModule) -> SavedWeights:
+def gather_weights(compiled: CompiledModule) -> SavedWeights:
     """The weights of the ranks in this process, and every rank's views. Collective on real ranks."""
     if len(compiled.ranks) == compiled.plan.layout.world_size:
         return SavedWeights(*_storages(compiled.ranks))
@@ -101,7 +101,7 @@ def _pieces(
     return {_file_of(rank): {name: _whole(t) for name, t in held.items()}}, views
 
 
-def _replicated(compiled: HelixModule, rank: Rank) -> dict[str, str]:
+def _replicated(compiled: CompiledModule, rank: Rank) -> dict[str, str]:
     """Digest of each parameter that the plan does not cut; an edit of one rank shows."""
     whole = [
         n.meta["input"][1]

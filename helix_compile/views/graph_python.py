@@ -17,11 +17,13 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._logging import trace_structured
 
 from helix_compile.ir.origin import CAPTURED, ORIGIN, SOURCE, STAGE
 from helix_compile.ir.sizes import layout_text, shape_text
@@ -40,7 +42,7 @@ import operator
 
 import torch
 
-import helix_compile.ops  # registers torch.ops.helix
+import helix_compile.ir.ops  # registers torch.ops.helix
 {kernels}
 inf, nan = float("inf"), float("nan")
 '''
@@ -159,3 +161,22 @@ def stage_diff(stages: dict[str, fx.GraphModule], before: str, after: str, conte
             old, new, f"{before}/{shown}", f"{after}/{shown}", n=context, lineterm=""
         )
     return "\n".join(parts) + ("\n" if parts else "")
+
+
+def dump_to(folder: Path | None) -> Callable[[int, str, fx.GraphModule], None]:
+    """What writes a stage to HELIX_DUMP's folder, and to torch's structured trace where one is written (TORCH_TRACE; tlparse shows it)."""
+
+    def dump(number: int, stage: str, module: fx.GraphModule) -> None:
+        name = f"{number:02d}_{stage}"
+
+        def text() -> str:
+            return format_python(module, "outer", f"Stage {stage}.")
+
+        trace_structured(
+            "graph_dump", lambda: {"name": f"helix_{name}"}, payload_fn=text, expect_trace_id=False
+        )
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.txt").write_text(text())
+
+    return dump

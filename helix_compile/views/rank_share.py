@@ -14,10 +14,10 @@ from typing import Any
 import torch.distributed as dist
 
 from helix_compile.errors import LayoutError
-from helix_compile.layout.degrees import AXES
+from helix_compile.layout.degrees import AXES, HelixMesh
 from helix_compile.layout.ledger import local_length
-from helix_compile.module import HelixModule
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
+from helix_compile.runtime.rank import Rank
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,10 @@ def fake_group(rank: int, world_size: int) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def share_of_rank(compiled: HelixModule) -> RankShare:
-    """The share of the first rank in this process."""
-    plan, layout, held = compiled.plan, compiled.plan.layout, compiled.ranks[0]
-    rank, options = held.rank, plan.options
+def share_of_rank(plan: HelixPlan, held: Rank, mesh: HelixMesh) -> RankShare:
+    """The share of one rank."""
+    layout, rank, options = plan.layout, held.rank, plan.options
     place = layout.index("kvp", rank)
-    mesh = compiled.world.mesh
     return RankShare(
         {
             "model": plan.model,

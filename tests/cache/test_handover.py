@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from helix_compile.cache.shards import (
     positions_of_sender,
     shards_of_sender,
 )
-from helix_compile.cache.transfer import shards_to_export
-from helix_compile.models.presets import build_model, preset_config
+from helix_compile.models.presets import build_model, named_model, preset_config
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids
 from tests.support.handover import columns_of, dealt, random_entries, untouched
@@ -229,9 +227,8 @@ def test_nothing_to_export() -> None:
     compiled = compiled_tiny()
     with pytest.raises(RuntimeFault, match="there is no batch"):
         compiled.export_cache()
-    meta = replace(compiled.facts, device=torch.device("meta"))
     with pytest.raises(RuntimeFault, match="meta device"):
-        shards_to_export(compiled._ledger, compiled.ranks, compiled.plan.layout, meta)
+        helix_compile(named_model("tiny", None, meta=True), cp=2).export_cache()
 
 
 def test_a_file_holds_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,12 @@ from torch import fx
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.errors import MatchError
 from helix_compile.ir.elements import is_cache_update, is_layout_op
-from helix_compile.ir.graph import is_param
+from helix_compile.ir.graph import is_param, node_named
 from helix_compile.passes.match.attention import find_attention
 from helix_compile.passes.match.context import check_context
 from helix_compile.passes.match.ffn import find_dense_ffns, find_moes
 from helix_compile.passes.match.mask import check_mask
-from helix_compile.plan.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch
+from helix_compile.plan.matches import AttentionMatch, GqaMatch, LayerMatch, MatchFailure, MoEMatch
 
 
 def match_layers(captured: CapturedGraph, max_seq_len: int) -> dict[str, LayerMatch]:
@@ -40,6 +40,7 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
     for match in matched:
         check_mask(captured, body, match, max_seq_len)
     check_context(captured, body, matched)
+    _name_pasts(graph, matched)
     moes = find_moes(graph)
     for failure in moes:
         if isinstance(failure, MatchFailure):
@@ -52,6 +53,13 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
     _check_disjoint(layer_match, graph)
     _check_complete(layer_match, graph, layers[0].index)
     return layer_match
+
+
+def _name_pasts(graph: fx.Graph, matched: list[AttentionMatch | GqaMatch]) -> None:
+    """past_latent_0, past_rope_0, ...: in a saved program only a match tells which past is which, and of which site."""
+    for site, match in enumerate(matched):
+        for part, name in zip(("latent", "rope"), match.past, strict=True):
+            node_named(graph, name).meta["input"] = ["past", f"past_{part}_{site}"]
 
 
 _KEEP_HINT = (
