@@ -35,24 +35,27 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("benchmarks/card_step.py measures on a CUDA device and torch finds none here; nothing was measured.", file=sys.stderr)  # fmt: skip
+        print(
+            "benchmarks/card_step.py measures on a CUDA device and torch finds none here; nothing was measured.",
+            file=sys.stderr,
+        )
         return 2
     config: Any = preset_config("deepseek-v3")
-    config = DeepseekV3Config(**{**config.to_dict(), "num_hidden_layers": 1, "first_k_dense_replace": 1, "vocab_size": 1024})  # fmt: skip
+    config = DeepseekV3Config(
+        **{**config.to_dict(), "num_hidden_layers": 1, "first_k_dense_replace": 1, "vocab_size": 1024}
+    )
     config._attn_implementation = "sdpa"
     model = build_model(config, dtype=torch.bfloat16).to("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {arguments.batch}\n")
     rows = [_measure(model, S, arguments.batch, arguments.repeats) for S in arguments.contexts]
-    header = ["context", "unmodified (sdpa)", "cp=1", "cp=4, a rank's share", "ratio cp=1", "ratio cp=4", "deviation"]  # fmt: skip
+    header = ["context", "unmodified (sdpa)", "cp=1", "cp=4, a rank's share", "ratio cp=1", "ratio cp=4", "deviation"]
     print_table(header, rows)
     return 0
 
 
 def _measure(model: nn.Module, S: int, B: int, repeats: int) -> list[str]:
     draw = torch.Generator("cuda").manual_seed(S)
-    latent, k_rope = (
-        torch.randn(B, S, w, generator=draw, device="cuda", dtype=torch.bfloat16) for w in (512, 64)
-    )
+    latent, k_rope = (torch.randn(B, S, w, generator=draw, device="cuda", dtype=torch.bfloat16) for w in (512, 64))
     cache = DynamicCache(config=model.config)
     cache.update(latent[:, None].clone(), k_rope[:, None].clone(), 0)
     token = torch.full((B, 1), 7, device="cuda")

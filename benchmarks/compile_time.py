@@ -87,11 +87,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _row(measured: dict[str, float]) -> list[str]:
     seconds = [f"{measured[k]:.1f} s" for k in ("capture", "match", "plan", "again", "total")]
-    counts = [
-        str(measured["layers"]),
-        f"{measured['parameters'] / 1e9:.1f} B",
-        str(measured["bodies"]),
-    ]
+    counts = [str(measured["layers"]), f"{measured['parameters'] / 1e9:.1f} B", str(measured["bodies"])]
     return [*counts, *seconds, f"{measured['peak'] / MB:.0f} MB"]
 
 

@@ -22,11 +22,21 @@ from helix_compile import HelixModule, helix_compile
 from helix_compile.models.presets import build_model
 
 GEOMETRY = {
-    "vocab_size": 1024, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1,
-    "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
-    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-    "max_position_embeddings": 65536, "attn_implementation": "sdpa",
-}  # fmt: skip
+    "vocab_size": 1024,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "max_position_embeddings": 65536,
+    "attn_implementation": "sdpa",
+}
 SPARE = 128  # tokens of room behind the context, for the steps that are measured
 
 
@@ -40,17 +50,8 @@ def main() -> None:
     model = build_model(DeepseekV3Config(**GEOMETRY))
     print(f"{format_machine()}\n")
     rows = [_measure(model, S, arguments.repeats) for S in arguments.contexts]
-    header = [
-        "context",
-        "unmodified (sdpa)",
-        "cp=1",
-        "cp=4, 4 virtual ranks",
-        "ratio cp=1",
-        "ratio cp=4",
-    ]
-    print_table(
-        [*header, "extra memory unmodified / cp=1 / cp=4", "logits, max relative deviation"], rows
-    )
+    header = ["context", "unmodified (sdpa)", "cp=1", "cp=4, 4 virtual ranks", "ratio cp=1", "ratio cp=4"]
+    print_table([*header, "extra memory unmodified / cp=1 / cp=4", "logits, max relative deviation"], rows)
 
 
 def _measure(model: nn.Module, S: int, repeats: int) -> list[str]:
@@ -81,9 +82,7 @@ def _unmodified_step(model: nn.Module, latent: Tensor, k_rope: Tensor) -> Callab
     return step
 
 
-def _compiled_step(
-    model: nn.Module, cp: int, latent: Tensor, k_rope: Tensor
-) -> Callable[[], Tensor]:
+def _compiled_step(model: nn.Module, cp: int, latent: Tensor, k_rope: Tensor) -> Callable[[], Tensor]:
     S = latent.shape[1]
     compiled: HelixModule = helix_compile(model, cp=cp, max_batch_size=1, max_seq_len=S + SPARE)
     compiled.import_cache([latent], [k_rope], [S])

@@ -33,9 +33,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     repeats = parser.parse_args().repeats
     if os.environ.get("WORLD_SIZE") != str(RANKS):
-        raise SystemExit(
-            f"start it by torchrun --nproc-per-node {RANKS}; WORLD_SIZE is {os.environ.get('WORLD_SIZE')}"
-        )
+        raise SystemExit(f"start it by torchrun --nproc-per-node {RANKS}; WORLD_SIZE is {os.environ.get('WORLD_SIZE')}")
     torch.set_num_threads(1)
     rows = [_row(S, repeats) for S in (64, 2048)]
     if dist.get_rank() == 0:
@@ -50,10 +48,7 @@ def _row(S: int, repeats: int) -> list[str]:
     gloo = _filled(model, S, RANKS, "distributed")
     modules = {"gloo": gloo}
     if gloo.world.is_leader:
-        modules |= {
-            "virtual": _filled(model, S, RANKS, "virtual"),
-            "one": _filled(model, S, 1, "virtual"),
-        }
+        modules |= {"virtual": _filled(model, S, RANKS, "virtual"), "one": _filled(model, S, 1, "virtual")}
     times: dict[str, list[float]] = {"gloo": [], "virtual": [], "one": []}
     for _ in range(WARMUP + repeats):
         for name, taken in times.items():
@@ -66,24 +61,15 @@ def _row(S: int, repeats: int) -> list[str]:
     ms = {n: statistics.median(taken[WARMUP:]) * 1e3 for n, taken in times.items()}
     pairs = (("gloo", "one"), ("gloo", "virtual"), ("virtual", "one"))
     count = sum(gloo.world.num_collectives.values()) / (WARMUP + repeats)
-    return [
-        str(S),
-        *(f"{t:.1f} ms" for t in ms.values()),
-        *(f"{ms[a] / ms[b]:.1f}" for a, b in pairs),
-        f"{count:g}",
-    ]
+    return [str(S), *(f"{t:.1f} ms" for t in ms.values()), *(f"{ms[a] / ms[b]:.1f}" for a, b in pairs), f"{count:g}"]
 
 
 def _filled(model: torch.nn.Module, S: int, cp: int, world: str) -> HelixModule:
     """Compiled, with one sequence of S random latents; the same on every rank."""
     compiled = helix_compile(model, cp=cp, world=world, max_batch_size=1, max_seq_len=S + 256)
-    layers, R, r = (
-        getattr(model.config, k) for k in ("num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim")
-    )
+    layers, R, r = (getattr(model.config, k) for k in ("num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim"))
     random = torch.Generator().manual_seed(0)
-    latents, k_ropes = (
-        [torch.randn(1, S, width, generator=random) for _ in range(layers)] for width in (R, r)
-    )
+    latents, k_ropes = ([torch.randn(1, S, width, generator=random) for _ in range(layers)] for width in (R, r))
     compiled.import_cache(latents, k_ropes, [S])
     return compiled
 

@@ -33,9 +33,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--folder", type=Path, help="where the files go; default: the system's temporary folder"
-    )
+    parser.add_argument("--folder", type=Path, help="where the files go; default: the system's temporary folder")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     receiver = _receiver(chosen.layers, chosen.tokens)
@@ -46,9 +44,7 @@ def main() -> None:
     print_table(["action", "time", "bandwidth", "x copy"], rows)
 
 
-def _measure(
-    receiver: HelixModule, sent: CacheEntries, folder: Path, repeats: int
-) -> tuple[list[list[str]], int]:
+def _measure(receiver: HelixModule, sent: CacheEntries, folder: Path, repeats: int) -> tuple[list[list[str]], int]:
     file, copy = folder / "cache.safetensors", folder / "copy.safetensors"
     write_cache(file, sent)
     size = file.stat().st_size
@@ -72,24 +68,18 @@ def _measure(
     back = receiver.export_cache()
     assert all(torch.equal(a, b) for a, b in zip(back.latents, sent.latents, strict=True))
     base = ms["plain copy of the file"]
-    return [
-        [n, f"{t:.1f} ms", f"{size / t / 1e6:.2f} GB/s", f"{t / base:.2f}"] for n, t in ms.items()
-    ], size
+    return [[n, f"{t:.1f} ms", f"{size / t / 1e6:.2f} GB/s", f"{t / base:.2f}"] for n, t in ms.items()], size
 
 
 def _receiver(layers: int, tokens: int) -> HelixModule:
     sizes = {"kv_lora_rank": R, "qk_rope_head_dim": ROPE, "num_hidden_layers": layers}
-    config = DeepseekV3Config(
-        **{**PRESETS["tiny"], **sizes, "max_position_embeddings": tokens + 64}
-    )
+    config = DeepseekV3Config(**{**PRESETS["tiny"], **sizes, "max_position_embeddings": tokens + 64})
     model = build_model(config, dtype=torch.bfloat16)
     return helix_compile(model, cp=4, world="virtual", max_batch_size=1, max_seq_len=tokens + 64)
 
 
 def _random_parts(layers: int, tokens: int) -> list[list[torch.Tensor]]:
-    return [
-        [torch.randn(1, tokens, width).bfloat16() for _ in range(layers)] for width in (R, ROPE)
-    ]
+    return [[torch.randn(1, tokens, width).bfloat16() for _ in range(layers)] for width in (R, ROPE)]
 
 
 if __name__ == "__main__":

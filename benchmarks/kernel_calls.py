@@ -13,13 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from kernel_costs import (
-    Cost,
-    gqa_decode_cost,
-    merge_lse_cost,
-    mla_decode_cost,
-    moe_experts_cost,
-)
+from kernel_costs import Cost, gqa_decode_cost, merge_lse_cost, mla_decode_cost, moe_experts_cost
 from torch import Tensor
 
 import helix_compile.kernels.catalog
@@ -62,20 +56,19 @@ def subjects(op: str, batches: list[int], tokens: list[int]) -> list[Subject]:
     if op == "mla_decode":
         return [
             Subject(op, B, S, mla_decode_cost(B, S, MLA_HEADS, R, ROPE), lambda B=B, S=S: _mla(B, S))
-            for B in batches for S in tokens
-        ]  # fmt: skip
+            for B in batches
+            for S in tokens
+        ]
     if op == "gqa_decode":
         cost = (GQA_HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM)
         return [
             Subject(op, B, S, gqa_decode_cost(B, S, *cost), lambda B=B, S=S: _gqa(B, S))
-            for B in batches for S in tokens
-        ]  # fmt: skip
+            for B in batches
+            for S in tokens
+        ]
     if op == "merge_lse":
         heads = MLA_HEADS // PEERS
-        return [
-            Subject(op, B, 0, merge_lse_cost(PEERS, B * heads, R), lambda B=B: _merge(B, heads))
-            for B in batches
-        ]
+        return [Subject(op, B, 0, merge_lse_cost(PEERS, B * heads, R), lambda B=B: _merge(B, heads)) for B in batches]
     return [_experts_subject(B) for B in batches]
 
 
@@ -117,9 +110,9 @@ def _flash_mla(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, scale: 
 
         if not schedule:
             schedule.extend(flash_mla.get_mla_metadata(lengths, MLA_HEADS, 1))
-        return flash_mla.flash_mla_with_kvcache(
-            q, half_pages, half_table, lengths, R, *schedule, softmax_scale=scale
-        )[0]
+        return flash_mla.flash_mla_with_kvcache(q, half_pages, half_table, lengths, R, *schedule, softmax_scale=scale)[
+            0
+        ]
 
     return call
 
@@ -147,14 +140,23 @@ def _flashinfer_mla(
             wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(_workspace())
             rows = torch.arange(len(lengths) + 1, dtype=torch.int32, device=DEVICE)
             wrapper.plan(
-                qo_indptr=rows, kv_indptr=_indptr(table), kv_indices=table.flatten().int(), kv_len_arr=lengths,
-                num_heads=MLA_HEADS, head_dim_ckv=R, head_dim_kpe=ROPE, page_size=PAGE, causal=False,
-                sm_scale=scale, q_data_type=DTYPE, kv_data_type=DTYPE,
-            )  # fmt: skip
+                qo_indptr=rows,
+                kv_indptr=_indptr(table),
+                kv_indices=table.flatten().int(),
+                kv_len_arr=lengths,
+                num_heads=MLA_HEADS,
+                head_dim_ckv=R,
+                head_dim_kpe=ROPE,
+                page_size=PAGE,
+                causal=False,
+                sm_scale=scale,
+                q_data_type=DTYPE,
+                kv_data_type=DTYPE,
+            )
             planned.append(wrapper)
         return planned[0].run(
             q_nope=q_latent[:, 0], q_pe=q_rope[:, 0], ckv_cache=cache[..., :R], kpe_cache=cache[..., R:]
-        )[:, None]  # fmt: skip
+        )[:, None]
 
     return call
 
@@ -178,23 +180,27 @@ def _gqa(B: int, S: int) -> dict[str, Call]:
     return calls
 
 
-def _flashinfer_gqa(
-    q: Tensor, caches: tuple[Tensor, Tensor], table: Tensor, S: int, scale: float
-) -> Call:
+def _flashinfer_gqa(q: Tensor, caches: tuple[Tensor, Tensor], table: Tensor, S: int, scale: float) -> Call:
     planned: list[Any] = []
 
     def call() -> Tensor:
         import flashinfer
 
         if not planned:
-            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                _workspace(), "NHD", use_tensor_cores=True
-            )
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(), "NHD", use_tensor_cores=True)
             last = torch.full((len(table),), (S - 1) % PAGE + 1, dtype=torch.int32, device=DEVICE)
             wrapper.plan(
-                _indptr(table), table.flatten().int(), last, GQA_HEADS, KV_HEADS, HEAD_DIM, PAGE,
-                sm_scale=scale, q_data_type=DTYPE, kv_data_type=DTYPE,
-            )  # fmt: skip
+                _indptr(table),
+                table.flatten().int(),
+                last,
+                GQA_HEADS,
+                KV_HEADS,
+                HEAD_DIM,
+                PAGE,
+                sm_scale=scale,
+                q_data_type=DTYPE,
+                kv_data_type=DTYPE,
+            )
             planned.append(wrapper)
         return planned[0].run(q[:, 0], caches)[:, None]
 
@@ -204,10 +210,7 @@ def _flashinfer_gqa(
 def _merge(B: int, heads: int) -> dict[str, Call]:
     parts = torch.randn(PEERS, B, 1, heads, R, device=DEVICE, dtype=DTYPE)
     lse = torch.randn(PEERS, B, 1, heads, device=DEVICE)
-    return {
-        "helix": lambda: triton_ops.merge_lse(parts, lse),
-        "torch": lambda: helix.merge_lse(parts, lse),
-    }
+    return {"helix": lambda: triton_ops.merge_lse(parts, lse), "torch": lambda: helix.merge_lse(parts, lse)}
 
 
 def _choices(N: int) -> Tensor:
@@ -240,7 +243,4 @@ def _experts(N: int) -> dict[str, Call]:
         y = torch.bmm(torch.nn.functional.silu(gate) * up, down.mT)
         return torch.einsum("end,ne->nd", y.float(), routed).to(DTYPE)
 
-    return {
-        "helix": lambda: triton_ops.moe_experts(x, ids, weights, gate_up, down, first),
-        "torch bmm": dense,
-    }
+    return {"helix": lambda: triton_ops.moe_experts(x, ids, weights, gate_up, down, first), "torch bmm": dense}

@@ -44,9 +44,7 @@ def mla_decode_cost(B: int, S: int, H: int, R: int, r: int, T: int = 1, item: in
     return Cost(flops, float(cache + rows))
 
 
-def gqa_decode_cost(
-    B: int, S: int, H: int, K: int, Dk: int, Dv: int, T: int = 1, item: int = 2
-) -> Cost:
+def gqa_decode_cost(B: int, S: int, H: int, K: int, Dk: int, Dv: int, T: int = 1, item: int = 2) -> Cost:
     """H query heads over the S slots of K KV heads."""
     flops = B * T * S * 2.0 * H * (Dk + Dv)
     cache = B * S * K * (Dk + Dv) * item

@@ -25,7 +25,7 @@ BATCHES = (1, 4, 16, 64)
 TOKENS = (4096, 16384, 65536, 262144, 1048576)
 MAX_SETS = 64
 # what a provider may raise where it does not take a shape, a card or a version; it is printed, the others go on
-REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, AssertionError, ImportError)  # fmt: skip
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, AssertionError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--batch", nargs="+", type=_positive, default=list(BATCHES), metavar="B")
     parser.add_argument("--tokens", nargs="+", type=_positive, default=list(TOKENS), metavar="S")
-    parser.add_argument("--rep", type=_positive, default=50, help="milliseconds a figure is measured over")  # fmt: skip
+    parser.add_argument("--rep", type=_positive, default=50, help="milliseconds a figure is measured over")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser.parse_args(arguments)
 
@@ -90,31 +90,20 @@ def measure(subject: Any, rep: int) -> list[Row]:
         calls = [providers[provider] for providers in made]
         try:
             outputs[provider] = calls[0]().float()
-            ms = do_bench_cudagraph(
-                lambda calls=calls: [call() for call in calls], rep=rep, return_mode="median"
-            )
+            ms = do_bench_cudagraph(lambda calls=calls: [call() for call in calls], rep=rep, return_mode="median")
             seconds[provider] = ms / 1e3 / sets
         except REFUSALS as refusal:
             failures[provider] = f"{type(refusal).__name__}: {str(refusal).splitlines()[0][:120]}"
     baseline = next(name for name in made[0] if name.startswith("torch"))
-    rows = [
-        _row(subject, provider, seconds, outputs, baseline, device.name) for provider in seconds
-    ]
+    rows = [_row(subject, provider, seconds, outputs, baseline, device.name) for provider in seconds]
     return rows + [Row(*key, name, failure=failure) for name, failure in failures.items()]
 
 
 def _row(
-    subject: Any,
-    provider: str,
-    seconds: dict[str, float],
-    outputs: dict[str, torch.Tensor],
-    baseline: str,
-    card: str,
+    subject: Any, provider: str, seconds: dict[str, float], outputs: dict[str, torch.Tensor], baseline: str, card: str
 ) -> Row:
     took, cost = seconds[provider], subject.cost
-    fraction, limit = (
-        fraction_of_limit(cost, took, CARDS[card]) if card in CARDS else (None, "unknown")
-    )
+    fraction, limit = fraction_of_limit(cost, took, CARDS[card]) if card in CARDS else (None, "unknown")
     ratio, deviation = None, None
     if baseline in seconds:
         expected = outputs[baseline]
@@ -122,9 +111,18 @@ def _row(
         difference = outputs[provider].view_as(expected) - expected
         deviation = float(difference.abs().max() / expected.abs().max())
     return Row(
-        subject.op, subject.B, subject.S, provider, took * 1e6, cost.flops / took / 1e12,
-        cost.nbytes / took / 1e9, fraction, limit, ratio, deviation,
-    )  # fmt: skip
+        subject.op,
+        subject.B,
+        subject.S,
+        provider,
+        took * 1e6,
+        cost.flops / took / 1e12,
+        cost.nbytes / took / 1e9,
+        fraction,
+        limit,
+        ratio,
+        deviation,
+    )
 
 
 def describe_card(name: str) -> str:
@@ -146,16 +144,27 @@ def _cells(row: Row) -> list[str]:
         return [row.op, str(row.B), str(row.S), row.provider, row.failure, *["-"] * 5]
     fraction = "-" if row.fraction is None else f"{row.fraction:.0%} of {row.limit}"
     return [
-        row.op, str(row.B), str(row.S), row.provider, shown(row.us, ".1f"), shown(row.tflops, ".1f"),
-        shown(row.gbytes, ".0f"), fraction, shown(row.ratio, ".2f"), shown(row.deviation, ".1e"),
-    ]  # fmt: skip
+        row.op,
+        str(row.B),
+        str(row.S),
+        row.provider,
+        shown(row.us, ".1f"),
+        shown(row.tflops, ".1f"),
+        shown(row.gbytes, ".0f"),
+        fraction,
+        shown(row.ratio, ".2f"),
+        shown(row.deviation, ".1e"),
+    ]
 
 
 def main() -> int:
     """Measure and print a table, or JSON; 2 where there is no CUDA device."""
     arguments = parse()
     if not torch.cuda.is_available():
-        print("benchmarks/kernels.py measures on a CUDA device and torch finds none here; nothing was measured.", file=sys.stderr)  # fmt: skip
+        print(
+            "benchmarks/kernels.py measures on a CUDA device and torch finds none here; nothing was measured.",
+            file=sys.stderr,
+        )
         return 2
     import triton
     from kernel_calls import subjects
@@ -163,9 +172,13 @@ def main() -> int:
 
     name = torch.cuda.get_device_name()
     machine = {
-        "card": name, "limits": describe_card(name), "torch": torch.__version__, "triton": triton.__version__,
-        "cuda": torch.version.cuda, "command": "python " + " ".join(sys.argv),
-    }  # fmt: skip
+        "card": name,
+        "limits": describe_card(name),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "command": "python " + " ".join(sys.argv),
+    }
     rows: list[Row] = []
     for op in arguments.op:
         for subject in subjects(op, arguments.batch, arguments.tokens):
@@ -176,7 +189,7 @@ def main() -> int:
         print(json.dumps({**machine, "rows": [vars(row) for row in rows]}))
         return 0
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
-    header = ["op", "B", "tokens", "provider", "us", "TFLOP/s", "GB/s", "of the limit", "times torch", "deviation"]  # fmt: skip
+    header = ["op", "B", "tokens", "provider", "us", "TFLOP/s", "GB/s", "of the limit", "times torch", "deviation"]
     print_table(header, [_cells(row) for row in rows])
     return 0
 

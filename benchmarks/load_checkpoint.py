@@ -38,12 +38,27 @@ from helix_compile.models.presets import build_model
 from helix_compile.runtime.rank import build_ranks
 
 CONFIG: dict[str, Any] = {
-    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "moe_intermediate_size": 1024,
-    "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
-    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-    "n_routed_experts": 32, "n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1,
-    "max_position_embeddings": 4096, "eos_token_id": None, "bos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "moe_intermediate_size": 1024,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "n_routed_experts": 32,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 4096,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:
@@ -118,9 +133,7 @@ def load_ranks(folder: Path, cp: int) -> dict[str, dict[str, float]]:
         peak, seconds, ranks = peak_over(load)
         held = {t.untyped_storage().data_ptr(): t for r in ranks for t in r.params.values()}
         sizes = [t.untyped_storage().nbytes() for t in held.values()]
-        measured[str(way)] = {
-            "peak": peak, "seconds": seconds, "held": sum(sizes), "largest": max(sizes),
-        }  # fmt: skip
+        measured[str(way)] = {"peak": peak, "seconds": seconds, "held": sum(sizes), "largest": max(sizes)}
         del ranks, held
     return measured
 
@@ -173,18 +186,19 @@ def main() -> None:
     rows = []
     for way, m in measured.items():
         bound = 1.1 * m["held"] + m["largest"]
-        name = (
-            way
-            if way.startswith("transformers")
-            else f"rank {way}"
-            if way != "all"
-            else "all ranks"
-        )
+        name = way if way.startswith("transformers") else f"rank {way}" if way != "all" else "all ranks"
         within = "-" if way.startswith("transformers") else f"{m['peak'] / bound:.2f}"
         rows.append(
-            [name, f"{m['held'] / MB:.0f} MB", f"{m['peak'] / MB:.0f} MB", f"{m['peak'] / m['held']:.3f}",
-             within, f"{m['peak'] / base['peak']:.2f}x", f"{m['seconds'] / base['seconds']:.2f}x"]
-        )  # fmt: skip
+            [
+                name,
+                f"{m['held'] / MB:.0f} MB",
+                f"{m['peak'] / MB:.0f} MB",
+                f"{m['peak'] / m['held']:.3f}",
+                within,
+                f"{m['peak'] / base['peak']:.2f}x",
+                f"{m['seconds'] / base['seconds']:.2f}x",
+            ]
+        )
     header = ["loaded", "holds", "peak", "peak / holds", "peak / bound", "memory", "time"]
     print_table(header, rows)
 

@@ -24,9 +24,7 @@ def format_machine() -> str:
     """Processor, threads and versions: no figure means anything without them."""
     model = platform.processor() or platform.machine()
     if _CPUINFO.exists():
-        names = [
-            x.split(":")[1].strip() for x in _CPUINFO.read_text().splitlines() if "model name" in x
-        ]
+        names = [x.split(":")[1].strip() for x in _CPUINFO.read_text().splitlines() if "model name" in x]
         model = f"{len(names)} x {names[0]}" if names else model
     return (
         f"{model} ({platform.machine()}), {torch.get_num_threads()} thread(s), no GPU used; "
@@ -34,9 +32,7 @@ def format_machine() -> str:
     )
 
 
-def median_ms(
-    functions: dict[str, Callable[[], object]], repeats: int, warmup: int = 2
-) -> dict[str, float]:
+def median_ms(functions: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
     """Median wall milliseconds of each function. They take turns, so that a busy machine slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(warmup + repeats):

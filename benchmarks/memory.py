@@ -22,11 +22,24 @@ from helix_compile.models.presets import build_model
 
 # FFN widths divide by four ranks; the MoE layers hold most of the weights, the dense layer a sixth.
 FFN_HEAVY = {
-    "vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 14336, "moe_intermediate_size": 2048,
-    "first_k_dense_replace": 1, "num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": None,
-    "kv_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64,
-    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
-}  # fmt: skip
+    "vocab_size": 1000,
+    "hidden_size": 1024,
+    "intermediate_size": 14336,
+    "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": None,
+    "kv_lora_rank": 128,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
 
 
 def measure(cp: int, layers: int) -> dict[str, float]:
@@ -64,10 +77,7 @@ def main() -> None:
     sizes = [f"{measured[k] / MB:.0f} MB" for k in ("weights", "extra")]
     ratio = f"{measured['extra'] / measured['weights']:.2f}x"
     row = [str(arguments.cp), *sizes, ratio, f"{measured['deviation']:.1e}"]
-    print_table(
-        ["ranks", "weights", "extra peak", "extra / weights", "logits, max relative deviation"],
-        [row],
-    )
+    print_table(["ranks", "weights", "extra peak", "extra / weights", "logits, max relative deviation"], [row])
 
 
 if __name__ == "__main__":

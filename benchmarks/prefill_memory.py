@@ -26,9 +26,7 @@ from helix_compile.runtime import step as step_inputs
 
 def measure(cp: int, tokens: int, resident: int) -> dict[str, float]:
     """Bytes of the cache, peak bytes above it, and seconds of a step that ends at `tokens` tokens."""
-    compiled = helix_compile(
-        build_model(DeepseekV3Config(**GEOMETRY)), cp=cp, max_batch_size=1, max_seq_len=tokens
-    )
+    compiled = helix_compile(build_model(DeepseekV3Config(**GEOMETRY)), cp=cp, max_batch_size=1, max_seq_len=tokens)
     generator = torch.Generator().manual_seed(0)
     # the libraries' one-time buffers are not counted, and every page of the cache is resident
     compiled(torch.zeros(1, 8, dtype=torch.int64))
@@ -37,25 +35,26 @@ def measure(cp: int, tokens: int, resident: int) -> dict[str, float]:
         for cache in rank.cache:
             cache.zero_()
     if resident:
-        latents, k_ropes = (
-            [torch.randn(1, resident, width, generator=generator)] for width in (512, 64)
-        )
+        latents, k_ropes = ([torch.randn(1, resident, width, generator=generator)] for width in (512, 64))
         compiled.import_cache(latents, k_ropes, [resident])
         del latents, k_ropes
     ids = torch.randint(0, 1024, (1, tokens - resident), generator=generator)
     finite = []
     start = time.perf_counter()
-    extra = extra_peak_bytes(
-        lambda: finite.append(bool(compiled(ids, logits_to_keep=1).isfinite().all()))
-    )
+    extra = extra_peak_bytes(lambda: finite.append(bool(compiled(ids, logits_to_keep=1).isfinite().all())))
     seconds = time.perf_counter() - start
     assert finite == [True] and compiled.lengths.tolist() == [tokens]
     cache_bytes = sum(c.nbytes for rank in compiled.ranks for c in rank.cache)
     chunks = step_inputs.chunks_of(tokens - resident, 1, tokens)
     return {
-        "cp": cp, "tokens": tokens, "resident": resident, "chunk": chunks[0].stop,
-        "cache": cache_bytes, "extra": extra, "seconds": seconds,
-    }  # fmt: skip
+        "cp": cp,
+        "tokens": tokens,
+        "resident": resident,
+        "chunk": chunks[0].stop,
+        "cache": cache_bytes,
+        "extra": extra,
+        "seconds": seconds,
+    }
 
 
 def main() -> None:
@@ -73,13 +72,14 @@ def main() -> None:
         return
     print(f"{format_machine()}\n")
     row = [
-        str(arguments.cp), f"{arguments.tokens:,}", f"{arguments.resident:,}", str(measured["chunk"]),
-        *(f"{measured[k] / MB:.0f} MB" for k in ("cache", "extra")), f"{measured['seconds']:.0f} s",
-    ]  # fmt: skip
-    print_table(
-        ["cp", "tokens", "of them resident", "tokens of a chunk", "cache", "peak above it", "time"],
-        [row],
-    )
+        str(arguments.cp),
+        f"{arguments.tokens:,}",
+        f"{arguments.resident:,}",
+        str(measured["chunk"]),
+        *(f"{measured[k] / MB:.0f} MB" for k in ("cache", "extra")),
+        f"{measured['seconds']:.0f} s",
+    ]
+    print_table(["cp", "tokens", "of them resident", "tokens of a chunk", "cache", "peak above it", "time"], [row])
 
 
 if __name__ == "__main__":

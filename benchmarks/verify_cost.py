@@ -44,21 +44,22 @@ def measure(name: str, config: DeepseekV3Config, dtype: torch.dtype) -> None:
 def main() -> None:
     """Parse and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--real", action="store_true", help="two layers of real width too (needs 20 GiB)"
-    )
-    parser.add_argument(
-        "--experts", type=int, default=8, help="routed experts of the real-width layer"
-    )
+    parser.add_argument("--real", action="store_true", help="two layers of real width too (needs 20 GiB)")
+    parser.add_argument("--experts", type=int, default=8, help="routed experts of the real-width layer")
     arguments = parser.parse_args()
     for dtype in (torch.float32, torch.bfloat16):
         measure("tiny", preset_config("tiny"), dtype)
     if arguments.real:
         config = DeepseekV3Config(
-            vocab_size=1024, num_hidden_layers=2, first_k_dense_replace=1, n_group=1, topk_group=1,
-            n_routed_experts=arguments.experts, num_experts_per_tok=min(8, arguments.experts),
+            vocab_size=1024,
+            num_hidden_layers=2,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            n_routed_experts=arguments.experts,
+            num_experts_per_tok=min(8, arguments.experts),
             max_position_embeddings=163840,
-        )  # fmt: skip
+        )
         measure("two layers of real width", config, torch.bfloat16)
 
 

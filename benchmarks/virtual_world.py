@@ -24,15 +24,25 @@ from helix_compile.models.presets import PRESETS, build_model
 
 RANKS = 4
 WIDE = {
-    "vocab_size": 1024, "hidden_size": 2048, "intermediate_size": 5632, "moe_intermediate_size": 1408,
-    "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 16,
-    "q_lora_rank": None, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-    "n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
-MODELS = {
-    "tiny preset (hidden 128, 4 layers)": PRESETS["tiny"],
-    "hidden 2048, dense + MoE layer": WIDE,
+    "vocab_size": 1024,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
 }
+MODELS = {"tiny preset (hidden 128, 4 layers)": PRESETS["tiny"], "hidden 2048, dense + MoE layer": WIDE}
 
 
 def main() -> None:
@@ -42,18 +52,8 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     print(f"{format_machine()}\n")
-    header = [
-        "model",
-        "context",
-        "4 virtual ranks (cp=4)",
-        "4 graphs, straight",
-        "one rank (cp=1)",
-    ]
-    rows = [
-        [name, str(S), *_measure(config, S, repeats)]
-        for name, config in MODELS.items()
-        for S in (64, 2048)
-    ]
+    header = ["model", "context", "4 virtual ranks (cp=4)", "4 graphs, straight", "one rank (cp=1)"]
+    rows = [[name, str(S), *_measure(config, S, repeats)] for name, config in MODELS.items() for S in (64, 2048)]
     print_table([*header, "4 ranks / straight", "4 ranks / (4 x cp=1)"], rows)
 
 
@@ -62,11 +62,7 @@ def _measure(config: dict, S: int, repeats: int) -> list[str]:
     modules = {n: _filled_module(model, n, S) for n in (1, RANKS)}
     token = torch.tensor([[7]])
     names = ["four", "straight", "one"]
-    functions = [
-        lambda: modules[RANKS](token),
-        _straight(modules[RANKS]),
-        lambda: modules[1](token),
-    ]
+    functions = [lambda: modules[RANKS](token), _straight(modules[RANKS]), lambda: modules[1](token)]
     ms = median_ms(dict(zip(names, functions, strict=True)), repeats)
     ratios = [f"{ms['four'] / work:.2f}" for work in (ms["straight"], RANKS * ms["one"])]
     return [*(f"{ms[name]:.2f} ms" for name in names), *ratios]
@@ -74,9 +70,7 @@ def _measure(config: dict, S: int, repeats: int) -> list[str]:
 
 def _filled_module(model: torch.nn.Module, cp: int, S: int) -> HelixModule:
     compiled = helix_compile(model, cp=cp, max_batch_size=1, max_seq_len=S + 256)
-    layers, R, r = (
-        getattr(model.config, k) for k in ("num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim")
-    )
+    layers, R, r = (getattr(model.config, k) for k in ("num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim"))
     latents, k_ropes = ([torch.randn(1, S, width) for _ in range(layers)] for width in (R, r))
     compiled.import_cache(latents, k_ropes, [S])
     return compiled

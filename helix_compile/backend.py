@@ -23,17 +23,11 @@ from helix_compile.errors import HelixError, PlanError
 from helix_compile.module import HelixModule
 
 # model -> id of the options object -> session; Dynamo's cache of compiled graphs is what keeps a session alive
-_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[int, Session]] = (
-    weakref.WeakKeyDictionary()
-)
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[int, Session]] = weakref.WeakKeyDictionary()
 
 
 def helix_backend(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    *,
-    options: dict[str, Any] | None = None,
-    mode: str | None = None,
+    gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
 ) -> CompiledGraph:
     """A Dynamo backend; use it by name: torch.compile(model, backend="helix", fullgraph=True, options={"cp": 4}).
 

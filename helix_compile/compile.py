@@ -82,14 +82,21 @@ def helix_compile(
         HelixError: a subclass that says which stage refused, where and why.
     """
     options = HelixOptions(
-        cp=cp, tpa=tpa, ep=ep, tokens_per_block=tokens_per_block, merge=merge, q_proj=q_proj, v_up=v_up,
-        overlap=overlap, lower=lower, max_batch_size=max_batch_size, max_seq_len=max_seq_len,
+        cp=cp,
+        tpa=tpa,
+        ep=ep,
+        tokens_per_block=tokens_per_block,
+        merge=merge,
+        q_proj=q_proj,
+        v_up=v_up,
+        overlap=overlap,
+        lower=lower,
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
         unmatched=unmatched,
-    )  # fmt: skip
+    )
     if isinstance(model, HelixModule):
-        raise CaptureError(
-            "this model is already compiled by helix_compile; pass the original model"
-        )
+        raise CaptureError("this model is already compiled by helix_compile; pass the original model")
     place = device_for(device, world)
     with errors_told(world, cp, tpa, place or device_of_input(model)):
         captured = keep_unmatched(captured_from(model, dtype, place, unmatched), options)
@@ -100,9 +107,7 @@ def helix_compile(
     dump = os.environ.get("HELIX_DUMP")
     facts = facts_of(captured, matches, plan, place, opened)
     passes = helix_passes(captured, matches, plan, target_for(lower, facts.device))
-    stages = run_passes(
-        captured.graph, passes, dump_to(Path(dump) if dump and opened.is_leader else None)
-    )
+    stages = run_passes(captured.graph, passes, dump_to(Path(dump) if dump and opened.is_leader else None))
     opened.start(claims_of(plan, stages[STAGES[-1]], facts))
     ranks = build_ranks(plan, stages[STAGES[-1]], facts, opened)
     return HelixModule(plan, stages, ranks, opened, facts)

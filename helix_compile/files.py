@@ -28,11 +28,11 @@ def check_folder(out: Path) -> None:
     if not nearest.is_dir():
         raise HelixError(f"--out {out}: {nearest} is not a folder; choose another folder")
     try:
-        tempfile.TemporaryFile(
-            dir=nearest
-        ).close()  # permissions don't tell: root has all, disks may be read-only
+        tempfile.TemporaryFile(dir=nearest).close()  # permissions don't tell: root has all, disks may be read-only
     except OSError as error:
-        raise HelixError(f"--out {out}: {nearest} can't be written ({error.strerror}); choose another folder") from error  # fmt: skip
+        raise HelixError(
+            f"--out {out}: {nearest} can't be written ({error.strerror}); choose another folder"
+        ) from error
 
 
 class StagedFiles:
@@ -88,10 +88,7 @@ class StagedFiles:
         return [self.folder / name for name in self._names]
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self._stage, ignore_errors=True)
         if self._moved and error is None:

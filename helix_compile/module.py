@@ -47,12 +47,7 @@ class HelixModule(nn.Module):
     _facts: ModelFacts
 
     def __init__(
-        self,
-        plan: HelixPlan,
-        stages: dict[str, fx.GraphModule],
-        ranks: list[Rank],
-        world: World,
-        facts: ModelFacts,
+        self, plan: HelixPlan, stages: dict[str, fx.GraphModule], ranks: list[Rank], world: World, facts: ModelFacts
     ):
         super().__init__()
         self.plan, self.world = plan, world
@@ -77,18 +72,14 @@ class HelixModule(nn.Module):
     @property
     def page_table(self) -> Tensor:
         """[B, pages] int64, the same on every rank; before the first step all max_batch_size rows. Read only."""
-        return self._ledger.pages_of(
-            self._ledger.batch_size or self.plan.options.max_batch_size
-        ).clone()
+        return self._ledger.pages_of(self._ledger.batch_size or self.plan.options.max_batch_size).clone()
 
     @property
     def lengths(self) -> Tensor:
         """[B] int64: tokens of each sequence on all ranks together; empty before the first step. Read only."""
         return torch.tensor(self._ledger.lengths, dtype=torch.int64)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0) -> Tensor:
         """Append input_ids [B, T] to each sequence's cache; logits [B, T, vocab].
 
         Args:
@@ -103,9 +94,7 @@ class HelixModule(nn.Module):
         params = [dict(r.params) for r in self.ranks]
         return self._step(self.graph, params, input_ids, attention_mask, logits_to_keep)
 
-    def run_stage(
-        self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def run_stage(self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """A step by an earlier stage ("attention" and later) on the same cache; see forward().
 
         Earlier stages take their weights from the original model: an edit of ranks[r].params shows in "lowered" only.
@@ -113,17 +102,13 @@ class HelixModule(nn.Module):
         if name == STAGES[-1]:
             return self(input_ids, attention_mask)
         if name not in STAGES[1:]:
-            raise RuntimeFault(
-                f"stage {name!r} can't be run; expected one of {', '.join(STAGES[1:])}"
-            )
+            raise RuntimeFault(f"stage {name!r} can't be run; expected one of {', '.join(STAGES[1:])}")
         if name not in self.stages or not self._facts.originals:
             raise RuntimeFault(
                 f"stage {name!r}: a reloaded module holds the weights of {STAGES[-1]!r} only and runs that stage alone"
             )
         stage = self.stages[name]
-        params = [
-            params_of_rank(self.plan, stage, self._facts, self.world, r.rank) for r in self.ranks
-        ]
+        params = [params_of_rank(self.plan, stage, self._facts, self.world, r.rank) for r in self.ranks]
         return self._step(lowered_copy(stage), params, input_ids, attention_mask)
 
     def _step(
@@ -148,25 +133,18 @@ class HelixModule(nn.Module):
         bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
         before = list(self._ledger.lengths)
         try:
-            return checks.kept_logits(
-                lambda c: self._run_chunk(graph, params, ids[:, c], mask[:, c]), bar, first, T
-            )
+            return checks.kept_logits(lambda c: self._run_chunk(graph, params, ids[:, c], mask[:, c]), bar, first, T)
         except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
             self._ledger.lengths = before
             raise
 
-    def _run_chunk(
-        self, graph: fx.GraphModule, params: list[dict[str, Tensor]], ids: Tensor, mask: Tensor
-    ) -> Tensor:
+    def _run_chunk(self, graph: fx.GraphModule, params: list[dict[str, Tensor]], ids: Tensor, mask: Tensor) -> Tensor:
         step = {
             "input_ids": ids,
             "positions": self._ledger.positions(mask),
             "page_table": self._ledger.pages_of(ids.shape[0]),
         }
-        inputs = [
-            self._inputs_of(graph, rank, local, step)
-            for rank, local in zip(self.ranks, params, strict=True)
-        ]
+        inputs = [self._inputs_of(graph, rank, local, step) for rank, local in zip(self.ranks, params, strict=True)]
         with torch.no_grad():
             logits = self.world.run(graph, inputs)[0]
         self._ledger.advance(mask.sum(dim=1).tolist())
@@ -229,9 +207,7 @@ class HelixModule(nn.Module):
         """
         refuse_leaves(self.ranks, self.graph, "import_cache")
         held = list(self._ledger.lengths) if append else []
-        entries = sequences_to_import(
-            latents, k_ropes, lengths, mask, self._facts.caches, self.plan.options, held
-        )
+        entries = sequences_to_import(latents, k_ropes, lengths, mask, self._facts.caches, self.plan.options, held)
         held = held or [0] * len(entries[0])
         if not append:
             self.reset()  # an interrupt while writing must not leave lengths that promise the old entries
@@ -264,16 +240,9 @@ class HelixModule(nn.Module):
             raise RuntimeFault("export: the model is on the meta device: its cache has no values")
         return {rank.rank: rank.cache for rank in self.ranks}
 
-    def generate(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **options: Any,
-    ) -> Any:
+    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Generate by transformers' own loop; starts with reset(). See generation.py for what is refused."""
-        from helix_compile.runtime.generation import (
-            generate,  # transformers' generation code is slow to import
-        )
+        from helix_compile.runtime.generation import generate  # transformers' generation code is slow to import
 
         return generate(self, input_ids, attention_mask, options)
 
@@ -315,9 +284,7 @@ class HelixModule(nn.Module):
         save_module(self, Path(folder))
 
     @staticmethod
-    def load(
-        folder: str | Path, device: str | torch.device | None = None, world: Any = "auto"
-    ) -> HelixModule:
+    def load(folder: str | Path, device: str | torch.device | None = None, world: Any = "auto") -> HelixModule:
         """Read what save() wrote, in any world; `device` and `world` as in helix_compile()."""
         return HelixModule(*load_parts(Path(folder), device, world))
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before any kernel is imported: it is read when one is defined
-    )
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: it is read when one is defined
 
 torch.set_num_threads(1)
 

@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_every_excerpt_is_real(compiled: HelixModule, tmp_path: Path) -> None:
-    printed = [str(compiled.inspect(tmp_path)), str(compiled.explain_node("body_1.all_to_all_single"))]  # fmt: skip
+    printed = [str(compiled.inspect(tmp_path)), str(compiled.explain_node("body_1.all_to_all_single"))]
     real = "\n".join([*printed, *(f.read_text() for f in sorted(tmp_path.iterdir()))])
     excerpts = blocks("text")
     assert len(excerpts) >= 6

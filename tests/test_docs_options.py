@@ -36,14 +36,21 @@ def test_their_file_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("heading", "keys"),
     [
-        ("TensorRT-LLM", {*trtllm_config.WITHOUT_EFFECT, *trtllm_config.CACHE_WITHOUT_EFFECT, *trtllm_config.REFUSED,
-                          *(f"kv_cache_config.{k}" for k in trtllm_config.CACHE_REFUSED)}),
+        (
+            "TensorRT-LLM",
+            {
+                *trtllm_config.WITHOUT_EFFECT,
+                *trtllm_config.CACHE_WITHOUT_EFFECT,
+                *trtllm_config.REFUSED,
+                *(f"kv_cache_config.{k}" for k in trtllm_config.CACHE_REFUSED),
+            },
+        ),
         ("vLLM", {*vllm_config.WITHOUT_EFFECT, *vllm_config.REFUSED}),
     ],
-)  # fmt: skip
+)
 def test_every_key_is_documented(heading: str, keys: set[str]) -> None:
     section = (DOCS / "configuration.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     lists = section.split("Understood")[1]
     named = set(re.findall(r"`([\w.]+)`", lists))
-    extra = named - keys - {"cp_config.use_nccl_for_alltoall", "cp_config.fifo_version", "kv_cache_config"}  # fmt: skip
+    extra = named - keys - {"cp_config.use_nccl_for_alltoall", "cp_config.fifo_version", "kv_cache_config"}
     assert keys <= named and not extra

@@ -102,14 +102,9 @@ def test_equal_options_are_one_compiled_model() -> None:
 def test_too_many_graphs_never_look_right() -> None:
     """Dynamo gives up: an error with fullgraph, NaN without."""
     model = tiny_gqa()
-    for fullgraph, error, what in (
-        (True, FailOnRecompileLimitHit, "fullgraph=True"),
-        (False, AssertionError, "isnan"),
-    ):
+    for fullgraph, error, what in ((True, FailOnRecompileLimitHit, "fullgraph=True"), (False, AssertionError, "isnan")):
         torch._dynamo.reset()
-        compiled = torch.compile(
-            model, backend="helix", fullgraph=fullgraph, options={"cp": 4, "max_seq_len": 64}
-        )
+        compiled = torch.compile(model, backend="helix", fullgraph=fullgraph, options={"cp": 4, "max_seq_len": 64})
         cache = DynamicCache(config=model.config)
         with torch._dynamo.config.patch(recompile_limit=1):
             ids = next_ids(compiled, PROMPT, cache)

@@ -53,26 +53,14 @@ def test_nothing_inside_imports_the_package_root() -> None:
             "if TYPE_CHECKING:\n    from helix_compile.plan import matches",
             "kernels is not allowed to import",
         ),
-        (
-            "kernels/registry",
-            "def f():\n    import helix_compile.kernels.catalog",
-            "no circle BROKEN",
-        ),
-        (
-            "verifier/contract",
-            "import helix_compile.layout.placement",
-            "rank arithmetic is written apart BROKEN",
-        ),
+        ("kernels/registry", "def f():\n    import helix_compile.kernels.catalog", "no circle BROKEN"),
+        ("verifier/contract", "import helix_compile.layout.placement", "rank arithmetic is written apart BROKEN"),
     ],
 )
 def test_an_import_that_is_turned_round_breaks_the_contract(
     tmp_path: Path, module: str, line: str, broken: str
 ) -> None:
-    shutil.copytree(
-        ROOT / "helix_compile",
-        tmp_path / "helix_compile",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+    shutil.copytree(ROOT / "helix_compile", tmp_path / "helix_compile", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     file = tmp_path / "helix_compile" / f"{module}.py"
     file.write_text(f"{file.read_text()}\n{line}\n")

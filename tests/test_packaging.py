@@ -35,19 +35,36 @@ def test_each_module_has_one_spelling() -> None:
 def test_transformers_does_not_take_our_kernels_folder(tmp_path: Path) -> None:
     code = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
     seen = {
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], check=True, cwd=cwd, capture_output=True
-        ).stdout
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=cwd, capture_output=True).stdout
         for cwd in (ROOT, tmp_path)
     }
     assert len(seen) == 1
 
 
 def test_the_wheel_holds_the_package_only(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     top = {n.split("/")[0] for n in names if ".dist-info" not in n}
     assert top == {"helix_compile"}
-    for needed in ("py.typed", "passes/pipeline.py", "kernels/reference.py", "models/presets.py", "views/report.css", "views/report.js", "options.schema.json"):  # fmt: skip
+    for needed in (
+        "py.typed",
+        "passes/pipeline.py",
+        "kernels/reference.py",
+        "models/presets.py",
+        "views/report.css",
+        "views/report.js",
+        "options.schema.json",
+    ):
         assert f"helix_compile/{needed}" in names

@@ -23,15 +23,9 @@ def main(root: Path = ROOT) -> int:
         shutil.copytree(root / "helix_compile", copy, ignore=shutil.ignore_patterns("__pycache__"))
         for inner in (p for p in copy.rglob("*") if p.is_dir()):
             (inner / "__init__.py").touch()
-        command = [
-            sys.executable,
-            "-c",
-            "from importlinter.cli import lint_imports_command; lint_imports_command()",
-        ]
+        command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
         command += [str(root / "pyproject.toml"), "--no-cache"]
-        return subprocess.run(
-            command, cwd=folder, env={**os.environ, "PYTHONPATH": folder}
-        ).returncode
+        return subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": folder}).returncode
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ NEW_TOKENS = 24
 
 def main(folder: Path) -> list[list[int]]:
     """New tokens of each sequence, the first of them made by the prefill."""
-    compiled = helix_compile(build_model(preset_config("tiny")), cp=4, tokens_per_block=8, max_seq_len=128)  # fmt: skip
+    compiled = helix_compile(build_model(preset_config("tiny")), cp=4, tokens_per_block=8, max_seq_len=128)
     compiled.import_cache(*read_cache(folder / "cache.safetensors"))
     tokens = [torch.tensor(json.loads((folder / "first_tokens.json").read_text()))[:, None]]
     while len(tokens) < NEW_TOKENS:

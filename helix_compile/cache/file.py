@@ -33,11 +33,11 @@ def write_cache(path: str | Path, entries: CacheEntries) -> None:
         for site, part in enumerate(parts):
             part = part.contiguous()
             storage = part.untyped_storage().data_ptr()
-            tensors[f"{name}.{site}"] = part.clone() if storage in seen else part  # safetensors refuses shared memory  # fmt: skip
+            tensors[f"{name}.{site}"] = part.clone() if storage in seen else part  # safetensors refuses shared memory
             seen.add(storage)
     unfinished = Path(f"{path}.unfinished-{os.getpid()}")
     try:
-        save_file(tensors, unfinished, metadata={"format": FORMAT, "sites": str(len(entries.latents))})  # fmt: skip
+        save_file(tensors, unfinished, metadata={"format": FORMAT, "sites": str(len(entries.latents))})
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         raise RuntimeFault(f"{path}: can't write the cache: {error}") from error
@@ -55,10 +55,7 @@ def read_cache(path: str | Path, device: str | torch.device = "cpu") -> CacheEnt
         with safe_open(path, framework="pt", device=str(device)) as file:
             facts, names = file.metadata() or {}, set(file.keys())
             sites = _sites(path, facts, names)
-            parts = [
-                [file.get_tensor(f"{name}.{site}") for site in range(sites)]
-                for name in ("latents", "k_ropes")
-            ]
+            parts = [[file.get_tensor(f"{name}.{site}") for site in range(sites)] for name in ("latents", "k_ropes")]
             return CacheEntries(parts[0], parts[1], file.get_tensor("lengths").cpu())
     except (OSError, SafetensorError) as error:
         raise RuntimeFault(
@@ -69,9 +66,7 @@ def read_cache(path: str | Path, device: str | torch.device = "cpu") -> CacheEnt
 def _sites(path: str | Path, facts: dict[str, str], names: set[str]) -> int:
     """Cached attentions of the file, whose names must be exactly theirs."""
     if facts.get("format") != FORMAT or not facts.get("sites", "").isdecimal():
-        raise RuntimeFault(
-            f"{path}: format {facts.get('format')!r}, expected {FORMAT!r}: not a file of write_cache()"
-        )
+        raise RuntimeFault(f"{path}: format {facts.get('format')!r}, expected {FORMAT!r}: not a file of write_cache()")
     sites = int(facts["sites"])
     expected = {"lengths"}
     # names are compared before they are counted out: the figure may be anything

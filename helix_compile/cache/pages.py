@@ -20,11 +20,7 @@ from helix_compile.plan.cache_row import CacheRow, cache_shape, pages_per_sequen
 
 
 def allocate_caches(
-    rows: Sequence[CacheRow],
-    options: HelixOptions,
-    layout: HelixLayout,
-    dtype: torch.dtype,
-    device: torch.device,
+    rows: Sequence[CacheRow], options: HelixOptions, layout: HelixLayout, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """Zeroed caches of one rank: stale NaN in the tail of a page would reach an output as 0 * NaN in a kernel."""
     shapes = [cache_shape(row, options, layout) for row in rows]
@@ -80,9 +76,7 @@ class Ledger:
         """Page table [B, pages] of the current batch."""
         return self.page_table[:batch_size]
 
-    def write_sequence(
-        self, cache: Tensor, row: int, entries: Tensor, kvp_rank: int, start: int = 0
-    ) -> None:
+    def write_sequence(self, cache: Tensor, row: int, entries: Tensor, kvp_rank: int, start: int = 0) -> None:
         """Lay out entries [length, *] of a sequence's tokens from position `start` in this rank's shard of `cache`."""
         tokens_per_block = self.options.tokens_per_block
         mine = positions_on_rank(start + len(entries), kvp_rank, self.kvp, tokens_per_block)

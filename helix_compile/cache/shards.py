@@ -90,10 +90,8 @@ def shards_of_sender(
         RuntimeFault: what does not fit.
     """
     prompts = _checked_rotation(rotation, lengths, prompt_lengths)
-    if isinstance(tokens_per_block, bool) or not isinstance(tokens_per_block, int) or tokens_per_block < 1:  # fmt: skip
-        raise RuntimeFault(
-            f"shards_of_sender: tokens_per_block must be an int >= 1, got {tokens_per_block!r}"
-        )
+    if isinstance(tokens_per_block, bool) or not isinstance(tokens_per_block, int) or tokens_per_block < 1:
+        raise RuntimeFault(f"shards_of_sender: tokens_per_block must be an int >= 1, got {tokens_per_block!r}")
     cp = len(latents)
     if cp == 0 or len(k_ropes) != cp:
         raise RuntimeFault(
@@ -107,18 +105,20 @@ def shards_of_sender(
         ]
         columns = max(map(len, held))
         for name, tensors in (("latents", latents[rank]), ("k_ropes", k_ropes[rank])):
-            _check_columns(f"shards_of_sender: rank {rank} {name}", tensors, len(lengths), columns, rotation)  # fmt: skip
+            _check_columns(f"shards_of_sender: rank {rank} {name}", tensors, len(lengths), columns, rotation)
         positions = torch.full((len(lengths), columns), -1, dtype=torch.int64)
         for row, places in enumerate(held):
             positions[row, : len(places)] = places
-        shards.append(CacheShard(rank, latents[rank], k_ropes[rank], positions, torch.tensor(lengths)))  # fmt: skip
+        shards.append(CacheShard(rank, latents[rank], k_ropes[rank], positions, torch.tensor(lengths)))
     return shards
 
 
 def _checked_rotation(rotation: str, lengths: list[int], prompts: list[int] | None) -> list[int]:
     """Prompt lengths, one a sequence."""
     if rotation not in ROTATIONS:
-        raise RuntimeFault(f"shards_of_sender: rotation={rotation!r}; expected one of {', '.join(map(repr, ROTATIONS))}")  # fmt: skip
+        raise RuntimeFault(
+            f"shards_of_sender: rotation={rotation!r}; expected one of {', '.join(map(repr, ROTATIONS))}"
+        )
     if (rotation == "global") != (prompts is None):
         raise RuntimeFault(
             f"shards_of_sender: rotation={rotation!r} with prompt_lengths={prompts}; expected prompt_lengths for "
@@ -127,7 +127,12 @@ def _checked_rotation(rotation: str, lengths: list[int], prompts: list[int] | No
     prompts = lengths if prompts is None else prompts
     counts = isinstance(lengths, (list, tuple)) and isinstance(prompts, (list, tuple))
     counts = counts and all(type(n) is int and n >= 0 for n in (*lengths, *prompts))
-    if not counts or not lengths or len(prompts) != len(lengths) or any(p > n for p, n in zip(prompts, lengths, strict=True)):  # fmt: skip
+    if (
+        not counts
+        or not lengths
+        or len(prompts) != len(lengths)
+        or any(p > n for p, n in zip(prompts, lengths, strict=True))
+    ):
         raise RuntimeFault(
             f"shards_of_sender: lengths {lengths}, prompt_lengths {prompts}; expected two lists of ints, one a sequence, "
             "with 0 <= prompt length <= length"
@@ -135,13 +140,9 @@ def _checked_rotation(rotation: str, lengths: list[int], prompts: list[int] | No
     return list(prompts)
 
 
-def _check_columns(
-    what: str, tensors: list[Tensor], rows: int, columns: int, rotation: str
-) -> None:
+def _check_columns(what: str, tensors: list[Tensor], rows: int, columns: int, rotation: str) -> None:
     if not isinstance(tensors, (list, tuple)):
-        raise RuntimeFault(
-            f"{what}: expected a list of tensors, one an attention, got {type(tensors).__name__}"
-        )
+        raise RuntimeFault(f"{what}: expected a list of tensors, one an attention, got {type(tensors).__name__}")
     for site, tensor in enumerate(tensors):
         got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         if not isinstance(tensor, Tensor) or tensor.dim() != 3 or got[:2] != (rows, columns):
@@ -177,7 +178,7 @@ def join_shards(shards: Sequence[CacheShard]) -> CacheEntries:
     parts = [
         [_scattered([s_parts[i] for s_parts in lists], places, B, width) for i in range(len(lists[0]))]
         for lists in ([s.latents for s in first], [s.k_ropes for s in first])
-    ]  # fmt: skip
+    ]
     return CacheEntries(parts[0], parts[1], first[0].lengths.clone())
 
 
@@ -205,7 +206,11 @@ def _distinct(shards: Sequence[CacheShard]) -> list[CacheShard]:
                 f"{other.lengths.tolist()} and {shard.lengths.tolist()}, (width, dtype) {expected} and {shapes}"
             )
         twin = kept.setdefault(shard.cp_rank, shard)
-        pairs = zip((*twin.latents, *twin.k_ropes, twin.positions), (*shard.latents, *shard.k_ropes, shard.positions), strict=True)  # fmt: skip
+        pairs = zip(
+            (*twin.latents, *twin.k_ropes, twin.positions),
+            (*shard.latents, *shard.k_ropes, shard.positions),
+            strict=True,
+        )
         if twin is not shard and not all(torch.equal(a, b) for a, b in pairs):
             raise RuntimeFault(
                 f"join_shards: two shards of cp rank {shard.cp_rank} differ; ranks that differ in tpa only hold the "

@@ -22,9 +22,7 @@ from helix_compile.layout.ledger import positions_on_rank
 from helix_compile.plan.cache_row import CacheRow, parts_of_rows
 
 
-def parts_of_dynamic_cache(
-    cache: DynamicCache, heads: Sequence[int] = ()
-) -> tuple[list[Tensor], list[Tensor]]:
+def parts_of_dynamic_cache(cache: DynamicCache, heads: Sequence[int] = ()) -> tuple[list[Tensor], list[Tensor]]:
     """([B, S, R] latents, [B, S, r] roped keys), one of each a layer; columns include the sender's padding.
 
     `heads` are the KV heads of each cached attention (none given: latents); where that is not 0, K and V of all heads
@@ -43,7 +41,7 @@ def parts_of_dynamic_cache(
                 "keep other columns than all tokens; give latents and k_ropes as tensors"
             )
         if layer.keys is None or layer.values is None:
-            raise RuntimeFault(f"import_cache: layer {i} of the DynamicCache is empty; expected a prefilled one")  # fmt: skip
+            raise RuntimeFault(f"import_cache: layer {i} of the DynamicCache is empty; expected a prefilled one")
         for part, tensor in zip(parts, (layer.keys, layer.values), strict=True):
             K = heads[i] if i < len(heads) else 0
             if tensor.dim() != 4 or tensor.shape[1] != (K or 1):
@@ -57,10 +55,7 @@ def parts_of_dynamic_cache(
 
 
 def shards_to_export(
-    ledger: Ledger,
-    caches: Mapping[int, list[Tensor]],
-    layout: HelixLayout,
-    kinds: Sequence[CacheRow],
+    ledger: Ledger, caches: Mapping[int, list[Tensor]], layout: HelixLayout, kinds: Sequence[CacheRow]
 ) -> list[CacheShard]:
     """One shard for each CP rank that lives here (ranks that differ in tpa only hold the same); copies.
 
@@ -80,10 +75,7 @@ def shards_to_export(
     tokens_per_block = ledger.options.tokens_per_block
     shards: dict[int, CacheShard] = {}
     for cp_rank in sorted({layout.index("kvp", rank) for rank in caches}):
-        held = [
-            positions_on_rank(length, cp_rank, layout.kvp, tokens_per_block)
-            for length in ledger.lengths
-        ]
+        held = [positions_on_rank(length, cp_rank, layout.kvp, tokens_per_block) for length in ledger.lengths]
         positions = torch.full((len(held), max(map(len, held))), -1, dtype=torch.int64)
         for row, mine in enumerate(held):
             positions[row, : len(mine)] = mine
@@ -98,16 +90,12 @@ def shards_to_export(
             first, second = parts_of_rows(torch.cat(parts, dim=2), kind)
             latents.append(first)
             k_ropes.append(second)
-        shards[cp_rank] = CacheShard(cp_rank, latents, k_ropes, positions, torch.tensor(ledger.lengths))  # fmt: skip
+        shards[cp_rank] = CacheShard(cp_rank, latents, k_ropes, positions, torch.tensor(ledger.lengths))
     return list(shards.values())
 
 
 def _caches_with_all_heads(
-    site: int,
-    kind: CacheRow,
-    cp_rank: int,
-    caches: Mapping[int, list[Tensor]],
-    layout: HelixLayout,
+    site: int, kind: CacheRow, cp_rank: int, caches: Mapping[int, list[Tensor]], layout: HelixLayout
 ) -> list[Tensor]:
     """A CP rank's caches of one site: K and V are cut by heads over tpa; one rank of tpa has the whole of a latent."""
     mine = [rank for rank in caches if layout.index("kvp", rank) == cp_rank]
@@ -123,10 +111,7 @@ def _caches_with_all_heads(
 
 
 def entries_to_export(
-    ledger: Ledger,
-    caches: Mapping[int, list[Tensor]],
-    layout: HelixLayout,
-    kinds: Sequence[CacheRow],
+    ledger: Ledger, caches: Mapping[int, list[Tensor]], layout: HelixLayout, kinds: Sequence[CacheRow]
 ) -> CacheEntries:
     """The whole cache, if every CP rank lives in this process; RuntimeFault otherwise."""
     here = {layout.index("kvp", rank) for rank in caches}
@@ -158,9 +143,7 @@ def sequences_to_import(
     whole = isinstance(latents, DynamicCache)
     if isinstance(latents, DynamicCache):
         if k_ropes is not None:
-            raise RuntimeFault(
-                "import_cache: a DynamicCache holds the k_ropes too; leave k_ropes out"
-            )
+            raise RuntimeFault("import_cache: a DynamicCache holds the k_ropes too; leave k_ropes out")
         latents, k_ropes = parts_of_dynamic_cache(latents, [row.heads for row in kinds])
         if lengths is None:
             lengths = _lengths_of_columns(latents[0], mask)
@@ -174,9 +157,7 @@ def sequences_to_import(
         )
     counts = _counts(lengths)
     if latents[0].dim() != 3:
-        raise RuntimeFault(
-            f"import_cache: latents must be [B, S, R], got {tuple(latents[0].shape)}"
-        )
+        raise RuntimeFault(f"import_cache: latents must be [B, S, R], got {tuple(latents[0].shape)}")
     B, S = latents[0].shape[:2]
     for site, (latent, k_rope) in enumerate(zip(latents, k_ropes, strict=True)):
         _check_site(site, latent, k_rope, (B, S, *kinds[site].widths))
@@ -226,9 +207,7 @@ def _tensors(name: str, letter: str, given: list[Tensor] | None) -> list[Tensor]
         if not wrong:
             return list(given)
         got = f"a {got} holding {wrong[0]}"
-    raise RuntimeFault(
-        f"import_cache: {name} must be a list of tensors [B, S, {letter}], got {got}"
-    )
+    raise RuntimeFault(f"import_cache: {name} must be a list of tensors [B, S, {letter}], got {got}")
 
 
 def _counts(lengths: Tensor | list[int] | None) -> list[int]:
@@ -236,21 +215,15 @@ def _counts(lengths: Tensor | list[int] | None) -> list[int]:
     got = type(lengths).__name__
     if isinstance(lengths, Tensor):
         got = f"a tensor of shape {tuple(lengths.shape)}"
-    if not isinstance(lengths, (Tensor, list, tuple)) or (
-        isinstance(lengths, Tensor) and lengths.dim() != 1
-    ):
-        raise RuntimeFault(
-            f"import_cache: lengths must be a list or a tensor of ints, one a sequence, got {got}"
-        )
+    if not isinstance(lengths, (Tensor, list, tuple)) or (isinstance(lengths, Tensor) and lengths.dim() != 1):
+        raise RuntimeFault(f"import_cache: lengths must be a list or a tensor of ints, one a sequence, got {got}")
     counts = list(lengths.tolist() if isinstance(lengths, Tensor) else lengths)
     if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
         raise RuntimeFault(f"import_cache: lengths must be ints, got {counts}")
     return counts
 
 
-def _check_site(
-    site: int, latent: Tensor, k_rope: Tensor, sizes: tuple[int, int, int, int]
-) -> None:
+def _check_site(site: int, latent: Tensor, k_rope: Tensor, sizes: tuple[int, int, int, int]) -> None:
     """One attention's tensors: shapes, each width by itself, and that they hold numbers of a cache."""
     B, S, R, r = sizes
     fits = latent.dim() == k_rope.dim() == 3 and latent.shape[:2] == k_rope.shape[:2] == (B, S)
@@ -269,9 +242,7 @@ def _check_site(
         )
     for name, tensor in (("latents", latent), ("k_ropes", k_rope)):
         if not tensor.is_floating_point():
-            raise RuntimeFault(
-                f"import_cache: attention {site}: {name} must be floating, got {tensor.dtype}"
-            )
+            raise RuntimeFault(f"import_cache: attention {site}: {name} must be floating, got {tensor.dtype}")
 
 
 def _columns(mask: Tensor | None, counts: list[int], B: int, S: int) -> list[Tensor]:
@@ -287,7 +258,5 @@ def _columns(mask: Tensor | None, counts: list[int], B: int, S: int) -> list[Ten
     columns = [torch.nonzero(row).flatten() for row in mask.cpu()]
     found = [len(c) for c in columns]
     if found != counts:
-        raise RuntimeFault(
-            f"import_cache: the mask keeps {found} tokens a row, lengths say {counts}"
-        )
+        raise RuntimeFault(f"import_cache: the mask keeps {found} tokens a row, lengths say {counts}")
     return columns

@@ -101,17 +101,14 @@ def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, li
     bad = [tuple(t.shape) for pair in cache.new for t in pair if t.dim() != 4]
     if bad:
         raise CaptureError(
-            f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; "
-            "expected [B, heads, T, width]"
+            f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; expected [B, heads, T, width]"
         )
     sites = [CachedSite(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in cache.new]
     text = "\n".join([call.constants(), str(sites), *trace.lines])
     return hashlib.sha256(text.encode()).hexdigest(), sites
 
 
-def capture_body(
-    layer: nn.Module, call: LayerCall, config: Any, cached: list[CachedSite]
-) -> fx.GraphModule:
+def capture_body(layer: nn.Module, call: LayerCall, config: Any, cached: list[CachedSite]) -> fx.GraphModule:
     """Export one layer, dynamic in B, T and S."""
     device = next(layer.parameters()).device
     batch, tokens = call.hidden.shape[:2]
@@ -140,16 +137,12 @@ def _dims(fake: Tensor, batch: Any, tokens: Any) -> dict[int, Any]:
     dims: dict[int, Any] = {}
     for dim, size in enumerate(fake.shape):
         if isinstance(size, torch.SymInt):
-            same = [
-                d for s, d in ((batch, BATCH), (tokens, TOKENS)) if s.node.expr == size.node.expr
-            ]
+            same = [d for s, d in ((batch, BATCH), (tokens, TOKENS)) if s.node.expr == size.node.expr]
             dims[dim] = same[0] if same else Dim.AUTO
     return dims
 
 
-def normalised_module(
-    program: ExportedProgram, inputs: list[tuple[str, str]], prefix: str
-) -> fx.GraphModule:
+def normalised_module(program: ExportedProgram, inputs: list[tuple[str, str]], prefix: str) -> fx.GraphModule:
     """Graph of `program`, activations before parameters, named, canonical; unused placeholders dropped.
 
     `inputs` gives (kind, name) of the user inputs in order; the first one is [B, T, ...] and anchors B and T.

@@ -27,10 +27,7 @@ _SIZES = {
 }
 
 
-_HINTS = {
-    "GuardOnDataDependentSymNode": _BRANCH,
-    "DataDependentOutputException": _BRANCH,
-}
+_HINTS = {"GuardOnDataDependentSymNode": _BRANCH, "DataDependentOutputException": _BRANCH}
 
 
 def check_surroundings() -> None:
@@ -61,17 +58,13 @@ def check_model(model: nn.Module) -> None:
     """
     name = type(model).__name__
     if hasattr(model, "_orig_mod"):
-        raise CaptureError(
-            f"capture: {name} was made by torch.compile; pass the original module (`._orig_mod`)"
-        )
+        raise CaptureError(f"capture: {name} was made by torch.compile; pass the original module (`._orig_mod`)")
     if model.training:
         raise CaptureError(f"capture: {name} is in training mode; call model.eval() first")
     for part, module in model.named_modules():
         # a list that was made anew (layers[:2]) says training, but computes nothing
         if module.training and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            raise CaptureError(
-                f"capture: {name}: `{part}` is in training mode; call model.eval() first"
-            )
+            raise CaptureError(f"capture: {name}: `{part}` is in training mode; call model.eval() first")
         # of torch.ao's quantised layers: it is no tensor that export could see
         if hasattr(module, "_packed_params"):
             raise MatchError(
@@ -101,10 +94,10 @@ def _constraints(text: str) -> str:
     found = re.findall(r"generated guard (.+)|must always be related to .+ by (.+)\.", text)
     for name, letter in _SIZES.items():
         found = [(re.sub(name, letter, a), b) for a, b in found]
-    said = dict.fromkeys(
-        re.sub(r"\btokens\b", "T", re.sub(r"\bpast\b", "S", a or b)) for a, b in found
+    said = dict.fromkeys(re.sub(r"\btokens\b", "T", re.sub(r"\bpast\b", "S", a or b)) for a, b in found)
+    return (
+        f"{'; '.join(said)}: the forward branches on a size, or computes with it as a number; a graph holds one answer"
     )
-    return f"{'; '.join(said)}: the forward branches on a size, or computes with it as a number; a graph holds one answer"
 
 
 _LOGGERS = ("torch._subclasses.fake_tensor", "torch.export")

@@ -30,11 +30,55 @@ _FAR = 1_000_003  # added to a number that nobody should ask for
 
 
 _ASKING = [
-    "eq", "ne", "lt", "le", "gt", "ge", "hash", "bool", "index", "int", "float", "str", "repr", "format", "abs",
-    "neg", "pos", "invert", "round", "trunc", "ceil", "floor", "divmod", "rdivmod", "add", "radd", "sub", "rsub",
-    "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "and", "rand",
-    "or", "ror", "xor", "rxor", "lshift", "rlshift", "rshift", "rrshift",
-]  # fmt: skip
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "hash",
+    "bool",
+    "index",
+    "int",
+    "float",
+    "str",
+    "repr",
+    "format",
+    "abs",
+    "neg",
+    "pos",
+    "invert",
+    "round",
+    "trunc",
+    "ceil",
+    "floor",
+    "divmod",
+    "rdivmod",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "floordiv",
+    "rfloordiv",
+    "mod",
+    "rmod",
+    "pow",
+    "rpow",
+    "and",
+    "rand",
+    "or",
+    "ror",
+    "xor",
+    "rxor",
+    "lshift",
+    "rlshift",
+    "rshift",
+    "rrshift",
+]
 
 
 Place = tuple[str, str]  # dotted name of a module in its layer, attribute
@@ -86,17 +130,13 @@ class EqualLayers:
                 return found
         return None
 
-    def _are_idle(
-        self, layer: nn.Module, call: LayerCall, signature: str, places: frozenset[Place]
-    ) -> bool:
+    def _are_idle(self, layer: nn.Module, call: LayerCall, signature: str, places: frozenset[Place]) -> bool:
         key = (id(layer), places)
         if places and key not in self._idle:
             self._idle[key] = self._run_watched(layer, call, signature, places)
         return not places or self._idle[key]
 
-    def _run_watched(
-        self, layer: nn.Module, call: LayerCall, signature: str, places: frozenset[Place]
-    ) -> bool:
+    def _run_watched(self, layer: nn.Module, call: LayerCall, signature: str, places: frozenset[Place]) -> bool:
         owners = [(layer.get_submodule(name).__dict__, attribute) for name, attribute in places]
         before = [owner[attribute] for owner, attribute in owners]
         watched = [Watched(number + _FAR) for number in before]
@@ -144,10 +184,7 @@ def differing_numbers(one: nn.Module, other: nn.Module) -> frozenset[Place] | No
 
 
 def _tensors(named: dict[str, Tensor | None]) -> list[tuple]:
-    return [
-        (n, None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device))
-        for n, t in named.items()
-    ]
+    return [(n, None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device)) for n, t in named.items()]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -167,10 +204,7 @@ def structure_key(model: PreTrainedModel) -> tuple:
     """What a capture depends on: shapes, dtypes, configuration, constants and code of every module, not weights."""
     shapes = tuple((n, tuple(p.shape), p.dtype, p.device) for n, p in model.named_parameters())
     config = model.config
-    implementations = (
-        config._attn_implementation,
-        getattr(config, "_experts_implementation", None),
-    )
+    implementations = (config._attn_implementation, getattr(config, "_experts_implementation", None))
     modules = tuple((name, _constants_and_code(m)) for name, m in model.named_modules())
     return shapes, implementations, repr(config.to_dict()), modules
 
@@ -179,16 +213,12 @@ def _constants_and_code(module: nn.Module) -> tuple:
     """Plain attributes, hooks, and the functions of the class and of the instance (someone may have patched one)."""
     plain = {k: v for k, v in vars(module).items() if k not in OWN_NAMES and _is_plain(v)}
     tensors = [
-        (k, v.data_ptr(), v._version, tuple(v.shape))
-        for k, v in vars(module).items()
-        if isinstance(v, torch.Tensor)
+        (k, v.data_ptr(), v._version, tuple(v.shape)) for k, v in vars(module).items() if isinstance(v, torch.Tensor)
     ]
     # handles count up and are never used twice, so they name a set of hooks without holding what hooks close over
     hooks = (tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
     # a bound method's function alone: the method would keep the model alive through its own memo
-    patched = [
-        (k, getattr(v, "__func__", v)) for k, v in vars(module).items() if inspect.isroutine(v)
-    ]
+    patched = [(k, getattr(v, "__func__", v)) for k, v in vars(module).items() if inspect.isroutine(v)]
     code = [(k, v) for k, v in vars(type(module)).items() if inspect.isroutine(v)]
     return type(module), repr(plain), tuple(tensors), hooks, tuple(patched), tuple(code)
 

@@ -58,9 +58,7 @@ class ConcatenatingCache(DynamicCache):
         super().__init__(config=config)
         # a window is read off the mask: a cache layer that forgets would hide it
         layers: list[Any] = vars(self)["layers"]
-        layers[:] = [
-            DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in layers
-        ]
+        layers[:] = [DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in layers]
         self.pasts, self.length = pasts, past.shape[2]
         self.new: list[tuple[Tensor, Tensor]] = []
         for layer in self.layers:
@@ -78,10 +76,7 @@ class ConcatenatingCache(DynamicCache):
             past = tuple(t.new_zeros(s) for t, s in zip(self.new[site], shapes, strict=True))
         else:
             past = self.pasts[site]
-        return (
-            torch.cat([past[0], key_states], dim=2),
-            torch.cat([past[1], value_states], dim=2),
-        )
+        return (torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2))
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any) -> Any:
         caller = traceback.extract_stack(limit=2)[0]
@@ -121,9 +116,7 @@ class _Around(nn.Module):
         super().__init__()
         self.model, self._cache_of = model, pasts_of
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, pasts: list[Tensor]
-    ) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, pasts: list[Tensor]) -> Any:
         cache = self._cache_of(pasts)
         out = self.model(
             input_ids=input_ids,
@@ -164,11 +157,7 @@ def export_around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Export
 def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> ExportedProgram:
     """Export the model in one graph, layers inlined; `widths` are those of what each site caches."""
     device = next(model.parameters()).device
-    pasts = [
-        torch.zeros(HINT_B, 1, HINT_S, w, dtype=model.dtype, device=device)
-        for pair in widths
-        for w in pair
-    ]
+    pasts = [torch.zeros(HINT_B, 1, HINT_S, w, dtype=model.dtype, device=device) for pair in widths for w in pair]
     pairs = lambda flat: list(zip(flat[::2], flat[1::2], strict=True))  # noqa: E731 - two uses on one line
     return _export_model(model, lambda p: ConcatenatingCache(model.config, pairs(p), p[0]), pasts)
 
@@ -201,11 +190,7 @@ def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedPr
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
         program = program.run_decompositions({})
-    changed = [
-        s.target
-        for s in program.graph_signature.output_specs
-        if s.kind is not OutputKind.USER_OUTPUT
-    ]
+    changed = [s.target for s in program.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if changed:
         raise CaptureError(
             f"capture: the forward changes {', '.join(map(str, changed))} while it runs (a state of its own besides "
@@ -252,9 +237,7 @@ def _recorder(index: int, calls: Calls, returns_tuple: bool) -> Any:
     return forward
 
 
-def explain_by_whole_run(
-    model: PreTrainedModel, index: int | None, error: CaptureError
-) -> HelixError:
+def explain_by_whole_run(model: PreTrainedModel, index: int | None, error: CaptureError) -> HelixError:
     """Why capture failed, by running the whole model on fake tensors, layers in place.
 
     A layer that runs there and not alone needs what another layer leaves behind.

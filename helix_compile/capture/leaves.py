@@ -42,11 +42,7 @@ PART_OP = torch.ops.helix_capture.part.default
 
 
 # what a graph can't hold, though the module is sound; any other error is the model's own
-_DATA_DEPENDENT = (
-    "DynamicOutputShapeException",
-    "DataDependentOutputException",
-    "GuardOnDataDependentSymNode",
-)
+_DATA_DEPENDENT = ("DynamicOutputShapeException", "DataDependentOutputException", "GuardOnDataDependentSymNode")
 
 
 @dataclass(frozen=True)
@@ -117,9 +113,7 @@ def _choking_child(layer: nn.Module, call: LayerCall, config: Any) -> str | None
     module, arguments = active[-1]
     holds_cache = any(
         isinstance(leaf, ConcatenatingCache)
-        for leaf in pytree.tree_leaves(
-            arguments, is_leaf=lambda x: isinstance(x, ConcatenatingCache)
-        )
+        for leaf in pytree.tree_leaves(arguments, is_leaf=lambda x: isinstance(x, ConcatenatingCache))
     )
     return None if holds_cache else names[module]
 
@@ -165,10 +159,7 @@ def _like(child: nn.Module, original: Any, call: LayerCall, part: str) -> int:
     tensors = [call.hidden, *call.others]
     shapes = [tuple(hint_of(s) for s in t.shape) for t in tensors]
     with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-        real = [
-            torch.zeros(s, dtype=t.dtype, device=device)
-            for s, t in zip(shapes, tensors, strict=True)
-        ]
+        real = [torch.zeros(s, dtype=t.dtype, device=device) for s, t in zip(shapes, tensors, strict=True)]
         args, kwargs = call.rebuild(real[0], real[1:], None)
         with explained(f"{type(child).__name__} ({part}) can't be run on {shapes}"):
             out = original(*args, **kwargs)
@@ -189,9 +180,7 @@ def insert_part(body: fx.GraphModule, name: str, reason: str, recorded: list[Lay
         target = f"leaf_{number}"
         body.add_submodule(target, LeafPart(name, reason, recorded[number]))
         with body.graph.inserting_before(node):
-            call = body.graph.create_node(
-                "call_module", target, tuple(node.args[0]), name=f"{target}_out"
-            )
+            call = body.graph.create_node("call_module", target, tuple(node.args[0]), name=f"{target}_out")
         call.meta = {**node.meta, "leaf": name}
         node.replace_all_uses_with(call)
         body.graph.erase_node(node)
@@ -215,12 +204,7 @@ def insert_layer(
             "call_module", target, (hidden, state, positions, ids, *weights), name=f"layer_{index}"
         )
     leaf.meta.update(
-        {
-            "layer": index,
-            "leaf": name,
-            "val": node.meta["val"],
-            "stack_trace": node.meta.get("stack_trace"),
-        }
+        {"layer": index, "leaf": name, "val": node.meta["val"], "stack_trace": node.meta.get("stack_trace")}
     )
     return leaf
 

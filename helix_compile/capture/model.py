@@ -20,29 +20,14 @@ from helix_compile.capture.body import capture_body, normalised_module, probe_la
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
 from helix_compile.capture.checks import check_model, check_surroundings
 from helix_compile.capture.equal import EqualLayers, structure_key
-from helix_compile.capture.layers import (
-    LAYER_OP,
-    explain_by_whole_run,
-    export_around,
-    export_whole,
-    find_layers,
-)
-from helix_compile.capture.leaves import (
-    Probe,
-    bind_leaves,
-    insert_layer,
-    insert_part,
-    opaque_part,
-    probe,
-)
+from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_around, export_whole, find_layers
+from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
 from helix_compile.capture.paths import check_paths
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import add_input, placeholders
 from helix_compile.ir.leaves import LayerCall
 
-_MEMO: weakref.WeakKeyDictionary[nn.Module, dict[tuple, CapturedGraph]] = (
-    weakref.WeakKeyDictionary()
-)
+_MEMO: weakref.WeakKeyDictionary[nn.Module, dict[tuple, CapturedGraph]] = weakref.WeakKeyDictionary()
 
 
 def capture(
@@ -72,11 +57,7 @@ def capture(
     key = (whole, unmatched, tuple(sorted(kept.items())), structure_key(model))
     if key not in memo:
         with _experts_as(model, _capturable_experts(model)):
-            captured = (
-                _capture_whole(model)
-                if whole
-                else _capture_layers(model, kept, unmatched == "keep")
-            )
+            captured = _capture_whole(model) if whole else _capture_layers(model, kept, unmatched == "keep")
         memo[key] = replace(captured, model=None)
     return replace(memo[key], graph=bind_leaves(memo[key].graph, model), model=model)
 
@@ -121,9 +102,7 @@ def _mtp_notes(config: Any) -> tuple[str, ...]:
     count = next((n for name in names if (n := getattr(config, name, None))), 0)
     if not count:
         return ()
-    return (
-        f"{count} multi-token-prediction layer(s) in the configuration: ignored, the model class has none",
-    )
+    return (f"{count} multi-token-prediction layer(s) in the configuration: ignored, the model class has none",)
 
 
 def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) -> CapturedGraph:
@@ -133,9 +112,7 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
     except CaptureError as error:
         raise explain_by_whole_run(model, None, error) from error.__cause__
     if len(calls) != len(layers):
-        raise CaptureError(
-            f"capture: {len(layers)} layers in {name!r} but the forward calls {len(calls)}"
-        )
+        raise CaptureError(f"capture: {len(layers)} layers in {name!r} but the forward calls {len(calls)}")
     by_signature: dict[tuple, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
     captured, leaves, caches = [], dict[int, str](), 0
@@ -165,7 +142,7 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
         raise _nothing_captured(model, leaves)
     outer = build_outer(
         program, bodies, captured, calls, {i: (f"{name}.{i}", why) for i, why in leaves.items()}, model.config
-    )  # fmt: skip
+    )
     return CapturedGraph(graph=outer, layers=tuple(captured), **_facts(model))
 
 
@@ -175,18 +152,11 @@ def _nothing_captured(model: nn.Module, leaves: dict[int, str]) -> MatchError:
         reasons.setdefault(reason, []).append(index)
     lines = [f"  layers {', '.join(map(str, numbers))}: {why}" for why, numbers in reasons.items()]
     return MatchError(
-        "\n".join(
-            [
-                f"{type(model).__name__}: no layer with cached attention that could be rewritten",
-                *lines,
-            ]
-        )
+        "\n".join([f"{type(model).__name__}: no layer with cached attention that could be rewritten", *lines])
     )
 
 
-def _probe(
-    model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep: dict[int, str]
-) -> Probe:
+def _probe(model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep: dict[int, str]) -> Probe:
     if index in keep:
         return Probe("", [], leaf=keep[index])
     try:
@@ -200,9 +170,7 @@ def _run_on_fakes(model: nn.Module, layer: nn.Module, call: LayerCall, index: in
         return probe(layer, call, model.config, index)
 
 
-def _capture_body(
-    model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, name: str
-) -> fx.GraphModule:
+def _capture_body(model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, name: str) -> fx.GraphModule:
     with opaque_part(layer, found.part) as recorded:
         body = capture_body(layer, call, model.config, found.sites)
     if not found.part:  # the part is a branch on data itself, which can't be run on fake tensors
@@ -226,11 +194,7 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     return CapturedGraph(graph=whole_graph(body), layers=(layer,), **_facts(model))
 
 
-OUTER_INPUTS = [
-    ("input", "input_ids"),
-    ("input", "attention_mask"),
-    ("input", "position_ids"),
-]
+OUTER_INPUTS = [("input", "input_ids"), ("input", "attention_mask"), ("input", "position_ids")]
 
 
 def build_outer(

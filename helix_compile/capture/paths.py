@@ -121,18 +121,14 @@ def _calls(layer: nn.Module, call: LayerCall, config: Any, sizes: Sizes) -> list
     return trace.lines
 
 
-def _inputs(
-    layer: nn.Module, call: LayerCall, sizes: Sizes, make: Any
-) -> tuple[Tensor, list[Tensor]]:
+def _inputs(layer: nn.Module, call: LayerCall, sizes: Sizes, make: Any) -> tuple[Tensor, list[Tensor]]:
     """Hidden states and the other tensors at these sizes."""
     device = next(layer.parameters()).device
     numbers = _numbers(call, sizes)
 
     def one(fake: Tensor) -> Tensor:
         given: list[Any] = list(fake.shape)
-        shape = [
-            int(n.node.expr.subs(numbers)) if isinstance(n, torch.SymInt) else n for n in given
-        ]
+        shape = [int(n.node.expr.subs(numbers)) if isinstance(n, torch.SymInt) else n for n in given]
         if fake.dtype.is_floating_point:
             return make(shape, dtype=fake.dtype, device=device)
         return torch.ones(shape, dtype=fake.dtype, device=device)
@@ -164,9 +160,7 @@ def _can_compute(layer: nn.Module) -> bool:
     return size <= COMPARED_BYTES and all(t.device.type != "meta" for t in tensors)
 
 
-def _differs(
-    layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule, sizes: Sizes
-) -> float:
+def _differs(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule, sizes: Sizes) -> float:
     """RMS error of the body over the RMS of the layer's output; 0.0 if it is within what rounding explains."""
     generator = torch.Generator().manual_seed(0)
 
@@ -176,15 +170,16 @@ def _differs(
     hidden, others = _inputs(layer, call, sizes, drawn)
     dtype = hidden.dtype
     past = {
-        n.meta["input"][1]: drawn((sizes.B, n.meta["val"].shape[1], sizes.S, n.meta["val"].shape[3]), dtype, hidden.device)
+        n.meta["input"][1]: drawn(
+            (sizes.B, n.meta["val"].shape[1], sizes.S, n.meta["val"].shape[3]), dtype, hidden.device
+        )
         for n in placeholders(body.graph)
         if n.meta["input"][0] == "past"
-    }  # fmt: skip
+    }
     known = {"hidden": hidden, **dict(zip(call.names, others, strict=True)), **past}
     weights = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     given = [
-        (weights if n.meta["input"][0] == "param" else known)[n.meta["input"][1]]
-        for n in placeholders(body.graph)
+        (weights if n.meta["input"][0] == "param" else known)[n.meta["input"][1]] for n in placeholders(body.graph)
     ]
     with torch.no_grad():
         got = fx.Interpreter(body).run(*given)[0].double()

@@ -47,20 +47,12 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
         weights: Any = program.module()
         functional = program.run_decompositions({})
     weights.config = None
-    changed = [
-        s for s in functional.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT
-    ]
+    changed = [s for s in functional.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if changed:
-        raise CaptureError(
-            f"capture: the program changes {changed[0].target} while it runs (a StaticCache?); {_HOW}"
-        )
+        raise CaptureError(f"capture: the program changes {changed[0].target} while it runs (a StaticCache?); {_HOW}")
     _drop_empty_parts(functional.graph)
     by_name = {n.name: n for n in functional.graph.nodes if n.op == "placeholder"}
-    users = [
-        by_name[s.arg.name]
-        for s in functional.graph_signature.input_specs
-        if s.kind is InputKind.USER_INPUT
-    ]
+    users = [by_name[s.arg.name] for s in functional.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
     roles = _roles(users)
     body = normalised_module(functional, roles, prefix="")
     vocab_size = _returns_logits_and_new(body)
@@ -90,12 +82,8 @@ def _drop_empty_parts(graph: fx.Graph) -> None:
 def _roles(users: list[fx.Node]) -> list[tuple[str, str]]:
     """(kind, name) of each user input, in order."""
     ids = users[0] if users else None
-    if ids is None or not any(
-        is_call(u, aten.embedding.default) and u.args[1] is ids for u in ids.users
-    ):
-        raise CaptureError(
-            f"capture: the program's first input is not the token ids of an embedding; {_HOW}"
-        )
+    if ids is None or not any(is_call(u, aten.embedding.default) and u.args[1] is ids for u in ids.users):
+        raise CaptureError(f"capture: the program's first input is not the token ids of an embedding; {_HOW}")
     batch, tokens = ids.meta["val"].shape
     for name, size in (("batch", batch), ("tokens", tokens)):
         if isinstance(size, int):

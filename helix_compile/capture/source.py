@@ -58,9 +58,7 @@ def _captured(
         raise CaptureError(f"dtype must be a floating dtype, got {dtype}")
     if isinstance(model, CapturedGraph):
         if dtype is not None and dtype != model.dtype:
-            raise CaptureError(
-                f"a graph captured in {model.dtype} can't be retyped to {dtype}; pass the model instead"
-            )
+            raise CaptureError(f"a graph captured in {model.dtype} can't be retyped to {dtype}; pass the model instead")
         if model.model is None:
             raise CaptureError("this CapturedGraph does not hold its model; use capture(model)")
         return model
@@ -99,9 +97,7 @@ def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
-def _captured_folder(
-    folder: Path, dtype: torch.dtype | None, device: torch.device, unmatched: str
-) -> CapturedGraph:
+def _captured_folder(folder: Path, dtype: torch.dtype | None, device: torch.device, unmatched: str) -> CapturedGraph:
     """The model of a checkpoint folder, captured on the meta device; its weights are read when ranks are built."""
     _check_checkpoint_folder(folder)
     checkpoint = open_checkpoint(folder, dtype, device)
@@ -118,9 +114,7 @@ def _place(captured: CapturedGraph, device: torch.device) -> None:
         if not isinstance(value, FakeTensor):
             return value
         with value.fake_mode:
-            return torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device=device
-            )
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
     for module in (captured.graph, *captured.bodies.values()):
         for node in module.graph.nodes:

@@ -73,8 +73,7 @@ class CheckpointFiles:
         ]
         if problems:
             raise CheckpointError(
-                f"{folder}: {len(problems)} problem(s) with its files; nothing was read:\n  "
-                + "\n  ".join(problems)
+                f"{folder}: {len(problems)} problem(s) with its files; nothing was read:\n  " + "\n  ".join(problems)
             )
 
     def slice(self, name: str, ranges: tuple[tuple[int, int], ...]) -> Tensor:
@@ -114,9 +113,7 @@ class CheckpointFiles:
             ) from error
         outside = sorted({f for f in files.values() if Path(f).name != f})
         if outside or not files:
-            what = (
-                f"names {', '.join(outside)}, not a file of the folder" if outside else "is empty"
-            )
+            what = f"names {', '.join(outside)}, not a file of the folder" if outside else "is empty"
             raise CheckpointError(f"{path}: weight_map {what}; download the checkpoint again")
         return files
 
@@ -139,16 +136,10 @@ class CheckpointFiles:
             handle = safe_open(path, framework="pt", device="cpu")
             self._open[file] = handle
             found = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 no mapping
-            stored = {
-                n: Stored(file, tuple(v.get_shape()), v.get_dtype()) for n, v in found.items()
-            }
+            stored = {n: Stored(file, tuple(v.get_shape()), v.get_dtype()) for n, v in found.items()}
         except (SafetensorError, OSError) as error:
             size = path.stat().st_size
             return [f"{file} ({size} bytes) is damaged, truncated or not safetensors: {error}"]
-        twice = [
-            f"{name} is in {self.tensors[name].file} and in {file}"
-            for name in stored
-            if name in self.tensors
-        ]
+        twice = [f"{name} is in {self.tensors[name].file} and in {file}" for name in stored if name in self.tensors]
         self.tensors |= stored
         return twice

@@ -105,7 +105,7 @@ def _fp8_block(folder: Path, config: Any) -> tuple[int, int] | None:
     stated = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
     method: Any = stated.get("quant_method")
     block: Any = stated.get("weight_block_size")
-    fits = isinstance(block, (list, tuple)) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)  # fmt: skip
+    fits = isinstance(block, (list, tuple)) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
     if method != "fp8" or not fits:
         raise CheckpointError(
             f"{folder / 'config.json'}: quantization_config has quant_method={method!r}, weight_block_size={block!r}; "
@@ -130,9 +130,7 @@ def _meta_model(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedMode
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder}: can't build the model that config.json describes: {error}"
-        ) from error
+        raise CheckpointError(f"{folder}: can't build the model that config.json describes: {error}") from error
     for pattern, kept in model._get_dtype_plan(dtype).items():  # fp32 islands of a 16-bit model
         found, *_ = build_glob_alternation([pattern])
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -191,9 +189,7 @@ def _untie(model: PreTrainedModel, files: CheckpointFiles, assembly: Assembly) -
             continue
         owner, _, name = one.rpartition(".")
         old = model.get_parameter(one)
-        setattr(
-            model.get_submodule(owner), name, nn.Parameter(torch.empty_like(old), old.requires_grad)
-        )
+        setattr(model.get_submodule(owner), name, nn.Parameter(torch.empty_like(old), old.requires_grad))
         model.all_tied_weights_keys.pop(one)
 
 

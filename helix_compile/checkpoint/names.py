@@ -76,11 +76,7 @@ def assemble(
         CheckpointError: names or shapes that miss, are left over or do not fit, listed with their numbers.
     """
     wanted = model.state_dict()
-    scales = {
-        key: key + SCALE
-        for key, tensor in stored.items()
-        if tensor.dtype in FP8 and key + SCALE in stored
-    }
+    scales = {key: key + SCALE for key, tensor in stored.items() if tensor.dtype in FP8 and key + SCALE in stored}
     keys = sorted(set(stored) - set(scales.values()), key=dot_natural_key)
     collected, unknown = _by_target(model, wanted, keys)
     known = [key for key in keys if key not in set(unknown)]
@@ -95,9 +91,7 @@ def assemble(
     wrong = {n: a for n, a in found.items() if a.shape != tuple(wanted[n].shape)}
     for name, assembled in wrong.items():
         keys_of = [p.key for p in assembled.pieces]
-        made_of = (
-            keys_of[0] if len(keys_of) == 1 else f"{len(keys_of)} tensors such as {keys_of[0]}"
-        )
+        made_of = keys_of[0] if len(keys_of) == 1 else f"{len(keys_of)} tensors such as {keys_of[0]}"
         problems.append(
             f"does not fit: {name}: the checkpoint has {list(assembled.shape)} ({made_of}), "
             f"the model needs {list(wanted[name].shape)}"
@@ -193,9 +187,7 @@ def _assembled(
         if isinstance(operation, MergeModulelist):
             parts = {p: [_stack(each, operation.dim)] for p, each in parts.items()}
         elif isinstance(operation, Concatenate):
-            parts = {
-                "": [_concatenate([a for each in parts.values() for a in each], operation.dim)]
-            }
+            parts = {"": [_concatenate([a for each in parts.values() for a in each], operation.dim)]}
         else:
             raise ValueError(
                 f"transformers makes it by {type(operation).__name__}, which can't be read by slices; load the model "
@@ -251,11 +243,7 @@ def _tied(model: PreTrainedModel, found: Mapping[str, Assembled]) -> dict[str, s
 
 def _split_unknown(model: PreTrainedModel, unknown: list[str]) -> tuple[list[str], list[str]]:
     """(what transformers ignores too: layers for multi-token prediction, old rotary tables; what is left over)."""
-    patterns = [
-        *(model._keys_to_ignore_on_load_unexpected or ()),
-        r"rotary_emb\.inv_freq",
-        r"(^|\.)position_ids$",
-    ]
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
     ignored = [k for k in unknown if any(re.search(p, k) for p in patterns)]
     return ignored, [k for k in unknown if k not in ignored]
 
@@ -270,10 +258,7 @@ def _notes(ignored: list[str]) -> tuple[str, ...]:
 
 
 def _report(where: str, model: str, problems: list[str]) -> str:
-    kinds = {
-        kind: sum(p.startswith(kind) for p in problems)
-        for kind in ("missing", "left over", "does not fit")
-    }
+    kinds = {kind: sum(p.startswith(kind) for p in problems) for kind in ("missing", "left over", "does not fit")}
     counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     more = [f"... and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
     return "\n  ".join(

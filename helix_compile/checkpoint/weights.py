@@ -71,9 +71,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
             PlanError: the parameter does not have the shape that the plan was made for.
         """
         if (got := tuple(self._like[name].shape)) != shard.source_shape:
-            raise PlanError(
-                f"parameter {name}: got shape {got}, the plan expects {shard.source_shape}"
-            )
+            raise PlanError(f"parameter {name}: got shape {got}, the plan expects {shard.source_shape}")
         return self._read(name, shard.shape, shard_boxes(shard, layout, rank))
 
     def fingerprint(self) -> str:
@@ -85,30 +83,20 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
     @contextmanager
     def progress(
-        self,
-        wanted: Iterable[tuple[str, ParamShard | None]],
-        layout: HelixLayout,
-        ranks: Iterable[int],
+        self, wanted: Iterable[tuple[str, ParamShard | None]], layout: HelixLayout, ranks: Iterable[int]
     ) -> Iterator[None]:
         """A bar on stderr, in bytes of the checkpoint, while what these ranks want is read."""
         ranks = list(ranks)
         total = 0 if self.device.type == "meta" else self._bytes_of(list(wanted), layout, ranks)
         with tqdm(
-            total=total,
-            desc="checkpoint",
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            disable=None,
+            total=total, desc="checkpoint", unit="B", unit_scale=True, unit_divisor=1024, disable=None
         ) as self._bar:
             try:
                 yield
             finally:
                 self._bar = None
 
-    def _bytes_of(
-        self, wanted: list[tuple[str, ParamShard | None]], layout: HelixLayout, ranks: list[int]
-    ) -> int:
+    def _bytes_of(self, wanted: list[tuple[str, ParamShard | None]], layout: HelixLayout, ranks: list[int]) -> int:
         """Stored bytes of what is wanted, each part once however many ranks share it."""
         elements: dict[_Key, int] = {}
         for alias, shard in wanted:
@@ -146,9 +134,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def _read_piece(self, piece: Piece, wanted: tuple[Range, ...], target: Tensor) -> None:
         """Copy the part of `piece` that lies in `wanted` to its place in `target`."""
         taken, places = [], []
-        for dim, ((start, stop), begin, size) in enumerate(
-            zip(wanted, piece.start, piece.size, strict=True)
-        ):
+        for dim, ((start, stop), begin, size) in enumerate(zip(wanted, piece.start, piece.size, strict=True)):
             low, high = max(start, begin), min(stop, begin + size)
             if low >= high:
                 return
@@ -166,17 +152,12 @@ class CheckpointWeights(Mapping[str, Tensor]):
         if self._bar is not None:
             self._bar.update(source.numel() * source.element_size())
 
-    def _dequantise(
-        self, source: Tensor, scale: str, taken: list[Range], destination: Tensor
-    ) -> None:
+    def _dequantise(self, source: Tensor, scale: str, taken: list[Range], destination: Tensor) -> None:
         """FP8 values times the scale of their block, in float32. `taken` may begin and end inside blocks."""
         assert self._block is not None
         (row, last_row), (column, last_column) = taken
         rows, columns = self._block
-        grid = (
-            (row // rows, -(-last_row // rows)),
-            (column // columns, -(-last_column // columns)),
-        )
+        grid = ((row // rows, -(-last_row // rows)), (column // columns, -(-last_column // columns)))
         scales = self._files.slice(scale, grid).to(torch.float32)
         row_block = torch.arange(row, last_row) // rows - grid[0][0]
         column_block = torch.arange(column, last_column) // columns - grid[1][0]

@@ -22,9 +22,11 @@ from helix_compile.files import check_folder
 from helix_compile.views.rank_share import RankShare, fake_group, share_of_rank
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
     help="Rewrite a decode step for Helix parallelism, look at it, and run it.",
-)  # fmt: skip
+)
 
 
 # options that helix_compile takes as they are
@@ -82,9 +84,7 @@ Unmatched = Annotated[str, typer.Option(help="error | keep: leave what is not re
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64")]
 
 
-Device = Annotated[
-    str, typer.Option(help="cpu, cuda or cuda:N; cuda under torchrun: each process its own GPU")
-]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; cuda under torchrun: each process its own GPU")]
 
 
 Meta = Annotated[bool, typer.Option("--meta", help="no weights: shapes only")]
@@ -114,19 +114,13 @@ def inspect(
     dtype: Dtype = None,
     meta: Meta = False,
     out: Annotated[Path | None, typer.Option(help="folder for plan, report and graphs")] = None,
-    node: Annotated[
-        str | None, typer.Option(help="explain one node, such as body_0.linear_4")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="what this one rank holds, computes and exchanges")
-    ] = None,
+    node: Annotated[str | None, typer.Option(help="explain one node, such as body_0.linear_4")] = None,
+    rank: Annotated[int | None, typer.Option(help="what this one rank holds, computes and exchanges")] = None,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL and say what was rewritten, what was not and why, and the bytes of each collective."""
     if node is not None and (out is not None or rank is not None):
-        raise HelixError(
-            "inspect: --node prints one node's chain and writes no files; leave --out and --rank"
-        )
+        raise HelixError("inspect: --node prints one node's chain and writes no files; leave --out and --rank")
     if rank is not None and (out is not None or world != "auto"):
         raise HelixError("inspect: --rank looks at one rank of the plan; leave --out and --world")
     if out is not None:
@@ -153,9 +147,7 @@ def inspect(
 def generate(
     ctx: typer.Context,
     model: Model,
-    prompt_ids: Annotated[
-        str, typer.Option(help="token ids separated by commas or spaces; several prompts by ';'")
-    ],
+    prompt_ids: Annotated[str, typer.Option(help="token ids separated by commas or spaces; several prompts by ';'")],
     cp: Cp = None,
     config: Config = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 16,
@@ -176,10 +168,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate greedily from token ids; prints the new ids of each prompt, streaming where there is one."""
-    from helix_compile.runtime.generation import (  # heavy: imports transformers
-        TokenPrinter,
-        padded_prompts,
-    )
+    from helix_compile.runtime.generation import TokenPrinter, padded_prompts  # heavy: imports transformers
 
     if max_new_tokens < 1:
         raise HelixError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
@@ -188,12 +177,19 @@ def generate(
     leads = compiled.world.is_leader  # of several processes one prints
     stream = len(ids) == 1 and not as_json and leads
     new = compiled.generate(
-        ids, mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0,
+        ids,
+        mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=0,
         streamer=TokenPrinter() if stream else None,
-    )[:, ids.shape[1] :]  # fmt: skip
+    )[:, ids.shape[1] :]
     if as_json and leads:
-        print(json.dumps({"prompt_ids": [r[m > 0].tolist() for r, m in zip(ids, mask, strict=True)],
-                          "new_ids": new.tolist()}))  # fmt: skip
+        print(
+            json.dumps(
+                {"prompt_ids": [r[m > 0].tolist() for r, m in zip(ids, mask, strict=True)], "new_ids": new.tolist()}
+            )
+        )
     elif leads and not stream:
         for row in new.tolist():
             print(" ".join(map(str, row)))
@@ -220,13 +216,11 @@ def verify(
     dtype: Dtype = None,
     device: Device = "cpu",
     float64_too: Annotated[
-        bool,
-        typer.Option("--float64-too", help="compile the same plan in float64 and hold it to 1e-10"),
+        bool, typer.Option("--float64-too", help="compile the same plan in float64 and hold it to 1e-10")
     ] = False,
     seed: Annotated[int, typer.Option(help="of tokens, hidden states and needles")] = 0,
     self_test: Annotated[
-        bool,
-        typer.Option("--self-test", help="verify the verifier: every known fault must be caught"),
+        bool, typer.Option("--self-test", help="verify the verifier: every known fault must be caught")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -251,20 +245,14 @@ def verify(
         results.append((all(v.caught for v in verdicts), text, table))
     if as_json:
         documents = [json.loads(text) for _, text, _ in results]
-        both = {
-            "ok": all(ok for ok, *_ in results),
-            "verify": documents[0],
-            "self_test": documents[-1],
-        }
+        both = {"ok": all(ok for ok, *_ in results), "verify": documents[0], "self_test": documents[-1]}
         print(json.dumps(documents[0] if len(documents) == 1 else both, indent=1))
     else:
         print("\n\n".join(text for *_, text in results))
     raise typer.Exit(0 if all(ok for ok, *_ in results) else 1)
 
 
-def _verified(
-    built: Any, options: dict[str, Any], float64_too: bool, seed: int
-) -> tuple[bool, str, str]:
+def _verified(built: Any, options: dict[str, Any], float64_too: bool, seed: int) -> tuple[bool, str, str]:
     """(ok, JSON, text) of verify() on a model, or on a checkpoint folder against what transformers loads from it."""
     import torch
 
@@ -278,7 +266,7 @@ def _verified(
     compiled = helix_compile(built, **options)
     if isinstance(built, Path):
         original = load_folder(built, options["dtype"]).to(options["device"])
-    report = check(compiled, original, dtype=torch.float64 if float64_too else None, seed=seed, progress=_say)  # fmt: skip
+    report = check(compiled, original, dtype=torch.float64 if float64_too else None, seed=seed, progress=_say)
     return report.ok, report.to_json(), str(report)
 
 
@@ -291,11 +279,7 @@ def _say(text: str) -> None:
 
 
 def _later(name: str, what: str) -> None:
-    @app.command(
-        name,
-        hidden=True,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )
+    @app.command(name, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
     def refuse() -> None:
         raise HelixError(f"helix-compile {name}: {what} is not in this version")
 
@@ -335,9 +319,7 @@ def _folder_dtype(built: Any, dtype: str | None) -> Any:
     return getattr(torch, dtype) if dtype is not None and isinstance(built, Path) else None
 
 
-def _share_of_rank(
-    ctx: typer.Context, model: str, dtype: str | None, meta: bool, rank: int
-) -> RankShare:
+def _share_of_rank(ctx: typer.Context, model: str, dtype: str | None, meta: bool, rank: int) -> RankShare:
     """Compile as one rank of a world without peers: graphs, shards and shapes are its own, values there are none."""
     options = _checked_options(ctx)
     from helix_compile.compile import helix_compile

@@ -93,9 +93,7 @@ def attention_site(model: PlannedModel, target: KernelTarget) -> Site:
         for node in gm.graph.nodes:
             if KERNEL in node.meta and ATTENTION in str(node.target):
                 return _concrete_site(gm.graph, node, model.plan)
-    raise LoweringUnavailable(
-        f"{ATTENTION}: no layer of the model is lowered to it; --tune measures {ATTENTION} alone"
-    )
+    raise LoweringUnavailable(f"{ATTENTION}: no layer of the model is lowered to it; --tune measures {ATTENTION} alone")
 
 
 def _concrete_site(graph: fx.Graph, node: fx.Node, plan: HelixPlan) -> Site:
@@ -104,9 +102,7 @@ def _concrete_site(graph: fx.Graph, node: fx.Node, plan: HelixPlan) -> Site:
     return Site(site.op, tuple(concrete(a, sizes) for a in site.args), site.capacity)
 
 
-def _cases_of(
-    graph: fx.Graph, node: fx.Node, plan: HelixPlan, target: KernelTarget
-) -> list[CompileCase]:
+def _cases_of(graph: fx.Graph, node: fx.Node, plan: HelixPlan, target: KernelTarget) -> list[CompileCase]:
     site = _concrete_site(graph, node, plan)
     kernel = kernel_of(site.op)
     assert kernel is not None, f"{node.target} is selected, and not registered"

@@ -36,7 +36,9 @@ TABLE_WIDTH = 150
 
 def kernels(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="preset, config.json or checkpoint folder; no weights are loaded")] = "deepseek-v3",
+    model: Annotated[
+        str, typer.Argument(help="preset, config.json or checkpoint folder; no weights are loaded")
+    ] = "deepseek-v3",
     cp: Annotated[int, typer.Option(help="ranks that share a KV cache by sequence")] = 4,
     tpa: Annotated[int, typer.Option(help="attention tensor parallel")] = 1,
     ep: Annotated[int | None, typer.Option(help="expert parallel; default: the largest that divides")] = None,
@@ -46,10 +48,14 @@ def kernels(
     dtype: Annotated[str | None, typer.Option(help="default: the config's, else bfloat16")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="may be repeated; default: sm_100 and sm_90")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for PTX, cubin and TTGIR")] = None,
-    every: Annotated[bool, typer.Option("--all", help="also what the plan would fall back to, and the FP8 form")] = False,
-    tune: Annotated[bool, typer.Option("--tune", help="measure on this GPU, print a table for kernels/mla/tuning.py")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="also what the plan would fall back to, and the FP8 form")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="measure on this GPU, print a table for kernels/mla/tuning.py")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Compile the kernels that MODEL's plan selects, without a GPU: registers, spills, memory, instructions, and fit."""
     names = ("cp", "tpa", "ep", "max_batch_size", "max_seq_len")
     options = HelixOptions(**merged_options(ctx, names, idle=("lower",)))
@@ -92,14 +98,7 @@ def _tuned(captured: Any, options: HelixOptions) -> str:
     import torch
 
     from helix_compile.cli.kernel_cases import attention_site, planned
-    from helix_compile.kernels.lab.tune import (
-        TuneSizes,
-        fits_card,
-        replacement,
-        table_text,
-        trials_text,
-        tune,
-    )
+    from helix_compile.kernels.lab.tune import TuneSizes, fits_card, replacement, table_text, trials_text, tune
     from helix_compile.kernels.lab.tune_child import ChildTrials
     from helix_compile.kernels.target import device_target
 
@@ -118,10 +117,7 @@ def _say(line: str) -> None:
 
 
 def document(
-    model: str,
-    options: HelixOptions,
-    records: list[KernelRecord],
-    references: list[tuple[str, str, str, str]],
+    model: str, options: HelixOptions, records: list[KernelRecord], references: list[tuple[str, str, str, str]]
 ) -> dict[str, Any]:
     """What --json prints. `references` are the ops that no kernel computes, as (arch, body, op, reason)."""
     import triton
@@ -145,13 +141,15 @@ def format_table(records: list[KernelRecord], references: list[tuple[str, str, s
     left = ("kernel", "arch", "config")
     for column in left:
         table.add_column(column, overflow="fold")
-    for column in ("regs", "threads", "spills B", "shared B", "TMEM", "tensor core", "TMA", "instr/token", "fits"):  # fmt: skip
+    for column in ("regs", "threads", "spills B", "shared B", "TMEM", "tensor core", "TMA", "instr/token", "fits"):
         table.add_column(column, justify="right", no_wrap=True)
     for r in records:
         name = f"{r.kernel} (fallback)" if r.fallback else r.kernel
-        figures = [_text(n) for n in (r.registers, r.threads, r.spills, r.shared_bytes, r.tmem_columns)]  # fmt: skip
+        figures = [_text(n) for n in (r.registers, r.threads, r.spills, r.shared_bytes, r.tmem_columns)]
         used = [r.tensor_core, "yes" if r.tma else "-"]
-        table.add_row(name, r.arch, r.config, *figures, *used, _text(r.instructions_per_kv_token), "yes" if r.fits else "NO")  # fmt: skip
+        table.add_row(
+            name, r.arch, r.config, *figures, *used, _text(r.instructions_per_kv_token), "yes" if r.fits else "NO"
+        )
     console.print(table)
     console.print(
         f"Triton {triton.__version__}. Static figures, nothing was run: instr/token are SASS instructions of all warps of "
@@ -159,9 +157,7 @@ def format_table(records: list[KernelRecord], references: list[tuple[str, str, s
         markup=False,
     )
     for r in (r for r in records if not r.fits):
-        console.print(
-            f"does not fit: {r.kernel} ({r.config}) on {r.arch}: {r.reason}", markup=False
-        )
+        console.print(f"does not fit: {r.kernel} ({r.config}) on {r.arch}: {r.reason}", markup=False)
     for arch, body, op, reason in references:
         console.print(f"no kernel on {arch}: {op} of {body}: {reason}", markup=False)
     output = console.file
@@ -190,9 +186,7 @@ def _check_folders(out: Path, targets: list[KernelTarget]) -> None:
 def _check_triton() -> None:
     """Triton is there, and compiles in this process."""
     if importlib.util.find_spec("triton") is None:
-        raise LoweringUnavailable(
-            "kernels: needs the triton package (3.6 or newer): pip install triton"
-        )
+        raise LoweringUnavailable("kernels: needs the triton package (3.6 or newer): pip install triton")
     import triton
 
     if triton.knobs.runtime.interpret:

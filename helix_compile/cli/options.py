@@ -14,10 +14,7 @@ from helix_compile.config.options import HelixOptions
 from helix_compile.errors import HelixError
 
 Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", help="options from a TOML, YAML or JSON file: ours, TensorRT-LLM's or vLLM's"
-    ),
+    Path | None, typer.Option("--config", help="options from a TOML, YAML or JSON file: ours, TensorRT-LLM's or vLLM's")
 ]
 
 
@@ -27,9 +24,7 @@ def given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def merged_options(
-    ctx: typer.Context, names: Iterable[str], idle: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def merged_options(ctx: typer.Context, names: Iterable[str], idle: tuple[str, ...] = ()) -> dict[str, Any]:
     """Options `names` of this command and whatever --config says; the command line wins over the file.
 
     Args:
@@ -43,9 +38,9 @@ def merged_options(
     if path is not None:
         read = fields_of_file(path)
         options |= {k: v for k, v in read.fields.items() if not (k in options and given(ctx, k))}
-        kept = [k for k in read.fields if k in options and given(ctx, k) and read.fields[k] != options[k]]  # fmt: skip
+        kept = [k for k in read.fields if k in options and given(ctx, k) and read.fields[k] != options[k]]
         unused = [*read.without_effect, *(k for k in idle if k in read.fields)]
-        for what, keys in (("no effect here", unused), ("overridden by the command line", kept)):  # fmt: skip
+        for what, keys in (("no effect here", unused), ("overridden by the command line", kept)):
             if keys:
                 print(f"{path} ({read.dialect}): {what}: {', '.join(keys)}", file=sys.stderr)
     if options["cp"] is None:

@@ -43,11 +43,7 @@ def fields_of_file(path: str | Path) -> ConfigFields:
     names = {key.replace("-", "_") for key in values if isinstance(key, str)}
     found = {
         dialect: sorted(names & set(markers))
-        for dialect, markers in (
-            ("helix_compile", _OWN),
-            ("TensorRT-LLM", TRTLLM_MARKERS),
-            ("vLLM", VLLM_MARKERS),
-        )
+        for dialect, markers in (("helix_compile", _OWN), ("TensorRT-LLM", TRTLLM_MARKERS), ("vLLM", VLLM_MARKERS))
         if names & set(markers)
     }
     if len(found) > 1:

@@ -22,20 +22,14 @@ MAX_BYTES = 256 * 1024  # a file of options is small; a checkpoint given by mist
 
 
 # what the parsers raise on text that is wrong; PyYAML lets errors of its own conversions through ("!!int ''")
-_PARSE_ERRORS = (
-    yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError,
-)  # fmt: skip
+_PARSE_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
 class _StrictLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key written twice in one mapping."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [
-            self.construct_object(key, deep=True)
-            for key, _ in node.value
-            if key.tag != "tag:yaml.org,2002:merge"
-        ]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         _refuse_twice(keys)
         return super().construct_mapping(node, deep=deep)
 
@@ -63,12 +57,7 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_StrictLoader)
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {
-    ".toml": tomllib.loads,
-    ".yaml": _yaml,
-    ".yml": _yaml,
-    ".json": _json,
-}
+PARSERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml, ".json": _json}
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -79,9 +68,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """
     parse = PARSERS.get(Path(path).suffix.lower())
     if parse is None:
-        raise PlanError(
-            f"{path}: unknown kind of file {Path(path).suffix!r}; expected one of {', '.join(PARSERS)}"
-        )
+        raise PlanError(f"{path}: unknown kind of file {Path(path).suffix!r}; expected one of {', '.join(PARSERS)}")
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -96,9 +83,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         reason = str(error) or type(error).__name__
         raise PlanError(f"{path}: can't be parsed: {reason}") from error
     if not isinstance(content, dict):
-        raise PlanError(
-            f"{path}: expected a mapping of options at the top, got {type(content).__name__}"
-        )
+        raise PlanError(f"{path}: expected a mapping of options at the top, got {type(content).__name__}")
     return content
 
 
@@ -112,9 +97,7 @@ def mapping_of(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any
         return source, "configuration"
     if isinstance(source, (str, Path)):
         return read_mapping(source), str(source)
-    raise PlanError(
-        f"configuration: expected a mapping or the path of a file, got {type(source).__name__}"
-    )
+    raise PlanError(f"configuration: expected a mapping or the path of a file, got {type(source).__name__}")
 
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -150,9 +133,9 @@ class ConfigSection:
             raise PlanError(f"{self.where}: {here} is empty; expected options")
         for key, value in self.values.items():
             if not isinstance(key, str):
-                self.refuse(reprlib.repr(key), f"got a key of type {type(key).__name__}, expected a name")  # fmt: skip
+                self.refuse(reprlib.repr(key), f"got a key of type {type(key).__name__}, expected a name")
             if value is None:
-                self.refuse(key, "got None, expected a value; None never means a default here: leave the key out")  # fmt: skip
+                self.refuse(key, "got None, expected a value; None never means a default here: leave the key out")
 
     def refuse(self, key: str, problem: str) -> NoReturn:
         """Raise PlanError for one key."""
@@ -231,7 +214,7 @@ class ConfigSection:
             if key in self.taken:
                 continue
             if key in refused:
-                self.refuse(key, f"got {reprlib.repr(self.values[key])}, expected no such key: {refused[key]}")  # fmt: skip
+                self.refuse(key, f"got {reprlib.repr(self.values[key])}, expected no such key: {refused[key]}")
             if key not in without_effect:
                 self._unknown(key, [*self.taken, *without_effect])
             self.kind(key, without_effect[key])

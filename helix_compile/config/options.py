@@ -46,9 +46,7 @@ MAX_COUNT = 2**31 - 1
 WITHOUT_EFFECT_AT_CP1 = ("merge", "q_proj", "v_up", "overlap")
 
 
-PAGE_SIZE = (
-    128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
-)
+PAGE_SIZE = 128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +79,7 @@ class HelixOptions:
                 )
         for (name, value), reason in LATER.items():
             if getattr(self, name) == value:
-                raise LoweringUnavailable(
-                    f"{name}={value!r}: {reason}; use {name}={CHOICES[name][0]!r}"
-                )
+                raise LoweringUnavailable(f"{name}={value!r}: {reason}; use {name}={CHOICES[name][0]!r}")
         world_size = self.cp * self.tpa
         if self.ep is not None and world_size % self.ep:
             fits = [e for e in range(1, min(world_size, 4096) + 1) if world_size % e == 0]
@@ -163,9 +159,7 @@ def check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise LayoutError(f"{name} must be an int >= 1, got {value!r} ({type(value).__name__})")
     if value > MAX_COUNT:
-        raise LayoutError(
-            f"{name} must be at most {MAX_COUNT:,} (local slots are int32), got {value:,}"
-        )
+        raise LayoutError(f"{name} must be at most {MAX_COUNT:,} (local slots are int32), got {value:,}")
 
 
 def default_ep(world_size: int, num_experts: int) -> int:
@@ -181,16 +175,18 @@ ELSEWHERE = {
 
 # what other engines call a field of ours
 ALIASES = {
-    "context_parallel_size": "cp", "decode_context_parallel_size": "cp", "kvp": "cp", "tensor_parallel_size": "tpa",
-    "moe_expert_parallel_size": "ep", "cp_kv_cache_interleave_size": "tokens_per_block", "dcp_comm_backend": "merge",
-}  # fmt: skip
+    "context_parallel_size": "cp",
+    "decode_context_parallel_size": "cp",
+    "kvp": "cp",
+    "tensor_parallel_size": "tpa",
+    "moe_expert_parallel_size": "ep",
+    "cp_kv_cache_interleave_size": "tokens_per_block",
+    "dcp_comm_backend": "merge",
+}
 
 
 def own_fields(
-    values: Mapping[str, Any],
-    where: str,
-    counts: tuple[str, ...],
-    choices: Mapping[str, tuple[str, ...]],
+    values: Mapping[str, Any], where: str, counts: tuple[str, ...], choices: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Any]:
     """The fields that are written, each checked for its type and choices.
 

@@ -10,14 +10,7 @@ import json
 from dataclasses import MISSING, fields
 from typing import Any
 
-from helix_compile.config.options import (
-    CHOICES,
-    COUNTS,
-    LATER,
-    MAX_COUNT,
-    WITHOUT_EFFECT_AT_CP1,
-    HelixOptions,
-)
+from helix_compile.config.options import CHOICES, COUNTS, LATER, MAX_COUNT, WITHOUT_EFFECT_AT_CP1, HelixOptions
 
 
 def options_schema() -> dict[str, Any]:

@@ -17,30 +17,62 @@ DEFAULT_TOKENS_PER_BLOCK = 32  # of kv_cache_config
 
 
 MARKERS = (
-    "context_parallel_size", "cp_config", "kv_cache_config", "moe_expert_parallel_size", "moe_tensor_parallel_size",
-    "moe_cluster_parallel_size", "context_servers", "generation_servers",
-)  # fmt: skip
+    "context_parallel_size",
+    "cp_config",
+    "kv_cache_config",
+    "moe_expert_parallel_size",
+    "moe_tensor_parallel_size",
+    "moe_cluster_parallel_size",
+    "context_servers",
+    "generation_servers",
+)
 
 
 # understood, checked for their type, and without effect on what is compiled
 WITHOUT_EFFECT = {
-    "max_num_tokens": "int", "max_input_len": "int", "model": "str", "tokenizer": "str", "backend": "str",
-    "attn_backend": "str", "trust_remote_code": "bool", "load_format": "str", "gpus_per_node": "int",
-    "cuda_graph_config": "mapping", "torch_compile_config": "mapping", "scheduler_config": "mapping",
-    "moe_config": "mapping", "cache_transceiver_config": "mapping", "disable_overlap_scheduler": "bool",
-    "enable_chunked_prefill": "bool", "stream_interval": "int", "num_postprocess_workers": "int",
-    "batching_wait_timeout_ms": "number", "print_iter_log": "bool", "enable_iter_perf_stats": "bool",
-    "enable_autotuner": "bool", "allreduce_strategy": "str", "guided_decoding_backend": "str", "log_level": "str",
-    "hostname": "str", "host": "str", "port": "int",
-}  # fmt: skip
+    "max_num_tokens": "int",
+    "max_input_len": "int",
+    "model": "str",
+    "tokenizer": "str",
+    "backend": "str",
+    "attn_backend": "str",
+    "trust_remote_code": "bool",
+    "load_format": "str",
+    "gpus_per_node": "int",
+    "cuda_graph_config": "mapping",
+    "torch_compile_config": "mapping",
+    "scheduler_config": "mapping",
+    "moe_config": "mapping",
+    "cache_transceiver_config": "mapping",
+    "disable_overlap_scheduler": "bool",
+    "enable_chunked_prefill": "bool",
+    "stream_interval": "int",
+    "num_postprocess_workers": "int",
+    "batching_wait_timeout_ms": "number",
+    "print_iter_log": "bool",
+    "enable_iter_perf_stats": "bool",
+    "enable_autotuner": "bool",
+    "allreduce_strategy": "str",
+    "guided_decoding_backend": "str",
+    "log_level": "str",
+    "hostname": "str",
+    "host": "str",
+    "port": "int",
+}
 
 
 CACHE_WITHOUT_EFFECT = {
-    "free_gpu_memory_fraction": "number", "max_tokens": "int", "enable_block_reuse": "bool",
-    "enable_partial_reuse": "bool", "copy_on_partial_reuse": "bool", "host_cache_size": "int",
-    "onboard_blocks": "bool", "event_buffer_max_size": "int", "max_gpu_total_bytes": "int",
+    "free_gpu_memory_fraction": "number",
+    "max_tokens": "int",
+    "enable_block_reuse": "bool",
+    "enable_partial_reuse": "bool",
+    "copy_on_partial_reuse": "bool",
+    "host_cache_size": "int",
+    "onboard_blocks": "bool",
+    "event_buffer_max_size": "int",
+    "max_gpu_total_bytes": "int",
     "secondary_offload_min_priority": "int",
-}  # fmt: skip
+}
 
 
 _SERVERS = "this is a file of disaggregated serving; give its generation_servers section alone"
@@ -70,10 +102,7 @@ def trtllm_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
         PlanError: key path, got, expected.
     """
     top = ConfigSection(values, where)
-    fields: dict[str, Any] = {
-        "cp": top.count("context_parallel_size"),
-        "tpa": top.count("tensor_parallel_size"),
-    }
+    fields: dict[str, Any] = {"cp": top.count("context_parallel_size"), "tpa": top.count("tensor_parallel_size")}
     top.only("pipeline_parallel_size", 1, "pipeline parallelism is not supported")
     top.only("enable_attention_dp", False, "attention data parallelism is not supported")
     top.only("max_beam_width", 1, "beam search is not supported")
@@ -94,7 +123,10 @@ def trtllm_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
     if helix is not None:
         idle += _check_helix(helix, fields["cp"], tokens_per_block, stated)
     elif fields["cp"] > 1:
-        top.refuse("cp_config", "got none, expected {cp_type: HELIX, tokens_per_block: N}: CP type must be HELIX for MLA, but got ULYSSES, the default")  # fmt: skip
+        top.refuse(
+            "cp_config",
+            "got none, expected {cp_type: HELIX, tokens_per_block: N}: CP type must be HELIX for MLA, but got ULYSSES, the default",
+        )
     if stated or helix is not None:
         fields["tokens_per_block"] = tokens_per_block
     return fields, idle + top.finish(WITHOUT_EFFECT, REFUSED)
@@ -105,14 +137,20 @@ def _check_helix(helix: ConfigSection, cp: int, tokens_per_block: int, stated: b
     given = helix.text("cp_type", "ULYSSES")
     kind = given.upper()
     if kind not in CP_TYPES:
-        helix.refuse("cp_type", f"Invalid cp_type: {given}. Must be one of: {', '.join(CP_TYPES)}; expected HELIX")  # fmt: skip
+        helix.refuse("cp_type", f"Invalid cp_type: {given}. Must be one of: {', '.join(CP_TYPES)}; expected HELIX")
     if kind != "HELIX":
         default = "" if "cp_type" in helix.values else ", the default"
-        helix.refuse("cp_type", f"CP type must be HELIX for MLA, but got {kind}{default}; expected HELIX")  # fmt: skip
+        helix.refuse("cp_type", f"CP type must be HELIX for MLA, but got {kind}{default}; expected HELIX")
     if cp == 1:
-        helix.refuse("cp_type", "got HELIX with context_parallel_size 1, expected context_parallel_size >= 2: TensorRT-LLM runs plain tensor parallelism then and does not say so")  # fmt: skip
+        helix.refuse(
+            "cp_type",
+            "got HELIX with context_parallel_size 1, expected context_parallel_size >= 2: TensorRT-LLM runs plain tensor parallelism then and does not say so",
+        )
     if "tokens_per_block" not in helix.values:
-        helix.refuse("tokens_per_block", f"got none, expected {tokens_per_block}, as kv_cache_config.tokens_per_block: TensorRT-LLM requires it for HELIX but skips its check where it is missing")  # fmt: skip
+        helix.refuse(
+            "tokens_per_block",
+            f"got none, expected {tokens_per_block}, as kv_cache_config.tokens_per_block: TensorRT-LLM requires it for HELIX but skips its check where it is missing",
+        )
     block = helix.count("tokens_per_block")
     if block != tokens_per_block:
         default = "" if stated else "; the latter is the default, state it"
@@ -131,18 +169,21 @@ def _check_medium(helix: ConfigSection) -> list[str]:
     if "fifo_version" in helix.values:
         version = helix.count("fifo_version")
         if version > 2:
-            helix.wrong("fifo_version", "1 or 2: TensorRT-LLM takes anything but 1 for 2 and does not say so")  # fmt: skip
+            helix.wrong("fifo_version", "1 or 2: TensorRT-LLM takes anything but 1 for 2 and does not say so")
         if by_nccl:
             stated = "true" if "use_nccl_for_alltoall" in helix.values else "true by default"
-            helix.refuse("fifo_version", f"got {version} where use_nccl_for_alltoall is {stated}, expected no fifo_version: TensorRT-LLM ignores it then")  # fmt: skip
+            helix.refuse(
+                "fifo_version",
+                f"got {version} where use_nccl_for_alltoall is {stated}, expected no fifo_version: TensorRT-LLM ignores it then",
+            )
     helix.finish({}, {})
-    return [f"cp_config.{k}" for k in ("use_nccl_for_alltoall", "fifo_version") if k in helix.values]  # fmt: skip
+    return [f"cp_config.{k}" for k in ("use_nccl_for_alltoall", "fifo_version") if k in helix.values]
 
 
 def _expert_parallel(top: ConfigSection, world_size: int) -> int:
     """moe_tp * moe_ep must be the world; what is not stated follows as in TensorRT-LLM's Mapping (ep = 1 by default)."""
     top.only("moe_cluster_parallel_size", 1, "clusters of experts are not supported")
-    has_ep, has_tp = (k in top.values for k in ("moe_expert_parallel_size", "moe_tensor_parallel_size"))  # fmt: skip
+    has_ep, has_tp = (k in top.values for k in ("moe_expert_parallel_size", "moe_tensor_parallel_size"))
     ep, tpf = top.count("moe_expert_parallel_size"), top.count("moe_tensor_parallel_size")
     if not has_tp:
         tpf = world_size // ep

@@ -13,21 +13,43 @@ from helix_compile.config.files import ConfigSection
 from helix_compile.errors import PlanError
 
 MARKERS = (
-    "decode_context_parallel_size", "cp_kv_cache_interleave_size", "dcp_comm_backend", "dcp_kv_cache_interleave_size",
-    "prefill_context_parallel_size", "enable_expert_parallel",
-)  # fmt: skip
+    "decode_context_parallel_size",
+    "cp_kv_cache_interleave_size",
+    "dcp_comm_backend",
+    "dcp_kv_cache_interleave_size",
+    "prefill_context_parallel_size",
+    "enable_expert_parallel",
+)
 
 
 # understood, checked for their type, and without effect on what is compiled
 WITHOUT_EFFECT = {
-    "model": "str", "tokenizer": "str", "served_model_name": "str or list", "trust_remote_code": "bool",
-    "revision": "str", "download_dir": "str", "load_format": "str", "host": "str", "port": "int", "api_key": "str",
-    "gpu_memory_utilization": "number", "max_num_batched_tokens": "int", "enable_chunked_prefill": "bool",
-    "enable_prefix_caching": "bool", "enforce_eager": "bool", "async_scheduling": "bool", "block_size": "int",
-    "compilation_config": "str or mapping", "distributed_executor_backend": "str", "attention_backend": "str",
-    "all2all_backend": "str", "disable_log_stats": "bool", "disable_log_requests": "bool", "uvicorn_log_level": "str",
+    "model": "str",
+    "tokenizer": "str",
+    "served_model_name": "str or list",
+    "trust_remote_code": "bool",
+    "revision": "str",
+    "download_dir": "str",
+    "load_format": "str",
+    "host": "str",
+    "port": "int",
+    "api_key": "str",
+    "gpu_memory_utilization": "number",
+    "max_num_batched_tokens": "int",
+    "enable_chunked_prefill": "bool",
+    "enable_prefix_caching": "bool",
+    "enforce_eager": "bool",
+    "async_scheduling": "bool",
+    "block_size": "int",
+    "compilation_config": "str or mapping",
+    "distributed_executor_backend": "str",
+    "attention_backend": "str",
+    "all2all_backend": "str",
+    "disable_log_stats": "bool",
+    "disable_log_requests": "bool",
+    "uvicorn_log_level": "str",
     "kv_transfer_config": "str or mapping",
-}  # fmt: skip
+}
 
 
 REFUSED = {
@@ -45,9 +67,7 @@ def underscored(values: Mapping[Any, Any], where: str) -> dict[Any, Any]:
     for key, value in values.items():
         name = key.replace("-", "_") if isinstance(key, str) else key
         if name in result:
-            raise PlanError(
-                f"{where}: {name}: got it with dashes and with underscores, expected it once"
-            )
+            raise PlanError(f"{where}: {name}: got it with dashes and with underscores, expected it once")
         result[name] = value
     return result
 
@@ -61,9 +81,12 @@ def vllm_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
     top = ConfigSection(underscored(values, where), where)
     ranks, cp = top.count("tensor_parallel_size"), top.count("decode_context_parallel_size")
     if ranks % cp:
-        top.refuse("decode_context_parallel_size", f"got {cp} with tensor_parallel_size {ranks}, expected a divisor of it: in vLLM these are the same ranks")  # fmt: skip
+        top.refuse(
+            "decode_context_parallel_size",
+            f"got {cp} with tensor_parallel_size {ranks}, expected a divisor of it: in vLLM these are the same ranks",
+        )
     for name in ("pipeline", "data", "prefill_context"):
-        top.only(f"{name}_parallel_size", 1, f"{name.replace('_', ' ')} parallelism is not supported")  # fmt: skip
+        top.only(f"{name}_parallel_size", 1, f"{name.replace('_', ' ')} parallelism is not supported")
     top.only("kv_cache_dtype", "auto", "the cache has the dtype of the model")
     top.only("dtype", "auto", "give dtype= or --dtype beside the file")
     fields: dict[str, Any] = {"cp": cp, "tpa": ranks // cp}
@@ -71,9 +94,9 @@ def vllm_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
     interleave = top.count("cp_kv_cache_interleave_size")
     merge = top.choice("dcp_comm_backend", ("ag_rs", "a2a"), "ag_rs")
     if cp == 1:
-        for key, differs in (("cp_kv_cache_interleave_size", interleave != 1), ("dcp_comm_backend", merge != "ag_rs")):  # fmt: skip
+        for key, differs in (("cp_kv_cache_interleave_size", interleave != 1), ("dcp_comm_backend", merge != "ag_rs")):
             if differs:
-                top.wrong(key, "no such key at decode_context_parallel_size 1, where it has no effect")  # fmt: skip
+                top.wrong(key, "no such key at decode_context_parallel_size 1, where it has no effect")
     else:
         fields |= {"tokens_per_block": interleave, "merge": merge}
         if "block_size" in top.values and top.count("block_size") % interleave:

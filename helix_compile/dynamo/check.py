@@ -80,9 +80,7 @@ def compared_outputs(gm: fx.GraphModule, frame: Frame, args: tuple[Any, ...]) ->
             raise error from None
 
 
-def _outputs_of(
-    gm: fx.GraphModule, frame: Frame, args: tuple[Any, ...], expected: _Expected
-) -> list[GraphOutput]:
+def _outputs_of(gm: fx.GraphModule, frame: Frame, args: tuple[Any, ...], expected: _Expected) -> list[GraphOutput]:
     mode = DigestMode()
     stand_ins = [_enter(mode, role, value) for role, value in zip(frame.inputs, args, strict=True)]
     with torch.no_grad(), mode.fake, mode:
@@ -139,10 +137,7 @@ def _by_forward(frame: Frame, exporting: bool) -> _Expected:
         return stand_ins[id(value)]
 
     model = frame.model
-    named = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first = {id(tensor): name for name, tensor in reversed(named)}
     weights = {name: enter(GraphInput("weight", first[id(t)]), t) for name, t in named}
     call = {
@@ -178,11 +173,7 @@ def _enter(mode: DigestMode, role: GraphInput, value: Any) -> Any:
     small = not value.is_floating_point() and role.name != "input_ids" and role.kind != "weight"
     if small:
         return mode.known(value)
-    return (
-        value
-        if role.kind == "constant"
-        else mode.stand_in(value, f"{role.kind} {role.name} {role.layer}")
-    )
+    return value if role.kind == "constant" else mode.stand_in(value, f"{role.kind} {role.name} {role.layer}")
 
 
 @contextmanager

@@ -86,16 +86,10 @@ def traced_frame(gm: fx.GraphModule, example_inputs: list[Any]) -> Frame:
             + _last_graph_break()
         )
     arguments = _arguments(model, scope)
-    named = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     names = {id(tensor): name for name, tensor in reversed(named)}
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    inputs = [
-        _role(node, value, names, arguments)
-        for node, value in zip(places, example_inputs, strict=True)
-    ]
+    inputs = [_role(node, value, names, arguments) for node, value in zip(places, example_inputs, strict=True)]
     return Frame(model, arguments, inputs)
 
 
@@ -140,17 +134,13 @@ def _arguments(model: nn.Module, scope: dict[str, Any]) -> dict[str, Any]:
             )
     keep = flat.get("logits_to_keep", 0)
     if isinstance(keep, bool) or not isinstance(keep, int):
-        raise CaptureError(
-            f"torch.compile: logits_to_keep must be an int, got {type(keep).__name__}"
-        )
+        raise CaptureError(f"torch.compile: logits_to_keep must be an int, got {type(keep).__name__}")
     if not isinstance(flat.get("input_ids"), Tensor):
         raise CaptureError("torch.compile: the model is called without input_ids")
     return flat
 
 
-def _role(
-    node: fx.Node, value: Any, names: dict[int, str], arguments: dict[str, Any]
-) -> GraphInput:
+def _role(node: fx.Node, value: Any, names: dict[int, str], arguments: dict[str, Any]) -> GraphInput:
     source = getattr(node.meta.get("grapharg"), "source", None)
     found = _CACHE.match(source.name if source is not None else "")
     if not isinstance(value, Tensor):

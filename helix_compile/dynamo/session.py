@@ -134,9 +134,7 @@ class Session:
         self.cache = cache
         return logits
 
-    def _shifts(
-        self, cache: UserCache, positions: Tensor | None, whole: Tensor, S: int, T: int
-    ) -> list[int | None]:
+    def _shifts(self, cache: UserCache, positions: Tensor | None, whole: Tensor, S: int, T: int) -> list[int | None]:
         """Per row, how far the user's positions are from the place among the row's tokens: it must never change."""
         counted = torch.arange(S, S + T) if positions is None else positions.to("cpu", torch.int64)
         if counted.dim() > 2 or counted.shape[-1] != T:
@@ -202,9 +200,7 @@ class CompiledGraph:
             self._capacity(past, rooms),
         )
         cache = self.session.cache
-        results = [
-            self._result(o, logits, ids.shape[0], cache.columns, rooms) for o in self._outputs
-        ]
+        results = [self._result(o, logits, ids.shape[0], cache.columns, rooms) for o in self._outputs]
         made = {
             (o.layer, o.field): r
             for o, r in zip(self._outputs, results, strict=True)
@@ -224,9 +220,7 @@ class CompiledGraph:
         found += [_room(o, rooms) for o in self._outputs if o.field in LATENTS]
         return min(found)
 
-    def _result(
-        self, output: GraphOutput, logits: Tensor, B: int, columns: int, rooms: dict[int, int]
-    ) -> Tensor | int:
+    def _result(self, output: GraphOutput, logits: Tensor, B: int, columns: int, rooms: dict[int, int]) -> Tensor | int:
         if output.kind == "length":
             return columns
         if output.kind == "logits":

@@ -24,10 +24,7 @@ Key = tuple[int, str]  # layer, field
 LATENTS = ("keys", "values")  # the fields that a step fills
 
 
-STATES = (
-    "conv_states",
-    "recurrent_states",
-)  # of linear attention, which stays a leaf: its own states are on the ranks
+STATES = ("conv_states", "recurrent_states")  # of linear attention, which stays a leaf: its own states are on the ranks
 
 
 _START_OVER = "to start over pass a new cache"

@@ -53,9 +53,7 @@ class DigestMode(TorchDispatchMode):
     def stand_in(self, tensor: Tensor, name: str) -> FakeTensor:
         """A fake of `tensor` (own storage) whose digest is that of `name`."""
         with torch.no_grad(), self.fake:
-            fake = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-            )
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         assert isinstance(fake, FakeTensor)
         self._name(fake, _hash("input", name))
         return fake

@@ -21,16 +21,38 @@ from helix_compile.ir.sizes import concrete, shape_of
 
 _MOVES = frozenset(
     {
-        aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int,
-        aten.permute.default, aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default,
-        aten.slice.Tensor, aten.select.int, aten.cat.default, aten.expand.default,
-        aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
-        aten.repeat.default, aten.repeat_interleave.self_int, aten.clone.default, aten.slice_scatter.default, aten.alias.default,
-        aten.detach.default, aten.unbind.int, aten.t.default, aten.movedim.int,
-        aten.stack.default, aten.flatten.using_ints, aten.unflatten.int,
-        aten.select_scatter.default, operator.getitem,
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.split_with_sizes.default,
+        aten.split.Tensor,
+        aten.chunk.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.cat.default,
+        aten.expand.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.repeat.default,
+        aten.repeat_interleave.self_int,
+        aten.clone.default,
+        aten.slice_scatter.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.unbind.int,
+        aten.t.default,
+        aten.movedim.int,
+        aten.stack.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.select_scatter.default,
+        operator.getitem,
     }
-)  # fmt: skip
+)
 
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)

@@ -16,9 +16,7 @@ aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 
 # frames of torch and of this package are not lines of the user's model
-_NOT_THE_USERS = (
-    f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/", "torch/fx/",
-)  # fmt: skip
+_NOT_THE_USERS = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/", "torch/fx/")
 
 
 def node_named(graph: fx.Graph, name: str) -> fx.Node:
@@ -83,11 +81,7 @@ def is_collective(node: Any) -> bool:
 
 def is_param(node: Any) -> bool:
     """True for a placeholder that is a parameter or buffer."""
-    return (
-        isinstance(node, fx.Node)
-        and node.op == "placeholder"
-        and node.meta.get("input", [""])[0] == "param"
-    )
+    return isinstance(node, fx.Node) and node.op == "placeholder" and node.meta.get("input", [""])[0] == "param"
 
 
 def getitems(graph: fx.Graph, node: fx.Node, *names: str) -> list[fx.Node]:

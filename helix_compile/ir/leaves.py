@@ -78,13 +78,7 @@ class LeafLayer(Leaf):
     """
 
     def __init__(
-        self,
-        name: str,
-        reason: str,
-        call: Any,
-        arguments: fx.GraphModule,
-        config: Any,
-        module: nn.Module | None = None,
+        self, name: str, reason: str, call: Any, arguments: fx.GraphModule, config: Any, module: nn.Module | None = None
     ):
         super().__init__(name, reason, module)
         self.call, self.config = call, config
@@ -101,12 +95,7 @@ class LeafLayer(Leaf):
         return LeafLayer(self.name, self.reason, self.call, self.arguments, self.config, module)
 
     def forward(
-        self,
-        hidden: Tensor,
-        state: LeafState,
-        positions: Tensor,
-        input_ids: Tensor,
-        *weights: Tensor,
+        self, hidden: Tensor, state: LeafState, positions: Tensor, input_ids: Tensor, *weights: Tensor
     ) -> Tensor:
         """Run the layer.
 
@@ -149,12 +138,7 @@ class LeafLayer(Leaf):
         return cache
 
     def _others(
-        self,
-        positions: Tensor,
-        ids: Tensor,
-        start: int,
-        hidden: Tensor,
-        weights: tuple[Tensor, ...],
+        self, positions: Tensor, ids: Tensor, start: int, hidden: Tensor, weights: tuple[Tensor, ...]
     ) -> list[Tensor]:
         """The layer's other tensors for one sequence, by the graph around the layers."""
         mask = torch.ones(1, start + len(positions), dtype=torch.int64, device=hidden.device)
@@ -175,9 +159,7 @@ class LeafLayer(Leaf):
 def _whole_cache(config: Any) -> Any:
     """A cache that forgets nothing: a window is in the mask, as everywhere in the captured graph."""
     cache = DynamicCache(config=config)
-    cache.layers = [
-        DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in cache.layers
-    ]
+    cache.layers = [DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in cache.layers]
     return cache
 
 

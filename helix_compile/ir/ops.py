@@ -38,50 +38,31 @@ def _define(schema: str, reference: Callable | None, fake: Callable) -> None:
     torch.library.register_fake(f"helix::{name}", fake, lib=_LIBRARY)
 
 
-def _shard_index_fake(
-    positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int
-) -> tuple[Tensor, Tensor]:
+def _shard_index_fake(positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)
 
 
 def _cache_append_fake(
-    cache: Tensor,
-    page_table: Tensor,
-    slots: Tensor,
-    visible: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
+    cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
 ) -> Tensor:
     return torch.empty_like(visible)
 
 
 def _mla_decode_fake(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
+    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     lse = q_latent.new_empty(q_latent.shape[:3], dtype=accumulation_dtype(q_latent.dtype))
     return q_latent.new_empty(q_latent.shape), lse
 
 
 def _gqa_decode_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
     return q.new_empty((*q.shape[:3], v_cache.shape[3])), lse
 
 
-def _all_to_all_heads_fake(
-    partial_o: Tensor, lse: Tensor, axis: str, peers: int
-) -> tuple[Tensor, Tensor]:
+def _all_to_all_heads_fake(partial_o: Tensor, lse: Tensor, axis: str, peers: int) -> tuple[Tensor, Tensor]:
     B, T, H, width = partial_o.shape
     chunk = (peers, B, T, H // peers)
     return partial_o.new_empty((*chunk, width)), lse.new_empty(chunk)
@@ -109,24 +90,13 @@ def _rescale_by_lse_fake(partial_o: Tensor, lse: Tensor, lse_P: Tensor) -> Tenso
 
 
 def _moe_experts_fake(
-    x: Tensor,
-    expert_ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    first_expert: Tensor,
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first_expert: Tensor
 ) -> Tensor:
     return torch.empty_like(x)
 
 
 def _moe_router_fake(
-    logits: Tensor,
-    bias: Tensor,
-    n_group: int,
-    topk_group: int,
-    top_k: int,
-    normalize: bool,
-    scale: float,
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     chosen = (logits.shape[0], top_k)
     return logits.new_empty(chosen, dtype=torch.int64), logits.new_empty(chosen)
@@ -181,9 +151,7 @@ _define(
 )
 
 
-_define(
-    "merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor", merge_lse_reference, _merge_lse_fake
-)
+_define("merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor", merge_lse_reference, _merge_lse_fake)
 
 
 _define(
@@ -216,11 +184,7 @@ _define(
 )
 
 
-_define(
-    "pack_heads(Tensor partial_o, Tensor lse, int peers) -> Tensor",
-    pack_heads_reference,
-    _pack_heads_fake,
-)
+_define("pack_heads(Tensor partial_o, Tensor lse, int peers) -> Tensor", pack_heads_reference, _pack_heads_fake)
 
 
 _define(

@@ -34,9 +34,7 @@ def mark_captured(graph: fx.Graph) -> None:
     """Mark every node of a freshly captured graph as its own origin. Marking twice changes nothing."""
     for node in graph.nodes:
         node.meta.update({STAGE: CAPTURED, ORIGIN: [node.name], VIA: [], SOURCE: source_line(node)})
-    for node in (
-        graph.nodes
-    ):  # parameters and sizes have no line of their own: the one that reads them first
+    for node in graph.nodes:  # parameters and sizes have no line of their own: the one that reads them first
         node.meta[SOURCE] = node.meta[SOURCE] or _first(_sources(_nearest(node, _readers, SOURCE)))
     for node in graph.nodes:
         near = _nearest(node, _producers, SOURCE)

@@ -52,9 +52,7 @@ def propagate_shapes(graph: fx.Graph) -> None:
                 node.meta["val"] = node.target(*args, **kwargs)
             except Exception as error:
                 shapes = [_shape(n.meta["val"]) for n in node.all_input_nodes]
-                raise PassError(
-                    f"node `{node.name}` ({node.target}) does not take {shapes}: {error}"
-                ) from error
+                raise PassError(f"node `{node.name}` ({node.target}) does not take {shapes}: {error}") from error
             node.meta["val_key"] = key
 
 

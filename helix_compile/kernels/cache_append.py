@@ -21,14 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.registry import (
-    CompileCase,
-    Kernel,
-    Site,
-    launch,
-    register_kernel,
-    specialize,
-)
+from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
 from helix_compile.kernels.rope_heads import rotate_pairs, token_strides, unit_stride
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
@@ -44,13 +37,37 @@ FUSED_ONLY = ("norm_weight_ptr", "cos_ptr", "sin_ptr", "eps", *ANGLE_STRIDES)
 
 @triton.jit(do_not_specialize=["T"])
 def _cache_append_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    cache_ptr, page_table_ptr, slots_ptr, visible_ptr, latent_ptr, k_rope_ptr, norm_weight_ptr, cos_ptr, sin_ptr, out_ptr,
-    stride_cache_page, stride_cache_slot, stride_table_B,
-    stride_latent_B, stride_latent_T, stride_rope_B, stride_rope_T,
-    stride_cos_B, stride_cos_T, stride_sin_B, stride_sin_T, T, eps,
-    NORM_ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, PAGE: tl.constexpr, R: tl.constexpr, r: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-):  # fmt: skip
+    cache_ptr,
+    page_table_ptr,
+    slots_ptr,
+    visible_ptr,
+    latent_ptr,
+    k_rope_ptr,
+    norm_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    stride_cache_page,
+    stride_cache_slot,
+    stride_table_B,
+    stride_latent_B,
+    stride_latent_T,
+    stride_rope_B,
+    stride_rope_T,
+    stride_cos_B,
+    stride_cos_T,
+    stride_sin_B,
+    stride_sin_T,
+    T,
+    eps,
+    NORM_ROPE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAGE: tl.constexpr,
+    R: tl.constexpr,
+    r: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+):
     token = tl.program_id(0)
     b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
     slot = tl.load(slots_ptr + token)
@@ -58,7 +75,7 @@ def _cache_append_kernel(  # type: ignore[no-untyped-def] # Triton types its arg
     # the values before the branch: their loads don't wait for the slot's
     cache_dtype: tl.constexpr = cache_ptr.dtype.element_ty
     channel = tl.arange(0, BLOCK_R)
-    latent = tl.load(latent_ptr + b * stride_latent_B + t * stride_latent_T + channel, mask=channel < R, other=0.0)  # fmt: skip
+    latent = tl.load(latent_ptr + b * stride_latent_B + t * stride_latent_T + channel, mask=channel < R, other=0.0)
     k_rope_row = k_rope_ptr + b * stride_rope_B + t * stride_rope_T
     pair = tl.arange(0, BLOCK_ROPE // 2)
     rope_channel = tl.arange(0, BLOCK_ROPE)
@@ -68,9 +85,14 @@ def _cache_append_kernel(  # type: ignore[no-untyped-def] # Triton types its arg
         weight = tl.load(norm_weight_ptr + channel, mask=channel < R, other=0.0).to(tl.float32)
         latent = weight * (wide * scale).to(latent_ptr.dtype.element_ty).to(tl.float32)
         first, second = rotate_pairs(
-            k_rope_row, cos_ptr + b * stride_cos_B + t * stride_cos_T, sin_ptr + b * stride_sin_B + t * stride_sin_T,
-            pair, pair < r // 2, r, INTERLEAVED,
-        )  # fmt: skip
+            k_rope_row,
+            cos_ptr + b * stride_cos_B + t * stride_cos_T,
+            sin_ptr + b * stride_sin_B + t * stride_sin_T,
+            pair,
+            pair < r // 2,
+            r,
+            INTERLEAVED,
+        )
     else:
         k_rope = tl.load(k_rope_row + rope_channel, mask=rope_channel < r, other=0.0)
     if slot >= 0:
@@ -85,32 +107,31 @@ def _cache_append_kernel(  # type: ignore[no-untyped-def] # Triton types its arg
 
 
 def _arguments(
-    out: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    slots: Tensor,
-    visible: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
+    out: Tensor, cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
 ) -> dict[str, Any]:
     """Arguments of a launch that only appends; tensors may be fake."""
     page_table, latent, k_rope = unit_stride(page_table), unit_stride(latent), unit_stride(k_rope)
     return {
-        "cache_ptr": cache, "page_table_ptr": page_table, "slots_ptr": slots.contiguous(),
-        "visible_ptr": visible.contiguous(), "latent_ptr": latent, "k_rope_ptr": k_rope, "out_ptr": out,
-        "stride_cache_page": cache.stride(0), "stride_cache_slot": cache.stride(1), "stride_table_B": page_table.stride(0),
+        "cache_ptr": cache,
+        "page_table_ptr": page_table,
+        "slots_ptr": slots.contiguous(),
+        "visible_ptr": visible.contiguous(),
+        "latent_ptr": latent,
+        "k_rope_ptr": k_rope,
+        "out_ptr": out,
+        "stride_cache_page": cache.stride(0),
+        "stride_cache_slot": cache.stride(1),
+        "stride_table_B": page_table.stride(0),
         **dict(zip(("stride_latent_B", "stride_latent_T"), token_strides(latent), strict=True)),
         **dict(zip(("stride_rope_B", "stride_rope_T"), token_strides(k_rope), strict=True)),
         "T": slots.shape[1],
-    }  # fmt: skip
+    }
 
 
-def _norm_rope_arguments(
-    norm_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
-) -> dict[str, Any]:
+def _norm_rope_arguments(norm_weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> dict[str, Any]:
     cos, sin = unit_stride(cos), unit_stride(sin)
     strides = zip(ANGLE_STRIDES, (*token_strides(cos), *token_strides(sin)), strict=True)
-    return {"norm_weight_ptr": norm_weight.contiguous(), "eps": eps, "cos_ptr": cos, "sin_ptr": sin, **dict(strides)}  # fmt: skip
+    return {"norm_weight_ptr": norm_weight.contiguous(), "eps": eps, "cos_ptr": cos, "sin_ptr": sin, **dict(strides)}
 
 
 def _triton_type(value: Any) -> str:
@@ -128,22 +149,22 @@ def _case(arguments: dict[str, Any], R: int, r: int, interleaved: bool | None) -
         function=_cache_append_kernel,
         signature={name: _triton_type(value) for name, value in arguments.items()},
         constexprs={
-            **({} if fused else dict.fromkeys(FUSED_ONLY)), "NORM_ROPE": fused, "INTERLEAVED": bool(interleaved),
-            "PAGE": int(arguments["cache_ptr"].shape[1]), "R": R, "r": r,
-            "BLOCK_R": triton.next_power_of_2(R), "BLOCK_ROPE": triton.next_power_of_2(r),
+            **({} if fused else dict.fromkeys(FUSED_ONLY)),
+            "NORM_ROPE": fused,
+            "INTERLEAVED": bool(interleaved),
+            "PAGE": int(arguments["cache_ptr"].shape[1]),
+            "R": R,
+            "r": r,
+            "BLOCK_R": triton.next_power_of_2(R),
+            "BLOCK_ROPE": triton.next_power_of_2(r),
         },
         options={"num_warps": 1, "num_stages": 1},
         config=f"{form}, {R} + {r} channels",
-    )  # fmt: skip
+    )
 
 
 def cache_append_triton(
-    cache: Tensor,
-    page_table: Tensor,
-    slots: Tensor,
-    visible: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
+    cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
 ) -> Tensor:
     """See cache_append_reference; float32, bfloat16 or float16 in any combination."""
     if cache.dim() == 4:
@@ -157,21 +178,20 @@ def cache_append_triton(
 
 
 def _heads_as_tokens(
-    cache: Tensor,
-    page_table: Tensor,
-    slots: Tensor,
-    visible: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
+    cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
 ) -> tuple[Tensor, ...]:
     """The arguments of a cache with K heads as those of one without: slot s, head k is slot s * K + k."""
     K = cache.shape[2]
     heads = torch.arange(K, device=slots.device)
     by_head = torch.where(slots[..., None] >= 0, slots[..., None] * K + heads, -1)
     return (
-        cache.flatten(1, 2), page_table, by_head.flatten(1),
-        visible[..., None].expand(*visible.shape, K).flatten(1), latent.flatten(1, 2), k_rope.flatten(1, 2),
-    )  # fmt: skip
+        cache.flatten(1, 2),
+        page_table,
+        by_head.flatten(1),
+        visible[..., None].expand(*visible.shape, K).flatten(1),
+        latent.flatten(1, 2),
+        k_rope.flatten(1, 2),
+    )
 
 
 def cache_append_norm_rope_triton(
@@ -199,13 +219,7 @@ def cache_append_norm_rope_triton(
 
 
 def _cache_append_fake(
-    cache: Tensor,
-    page_table: Tensor,
-    slots: Tensor,
-    visible: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
-    *norm_rope: Any,
+    cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor, *norm_rope: Any
 ) -> Tensor:
     return torch.empty_like(visible, memory_format=torch.contiguous_format)
 
@@ -215,9 +229,7 @@ def _refusal(cache: Tensor, floats: tuple[Tensor, ...]) -> str | None:
         dtypes = ", ".join(str(x.dtype) for x in floats)
         return f"cache of {cache.dtype}, values of {dtypes}; the kernel takes 16- and 32-bit floats"
     if cache.stride(-1) != 1:
-        return (
-            f"channels of the cache have stride {cache.stride(-1)}; the kernel writes rows in place"
-        )
+        return f"channels of the cache have stride {cache.stride(-1)}; the kernel writes rows in place"
     if cache.dim() == 4 and cache.stride(1) != cache.shape[2] * cache.stride(2):
         return "the KV heads of a slot are not side by side in the cache; the kernel writes rows in place"
     return None
@@ -245,23 +257,18 @@ def _cache_append_norm_rope_supports(site: Site, target: KernelTarget) -> str | 
 
 def _cache_append_norm_rope_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     append, norm_rope = site.args[:6], site.args[6:10]
-    arguments = {
-        **_arguments(_cache_append_fake(*append), *append),
-        **_norm_rope_arguments(*norm_rope),
-    }
+    arguments = {**_arguments(_cache_append_fake(*append), *append), **_norm_rope_arguments(*norm_rope)}
     R, r = (int(x.shape[2]) for x in append[4:])
     return [specialize(_case(arguments, R, r, site.args[10]), arguments)]
 
 
-APPEND_SCHEMA = "Tensor(a!) cache, Tensor page_table, Tensor slots, Tensor visible, Tensor latent, Tensor k_rope"  # fmt: skip
+APPEND_SCHEMA = "Tensor(a!) cache, Tensor page_table, Tensor slots, Tensor visible, Tensor latent, Tensor k_rope"
 
 
 CACHE_APPEND = register_kernel(
     Kernel(
         op="cache_append",
-        target=define_triton_op(
-            f"cache_append({APPEND_SCHEMA}) -> Tensor", cache_append_triton, _cache_append_fake
-        ),
+        target=define_triton_op(f"cache_append({APPEND_SCHEMA}) -> Tensor", cache_append_triton, _cache_append_fake),
         supports=_supports,
         cases=_cases,
     )

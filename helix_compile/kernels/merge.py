@@ -25,14 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.registry import (
-    CompileCase,
-    Kernel,
-    Site,
-    launch,
-    register_kernel,
-    specialize,
-)
+from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
@@ -54,26 +47,36 @@ def softmax_weights(lse, axis: tl.constexpr):  # type: ignore[no-untyped-def] # 
 
 @triton.jit
 def _merge_lse_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    o_ptr, lse_ptr, out_ptr,
-    stride_o_P, stride_o_row, stride_lse_P, rows,
-    PEERS: tl.constexpr, W: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    o_ptr,
+    lse_ptr,
+    out_ptr,
+    stride_o_P,
+    stride_o_row,
+    stride_lse_P,
+    rows,
+    PEERS: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     peer = tl.arange(0, BLOCK_P).to(tl.int64)
     column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     inside = (row < rows)[:, None] & (peer < PEERS)[None, :]
-    lse = tl.load(lse_ptr + row[:, None] + peer[None, :] * stride_lse_P, mask=inside, other=float("-inf"))  # fmt: skip
+    lse = tl.load(lse_ptr + row[:, None] + peer[None, :] * stride_lse_P, mask=inside, other=float("-inf"))
     weights, total, _ = softmax_weights(lse, 1)
     parts = tl.load(
         o_ptr + (row[:, None] * stride_o_row + peer[None, :] * stride_o_P)[:, :, None] + column[None, None, :],
-        mask=(lse != float("-inf"))[:, :, None] & (column < W)[None, None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
+        mask=(lse != float("-inf"))[:, :, None] & (column < W)[None, None, :],
+        other=0.0,
+    ).to(tl.float32)
     o = tl.sum(parts * weights[:, :, None], 1) / tl.where(total == 0.0, 1.0, total)
     tl.store(
-        out_ptr + row[:, None] * W + column[None, :], o.to(out_ptr.dtype.element_ty),
+        out_ptr + row[:, None] * W + column[None, :],
+        o.to(out_ptr.dtype.element_ty),
         mask=(row < rows)[:, None] & (column < W)[None, :],
-    )  # fmt: skip
+    )
 
 
 def merge_tile(parts: int, W: int) -> tuple[dict[str, int], int]:
@@ -92,13 +95,15 @@ def _case(peers: int, W: int, dtype: torch.dtype) -> CompileCase:
         kernel="merge_lse",
         function=_merge_lse_kernel,
         signature={
-            "o_ptr": f"*{element}", "lse_ptr": "*fp32", "out_ptr": f"*{element}",
+            "o_ptr": f"*{element}",
+            "lse_ptr": "*fp32",
+            "out_ptr": f"*{element}",
             **dict.fromkeys((*STRIDES, "rows"), "i32"),
         },
         constexprs={"PEERS": peers, "W": W, **blocks},
         options={"num_warps": num_warps, "num_stages": 1},
         config=f"{peers} parts, BLOCK_ROWS {blocks['BLOCK_ROWS']}, BLOCK_W {blocks['BLOCK_W']}",
-    )  # fmt: skip
+    )
 
 
 def merge_lse_triton(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
@@ -116,10 +121,15 @@ def merge_lse_triton(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
         case,
         (triton.cdiv(rows, blocks["BLOCK_ROWS"]), triton.cdiv(W, blocks["BLOCK_W"])),
         {
-            "o_ptr": parts, "lse_ptr": lse, "out_ptr": out, "stride_o_P": parts.stride(0),
-            "stride_o_row": parts.stride(1), "stride_lse_P": lse.stride(0), "rows": rows,
+            "o_ptr": parts,
+            "lse_ptr": lse,
+            "out_ptr": out,
+            "stride_o_P": parts.stride(0),
+            "stride_o_row": parts.stride(1),
+            "stride_lse_P": lse.stride(0),
+            "rows": rows,
         },
-    )  # fmt: skip
+    )
     return out
 
 
@@ -130,7 +140,9 @@ def _merge_lse_fake(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
 def _supports(site: Site, target: KernelTarget) -> str | None:
     parts, lse = site.args
     if parts.dtype not in TRITON_TYPE or lse.dtype != torch.float32:
-        return f"parts of {parts.dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
+        return (
+            f"parts of {parts.dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
+        )
     return None
 
 
@@ -140,10 +152,14 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     # fake views of the packed buffer are contiguous; the real ones begin behind lse and have its strides
     row_bytes = B * T * h * (W * parts.dtype.itemsize + lse.dtype.itemsize)
     arguments: dict[str, Any] = {
-        "o_ptr": B * T * h * lse.dtype.itemsize, "lse_ptr": 0, "out_ptr": 0,
-        "stride_o_P": row_bytes // parts.dtype.itemsize, "stride_o_row": W,
-        "stride_lse_P": row_bytes // lse.dtype.itemsize, "rows": B * T * h,
-    }  # fmt: skip
+        "o_ptr": B * T * h * lse.dtype.itemsize,
+        "lse_ptr": 0,
+        "out_ptr": 0,
+        "stride_o_P": row_bytes // parts.dtype.itemsize,
+        "stride_o_row": W,
+        "stride_lse_P": row_bytes // lse.dtype.itemsize,
+        "rows": B * T * h,
+    }
     return [specialize(_case(int(peers), int(W), parts.dtype), arguments)]
 
 
@@ -151,9 +167,7 @@ MERGE_LSE = register_kernel(
     Kernel(
         op="merge_lse",
         target=define_triton_op(
-            "merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor",
-            merge_lse_triton,
-            _merge_lse_fake,
+            "merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor", merge_lse_triton, _merge_lse_fake
         ),
         supports=_supports,
         cases=_cases,
@@ -166,9 +180,8 @@ BLOCK_R = 128
 
 @triton.jit
 def merge_splits_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    o_S_ptr, lse_S_ptr, o_ptr, lse_ptr,
-    R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    o_S_ptr, lse_S_ptr, o_ptr, lse_ptr, R: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, SPLITS)
     channels = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -176,8 +189,9 @@ def merge_splits_kernel(  # type: ignore[no-untyped-def] # Triton types its argu
     weights, total, lse = softmax_weights(lse_S, 0)
     parts = tl.load(
         o_S_ptr + (row * SPLITS + splits)[:, None] * R + channels[None, :],
-        mask=(lse_S != float("-inf"))[:, None] & (channels < R)[None, :], other=0.0,
-    )  # fmt: skip
+        mask=(lse_S != float("-inf"))[:, None] & (channels < R)[None, :],
+        other=0.0,
+    )
     o = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(o_ptr + row * R + channels, o.to(o_ptr.dtype.element_ty), mask=channels < R)
     tl.store(lse_ptr + row + tl.arange(0, 1), lse)
@@ -193,7 +207,7 @@ def merge_splits_case(splits: int, R: int, dtype: torch.dtype) -> CompileCase:
         options={"num_warps": 4, "num_stages": 1},
         divisible_by_16=("o_S_ptr", "lse_S_ptr", "o_ptr", "lse_ptr"),
         config=f"{splits} splits, BLOCK_R {BLOCK_R}",
-    )  # fmt: skip
+    )
 
 
 def merge_splits(partial_o_S: Tensor, lse_S: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -22,27 +22,43 @@ import triton.language as tl
 from torch import Tensor
 
 from helix_compile.kernels.merge import merge_tile, softmax_weights
-from helix_compile.kernels.registry import (
-    CompileCase,
-    Kernel,
-    Site,
-    launch,
-    register_kernel,
-    specialize,
-)
+from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
-INTEGERS = ("stride_o_row", "stride_o_S", "stride_lse_row", "stride_lse_S", "stride_out_o_P", "stride_out_lse_P", "rows")  # fmt: skip
+INTEGERS = (
+    "stride_o_row",
+    "stride_o_S",
+    "stride_lse_row",
+    "stride_lse_S",
+    "stride_out_o_P",
+    "stride_out_lse_P",
+    "rows",
+)
 
 
 @triton.jit
 def _pack_heads_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    o_ptr, lse_ptr, out_o_ptr, out_lse_ptr,
-    stride_o_row, stride_o_S, stride_lse_row, stride_lse_S, stride_out_o_P, stride_out_lse_P, rows,
-    MERGE: tl.constexpr, SPLITS: tl.constexpr, H: tl.constexpr, CHUNK_H: tl.constexpr, W: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    o_ptr,
+    lse_ptr,
+    out_o_ptr,
+    out_lse_ptr,
+    stride_o_row,
+    stride_o_S,
+    stride_lse_row,
+    stride_lse_S,
+    stride_out_o_P,
+    stride_out_lse_P,
+    rows,
+    MERGE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    H: tl.constexpr,
+    CHUNK_H: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     inside = (row < rows)[:, None]
@@ -50,24 +66,29 @@ def _pack_heads_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
         split = tl.arange(0, BLOCK_P).to(tl.int64)
         lse_parts = tl.load(
             lse_ptr + row[:, None] * stride_lse_row + split[None, :] * stride_lse_S,
-            mask=inside & (split < SPLITS)[None, :], other=float("-inf"),
-        )  # fmt: skip
+            mask=inside & (split < SPLITS)[None, :],
+            other=float("-inf"),
+        )
         weights, total, lse = softmax_weights(lse_parts, 1)
         parts = tl.load(
             o_ptr + (row[:, None] * stride_o_row + split[None, :] * stride_o_S)[:, :, None] + column[None, None, :],
-            mask=(lse_parts != float("-inf"))[:, :, None] & (column < W)[None, None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
+            mask=(lse_parts != float("-inf"))[:, :, None] & (column < W)[None, None, :],
+            other=0.0,
+        ).to(tl.float32)
         o = tl.sum(parts * weights[:, :, None], 1) / tl.where(total == 0.0, 1.0, total)
     else:
         lse = tl.load(lse_ptr + row[:, None] * stride_lse_row, mask=inside, other=0.0)
-        o = tl.load(o_ptr + row[:, None] * stride_o_row + column[None, :], mask=inside & (column < W)[None, :], other=0.0)  # fmt: skip
+        o = tl.load(
+            o_ptr + row[:, None] * stride_o_row + column[None, :], mask=inside & (column < W)[None, :], other=0.0
+        )
     head = row % H
     peer = (head // CHUNK_H)[:, None]
     out_row = (row // H * CHUNK_H + head % CHUNK_H)[:, None]
     tl.store(
         out_o_ptr + peer * stride_out_o_P + out_row * W + column[None, :],
-        o.to(out_o_ptr.dtype.element_ty), mask=inside & (column < W)[None, :],
-    )  # fmt: skip
+        o.to(out_o_ptr.dtype.element_ty),
+        mask=inside & (column < W)[None, :],
+    )
     if tl.program_id(1) == 0:
         if out_lse_ptr.dtype.element_ty == tl.int16:
             bits = lse.to(tl.int32, bitcast=True)
@@ -78,9 +99,7 @@ def _pack_heads_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
             tl.store(out_lse_ptr + peer * stride_out_lse_P + out_row, lse, mask=inside)
 
 
-def _case(
-    splits: int | None, H: int, peers: int, W: int, o: torch.dtype, out: torch.dtype
-) -> CompileCase:
+def _case(splits: int | None, H: int, peers: int, W: int, o: torch.dtype, out: torch.dtype) -> CompileCase:
     """The case of `splits` parts of dtype `o` (None: merged already, a copy) packed as `out`."""
     blocks, num_warps = merge_tile(splits or 1, W)
     lse_out = "*fp32" if out == torch.float32 else "*i16"
@@ -89,13 +108,23 @@ def _case(
         kernel="pack_heads" if splits is None else "pack_heads.splits",
         function=_pack_heads_kernel,
         signature={
-            "o_ptr": f"*{TRITON_TYPE[o]}", "lse_ptr": "*fp32", "out_o_ptr": f"*{TRITON_TYPE[out]}", "out_lse_ptr": lse_out,
+            "o_ptr": f"*{TRITON_TYPE[o]}",
+            "lse_ptr": "*fp32",
+            "out_o_ptr": f"*{TRITON_TYPE[out]}",
+            "out_lse_ptr": lse_out,
             **dict.fromkeys(INTEGERS, "i32"),
         },
-        constexprs={"MERGE": splits is not None, "SPLITS": splits or 1, "H": H, "CHUNK_H": H // peers, "W": W, **blocks},
+        constexprs={
+            "MERGE": splits is not None,
+            "SPLITS": splits or 1,
+            "H": H,
+            "CHUNK_H": H // peers,
+            "W": W,
+            **blocks,
+        },
         options={"num_warps": num_warps, "num_stages": 1},
         config=f"{what}, BLOCK_ROWS {blocks['BLOCK_ROWS']}, BLOCK_W {blocks['BLOCK_W']}",
-    )  # fmt: skip
+    )
 
 
 def _new_buffer(lse: Tensor, rows: Any, W: int, peers: int, dtype: torch.dtype) -> Tensor:
@@ -115,10 +144,18 @@ def _arguments(o: Tensor, lse: Tensor, buffer: Tensor, dtype: torch.dtype) -> di
         out_lse = buffer.view(torch.int16)
         out_o = buffer.view(dtype)[:, chunk_rows * lse.dtype.itemsize // dtype.itemsize :]
     return {
-        "o_ptr": o, "lse_ptr": lse, "out_o_ptr": out_o, "out_lse_ptr": out_lse,
-        "stride_o_row": o.stride(0), "stride_o_S": o.stride(1), "stride_lse_row": lse.stride(0), "stride_lse_S": lse.stride(1),
-        "stride_out_o_P": out_o.stride(0), "stride_out_lse_P": out_lse.stride(0), "rows": rows,
-    }  # fmt: skip
+        "o_ptr": o,
+        "lse_ptr": lse,
+        "out_o_ptr": out_o,
+        "out_lse_ptr": out_lse,
+        "stride_o_row": o.stride(0),
+        "stride_o_S": o.stride(1),
+        "stride_lse_row": lse.stride(0),
+        "stride_lse_S": lse.stride(1),
+        "stride_out_o_P": out_o.stride(0),
+        "stride_out_lse_P": out_lse.stride(0),
+        "rows": rows,
+    }
 
 
 def _rows(partial_o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,10 +166,7 @@ def _rows(partial_o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 def _launch(case: CompileCase, arguments: dict[str, Any]) -> None:
     constants = case.constexprs
-    grid = (
-        triton.cdiv(arguments["rows"], constants["BLOCK_ROWS"]),
-        triton.cdiv(constants["W"], constants["BLOCK_W"]),
-    )
+    grid = (triton.cdiv(arguments["rows"], constants["BLOCK_ROWS"]), triton.cdiv(constants["W"], constants["BLOCK_W"]))
     launch(case, grid, arguments)
 
 
@@ -167,7 +201,9 @@ def _pack_splits_fake(partial_o: Tensor, lse: Tensor, peers: int, dtype: torch.d
 def _supports(site: Site, target: KernelTarget) -> str | None:
     partial_o, lse = site.args[:2]
     if partial_o.dtype not in TRITON_TYPE or lse.dtype != torch.float32:
-        return f"o of {partial_o.dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
+        return (
+            f"o of {partial_o.dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
+        )
     return None
 
 
@@ -199,9 +235,7 @@ PACK_HEADS = register_kernel(
     Kernel(
         op="pack_heads",
         target=define_triton_op(
-            "pack_heads(Tensor partial_o, Tensor lse, int peers) -> Tensor",
-            pack_heads_triton,
-            _pack_heads_fake,
+            "pack_heads(Tensor partial_o, Tensor lse, int peers) -> Tensor", pack_heads_triton, _pack_heads_fake
         ),
         supports=_supports,
         cases=_cases,

@@ -27,9 +27,7 @@ from torch import Tensor
 
 from helix_compile.layout.ledger import local_length, local_slot, owner_rank
 
-SCORE_BYTES = (
-    64 * 2**20
-)  # scores [T, H, S] are built in chunks of T below this, so long steps stay small
+SCORE_BYTES = 64 * 2**20  # scores [T, H, S] are built in chunks of T below this, so long steps stay small
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,9 +35,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def shard_index_reference(
-    positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int
-) -> tuple[Tensor, Tensor]:
+def shard_index_reference(positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int) -> tuple[Tensor, Tensor]:
     """Where this rank writes each new token and how much of its shard each query sees.
 
     Args:
@@ -59,12 +55,7 @@ def shard_index_reference(
 
 
 def cache_append_reference(
-    cache: Tensor,
-    page_table: Tensor,
-    slots: Tensor,
-    visible: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
+    cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
 ) -> Tensor:
     """Write latent [B, T, R] and k_rope [B, T, r] at this rank's slots; return a copy of `visible`.
 
@@ -76,19 +67,12 @@ def cache_append_reference(
     row, column = torch.nonzero(slots >= 0, as_tuple=True)
     slot = slots[row, column]
     page = page_table[row, slot // page_size]
-    cache[page, slot % page_size] = torch.cat(
-        [latent[row, column], k_rope[row, column]], dim=-1
-    ).to(cache.dtype)
+    cache[page, slot % page_size] = torch.cat([latent[row, column], k_rope[row, column]], dim=-1).to(cache.dtype)
     return visible.clone()
 
 
 def mla_decode_reference(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
+    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Absorbed attention of q_latent [B, T, H, R] and q_rope [B, T, H, r] over this rank's shard.
 
@@ -125,9 +109,7 @@ def _rows_of_sequence(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     return cache[used].reshape(-1, cache.shape[2])[:length]
 
 
-def _attend(
-    q_THW: Tensor, kv_SW: Tensor, visible_T: Tensor, scale: float, R: int
-) -> tuple[Tensor, Tensor]:
+def _attend(q_THW: Tensor, kv_SW: Tensor, visible_T: Tensor, scale: float, R: int) -> tuple[Tensor, Tensor]:
     T, H, W = q_THW.shape
     scores = (q_THW.reshape(T * H, W) @ kv_SW.T).mul_(scale).view(T, H, -1)
     hidden = torch.arange(kv_SW.shape[0], device=kv_SW.device) >= visible_T[:, None]
@@ -145,9 +127,7 @@ def merge_lse_reference(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
     A peer with lse = -inf is not read; a row that no peer has seen is 0 (helix-algorithm, section 7).
     """
     dtype = lse_P.dtype
-    alive = (
-        lse_P != -torch.inf
-    )  # not >: a NaN is a fault that must reach the output, not a dead part
+    alive = lse_P != -torch.inf  # not >: a NaN is a fault that must reach the output, not a dead part
     top = torch.where(alive, lse_P, torch.finfo(dtype).min).amax(dim=0)
     weights = torch.where(alive, torch.exp(lse_P - top), 0.0)
     total = weights.sum(dim=0)
@@ -167,12 +147,7 @@ def rescale_by_lse_reference(partial_o: Tensor, lse: Tensor, lse_P: Tensor) -> T
 
 
 def moe_experts_reference(
-    x: Tensor,
-    expert_ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    first_expert: Tensor,
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first_expert: Tensor
 ) -> Tensor:
     """Sum over the chosen experts that this rank holds: x [N, D] -> [N, D], a partial sum over ep and tpf.
 
@@ -229,20 +204,13 @@ def unpack_heads_reference(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tu
     if buffer.dtype != lse.dtype:
         if buffer.shape[1] % lse.dtype.itemsize:
             # one peer's row counts as contiguous, and still begins where lse is not aligned
-            lse_rows, o_rows = (
-                x.clone(memory_format=torch.contiguous_format) for x in (lse_rows, o_rows)
-            )
+            lse_rows, o_rows = (x.clone(memory_format=torch.contiguous_format) for x in (lse_rows, o_rows))
         lse_rows, o_rows = lse_rows.view(lse.dtype), o_rows.view(partial_o.dtype)
     return o_rows.view(peers, B, T, h, width), lse_rows.view(peers, B, T, h)
 
 
 def gqa_decode_reference(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention of q [B, T, H, Dk] over this rank's shard of the cache.
 
@@ -265,16 +233,11 @@ def gqa_decode_reference(
     for b in range(B):
         if longest[b] == 0:
             continue  # an empty shard: o = 0 and lse = -inf stand
-        k_KSD, v_KSD = (
-            _heads_of_sequence(cache, page_table[b], longest[b]).to(dtype)
-            for cache in (k_cache, v_cache)
-        )
+        k_KSD, v_KSD = (_heads_of_sequence(cache, page_table[b], longest[b]).to(dtype) for cache in (k_cache, v_cache))
         step = max(1, SCORE_BYTES // (H * longest[b] * dtype.itemsize))
         for t in range(0, T, step):
             part = slice(t, t + step)
-            o, row_lse = _attend_grouped(
-                q[b, part].to(dtype), k_KSD, v_KSD, visible[b, part], scale
-            )
+            o, row_lse = _attend_grouped(q[b, part].to(dtype), k_KSD, v_KSD, visible[b, part], scale)
             partial_o[b, part] = o.to(partial_o.dtype)
             lse[b, part] = row_lse
     return partial_o, lse
@@ -302,13 +265,7 @@ def _attend_grouped(
 
 
 def moe_router_reference(
-    logits: Tensor,
-    bias: Tensor,
-    n_group: int,
-    topk_group: int,
-    top_k: int,
-    normalize: bool,
-    scale: float,
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Choose top_k of E experts for each token.
 

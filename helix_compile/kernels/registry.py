@@ -56,17 +56,10 @@ def specialize(case: CompileCase, arguments: dict[str, Any]) -> CompileCase:
         if isinstance(value, Tensor)
     }
     divisible = tuple(
-        name
-        for name, value in {**byte_offsets, **integers}.items()
-        if statically_known_true(value % 16 == 0)
+        name for name, value in {**byte_offsets, **integers}.items() if statically_known_true(value % 16 == 0)
     )
     signature = {name: kind for name, kind in case.signature.items() if name not in ones}
-    return replace(
-        case,
-        signature=signature,
-        constexprs={**case.constexprs, **ones},
-        divisible_by_16=divisible,
-    )
+    return replace(case, signature=signature, constexprs={**case.constexprs, **ones}, divisible_by_16=divisible)
 
 
 @dataclass(frozen=True)

@@ -18,23 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.registry import (
-    CompileCase,
-    Kernel,
-    Site,
-    launch,
-    register_kernel,
-    specialize,
-)
+from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
 BLOCK_H = 8
 
 
-STRIDES = (
-    "stride_q_B", "stride_q_H", "stride_q_T", "stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T",
-)  # fmt: skip
+STRIDES = ("stride_q_B", "stride_q_H", "stride_q_T", "stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T")
 
 
 @triton.jit
@@ -43,9 +34,7 @@ def rotate_pairs(x_ptr, cos_ptr, sin_ptr, pair, mask, r: tl.constexpr, INTERLEAV
     HALF: tl.constexpr = r // 2
     if INTERLEAVED:  # one wide load of neighbours, then apart
         channels = tl.expand_dims(x_ptr + 2 * pair, -1) + tl.arange(0, 2)
-        x0, x1 = tl.split(
-            tl.load(channels, mask=tl.expand_dims(mask, -1), other=0.0).to(tl.float32)
-        )
+        x0, x1 = tl.split(tl.load(channels, mask=tl.expand_dims(mask, -1), other=0.0).to(tl.float32))
     else:
         x0 = tl.load(x_ptr + pair, mask=mask, other=0.0).to(tl.float32)
         x1 = tl.load(x_ptr + pair + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -59,10 +48,24 @@ def rotate_pairs(x_ptr, cos_ptr, sin_ptr, pair, mask, r: tl.constexpr, INTERLEAV
 
 @triton.jit(do_not_specialize=["T"])
 def _rope_heads_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    q_ptr, cos_ptr, sin_ptr, out_ptr,
-    stride_q_B, stride_q_H, stride_q_T, stride_cos_B, stride_cos_T, stride_sin_B, stride_sin_T, T,
-    H: tl.constexpr, r: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    stride_q_B,
+    stride_q_H,
+    stride_q_T,
+    stride_cos_B,
+    stride_cos_T,
+    stride_sin_B,
+    stride_sin_T,
+    T,
+    H: tl.constexpr,
+    r: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+):
     token = tl.program_id(0)
     b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
@@ -72,8 +75,11 @@ def _rope_heads_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
         q_ptr + b * stride_q_B + t * stride_q_T + head.to(tl.int64) * stride_q_H,
         cos_ptr + b * stride_cos_B + t * stride_cos_T,
         sin_ptr + b * stride_sin_B + t * stride_sin_T,
-        pair, mask, r, INTERLEAVED,
-    )  # fmt: skip
+        pair,
+        mask,
+        r,
+        INTERLEAVED,
+    )
     out = out_ptr + (token.to(tl.int64) * H + head) * r + pair
     tl.store(out, first.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(out + r // 2, second.to(out_ptr.dtype.element_ty), mask=mask)
@@ -95,26 +101,37 @@ def _case(q: torch.dtype, angle: torch.dtype, H: int, r: int, interleaved: bool)
         kernel="rope_heads",
         function=_rope_heads_kernel,
         signature={
-            "q_ptr": f"*{TRITON_TYPE[q]}", "cos_ptr": f"*{TRITON_TYPE[angle]}", "sin_ptr": f"*{TRITON_TYPE[angle]}",
-            "out_ptr": f"*{TRITON_TYPE[q]}", **dict.fromkeys((*STRIDES, "T"), "i32"),
+            "q_ptr": f"*{TRITON_TYPE[q]}",
+            "cos_ptr": f"*{TRITON_TYPE[angle]}",
+            "sin_ptr": f"*{TRITON_TYPE[angle]}",
+            "out_ptr": f"*{TRITON_TYPE[q]}",
+            **dict.fromkeys((*STRIDES, "T"), "i32"),
         },
         constexprs={
-            "H": H, "r": r, "INTERLEAVED": interleaved,
-            "BLOCK_H": block_h, "BLOCK_PAIRS": triton.next_power_of_2(r // 2),
+            "H": H,
+            "r": r,
+            "INTERLEAVED": interleaved,
+            "BLOCK_H": block_h,
+            "BLOCK_PAIRS": triton.next_power_of_2(r // 2),
         },
         options={"num_warps": 1, "num_stages": 1},
         config=f"{'interleaved' if interleaved else 'halves'}, BLOCK_H {block_h}",
-    )  # fmt: skip
+    )
 
 
 def _arguments(q_rope: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> dict[str, Any]:
     q, cos, sin = unit_stride(q_rope.transpose(1, 2)), unit_stride(cos), unit_stride(sin)
     values = (*token_strides(q), *token_strides(cos), *token_strides(sin))
-    names = ("stride_q_B", "stride_q_T", "stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T")  # fmt: skip
+    names = ("stride_q_B", "stride_q_T", "stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T")
     return {
-        "q_ptr": q, "cos_ptr": cos, "sin_ptr": sin, "out_ptr": out,
-        "stride_q_H": q.stride(2), **dict(zip(names, values, strict=True)), "T": q.shape[1],
-    }  # fmt: skip
+        "q_ptr": q,
+        "cos_ptr": cos,
+        "sin_ptr": sin,
+        "out_ptr": out,
+        "stride_q_H": q.stride(2),
+        **dict(zip(names, values, strict=True)),
+        "T": q.shape[1],
+    }
 
 
 def rope_heads_triton(q_rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -55,9 +55,7 @@ def device_target(device: torch.device) -> KernelTarget:
         LoweringUnavailable: Triton is missing, or can't run here; says what to do.
     """
     if importlib.util.find_spec("triton") is None:
-        raise LoweringUnavailable(
-            "lower='triton' needs the triton package: pip install 'triton>=3.6'"
-        )
+        raise LoweringUnavailable("lower='triton' needs the triton package: pip install 'triton>=3.6'")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         count = torch.cuda.get_device_properties(device).multi_processor_count
@@ -84,10 +82,6 @@ def target_for(lower: str, device: torch.device) -> KernelTarget | None:
     """
     if lower == "triton":
         return device_target(device)
-    if (
-        lower == "auto"
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    ):
+    if lower == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return device_target(device)
     return None

@@ -14,9 +14,7 @@ from helix_compile.kernels.target import device_target
 TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-_LIBRARY = torch.library.Library(
-    "helix_triton", "DEF"
-)  # kept alive: dropping it unregisters the ops
+_LIBRARY = torch.library.Library("helix_triton", "DEF")  # kept alive: dropping it unregisters the ops
 
 
 def define_triton_op(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -106,6 +106,5 @@ class HelixMesh:
             return (tuple(ranks),)
         other = others[axis]
         return tuple(
-            tuple(r for r in ranks if self.layout.index(other, r) == i)
-            for i in range(self.layout.size(other))
+            tuple(r for r in ranks if self.layout.index(other, r) == i) for i in range(self.layout.size(other))
         )

@@ -68,9 +68,7 @@ def normal_form(layout: Layout, degrees: HelixLayout) -> Layout:
             placements = {kept[axis] for axis in axes}
             foldable = len(placements) == 1 and isinstance(kept[axes[0]], (Shard, Partial))
             if foldable:
-                kept = {a: p for a, p in kept.items() if a not in axes} | {
-                    "world": placements.pop()
-                }
+                kept = {a: p for a, p in kept.items() if a not in axes} | {"world": placements.pop()}
     return kept
 
 

@@ -115,9 +115,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.e_score_correction_bias = nn.Buffer(
-            torch.zeros(config.n_routed_experts, dtype=torch.float32)
-        )
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, D] -> weights [N, K] and expert ids [N, K]."""
@@ -181,9 +179,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, position_embeddings: Any, attention_mask: Tensor, past_key_values: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, position_embeddings: Any, attention_mask: Tensor, past_key_values: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         normed = self.input_layernorm(x)
         x = x + self.self_attn(normed, position_embeddings, attention_mask, past_key_values)
@@ -204,9 +200,7 @@ class Decoder(nn.Module):
 class DeepseekV3(nn.Module):
     """The language model, weights random, normal with config.initializer_range."""
 
-    _keep_in_fp32_modules_strict = (
-        "e_score_correction_bias",
-    )  # what a change of dtype leaves alone
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)  # what a change of dtype leaves alone
 
     def __init__(self, config: DeepseekV3Config):
         super().__init__()
@@ -258,7 +252,5 @@ class DeepseekV3(nn.Module):
         x = self.model.embed_tokens(input_ids)
         rope = self.model.rotary_emb(position_ids, x.dtype)
         for layer in self.model.layers:
-            x = layer(
-                x, position_embeddings=rope, attention_mask=mask, past_key_values=past_key_values
-            )
+            x = layer(x, position_embeddings=rope, attention_mask=mask, past_key_values=past_key_values)
         return Output(self.lm_head(self.model.norm(x)), past_key_values)

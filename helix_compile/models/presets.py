@@ -15,30 +15,60 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 # Every size differs on purpose, so that a swapped dim can't pass unseen.
 TINY: dict[str, Any] = {
-    "vocab_size": 256, "hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 48,
-    "num_hidden_layers": 4, "first_k_dense_replace": 2, "num_attention_heads": 8, "num_key_value_heads": 8,
-    "q_lora_rank": 40, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "v_head_dim": 20,
-    "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
-    "max_position_embeddings": 4096, "eos_token_id": None, "bos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "max_position_embeddings": 4096,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
 
 
 # The geometry TensorRT-LLM's own Helix test uses (DeepSeek-V3-Lite: 32 heads, hidden 2560), fewer layers and experts.
 DEEPSEEK_V3_LITE: dict[str, Any] = {
-    "vocab_size": 32000, "hidden_size": 2560, "intermediate_size": 10240, "moe_intermediate_size": 1536,
-    "num_hidden_layers": 4, "first_k_dense_replace": 1, "num_attention_heads": 32, "num_key_value_heads": 32,
-    "q_lora_rank": None, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-    "n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1,
-    "max_position_embeddings": 32768, "eos_token_id": None, "bos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 32000,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 32768,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": TINY,
     "deepseek-v3-lite": DEEPSEEK_V3_LITE,
-    "deepseek-v3": {
-        "max_position_embeddings": 163840
-    },  # the rest are the class's defaults: 61 layers, 671 B
+    "deepseek-v3": {"max_position_embeddings": 163840},  # the rest are the class's defaults: 61 layers, 671 B
 }
 
 
@@ -49,9 +79,7 @@ def preset_config(name: str) -> DeepseekV3Config:
     return DeepseekV3Config(**PRESETS[name])
 
 
-def build_model(
-    config: Any, *, dtype: torch.dtype = torch.float32, meta: bool = False, seed: int = 0
-) -> nn.Module:
+def build_model(config: Any, *, dtype: torch.dtype = torch.float32, meta: bool = False, seed: int = 0) -> nn.Module:
     """A causal language model with random weights (or on the meta device, without any), in eval mode.
 
     The router's correction bias gets random values: zeros would make its place in the graph untestable.
@@ -96,22 +124,16 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
         return path
     elif path.suffix == ".pt2" and path.is_file():
         if meta or dtype is not None:
-            raise ValueError(
-                "an exported program has its weights and dtype; drop --meta and --dtype"
-            )
+            raise ValueError("an exported program has its weights and dtype; drop --meta and --dtype")
         return path
     elif path.exists():
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     else:
-        raise KeyError(
-            f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name"
-        )
+        raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name")
     stated = getattr(config, "dtype", None)
-    default = (
-        stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
-    )
+    default = stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
     if not meta:
         _check_memory(config, chosen or default)
     return build_model(config, dtype=chosen or default, meta=meta)

@@ -26,9 +26,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         rope, width = config.rope_parameters, config.qk_rope_head_dim
         if rope["rope_type"] not in ("default", "yarn"):
-            raise ValueError(
-                f"rope_type {rope['rope_type']!r} is not known here; expected 'default' or 'yarn'"
-            )
+            raise ValueError(f"rope_type {rope['rope_type']!r} is not known here; expected 'default' or 'yarn'")
         powers = rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
         frequencies, self.scale = 1.0 / powers, 1.0
         if rope["rope_type"] == "yarn":

@@ -32,10 +32,7 @@ STAGES = ("captured", "attention", "reshard", "ffn", "lowered")
 
 
 def helix_passes(
-    captured: CapturedGraph,
-    matches: dict[str, LayerMatch],
-    plan: HelixPlan,
-    target: KernelTarget | None = None,
+    captured: CapturedGraph, matches: dict[str, LayerMatch], plan: HelixPlan, target: KernelTarget | None = None
 ) -> list[GraphPass]:
     """Every pass in order, bound to its matches and plan. Without a target compute ops keep their references."""
     layout, names = plan.layout, list(matches)
@@ -46,9 +43,7 @@ def helix_passes(
     sites = {n: len(matches[n].attentions) for n in names}
     outer = partial(
         rewire_outer_pass,
-        before={
-            n: [p.meta["input"] for p in placeholders(b.graph)] for n, b in captured.bodies.items()
-        },
+        before={n: [p.meta["input"] for p in placeholders(b.graph)] for n, b in captured.bodies.items()},
         prefixes={layer.index: layer.prefix for layer in captured.layers},
         caches={layer.index: layer.caches for layer in captured.layers},
         plan=plan,
@@ -75,10 +70,7 @@ def helix_passes(
         ),
         # after attention: its gather of heads becomes o_proj columns + one all_reduce
         GraphPass(
-            "reshard",
-            {n: (partial(reshard_pass, **common[n]), sites[n]) for n in names},
-            update_calls_pass,
-            typed,
+            "reshard", {n: (partial(reshard_pass, **common[n]), sites[n]) for n in names}, update_calls_pass, typed
         ),
         # after reshard: both leave partial sums behind a row-parallel linear, by the same rule
         GraphPass(
@@ -144,10 +136,7 @@ def _examples(graph: fx.Graph, match: LayerMatch, plan: HelixPlan) -> dict[str, 
     with fake_mode_of(graph):
         empty = partial(torch.empty, device=hidden.device)
         caches = [
-            empty(
-                cache_shape(a.cache, plan.options, plan.layout),
-                dtype=node_named(graph, a.new[0]).meta["val"].dtype,
-            )
+            empty(cache_shape(a.cache, plan.options, plan.layout), dtype=node_named(graph, a.new[0]).meta["val"].dtype)
             for a in match.attentions
         ]
         return {

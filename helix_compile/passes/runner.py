@@ -63,8 +63,7 @@ def run_passes(
             raise
         except Exception as error:
             raise PassError(
-                f"pass {graph_pass.stage!r} failed after {', '.join(stages)}: "
-                f"{type(error).__name__}: {error}"
+                f"pass {graph_pass.stage!r} failed after {', '.join(stages)}: {type(error).__name__}: {error}"
             ) from error
         for graph, nodes in before:
             mark_pass(graph, nodes, graph_pass.stage)

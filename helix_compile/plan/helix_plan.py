@@ -187,10 +187,7 @@ class HelixPlan:
                 layout=HelixLayout(**fields.pop("layout")),
                 options=HelixOptions(**fields.pop("options")),
                 bodies=tuple(_body_from(b) for b in fields.pop("bodies")),
-                decisions=tuple(
-                    Decision(**{**d, "inputs": _tuples(d["inputs"])})
-                    for d in fields.pop("decisions")
-                ),
+                decisions=tuple(Decision(**{**d, "inputs": _tuples(d["inputs"])}) for d in fields.pop("decisions")),
                 not_rewritten=_tuples(fields.pop("not_rewritten")),
                 notes=tuple(fields.pop("notes")),
                 leaves=_tuples(fields.pop("leaves", [])),
@@ -198,9 +195,7 @@ class HelixPlan:
                 **fields,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(
-                f"plan: not a plan of this version: {type(error).__name__}: {error}"
-            ) from error
+            raise PlanError(f"plan: not a plan of this version: {type(error).__name__}: {error}") from error
 
     def diff(self, other: HelixPlan) -> list[str]:
         """One line per place where `other` differs: path, this value, other value."""
@@ -211,10 +206,7 @@ class HelixPlan:
 def trace_plan(plan: HelixPlan) -> None:
     """Put the plan into torch's structured trace, where one is written (TORCH_TRACE=dir)."""
     trace_structured(
-        "artifact",
-        lambda: {"name": "helix_plan", "encoding": "json"},
-        payload_fn=plan.to_json,
-        expect_trace_id=False,
+        "artifact", lambda: {"name": "helix_plan", "encoding": "json"}, payload_fn=plan.to_json, expect_trace_id=False
     )
 
 
@@ -250,12 +242,9 @@ def _body_from(fields: dict[str, Any]) -> BodyPlan:
         attentions=tuple(AttentionPlan(**_fields(a)) for a in fields["attentions"]),
         ffns=tuple(FFNPlan(**_fields(f)) for f in fields["ffns"]),
         param_shards=tuple(
-            ParamShard(**{**_fields(s), "cuts": tuple(Cut(**c) for c in s["cuts"])})
-            for s in fields["param_shards"]
+            ParamShard(**{**_fields(s), "cuts": tuple(Cut(**c) for c in s["cuts"])}) for s in fields["param_shards"]
         ),
-        collectives=tuple(
-            Collective(**{**c, _EGRESS: _fraction(c[_EGRESS])}) for c in fields["collectives"]
-        ),
+        collectives=tuple(Collective(**{**c, _EGRESS: _fraction(c[_EGRESS])}) for c in fields["collectives"]),
     )
 
 

@@ -60,8 +60,7 @@ def shard_boxes(shard: ParamShard, layout: HelixLayout, rank: int) -> ShardBoxes
         runs.append(list(_runs(shard.view[at : at + dims], kept[at : at + dims], index)))
         at += dims
     boxes = tuple(
-        Box(tuple(source for source, _ in one), tuple(r for _, parts in one for r in parts))
-        for one in product(*runs)
+        Box(tuple(source for source, _ in one), tuple(r for _, parts in one for r in parts)) for one in product(*runs)
     )
     real = [stop - start for start, stop in kept]
     return ShardBoxes(boxes, tuple(local), padded=real != local)
@@ -123,8 +122,7 @@ def cut_param(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) 
     """
     if tuple(whole.shape) != shard.source_shape:
         raise PlanError(
-            f"parameter {shard.source}: got shape {tuple(whole.shape)}, the plan expects "
-            f"{shard.source_shape}"
+            f"parameter {shard.source}: got shape {tuple(whole.shape)}, the plan expects {shard.source_shape}"
         )
     if shard.index is not None:
         whole = whole[torch.tensor(shard.index, device=whole.device)]
@@ -136,8 +134,6 @@ def cut_param(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) 
         part = part.narrow(cut.dim, start, stop - start)
         missing = cut.width(layout) - (stop - start)
         if missing:
-            zeros = part.new_zeros(
-                [missing if d == cut.dim else s for d, s in enumerate(part.shape)]
-            )
+            zeros = part.new_zeros([missing if d == cut.dim else s for d, s in enumerate(part.shape)])
             part = torch.cat([part, zeros], dim=cut.dim)
     return part.view(shard.shape)

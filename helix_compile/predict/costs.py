@@ -23,13 +23,21 @@ from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.ledger import local_length
 
 _COPIES = frozenset(
-    {aten.cat.default, aten.clone.default, aten.stack.default, aten.repeat.default, aten.copy.default,
-     aten.slice_scatter.default, aten.contiguous.default}
-)  # fmt: skip
+    {
+        aten.cat.default,
+        aten.clone.default,
+        aten.stack.default,
+        aten.repeat.default,
+        aten.copy.default,
+        aten.slice_scatter.default,
+        aten.contiguous.default,
+    }
+)
 
 
-_MATMULS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default, aten.linear.default,
-                      aten._grouped_mm.default})  # fmt: skip
+_MATMULS = frozenset(
+    {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.linear.default, aten._grouped_mm.default}
+)
 
 
 @dataclass(frozen=True)
@@ -137,9 +145,7 @@ def _cost(node: fx.Node, sizes: _Sizes) -> NodeCost:
     if node.op != "call_function" or node.target is c10d.wait_tensor.default:
         return NodeCost()
     if node.target in MOVES:
-        raise HelixError(
-            f"node `{node.name}` ({node.target}) is a move; predict the costs of the lowered graph"
-        )
+        raise HelixError(f"node `{node.name}` ({node.target}) is a move; predict the costs of the lowered graph")
     if is_collective(node):
         return NodeCost(wire_bytes=_wire_bytes(node, sizes), is_collective=True)
     if helix_op(node) == "mla_decode":

@@ -66,9 +66,7 @@ class CriticalPath:
         return {name: self.slack[name] for name in self.collectives}
 
 
-def critical_path(
-    graph: fx.Graph, cost: Mapping[str, float], thread: Thread | None = None
-) -> CriticalPath:
+def critical_path(graph: fx.Graph, cost: Mapping[str, float], thread: Thread | None = None) -> CriticalPath:
     """Longest path through `graph`, each node weighing cost[name] (a node that is not named costs nothing).
 
     Args:
@@ -105,9 +103,7 @@ def queue_names(graph: fx.Graph, thread: Thread) -> list[str]:
     return [name for name in dict.fromkeys(names) if name is not None]
 
 
-def _longest(
-    view: nx.DiGraph, finish: dict[str, float], cost: Mapping[str, float]
-) -> tuple[str, ...]:
+def _longest(view: nx.DiGraph, finish: dict[str, float], cost: Mapping[str, float]) -> tuple[str, ...]:
     """Walk back from the node that finishes last, always to the input that finished last."""
     path: list[str] = []
     name = max(finish, key=finish.__getitem__, default=None)
@@ -188,11 +184,7 @@ def default_workload(plan: HelixPlan) -> Workload:
 
 
 def predict_body(
-    graph: fx.Graph,
-    name: str,
-    plan: HelixPlan,
-    workload: Workload | None = None,
-    machine: Machine = GB200,
+    graph: fx.Graph, name: str, plan: HelixPlan, workload: Workload | None = None, machine: Machine = GB200
 ) -> BodySchedule:
     """Schedule a lowered body on every rank of `plan`; see the module's words."""
     step = workload or default_workload(plan)
@@ -215,9 +207,7 @@ def predict_body(
             if thread:
                 free[rank][thread] = start + seconds
             if seconds:
-                events.append(
-                    Event(rank, thread or COMPUTE, node, start, seconds, costs[rank][node.name])
-                )
+                events.append(Event(rank, thread or COMPUTE, node, start, seconds, costs[rank][node.name]))
     busiest = max(ranks, key=lambda r: sum(e.seconds for e in events if e.rank == r))
     weights = {name: cost.seconds(machine) for name, cost in costs[busiest].items()}
     total = max((max(d.values()) for d in done), default=0.0)
@@ -225,16 +215,10 @@ def predict_body(
 
 
 def predict_schedule(
-    plan: HelixPlan,
-    lowered: fx.GraphModule,
-    workload: Workload | None = None,
-    machine: Machine = GB200,
+    plan: HelixPlan, lowered: fx.GraphModule, workload: Workload | None = None, machine: Machine = GB200
 ) -> list[BodySchedule]:
     """One layer of each body."""
-    return [
-        predict_body(lowered.get_submodule(b.name).graph, b.name, plan, workload, machine)
-        for b in plan.bodies
-    ]
+    return [predict_body(lowered.get_submodule(b.name).graph, b.name, plan, workload, machine) for b in plan.bodies]
 
 
 def predicted_facts(plan: HelixPlan, lowered: fx.GraphModule) -> dict[str, Any]:
@@ -247,25 +231,35 @@ def predicted_facts(plan: HelixPlan, lowered: fx.GraphModule) -> dict[str, Any]:
         seconds = {name: cost.seconds(machine) for name, cost in costs.items()}
         path = critical_path(graph, seconds)
         collectives = [
-            {"node": name, "wire_bytes": costs[name].wire_bytes, "microseconds": 1e6 * seconds[name],
-             "slack_microseconds": 1e6 * slack}
+            {
+                "node": name,
+                "wire_bytes": costs[name].wire_bytes,
+                "microseconds": 1e6 * seconds[name],
+                "slack_microseconds": 1e6 * slack,
+            }
             for name, slack in path.collective_slack().items()
-        ]  # fmt: skip
+        ]
         bodies.append(
-            {"body": body.name, "layers": len(body.layers), "microseconds_of_a_layer": 1e6 * path.total,
-             "longest": max(path.nodes, key=seconds.__getitem__, default=""), "collectives": collectives}
-        )  # fmt: skip
+            {
+                "body": body.name,
+                "layers": len(body.layers),
+                "microseconds_of_a_layer": 1e6 * path.total,
+                "longest": max(path.nodes, key=seconds.__getitem__, default=""),
+                "collectives": collectives,
+            }
+        )
     return {
-        "what": "predicted by peak figures, not measured", "machine": machine.name,
-        "batch": step.batch, "tokens": step.tokens, "context": step.context, "bodies": bodies,
-    }  # fmt: skip
+        "what": "predicted by peak figures, not measured",
+        "machine": machine.name,
+        "batch": step.batch,
+        "tokens": step.tokens,
+        "context": step.context,
+        "bodies": bodies,
+    }
 
 
 def chrome_trace(
-    schedules: list[BodySchedule],
-    plan: HelixPlan,
-    workload: Workload | None = None,
-    machine: Machine = GB200,
+    schedules: list[BodySchedule], plan: HelixPlan, workload: Workload | None = None, machine: Machine = GB200
 ) -> dict[str, Any]:
     """The schedules one behind the other, in the Trace Event Format (microseconds)."""
     step = workload or default_workload(plan)
@@ -278,10 +272,14 @@ def chrome_trace(
         events += [_complete(event, schedule.body, offset) for event in schedule.events]
         offset += schedule.seconds
     about = {
-        "predicted": "by peak figures; not measured", "model": plan.model, "machine": machine.name,
-        "batch": step.batch, "tokens": step.tokens, "context": step.context,
+        "predicted": "by peak figures; not measured",
+        "model": plan.model,
+        "machine": machine.name,
+        "batch": step.batch,
+        "tokens": step.tokens,
+        "context": step.context,
         "layers": "one of each body",
-    }  # fmt: skip
+    }
     return {"traceEvents": events, "displayTimeUnit": "ns", "otherData": about}
 
 
@@ -304,7 +302,12 @@ def _complete(event: Event, body: str, offset: float) -> dict[str, Any]:
         "axis": node.args[-1] if cost.is_collective else "",
     }
     return {
-        "name": node.name, "cat": "predicted", "ph": "X", "pid": event.rank,
+        "name": node.name,
+        "cat": "predicted",
+        "ph": "X",
+        "pid": event.rank,
         "tid": (COMPUTE, LINK).index(event.thread),
-        "ts": 1e6 * (offset + event.start), "dur": 1e6 * event.seconds, "args": args,
-    }  # fmt: skip
+        "ts": 1e6 * (offset + event.start),
+        "dur": 1e6 * event.seconds,
+        "args": args,
+    }

@@ -24,11 +24,7 @@ def graph_digest(graph: fx.GraphModule) -> str:
     Args:
         graph: a stage of a HelixModule, e.g. `compiled.graph`. Weights' values and sizes of caches are no part of it.
     """
-    bodies = {
-        name: graph_digest(body)
-        for name, body in graph.named_children()
-        if isinstance(body, fx.GraphModule)
-    }
+    bodies = {name: graph_digest(body) for name, body in graph.named_children() if isinstance(body, fx.GraphModule)}
     digests: dict[fx.Node, str] = {}
 
     def text(value: Any) -> Any:
@@ -66,17 +62,12 @@ def _target(target: Any) -> str:
 _SAMPLES = 16
 
 
-def claims_of(
-    plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts
-) -> dict[str, Callable[[], str]]:
+def claims_of(plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts) -> dict[str, Callable[[], str]]:
     """Claim -> how to get it; a world without other processes asks for none.
 
     The options are said in full, so that a difference can be read; the rest as digests.
     """
-    options = {
-        f"option {name}": (lambda value=value: repr(value))
-        for name, value in plan.options.to_json().items()
-    }
+    options = {f"option {name}": (lambda value=value: repr(value)) for name, value in plan.options.to_json().items()}
     return {
         "torch version": lambda: torch.__version__,
         **options,

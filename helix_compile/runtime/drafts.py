@@ -45,9 +45,7 @@ class CroppedCache:
         self._compiled.truncate(self._compiled.lengths + tokens_to_remove)
 
 
-def check_drafts(
-    compiled: CompiledModule, settings: GenerationConfig, options: dict[str, Any], prompts: int
-) -> None:
+def check_drafts(compiled: CompiledModule, settings: GenerationConfig, options: dict[str, Any], prompts: int) -> None:
     """Raise RuntimeFault unless the drafts that are asked for can be made and checked.
 
     Args:
@@ -72,16 +70,13 @@ def check_drafts(
     if assistant is not None:
         _check_assistant(compiled, assistant)
     elif isinstance(lookup, bool) or not isinstance(lookup, int) or lookup < 1:
-        raise RuntimeFault(
-            f"generate: prompt_lookup_num_tokens must be an int >= 1, got {lookup!r}"
-        )
+        raise RuntimeFault(f"generate: prompt_lookup_num_tokens must be an int >= 1, got {lookup!r}")
 
 
 def _check_assistant(compiled: CompiledModule, assistant: Any) -> None:
     if not isinstance(assistant, PreTrainedModel) or not assistant.can_generate():
         raise RuntimeFault(
-            "generate: assistant_model must be a transformers model that can generate, got "
-            f"{type(assistant).__name__}"
+            f"generate: assistant_model must be a transformers model that can generate, got {type(assistant).__name__}"
         )
     words = assistant.config.get_text_config().vocab_size
     if words != compiled.facts.vocab_size:

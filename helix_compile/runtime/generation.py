@@ -43,10 +43,7 @@ _INNER = "the compiled step returns logits only"
 
 
 REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "num_beams": (
-        (None, 1),
-        "beam search reorders sequences between steps; the sharded cache can't follow",
-    ),
+    "num_beams": ((None, 1), "beam search reorders sequences between steps; the sharded cache can't follow"),
     "num_beam_groups": ((None, 1), "beam search reorders sequences between steps"),
     "constraints": ((None,), "constrained search is beam search: it reorders sequences"),
     "force_words_ids": ((None,), "constrained search is beam search: it reorders sequences"),
@@ -65,10 +62,7 @@ REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def generate(
-    compiled: CompiledModule,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    options: dict[str, Any],
+    compiled: CompiledModule, input_ids: Tensor | None, attention_mask: Tensor | None, options: dict[str, Any]
 ) -> Any:
     """Generate by transformers' own loop on an empty cache.
 
@@ -107,9 +101,7 @@ def generate(
     adapter: Any = _Adapter(compiled, padding=int((attention_mask == 0).sum()))
     with torch.no_grad():
         return adapter.generate(
-            input_ids.to(compiled.device),
-            attention_mask=attention_mask.to(compiled.device),
-            **options,
+            input_ids.to(compiled.device), attention_mask=attention_mask.to(compiled.device), **options
         )
 
 
@@ -117,9 +109,7 @@ def _checked_prompts(
     compiled: CompiledModule, ids: Tensor | None, mask: Tensor | None, settings: GenerationConfig
 ) -> tuple[Tensor, Tensor]:
     if compiled.device.type == "meta":
-        raise RuntimeFault(
-            "generate: the model is on the meta device: it can be inspected, not run"
-        )
+        raise RuntimeFault("generate: the model is on the meta device: it can be inspected, not run")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise RuntimeFault(f"generate: input_ids must be a tensor [B, S], got {got}")
@@ -127,13 +117,9 @@ def _checked_prompts(
     if mask is None:
         mask = _inferred_mask(ids, settings)
     if not isinstance(mask, Tensor):
-        raise RuntimeFault(
-            f"generate: attention_mask must be a tensor [B, S], got {type(mask).__name__}"
-        )
+        raise RuntimeFault(f"generate: attention_mask must be a tensor [B, S], got {type(mask).__name__}")
     if mask.shape != ids.shape:
-        raise RuntimeFault(
-            f"generate: attention_mask must be [B, S] = {list(ids.shape)}, got {list(mask.shape)}"
-        )
+        raise RuntimeFault(f"generate: attention_mask must be [B, S] = {list(ids.shape)}, got {list(mask.shape)}")
     open_ended = (mask[:, -1:] == 0).any(dim=1).nonzero().flatten().tolist()
     if open_ended:
         raise RuntimeFault(
@@ -206,9 +192,7 @@ class _Adapter(nn.Module, GenerationMixin):
     main_input_name = "input_ids"
     base_model_prefix = ""
     _compiled: CompiledModule
-    _is_stateful = (
-        False  # drafts are taken back by truncate(); what would branch the cache is refused before
-    )
+    _is_stateful = False  # drafts are taken back by truncate(); what would branch the cache is refused before
 
     def __init__(self, compiled: CompiledModule, padding: int):
         super().__init__()
@@ -263,18 +247,10 @@ class _Adapter(nn.Module, GenerationMixin):
         """The whole prompt first, then what is new; the mask comes in total length, or None for all ones."""
         new = input_ids.shape[1] if self._steps == 0 else next_sequence_length or 1
         mask = None if attention_mask is None else attention_mask[:, -new:]
-        return {
-            "input_ids": input_ids[:, -new:],
-            "attention_mask": mask,
-            "logits_to_keep": logits_to_keep,
-        }
+        return {"input_ids": input_ids[:, -new:], "attention_mask": mask, "logits_to_keep": logits_to_keep}
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        logits_to_keep: int = 1,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 1, **kwargs: Any
     ) -> CausalLMOutputWithPast:
         self._steps += 1
         logits = self._compiled(input_ids, attention_mask, logits_to_keep=logits_to_keep)
@@ -309,13 +285,9 @@ def padded_prompts(text: str) -> tuple[Tensor, Tensor]:
     try:
         rows = [[int(t) for t in part.replace(",", " ").split()] for part in text.split(";")]
     except ValueError as error:
-        raise RuntimeFault(
-            f"prompt ids {text!r}: expected integers separated by commas or spaces: {error}"
-        ) from error
+        raise RuntimeFault(f"prompt ids {text!r}: expected integers separated by commas or spaces: {error}") from error
     if not all(rows):
-        raise RuntimeFault(
-            f"prompt ids {text!r}: prompt {[len(r) for r in rows].index(0)} is empty"
-        )
+        raise RuntimeFault(f"prompt ids {text!r}: prompt {[len(r) for r in rows].index(0)} is empty")
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])

@@ -33,16 +33,11 @@ from helix_compile.worlds.world import World
 
 def originals(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by full name; a tied one under each of its names."""
-    named = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tensor.detach() for name, tensor in named}
 
 
-def shard_of_name(
-    plan: HelixPlan, prefixes: list[tuple[str, str]]
-) -> dict[str, tuple[str, ParamShard]]:
+def shard_of_name(plan: HelixPlan, prefixes: list[tuple[str, str]]) -> dict[str, tuple[str, ParamShard]]:
     """Full local name -> (full name of the original, shard), for (layer prefix, body) pairs."""
     return {
         prefix + shard.name: (prefix + shard.source, shard)
@@ -130,9 +125,7 @@ class ModelFacts:
         return tuple(row.widths[0] for row in self.caches)
 
 
-def build_ranks(
-    plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, world: World
-) -> list[Rank]:
+def build_ranks(plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, world: World) -> list[Rank]:
     """Cut (from a checkpoint: read) parameters and allocate caches for the ranks of this process, and for no other."""
     dtype = getattr(torch, plan.dtype)
     ranks, whole = [], facts.originals
@@ -180,11 +173,7 @@ def refuse_leaves(ranks: Sequence[Rank], graph: fx.GraphModule, call: str) -> No
 
 
 def facts_of(
-    captured: CapturedGraph,
-    matches: dict[str, LayerMatch],
-    plan: HelixPlan,
-    device: torch.device | None,
-    world: World,
+    captured: CapturedGraph, matches: dict[str, LayerMatch], plan: HelixPlan, device: torch.device | None, world: World
 ) -> ModelFacts:
     """Original tensors (of a folder: read on demand), their cuts, cache widths and configurations.
 

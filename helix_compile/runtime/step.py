@@ -13,9 +13,7 @@ from torch import Tensor
 from helix_compile.cache.pages import Ledger
 from helix_compile.errors import RuntimeFault
 
-SCORE_TOKENS = (
-    2**22
-)  # (sequences x tokens x context) of one chunk; bounds what a long step holds at a time
+SCORE_TOKENS = 2**22  # (sequences x tokens x context) of one chunk; bounds what a long step holds at a time
 
 
 MAX_CHUNK = 512
@@ -31,9 +29,7 @@ def check_ids(input_ids: Tensor, vocab_size: int, max_batch_size: int) -> None:
         raise RuntimeFault(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
     B, T = input_ids.shape
     if T == 0 or B == 0:
-        raise RuntimeFault(
-            f"a step needs at least one sequence and one token, got [B, T] = {[B, T]}"
-        )
+        raise RuntimeFault(f"a step needs at least one sequence and one token, got [B, T] = {[B, T]}")
     if B > max_batch_size:
         raise RuntimeFault(
             f"{B} sequences > max_batch_size={max_batch_size}; compile with max_batch_size={B} or split the batch"
@@ -50,9 +46,7 @@ def checked_mask(mask: Tensor | None, input_ids: Tensor) -> Tensor:
         return torch.ones(B, T, dtype=torch.int64)
     if not isinstance(mask, Tensor) or tuple(mask.shape) != (B, T):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise RuntimeFault(
-            f"attention_mask must be [B, T] = {(B, T)}, the mask of this step's tokens, got {got}"
-        )
+        raise RuntimeFault(f"attention_mask must be [B, T] = {(B, T)}, the mask of this step's tokens, got {got}")
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise RuntimeFault("attention_mask must hold 0 and 1 only")
     host = mask.to("cpu", torch.int64)
@@ -69,9 +63,7 @@ def checked_mask(mask: Tensor | None, input_ids: Tensor) -> Tensor:
 def checked_lengths(lengths: int | list[int] | Tensor, present: list[int]) -> list[int]:
     """What truncate() is given, as one int a row of the current batch: 0 <= new <= present."""
     if not present:
-        raise RuntimeFault(
-            "truncate: there are no sequences yet; run a step or import_cache() first"
-        )
+        raise RuntimeFault("truncate: there are no sequences yet; run a step or import_cache() first")
     if isinstance(lengths, Tensor):
         if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise RuntimeFault(
@@ -102,11 +94,7 @@ def checked_lengths(lengths: int | list[int] | Tensor, present: list[int]) -> li
 
 def first_kept_column(logits_to_keep: int, T: int) -> int:
     """First of T columns whose logits a step returns; 0 keeps all, as in transformers."""
-    if (
-        isinstance(logits_to_keep, bool)
-        or not isinstance(logits_to_keep, int)
-        or logits_to_keep < 0
-    ):
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
         raise RuntimeFault(f"logits_to_keep must be an int >= 0 (0: all), got {logits_to_keep!r}")
     return max(0, T - logits_to_keep) if logits_to_keep else 0
 
@@ -123,18 +111,10 @@ def check_batch(ledger: Ledger, batch_size: int) -> None:
 def check_rows(rows: object, ledger: Ledger) -> None:
     """`rows` of a reset must be a list of row numbers of the current batch."""
     if not isinstance(rows, (list, tuple)):
-        raise RuntimeFault(
-            f"reset: rows must be a list of row numbers, got {rows!r} ({type(rows).__name__})"
-        )
-    bad = [
-        r
-        for r in rows
-        if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < ledger.batch_size
-    ]
+        raise RuntimeFault(f"reset: rows must be a list of row numbers, got {rows!r} ({type(rows).__name__})")
+    bad = [r for r in rows if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < ledger.batch_size]
     if bad:
-        raise RuntimeFault(
-            f"reset(rows={list(rows)}): {bad} are not rows of the current batch of {ledger.batch_size}"
-        )
+        raise RuntimeFault(f"reset(rows={list(rows)}): {bad} are not rows of the current batch of {ledger.batch_size}")
 
 
 def chunks_of(T: int, batch_size: int, context: int) -> list[slice]:
@@ -143,9 +123,7 @@ def chunks_of(T: int, batch_size: int, context: int) -> list[slice]:
     return [slice(t, min(t + width, T)) for t in range(0, T, width)]
 
 
-def kept_logits(
-    run_chunk: Callable[[slice], Tensor], chunks: Iterable[slice], first: int, T: int
-) -> Tensor:
+def kept_logits(run_chunk: Callable[[slice], Tensor], chunks: Iterable[slice], first: int, T: int) -> Tensor:
     """Run the chunks of a step; logits [B, T - first, vocab] of the columns from `first` on.
 
     A chunk's logits are copied to their place and dropped: a list and a cat would hold all of them twice.

@@ -25,9 +25,7 @@ def check_saved_graphs(stages: dict[str, fx.GraphModule], plan: HelixPlan) -> No
     for stage, outer in stages.items():
         bodies = dict(outer.named_children())
         if set(bodies) != names:
-            raise HelixError(
-                f"stage {stage}: bodies {sorted(bodies)}, the plan has {sorted(names)}"
-            )
+            raise HelixError(f"stage {stage}: bodies {sorted(bodies)}, the plan has {sorted(names)}")
         for name, body in bodies.items():
             assert isinstance(body, fx.GraphModule)
             try:
@@ -70,18 +68,12 @@ def saved_caches(document: Mapping[str, Any]) -> tuple[CacheRow, ...]:
     whole, first = document["cache_widths"], document["latent_widths"]
     heads = document.get("kv_heads", [0] * len(whole))
     if len(first) != len(whole) or not all(0 < a < w for a, w in zip(first, whole, strict=True)):
-        raise HelixError(
-            f"graphs.json: latent_widths {first} are not parts of cache_widths {whole}"
-        )
+        raise HelixError(f"graphs.json: latent_widths {first} are not parts of cache_widths {whole}")
     if len(heads) != len(whole) or not all(
-        K >= 0 and a % (K or 1) == w % (K or 1) == 0
-        for K, a, w in zip(heads, first, whole, strict=True)
+        K >= 0 and a % (K or 1) == w % (K or 1) == 0 for K, a, w in zip(heads, first, whole, strict=True)
     ):
         raise HelixError(f"graphs.json: kv_heads {heads} do not divide widths {first} of {whole}")
-    return tuple(
-        CacheRow(a // (K or 1), (w - a) // (K or 1), K)
-        for K, a, w in zip(heads, first, whole, strict=True)
-    )
+    return tuple(CacheRow(a // (K or 1), (w - a) // (K or 1), K) for K, a, w in zip(heads, first, whole, strict=True))
 
 
 def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFacts) -> None:
@@ -91,8 +83,7 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
         HelixError: another number, size or dtype of caches.
     """
     wanted = {
-        f"cache_{i}": (cache_shape(row, plan.options, plan.layout), plan.dtype)
-        for i, row in enumerate(facts.caches)
+        f"cache_{i}": (cache_shape(row, plan.options, plan.layout), plan.dtype) for i, row in enumerate(facts.caches)
     }
     got = {
         n.meta["input"][1]: (tuple(n.meta["val"].shape), str(n.meta["val"].dtype).split(".")[1])
@@ -123,6 +114,4 @@ def check_saved_params(lowered: fx.GraphModule, params: Mapping[int, Mapping[str
             tensor = held.get(name)
             got = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else None
             if got != expected:
-                raise RuntimeFault(
-                    f"rank {rank}: parameter {name} is {got}, the graph expects {expected}"
-                )
+                raise RuntimeFault(f"rank {rank}: parameter {name} is {got}, the graph expects {expected}")

@@ -25,8 +25,7 @@ _NAMESPACES = ("aten", "helix", "helix_triton", "_c10d_functional")
 
 
 _OPERATORS = {
-    f"operator.{f.__name__}": f
-    for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
+    f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 }
 
 
@@ -96,10 +95,7 @@ def _encode(value: Any) -> Any:
 
 
 def graph_from_json(
-    entries: list[dict[str, Any]],
-    where: str,
-    bodies: dict[str, fx.GraphModule],
-    device: torch.device,
+    entries: list[dict[str, Any]], where: str, bodies: dict[str, fx.GraphModule], device: torch.device
 ) -> fx.GraphModule:
     """Rebuild a graph; `where` names it in errors, `bodies` are its submodules."""
     graph = fx.Graph()
@@ -125,11 +121,7 @@ def graph_from_json(
 
 
 def _node_from_json(
-    graph: fx.Graph,
-    entry: dict[str, Any],
-    nodes: dict[str, fx.Node],
-    bodies: dict[str, Any],
-    device: torch.device,
+    graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node], bodies: dict[str, Any], device: torch.device
 ) -> fx.Node:
     op, target = entry["op"], entry["target"]
     args = tuple(_decode(a, nodes, device) for a in entry["args"])
@@ -179,8 +171,6 @@ def _fake_input(mode: FakeTensorMode, entry: dict[str, Any], device: torch.devic
     shape = [_HINTS.get(s, s) for s in entry["shape"]]
     dynamic = [DimDynamic.DUCK if isinstance(s, str) else DimDynamic.STATIC for s in entry["shape"]]
     example = torch.empty(shape, dtype=getattr(torch, entry["dtype"]), device="meta")
-    fake = mode.from_tensor(
-        example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)
-    )
+    fake = mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic))
     with mode:
         return torch.empty(fake.shape, dtype=fake.dtype, device=device)

@@ -34,12 +34,7 @@ from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.claims import claims_of
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import ModelFacts, Rank
-from helix_compile.saving.checks import (
-    check_saved_graphs,
-    check_saved_inputs,
-    check_saved_params,
-    saved_caches,
-)
+from helix_compile.saving.checks import check_saved_graphs, check_saved_inputs, check_saved_params, saved_caches
 from helix_compile.saving.graphs import graph_from_json, graph_to_json
 from helix_compile.saving.weights import SavedWeights, files_digest, gather_weights, read_params
 from helix_compile.worlds.groups import local_device
@@ -73,9 +68,7 @@ def save_module(compiled: CompiledModule, folder: Path) -> None:
 def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
     """graphs.json, once everything is known to load again. Nothing is written yet."""
     if (folder / "plan.json").exists():
-        raise HelixError(
-            f"{folder} holds a saved module already; choose another folder or delete it"
-        )
+        raise HelixError(f"{folder} holds a saved module already; choose another folder or delete it")
     leaves = leaves_of(compiled.graph)
     if leaves:
         raise HelixError(
@@ -84,9 +77,7 @@ def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
         )
     if compiled.device.type == "meta":
         raise HelixError("a module on the meta device has no weights to save")
-    check_saved_params(
-        compiled.stages[SAVED_STAGES[-1]], {r.rank: r.params for r in compiled.ranks}
-    )
+    check_saved_params(compiled.stages[SAVED_STAGES[-1]], {r.rank: r.params for r in compiled.ranks})
     graphs = {
         name: {
             "outer": graph_to_json(compiled.stages[name]),
@@ -105,9 +96,7 @@ def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
     }
 
 
-def _write(
-    compiled: CompiledModule, files: StagedFiles, weights: SavedWeights, document: dict[str, Any]
-) -> None:
+def _write(compiled: CompiledModule, files: StagedFiles, weights: SavedWeights, document: dict[str, Any]) -> None:
     """This process's weights; on the leader also what the ranks have in common."""
     weights.write(files)
     if not compiled.world.is_leader:
@@ -117,8 +106,11 @@ def _write(
     generation = facts.generation_config
     if generation is not None:
         files.write("generation_config.json", lambda path: generation.save_pretrained(path.parent))
-    texts = {"graphs.json": json.dumps(document), "views.json": json.dumps(weights.views, indent=1),
-             "plan.json": compiled.plan.to_json()}  # fmt: skip # plan.json last: its presence says "complete"
+    texts = {
+        "graphs.json": json.dumps(document),
+        "views.json": json.dumps(weights.views, indent=1),
+        "plan.json": compiled.plan.to_json(),
+    }  # plan.json last: its presence says "complete"
     for name, text in texts.items():
         files.write(name, partial(_write_text, text))
 
@@ -146,14 +138,10 @@ def _together(world: World, act: Callable[[], Any]) -> Any:
 def _check_reload(graphs: dict[str, Any], compiled: CompiledModule) -> None:
     """Read the graphs as load() will: an edit that load() would refuse is said before anything is written."""
     try:
-        stages = {
-            n: _stage(entry, f"stage {n}", torch.device("cpu")) for n, entry in graphs.items()
-        }
+        stages = {n: _stage(entry, f"stage {n}", torch.device("cpu")) for n, entry in graphs.items()}
         check_saved_graphs(stages, compiled.plan)
     except (HelixError, *_DAMAGE) as error:
-        raise HelixError(
-            f"this graph could not be loaded again, nothing is saved: {error}"
-        ) from error
+        raise HelixError(f"this graph could not be loaded again, nothing is saved: {error}") from error
 
 
 def _bodies(stage: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
@@ -172,14 +160,10 @@ def load_parts(
     with _reading(folder / "graphs.json"):
         document = _json(folder / "graphs.json")
         if document.get("version") != _VERSION:
-            raise HelixError(
-                f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}"
-            )
+            raise HelixError(f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}")
         if _uses_kernels(document["stages"]):
             device_target(place)
-        stages = {
-            n: _stage(document["stages"][n], f"graphs.json, stage {n}", place) for n in SAVED_STAGES
-        }
+        stages = {n: _stage(document["stages"][n], f"graphs.json, stage {n}", place) for n in SAVED_STAGES}
         check_saved_graphs(stages, plan)
         facts = ModelFacts(
             vocab_size=document["vocab_size"],
@@ -198,8 +182,7 @@ def load_parts(
     opened.start({**claims_of(plan, lowered, facts), "weights": digest})
     dtype = getattr(torch, plan.dtype)
     ranks = [
-        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, place))
-        for r in opened.ranks
+        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, place)) for r in opened.ranks
     ]
     return plan, stages, ranks, opened, facts
 
@@ -212,9 +195,7 @@ def _reading(path: Path) -> Iterator[None]:
     except HelixError:
         raise
     except _DAMAGE as error:
-        raise HelixError(
-            f"{path}: damaged, or not written by save(): {type(error).__name__}: {error}"
-        ) from error
+        raise HelixError(f"{path}: damaged, or not written by save(): {type(error).__name__}: {error}") from error
 
 
 def _configurations(folder: Path) -> dict[str, Any]:
@@ -222,12 +203,8 @@ def _configurations(folder: Path) -> dict[str, Any]:
     generation = folder / "generation_config.json"
     try:
         return {
-            "config": AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            ),
-            "generation_config": GenerationConfig.from_pretrained(folder)
-            if generation.exists()
-            else None,
+            "config": AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+            "generation_config": GenerationConfig.from_pretrained(folder) if generation.exists() else None,
         }
     except Exception as error:  # transformers checks a config by many exception classes of its own
         raise HelixError(f"{folder / 'config.json'}: can't be read: {error}") from error
@@ -256,8 +233,5 @@ def _uses_kernels(stages: dict[str, Any]) -> bool:
 def _stage(entry: dict[str, Any], where: str, device: torch.device) -> fx.GraphModule:
     if _uses_kernels({"": entry}):
         import helix_compile.kernels.catalog  # noqa: F401  registers the ops that the graph names
-    bodies = {
-        name: graph_from_json(nodes, f"{where}, {name}", {}, device)
-        for name, nodes in entry["bodies"].items()
-    }
+    bodies = {name: graph_from_json(nodes, f"{where}, {name}", {}, device) for name, nodes in entry["bodies"].items()}
     return graph_from_json(entry["outer"], f"{where}, outer graph", bodies, device)

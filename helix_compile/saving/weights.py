@@ -60,10 +60,7 @@ def gather_weights(compiled: CompiledModule) -> SavedWeights:
     texts = world.gather_texts(json.dumps([views, sorted(shared)]))
     said = [json.loads(text) for text in texts]
     common = said[0][0]
-    everything = {
-        str(r): {**views, **{name: common[name] for name in names}}
-        for r, (views, names) in enumerate(said)
-    }
+    everything = {str(r): {**views, **{name: common[name] for name in names}} for r, (views, names) in enumerate(said)}
     return SavedWeights(files, everything)
 
 
@@ -84,9 +81,7 @@ def _storages(ranks: list[Rank]) -> tuple[dict[str, dict[str, Tensor]], dict[str
     return files, views
 
 
-def _pieces(
-    rank: int, params: dict[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def _pieces(rank: int, params: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """One rank's parameters as compact copies, a tied one once."""
     known: dict[tuple, str] = {}
     held: dict[str, Tensor] = {}
@@ -104,9 +99,7 @@ def _pieces(
 def _replicated(compiled: CompiledModule, rank: Rank) -> dict[str, str]:
     """Digest of each parameter that the plan does not cut; an edit of one rank shows."""
     whole = [
-        n.meta["input"][1]
-        for n in placeholders(compiled.graph.graph)
-        if is_param(n) and not n.meta.get("sharded")
+        n.meta["input"][1] for n in placeholders(compiled.graph.graph) if is_param(n) and not n.meta.get("sharded")
     ]
     return {name: _sha256(rank.params[name]) for name in whole}
 
@@ -169,9 +162,7 @@ def _read(path: Path, wanted: dict[str, list[tuple[int, str]]]) -> Iterator[tupl
             there = set(file.keys())
             for storage, ((rank, name), *_) in wanted.items():
                 if storage not in there:
-                    raise HelixError(
-                        f"views.json: rank {rank}, {name}: {path.name} holds no {storage!r}"
-                    )
+                    raise HelixError(f"views.json: rank {rank}, {name}: {path.name} holds no {storage!r}")
                 yield storage, file.get_tensor(storage)
     except (OSError, SafetensorError) as error:
         raise HelixError(f"{path}: can't be read: {error}") from error
@@ -190,8 +181,6 @@ def _is_part(tensor: Tensor) -> bool:
 
 def files_digest(folder: Path) -> str:
     """Of a saved folder: views.json, and the name and size of each rank's file."""
-    sizes = sorted(
-        f"{path.name} {path.stat().st_size}" for path in folder.glob("rank_*.safetensors")
-    )
+    sizes = sorted(f"{path.name} {path.stat().st_size}" for path in folder.glob("rank_*.safetensors"))
     text = "\n".join([(folder / "views.json").read_text(), *sizes])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -23,22 +23,11 @@ from helix_compile.verifier.bisect.walk import Located, first_deviation
 from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.attention_check import check_attention
 from helix_compile.verifier.numeric.cache_check import check_cache
-from helix_compile.verifier.numeric.layer_run import (
-    CapturedReference,
-    LayerInputs,
-    LayerRun,
-    run_layer,
-)
+from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, LayerRun, run_layer
 from helix_compile.verifier.numeric.routing import NEAR_TIE, Choices, RecordTopK
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.sharpen import background, need_the_new_token, plant
-from helix_compile.verifier.numeric.site_terms import (
-    empty_past,
-    entries_of,
-    new_entries,
-    past_of,
-    query_parts,
-)
+from helix_compile.verifier.numeric.site_terms import empty_past, entries_of, new_entries, past_of, query_parts
 from helix_compile.verifier.numeric.steps import LIMIT, RATIO
 from helix_compile.verifier.report import Coverage, Finding, fault
 
@@ -68,9 +57,7 @@ def cases(compiled: Any, match: LayerMatch) -> list[LayerCase]:
         found.append(LayerCase(_rows(options, (near, min(3, room - 2))), 2))
     if bound > turn + 8 or not found:
         far = max(0, min(bound, room) - 3) if bound > 4 else 0
-        found.append(
-            LayerCase(_rows(options, (far, max(1, far // 2) if far else 0)), min(3, room - far))
-        )
+        found.append(LayerCase(_rows(options, (far, max(1, far // 2) if far else 0)), min(3, room - far)))
     return found
 
 
@@ -139,25 +126,28 @@ def check_layer(
     found = []
     for number, attention in enumerate(match.attentions):
         found += check_attention(run, attention, scratch, sites[number], reference, layer, where)
-        found += check_cache(
-            attention, scratch, sites[number], expected, before, case.lengths, case.T, where
-        )
+        found += check_cache(attention, scratch, sites[number], expected, before, case.lengths, case.T, where)
     turned = _turned(run, match, expected)
     near = _near_ties(choices, turned, dtype)
     if bool((turned & ~near).any()):
         got = f"{int((turned & ~near).sum())} of {len(turned)} tokens choose other experts, by a clear margin"
         found.append(Finding("HX408", where, got, "the original's choice", 0, "numeric"))
     elif bool(turned.any()):
-        outcome.notes.append(
-            f"{where}: {int(turned.sum())} of {len(turned)} near-tied router choices turned"
-        )
+        outcome.notes.append(f"{where}: {int(turned.sum())} of {len(turned)} near-tied router choices turned")
     if not found:
         mine = own.layer(layer, given) if own is not None else None
         found = _output(run, expected, mine, dtype, turned, outcome, where)
     outcome.locate = partial(
-        first_deviation, run.values, expected, layouts, scratch.graph.get_submodule(body), match,
-        plan.layout, dtype, mask,
-    )  # fmt: skip
+        first_deviation,
+        run.values,
+        expected,
+        layouts,
+        scratch.graph.get_submodule(body),
+        match,
+        plan.layout,
+        dtype,
+        mask,
+    )
     if found:
         first = outcome.locate()
         found = [first.named(f) if first else f for f in found]
@@ -201,9 +191,7 @@ def _inputs(
         latent, k_rope = background(attention, query, S, generator)
         if S:
             new = new_entries(attention, values)
-            coverage.needles += need_the_new_token(
-                attention, query, new, latent, list(case.lengths)
-            )
+            coverage.needles += need_the_new_token(attention, query, new, latent, list(case.lengths))
             coverage.needles += plant(attention, query, latent, k_rope, list(case.lengths))
         pasts.append(past_of(attention, latent.to(dtype), k_rope.to(dtype)))
     return LayerInputs(hidden, mask, positions, tuple(pasts))
@@ -243,16 +231,28 @@ def _output(
     kept = ~turned.view(wanted.shape[:2])
     for rank, output in enumerate(run.outputs):
         if output.shape != wanted.shape:
-            return [Finding("HX403", f"{where}, rank {rank}", f"{tuple(output.shape)}", f"{tuple(wanted.shape)}", 0, "numeric")]  # fmt: skip
+            return [
+                Finding(
+                    "HX403", f"{where}, rank {rank}", f"{tuple(output.shape)}", f"{tuple(wanted.shape)}", 0, "numeric"
+                )
+            ]
         if not torch.isfinite(output).all():
-            return [Finding("HX406", f"{where}, rank {rank}", "NaN or inf in the layer's output", "finite values", 5, "numeric")]  # fmt: skip
+            return [
+                Finding(
+                    "HX406", f"{where}, rank {rank}", "NaN or inf in the layer's output", "finite values", 5, "numeric"
+                )
+            ]
         error = (output.double() - wanted).abs().amax(-1) * kept
         if dtype in LIMIT:
             off = float(error.max()) / float(wanted.abs().max())
             if off > LIMIT[dtype]:
                 b, t = divmod(int(error.flatten().argmax()), wanted.shape[1])
                 at = f"{where}, rank {rank}, sequence {b}, new token {t}"
-                return [Finding("HX403", at, f"off by {off:.2e} of the largest", f"at most {LIMIT[dtype]:.0e}", 0, "numeric")]  # fmt: skip
+                return [
+                    Finding(
+                        "HX403", at, f"off by {off:.2e} of the largest", f"at most {LIMIT[dtype]:.0e}", 0, "numeric"
+                    )
+                ]
     if own is not None:
         mine = own["output"].double()
         outcome.pool.error += float((run.outputs[0].double() - wanted)[kept].square().sum())

@@ -70,7 +70,7 @@ class _ModuleReference:
         self.findings += check_ranks(logits, kept, where, self.number, self.scratch.params)
         if not torch.isfinite(logits[0][kept]).all():
             at = f"{where}, step {self.number}"
-            self.findings.append(Finding("HX406", at, "NaN or inf logits", "finite logits", 5, "numeric"))  # fmt: skip
+            self.findings.append(Finding("HX406", at, "NaN or inf logits", "finite logits", 5, "numeric"))
         if self.findings:
             raise _SecondFails
         return logits[0].double()
@@ -88,12 +88,15 @@ class _Pair:
         """Fresh caches for both; the edits are made on copies of what each rank holds: a wrong shard stays wrong."""
         return [
             Scratch(
-                module, module.graph,
+                module,
+                module.graph,
                 [edited(p, self.edits) for p in stage_params(module, module.graph, STAGES[-1])],
-                len(scenario.lengths), scenario.capacity, seed,
+                len(scenario.lengths),
+                scenario.capacity,
+                seed,
             )
             for module, seed in zip(self.modules, seeds, strict=True)
-        ]  # fmt: skip
+        ]
 
 
 def check_pair(compiled: HelixModule, other: HelixModule, seed: int, say: Progress) -> Check:
@@ -139,17 +142,13 @@ def _check_comparable(compiled: HelixModule, other: HelixModule) -> None:
     for what in ("vocab_size", "cache_widths", "latent_widths"):
         mine, theirs = getattr(compiled.facts, what), getattr(other.facts, what)
         if mine != theirs:
-            raise HelixError(
-                f"verify: two modules of different models: {what} is {mine} and {theirs}"
-            )
+            raise HelixError(f"verify: two modules of different models: {what} is {mine} and {theirs}")
     if compiled.plan.dtype != other.plan.dtype:
         raise HelixError(
             f"verify: two modules in {compiled.plan.dtype} and {other.plan.dtype}; compile both in one dtype"
         )
     if other.device.type == "meta":
-        raise HelixError(
-            f"verify: the {SECOND} is on the meta device: it has no weights to compare with"
-        )
+        raise HelixError(f"verify: the {SECOND} is on the meta device: it has no weights to compare with")
 
 
 def _condition(pair: _Pair, seed: int, check: Check, say: Progress) -> None:
@@ -172,13 +171,9 @@ def _typed(module: HelixModule) -> TypedGraph:
         body = module.graph.get_submodule(str(call.target))
         assert isinstance(body, fx.GraphModule)
         for node, argument in zip(placeholders(body.graph), call.args, strict=False):
-            shard = (
-                plan.body(str(call.target)).shard(node.meta["input"][1]) if is_param(node) else None
-            )
+            shard = plan.body(str(call.target)).shard(node.meta["input"][1]) if is_param(node) else None
             if shard is not None and isinstance(argument, fx.Node):
-                layouts[argument.meta["input"][1]] = normal_form(
-                    parse_layout(shard.layout), plan.layout
-                )
+                layouts[argument.meta["input"][1]] = normal_form(parse_layout(shard.layout), plan.layout)
     return type_graph(module.graph, dict(module.ranks[0].params), layouts, plan.layout)
 
 
@@ -188,9 +183,7 @@ def _run(pair: _Pair, scenario: Scenario, seed: int, check: Check) -> Outcome:
     second = _ModuleReference(theirs, scenario.name)
     outcome = Outcome(failing_step=None)
     try:
-        outcome = run_scenario(
-            mine, second, None, steps, scenario.name, check.coverage, Pool(), check.coverage.limit
-        )
+        outcome = run_scenario(mine, second, None, steps, scenario.name, check.coverage, Pool(), check.coverage.limit)
     except _SecondFails:
         outcome.failing_step = second.number
     outcome.findings = [_spoken(f) for f in outcome.findings] + second.findings
@@ -211,14 +204,11 @@ def _spoken(finding: Finding) -> Finding:
     return replace(finding, where=f"{FIRST}, {finding.where}")
 
 
-def _located(
-    pair: _Pair, scenario: Scenario, seed: int, steps: list[Batch], outcome: Outcome
-) -> list[Finding]:
+def _located(pair: _Pair, scenario: Scenario, seed: int, steps: list[Batch], outcome: Outcome) -> list[Finding]:
     """The findings with the layer and node where the two start to differ."""
     assert outcome.failing_step is not None
     sides = [
-        Side(scratch, typed)
-        for scratch, typed in zip(pair.scratches(scenario, (seed, seed)), pair.typed, strict=True)
+        Side(scratch, typed) for scratch, typed in zip(pair.scratches(scenario, (seed, seed)), pair.typed, strict=True)
     ]
     try:
         found = bisect_pair(sides[0], sides[1], steps, outcome.failing_step)

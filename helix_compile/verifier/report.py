@@ -50,7 +50,7 @@ CODES: dict[str, str] = {
     "HX501": "the module faults while it runs",
     "HX502": "a deadlock, or ranks that disagree on a collective",
     "HX503": "the original model can't run",
-}  # fmt: skip
+}
 
 
 # the bug families of served systems that a finding may point to
@@ -71,7 +71,7 @@ FAMILIES: dict[int, str] = {
     13: "duplicated work",
     14: "mask or padding",
     15: "one workspace for several groups",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,7 @@ class Finding:
 
     def __str__(self) -> str:
         family = f" [{FAMILIES[self.family]}]" if self.family else ""
-        return (
-            f"{self.code} {self.title}{family}\n  at {self.where}\n  got {self.got}\n"
-            f"  expected {self.expected}"
-        )
+        return f"{self.code} {self.title}{family}\n  at {self.where}\n  got {self.got}\n  expected {self.expected}"
 
 
 @dataclass
@@ -164,10 +161,7 @@ class VerificationReport:
                 "model": self.model,
                 "dtype": self.dtype,
                 "seconds": round(self.seconds, 2),
-                "findings": [
-                    {**asdict(f), "title": f.title, "family": FAMILIES[f.family]}
-                    for f in self.findings
-                ],
+                "findings": [{**asdict(f), "title": f.title, "family": FAMILIES[f.family]} for f in self.findings],
                 "notes": list(self.notes),
                 "coverage": asdict(self.coverage),
             },
@@ -177,9 +171,7 @@ class VerificationReport:
     def __str__(self) -> str:
         console = Console(file=StringIO(), width=110, highlight=False, no_color=True)
         verdict = "equivalent" if self.ok else f"NOT equivalent: {len(self.findings)} findings"
-        console.print(
-            f"{self.model} ({self.dtype}): {verdict} ({self.seconds:.1f} s)", markup=False
-        )
+        console.print(f"{self.model} ({self.dtype}): {verdict} ({self.seconds:.1f} s)", markup=False)
         for finding in self.findings:
             console.print(str(finding), markup=False, soft_wrap=True)
         console.print(_coverage_table(asdict(self.coverage)))
@@ -194,9 +186,7 @@ def _coverage_table(facts: dict[str, Any]) -> Table:
     table.add_column("")
     for name, value in facts.items():
         text = ", ".join(value) if isinstance(value, list) else value
-        table.add_row(
-            name.replace("_", " "), f"{text:.2g}" if isinstance(text, float) else str(text)
-        )
+        table.add_row(name.replace("_", " "), f"{text:.2g}" if isinstance(text, float) else str(text))
     return table
 
 
@@ -207,9 +197,7 @@ def grouped(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         place = re.sub(r"\d+", "#", finding.where.split(";")[0])
         groups.setdefault((finding.code, finding.check, place), []).append(finding)
     return tuple(
-        group[0]
-        if len(group) == 1
-        else replace(group[0], where=f"{group[0].where} (and {len(group) - 1} like it)")
+        group[0] if len(group) == 1 else replace(group[0], where=f"{group[0].where} (and {len(group) - 1} like it)")
         for group in groups.values()
     )
 
@@ -255,4 +243,4 @@ def fault(error: Exception, where: str) -> Finding:
     pending = "wait" in text and not text.startswith("deadlock")
     got = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
     family = 10 if collective or pending else 0
-    return Finding("HX502" if collective else "HX501", where, got, "a step that runs", family, "numeric")  # fmt: skip
+    return Finding("HX502" if collective else "HX501", where, got, "a step that runs", family, "numeric")

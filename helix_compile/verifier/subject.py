@@ -18,13 +18,7 @@ from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.runtime.rank import originals
 from helix_compile.verifier.bisect.replay import bisect_step
-from helix_compile.verifier.layer_check import (
-    LayerOutcome,
-    cases,
-    check_layer,
-    layers_to_check,
-    pooled_finding,
-)
+from helix_compile.verifier.layer_check import LayerOutcome, cases, check_layer, layers_to_check, pooled_finding
 from helix_compile.verifier.numeric.layer_run import CapturedReference
 from helix_compile.verifier.numeric.reference import EagerReference, apply_edits, edited, wide_copy
 from helix_compile.verifier.numeric.scratch import Scratch
@@ -80,9 +74,7 @@ class Subject:
             self.own_model = copy.deepcopy(model)
             own_weights = dict(originals(self.own_model))
             apply_edits(own_weights, self.edits)
-            self.own = CapturedReference(
-                _of(captured, self.own_model), matches, own_weights, wide=False
-            )
+            self.own = CapturedReference(_of(captured, self.own_model), matches, own_weights, wide=False)
 
     def params(self, graph: fx.GraphModule, stage: str) -> list[dict[str, Tensor]]:
         """Each rank's parameters with the edits made on copies of its own tensors: a wrong shard stays wrong."""
@@ -115,17 +107,7 @@ def check_layers(subject: Subject) -> None:
                 room = max(case.lengths) + case.T
                 scratch = Scratch(compiled, compiled.graph, params, len(case.lengths), room, seed)
                 if not outcome.findings:
-                    check_layer(
-                        scratch,
-                        reference,
-                        subject.own,
-                        layer,
-                        case,
-                        layouts,
-                        check.coverage,
-                        outcome,
-                        seed,
-                    )
+                    check_layer(scratch, reference, subject.own, layer, case, layouts, check.coverage, outcome, seed)
         where = f"layer {layer} ({body})"
         found = outcome.findings or pooled_finding(outcome, where, draws)
         failed |= {body} if found else set()
@@ -145,15 +127,9 @@ def check_steps(subject: Subject) -> None:
         check.notes.append(
             "no sequence sits out a step: the original's own layers with a state take padding behind a prompt as tokens"
         )
-    stages = [
-        n
-        for n in STAGES[1:]
-        if n in compiled.stages and (n == STAGES[-1] or compiled.facts.originals)
-    ]
+    stages = [n for n in STAGES[1:] if n in compiled.stages and (n == STAGES[-1] or compiled.facts.originals)]
     if len(stages) < len(STAGES) - 1:
-        check.notes.append(
-            f"a reloaded module holds the weights of {STAGES[-1]!r} only: the other stages were not run"
-        )
+        check.notes.append(f"a reloaded module holds the weights of {STAGES[-1]!r} only: the other stages were not run")
     for stage in stages:
         check.coverage.stages.append(stage)
         for scenario in runs if stage == STAGES[-1] else runs[:1]:
@@ -161,9 +137,7 @@ def check_steps(subject: Subject) -> None:
             found = check.guarded(f"stage {stage}", partial(_stage, subject, stage, scenario))
             if found is None or found:
                 # the first stage that deviates is the one to look at: what follows from it is not said again
-                known = sorted(
-                    (f for f in check.findings if f.family), key=lambda f: f.check != "static"
-                )
+                known = sorted((f for f in check.findings if f.family), key=lambda f: f.check != "static")
                 guess = known[0].family if known else 0
                 check.findings += [replace(f, family=guess or f.family) for f in found or []]
                 return
@@ -182,9 +156,7 @@ def _stage(subject: Subject, stage: str, scenario: Scenario) -> list[Finding]:
         steps = batches(scenario, compiled.facts.vocab_size, seed)[: None if last else 3]
         scratch = Scratch(compiled, graph, params, rows, scenario.capacity, seed)
         own = EagerReference(subject.own_model) if subject.own is not None else None
-        outcome = run_scenario(
-            scratch, EagerReference(subject.plain), own, steps, where, check.coverage, pool
-        )
+        outcome = run_scenario(scratch, EagerReference(subject.plain), own, steps, where, check.coverage, pool)
         check.notes += outcome.notes
         check.coverage.largest_deviation = max(check.coverage.largest_deviation, outcome.worst)
         if outcome.findings:
@@ -210,25 +182,16 @@ def _located(
     """The findings of a step with the layer and node where the deviation starts."""
     assert outcome.failing_step is not None
     typed = subject.typed if stage == STAGES[-1] else _typed_stage(subject.compiled, graph, params)
-    scratch = Scratch(
-        subject.compiled, graph, params, len(scenario.lengths), scenario.capacity, seed
-    )
+    scratch = Scratch(subject.compiled, graph, params, len(scenario.lengths), scenario.capacity, seed)
     try:
         located, layer, gap = bisect_step(
-            scratch,
-            EagerReference(subject.plain),
-            subject.reference,
-            typed,
-            steps,
-            outcome.failing_step,
+            scratch, EagerReference(subject.plain), subject.reference, typed, steps, outcome.failing_step
         )
     except Exception:
         return outcome.findings
     if gap > (CAPTURE_GAP_FLOAT32 if subject.dtype is torch.float32 else CAPTURE_GAP):
         got = f"its logits are off by {gap:.2e} of the largest, both in float64"
-        finding = Finding(
-            "HX407", f"stage captured, {scenario.name}", got, "the model's logits", 0, "numeric"
-        )
+        finding = Finding("HX407", f"stage captured, {scenario.name}", got, "the model's logits", 0, "numeric")
         return [finding, *outcome.findings]
     if located is None:
         return outcome.findings
@@ -236,9 +199,7 @@ def _located(
     return [located.named(replace(f, where=f"{f.where}, {place}")) for f in outcome.findings]
 
 
-def _typed_stage(
-    compiled: HelixModule, graph: fx.GraphModule, params: list[dict[str, Tensor]]
-) -> TypedGraph:
+def _typed_stage(compiled: HelixModule, graph: fx.GraphModule, params: list[dict[str, Tensor]]) -> TypedGraph:
     """Layouts of an earlier stage: only what it has cut lies in parts."""
     cut = {n.meta["input"][1] for n in placeholders(graph.graph) if n.meta.get("sharded")}
     layouts = {

@@ -35,12 +35,7 @@ from helix_compile.verifier.pair import check_pair
 from helix_compile.verifier.report import Check, Finding, Progress, VerificationReport, grouped
 from helix_compile.verifier.static import plan as static_plan
 from helix_compile.verifier.static import ranks as static_ranks
-from helix_compile.verifier.static.graph import (
-    TypedGraph,
-    every_layer_is_called,
-    malformed,
-    type_graph,
-)
+from helix_compile.verifier.static.graph import TypedGraph, every_layer_is_called, malformed, type_graph
 from helix_compile.verifier.static.params import check_params
 from helix_compile.verifier.subject import Subject, check_layers, check_steps
 
@@ -90,9 +85,7 @@ def verify(
     )
 
 
-def assert_equivalent(
-    compiled: HelixModule, model: nn.Module | HelixModule, **options: Any
-) -> None:
+def assert_equivalent(compiled: HelixModule, model: nn.Module | HelixModule, **options: Any) -> None:
     """For your own tests: AssertionError with the whole report unless verify(compiled, model, **options) is ok."""
     report = verify(compiled, model, **options)
     assert report.ok, f"\n{report}"
@@ -100,13 +93,10 @@ def assert_equivalent(
 
 def _check_arguments(compiled: Any, model: Any, dtype: Any) -> None:
     if not isinstance(compiled, HelixModule):
-        raise HelixError(
-            f"verify: the first argument must be a HelixModule, got {type(compiled).__name__}"
-        )
+        raise HelixError(f"verify: the first argument must be a HelixModule, got {type(compiled).__name__}")
     if not isinstance(model, (nn.Module, HelixModule)):
         raise HelixError(
-            f"verify: the second argument must be the original model or another HelixModule, got "
-            f"{type(model).__name__}"
+            f"verify: the second argument must be the original model or another HelixModule, got {type(model).__name__}"
         )
     if dtype not in (None, torch.float64):
         raise HelixError(
@@ -129,9 +119,7 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     check.coverage.ranks = len(compiled.ranks)
     check.findings += malformed(compiled.graph)
     if check.findings:
-        check.notes.append(
-            "nothing else was checked: a graph that is not well formed has no meaning"
-        )
+        check.notes.append("nothing else was checked: a graph that is not well formed has no meaning")
         return check
     say("static: parameters, layouts, collectives")
     same = model if model.dtype == own_dtype else converted_copy(model, own_dtype)
@@ -155,11 +143,7 @@ def _on_cpu(model: nn.Module) -> nn.Module:
 
 
 def _static(
-    compiled: HelixModule,
-    model: nn.Module,
-    captured: CapturedGraph,
-    matches: dict[str, LayerMatch],
-    check: Check,
+    compiled: HelixModule, model: nn.Module, captured: CapturedGraph, matches: dict[str, LayerMatch], check: Check
 ) -> TypedGraph:
     plan, graph, layers = compiled.plan, compiled.graph, captured.layers
     held = [rank.params for rank in compiled.ranks]
@@ -177,18 +161,14 @@ def _static(
         lambda: static_plan.check_work(typed.module, plan, matches, whole),
         lambda: static_ranks.check_ledger(graph, plan),
         lambda: static_ranks.check_mesh(compiled.world.mesh.groups, plan.layout),
-        lambda: static_ranks.check_rank_order(
-            graph, plan, matches, compiled.world, compiled.device
-        ),
+        lambda: static_ranks.check_rank_order(graph, plan, matches, compiled.world, compiled.device),
     ]
     if not compiled.ranks[0].leaves:  # with leaf layers a prefix can't be imported, and is refused
         checks.append(lambda: check_import(compiled))
     for run in checks:
         try:
             found += run()
-        except (
-            Exception
-        ) as error:  # a plan or graph so broken that a check can't read it is a finding
+        except Exception as error:  # a plan or graph so broken that a check can't read it is a finding
             got = f"{type(error).__name__}: {error}"
             found.append(Finding("HX302", "static check", got, "a plan and graph that can be read"))
     check.findings += found
@@ -203,6 +183,4 @@ def _recompiled(compiled: HelixModule, model: nn.Module, seed: int, say: Progres
     asked = {f.name: getattr(plan.options, f.name) for f in fields(plan.options)}
     if asked["cp"] > 1:
         asked["v_up"] = plan.bodies[0].attentions[0].v_up  # "auto" depends on the dtype
-    return _single(
-        helix_compile(model, dtype=torch.float64, world="virtual", **asked), model, seed, say
-    )
+    return _single(helix_compile(model, dtype=torch.float64, world="virtual", **asked), model, seed, say)

@@ -21,9 +21,7 @@ class BodyViews:
     after: GraphView
 
 
-def body_views(
-    plan: HelixPlan, stages: Mapping[str, fx.GraphModule], runs: bool = True
-) -> list[BodyViews]:
+def body_views(plan: HelixPlan, stages: Mapping[str, fx.GraphModule], runs: bool = True) -> list[BodyViews]:
     """Views of every body in the first and the last stage there is.
 
     Args:
@@ -37,9 +35,7 @@ def body_views(
         made = first_stages(stages, body.name)
         egress = [(c.op, float(c.egress_bytes_per_rank_per_token)) for c in body.collectives]
         before, after = (
-            build_view(
-                graph_of(stage, body.name), body.name, first_stage=made, egress=egress, runs=runs
-            )
+            build_view(graph_of(stage, body.name), body.name, first_stage=made, egress=egress, runs=runs)
             for stage in (first, last)
         )
         views.append(BodyViews(body, before, after))

@@ -55,9 +55,7 @@ def build_view(
     modules = module_paths(graph)
     groups = group_small_ops(folded, modules) if runs else [[n] for n in folded.kept]
     owner = {n: group for group in groups for n in group}
-    leaving = {
-        root for n in folded.kept for root, _ in folded.arguments(n) if owner[root] is not owner[n]
-    }
+    leaving = {root for n in folded.kept for root, _ in folded.arguments(n) if owner[root] is not owner[n]}
     builder = _Builder(graph, folded, modules, Letters(graph), first_stage or {}, runs, leaving)
     nodes = [builder.node(group) for group in groups if builder.is_drawn(group)]
     edges = builder.edges(groups, owner)
@@ -128,15 +126,11 @@ class _Builder:
             source=_sources(group),
             outputs=self._outputs(group),
             params=self._inputs(r for r in roots if is_param(r)),
-            step_inputs=self._inputs(
-                r for r in roots if not is_param(r) and not self.is_drawn([r])
-            ),
+            step_inputs=self._inputs(r for r in roots if not is_param(r) and not self.is_drawn([r])),
             members=tuple((n.name, _op_text(n)) for n in group) if len(group) > 1 else (),
         )
 
-    def edges(
-        self, groups: list[list[fx.Node]], owner: dict[fx.Node, list[fx.Node]]
-    ) -> list[EdgeView]:
+    def edges(self, groups: list[list[fx.Node]], owner: dict[fx.Node, list[fx.Node]]) -> list[EdgeView]:
         found: dict[tuple[str, str], EdgeView] = {}
         for group in groups:
             for node in group:
@@ -161,9 +155,7 @@ class _Builder:
             ValueView(
                 self.letters.shape(v),
                 str(v.dtype).removeprefix("torch."),
-                {
-                    a: format_placement(p) for a, p in (lay or {}).items() if a != "pending"
-                },  # a picture folds the wait
+                {a: format_placement(p) for a, p in (lay or {}).items() if a != "pending"},  # a picture folds the wait
                 bytes_text(v, self.letters),
             )
             for v, lay in zip(vals, layouts, strict=False)

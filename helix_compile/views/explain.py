@@ -83,9 +83,7 @@ class NodeExplanation:
         return "\n".join(lines)
 
 
-def explain_node(
-    stages: Mapping[str, fx.GraphModule], name: str, body: str | None = None
-) -> NodeExplanation:
+def explain_node(stages: Mapping[str, fx.GraphModule], name: str, body: str | None = None) -> NodeExplanation:
     """Explain one node of the last stage, or of the last one that has it.
 
     Args:
@@ -107,9 +105,7 @@ def explain_node(
     raise HelixError(_unknown(stages, name, body))
 
 
-def _split(
-    stages: Mapping[str, fx.GraphModule], name: str, body: str | None
-) -> tuple[str, str | None]:
+def _split(stages: Mapping[str, fx.GraphModule], name: str, body: str | None) -> tuple[str, str | None]:
     last = list(stages.values())[-1]
     names = [graph for graph, _ in graphs_of(last)]
     first, _, rest = name.partition(".")
@@ -139,15 +135,16 @@ def _unknown(stages: Mapping[str, fx.GraphModule], name: str, body: str | None) 
     return f"no node {name!r} in {where}, stages {', '.join(stages)}{hint}"
 
 
-def _explanation(
-    stages: Mapping[str, fx.GraphModule], stage: str, body: str, node: fx.Node
-) -> NodeExplanation:
+def _explanation(stages: Mapping[str, fx.GraphModule], stage: str, body: str, node: fx.Node) -> NodeExplanation:
     first = dict(graphs_of(next(iter(stages.values()))))[body]
     originals = {n.name: n for n in first.graph.nodes}
     last_name, last = list(stages.items())[-1]
     step = [node.meta.get(STAGE), node.name]
-    became = [n.name for n in dict(graphs_of(last))[body].graph.nodes
-              if node.name in n.meta.get(ORIGIN, ()) or step in n.meta.get(VIA, ())]  # fmt: skip
+    became = [
+        n.name
+        for n in dict(graphs_of(last))[body].graph.nodes
+        if node.name in n.meta.get(ORIGIN, ()) or step in n.meta.get(VIA, ())
+    ]
     return NodeExplanation(
         body=body,
         node=value_text(node),
@@ -174,14 +171,10 @@ def value_text(node: fx.Node) -> ValueText:
     op = node.op if node.op != "call_function" else str(node.target).removesuffix(".default")
     if node.op == "call_function" and not hasattr(node.target, "_schema"):
         op = getattr(node.target, "__name__", op)
-    return ValueText(
-        node.name, op, shape_text(node.meta.get("val")), layout_text(node), node.meta.get(SOURCE, "")
-    )  # fmt: skip
+    return ValueText(node.name, op, shape_text(node.meta.get("val")), layout_text(node), node.meta.get(SOURCE, ""))
 
 
-def _history(
-    stages: Mapping[str, fx.GraphModule], body: str, name: str
-) -> tuple[tuple[str, ValueText], ...]:
+def _history(stages: Mapping[str, fx.GraphModule], body: str, name: str) -> tuple[tuple[str, ValueText], ...]:
     steps: list[tuple[str, ValueText]] = []
     before: Any = None
     for stage, module in stages.items():

@@ -25,10 +25,16 @@ _CACHES = ("past", "cache")
 
 _KEY_OPS = frozenset(
     {
-        aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.einsum.default,
-        aten.scaled_dot_product_attention.default, aten._grouped_mm.default, aten.embedding.default,
+        aten.linear.default,
+        aten.matmul.default,
+        aten.mm.default,
+        aten.bmm.default,
+        aten.einsum.default,
+        aten.scaled_dot_product_attention.default,
+        aten._grouped_mm.default,
+        aten.embedding.default,
     }
-)  # fmt: skip
+)
 
 
 # arguments that an op reads the shape and dtype of, never a value
@@ -110,9 +116,7 @@ def is_value(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if value is None and node.op == "call_function":
         return bool(node.users)  # an outer graph's own ops carry no value; a guard has no users
-    return isinstance(value, Tensor) or (
-        isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value)
-    )
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value))
 
 
 def is_collective(node: fx.Node) -> bool:
@@ -125,22 +129,14 @@ def is_collective(node: fx.Node) -> bool:
 
 def is_helix_op(node: fx.Node) -> bool:
     """True for an op of our vocabulary, or a provider's, that computes."""
-    return (
-        node.op == "call_function"
-        and str(node.target).startswith("helix")
-        and not is_collective(node)
-    )
+    return node.op == "call_function" and str(node.target).startswith("helix") and not is_collective(node)
 
 
 def is_small(node: fx.Node) -> bool:
     """True for an op that a reader wants to see only as part of something: no matmul, attention, cache or exchange."""
     if node.op != "call_function" or is_collective(node) or is_helix_op(node):
         return False
-    return not (
-        node.target in _KEY_OPS
-        or is_cache_update(node)
-        or str(node.target).startswith("transformers.")
-    )
+    return not (node.target in _KEY_OPS or is_cache_update(node) or str(node.target).startswith("transformers."))
 
 
 def module_paths(graph: fx.Graph) -> dict[fx.Node, str]:

@@ -157,9 +157,7 @@ def stage_diff(stages: dict[str, fx.GraphModule], before: str, after: str, conte
         typed = all(any("layout" in n.meta for n in graph.nodes) for graph in pair)
         shown = name or "outer"
         old, new = (format_function(graph, shown, typed).splitlines() for graph in pair)
-        parts += difflib.unified_diff(
-            old, new, f"{before}/{shown}", f"{after}/{shown}", n=context, lineterm=""
-        )
+        parts += difflib.unified_diff(old, new, f"{before}/{shown}", f"{after}/{shown}", n=context, lineterm="")
     return "\n".join(parts) + ("\n" if parts else "")
 
 
@@ -172,9 +170,7 @@ def dump_to(folder: Path | None) -> Callable[[int, str, fx.GraphModule], None]:
         def text() -> str:
             return format_python(module, "outer", f"Stage {stage}.")
 
-        trace_structured(
-            "graph_dump", lambda: {"name": f"helix_{name}"}, payload_fn=text, expect_trace_id=False
-        )
+        trace_structured("graph_dump", lambda: {"name": f"helix_{name}"}, payload_fn=text, expect_trace_id=False)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.txt").write_text(text())

@@ -17,10 +17,15 @@ from helix_compile.ir.sizes import shape_text
 
 _KEY_OPS = frozenset(
     {
-        aten.linear.default, aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.topk.default,
-        aten.scaled_dot_product_attention.default, aten._grouped_mm.default,
+        aten.linear.default,
+        aten.matmul.default,
+        aten.bmm.default,
+        aten.einsum.default,
+        aten.topk.default,
+        aten.scaled_dot_product_attention.default,
+        aten._grouped_mm.default,
     }
-)  # fmt: skip
+)
 
 
 _NAMESPACES = ("helix.", "_c10d_functional.", "transformers.")
@@ -67,9 +72,7 @@ def short_view(nodes: list[fx.Node]) -> list[str]:
 def _is_key(node: fx.Node) -> bool:
     if node.op == "call_module":
         return True
-    return (
-        node.target in _KEY_OPS or str(node.target).startswith(_NAMESPACES) or is_cache_update(node)
-    )
+    return node.target in _KEY_OPS or str(node.target).startswith(_NAMESPACES) or is_cache_update(node)
 
 
 def _line(node: fx.Node) -> str:
@@ -102,9 +105,7 @@ def parameter_text(name: str) -> str:
 def _root(node: fx.Node) -> fx.Node:
     """The printed node that a folded one comes from first."""
     while node.op == "call_function" and not _is_key(node) and node.target is not operator.getitem:
-        sources = [
-            n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, tuple, list))
-        ]
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, tuple, list))]
         if not sources:
             return node
         node = next((s for s in sources if s.op != "placeholder"), sources[0])

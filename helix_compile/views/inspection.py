@@ -122,10 +122,7 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
         "model": plan.model,
         "dtype": plan.dtype,
         "world_size": plan.layout.world_size,
-        "layout": {
-            "cp": plan.layout.kvp,
-            **{k: v for k, v in asdict(plan.layout).items() if k != "kvp"},
-        },
+        "layout": {"cp": plan.layout.kvp, **{k: v for k, v in asdict(plan.layout).items() if k != "kvp"}},
         "options": plan.options.to_json(),
         "layers": [_layer_facts(b, first, last) for b in plan.bodies],
         "collectives": [
@@ -147,8 +144,7 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
         "memory_per_rank": _memory(plan, last),
         "predicted": predicted_facts(plan, last),
         "decisions": [
-            {"name": d.name, "rule": d.rule, "inputs": dict(d.inputs), "result": d.result}
-            for d in plan.decisions
+            {"name": d.name, "rule": d.rule, "inputs": dict(d.inputs), "result": d.result} for d in plan.decisions
         ],
         "kernels": _kernel_facts(plan, last),
         "notes": list(plan.notes),
@@ -159,11 +155,17 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
 def _kernel_facts(plan: HelixPlan, last: fx.GraphModule) -> list[dict[str, Any]]:
     """What computes each helix:: op of each body, and why; empty where lowering asked for no kernels."""
     return [
-        {"body": body.name, "node": node.name, "op": str(node.target), "provider": node.meta[KERNEL][0], "reason": node.meta[KERNEL][1]}
+        {
+            "body": body.name,
+            "node": node.name,
+            "op": str(node.target),
+            "provider": node.meta[KERNEL][0],
+            "reason": node.meta[KERNEL][1],
+        }
         for body in plan.bodies
         for node in last.get_submodule(body.name).graph.nodes
         if KERNEL in node.meta
-    ]  # fmt: skip
+    ]
 
 
 def _memory(plan: HelixPlan, last: fx.GraphModule) -> dict[str, int]:
@@ -193,23 +195,26 @@ def _layer_facts(plan: BodyPlan, first: fx.GraphModule, last: fx.GraphModule) ->
         "roles": roles,
         "head_ranges": [list(r) for r in plan.attentions[0].head_ranges],
         "ffn": [
-            {"kind": f.kind, "axes": list(f.axes), "width": f.width, "shard_width": f.shard_width,
-             "padding": list(f.padding), "experts_per_rank": f.experts_per_rank}
+            {
+                "kind": f.kind,
+                "axes": list(f.axes),
+                "width": f.width,
+                "shard_width": f.shard_width,
+                "padding": list(f.padding),
+                "experts_per_rank": f.experts_per_rank,
+            }
             for f in plan.ffns
         ],
         "nodes_before": len(before.graph.nodes),
         "nodes_after": len(after.graph.nodes),
-    }  # fmt: skip
+    }
 
 
 def format_report(facts: dict[str, Any]) -> str:
     """The facts as a report for a terminal."""
     console = Console(file=StringIO(), width=110, highlight=False, no_color=True)
     layout = ", ".join(f"{k}={v}" for k, v in facts["layout"].items())
-    console.print(
-        f"{facts['model']} ({facts['dtype']}) on {facts['world_size']} ranks: {layout}",
-        markup=False,
-    )
+    console.print(f"{facts['model']} ({facts['dtype']}) on {facts['world_size']} ranks: {layout}", markup=False)
     console.print(_rewrites(facts))
     console.print(_collectives(facts))
     per_rank = (
@@ -220,11 +225,7 @@ def format_report(facts: dict[str, Any]) -> str:
     console.print(per_rank, markup=False, soft_wrap=True)
     console.print(_memory_text(facts["memory_per_rank"]), markup=False, soft_wrap=True)
     console.print(_predicted(facts["predicted"]))
-    console.print(
-        _two_columns(
-            "not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])
-        )
-    )
+    console.print(_two_columns("not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])))
     if facts["leaves"]:
         leaves = ((x["module"], x["reason"]) for x in facts["leaves"])
         console.print(_two_columns("leaf: as in the model, whole on every rank", "why", leaves))
@@ -262,12 +263,7 @@ def _rewrites(facts: dict[str, Any]) -> Table:
         ffn = "; ".join(_ffn_text(f) for f in layer["ffn"])
         nodes = f"{layer['nodes_before']} -> {layer['nodes_after']}"
         table.add_row(
-            layer["body"],
-            ranges_text(layer["layers"]),
-            ", ".join(layer["roles"]),
-            str(stop - start),
-            ffn,
-            nodes,
+            layer["body"], ranges_text(layer["layers"]), ", ".join(layer["roles"]), str(stop - start), ffn, nodes
         )
     return table
 
@@ -281,9 +277,7 @@ def _ffn_text(ffn: dict[str, Any]) -> str:
 def _collectives(facts: dict[str, Any]) -> Table:
     table = _table("body", "collective", "axis", "of", "bytes/rank/token")
     for c in facts["collectives"]:
-        table.add_row(
-            c["body"], c["op"], c["axis"], c["what"], _count(c["egress_bytes_per_rank_per_token"])
-        )
+        table.add_row(c["body"], c["op"], c["axis"], c["what"], _count(c["egress_bytes_per_rank_per_token"]))
     return table
 
 
@@ -300,8 +294,7 @@ def _predicted(facts: dict[str, Any]) -> Table:
     table = _table("predicted", "us a layer", "longest", "collectives: us (slack)")
     for body in facts["bodies"]:
         collectives = ", ".join(
-            f"{c['node']} {c['microseconds']:.1f} ({c['slack_microseconds']:.1f})"
-            for c in body["collectives"]
+            f"{c['node']} {c['microseconds']:.1f} ({c['slack_microseconds']:.1f})" for c in body["collectives"]
         )
         total = f"{body['microseconds_of_a_layer']:.1f}"
         table.add_row(body["body"], total, body["longest"], collectives)

@@ -118,10 +118,7 @@ def _span(
 
 
 def _tracks(
-    edges: tuple[EdgeView, ...],
-    row: dict[str, int],
-    lane: dict[str, int],
-    carried: set[tuple[str, str]],
+    edges: tuple[EdgeView, ...], row: dict[str, int], lane: dict[str, int], carried: set[tuple[str, str]]
 ) -> dict[tuple[str, str], int]:
     """A track for each edge that no lane carries and that passes at least one row."""
     columns: dict[int, _Column] = {}

@@ -64,9 +64,7 @@ def _calls(stage: fx.GraphModule, bodies: list[str]) -> dict[str, _Call]:
     return found
 
 
-def _model(
-    outer: GraphView, bodies: dict[str, GraphView], calls: dict[str, _Call]
-) -> list[dict[str, Any]]:
+def _model(outer: GraphView, bodies: dict[str, GraphView], calls: dict[str, _Call]) -> list[dict[str, Any]]:
     """The outer graph, each body unfolded at its first call."""
     nodes: list[dict[str, Any]] = []
     ids: dict[str, str] = {}  # an unfolded call is known by its body's last node
@@ -82,13 +80,7 @@ def _model(
             continue
         readers = {c.layer for c in calls.values() if node.name in c.inputs.values()}
         # a cache stands in the one layer that reads it: 61 of them side by side would hide the rest
-        own = (
-            call.layer
-            if call
-            else readers.pop()
-            if len(readers) == 1 and node.kind == "cache"
-            else None
-        )
+        own = call.layer if call else readers.pop() if len(readers) == 1 and node.kind == "cache" else None
         namespace = "" if own is None else f"layers/{own}"
         known = [ids.get(s, s) for s in sources.get(node.name, [])]
         nodes.append(_node(node, node.name, namespace, known))
@@ -132,8 +124,7 @@ def _node(node: NodeView, name: str, namespace: str, sources: list[str]) -> dict
         "namespace": namespace,
         "attrs": [{"key": k, "value": v} for k, v in attributes.items() if v],
         "incomingEdges": [
-            {"sourceNodeId": s, "sourceNodeOutputId": "0", "targetNodeInputId": str(i)}
-            for i, s in enumerate(sources)
+            {"sourceNodeId": s, "sourceNodeOutputId": "0", "targetNodeInputId": str(i)} for i, s in enumerate(sources)
         ],
         "outputsMetadata": [
             {

@@ -42,13 +42,9 @@ def fake_group(rank: int, world_size: int) -> Iterator[Any]:
         LayoutError: no such rank, or a group exists already.
     """
     if not 0 <= rank < world_size:
-        raise LayoutError(
-            f"rank {rank} does not exist: cp*tpa = {world_size} ranks, 0 to {world_size - 1}"
-        )
+        raise LayoutError(f"rank {rank} does not exist: cp*tpa = {world_size} ranks, 0 to {world_size - 1}")
     if dist.is_initialized():
-        raise LayoutError(
-            "a process group exists already; a rank can be inspected without one only"
-        )
+        raise LayoutError("a process group exists already; a rank can be inspected without one only")
     dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
     try:
         yield dist.group.WORLD
@@ -105,13 +101,7 @@ def _body(plan: HelixPlan, body: BodyPlan, rank: int) -> dict[str, Any]:
                 "source": s.source,
                 "shape": list(s.shape),
                 "cuts": [
-                    {
-                        "dim": c.dim,
-                        "axis": c.axis,
-                        "rows": list(c.bounds(layout, rank)),
-                        "of": c.total,
-                    }
-                    for c in s.cuts
+                    {"dim": c.dim, "axis": c.axis, "rows": list(c.bounds(layout, rank)), "of": c.total} for c in s.cuts
                 ],
                 "padding": s.padding(layout, rank),
             }
@@ -139,10 +129,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
         for x in body["exchanges"]:
             yield f"  {x['op']} over {x['axis']}, {x['what']}: {x['bytes_sent_per_token']:,.1f} bytes a token"
         for s in body["shards"]:
-            cuts = "; ".join(
-                f"dim {c['dim']}: {c['rows'][0]} to {c['rows'][1] - 1} of {c['of']}"
-                for c in s["cuts"]
-            )
+            cuts = "; ".join(f"dim {c['dim']}: {c['rows'][0]} to {c['rows'][1] - 1} of {c['of']}" for c in s["cuts"])
             padding = f", {s['padding']} zeros" if s["padding"] else ""
             yield f"  {s['name']} {s['shape']}: {cuts or 'whole'}{padding}"
 

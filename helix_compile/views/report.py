@@ -26,9 +26,7 @@ from helix_compile.views.layer_svg import draw_panel, format_panel_svg
 _HERE = Path(__file__).parent
 
 
-def format_html_report(
-    plan: HelixPlan, stages: Mapping[str, fx.GraphModule], facts: dict[str, Any]
-) -> str:
+def format_html_report(plan: HelixPlan, stages: Mapping[str, fx.GraphModule], facts: dict[str, Any]) -> str:
     """The page of a compiled module.
 
     Args:
@@ -74,17 +72,14 @@ def _embedded(plan: HelixPlan, bodies: list[BodyViews]) -> dict[str, Any]:
             # the plan's figure is an average over ranks; a rank stores cp times that for each token it owns
             "bytes_per_owned_token": float(plan.kv_bytes_per_token_per_rank * cp),
         },
-        "bodies": {
-            b.plan.name: {"before": _nodes(b.before), "after": _nodes(b.after)} for b in bodies
-        },
+        "bodies": {b.plan.name: {"before": _nodes(b.before), "after": _nodes(b.after)} for b in bodies},
     }
 
 
 def _nodes(view: GraphView) -> dict[str, Any]:
     """Node name -> its facts, those without a value left out."""
     return {
-        node["name"]: {k: v for k, v in node.items() if v not in ("", (), [], None)}
-        for node in view.to_json()["nodes"]
+        node["name"]: {k: v for k, v in node.items() if v not in ("", (), [], None)} for node in view.to_json()["nodes"]
     }
 
 
@@ -100,8 +95,7 @@ def _header(plan: HelixPlan, facts: dict[str, Any]) -> str:
         ("parameters", _size(plan.params_bytes_per_rank), "on each rank"),
     )
     items = "".join(
-        f"<div><dt>{escape(n)}</dt><dd>{escape(v)}</dd><dd class='note'>{escape(w)}</dd></div>"
-        for n, v, w in figures
+        f"<div><dt>{escape(n)}</dt><dd>{escape(v)}</dd><dd class='note'>{escape(w)}</dd></div>" for n, v, w in figures
     )
     chosen = ", ".join(f"{k}={v}" for k, v in facts["options"].items() if v is not None)
     return (
@@ -118,10 +112,7 @@ def _layers(bodies: list[BodyViews], stages: list[str]) -> str:
     )
     figures = []
     for i, body in enumerate(bodies):
-        for moment, view, stage in (
-            ("before", body.before, stages[0]),
-            ("after", body.after, stages[-1]),
-        ):
+        for moment, view, stage in (("before", body.before, stages[0]), ("after", body.after, stages[-1])):
             label = f"{body.plan.name} {moment}"
             figures.append(
                 f'<figure data-body="{escape(body.plan.name)}" data-moment="{moment}"{" hidden" * (i > 0)}>'
@@ -149,11 +140,7 @@ def _layers(bodies: list[BodyViews], stages: list[str]) -> str:
 def _kv_map(plan: HelixPlan) -> str:
     options, layout = plan.options, plan.layout
     start = min(options.max_seq_len, 5 * layout.kvp * options.tokens_per_block // 2 + 7)
-    also = (
-        f" Each of the {layout.tpa} tpa groups holds the same; ranks here are cp ranks."
-        if layout.tpa > 1
-        else ""
-    )
+    also = f" Each of the {layout.tpa} tpa groups holds the same; ranks here are cp ranks." if layout.tpa > 1 else ""
     return (
         "<section id='kv'><h2>Who owns which block of the KV cache</h2>"
         f"<p class='note'>Blocks of {options.tokens_per_block} tokens go round robin over {layout.kvp} ranks; "
@@ -171,13 +158,11 @@ def _collectives(plan: HelixPlan) -> str:
     for body in plan.bodies:
         for c in body.collectives:
             each = c.egress_bytes_per_rank_per_token
-            rows.append((
-                f"{body.name} ({_ranges(body)})", c.op, c.axis, c.what, _size(each), _size(each * len(body.layers)),
-            ))  # fmt: skip
+            rows.append(
+                (f"{body.name} ({_ranges(body)})", c.op, c.axis, c.what, _size(each), _size(each * len(body.layers)))
+            )
     rows.append(("all", "", "", "", "", _size(plan.egress_bytes_per_rank_per_token)))
-    heads = (
-        "body (layers)", "collective", "over", "of", "sent, one layer", "sent, all layers",
-    )  # fmt: skip
+    heads = ("body (layers)", "collective", "over", "of", "sent, one layer", "sent, all layers")
     return (
         "<section id='collectives'><h2>Collectives</h2><p class='note'>Bytes that leave each rank for each token "
         f"of a step.</p>{_table(heads, rows, numeric=(4, 5))}</section>"
@@ -202,7 +187,7 @@ def _memory(plan: HelixPlan, bodies: list[BodyViews]) -> str:
         shards = [
             (name, *_cut(body.plan.shard(name), p.value, plan.layout), p.value.dtype, p.value.bytes)
             for name, p in params.items()
-        ]  # fmt: skip
+        ]
         heads = ("parameter", "original", "on a rank", "cut", "dtype", "bytes on a rank")
         parts.append(
             f"<details><summary>Parameters of {escape(body.plan.name)} (layers {_ranges(body.plan)})</summary>"
@@ -243,9 +228,7 @@ def _schedule(bodies: list[BodyViews], predicted: dict[str, Any]) -> str:
         rows.append(
             f"<li class='work'><b>{layer['microseconds_of_a_layer']:.1f} us</b> <span>critical path of the layer</span></li>"
         )
-        parts.append(
-            f'<ol data-body="{escape(body.plan.name)}"{" hidden" * (i > 0)}>{"".join(rows)}</ol>'
-        )
+        parts.append(f'<ol data-body="{escape(body.plan.name)}"{" hidden" * (i > 0)}>{"".join(rows)}</ol>')
     return (
         "<section id='schedule'><h2>Schedule of a layer</h2><p class='note'>Predicted, nothing here is a measured "
         f"time: {escape(predicted['what'])} ({escape(predicted['machine'])}, {predicted['batch']} sequences x "
@@ -267,16 +250,12 @@ def _decisions(facts: dict[str, Any]) -> str:
     )
 
 
-def _table(
-    heads: Iterable[str], rows: Iterable[Iterable[Any]], numeric: tuple[int, ...] = ()
-) -> str:
+def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]], numeric: tuple[int, ...] = ()) -> str:
     def cell(tag: str, i: int, value: Any) -> str:
         return f"<{tag}{' class=n' * (i in numeric)}>{escape(str(value))}</{tag}>"
 
     head = "".join(cell("th", i, h) for i, h in enumerate(heads))
-    body = "".join(
-        f"<tr>{''.join(cell('td', i, c) for i, c in enumerate(row))}</tr>" for row in rows
-    )
+    body = "".join(f"<tr>{''.join(cell('td', i, c) for i, c in enumerate(row))}</tr>" for row in rows)
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 

@@ -100,9 +100,7 @@ class DistributedWorld:
                 later run is refused.
         """
         if self._broken:
-            raise RuntimeFault(
-                f"these ranks can't go on, start them again; what happened: {self._broken}"
-            )
+            raise RuntimeFault(f"these ranks can't go on, start them again; what happened: {self._broken}")
         graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[0]
         self.guard.begin_step()
         try:
@@ -195,9 +193,7 @@ class DistributedWorld:
         except RuntimeError as error:
             if is_transport_error(error):
                 raise self.guard.lost_peers(where, error) from error
-            raise RuntimeFault(
-                f"rank {self.rank}, node {where}: {type(error).__name__}: {error}"
-            ) from error
+            raise RuntimeFault(f"rank {self.rank}, node {where}: {type(error).__name__}: {error}") from error
 
 
 def _input_claims(graph: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, str]:
@@ -208,9 +204,7 @@ def _input_claims(graph: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, str
         kind, name = node.meta.get("input", ("", ""))
         if kind == "input" and not name.endswith("_rank") and isinstance(value, Tensor):
             stored = value.detach().cpu().contiguous().numpy().tobytes()
-            claims[name] = (
-                f"{list(value.shape)} (digest {hashlib.blake2b(stored, digest_size=4).hexdigest()})"
-            )
+            claims[name] = f"{list(value.shape)} (digest {hashlib.blake2b(stored, digest_size=4).hexdigest()})"
     return claims
 
 

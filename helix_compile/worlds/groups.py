@@ -79,9 +79,7 @@ def open_parent(world: object, mesh: HelixMesh, device: torch.device, timeout: t
         )
     _check_size(parent.size(), mesh, "the process group")
     if dist.get_backend(parent) == "nccl" and device.type == "cpu":
-        raise LayoutError(
-            'the process group is nccl, the weights are on the CPU; pass device="cuda" or a gloo group'
-        )
+        raise LayoutError('the process group is nccl, the weights are on the CPU; pass device="cuda" or a gloo group')
     return parent
 
 
@@ -150,9 +148,7 @@ def _flattened(mesh: DeviceMesh, timeout: timedelta) -> Any:
             "so rank r of Helix must be the r-th smallest: pass a mesh in ascending order"
         )
     if dist.get_rank() not in ranks:
-        raise LayoutError(
-            f"world: process {dist.get_rank()} is not in the DeviceMesh of ranks {list(ranks)}"
-        )
+        raise LayoutError(f"world: process {dist.get_rank()} is not in the DeviceMesh of ranks {list(ranks)}")
     return mesh.get_group() if mesh.ndim == 1 else _group_of(dist.group.WORLD, ranks, timeout)
 
 
@@ -164,10 +160,7 @@ def _group_of(parent: Any, ranks: tuple[int, ...], timeout: timedelta) -> Any:
     if ranks not in known:
         # only members call: a sibling group (another replica of the model) has other axes to make
         known[ranks] = dist.new_group(
-            list(ranks),
-            timeout=timeout,
-            backend=dist.get_backend(parent),
-            use_local_synchronization=True,
+            list(ranks), timeout=timeout, backend=dist.get_backend(parent), use_local_synchronization=True
         )
     return known[ranks]
 

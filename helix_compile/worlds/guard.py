@@ -172,13 +172,9 @@ class RankGuard:
         """The error, said at once on stderr: torchrun may end this process before its traceback is printed."""
         with self._lock:  # the thread that watches peers may be saying it
             if not self._said:
-                where = (
-                    f"in step {self.step} at graph node '{node}'" if self.step else "before step 1"
-                )
+                where = f"in step {self.step} at graph node '{node}'" if self.step else "before step 1"
                 self._said = f"rank {self.rank} lost its peers {where}: {what}"
-                sys.stderr.write(
-                    f"helix_compile: {self._said}\n"
-                )  # one write: ranks share the pipe
+                sys.stderr.write(f"helix_compile: {self._said}\n")  # one write: ranks share the pipe
                 sys.stderr.flush()
                 self._own = replace(self._own, lost=True)
                 with suppress(RuntimeError):  # the store may be gone
@@ -235,8 +231,7 @@ class RankGuard:
         return "; ".join(
             _stuck(r, record)
             for r, record in known.items()
-            if not (record.lost or (record.left and record.step >= self.step))
-            and is_dead(record.life, self._own.life)
+            if not (record.lost or (record.left and record.step >= self.step)) and is_dead(record.life, self._own.life)
         )
 
     def _unmarked(self, records: dict[int, RankRecord | None]) -> str:

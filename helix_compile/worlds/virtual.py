@@ -95,9 +95,7 @@ def egress_bytes(op: str, peers: int, tensor: Tensor) -> Fraction:
 def check_axis(mesh: HelixMesh, axis: str, rank: int, where: str) -> None:
     """Raise RuntimeFault unless `axis` is an axis of the mesh."""
     if axis not in mesh.groups:
-        raise RuntimeFault(
-            f"rank {rank}, node {where}: unknown axis {axis!r}; one of {', '.join(mesh.groups)}"
-        )
+        raise RuntimeFault(f"rank {rank}, node {where}: unknown axis {axis!r}; one of {', '.join(mesh.groups)}")
 
 
 def complete_exchange(key: Key, exchange: Exchange) -> str:
@@ -113,31 +111,23 @@ def _agreed_op(key: Key, exchange: Exchange) -> str:
     ops = {r: exchange.posts[r].op for r in members}
     where = {r: exchange.posts[r].where for r in members}
     if len(set(ops.values())) > 1:
-        raise RuntimeFault(
-            f"ranks disagree on collective #{number} of {axis}: {ops} at nodes {where}"
-        )
+        raise RuntimeFault(f"ranks disagree on collective #{number} of {axis}: {ops} at nodes {where}")
     op = ops[members[0]]
     if op == "all_to_all_single":
         _check_splits(members, exchange)
     if op in ("all_reduce", "reduce_scatter_tensor"):
         reductions = {r: exchange.posts[r].arguments[0] for r in members}
         if set(reductions.values()) != {"sum"}:
-            raise RuntimeFault(
-                f"{op} #{number} of {axis} at {where}: reductions {reductions}; this world sums"
-            )
+            raise RuntimeFault(f"{op} #{number} of {axis} at {where}: reductions {reductions}; this world sums")
     sent = {r: exchange.posts[r].tensor for r in members}
     meta = {r: (tuple(x.shape), x.dtype) for r, x in sent.items()}
     if len(set(meta.values())) > 1:
-        raise RuntimeFault(
-            f"ranks disagree on the shape of {op} #{number} of {axis}: {meta} at {where}"
-        )
+        raise RuntimeFault(f"ranks disagree on the shape of {op} #{number} of {axis}: {meta} at {where}")
     if op in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         sizes = {r: exchange.posts[r].arguments[-1] for r in members}
         wrong = {r: s for r, s in sizes.items() if s != len(members)}
         if wrong:
-            raise RuntimeFault(
-                f"{op} #{number} of {axis}: group size {wrong}, the group has {len(members)}"
-            )
+            raise RuntimeFault(f"{op} #{number} of {axis}: group size {wrong}, the group has {len(members)}")
     return op
 
 
@@ -157,18 +147,14 @@ def _check_splits(members: tuple[int, ...], exchange: Exchange) -> None:
             )
 
 
-def deadlock_fault(
-    mailbox: dict[Key, Exchange], waiting: dict[int, tuple[Key, str] | None]
-) -> RuntimeFault:
+def deadlock_fault(mailbox: dict[Key, Exchange], waiting: dict[int, tuple[Key, str] | None]) -> RuntimeFault:
     """Nobody can move: who waits where, and for whom."""
     lines = []
     for rank, blocked in waiting.items():
         assert blocked is not None
         (axis, members, number), where = blocked
         missing = [m for m in members if m not in mailbox[blocked[0]].posts]
-        lines.append(
-            f"rank {rank} waits at {where} for {missing} in group {axis} (collective #{number})"
-        )
+        lines.append(f"rank {rank} waits at {where} for {missing} in group {axis} (collective #{number})")
     return RuntimeFault("deadlock: " + "; ".join(lines))
 
 
@@ -178,9 +164,7 @@ def check_all_posted(mailbox: dict[Key, Exchange]) -> None:
         missing = [m for m in members if m not in exchange.posts]
         op = next(iter(exchange.posts.values())).op
         if missing:
-            raise RuntimeFault(
-                f"ranks disagree: {op} #{number} of {axis} was never started by {missing}"
-            )
+            raise RuntimeFault(f"ranks disagree: {op} #{number} of {axis} was never started by {missing}")
         silent = [m for m in members if m not in exchange.waited]
         if silent:
             raise RuntimeFault(f"{op} #{number} of {axis} is never waited for by {silent}")
@@ -302,8 +286,6 @@ def _take(exchange: Exchange, rank: int, key: Key, where: str) -> Tensor:
     assert exchange.results is not None
     if rank in exchange.waited:
         op = exchange.posts[rank].op
-        raise RuntimeFault(
-            f"rank {rank}, node {where}: {op} (collective #{key[2]}) is waited for twice"
-        )
+        raise RuntimeFault(f"rank {rank}, node {where}: {op} (collective #{key[2]}) is waited for twice")
     exchange.waited.add(rank)
     return exchange.results.pop(rank)

@@ -69,9 +69,7 @@ class Walk:
         hook: called with (rank, node, value) after every node.
     """
 
-    def __init__(
-        self, rank: int, post: Post, steps: dict[fx.Graph, list[_Step]], hook: Hook | None
-    ):
+    def __init__(self, rank: int, post: Post, steps: dict[fx.Graph, list[_Step]], hook: Hook | None):
         self.rank, self.post, self.steps, self.hook = rank, post, steps, hook
 
     def graph(
@@ -106,15 +104,10 @@ class Walk:
             elif node.target is _WAIT:
                 pending = values[node.args[0]]
                 if not isinstance(pending, Pending):
-                    raise self.fault(
-                        f"{path}{node.name}",
-                        "wait_tensor on a value that no collective is computing",
-                    )
+                    raise self.fault(f"{path}{node.name}", "wait_tensor on a value that no collective is computing")
                 values[node] = yield pending, f"{path}{node.name}"
             else:
-                raise self.fault(
-                    f"{path}{node.name}", f"a {node.op} node can't be run; use call_function"
-                )
+                raise self.fault(f"{path}{node.name}", f"a {node.op} node can't be run; use call_function")
             self._after(step, values)
         raise self.fault(path, "the graph has no output")
 
@@ -146,15 +139,11 @@ class Walk:
         except RuntimeFault:
             raise
         except Exception as error:
-            raise self.fault(
-                f"{path}{node.name}", f"{node.target}: {type(error).__name__}: {error}"
-            ) from error
+            raise self.fault(f"{path}{node.name}", f"{node.target}: {type(error).__name__}: {error}") from error
 
     def _refuse_pending(self, step: _Step, path: str) -> None:
         if step.pending:
-            raise self.fault(
-                f"{path}{step.node.name}", f"{list(step.pending)} used before wait_tensor"
-            )
+            raise self.fault(f"{path}{step.node.name}", f"{list(step.pending)} used before wait_tensor")
 
     def fault(self, where: str, what: str) -> RuntimeFault:
         """An error that says which rank and node."""
@@ -168,9 +157,7 @@ def _steps(graph: fx.Graph) -> list[_Step]:
     for value, user in last.items():
         dead[user].append(value)
     started = {
-        node: _COLLECTIVES[node.target]
-        for node in inputs
-        if node.op == "call_function" and node.target in _COLLECTIVES
+        node: _COLLECTIVES[node.target] for node in inputs if node.op == "call_function" and node.target in _COLLECTIVES
     }
     return [
         _Step(

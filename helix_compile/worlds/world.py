@@ -21,9 +21,7 @@ from helix_compile.worlds.groups import early_store, local_device, open_parent
 from helix_compile.worlds.virtual import VirtualWorld
 from helix_compile.worlds.walk import Hook
 
-DEFAULT_TIMEOUT_S = (
-    300.0  # ranks may load weights for minutes before they meet; HELIX_TIMEOUT overrides it
-)
+DEFAULT_TIMEOUT_S = 300.0  # ranks may load weights for minutes before they meet; HELIX_TIMEOUT overrides it
 
 
 class World(Protocol):

@@ -73,9 +73,7 @@ def test_command_line(kernels: ModuleType, capsys: pytest.CaptureFixture[str]) -
     assert default.op == list(kernels.OPS) and not default.json
     assert (min(default.tokens), max(default.tokens)) == (4096, 2**20)
     assert (min(default.batch), max(default.batch)) == (1, 64)
-    chosen = kernels.parse(
-        ["--op", "merge_lse", "gqa_decode", "--batch", "2", "--tokens", "77", "--json"]
-    )
+    chosen = kernels.parse(["--op", "merge_lse", "gqa_decode", "--batch", "2", "--tokens", "77", "--json"])
     assert (chosen.op, chosen.batch, chosen.tokens) == (["merge_lse", "gqa_decode"], [2], [77])
     assert chosen.json
     for wrong in (["--batch", "0"], ["--op", "softmax"], ["--tokens", "many"]):
@@ -99,23 +97,32 @@ def test_an_unknown_card_gets_absolute_figures_only(kernels: ModuleType) -> None
 
 
 SMALL: dict[str, Any] = {
-    "R": 32, "ROPE": 16, "MLA_HEADS": 8, "GQA_HEADS": 6, "KV_HEADS": 2, "HEAD_DIM": 16, "HIDDEN": 32,
-    "EXPERT_WIDTH": 16, "EXPERTS": 8, "TOP_K": 3, "EP": 2, "PEERS": 4, "PAGE": 16, "DTYPE": torch.float32, "DEVICE": "cpu",
-}  # fmt: skip
+    "R": 32,
+    "ROPE": 16,
+    "MLA_HEADS": 8,
+    "GQA_HEADS": 6,
+    "KV_HEADS": 2,
+    "HEAD_DIM": 16,
+    "HIDDEN": 32,
+    "EXPERT_WIDTH": 16,
+    "EXPERTS": 8,
+    "TOP_K": 3,
+    "EP": 2,
+    "PEERS": 4,
+    "PAGE": 16,
+    "DTYPE": torch.float32,
+    "DEVICE": "cpu",
+}
 
 
 @pytest.mark.parametrize("op", ["mla_decode", "gqa_decode", "merge_lse", "moe_experts"])
-def test_the_providers_compute_the_same(
-    op: str, costs: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_providers_compute_the_same(op: str, costs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is timed side by side agrees, small and by the interpreter; a length that ends inside a page."""
     calls = importlib.import_module("kernel_calls")
     for name, value in SMALL.items():
         monkeypatch.setattr(calls, name, value)
     for subject in calls.subjects(op, [3], [37]):
-        results = {
-            name: call() for name, call in subject.make().items() if not name.startswith("Flash")
-        }
+        results = {name: call() for name, call in subject.make().items() if not name.startswith("Flash")}
         baseline = next(name for name in results if name.startswith("torch"))
         assert subject.cost.nbytes > 0 and len(results) == 2
         torch.testing.assert_close(results["helix"], results[baseline], rtol=1e-4, atol=1e-5)
@@ -123,8 +130,6 @@ def test_the_providers_compute_the_same(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_refusal_without_a_device() -> None:
-    run = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "kernels.py"), "--json"], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, str(BENCHMARKS / "kernels.py"), "--json"], capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.strip().endswith("torch finds none here; nothing was measured.")

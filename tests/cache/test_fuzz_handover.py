@@ -24,7 +24,9 @@ ODD: list[Any] = [None, 3, "x", [], [None], torch.ones(2), torch.ones(1, 2, 3), 
 @cache
 def module(plan: tuple[int, int, int]) -> HelixModule:
     cp, tpa, tokens_per_block = plan
-    return helix_compile(tiny_model("short"), cp=cp, tpa=tpa, tokens_per_block=tokens_per_block, max_seq_len=ROOM, max_batch_size=3)  # fmt: skip
+    return helix_compile(
+        tiny_model("short"), cp=cp, tpa=tpa, tokens_per_block=tokens_per_block, max_seq_len=ROOM, max_batch_size=3
+    )
 
 
 @st.composite
@@ -64,17 +66,19 @@ def check_good(plan: Any, entries: CacheEntries, way: str, draw: Any) -> None:
         while start < max(lengths):
             stop = start + draw(st.integers(1, 20))
             part = [[t[:, start:stop] for t in tensors] for tensors in entries[:2]]
-            compiled.import_cache(*part, (entries.lengths.clamp(max=stop) - start).clamp(min=0), append=start > 0)  # fmt: skip
+            compiled.import_cache(*part, (entries.lengths.clamp(max=stop) - start).clamp(min=0), append=start > 0)
             start = stop
     else:
         prompts = [draw(st.integers(0, n)) for n in lengths] if way == "restarts" else None
         cp, block = draw(st.integers(1, 5)), draw(st.integers(1, 9))
         rotation = "restarts_at_decode" if prompts is not None else "global"
         parts = dealt(entries, cp, block, prompts)
-        shards = shards_of_sender(*parts, lengths, tokens_per_block=block, rotation=rotation, prompt_lengths=prompts)  # fmt: skip
+        shards = shards_of_sender(*parts, lengths, tokens_per_block=block, rotation=rotation, prompt_lengths=prompts)
         compiled.import_cache(*join_shards(shards))
     out = compiled.export_cache()
-    pairs = zip((*entries.latents, *entries.k_ropes, entries.lengths), (*out.latents, *out.k_ropes, out.lengths), strict=True)  # fmt: skip
+    pairs = zip(
+        (*entries.latents, *entries.k_ropes, entries.lengths), (*out.latents, *out.k_ropes, out.lengths), strict=True
+    )
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -83,13 +87,18 @@ def check_bad(plan: Any, entries: CacheEntries, append: bool, draw: Any) -> None
     compiled = module(plan)
     if not append:
         compiled.reset()
-    given: dict[str, Any] = {"latents": entries.latents, "k_ropes": entries.k_ropes, "lengths": entries.lengths.tolist(), "mask": None}  # fmt: skip
+    given: dict[str, Any] = {
+        "latents": entries.latents,
+        "k_ropes": entries.k_ropes,
+        "lengths": entries.lengths.tolist(),
+        "mask": None,
+    }
     name = draw(st.sampled_from(sorted(given)))
     spoil = draw(st.sampled_from(["odd", "longer", "wider", "negative"]))
     if spoil == "odd" or name == "mask":
         given[name] = draw(st.sampled_from(ODD))
     elif name == "lengths":
-        given[name] = [n + ROOM for n in given[name]] if spoil != "negative" else [-1] * len(given[name])  # fmt: skip
+        given[name] = [n + ROOM for n in given[name]] if spoil != "negative" else [-1] * len(given[name])
     elif spoil == "longer":
         given[name] = given[name] * 2
     else:
@@ -104,7 +113,9 @@ def check_bad(plan: Any, entries: CacheEntries, append: bool, draw: Any) -> None
 
 
 def fuzzed(examples: int, body: Any, *strategies: Any) -> None:
-    quick = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)  # fmt: skip
+    quick = settings(
+        max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+    )
     cases = st.tuples(*strategies, st.data())
     quick(given(cases)(lambda case: body(*case[:-1], case[-1].draw)))()
 

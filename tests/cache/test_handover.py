@@ -17,13 +17,7 @@ from transformers import DynamicCache, StaticCache
 from helix_compile import HelixModule, RuntimeFault, helix_compile
 from helix_compile.cache import file as handover_file
 from helix_compile.cache.file import read_cache, write_cache
-from helix_compile.cache.shards import (
-    CacheEntries,
-    CacheShard,
-    join_shards,
-    positions_of_sender,
-    shards_of_sender,
-)
+from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards, positions_of_sender, shards_of_sender
 from helix_compile.models.presets import build_model, named_model, preset_config
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids
@@ -35,17 +29,17 @@ R, r, SITES = 20, 6, 4
 
 
 def compiled_tiny(**options: int) -> HelixModule:
-    return helix_compile(tiny_model(), max_seq_len=256, **{"cp": 4, "tokens_per_block": 3, **options})  # fmt: skip
+    return helix_compile(tiny_model(), max_seq_len=256, **{"cp": 4, "tokens_per_block": 3, **options})
 
 
 def same(a: CacheEntries, b: CacheEntries) -> bool:
-    parts = zip((*a.latents, *a.k_ropes, a.lengths), (*b.latents, *b.k_ropes, b.lengths), strict=True)  # fmt: skip
+    parts = zip((*a.latents, *a.k_ropes, a.lengths), (*b.latents, *b.k_ropes, b.lengths), strict=True)
     return all(torch.equal(x, y) for x, y in parts)
 
 
-@pytest.mark.parametrize("plan", [{}, {"cp": 2, "tpa": 2, "tokens_per_block": 5}, {"cp": 1}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("plan", [{}, {"cp": 2, "tpa": 2, "tokens_per_block": 5}, {"cp": 1}], ids=str)
 def test_export_is_the_inverse_of_import(plan: dict[str, int]) -> None:
-    compiled, entries = compiled_tiny(**plan), random_entries([50, 1, 0, 37], [R] * SITES, [r] * SITES)  # fmt: skip
+    compiled, entries = compiled_tiny(**plan), random_entries([50, 1, 0, 37], [R] * SITES, [r] * SITES)
     compiled.import_cache(*entries)
     assert same(compiled.export_cache(), entries)
     compiled.import_cache(*compiled.export_cache())
@@ -105,7 +99,7 @@ def test_a_row_is_handed_over_while_the_others_go_on() -> None:
     after = compiled.export_cache()
     assert after.lengths.tolist() == [40, 9]
     assert all(torch.equal(a[0], b[0]) for a, b in zip(after.latents, new.latents, strict=True))
-    assert all(torch.equal(a[1, :9], b[1]) for a, b in zip(after.k_ropes, before.k_ropes, strict=True))  # fmt: skip
+    assert all(torch.equal(a[1, :9], b[1]) for a, b in zip(after.k_ropes, before.k_ropes, strict=True))
 
 
 def filled(columns: int, kind: type = DynamicCache, width: int = R, heads: int = 1) -> Any:
@@ -125,12 +119,18 @@ def filled(columns: int, kind: type = DynamicCache, width: int = R, heads: int =
         (lambda c: c.import_cache(filled(8), lengths=[9]), r"lengths \[9\]; expected 0 <= length <= columns 8"),
         (lambda c: c.import_cache(filled(8), mask=torch.ones(1, 7)), r"mask \(1, 7\), expected \(1, 8\)"),
         (lambda c: c.import_cache(filled(4), append=True), r"holds \[4\] tokens, fewer than the \[5\]"),
-        (lambda c: c.import_cache(*random_entries([1, 2], [R] * 4, [r] * 4), append=True), "2 sequences to append to a batch of 1"),
-        (lambda c: c.import_cache(*random_entries([252], [R] * 4, [r] * 4), append=True), r"\[252\] tokens after \[5\] are more than max_seq_len=256"),
+        (
+            lambda c: c.import_cache(*random_entries([1, 2], [R] * 4, [r] * 4), append=True),
+            "2 sequences to append to a batch of 1",
+        ),
+        (
+            lambda c: c.import_cache(*random_entries([252], [R] * 4, [r] * 4), append=True),
+            r"\[252\] tokens after \[5\] are more than max_seq_len=256",
+        ),
         (lambda c: c.import_cache([torch.ones(1, 8, R)] * 4), "k_ropes must be a list of tensors"),
     ],
-)  # fmt: skip
-def test_refused_before_anything_is_written(given: Callable[[HelixModule], None], message: str) -> None:  # fmt: skip
+)
+def test_refused_before_anything_is_written(given: Callable[[HelixModule], None], message: str) -> None:
     compiled = compiled_tiny()
     compiled(random_ids(tiny_model(), 1, 5))
     with untouched(compiled), pytest.raises(RuntimeFault, match=message):
@@ -154,7 +154,9 @@ PROMPTS = [
 
 @pytest.mark.parametrize("rotation", ["global", "restarts_at_decode"])
 @pytest.mark.parametrize(("tokens_per_block", "cp", "length", "expected"), PROMPTS)
-def test_prompts_lie_as_tensorrt_llm_says(rotation: str, tokens_per_block: int, cp: int, length: int, expected: list[list[int]]) -> None:  # fmt: skip
+def test_prompts_lie_as_tensorrt_llm_says(
+    rotation: str, tokens_per_block: int, cp: int, length: int, expected: list[list[int]]
+) -> None:
     for rank, tokens in enumerate(expected):
         held = positions_of_sender(length, rank, cp, tokens_per_block, rotation, length)
         assert (held + 1).tolist() == tokens
@@ -177,10 +179,13 @@ def test_shards_of_any_sender(rotation: str, cp: int, tokens_per_block: int) -> 
     parts = dealt(entries, cp, tokens_per_block, prompts if restart else None)
     joined = join_shards(
         shards_of_sender(
-            *parts, entries.lengths.tolist(), tokens_per_block=tokens_per_block, rotation=rotation,
+            *parts,
+            entries.lengths.tolist(),
+            tokens_per_block=tokens_per_block,
+            rotation=rotation,
             prompt_lengths=prompts if restart else None,
         )
-    )  # fmt: skip
+    )
     assert same(joined, entries)
     compiled = compiled_tiny()
     compiled.import_cache(*joined)
@@ -190,7 +195,10 @@ def test_shards_of_any_sender(rotation: str, cp: int, tokens_per_block: int) -> 
 def test_a_wrong_rotation_is_found() -> None:
     entries = random_entries([11], [R], [r])
     parts = dealt(entries, 4, 4, [10])
-    with pytest.raises(RuntimeFault, match=r"rank 0 latents: attention 0: got \(1, 5, 20\), expected \[1, 4, width\]: by rotation='global'"):  # fmt: skip
+    with pytest.raises(
+        RuntimeFault,
+        match=r"rank 0 latents: attention 0: got \(1, 5, 20\), expected \[1, 4, width\]: by rotation='global'",
+    ):
         shards_of_sender(*parts, [11], tokens_per_block=4)
     for wrong, message in (
         ({"rotation": "local"}, "rotation='local'; expected one of"),
@@ -198,7 +206,7 @@ def test_a_wrong_rotation_is_found() -> None:
         ({"prompt_lengths": [10]}, "where they have no effect"),
         ({"rotation": "restarts_at_decode", "prompt_lengths": [12]}, "0 <= prompt length <= length"),
         ({"tokens_per_block": 0}, "tokens_per_block must be an int >= 1, got 0"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(RuntimeFault, match=message):
             shards_of_sender(*parts, [11], **{"tokens_per_block": 4, **wrong})  # type: ignore[arg-type]
 
@@ -211,12 +219,12 @@ def test_one_rank_alone_exports_its_part() -> None:
         compiled = compiled_tiny(tpa=2)
         compiled.ranks[:] = compiled.ranks[rank : rank + 1]
         compiled.import_cache(*entries)
-        with pytest.raises(RuntimeFault, match=rf"holds cp rank {rank % 4} of 4 alone; export_shards"):  # fmt: skip
+        with pytest.raises(RuntimeFault, match=rf"holds cp rank {rank % 4} of 4 alone; export_shards"):
             compiled.export_cache()
         shards += compiled.export_shards()
     assert shards[1].positions[1, :3].tolist() == [3, 4, 5] and shards[2].positions[1, 0] == 6
     assert same(join_shards(shards), entries)
-    with pytest.raises(RuntimeFault, match=r"sequence 0 of 50 tokens: 38 tokens in 3 shards, 12 positions missing"):  # fmt: skip
+    with pytest.raises(RuntimeFault, match=r"sequence 0 of 50 tokens: 38 tokens in 3 shards, 12 positions missing"):
         join_shards([s for s in shards if s.cp_rank != 1])
     shards[5].latents[2][0, 0, 0] += 1
     with pytest.raises(RuntimeFault, match="two shards of cp rank 1 differ"):
@@ -234,14 +242,21 @@ def test_nothing_to_export() -> None:
 def test_a_file_holds_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, entries = tmp_path / "cache.safetensors", random_entries([9, 4], [R] * 2, [r] * 2)
     halves = [torch.cat([a, b], dim=-1) for a, b in zip(*entries[:2], strict=True)]
-    views = CacheEntries([h[..., :R] for h in halves], [h[..., R:] for h in halves], entries.lengths)  # fmt: skip
+    views = CacheEntries([h[..., :R] for h in halves], [h[..., R:] for h in halves], entries.lengths)
     write_cache(path, views)
     assert same(read_cache(path), entries)
     shared = CacheEntries([entries.latents[0]] * 2, [entries.k_ropes[0]] * 2, entries.lengths)
     write_cache(path, shared)
     assert same(read_cache(path), shared)
     whole = path.read_bytes()
-    for broken in (whole[:-7], whole[:40], b"", b"\xff" * 64, whole.replace(b"latents.1", b"latents.7"), whole.replace(b"cache.1", b"cache.9")):  # fmt: skip
+    for broken in (
+        whole[:-7],
+        whole[:40],
+        b"",
+        b"\xff" * 64,
+        whole.replace(b"latents.1", b"latents.7"),
+        whole.replace(b"cache.1", b"cache.9"),
+    ):
         path.write_bytes(broken)
         with pytest.raises(RuntimeFault, match=r"cache\.safetensors: "):
             read_cache(path)

@@ -21,9 +21,7 @@ from tests.support.models import fresh_model, tiny_model
 
 
 def compiled_tiny(**options: int) -> HelixModule:
-    return helix_compile(
-        tiny_model(), max_seq_len=256, **{"cp": 4, "tokens_per_block": 3, **options}
-    )
+    return helix_compile(tiny_model(), max_seq_len=256, **{"cp": 4, "tokens_per_block": 3, **options})
 
 
 @pytest.mark.parametrize("plan", [{"cp": 4}, {"cp": 2, "tpa": 2, "tokens_per_block": 5}], ids=str)
@@ -33,10 +31,7 @@ def test_import_of_a_left_padded_prefill(plan: dict[str, int]) -> None:
     with WidenedIslands():
         reference.step(random_ids(model, 3, 30), mask)
     layers = reference.cache.layers
-    latents, ropes = (
-        [t.squeeze(1) for t in part]
-        for part in zip(*((x.keys, x.values) for x in layers), strict=True)
-    )
+    latents, ropes = ([t.squeeze(1) for t in part] for part in zip(*((x.keys, x.values) for x in layers), strict=True))
     compiled.import_cache(latents, ropes, mask.sum(1), mask)
     assert compiled.lengths.tolist() == [19, 30, 27]
     ones = torch.ones(3, 1, dtype=torch.int64)
@@ -70,18 +65,13 @@ def test_import_refuses_flat_latents() -> None:
         ({"latents": 3}, "3 latents and 4 k_ropes for 4 cached attentions"),
         ({"width": 19}, r"widths 19 and 6; expected R = 20 and r = 6"),
         ({"lengths": [9]}, r"lengths \[9\]; expected 0 <= length <= columns 8"),
-        (
-            {"mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])},
-            r"the mask keeps \[6\] tokens a row, lengths say \[8\]",
-        ),
+        ({"mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])}, r"the mask keeps \[6\] tokens a row, lengths say \[8\]"),
     ],
     ids=["sites", "width", "lengths", "mask"],
 )
 def test_import_refuses_before_it_writes(change: dict, message: str) -> None:
     compiled = compiled_tiny()
-    latents = [torch.ones(1, 8, change.get("width", 20), dtype=torch.float64)] * change.get(
-        "latents", 4
-    )
+    latents = [torch.ones(1, 8, change.get("width", 20), dtype=torch.float64)] * change.get("latents", 4)
     ropes = [torch.ones(1, 8, 6, dtype=torch.float64)] * 4
     with pytest.raises(RuntimeFault, match=message):
         compiled.import_cache(latents, ropes, change.get("lengths", [8]), change.get("mask"))
@@ -92,16 +82,22 @@ def test_import_refuses_before_it_writes(change: dict, message: str) -> None:
     ("change", "message"),
     [
         ({"latents": 1}, r"latents must be a list of tensors \[B, S, R\], got int"),
-        ({"latents": [torch.ones(1, 8, 20, dtype=torch.int64)] * 4}, r"attention 0: latents must be floating, got torch\.int64"),
+        (
+            {"latents": [torch.ones(1, 8, 20, dtype=torch.int64)] * 4},
+            r"attention 0: latents must be floating, got torch\.int64",
+        ),
         ({"k_ropes": [None] * 4}, r"k_ropes must be a list of tensors \[B, S, r\], got a list holding NoneType"),
         ({"lengths": None}, "lengths must be a list or a tensor of ints, one a sequence, got NoneType"),
         ({"lengths": torch.tensor([8]).numpy()}, "one a sequence, got ndarray"),
         ({"lengths": torch.tensor(8)}, r"got a tensor of shape \(\)"),
         ({"mask": [[1] * 8]}, r"mask must be a tensor \[B, S\], got list"),
-        ({"latents": [torch.ones(1, 8, 6)] * 4, "k_ropes": [torch.ones(1, 8, 20)] * 4}, r"widths 6 and 20; expected R = 20 and r = 6.*swapped"),
+        (
+            {"latents": [torch.ones(1, 8, 6)] * 4, "k_ropes": [torch.ones(1, 8, 20)] * 4},
+            r"widths 6 and 20; expected R = 20 and r = 6.*swapped",
+        ),
     ],
     ids=["int", "integers", "none", "no lengths", "numpy", "one length", "list mask", "swapped"],
-)  # fmt: skip
+)
 def test_import_refuses_the_wrong_kind(change: dict, message: str) -> None:
     compiled = compiled_tiny()
     good = {"latents": [torch.ones(1, 8, 20)] * 4, "k_ropes": [torch.ones(1, 8, 6)] * 4}
@@ -181,10 +177,7 @@ def test_reset_forgets_everything() -> None:
 def test_page_table_is_obeyed() -> None:
     """Pages in another order, scattered: same logits. What is not in the table is never read."""
     model = tiny_model()
-    plain, moved = (
-        helix_compile(model, cp=2, tokens_per_block=2, max_seq_len=640, max_batch_size=2)
-        for _ in "ab"
-    )
+    plain, moved = (helix_compile(model, cp=2, tokens_per_block=2, max_seq_len=640, max_batch_size=2) for _ in "ab")
     table = moved._ledger.page_table
     assert table.shape == (2, -(-320 // PAGE_SIZE))
     table.copy_(torch.tensor([[5, 0, 3], [1, 4, 2]]))
@@ -216,12 +209,7 @@ def test_shards_are_views_and_go_with_the_module() -> None:
     compiled = helix_compile(model, cp=4, max_seq_len=64)
     whole = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     whole |= {b.untyped_storage().data_ptr() for b in model.buffers()}
-    copied = [
-        n
-        for r in compiled.ranks
-        for n, t in r.params.items()
-        if t.untyped_storage().data_ptr() not in whole
-    ]
+    copied = [n for r in compiled.ranks for n, t in r.params.items() if t.untyped_storage().data_ptr() not in whole]
     assert copied == []  # F = 112, 40 and 24 heads divide by 4: nothing is padded
     replaced = torch.zeros_like(compiled.ranks[1].params["model.norm.weight"])
     compiled.ranks[1].params["model.norm.weight"] = replaced

@@ -35,9 +35,7 @@ def model_with(change: Callable[[Tensor, int], Tensor] | None = None) -> Any:
             out, weights = super().forward(*args, **kwargs)
             return out if change is None else change(out, self.layer_idx), weights
 
-    config = DeepseekV3Config(
-        **{**SIZES, "num_hidden_layers": LAYERS, "first_k_dense_replace": LAYERS}
-    )
+    config = DeepseekV3Config(**{**SIZES, "num_hidden_layers": LAYERS, "first_k_dense_replace": LAYERS})
     torch.manual_seed(0)
     model: Any = DeepseekV3ForCausalLM(config).double().eval()
     for layer in model.model.layers:
@@ -136,8 +134,7 @@ def unlike_objects(layer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "edit",
-    [other_epsilon, private_constant, hook, patched, other_type, other_stride, unlike_objects],
+    "edit", [other_epsilon, private_constant, hook, patched, other_type, other_stride, unlike_objects]
 )
 def test_what_differs_in_more_than_numbers_is_run(edit: Callable[[Any], None]) -> None:
     layers = model_with().model.layers

@@ -42,9 +42,7 @@ def test_what_is_not_rewritten_is_told_by_name() -> None:
     """An FFN that no pattern takes is exact, replicated, and in the report."""
     model = fresh_model()
     for layer in model.model.layers[:2]:
-        layer.mlp.act_fn = (
-            nn.Softplus().eval()
-        )  # softplus(0) != 0: padding rows would add something
+        layer.mlp.act_fn = nn.Softplus().eval()  # softplus(0) != 0: padding rows would add something
     compiled = helix_compile(model, cp=2)
     assert _off(model, compiled) < 1e-7
     told = dict(compiled.plan.not_rewritten)

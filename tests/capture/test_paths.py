@@ -14,9 +14,7 @@ from helix_compile.capture.model import capture
 from tests.support.driver import worst_deviation
 from tests.support.models import fresh_model
 
-Change = Callable[
-    [Tensor, Any], Tensor
-]  # what the attention gives, its cache -> what the layer uses
+Change = Callable[[Tensor, Any], Tensor]  # what the attention gives, its cache -> what the layer uses
 
 
 def branching(change: Change, dtype: torch.dtype = torch.float64) -> Any:
@@ -73,9 +71,7 @@ def test_another_path_is_refused_with_its_place(change: Change, where: str) -> N
     assert f"test_capture_paths.py:{line} (`torch." in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
-)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_rounding_does_not_hide_it(dtype: torch.dtype) -> None:
     with pytest.raises(CaptureError, match="takes another path at B=2, T=1"):
         capture(branching(one_token, dtype))
@@ -105,4 +101,4 @@ def test_another_way_to_the_same_values_is_accepted(dtype: torch.dtype) -> None:
 def test_a_branch_on_a_size_is_told_as_one(change: Change, said: str) -> None:
     with pytest.raises(CaptureError) as caught:
         capture(branching(change))
-    assert f"({said}: the forward branches on a size, or computes with it as a number" in str(caught.value)  # fmt: skip
+    assert f"({said}: the forward branches on a size, or computes with it as a number" in str(caught.value)

@@ -60,10 +60,7 @@ def exported(model: Any, dynamic: bool = True) -> ExportedProgram:
     )
     with torch.no_grad():
         return torch.export.export(
-            Step(model),
-            (ids, mask, positions, pasts),
-            dynamic_shapes=shapes if dynamic else None,
-            strict=False,
+            Step(model), (ids, mask, positions, pasts), dynamic_shapes=shapes if dynamic else None, strict=False
         )
 
 
@@ -82,9 +79,7 @@ def test_a_program_gives_the_models_logits(program: ExportedProgram) -> None:
         expected = model(ids).logits
     largest = expected.abs().max()
     assert (got - same).abs().max() <= LIMIT[torch.float64] * largest
-    assert (
-        got - expected
-    ).abs().max() <= 1e-7 * largest  # the model's fp32 islands, in steps and at once
+    assert (got - expected).abs().max() <= 1e-7 * largest  # the model's fp32 islands, in steps and at once
     shards = {s.source for body in compiled.plan.bodies for s in body.param_shards}
     assert {n.removeprefix("model.") for n in shards} >= {
         f"model.layers.{i}.self_attn.{p}_proj.weight" for i in (0, 1) for p in ("kv_b", "o", "q_b")

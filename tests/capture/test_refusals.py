@@ -32,7 +32,7 @@ def _failing(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         (_branching, r"DeepseekV3ForCausalLM.*around its layers: GuardOnDataDependentSymNode: .*branches on data"),
         (_failing, r"DeepseekV3ForCausalLM.*KeyError: 'a table"),
     ],
-)  # fmt: skip
+)
 def test_an_error_around_the_layers_is_a_short_capture_error(
     forward: Callable, message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,7 +91,7 @@ def test_modes_that_change_what_is_captured(around: Callable[[], Any], message: 
 
 def test_a_configuration_alone_has_no_weights(tmp_path: Path) -> None:
     preset_config("tiny").save_pretrained(tmp_path)
-    with pytest.raises(CaptureError, match=r"config\.json is a configuration alone.*no weights.*from_config"):  # fmt: skip
+    with pytest.raises(CaptureError, match=r"config\.json is a configuration alone.*no weights.*from_config"):
         _compile(tmp_path / "config.json")
     with pytest.raises(CaptureError, match="is a file; pass the checkpoint folder"):
         (tmp_path / "model.safetensors").touch()

@@ -44,15 +44,11 @@ def loaded(folder: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def same(got: Tensor, expected: Tensor) -> bool:
-    return (
-        got.dtype == expected.dtype and got.shape == expected.shape and torch.equal(got, expected)
-    )
+    return got.dtype == expected.dtype and got.shape == expected.shape and torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.float64], ids=str)
-def test_parts_and_wholes_are_what_transformers_loads(
-    folder: Path, dtype: torch.dtype | None
-) -> None:
+def test_parts_and_wholes_are_what_transformers_loads(folder: Path, dtype: torch.dtype | None) -> None:
     """Rotary tables and fp32 islands too; in the dtype that is asked."""
     weights, whole = opened(folder, dtype), originals(loaded(folder, dtype))
     assert set(weights) == set(whole)
@@ -78,10 +74,7 @@ def test_fp8_is_dequantised_as_the_whole_matrix_is(tmp_path: Path, block: tuple[
         if ".experts." not in name:
             assert same(whole[name], tensor), name
             continue
-        prefix, number, part = (
-            name.removesuffix(".weight").split(".experts.")[0],
-            *name.split(".")[-3:-1],
-        )
+        prefix, number, part = (name.removesuffix(".weight").split(".experts.")[0], *name.split(".")[-3:-1])
         if part == "down_proj":
             held = whole[f"{prefix}.experts.down_proj"][int(number)]
         else:
@@ -113,21 +106,14 @@ def test_tied_embeddings(tmp_path: Path, stored: str) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         embedding = tensors["model.embed_tokens.weight"]
         if stored != "embedding":
-            tensors["lm_head.weight"] = (
-                embedding + 1 if stored == "different" else embedding.clone()
-            )
+            tensors["lm_head.weight"] = embedding + 1 if stored == "different" else embedding.clone()
         if stored == "head":
             del tensors["model.embed_tokens.weight"]
 
     rewrite(tmp_path, change)
     checkpoint, whole = open_checkpoint(tmp_path, None, CPU), originals(loaded(tmp_path))
-    head, embedding = (
-        checkpoint.weights["lm_head.weight"],
-        checkpoint.weights["model.embed_tokens.weight"],
-    )
-    assert same(head, whole["lm_head.weight"]) and same(
-        embedding, whole["model.embed_tokens.weight"]
-    )
+    head, embedding = (checkpoint.weights["lm_head.weight"], checkpoint.weights["model.embed_tokens.weight"])
+    assert same(head, whole["lm_head.weight"]) and same(embedding, whole["model.embed_tokens.weight"])
     assert (head is embedding) == (stored != "different")
     model = checkpoint.model
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (stored != "different")
@@ -147,9 +133,7 @@ def test_layers_for_multi_token_prediction_are_ignored_with_a_note(tmp_path: Pat
     assert len(notes) == 1 and "2 tensor(s) that are no part of the model are ignored" in notes[0]
 
 
-def test_one_tensor_is_shared_by_all_who_hold_it_and_read_again_when_none_does(
-    folder: Path,
-) -> None:
+def test_one_tensor_is_shared_by_all_who_hold_it_and_read_again_when_none_does(folder: Path) -> None:
     weights = opened(folder)
     norm = weights["model.norm.weight"]
     assert weights["model.norm.weight"] is norm
@@ -162,9 +146,7 @@ def test_one_tensor_is_shared_by_all_who_hold_it_and_read_again_when_none_does(
 
 @pytest.mark.parametrize("index", [None, (3, 2, 5, 0, 1, 9, 8, 7)], ids=["view", "rows"])
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_boxes_are_the_elements_that_cut_param_takes(
-    index: tuple[int, ...] | None, parts: int
-) -> None:
+def test_boxes_are_the_elements_that_cut_param_takes(index: tuple[int, ...] | None, parts: int) -> None:
     """A gather of rows, which only odd attention heads need, and a window, each with padding."""
     view, window = ((4, 2, 6), None) if index else ((2, 5, 6), (1, 1, 3))
     total = view[0]
@@ -248,12 +230,7 @@ def _operations(stage: fx.GraphModule) -> list[Any]:
     """Every node but its name: fx numbers them anew where an earlier stage held others."""
     graphs = [m.graph for m in stage.modules() if isinstance(m, fx.GraphModule)]
     return [
-        (
-            n.op,
-            n.meta.get("input") or str(n.target),
-            str(n.kwargs.get("device")),
-            str(n.meta.get("layout")),
-        )
+        (n.op, n.meta.get("input") or str(n.target), str(n.kwargs.get("device")), str(n.meta.get("layout")))
         for graph in graphs
         for n in graph.nodes
         if n.op != "output"
@@ -282,18 +259,14 @@ def _bar_that_notes(totals: list[int]) -> Any:
     return Bar
 
 
-def test_ranks_tell_two_checkpoints_apart_by_little(
-    folder: Path, tmp_path: Path, slices: list[int]
-) -> None:
+def test_ranks_tell_two_checkpoints_apart_by_little(folder: Path, tmp_path: Path, slices: list[int]) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.1.mlp.experts.5.up_proj.weight"][20, 3] += 1
 
     one, again = (opened(folder).fingerprint() for _ in range(2))
     read = sum(slices) / 2
     other = opened(rewrite(Path(shutil.copytree(folder, tmp_path / "copy")), change)).fingerprint()
-    assert one == again and weights_digest(opened(folder)) != weights_digest(
-        opened(tmp_path / "copy")
-    )
+    assert one == again and weights_digest(opened(folder)) != weights_digest(opened(tmp_path / "copy"))
     assert read < 0.05 * sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     assert len(set(one.splitlines()) ^ set(other.splitlines())) == 2
 

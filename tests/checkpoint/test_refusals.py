@@ -102,7 +102,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: set_config(f, quantization_config={"quant_method": "awq"}),
         r"quant_method='awq'.*only 'fp8'.*is read",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -120,18 +120,31 @@ def _join(tensors: dict[str, Tensor]) -> None:
 WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]] = {
     "missing": (
         lambda t: [t.pop("model.norm.weight"), t.pop("lm_head.weight")],
-        (r"\(2 missing, 0 left over, 0 does not fit\)", r"missing: model\.norm\.weight \[72\]", r"missing: lm_head\.weight \[97, 72\]"),
+        (
+            r"\(2 missing, 0 left over, 0 does not fit\)",
+            r"missing: model\.norm\.weight \[72\]",
+            r"missing: lm_head\.weight \[97, 72\]",
+        ),
     ),
     "left_over": (
         lambda t: t.update({"model.layers.2.input_layernorm.weight": torch.zeros(72), "what": torch.zeros(2, 3)}),
-        (r"0 missing, 2 left over", r"left over: model\.layers\.2\.input_layernorm\.weight \[72\] F32", r"left over: what \[2, 3\]"),
+        (
+            r"0 missing, 2 left over",
+            r"left over: model\.layers\.2\.input_layernorm\.weight \[72\] F32",
+            r"left over: what \[2, 3\]",
+        ),
     ),
     "shape": (
         lambda t: t.update({"model.norm.weight": torch.zeros(71)}),
-        (r"1 does not fit", r"model\.norm\.weight: the checkpoint has \[71\] \(model\.norm\.weight\), the model needs \[72\]"),
+        (
+            r"1 does not fit",
+            r"model\.norm\.weight: the checkpoint has \[71\] \(model\.norm\.weight\), the model needs \[72\]",
+        ),
     ),
     "transposed": (
-        lambda t: t.update({"model.layers.0.mlp.down_proj.weight": t["model.layers.0.mlp.down_proj.weight"].t().clone()}),
+        lambda t: t.update(
+            {"model.layers.0.mlp.down_proj.weight": t["model.layers.0.mlp.down_proj.weight"].t().clone()}
+        ),
         (r"the checkpoint has \[112, 72\].*the model needs \[72, 112\]",),
     ),
     "expert_missing": (
@@ -140,7 +153,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]] 
     ),
     "expert_missing_everywhere": (
         lambda t: [t.pop(k) for k in list(t) if ".experts.7." in k],
-        (r"2 does not fit", r"gate_up_proj: the checkpoint has \[7, 80, 72\] \(14 tensors such as .*experts\.0\.gate_proj\.weight\), the model needs \[8, 80, 72\]"),
+        (
+            r"2 does not fit",
+            r"gate_up_proj: the checkpoint has \[7, 80, 72\] \(14 tensors such as .*experts\.0\.gate_proj\.weight\), the model needs \[8, 80, 72\]",
+        ),
     ),
     "expert_of_another_size": (
         lambda t: t.update({EXPERT: torch.zeros(41, 72)}),
@@ -160,14 +176,19 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]] 
         (r"1 missing", r"missing: lm_head\.weight_scale_inv, the scales of lm_head\.weight \[97, 72\] F8_E4M3"),
     ),
     "fp8_without_a_block_size": (
-        lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn), "lm_head.weight_scale_inv": torch.ones(1, 1)}),
+        lambda t: t.update(
+            {
+                "lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn),
+                "lm_head.weight_scale_inv": torch.ones(1, 1),
+            }
+        ),
         (r"config\.json states no quantization_config\.weight_block_size",),
     ),
     "scales_of_nothing": (
         lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(1, 1)}),
         (r"left over: lm_head\.weight_scale_inv \[1, 1\] F32",),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -188,9 +209,7 @@ def test_scales_that_do_not_fit_their_blocks(folder: Path) -> None:
         tensors[name] = tensors[name][:-1].clone()
 
     rewrite(folder, change)
-    refused(
-        folder, rf"{name}: \[4, 14\] F32, expected \[5, 14\] floats: one for each 16 x 24 block of"
-    )
+    refused(folder, rf"{name}: \[4, 14\] F32, expected \[5, 14\] floats: one for each 16 x 24 block of")
 
 
 def test_a_long_list_is_cut(folder: Path) -> None:
@@ -204,10 +223,7 @@ def test_a_long_list_is_cut(folder: Path) -> None:
 
 def test_a_buffer_that_nobody_computes() -> None:
     model = build_model(preset_config("tiny"), meta=True)
-    assert set(computed_buffers(model)) == {
-        "model.rotary_emb.inv_freq",
-        "model.rotary_emb.original_inv_freq",
-    }
+    assert set(computed_buffers(model)) == {"model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"}
     model.model.norm.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
     with pytest.raises(CheckpointError, match=r"model\.norm\.table is in no checkpoint"):
         computed_buffers(model)

@@ -23,9 +23,17 @@ def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 KEYS = {
-    "model", "world_size", "layers", "collectives", "not_rewritten", "kv_bytes_per_token_per_rank",
-    "params_bytes_per_rank", "decisions", "memory_per_rank", "predicted",
-}  # fmt: skip
+    "model",
+    "world_size",
+    "layers",
+    "collectives",
+    "not_rewritten",
+    "kv_bytes_per_token_per_rank",
+    "params_bytes_per_rank",
+    "decisions",
+    "memory_per_rank",
+    "predicted",
+}
 
 
 def test_inspect_json_and_files(tmp_path: Path) -> None:
@@ -38,14 +46,8 @@ def test_inspect_json_and_files(tmp_path: Path) -> None:
     assert dense["roles"] == {"attention": 1, "dense_ffn": 1}
     assert moe["roles"] == {"attention": 1, "shared_expert": 1, "routed_experts": 1}
     assert dense["nodes_before"] > 0 and dense["nodes_after"] > 0
-    sent = [
-        (c["op"], c["axis"], c["egress_bytes_per_rank_per_token"]) for c in facts["collectives"]
-    ]
-    one = [
-        ("all_to_all_single", "kvp", 504),
-        ("all_reduce", "world", 768),
-        ("all_reduce", "world", 768),
-    ]
+    sent = [(c["op"], c["axis"], c["egress_bytes_per_rank_per_token"]) for c in facts["collectives"]]
+    one = [("all_to_all_single", "kvp", 504), ("all_reduce", "world", 768), ("all_reduce", "world", 768)]
     assert sent == one * 2
     assert facts["kv_bytes_per_token_per_rank"] == 4 * (32 + 16) * 4 / 4
     assert {n["what"] for n in facts["not_rewritten"]} >= {"embedding", "norms", "router", "head"}
@@ -83,7 +85,23 @@ def test_inspect_one_node() -> None:
 
 
 def test_inspect_text_and_options_by_name() -> None:
-    done = run_here("inspect", "tiny", "--cp", "2", "--tpa", "2", "--tokens-per-block", "8", "--v-up", "after", "--merge", "ag_rs", "--dtype", "bfloat16", "--meta")  # fmt: skip
+    done = run_here(
+        "inspect",
+        "tiny",
+        "--cp",
+        "2",
+        "--tpa",
+        "2",
+        "--tokens-per-block",
+        "8",
+        "--v-up",
+        "after",
+        "--merge",
+        "ag_rs",
+        "--dtype",
+        "bfloat16",
+        "--meta",
+    )
     assert done.returncode == 0, done.stderr
     for part in ("(bfloat16) on 4 ranks: cp=2, tpa=2", "reduce_scatter_tensor", "v_up = after"):
         assert part in done.stdout
@@ -102,18 +120,13 @@ def test_generate_from_a_preset_a_config_and_a_checkpoint(tmp_path: Path) -> Non
     model = build_model(preset_config("tiny"))
     model.save_pretrained(tmp_path)
     arguments = ("--cp", "4", "--prompt-ids", "1,2,3;4", "--max-new-tokens", "5", "--json")
-    outputs = [
-        run_here("generate", str(m), *arguments)
-        for m in ("tiny", tmp_path / "config.json", tmp_path)
-    ]
+    outputs = [run_here("generate", str(m), *arguments) for m in ("tiny", tmp_path / "config.json", tmp_path)]
     assert all(o.returncode == 0 for o in outputs), [o.stderr for o in outputs]
     documents = [json.loads(o.stdout) for o in outputs]
     assert documents[0] == documents[1] == documents[2]
     assert documents[0]["prompt_ids"] == [[1, 2, 3], [4]]
     assert [len(r) for r in documents[0]["new_ids"]] == [5, 5]
-    streamed = run_here(
-        "generate", "tiny", "--cp", "2", "--prompt-ids", "1 2 3", "--max-new-tokens", "5"
-    )
+    streamed = run_here("generate", "tiny", "--cp", "2", "--prompt-ids", "1 2 3", "--max-new-tokens", "5")
     assert streamed.stdout.split() and len(streamed.stdout.split()) == 5
 
 
@@ -121,10 +134,7 @@ def test_generate_from_a_preset_a_config_and_a_checkpoint(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (("inspect", "tiny", "--cp", "0"), "LayoutError: cp must be an int >= 1, got 0"),
-        (
-            ("inspect", "tiny", "--cp", "3"),
-            "8 heads can't be divided over N = cp*tpa = 3*1 = 3 ranks",
-        ),
+        (("inspect", "tiny", "--cp", "3"), "8 heads can't be divided over N = cp*tpa = 3*1 = 3 ranks"),
         (("inspect", "nowhere", "--cp", "2"), "MODEL 'nowhere': no preset"),
         (("inspect", "tiny", "--cp", "2", "--dtype", "int8"), "dtype 'int8' is not one of"),
         (("inspect", "tiny", "--cp", "2", "--merge", "fast"), "option merge='fast' is unknown"),
@@ -148,7 +158,7 @@ def test_wrong_use_is_exit_status_2(arguments: tuple[str, ...], message: str) ->
     assert done.returncode == 2 and message in done.stderr and done.stdout == ""
 
 
-def _refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:  # fmt: skip
+def _refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """What main() prints in this process on wrong use."""
     monkeypatch.setattr(sys, "argv", ["helix-compile", *arguments])
     with pytest.raises(SystemExit) as caught:
@@ -170,12 +180,10 @@ def test_wrong_values_print_the_message_alone(
         ((*generate, "-3"), "HelixError: --max-new-tokens must be >= 1, got -3\n"),
         ((*inspect, str(file)), f"HelixError: --out {file}: {file} is not a folder"),
         ((*inspect, str(file / "sub")), f"HelixError: --out {file / 'sub'}: {file} is not a folder"),
-    ):  # fmt: skip
+    ):
         assert _refused(capsys, monkeypatch, *arguments).startswith(message)
     monkeypatch.setattr(Path, "mkdir", _full_disk)
-    assert "out: can't be written: No space left" in _refused(
-        capsys, monkeypatch, *inspect, str(tmp_path / "out")
-    )
+    assert "out: can't be written: No space left" in _refused(capsys, monkeypatch, *inspect, str(tmp_path / "out"))
 
 
 def _full_disk(*_: object, **__: object) -> None:
@@ -189,7 +197,9 @@ def test_random_weights_that_do_not_fit_in_memory(
     preset_config("tiny").save_pretrained(tmp_path)
     for name in ("tiny", str(tmp_path / "config.json")):
         message = _refused(capsys, monkeypatch, "inspect", name, "--cp", "2", "--dtype", "float64")
-        assert re.search(r"needs 0\.00\d+ GB for random weights in float64, this machine has 0\.003 GB; use inspect --meta", message)  # fmt: skip
+        assert re.search(
+            r"needs 0\.00\d+ GB for random weights in float64, this machine has 0\.003 GB; use inspect --meta", message
+        )
 
 
 def test_verify_is_exit_status_0_and_json() -> None:
@@ -201,7 +211,7 @@ def test_verify_is_exit_status_0_and_json() -> None:
     assert "stage lowered" in done.stderr
 
 
-def test_a_finding_is_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_finding_is_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The command on a module that a patched merge breaks; and the self-test when a fault survives."""
     from typer.testing import CliRunner
 
@@ -219,17 +229,11 @@ def test_a_finding_is_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_the_self_test_measures_each_mutant() -> None:
     from helix_compile.verifier.mutants import self_test as tester
 
-    chosen = {
-        "plain mean of the parts",
-        "no all_reduce behind o_proj",
-        "merge option accepted and ignored",
-    }
+    chosen = {"plain mean of the parts", "no all_reduce behind o_proj", "merge option accepted and ignored"}
     mutants = [m for m in tester.CATALOGUE if m.name in chosen]
     verdicts = {v.name: v for v in tester.self_test(tester.awkward_model(), mutants)}
     assert all(v.caught for v in verdicts.values()) and len(verdicts) == 3
-    assert (
-        verdicts["merge option accepted and ignored"].off == 0.0
-    )  # right numbers: the rule lets it pass
+    assert verdicts["merge option accepted and ignored"].off == 0.0  # right numbers: the rule lets it pass
     lost = verdicts["no all_reduce behind o_proj"]
     assert lost.off is not None and lost.off > tester.MAY_FAIL and not lost.passes_rule
     assert "3 of 3 mutants caught" in tester.format_table(list(verdicts.values()))

@@ -9,14 +9,7 @@ import torch
 
 import helix_compile.kernels.catalog  # noqa: F401
 from helix_compile.kernels.registry import kernel_of
-from tests.support.kernel_cases import (
-    CASES,
-    KernelCase,
-    expected_results,
-    on_device,
-    results,
-    worst_deviation,
-)
+from tests.support.kernel_cases import CASES, KernelCase, expected_results, on_device, results, worst_deviation
 
 
 def registered(op: str) -> bool:

@@ -35,18 +35,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     return folder, json.loads(result.stdout)["kernels"]
 
 
-def test_every_kernel_fits_and_lies_where_it_says(
-    compiled: tuple[Path, list[dict[str, Any]]],
-) -> None:
+def test_every_kernel_fits_and_lies_where_it_says(compiled: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, records = compiled
     names = {r["kernel"] for r in records}
-    assert {
-        "mla_decode",
-        "merge_lse",
-        "pack_heads.splits",
-        "cache_append.norm_rope",
-        "moe_router",
-    } <= names
+    assert {"mla_decode", "merge_lse", "pack_heads.splits", "cache_append.norm_rope", "moe_router"} <= names
     for record in records:
         assert record["fits"], record
         assert record["shared_bytes"] <= 232_448 and record["tmem_columns"] <= 512
@@ -71,7 +63,7 @@ def test_no_copy_is_wider_than_a_row_is_aligned_to(tmp_path: Path) -> None:
     """Rows of R + r = 26 floats: an asynchronous copy of 16 bytes from there is "misaligned address" on a card."""
     DeepseekV3Config(**SIZES).save_pretrained(tmp_path)
     config = str(tmp_path / "config.json")
-    result = run(config, "--cp", "4", "--arch", "sm_90", "--dtype", "float32", "--json", "--out", str(tmp_path / "out"))  # fmt: skip
+    result = run(config, "--cp", "4", "--arch", "sm_90", "--dtype", "float32", "--json", "--out", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     (record,) = [r for r in json.loads(result.stdout)["kernels"] if "mla" in r["kernel"]]
     assert record["kernel"] == "mla_pointer_decode"

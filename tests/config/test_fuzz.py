@@ -16,14 +16,7 @@ from hypothesis import strategies as st
 from helix_compile import HelixError
 from helix_compile.config.dialects import fields_of_file
 from helix_compile.config.options import HelixOptions
-from tests.support.config_cases import (
-    OWN,
-    TRTLLM,
-    VLLM,
-    own_result,
-    trtllm_result,
-    vllm_result,
-)
+from tests.support.config_cases import OWN, TRTLLM, VLLM, own_result, trtllm_result, vllm_result
 
 CASES = {
     "own": (OWN, HelixOptions.from_file, own_result),
@@ -35,7 +28,33 @@ TEXTS = {
     ".yaml": "cp: 4\nmerge: &a a2a\ncp_config: {cp_type: HELIX, tokens_per_block: 32}\nx: !!int '1'\n? *a\n: 2\n",
     ".toml": 'cp = 4\nmerge = "a2a"\n[cp_config]\ncp_type = "HELIX"\n"tokens_per_block" = 0x20\n',
 }
-PIECES = ["!!int ''", "!!bool x", "!!timestamp x", "<<: *a", "&a", "- ", "? ", "{", "[", "}", '"', "'", "1e999", "0x", "\\ud800", "\x00", "\n", ": ", " = ", "9" * 5000, "cp", "null", "~", "2024-99-99", "\u00e9"]  # fmt: skip
+PIECES = [
+    "!!int ''",
+    "!!bool x",
+    "!!timestamp x",
+    "<<: *a",
+    "&a",
+    "- ",
+    "? ",
+    "{",
+    "[",
+    "}",
+    '"',
+    "'",
+    "1e999",
+    "0x",
+    "\\ud800",
+    "\x00",
+    "\n",
+    ": ",
+    " = ",
+    "9" * 5000,
+    "cp",
+    "null",
+    "~",
+    "2024-99-99",
+    "\u00e9",
+]
 
 
 def check_values(dialect: str, values: dict[str, Any], suffix: str) -> None:
@@ -60,7 +79,7 @@ def check_text(text: str, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"c{suffix}"
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        for read in (fields_of_file, HelixOptions.from_file, HelixOptions.from_trtllm, HelixOptions.from_vllm):  # fmt: skip
+        for read in (fields_of_file, HelixOptions.from_file, HelixOptions.from_trtllm, HelixOptions.from_vllm):
             try:
                 read(path)
             except HelixError as error:
@@ -81,7 +100,7 @@ def broken_texts(draw: st.DrawFn) -> tuple[str, str]:
 def fuzzed(check: Callable[..., None], examples: int, *strategies: Any) -> None:
     quick = settings(
         max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
-    )  # fmt: skip
+    )
     quick(given(st.tuples(*strategies))(lambda case: check(*case)))()
 
 

@@ -20,11 +20,7 @@ from helix_compile.config.options import HelixOptions
 from helix_compile.config.schema import options_schema, schema_text
 
 HELIX = {"cp_type": "HELIX", "tokens_per_block": 32}
-TRTLLM = {
-    "context_parallel_size": 4,
-    "cp_config": HELIX,
-    "kv_cache_config": {"tokens_per_block": 32},
-}
+TRTLLM = {"context_parallel_size": 4, "cp_config": HELIX, "kv_cache_config": {"tokens_per_block": 32}}
 
 
 def trtllm(**change: Any) -> dict[str, Any]:
@@ -39,17 +35,27 @@ def trtllm(**change: Any) -> dict[str, Any]:
         (trtllm(tensor_parallel_size=2, moe_expert_parallel_size=8), {"cp": 4, "tpa": 2, "ep": 8}),
         (trtllm(moe_tensor_parallel_size=2), {"cp": 4, "ep": 2}),
         (trtllm(kv_cache_config=...), {"cp": 4, "tokens_per_block": 32}),  # its default
-        (trtllm(cp_config={"cp_type": "helix", "tokens_per_block": 64}, kv_cache_config={"tokens_per_block": 64}),
-         {"tokens_per_block": 64}),
+        (
+            trtllm(cp_config={"cp_type": "helix", "tokens_per_block": 64}, kv_cache_config={"tokens_per_block": 64}),
+            {"tokens_per_block": 64},
+        ),
         (trtllm(cp_config={**HELIX, "use_nccl_for_alltoall": False, "fifo_version": 2}), {"cp": 4}),
         ({"tensor_parallel_size": 8}, {"cp": 1, "tpa": 8, "ep": 1}),
-        (trtllm(max_batch_size=3, max_seq_len=70000, max_num_tokens=8192, cuda_graph_config={"enable_padding": True}),
-         {"max_batch_size": 3, "max_seq_len": 70000}),
-        (trtllm(kv_cache_config={"tokens_per_block": 32, "enable_block_reuse": False, "free_gpu_memory_fraction": 0.5}),
-         {"cp": 4}),
+        (
+            trtllm(
+                max_batch_size=3, max_seq_len=70000, max_num_tokens=8192, cuda_graph_config={"enable_padding": True}
+            ),
+            {"max_batch_size": 3, "max_seq_len": 70000},
+        ),
+        (
+            trtllm(
+                kv_cache_config={"tokens_per_block": 32, "enable_block_reuse": False, "free_gpu_memory_fraction": 0.5}
+            ),
+            {"cp": 4},
+        ),
     ],
     ids=["helix", "degrees", "moe_tp", "default block", "case", "medium", "plain tp", "capacity", "cache keys"],
-)  # fmt: skip
+)
 def test_trtllm(source: dict[str, Any], expected: dict[str, int]) -> None:
     options = asdict(HelixOptions.from_trtllm(source))
     assert {k: options[k] for k in expected} == expected
@@ -66,39 +72,72 @@ MISMATCH = (
     ("source", "message"),
     [
         (trtllm(cp_config={**HELIX, "tokens_per_block": 64}), MISMATCH),
-        (trtllm(cp_config={**HELIX, "tokens_per_block": 64}, kv_cache_config=...), MISMATCH + "; the latter is the default"),
+        (
+            trtllm(cp_config={**HELIX, "tokens_per_block": 64}, kv_cache_config=...),
+            MISMATCH + "; the latter is the default",
+        ),
         (trtllm(cp_config={"cp_type": "HELIX"}), "cp_config.tokens_per_block: got none, expected 32"),
-        (trtllm(cp_config={**HELIX, "tokens_per_block": None}), "cp_config.tokens_per_block: got None, expected a value"),
+        (
+            trtllm(cp_config={**HELIX, "tokens_per_block": None}),
+            "cp_config.tokens_per_block: got None, expected a value",
+        ),
         (trtllm(cp_config={**HELIX, "use_nccl_for_alltoall": None}), "cp_config.use_nccl_for_alltoall: got None"),
-        (trtllm(cp_config={**HELIX, "fifo_version": 3, "use_nccl_for_alltoall": False}), "cp_config.fifo_version: got 3 (int), expected 1 or 2"),
+        (
+            trtllm(cp_config={**HELIX, "fifo_version": 3, "use_nccl_for_alltoall": False}),
+            "cp_config.fifo_version: got 3 (int), expected 1 or 2",
+        ),
         (trtllm(cp_config={**HELIX, "fifo_version": "2"}), "cp_config.fifo_version: got '2' (str), expected an int"),
-        (trtllm(cp_config={**HELIX, "fifo_version": 2}), "use_nccl_for_alltoall is true by default, expected no fifo_version"),
-        (trtllm(cp_config={**HELIX, "fifo_versoin": 2}), "cp_config.fifo_versoin: got an unknown key, expected one that is understood; did you mean fifo_version?"),
-        (trtllm(cp_config={**HELIX, "cp_type": "HELX"}), "cp_config.cp_type: Invalid cp_type: HELX. Must be one of: ULYSSES, STAR, RING, HELIX"),
-        (trtllm(cp_config={**HELIX, "cp_type": "star"}), "cp_config.cp_type: CP type must be HELIX for MLA, but got STAR"),
+        (
+            trtllm(cp_config={**HELIX, "fifo_version": 2}),
+            "use_nccl_for_alltoall is true by default, expected no fifo_version",
+        ),
+        (
+            trtllm(cp_config={**HELIX, "fifo_versoin": 2}),
+            "cp_config.fifo_versoin: got an unknown key, expected one that is understood; did you mean fifo_version?",
+        ),
+        (
+            trtllm(cp_config={**HELIX, "cp_type": "HELX"}),
+            "cp_config.cp_type: Invalid cp_type: HELX. Must be one of: ULYSSES, STAR, RING, HELIX",
+        ),
+        (
+            trtllm(cp_config={**HELIX, "cp_type": "star"}),
+            "cp_config.cp_type: CP type must be HELIX for MLA, but got STAR",
+        ),
         (trtllm(cp_config={"tokens_per_block": 32}), "CP type must be HELIX for MLA, but got ULYSSES, the default"),
         (trtllm(cp_config=...), "cp_config: got none, expected {cp_type: HELIX"),
-        (trtllm(context_parallel_size=1), "cp_config.cp_type: got HELIX with context_parallel_size 1, expected context_parallel_size >= 2"),
+        (
+            trtllm(context_parallel_size=1),
+            "cp_config.cp_type: got HELIX with context_parallel_size 1, expected context_parallel_size >= 2",
+        ),
         (trtllm(context_parallel_size=...), "got HELIX with context_parallel_size 1"),
         (trtllm(context_parallel_size=True), "context_parallel_size: got True (bool), expected an int >= 1"),
         (trtllm(context_parallel_size="4"), "context_parallel_size: got '4' (str), expected an int >= 1"),
         (trtllm(context_parallel_size=4.0), "context_parallel_size: got 4.0 (float)"),
-        (trtllm(moe_expert_parallel_size=3), "moe_expert_parallel_size: moe_tp_size * moe_ep_size * moe_cluster_size must equal to moe_world_size, but got 1 * 3 * 1 != 4"),
+        (
+            trtllm(moe_expert_parallel_size=3),
+            "moe_expert_parallel_size: moe_tp_size * moe_ep_size * moe_cluster_size must equal to moe_world_size, but got 1 * 3 * 1 != 4",
+        ),
         (trtllm(moe_expert_parallel_size=4, moe_tensor_parallel_size=2), "but got 2 * 4 * 1 != 4"),
         (trtllm(pipeline_parallel_size=2), "pipeline_parallel_size: got 2 (int), expected 1"),
         (trtllm(enable_attention_dp=True), "enable_attention_dp: got True (bool), expected False"),
-        (trtllm(speculative_config={"decoding_type": "MTP"}), "speculative_config: got {'decoding_type': 'MTP'}, expected no such key"),
+        (
+            trtllm(speculative_config={"decoding_type": "MTP"}),
+            "speculative_config: got {'decoding_type': 'MTP'}, expected no such key",
+        ),
         (trtllm(max_num_tokens="8192"), "max_num_tokens: got '8192' (str), expected int"),
         (trtllm(cuda_graph_config=None), "cuda_graph_config: got None"),
         (trtllm(kv_cache_config={"dtype": "fp8"}), "kv_cache_config.dtype: got 'fp8' (str), expected 'auto'"),
         (trtllm(kv_cache_config=[32]), "kv_cache_config: got [32] (list), expected mapping"),
         (trtllm(kv_cache_config={}), "kv_cache_config is empty"),
-        ({"generation_servers": {}}, "generation_servers: got {}, expected no such key: this is a file of disaggregated serving"),
+        (
+            {"generation_servers": {}},
+            "generation_servers: got {}, expected no such key: this is a file of disaggregated serving",
+        ),
         ({1: 2}, "1: got a key of type int, expected a name"),
         ({}, "the configuration is empty"),
         ([], "expected a mapping or the path of a file, got list"),
     ],
-)  # fmt: skip
+)
 def test_trtllm_refuses(source: Any, message: str) -> None:
     with pytest.raises(HelixError) as caught:
         HelixOptions.from_trtllm(source)
@@ -108,15 +147,32 @@ def test_trtllm_refuses(source: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ({"tensor_parallel_size": 8, "decode_context_parallel_size": 4, "cp_kv_cache_interleave_size": 16, "dcp_comm_backend": "a2a"},
-         {"cp": 4, "tpa": 2, "ep": 1, "tokens_per_block": 16, "merge": "a2a"}),
-        ({"tensor-parallel-size": 8, "decode-context-parallel-size": 8, "enable-expert-parallel": True},
-         {"cp": 8, "tpa": 1, "ep": 8, "tokens_per_block": 1, "merge": "ag_rs"}),  # its defaults
+        (
+            {
+                "tensor_parallel_size": 8,
+                "decode_context_parallel_size": 4,
+                "cp_kv_cache_interleave_size": 16,
+                "dcp_comm_backend": "a2a",
+            },
+            {"cp": 4, "tpa": 2, "ep": 1, "tokens_per_block": 16, "merge": "a2a"},
+        ),
+        (
+            {"tensor-parallel-size": 8, "decode-context-parallel-size": 8, "enable-expert-parallel": True},
+            {"cp": 8, "tpa": 1, "ep": 8, "tokens_per_block": 1, "merge": "ag_rs"},
+        ),  # its defaults
         ({"tensor_parallel_size": 4}, {"cp": 1, "tpa": 4, "merge": "a2a"}),
-        ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2, "max_num_seqs": 16, "max_model_len": 9000, "block_size": 64},
-         {"max_batch_size": 16, "max_seq_len": 9000}),
+        (
+            {
+                "tensor_parallel_size": 2,
+                "decode_context_parallel_size": 2,
+                "max_num_seqs": 16,
+                "max_model_len": 9000,
+                "block_size": 64,
+            },
+            {"max_batch_size": 16, "max_seq_len": 9000},
+        ),
     ],
-)  # fmt: skip
+)
 def test_vllm(source: dict[str, Any], expected: dict[str, Any]) -> None:
     options = asdict(HelixOptions.from_vllm(source))
     assert {k: options[k] for k in expected} == expected
@@ -128,14 +184,26 @@ DCP = {"tensor_parallel_size": 4, "decode_context_parallel_size": 4}
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({**DCP, "decode_context_parallel_size": 3}, "decode_context_parallel_size: got 3 with tensor_parallel_size 4, expected a divisor"),
+        (
+            {**DCP, "decode_context_parallel_size": 3},
+            "decode_context_parallel_size: got 3 with tensor_parallel_size 4, expected a divisor",
+        ),
         ({"decode_context_parallel_size": 2}, "got 2 with tensor_parallel_size 1"),
-        ({"tensor_parallel_size": 4, "dcp_comm_backend": "a2a"}, "dcp_comm_backend: got 'a2a' (str), expected no such key at decode_context_parallel_size 1"),
-        ({"tensor_parallel_size": 4, "cp_kv_cache_interleave_size": 4}, "cp_kv_cache_interleave_size: got 4 (int), expected no such key"),
+        (
+            {"tensor_parallel_size": 4, "dcp_comm_backend": "a2a"},
+            "dcp_comm_backend: got 'a2a' (str), expected no such key at decode_context_parallel_size 1",
+        ),
+        (
+            {"tensor_parallel_size": 4, "cp_kv_cache_interleave_size": 4},
+            "cp_kv_cache_interleave_size: got 4 (int), expected no such key",
+        ),
         ({**DCP, "dcp_comm_backend": "fi_a2a"}, "dcp_comm_backend: got 'fi_a2a' (str), expected one of 'ag_rs', 'a2a'"),
         ({**DCP, "dcp_comm_backend": None}, "dcp_comm_backend: got None"),
         ({**DCP, "dcp_kv_cache_interleave_size": 4}, "write cp_kv_cache_interleave_size"),
-        ({**DCP, "cp_kv_cache_interleave_size": 48, "block_size": 64}, "block_size: got 64 (int), expected a multiple of cp_kv_cache_interleave_size (48)"),
+        (
+            {**DCP, "cp_kv_cache_interleave_size": 48, "block_size": 64},
+            "block_size: got 64 (int), expected a multiple of cp_kv_cache_interleave_size (48)",
+        ),
         ({**DCP, "tensor-parallel-size": 4}, "tensor_parallel_size: got it with dashes and with underscores"),
         ({**DCP, "data_parallel_size": 2}, "data_parallel_size: got 2 (int), expected 1"),
         ({**DCP, "kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8'"),
@@ -143,7 +211,7 @@ DCP = {"tensor_parallel_size": 4, "decode_context_parallel_size": 4}
         ({**DCP, "max_model_len": "128k"}, "max_model_len: got '128k' (str), expected an int"),
         ({**DCP, "dcp_com_backend": "a2a"}, "did you mean dcp_comm_backend"),
     ],
-)  # fmt: skip
+)
 def test_vllm_refuses(source: Any, message: str) -> None:
     with pytest.raises(HelixError) as caught:
         HelixOptions.from_vllm(source)
@@ -187,7 +255,7 @@ def test_our_own_file_in_three_formats(tmp_path: Path) -> None:
         ("o.yaml", "#" * 300_000, "more than 262144 bytes"),
         ("o.yaml", None, "can't read this configuration: No such file"),
     ],
-)  # fmt: skip
+)
 def test_our_own_file_refuses(tmp_path: Path, name: str, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
@@ -206,15 +274,13 @@ def test_a_file_says_whose_it_is(tmp_path: Path) -> None:
         file.write_text(json.dumps(content))
         assert fields_of_file(file).dialect == dialect
     file.write_text(json.dumps({"cp": 4, "cp_config": HELIX}))
-    with pytest.raises(
-        HelixError, match=r"several dialects.*cp of helix_compile; cp_config of Ten"
-    ):
+    with pytest.raises(HelixError, match=r"several dialects.*cp of helix_compile; cp_config of Ten"):
         fields_of_file(file)
 
 
 def test_keys_without_effect_are_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger=options_module.__name__):
-        HelixOptions.from_trtllm(trtllm(max_num_tokens=1, cp_config={**HELIX, "use_nccl_for_alltoall": True}))  # fmt: skip
+        HelixOptions.from_trtllm(trtllm(max_num_tokens=1, cp_config={**HELIX, "use_nccl_for_alltoall": True}))
     assert "no effect here: cp_config.use_nccl_for_alltoall, max_num_tokens" in caplog.text
 
 
@@ -230,19 +296,34 @@ GOOD: list[dict[str, Any]] = [
     {"cp": 4, "tpa": 2, "ep": 8, "tokens_per_block": 1, "max_batch_size": 1, "max_seq_len": 1},
     {"cp": 2, "merge": "ag_rs", "q_proj": "gather", "v_up": "after", "lower": "triton", "overlap": "none"},
     {"cp": 1, "merge": "a2a", "v_up": "auto", "lower": "reference"},
-]  # fmt: skip
+]
 BAD: list[Any] = [
     {"cp": 4, "max_seq_len": 2**31},
-    {}, [], {"cp": 0}, {"cp": -1}, {"cp": "4"}, {"cp": True}, {"cp": None}, {"cp": 2.5}, {"tpa": 2}, {"cp": 4, "x": 1},
-    {"cp": 4, "merge": "fast"}, {"cp": 4, "merge": None}, {"cp": 1, "merge": "ag_rs"}, {"cp": 1, "v_up": "before"},
-    {"cp": 4, "overlap": "hopb"}, {"cp": 4, "lower": "tensorrt"}, {"cp": 4, "ep": None}, {"cp": 4, "dtype": "float32"},
-    {"cp": 1, "q_proj": "gather"}, {"cp": [4]}, {"cp": 4, "max_seq_len": 0},
-]  # fmt: skip
+    {},
+    [],
+    {"cp": 0},
+    {"cp": -1},
+    {"cp": "4"},
+    {"cp": True},
+    {"cp": None},
+    {"cp": 2.5},
+    {"tpa": 2},
+    {"cp": 4, "x": 1},
+    {"cp": 4, "merge": "fast"},
+    {"cp": 4, "merge": None},
+    {"cp": 1, "merge": "ag_rs"},
+    {"cp": 1, "v_up": "before"},
+    {"cp": 4, "overlap": "hopb"},
+    {"cp": 4, "lower": "tensorrt"},
+    {"cp": 4, "ep": None},
+    {"cp": 4, "dtype": "float32"},
+    {"cp": 1, "q_proj": "gather"},
+    {"cp": [4]},
+    {"cp": 4, "max_seq_len": 0},
+]
 
 
-@pytest.mark.parametrize(
-    ("content", "good"), [*((c, True) for c in GOOD), *((c, False) for c in BAD)], ids=str
-)
+@pytest.mark.parametrize(("content", "good"), [*((c, True) for c in GOOD), *((c, False) for c in BAD)], ids=str)
 def test_schema_and_loader_agree(tmp_path: Path, content: Any, good: bool) -> None:
     file = tmp_path / "o.json"
     file.write_text(json.dumps(content))
@@ -276,8 +357,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_command_line_overrides_the_file(tmp_path: Path, asked: dict[str, Any]) -> None:
     ours, theirs = tmp_path / "o.toml", tmp_path / "t.yaml"
     ours.write_text('cp = 2\ntokens_per_block = 8\nmerge = "ag_rs"\n')
-    theirs.write_text("context_parallel_size: 4\ntensor_parallel_size: 2\nmax_num_tokens: 9\ncp_config: {cp_type: HELIX, tokens_per_block: 32}\n")  # fmt: skip
-    for command in (("inspect", "tiny"), ("verify", "tiny"), ("generate", "tiny", "--prompt-ids", "1")):  # fmt: skip
+    theirs.write_text(
+        "context_parallel_size: 4\ntensor_parallel_size: 2\nmax_num_tokens: 9\ncp_config: {cp_type: HELIX, tokens_per_block: 32}\n"
+    )
+    for command in (("inspect", "tiny"), ("verify", "tiny"), ("generate", "tiny", "--prompt-ids", "1")):
         done = run(*command, "--config", str(ours), "--cp", "4", "--merge", "a2a")
         expected = asdict(HelixOptions(cp=4, tokens_per_block=8)) | {"world": "auto"}
         assert asked == expected and str(done.exception) == "recorded"
@@ -293,7 +376,12 @@ def test_the_command_line_overrides_the_file(tmp_path: Path, asked: dict[str, An
 def test_every_command_that_compiles_takes_a_file(tmp_path: Path) -> None:
     file = tmp_path / "o.yaml"
     file.write_text("cp: 4\ntokens_per_block: 2\nmegre: a2a\n")
-    for arguments in (("inspect",), ("generate", "--prompt-ids", "1"), ("verify",), ("kernels", "--out", str(tmp_path / "k"))):  # fmt: skip
+    for arguments in (
+        ("inspect",),
+        ("generate", "--prompt-ids", "1"),
+        ("verify",),
+        ("kernels", "--out", str(tmp_path / "k")),
+    ):
         done = run(arguments[0], "tiny", *arguments[1:], "--config", str(file))
         assert isinstance(done.exception, HelixError), done.output
         assert "megre: got an unknown key" in str(done.exception)

@@ -33,9 +33,7 @@ def grouped_model() -> Any:
 def hybrid_model() -> Any:
     """A leaf layer, which every rank computes with a state of its own, and one of MLA."""
     kinds = ["linear_attention", "full_attention"]
-    return fresh_family(
-        "kimi_linear", num_hidden_layers=2, layer_types=kinds, mlp_layer_types=["dense"] * 2
-    ).float()
+    return fresh_family("kimi_linear", num_hidden_layers=2, layer_types=kinds, mlp_layer_types=["dense"] * 2).float()
 
 
 def prompts() -> tuple[Tensor, Tensor]:
@@ -66,9 +64,7 @@ def torchrun(
         AssertionError: it took longer than `seconds`, or left a process.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return launch(
-        [*command, str(ROOT / "tests/distributed" / script), *arguments], seconds, **environment
-    )
+    return launch([*command, str(ROOT / "tests/distributed" / script), *arguments], seconds, **environment)
 
 
 def launch_nodes(
@@ -82,27 +78,17 @@ def launch_nodes(
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     known = {"node0": "127.0.0.1", "29500": port}
-    commands = [
-        [known.get(word, word).replace("$NODE_RANK", str(n)) for word in command]
-        for n in range(nodes)
-    ]
+    commands = [[known.get(word, word).replace("$NODE_RANK", str(n)) for word in command] for n in range(nodes)]
     with ThreadPoolExecutor(nodes) as pool:
         return list(pool.map(lambda c: launch(c, seconds, **environment), commands))
 
 
-def launch(
-    command: list[str], seconds: float, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def launch(command: list[str], seconds: float, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a session of its own; everything it started is dead afterwards."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     running = subprocess.Popen(
-        command,
-        env=settings,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
+        command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
         out, err = running.communicate(timeout=seconds)

@@ -26,16 +26,31 @@ def test_generate_under_torchrun_prints_once(tmp_path: Path) -> None:
     """Of a checkpoint folder, which each rank reads slice by slice."""
     original = fresh_model("short", torch.float32)
     original.save_pretrained(tmp_path, max_shard_size="60KB")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "helix_compile",
-               "generate", str(tmp_path), "--cp", "2", "--prompt-ids", "3,1,4; 1,5", "--json",
-               "--max-new-tokens", "5", "--max-seq-len", "64"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "helix_compile",
+        "generate",
+        str(tmp_path),
+        "--cp",
+        "2",
+        "--prompt-ids",
+        "3,1,4; 1,5",
+        "--json",
+        "--max-new-tokens",
+        "5",
+        "--max-seq-len",
+        "64",
+    ]
     result = launch(command, 400)
     assert result.returncode == 0, result.stderr
     printed = json.loads(result.stdout)  # one document: one rank printed
     ids, mask = torch.tensor([[3, 1, 4], [0, 1, 5]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
-    expected = original.generate(
-        ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0
-    )
+    expected = original.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert printed["new_ids"] == expected[:, 3:].tolist()
     assert result.stderr.count("compiling") == 1
 
@@ -46,15 +61,15 @@ def test_a_folder_that_one_rank_lacks_ends_all_with_its_name(tmp_path: Path) -> 
     """As on two nodes of which one has no copy."""
     fresh_model("short", torch.float32).save_pretrained(tmp_path / "rank0")
     line = f'exec "{sys.executable}" -m helix_compile generate "{tmp_path}/rank$RANK" --cp 2 --prompt-ids 3,1'
-    result = launch([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python",
-                     "bash", "-c", line], 400)  # fmt: skip
+    result = launch(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "bash", "-c", line], 400
+    )
     assert result.returncode != 0 and result.stdout == ""
     error = f"HelixError: MODEL '{tmp_path}/rank1': no preset"
     assert f"helix_compile: rank 1: {error}" in result.stderr, result.stderr
-    assert (
-        f"helix_compile: rank 0 lost its peers before step 1: rank 1 raised at step 0: {error}"
-        in result.stderr
-    ), result.stderr
+    assert f"helix_compile: rank 0 lost its peers before step 1: rank 1 raised at step 0: {error}" in result.stderr, (
+        result.stderr
+    )
     assert result.stderr.count(error) == 2, result.stderr  # by each rank once
 
 
@@ -115,16 +130,7 @@ def test_the_documented_rank_of_deepseek_v3() -> None:
 def test_inspect_one_rank(tmp_path: Path) -> None:
     """The figures by hand: 24 heads and 8 experts over 4 ranks, blocks of 32 tokens in turn."""
     fresh_model("short", torch.float32).config.save_pretrained(tmp_path)
-    model = [
-        str(tmp_path / "config.json"),
-        "--meta",
-        "--cp",
-        "2",
-        "--tpa",
-        "2",
-        "--max-seq-len",
-        "100",
-    ]
+    model = [str(tmp_path / "config.json"), "--meta", "--cp", "2", "--tpa", "2", "--max-seq-len", "100"]
     result = CliRunner().invoke(app, ["inspect", *model, "--rank", "3", "--json"])
     facts = json.loads(result.stdout)
     assert facts["coordinates"] == {"tpa": 1, "kvp": 1, "ep": 3, "tpf": 0}

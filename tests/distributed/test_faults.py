@@ -52,10 +52,7 @@ def test_every_survivor_names_the_rank(kind: str, cause: str, node: str) -> None
     [
         ("shape", "ranks disagree in step 3: rank 2 has input_ids [2, 2]"),
         ("plan", "ranks disagree before the first step: rank 2 has option cp 4, rank 0 has 2"),
-        (
-            "weights",
-            "ranks disagree before the first step: rank 2 has weights 0a1b, rank 0 has 77ff",
-        ),
+        ("weights", "ranks disagree before the first step: rank 2 has weights 0a1b, rank 0 has 77ff"),
     ],
 )
 def test_every_rank_is_told_what_differs(kind: str, text: str) -> None:
@@ -67,9 +64,23 @@ def test_every_rank_is_told_what_differs(kind: str, text: str) -> None:
 
 def nodes(kind: str) -> list[subprocess.CompletedProcess[str]]:
     """The fault worker on two nodes of two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "$NODE_RANK",
-               "--nproc-per-node", "2", "--master-addr", "node0", "--master-port", "29500",
-               str(ROOT / "tests/distributed/fault_worker.py"), kind]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--node-rank",
+        "$NODE_RANK",
+        "--nproc-per-node",
+        "2",
+        "--master-addr",
+        "node0",
+        "--master-port",
+        "29500",
+        str(ROOT / "tests/distributed/fault_worker.py"),
+        kind,
+    ]
     return launch_nodes(command, 2, 120, HELIX_TIMEOUT="20")
 
 
@@ -167,9 +178,7 @@ def test_a_dead_process_is_known_and_a_reused_pid_is_not_taken_for_it() -> None:
 
 def test_differences_name_the_odd_rank_even_if_it_is_rank_0() -> None:
     claims = [{"plan": "b"}, {"plan": "a"}, {"plan": "a"}]
-    assert difference(claims, 0) == (
-        "ranks disagree before the first step: rank 0 has plan b, rank 1 has a"
-    )
+    assert difference(claims, 0) == ("ranks disagree before the first step: rank 0 has plan b, rank 1 has a")
     assert difference(claims[1:], 4) == ""
 
 
@@ -187,9 +196,7 @@ for _ in range(2):  # the second time for ever, without the interpreter, and no 
 
 def test_a_rank_that_waits_inside_c_has_last_words() -> None:
     """Torchrun ends survivors by SIGTERM; where only a Python handler listened, nothing would be said, nor would it end."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", _IN_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "waits\n"
     process.terminate()
     _, said = process.communicate(timeout=20)

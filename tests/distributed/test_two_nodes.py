@@ -47,8 +47,8 @@ def test_the_documented_command_generates_what_one_process_does(tmp_path: Path) 
 def test_logits_and_where_the_cp_groups_lie(tmp_path: Path) -> None:
     """The same agents and layout, with a worker that keeps its logits."""
     command = documented()
-    assert [command[command.index(n) + 1] for n in ("--nproc-per-node", "--cp", "--tpa")] == ["4", "4", "2"]  # fmt: skip
-    virtual = helix_compile(fresh_model("short", torch.float32), cp=4, tpa=2, world="virtual", **OPTIONS)  # fmt: skip
+    assert [command[command.index(n) + 1] for n in ("--nproc-per-node", "--cp", "--tpa")] == ["4", "4", "2"]
+    virtual = helix_compile(fresh_model("short", torch.float32), cp=4, tpa=2, world="virtual", **OPTIONS)
     virtual.save(tmp_path / "saved")
     own = command.index("-m", 2)  # behind the agent's options
     worker = [str(ROOT / "tests/distributed/load_worker.py"), str(tmp_path)]

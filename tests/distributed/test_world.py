@@ -17,33 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helix_compile import HelixModule, helix_compile
-from tests.distributed.steps import (
-    MIXED,
-    OPTIONS,
-    TOKENS,
-    grouped_model,
-    hybrid_model,
-    prompts,
-    run_steps,
-    torchrun,
-)
+from tests.distributed.steps import MIXED, OPTIONS, TOKENS, grouped_model, hybrid_model, prompts, run_steps, torchrun
 from tests.support.disk import REASON
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
 
 pytestmark = pytest.mark.multi_process
 LIMIT = 1e-5
-STEPS = (
-    "loaded",
-    "cp4",
-    "cp2_tpa2",
-    "mesh",
-    "replica",
-    "goes_on",
-    "after_full_disk",
-    "reloaded",
-    "after_damage",
-)
+STEPS = ("loaded", "cp4", "cp2_tpa2", "mesh", "replica", "goes_on", "after_full_disk", "reloaded", "after_damage")
 
 
 class Launch:
@@ -64,9 +45,7 @@ class Launch:
         assert result.returncode == 0, result.stderr
         self.stderr = result.stderr
         self.seen = [load_file(folder / f"seen_{r}.safetensors") for r in range(4)]
-        self.said: list[dict[str, Any]] = [
-            json.loads((folder / f"said_{r}.json").read_text()) for r in range(4)
-        ]
+        self.said: list[dict[str, Any]] = [json.loads((folder / f"said_{r}.json").read_text()) for r in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +106,7 @@ def test_tokens_are_those_of_the_original_model_and_of_rank_0s_seed(launch: Laun
     ids, mask = prompts()
     greedy: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "pad_token_id": 0}
     original = fresh_model("short", torch.float32)
-    assert (
-        launch.seen[3]["greedy"].tolist()
-        == original.generate(ids, do_sample=False, **greedy).tolist()
-    )
+    assert launch.seen[3]["greedy"].tolist() == original.generate(ids, do_sample=False, **greedy).tolist()
     torch.manual_seed(100)
     sampled = launch.virtual.generate(ids, do_sample=True, temperature=3.0, **greedy).tolist()
     assert sampled != launch.seen[3]["greedy"].tolist()
@@ -192,9 +168,7 @@ def test_a_rank_holds_its_own_shard_and_no_more(launch: Launch) -> None:
         assert said["ranks"] == [rank]
         kept, own = said["storages"]
         assert kept <= own
-        assert own == sum(
-            t.numel() * t.itemsize for t in launch.virtual.ranks[rank].params.values()
-        )
+        assert own == sum(t.numel() * t.itemsize for t in launch.virtual.ranks[rank].params.values())
 
 
 def test_models_share_groups(launch: Launch) -> None:
@@ -206,9 +180,7 @@ def test_what_the_ranks_save_loads_in_the_virtual_world(launch: Launch) -> None:
         assert torch.equal(seen["reloaded"], seen["cp4"])
     loaded = HelixModule.load(launch.folder / "distributed", world="virtual")
     assert close(run_steps(loaded), launch.seen[0]["cp4"])
-    sizes = [
-        (launch.folder / "distributed" / f"rank_{r}.safetensors").stat().st_size for r in range(4)
-    ]
+    sizes = [(launch.folder / "distributed" / f"rank_{r}.safetensors").stat().st_size for r in range(4)]
     assert sizes[1] == sizes[2] == sizes[3] < sizes[0]  # what is replicated is kept once
     assert not list((launch.folder / "distributed").glob(".*"))
 
@@ -217,7 +189,7 @@ def test_a_full_disk_of_one_rank_is_told_on_all_and_leaves_nothing(launch: Launc
     file = launch.folder / "new" / "full" / "rank_2.safetensors"
     told = f"HelixError: {file}: can't be written: Error while serializing: I/O error: {REASON}"
     for rank, said in enumerate(launch.said):
-        assert said["full_disk"].startswith(told if rank == 2 else f"HelixError: save: rank 2: {told}")  # fmt: skip
+        assert said["full_disk"].startswith(told if rank == 2 else f"HelixError: save: rank 2: {told}")
     assert not (launch.folder / "new").exists()
 
 

@@ -22,14 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
-from tests.distributed.steps import (
-    MIXED,
-    OPTIONS,
-    grouped_model,
-    hybrid_model,
-    prompts,
-    run_steps,
-)
+from tests.distributed.steps import MIXED, OPTIONS, grouped_model, hybrid_model, prompts, run_steps
 from tests.support.disk import full_after
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
@@ -47,9 +40,7 @@ class Wire(TorchDispatchMode):
         name = func._schema.name
         if name.startswith("_c10d_functional::") and "wait" not in name:
             members = dist.get_world_size(dist.distributed_c10d._resolve_process_group(args[-1]))
-            share = {"all_reduce": 2 / members, "all_to_all_single": 1 / members}[
-                name.split("::")[1]
-            ]
+            share = {"all_reduce": 2 / members, "all_to_all_single": 1 / members}[name.split("::")[1]]
             self.sent += (members - 1) * share * args[0].numel() * args[0].element_size()
             self.groups.add(args[-1])
         return func(*args, **(kwargs or {}))
@@ -112,21 +103,14 @@ def main(folder: Path) -> None:
     # two models take turns, each with its own cache
     four.reset(), mixed.reset()
     turns = [(four(ids, mask), mixed(ids, mask)), (four(ids[:, -1:]), mixed(ids[:, -1:]))]
-    seen["turns_cp4"], seen["turns_cp2_tpa2"] = (
-        torch.cat(x, dim=1) for x in zip(*turns, strict=True)
-    )
+    seen["turns_cp4"], seen["turns_cp2_tpa2"] = (torch.cat(x, dim=1) for x in zip(*turns, strict=True))
 
     four.reset()
     seen["stage_ffn"] = four.run_stage("ffn", ids, mask)
 
     # generation: the ranks' own seeds differ, rank 0's counts
     torch.manual_seed(100 + rank)
-    greedy: dict[str, Any] = {
-        "attention_mask": mask,
-        "max_new_tokens": 6,
-        "pad_token_id": 0,
-        "do_sample": False,
-    }
+    greedy: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
     seen["greedy"] = four.generate(ids, **greedy)
     seen["sampled"] = four.generate(ids, **{**greedy, "do_sample": True, "temperature": 3.0})
     said["max_time"] = refusal(lambda: four.generate(ids, max_time=1.0, **greedy))
@@ -136,9 +120,7 @@ def main(folder: Path) -> None:
     groups = len(dist.distributed_c10d._world.pg_map)
     seen["mesh"] = run_steps(helix_compile(model, cp=2, tpa=2, world=mesh, **OPTIONS))
     said["new_groups"] = len(dist.distributed_c10d._world.pg_map) - groups
-    seen["replica"] = run_steps(
-        helix_compile(model, cp=2, world=mesh["kvp"].get_group(), **OPTIONS)
-    )
+    seen["replica"] = run_steps(helix_compile(model, cp=2, world=mesh["kvp"].get_group(), **OPTIONS))
 
     said["wrong_size"] = refusal(lambda: helix_compile(model, cp=4, world=mesh["kvp"], **OPTIONS))
     said["reversed_mesh"] = refusal(

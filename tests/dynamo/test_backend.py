@@ -173,13 +173,7 @@ def fill(cache: Any, model: Any) -> None:
 
 @pytest.mark.parametrize(
     "edit",
-    [
-        rewind,
-        swap,
-        fill,
-        pytest.param(reorder, marks=pytest.mark.slow),
-        pytest.param(copy_one, marks=pytest.mark.slow),
-    ],
+    [rewind, swap, fill, pytest.param(reorder, marks=pytest.mark.slow), pytest.param(copy_one, marks=pytest.mark.slow)],
 )
 def test_an_edited_dynamic_cache_is_refused(compiled: Any, model: Any, edit: Any) -> None:
     mine, reference, ids = started(compiled, model)
@@ -242,10 +236,7 @@ def test_a_gap_in_the_positions_is_refused(compiled: Any, model: Any) -> None:
 
 def test_logits_to_keep(compiled: Any, model: Any) -> None:
     mine, reference = new_cache("dynamic", model), new_cache("dynamic", model)
-    check(
-        step(compiled, prompt(), mine, logits_to_keep=2),
-        step(model, prompt(), reference, logits_to_keep=2),
-    )
+    check(step(compiled, prompt(), mine, logits_to_keep=2), step(model, prompt(), reference, logits_to_keep=2))
 
 
 def test_both_front_doors_run_the_same_graph(compiled: Any, model: Any) -> None:

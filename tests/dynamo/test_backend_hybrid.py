@@ -44,9 +44,7 @@ def states(cache: DynamicCache) -> list[Tensor]:
     return [t for kept in (layer.conv_states, layer.recurrent_states) for t in kept.values()]
 
 
-@pytest.mark.parametrize(
-    "name", ["kimi_linear", pytest.param("bailing_hybrid", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["kimi_linear", pytest.param("bailing_hybrid", marks=pytest.mark.slow)])
 def test_a_loop_of_a_hybrid(name: str) -> None:
     model = hybrid(name)
     compiled = torch.compile(model, backend="helix", fullgraph=True, options=OPTIONS)
@@ -78,7 +76,5 @@ def test_a_state_that_was_edited_is_refused() -> None:
         token = compiled(ids, attention_mask=mask, past_key_values=cache).logits[:, -1:].argmax(-1)
         mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
         cache.layers[0].recurrent_states[0].zero_()
-        with pytest.raises(
-            RuntimeFault, match=r"recurrent_states\[0\] of layer 0 was written in place"
-        ):
+        with pytest.raises(RuntimeFault, match=r"recurrent_states\[0\] of layer 0 was written in place"):
             compiled(token, attention_mask=mask, past_key_values=cache)

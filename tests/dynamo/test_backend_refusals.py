@@ -54,9 +54,7 @@ def test_a_mode_is_refused() -> None:
     ],
     ids=["other_dtype", "heads"],
 )
-def test_options_that_do_not_fit_the_model(
-    options: dict[str, Any], kind: type[HelixError], what: str
-) -> None:
+def test_options_that_do_not_fit_the_model(options: dict[str, Any], kind: type[HelixError], what: str) -> None:
     with pytest.raises(kind, match=what), torch.no_grad():
         torch.compile(tiny_model("short"), backend="helix", options=options)(IDS)
 
@@ -137,9 +135,7 @@ def activated_otherwise(node: fx.Node) -> Any:
     return (torch.nn.functional.gelu, {}) if found else None
 
 
-@pytest.mark.parametrize(
-    "past", [pytest.param(False, marks=pytest.mark.slow), True], ids=["prompt", "step"]
-)
+@pytest.mark.parametrize("past", [pytest.param(False, marks=pytest.mark.slow), True], ids=["prompt", "step"])
 def test_a_graph_that_is_not_the_models_forward_is_refused(past: bool) -> None:
     edits = [scaled, masked_otherwise if past else not_causal, activated_otherwise]
     told = []
@@ -163,9 +159,7 @@ def test_a_graph_that_is_not_the_models_forward_is_refused(past: bool) -> None:
 
 def test_a_model_that_changed_is_refused_until_compiled_anew() -> None:
     model = fresh_model("short")
-    compiled = torch.compile(
-        model, backend="helix", fullgraph=True, options={"cp": 4, "max_seq_len": 64}
-    )
+    compiled = torch.compile(model, backend="helix", fullgraph=True, options={"cp": 4, "max_seq_len": 64})
     with torch.no_grad():
         compiled(IDS)
         model.model.layers[0].self_attn.kv_b_proj.weight.mul_(1.5)
@@ -183,9 +177,7 @@ def test_a_model_that_changed_is_refused_until_compiled_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    "where",
-    [pytest.param("", marks=pytest.mark.slow), "model.layers.1.self_attn.o_proj"],
-    ids=["model", "inside"],
+    "where", [pytest.param("", marks=pytest.mark.slow), "model.layers.1.self_attn.o_proj"], ids=["model", "inside"]
 )
 def test_a_hook_that_comes_later_is_refused(where: str) -> None:
     model = fresh_gqa()
@@ -194,9 +186,7 @@ def test_a_hook_that_comes_later_is_refused(where: str) -> None:
         expected = model(IDS).logits
         compiled(IDS)
         hook = model.get_submodule(where).register_forward_pre_hook(lambda *args: None)
-        with pytest.raises(
-            RuntimeFault, match=rf"{where or 'the model'} has 1 forward hooks, and 0"
-        ):
+        with pytest.raises(RuntimeFault, match=rf"{where or 'the model'} has 1 forward hooks, and 0"):
             compiled(IDS)
         hook.remove()
         assert (compiled(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchRuntimeError
 from torch._dynamo.utils import counters
-from transformers import (
-    DynamicCache,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    StaticCache,
-)
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 from helix_compile import MatchError, RuntimeFault
 from tests.support.gqa_models import SIZES, fresh_gqa
@@ -40,8 +33,7 @@ def some_windows(window: int = WINDOW) -> Any:
     """Layer 0 sees all, layer 1 a window."""
     sizes = {k: v for k, v in SIZES.items() if k != "head_dim"} | {"hidden_size": 48}
     return built(
-        Qwen2ForCausalLM,
-        Qwen2Config(**sizes, use_sliding_window=True, sliding_window=window, max_window_layers=1),
+        Qwen2ForCausalLM, Qwen2Config(**sizes, use_sliding_window=True, sliding_window=window, max_window_layers=1)
     )
 
 
@@ -125,10 +117,7 @@ def test_columns_of_padding_may_go_on_behind_the_window() -> None:
     for count in range(8):
         mask = torch.ones(2, 7 + count, dtype=torch.int64)
         mask[:, :4] = 0
-        call = {
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-        }
+        call = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
         with torch.no_grad():
             got, expected = (
                 m(input_ids=ids, past_key_values=c, **call).logits[:, -1:]

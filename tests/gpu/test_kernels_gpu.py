@@ -10,28 +10,15 @@ from torch import Tensor
 
 import helix_compile.kernels.catalog
 from helix_compile import helix_compile
-from helix_compile.kernels.reference_fused import (
-    mla_decode_scaled_reference,
-    quantize_cache_reference,
-)
+from helix_compile.kernels.reference_fused import mla_decode_scaled_reference, quantize_cache_reference
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import device_target
 from tests.support.driver import STEPS, Reference, deviation, left_padded, random_ids
 from tests.support.gqa import GqaStep
-from tests.support.kernel_cases import (
-    CASES,
-    KernelCase,
-    expected_results,
-    on_device,
-    results,
-    worst_deviation,
-)
+from tests.support.kernel_cases import CASES, KernelCase, expected_results, on_device, results, worst_deviation
 from tests.support.models import fresh_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 # against float64 from the same inputs: the output and the weights p are rounded to the dtype
 LIMIT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -65,7 +52,7 @@ def real_shape(heads: int, T: int) -> tuple[Any, ...]:
     lengths = (0, 1, 63, 64, 65, 127, 128, 129, 4097)
     step = GqaStep(lengths, T, 1, heads, 576, 1, 128, torch.bfloat16)
     q, cache, _, table, visible, scale = step.arguments()
-    return q[..., :512].contiguous(), q[..., 512:].contiguous(), cache[:, :, 0], table, visible, scale  # fmt: skip
+    return q[..., :512].contiguous(), q[..., 512:].contiguous(), cache[:, :, 0], table, visible, scale
 
 
 ROWS = [(16, 1), (16, 2), (32, 1), (20, 3), (16, 5), (128, 1), (128, 5)]  # heads and T of each form

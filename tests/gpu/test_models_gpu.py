@@ -16,10 +16,7 @@ from helix_compile.runtime.claims import graph_digest
 from tests.distributed.steps import OPTIONS, run_steps, torchrun
 from tests.support.models import fresh_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LIMIT = 2e-5  # float32, kernels against torch
 
 
@@ -57,7 +54,18 @@ def test_verify_finds_nothing(lower: str) -> None:
 
 
 def test_generate_streams_the_same_tokens_on_the_card() -> None:
-    command = [sys.executable, "-m", "helix_compile", "generate", "tiny", "--prompt-ids", "5 6 7", "--cp", "4", "--json"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "helix_compile",
+        "generate",
+        "tiny",
+        "--prompt-ids",
+        "5 6 7",
+        "--cp",
+        "4",
+        "--json",
+    ]
     said = [
         json.loads(subprocess.run([*command, *more], capture_output=True, check=True).stdout)
         for more in ([], ["--device", "cuda"])
@@ -84,7 +92,7 @@ def test_nccl_ranks_of_all_cards(tmp_path: Path) -> None:
     if cards < 2:
         pytest.skip("needs two cards")
     cp = 2 if cards < 4 else 4
-    expected = run_steps(helix_compile(fresh_model("short", torch.float32).cuda(), cp=cp, **OPTIONS))  # fmt: skip
+    expected = run_steps(helix_compile(fresh_model("short", torch.float32).cuda(), cp=cp, **OPTIONS))
     done = torchrun("card_worker.py", str(tmp_path), "nccl", processes=cp)
     assert done.returncode == 0, done.stderr
     for rank in range(cp):

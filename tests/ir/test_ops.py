@@ -104,14 +104,10 @@ def test_export_and_reload_keep_the_node(op: str, tmp_path: Path) -> None:
     program = torch.export.export(module, tensors_of(arguments), strict=False)
     torch.export.save(program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2")
-    for one in (
-        program,
-        loaded,
-        loaded.run_decompositions({}),
-    ):  # the last one wraps an op that writes
-        assert [
-            t for n in one.graph.nodes for t in (n.target, *n.args[:1]) if t in OVERLOADS.values()
-        ] == [OVERLOADS[op]]
+    for one in (program, loaded, loaded.run_decompositions({})):  # the last one wraps an op that writes
+        assert [t for n in one.graph.nodes for t in (n.target, *n.args[:1]) if t in OVERLOADS.values()] == [
+            OVERLOADS[op]
+        ]
     assert_same(loaded.module()(*tensors_of(arguments)), module(*tensors_of(arguments)))
 
 
@@ -130,9 +126,7 @@ def test_schema_and_fake_say_what_the_kernel_does(op: str) -> None:
     """What the schema calls unwritten stays as it is, and the fake's shapes, strides and dtypes are the kernel's."""
     checks = ("test_schema", "test_faketensor")
     if op == "mla_decode.scaled":
-        checks = checks[
-            1:
-        ]  # the schema check multiplies FP8 values, which torch does not do on a CPU
+        checks = checks[1:]  # the schema check multiplies FP8 values, which torch does not do on a CPU
     torch.library.opcheck(OVERLOADS[op], on_device(arguments_of(op), "cpu"), test_utils=checks)
 
 

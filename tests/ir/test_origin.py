@@ -29,7 +29,7 @@ def compiled(request: pytest.FixtureRequest) -> HelixModule:
 
 
 def test_every_node_says_where_it_comes_from(compiled: HelixModule) -> None:
-    captured = {g: {n.name for n in gm.graph.nodes} for g, gm in graphs_of(compiled.stages["captured"])}  # fmt: skip
+    captured = {g: {n.name for n in gm.graph.nodes} for g, gm in graphs_of(compiled.stages["captured"])}
     seen: dict[str, set[str]] = {}
     for stage, module in compiled.stages.items():
         allowed = STAGES[: STAGES.index(stage) + 1]
@@ -39,7 +39,7 @@ def test_every_node_says_where_it_comes_from(compiled: HelixModule) -> None:
                 assert made_by in allowed
                 # new exactly where the graph before does not have it
                 assert (made_by == stage) == (node.name not in seen.get(name, set())), node
-                assert node.meta["helix_origin"] and set(node.meta["helix_origin"]) <= captured[name]  # fmt: skip
+                assert node.meta["helix_origin"] and set(node.meta["helix_origin"]) <= captured[name]
                 if made_by == "captured":
                     assert node.meta["helix_origin"] == [node.name]
                 assert ".py:" in node.meta["helix_source"], node
@@ -56,7 +56,7 @@ def test_origins_of_the_nodes_that_matter() -> None:
         n.name
         for n in first.nodes
         if n.target is aten.linear.default and n.args[1].meta["input"][1].endswith("kv_b_proj.weight")
-    )  # fmt: skip
+    )
     attention = next(n.name for n in first.nodes if "scaled_dot_product" in str(n.target))
     assert by_name["q_latent"].meta["helix_origin"] == [kv_up]
     assert by_name["mla_decode"].meta["helix_origin"] == [attention]
@@ -72,9 +72,7 @@ def test_it_survives_copies_and_a_reload(tmp_path: Path) -> None:
     compiled = helix_compile(tiny_model(dtype=torch.float32), cp=2, max_seq_len=64)
     compiled.save(tmp_path / "saved")
     loaded = HelixModule.load(tmp_path / "saved")
-    for (name, mine), (_, theirs) in zip(
-        graphs_of(compiled.graph), graphs_of(loaded.graph), strict=True
-    ):
+    for (name, mine), (_, theirs) in zip(graphs_of(compiled.graph), graphs_of(loaded.graph), strict=True):
         kept = [
             [(n.name, {k: v for k, v in n.meta.items() if k.startswith("helix_")}) for n in g.nodes]
             for g in (mine.graph, theirs.graph, copy_graph(theirs.graph))
@@ -95,8 +93,10 @@ def test_explain_node_prints_the_chain() -> None:
     o_proj = compiled.explain_node("body_1.linear_4")
     assert o_proj.made_by == "captured"
     assert [(s, v.layout) for s, v in o_proj.history] == [
-        ("captured", "-"), ("attention", "R"), ("reshard", "world:P(sum)"),
-    ]  # fmt: skip
+        ("captured", "-"),
+        ("attention", "R"),
+        ("reshard", "world:P(sum)"),
+    ]
     gone = compiled.explain_node("body_1.linear_3")
     assert gone.in_stage == "captured"
     assert {"q_latent", "partial_o_up"} <= set(gone.became)

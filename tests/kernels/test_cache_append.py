@@ -45,9 +45,7 @@ class Step:
         return cache, self.page_table, self.slots, self.visible, latent, k_rope
 
 
-def step_of(
-    B: int, T: int, R: int, r: int, page: int, mine: float, dtype: torch.dtype, seed: int
-) -> Step:
+def step_of(B: int, T: int, R: int, r: int, page: int, mine: float, dtype: torch.dtype, seed: int) -> Step:
     generator = torch.Generator().manual_seed(seed)
     pages = -(-2 * T // page) + 1  # of a sequence; the last one stays unused
     order = torch.randperm(B * pages + 3, generator=generator)
@@ -101,7 +99,7 @@ def test_heads_of_k_and_v_lie_side_by_side(by_kernel: bool) -> None:
         for t in range(T):
             if (slot := int(slots[b, t])) >= 0:
                 for head in range(K):
-                    wanted[table[b, slot // page], slot % page, head] = torch.cat([k[b, t, head], v[b, t, head]])  # fmt: skip
+                    wanted[table[b, slot // page], slot % page, head] = torch.cat([k[b, t, head], v[b, t, head]])
     visible = torch.arange(B * T, dtype=torch.int32).view(B, T)
     append = triton_ops.cache_append if by_kernel else helix.cache_append
     assert torch.equal(append(cache, table, slots, visible, k, v), visible)
@@ -128,9 +126,7 @@ def assert_norm_rope(step: Step, interleaved: bool, rows: str, eps: float, seed:
     cos, sin = angles.expand(2, B, T, r) if rows == "expanded" else angles
     got, expected = step.cache.clone(), step.cache.float().clone()
     with poisoned_memory():
-        seen = triton_ops.cache_append.norm_rope(
-            *step.args(got), weight, eps, cos, sin, interleaved
-        )
+        seen = triton_ops.cache_append.norm_rope(*step.args(got), weight, eps, cos, sin, interleaved)
     wide = (weight.float(), eps, cos.float(), sin.float(), interleaved)
     cache_append_norm_rope_reference(*step.args(expected, wide=True), *wide)
     assert torch.equal(seen, step.visible)
@@ -149,9 +145,18 @@ def assert_norm_rope(step: Step, interleaved: bool, rows: str, eps: float, seed:
     eps=st.sampled_from((1e-6, 1e-2)),
 )
 def test_norm_and_rope_of_any_shape(
-    B: int, T: int, R: int, r: int, page: int, mine: float, seed: int, dtype: torch.dtype, interleaved: bool, rows: str,
+    B: int,
+    T: int,
+    R: int,
+    r: int,
+    page: int,
+    mine: float,
+    seed: int,
+    dtype: torch.dtype,
+    interleaved: bool,
+    rows: str,
     eps: float,
-) -> None:  # fmt: skip
+) -> None:
     step = step_of(B, T, R, r, page, mine, dtype, seed)
     assert_norm_rope(step, interleaved, rows, eps, seed)
 
@@ -200,10 +205,7 @@ def test_what_they_refuse_and_what_they_compile() -> None:
     more = (torch.ones(512, dtype=torch.bfloat16), 1e-6, angle, angle, True)
     fused = Site("cache_append.norm_rope", (*args, *more), CAPACITY)
     assert CACHE_APPEND_NORM_ROPE.supports(fused, INTERPRETED) is None
-    cases = (
-        *CACHE_APPEND.cases(site, INTERPRETED),
-        *CACHE_APPEND_NORM_ROPE.cases(fused, INTERPRETED),
-    )
+    cases = (*CACHE_APPEND.cases(site, INTERPRETED), *CACHE_APPEND_NORM_ROPE.cases(fused, INTERPRETED))
     for case in cases:
         assert_case_is_complete(case)
         wanted = {"cache_ptr", "latent_ptr", "k_rope_ptr", "stride_cache_slot", "stride_latent_B"}

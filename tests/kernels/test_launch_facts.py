@@ -14,13 +14,19 @@ def test_ones_multiples_and_aligned_views() -> None:
     mode = FakeTensorMode(shape_env=shapes)
     dynamic = [DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
     x = mode.from_tensor(
-        torch.empty(6, 3, 80, dtype=torch.bfloat16),
-        symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),
+        torch.empty(6, 3, 80, dtype=torch.bfloat16), symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)
     )
     arguments = {
-        "whole_ptr": x, "aligned_ptr": x[..., 8:], "shifted_ptr": x[..., 4:], "eps": 16.0,
-        "stride_B": x.stride(0), "stride_T": x.stride(1), "stride_odd": x.shape[0] * 5, "T": x.shape[1], "one": 1,
-    }  # fmt: skip
+        "whole_ptr": x,
+        "aligned_ptr": x[..., 8:],
+        "shifted_ptr": x[..., 4:],
+        "eps": 16.0,
+        "stride_B": x.stride(0),
+        "stride_T": x.stride(1),
+        "stride_odd": x.shape[0] * 5,
+        "T": x.shape[1],
+        "one": 1,
+    }
     case = CompileCase("k", None, dict.fromkeys(arguments, "i32"), {"W": 5}, {})
     known = specialize(case, arguments)
     assert set(known.divisible_by_16) == {"whole_ptr", "aligned_ptr", "stride_B", "stride_T"}

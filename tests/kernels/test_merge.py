@@ -35,9 +35,7 @@ def parts_of(
     parts = torch.randn(shape, generator=generator)
     lse = torch.randn(shape[:-1], generator=generator) * spread
     gone = torch.rand(shape[:-1], generator=generator) < dead
-    return parts.masked_fill(gone[..., None], torch.nan).to(dtype), lse.masked_fill(
-        gone, -torch.inf
-    )
+    return parts.masked_fill(gone[..., None], torch.nan).to(dtype), lse.masked_fill(gone, -torch.inf)
 
 
 @drawn(40)
@@ -55,7 +53,7 @@ def parts_of(
 )
 def test_parts_of_any_shape(
     peers: int, B: int, T: int, h: int, W: int, dead: float, spread: float, dtype: torch.dtype, packed: bool, seed: int
-) -> None:  # fmt: skip
+) -> None:
     if packed and peers > 1:  # where all_to_all leaves them: strided views of one buffer
         o, lse = parts_of((B, T, peers * h, W), dead, spread, dtype, seed)
         parts, lse_P = helix.unpack_heads(packed_by_hand(o, lse, peers), o, lse)
@@ -93,10 +91,7 @@ def test_a_nan_of_a_live_part_reaches_the_output(where: str) -> None:
 
 @drawn(10)
 @given(
-    groups=st.integers(1, 4),
-    splits=st.integers(1, 5),
-    dead=st.sampled_from((0.0, 0.4, 0.8)),
-    seed=st.integers(0, 1000),
+    groups=st.integers(1, 4), splits=st.integers(1, 5), dead=st.sampled_from((0.0, 0.4, 0.8)), seed=st.integers(0, 1000)
 )
 def test_two_levels_are_one_level(groups: int, splits: int, dead: float, seed: int) -> None:
     B, T, H, W = 2, 1, 3, 12

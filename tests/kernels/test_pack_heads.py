@@ -54,9 +54,7 @@ def splits_of(
     W=st.sampled_from(WIDTHS),
     dtype=st.sampled_from(FLOATS),
 )
-def test_pack_is_the_reference_to_the_byte(
-    peers: int, B: int, T: int, h: int, W: int, dtype: torch.dtype
-) -> None:
+def test_pack_is_the_reference_to_the_byte(peers: int, B: int, T: int, h: int, W: int, dtype: torch.dtype) -> None:
     o = torch.randn(B, T, peers * h, W).to(dtype)
     lse = torch.randn(B, T, peers * h)
     o[0, 0, 0], lse[0, 0, 0] = torch.nan, -torch.inf
@@ -72,16 +70,12 @@ def test_references_lay_out_alike(dtype: torch.dtype) -> None:
     o, lse = splits_of((2, 3, 8, 4, 6), 0.5, 1.0, False, 7)
     merged, merged_lse = o[..., 0, :].to(dtype).contiguous(), lse[..., 0].contiguous()
     buffer = triton_ops.pack_heads(merged, merged_lse, 4)
-    assert torch.equal(
-        buffer.view(torch.uint8), helix.pack_heads(merged, merged_lse, 4).view(torch.uint8)
-    )
+    assert torch.equal(buffer.view(torch.uint8), helix.pack_heads(merged, merged_lse, 4).view(torch.uint8))
     got = triton_ops.pack_heads.splits(o, lse, 4, dtype)
     expected = pack_splits_reference(o, lse, 4, dtype)
     assert got.dtype == expected.dtype and got.shape == expected.shape
     for ours, spec in zip(
-        helix.unpack_heads(got, merged, merged_lse),
-        helix.unpack_heads(expected, merged, merged_lse),
-        strict=True,
+        helix.unpack_heads(got, merged, merged_lse), helix.unpack_heads(expected, merged, merged_lse), strict=True
     ):
         assert_kernel_close(ours, spec)
 
@@ -101,9 +95,18 @@ def test_references_lay_out_alike(dtype: torch.dtype) -> None:
     seed=st.integers(0, 1000),
 )
 def test_splits_are_merged_into_the_buffer(
-    peers: int, B: int, T: int, h: int, splits: int, W: int, dead: float, spread: float, dtype: torch.dtype,
-    splits_first: bool, seed: int,
-) -> None:  # fmt: skip
+    peers: int,
+    B: int,
+    T: int,
+    h: int,
+    splits: int,
+    W: int,
+    dead: float,
+    spread: float,
+    dtype: torch.dtype,
+    splits_first: bool,
+    seed: int,
+) -> None:
     o, lse = splits_of((B, T, peers * h, splits, W), dead, spread, splits_first, seed)
     with poisoned_memory():
         got = triton_ops.pack_heads.splits(o, lse, peers, dtype)
@@ -157,9 +160,4 @@ def test_what_they_refuse_and_what_they_compile(dtype: torch.dtype) -> None:
 def test_ops_are_what_their_fakes_say(dtype: torch.dtype) -> None:
     o, lse = splits_of((2, 1, 4, 3, 6), 0.3, 1.0, False, 3)
     check_op(triton_ops.pack_heads.splits, o, lse, 2, dtype)
-    check_op(
-        triton_ops.pack_heads.default,
-        o[:, :, :, 0].to(dtype).contiguous(),
-        lse[..., 0].contiguous(),
-        2,
-    )
+    check_op(triton_ops.pack_heads.default, o[:, :, :, 0].to(dtype).contiguous(), lse[..., 0].contiguous(), 2)

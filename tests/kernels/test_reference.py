@@ -47,14 +47,8 @@ def test_mla_decode_over_pages_and_empty_rows(step: dict[str, Tensor]) -> None:
             torch.testing.assert_close(lse[b, t], expected[1], rtol=1e-12, atol=1e-12)
 
 
-def test_mla_decode_in_chunks_of_queries(
-    step: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = [
-        step["q"][..., :R],
-        step["q"][..., R:],
-        *(step[k] for k in ("cache", "page_table", "visible")),
-    ]
+def test_mla_decode_in_chunks_of_queries(step: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = [step["q"][..., :R], step["q"][..., R:], *(step[k] for k in ("cache", "page_table", "visible"))]
     whole = helix.mla_decode(*args, SCALE)
     monkeypatch.setattr(reference, "SCORE_BYTES", 1)
     parts = helix.mla_decode(*args, SCALE)
@@ -64,9 +58,7 @@ def test_mla_decode_in_chunks_of_queries(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_statistics_are_float32_or_wider(step: dict[str, Tensor], dtype: torch.dtype) -> None:
     q, cache = step["q"].to(dtype), step["cache"].to(dtype)
-    o, lse = helix.mla_decode(
-        q[..., :R], q[..., R:], cache, step["page_table"], step["visible"], SCALE
-    )
+    o, lse = helix.mla_decode(q[..., :R], q[..., R:], cache, step["page_table"], step["visible"], SCALE)
     assert o.dtype is dtype and lse.dtype is torch.float32
 
 
@@ -140,21 +132,14 @@ def test_rescaled_parts_sum_to_the_merge() -> None:
     torch.testing.assert_close(total, helix.merge_lse(o, lse))
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
-)
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 2, 3), (2, 3, 8, 20), (1, 3, 6, 5), (2, 1, 3, 1), (1, 3, 3, 5)], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 2, 3), (2, 3, 8, 20), (1, 3, 6, 5), (2, 1, 3, 1), (1, 3, 3, 5)], ids=str)
 @pytest.mark.parametrize("chunks", ["one", "some", "each head"])
 def test_pack_and_unpack(dtype: torch.dtype, shape: tuple[int, int, int, int], chunks: str) -> None:
     """Also where a row of 16-bit values has an odd count, so that nothing is aligned, and for chunks of one head."""
     heads = shape[2]
     peers = {"one": 1, "some": 3 if heads % 2 else 2, "each head": heads}[chunks]
-    o, lse = (
-        torch.randn(shape).to(dtype),
-        torch.randn(shape[:3]).to(reference.accumulation_dtype(dtype)),
-    )
+    o, lse = (torch.randn(shape).to(dtype), torch.randn(shape[:3]).to(reference.accumulation_dtype(dtype)))
     lse[0, 0, 0] = -torch.inf
     buffer = helix.pack_heads(o, lse, peers)
     sent = o.numel() * o.itemsize + lse.numel() * lse.itemsize
@@ -168,19 +153,14 @@ def test_experts_against_a_loop_over_choices() -> None:
     N, D, F, E, k = 7, 6, 5, 8, 3
     x, weights = torch.randn(N, D, dtype=torch.float64), torch.rand(N, k, dtype=torch.float64)
     ids = torch.stack([torch.randperm(E)[:k] for _ in range(N)])
-    gate_up, down = (
-        torch.randn(E, 2, F, D, dtype=torch.float64),
-        torch.randn(E, D, F, dtype=torch.float64),
-    )
+    gate_up, down = (torch.randn(E, 2, F, D, dtype=torch.float64), torch.randn(E, D, F, dtype=torch.float64))
     expected = torch.zeros_like(x)
     for n in range(N):
         for j in range(k):
             gate, up = gate_up[ids[n, j]] @ x[n]
             expected[n] += weights[n, j] * (down[ids[n, j]] @ (gate * gate.sigmoid() * up))
     halves = [
-        helix.moe_experts(
-            x, ids, weights, gate_up[e : e + 4, :, f], down[e : e + 4, :, f], torch.tensor(e)
-        )
+        helix.moe_experts(x, ids, weights, gate_up[e : e + 4, :, f], down[e : e + 4, :, f], torch.tensor(e))
         for e in (0, 4)
         for f in (slice(0, 3), slice(3, 5))
     ]

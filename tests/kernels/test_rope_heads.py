@@ -9,11 +9,7 @@ from hypothesis import strategies as st
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 
 import helix_compile.kernels.catalog  # noqa: F401
-from helix_compile.kernels.reference_fused import (
-    rms_norm_reference,
-    rope_heads_reference,
-    rope_reference,
-)
+from helix_compile.kernels.reference_fused import rms_norm_reference, rope_heads_reference, rope_reference
 from helix_compile.kernels.registry import Site
 from helix_compile.kernels.rope_heads import ROPE_HEADS
 from tests.support.kernel_checks import (
@@ -32,7 +28,7 @@ triton_ops = torch.ops.helix_triton
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_reference_is_the_formula_of_transformers(interleaved: bool) -> None:
     q, angle = torch.randn(2, 3, 4, 6), torch.randn(2, 4, 3).repeat(1, 1, 2)
-    apply = deepseek.apply_rotary_pos_emb_interleave if interleaved else deepseek.apply_rotary_pos_emb  # fmt: skip
+    apply = deepseek.apply_rotary_pos_emb_interleave if interleaved else deepseek.apply_rotary_pos_emb
     expected, _ = apply(q, q, angle.cos(), angle.sin())
     got = rope_reference(q, angle.cos()[:, None], angle.sin()[:, None], interleaved)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
@@ -56,14 +52,16 @@ def test_norm_reference_is_the_formula_of_transformers(dtype: torch.dtype) -> No
     rows=st.sampled_from(("batch", "one", "expanded")),
     dtypes=st.sampled_from(
         (
-            (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
-            (torch.float16, torch.float16), (torch.bfloat16, torch.float32),
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.bfloat16),
+            (torch.float16, torch.float16),
+            (torch.bfloat16, torch.float32),
         )
     ),
-)  # fmt: skip
+)
 def test_heads_of_any_shape(
     B: int, T: int, H: int, r: int, interleaved: bool, rows: str, dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:  # fmt: skip
+) -> None:
     q_dtype, angle_dtype = dtypes
     # as the model has it: the last r channels of a head, heads and tokens swapped
     q = torch.randn(B, T, H, r + 7).to(q_dtype).transpose(1, 2)[..., 7:]

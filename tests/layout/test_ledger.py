@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helix_compile.layout.ledger import (
-    local_length,
-    local_slot,
-    owner_rank,
-    position_of_slot,
-    positions_on_rank,
-)
+from helix_compile.layout.ledger import local_length, local_slot, owner_rank, position_of_slot, positions_on_rank
 
 # (tokens_per_block, cp, tokens) -> tokens of each rank, named 1, 2, ... (helix-algorithm, section 4)
 PLACEMENT = [
@@ -28,9 +22,7 @@ LENGTHS = [
 
 
 @pytest.mark.parametrize(("tokens_per_block", "cp", "tokens", "ranks"), PLACEMENT)
-def test_placement_vectors(
-    tokens_per_block: int, cp: int, tokens: int, ranks: list[list[int]]
-) -> None:
+def test_placement_vectors(tokens_per_block: int, cp: int, tokens: int, ranks: list[list[int]]) -> None:
     for rank, expected in enumerate(ranks):
         held = positions_on_rank(tokens, rank, cp, tokens_per_block) + 1
         assert held.tolist() == expected

@@ -113,9 +113,7 @@ def _with_mtp(tensors: Tensors) -> Tensors:
 
 @pytest.mark.parametrize("change", [None, _stacked, _with_mtp], ids=["singly", "stacked", "mtp"])
 @pytest.mark.parametrize("variant", ["short", "tied"])
-def test_a_checkpoint_is_read(
-    tmp_path: Path, variant: str, change: Callable[[Tensors], Tensors] | None
-) -> None:
+def test_a_checkpoint_is_read(tmp_path: Path, variant: str, change: Callable[[Tensors], Tensors] | None) -> None:
     write(tmp_path, variant)
     if change:
         rewrite(tmp_path, change)
@@ -125,9 +123,7 @@ def test_a_checkpoint_is_read(
     assert all(torch.equal(t, wanted[n].to(t.dtype)) for n, t in own.state_dict().items())
     assert own.model.layers[-1].mlp.gate.e_score_correction_bias.dtype is torch.float32
     assert (own.lm_head.weight is own.model.embed_tokens.weight) is (variant == "tied")
-    assert torch.equal(
-        own.model.rotary_emb.inv_freq, DeepseekV3(own.config).model.rotary_emb.inv_freq
-    )
+    assert torch.equal(own.model.rotary_emb.inv_freq, DeepseekV3(own.config).model.rotary_emb.inv_freq)
 
 
 def test_fp8_blocks_are_dequantised(tmp_path: Path) -> None:

@@ -19,9 +19,7 @@ def plan_of(variant: str = "plain", **options: Any) -> HelixPlan:
     return helix_compile(tiny_model(variant), **{"cp": 4, "max_seq_len": 64, **options}).plan
 
 
-@pytest.mark.parametrize(
-    "options", [{"cp": 4}, {"cp": 3, "tpa": 2, "ep": 2}, {"cp": 1, "tpa": 3}], ids=str
-)
+@pytest.mark.parametrize("options", [{"cp": 4}, {"cp": 3, "tpa": 2, "ep": 2}, {"cp": 1, "tpa": 3}], ids=str)
 def test_json_round_trip(options: dict[str, Any]) -> None:
     plan = plan_of(**options)
     assert HelixPlan.from_json(plan.to_json()) == plan
@@ -38,9 +36,7 @@ def test_equal_plans_and_their_difference() -> None:
 def test_a_difference_in_length_is_told_by_item() -> None:
     lines = plan_of().diff(plan_of(merge="ag_rs"))
     assert "plan.options.merge: 'a2a' -> 'ag_rs'" in lines
-    added = [
-        line for line in lines if line.startswith("plan.bodies[0].collectives[3]: 'absent' ->")
-    ]
+    added = [line for line in lines if line.startswith("plan.bodies[0].collectives[3]: 'absent' ->")]
     assert len(added) == 1 and max(map(len, lines)) < 200
 
 
@@ -53,14 +49,10 @@ def test_not_a_plan(text: str) -> None:
 def real_attention(**sizes: int) -> AttentionMatch:
     """The sizes of a real DeepSeek-V3 site; names and tables are not looked at by the rule."""
     fields: dict[str, Any] = dict.fromkeys(AttentionMatch.__dataclass_fields__, "")
-    return AttentionMatch(
-        **{**fields, "num_heads": 128, "kv_lora_rank": 512, "v_head_dim": 128, **sizes}
-    )
+    return AttentionMatch(**{**fields, "num_heads": 128, "kv_lora_rank": 512, "v_head_dim": 128, **sizes})
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expected"), [(torch.float8_e4m3fn, 9.6), (torch.bfloat16, 19.2)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float8_e4m3fn, 9.6), (torch.bfloat16, 19.2)], ids=str)
 def test_break_even_of_v_up(dtype: torch.dtype, expected: float) -> None:
     """helix-algorithm section 9, B200-class: 9.6 tokens with FP8 weights and a bf16 payload, 19 with BF16.
 
@@ -90,9 +82,7 @@ def test_default_ep(cp: int, ep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"cp": 3}, {"cp": 3, "tpa": 2}, {"cp": 6, "ep": 2}, {"cp": 4, "tpa": 2, "ep": 1}],
-    ids=str,
+    "options", [{"cp": 3}, {"cp": 3, "tpa": 2}, {"cp": 6, "ep": 2}, {"cp": 4, "tpa": 2, "ep": 1}], ids=str
 )
 def test_shards_put_together_are_the_weight(options: dict[str, Any]) -> None:
     """Without holes, overlaps or lost rows; padding is zero. Replicas over an axis are equal."""

@@ -14,15 +14,13 @@ from helix_compile.predict.costs import GB200, Machine, NodeCost, Workload, pred
 from tests.support.models import tiny_model
 
 
-def costs_of(compiled: HelixModule, body: str, step: Workload, rank: int = 0) -> dict[str, NodeCost]:  # fmt: skip
+def costs_of(compiled: HelixModule, body: str, step: Workload, rank: int = 0) -> dict[str, NodeCost]:
     graph = compiled.graph.get_submodule(body).graph
     options = compiled.plan.options
     return predict_costs(graph, step, compiled.plan.layout, options.tokens_per_block, rank)
 
 
-@pytest.mark.parametrize(
-    "plan", [{"cp": 4}, {"cp": 2, "tpa": 2, "merge": "ag_rs"}, {"cp": 3, "tpa": 2}], ids=str
-)
+@pytest.mark.parametrize("plan", [{"cp": 4}, {"cp": 2, "tpa": 2, "merge": "ag_rs"}, {"cp": 3, "tpa": 2}], ids=str)
 @pytest.mark.parametrize("step", [Workload(5, 1, 900), Workload(2, 3, 40)], ids=str)
 def test_wire_bytes_are_the_plans(plan: dict[str, Any], step: Workload) -> None:
     compiled = helix_compile(tiny_model(), max_seq_len=1024, **plan)
@@ -57,7 +55,7 @@ def test_attention_at_the_real_sizes() -> None:
 
 def test_ranks_differ_by_their_part_of_the_context() -> None:
     compiled = helix_compile(tiny_model(), cp=4, max_seq_len=1024, tokens_per_block=32)
-    flops = [costs_of(compiled, "body_0", Workload(1, 1, 99), r)["mla_decode"].flops for r in range(4)]  # fmt: skip
+    flops = [costs_of(compiled, "body_0", Workload(1, 1, 99), r)["mla_decode"].flops for r in range(4)]
     assert [f / flops[3] for f in flops] == [8.0, 8.0, 8.0, 1.0]  # 32, 32, 32 and 4 tokens of 100
 
 

@@ -33,8 +33,15 @@ COST = {"a": 2.0, "b": 3.0, "c": 4.0, "d": 1.0}
 def test_view_has_the_edges_and_attributes() -> None:
     view = to_networkx(diamond())
     assert set(view.edges) == {
-        ("x", "a"), ("x", "c"), ("a", "b"), ("c", "w"), ("a", "d"), ("b", "d"), ("w", "d"), ("d", "output"),
-    }  # fmt: skip
+        ("x", "a"),
+        ("x", "c"),
+        ("a", "b"),
+        ("c", "w"),
+        ("a", "d"),
+        ("b", "d"),
+        ("w", "d"),
+        ("d", "output"),
+    }
     assert view.nodes["c"]["target"] == "_c10d_functional.all_reduce.default"
     assert view.nodes["x"]["op"] == "placeholder" and view.nodes["x"]["stage"] == "captured"
 
@@ -55,15 +62,21 @@ def test_critical_path_of_queues() -> None:
     assert one.total == 10.0 and one.nodes == ("a", "c", "b", "d")
     two = critical_path(diamond(), COST, lambda n: "link" if is_collective(n) else "compute")
     assert two.total == 6.0
-    blocked = critical_path(diamond(), {**COST, "c": 7.0}, lambda n: "link" if is_collective(n) else "compute")  # fmt: skip
+    blocked = critical_path(diamond(), {**COST, "c": 7.0}, lambda n: "link" if is_collective(n) else "compute")
     assert blocked.total == 8.0
 
 
 @pytest.mark.parametrize(
     ("nodes", "convex"),
-    [({"a", "b"}, True), ({"a", "d"}, False), ({"a", "b", "d"}, True), ({"x", "d"}, False),
-     ({"b", "c"}, True), ({"a", "b", "c", "w", "d"}, True)],
-)  # fmt: skip
+    [
+        ({"a", "b"}, True),
+        ({"a", "d"}, False),
+        ({"a", "b", "d"}, True),
+        ({"x", "d"}, False),
+        ({"b", "c"}, True),
+        ({"a", "b", "c", "w", "d"}, True),
+    ],
+)
 def test_convexity(nodes: set[str], convex: bool) -> None:
     assert is_convex(diamond(), nodes) is convex
 
@@ -76,9 +89,7 @@ def test_convexity_refuses_unknown_names() -> None:
 def test_reduced_edges_drop_what_a_longer_path_says() -> None:
     edges = reduced_edges(diamond())
     assert ("a", "d") not in edges
-    assert edges == [
-        ("x", "a"), ("x", "c"), ("a", "b"), ("c", "w"), ("b", "d"), ("w", "d"), ("d", "output"),
-    ]  # fmt: skip
+    assert edges == [("x", "a"), ("x", "c"), ("a", "b"), ("c", "w"), ("b", "d"), ("w", "d"), ("d", "output")]
 
 
 def test_a_real_body() -> None:

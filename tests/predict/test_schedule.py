@@ -28,22 +28,18 @@ def test_the_file_is_a_trace_of_every_rank_and_body(compiled: HelixModule, tmp_p
     trace = json.loads((tmp_path / "schedule.trace.json").read_text())
     assert trace["otherData"]["predicted"] and trace["otherData"]["context"] == 199
     complete = [e for e in trace["traceEvents"] if e["ph"] == "X"]
-    names = {(e["pid"], e["args"]["name"]) for e in trace["traceEvents"] if e["name"] == "process_name"}  # fmt: skip
+    names = {(e["pid"], e["args"]["name"]) for e in trace["traceEvents"] if e["name"] == "process_name"}
     ranks = range(compiled.plan.layout.world_size)
     assert names == {(r, f"rank {r} (predicted)") for r in ranks}
     assert {e["cat"] for e in complete} == {"predicted"}
-    assert {(e["pid"], e["args"]["body"]) for e in complete} == {
-        (r, b) for r in ranks for b in ("body_0", "body_1")
-    }
+    assert {(e["pid"], e["args"]["body"]) for e in complete} == {(r, b) for r in ranks for b in ("body_0", "body_1")}
     for e in complete:
-        node = next(
-            n for n in compiled.graph.get_submodule(e["args"]["body"]).graph.nodes if n.name == e["name"]
-        )  # fmt: skip
+        node = next(n for n in compiled.graph.get_submodule(e["args"]["body"]).graph.nodes if n.name == e["name"])
         assert e["args"]["stage"] == node.meta["helix_stage"] and e["dur"] > 0
         assert (e["tid"] == 1) == is_collective(node) == bool(e["args"]["wire_bytes"])
     for rank in ranks:
         for thread in (0, 1):
-            own = sorted((e["ts"], e["dur"]) for e in complete if (e["pid"], e["tid"]) == (rank, thread))  # fmt: skip
+            own = sorted((e["ts"], e["dur"]) for e in complete if (e["pid"], e["tid"]) == (rank, thread))
             for (start, length), (following, _) in pairwise(own):
                 assert start + length <= following * (1 + 1e-12) + 1e-9
 
@@ -73,7 +69,7 @@ def test_the_total_is_the_critical_path_of_the_busiest_rank(compiled: HelixModul
         seconds = {n: c.seconds(GB200) for n, c in costs.items()}
         assert schedule.seconds == pytest.approx(critical_path(graph, seconds, thread_of).total)
         assert schedule.path.total <= schedule.seconds * (1 + 1e-12)
-        assert set(schedule.path.collective_slack()) == {n.name for n in graph.nodes if is_collective(n)}  # fmt: skip
+        assert set(schedule.path.collective_slack()) == {n.name for n in graph.nodes if is_collective(n)}
 
 
 def test_an_emptier_rank_waits_for_the_fullest() -> None:

@@ -55,7 +55,7 @@ def test_graphs_say_the_device_that_was_asked_for(captured: bool) -> None:
 def test_a_saved_graph_runs_where_it_is_read(here: str) -> None:
     """Not where it was written: on a card that this reader may not have."""
     graph = fx.Graph()
-    positions = graph.call_function(torch.ops.aten.arange.default, (4,), {"device": torch.device("cuda:3")})  # fmt: skip
+    positions = graph.call_function(torch.ops.aten.arange.default, (4,), {"device": torch.device("cuda:3")})
     graph.output(positions)
     positions.meta["val"] = torch.arange(4)
     written = json.dumps(graph_to_json(fx.GraphModule({}, graph)))

@@ -62,7 +62,7 @@ def assistant() -> Any:
 
 
 @pytest.mark.parametrize("cp", [1, 4])
-@pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 6}, {"assistant_model": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 6}, {"assistant_model": True}], ids=str)
 def test_the_greedy_tokens_in_fewer_steps(cp: int, drafts: dict[str, Any]) -> None:
     """Also with padding before the prompt; the cache has room for the plain loop and not a token more."""
     counted = Counted(cp)
@@ -84,9 +84,14 @@ def test_the_greedy_tokens_in_fewer_steps(cp: int, drafts: dict[str, Any]) -> No
 def test_another_family_drafts() -> None:
     """A Llama that knows nothing: every draft is taken back, and the tokens stay."""
     config = LlamaConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     counted, ids = Counted(2), prompt()
     expected = model().generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
     got = counted.module.generate(ids, assistant_model=LlamaForCausalLM(config).eval(), **GREEDY)
@@ -97,9 +102,13 @@ def test_end_tokens_scores_and_logits_come_along() -> None:
     counted, ids = Counted(2), prompt()
     free = counted.module.generate(ids, **GREEDY)
     options = {
-        **GREEDY, "eos_token_id": int(free[0, 17 + 9]), "return_dict_in_generate": True,
-        "output_logits": True, "output_scores": True, "repetition_penalty": 1.1,
-    }  # fmt: skip
+        **GREEDY,
+        "eos_token_id": int(free[0, 17 + 9]),
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "output_scores": True,
+        "repetition_penalty": 1.1,
+    }
     expected = model().generate(ids, attention_mask=torch.ones_like(ids), **options)
     got = counted.module.generate(ids, prompt_lookup_num_tokens=4, **options)
     assert torch.equal(got.sequences, expected.sequences)
@@ -120,18 +129,16 @@ def test_refused_before_anything_is_written() -> None:
     compiled = Counted(2).module
     one, two = prompt(), prompt().repeat(2, 1)
     small = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
+        LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     )
     compiled(one)
     wrong: list[tuple[Tensor, dict[str, Any], str]] = [
         (two, {"prompt_lookup_num_tokens": 3}, "one sequence at a time, got 2 prompts x num_return_sequences=1"),
-        (one, {"prompt_lookup_num_tokens": 3, "num_return_sequences": 2, "do_sample": True}, "got 1 prompts x num_return_sequences=2"),
+        (
+            one,
+            {"prompt_lookup_num_tokens": 3, "num_return_sequences": 2, "do_sample": True},
+            "got 1 prompts x num_return_sequences=2",
+        ),
         (one, {"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens must be an int >= 1, got 0"),
         (one, {"prompt_lookup_num_tokens": True}, "must be an int >= 1, got True"),
         (one, {"assistant_model": model(), "prompt_lookup_num_tokens": 3}, "both given"),
@@ -143,7 +150,7 @@ def test_refused_before_anything_is_written() -> None:
         (one, {"assistant_early_exit": 1}, "it stops at an inner layer"),
         (one, {"use_mtp": True}, "its heads read the last hidden state"),
         (one, {"speculation_type": "dflash"}, "its drafts read hidden states"),
-    ]  # fmt: skip
+    ]
     for ids, options, message in wrong:
         with pytest.raises(RuntimeFault, match=re.escape(message)):
             compiled.generate(ids, max_new_tokens=2, **options)
@@ -159,7 +166,7 @@ def test_the_cache_that_transformers_crops() -> None:
     assert cache.get_seq_length() == 17
     cache.crop(-3)
     assert cache.get_seq_length() == 14 and compiled.lengths.tolist() == [14]
-    for wrong, message in ((1, "expected a negative int"), (-15, "got length -1, expected 0 to 14")):  # fmt: skip
+    for wrong, message in ((1, "expected a negative int"), (-15, "got length -1, expected 0 to 14")):
         with pytest.raises(RuntimeFault, match=re.escape(message)):
             cache.crop(wrong)
     assert compiled.lengths.tolist() == [14]

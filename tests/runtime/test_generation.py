@@ -41,13 +41,7 @@ def test_64_greedy_tokens_twice_in_a_row(cp: int) -> None:
 
 def test_seeded_sampling_of_several_sequences_each() -> None:
     ids = random_ids(model(), 2, 9)
-    options = {
-        "do_sample": True,
-        "num_return_sequences": 3,
-        "max_new_tokens": 24,
-        "pad_token_id": 0,
-        "top_k": 20,
-    }
+    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 24, "pad_token_id": 0, "top_k": 20}
     torch.manual_seed(11)
     expected = model().generate(ids, attention_mask=torch.ones_like(ids), **options)
     torch.manual_seed(11)
@@ -189,7 +183,7 @@ def test_arguments_of_the_wrong_kind() -> None:
         ({"input_ids": ids, "attention_mask": [[1] * 5] * 2}, "attention_mask must be a tensor [B, S], got list"),
         ({"input_ids": ids, "max_new_tokens": 0}, "max_new_tokens must be an int >= 1, got 0"),
         ({"input_ids": ids, "max_length": 5}, "max_length=5 leaves no room for a new token behind 5 columns"),
-    ]  # fmt: skip
+    ]
     for options, message in wrong:
         with pytest.raises(RuntimeFault, match=re.escape(message)):
             compiled.generate(**options)
@@ -200,9 +194,14 @@ def test_scores_and_logits_come_along() -> None:
     """What transformers returns beside the tokens; its processors work on our logits."""
     compiled, ids = compiled_for(2), random_ids(model(), 2, 5)
     options = {
-        **GREEDY, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True,
-        "output_scores": True, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2,
-    }  # fmt: skip
+        **GREEDY,
+        "max_new_tokens": 6,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "output_scores": True,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+    }
     got = compiled.generate(ids, **options)
     expected = model().generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(got.sequences, expected.sequences)

@@ -34,11 +34,7 @@ def prompt_lengths(cp: int, tokens_per_block: int) -> list[int]:
 
 def compiled_for(cp: int, tokens_per_block: int) -> HelixModule:
     return helix_compile(
-        tiny_model("short"),
-        cp=cp,
-        tokens_per_block=tokens_per_block,
-        max_batch_size=3,
-        max_seq_len=128 * cp + 80,
+        tiny_model("short"), cp=cp, tokens_per_block=tokens_per_block, max_batch_size=3, max_seq_len=128 * cp + 80
     )
 
 
@@ -83,7 +79,7 @@ def worst_over_rollbacks(compiled: HelixModule, cp: int, tokens_per_block: int) 
         for cp in (1, 2, 3, 4)
         for size in (1, 3, 32)
     ],
-)  # fmt: skip
+)
 def test_steps_of_several_tokens_with_rollback(cp: int, tokens_per_block: int) -> None:
     """Over blocks, pages and owners, ragged, with rows that idle, keep nothing or keep all."""
     compiled = compiled_for(cp, tokens_per_block)

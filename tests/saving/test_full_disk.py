@@ -42,7 +42,7 @@ def test_a_save_is_whole_or_not_there(
     with monkeypatch.context() as patch, pytest.raises(HelixError) as caught:
         patch.setattr(StagedFiles, "write", refuse)
         compiled.save(bad)
-    assert re.fullmatch(rf"{bad}/{name}: can't be written: .*{REASON}.*; nothing of it is kept", str(caught.value))  # fmt: skip
+    assert re.fullmatch(rf"{bad}/{name}: can't be written: .*{REASON}.*; nothing of it is kept", str(caught.value))
     assert not list(tmp_path.iterdir())  # neither the folder nor its parent
     compiled.save(bad)
     assert name in sizes(bad) and not list(bad.glob(".*"))
@@ -55,12 +55,12 @@ def test_files_that_were_there_stay_as_they_were(compiled: HelixModule, tmp_path
         compiled.save(tmp_path)
     with full_after(3000), pytest.raises(HelixError, match=REASON):
         compiled.inspect(tmp_path)
-    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"config.json": "mine", "notes.txt": "mine too"}  # fmt: skip
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"config.json": "mine", "notes.txt": "mine too"}
 
 
 def test_a_report_is_whole_or_not_there(compiled: HelixModule, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with full_after(5000), pytest.raises(HelixError, match=rf"{out}/\S+: can't be written: {REASON}"):  # fmt: skip
+    with full_after(5000), pytest.raises(HelixError, match=rf"{out}/\S+: can't be written: {REASON}"):
         compiled.inspect(out)
     assert not out.exists()
     compiled.inspect(out)
@@ -73,7 +73,7 @@ def test_a_report_is_whole_or_not_there(compiled: HelixModule, tmp_path: Path) -
 def test_what_can_not_be_moved_takes_back_what_has_come(tmp_path: Path) -> None:
     """The second file's place is taken by a folder."""
     (tmp_path / "two").mkdir()
-    with pytest.raises(HelixError, match=r"two: can't be written"), StagedFiles(tmp_path, "t") as files:  # fmt: skip
+    with pytest.raises(HelixError, match=r"two: can't be written"), StagedFiles(tmp_path, "t") as files:
         for name in ("one", "two"):
             files.write(name, lambda path: path.write_text("text"))
         files.move()
@@ -83,7 +83,7 @@ def test_what_can_not_be_moved_takes_back_what_has_come(tmp_path: Path) -> None:
 def test_a_cache_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path, entries = tmp_path / "cache.safetensors", random_entries([40, 31], [20] * 2, [6] * 2)
     for _ in range(2):
-        with full_after(8000), pytest.raises(RuntimeFault, match=rf"{path}: can't write the cache: .*{REASON}"):  # fmt: skip
+        with full_after(8000), pytest.raises(RuntimeFault, match=rf"{path}: can't write the cache: .*{REASON}"):
             write_cache(path, entries)
         assert [f.name for f in tmp_path.iterdir()] == ([path.name] if path.exists() else [])
         write_cache(path, entries)  # the second round has an older file

@@ -54,8 +54,7 @@ def test_each_storage_is_written_once(tmp_path: Path) -> None:
     compiled = saved(tmp_path / "saved")
     size = sum(f.stat().st_size for f in (tmp_path / "saved").glob("*.safetensors"))
     weights = sum(
-        t.numel() * t.itemsize
-        for t in tiny_model(dtype=torch.float32, experts="grouped_mm").state_dict().values()
+        t.numel() * t.itemsize for t in tiny_model(dtype=torch.float32, experts="grouped_mm").state_dict().values()
     )
     assert size < 1.05 * weights
     assert len(compiled.ranks) == 4
@@ -80,22 +79,18 @@ def test_an_edit_of_one_rank_is_saved(tmp_path: Path) -> None:
         ("model.norm.weight", None, r"model\.norm\.weight is None"),
     ],
     ids=["name", "shape", "dtype", "none"],
-)  # fmt: skip
+)
 def test_parameters_that_the_graph_does_not_take_are_not_saved(
     tmp_path: Path, name: str, tensor: Any, message: str
 ) -> None:
-    compiled = helix_compile(
-        tiny_model(dtype=torch.float32, experts="grouped_mm"), cp=2, max_seq_len=64
-    )
+    compiled = helix_compile(tiny_model(dtype=torch.float32, experts="grouped_mm"), cp=2, max_seq_len=64)
     compiled.ranks[1].params[name] = tensor
     with pytest.raises(RuntimeFault, match=message):
         compiled.save(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
-def test_an_edit_that_could_not_be_loaded_is_refused_before_anything_is_written(
-    tmp_path: Path,
-) -> None:
+def test_an_edit_that_could_not_be_loaded_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     """A gathered value that is used before its sum: it runs, but load() would not trust it."""
     compiled = helix_compile(tiny_model(), cp=2)
     body = next(b for _, b in compiled.graph.named_children())
@@ -169,30 +164,99 @@ def _swap_two_arguments(document: Any) -> None:
 
 
 TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
-    ("target", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(target="os.system")), "not on the list of allowed targets"),
-    ("unknown op", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(target="aten.no_such.default")), "is not valid"),
-    ("reference", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(args=[{"node": "nobody"}])), "is not valid"),
-    ("op kind", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(op="get_attr")), "is not allowed"),
-    ("shape", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.einsum").update(args=["bhtn,hnr->bthn", _node(g, "aten.einsum")["args"][1]])), "does not take"),
+    (
+        "target",
+        lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(target="os.system")),
+        "not on the list of allowed targets",
+    ),
+    (
+        "unknown op",
+        lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(target="aten.no_such.default")),
+        "is not valid",
+    ),
+    (
+        "reference",
+        lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(args=[{"node": "nobody"}])),
+        "is not valid",
+    ),
+    (
+        "op kind",
+        lambda d: _edit(d / "graphs.json", lambda g: _node(g, "aten.silu").update(op="get_attr")),
+        "is not allowed",
+    ),
+    (
+        "shape",
+        lambda d: _edit(
+            d / "graphs.json",
+            lambda g: _node(g, "aten.einsum").update(args=["bhtn,hnr->bthn", _node(g, "aten.einsum")["args"][1]]),
+        ),
+        "does not take",
+    ),
     ("graph version", lambda d: _edit(d / "graphs.json", lambda g: g.update(version=7)), "version 7, expected 2"),
     ("json", lambda d: (d / "graphs.json").write_text("{"), "not valid JSON"),
-    ("view", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].update(shape=[10**6])), "model.norm.weight"),
+    (
+        "view",
+        lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].update(shape=[10**6])),
+        "model.norm.weight",
+    ),
     ("collective taken out", lambda d: _edit(d / "graphs.json", _take_out_the_first_all_reduce), "body_0"),
-    ("collective over another axis", lambda d: _edit(d / "graphs.json", lambda g: _node(g, "_c10d_functional.all_reduce")["args"].__setitem__(2, "tpa")), "all_reduce"),
+    (
+        "collective over another axis",
+        lambda d: _edit(
+            d / "graphs.json", lambda g: _node(g, "_c10d_functional.all_reduce")["args"].__setitem__(2, "tpa")
+        ),
+        "all_reduce",
+    ),
     ("weights of two layers swapped", lambda d: _edit(d / "graphs.json", _swap_two_arguments), "stands for param"),
-    ("body taken out", lambda d: _edit(d / "graphs.json", lambda g: g["stages"]["lowered"]["bodies"].pop("body_0")), "no body 'body_0'"),
-    ("cache width", lambda d: _edit(d / "graphs.json", lambda g: g["cache_widths"].__setitem__(0, 10**9)), "takes caches"),
-    ("latent width", lambda d: _edit(d / "graphs.json", lambda g: g["latent_widths"].__setitem__(0, 26)), "are not parts of cache_widths"),
+    (
+        "body taken out",
+        lambda d: _edit(d / "graphs.json", lambda g: g["stages"]["lowered"]["bodies"].pop("body_0")),
+        "no body 'body_0'",
+    ),
+    (
+        "cache width",
+        lambda d: _edit(d / "graphs.json", lambda g: g["cache_widths"].__setitem__(0, 10**9)),
+        "takes caches",
+    ),
+    (
+        "latent width",
+        lambda d: _edit(d / "graphs.json", lambda g: g["latent_widths"].__setitem__(0, 26)),
+        "are not parts of cache_widths",
+    ),
     ("capacity", lambda d: _edit(d / "plan.json", lambda p: p["options"].update(max_seq_len=10**9)), "takes caches"),
-    ("view field", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].pop("offset")), "model.norm.weight"),
-    ("view of a file outside", lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].update(file="../x.safetensors")), "is not the file of a rank"),
-    ("weight taken out", lambda d: _edit(d / "views.json", lambda v: v["1"].pop("model.norm.weight")), "rank 1: parameter model.norm.weight is None"),
+    (
+        "view field",
+        lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].pop("offset")),
+        "model.norm.weight",
+    ),
+    (
+        "view of a file outside",
+        lambda d: _edit(d / "views.json", lambda v: v["0"]["model.norm.weight"].update(file="../x.safetensors")),
+        "is not the file of a rank",
+    ),
+    (
+        "weight taken out",
+        lambda d: _edit(d / "views.json", lambda v: v["1"].pop("model.norm.weight")),
+        "rank 1: parameter model.norm.weight is None",
+    ),
     ("rank taken out", lambda d: _edit(d / "views.json", lambda v: v.pop("3")), "views.json: damaged"),
-    ("plan field", lambda d: _edit(d / "plan.json", lambda p: p["bodies"].__setitem__(0, None)), "not a plan of this version"),
-    ("config", lambda d: _edit(d / "config.json", lambda c: c.update(initializer_range="x")), "config.json: can't be read"),
+    (
+        "plan field",
+        lambda d: _edit(d / "plan.json", lambda p: p["bodies"].__setitem__(0, None)),
+        "not a plan of this version",
+    ),
+    (
+        "config",
+        lambda d: _edit(d / "config.json", lambda c: c.update(initializer_range="x")),
+        "config.json: can't be read",
+    ),
     ("missing file", lambda d: (d / "plan.json").unlink(), "not a saved module"),
-    ("truncated", lambda d: (d / "rank_0.safetensors").write_bytes((d / "rank_0.safetensors").read_bytes()[:-100]), "can't be read"),
-]  # fmt: skip
+    (
+        "truncated",
+        lambda d: (d / "rank_0.safetensors").write_bytes((d / "rank_0.safetensors").read_bytes()[:-100]),
+        "can't be read",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +268,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("tamper", "message"), [t[1:] for t in TAMPERED], ids=[t[0] for t in TAMPERED]
-)
+@pytest.mark.parametrize(("tamper", "message"), [t[1:] for t in TAMPERED], ids=[t[0] for t in TAMPERED])
 def test_what_was_tampered_with_is_refused(
     whole: Path, tmp_path: Path, tamper: Callable[[Path], None], message: str
 ) -> None:

@@ -21,9 +21,7 @@ ISLANDS = 5e-6
 LOOPS = ("longcat_flash",)  # over the experts that were hit, in Python
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, f in FAMILIES.items() if not f.refused and n not in LOOPS]
-)
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if not f.refused and n not in LOOPS])
 def test_torch_compile_is_helix_compile(name: str) -> None:
     torch._dynamo.reset()
     model, mask = tiny_family(name), left_padded([5, 2, 9])

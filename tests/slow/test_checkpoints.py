@@ -55,9 +55,7 @@ def test_fp8_runs_as_the_dequantised_checkpoint(tmp_path: Path) -> None:
 
 def test_verify_against_the_model_in_memory(tmp_path: Path) -> None:
     folder = write(tmp_path)
-    report = verify(
-        helix_compile(folder, cp=3), AutoModelForCausalLM.from_pretrained(folder).eval()
-    )
+    report = verify(helix_compile(folder, cp=3), AutoModelForCausalLM.from_pretrained(folder).eval())
     assert report.ok, report
     assert len(report.coverage.stages) == 4
 
@@ -71,25 +69,14 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_the_command_line(tmp_path: Path) -> None:
     set_config(write(tmp_path), dtype="float32")
-    command = [
-        sys.executable,
-        "-m",
-        "helix_compile",
-        "verify",
-        str(tmp_path),
-        "--cp",
-        "4",
-        "--json",
-    ]
+    command = [sys.executable, "-m", "helix_compile", "verify", str(tmp_path), "--cp", "4", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["ok"], done.stdout + done.stderr
 
 
 def test_memory_of_a_rank_is_its_shards() -> None:
     """Its own shards + 10 % + one largest slice, on a checkpoint of more than 2 GB."""
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARK), "--json"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(BENCHMARK), "--json"], capture_output=True, text=True)
     measured = json.loads(done.stdout.splitlines()[-1])
     assert measured["checkpoint"] > 2e9
     for way, m in measured["measured"].items():

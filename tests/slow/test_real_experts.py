@@ -21,12 +21,7 @@ from tests.support.routing import Routing
 
 pytestmark = pytest.mark.slow
 
-CONFIG = {
-    "vocab_size": 1000,
-    "num_hidden_layers": 1,
-    "first_k_dense_replace": 0,
-    "n_routed_experts": 192,
-}
+CONFIG = {"vocab_size": 1000, "num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 192}
 BATCH, PROMPT, CP, TOP_K = 2, 12, 4, 8
 
 
@@ -52,10 +47,8 @@ def test_as_many_real_experts_as_fit() -> None:
     assert [tuple(p.shape) for p in experts] == [(192, 2 * 2048, 7168)]
     compiled = helix_compile(model, cp=CP, max_batch_size=BATCH, max_seq_len=64)
     inside = experts[0].untyped_storage().data_ptr()
-    held = [t for r in compiled.ranks for t in r.params.values() if t.untyped_storage().data_ptr() == inside]  # fmt: skip
-    assert (
-        sum(t.numel() for t in held) == experts[0].numel()
-    )  # each rank has its part, and none is a copy
+    held = [t for r in compiled.ranks for t in r.params.values() if t.untyped_storage().data_ptr() == inside]
+    assert sum(t.numel() for t in held) == experts[0].numel()  # each rank has its part, and none is a copy
     ids = torch.randint(0, 1000, (BATCH, PROMPT), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), Routing(TOP_K) as of_original:
         own = model(ids).logits.float()
@@ -66,15 +59,15 @@ def test_as_many_real_experts_as_fit() -> None:
     with Routing(TOP_K) as of_compiled:
         got = torch.cat([compiled(ids[:, :-1]), compiled(ids[:, -1:])], dim=1).float()
     choices = [
-        of_original.chosen[0].view(BATCH, PROMPT, TOP_K), in_steps(of_compiled.chosen),
+        of_original.chosen[0].view(BATCH, PROMPT, TOP_K),
+        in_steps(of_compiled.chosen),
         of_reference.chosen[0].view(BATCH, PROMPT, TOP_K),
-    ]  # fmt: skip
+    ]
     turned = [(c != choices[2]).any(-1) for c in choices[:2]]
     alike = ~(turned[0] | turned[1])
     by_original, by_rewrite = (int((a & ~b).sum()) for a, b in (turned, turned[::-1]))
     errors = [
-        float(((x - reference)[alike].square().sum() / reference[alike].square().sum()).sqrt())
-        for x in (own, got)
+        float(((x - reference)[alike].square().sum() / reference[alike].square().sum()).sqrt()) for x in (own, got)
     ]
     print(
         f"rel-RMSE of {int(alike.sum())} of {alike.numel()} tokens: original {errors[0]:.4f}, compiled {errors[1]:.4f}; "

@@ -27,9 +27,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarnin
 
 # One dense and one MoE layer of the class's default sizes (H=128, R=512, r=64, V=128, hidden 7168); fewer experts.
 FEW_EXPERTS = {
-    "vocab_size": 1000, "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 8,
-    "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
-}  # fmt: skip
+    "vocab_size": 1000,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+}
 LATENT, ROPE = 512, 64
 CONTEXTS = (1, 31, 130, 512, 1000, 2048, 3333, 4080)  # the last steps cross 4096
 STEPS = (16, 1)
@@ -55,8 +60,7 @@ def prefilled(context: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Latents and rotated keys of both layers, [1, S, width], and the ids of the steps that follow."""
     generator = torch.Generator().manual_seed(context)
     latents, k_ropes = (
-        [torch.randn(1, context, width, generator=generator).bfloat16() for _ in range(2)]
-        for width in (LATENT, ROPE)
+        [torch.randn(1, context, width, generator=generator).bfloat16() for _ in range(2)] for width in (LATENT, ROPE)
     )
     ids = [torch.randint(0, FEW_EXPERTS["vocab_size"], (1, T), generator=generator) for T in STEPS]
     return latents, k_ropes, ids
@@ -89,9 +93,7 @@ def rewritten(compiled: HelixModule) -> dict[str, Outcome]:
     return outcomes(lambda: compiled(prompts()), behind, ranks=CP)
 
 
-def outcomes(
-    prompt: Callable[[], Tensor], behind: Callable[[int], Tensor], ranks: int
-) -> dict[str, Outcome]:
+def outcomes(prompt: Callable[[], Tensor], behind: Callable[[int], Tensor], ranks: int) -> dict[str, Outcome]:
     """Run both cases. Every rank routes every token, and all alike."""
     found = {}
     cases = {"prompts": lambda: [prompt()], "contexts": lambda: [behind(c) for c in CONTEXTS]}
@@ -121,16 +123,11 @@ def outcome() -> dict[str, dict[str, Outcome]]:
 @pytest.mark.parametrize("case", ["prompts", "contexts"])
 def test_bf16_error_is_the_originals(outcome: dict[str, dict[str, Outcome]], case: str) -> None:
     reference = outcome["reference"][case]
-    flipped = {
-        who: (outcome[who][case].experts != reference.experts).any(dim=1)
-        for who in ("original", "compiled")
-    }
+    flipped = {who: (outcome[who][case].experts != reference.experts).any(dim=1) for who in ("original", "compiled")}
     alike = ~(flipped["original"] | flipped["compiled"])
     every = torch.ones_like(alike)
     for tokens, label in ((every, "all tokens"), (alike, "routed alike")):
-        own, ours = (
-            rel_rmse(outcome[who][case].logits[tokens], reference.logits[tokens]) for who in flipped
-        )
+        own, ours = (rel_rmse(outcome[who][case].logits[tokens], reference.logits[tokens]) for who in flipped)
         print(f"{case}, {label} ({int(tokens.sum())}): {own:.4f}, {ours:.4f}, {ours / own:.3f}x")
     print(f"{case}, routed otherwise: { {who: int(f.sum()) for who, f in flipped.items()} }")
     assert all(f.float().mean() <= MAX_FLIPPED for f in flipped.values())

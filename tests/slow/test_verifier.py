@@ -22,9 +22,12 @@ pytestmark = pytest.mark.slow
 
 
 @settings(
-    max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
     phases=[Phase.generate, Phase.shrink],
-)  # fmt: skip
+)
 @given(plans())
 def test_silent_on_legal_plans_of_drawn_models(case: PlanCase) -> None:
     case.check()
@@ -42,7 +45,15 @@ BEYOND_64K = 66_000
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fault", [None, "the new token is missing everywhere", "plain mean of the parts", "base-2 weights from natural-log statistics"])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault",
+    [
+        None,
+        "the new token is missing everywhere",
+        "plain mean of the parts",
+        "base-2 weights from natural-log statistics",
+    ],
+)
 def test_contexts_beyond_64k(dtype: torch.dtype, fault: str | None) -> None:
     """One layer, 8 heads: a clean module passes, and faults that random keys hide at this length are found."""
     case_model = ModelCase(heads=8, dense=1, moe=0, latent=32, rope=8, nope=16, value=16)
@@ -54,14 +65,7 @@ def test_contexts_beyond_64k(dtype: torch.dtype, fault: str | None) -> None:
     captured = capture(model)
     check = Check([compiled.plan.dtype])
     subject = Subject(
-        compiled,
-        model,
-        captured,
-        match_layers(captured, 1024),
-        TypedGraph(compiled.graph),
-        0,
-        print,
-        check,
+        compiled, model, captured, match_layers(captured, 1024), TypedGraph(compiled.graph), 0, print, check
     )
     outcome = LayerOutcome()
     params = subject.params(compiled.graph, "lowered")

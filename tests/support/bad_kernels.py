@@ -45,11 +45,7 @@ def deadly_kernel(o_ptr):  # type: ignore[no-untyped-def] # Triton types its arg
 
 BROKEN = CompileCase("broken", three_lanes_kernel, {"o_ptr": "*fp32"}, {}, {"num_warps": 1})
 DEADLY = CompileCase("deadly", deadly_kernel, {"o_ptr": "*fp32"}, {}, {"num_warps": 1})
-BAD = {
-    "sm_100": [BROKEN, decode_case(TOO_LARGE, *V3)],
-    "sm_90": [DEADLY, decode_case(LLVM_ERROR, *V3)],
-    "sm_80": [],
-}
+BAD = {"sm_100": [BROKEN, decode_case(TOO_LARGE, *V3)], "sm_90": [DEADLY, decode_case(LLVM_ERROR, *V3)], "sm_80": []}
 
 
 def kernel_with_bad_cases(op: str) -> Kernel | None:

@@ -18,9 +18,7 @@ def chromium_path() -> str:
     """Path of the browser. Where there is none the test is skipped, or fails where one is required (CI)."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
-        reason = (
-            f"no browser: none of {', '.join(NAMES)} on PATH (Debian: apt-get install chromium)"
-        )
+        reason = f"no browser: none of {', '.join(NAMES)} on PATH (Debian: apt-get install chromium)"
         if os.environ.get("CI") or os.environ.get("HELIX_REQUIRE_BROWSER"):
             pytest.fail(reason)
         pytest.skip(reason)
@@ -31,9 +29,7 @@ def chromium_path() -> str:
 def open_browser() -> Iterator[Any]:
     """A running browser of playwright."""
     path = chromium_path()
-    from playwright.sync_api import (
-        sync_playwright,
-    )  # the dev extra; not needed where the test is skipped
+    from playwright.sync_api import sync_playwright  # the dev extra; not needed where the test is skipped
 
     with sync_playwright() as playwright:
         # containers have no user namespaces for the sandbox, and a small /dev/shm

@@ -19,14 +19,7 @@ from helix_compile.runtime.rank import shard_of_name
 from tests.support.models import fresh_model, tiny_model
 
 Tensors = dict[str, Tensor]
-LAYOUTS = (
-    {"cp": 1},
-    {"cp": 2},
-    {"cp": 4},
-    {"cp": 3},
-    {"cp": 2, "tpa": 2},
-    {"cp": 3, "tpa": 2, "ep": 2},
-)
+LAYOUTS = ({"cp": 1}, {"cp": 2}, {"cp": 4}, {"cp": 3}, {"cp": 2, "tpa": 2}, {"cp": 3, "tpa": 2, "ep": 2})
 
 
 def write(folder: Path, variant: str = "short", dtype: torch.dtype = torch.bfloat16) -> Path:

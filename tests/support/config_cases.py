@@ -26,34 +26,49 @@ BLOCK = mostly(st.sampled_from([32, 32, 32, 16]))
 TRTLLM = some(
     {
         "context_parallel_size": mostly(SIZE),
-        "cp_config": mostly(some(
-            {"cp_type": mostly(st.sampled_from(["HELIX", "HELIX", "helix", "Helix", "STAR", "HELLX"])), "tokens_per_block": BLOCK},
-            {"use_nccl_for_alltoall": mostly(st.booleans()), "fifo_version": mostly(st.sampled_from([1, 2, 3]))},
-        )),
+        "cp_config": mostly(
+            some(
+                {
+                    "cp_type": mostly(st.sampled_from(["HELIX", "HELIX", "helix", "Helix", "STAR", "HELLX"])),
+                    "tokens_per_block": BLOCK,
+                },
+                {"use_nccl_for_alltoall": mostly(st.booleans()), "fifo_version": mostly(st.sampled_from([1, 2, 3]))},
+            )
+        ),
     },
     {
-        "tensor_parallel_size": mostly(SIZE), "moe_expert_parallel_size": mostly(SIZE),
-        "moe_tensor_parallel_size": mostly(SIZE), "pipeline_parallel_size": mostly(st.just(1)),
-        "max_num_tokens": mostly(st.integers(1, 9)), "max_seq_len": mostly(st.integers(1, 9)),
+        "tensor_parallel_size": mostly(SIZE),
+        "moe_expert_parallel_size": mostly(SIZE),
+        "moe_tensor_parallel_size": mostly(SIZE),
+        "pipeline_parallel_size": mostly(st.just(1)),
+        "max_num_tokens": mostly(st.integers(1, 9)),
+        "max_seq_len": mostly(st.integers(1, 9)),
         "kv_cache_config": mostly(some({"tokens_per_block": BLOCK}, {"enable_block_reuse": mostly(st.booleans())})),
     },
-)  # fmt: skip
+)
 VLLM = some(
     {"tensor_parallel_size": mostly(st.sampled_from([4, 8])), "decode_context_parallel_size": mostly(SIZE)},
     {
-        "cp_kv_cache_interleave_size": mostly(SIZE), "dcp_comm_backend": mostly(st.sampled_from(["a2a", "ag_rs", "fi_a2a"])),
-        "enable_expert_parallel": mostly(st.booleans()), "block_size": mostly(st.sampled_from([4, 16])),
-        "max_model_len": mostly(st.integers(1, 9)), "model": mostly(st.just("x")),
+        "cp_kv_cache_interleave_size": mostly(SIZE),
+        "dcp_comm_backend": mostly(st.sampled_from(["a2a", "ag_rs", "fi_a2a"])),
+        "enable_expert_parallel": mostly(st.booleans()),
+        "block_size": mostly(st.sampled_from([4, 16])),
+        "max_model_len": mostly(st.integers(1, 9)),
+        "model": mostly(st.just("x")),
     },
-)  # fmt: skip
+)
 OWN = some(
     {"cp": mostly(SIZE)},
     {
-        "tpa": mostly(SIZE), "ep": mostly(SIZE), "tokens_per_block": mostly(SIZE),
-        "merge": mostly(st.sampled_from(["a2a", "ag_rs", "a2"])), "v_up": mostly(st.sampled_from(["auto", "after"])),
-        "overlap": mostly(st.sampled_from(["none", "hopb"])), "max_seq_len": mostly(SIZE),
+        "tpa": mostly(SIZE),
+        "ep": mostly(SIZE),
+        "tokens_per_block": mostly(SIZE),
+        "merge": mostly(st.sampled_from(["a2a", "ag_rs", "a2"])),
+        "v_up": mostly(st.sampled_from(["auto", "after"])),
+        "overlap": mostly(st.sampled_from(["none", "hopb"])),
+        "max_seq_len": mostly(SIZE),
     },
-)  # fmt: skip
+)
 
 
 def _counts(values: dict[str, Any], *names: str) -> bool:
@@ -62,7 +77,7 @@ def _counts(values: dict[str, Any], *names: str) -> bool:
 
 def _keys(values: Any, *names: str) -> bool:
     """A mapping with something in it, none of it None, and only these keys."""
-    return type(values) is dict and bool(values) and set(values) <= set(names) and None not in values.values()  # fmt: skip
+    return type(values) is dict and bool(values) and set(values) <= set(names) and None not in values.values()
 
 
 def own_result(m: dict[str, Any]) -> dict[str, Any] | None:
@@ -82,9 +97,15 @@ def own_result(m: dict[str, Any]) -> dict[str, Any] | None:
 
 def trtllm_result(m: dict[str, Any]) -> dict[str, Any] | None:
     """Fields that TensorRT-LLM's options must give, None where they must be refused."""
-    ints = ("context_parallel_size", "tensor_parallel_size", "moe_expert_parallel_size", "moe_tensor_parallel_size",
-            "pipeline_parallel_size", "max_seq_len")  # fmt: skip
-    if not _keys(m, *ints, "cp_config", "kv_cache_config", "max_num_tokens") or not _counts(m, *ints):  # fmt: skip
+    ints = (
+        "context_parallel_size",
+        "tensor_parallel_size",
+        "moe_expert_parallel_size",
+        "moe_tensor_parallel_size",
+        "pipeline_parallel_size",
+        "max_seq_len",
+    )
+    if not _keys(m, *ints, "cp_config", "kv_cache_config", "max_num_tokens") or not _counts(m, *ints):
         return None
     helix, cache = m["cp_config"], m.get("kv_cache_config", {"tokens_per_block": 32})
     if not _keys(helix, "cp_type", "tokens_per_block", "use_nccl_for_alltoall", "fifo_version"):
@@ -92,10 +113,14 @@ def trtllm_result(m: dict[str, Any]) -> dict[str, Any] | None:
     if not _keys(cache, "tokens_per_block", "enable_block_reuse"):
         return None
     # booleans that must be booleans; an int of max_num_tokens may be any
-    if type(m.get("max_num_tokens", 1)) is not int or type(cache.get("enable_block_reuse", True)) is not bool:  # fmt: skip
+    if type(m.get("max_num_tokens", 1)) is not int or type(cache.get("enable_block_reuse", True)) is not bool:
         return None
     nccl = helix.get("use_nccl_for_alltoall", True)
-    if type(nccl) is not bool or not _counts(helix, "tokens_per_block", "fifo_version") or not _counts(cache, "tokens_per_block"):  # fmt: skip
+    if (
+        type(nccl) is not bool
+        or not _counts(helix, "tokens_per_block", "fifo_version")
+        or not _counts(cache, "tokens_per_block")
+    ):
         return None
     if "fifo_version" in helix and (nccl or helix["fifo_version"] > 2):
         return None
@@ -116,11 +141,11 @@ def trtllm_result(m: dict[str, Any]) -> dict[str, Any] | None:
 
 def vllm_result(m: dict[str, Any]) -> dict[str, Any] | None:
     """Fields that vLLM's options must give, None where they must be refused."""
-    ints = ("tensor_parallel_size", "decode_context_parallel_size", "cp_kv_cache_interleave_size", "max_model_len")  # fmt: skip
+    ints = ("tensor_parallel_size", "decode_context_parallel_size", "cp_kv_cache_interleave_size", "max_model_len")
     if not _keys(m, *ints, "dcp_comm_backend", "enable_expert_parallel", "block_size", "model"):
         return None
     block, ep = m.get("block_size", 16), m.get("enable_expert_parallel", False)
-    if not _counts(m, *ints) or type(block) is not int or type(ep) is not bool or type(m.get("model", "")) is not str:  # fmt: skip
+    if not _counts(m, *ints) or type(block) is not int or type(ep) is not bool or type(m.get("model", "")) is not str:
         return None
     tp, cp = m["tensor_parallel_size"], m["decode_context_parallel_size"]
     merge, turn = m.get("dcp_comm_backend", "ag_rs"), m.get("cp_kv_cache_interleave_size", 1)

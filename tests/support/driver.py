@@ -31,10 +31,7 @@ class Reference:
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.no_grad():
             return self.model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                position_ids=positions,
-                past_key_values=self.cache,
+                input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache
             ).logits
 
 
@@ -58,10 +55,7 @@ def deviation(got: Tensor, expected: Tensor, mask: Tensor) -> float:
 
 
 def worst_deviation(
-    model: nn.Module,
-    step: Callable[[Tensor, Tensor], Tensor],
-    lengths: list[int],
-    steps: tuple[int, ...] = STEPS,
+    model: nn.Module, step: Callable[[Tensor, Tensor], Tensor], lengths: list[int], steps: tuple[int, ...] = STEPS
 ) -> float:
     """Over a ragged left-padded prompt and the steps after it, fp32 islands widened on both sides."""
     reference = Reference(model)

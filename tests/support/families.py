@@ -21,30 +21,42 @@ from torch import nn
 from tests.support.gqa_models import SIZES
 
 COMMON: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 72, "intermediate_size": 58, "num_hidden_layers": 3,
-    "num_attention_heads": 12, "num_key_value_heads": 12, "q_lora_rank": 28, "kv_lora_rank": 20, "qk_rope_head_dim": 6,
-    "qk_nope_head_dim": 10, "v_head_dim": 14, "max_position_embeddings": 1024,
-    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 72,
+    "intermediate_size": 58,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 14,
+    "max_position_embeddings": 1024,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 EXPERTS: dict[str, Any] = {
-    "moe_intermediate_size": 22, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3,
-}  # fmt: skip
+    "moe_intermediate_size": 22,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+}
 GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
 HYBRID_EXPERTS = {**EXPERTS, **GROUPS, "num_local_experts": 8}
-SPARSE: dict[str, Any] = {
-    **EXPERTS,
-    "index_topk": 4,
-    "index_head_dim": 16,
-    "index_n_heads": 2,
-    "num_hidden_layers": 2,
-}
+SPARSE: dict[str, Any] = {**EXPERTS, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "num_hidden_layers": 2}
 YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
-    "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1,
-}  # fmt: skip
-LLAMA4 = {
-    **YARN, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8, "partial_rotary_factor": 6 / 16,
-}  # fmt: skip
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+LLAMA4 = {**YARN, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8, "partial_rotary_factor": 6 / 16}
 
 
 @dataclass(frozen=True)
@@ -70,46 +82,71 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(
-        "DeepseekV3ForCausalLM", "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
         {**EXPERTS, **GROUPS, "first_k_dense_replace": 1},
         variants={"yarn": {"rope_parameters": YARN}, "no_q_lora": {"q_lora_rank": None}},
     ),
     "deepseek_v2": Family(
-        "DeepseekV2ForCausalLM", "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
         {**EXPERTS, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy", **GROUPS},
         variants={"lite": {"q_lora_rank": None, "topk_method": "greedy"}},
     ),
     "glm4_moe_lite": Family(
-        "Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig",
+        "Glm4MoeLiteForCausalLM",
+        "Glm4MoeLiteConfig",
         {**EXPERTS, "num_attention_heads": 20, "num_key_value_heads": 20, "v_head_dim": 18},
     ),
     "youtu": Family(
-        "YoutuForCausalLM", "YoutuConfig", {"v_head_dim": 6},
+        "YoutuForCausalLM",
+        "YoutuConfig",
+        {"v_head_dim": 6},
         variants={"six_heads": {"num_attention_heads": 6, "num_key_value_heads": 6}},
     ),
     "minicpm3": Family(
-        "MiniCPM3ForCausalLM", "MiniCPM3Config",
+        "MiniCPM3ForCausalLM",
+        "MiniCPM3Config",
         {"hidden_size": 80, "num_attention_heads": 40, "num_key_value_heads": 40, "dim_model_base": 16},
     ),
     "axk1": Family("AXK1ForCausalLM", "AXK1Config", {**EXPERTS, **GROUPS}),
     "mistral4": Family(
-        "Mistral4ForCausalLM", "Mistral4Config",
-        {**EXPERTS, "first_k_dense_replace": 1, "rope_parameters": LLAMA4},
+        "Mistral4ForCausalLM", "Mistral4Config", {**EXPERTS, "first_k_dense_replace": 1, "rope_parameters": LLAMA4}
     ),
     "kimi_linear": Family(
-        "KimiLinearForCausalLM", "KimiLinearConfig",
-        {**HYBRID_EXPERTS, "num_hidden_layers": 4, "linear_head_dim": 18, "linear_num_heads": 4,
-         "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]},
+        "KimiLinearForCausalLM",
+        "KimiLinearConfig",
+        {
+            **HYBRID_EXPERTS,
+            "num_hidden_layers": 4,
+            "linear_head_dim": 18,
+            "linear_num_heads": 4,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        },
     ),
     "bailing_hybrid": Family(
-        "BailingHybridForCausalLM", "BailingHybridConfig",
-        {**HYBRID_EXPERTS, "num_hidden_layers": 4, "head_dim": 16, "first_k_dense_replace": 1,
-         "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]},
+        "BailingHybridForCausalLM",
+        "BailingHybridConfig",
+        {
+            **HYBRID_EXPERTS,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "first_k_dense_replace": 1,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        },
     ),
     "longcat_flash": Family(
-        "LongcatFlashForCausalLM", "LongcatFlashConfig",
-        {"num_hidden_layers": 4, "ffn_hidden_size": 58, "n_routed_experts": 6, "zero_expert_num": 3, "moe_topk": 3,
-         "expert_ffn_hidden_size": 22, "head_dim": 6},
+        "LongcatFlashForCausalLM",
+        "LongcatFlashConfig",
+        {
+            "num_hidden_layers": 4,
+            "ffn_hidden_size": 58,
+            "n_routed_experts": 6,
+            "zero_expert_num": 3,
+            "moe_topk": 3,
+            "expert_ffn_hidden_size": 22,
+            "head_dim": 6,
+        },
     ),
     "deepseek_v32": Family("DeepseekV32ForCausalLM", "DeepseekV32Config", SPARSE, "sparse"),
     "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", SPARSE, "sparse"),
@@ -117,33 +154,45 @@ FAMILIES: dict[str, Family] = {
     "hy_v4": Family("HYV4ForCausalLM", "HYV4Config", SPARSE, "sparse"),
     "glm5_next": Family("Glm5NextForConditionalGeneration", "Glm5NextConfig", SPARSE, "sparse"),
     "dots3_note": Family(
-        "Dots3NoteForCausalLM", "Dots3NoteTextConfig", {**SPARSE, "sliding_window": 16, "num_hidden_layers": 3}, "sparse",
+        "Dots3NoteForCausalLM",
+        "Dots3NoteTextConfig",
+        {**SPARSE, "sliding_window": 16, "num_hidden_layers": 3},
+        "sparse",
         variants={"sliding": {"layer_types": ["sliding_attention"] * 3}},
     ),
-    "mistral_large4": Family(
-        "MistralLarge4ForConditionalGeneration", "MistralLarge4Config", SPARSE, "sparse",
-    ),
-}  # fmt: skip
+    "mistral_large4": Family("MistralLarge4ForConditionalGeneration", "MistralLarge4Config", SPARSE, "sparse"),
+}
 
 GROUPED = {
     "llama": Family(
-        "LlamaForCausalLM", "LlamaConfig", {"num_key_value_heads": 3},
-        variants={"plain_heads": {"num_key_value_heads": 12}, "one_kv_head": {"num_key_value_heads": 1}}, common=SIZES,
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"num_key_value_heads": 3},
+        variants={"plain_heads": {"num_key_value_heads": 12}, "one_kv_head": {"num_key_value_heads": 1}},
+        common=SIZES,
     ),
     "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 14}, common=SIZES),
     "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
-        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 22, "mlp_only_layers": [0],
-         "num_hidden_layers": 3, "head_dim": 14}, common=SIZES,
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 22,
+            "mlp_only_layers": [0],
+            "num_hidden_layers": 3,
+            "head_dim": 14,
+        },
+        common=SIZES,
     ),
     "glm4": Family("Glm4ForCausalLM", "Glm4Config", {}, common=SIZES),
     "cohere": Family("CohereForCausalLM", "CohereConfig", {}, common=SIZES),
     "ernie4_5": Family("Ernie4_5ForCausalLM", "Ernie4_5Config", {"use_bias": True}, common=SIZES),
     "mistral": Family("MistralForCausalLM", "MistralConfig", {"sliding_window": None}, common=SIZES),
     "mixtral": Family(
-        "MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 3}, common=SIZES,
+        "MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 3}, common=SIZES
     ),
-}  # fmt: skip
+}
 FAMILIES |= GROUPED
 
 # models for images too: what differs in the text part, and a small other part (1.6 billion parameters by default)
@@ -153,14 +202,22 @@ _TEXT: dict[str, dict[str, int]] = {
 }
 _IMAGES: dict[str, dict[str, int]] = {
     "glm5_next": {
-        "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 40, "out_hidden_size": 72,
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 40,
+        "out_hidden_size": 72,
         "projection_intermediate_size": 40,
     },
     "mistral_large4": {
-        "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 40,
-        "head_dim": 16, "model_type": "pixtral",
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+        "head_dim": 16,
+        "model_type": "pixtral",
     },
-}  # fmt: skip
+}
 
 
 def shipped_families() -> list[str]:

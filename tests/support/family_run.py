@@ -26,9 +26,7 @@ class FamilyRun:
 
 
 def compiled_family(model: Any, cp: int, **options: Any) -> Any:
-    return helix_compile(
-        model, cp=cp, tokens_per_block=2, max_batch_size=3, max_seq_len=64, **options
-    )
+    return helix_compile(model, cp=cp, tokens_per_block=2, max_batch_size=3, max_seq_len=64, **options)
 
 
 def run_family(model: Any, compiled: Any) -> FamilyRun:

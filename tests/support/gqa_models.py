@@ -9,10 +9,18 @@ import torch
 import transformers
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 36, "intermediate_size": 58, "num_hidden_layers": 2, "num_attention_heads": 12,
-    "num_key_value_heads": 4, "head_dim": 10, "max_position_embeddings": 1024,
-    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 36,
+    "intermediate_size": 58,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 10,
+    "max_position_embeddings": 1024,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_biased": ("Llama", {"attention_bias": True, "num_key_value_heads": 3, "head_dim": 6}),
@@ -26,12 +34,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}),
     "llama4": ("Llama4", {"num_local_experts": 4, "attention_chunk_size": 8}),
     "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 6}),
-}  # fmt: skip
+}
 
 
-def fresh_gqa(
-    name: str = "llama", dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any
-) -> Any:
+def fresh_gqa(name: str = "llama", dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any) -> Any:
     """A new model in eval mode: random biases, weights large enough that softmax is not flat."""
     kind, sizes = MODELS[name]
     of_text = getattr(transformers, f"{kind}TextConfig", None)  # of models for images too

@@ -20,10 +20,7 @@ _SHOWN = ("helix.", "_c10d_functional.", "aten.linear.", "aten.einsum.")
 
 
 def captured_tiny(
-    variant: str = "plain",
-    dtype: torch.dtype = torch.float64,
-    attention: str = "sdpa",
-    experts: str = "batched_mm",
+    variant: str = "plain", dtype: torch.dtype = torch.float64, attention: str = "sdpa", experts: str = "batched_mm"
 ) -> CapturedGraph:
     """The memoised capture of a tiny model: body_0 is dense, body_1 is MoE."""
     return capture(tiny_model(variant, dtype, attention, experts))

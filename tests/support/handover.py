@@ -14,14 +14,14 @@ from helix_compile.cache.shards import CacheEntries
 
 def random_entries(
     lengths: list[int], R: list[int], r: list[int], dtype: torch.dtype = torch.float64, seed: int = 0
-) -> CacheEntries:  # fmt: skip
+) -> CacheEntries:
     """A left-aligned cache of random numbers, 0 behind each row's tokens."""
     g = torch.Generator().manual_seed(seed)
     alive = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None])[..., None]
     parts = [
         [torch.randn(len(lengths), max(lengths), w, generator=g, dtype=dtype) * alive for w in widths]
         for widths in (R, r)
-    ]  # fmt: skip
+    ]
     return CacheEntries(parts[0], parts[1], torch.tensor(lengths))
 
 

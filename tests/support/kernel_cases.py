@@ -42,9 +42,7 @@ class KernelCase:
 def on_device(arguments: Arguments, device: str | torch.device) -> Arguments:
     """A copy of every tensor on `device`; views of one buffer stay strided as they are."""
     return tuple(
-        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=device).copy_(a)
-        if isinstance(a, Tensor)
-        else a
+        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=device).copy_(a) if isinstance(a, Tensor) else a
         for a in arguments
     )
 
@@ -64,9 +62,7 @@ def expected_results(case: KernelCase, arguments: Arguments) -> list[Tensor]:
     """By the reference on the CPU, from copies; in float64 unless the case is exact."""
     copies = on_device(arguments, "cpu")
     if not case.exact:
-        copies = tuple(
-            a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in copies
-        )
+        copies = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in copies)
     return results(getattr(torch.ops.helix, case.op), copies)
 
 
@@ -85,9 +81,7 @@ def worst_deviation(got: list[Tensor], expected: list[Tensor], exact: bool = Fal
         assert torch.equal(a[~finite].double().nan_to_num(), b[~finite].double().nan_to_num())
         largest = max(float(b[finite].abs().max()), 1e-30) if bool(finite.any()) else 1.0
         difference = (a.double() - b.double())[finite]
-        worst = max(
-            [worst, *([float(difference.abs().max()) / largest] if len(difference) else [])]
-        )
+        worst = max([worst, *([float(difference.abs().max()) / largest] if len(difference) else [])])
     return worst
 
 
@@ -101,22 +95,13 @@ def _mla(H: int, R: int, r: int, page: int, T: int, lengths: tuple[int, ...]) ->
     def arguments(dtype: torch.dtype, seed: int) -> Arguments:
         step = GqaStep(_rolled(lengths, seed), T, 1, H, R + r, 1, page, dtype)
         q, cache, _, table, visible, scale = step.arguments(seed)
-        return (
-            q[..., :R].contiguous(),
-            q[..., R:].contiguous(),
-            cache[:, :, 0],
-            table,
-            visible,
-            scale,
-        )
+        return (q[..., :R].contiguous(), q[..., R:].contiguous(), cache[:, :, 0], table, visible, scale)
 
     return arguments
 
 
 def _gqa(T: int, K: int, G: int, D: int, page: int, lengths: tuple[int, ...]) -> Callable:
-    return lambda dtype, seed: GqaStep(
-        _rolled(lengths, seed), T, K, G, D, D, page, dtype
-    ).arguments(seed)
+    return lambda dtype, seed: GqaStep(_rolled(lengths, seed), T, K, G, D, D, page, dtype).arguments(seed)
 
 
 def _merge(P: int, H: int, W: int) -> Callable:
@@ -124,17 +109,11 @@ def _merge(P: int, H: int, W: int) -> Callable:
 
     def arguments(dtype: torch.dtype, seed: int) -> Arguments:
         draw = torch.Generator().manual_seed(seed)
-        o, lse = (
-            torch.randn(P, 3, 2, H, W, generator=draw).to(dtype),
-            torch.randn(P, 3, 2, H, generator=draw),
-        )
+        o, lse = (torch.randn(P, 3, 2, H, W, generator=draw).to(dtype), torch.randn(P, 3, 2, H, generator=draw))
         o[0, 1], lse[0, 1] = torch.nan, -torch.inf
         o[:, 2, 0], lse[:, 2, 0] = torch.nan, -torch.inf
         wide_o, wide_lse = o.new_empty(P, o[0].numel() + 64), lse.new_empty(P, lse[0].numel() + 64)
-        views = (
-            wide_o[:, : o[0].numel()].view(o.shape),
-            wide_lse[:, : lse[0].numel()].view(lse.shape),
-        )
+        views = (wide_o[:, : o[0].numel()].view(o.shape), wide_lse[:, : lse[0].numel()].view(lse.shape))
         return views[0].copy_(o), views[1].copy_(lse)
 
     return arguments
@@ -180,10 +159,7 @@ def _experts(N: int, D: int, F: int, E: int) -> Callable:
     def arguments(dtype: torch.dtype, seed: int) -> Arguments:
         draw = torch.Generator().manual_seed(seed)
         ids = torch.rand(N, 2 * E, generator=draw).topk(3).indices
-        x, gate_up, down = (
-            torch.randn(shape, generator=draw).to(dtype)
-            for shape in ((N, D), (E, 2, F, D), (E, D, F))
-        )
+        x, gate_up, down = (torch.randn(shape, generator=draw).to(dtype) for shape in ((N, D), (E, 2, F, D), (E, D, F)))
         weights = torch.rand(N, 3, generator=draw).to(dtype)
         return x, ids, weights, gate_up / D**0.5, down / F**0.5, torch.tensor(E // 2)
 

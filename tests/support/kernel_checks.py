@@ -23,10 +23,7 @@ CAPACITY = Capacity(max_batch_size=8, max_slots=1024)
 def drawn(max_examples: int) -> settings:
     """Settings of a drawn kernel test: the same examples each time, no deadline (the interpreter is slow)."""
     return settings(
-        max_examples=max_examples,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.too_slow],
+        max_examples=max_examples, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
     )
 
 

@@ -29,9 +29,7 @@ class MlaInputs:
 
     @property
     def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-        return (
-            self.q_latent, self.q_rope, self.cache, self.page_table, self.visible, self.scale,
-        )  # fmt: skip
+        return (self.q_latent, self.q_rope, self.cache, self.page_table, self.visible, self.scale)
 
     def to(self, dtype: torch.dtype) -> MlaInputs:
         """The same in another dtype of q and cache."""
@@ -70,9 +68,7 @@ def mla_inputs(
     visible = torch.stack([torch.randint(0, n + 1, (T,), generator=g) for n in lengths])
     visible[:, -1] = torch.tensor(lengths)
     q = torch.randn(B, T, H, R + r, generator=g) * magnitude
-    return MlaInputs(
-        q[..., :R].contiguous(), q[..., R:].contiguous(), cache, page_table, visible.int(), scale
-    )
+    return MlaInputs(q[..., :R].contiguous(), q[..., R:].contiguous(), cache, page_table, visible.int(), scale)
 
 
 def run_form(
@@ -85,7 +81,7 @@ def run_form(
     """partial_o and lse by one form of the kernel under the interpreter, splits merged."""
     o, lse = decode_parts(
         config, *inputs.args, cache_scale, splits=splits, direct=splits == 1, interpreted=True, case=case
-    )  # fmt: skip
+    )
     if splits == 1:
         return o[:, :, :, 0], lse[..., 0]
     return merge_splits(o, lse, inputs.q_latent.dtype)

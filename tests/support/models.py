@@ -9,16 +9,38 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 72, "intermediate_size": 112, "moe_intermediate_size": 40,
-    "num_hidden_layers": 4, "first_k_dense_replace": 2, "num_attention_heads": 24, "num_key_value_heads": 24,
-    "q_lora_rank": 28, "kv_lora_rank": 20, "qk_rope_head_dim": 6, "qk_nope_head_dim": 10, "v_head_dim": 14,
-    "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
-    "max_position_embeddings": 1024, "eos_token_id": None, "bos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 72,
+    "intermediate_size": 112,
+    "moe_intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 2,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 24,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 14,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "max_position_embeddings": 1024,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
 YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
-    "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
-}  # fmt: skip
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no_q_lora": {"q_lora_rank": None},
@@ -31,11 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # one dense and one MoE layer: where a step is slow, as in Triton's interpreter
     "short": {"num_hidden_layers": 2, "first_k_dense_replace": 1},
     "short_biased": {"num_hidden_layers": 2, "first_k_dense_replace": 1, "attention_bias": True},
-    "short_half_rope": {
-        "num_hidden_layers": 2,
-        "first_k_dense_replace": 1,
-        "rope_interleave": False,
-    },
+    "short_half_rope": {"num_hidden_layers": 2, "first_k_dense_replace": 1, "rope_interleave": False},
     "short_plain_router": {
         "num_hidden_layers": 2,
         "first_k_dense_replace": 1,

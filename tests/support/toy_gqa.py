@@ -28,9 +28,7 @@ class ToyGQA(nn.Module):
         self.q_more = nn.Linear(D, H * (DK + 1))
         self.sink = nn.Parameter(torch.randn(H))
 
-    def forward(
-        self, hidden: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, hidden: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, list[Tensor]]:
         B, T, _ = hidden.shape
         if self.miss == "q and more":
             q = self.q_more(hidden).view(B, T, H, DK + 1)[..., :DK].flatten(2)
@@ -118,8 +116,10 @@ def toy_graph(style: str, miss: str = "") -> fx.Graph:
     layer = ToyGQA(style, miss).double()
     total = HINT_S + HINT_T
     args: tuple[Any, ...] = (
-        torch.randn(HINT_B, HINT_T, D).double(), torch.randn(HINT_B, 1, HINT_T, total).double(),
-        torch.randn(HINT_B, K, HINT_S, DK).double(), torch.randn(HINT_B, K, HINT_S, DV).double(),
-    )  # fmt: skip
-    names = [("hidden", "hidden"), ("tensor", "mask"), ("past", "past_latent_0"), ("past", "past_rope_0")]  # fmt: skip
+        torch.randn(HINT_B, HINT_T, D).double(),
+        torch.randn(HINT_B, 1, HINT_T, total).double(),
+        torch.randn(HINT_B, K, HINT_S, DK).double(),
+        torch.randn(HINT_B, K, HINT_S, DV).double(),
+    )
+    names = [("hidden", "hidden"), ("tensor", "mask"), ("past", "past_latent_0"), ("past", "past_rope_0")]
     return normalised_module(export_functional(layer, args, None), names, prefix="").graph

@@ -37,12 +37,8 @@ class ToyMLA(nn.Module):
         self.k_only, self.v_only = linear(R, H * NOPE), linear(R, H * V)
         self.uk = nn.Parameter(torch.randn(H, R, NOPE))
         self.uv = nn.Parameter(torch.randn(H, R, V))
-        self.uk_rows, self.uv_rows = (
-            nn.Parameter(w.transpose(1, 2).clone()) for w in (self.uk, self.uv)
-        )
-        self.uk_flat, self.uv_flat = (
-            nn.Parameter(w.transpose(0, 1).flatten(1).clone()) for w in (self.uk, self.uv)
-        )
+        self.uk_rows, self.uv_rows = (nn.Parameter(w.transpose(1, 2).clone()) for w in (self.uk, self.uv))
+        self.uk_flat, self.uv_flat = (nn.Parameter(w.transpose(0, 1).flatten(1).clone()) for w in (self.uk, self.uv))
         self.k_heads, self.v_side = linear(ROPE, H * ROPE), linear(ROPE, H * V)
         self.sink = nn.Parameter(torch.randn(H))
         self.o = linear(H * V, D)
@@ -102,9 +98,7 @@ class ToyMLA(nn.Module):
             return self.v_only(torch.cat([latent[:, 1:], latent[:, :1]], dim=1)).view(B, -1, H, V)
         return v
 
-    def _chain(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor
-    ) -> Tensor:
+    def _chain(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor) -> Tensor:
         """DeepSeek's official scores: every value [B, T or S, H, *]."""
         k_nope, v = (t.transpose(1, 2) for t in self._expanded(latent))
         rope = k_rope.unsqueeze(2).expand(-1, -1, H, -1)
@@ -115,9 +109,7 @@ class ToyMLA(nn.Module):
         scores = torch.einsum("bshd,bthd->bsht", q, k) * 0.25
         return torch.einsum("bsht,bthd->bshd", self._weights(scores, latent, mask), v)
 
-    def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor
-    ) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor) -> Tensor:
         """DeepSeek's official absorbed form: W_UK on q, W_UV on what attention over the latent returns."""
         w = self.kv.weight.view(H, NOPE + V, R)
         uk, uv, uv_letters = w[:, :NOPE], w[:, -V:], "hdc"
@@ -132,9 +124,10 @@ class ToyMLA(nn.Module):
             by_rope = torch.einsum("bshr,bthr->bsht", q_rope, rope)
         scores = (torch.einsum("bshc,btc->bsht", q_latent, latent) + by_rope) * 0.25
         values = {
-            "v_uncached": latent * 2.0, "v_elsewhere": k_rope @ self.v_side.weight[:R].T,
+            "v_uncached": latent * 2.0,
+            "v_elsewhere": k_rope @ self.v_side.weight[:R].T,
             "shifted": torch.cat([latent[:, 1:], latent[:, :1]], dim=1),
-        }.get(self.miss, latent)  # fmt: skip
+        }.get(self.miss, latent)
         x = torch.einsum("bsht,btc->bshc", self._weights(scores, latent, mask), values)
         return torch.einsum(f"bshc,{uv_letters}->bshd", x, uv)
 
@@ -143,9 +136,7 @@ class ToyMLA(nn.Module):
         if self.miss == "scaled_keys":
             scores = scores * (1.0 + latent[..., 0].abs())[:, None, None]
         if mask.dtype is torch.bool:
-            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(
-                ~mask, torch.finfo(scores.dtype).min
-            )
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, torch.finfo(scores.dtype).min)
         scores = scores + mask.transpose(1, 2)
         if self.miss == "sinks":
             sink = self.sink.view(1, 1, H, 1).expand(scores.shape[0], scores.shape[1], -1, 1)
@@ -210,9 +201,7 @@ class ToyMLA(nn.Module):
         if self.miss == "where_mask":
             return torch.where(mask, scores, -1e30).softmax(-1) @ v
         if mask.dtype is torch.bool:
-            mask = torch.zeros_like(mask, dtype=v.dtype).masked_fill(
-                ~mask, torch.finfo(v.dtype).min
-            )
+            mask = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask, torch.finfo(v.dtype).min)
         scores = scores + mask
         if self.miss == "sinks":
             sink = self.sink.view(1, H, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)

@@ -7,15 +7,16 @@ from hypothesis import strategies as st
 
 from tests.support.plans import ModelCase, PlanCase, plans
 
-FIXED = st.sampled_from(
-    [ModelCase(), ModelCase(heads=8, q_lora=None, dense=0, shared=2, yarn=True)]
-)
+FIXED = st.sampled_from([ModelCase(), ModelCase(heads=8, q_lora=None, dense=0, shared=2, yarn=True)])
 
 
 @settings(
-    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
     phases=[Phase.generate, Phase.shrink],
-)  # fmt: skip
+)
 @given(plans(FIXED))
 def test_silent_on_legal_plans(case: PlanCase) -> None:
     case.check()

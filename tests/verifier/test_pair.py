@@ -35,9 +35,7 @@ def new_model(dtype: torch.dtype) -> Any:
 
 
 def built(dtype: torch.dtype = torch.float64, **options: Any) -> HelixModule:
-    return helix_compile(
-        new_model(dtype), **{"cp": 2, "max_seq_len": 32, "tokens_per_block": 2, **options}
-    )
+    return helix_compile(new_model(dtype), **{"cp": 2, "max_seq_len": 32, "tokens_per_block": 2, **options})
 
 
 def edit_on_one_rank(name: str) -> Callable[[HelixModule], None]:
@@ -69,9 +67,7 @@ def test_two_plans_of_one_model(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
-    ids=str,
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
 )
 def test_two_plans_in_narrow_dtypes(dtype: torch.dtype) -> None:
     report = verify(built(dtype), built(dtype, **OTHER_PLANS[1]))

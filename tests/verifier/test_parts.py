@@ -41,9 +41,7 @@ def test_slices_agree_with_the_cut_of_every_parameter() -> None:
     for source, shard in facts.shards.values():
         whole = facts.originals[source]
         for rank in range(6):
-            assert torch.equal(
-                part(whole, shard, layout, rank), cut_param(whole, shard, layout, rank)
-            )
+            assert torch.equal(part(whole, shard, layout, rank), cut_param(whole, shard, layout, rank))
 
 
 def test_a_needle_scores_what_it_should() -> None:
@@ -63,7 +61,10 @@ def test_a_needle_scores_what_it_should() -> None:
     first = scores(match, query, latent, k_rope)[0, -1, 0, 0]
     assert float(first) == pytest.approx(float(before) + math.log(S) / 2 + 4)
 
-    new = (torch.randn(1, 2, match.kv_lora_rank, dtype=torch.float64), torch.zeros(1, 2, match.qk_rope_head_dim, dtype=torch.float64))  # fmt: skip
+    new = (
+        torch.randn(1, 2, match.kv_lora_rank, dtype=torch.float64),
+        torch.zeros(1, 2, match.qk_rope_head_dim, dtype=torch.float64),
+    )
     zeros = torch.zeros_like(k_rope)
     assert need_the_new_token(match, query, new, latent, [S]) == 2
     past = scores(match, query, latent, zeros)[0, -1, -2:].logsumexp(-1)
@@ -84,11 +85,7 @@ def test_scratch_pages_are_shuffled_and_poisoned() -> None:
     assert table.shape == (2, 4) and len(table.unique()) == 8
     assert not torch.equal(table.flatten(), torch.arange(8))
     unused = [p for p in range(len(cache)) if p not in table.flatten().tolist()]
-    assert (
-        unused
-        and bool(cache[unused].isnan().all())
-        and bool(cache[table.flatten()].isfinite().all())
-    )
+    assert unused and bool(cache[unused].isnan().all()) and bool(cache[table.flatten()].isfinite().all())
 
 
 def test_widened_keeps_float64_through_casts() -> None:
@@ -101,7 +98,7 @@ def test_widened_keeps_float64_through_casts() -> None:
 
 def test_a_clear_choice_and_a_near_tie() -> None:
     expected, got = Choices(), Choices()
-    scores_of = torch.tensor([[3.0, 1.0, 2.0], [2.0, 2.0 - 1e-14, 1.0], [3.0, 2.0, 1.0]], dtype=torch.float64)  # fmt: skip
+    scores_of = torch.tensor([[3.0, 1.0, 2.0], [2.0, 2.0 - 1e-14, 1.0], [3.0, 2.0, 1.0]], dtype=torch.float64)
     expected.add(scores_of, scores_of.topk(1).indices)
     got.add(None, torch.tensor([[0], [1], [2]]))
     routing = compare_choices(got, expected, 1, 3, torch.float64)

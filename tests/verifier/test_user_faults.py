@@ -44,7 +44,7 @@ def drop_a_norm_weight(compiled: HelixModule) -> None:
 
 def drop_the_last_norm_weight(compiled: HelixModule) -> None:
     graph = compiled.graph.graph
-    weight = next(n for n in graph.nodes if n.op == "placeholder" and n.name.endswith("model_norm_weight"))  # fmt: skip
+    weight = next(n for n in graph.nodes if n.op == "placeholder" and n.name.endswith("model_norm_weight"))
     product = next(iter(weight.users))
     product.replace_all_uses_with(next(a for a in product.args if a is not weight))
     compiled.graph.recompile()

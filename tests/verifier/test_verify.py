@@ -34,9 +34,7 @@ def compiled_tiny(dtype: torch.dtype = torch.float64, **options: Any) -> HelixMo
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [
-        pytest.param(
-            o, d, marks=pytest.mark.slow if o is PLANS[1] and d is not torch.float64 else ()
-        )
+        pytest.param(o, d, marks=pytest.mark.slow if o is PLANS[1] and d is not torch.float64 else ())
         for o in PLANS[:2]
         for d in (torch.float64, torch.float32, torch.bfloat16)
     ],
@@ -89,9 +87,7 @@ def test_a_parameter_edit_is_followed_to_its_layer_node_and_rank() -> None:
     text = str(report)
     assert {f.code for f in report.findings} >= {"HX204", "HX401"}
     logits = next(f for f in report.findings if f.code == "HX401")
-    assert (
-        "stage lowered" in logits.where and "layer 3" in logits.where and "rank 2" in logits.where
-    )
+    assert "stage lowered" in logits.where and "layer 3" in logits.where and "rank 2" in logits.where
     assert "input_layernorm" in logits.where and "position" in logits.where
     assert name in text
 
@@ -105,9 +101,7 @@ def test_an_edit_of_an_earlier_stage_is_named_as_the_first() -> None:
     body.recompile()
     report = verify(compiled, tiny_model())
     assert all("stage reshard" in f.where for f in report.findings)
-    (finding,) = [
-        f for f in report.findings if f.code == "HX401"
-    ]  # other experts may follow from it
+    (finding,) = [f for f in report.findings if f.code == "HX401"]  # other experts may follow from it
     assert "layer 2" in finding.where and f"`{silu.name}`" in finding.where
 
 

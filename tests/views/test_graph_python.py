@@ -45,9 +45,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("stage", ["captured", "lowered"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_the_files_run_and_compute_what_the_graph_does(
-    stage: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_the_files_run_and_compute_what_the_graph_does(stage: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """One rank: its lowered graph has no collective, so that a process alone can run it."""
     experts = "batched_mm" if dtype is torch.float64 else "grouped_mm"
     compiled = helix_compile(tiny_model(dtype=dtype, experts=experts), cp=1, max_seq_len=64)
@@ -75,7 +73,9 @@ def test_a_graph_of_many_ranks_compiles_and_calls_the_same_ops() -> None:
             assert own.count("torch.ops.") == len(calls)
     text = format_function(compiled.graph.get_submodule("body_1").graph, "body_1")
     assert "self_attn_o_proj_weight,  # f64[72,84]  world:S(1)\n" in text
-    line = "    linear_4 = torch.ops.aten.linear.default(o_flat, self_attn_o_proj_weight)  # f64[B,T,72]  world:P(sum)\n"
+    line = (
+        "    linear_4 = torch.ops.aten.linear.default(o_flat, self_attn_o_proj_weight)  # f64[B,T,72]  world:P(sum)\n"
+    )
     assert "    # modeling_deepseek_v3.py:481\n" + line in text
     assert "modeling_deepseek_v3.py:481, from linear_4 by pass lowered\n" in text
     assert "/" not in text.replace("https://", "")  # no machine's paths
@@ -89,9 +89,7 @@ def test_stage_diff_shows_what_a_pass_did() -> None:
     moves = [x for x in changed if x[0] == "-" and "torch.ops.helix." in x]
     assert len(moves) == 2 * 3  # an exchange and two sums a body
     assert sum("_c10d_functional.all_reduce" in x for x in changed) == 4  # two a body
-    assert [x for x in diff.splitlines() if x.startswith("+++")] == [
-        "+++ lowered/body_0", "+++ lowered/body_1",
-    ]  # fmt: skip
+    assert [x for x in diff.splitlines() if x.startswith("+++")] == ["+++ lowered/body_0", "+++ lowered/body_1"]
     first = compiled.stage_diff("captured", "reshard")
     assert "-    past_latent_0," in first and "+    cache_0," in first
     assert "input_layernorm_weight,  # f64[72]  R" not in first  # a layout alone is no difference
@@ -101,15 +99,15 @@ def test_stage_diff_shows_what_a_pass_did() -> None:
 
 def test_files_of_stages_and_diffs(tmp_path: Path) -> None:
     compiled = helix_compile(tiny_model(), cp=4, max_seq_len=64)
-    before = (compiled.plan.to_json(), [str(g.graph) for s in compiled.stages.values() for _, g in graphs_of(s)])  # fmt: skip
+    before = (compiled.plan.to_json(), [str(g.graph) for s in compiled.stages.values() for _, g in graphs_of(s)])
     compiled.inspect(tmp_path)
-    after = (compiled.plan.to_json(), [str(g.graph) for s in compiled.stages.values() for _, g in graphs_of(s)])  # fmt: skip
+    after = (compiled.plan.to_json(), [str(g.graph) for s in compiled.stages.values() for _, g in graphs_of(s)])
     assert before == after
     for number, stage in enumerate(compiled.stages):
         text = (tmp_path / f"{number:02d}_{stage}.txt").read_text()
         assert text.startswith(f'"""Stage {stage}.')
         assert text.count("\ndef ") == 3
-    for number, pair in enumerate(zip(list(compiled.stages), list(compiled.stages)[1:], strict=False), 1):  # fmt: skip
+    for number, pair in enumerate(zip(list(compiled.stages), list(compiled.stages)[1:], strict=False), 1):
         assert (tmp_path / f"{number:02d}_{pair[1]}.diff").read_text() == compiled.stage_diff(*pair)
 
 
@@ -133,10 +131,10 @@ def test_helix_dump_writes_the_same_texts(tmp_path: Path) -> None:
         "model = build_model(preset_config('tiny'), meta=True)\n"
         f"helix_compile(model, cp=4).inspect({str(tmp_path / 'out')!r})\n"
     )
-    environment = {"HELIX_DUMP": str(tmp_path / "dump"), "PATH": "", "PYTHONPATH": ":".join(sys.path)}  # fmt: skip
+    environment = {"HELIX_DUMP": str(tmp_path / "dump"), "PATH": "", "PYTHONPATH": ":".join(sys.path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     dumped = sorted(p.name for p in (tmp_path / "dump").iterdir())
-    assert dumped == [f"0{i}_{s}.txt" for i, s in enumerate(("captured", "attention", "reshard", "ffn", "lowered"))]  # fmt: skip
+    assert dumped == [f"0{i}_{s}.txt" for i, s in enumerate(("captured", "attention", "reshard", "ffn", "lowered"))]
     for name in dumped:
         assert (tmp_path / "dump" / name).read_text() == (tmp_path / "out" / name).read_text()
 
@@ -148,6 +146,10 @@ def test_what_a_user_edited_is_shown_too() -> None:
     y = graph.call_function(torch.relu, (graph.call_method("add", (x, weight)),))
     graph.output((y, float("-inf"), torch.device("cpu"), torch.float32))
     text = format_function(graph, "edited")
-    for part in ("weight = graph_module.weight", "add = x.add(weight)", "relu = torch.relu(add)",
-                 "return (relu, -inf, torch.device('cpu'), torch.float32)"):  # fmt: skip
+    for part in (
+        "weight = graph_module.weight",
+        "add = x.add(weight)",
+        "relu = torch.relu(add)",
+        "return (relu, -inf, torch.device('cpu'), torch.float32)",
+    ):
         assert part in text

@@ -38,13 +38,40 @@ def as_networkx(view: GraphView) -> nx.DiGraph:
 def test_boxes_of_a_rewritten_layer(compiled: HelixModule) -> None:
     after = body_views(compiled.plan, compiled.stages)[1].after
     assert [n.title for n in after.nodes] == [
-        "hidden", "input_layernorm", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa",
-        "kv_a_layernorm", "apply_rotary_pos_emb_interleave", "apply_rotary_pos_emb_interleave", "kv_b_proj.w_uk",
-        "cache_append", "mla_decode", "kv_b_proj.w_uv", "pack_heads", "all_to_all_single", "unpack_heads",
-        "merge_lse", "o_proj", "all_reduce", "add", "post_attention_layernorm", "gate", "gate",
-        "first_expert", "moe_experts", "gate_proj", "up_proj", "shared_experts", "down_proj", "add", "all_reduce",
-        "add", "output",
-    ]  # fmt: skip
+        "hidden",
+        "input_layernorm",
+        "q_a_proj",
+        "q_a_layernorm",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_a_layernorm",
+        "apply_rotary_pos_emb_interleave",
+        "apply_rotary_pos_emb_interleave",
+        "kv_b_proj.w_uk",
+        "cache_append",
+        "mla_decode",
+        "kv_b_proj.w_uv",
+        "pack_heads",
+        "all_to_all_single",
+        "unpack_heads",
+        "merge_lse",
+        "o_proj",
+        "all_reduce",
+        "add",
+        "post_attention_layernorm",
+        "gate",
+        "gate",
+        "first_expert",
+        "moe_experts",
+        "gate_proj",
+        "up_proj",
+        "shared_experts",
+        "down_proj",
+        "add",
+        "all_reduce",
+        "add",
+        "output",
+    ]
     edges = {(e.source, e.target): e for e in after.edges}
     exchanged = edges["all_to_all_single", "unpacked"]
     assert exchanged.folded == ("_c10d_functional.wait_tensor",)
@@ -122,9 +149,7 @@ def test_stages_by_meta_else_by_first_appearance(compiled: HelixModule) -> None:
     assert made["all_reduce"] == "lowered"
     graph = copy_graph(compiled.graph.get_submodule("body_1").graph)
     node = node_named(graph, "mla_decode")
-    node.meta.update(
-        helix_stage="mine", helix_origin=["scaled_dot_product_attention"], helix_source="mla.py:7"
-    )
+    node.meta.update(helix_stage="mine", helix_origin=["scaled_dot_product_attention"], helix_source="mla.py:7")
     seen = build_view(graph, "body_1", first_stage=made).node("mla_decode")
     assert (seen.stage, seen.source) == ("mine", "mla.py:7")
     assert seen.origin == ("scaled_dot_product_attention",)

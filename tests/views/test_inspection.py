@@ -33,18 +33,21 @@ def test_before_and_after_of_an_attention_block(compiled: HelixModule) -> None:
         "cat_2 = aten.cat([past_latent_0, linear_2], 2)  # [B,1,S+T,32]",
         "cat_3 = aten.cat([past_rope_0, linear_2], 2)  # [B,1,S+T,16]",
         "linear_3 = aten.linear(cat_2, kv_b_proj)  # [B,1,S+T,352]",
-        "sdpa = aten.scaled_dot_product_attention(linear_1, linear_3, linear_3, attention_mask)"
-        "  # [B,8,T,20]",
+        "sdpa = aten.scaled_dot_product_attention(linear_1, linear_3, linear_3, attention_mask)  # [B,8,T,20]",
         "linear_4 = aten.linear(sdpa, o_proj)  # [B,T,128]",
     ]
     assert after[:6] == before[:6]
     assert [line.split(" = ")[1].split("(")[0] for line in after[6:]] == [
-        "aten.einsum", "helix.cache_append", "helix.mla_decode", "aten.einsum",
-        "helix.all_to_all_heads", "helix.merge_lse", "aten.linear", "helix.reshard",
-    ]  # fmt: skip
-    assert (
-        after[-1] == "linear_4_sum = helix.reshard(linear_4, 'world:P(sum)', 'R', 4)  # [B,T,128]"
-    )
+        "aten.einsum",
+        "helix.cache_append",
+        "helix.mla_decode",
+        "aten.einsum",
+        "helix.all_to_all_heads",
+        "helix.merge_lse",
+        "aten.linear",
+        "helix.reshard",
+    ]
+    assert after[-1] == "linear_4_sum = helix.reshard(linear_4, 'world:P(sum)', 'R', 4)  # [B,T,128]"
 
 
 @pytest.mark.parametrize("name", ["tiny", "deepseek-v3-lite", "deepseek-v3"])
@@ -69,23 +72,17 @@ def test_text_json_and_files_hold_the_same_facts(compiled: HelixModule, tmp_path
         for name, body in compiled.stages[stage].named_children():
             text = (tmp_path / f"out/{name}.{moment}.py").read_text()
             compile(text, name, "exec")  # it is Python
-            assert text.count("torch.ops.") >= 0.5 * sum(
-                n.op == "call_function" for n in body.graph.nodes
-            )
+            assert text.count("torch.ops.") >= 0.5 * sum(n.op == "call_function" for n in body.graph.nodes)
 
 
 def test_facts_are_those_of_the_plan_and_the_graphs(compiled: HelixModule) -> None:
     facts = compiled.inspect().facts
     assert facts["layout"] == {"cp": 4, "tpa": 1, "tpf": 1, "ep": 4}
-    assert facts["params_bytes_per_rank"] == sum(
-        t.numel() * t.itemsize for t in compiled.ranks[0].params.values()
-    )
+    assert facts["params_bytes_per_rank"] == sum(t.numel() * t.itemsize for t in compiled.ranks[0].params.values())
     widths = sum(cache.shape[-1] for cache in compiled.ranks[0].cache)
     assert facts["kv_bytes_per_token_per_rank"] == widths * 4 / 4  # float32 over cp
     layers = {layer["body"]: layer["count"] for layer in facts["layers"]}
-    sent = sum(
-        c["egress_bytes_per_rank_per_token"] * layers[c["body"]] for c in facts["collectives"]
-    )
+    sent = sum(c["egress_bytes_per_rank_per_token"] * layers[c["body"]] for c in facts["collectives"])
     assert facts["egress_bytes_per_rank_per_token"] == sent
     reasons = {x["what"]: x["reason"] for x in facts["not_rewritten"]}
     assert {"embedding", "norms", "router", "head"} <= set(reasons) and all(reasons.values())
@@ -110,17 +107,15 @@ def test_predicted_times_say_that_they_are(compiled: HelixModule) -> None:
     for body, collectives in zip(predicted["bodies"], (3, 3), strict=True):
         assert len(body["collectives"]) == collectives
         alone = sum(c["microseconds"] for c in body["collectives"])
-        assert (
-            body["microseconds_of_a_layer"] > alone > 3 * 10.7
-        )  # a layer's collectives wait for each other
-        assert all(c["slack_microseconds"] == pytest.approx(0, abs=1e-9) for c in body["collectives"])  # fmt: skip
+        assert body["microseconds_of_a_layer"] > alone > 3 * 10.7  # a layer's collectives wait for each other
+        assert all(c["slack_microseconds"] == pytest.approx(0, abs=1e-9) for c in body["collectives"])
         assert f"{body['microseconds_of_a_layer']:.1f}" in str(inspection)
 
 
 def test_looking_changes_nothing(compiled: HelixModule, tmp_path: Path) -> None:
     def seen() -> list[str]:
         graphs = [str(g.graph) for s in compiled.stages.values() for _, g in graphs_of(s)]
-        metas = [sorted(n.meta) for s in compiled.stages.values() for _, g in graphs_of(s) for n in g.graph.nodes]  # fmt: skip
+        metas = [sorted(n.meta) for s in compiled.stages.values() for _, g in graphs_of(s) for n in g.graph.nodes]
         return [compiled.plan.to_json(), *graphs, str(metas)]
 
     before = seen()

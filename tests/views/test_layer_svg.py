@@ -33,9 +33,7 @@ def test_every_box_once_and_coloured_by_kind(views: list[BodyViews]) -> None:
         root = ElementTree.fromstring(format_layer_svg("a title", body.before, body.after))
         groups = [g for g in root.iter(f"{SVG}g") if "data-node" in g.attrib]
         drawn = [(g.get("data-node"), g.get("class"), g.get("data-stage")) for g in groups]
-        expected = [
-            (n.name, f"node {n.kind}", n.stage) for v in (body.before, body.after) for n in v.nodes
-        ]
+        expected = [(n.name, f"node {n.kind}", n.stage) for v in (body.before, body.after) for n in v.nodes]
         assert drawn == expected
         assert sum(k == "node collective" for _, k, _ in drawn) == 3
 
@@ -55,9 +53,7 @@ def test_boxes_do_not_overlap(views: list[BodyViews]) -> None:
         assert len(panels) == 2
         for panel in panels:
             boxes = [r for r in panel.iter(f"{SVG}rect") if r.get("class") == "box"]
-            corners = [
-                tuple(float(r.get(k, 0)) for k in ("x", "y", "width", "height")) for r in boxes
-            ]
+            corners = [tuple(float(r.get(k, 0)) for k in ("x", "y", "width", "height")) for r in boxes]
             for (x, y, w, h), (u, v, _, _) in combinations(corners, 2):
                 assert abs(x - u) >= w or abs(y - v) >= h
 

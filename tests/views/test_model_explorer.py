@@ -26,17 +26,12 @@ def graphs(compiled: HelixModule) -> list[dict[str, Any]]:
 def test_two_graphs(compiled: HelixModule, graphs: list[dict[str, Any]]) -> None:
     whole = json.loads(format_model_explorer(compiled.plan, compiled.stages))
     assert list(whole) == ["label", "graphs"]  # without a label: "Unsupported JSON format"
-    assert [g["id"] for g in graphs] == [
-        "DeepseekV3ForCausalLM before",
-        "DeepseekV3ForCausalLM after",
-    ]
+    assert [g["id"] for g in graphs] == ["DeepseekV3ForCausalLM before", "DeepseekV3ForCausalLM after"]
 
 
 def test_fields_are_never_absent_and_hold_text(graphs: list[dict[str, Any]]) -> None:
     for node in (n for g in graphs for n in g["nodes"]):
-        assert {"id", "label", "namespace", "attrs", "incomingEdges", "outputsMetadata"} <= set(
-            node
-        )
+        assert {"id", "label", "namespace", "attrs", "incomingEdges", "outputsMetadata"} <= set(node)
         assert node["id"]
         assert node["label"]
         pairs = [*node["attrs"], *(a for o in node["outputsMetadata"] for a in o["attrs"])]
@@ -76,9 +71,7 @@ def test_edges_point_at_nodes_and_make_no_cycle(graphs: list[dict[str, Any]]) ->
 
 def test_no_guards_and_no_parameters_as_nodes(graphs: list[dict[str, Any]]) -> None:
     ids = {n["id"].rsplit("/")[-1] for g in graphs for n in g["nodes"]}
-    assert not [
-        n for n in ids if n.startswith(("sym_", "_assert", "get_attr")) or n.endswith("weight")
-    ]
+    assert not [n for n in ids if n.startswith(("sym_", "_assert", "get_attr")) or n.endswith("weight")]
 
 
 def test_collectives_stand_out_and_carry_bytes(graphs: list[dict[str, Any]]) -> None:

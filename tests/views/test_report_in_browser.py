@@ -31,9 +31,7 @@ def written(compiled: HelixModule, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def report(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_model(preset_config("tiny"), meta=True)
-    compiled = helix_compile(
-        model, cp=CP, tokens_per_block=TOKENS_PER_BLOCK, max_seq_len=MAX_SEQ_LEN
-    )
+    compiled = helix_compile(model, cp=CP, tokens_per_block=TOKENS_PER_BLOCK, max_seq_len=MAX_SEQ_LEN)
     return written(compiled, tmp_path_factory.mktemp("report"))
 
 
@@ -54,9 +52,7 @@ def test_a_tab_shows_its_body_only(browser: Any, report: Path) -> None:
         page.click(f".tabs button[data-body={body}]")
         shown = page.locator("figure:visible")
         assert [f.get_attribute("data-body") for f in shown.all()] == [body, body]
-        assert [
-            o.get_attribute("data-body") for o in page.locator("#schedule ol:visible").all()
-        ] == [body]
+        assert [o.get_attribute("data-body") for o in page.locator("#schedule ol:visible").all()] == [body]
 
 
 def test_a_click_shows_the_details(browser: Any, report: Path) -> None:
@@ -67,9 +63,14 @@ def test_a_click_shows_the_details(browser: Any, report: Path) -> None:
     page.click("figure[data-body=body_0][data-moment=after] [data-node=linear_4]")
     text = details.inner_text()
     for expected in (
-        "o_proj", "float32 [B,T,128]", "world: partial sum", "512 x B*T", "modeling_deepseek_v3.py:", "captured",
+        "o_proj",
+        "float32 [B,T,128]",
+        "world: partial sum",
+        "512 x B*T",
+        "modeling_deepseek_v3.py:",
+        "captured",
         "self_attn.o_proj.weight",
-    ):  # fmt: skip
+    ):
         assert expected in text
     related = page.locator("figure[data-body=body_0][data-moment=before] .related")
     assert [n.get_attribute("data-node") for n in related.all()] == ["linear_4"]
@@ -119,9 +120,12 @@ def test_the_slider_moves_ownership(browser: Any, report: Path) -> None:
 def shown(page: Any) -> list[tuple[int, list[int]]]:
     """(tokens, blocks) of each rank as drawn."""
     return [
-        (int(row.get_attribute("data-tokens")), [int(b.get_attribute("data-block")) for b in row.locator(".block").all()])
+        (
+            int(row.get_attribute("data-tokens")),
+            [int(b.get_attribute("data-block")) for b in row.locator(".block").all()],
+        )
         for row in page.locator(".rank").all()
-    ]  # fmt: skip
+    ]
 
 
 def expected(length: int) -> list[tuple[int, list[int]]]:
@@ -176,9 +180,7 @@ def test_61_layers_open_at_once(browser: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", ["CI", "HELIX_REQUIRE_BROWSER"])
-def test_without_a_browser_ci_fails_and_others_skip(
-    variable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_browser_ci_fails_and_others_skip(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     for name in ("CI", "HELIX_REQUIRE_BROWSER"):
         monkeypatch.delenv(name, raising=False)

@@ -36,9 +36,7 @@ def test_plan_and_stages_are_in_the_trace(tmp_path: Path) -> None:
     assert len(plans) == 1
     assert json.loads(plans[0]) == json.loads((tmp_path / "out/plan.json").read_text())
     graphs = {
-        m["graph_dump"]["name"]: p
-        for m, p in logged
-        if m.get("graph_dump", {}).get("name", "").startswith("helix_")
+        m["graph_dump"]["name"]: p for m, p in logged if m.get("graph_dump", {}).get("name", "").startswith("helix_")
     }
     stages = ["00_captured", "01_attention", "02_reshard", "03_ffn", "04_lowered"]
     assert list(graphs) == [f"helix_{stage}" for stage in stages]
@@ -49,9 +47,10 @@ def test_plan_and_stages_are_in_the_trace(tmp_path: Path) -> None:
 
 def test_without_a_trace_nothing_is_formatted(tmp_path: Path) -> None:
     code = CODE.format(out=str(tmp_path / "out")).replace(
-        "compiled.inspect", "import helix_compile.passes.runner as g\ndef no(*a):\n    raise SystemExit('formatted')\n"
+        "compiled.inspect",
+        "import helix_compile.passes.runner as g\ndef no(*a):\n    raise SystemExit('formatted')\n"
         "g.format_python = no\nhelix_compile(build_model(preset_config('tiny'), meta=True), cp=2)\ncompiled.inspect",
-    )  # fmt: skip
+    )
     environment = {"PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

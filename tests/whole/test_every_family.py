@@ -18,10 +18,24 @@ _VARIES = re.compile(_NUMBER.pattern + r"|\.py:\d+")  # and lines of the install
 # deepseek_v3 is what most other tests run; the others of the first line differ from it by a norm, a width or a factor,
 # those of the second are refused as deepseek_v32 is, tests/whole/test_gqa.py runs those of the third
 _IN_OTHER_TESTS = (
-    "deepseek_v3", "glm4_moe_lite", "axk1", "youtu",
-    "glm_moe_dsa", "axk2", "mistral_large4", "hy_v4", "glm5_next",
-    "llama", "qwen3", "qwen3_moe", "glm4", "cohere", "ernie4_5", "mistral", "mixtral",
-)  # fmt: skip
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "axk1",
+    "youtu",
+    "glm_moe_dsa",
+    "axk2",
+    "mistral_large4",
+    "hy_v4",
+    "glm5_next",
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "glm4",
+    "cohere",
+    "ernie4_5",
+    "mistral",
+    "mixtral",
+)
 
 
 def test_no_shipped_family_is_forgotten() -> None:
@@ -56,9 +70,7 @@ def test_a_family_does_what_the_table_says(name: str, variant: str) -> None:
 
 
 def test_the_table_has_a_row_for_each_case_and_no_other() -> None:
-    names = {
-        f"{n}, {v}" if v else n for n, family in FAMILIES.items() for v in ("", *family.variants)
-    }
+    names = {f"{n}, {v}" if v else n for n, family in FAMILIES.items() for v in ("", *family.variants)}
     assert set(_rows()) - {"family"} == names
 
 
@@ -66,12 +78,7 @@ def test_the_table_has_a_row_for_each_case_and_no_other() -> None:
 @pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if not f.refused])
 @pytest.mark.parametrize(
     "options",
-    [
-        {"cp": 1},
-        {"cp": 2, "tpa": 2},
-        {"cp": 2, "q_proj": "gather"},
-        {"cp": 4, "merge": "ag_rs", "v_up": "before"},
-    ],
+    [{"cp": 1}, {"cp": 2, "tpa": 2}, {"cp": 2, "q_proj": "gather"}, {"cp": 4, "merge": "ag_rs", "v_up": "before"}],
 )
 def test_a_family_with_other_options(name: str, options: dict) -> None:
     model = fresh_family(name)

@@ -11,13 +11,7 @@ import torch
 from helix_compile import helix_compile
 from helix_compile.capture import model as capture
 from helix_compile.verifier.numeric.reference import WidenedIslands
-from tests.support.driver import (
-    Reference,
-    deviation,
-    left_padded,
-    random_ids,
-    worst_deviation,
-)
+from tests.support.driver import Reference, deviation, left_padded, random_ids, worst_deviation
 from tests.support.models import VARIANTS, tiny_model
 from tests.support.numerics import LIMIT
 
@@ -80,12 +74,7 @@ OTHERS = ("tied", "two_shared", "short", "short_biased", "short_half_rope", "sho
 
 
 @pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(v, marks=pytest.mark.slow if v in OTHERS else ())
-        for v in VARIANTS
-        if v != "plain"
-    ],
+    "variant", [pytest.param(v, marks=pytest.mark.slow if v in OTHERS else ()) for v in VARIANTS if v != "plain"]
 )
 @pytest.mark.parametrize(
     "plan",
@@ -137,15 +126,10 @@ def test_first_tokens_of_one_sequence(context: int) -> None:
 
 def test_whole_graph_mode_agrees() -> None:
     model = tiny_model()
-    compiled = helix_compile(
-        capture(model, whole=True), cp=4, tpa=2, tokens_per_block=3, max_seq_len=256
-    )
+    compiled = helix_compile(capture(model, whole=True), cp=4, tpa=2, tokens_per_block=3, max_seq_len=256)
     by_layer = helix_compile(model, cp=4, tpa=2, tokens_per_block=3, max_seq_len=256)
     assert worst_deviation(model, compiled, RAGGED) <= LIMIT[torch.float64]
-    assert (
-        compiled.plan.egress_bytes_per_rank_per_token
-        == by_layer.plan.egress_bytes_per_rank_per_token
-    )
+    assert compiled.plan.egress_bytes_per_rank_per_token == by_layer.plan.egress_bytes_per_rank_per_token
 
 
 @pytest.mark.parametrize("stage", ["attention", "reshard", "ffn", "lowered"])
@@ -188,9 +172,7 @@ def test_padding_on_the_right_and_idle_rows() -> None:
         for row, tokens in ((0, 5), (1, 8)):
             part = ids[row : row + 1, :tokens]
             expected = Reference(model).step(part, torch.ones_like(part))
-            assert (
-                deviation(logits[row : row + 1, :tokens], expected, torch.ones_like(part)) <= 1e-10
-            )
+            assert deviation(logits[row : row + 1, :tokens], expected, torch.ones_like(part)) <= 1e-10
     assert torch.isfinite(logits).all()
 
 

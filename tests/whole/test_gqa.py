@@ -22,19 +22,27 @@ from tests.support.numerics import LIMIT
 RAGGED = [6, 11, 9]  # left-padded; with blocks of two tokens the steps cross several
 SLOW = pytest.mark.slow
 RUNS: list[Any] = [
-    ("llama", {"cp": 1}), ("llama", {"cp": 2}), ("llama", {"cp": 4}), ("llama", {"cp": 2, "tpa": 2}),
-    ("llama", {"cp": 1, "tpa": 4}), ("llama", {"cp": 3, "tpa": 2, "q_proj": "gather", "merge": "ag_rs"}),
+    ("llama", {"cp": 1}),
+    ("llama", {"cp": 2}),
+    ("llama", {"cp": 4}),
+    ("llama", {"cp": 2, "tpa": 2}),
+    ("llama", {"cp": 1, "tpa": 4}),
+    ("llama", {"cp": 3, "tpa": 2, "q_proj": "gather", "merge": "ag_rs"}),
     ("llama", {"cp": 2, "merge": "ag_rs"}),
-    ("qwen3", {"cp": 4}), ("qwen3", {"cp": 2, "tpa": 2, "q_proj": "gather"}),
-    ("glm4", {"cp": 2, "tpa": 2}), ("gemma3", {"cp": 2, "tpa": 2}),
-    ("cohere", {"cp": 2, "tpa": 2}), ("ernie", {"cp": 2, "tpa": 2}),
+    ("qwen3", {"cp": 4}),
+    ("qwen3", {"cp": 2, "tpa": 2, "q_proj": "gather"}),
+    ("glm4", {"cp": 2, "tpa": 2}),
+    ("gemma3", {"cp": 2, "tpa": 2}),
+    ("cohere", {"cp": 2, "tpa": 2}),
+    ("ernie", {"cp": 2, "tpa": 2}),
     pytest.param("glm", {"cp": 2, "tpa": 2, "q_proj": "gather"}, marks=SLOW),
-    ("mixtral", {"cp": 4}), ("mixtral", {"cp": 2, "tpa": 2, "ep": 2}),
+    ("mixtral", {"cp": 4}),
+    ("mixtral", {"cp": 2, "tpa": 2, "ep": 2}),
     pytest.param("mixtral", {"cp": 2, "tpa": 3, "ep": 1}, marks=SLOW),
     pytest.param("llama_biased", {"cp": 4, "tpa": 3}, marks=SLOW),
     pytest.param("llama_mha", {"cp": 2, "tpa": 6}, marks=SLOW),
     pytest.param("llama_mqa", {"cp": 12}, marks=SLOW),
-]  # fmt: skip
+]
 
 
 def compiled_gqa(name: str = "llama", dtype: torch.dtype = torch.float64, **plan: Any) -> Any:
@@ -70,20 +78,22 @@ def test_greedy_tokens_and_where_a_token_lives() -> None:
         model(ids, past_key_values=cache)
     keys, values = cache.layers[1].keys, cache.layers[1].values
     page = int(compiled.page_table[1, 0])
-    for rank, heads in zip(compiled.ranks, (slice(0, 2), slice(0, 2), slice(2, 4), slice(2, 4)), strict=True):  # fmt: skip
+    for rank, heads in zip(compiled.ranks, (slice(0, 2), slice(0, 2), slice(2, 4), slice(2, 4)), strict=True):
         position = 4 if rank.rank % 2 == 0 else 6  # the third and fourth block's first token
         held = rank.cache[1][page, 2]
         wanted = torch.cat([keys[1, heads, position], values[1, heads, position]], dim=-1)
         torch.testing.assert_close(held, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("plan", [{"cp": 4}, {"cp": 2, "tpa": 2, "merge": "ag_rs", "q_proj": "gather"}, {"cp": 1, "tpa": 4}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "plan", [{"cp": 4}, {"cp": 2, "tpa": 2, "merge": "ag_rs", "q_proj": "gather"}, {"cp": 1, "tpa": 4}], ids=str
+)
 def test_the_plan_states_what_is_sent_and_held(plan: dict[str, Any]) -> None:
     model, compiled = tiny_gqa(), compiled_gqa(**plan)
     for T in (5, 1, 3):
         compiled(random_ids(model, 3, T))
     expected = compiled.plan.egress_bytes_per_rank_per_token * 27
-    assert expected > 0 and compiled.world.sent_bytes == [expected] * compiled.plan.layout.world_size  # fmt: skip
+    assert expected > 0 and compiled.world.sent_bytes == [expected] * compiled.plan.layout.world_size
     rank = compiled.ranks[0]
     slots = rank.cache[0].shape[0] * rank.cache[0].shape[1]
     per_token = sum(c.numel() * c.itemsize for c in rank.cache) // slots
@@ -94,11 +104,19 @@ def test_the_plan_states_what_is_sent_and_held(plan: dict[str, Any]) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"cp": 1, "tpa": 3}, PlanError, "4 KV heads can't be divided over tpa=3 (4 % 3 = 1): each rank of tpa caches whole KV heads; choose tpa from [1, 2, 4]"),
+    (
+        {"cp": 1, "tpa": 3},
+        PlanError,
+        "4 KV heads can't be divided over tpa=3 (4 % 3 = 1): each rank of tpa caches whole KV heads; choose tpa from [1, 2, 4]",
+    ),
     ({"cp": 1, "tpa": 12}, PlanError, "4 KV heads can't be divided over tpa=12"),
-    ({"cp": 2, "v_up": "before"}, PlanError, "option v_up='before' has no effect: no attention of this model has a W_UV"),
+    (
+        {"cp": 2, "v_up": "before"},
+        PlanError,
+        "option v_up='before' has no effect: no attention of this model has a W_UV",
+    ),
     ({"cp": 2, "v_up": "after"}, PlanError, "option v_up='after' has no effect"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("plan", "error", "message"), REFUSED, ids=str)
@@ -110,7 +128,9 @@ def test_plans_that_are_refused(plan: dict[str, Any], error: Any, message: str) 
 def test_a_window_is_seen_even_where_it_looks_causal() -> None:
     """Mixtral's own window of 100 tokens hides nothing near position 0."""
     model = fresh_gqa("mixtral", num_hidden_layers=1, sliding_window=100)
-    with pytest.raises(MatchError, match=r"layer 0: attention at node .* first for the query at 10[0-3] and the key at [0-3] of 128"):  # fmt: skip
+    with pytest.raises(
+        MatchError, match=r"layer 0: attention at node .* first for the query at 10[0-3] and the key at [0-3] of 128"
+    ):
         helix_compile(model, cp=2, max_seq_len=128)
 
 
@@ -120,22 +140,22 @@ def test_a_norm_with_a_weight_per_head_stays_whole() -> None:
     compiled = helix_compile(model, cp=4, tokens_per_block=2, max_batch_size=3, max_seq_len=64)
     assert worst_deviation(model, compiled, RAGGED) <= LIMIT[torch.float64]
     assert verify(compiled, model).ok
-    with pytest.raises(PlanError, match=r"layer 0: tpa=2 cuts q by heads, but rows 0.* `add_\d+` \(modeling_cohere.py:\d+\)\. nearest that works: tpa=1"):  # fmt: skip
+    with pytest.raises(
+        PlanError,
+        match=r"layer 0: tpa=2 cuts q by heads, but rows 0.* `add_\d+` \(modeling_cohere.py:\d+\)\. nearest that works: tpa=1",
+    ):
         helix_compile(model, cp=2, tpa=2)
-    with pytest.raises(PlanError, match=r"layer 0: q_proj=\"gather\" cuts q by heads.* nearest that works: q_proj=\"replicate\""):  # fmt: skip
+    with pytest.raises(
+        PlanError, match=r"layer 0: q_proj=\"gather\" cuts q by heads.* nearest that works: q_proj=\"replicate\""
+    ):
         helix_compile(model, cp=2, q_proj="gather")
 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [
-        ("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}),
-        pytest.param("llama4", {}, marks=SLOW),
-    ],
+    [("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}), pytest.param("llama4", {}, marks=SLOW)],
 )
-def test_windows_and_chunks_of_models_whose_layers_say_tuple(
-    name: str, changes: dict[str, Any]
-) -> None:
+def test_windows_and_chunks_of_models_whose_layers_say_tuple(name: str, changes: dict[str, Any]) -> None:
     model = fresh_gqa(name, **changes)
     with pytest.raises(MatchError, match=r"layer 0: attention at node .*sliding window, chunked"):
         helix_compile(model, cp=2, max_seq_len=64)
@@ -169,13 +189,11 @@ def test_broken_modules_are_rejected(fault: Callable[[HelixModule], None]) -> No
     model, compiled = tiny_gqa(), compiled_gqa(cp=2, tpa=2)
     fault(compiled)
     report = verify(compiled, model)
-    assert not report.ok and any(f.code in ("HX401", "HX402", "HX403", "HX404", "HX201") for f in report.findings)  # fmt: skip
+    assert not report.ok and any(f.code in ("HX401", "HX402", "HX403", "HX404", "HX201") for f in report.findings)
     assert worst_deviation(model, compiled, RAGGED) > 1e-4
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "ernie", *(pytest.param(n, marks=SLOW) for n in ("cohere", "glm"))]
-)
+@pytest.mark.parametrize("name", ["llama", "ernie", *(pytest.param(n, marks=SLOW) for n in ("cohere", "glm"))])
 def test_verify_accepts_a_sound_one(name: str) -> None:
     report = verify(compiled_gqa(name, cp=2, tpa=2), tiny_gqa(name))
     assert report.ok, str(report)
@@ -187,10 +205,7 @@ def prefilled(model: Any) -> tuple[Tensor, Tensor, DynamicCache]:
     mask, cache = left_padded([2, 5, 3]), DynamicCache(config=model.config)
     ids = random_ids(model, *mask.shape)
     with torch.no_grad(), WidenedIslands():
-        model(
-            ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-        )  # fmt: skip
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
     return ids, mask, cache
 
 
@@ -206,10 +221,7 @@ def test_the_cache_goes_to_other_degrees_and_back(tmp_path: Path) -> None:
         assert [t.shape for t in entries.latents] == [(3, 5, 40)] * 2
         wanted = one(more)
         one.save(tmp_path / "saved")
-        for start in (
-            lambda m: m.import_cache(*entries),
-            lambda m: m.import_cache(cache, mask=mask),
-        ):
+        for start in (lambda m: m.import_cache(*entries), lambda m: m.import_cache(cache, mask=mask)):
             for module in (other, one, HelixModule.load(tmp_path / "saved")):
                 start(module)
                 torch.testing.assert_close(module(more), wanted, rtol=1e-10, atol=1e-10)
@@ -220,8 +232,10 @@ def test_the_cache_goes_to_other_degrees_and_back(tmp_path: Path) -> None:
         one.truncate([2, 5, 3])
         torch.testing.assert_close(one(more), wanted, rtol=1e-10, atol=1e-10)
     back = other.export_cache()
-    for a, b in zip((*entries.latents, *entries.k_ropes), (*back.latents, *back.k_ropes), strict=True):  # fmt: skip
-        torch.testing.assert_close(a, b[:, :5] * (torch.arange(5) < entries.lengths[:, None])[..., None], rtol=1e-10, atol=1e-10)  # fmt: skip
+    for a, b in zip((*entries.latents, *entries.k_ropes), (*back.latents, *back.k_ropes), strict=True):
+        torch.testing.assert_close(
+            a, b[:, :5] * (torch.arange(5) < entries.lengths[:, None])[..., None], rtol=1e-10, atol=1e-10
+        )
 
 
 def test_caches_that_do_not_fit() -> None:

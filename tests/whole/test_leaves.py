@@ -32,9 +32,7 @@ from tests.support.toy_mla import toy_model
 def hybrid() -> Any:
     """A layer of linear attention, and one of MLA."""
     kinds = ("linear_attention", "full_attention")
-    return fresh_family(
-        "kimi_linear", num_hidden_layers=2, layer_types=list(kinds), mlp_layer_types=["dense"] * 2
-    )
+    return fresh_family("kimi_linear", num_hidden_layers=2, layer_types=list(kinds), mlp_layer_types=["dense"] * 2)
 
 
 class RowByRow:
@@ -103,9 +101,7 @@ def test_each_rank_has_a_state_of_its_own_and_a_broken_step_is_a_fault() -> None
     with pytest.raises(ZeroDivisionError):
         compiled(random_ids(model, 1, 1))
     compiled.world.run = run
-    with pytest.raises(
-        RuntimeFault, match=r"has seen 4 tokens, the step begins at position 3.*reset"
-    ):
+    with pytest.raises(RuntimeFault, match=r"has seen 4 tokens, the step begins at position 3.*reset"):
         compiled(random_ids(model, 1, 1))
     compiled.reset()
     compiled(random_ids(model, 1, 1))
@@ -147,10 +143,7 @@ def test_a_leaf_takes_whole_values_only() -> None:
     shapes = dict(compiled.ranks[0].params)
     layouts: dict = {}
     graph = copy_module(compiled.graph)
-    assert not any(
-        f.where == "outer graph"
-        for f in type_graph(graph, shapes, layouts, compiled.plan.layout).findings
-    )
+    assert not any(f.where == "outer graph" for f in type_graph(graph, shapes, layouts, compiled.plan.layout).findings)
     call = next(n for n in graph.graph.nodes if is_leaf_call(graph, n))
     slots = next(n for n in graph.graph.nodes if n.meta.get("step") == "slots")
     call.args = (*call.args[:2], slots, *call.args[3:])
@@ -162,9 +155,7 @@ def test_a_python_loop_of_experts_is_a_leaf_inside_a_rewritten_body() -> None:
     model = fresh_family("longcat_flash", num_hidden_layers=2)
     compiled = compiled_family(model, 2)
     (plan,) = compiled.plan.bodies
-    assert len(plan.attentions) == 2 and [name for name, _ in compiled.plan.leaves] == [
-        "model.layers.0.mlp.experts"
-    ]
+    assert len(plan.attentions) == 2 and [name for name, _ in compiled.plan.leaves] == ["model.layers.0.mlp.experts"]
     body: Any = compiled.graph.get_submodule(plan.name)
     (call,) = [n for n in body.graph.nodes if n.op == "call_module"]
     assert body.get_submodule(call.target).module is model.model.layers[0].mlp.experts

@@ -41,8 +41,7 @@ def test_defaults_send_one_all_to_all_and_two_all_reduces(dtype: torch.dtype) ->
 def test_compute_ops_stay_single_nodes() -> None:
     compiled = helix_compile(tiny_model(), cp=4, max_seq_len=64)
     dense, moe = (
-        Counter(str(n.target) for n in b.graph.nodes if str(n.target).startswith("helix."))
-        for b in bodies(compiled)
+        Counter(str(n.target) for n in b.graph.nodes if str(n.target).startswith("helix.")) for b in bodies(compiled)
     )
     attention = {f"helix.{op}.default" for op in ("cache_append", "mla_decode", "merge_lse")}
     packing = {"helix.pack_heads.default", "helix.unpack_heads.default"}
@@ -94,9 +93,7 @@ def test_the_plan_states_the_bytes_that_are_sent(plan: dict[str, Any], dtype: to
         compiled(random_ids(model, *shape))
         tokens += shape[0] * shape[1]
     expected = compiled.plan.egress_bytes_per_rank_per_token * tokens
-    assert (
-        expected > 0 and compiled.world.sent_bytes == [expected] * compiled.plan.layout.world_size
-    )
+    assert expected > 0 and compiled.world.sent_bytes == [expected] * compiled.plan.layout.world_size
     groups = {axis: len(compiled.world.mesh.groups[axis]) for axis in ("kvp", "world")}
     counted: Counter[tuple[str, str]] = Counter()
     for body, graph in zip(compiled.plan.bodies, bodies(compiled), strict=True):
@@ -162,10 +159,6 @@ def test_padding_is_stated_and_zero() -> None:
     """F = 112 over 3 ranks is 38, 38, 36 and two rows of zeros."""
     compiled = helix_compile(tiny_model(), cp=3, max_seq_len=64)
     dense = compiled.plan.body("body_0").ffns[0]
-    assert (dense.width, dense.shard_width, dense.padding) == (
-        SIZES["intermediate_size"],
-        38,
-        (0, 0, 2),
-    )
+    assert (dense.width, dense.shard_width, dense.padding) == (SIZES["intermediate_size"], 38, (0, 0, 2))
     gate = compiled.ranks[2].params["model.layers.0.mlp.gate_proj.weight"]
     assert torch.count_nonzero(gate[36:]) == 0 and torch.count_nonzero(gate[:36]) > 0

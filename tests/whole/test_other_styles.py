@@ -22,10 +22,7 @@ from tests.support.toy_mla import NOPE, H, R, ToyMLA, V, toy_layers, toy_model
 
 STYLES = ("separate", "stacked_bmm", "flat", "chain", "absorbed", "split")
 MORE = ("stacked_hdr", "absorbed_stacked", "split_einsum")
-SETS = [
-    pytest.param(STYLES, id="styles"),
-    pytest.param(MORE, id="more", marks=pytest.mark.slow),
-]
+SETS = [pytest.param(STYLES, id="styles"), pytest.param(MORE, id="more", marks=pytest.mark.slow)]
 
 
 @cache
@@ -63,9 +60,7 @@ def expected_weights(style: str, toy: ToyMLA) -> tuple[Tensor, Tensor]:
     [(1, {}), (2, {"tpa": 2}), (4, {"v_up": "after"}), (4, {"q_proj": "gather", "merge": "ag_rs"})],
     ids=str,
 )
-def test_every_style_computes_the_same(
-    styles: tuple[str, ...], cp: int, options: dict[str, Any]
-) -> None:
+def test_every_style_computes_the_same(styles: tuple[str, ...], cp: int, options: dict[str, Any]) -> None:
     model = model_of(styles)
     compiled = compiled_family(model, cp, **options)
     run = run_family(model, compiled)
@@ -80,7 +75,7 @@ def check_shards(compiled: HelixModule, model: Any, styles: tuple[str, ...]) -> 
     for index, (style, match) in enumerate(sites(styles).items()):
         layer = model.model.layers[index]
         expected = expected_weights(style, layer.self_attn)
-        for weight, suffix, wanted in zip((match.w_uk, match.w_uv), ("w_uk", "w_uv"), expected, strict=True):  # fmt: skip
+        for weight, suffix, wanted in zip((match.w_uk, match.w_uv), ("w_uk", "w_uv"), expected, strict=True):
             name = f"{weight.param}.{suffix}"
             assert torch.equal(weight.of(layer.get_parameter(weight.param)), wanted)
             shard = plan.body(f"body_{index}").shard(name)
@@ -98,9 +93,7 @@ def check_shards(compiled: HelixModule, model: Any, styles: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize("styles", SETS)
-def test_the_verifier_and_a_reload_take_every_style(
-    styles: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_the_verifier_and_a_reload_take_every_style(styles: tuple[str, ...], tmp_path: Path) -> None:
     """A saved module runs bit for bit; with the heads of one W_UV turned by one it is neither close nor accepted."""
     model = model_of(styles)
     compiled = compiled_family(model, 2)
@@ -147,11 +140,17 @@ MISSES = {
     ("split", "fill_mask"): r"the scores are masked by `aten\.masked_fill\.Scalar`, expected a mask that is added",
     ("eager", "fill_mask"): r"the scores are masked by `aten\.masked_fill\.Scalar`, expected a mask that is added",
     ("eager", "where_mask"): r"the scores are masked by `aten\.where\.\w+`, expected a mask that is added",
-}  # fmt: skip
+}
 FIRST = (
-    ("separate", "v_uncached"), ("chain", "rope_per_head"), ("chain", "softmax_axis"), ("absorbed", "shifted"),
-    ("split", "rope_per_head"), ("split", "one_scaled"), ("split", "mixed_parts"), ("eager", "fill_mask"),
-)  # fmt: skip
+    ("separate", "v_uncached"),
+    ("chain", "rope_per_head"),
+    ("chain", "softmax_axis"),
+    ("absorbed", "shifted"),
+    ("split", "rope_per_head"),
+    ("split", "one_scaled"),
+    ("split", "mixed_parts"),
+    ("eager", "fill_mask"),
+)
 
 
 @pytest.mark.parametrize(

@@ -42,24 +42,15 @@ def test_attention_over_quantised_linears_is_refused() -> None:
         helix_compile(with_fp8("self_attn"), cp=2)
     said = str(caught.value)
     assert said.startswith("layer 0 of DeepseekV3ForCausalLM")
-    assert re.search(
-        r"`linear_\d+` is a quantised linear: .* from self_attn\.\w+\.weight \(float8_e4m3fn\)",
-        said,
-    )
+    assert re.search(r"`linear_\d+` is a quantised linear: .* from self_attn\.\w+\.weight \(float8_e4m3fn\)", said)
     assert "dequantise" in said and "at node `linear" in said
 
 
 def test_a_quantised_ffn_stays_whole_and_is_reported() -> None:
     model = with_fp8("mlp")
     compiled = helix_compile(model, cp=2, max_seq_len=64)
-    reasons = {
-        what: why for what, why in compiled.plan.not_rewritten if what.startswith("quantised")
-    }
-    names = {
-        f"quantised mlp.{part}{n}_proj.weight"
-        for part in ("", "shared_experts.")
-        for n in ("gate", "up", "down")
-    }
+    reasons = {what: why for what, why in compiled.plan.not_rewritten if what.startswith("quantised")}
+    names = {f"quantised mlp.{part}{n}_proj.weight" for part in ("", "shared_experts.") for n in ("gate", "up", "down")}
     assert set(reasons) == names
     assert all(why.startswith("float8_e4m3fn, ") for why in reasons.values())
     ids = torch.arange(1, 9)[None]
@@ -72,7 +63,5 @@ def test_a_quantised_ffn_stays_whole_and_is_reported() -> None:
 def test_packed_weights_are_refused_before_capture() -> None:
     model = fresh_model("short", torch.float32)
     packed = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8).eval()
-    with pytest.raises(
-        MatchError, match=r"model\.layers\.0\.self_attn\.q_a_proj` is a quantised linear \(Linear\)"
-    ):
+    with pytest.raises(MatchError, match=r"model\.layers\.0\.self_attn\.q_a_proj` is a quantised linear \(Linear\)"):
         helix_compile(packed, cp=2)

@@ -54,9 +54,7 @@ def test_unknown_values(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
-    [{"merge": "ag_rs"}, {"q_proj": "gather"}, {"v_up": "before"}, {"v_up": "after"}],
-    ids=str,
+    "option", [{"merge": "ag_rs"}, {"q_proj": "gather"}, {"v_up": "before"}, {"v_up": "after"}], ids=str
 )
 def test_options_without_effect_at_cp_1(option: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="has no effect at cp=1"):
@@ -71,13 +69,7 @@ def test_ep_without_experts() -> None:
         helix_compile(model, cp=2, ep=2)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"overlap": "hopb"}, {"lower": "inductor"}, {"lower": "tensorrt"},
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("option", [{"overlap": "hopb"}, {"lower": "inductor"}, {"lower": "tensorrt"}], ids=str)
 def test_what_comes_later_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(LoweringUnavailable, match="not in this version"):
         helix_compile(tiny_model(), cp=2, **option)
@@ -90,21 +82,12 @@ def test_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
         helix_compile(model, cp=2, world="distributed")
     with pytest.raises(PlanError, match="option world=7 is unknown"):
         helix_compile(model, cp=2, world=7)
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "3",
-        "MASTER_ADDR": "::",
-        "MASTER_PORT": "1",
-    }.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "::", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(
-        LayoutError, match=r"cp\*tpa = 2\*1 = 2 ranks, but torchrun's WORLD_SIZE has 3"
-    ):
+    with pytest.raises(LayoutError, match=r"cp\*tpa = 2\*1 = 2 ranks, but torchrun's WORLD_SIZE has 3"):
         helix_compile(model, cp=2)
     monkeypatch.setenv("HELIX_TIMEOUT", "soon")
-    with pytest.raises(
-        PlanError, match="HELIX_TIMEOUT must be a number of seconds > 0, got 'soon'"
-    ):
+    with pytest.raises(PlanError, match="HELIX_TIMEOUT must be a number of seconds > 0, got 'soon'"):
         helix_compile(model, cp=2)
 
 
@@ -120,9 +103,7 @@ def test_models() -> None:
 
 
 def test_a_model_that_is_not_matched_names_layer_node_and_reason() -> None:
-    config = GPT2Config(
-        n_layer=2, n_embd=32, n_head=4, vocab_size=97, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=97, bos_token_id=0, eos_token_id=0)
     with pytest.raises(MatchError) as caught:
         helix_compile(GPT2LMHeadModel(config).eval(), cp=2)
     for part in ("layer 0", "`aten.addmm.default` stands between", "`addmm_1`", "expected K and V"):
@@ -156,9 +137,7 @@ _EXPAND = DeepseekV3Attention.expand_kv
         (_undefined_key, "K holds elements that nothing wrote"),
     ],
 )
-def test_a_broken_site_names_the_closest_reason(
-    broken: Any, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_site_names_the_closest_reason(broken: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeepseekV3Attention, "expand_kv", broken)
     with pytest.raises(MatchError) as caught:
         helix_compile(fresh_model(), cp=2)
@@ -166,9 +145,7 @@ def test_a_broken_site_names_the_closest_reason(
     assert "at node `" in str(caught.value) and "layer 0" in str(caught.value)
 
 
-def test_a_sliding_window_is_seen_even_where_it_looks_causal(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_sliding_window_is_seen_even_where_it_looks_causal(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
 
     causal = modeling.create_causal_mask
@@ -186,9 +163,7 @@ def test_a_sliding_window_is_seen_even_where_it_looks_causal(
 
 @pytest.fixture
 def module() -> HelixModule:
-    compiled = helix_compile(
-        tiny_model(), cp=4, tokens_per_block=2, max_batch_size=3, max_seq_len=20
-    )
+    compiled = helix_compile(tiny_model(), cp=4, tokens_per_block=2, max_batch_size=3, max_seq_len=20)
     compiled(random_ids(tiny_model(), 2, 12))
     return compiled
 
@@ -202,19 +177,19 @@ STEPS: list[tuple[Any, Any, str]] = [
     (torch.full((2, 1), -1), None, "token ids must be in [0, 97), got ids from -1 to -1"),
     (torch.zeros(2, 1), None, "input_ids must be int64 or int32, got torch.float32"),
     (torch.zeros(2, dtype=torch.int64), None, "input_ids must be [B, T], got shape (2,)"),
-    (torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 15), "[B, T] = (2, 3), the mask of this step's tokens, got (2, 15)"),
+    (
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.ones(2, 15),
+        "[B, T] = (2, 3), the mask of this step's tokens, got (2, 15)",
+    ),
     (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [1, 0, 1]]), "zeros between tokens in rows [1]"),
     (torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), 2), "attention_mask must hold 0 and 1 only"),
     (torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), 0.5), "attention_mask must hold 0 and 1 only"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(
-    ("ids", "mask", "message"), STEPS, ids=[f"{i}-{s[2][:40]}" for i, s in enumerate(STEPS)]
-)
-def test_a_refused_step_leaves_every_byte(
-    module: HelixModule, ids: Tensor, mask: Tensor | None, message: str
-) -> None:
+@pytest.mark.parametrize(("ids", "mask", "message"), STEPS, ids=[f"{i}-{s[2][:40]}" for i, s in enumerate(STEPS)])
+def test_a_refused_step_leaves_every_byte(module: HelixModule, ids: Tensor, mask: Tensor | None, message: str) -> None:
     before = [c.clone() for rank in module.ranks for c in rank.cache]
     lengths = module.lengths
     with pytest.raises(RuntimeFault, match=re.escape(message)):

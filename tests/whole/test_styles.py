@@ -19,8 +19,7 @@ def test_a_style_that_matches_computes_the_same(style: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "style",
-    ["cat", *(pytest.param(s, marks=pytest.mark.slow) for s in ("heads_last", "fused_a", "eager"))],
+    "style", ["cat", *(pytest.param(s, marks=pytest.mark.slow) for s in ("heads_last", "fused_a", "eager"))]
 )
 @pytest.mark.parametrize(
     ("miss", "reason"),
@@ -30,7 +29,7 @@ def test_a_style_that_matches_computes_the_same(style: str) -> None:
         ("scaled_keys", "the score chain holds"),
         ("sinks", r"score chain holds `aten\.cat\.default` \(sinks"),
     ],
-)  # fmt: skip
+)
 def test_a_near_miss_is_refused(style: str, miss: str, reason: str) -> None:
     with pytest.raises(MatchError, match=reason) as caught:
         compiled_family(toy_model(style, miss), 2)

@@ -44,9 +44,7 @@ def one_sum(g: fx.Graph, x: fx.Node) -> fx.Node:
 
 def exchange(splits: list[int]) -> Callable[[fx.Graph, fx.Node], fx.Node]:
     def build(g: fx.Graph, x: fx.Node) -> fx.Node:
-        return waited(
-            g, g.call_function(c10d.all_to_all_single.default, (x, splits, [1] * 4, "kvp"))
-        )
+        return waited(g, g.call_function(c10d.all_to_all_single.default, (x, splits, [1] * 4, "kvp")))
 
     return build
 
@@ -58,36 +56,28 @@ def inputs(ranks: int = 4) -> list[list[Tensor]]:
 def test_dropped_collective_is_a_deadlock_with_ranks_and_node() -> None:
     graphs = [graph(one_sum), graph(one_sum), graph(lambda g, x: x), graph(one_sum)]
     with pytest.raises(
-        RuntimeFault,
-        match=r"deadlock: rank 0 waits at wait_tensor_default for \[2\] in group world \(collective #0\)",
+        RuntimeFault, match=r"deadlock: rank 0 waits at wait_tensor_default for \[2\] in group world \(collective #0\)"
     ):
         world().run(graphs, inputs())
 
 
 def test_different_collective_is_named_by_rank() -> None:
     other = graph(exchange([1, 1, 1, 1]))
-    gather = graph(
-        lambda g, x: waited(g, g.call_function(c10d.all_gather_into_tensor.default, (x, 4, "kvp")))
-    )
+    gather = graph(lambda g, x: waited(g, g.call_function(c10d.all_gather_into_tensor.default, (x, 4, "kvp"))))
     with pytest.raises(RuntimeFault, match=r"ranks disagree .*1: 'all_gather_into_tensor'"):
         world().run([other, gather, other, other], inputs())
 
 
 def test_missing_wait() -> None:
     broken = graph(lambda g, x: g.call_function(torch.add, (reduced(g, x), 1)))
-    with pytest.raises(
-        RuntimeFault, match=r"rank 0, node add: \['all_reduce'\] used before wait_tensor"
-    ):
+    with pytest.raises(RuntimeFault, match=r"rank 0, node add: \['all_reduce'\] used before wait_tensor"):
         world().run(broken, inputs())
 
 
 def test_wrong_split_sizes() -> None:
     wrong = graph(exchange([5, 4, 4, 3]))
     graphs = [graph(exchange([1, 1, 1, 1])), wrong, *[graph(exchange([1, 1, 1, 1]))] * 2]
-    with pytest.raises(
-        RuntimeFault,
-        match=r"rank 1.*output_split_sizes=\[5, 4, 4, 3\] but peers send \[1, 1, 1, 1\]",
-    ):
+    with pytest.raises(RuntimeFault, match=r"rank 1.*output_split_sizes=\[5, 4, 4, 3\] but peers send \[1, 1, 1, 1\]"):
         world().run(graphs, inputs())
 
 
@@ -128,7 +118,7 @@ def test_unequal_shapes_and_unknown_axis() -> None:
 
 
 def test_another_reduction_is_not_taken_for_a_sum() -> None:
-    mean = graph(lambda g, x: waited(g, g.call_function(c10d.all_reduce.default, (x, "avg", "world"))))  # fmt: skip
+    mean = graph(lambda g, x: waited(g, g.call_function(c10d.all_reduce.default, (x, "avg", "world"))))
     with pytest.raises(RuntimeFault, match=r"all_reduce #0 of world.*'avg'.*sums"):
         world().run(mean, inputs())
 
@@ -169,7 +159,5 @@ def test_sums_are_in_rank_order_and_rounded_once() -> None:
 
 def test_hook_sees_every_node_of_every_rank() -> None:
     seen: list[tuple[int, str]] = []
-    world().run(
-        graph(one_sum), inputs(), hook=lambda rank, node, value: seen.append((rank, node.name))
-    )
+    world().run(graph(one_sum), inputs(), hook=lambda rank, node, value: seen.append((rank, node.name)))
     assert {n for r, n in seen if r == 2} == {"x", "all_reduce_default", "wait_tensor_default"}

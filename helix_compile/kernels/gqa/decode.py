@@ -44,14 +44,40 @@ MAX_WIDTH = 256
 
 @triton.jit
 def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    q_ptr, k_src, v_src, table_ptr, visible_ptr, o_ptr, lse_ptr,
-    stride_q_B, stride_q_T, stride_q_H, stride_k_page, stride_k_slot, stride_k_K,
-    stride_v_page, stride_v_slot, stride_v_K, stride_table_B, stride_visible_B, stride_visible_T,
-    scale, T, splits,
-    K: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
-    TMA: tl.constexpr, WIDE_DOT: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_src,
+    v_src,
+    table_ptr,
+    visible_ptr,
+    o_ptr,
+    lse_ptr,
+    stride_q_B,
+    stride_q_T,
+    stride_q_H,
+    stride_k_page,
+    stride_k_slot,
+    stride_k_K,
+    stride_v_page,
+    stride_v_slot,
+    stride_v_K,
+    stride_table_B,
+    stride_visible_B,
+    stride_visible_T,
+    scale,
+    T,
+    splits,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE_DOT: tl.constexpr,
+):
     split = tl.program_id(1)
     b = (tl.program_id(2) // K).to(tl.int64)
     head = tl.program_id(2) % K
@@ -59,16 +85,18 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     row_t = rows // G
     row_h = head * G + rows % G
     live = row_t < T
-    limit = tl.load(
-        visible_ptr + b * stride_visible_B + row_t * stride_visible_T, mask=live, other=0
-    )
+    limit = tl.load(visible_ptr + b * stride_visible_B + row_t * stride_visible_T, mask=live, other=0)
     k_columns = tl.arange(0, BLOCK_DK)
     v_columns = tl.arange(0, BLOCK_DV)
     q = tl.load(
-        q_ptr + b * stride_q_B + row_t.to(tl.int64)[None, :] * stride_q_T + row_h[None, :] * stride_q_H
+        q_ptr
+        + b * stride_q_B
+        + row_t.to(tl.int64)[None, :] * stride_q_T
+        + row_h[None, :] * stride_q_H
         + k_columns[:, None],
-        mask=live[None, :] & (k_columns < DK)[:, None], other=0.0,
-    )  # fmt: skip
+        mask=live[None, :] & (k_columns < DK)[:, None],
+        other=0.0,
+    )
     if WIDE_DOT:
         q = q.to(tl.float32)
     longest = tl.max(limit, 0)
@@ -125,20 +153,18 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     out_rows = ((b * T + row_t) * (K * G) + row_h) * splits + split
     tl.store(lse_ptr + out_rows, lse, mask=live)
     tl.store(
-        o_ptr + out_rows[None, :] * DV + v_columns[:, None], o.to(o_ptr.dtype.element_ty),
+        o_ptr + out_rows[None, :] * DV + v_columns[:, None],
+        o.to(o_ptr.dtype.element_ty),
         mask=live[None, :] & (v_columns < DV)[:, None],
-    )  # fmt: skip
+    )
 
 
-def _decode_case(
-    sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool, split: bool
-) -> CompileCase:
+def _decode_case(sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool, split: bool) -> CompileCase:
     """The attention kernel; `split`: it leaves float32 parts for the merge."""
     element = TRITON_TYPE[sizes.dtype]
     block_dk, block_dv = (max(16, triton.next_power_of_2(D)) for D in (sizes.Dk, sizes.Dv))
     k_type, v_type = (
-        f"tensordesc<{element}[{tile.slots},{block}]>" if tma else f"*{element}"
-        for block in (block_dk, block_dv)
+        f"tensordesc<{element}[{tile.slots},{block}]>" if tma else f"*{element}" for block in (block_dk, block_dv)
     )
     strides = [name for name in _gqa_decode_kernel.arg_names if name.startswith("stride_")]
     pointers = ["q_ptr", "table_ptr", "visible_ptr", "o_ptr", "lse_ptr"]
@@ -148,21 +174,37 @@ def _decode_case(
         kernel="gqa_decode",
         function=_gqa_decode_kernel,
         signature={
-            "q_ptr": f"*{element}", "k_src": k_type, "v_src": v_type, "table_ptr": "*i64",
-            "visible_ptr": "*i32", "o_ptr": "*fp32" if split else f"*{element}", "lse_ptr": "*fp32",
-            **dict.fromkeys(strides, "i32"), "scale": "fp32", "T": "i32", "splits": "i32",
+            "q_ptr": f"*{element}",
+            "k_src": k_type,
+            "v_src": v_type,
+            "table_ptr": "*i64",
+            "visible_ptr": "*i32",
+            "o_ptr": "*fp32" if split else f"*{element}",
+            "lse_ptr": "*fp32",
+            **dict.fromkeys(strides, "i32"),
+            "scale": "fp32",
+            "T": "i32",
+            "splits": "i32",
         },
         constexprs={
-            "K": sizes.K, "G": sizes.G, "DK": sizes.Dk, "DV": sizes.Dv, "PAGE": sizes.page_size,
-            "BLOCK_N": tile.slots, "BLOCK_ROWS": tile.rows, "BLOCK_DK": block_dk, "BLOCK_DV": block_dv,
-            "TMA": tma, "WIDE_DOT": target.arch == INTERPRETER,
+            "K": sizes.K,
+            "G": sizes.G,
+            "DK": sizes.Dk,
+            "DV": sizes.Dv,
+            "PAGE": sizes.page_size,
+            "BLOCK_N": tile.slots,
+            "BLOCK_ROWS": tile.rows,
+            "BLOCK_DK": block_dk,
+            "BLOCK_DV": block_dv,
+            "TMA": tma,
+            "WIDE_DOT": target.arch == INTERPRETER,
         },
         options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         divisible_by_16=(*pointers, *(aligned if sizes.Dk % 16 == sizes.Dv % 16 == 0 else ())),
         config=f"D {sizes.Dk}/{sizes.Dv}, {tile.rows} rows, BLOCK_N {tile.slots}, {'TMA' if tma else 'pointers'}",
         kv_tokens_per_step=tile.slots,
         ctas_per_kv_token=sizes.K * triton.cdiv(sizes.G, tile.rows),
-    )  # fmt: skip
+    )
 
 
 def gqa_decode_triton(
@@ -198,24 +240,37 @@ def gqa_decode_triton(
     case = _decode_case(sizes, target, tile, tma, splits > 1)
     blocks = case.constexprs["BLOCK_DK"], case.constexprs["BLOCK_DV"]
     k_src, v_src = (
-        TensorDescriptor.from_tensor(_slots_by_channels(cache), [tile.slots, block])
-        if tma
-        else cache
+        TensorDescriptor.from_tensor(_slots_by_channels(cache), [tile.slots, block]) if tma else cache
         for cache, block in zip((k_cache, v_cache), blocks, strict=True)
     )
     launch(
         case,
         (row_tiles, splits, B * sizes.K),
         {
-            "q_ptr": q, "k_src": k_src, "v_src": v_src, "table_ptr": page_table, "visible_ptr": visible,
-            "o_ptr": parts, "lse_ptr": part_lse,
-            "stride_q_B": q.stride(0), "stride_q_T": q.stride(1), "stride_q_H": q.stride(2),
-            "stride_k_page": k_cache.stride(0), "stride_k_slot": k_cache.stride(1), "stride_k_K": k_cache.stride(2),
-            "stride_v_page": v_cache.stride(0), "stride_v_slot": v_cache.stride(1), "stride_v_K": v_cache.stride(2),
-            "stride_table_B": page_table.stride(0), "stride_visible_B": visible.stride(0),
-            "stride_visible_T": visible.stride(1), "scale": scale, "T": T, "splits": splits,
+            "q_ptr": q,
+            "k_src": k_src,
+            "v_src": v_src,
+            "table_ptr": page_table,
+            "visible_ptr": visible,
+            "o_ptr": parts,
+            "lse_ptr": part_lse,
+            "stride_q_B": q.stride(0),
+            "stride_q_T": q.stride(1),
+            "stride_q_H": q.stride(2),
+            "stride_k_page": k_cache.stride(0),
+            "stride_k_slot": k_cache.stride(1),
+            "stride_k_K": k_cache.stride(2),
+            "stride_v_page": v_cache.stride(0),
+            "stride_v_slot": v_cache.stride(1),
+            "stride_v_K": v_cache.stride(2),
+            "stride_table_B": page_table.stride(0),
+            "stride_visible_B": visible.stride(0),
+            "stride_visible_T": visible.stride(1),
+            "scale": scale,
+            "T": T,
+            "splits": splits,
         },
-    )  # fmt: skip
+    )
     if splits > 1:
         return merge_splits(parts, part_lse, q.dtype)
     return parts.view(B, T, H, sizes.Dv), part_lse.view(B, T, H)
@@ -237,12 +292,7 @@ def _slots_by_channels(cache: Tensor) -> Tensor:
 
 
 def _gqa_decode_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     rows = q.shape[:3]
     return q.new_empty((*rows, v_cache.shape[3])), q.new_empty(rows, dtype=torch.float32)
@@ -274,9 +324,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     if splits > 1:
         cases.append(merge_splits_case(splits, sizes.Dv, sizes.dtype))
     if tma:
-        by_pointers = _decode_case(
-            sizes, target, sizes.tile(B, 1, target, False), False, splits > 1
-        )
+        by_pointers = _decode_case(sizes, target, sizes.tile(B, 1, target, False), False, splits > 1)
         cases.append(replace(by_pointers, kernel="gqa_pointer_decode", fallback=True))
     return cases
 

@@ -69,20 +69,13 @@ class GqaSizes:
         if full and rows == 16 and self.width <= 128:
             return GqaTile(rows, 64, num_warps=2, num_stages=3)
         wide_step = rows == 16 and self.width <= 128 and self.page_size % 128 == 0
-        return GqaTile(
-            rows, 128 if wide_step else 64, num_warps=8 if rows == 64 else 4, num_stages=3
-        )
+        return GqaTile(rows, 128 if wide_step else 64, num_warps=8 if rows == 64 else 4, num_stages=3)
 
     def can_use_tma(self, target: KernelTarget) -> bool:
         """A box of TMA is a tile: it lies in one page, and a head's width is a power of two."""
         aligned = all(D >= 16 and D & (D - 1) == 0 for D in (self.Dk, self.Dv))
         # sm_120 has TMA but not the shared memory for these tiles
-        return (
-            90 <= target.capability < 120
-            and self.dtype.itemsize == 2
-            and aligned
-            and self.page_size % 64 == 0
-        )
+        return 90 <= target.capability < 120 and self.dtype.itemsize == 2 and aligned and self.page_size % 64 == 0
 
 
 @cache

@@ -52,10 +52,7 @@ class _Job:
 
 
 def compile_cases(
-    cases: list[CompileCase],
-    arch: str,
-    folder: Path,
-    progress: Callable[[KernelRecord], None] | None = None,
+    cases: list[CompileCase], arch: str, folder: Path, progress: Callable[[KernelRecord], None] | None = None
 ) -> list[KernelRecord]:
     """Compile every case for `arch`, write its files below `folder`, and describe it; one record a case, in order.
 
@@ -73,9 +70,7 @@ def compile_cases(
     """
     capability = offline_target(arch).capability
     for case in cases:
-        if not hasattr(
-            type(case.function), "cache_key"
-        ):  # its own would be computed, and may raise
+        if not hasattr(type(case.function), "cache_key"):  # its own would be computed, and may raise
             raise LoweringUnavailable(
                 f"kernel {case.kernel} is interpreted in this process and can't be compiled: "
                 "TRITON_INTERPRET=1 was set when it was imported; start Python without it"
@@ -85,11 +80,15 @@ def compile_cases(
     with tempfile.TemporaryDirectory() as scratch, _workers() as pool:
         jobs = [
             _Job(
-                case.function.fn.__module__, case.function.fn.__qualname__, replace(case, function=None),
-                capability, Path(scratch) / str(i), f"{arch}/{stem}",
+                case.function.fn.__module__,
+                case.function.fn.__qualname__,
+                replace(case, function=None),
+                capability,
+                Path(scratch) / str(i),
+                f"{arch}/{stem}",
             )
             for i, (case, stem) in enumerate(zip(cases, _stems(cases), strict=True))
-        ]  # fmt: skip
+        ]
         for case, job, outcome in zip(cases, jobs, pool.map(_isolated, jobs), strict=True):
             records.append(_record(case, arch, job, outcome))
             if isinstance(outcome, StaticFigures):
@@ -209,9 +208,7 @@ def _compile(job: _Job) -> StaticFigures:
     ):
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
         knobs.cache.dir = cache
-        kernel = triton.compile(
-            source, target=GPUTarget("cuda", job.capability, 32), options=job.case.options
-        )
+        kernel = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=job.case.options)
     for kind in KINDS:
         made = kernel.asm[kind]
         file = job.scratch / f"{job.stem}.{kind}"

@@ -43,11 +43,7 @@ class ArchLimits:
     tmem_columns: int
 
 
-LIMITS = {
-    "sm_100": ArchLimits(232448, 512),
-    "sm_90": ArchLimits(232448, 0),
-    "sm_80": ArchLimits(166912, 0),
-}
+LIMITS = {"sm_100": ArchLimits(232448, 512), "sm_90": ArchLimits(232448, 0), "sm_80": ArchLimits(166912, 0)}
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,7 @@ class StaticFigures:
     ptxas_log: str
 
 
-def describe(
-    case: CompileCase, arch: str, folder: Path, stem: str, figures: StaticFigures
-) -> KernelRecord:
+def describe(case: CompileCase, arch: str, folder: Path, stem: str, figures: StaticFigures) -> KernelRecord:
     """Read the record of a compiled case off its files, `folder`/`stem`.ptx, .cubin and .ttgir."""
     names = {kind: f"{stem}.{kind}" for kind in KINDS}
     cubin, ptx = folder / names["cubin"], (folder / names["ptx"]).read_text()
@@ -134,12 +128,8 @@ def describe(
     )
     if case.kv_tokens_per_step is not None:
         loops = _loops(instructions, cubin, (folder / names["ttgir"]).read_text())
-        count = sass_count.warp_instructions_per_token(
-            loops, case.kv_tokens_per_step, case.ctas_per_kv_token
-        )
-        record = replace(
-            record, loops=tuple(loops), instructions_per_kv_token=count if loops else None
-        )
+        count = sass_count.warp_instructions_per_token(loops, case.kv_tokens_per_step, case.ctas_per_kv_token)
+        record = replace(record, loops=tuple(loops), instructions_per_kv_token=count if loops else None)
     reasons = over_limits(record, LIMITS[arch])
     # a kernel that needs more tensor memory than there is gets this body
     if len(instructions) <= SMALL_BODY and re.search(r"^\s*trap;", ptx, re.MULTILINE):
@@ -147,9 +137,7 @@ def describe(
     return replace(record, fits=not reasons, reason="; ".join(reasons))
 
 
-def _loops(
-    instructions: list[sass_count.Instruction], cubin: Path, ttgir: str
-) -> list[sass_count.HotLoop]:
+def _loops(instructions: list[sass_count.Instruction], cubin: Path, ttgir: str) -> list[sass_count.HotLoop]:
     own_warps, partitions = sass_count.partition_warps(ttgir)
     table = sass_count.parse_jump_table(cuobjdump(cubin, "-elf")) if partitions else []
     return sass_count.hot_loops(instructions, own_warps, partitions, table)
@@ -176,7 +164,7 @@ def over_limits(record: KernelRecord, limits: ArchLimits) -> list[str]:
         ("tensor memory", record.tmem_columns, limits.tmem_columns, "columns"),
         ("threads", record.threads, MAX_THREADS, "a CTA"),
         (f"registers ({rounded} x {record.threads} threads)", rounded * record.threads, REGISTER_FILE, ""),
-    ]  # fmt: skip
+    ]
     return [
         f"{what} {got:,} > {limit:,} {unit}".strip()
         for what, got, limit, unit in checks

@@ -48,9 +48,7 @@ _TENSOR_CORE = {
 }
 
 
-_LINE = re.compile(
-    r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)([^;]*);"
-)
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)([^;]*);")
 
 
 _ADDRESS = re.compile(r"0x([0-9a-f]+)")
@@ -205,9 +203,7 @@ def _stand_in(loops: list[HotLoop], partition: int | None) -> HotLoop | None:
     return max(own, key=lambda loop: loop.instructions)
 
 
-def warp_instructions_per_token(
-    loops: list[HotLoop], tokens_per_step: int, ctas_per_token: int = 1
-) -> float:
+def warp_instructions_per_token(loops: list[HotLoop], tokens_per_step: int, ctas_per_token: int = 1) -> float:
     """Instructions of all warps of all CTAs that share a KV token, per token."""
     per_step = sum(loop.instructions * loop.warps for loop in loops)
     return per_step / tokens_per_step * ctas_per_token
@@ -217,10 +213,7 @@ def _control_flow(instructions: list[Instruction], jump_table: list[int]) -> nx.
     """Basic blocks, called by their first address."""
     addresses = [i.address for i in instructions]
     known = set(addresses)
-    starts = {
-        addresses[0],
-        *(t for i in instructions if (t := i.target) in known and t is not None),
-    }
+    starts = {addresses[0], *(t for i in instructions if (t := i.target) in known and t is not None)}
     starts |= {a for a in jump_table if a in known}
     for this, after in zip(instructions, addresses[1:], strict=False):
         if this.base in ("BRA", "BRX", "JMX", "EXIT", "RET", "CALL", "BSYNC"):
@@ -235,9 +228,7 @@ def _control_flow(instructions: list[Instruction], jump_table: list[int]) -> nx.
     for block, after in zip(blocks, [*blocks[1:], None], strict=True):
         body = flow.nodes[block]["instructions"]
         # a divergent region ends where the BSSY of its barrier register says
-        rejoin |= {
-            i.operands.split(",")[0]: i.target for i in body if i.base == "BSSY" and i.target
-        }
+        rejoin |= {i.operands.split(",")[0]: i.target for i in body if i.base == "BSSY" and i.target}
         last = body[-1]
         goes = [last.target] if last.base in ("BRA", "CALL") else []
         goes += jump_table if last.base == "BRX" else []

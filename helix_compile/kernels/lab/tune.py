@@ -37,10 +37,7 @@ from helix_compile.kernels.mla.tuning import (
     split_count,
 )
 from helix_compile.kernels.reference import mla_decode_reference
-from helix_compile.kernels.reference_fused import (
-    mla_decode_scaled_reference,
-    quantize_cache_reference,
-)
+from helix_compile.kernels.reference_fused import mla_decode_scaled_reference, quantize_cache_reference
 from helix_compile.kernels.registry import CompileCase, Site
 from helix_compile.kernels.target import INTERPRETER, KernelTarget
 
@@ -146,17 +143,11 @@ def rows_of(entry: MlaEntry) -> int:
 
 
 def _shape(entry: MlaEntry, sizes: TuneSizes) -> MlaShape:
-    return MlaShape(
-        rows_of(entry), sizes.R, sizes.r, sizes.page_size, sizes.dtype.itemsize, tma=True
-    )
+    return MlaShape(rows_of(entry), sizes.R, sizes.r, sizes.page_size, sizes.dtype.itemsize, tma=True)
 
 
 def tune(
-    target: KernelTarget,
-    sizes: TuneSizes,
-    fits: Fits,
-    measured: Trials,
-    progress: Callable[[str], None] | None = None,
+    target: KernelTarget, sizes: TuneSizes, fits: Fits, measured: Trials, progress: Callable[[str], None] | None = None
 ) -> list[Trial]:
     """Every candidate of every class, measured or refused.
 
@@ -235,14 +226,19 @@ class LocalTrials:
         self._entry = entry
 
 
-def _case(
-    config: MlaConfig, entry: MlaEntry, sizes: TuneSizes, target: KernelTarget
-) -> CompileCase:
+def _case(config: MlaConfig, entry: MlaEntry, sizes: TuneSizes, target: KernelTarget) -> CompileCase:
     scaled = bool(entry.scaled)
     return decode_case(
-        config, rows_of(entry), sizes.R, sizes.r, sizes.page_size, sizes.dtype, FP8 if scaled else sizes.dtype,
-        tokens_per_scale=TOKENS_PER_SCALE if scaled else 0, interpreted=target.arch == INTERPRETER,
-    )  # fmt: skip
+        config,
+        rows_of(entry),
+        sizes.R,
+        sizes.r,
+        sizes.page_size,
+        sizes.dtype,
+        FP8 if scaled else sizes.dtype,
+        tokens_per_scale=TOKENS_PER_SCALE if scaled else 0,
+        interpreted=target.arch == INTERPRETER,
+    )
 
 
 class _Call:
@@ -270,9 +266,18 @@ class _Call:
         slots = self.table.shape[1] * self.sizes.page_size
         splits = split_count(B, T, H, slots, target, config.block_h, config.block_n)
         o, lse = decode_parts(
-            config, self.q, self.q_rope, self.cache, self.table, self.visible, self.scale, self.cache_scale,
-            splits=splits, direct=splits == 1, interpreted=target.arch == INTERPRETER,
-        )  # fmt: skip
+            config,
+            self.q,
+            self.q_rope,
+            self.cache,
+            self.table,
+            self.visible,
+            self.scale,
+            self.cache_scale,
+            splits=splits,
+            direct=splits == 1,
+            interpreted=target.arch == INTERPRETER,
+        )
         return (o[..., 0, :], lse[..., 0]) if splits == 1 else merge_splits(o, lse, self.q.dtype)
 
     def reference(self) -> Tensor:
@@ -286,9 +291,7 @@ class _Call:
         return mla_decode_reference(q, q_rope, cache, self.table, self.visible, self.scale)[0]
 
 
-def replacement(
-    trials: list[Trial], sizes: TuneSizes, card: str, date: datetime.date
-) -> list[MlaEntry]:
+def replacement(trials: list[Trial], sizes: TuneSizes, card: str, date: datetime.date) -> list[MlaEntry]:
     """The table with the fastest candidate of each measured class; classes without a time, and other cards', as they were.
 
     An entry that was made for any card stays behind the new one.
@@ -324,10 +327,8 @@ def table_text(entries: Sequence[MlaEntry]) -> str:
         built = f"MlaConfig({names[c.form]}, {c.block_h}, {c.block_n}, {c.num_warps}, {c.num_stages}, {c.parts}, {c.warp_specialize}, {c.packed})"
         arch = "INTERPRETER" if e.arch == INTERPRETER else f'"{e.arch}"'
         evidence = "STATIC" if e.evidence == STATIC else f'"{e.evidence}"'
-        lines.append(
-            f"    MlaEntry({arch}, {e.max_rows}, {e.itemsize}, {built}, {evidence}, {e.scaled}),"
-        )
-    return "\n".join([*lines, ")  # fmt: skip", ""])
+        lines.append(f"    MlaEntry({arch}, {e.max_rows}, {e.itemsize}, {built}, {evidence}, {e.scaled}),")
+    return "\n".join([*lines, ")", ""])
 
 
 def trials_text(trials: list[Trial]) -> str:

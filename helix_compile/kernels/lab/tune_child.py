@@ -32,12 +32,7 @@ def card_trials(target: KernelTarget, sizes: TuneSizes, device: torch.device) ->
 class ChildTrials:
     """Trials(entry, config) of make(*arguments), which is called in the child; close() ends it."""
 
-    def __init__(
-        self,
-        *arguments: Any,
-        make: Callable[..., Trials] = card_trials,
-        timeout_s: float = TIMEOUT_S,
-    ):
+    def __init__(self, *arguments: Any, make: Callable[..., Trials] = card_trials, timeout_s: float = TIMEOUT_S):
         self.arguments, self.make, self.timeout_s = arguments, make, timeout_s
         self._child: tuple[BaseProcess, Connection] | None = None
 
@@ -53,7 +48,7 @@ class ChildTrials:
         except (EOFError, ConnectionResetError):
             process.join()
             self.close()
-            return Trial(entry, config, reason=f"ended its process (exit status {process.exitcode})")  # fmt: skip
+            return Trial(entry, config, reason=f"ended its process (exit status {process.exitcode})")
         if trial.faulted:
             self.close()
         return trial
@@ -70,16 +65,12 @@ class ChildTrials:
     def _started(self) -> tuple[BaseProcess, Connection]:
         context = multiprocessing.get_context("spawn")  # a forked child can't use CUDA
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, self.make, self.arguments), daemon=True)  # fmt: skip
+        process = context.Process(target=_serve, args=(there, self.make, self.arguments), daemon=True)
         process.start()
         there.close()
-        if not here.poll(
-            TIMEOUT_S
-        ):  # it imports torch and Triton first, which is no candidate's time
+        if not here.poll(TIMEOUT_S):  # it imports torch and Triton first, which is no candidate's time
             process.kill()
-            raise LoweringUnavailable(
-                f"kernels: a process for trials did not start in {TIMEOUT_S:g} s"
-            )
+            raise LoweringUnavailable(f"kernels: a process for trials did not start in {TIMEOUT_S:g} s")
         here.recv()
         return process, here
 

@@ -20,13 +20,7 @@ from torch import Tensor
 from helix_compile.kernels.merge import merge_splits, merge_splits_case
 from helix_compile.kernels.mla.launch import FP8, decode_case, decode_parts
 from helix_compile.kernels.mla.probe import specialises_halves
-from helix_compile.kernels.mla.tuning import (
-    MlaConfig,
-    MlaShape,
-    mla_config,
-    pointer_config,
-    split_count,
-)
+from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, mla_config, pointer_config, split_count
 from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
@@ -73,34 +67,32 @@ def _decode(
     splits = num_splits or split_count(B, T, H, max_slots, target, config.block_h, config.block_n)
     direct = num_splits is None and splits == 1
     parts, lse_S = decode_parts(
-        config, q_latent, q_rope, cache, page_table, visible, scale, cache_scale,
-        splits=splits, direct=direct, interpreted=target.arch == INTERPRETER,
-    )  # fmt: skip
+        config,
+        q_latent,
+        q_rope,
+        cache,
+        page_table,
+        visible,
+        scale,
+        cache_scale,
+        splits=splits,
+        direct=direct,
+        interpreted=target.arch == INTERPRETER,
+    )
     if direct:
         return parts.view(B, T, H, R), lse_S.view(B, T, H)
     return (parts, lse_S) if num_splits else merge_splits(parts, lse_S, q_latent.dtype)
 
 
 def mla_decode_triton(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
+    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See mla_decode_reference; float32, bfloat16 or float16, scale > 0."""
     return _decode(q_latent, q_rope, cache, page_table, visible, scale, None)
 
 
 def mla_decode_splits_triton(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
-    num_splits: int,
+    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float, num_splits: int
 ) -> tuple[Tensor, Tensor]:
     """Float32 parts of each split; a split that saw nothing has lse = -inf, and its part is not written."""
     return _decode(q_latent, q_rope, cache, page_table, visible, scale, None, num_splits)
@@ -133,13 +125,7 @@ def _mla_decode_fake(
 
 
 def _mla_decode_splits_fake(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
-    num_splits: int,
+    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float, num_splits: int
 ) -> tuple[Tensor, Tensor]:
     B, T, H, R = q_latent.shape
     lse = q_latent.new_empty((B, T, H, num_splits), dtype=torch.float32)
@@ -159,9 +145,7 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
     if not cache.is_contiguous():
         return f"the cache has strides {cache.stride()}; the kernel takes a contiguous one"
     if not scale > 0:
-        return (
-            f"scale {scale}; the kernel takes the maximum before it scales, so it needs scale > 0"
-        )
+        return f"scale {scale}; the kernel takes the maximum before it scales, so it needs scale > 0"
     return None
 
 
@@ -182,9 +166,13 @@ def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[C
 
     def case(config: MlaConfig, direct: bool, fallback: bool) -> CompileCase:
         return decode_case(
-            config, *sizes, direct=direct, interpreted=target.arch == INTERPRETER,
-            kv_ctas=-(-shape.rows // config.block_h), fallback=fallback,
-        )  # fmt: skip
+            config,
+            *sizes,
+            direct=direct,
+            interpreted=target.arch == INTERPRETER,
+            kv_ctas=-(-shape.rows // config.block_h),
+            fallback=fallback,
+        )
 
     cases = [case(config, direct, False) for direct in directs]
     if config != behind:
@@ -201,10 +189,18 @@ def _scaled_case(site: Site, target: KernelTarget) -> CompileCase:
     shape = dataclasses.replace(_site_shape(site), tma=tma)
     config = _config(shape, target, scaled=True)
     case = decode_case(
-        config, q_latent.shape[2], shape.R, shape.r, shape.page_size, q_latent.dtype, FP8,
-        tokens_per_scale=TABLE_TOKENS_PER_SCALE, interpreted=target.arch == INTERPRETER,
-        kv_ctas=-(-shape.rows // config.block_h), fallback=True,
-    )  # fmt: skip
+        config,
+        q_latent.shape[2],
+        shape.R,
+        shape.r,
+        shape.page_size,
+        q_latent.dtype,
+        FP8,
+        tokens_per_scale=TABLE_TOKENS_PER_SCALE,
+        interpreted=target.arch == INTERPRETER,
+        kv_ctas=-(-shape.rows // config.block_h),
+        fallback=True,
+    )
     return dataclasses.replace(case, kernel="mla_decode.scaled", config=f"FP8 cache, {config}")
 
 
@@ -215,7 +211,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     counts = {
         split_count(B, shape.rows // H, H, site.capacity.max_slots, target, config.block_h, config.block_n)
         for B in range(1, site.capacity.max_batch_size + 1)
-    }  # fmt: skip
+    }
     cases = _form_cases(site, target, sorted({count == 1 for count in counts}))
     return cases + [merge_splits_case(n, shape.R, site.args[0].dtype) for n in sorted(counts - {1})]
 
@@ -228,17 +224,13 @@ def _splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return _form_cases(site, target, [False])
 
 
-_ARGUMENTS = (
-    "Tensor q_latent, Tensor q_rope, Tensor cache, Tensor page_table, Tensor visible, float scale"
-)
+_ARGUMENTS = "Tensor q_latent, Tensor q_rope, Tensor cache, Tensor page_table, Tensor visible, float scale"
 
 
 MLA_DECODE = register_kernel(
     Kernel(
         op="mla_decode",
-        target=define_triton_op(
-            f"mla_decode({_ARGUMENTS}) -> (Tensor, Tensor)", mla_decode_triton, _mla_decode_fake
-        ),
+        target=define_triton_op(f"mla_decode({_ARGUMENTS}) -> (Tensor, Tensor)", mla_decode_triton, _mla_decode_fake),
         supports=_supports,
         cases=_cases,
     )

@@ -21,11 +21,7 @@ from helix_compile.kernels.mla.tuning import POINTER, ROWS, TRANSPOSED, MlaConfi
 from helix_compile.kernels.registry import CompileCase, launch
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
-FUNCTIONS = {
-    ROWS: mla_rows_kernel,
-    TRANSPOSED: mla_transposed_kernel,
-    POINTER: mla_pointer_kernel,
-}
+FUNCTIONS = {ROWS: mla_rows_kernel, TRANSPOSED: mla_transposed_kernel, POINTER: mla_pointer_kernel}
 
 
 FP8 = torch.float8_e4m3fn
@@ -34,12 +30,7 @@ FP8 = torch.float8_e4m3fn
 CACHE_TYPE = {**TRITON_TYPE, FP8: "fp8e4nv"}
 
 
-STRIDES = (
-    "stride_q_token",
-    "stride_q_head",
-    "stride_q_rope_token",
-    "stride_q_rope_head",
-)
+STRIDES = ("stride_q_token", "stride_q_head", "stride_q_rope_token", "stride_q_rope_head")
 
 
 @functools.lru_cache(maxsize=256)
@@ -76,13 +67,25 @@ def decode_case(
     """
     element, cache_element = TRITON_TYPE[dtype], CACHE_TYPE[cache_dtype]
     typed = {
-        "q_ptr": f"*{element}", "q_rope_ptr": f"*{element}", "page_table_ptr": "*i64", "visible_ptr": "*i32",
-        "o_ptr": f"*{element}" if direct else "*fp32", "lse_ptr": "*fp32", **dict.fromkeys(STRIDES, "i32"),
-    }  # fmt: skip
+        "q_ptr": f"*{element}",
+        "q_rope_ptr": f"*{element}",
+        "page_table_ptr": "*i64",
+        "visible_ptr": "*i32",
+        "o_ptr": f"*{element}" if direct else "*fp32",
+        "lse_ptr": "*fp32",
+        **dict.fromkeys(STRIDES, "i32"),
+    }
     constexprs: dict[str, Any] = {
-        "H": H, "R": R, "ROPE": r, "PAGE": page_size, "TOKENS_PER_SCALE": tokens_per_scale, "BLOCK_H": config.block_h,
-        "BLOCK_N": config.block_n, "STORE_DEAD": direct, "WIDE_DOT": interpreted and dtype == torch.bfloat16,
-    }  # fmt: skip
+        "H": H,
+        "R": R,
+        "ROPE": r,
+        "PAGE": page_size,
+        "TOKENS_PER_SCALE": tokens_per_scale,
+        "BLOCK_H": config.block_h,
+        "BLOCK_N": config.block_n,
+        "STORE_DEAD": direct,
+        "WIDE_DOT": interpreted and dtype == torch.bfloat16,
+    }
     if tokens_per_scale:
         typed["cache_scale_ptr"] = "*fp32"
     else:
@@ -91,14 +94,9 @@ def decode_case(
         typed["cache_ptr"] = f"*{cache_element}"
         constexprs |= {"BLOCK_R": _padded(R), "BLOCK_ROPE": _padded(r)}
     else:
-        constexprs |= {
-            "PARTS": config.parts,
-            "WARP_SPECIALIZE": config.warp_specialize,
-            "PACKED": config.packed,
-        }
+        constexprs |= {"PARTS": config.parts, "WARP_SPECIALIZE": config.warp_specialize, "PACKED": config.packed}
     descriptors = {
-        name: f"tensordesc<{cache_element}[{block[0]},{block[1]}]>"
-        for name, block in _tma_blocks(config, R, r).items()
+        name: f"tensordesc<{cache_element}[{block[0]},{block[1]}]>" for name, block in _tma_blocks(config, R, r).items()
     }
     return CompileCase(
         kernel="mla_pointer_decode" if config.form == POINTER else "mla_decode",
@@ -153,16 +151,32 @@ def decode_parts(
     q_latent, q_rope = _one_token_stride(q_latent), _one_token_stride(q_rope)
     page_table, visible = page_table.contiguous(), visible.contiguous()
     case = case or decode_case(
-        config, H, R, r, page_size, q_latent.dtype, cache.dtype,
+        config,
+        H,
+        R,
+        r,
+        page_size,
+        q_latent.dtype,
+        cache.dtype,
         tokens_per_scale=0 if cache_scale is None else page_size // cache_scale.shape[1],
-        direct=direct, interpreted=interpreted,
-    )  # fmt: skip
+        direct=direct,
+        interpreted=interpreted,
+    )
     arguments = {
-        "q_ptr": q_latent, "q_rope_ptr": q_rope, "page_table_ptr": page_table, "visible_ptr": visible,
-        "o_ptr": o, "lse_ptr": lse, "scale_log2": scale * LOG2E, "T": T, "stride_table": page_table.stride(0),
-        "stride_q_token": q_latent.stride(1), "stride_q_head": q_latent.stride(2),
-        "stride_q_rope_token": q_rope.stride(1), "stride_q_rope_head": q_rope.stride(2),
-    }  # fmt: skip
+        "q_ptr": q_latent,
+        "q_rope_ptr": q_rope,
+        "page_table_ptr": page_table,
+        "visible_ptr": visible,
+        "o_ptr": o,
+        "lse_ptr": lse,
+        "scale_log2": scale * LOG2E,
+        "T": T,
+        "stride_table": page_table.stride(0),
+        "stride_q_token": q_latent.stride(1),
+        "stride_q_head": q_latent.stride(2),
+        "stride_q_rope_token": q_rope.stride(1),
+        "stride_q_rope_head": q_rope.stride(2),
+    }
     if cache_scale is not None:
         arguments["cache_scale_ptr"] = cache_scale
     if config.form == POINTER:

@@ -25,13 +25,33 @@ from helix_compile.kernels.mla.tiles import (
 
 @triton.jit(do_not_specialize=["T", "stride_table"])
 def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    q_ptr, q_rope_ptr, cache_ptr, page_table_ptr, visible_ptr, cache_scale_ptr, o_ptr, lse_ptr,
-    scale_log2, T, stride_table,
-    stride_q_token, stride_q_head, stride_q_rope_token, stride_q_rope_head,
-    H: tl.constexpr, R: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, TOKENS_PER_SCALE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-    STORE_DEAD: tl.constexpr, WIDE_DOT: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    q_rope_ptr,
+    cache_ptr,
+    page_table_ptr,
+    visible_ptr,
+    cache_scale_ptr,
+    o_ptr,
+    lse_ptr,
+    scale_log2,
+    T,
+    stride_table,
+    stride_q_token,
+    stride_q_head,
+    stride_q_rope_token,
+    stride_q_rope_head,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    TOKENS_PER_SCALE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    STORE_DEAD: tl.constexpr,
+    WIDE_DOT: tl.constexpr,
+):
     b = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     channels = tl.arange(0, BLOCK_R)
@@ -41,17 +61,10 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     start, end = split_range(kv_len, BLOCK_N)
 
     inside = (rows < T * H)[:, None]
-    q_offsets = (
-        query_offsets(rows, b, T, H, stride_q_token, stride_q_head)[:, None] + channels[None, :]
-    )
+    q_offsets = query_offsets(rows, b, T, H, stride_q_token, stride_q_head)[:, None] + channels[None, :]
     q = tl.load(q_ptr + q_offsets, mask=inside & (channels < R)[None, :], other=0.0)
-    q_offsets = (
-        query_offsets(rows, b, T, H, stride_q_rope_token, stride_q_rope_head)[:, None]
-        + rope_channels[None, :]
-    )
-    q_rope = tl.load(
-        q_rope_ptr + q_offsets, mask=inside & (rope_channels < ROPE)[None, :], other=0.0
-    )
+    q_offsets = query_offsets(rows, b, T, H, stride_q_rope_token, stride_q_rope_head)[:, None] + rope_channels[None, :]
+    q_rope = tl.load(q_rope_ptr + q_offsets, mask=inside & (rope_channels < ROPE)[None, :], other=0.0)
     if WIDE_DOT:  # the interpreter's dot takes no bfloat16
         q = q.to(tl.float32)
         q_rope = q_rope.to(tl.float32)
@@ -62,28 +75,20 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     for first in tl.range(start, end, BLOCK_N):
         slots = first + tl.arange(0, BLOCK_N)
         used = slots < kv_len
-        page = tl.load(
-            page_table_ptr + b.to(tl.int64) * stride_table + slots // PAGE, mask=used, other=0
-        )
+        page = tl.load(page_table_ptr + b.to(tl.int64) * stride_table + slots // PAGE, mask=used, other=0)
         # int64, as the table. Page and slot are multiplied one by one: Triton 3.6 takes page * PAGE + slot for a multiple
         # of what its first slot is one of, reads a row of 26 in pieces of 4, and that is "misaligned address"
         k_ptrs = cache_ptr + (page * (PAGE * (R + ROPE)) + slots % PAGE * (R + ROPE))[:, None]
-        k = tl.load(
-            k_ptrs + channels[None, :], mask=used[:, None] & (channels < R)[None, :], other=0.0
-        )
+        k = tl.load(k_ptrs + channels[None, :], mask=used[:, None] & (channels < R)[None, :], other=0.0)
         k_rope = tl.load(
-            k_ptrs + R + rope_channels[None, :],
-            mask=used[:, None] & (rope_channels < ROPE)[None, :],
-            other=0.0,
+            k_ptrs + R + rope_channels[None, :], mask=used[:, None] & (rope_channels < ROPE)[None, :], other=0.0
         )
         k = k.to(q.dtype)
         raw = tl.dot(q, k.T, input_precision="ieee")
         raw = tl.dot(q_rope, k_rope.to(q.dtype).T, raw, input_precision="ieee")
         if TOKENS_PER_SCALE > 0:
             k_scale = tl.load(
-                cache_scale_ptr
-                + page * (PAGE // TOKENS_PER_SCALE)
-                + slots % PAGE // TOKENS_PER_SCALE,
+                cache_scale_ptr + page * (PAGE // TOKENS_PER_SCALE) + slots % PAGE // TOKENS_PER_SCALE,
                 mask=used,
                 other=0.0,
             )

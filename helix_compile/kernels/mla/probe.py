@@ -35,9 +35,7 @@ def specialises_halves(capability: int) -> bool:
     case = decode_case(PROBE, HEADS, R, ROPE, PAGE, torch.bfloat16, torch.bfloat16)
     try:
         with _without_stderr():
-            triton.compile(
-                case_source(case), target=GPUTarget("cuda", capability, 32), options=case.options
-            )
+            triton.compile(case_source(case), target=GPUTarget("cuda", capability, 32), options=case.options)
     except RuntimeError:  # a compiler pass that fails
         return False
     return True

@@ -86,8 +86,12 @@ def rescale(acc, shrink, AXIS: tl.constexpr, PACKED: tl.constexpr):  # type: ign
     acc, factor = tl.broadcast(acc, factor)
     return tl.inline_asm_elementwise(
         "{ .reg .b64 x, y; mov.b64 x, {$2, $3}; mov.b64 y, {$4, $5}; mul.f32x2 x, x, y; mov.b64 {$0, $1}, x; }",
-        "=r,=r,r,r,r,r", [acc, factor], dtype=tl.float32, is_pure=True, pack=2,
-    )  # fmt: skip
+        "=r,=r,r,r,r,r",
+        [acc, factor],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit

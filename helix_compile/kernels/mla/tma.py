@@ -42,13 +42,35 @@ from helix_compile.kernels.mla.tiles import (
 
 @triton.jit(do_not_specialize=["T", "stride_table"])
 def mla_rows_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    q_ptr, q_rope_ptr, k_desc, k_rope_desc, page_table_ptr, visible_ptr, cache_scale_ptr, o_ptr, lse_ptr,
-    scale_log2, T, stride_table,
-    stride_q_token, stride_q_head, stride_q_rope_token, stride_q_rope_head,
-    H: tl.constexpr, R: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, TOKENS_PER_SCALE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
-    STORE_DEAD: tl.constexpr, WIDE_DOT: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    q_rope_ptr,
+    k_desc,
+    k_rope_desc,
+    page_table_ptr,
+    visible_ptr,
+    cache_scale_ptr,
+    o_ptr,
+    lse_ptr,
+    scale_log2,
+    T,
+    stride_table,
+    stride_q_token,
+    stride_q_head,
+    stride_q_rope_token,
+    stride_q_rope_head,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    TOKENS_PER_SCALE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    STORE_DEAD: tl.constexpr,
+    WIDE_DOT: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
     tl.static_assert(PAGE % BLOCK_N == 0)
     WIDTH: tl.constexpr = R // PARTS
     b = tl.program_id(1)
@@ -114,13 +136,35 @@ def mla_rows_kernel(  # type: ignore[no-untyped-def] # Triton types its argument
 
 @triton.jit(do_not_specialize=["T", "stride_table"])
 def mla_transposed_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    q_ptr, q_rope_ptr, k_desc, k_rope_desc, page_table_ptr, visible_ptr, cache_scale_ptr, o_ptr, lse_ptr,
-    scale_log2, T, stride_table,
-    stride_q_token, stride_q_head, stride_q_rope_token, stride_q_rope_head,
-    H: tl.constexpr, R: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, TOKENS_PER_SCALE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
-    STORE_DEAD: tl.constexpr, WIDE_DOT: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    q_rope_ptr,
+    k_desc,
+    k_rope_desc,
+    page_table_ptr,
+    visible_ptr,
+    cache_scale_ptr,
+    o_ptr,
+    lse_ptr,
+    scale_log2,
+    T,
+    stride_table,
+    stride_q_token,
+    stride_q_head,
+    stride_q_rope_token,
+    stride_q_rope_head,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    TOKENS_PER_SCALE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    STORE_DEAD: tl.constexpr,
+    WIDE_DOT: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
     tl.static_assert(PAGE % BLOCK_N == 0)
     WIDTH: tl.constexpr = R // PARTS
     b = tl.program_id(1)

@@ -16,7 +16,9 @@ from helix_compile.kernels.target import INTERPRETER, KernelTarget
 STATIC = "static table, docs/kernels.md"
 
 
-H200 = "NVIDIA H200, 2026-11-26, Triton 3.6.0: 276.0 us, B 16, 16,384 slots, 512 + 64 channels, bfloat16; docs/kernels.md"
+H200 = (
+    "NVIDIA H200, 2026-11-26, Triton 3.6.0: 276.0 us, B 16, 16,384 slots, 512 + 64 channels, bfloat16; docs/kernels.md"
+)
 
 
 MAX_SPLITS = 64  # the merge holds one part of each split
@@ -123,12 +125,10 @@ MLA_DECODE = (
     MlaEntry("sm_90", None, 2, MlaConfig(POINTER, 64, 32, 8, 2), STATIC),
     MlaEntry("", None, 2, MlaConfig(POINTER, 16, 32, 4, 2), STATIC),
     MlaEntry("", None, 4, MlaConfig(POINTER, 16, 16, 4, 1), STATIC),
-)  # fmt: skip
+)
 
 
-def mla_config(
-    shape: MlaShape, target: KernelTarget, scaled: bool = False, halves: bool = True
-) -> MlaConfig:
+def mla_config(shape: MlaShape, target: KernelTarget, scaled: bool = False, halves: bool = True) -> MlaConfig:
     """The first entry whose class holds the shape and whose form can run it.
 
     `halves`: the compiler can specialise a loop over two halves (compiler_probe.specialises_halves).
@@ -144,9 +144,7 @@ def mla_config(
 def pointer_config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
     """What `mla_config` would choose if there were no TMA."""
     return next(
-        entry.config
-        for entry in MLA_DECODE
-        if entry.config.form == POINTER and _applies(entry, shape, target, scaled)
+        entry.config for entry in MLA_DECODE if entry.config.form == POINTER and _applies(entry, shape, target, scaled)
     )
 
 
@@ -175,23 +173,11 @@ def family(target: KernelTarget) -> str:
 def _tma_form_runs(config: MlaConfig, shape: MlaShape) -> bool:
     """Whether tiles are powers of two that lie in one page and stay within the shared memory they were chosen for."""
     powers = all(16 <= size and size & (size - 1) == 0 for size in (shape.R, shape.r))
-    return (
-        shape.tma
-        and powers
-        and 32 <= shape.R <= 512
-        and shape.r <= 64
-        and shape.page_size % config.block_n == 0
-    )
+    return shape.tma and powers and 32 <= shape.R <= 512 and shape.r <= 64 and shape.page_size % config.block_n == 0
 
 
 def split_count(
-    B: int,
-    T: int,
-    H: int,
-    max_slots: int,
-    target: KernelTarget,
-    block_h: int = 64,
-    block_n: int = 64,
+    B: int, T: int, H: int, max_slots: int, target: KernelTarget, block_h: int = 64, block_n: int = 64
 ) -> int:
     """Splits of a sequence's shard: a power of two that fills the card once, at most one a tile of KV slots.
 

@@ -23,14 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from helix_compile.kernels.moe.tiles import BLOCK_PAIRS, moe_dispatch_kernel, rows_of_tile
-from helix_compile.kernels.registry import (
-    CompileCase,
-    Kernel,
-    Site,
-    launch,
-    register_kernel,
-    specialize,
-)
+from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
@@ -73,11 +66,26 @@ def _load_tile(ptrs, mask, EVEN: tl.constexpr, WIDE_DOT: tl.constexpr):  # type:
 
 @triton.jit
 def _gate_up_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    x_ptr, gate_up_ptr, order_ptr, starts_ptr, h_ptr,
-    stride_x_n, stride_w_e, stride_w_half, stride_w_f, D, F,
-    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, WIDE_DOT: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    gate_up_ptr,
+    order_ptr,
+    starts_ptr,
+    h_ptr,
+    stride_x_n,
+    stride_w_e,
+    stride_w_half,
+    stride_w_f,
+    D,
+    F,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE_DOT: tl.constexpr,
+):
     expert, row0, end = rows_of_tile(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_N)
     if row0 >= end:
         return
@@ -86,7 +94,9 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def] # Triton types its argument
     tokens = tl.load(order_ptr + tl.minimum(rows, end - 1)) // TOP_K
     features = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    gate_ptrs = gate_up_ptr + expert * stride_w_e + tl.minimum(features, F - 1)[:, None].to(tl.int64) * stride_w_f + k[None, :]  # fmt: skip
+    gate_ptrs = (
+        gate_up_ptr + expert * stride_w_e + tl.minimum(features, F - 1)[:, None].to(tl.int64) * stride_w_f + k[None, :]
+    )
     up_ptrs = gate_ptrs + stride_w_half
     x_ptrs = x_ptr + tokens[None, :].to(tl.int64) * stride_x_n + k[:, None]
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -99,16 +109,29 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def] # Triton types its argument
         up = tl.dot(w, x, up, input_precision="ieee")
     h = gate / (1.0 + tl.exp(-gate)) * up
     out = h_ptr + rows[None, :].to(tl.int64) * F + features[:, None]
-    tl.store(out, h.to(h_ptr.dtype.element_ty), mask=(features < F)[:, None] & (rows < end)[None, :])  # fmt: skip
+    tl.store(out, h.to(h_ptr.dtype.element_ty), mask=(features < F)[:, None] & (rows < end)[None, :])
 
 
 @triton.jit
 def _down_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    h_ptr, down_ptr, weights_ptr, order_ptr, starts_ptr, y_ptr,
-    stride_w_e, stride_w_d, D, F,
-    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, WIDE_DOT: tl.constexpr,
-):  # fmt: skip
+    h_ptr,
+    down_ptr,
+    weights_ptr,
+    order_ptr,
+    starts_ptr,
+    y_ptr,
+    stride_w_e,
+    stride_w_d,
+    D,
+    F,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE_DOT: tl.constexpr,
+):
     expert, row0, end = rows_of_tile(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_N)
     if row0 >= end:
         return
@@ -116,7 +139,9 @@ def _down_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     inside = tl.minimum(rows, end - 1)
     channels = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    w_ptrs = down_ptr + expert * stride_w_e + tl.minimum(channels, D - 1)[:, None].to(tl.int64) * stride_w_d + k[None, :]  # fmt: skip
+    w_ptrs = (
+        down_ptr + expert * stride_w_e + tl.minimum(channels, D - 1)[:, None].to(tl.int64) * stride_w_d + k[None, :]
+    )
     h_ptrs = h_ptr + inside[None, :].to(tl.int64) * F + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, F, BLOCK_K):
@@ -131,17 +156,24 @@ def _down_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
 
 @triton.jit
 def _combine_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    y_ptr, ids_ptr, first_ptr, out_ptr, D, TOP_K: tl.constexpr, BLOCK_J: tl.constexpr,
-    EXPERTS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    y_ptr,
+    ids_ptr,
+    first_ptr,
+    out_ptr,
+    D,
+    TOP_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     choice = tl.arange(0, BLOCK_J)
     pair = token * TOP_K + choice
     local = tl.load(ids_ptr + pair, mask=choice < TOP_K, other=-1) - tl.load(first_ptr)
     mine = (local >= 0) & (local < EXPERTS)
-    y = tl.load(y_ptr + pair[:, None] * D + channels[None, :], mask=mine[:, None] & (channels < D)[None, :], other=0.0)  # fmt: skip
-    tl.store(out_ptr + token * D + channels, tl.sum(y, 0).to(out_ptr.dtype.element_ty), mask=channels < D)  # fmt: skip
+    y = tl.load(y_ptr + pair[:, None] * D + channels[None, :], mask=mine[:, None] & (channels < D)[None, :], other=0.0)
+    tl.store(out_ptr + token * D + channels, tl.sum(y, 0).to(out_ptr.dtype.element_ty), mask=channels < D)
 
 
 @dataclass(frozen=True)
@@ -199,40 +231,71 @@ def _launches(
 
     def grouped(block: _Blocks, channels: int) -> dict[str, Any]:
         return {
-            "EXPERTS": e, "BLOCK_E": triton.next_power_of_2(e), "BLOCK_M": block.M, "BLOCK_N": block_n,
-            "BLOCK_K": block.K, "EVEN": channels % block.K == 0, "WIDE_DOT": target.arch == INTERPRETER,
-        }  # fmt: skip
+            "EXPERTS": e,
+            "BLOCK_E": triton.next_power_of_2(e),
+            "BLOCK_M": block.M,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block.K,
+            "EVEN": channels % block.K == 0,
+            "WIDE_DOT": target.arch == INTERPRETER,
+        }
 
     sorting = {"order_ptr": order, "starts_ptr": starts}
     return out, [
         _launch_of(
-            "dispatch", moe_dispatch_kernel, (e + 1,),
+            "dispatch",
+            moe_dispatch_kernel,
+            (e + 1,),
             {"ids_ptr": expert_ids, "first_ptr": first_expert, **sorting, "pairs": pairs},
-            {"EXPERTS": e, "BLOCK_PAIRS": BLOCK_PAIRS}, SMALL,
+            {"EXPERTS": e, "BLOCK_PAIRS": BLOCK_PAIRS},
+            SMALL,
         ),
         _launch_of(
-            "gate_up", _gate_up_kernel, (triton.cdiv(F, blocks["gate_up"].M), tiles),
+            "gate_up",
+            _gate_up_kernel,
+            (triton.cdiv(F, blocks["gate_up"].M), tiles),
             {
-                "x_ptr": x, "gate_up_ptr": gate_up, **sorting, "h_ptr": h, "stride_x_n": x.stride(0),
-                "stride_w_e": gate_up.stride(0), "stride_w_half": gate_up.stride(1),
-                "stride_w_f": gate_up.stride(2), "D": D, "F": F,
+                "x_ptr": x,
+                "gate_up_ptr": gate_up,
+                **sorting,
+                "h_ptr": h,
+                "stride_x_n": x.stride(0),
+                "stride_w_e": gate_up.stride(0),
+                "stride_w_half": gate_up.stride(1),
+                "stride_w_f": gate_up.stride(2),
+                "D": D,
+                "F": F,
             },
-            {"TOP_K": k, **grouped(blocks["gate_up"], D)}, blocks["gate_up"],
+            {"TOP_K": k, **grouped(blocks["gate_up"], D)},
+            blocks["gate_up"],
         ),
         _launch_of(
-            "down", _down_kernel, (triton.cdiv(D, blocks["down"].M), tiles),
+            "down",
+            _down_kernel,
+            (triton.cdiv(D, blocks["down"].M), tiles),
             {
-                "h_ptr": h, "down_ptr": down, "weights_ptr": weights, **sorting, "y_ptr": y,
-                "stride_w_e": down.stride(0), "stride_w_d": down.stride(1), "D": D, "F": F,
+                "h_ptr": h,
+                "down_ptr": down,
+                "weights_ptr": weights,
+                **sorting,
+                "y_ptr": y,
+                "stride_w_e": down.stride(0),
+                "stride_w_d": down.stride(1),
+                "D": D,
+                "F": F,
             },
-            grouped(blocks["down"], F), blocks["down"],
+            grouped(blocks["down"], F),
+            blocks["down"],
         ),
         _launch_of(
-            "combine", _combine_kernel, (N, triton.cdiv(D, BLOCK_D)),
+            "combine",
+            _combine_kernel,
+            (N, triton.cdiv(D, BLOCK_D)),
             {"y_ptr": y, "ids_ptr": expert_ids, "first_ptr": first_expert, "out_ptr": out, "D": D},
-            {"TOP_K": k, "BLOCK_J": triton.next_power_of_2(k), "EXPERTS": e, "BLOCK_D": BLOCK_D}, SMALL,
+            {"TOP_K": k, "BLOCK_J": triton.next_power_of_2(k), "EXPERTS": e, "BLOCK_D": BLOCK_D},
+            SMALL,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _blocks(target: KernelTarget, dtype: torch.dtype) -> dict[str, _Blocks]:
@@ -244,12 +307,7 @@ def _blocks(target: KernelTarget, dtype: torch.dtype) -> dict[str, _Blocks]:
 
 
 def moe_experts_triton(
-    x: Tensor,
-    expert_ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    first_expert: Tensor,
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first_expert: Tensor
 ) -> Tensor:
     """See moe_experts_reference; float32, bfloat16 or float16, the weights in x's dtype.
 
@@ -258,26 +316,25 @@ def moe_experts_triton(
     """
     for name, tensor in (("gate_up", gate_up), ("down", down)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} has stride {tensor.stride(-1)} along its last axis; it must be 1"
-            )
+            raise ValueError(f"{name} has stride {tensor.stride(-1)} along its last axis; it must be 1")
     if expert_ids.numel() == 0:
         return x.new_zeros(x.shape)
     out, launches = _launches(
-        device_target(x.device), x.contiguous(), expert_ids.contiguous(), weights.contiguous(), gate_up, down, first_expert,
-    )  # fmt: skip
+        device_target(x.device),
+        x.contiguous(),
+        expert_ids.contiguous(),
+        weights.contiguous(),
+        gate_up,
+        down,
+        first_expert,
+    )
     for step in launches:
         launch(step.case, step.grid, step.arguments)
     return out
 
 
 def _moe_experts_fake(
-    x: Tensor,
-    expert_ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    first_expert: Tensor,
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first_expert: Tensor
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -291,9 +348,7 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
             " takes one 16- or 32-bit float for x and experts, and such routing weights"
         )
     if expert_ids.dtype != torch.int64 or first_expert.dtype != torch.int64:
-        return (
-            f"expert numbers in {expert_ids.dtype} and {first_expert.dtype}; the kernel takes int64"
-        )
+        return f"expert numbers in {expert_ids.dtype} and {first_expert.dtype}; the kernel takes int64"
     return None
 
 
@@ -303,10 +358,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     selected = site.capacity.max_batch_size
     cases: list[CompileCase] = []
     for N in (selected, max(selected, FEW_TOKENS + 1)):
-        rows = [
-            torch.empty((N, int(t.shape[1])), dtype=t.dtype, device="meta")
-            for t in (x, expert_ids, weights)
-        ]
+        rows = [torch.empty((N, int(t.shape[1])), dtype=t.dtype, device="meta") for t in (x, expert_ids, weights)]
         _, launches = _launches(target, *rows, *(_as_meta(t) for t in held))
         known = [(c.kernel, c.constexprs) for c in cases]
         for step in launches:

@@ -69,11 +69,21 @@ def _value_of(keys):  # type: ignore[no-untyped-def] # Triton types its argument
 
 @triton.jit
 def _moe_router_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    logits_ptr, bias_ptr, ids_ptr, weights_ptr,
-    stride_logits_n, scale,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
-    NORMALIZE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    bias_ptr,
+    ids_ptr,
+    weights_ptr,
+    stride_logits_n,
+    scale,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     groups, members = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S)
     experts = groups[:, None] * SIZE + members[None, :]
@@ -114,9 +124,7 @@ def _moe_router_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     tl.store(weights_ptr + out, weights * scale, mask=lanes < TOP_K)
 
 
-def _case(
-    experts: int, n_group: int, topk_group: int, top_k: int, normalize: bool, bias: torch.dtype
-) -> CompileCase:
+def _case(experts: int, n_group: int, topk_group: int, top_k: int, normalize: bool, bias: torch.dtype) -> CompileCase:
     size = experts // n_group
     tile = {"BLOCK_G": triton.next_power_of_2(n_group), "BLOCK_S": triton.next_power_of_2(size)}
     scores = tile["BLOCK_G"] * tile["BLOCK_S"]
@@ -124,55 +132,54 @@ def _case(
         kernel="moe_router",
         function=_moe_router_kernel,
         signature={
-            "logits_ptr": "*fp32", "bias_ptr": f"*{TRITON_TYPE[bias]}", "ids_ptr": "*i64", "weights_ptr": "*fp32",
-            "stride_logits_n": "i32", "scale": "fp32",
+            "logits_ptr": "*fp32",
+            "bias_ptr": f"*{TRITON_TYPE[bias]}",
+            "ids_ptr": "*i64",
+            "weights_ptr": "*fp32",
+            "stride_logits_n": "i32",
+            "scale": "fp32",
         },
         constexprs={
-            "GROUPS": n_group, "SIZE": size, "TOP_GROUPS": topk_group, "TOP_K": top_k, "NORMALIZE": normalize, **tile,
+            "GROUPS": n_group,
+            "SIZE": size,
+            "TOP_GROUPS": topk_group,
+            "TOP_K": top_k,
+            "NORMALIZE": normalize,
+            **tile,
             "BLOCK_K": triton.next_power_of_2(top_k),
         },
         options={"num_warps": min(4, triton.cdiv(scores, WARP_SCORES)), "num_stages": 1},
         divisible_by_16=("logits_ptr", "bias_ptr", "ids_ptr", "weights_ptr")
         + (("stride_logits_n",) if experts % 16 == 0 else ()),
         config=f"{experts} experts, {topk_group} of {n_group} groups, top {top_k}",
-    )  # fmt: skip
+    )
 
 
 def moe_router_triton(
-    logits: Tensor,
-    bias: Tensor,
-    n_group: int,
-    topk_group: int,
-    top_k: int,
-    normalize: bool,
-    scale: float,
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See moe_router_reference; float32 logits, bias in float32, bfloat16 or float16."""
     N, E = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    expert_ids, weights = _moe_router_fake(
-        logits, bias, n_group, topk_group, top_k, normalize, scale
-    )
+    expert_ids, weights = _moe_router_fake(logits, bias, n_group, topk_group, top_k, normalize, scale)
     launch(
         _case(E, n_group, topk_group, top_k, normalize, bias.dtype),
         (N,),
         {
-            "logits_ptr": logits, "bias_ptr": bias.contiguous(), "ids_ptr": expert_ids, "weights_ptr": weights,
-            "stride_logits_n": logits.stride(0), "scale": float(scale),
+            "logits_ptr": logits,
+            "bias_ptr": bias.contiguous(),
+            "ids_ptr": expert_ids,
+            "weights_ptr": weights,
+            "stride_logits_n": logits.stride(0),
+            "scale": float(scale),
         },
-    )  # fmt: skip
+    )
     return expert_ids, weights
 
 
 def _moe_router_fake(
-    logits: Tensor,
-    bias: Tensor,
-    n_group: int,
-    topk_group: int,
-    top_k: int,
-    normalize: bool,
-    scale: float,
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     chosen = (logits.shape[0], top_k)
     return logits.new_empty(chosen, dtype=torch.int64), logits.new_empty(chosen)
@@ -182,7 +189,9 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
     logits, bias, n_group, topk_group, top_k = site.args[:5]
     E = int(logits.shape[1])
     if logits.dtype != torch.float32 or bias.dtype not in TRITON_TYPE:
-        return f"logits of {logits.dtype} with bias of {bias.dtype}; the kernel takes float32 logits and no float64 bias"
+        return (
+            f"logits of {logits.dtype} with bias of {bias.dtype}; the kernel takes float32 logits and no float64 bias"
+        )
     if E > MAX_EXPERTS:
         return f"{E} experts; the kernel keeps a token's scores in registers, up to {MAX_EXPERTS}"
     if E % n_group or not 1 <= topk_group <= n_group or not 1 <= top_k <= E:

@@ -17,8 +17,8 @@ BLOCK_PAIRS = 1024
 
 @triton.jit(do_not_specialize=["pairs"])  # one variant for every batch size
 def moe_dispatch_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    ids_ptr, first_ptr, order_ptr, starts_ptr, pairs, EXPERTS: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
-):  # fmt: skip
+    ids_ptr, first_ptr, order_ptr, starts_ptr, pairs, EXPERTS: tl.constexpr, BLOCK_PAIRS: tl.constexpr
+):
     expert = tl.program_id(0)  # the last program is no expert: it writes where the last one ends
     first = tl.load(first_ptr)
     lanes = tl.arange(0, BLOCK_PAIRS)
@@ -39,7 +39,7 @@ def moe_dispatch_kernel(  # type: ignore[no-untyped-def] # Triton types its argu
 
 
 @triton.jit
-def rows_of_tile(starts_ptr, tile, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def] # fmt: skip
+def rows_of_tile(starts_ptr, tile, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """(expert, first row, end of the expert's rows); first row >= end for a tile beyond the last."""
     experts = tl.arange(0, BLOCK_E)
     start = tl.load(starts_ptr + experts, mask=experts < EXPERTS, other=0)

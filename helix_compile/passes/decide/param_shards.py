@@ -14,36 +14,25 @@ from helix_compile.ir.leaves import leaf_bytes
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.match.reject import is_quantised
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Cut, ParamShard
-from helix_compile.plan.matches import (
-    AttentionMatch,
-    DenseFFNMatch,
-    GqaMatch,
-    LayerMatch,
-    MoEMatch,
-    Site,
-    UpWeight,
-)
+from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, GqaMatch, LayerMatch, MoEMatch, Site, UpWeight
 
 
 def attention_shards(match: Site, plan: AttentionPlan, layout: HelixLayout) -> Iterable[ParamShard]:
     """Q rows by query heads, what makes K and V by theirs; o_proj by the columns of the heads a rank owns."""
     H, V, D = match.num_heads, match.v_head_dim, match.hidden_size
     q_axis = "world" if plan.q_proj == "gather" else "tpa"
-    yield from _head_rows(
-        match.q_weight, match.q_bias, H, match.q_head_dim, match.q_input_size, q_axis, layout
-    )
+    yield from _head_rows(match.q_weight, match.q_bias, H, match.q_head_dim, match.q_input_size, q_axis, layout)
     if isinstance(match, GqaMatch):
         K, cache = match.kv_heads, match.cache
-        yield from _head_rows(match.k_weight, match.k_bias, K, cache.first, match.k_input_size, "tpa", layout)  # fmt: skip
-        yield from _head_rows(match.v_weight, match.v_bias, K, cache.second, match.v_input_size, "tpa", layout)  # fmt: skip
+        yield from _head_rows(match.k_weight, match.k_bias, K, cache.first, match.k_input_size, "tpa", layout)
+        yield from _head_rows(match.v_weight, match.v_bias, K, cache.second, match.v_input_size, "tpa", layout)
     else:
         yield from _latent_shards(match, plan, q_axis, layout)
     owned = plan.owned_heads
     yield from _gate_shards(match, owned)
     yield ParamShard(
-        match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), (D, owned * V),
-        "world:S(1)",
-    )  # fmt: skip
+        match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), (D, owned * V), "world:S(1)"
+    )
 
 
 def _head_rows(
@@ -54,9 +43,14 @@ def _head_rows(
     for name, tail in ((weight, (inputs,)), (bias, ())):
         if name:
             yield ParamShard(
-                name, name, (H * width, *tail), (H, width, *tail), (Cut(0, axis, H),), (heads * width, *tail),
+                name,
+                name,
+                (H * width, *tail),
+                (H, width, *tail),
+                (Cut(0, axis, H),),
+                (heads * width, *tail),
                 f"{axis}:S(0)",
-            )  # fmt: skip
+            )
 
 
 def _latent_shards(
@@ -70,9 +64,16 @@ def _latent_shards(
         dim = weight.order.index("h")
         view, window, index = _up_view(weight)
         yield ParamShard(
-            f"{weight.param}.{suffix}", weight.param, weight.shape, view, (Cut(dim, axis, H),),
-            tuple(sizes[letter] for letter in weight.order), f"{axis}:S({dim})", window, index,
-        )  # fmt: skip
+            f"{weight.param}.{suffix}",
+            weight.param,
+            weight.shape,
+            view,
+            (Cut(dim, axis, H),),
+            tuple(sizes[letter] for letter in weight.order),
+            f"{axis}:S({dim})",
+            window,
+            index,
+        )
 
 
 def _gate_shards(match: Site, owned: int) -> Iterable[ParamShard]:
@@ -83,14 +84,17 @@ def _gate_shards(match: Site, owned: int) -> Iterable[ParamShard]:
     for name, tail in ((gate.weight, (gate.input_size,)), (gate.bias, ())):
         if name:
             yield ParamShard(
-                name, name, (H * gate.width, *tail), (H, gate.width, *tail), (Cut(0, "world", H),),
-                (owned * gate.width, *tail), "world:S(0)",
-            )  # fmt: skip
+                name,
+                name,
+                (H * gate.width, *tail),
+                (H, gate.width, *tail),
+                (Cut(0, "world", H),),
+                (owned * gate.width, *tail),
+                "world:S(0)",
+            )
 
 
-def _up_view(
-    weight: UpWeight,
-) -> tuple[tuple[int, ...], tuple[int, int, int] | None, tuple[int, ...] | None]:
+def _up_view(weight: UpWeight) -> tuple[tuple[int, ...], tuple[int, int, int] | None, tuple[int, ...] | None]:
     """(view, window, index) that pick a weight out of its parameter; a view where rows of a head are in a row."""
     if weight.order != "hdr":
         return *weight.view(), None
@@ -107,9 +111,7 @@ def dense_shards(match: DenseFFNMatch, layout: HelixLayout) -> Iterable[ParamSha
     F, D_in, D = match.width, match.input_size, match.hidden_size
     f = -(-F // layout.world_size)
     for name in (match.gate_weight, match.up_weight):
-        yield ParamShard(
-            name, name, (F, D_in), (F, D_in), (Cut(0, "world", F),), (f, D_in), "world:S(0)"
-        )
+        yield ParamShard(name, name, (F, D_in), (F, D_in), (Cut(0, "world", F),), (f, D_in), "world:S(0)")
     for bias in (match.gate_bias, match.up_bias):
         if bias:
             yield ParamShard(bias, bias, (F,), (F,), (Cut(0, "world", F),), (f,), "world:S(0)")
@@ -122,13 +124,23 @@ def moe_shards(match: MoEMatch, layout: HelixLayout) -> Iterable[ParamShard]:
     E, F, D = match.num_experts, match.width, match.hidden_size
     e, f = E // layout.ep, -(-F // layout.tpf)
     yield ParamShard(
-        match.gate_up, match.gate_up, (E, 2 * F, D), (E, 2, F, D),
-        (Cut(0, "ep", E), Cut(2, "tpf", F)), (e, 2, f, D), "ep:S(0), tpf:S(2)",
-    )  # fmt: skip
+        match.gate_up,
+        match.gate_up,
+        (E, 2 * F, D),
+        (E, 2, F, D),
+        (Cut(0, "ep", E), Cut(2, "tpf", F)),
+        (e, 2, f, D),
+        "ep:S(0), tpf:S(2)",
+    )
     yield ParamShard(
-        match.down, match.down, (E, D, F), (E, D, F), (Cut(0, "ep", E), Cut(2, "tpf", F)),
-        (e, D, f), "ep:S(0), tpf:S(2)",
-    )  # fmt: skip
+        match.down,
+        match.down,
+        (E, D, F),
+        (E, D, F),
+        (Cut(0, "ep", E), Cut(2, "tpf", F)),
+        (e, D, f),
+        "ep:S(0), tpf:S(2)",
+    )
 
 
 def params_bytes_per_rank(captured: CapturedGraph, bodies: tuple[BodyPlan, ...]) -> int:

@@ -24,14 +24,7 @@ from helix_compile.passes.decide.param_shards import (
     params_bytes_per_rank,
     replicated_roles,
 )
-from helix_compile.plan.helix_plan import (
-    AttentionPlan,
-    BodyPlan,
-    Collective,
-    Decision,
-    FFNPlan,
-    HelixPlan,
-)
+from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan
 from helix_compile.plan.matches import AttentionMatch, GqaMatch, LayerMatch, MoEMatch, Site
 
 HBM_BYTES_PER_S = 8.0e12  # B200-class, the preset behind the default of v_up
@@ -40,9 +33,7 @@ HBM_BYTES_PER_S = 8.0e12  # B200-class, the preset behind the default of v_up
 LINK_BYTES_PER_S = 900e9
 
 
-def plan_helix(
-    captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions
-) -> HelixPlan:
+def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions) -> HelixPlan:
     """Decide everything.
 
     Raises:
@@ -57,9 +48,11 @@ def plan_helix(
     v_up_decision = _v_up(attentions, captured.dtype, options)
     v_up = str(v_up_decision.result)
     q_decision = Decision(
-        "q_proj", "as asked; replicate reads more weights, gather adds one all-gather a layer",
-        (("option", options.q_proj),), options.q_proj,
-    )  # fmt: skip
+        "q_proj",
+        "as asked; replicate reads more weights, gather adds one all-gather a layer",
+        (("option", options.q_proj),),
+        options.q_proj,
+    )
     bodies = tuple(_plan_body(captured, match, layout, options, v_up) for match in matches.values())
     cached_width = sum(
         math.prod(a.cache.tail(layout.tpa)) * len(captured.layers_of(name))
@@ -94,16 +87,12 @@ def _layout(options: HelixOptions, moes: list[MoEMatch]) -> tuple[HelixLayout, D
                 f"({moe.num_experts} % {ep} = {moe.num_experts % ep}); "
                 f"use an ep that divides both {moe.num_experts} and {world_size}"
             )
-    rule = (
-        "as asked" if options.ep else "largest e with N % e == 0 and E % e == 0; 1 without experts"
-    )
+    rule = "as asked" if options.ep else "largest e with N % e == 0 and E % e == 0; 1 without experts"
     decision = Decision("ep", rule, (("N", world_size), ("E", experts), ("option", options.ep)), ep)
     return HelixLayout(kvp=options.cp, tpa=options.tpa, ep=ep, tpf=world_size // ep), decision
 
 
-def _check_divisible(
-    captured: CapturedGraph, matches: dict[str, LayerMatch], layout: HelixLayout
-) -> None:
+def _check_divisible(captured: CapturedGraph, matches: dict[str, LayerMatch], layout: HelixLayout) -> None:
     N = layout.world_size
     for name, match in matches.items():
         for a in match.attentions:
@@ -124,9 +113,7 @@ def _check_divisible(
                 )
 
 
-def _check_cut_heads(
-    captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions
-) -> None:
+def _check_cut_heads(captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions) -> None:
     """Q, K and V are cut by heads over tpa, q also where it is gathered: then they must be such that they can be."""
     for name, match in matches.items():
         for uncut in (u for a in match.attentions for u in a.uncut):
@@ -162,14 +149,16 @@ def _v_up(sites: list[Site], dtype: torch.dtype, options: HelixOptions) -> Decis
         return Decision("v_up", "V is cached as it is: there is no W_UV", (), "none")
     even = break_even_tokens(match, dtype)
     inputs = (
-        ("R", match.kv_lora_rank), ("V", match.v_head_dim), ("tokens", options.max_batch_size),
-        ("B*", None if math.isinf(even) else round(even, 3)), ("HBM_TB_s", HBM_BYTES_PER_S / 1e12),
-        ("link_GB_s", LINK_BYTES_PER_S / 1e9), ("option", options.v_up),
-    )  # fmt: skip
+        ("R", match.kv_lora_rank),
+        ("V", match.v_head_dim),
+        ("tokens", options.max_batch_size),
+        ("B*", None if math.isinf(even) else round(even, 3)),
+        ("HBM_TB_s", HBM_BYTES_PER_S / 1e12),
+        ("link_GB_s", LINK_BYTES_PER_S / 1e9),
+        ("option", options.v_up),
+    )
     if options.cp == 1:
-        return Decision(
-            "v_up", "cp = 1: nothing is exchanged, so there is no before", inputs, "after"
-        )
+        return Decision("v_up", "cp = 1: nothing is exchanged, so there is no before", inputs, "after")
     if options.v_up != "auto":
         return Decision("v_up", "as asked", inputs, options.v_up)
     rule = '"after" if V >= R or max_batch_size <= B*, else "before"'
@@ -177,35 +166,18 @@ def _v_up(sites: list[Site], dtype: torch.dtype, options: HelixOptions) -> Decis
 
 
 def _plan_body(
-    captured: CapturedGraph,
-    match: LayerMatch,
-    layout: HelixLayout,
-    options: HelixOptions,
-    v_up: str,
+    captured: CapturedGraph, match: LayerMatch, layout: HelixLayout, options: HelixOptions, v_up: str
 ) -> BodyPlan:
-    attentions = tuple(
-        _plan_attention(i, a, layout, options, v_up) for i, a in enumerate(match.attentions)
-    )
-    ffns = [
-        *_plan_dense(match, layout),
-        *(_plan_moe(i, m, layout) for i, m in enumerate(match.moes)),
-    ]
+    attentions = tuple(_plan_attention(i, a, layout, options, v_up) for i, a in enumerate(match.attentions))
+    ffns = [*_plan_dense(match, layout), *(_plan_moe(i, m, layout) for i, m in enumerate(match.moes))]
     shards = [
-        *(
-            s
-            for a, p in zip(match.attentions, attentions, strict=True)
-            for s in attention_shards(a, p, layout)
-        ),
+        *(s for a, p in zip(match.attentions, attentions, strict=True) for s in attention_shards(a, p, layout)),
         *(s for f in match.dense_ffns for s in dense_shards(f, layout)),
         *(s for m in match.moes for s in moe_shards(m, layout)),
     ]
     dtype = captured.dtype
     collectives = [
-        *(
-            c
-            for a, p in zip(match.attentions, attentions, strict=True)
-            for c in _exchange(a, p, layout, dtype)
-        ),
+        *(c for a, p in zip(match.attentions, attentions, strict=True) for c in _exchange(a, p, layout, dtype)),
         *(_all_reduce("FFN output", D, layout, dtype) for D in _ffn_outputs(match)),
     ]
     return BodyPlan(
@@ -218,9 +190,7 @@ def _plan_body(
     )
 
 
-def _plan_attention(
-    site: int, match: Site, layout: HelixLayout, options: HelixOptions, v_up: str
-) -> AttentionPlan:
+def _plan_attention(site: int, match: Site, layout: HelixLayout, options: HelixOptions, v_up: str) -> AttentionPlan:
     owned = match.num_heads // layout.world_size
     return AttentionPlan(
         site=site,
@@ -244,9 +214,7 @@ def _plan_dense(match: LayerMatch, layout: HelixLayout) -> Iterable[FFNPlan]:
     for site, ffn in enumerate(match.dense_ffns):
         shard = -(-ffn.width // N)
         padding = tuple(shard - _part(ffn.width, shard, r) for r in range(N))
-        yield FFNPlan(
-            "shared" if ffn.down in shared else "dense", site, ("world",), ffn.width, shard, padding
-        )
+        yield FFNPlan("shared" if ffn.down in shared else "dense", site, ("world",), ffn.width, shard, padding)
 
 
 def _plan_moe(site: int, match: MoEMatch, layout: HelixLayout) -> FFNPlan:
@@ -261,9 +229,7 @@ def _part(total: int, width: int, index: int) -> int:
     return max(0, min(total, (index + 1) * width) - index * width)
 
 
-def _exchange(
-    match: Site, plan: AttentionPlan, layout: HelixLayout, dtype: torch.dtype
-) -> Iterable[Collective]:
+def _exchange(match: Site, plan: AttentionPlan, layout: HelixLayout, dtype: torch.dtype) -> Iterable[Collective]:
     cp, H = layout.kvp, plan.computed_heads
     if isinstance(match, GqaMatch):
         asked, query_width, width = "q", match.q_head_dim, match.v_head_dim
@@ -287,9 +253,7 @@ def _exchange(
 def _all_reduce(what: str, hidden: int, layout: HelixLayout, dtype: torch.dtype) -> Collective:
     """As a ring, own chunk excluded: 2 (N - 1) / N of the vector."""
     N = layout.world_size
-    return Collective(
-        "all_reduce", "world", what, Fraction(2 * (N - 1) * hidden * dtype.itemsize, N)
-    )
+    return Collective("all_reduce", "world", what, Fraction(2 * (N - 1) * hidden * dtype.itemsize, N))
 
 
 def _ffn_outputs(match: LayerMatch) -> list[int]:
@@ -304,11 +268,7 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = list(captured.notes)
     if layout.tpa > 1 and not all(a.cache.heads for a in attentions):
-        notes.append(
-            f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)"
-        )
+        notes.append(f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)")
     if captured.max_positions and options.max_seq_len > captured.max_positions:
-        notes.append(
-            f"max_seq_len={options.max_seq_len} is beyond the model's own maximum of {captured.max_positions}"
-        )
+        notes.append(f"max_seq_len={options.max_seq_len} is beyond the model's own maximum of {captured.max_positions}")
     return tuple(notes)

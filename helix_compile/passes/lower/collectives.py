@@ -46,19 +46,13 @@ def no_moves_left(gm: fx.GraphModule) -> None:
     """A lowered graph holds collectives only."""
     left = calls(gm.graph, *MOVES)
     if left:
-        raise LoweringError(
-            f"{len(left)} moves not lowered: " + ", ".join(f"`{n.name}` ({n.target})" for n in left)
-        )
+        raise LoweringError(f"{len(left)} moves not lowered: " + ", ".join(f"`{n.name}` ({n.target})" for n in left))
 
 
-def _all_to_all_heads(
-    graph: fx.Graph, partial_o: fx.Node, lse: fx.Node, axis: str, peers: int
-) -> fx.Node:
+def _all_to_all_heads(graph: fx.Graph, partial_o: fx.Node, lse: fx.Node, axis: str, peers: int) -> fx.Node:
     buffer = named(graph, "packed", helix.pack_heads.default, partial_o, lse, peers)
     splits = [1] * peers
-    buffer = named(
-        graph, "all_to_all_single", c10d.all_to_all_single.default, buffer, splits, splits, axis
-    )
+    buffer = named(graph, "all_to_all_single", c10d.all_to_all_single.default, buffer, splits, splits, axis)
     buffer = named(graph, "wait_tensor", c10d.wait_tensor.default, buffer)
     return named(graph, "unpacked", helix.unpack_heads.default, buffer, partial_o, lse)
 
@@ -88,9 +82,7 @@ def _moved_axis(before: Layout, after: Layout) -> str:
 
 def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
     whole = graph.call_function(aten.contiguous.default, (x,))
-    whole = named(
-        graph, "all_gather_into_tensor", c10d.all_gather_into_tensor.default, whole, size, axis
-    )
+    whole = named(graph, "all_gather_into_tensor", c10d.all_gather_into_tensor.default, whole, size, axis)
     whole = named(graph, "wait_tensor", c10d.wait_tensor.default, whole)
     if dim == 0:
         return whole
@@ -103,8 +95,6 @@ def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.N
 def _reduce_scatter(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
     first = graph.call_function(aten.movedim.int, (x, dim, 0))
     first = graph.call_function(aten.contiguous.default, (first,))
-    part = named(
-        graph, "reduce_scatter_tensor", c10d.reduce_scatter_tensor.default, first, "sum", size, axis
-    )
+    part = named(graph, "reduce_scatter_tensor", c10d.reduce_scatter_tensor.default, first, "sum", size, axis)
     part = named(graph, "wait_tensor", c10d.wait_tensor.default, part)
     return graph.call_function(aten.movedim.int, (part, 0, dim))

@@ -16,15 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.dataflow import (
-    ancestors,
-    blank,
-    close,
-    constants,
-    evaluate,
-    shape_of_value,
-    single_inputs,
-)
+from helix_compile.ir.dataflow import ancestors, blank, close, constants, evaluate, shape_of_value, single_inputs
 from helix_compile.ir.graph import aten, is_call, is_param, placeholders
 from helix_compile.ir.sizes import shape_of
 from helix_compile.kernels.reference import moe_router_reference
@@ -108,10 +100,7 @@ def _is_rope(result: fx.Node, match: RopeMatch) -> bool:
     x = _random(match.source)
     # both halves of a table are alike in every rope: cos(theta_j) stands at j and at j + r/2
     half = [_random(t)[..., : shape_of(t)[-1] // 2] for t in (match.cos, match.sin)]
-    cos, sin = (
-        torch.cat([half[0], half[0]], -1),
-        torch.cat([half[1].flip(-1), half[1].flip(-1)], -1),
-    )
+    cos, sin = (torch.cat([half[0], half[0]], -1), torch.cat([half[1].flip(-1), half[1].flip(-1)], -1))
     got = evaluate(result, {match.source: x, match.cos: cos, match.sin: sin}, blank)
     heads = x.reshape(x.shape[0], -1, *x.shape[-2:])
     expected = rope_reference(heads, cos[:, None], sin[:, None], match.interleaved)
@@ -172,13 +161,7 @@ def _is_router(expert_ids: fx.Node, weights: fx.Node, match: RouterMatch) -> boo
         got_ids = evaluate(expert_ids, known, blank)
         got_weights = evaluate(weights, known, blank)
         ids, expected = moe_router_reference(
-            logits,
-            bias,
-            match.num_groups,
-            match.top_groups,
-            match.top_k,
-            match.normalize,
-            match.scale,
+            logits, bias, match.num_groups, match.top_groups, match.top_k, match.normalize, match.scale
         )
         # the original leaves the order of the chosen open
         order, own = got_ids.sort(-1), ids.sort(-1)

@@ -61,9 +61,7 @@ def forward_slices(graph: fx.Graph) -> None:
             first += width
 
 
-def _retarget(
-    node: fx.Node, op: str, args: tuple[Any, ...], target: KernelTarget, capacity: Capacity
-) -> str | None:
+def _retarget(node: fx.Node, op: str, args: tuple[Any, ...], target: KernelTarget, capacity: Capacity) -> str | None:
     """Make `node` a call of the fused kernel `op`; where the target can't run it, leave it and say why."""
     kernel = kernel_of(op)
     if kernel is None:
@@ -84,9 +82,7 @@ def _note(node: fx.Node, what: str, reason: str) -> None:
     node.meta[KERNEL] = [provider, f"{said}; {what} not fused: {reason}"]
 
 
-def _fuse_norm_rope(
-    graph: fx.Graph, node: fx.Node, target: KernelTarget, capacity: Capacity
-) -> None:
+def _fuse_norm_rope(graph: fx.Graph, node: fx.Node, target: KernelTarget, capacity: Capacity) -> None:
     cache, table, slots, visible, latent, k_rope = node.args
     norm, rope = find_norm(graph, latent), find_rope(graph, k_rope)
     if isinstance(norm, str) or isinstance(rope, str):
@@ -94,10 +90,7 @@ def _fuse_norm_rope(
         return
     with made_from(graph, node), graph.inserting_before(node):
         sources = [_tokens(graph, x) for x in (norm.source, rope.source)]
-    fused = (
-        cache, table, slots, visible, *sources,
-        norm.weight, norm.eps, rope.cos, rope.sin, rope.interleaved,
-    )  # fmt: skip
+    fused = (cache, table, slots, visible, *sources, norm.weight, norm.eps, rope.cos, rope.sin, rope.interleaved)
     reason = _retarget(node, "cache_append.norm_rope", fused, target, capacity)
     if reason:
         _note(node, "norm and RoPE", reason)
@@ -110,9 +103,7 @@ def _tokens(graph: fx.Graph, source: fx.Node) -> fx.Node:
     return source
 
 
-def _fuse_rope_heads(
-    graph: fx.Graph, node: fx.Node, target: KernelTarget, capacity: Capacity
-) -> None:
+def _fuse_rope_heads(graph: fx.Graph, node: fx.Node, target: KernelTarget, capacity: Capacity) -> None:
     rope = find_rope(graph, node.args[0])
     if isinstance(rope, str) or len(shape_of(rope.source)) != 4:
         return
@@ -129,9 +120,17 @@ def _fuse_router(graph: fx.Graph, node: fx.Node, target: KernelTarget, capacity:
     first = min((ids, weights), key=list(graph.nodes).index)
     with made_from(graph, ids, weights), graph.inserting_before(first):
         routed = named(
-            graph, "router", helix.moe_router.default, router.logits, router.bias, router.num_groups,
-            router.top_groups, router.top_k, router.normalize, router.scale,
-        )  # fmt: skip
+            graph,
+            "router",
+            helix.moe_router.default,
+            router.logits,
+            router.bias,
+            router.num_groups,
+            router.top_groups,
+            router.top_k,
+            router.normalize,
+            router.scale,
+        )
         parts = getitems(graph, routed, "expert_ids", "expert_weights")
     propagate_shapes(graph)
     if not choose(routed, target, capacity):
@@ -143,9 +142,7 @@ def _fuse_router(graph: fx.Graph, node: fx.Node, target: KernelTarget, capacity:
         old.replace_all_uses_with(part)
 
 
-def _fuse_split_merge(
-    graph: fx.Graph, pack: fx.Node, target: KernelTarget, capacity: Capacity
-) -> None:
+def _fuse_split_merge(graph: fx.Graph, pack: fx.Node, target: KernelTarget, capacity: Capacity) -> None:
     """Only where the exchange ships what attention leaves; a W_UV before it needs the merged heads."""
     partial_o, lse, peers = pack.args
     attention = partial_o.args[0] if is_call(partial_o, operator.getitem) else None

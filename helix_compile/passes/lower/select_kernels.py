@@ -30,11 +30,7 @@ def select_kernels(graph: fx.Graph, target: KernelTarget, capacity: Capacity) ->
 
 def is_compute_op(node: fx.Node) -> bool:
     """A helix:: op that computes."""
-    return (
-        node.op == "call_function"
-        and str(node.target).startswith("helix.")
-        and node.target not in (*MOVES, *VIEWS)
-    )
+    return node.op == "call_function" and str(node.target).startswith("helix.") and node.target not in (*MOVES, *VIEWS)
 
 
 def choose(node: fx.Node, target: KernelTarget, capacity: Capacity) -> bool:
@@ -56,8 +52,4 @@ def site_of(node: fx.Node, capacity: Capacity) -> Site:
 def is_kernel(node: Any, op: str) -> bool:
     """True for a call of the helix_triton:: op of this name ("mla_decode", "pack_heads.splits")."""
     name = op if "." in op else f"{op}.default"
-    return (
-        isinstance(node, fx.Node)
-        and is_call(node, node.target)
-        and str(node.target) == f"{PROVIDER}.{name}"
-    )
+    return isinstance(node, fx.Node) and is_call(node, node.target) and str(node.target) == f"{PROVIDER}.{name}"

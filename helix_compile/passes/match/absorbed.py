@@ -18,13 +18,7 @@ from helix_compile.ir.elements import Provenance, is_cache_update, is_layout_op,
 from helix_compile.ir.graph import is_call
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.anchor import Operand, SpelledAnchor
-from helix_compile.passes.match.contractions import (
-    PRODUCTS,
-    Product,
-    WeightView,
-    up_weight,
-    weight_product,
-)
+from helix_compile.passes.match.contractions import PRODUCTS, Product, WeightView, up_weight, weight_product
 from helix_compile.passes.match.reject import Reject
 from helix_compile.plan.matches import UpWeight
 
@@ -76,31 +70,19 @@ def _cached(operand: Operand, what: str, node: fx.Node) -> fx.Node:
     used = source.used()
     if len(used) != 1 or not is_cache_update(used[0]) or source.undefined():
         names = ", ".join(f"`{s.name}` ({s.target})" for s in used)
-        raise Reject(
-            f"{what} of absorbed attention is not what the layer caches, but {names}", node, 4
-        )
+        raise Reject(f"{what} of absorbed attention is not what the layer caches, but {names}", node, 4)
     update = used[0]
     if shape_of(update)[1] != 1:
-        raise Reject(
-            f"{what}: the cached `{update.name}` has {shape_of(update)[1]} heads, not one", node, 4
-        )
+        raise Reject(f"{what}: the cached `{update.name}` has {shape_of(update)[1]} heads, not one", node, 4)
     B, _, S, width = shape_of(update)
     form = operand.form
-    ids = source.ids.permute(
-        [form.index(c) for c in "BSC"] + [i for i, c in enumerate(form) if c not in "BSC"]
-    )
+    ids = source.ids.permute([form.index(c) for c in "BSC"] + [i for i, c in enumerate(form) if c not in "BSC"])
     expected = (source.sources[update] + torch.arange(B * S * width)).view(B, S, width)
     if ids.shape[:3] != expected.shape:
-        raise Reject(
-            f"{what} has {tuple(ids.shape[:3])} elements of a cache of {(B, S, width)} (a window?)",
-            node,
-            4,
-        )
+        raise Reject(f"{what} has {tuple(ids.shape[:3])} elements of a cache of {(B, S, width)} (a window?)", node, 4)
     wrong = ids != expected.view(B, S, width, *[1] * (ids.dim() - 3))
     if bool(wrong.any()):
-        raise Reject(
-            f"{what}: an element comes from another position or channel of `{update.name}`", node, 4
-        )
+        raise Reject(f"{what}: an element comes from another position or channel of `{update.name}`", node, 4)
     return update
 
 
@@ -123,11 +105,7 @@ def _absorption(q_latent: Operand, R: int) -> tuple[fx.Node, Operand, UpWeight]:
     found = weight_product(used[0]) if len(used) == 1 else None
     if found is None:
         names = ", ".join(f"`{s.name}` ({s.target})" for s in used)
-        raise Reject(
-            f"q meets the latent as {names}, not as a product of q and a view of a parameter",
-            asked,
-            4,
-        )
+        raise Reject(f"q meets the latent as {names}, not as a product of q and a view of a parameter", asked, 4)
     product, q, view = found
     order = _permutation(source, product.node)
     if order is None:
@@ -152,14 +130,10 @@ def _expansion(node: fx.Node, form: str, R: int) -> tuple[fx.Node, str, UpWeight
             raise Reject(f"`{value.target}` stands between absorbed attention and W_UV", value, 4)
     found = weight_product(value)
     if found is None:
-        raise Reject(
-            "W_UV is computed, not a view of a parameter (heads in another order?)", value, 4
-        )
+        raise Reject("W_UV is computed, not a view of a parameter (heads in another order?)", value, 4)
     product, x, view = found
     order = _permutation(trace_elements(x, stop=lambda n: n is node), node)
-    roles = dict(
-        zip(product.letters_of(x), (form[i] for i in order or ()), strict=order is not None)
-    )
+    roles = dict(zip(product.letters_of(x), (form[i] for i in order or ()), strict=order is not None))
     if roles.get(product.summed) != "C":
         raise Reject("W_UV is not applied to the latent channels of absorbed attention", value, 4)
     roles |= {c: "V" for c in product.out if c not in roles}
@@ -170,27 +144,15 @@ def _expansion(node: fx.Node, form: str, R: int) -> tuple[fx.Node, str, UpWeight
 
 
 def _head_weight(
-    product: Product,
-    x: fx.Node,
-    view: WeightView,
-    roles: dict[str, str],
-    dims: str,
-    R: int,
-    what: str,
+    product: Product, x: fx.Node, view: WeightView, roles: dict[str, str], dims: str, R: int, what: str
 ) -> UpWeight:
     """The weight of a product with `x`, whose dims must be `dims`: heads, channels of a head, latent channels."""
     letters = product.letters_of(product.b if x is product.a else product.a)
     held = "".join(roles.get(c, "1") for c in letters)
     if sorted(held) != sorted(dims):
-        raise Reject(
-            f"{what} is not applied head by head: its dims are [{', '.join(held)}]", product.node, 4
-        )
+        raise Reject(f"{what} is not applied head by head: its dims are [{', '.join(held)}]", product.node, 4)
     (heads, rows, _), (by_head, by_row, step) = (
         [values[held.index(d)] for d in dims] for values in (view.place.shape, view.place.stride())
     )
-    first = (
-        int(view.place.storage_offset())
-        + torch.arange(heads)[:, None] * by_head
-        + torch.arange(rows) * by_row
-    )
+    first = int(view.place.storage_offset()) + torch.arange(heads)[:, None] * by_head + torch.arange(rows) * by_row
     return up_weight(view, first, step, R, what, product.node)

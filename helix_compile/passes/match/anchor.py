@@ -53,9 +53,7 @@ def anchor_of(node: fx.Node) -> Anchor:
     return _fused_anchor(node) if is_call(node, SDPA) else _eager_anchor(node)
 
 
-_BEHIND_SOFTMAX = (
-    aten._to_copy.default, aten.clone.default, aten.expand.default, aten.view.default, aten.slice.Tensor,
-)  # fmt: skip
+_BEHIND_SOFTMAX = (aten._to_copy.default, aten.clone.default, aten.expand.default, aten.view.default, aten.slice.Tensor)
 
 
 def softmax_of(node: fx.Node) -> fx.Node | None:
@@ -85,9 +83,7 @@ def _eager_anchor(node: fx.Node) -> Anchor:
         raise Reject(f"the softmax runs over dim {softmax.args[1]}, not over the keys", softmax, 1)
     step: Any = softmax.args[0]
     while not is_call(step, aten.matmul.default):
-        if is_call(step, aten.mul.Tensor, aten.div.Tensor) and isinstance(
-            step.args[1], (int, float)
-        ):
+        if is_call(step, aten.mul.Tensor, aten.div.Tensor) and isinstance(step.args[1], (int, float)):
             factor = float(step.args[1])
             scale = scale * factor if step.target is aten.mul.Tensor else scale / factor
         elif is_call(step, aten.add.Tensor) and mask is None and isinstance(step.args[1], fx.Node):
@@ -131,12 +127,7 @@ _SAME_ELEMENTS = (
 )
 
 
-_BEHIND_EINSUM_SOFTMAX = (
-    *_SAME_ELEMENTS,
-    aten.expand.default,
-    aten.view.default,
-    aten.slice.Tensor,
-)
+_BEHIND_EINSUM_SOFTMAX = (*_SAME_ELEMENTS, aten.expand.default, aten.view.default, aten.slice.Tensor)
 
 
 @dataclass(frozen=True)
@@ -214,13 +205,11 @@ def spelled_anchor(node: fx.Node) -> SpelledAnchor:
     if len(scales) != 1 or len(forms) != 1:
         raise Reject(
             f"the products that make the scores have scales {sorted(scales)} and dims {sorted(forms)}", softmax, 1
-        )  # fmt: skip
+        )
     (form,), (scale,) = forms, scales
     dim = softmax.args[1] % 4
     if form[dim] != "S":
-        raise Reject(
-            f"the softmax runs over dim {dim} of [{', '.join(form)}], not over the keys", softmax, 1
-        )
+        raise Reject(f"the softmax runs over dim {dim} of [{', '.join(form)}], not over the keys", softmax, 1)
     if len(chain.masks) > 1:
         raise Reject(f"{len(chain.masks)} values are added to the scores (a bias?)", softmax, 1)
     v, out_form = axes.values(last, form)
@@ -249,11 +238,7 @@ def _walk(step: Any, factor: float, chain: _Chain) -> None:
         chain.products.append((product, factor))
     elif is_call(step, aten.mul.Tensor, aten.div.Tensor) and isinstance(step.args[1], (int, float)):
         number = float(step.args[1])
-        _walk(
-            step.args[0],
-            factor * number if step.target is aten.mul.Tensor else factor / number,
-            chain,
-        )
+        _walk(step.args[0], factor * number if step.target is aten.mul.Tensor else factor / number, chain)
     elif is_call(step, aten.add.Tensor) and isinstance(step.args[1], fx.Node) and not step.kwargs:
         _walk(step.args[0], factor, chain)
         if _reaches_product(step.args[1]):
@@ -309,7 +294,12 @@ class _Axes:
         if "T" in forms[1]:
             sides, forms = sides[::-1], forms[::-1]
         out = _form(product.out, roles)
-        if sorted(out) != sorted("BHTS") or sorted(forms[0]) != sorted("BHTC") or set(forms[1]) - set("BHSC1") or not set("BSC") <= set(forms[1]):  # fmt: skip
+        if (
+            sorted(out) != sorted("BHTS")
+            or sorted(forms[0]) != sorted("BHTC")
+            or set(forms[1]) - set("BHSC1")
+            or not set("BSC") <= set(forms[1])
+        ):
             raise Reject(
                 f"the scores are no product of q [B, H, T, C] and K [B, (H,) S, C], but of [{', '.join(forms[0])}] and "
                 f"[{', '.join(forms[1])}]",
@@ -326,9 +316,7 @@ class _Axes:
         roles |= {c: "C" for c in product.out if c not in roles}
         v, out = _form(product.b_letters, roles), _form(product.out, roles)
         if sorted(out) != sorted("BHTC") or set(v) - set("BHSC1") or not set("BSC") <= set(v):
-            raise Reject(
-                f"the softmax [{', '.join(form)}] meets V as [{', '.join(v)}]", product.node, 1
-            )
+            raise Reject(f"the softmax [{', '.join(form)}] meets V as [{', '.join(v)}]", product.node, 1)
         return Operand(product.b, v), out
 
 

@@ -23,12 +23,7 @@ from helix_compile.passes.match.anchor import (
 )
 from helix_compile.passes.match.contractions import PRODUCTS
 from helix_compile.passes.match.gqa import match_gqa_site
-from helix_compile.passes.match.mla import (
-    in_order,
-    match_absorbed_site,
-    match_mla_site,
-    match_split_site,
-)
+from helix_compile.passes.match.mla import in_order, match_absorbed_site, match_mla_site, match_split_site
 from helix_compile.passes.match.reject import Reject
 from helix_compile.plan.matches import MatchFailure, Site
 
@@ -61,9 +56,19 @@ def _spelled_site(node: fx.Node) -> Site:
         return match_absorbed_site(spelled)
     ((q, k),) = spelled.pairs
     anchor = Anchor(
-        spelled.node, q.node, k.node, spelled.v.node, spelled.mask, spelled.scale, False, q.form, k.form, spelled.v.form,
-        spelled.out_form.replace("C", "V"), spelled.form,
-    )  # fmt: skip
+        spelled.node,
+        q.node,
+        k.node,
+        spelled.v.node,
+        spelled.mask,
+        spelled.scale,
+        False,
+        q.form,
+        k.form,
+        spelled.v.form,
+        spelled.out_form.replace("C", "V"),
+        spelled.form,
+    )
     return _match_site(anchor)
 
 
@@ -88,8 +93,4 @@ def _match_site(anchor: Anchor) -> Site:
 
 def _check_mask(anchor: Anchor | SpelledAnchor) -> None:
     if anchor.mask is None:
-        raise Reject(
-            "attention without a mask: a decode step over a cache needs the causal one",
-            anchor.node,
-            1,
-        )
+        raise Reject("attention without a mask: a decode step over a cache needs the causal one", anchor.node, 1)

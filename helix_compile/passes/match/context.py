@@ -60,28 +60,21 @@ def _made_from_mask(captured: CapturedGraph, body: str) -> dict[fx.Node, str]:
                 continue
             for node in ancestors([argument], until=[]):
                 if node.op == "placeholder" and (
-                    node.meta["input"] == ["input", "attention_mask"]
-                    or node.meta["input"][0] == "past"
+                    node.meta["input"] == ["input", "attention_mask"] or node.meta["input"][0] == "past"
                 ):
                     found[placeholder] = "the attention mask, or how much is cached"
     return found
 
 
 def _error(
-    captured: CapturedGraph,
-    body: str,
-    what: str,
-    source: fx.Node,
-    reader_of: dict[fx.Node, fx.Node],
+    captured: CapturedGraph, body: str, what: str, source: fx.Node, reader_of: dict[fx.Node, fx.Node]
 ) -> MatchError:
     """Names the first reader on the way that does more than move elements or count them."""
     way = [source]
     while way[-1] in reader_of:
         way.append(reader_of[way[-1]])
     between = [n for n in way[1:] if n.op == "call_function"]
-    reader = next(
-        (n for n in between if not _moves_or_counts(n)), between[0] if between else source
-    )
+    reader = next((n for n in between if not _moves_or_counts(n)), between[0] if between else source)
     if any(is_call(n, aten.sym_size.int) for n in between):
         what = "how much is cached"
     layers = captured.layers_of(body)

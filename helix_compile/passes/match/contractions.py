@@ -22,9 +22,7 @@ from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.reject import Reject
 from helix_compile.plan.matches import UpWeight
 
-PRODUCTS = (
-    aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.einsum.default,
-)  # fmt: skip
+PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.einsum.default)
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,7 @@ def product_of(node: Any) -> Product | None:
             return None
         else:
             batch = "abcdefgh"[: max(dims) - 2]
-            a, b = (
-                batch[len(batch) + 2 - d :] + e for d, e in zip(dims, ("yz", "zx"), strict=True)
-            )
+            a, b = (batch[len(batch) + 2 - d :] + e for d, e in zip(dims, ("yz", "zx"), strict=True))
             out = f"{batch}yx"
     if len(set(a)) != len(a) or len(set(b)) != len(b) or set(out) - set(a + b):
         return None
@@ -82,10 +78,7 @@ def product_of(node: Any) -> Product | None:
 def _without_broadcast(x: fx.Node, y: fx.Node, a: str, b: str) -> tuple[str, str]:
     """A dim of size 1 that is repeated for the other operand gets a letter of its own."""
     spare = iter("ABCDEFGH")
-    sizes_a, sizes_b = (
-        dict(zip(a, shape_of(x), strict=True)),
-        dict(zip(b, shape_of(y), strict=True)),
-    )
+    sizes_a, sizes_b = (dict(zip(a, shape_of(x), strict=True)), dict(zip(b, shape_of(y), strict=True)))
     for letter in set(a) & set(b):
         if sizes_a[letter] == 1 != sizes_b[letter]:
             a = a.replace(letter, next(spare))
@@ -138,9 +131,7 @@ def weight_product(node: Any) -> tuple[Product, fx.Node, WeightView] | None:
     return None
 
 
-def numbers(
-    view: WeightView, letters: str, at: Mapping[str, Tensor], summed: str
-) -> tuple[Tensor, int]:
+def numbers(view: WeightView, letters: str, at: Mapping[str, Tensor], summed: str) -> tuple[Tensor, int]:
     """(number in the parameter of the element at these coordinates with `summed` at 0, step from one `summed` to the next)."""
     first: Any = view.place.storage_offset()
     for letter, stride in zip(letters, view.place.stride(), strict=True):
@@ -149,9 +140,7 @@ def numbers(
     return first, view.place.stride()[letters.index(summed)]
 
 
-def up_weight(
-    view: WeightView, first: Tensor, step: int, R: int, what: str, node: fx.Node
-) -> UpWeight:
+def up_weight(view: WeightView, first: Tensor, step: int, R: int, what: str, node: fx.Node) -> UpWeight:
     """W_UK or W_UV whose element (h, d, r) is number first[h, d] + r * step.
 
     Raises:

@@ -20,12 +20,7 @@ from helix_compile.ir.sizes import shape_of
 from helix_compile.plan.matches import DenseFFNMatch, MatchFailure, MoEMatch
 
 # f(0) * 0 = 0 for each, so rows of padding in a shard add nothing
-ACTIVATIONS = (
-    aten.silu.default,
-    aten.gelu.default,
-    aten.relu.default,
-    aten.tanh.default,
-)
+ACTIVATIONS = (aten.silu.default, aten.gelu.default, aten.relu.default, aten.tanh.default)
 
 
 def find_dense_ffns(graph: fx.Graph) -> list[DenseFFNMatch]:
@@ -47,12 +42,20 @@ def _match(product: fx.Node) -> DenseFFNMatch | None:
     if gate.args[0] is not up.args[0] or down.args[0] is not product:
         return None
     return DenseFFNMatch(
-        gate=gate.name, up=up.name, product=product.name, down=down.name,
-        gate_weight=_name(gate, 1), gate_bias=_bias(gate), up_weight=_name(up, 1), up_bias=_bias(up),
-        down_weight=_name(down, 1), down_bias=_bias(down),
-        width=shape_of(gate)[-1], input_size=shape_of(gate.args[0])[-1],
+        gate=gate.name,
+        up=up.name,
+        product=product.name,
+        down=down.name,
+        gate_weight=_name(gate, 1),
+        gate_bias=_bias(gate),
+        up_weight=_name(up, 1),
+        up_bias=_bias(up),
+        down_weight=_name(down, 1),
+        down_bias=_bias(down),
+        width=shape_of(gate)[-1],
+        input_size=shape_of(gate.args[0])[-1],
         hidden_size=shape_of(down)[-1],
-    )  # fmt: skip
+    )
 
 
 def _name(linear: Any, place: int) -> str:
@@ -95,19 +98,12 @@ def find_moes(graph: fx.Graph) -> list[MoEMatch | MatchFailure]:
 def _halves(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(activation, split) if `product` is act(split[0]) * split[1] of the gate_up product."""
     for act, up in (product.args, product.args[::-1]):
-        if (
-            isinstance(act, fx.Node)
-            and is_call(up, operator.getitem)
-            and len(act.all_input_nodes) == 1
-        ):
+        if isinstance(act, fx.Node) and is_call(up, operator.getitem) and len(act.all_input_nodes) == 1:
             gate = act.args[0]
             if is_call(gate, operator.getitem) and gate.args[0] is up.args[0]:
                 split = gate.args[0]
                 made = _strip(split.args[0], aten.squeeze.dim)
-                if (is_call(made, aten.bmm.default) or _is_grouped(made)) and (
-                    gate.args[1],
-                    up.args[1],
-                ) == (0, 1):
+                if (is_call(made, aten.bmm.default) or _is_grouped(made)) and (gate.args[1], up.args[1]) == (0, 1):
                     return act, split
     return None
 
@@ -124,30 +120,32 @@ def _require(condition: bool, reason: str) -> None:
 
 
 def _match_moe(product: fx.Node, act: fx.Node, split: fx.Node) -> MoEMatch:
-    _require(
-        is_call(act, aten.silu.default), f"experts with activation `{act.target}`; expected silu"
-    )
+    _require(is_call(act, aten.silu.default), f"experts with activation `{act.target}`; expected silu")
     first = _strip(split.args[0], aten.squeeze.dim)
     match = _batched if is_call(first, aten.bmm.default) else _grouped
     gate_up, down, x, ids, weighted, weights, form = match(first, product)
     output, top_k = _sum_over_choices(weighted)
     x, ids, weights = (_strip(n, *_RESHAPES) if n is not x else n for n in (x, ids, weights))
     E, twice_F, D = shape_of(gate_up)
-    _require(
-        shape_of(down) == (E, D, twice_F // 2),
-        f"down is {shape_of(down)}, gate_up {shape_of(gate_up)}",
-    )
-    _require(
-        shape_of(ids)[-1:] == (top_k,), f"expert ids {shape_of(ids)} do not hold {top_k} choices"
-    )
+    _require(shape_of(down) == (E, D, twice_F // 2), f"down is {shape_of(down)}, gate_up {shape_of(gate_up)}")
+    _require(shape_of(ids)[-1:] == (top_k,), f"expert ids {shape_of(ids)} do not hold {top_k} choices")
     _require(shape_of(x)[-1] == D, f"tokens {shape_of(x)} are not {D} wide")
     seam, shared = _seam(output)
     return MoEMatch(
-        x=x.name, expert_ids=ids.name, weights=weights.name, output=output.name,
-        gate_up=gate_up.meta["input"][1], down=down.meta["input"][1], form=form,
-        num_experts=E, top_k=top_k, width=twice_F // 2, hidden_size=D,
-        seam=seam.name, shared=shared.name if shared else None,
-    )  # fmt: skip
+        x=x.name,
+        expert_ids=ids.name,
+        weights=weights.name,
+        output=output.name,
+        gate_up=gate_up.meta["input"][1],
+        down=down.meta["input"][1],
+        form=form,
+        num_experts=E,
+        top_k=top_k,
+        width=twice_F // 2,
+        hidden_size=D,
+        seam=seam.name,
+        shared=shared.name if shared else None,
+    )
 
 
 def _batched(first: fx.Node, product: fx.Node) -> tuple:
@@ -164,10 +162,7 @@ def _batched(first: fx.Node, product: fx.Node) -> tuple:
 
 def _chosen(node: Any) -> tuple[fx.Node, fx.Node]:
     """(parameter, ids) of index(parameter, [ids])."""
-    _require(
-        is_call(node, aten.index.Tensor) and is_param(node.args[0]),
-        "weights are not parameter[ids]",
-    )
+    _require(is_call(node, aten.index.Tensor) and is_param(node.args[0]), "weights are not parameter[ids]")
     return node.args[0], node.args[1][0]
 
 
@@ -177,26 +172,18 @@ def _grouped(first: fx.Node, product: fx.Node) -> tuple:
     gathered = tokens.args[1][0]
     _require(is_call(gathered, aten.floor_divide.default), "rows are not order // k")
     order = gathered.args[0]
-    _require(
-        is_call(order, operator.getitem) and is_call(order.args[0], aten.sort.default),
-        "no sort of ids",
-    )
+    _require(is_call(order, operator.getitem) and is_call(order.args[0], aten.sort.default), "no sort of ids")
     sort = order.args[0]
     counts = _strip(offsets, aten.cumsum.default)
     _require(is_call(counts, aten.histc.default), "offsets are not a running count of ids")
     counted = _strip(counts.args[0], aten._to_copy.default)
     _require(counted.args == (sort, 0), "the counted ids are not the sorted ones")
     second = next(iter(product.users))
-    _require(
-        len(product.users) == 1 and _is_grouped(second), f"`{product.name}` feeds no grouped matmul"
-    )
+    _require(len(product.users) == 1 and _is_grouped(second), f"`{product.name}` feeds no grouped matmul")
     _require(second.args[2] is offsets, "gate_up and down use different offsets")
     weighted = _only_user(second, aten.mul.Tensor)
     chosen = _strip(weighted.args[1], aten.unsqueeze.default)
-    _require(
-        is_call(chosen, aten.index.Tensor) and chosen.args[1][0] is order,
-        "weights are not w[order]",
-    )
+    _require(is_call(chosen, aten.index.Tensor) and chosen.args[1][0] is order, "weights are not w[order]")
     unsorted = _only_user(weighted, aten.index.Tensor)
     inverse = unsorted.args[1][0]
     _require(
@@ -211,10 +198,7 @@ def _grouped(first: fx.Node, product: fx.Node) -> tuple:
 
 def _transposed(node: Any) -> fx.Node:
     ok = is_call(node, aten.transpose.int) and is_param(node.args[0])
-    _require(
-        ok and sorted(d % 3 for d in node.args[1:]) == [1, 2],
-        "expert weights are not transposed parameters",
-    )
+    _require(ok and sorted(d % 3 for d in node.args[1:]) == [1, 2], "expert weights are not transposed parameters")
     return node.args[0]
 
 
@@ -229,9 +213,7 @@ def _sum_over_choices(weighted: fx.Node) -> tuple[fx.Node, int]:
     """The sum over a token's k choices, with the cast that follows it where there is one."""
     grid = _only_user(weighted, *_RESHAPES)
     total = _only_user(grid, aten.sum.dim_IntList)
-    _require(
-        list(total.args[1]) == [1], f"choices are summed over dims {total.args[1]}, expected [1]"
-    )
+    _require(list(total.args[1]) == [1], f"choices are summed over dims {total.args[1]}, expected [1]")
     users = list(total.users)
     casted = len(users) == 1 and is_call(users[0], aten._to_copy.default)
     return (users[0] if casted else total), shape_of(grid)[1]

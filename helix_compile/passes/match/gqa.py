@@ -37,9 +37,7 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
     kv_heads = shape_of(v_update)[1]
     if shape_of(k_update)[1] != kv_heads or H % kv_heads:
         raise Reject(
-            f"{H} query heads, {shape_of(k_update)[1]} heads of K and {kv_heads} of V are cached: no groups",
-            node,
-            3,
+            f"{H} query heads, {shape_of(k_update)[1]} heads of K and {kv_heads} of V are cached: no groups", node, 3
         )
     for what, source, update in (("K", k, k_update), ("V", v, v_update)):
         _check_repeated(what, source, update, H, anchor.shared_heads, node)
@@ -61,21 +59,43 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
     ]
     q_proj, k_proj, v_proj = linears
     return GqaMatch(
-        anchor=node.name, q=anchor.q.name, q_proj=q_proj.name, k_proj=k_proj.name, v_proj=v_proj.name,
-        o_proj=o_proj.name, k=new_k.name, v=new_v.name, past_k=past_k.name, past_v=past_v.name, mask=mask.name,
-        q_weight=param_of(q_proj, 1), q_bias=bias_of(q_proj), k_weight=param_of(k_proj, 1), k_bias=bias_of(k_proj),
-        v_weight=param_of(v_proj, 1), v_bias=bias_of(v_proj), o_weight=param_of(o_proj, 1), o_bias=bias_of(o_proj),
-        scale=anchor.scale, num_heads=H, kv_heads=kv_heads, q_head_dim=shape_of(anchor.q)[3],
-        v_head_dim=shape_of(v_update)[3], hidden_size=shape_of(o_proj)[-1],
-        q_input_size=shape_of(q_proj.args[0])[-1], k_input_size=shape_of(k_proj.args[0])[-1],
-        v_input_size=shape_of(v_proj.args[0])[-1], head_views=cuts[0][0], k_views=cuts[1][0], v_views=cuts[2][0],
-        gate=gate, uncut=tuple(u for _, uncut in cuts for u in uncut),
-    )  # fmt: skip
+        anchor=node.name,
+        q=anchor.q.name,
+        q_proj=q_proj.name,
+        k_proj=k_proj.name,
+        v_proj=v_proj.name,
+        o_proj=o_proj.name,
+        k=new_k.name,
+        v=new_v.name,
+        past_k=past_k.name,
+        past_v=past_v.name,
+        mask=mask.name,
+        q_weight=param_of(q_proj, 1),
+        q_bias=bias_of(q_proj),
+        k_weight=param_of(k_proj, 1),
+        k_bias=bias_of(k_proj),
+        v_weight=param_of(v_proj, 1),
+        v_bias=bias_of(v_proj),
+        o_weight=param_of(o_proj, 1),
+        o_bias=bias_of(o_proj),
+        scale=anchor.scale,
+        num_heads=H,
+        kv_heads=kv_heads,
+        q_head_dim=shape_of(anchor.q)[3],
+        v_head_dim=shape_of(v_update)[3],
+        hidden_size=shape_of(o_proj)[-1],
+        q_input_size=shape_of(q_proj.args[0])[-1],
+        k_input_size=shape_of(k_proj.args[0])[-1],
+        v_input_size=shape_of(v_proj.args[0])[-1],
+        head_views=cuts[0][0],
+        k_views=cuts[1][0],
+        v_views=cuts[2][0],
+        gate=gate,
+        uncut=tuple(u for _, uncut in cuts for u in uncut),
+    )
 
 
-def _check_repeated(
-    what: str, source: Provenance, update: fx.Node, H: int, shared: bool, node: fx.Node
-) -> None:
+def _check_repeated(what: str, source: Provenance, update: fx.Node, H: int, shared: bool, node: fx.Node) -> None:
     """Query head j must read all channels of KV head j // G of its own sequence, at every position in place."""
     kv_heads = shape_of(update)[1]
     ids = source.ids.repeat_interleave(H // source.ids.shape[1], dim=1) if shared else source.ids
@@ -99,11 +119,7 @@ def _check_repeated(
         first = int((read != torch.arange(H) // group).nonzero()[0])
         raise Reject(
             f"{what}: query head {first} reads KV head {int(read[first])}, expected {first // group}"
-            + (
-                " (the heads are tiled as a whole; repeat each one, as repeat_interleave does)"
-                if tiled
-                else ""
-            ),
+            + (" (the heads are tiled as a whole; repeat each one, as repeat_interleave does)" if tiled else ""),
             node,
             4,
         )

@@ -25,12 +25,7 @@ from helix_compile.plan.matches import Uncut
 
 
 def cut_or_whole(
-    value: fx.Node,
-    linear: fx.Node,
-    by_head: Callable[[Tensor], Tensor],
-    heads_dim: int,
-    width: int,
-    what: str,
+    value: fx.Node, linear: fx.Node, by_head: Callable[[Tensor], Tensor], heads_dim: int, width: int, what: str
 ) -> tuple[tuple[str, ...], tuple[Uncut, ...]]:
     """(views that write the head count, why heads can't be cut) of q, K or V, which may also stay whole where tpa is 1.
 
@@ -137,7 +132,5 @@ def _check_layouts(value: fx.Node, linear: fx.Node, heads_dim: int, what: str) -
     got = layouts[copies[value]] if value in copies else heads
     if got != {"tpa": Shard(heads_dim)}:
         raise Reject(
-            f"{what} can't be cut by heads: its layout is {format_layout(got)}, expected dim {heads_dim} cut",
-            value,
-            6,
+            f"{what} can't be cut by heads: its layout is {format_layout(got)}, expected dim {heads_dim} cut", value, 6
         )

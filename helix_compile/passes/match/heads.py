@@ -60,16 +60,12 @@ def output_projection(anchor: fx.Node, form: str = "BHTV") -> tuple[fx.Node, Gat
     node, product = anchor, None
     while not is_call(node, aten.linear.default):
         if len(node.users) != 1:
-            raise Reject(
-                f"{len(node.users)} users between attention and its output projection", node, 6
-            )
+            raise Reject(f"{len(node.users)} users between attention and its output projection", node, 6)
         before, node = node, next(iter(node.users))
         if is_call(node, aten.mul.Tensor) and product is None and len(node.all_input_nodes) == 2:
             product = (node, before)
         elif not (is_layout_op(node) or is_call(node, aten.linear.default)):
-            raise Reject(
-                f"`{node.target}` stands between attention and its output projection", node, 6
-            )
+            raise Reject(f"`{node.target}` stands between attention and its output projection", node, 6)
     stop = product[0] if product else anchor
     source = trace_elements(node.args[0], stop=lambda n: n is stop)
     places = source.coordinates(stop)
@@ -97,9 +93,7 @@ def _check_columns(places: tuple[Tensor, ...], anchor: fx.Node, o_proj: fx.Node,
     if not straight or width != H * V:
         raise Reject("the output projection mixes sequences or positions", o_proj, 6)
     if not torch.equal(head[0, 0] * V + channel[0, 0], torch.arange(width)):
-        raise Reject(
-            "the output projection reads heads that are not whole blocks of columns", o_proj, 6
-        )
+        raise Reject("the output projection reads heads that are not whole blocks of columns", o_proj, 6)
 
 
 def gate_by_head(gate: Any, form: str, v_head_dim: int) -> list[tuple[Any, ...]]:
@@ -111,18 +105,12 @@ def gate_by_head(gate: Any, form: str, v_head_dim: int) -> list[tuple[Any, ...]]
     return []
 
 
-def _gate(
-    product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node, order: str
-) -> GateMatch:
+def _gate(product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node, order: str) -> GateMatch:
     """The gate of product = attended * gate, cut by heads where it has heads."""
     lying = (ids.flatten().min() + torch.arange(ids.numel())).view(shape_of(anchor))
     straight = permuted(lying, order, "BHTV")
     H, V = straight.shape[1], straight.shape[3]
-    forms = {
-        "BTHV": straight.transpose(1, 2),
-        "BHTV": straight,
-        "BT(HV)": straight.transpose(1, 2).flatten(2),
-    }
+    forms = {"BTHV": straight.transpose(1, 2), "BHTV": straight, "BT(HV)": straight.transpose(1, 2).flatten(2)}
     form = next((f for f, x in forms.items() if x.shape == ids.shape and torch.equal(x, ids)), None)
     gate = next(n for n in product.args if n is not attended)
     assert isinstance(gate, fx.Node)
@@ -151,9 +139,13 @@ def _gate(
         raise Reject("the weight of the gate's linear is computed, not a parameter", linear, 6)
     bias = weights[1].meta["input"][1] if len(weights) > 1 else None
     return GateMatch(
-        **names, weight=weights[0].meta["input"][1], bias=bias, width=shape_of(linear)[-1] // H,
-        input_size=shape_of(linear.args[0])[-1], head_views=views,
-    )  # fmt: skip
+        **names,
+        weight=weights[0].meta["input"][1],
+        bias=bias,
+        width=shape_of(linear)[-1] // H,
+        input_size=shape_of(linear.args[0])[-1],
+        head_views=views,
+    )
 
 
 def _with_advice(rejection: Reject) -> Reject:
@@ -166,9 +158,7 @@ def _with_advice(rejection: Reject) -> Reject:
     return rejection
 
 
-def _refuse_other_readers(
-    linear: fx.Node, gate: fx.Node, product: fx.Node, anchor: fx.Node
-) -> None:
+def _refuse_other_readers(linear: fx.Node, gate: fx.Node, product: fx.Node, anchor: fx.Node) -> None:
     """What is between the gate's linear and the product is for the gate alone: it will be cut by heads."""
     if linear in ancestors([anchor], until=[]):
         raise Reject(

@@ -34,9 +34,7 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
         raise _no_attention(captured, body, failures, len(matched))
     cached = len(layers[0].caches)
     if len(matched) != cached:
-        raise MatchError(
-            f"layer {layers[0].index}: {cached} cached attentions but {len(matched)} sites found"
-        )
+        raise MatchError(f"layer {layers[0].index}: {cached} cached attentions but {len(matched)} sites found")
     for match in matched:
         check_mask(captured, body, match, max_seq_len)
     check_context(captured, body, matched)
@@ -62,14 +60,10 @@ def _name_pasts(graph: fx.Graph, matched: list[AttentionMatch | GqaMatch]) -> No
             node_named(graph, name).meta["input"] = ["past", f"past_{part}_{site}"]
 
 
-_KEEP_HINT = (
-    '\n  nearest that works: unmatched="keep" leaves such layers as they are, if others match'
-)
+_KEEP_HINT = '\n  nearest that works: unmatched="keep" leaves such layers as they are, if others match'
 
 
-def _no_attention(
-    captured: CapturedGraph, body: str, failures: list[MatchFailure], matched: int
-) -> MatchError:
+def _no_attention(captured: CapturedGraph, body: str, failures: list[MatchFailure], matched: int) -> MatchError:
     layers = captured.layers_of(body)
     where = f"layer {layers[0].index}" + (f" (and {len(layers) - 1} like it)" if layers[1:] else "")
     if not failures:
@@ -101,9 +95,7 @@ def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     if twice:
         raise MatchError(f"{match.body}: parameters matched in two roles: {', '.join(twice)}")
     by_name = {n.meta["input"][1]: n for n in graph.nodes if is_param(n)}
-    shared = [
-        n for n in names if len(by_name[n].users) > 1 and n not in ups and not _is_expert(n, match)
-    ]
+    shared = [n for n in names if len(by_name[n].users) > 1 and n not in ups and not _is_expert(n, match)]
     expanders = {n for a in mla for n in (a.k_up, a.v_up)}
     shared += [n for n in ups if not _readers(by_name[n]) <= expanders]
     if shared:

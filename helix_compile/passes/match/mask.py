@@ -119,11 +119,7 @@ def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
     """Mask of the site [B, 1 or H, T, S + T], True = visible, for a 2-D padding mask [B, S + T]."""
     B, total = mask.shape
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
-    inputs = {
-        "input_ids": torch.zeros(B, T, dtype=torch.int64),
-        "attention_mask": mask,
-        "position_ids": positions,
-    }
+    inputs = {"input_ids": torch.zeros(B, T, dtype=torch.int64), "attention_mask": mask, "position_ids": positions}
     captured = subject.captured
     graph = captured.bodies[subject.body].graph
     outer_args = dict(zip(placeholders(graph), subject.call.args, strict=True))
@@ -152,9 +148,7 @@ def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
             subject, f"it is computed from {missing} (sparse attention over a top-k of keys?)"
         ) from missing
     except NotRun as stopped:
-        raise _mask_error(
-            subject, f"it does not run for B={B}, T={T}, S={total - T}: {stopped}"
-        ) from stopped
+        raise _mask_error(subject, f"it does not run for B={B}, T={T}, S={total - T}: {stopped}") from stopped
     value = value[(None,) * (4 - value.dim())]
     if subject.match.mask_form != "BHTS":
         value = permuted(value, subject.match.mask_form, "BHTS")
@@ -162,9 +156,7 @@ def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
         return value
     seen = value > torch.finfo(value.dtype).min / 2
     if bool((value[seen] != 0).any()):
-        raise _mask_error(
-            subject, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)"
-        )
+        raise _mask_error(subject, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)")
     return seen
 
 
@@ -174,13 +166,7 @@ def _size_reader(graph: fx.Graph, B: int, T: int, S: int) -> Callable[[fx.Node],
     for node in placeholders(graph):
         kind, name = node.meta["input"]
         shape = getattr(node.meta["val"], "shape", ())
-        dims = (
-            {0: B, 1: T}
-            if kind == "hidden" or name == "input_ids"
-            else {2: S}
-            if kind == "past"
-            else {}
-        )
+        dims = {0: B, 1: T} if kind == "hidden" or name == "input_ids" else {2: S} if kind == "past" else {}
         for dim, number in dims.items():
             if isinstance(shape[dim], torch.SymInt):
                 numbers[shape[dim].node.expr] = number

@@ -15,13 +15,7 @@ from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.absorbed import absorbed_site
 from helix_compile.passes.match.anchor import Anchor, Operand, SpelledAnchor, cache_parts
 from helix_compile.passes.match.contractions import up_weight
-from helix_compile.passes.match.expansion import (
-    Expansion,
-    check_grid,
-    expanded,
-    expansion_of_k,
-    weight_of_v,
-)
+from helix_compile.passes.match.expansion import Expansion, check_grid, expanded, expansion_of_k, weight_of_v
 from helix_compile.passes.match.head_cuts import cut_or_whole
 from helix_compile.passes.match.heads import bias_of, one_linear, output_projection, param_of
 from helix_compile.passes.match.reject import Reject
@@ -33,13 +27,26 @@ def match_absorbed_site(spelled: SpelledAnchor) -> AttentionMatch:
     site = absorbed_site(spelled)
     nope, rope = (shape_of(o.node)[o.form.index("C")] for o in (site.q, site.q_rope))
     anchor = Anchor(
-        site.v_up, site.q.node, site.k_up, site.v_up, spelled.mask, spelled.scale, q_form=site.q.form, form=site.form,
+        site.v_up,
+        site.q.node,
+        site.k_up,
+        site.v_up,
+        spelled.mask,
+        spelled.scale,
+        q_form=site.q.form,
+        form=site.form,
         mask_form=spelled.form,
-    )  # fmt: skip
+    )
     return _site(
-        anchor, site.q_rope, site.latent, site.rope, (site.k_up, site.w_uk), (site.v_up, site.w_uv),
-        tuple(range(nope)), tuple(range(rope)),
-    )  # fmt: skip
+        anchor,
+        site.q_rope,
+        site.latent,
+        site.rope,
+        (site.k_up, site.w_uk),
+        (site.v_up, site.w_uv),
+        tuple(range(nope)),
+        tuple(range(rope)),
+    )
 
 
 def match_split_site(spelled: SpelledAnchor, v: Provenance) -> AttentionMatch:
@@ -55,19 +62,31 @@ def match_split_site(spelled: SpelledAnchor, v: Provenance) -> AttentionMatch:
     width = shape_of(first_k.node)[first_k.form.index("C")]
     parts = [{channel < width for channel in channels} for channels in (q_nope, q_rope)]
     if parts not in ([{True}, {False}], [{False}, {True}]):
-        raise Reject(
-            "one product of the scores reads both the nope and the rope part of K", node, 4
-        )
+        raise Reject("one product of the scores reads both the nope and the rope part of K", node, 4)
     of_nope, of_rope = (first, second) if parts[0] == {True} else (second, first)
     anchor = Anchor(
-        node, of_nope.node, first_k.node, spelled.v.node, spelled.mask, spelled.scale, q_form=of_nope.form,
-        form=spelled.out_form.replace("C", "V"), mask_form=spelled.form,
-    )  # fmt: skip
+        node,
+        of_nope.node,
+        first_k.node,
+        spelled.v.node,
+        spelled.mask,
+        spelled.scale,
+        q_form=of_nope.form,
+        form=spelled.out_form.replace("C", "V"),
+        mask_form=spelled.form,
+    )
     return _site(
-        anchor, of_rope, v_up.latent, rope, (k_up.node, w_uk), (v_up.node, w_uv),
-        *(tuple(c if is_first == {True} else c - width for c in channels)
-          for channels, is_first in zip((q_nope, q_rope), parts, strict=True)),
-    )  # fmt: skip
+        anchor,
+        of_rope,
+        v_up.latent,
+        rope,
+        (k_up.node, w_uk),
+        (v_up.node, w_uv),
+        *(
+            tuple(c if is_first == {True} else c - width for c in channels)
+            for channels, is_first in zip((q_nope, q_rope), parts, strict=True)
+        ),
+    )
 
 
 def _side_by_side(first: Operand, second: Operand, heads: int, node: fx.Node) -> Provenance:
@@ -105,9 +124,7 @@ def match_mla_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     k = in_order(anchor.k, anchor.k_form, "K")
     k_up = expansion_of_k(k, v_up, node)
     w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, node)
-    return _site(
-        anchor, None, v_up.latent, rope, (k_up.node, w_uk), (v_up.node, w_uv), q_nope, q_rope
-    )
+    return _site(anchor, None, v_up.latent, rope, (k_up.node, w_uk), (v_up.node, w_uv), q_nope, q_rope)
 
 
 def in_order(value: fx.Node, form: str, what: str) -> Provenance:
@@ -146,23 +163,45 @@ def _site(
         value, form = rope_of_q.node, rope_of_q.form
         if one_linear(value, "the rope part of q") is not q_proj:
             raise Reject("the rope part of q comes from another linear than the rest", value, 6)
-        more, why = cut_or_whole(
-            value, q_proj, lambda q: permuted(q, form, "BTHC"), form.index("H"), width, "q"
-        )
+        more, why = cut_or_whole(value, q_proj, lambda q: permuted(q, form, "BTHC"), form.index("H"), width, "q")
         views, uncut = tuple(dict.fromkeys(views + more)), uncut + why
     return AttentionMatch(
-        anchor=node.name, q=anchor.q.name, q_proj=q_proj.name, v_up=uv[0].name, k_up=uk[0].name, o_proj=o_proj.name,
-        latent=new_latent.name, k_rope=new_rope.name, mask=mask.name,
-        past_latent=past_latent.name, past_rope=past_rope.name,
-        q_weight=param_of(q_proj, 1), q_bias=bias_of(q_proj), w_uk=uk[1], w_uv=uv[1],
-        o_weight=param_of(o_proj, 1), o_bias=bias_of(o_proj), scale=anchor.scale,
-        num_heads=len(uv[1].at), kv_lora_rank=shape_of(latent)[-1],
-        qk_rope_head_dim=len(q_rope), qk_nope_head_dim=len(q_nope), v_head_dim=len(uv[1].at[0]),
-        hidden_size=shape_of(o_proj)[-1], q_input_size=shape_of(q_proj.args[0])[-1],
-        q_nope=q_nope, q_rope=q_rope, head_views=views, gate=gate, uncut=uncut,
-        q_rope_value=rope_of_q.node.name if rope_of_q else "", form=anchor.form, q_form=anchor.q_form,
-        q_rope_form=rope_of_q.form if rope_of_q else anchor.q_form, mask_form=anchor.mask_form,
-    )  # fmt: skip
+        anchor=node.name,
+        q=anchor.q.name,
+        q_proj=q_proj.name,
+        v_up=uv[0].name,
+        k_up=uk[0].name,
+        o_proj=o_proj.name,
+        latent=new_latent.name,
+        k_rope=new_rope.name,
+        mask=mask.name,
+        past_latent=past_latent.name,
+        past_rope=past_rope.name,
+        q_weight=param_of(q_proj, 1),
+        q_bias=bias_of(q_proj),
+        w_uk=uk[1],
+        w_uv=uv[1],
+        o_weight=param_of(o_proj, 1),
+        o_bias=bias_of(o_proj),
+        scale=anchor.scale,
+        num_heads=len(uv[1].at),
+        kv_lora_rank=shape_of(latent)[-1],
+        qk_rope_head_dim=len(q_rope),
+        qk_nope_head_dim=len(q_nope),
+        v_head_dim=len(uv[1].at[0]),
+        hidden_size=shape_of(o_proj)[-1],
+        q_input_size=shape_of(q_proj.args[0])[-1],
+        q_nope=q_nope,
+        q_rope=q_rope,
+        head_views=views,
+        gate=gate,
+        uncut=uncut,
+        q_rope_value=rope_of_q.node.name if rope_of_q else "",
+        form=anchor.form,
+        q_form=anchor.q_form,
+        q_rope_form=rope_of_q.form if rope_of_q else anchor.q_form,
+        mask_form=anchor.mask_form,
+    )
 
 
 def _channels_of_k(

@@ -57,5 +57,9 @@ def unknown_in_scores(step: fx.Node) -> str:
 
 
 _MASKING = (
-    aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf,
-)  # fmt: skip
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+)

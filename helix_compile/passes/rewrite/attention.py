@@ -22,16 +22,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from helix_compile.ir.graph import (
-    add_input,
-    aten,
-    erase_unused,
-    getitems,
-    input_named,
-    named,
-    node_named,
-    placeholders,
-)
+from helix_compile.ir.graph import add_input, aten, erase_unused, getitems, input_named, named, node_named, placeholders
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
@@ -65,9 +56,7 @@ def shard_attention_pass(
     graph = gm.graph
     for name, value in step_inputs.items():
         add_input(graph, "step", name, value)
-    for site, (attention, attention_plan) in enumerate(
-        zip(match.attentions, plan.attentions, strict=True)
-    ):
+    for site, (attention, attention_plan) in enumerate(zip(match.attentions, plan.attentions, strict=True)):
         add_input(graph, "cache", f"cache_{site}", caches[site])
         _rewrite_site(graph, attention, attention_plan, plan, layout)
     output = next(n for n in graph.nodes if n.op == "output")
@@ -78,9 +67,7 @@ def shard_attention_pass(
     return PassResult(gm, len(match.attentions))
 
 
-def _rewrite_site(
-    graph: fx.Graph, match: Site, plan: AttentionPlan, body: BodyPlan, layout: HelixLayout
-) -> None:
+def _rewrite_site(graph: fx.Graph, match: Site, plan: AttentionPlan, body: BodyPlan, layout: HelixLayout) -> None:
     for name in (match.q_weight, match.q_bias):
         if name:
             cut_input(graph, name, body)
@@ -103,9 +90,7 @@ def _rewrite_site(
         if plan.v_up == "after":
             o = _raised(graph, match, "o_up", o, w_uv)
         if layout.world_size > 1:
-            o = named(
-                graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", layout.world_size
-            )
+            o = named(graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", layout.world_size)
     # a gate may be computed behind attention: what reads it stands at its place
     place = node_named(graph, match.gate.product) if match.gate else anchor
     with graph.inserting_before(place), made_from(graph, anchor):
@@ -143,9 +128,7 @@ def _absorbed_query(
     q_nope, q_rope = _channels(graph, q, match.q_nope), _channels(graph, of_rope, match.q_rope)
     form, order = match.q_form.replace("C", "N").lower(), match.w_uk.order.replace("d", "n")
     with made_from(graph, node_named(graph, match.k_up)):
-        q_latent = named(
-            graph, "q_latent", aten.einsum.default, f"{form},{order}->bthr", [q_nope, w_uk]
-        )
+        q_latent = named(graph, "q_latent", aten.einsum.default, f"{form},{order}->bthr", [q_nope, w_uk])
     q_rope = _as_bthc(graph, q_rope, match.q_rope_form)
     if plan.q_proj == "replicate":
         return q_latent, q_rope
@@ -163,9 +146,7 @@ def _as_bthc(graph: fx.Graph, q_rope: fx.Node, form: str) -> fx.Node:
         return q_rope
     if form == "BHTC":
         return named(graph, "q_rope", aten.transpose.int, q_rope, 1, 2)
-    return named(
-        graph, "q_rope", aten.permute.default, q_rope, [form.index(letter) for letter in "BTHC"]
-    )
+    return named(graph, "q_rope", aten.permute.default, q_rope, [form.index(letter) for letter in "BTHC"])
 
 
 def _channels(graph: fx.Graph, q: fx.Node, channels: tuple[int, ...]) -> fx.Node:
@@ -181,28 +162,20 @@ def _channels(graph: fx.Graph, q: fx.Node, channels: tuple[int, ...]) -> fx.Node
 
 
 def _local_attention(
-    graph: fx.Graph,
-    match: AttentionMatch,
-    plan: AttentionPlan,
-    q_latent: fx.Node,
-    q_rope: fx.Node,
+    graph: fx.Graph, match: AttentionMatch, plan: AttentionPlan, q_latent: fx.Node, q_rope: fx.Node
 ) -> list[fx.Node]:
     """Append what is new, then attend to this rank's shard: (partial_o, lse)."""
-    slots, visible, page_table = (
-        input_named(graph, "step", n) for n in ("slots", "visible", "page_table")
-    )
+    slots, visible, page_table = (input_named(graph, "step", n) for n in ("slots", "visible", "page_table"))
     cache = input_named(graph, "cache", f"cache_{plan.site}")
     latent, k_rope = (_squeezed(graph, node_named(graph, n)) for n in match.new)
     past = [node_named(graph, n) for n in match.past]
     with made_from(graph, *past):
         written = named(
-            graph, "visible_now", helix.cache_append.default,
-            cache, page_table, slots, visible, latent, k_rope,
-        )  # fmt: skip
+            graph, "visible_now", helix.cache_append.default, cache, page_table, slots, visible, latent, k_rope
+        )
     attended = named(
-        graph, "mla_decode", helix.mla_decode.default,
-        q_latent, q_rope, cache, page_table, written, match.scale,
-    )  # fmt: skip
+        graph, "mla_decode", helix.mla_decode.default, q_latent, q_rope, cache, page_table, written, match.scale
+    )
     return getitems(graph, attended, "partial_o", "lse")
 
 
@@ -216,9 +189,7 @@ def _merge(graph: fx.Graph, plan: AttentionPlan, partial_o: fx.Node, lse: fx.Nod
     if plan.kvp == 1:
         return partial_o
     if plan.merge == "a2a":
-        exchanged = named(
-            graph, "exchanged", helix.all_to_all_heads.default, partial_o, lse, "kvp", plan.kvp
-        )
+        exchanged = named(graph, "exchanged", helix.all_to_all_heads.default, partial_o, lse, "kvp", plan.kvp)
         parts = getitems(graph, exchanged, "partial_o_P", "lse_P")
         return named(graph, "o", helix.merge_lse.default, *parts)
     stacked = graph.call_function(aten.unsqueeze.default, (lse, 0))
@@ -245,31 +216,18 @@ def gqa_attention(
     open_views(graph, (*match.k_views, *match.v_views), match.kv_heads)
     with made_from(graph, node_named(graph, match.q)):
         q = _query(graph, match, plan, layout)
-    slots, visible, page_table = (
-        input_named(graph, "step", n) for n in ("slots", "visible", "page_table")
-    )
+    slots, visible, page_table = (input_named(graph, "step", n) for n in ("slots", "visible", "page_table"))
     cache = input_named(graph, "cache", f"cache_{plan.site}")
     past = [node_named(graph, n) for n in match.past]
     k, v = (_tokens_first(graph, node_named(graph, n)) for n in match.new)
     with made_from(graph, *past):
-        written = named(
-            graph,
-            "visible_now",
-            helix.cache_append.default,
-            cache,
-            page_table,
-            slots,
-            visible,
-            k,
-            v,
-        )
+        written = named(graph, "visible_now", helix.cache_append.default, cache, page_table, slots, visible, k, v)
         width = match.q_head_dim
         k_cache = named(graph, "k_cache", aten.slice.Tensor, cache, 3, 0, width)
-        v_cache = named(graph, "v_cache", aten.slice.Tensor, cache, 3, width, width + match.v_head_dim)  # fmt: skip
+        v_cache = named(graph, "v_cache", aten.slice.Tensor, cache, 3, width, width + match.v_head_dim)
     attended = named(
-        graph, "gqa_decode", helix.gqa_decode.default,
-        q, k_cache, v_cache, page_table, written, match.scale,
-    )  # fmt: skip
+        graph, "gqa_decode", helix.gqa_decode.default, q, k_cache, v_cache, page_table, written, match.scale
+    )
     return getitems(graph, attended, "partial_o", "lse")
 
 

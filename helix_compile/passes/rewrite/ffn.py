@@ -9,15 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 from helix_compile.errors import PassError
-from helix_compile.ir.graph import (
-    add_input,
-    aten,
-    erase_unused,
-    input_named,
-    named,
-    node_named,
-    placeholders,
-)
+from helix_compile.ir.graph import add_input, aten, erase_unused, input_named, named, node_named, placeholders
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
@@ -29,12 +21,7 @@ from helix_compile.plan.matches import DenseFFNMatch, LayerMatch, MoEMatch
 
 
 def shard_ffn_pass(
-    gm: fx.GraphModule,
-    *,
-    match: LayerMatch,
-    plan: BodyPlan,
-    layout: HelixLayout,
-    ep_rank: object,
+    gm: fx.GraphModule, *, match: LayerMatch, plan: BodyPlan, layout: HelixLayout, ep_rank: object
 ) -> PassResult:
     """Cut every FFN of a body. `ep_rank` is the example value of this rank's place on the ep axis."""
     graph = gm.graph
@@ -69,22 +56,16 @@ def _refuse_inner_bias(ffn: DenseFFNMatch) -> None:
         raise PassError(f"shared expert `{ffn.down}` has a bias ({ffn.down_bias}); not supported")
 
 
-def _experts(
-    graph: fx.Graph, match: MoEMatch, plan: BodyPlan, layout: HelixLayout, ep_rank: object
-) -> fx.Node:
+def _experts(graph: fx.Graph, match: MoEMatch, plan: BodyPlan, layout: HelixLayout, ep_rank: object) -> fx.Node:
     """Either Hugging Face form -> helix::moe_experts; the cast behind the original's sum goes with it."""
     output = node_named(graph, match.output)
     weights = [input_named(graph, "param", n) for n in (match.gate_up, match.down)]
     for name in (match.gate_up, match.down):
         cut_input(graph, name, plan)
-    x, ids, probabilities = (
-        node_named(graph, n) for n in (match.x, match.expert_ids, match.weights)
-    )
+    x, ids, probabilities = (node_named(graph, n) for n in (match.x, match.expert_ids, match.weights))
     rank = add_input(graph, "step", "ep_rank", ep_rank)
     with made_from(graph, output), graph.inserting_before(output):
         first = named(graph, "first_expert", aten.mul.Tensor, rank, match.num_experts // layout.ep)
-        routed = named(
-            graph, "routed", helix.moe_experts.default, x, ids, probabilities, *weights, first
-        )
+        routed = named(graph, "routed", helix.moe_experts.default, x, ids, probabilities, *weights, first)
     output.replace_all_uses_with(routed)
     return routed

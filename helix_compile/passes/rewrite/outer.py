@@ -41,15 +41,12 @@ def rewire_outer_pass(
     _index_tokens(graph, plan)
     for call in _layer_calls(gm):
         layer = call.meta["layer"]
-        old = {
-            (kind, name): a for (kind, name), a in zip(before[call.target], call.args, strict=True)
-        }
+        old = {(kind, name): a for (kind, name), a in zip(before[call.target], call.args, strict=True)}
         body = gm.get_submodule(call.target)
         assert isinstance(body, fx.GraphModule)
         sources = {s.name: s.source for s in plan.body(call.target).param_shards}
         call.args = tuple(
-            _argument(graph, p, old, prefixes[layer], caches[layer], sources)
-            for p in placeholders(body.graph)
+            _argument(graph, p, old, prefixes[layer], caches[layer], sources) for p in placeholders(body.graph)
         )
         for user in list(call.users):
             if user.args[1] == 0:  # bodies return the hidden state alone now
@@ -59,9 +56,7 @@ def rewire_outer_pass(
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (output.args[0][0],)
     erase_unused(graph, keep=[placeholders(graph)[0]])
-    left = [
-        n for n in placeholders(graph) if n.meta["input"] in _GONE or n.meta["input"][0] == "past"
-    ]
+    left = [n for n in placeholders(graph) if n.meta["input"] in _GONE or n.meta["input"][0] == "past"]
     if left:
         users = ", ".join(f"`{u.name}`" for n in left for u in n.users)
         raise PassError(
@@ -95,8 +90,7 @@ def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
         clamped = graph.call_function(aten.clamp.default, (positions, 0))
         clamped.meta["val"] = ids.meta["val"]
         indexed = graph.call_function(
-            helix.shard_index.default,
-            (positions, kvp_rank, plan.layout.kvp, plan.options.tokens_per_block),
+            helix.shard_index.default, (positions, kvp_rank, plan.layout.kvp, plan.options.tokens_per_block)
         )
         slots, visible = getitems(graph, indexed, "slots", "visible")
     slots.meta["step"], visible.meta["step"], page_table.meta["step"] = STEP_INPUTS
@@ -135,9 +129,7 @@ def update_calls_pass(gm: fx.GraphModule) -> None:
         inputs = placeholders(body.graph)
         names = [p.meta["input"] for p in inputs]
         if ["step", "ep_rank"] in names and len(names) > len(call.args):
-            scalar = next(
-                n for n in placeholders(graph) if n.meta["input"] == ["input", "kvp_rank"]
-            )
+            scalar = next(n for n in placeholders(graph) if n.meta["input"] == ["input", "kvp_rank"])
             ep_rank = add_input(graph, "input", "ep_rank", scalar.meta["val"])
             place = names.index(["step", "ep_rank"])
             call.args = (*call.args[:place], ep_rank, *call.args[place:])

@@ -41,15 +41,7 @@ def sum_over_world(node: fx.Node, layout: HelixLayout) -> fx.Node:
         return node
     graph, users = node.graph, list(node.users)
     with made_from(graph, node), graph.inserting_after(node):
-        total = named(
-            graph,
-            f"{node.name}_sum",
-            helix.reshard.default,
-            node,
-            "world:P(sum)",
-            "R",
-            layout.world_size,
-        )
+        total = named(graph, f"{node.name}_sum", helix.reshard.default, node, "world:P(sum)", "R", layout.world_size)
     result = total
     if is_call(node, aten.linear.default) and len(node.args) > 2 and node.args[2] is not None:
         bias = node.args[2]

@@ -20,9 +20,7 @@ from helix_compile.plan.helix_plan import BodyPlan
 from helix_compile.plan.matches import LayerMatch
 
 
-def reshard_pass(
-    gm: fx.GraphModule, *, match: LayerMatch, plan: BodyPlan, layout: HelixLayout
-) -> PassResult:
+def reshard_pass(gm: fx.GraphModule, *, match: LayerMatch, plan: BodyPlan, layout: HelixLayout) -> PassResult:
     """Move the reshard of every attention site from before o_proj to behind it."""
     for attention in match.attentions:
         o_proj = node_named(gm.graph, attention.o_proj)

@@ -57,10 +57,7 @@ def _map_dims(layout: Layout, new_dim: Callable[[int], int | None], what: str) -
     for axis, placement in layout.items():
         if isinstance(placement, Shard):
             dim = new_dim(placement.dim)
-            require(
-                dim is not None,
-                f"{what} works across dim {placement.dim}, which is cut over {axis}",
-            )
+            require(dim is not None, f"{what} works across dim {placement.dim}, which is cut over {axis}")
             assert dim is not None
             moved[axis] = Shard(dim)
         else:
@@ -144,9 +141,7 @@ def _cat(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Re
 def _stack(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     """A new dim before which and behind which everything keeps its place (interleaved RoPE, joined by flatten)."""
     layouts = [of(n) for n in node.args[0]]
-    require(
-        all(x == layouts[0] for x in layouts), f"stack of {[format_layout(x) for x in layouts]}"
-    )
+    require(all(x == layouts[0] for x in layouts), f"stack of {[format_layout(x) for x in layouts]}")
     place = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()
     return _map_dims(layouts[0], lambda d: d + (d >= place), "stack")
 
@@ -163,36 +158,21 @@ def _linear(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) ->
     for axis in {*x, *weight}:
         a, w = x.get(axis), weight.get(axis)
         if isinstance(w, Shard) and w.dim == 0:
-            require(
-                a is None, f"columns of the result are cut over {axis}, but the input is {a} there"
-            )
+            require(a is None, f"columns of the result are cut over {axis}, but the input is {a} there")
             out[axis] = Shard(last)
         elif isinstance(w, Shard):
-            require(
-                a == Shard(last),
-                f"input columns of the weight are cut over {axis}, the input is {a} there",
-            )
+            require(a == Shard(last), f"input columns of the weight are cut over {axis}, the input is {a} there")
             out[axis] = Partial("sum")
         elif isinstance(a, Shard):
-            require(
-                a.dim != last and w is None,
-                f"the input's columns are cut over {axis}, the weight's are whole",
-            )
+            require(a.dim != last and w is None, f"the input's columns are cut over {axis}, the weight's are whole")
             out[axis] = a
         else:
-            require(
-                isinstance(a, Partial) and w is None and bias is None, f"linear of {a} over {axis}"
-            )
+            require(isinstance(a, Partial) and w is None and bias is None, f"linear of {a} over {axis}")
             out[axis] = a  # type: ignore[assignment] # checked above
     if bias is not None:
-        require(
-            not any(isinstance(p, Partial) for p in out.values()),
-            "a bias is added to a partial sum",
-        )
+        require(not any(isinstance(p, Partial) for p in out.values()), "a bias is added to a partial sum")
         rows = {axis for axis, p in out.items() if p == Shard(last)}
-        require(
-            set(bias) == rows, f"bias is {format_layout(bias)}, the result {format_layout(out)}"
-        )
+        require(set(bias) == rows, f"bias is {format_layout(bias)}, the result {format_layout(out)}")
     return out
 
 
@@ -202,19 +182,12 @@ def _einsum(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) ->
     out: Layout = {}
     for axis in {a for _, layout in terms for a in layout}:
         letters = {t[p.dim] for t, layout in terms if isinstance(p := layout.get(axis), Shard)}
-        others = [
-            p for _, x in terms if (p := x.get(axis)) is not None and not isinstance(p, Shard)
-        ]
+        others = [p for _, x in terms if (p := x.get(axis)) is not None and not isinstance(p, Shard)]
         if not letters:  # linear in each operand, so one partial operand stays partial
-            require(
-                len(others) == 1 and not isinstance(others[0], PerRank),
-                f"einsum of {others} over {axis}",
-            )
+            require(len(others) == 1 and not isinstance(others[0], PerRank), f"einsum of {others} over {axis}")
             out[axis] = others[0]
             continue
-        require(
-            len(letters) == 1 and not others, f"einsum mixes {letters} and {others} over {axis}"
-        )
+        require(len(letters) == 1 and not others, f"einsum mixes {letters} and {others} over {axis}")
         letter = letters.pop()
         for term, layout in terms:
             met = letter not in term or layout.get(axis) == Shard(term.index(letter))
@@ -251,16 +224,10 @@ _ADDITIVE = (aten.add.Tensor, aten.sub.Tensor)
 _SCALING = (aten.mul.Tensor, aten.div.Tensor)
 
 
-def _aligned(
-    tensors: list[fx.Node], placements: list[Placement | None], ndim: int, axis: str
-) -> Placement:
+def _aligned(tensors: list[fx.Node], placements: list[Placement | None], ndim: int, axis: str) -> Placement:
     """The common shard; an operand that is not cut must be broadcast along that dim."""
     shapes = [shape_of(n) for n in tensors]
-    dims = {
-        p.dim + ndim - len(s)
-        for s, p in zip(shapes, placements, strict=True)
-        if isinstance(p, Shard)
-    }
+    dims = {p.dim + ndim - len(s) for s, p in zip(shapes, placements, strict=True) if isinstance(p, Shard)}
     require(len(dims) == 1, f"operands are cut along different dims {sorted(dims)} over {axis}")
     dim = dims.pop()
     for shape, placement in zip(shapes, placements, strict=True):
@@ -280,25 +247,17 @@ def _last_dim_joined(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixL
 def _mean(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     """Of dims that are whole; a norm of each head keeps its heads cut."""
     layout, ndim = of(node.args[0]), len(shape_of(node.args[0]))
-    require(
-        all(isinstance(p, Shard) for p in layout.values()), f"a mean of {format_layout(layout)}"
-    )
+    require(all(isinstance(p, Shard) for p in layout.values()), f"a mean of {format_layout(layout)}")
     gone = sorted(d % ndim for d in node.args[1])
     keep = len(node.args) > 2 and node.args[2]
-    return _map_dims(
-        layout,
-        lambda d: None if d in gone else d if keep else d - sum(g < d for g in gone),
-        "mean",
-    )
+    return _map_dims(layout, lambda d: None if d in gone else d if keep else d - sum(g < d for g in gone), "mean")
 
 
 def _norm(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     """Layer norm, RMS norm: the dims that are normalised are whole, and so are weight and bias, which have these dims."""
     x, *weights = (n for n in node.args if isinstance(n, fx.Node))
     layout = of(x)
-    require(
-        all(isinstance(p, Shard) for p in layout.values()), f"a norm of {format_layout(layout)}"
-    )
+    require(all(isinstance(p, Shard) for p in layout.values()), f"a norm of {format_layout(layout)}")
     require(
         not any(of(w) for w in weights),
         f"weights of a norm are {[format_layout(of(w)) for w in weights]}, expected whole",
@@ -313,18 +272,36 @@ def _expand(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) ->
 
 
 _RESHAPES = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
     aten.unflatten.int,
-)  # fmt: skip
+)
 
 
 ELEMENTWISE = (
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.silu.default,
-    aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.neg.default, aten.rsqrt.default,
-    aten.pow.Tensor_Scalar, aten.cos.default, aten.sin.default, aten.exp.default, aten.tanh.default,
-    aten._to_copy.default, aten.clamp.default, aten.masked_fill.Scalar, aten.bitwise_not.default,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.neg.default,
+    aten.rsqrt.default,
+    aten.pow.Tensor_Scalar,
+    aten.cos.default,
+    aten.sin.default,
+    aten.exp.default,
+    aten.tanh.default,
+    aten._to_copy.default,
+    aten.clamp.default,
+    aten.masked_fill.Scalar,
+    aten.bitwise_not.default,
     aten.where.self,
-)  # fmt: skip
+)
 
 
 RULES: dict[Any, Rule] = {

@@ -46,9 +46,7 @@ def check_layouts(gm: fx.GraphModule, *, plan: BodyPlan, degrees: HelixLayout) -
         layouts = infer_layouts(gm.graph, input_layout, degrees, whole_on_whole)
     except Untyped as error:
         node = error.node
-        raise PassError(
-            f"{plan.name}, node `{node.name}` ({source_line(node) or node.target}): {error}"
-        ) from error
+        raise PassError(f"{plan.name}, node `{node.name}` ({source_line(node) or node.target}): {error}") from error
     for node, layout in layouts.items():
         node.meta["layout"] = layout
 
@@ -62,10 +60,7 @@ class Untyped(Exception):
 
 
 def infer_layouts(
-    graph: fx.Graph,
-    input_layout: Callable[[fx.Node], Layout],
-    degrees: HelixLayout,
-    call_rule: Rule | None = None,
+    graph: fx.Graph, input_layout: Callable[[fx.Node], Layout], degrees: HelixLayout, call_rule: Rule | None = None
 ) -> dict[fx.Node, Any]:
     """Layout of every node, from those of the placeholders and one rule an op; meta["val"] gives the shapes.
 
@@ -104,7 +99,7 @@ def _infer(
 ) -> Any:
     if node.op == "placeholder":
         return normal_form(input_layout(node), degrees)
-    started = [n.name for n in node.all_input_nodes if not isinstance(of(n), tuple) and PENDING in of(n)]  # fmt: skip
+    started = [n.name for n in node.all_input_nodes if not isinstance(of(n), tuple) and PENDING in of(n)]
     if started and node.target is not WAIT:
         raise Violation(f"reads {started} before wait_tensor", "pending")
     if node.op == "output":
@@ -159,8 +154,7 @@ def whole_on_whole(node: fx.Node, of: Callable[[Any], Any], degrees: HelixLayout
         if any(layout) if isinstance(layout, tuple) else layout:
             text = layout if isinstance(layout, tuple) else format_layout(layout)
             raise Violation(
-                f"`{node.target}` reads `{source.name}`, which is {text}",
-                "partial" if is_partial(layout) else "layout",
+                f"`{node.target}` reads `{source.name}`, which is {text}", "partial" if is_partial(layout) else "layout"
             )
     value = node.meta.get("val")
     return ({},) * len(value) if isinstance(value, (tuple, list)) else {}

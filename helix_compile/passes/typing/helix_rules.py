@@ -92,9 +92,7 @@ def _partials(heads: Layout, degrees: HelixLayout) -> Result:
 
 def _exchanged(layout: Layout, degrees: HelixLayout) -> Layout:
     """Each rank owns whole partials of its own heads: dim 3 of [P, B, T, h, ...]."""
-    require(
-        layout.get("kvp") == PartialSoftmax(), f"nothing to exchange in {format_layout(layout)}"
-    )
+    require(layout.get("kvp") == PartialSoftmax(), f"nothing to exchange in {format_layout(layout)}")
     require(set(layout) <= {"kvp", "tpa"}, f"can't exchange {format_layout(layout)}")
     return {"world": Shard(3)}
 
@@ -108,10 +106,7 @@ def _all_to_all_heads(node: fx.Node, of: Callable[[Any], Layout], degrees: Helix
 
 def _merge_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     parts, lse = (of(a) for a in node.args)
-    require(
-        parts == lse == {"world": Shard(3)},
-        f"merge of {format_layout(parts)}, {format_layout(lse)}",
-    )
+    require(parts == lse == {"world": Shard(3)}, f"merge of {format_layout(parts)}, {format_layout(lse)}")
     peers = shape_of(node.args[0])[0]
     require(peers == degrees.kvp, f"merge of {peers} parts, kvp has {degrees.kvp}")
     return {"world": Shard(2)}
@@ -130,10 +125,7 @@ def _moe_experts(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayou
     require(not (x or ids or weights), "tokens and their choices must be whole on every rank")
     require(gate_up == down, f"gate_up {format_layout(gate_up)}, down {format_layout(down)}")
     expected: Layout = {"ep": PerRank()} if degrees.ep > 1 else {}
-    require(
-        first == expected,
-        f"first_expert is {format_layout(first)}, expected {format_layout(expected)}",
-    )
+    require(first == expected, f"first_expert is {format_layout(first)}, expected {format_layout(expected)}")
     require(shape_of(node.args[3])[0] > 0, "no expert on this rank")
     return {"world": Partial("sum")} if degrees.world_size > 1 else {}
 
@@ -147,10 +139,7 @@ def _rope_heads(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
     """[B, H, T, r] -> [B, T, H, r]: where heads are cut, they still are."""
     q, cos, sin = (of(a) for a in node.args[:3])
     require(not (cos or sin), "the tables of RoPE must be whole on every rank")
-    require(
-        all(p == Shard(1) for p in q.values()),
-        f"queries are {format_layout(q)}, expected heads cut",
-    )
+    require(all(p == Shard(1) for p in q.values()), f"queries are {format_layout(q)}, expected heads cut")
     return {axis: Shard(2) for axis in q}
 
 
@@ -211,9 +200,7 @@ def _all_reduce(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
 def _all_gather(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x, (size, axis) = of(node.args[0]), node.args[1:3]
     if size != degrees.size(axis):
-        raise Violation(
-            f"all_gather of {size} parts over {axis}, which has {degrees.size(axis)}", "collective"
-        )
+        raise Violation(f"all_gather of {size} parts over {axis}, which has {degrees.size(axis)}", "collective")
     if x.get("world") is not None and axis == "kvp":
         # heads over N become heads over tpa: the peers that now stand on dim 0 are the major part of what tpa cuts
         shard = x["world"]
@@ -227,23 +214,16 @@ def _all_gather(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
 
 def _reduce_scatter(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x, (op, size, axis) = of(node.args[0]), node.args[1:4]
-    key = (
-        "world" if degrees.size(axis) == degrees.world_size else axis
-    )  # the normal form of an axis with all ranks
+    key = "world" if degrees.size(axis) == degrees.world_size else axis  # the normal form of an axis with all ranks
     if op != "sum" or size != degrees.size(axis) or x.get(key) != Partial("sum"):
-        raise Violation(
-            f"reduce_scatter({op}, {size}) over {axis} of {format_layout(x)}", "collective"
-        )
+        raise Violation(f"reduce_scatter({op}, {size}) over {axis} of {format_layout(x)}", "collective")
     return _start({**x, key: Shard(0)})
 
 
 def _all_to_all(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x, axis = of(node.args[0]), node.args[3]
     if x.get(axis) != PartialSoftmax() or len(node.args[1]) != degrees.size(axis):
-        raise Violation(
-            f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts",
-            "collective",
-        )
+        raise Violation(f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts", "collective")
     return _start({"world": Packed()})
 
 
@@ -257,9 +237,7 @@ def _wait(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> R
 def _pack(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     partial_o, lse = (of(a) for a in node.args[:2])
     if partial_o != lse or lse.get("kvp") != PartialSoftmax() or node.args[2] != degrees.kvp:
-        raise Violation(
-            f"pack of {format_layout(partial_o)} and {format_layout(lse)} for {node.args[2]} peers"
-        )
+        raise Violation(f"pack of {format_layout(partial_o)} and {format_layout(lse)} for {node.args[2]} peers")
     return {"kvp": PartialSoftmax()}
 
 

@@ -64,9 +64,7 @@ def alike(first: HelixModule, second: HelixModule) -> bool:
     )
 
 
-def bisect_pair(
-    first: Side, second: Side, steps: list[Batch], failing: int
-) -> tuple[Located, str] | None:
+def bisect_pair(first: Side, second: Side, steps: list[Batch], failing: int) -> tuple[Located, str] | None:
     """Replay steps[:failing] on both, then compare the values of the failing one.
 
     Args:
@@ -102,9 +100,7 @@ def _recorded(side: Side, batch: Batch) -> Recorder:
 Part = tuple[str, list[fx.Node], Compare]
 
 
-def _bodies_too(
-    first: Side, second: Side, mine: Recorder, theirs: Recorder, mask: Tensor
-) -> Iterator[Part]:
+def _bodies_too(first: Side, second: Side, mine: Recorder, theirs: Recorder, mask: Tensor) -> Iterator[Part]:
     def compare(nodes: list[fx.Node], others: fx.Graph, a: Values, b: Values) -> Compare:
         twins = {n.name for n in others.nodes}
         known = {n for n in nodes if n.name in twins and _is_own(n)}
@@ -132,9 +128,7 @@ def _body(graph: fx.GraphModule, layer: int) -> Any:
     return graph.get_submodule(str(calls[0].target)).graph if calls else None
 
 
-def _outer_only(
-    first: Side, second: Side, mine: Recorder, theirs: Recorder, mask: Tensor
-) -> Iterator[Part]:
+def _outer_only(first: Side, second: Side, mine: Recorder, theirs: Recorder, mask: Tensor) -> Iterator[Part]:
     def whole(side: Side) -> set[str]:
         layouts = side.typed.layouts.get("", {}) if side.typed is not None else {}
         calls = {n.name for n in side.graph.graph.nodes if n.op == "call_module"}
@@ -145,7 +139,7 @@ def _outer_only(
     known = {n for n in nodes if n.name in shared}
     # every rank holds the same: rank 0 of the other speaks for all
     spoken = [theirs.outer[0]] * len(mine.outer)
-    yield "outer graph", nodes, partial(_by_rank, mine=mine.outer, theirs=spoken, known=known, mask=mask)  # fmt: skip
+    yield "outer graph", nodes, partial(_by_rank, mine=mine.outer, theirs=spoken, known=known, mask=mask)
 
 
 def _by_rank(
@@ -230,9 +224,15 @@ def bisect_step(
     plan = scratch.compiled.plan
     dtype = getattr(torch, plan.dtype)
     located = outer_deviation(
-        recorder.outer, expected_outer, typed.layouts.get("", {}), scratch.graph.graph,
-        plan.layout, dtype, batch.mask, before_layers=True,
-    )  # fmt: skip
+        recorder.outer,
+        expected_outer,
+        typed.layouts.get("", {}),
+        scratch.graph.graph,
+        plan.layout,
+        dtype,
+        batch.mask,
+        before_layers=True,
+    )
     if located is not None:
         return located, None, gap
     for layer, values in recorder.layers.items():
@@ -241,15 +241,27 @@ def bisect_step(
         call = captured.call(layer)
         body = scratch.graph.get_submodule(str(call.target))
         located = first_deviation(
-            values, expected_layers[layer], typed.layouts.get(str(call.target), {}), body,
-            captured.matches[str(call.target)], plan.layout, dtype, batch.mask,
-        )  # fmt: skip
+            values,
+            expected_layers[layer],
+            typed.layouts.get(str(call.target), {}),
+            body,
+            captured.matches[str(call.target)],
+            plan.layout,
+            dtype,
+            batch.mask,
+        )
         if located is not None:
             return located, layer, gap
     located = outer_deviation(
-        recorder.outer, expected_outer, typed.layouts.get("", {}), scratch.graph.graph,
-        plan.layout, dtype, batch.mask, before_layers=False,
-    )  # fmt: skip
+        recorder.outer,
+        expected_outer,
+        typed.layouts.get("", {}),
+        scratch.graph.graph,
+        plan.layout,
+        dtype,
+        batch.mask,
+        before_layers=False,
+    )
     return located, None, gap
 
 
@@ -284,9 +296,7 @@ def _captured_step(
     return layers, outer, out[0]
 
 
-def _past(
-    captured: CapturedReference, reference: EagerReference, name: str, B: int, S: int
-) -> Tensor:
+def _past(captured: CapturedReference, reference: EagerReference, name: str, B: int, S: int) -> Tensor:
     if name == "past_shape":
         return torch.zeros(B, 1, S, 1, dtype=torch.float64)
     part, _, number = name.rpartition("_")

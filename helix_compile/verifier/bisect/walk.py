@@ -25,9 +25,7 @@ from helix_compile.verifier.report import Finding
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
-Compare = Callable[
-    [fx.Node], tuple[float, int] | None
-]  # how far a node's value is off, and on which rank
+Compare = Callable[[fx.Node], tuple[float, int] | None]  # how far a node's value is off, and on which rank
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def outer_deviation(
     before_layers: bool,
 ) -> Located | None:
     """The same in the outer graph, either before the first layer (embedding, position tables) or behind the last."""
-    twins = {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}  # fmt: skip
+    twins = {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}
     compare = partial(_off, values=values, twins=twins, layouts=layouts, degrees=degrees, mask=mask)
     return walk(outer_part(graph, before_layers=before_layers), compare, dtype)
 
@@ -112,15 +110,13 @@ def walk(nodes: Iterable[fx.Node], compare: Compare, dtype: torch.dtype) -> Loca
             good.add(node)
             continue
         suspects = _between(node, good)
-        return Located(
-            node.name, rank, off, tuple(f"`{n.name}`" for n in suspects), _family(suspects, off)
-        )
+        return Located(node.name, rank, off, tuple(f"`{n.name}`" for n in suspects), _family(suspects, off))
     return None
 
 
 def _twins(graph: fx.Graph, match: LayerMatch, expected: dict[str, Any]) -> dict[str, Tensor]:
     """Node name -> what it should be. What the passes added has no twin, but for the merged heads."""
-    twins = {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}  # fmt: skip
+    twins = {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}
     by_name = {n.name: n for n in graph.nodes}
     for attention in match.attentions:
         o_proj, anchor = by_name.get(attention.o_proj), expected.get(attention.anchor)
@@ -201,14 +197,7 @@ def _between(node: fx.Node, good: set[fx.Node]) -> list[fx.Node]:
     return [n for n in node.graph.nodes if n in found][-8:]
 
 
-_FAMILY = {
-    "mla_decode": 4,
-    "gqa_decode": 4,
-    "merge_lse": 6,
-    "rescale_by_lse": 6,
-    "unpack_heads": 1,
-    "moe_experts": 2,
-}
+_FAMILY = {"mla_decode": 4, "gqa_decode": 4, "merge_lse": 6, "rescale_by_lse": 6, "unpack_heads": 1, "moe_experts": 2}
 
 
 def _family(suspects: list[fx.Node], off: float) -> int:

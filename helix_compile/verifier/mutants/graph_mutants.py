@@ -226,9 +226,10 @@ def foreign_norm(compiled: HelixModule) -> None:
     graph = compiled.graph.graph
     layers = [n for n in graph.nodes if n.op == "call_module" and n.target == "body_0"][:2]
     place = next(
-        i for i, a in enumerate(layers[0].args)
+        i
+        for i, a in enumerate(layers[0].args)
         if isinstance(a, fx.Node) and str(a.meta.get("input", ["", ""])[1]).endswith("input_layernorm.weight")
-    )  # fmt: skip
+    )
     other = layers[0].args[place]
     layers[1].args = tuple(other if i == place else a for i, a in enumerate(layers[1].args))
     recompile(compiled)

@@ -14,7 +14,7 @@ from helix_compile.verifier.mutants.mutant import EXPERT, MIXED, mutant, replace
 Pair = tuple[Tensor, Tensor]
 
 
-def _kernel(name: str, family: int, base: str, options: dict[str, Any] | None = None, kind: str = "kernel") -> Any:  # fmt: skip
+def _kernel(name: str, family: int, base: str, options: dict[str, Any] | None = None, kind: str = "kernel") -> Any:
     """Register a mutant that replaces one op by the function that follows."""
 
     def register(kernel: Any) -> Any:
@@ -67,20 +67,20 @@ def drops_a_rank(o: Tensor, lse: Tensor) -> Tensor:
 
 
 @_kernel("lse is the row's maximum, without the sum", 6, "mla_decode")
-def maximum_only(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def maximum_only(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     o, lse = _reference("mla_decode", q, qr, cache, table, visible, scale)
     count = visible[..., None].clamp(min=1).to(lse.dtype)
     return o, lse - torch.log(count) / 2
 
 
 @_kernel("lse in base 2", 6, "mla_decode")
-def lse_base_two(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def lse_base_two(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     o, lse = _reference("mla_decode", q, qr, cache, table, visible, scale)
     return o, lse / math.log(2)
 
 
 @_kernel("weights are token counts", 6, "mla_decode")
-def token_counts(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def token_counts(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     o, lse = _reference("mla_decode", q, qr, cache, table, visible, scale)
     return o, torch.log(visible[..., None].to(lse.dtype)).expand_as(lse).contiguous()
 
@@ -89,33 +89,33 @@ def token_counts(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: T
 
 
 @_kernel("the mask of mla_decode is off by one slot", 7, "mla_decode")
-def mask_off_by_one(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def mask_off_by_one(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     return _reference("mla_decode", q, qr, cache, table, visible + (visible > 0), scale)
 
 
 @_kernel("exp in the place of exp2", 6, "mla_decode")
-def exp_for_exp2(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def exp_for_exp2(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     """Scores are in base 2 by then, so weights come out sharper than the statistics say."""
     lse = _reference("mla_decode", q, qr, cache, table, visible, scale)[1]
     return _reference("mla_decode", q, qr, cache, table, visible, scale / math.log(2))[0], lse
 
 
 @_kernel("the running maximum is stale, earlier slots are shrunk twice", 6, "mla_decode")
-def stale_maximum(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def stale_maximum(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     o, lse = _reference("mla_decode", q, qr, cache, table, visible, scale)
     o_first, lse_first = _reference("mla_decode", q, qr, cache, table, visible // 2, scale)
     share = torch.where(lse_first == -torch.inf, 0.0, torch.exp(lse_first - lse))[..., None]
     total = share * share + 1 - share
-    return ((o - o_first * share + o_first * share * share) / total).to(o.dtype), lse + torch.log(total[..., 0])  # fmt: skip
+    return ((o - o_first * share + o_first * share * share) / total).to(o.dtype), lse + torch.log(total[..., 0])
 
 
 @_kernel("the second half of a shard's slots is left out", 5, "mla_decode")
-def split_dropped(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def split_dropped(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     return _reference("mla_decode", q, qr, cache, table, (visible + 1) // 2, scale)
 
 
 @_kernel("the rope part of the scores is not scaled", 8, "mla_decode")
-def rope_unscaled(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def rope_unscaled(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     return _reference("mla_decode", q, qr / scale, cache, table, visible, scale)
 
 
@@ -123,19 +123,19 @@ def rope_unscaled(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: 
 
 
 @_kernel("an empty shard says lse = 0", 5, "mla_decode")
-def empty_is_zero(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def empty_is_zero(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     o, lse = _reference("mla_decode", q, qr, cache, table, visible, scale)
     return o, torch.where(lse == -torch.inf, 0.0, lse)
 
 
 @_kernel("an empty shard says lse = +inf", 5, "mla_decode")
-def empty_is_infinite(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def empty_is_infinite(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     o, lse = _reference("mla_decode", q, qr, cache, table, visible, scale)
     return o, torch.where(lse == -torch.inf, torch.inf, lse)
 
 
 @_kernel("an empty shard attends to its stale first slot", 5, "mla_decode")
-def empty_reads_one(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def empty_reads_one(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     return _reference("mla_decode", q, qr, cache, table, visible.clamp(min=1), scale)
 
 
@@ -180,7 +180,7 @@ def restarts(positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int) ->
     first = positions.clamp(min=0)[:, :1] // (tokens_per_block * cp) * tokens_per_block
     visible = _index(positions, rank, cp, tokens_per_block)[1]
     mine = (rank == 0) & (positions >= 0)
-    return torch.where(mine, first + torch.arange(positions.shape[1]), -1), visible  # fmt: skip
+    return torch.where(mine, first + torch.arange(positions.shape[1]), -1), visible
 
 
 @_kernel("global positions are used as local slots", 4, "shard_index", kind="positions")
@@ -196,12 +196,12 @@ def global_visible(positions: Tensor, rank: Tensor, cp: int, tokens_per_block: i
 
 
 @_kernel("a page is counted in absolute slots past the first", 4, "mla_decode")
-def last_page_lost(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def last_page_lost(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     return _reference("mla_decode", q, qr, cache, table, visible.clamp(max=cache.shape[1]), scale)
 
 
 @_kernel("T > 1: each query sees the whole step", 7, "mla_decode")
-def sees_the_future(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def sees_the_future(q: Tensor, qr: Tensor, cache: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     whole = torch.where(visible > 0, visible.amax(dim=1, keepdim=True), visible)
     return _reference("mla_decode", q, qr, cache, table, whole, scale)
 
@@ -223,18 +223,20 @@ def first_is_padding(positions: Tensor, rank: Tensor, cp: int, tokens_per_block:
 
 
 @_kernel("only the first token of a step is written", 7, "cache_append", kind="cache")
-def appends_one(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:  # fmt: skip
+def appends_one(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
     only = torch.where((slots >= 0).cumsum(1) <= 1, slots, -1)
     return _reference("cache_append", cache, table, only, visible, latent, k_rope)
 
 
 @_kernel("a token is written to its neighbour's pages", 4, "cache_append", kind="cache")
-def wrong_row(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:  # fmt: skip
+def wrong_row(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
     return _reference("cache_append", cache, table.roll(1, 0), slots, visible, latent, k_rope)
 
 
 @_kernel("a token is also written one slot further", 7, "cache_append", kind="cache")
-def writes_twice(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:  # fmt: skip
+def writes_twice(
+    cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
+) -> Tensor:
     last = table.shape[1] * cache.shape[1] - 1
     further = torch.where(slots >= 0, (slots + 1).clamp(max=last), slots)
     _reference("cache_append", cache, table, further, visible, latent, k_rope)
@@ -242,10 +244,10 @@ def writes_twice(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, l
 
 
 @_kernel("the rope part is not written", 8, "cache_append", kind="cache")
-def rope_not_written(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:  # fmt: skip
-    return _reference(
-        "cache_append", cache, table, slots, visible, latent, torch.zeros_like(k_rope)
-    )
+def rope_not_written(
+    cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
+) -> Tensor:
+    return _reference("cache_append", cache, table, slots, visible, latent, torch.zeros_like(k_rope))
 
 
 # exchange and experts
@@ -267,10 +269,10 @@ def reversed_chunks(o: Tensor, lse: Tensor, peers: int) -> Tensor:
 
 
 @_kernel("gate and up are swapped", 2, "moe_experts", EXPERT)
-def gate_is_up(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first: Tensor) -> Tensor:  # fmt: skip
+def gate_is_up(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first: Tensor) -> Tensor:
     return _reference("moe_experts", x, ids, weights, gate_up.flip(1), down, first)
 
 
 @_kernel("the last choice of a token is dropped", 2, "moe_experts", EXPERT)
-def drops_a_choice(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first: Tensor) -> Tensor:  # fmt: skip
+def drops_a_choice(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first: Tensor) -> Tensor:
     return _reference("moe_experts", x, ids[:, :-1], weights[:, :-1], gate_up, down, first)

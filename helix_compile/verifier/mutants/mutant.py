@@ -54,11 +54,7 @@ GQA_CATALOGUE: list[Mutant] = []
 
 
 def mutant(
-    name: str,
-    family: int,
-    kind: str,
-    options: dict[str, Any] | None = None,
-    catalogue: list[Mutant] = CATALOGUE,
+    name: str, family: int, kind: str, options: dict[str, Any] | None = None, catalogue: list[Mutant] = CATALOGUE
 ) -> Callable[[Callable[[HelixModule], None]], Callable[[HelixModule], None]]:
     """Register the function that follows."""
 

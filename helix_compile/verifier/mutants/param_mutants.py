@@ -56,7 +56,7 @@ def _reference(*args: Any) -> Pair:
 
 
 @_kernel("query heads are dealt to K/V heads in turn, not in groups", 3)
-def dealt_in_turn(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def dealt_in_turn(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     kv_heads = k.shape[2]
     by_group = torch.arange(q.shape[2]).unflatten(0, (-1, kv_heads)).T.flatten()
     o, lse = _reference(q[:, :, by_group], k, v, table, visible, scale)
@@ -65,12 +65,12 @@ def dealt_in_turn(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tenso
 
 
 @_kernel("query heads read the next group's K/V head", 3)
-def next_group(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def next_group(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     return _reference(q, k.roll(1, 2), v.roll(1, 2), table, visible, scale)
 
 
 @_kernel("every query head reads the first value head", 3)
-def first_values(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def first_values(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     return _reference(q, k, v[:, :, :1].expand_as(v), table, visible, scale)
 
 
@@ -99,12 +99,16 @@ def values_one_channel_early(compiled: HelixModule) -> None:
 
 
 @_kernel("K and V change places in the cache", 4, "cache_append", kind="cache")
-def swapped_halves(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # fmt: skip
+def swapped_halves(
+    cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
     return torch.ops.helix.cache_append(cache, table, slots, visible, values, keys)
 
 
 @_kernel("the last K/V head is not written", 4, "cache_append", kind="cache")
-def last_head_lost(cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # fmt: skip
+def last_head_lost(
+    cache: Tensor, table: Tensor, slots: Tensor, visible: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
     keys, values = keys.clone(), values.clone()
     keys[:, :, -1] = values[:, :, -1] = 0
     return torch.ops.helix.cache_append(cache, table, slots, visible, keys, values)
@@ -122,29 +126,29 @@ def norms_swapped(compiled: HelixModule) -> None:
 
 
 @_kernel("grouped scores without the model's scale", 8)
-def other_scale(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def other_scale(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     return _reference(q, k, v, table, visible, scale * 0.97)
 
 
 @_kernel("the mask of gqa_decode is off by one slot", 7)
-def mask_off_by_one(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def mask_off_by_one(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     return _reference(q, k, v, table, visible + (visible > 0), scale)
 
 
 @_kernel("T > 1: each grouped query sees the whole step", 7)
-def sees_the_future(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def sees_the_future(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     whole = torch.where(visible > 0, visible.amax(dim=1, keepdim=True), visible)
     return _reference(q, k, v, table, whole, scale)
 
 
 @_kernel("an empty shard of K/V says lse = 0", 5)
-def empty_is_zero(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def empty_is_zero(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     o, lse = _reference(q, k, v, table, visible, scale)
     return o, torch.where(lse == -torch.inf, 0.0, lse)
 
 
 @_kernel("statistics of a group are those of its first query head", 6)
-def statistics_of_the_first(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:  # fmt: skip
+def statistics_of_the_first(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor, scale: float) -> Pair:
     o, lse = _reference(q, k, v, table, visible, scale)
     grouped = lse.unflatten(2, (k.shape[2], -1))
     return o, grouped[..., :1].expand_as(grouped).flatten(2)
@@ -240,8 +244,7 @@ def ignored_block(compiled: HelixModule) -> None:
 def rounded_experts(compiled: HelixModule) -> None:
     def fewer(body: BodyPlan) -> BodyPlan:
         ffns = tuple(
-            replace(f, experts_per_rank=f.experts_per_rank - 1) if f.experts_per_rank else f
-            for f in body.ffns
+            replace(f, experts_per_rank=f.experts_per_rank - 1) if f.experts_per_rank else f for f in body.ffns
         )
         return replace(body, ffns=ffns)
 

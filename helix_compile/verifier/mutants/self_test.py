@@ -75,10 +75,18 @@ def awkward_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     from transformers import DeepseekV3Config
 
     sizes = {
-        **TINY, "hidden_size": 72, "intermediate_size": 112, "moe_intermediate_size": 40,
-        "num_attention_heads": 24, "num_key_value_heads": 24, "q_lora_rank": 28, "kv_lora_rank": 20,
-        "qk_rope_head_dim": 6, "qk_nope_head_dim": 10, "v_head_dim": 14,
-    }  # fmt: skip
+        **TINY,
+        "hidden_size": 72,
+        "intermediate_size": 112,
+        "moe_intermediate_size": 40,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 24,
+        "q_lora_rank": 28,
+        "kv_lora_rank": 20,
+        "qk_rope_head_dim": 6,
+        "qk_nope_head_dim": 10,
+        "v_head_dim": 14,
+    }
     return build_model(DeepseekV3Config(**sizes), dtype=dtype)
 
 
@@ -87,10 +95,21 @@ def awkward_gqa(dtype: torch.dtype = torch.float32) -> nn.Module:
     from transformers import Qwen3MoeConfig
 
     config = Qwen3MoeConfig(
-        vocab_size=97, hidden_size=36, intermediate_size=58, moe_intermediate_size=22, num_hidden_layers=3,
-        mlp_only_layers=[0], num_experts=8, num_experts_per_tok=3, num_attention_heads=12, num_key_value_heads=4,
-        head_dim=14, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=36,
+        intermediate_size=58,
+        moe_intermediate_size=22,
+        num_hidden_layers=3,
+        mlp_only_layers=[0],
+        num_experts=8,
+        num_experts_per_tok=3,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=14,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     model = build_model(config, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -101,9 +120,7 @@ def awkward_gqa(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def self_test(
-    model: nn.Module,
-    mutants: list[Mutant] | None = None,
-    progress: Callable[[str], None] | None = None,
+    model: nn.Module, mutants: list[Mutant] | None = None, progress: Callable[[str], None] | None = None
 ) -> list[Verdict]:
     """Compile `model` once for each mutant, break it, verify it.
 
@@ -127,10 +144,9 @@ def self_test(
         }
         verdicts.append(
             Verdict(
-                mutant.name, mutant.family, mutant.kind, codes["static"], codes["numeric"],
-                judge.share_off(compiled),
+                mutant.name, mutant.family, mutant.kind, codes["static"], codes["numeric"], judge.share_off(compiled)
             )
-        )  # fmt: skip
+        )
     return verdicts
 
 
@@ -183,9 +199,7 @@ class _Rule:
                 scratch = Scratch(compiled, compiled.graph, params, 1, CONTEXT + case.T)
                 site = self.reference.sites(layer)[0]
                 scratch.fill(site, 0, torch.cat(entries_of(given.pasts[0]), dim=-1)[0])
-                outputs = run_layer(
-                    scratch, layer, given, torch.ones(1, 1, dtype=torch.int64)
-                ).outputs
+                outputs = run_layer(scratch, layer, given, torch.ones(1, 1, dtype=torch.int64)).outputs
             except Exception:  # a mutant may do anything; a test that can't run is one that fails
                 return None
             for output in outputs:
@@ -202,11 +216,7 @@ def format_table(verdicts: list[Verdict]) -> str:
     for column in ("mutant", "family", "on", "static", "numeric", "atol 0.1 rtol 0.05, 2 %"):
         table.add_column(column, overflow="fold")
     for v in verdicts:
-        rule = (
-            "does not run"
-            if v.off is None
-            else f"{v.off:.1%} off: {'PASSES' if v.passes_rule else 'caught'}"
-        )
+        rule = "does not run" if v.off is None else f"{v.off:.1%} off: {'PASSES' if v.passes_rule else 'caught'}"
         static = " ".join(v.static) or ("-" if v.caught else "SURVIVES")
         table.add_row(v.name, FAMILIES[v.family], v.kind, static, " ".join(v.numeric) or "-", rule)
     console.print(table)
@@ -222,12 +232,6 @@ def format_table(verdicts: list[Verdict]) -> str:
 def to_json(verdicts: list[Verdict]) -> str:
     """The table as JSON."""
     rows: list[dict[str, Any]] = [
-        {
-            **asdict(v),
-            "family": FAMILIES[v.family],
-            "caught": v.caught,
-            "passes_rule": v.passes_rule,
-        }
-        for v in verdicts
+        {**asdict(v), "family": FAMILIES[v.family], "caught": v.caught, "passes_rule": v.passes_rule} for v in verdicts
     ]
     return json.dumps({"ok": all(v.caught for v in verdicts), "mutants": rows}, indent=1)

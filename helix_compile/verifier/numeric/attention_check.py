@@ -20,13 +20,7 @@ ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, to
 
 
 def check_attention(
-    run: LayerRun,
-    attention: Site,
-    scratch: Scratch,
-    site: int,
-    reference: CapturedReference,
-    layer: int,
-    where: str,
+    run: LayerRun, attention: Site, scratch: Scratch, site: int, reference: CapturedReference, layer: int, where: str
 ) -> list[Finding]:
     """What reaches o_proj against dense attention over the gathered caches with the module's own q, in fp64."""
     body = scratch.graph.get_submodule(str(reference.call(layer).target))
@@ -57,7 +51,7 @@ def check_attention(
             got = o[row].reshape(*v.shape).double()
             error = (got - v).square().sum(dim=(1, 2))
             pooled, norm = pooled + float(error.sum()), norm + float(v.square().sum())
-            relative = (error / v.square().sum(dim=(1, 2)).clamp(min=1e-300)).sqrt().nan_to_num(torch.inf)  # fmt: skip
+            relative = (error / v.square().sum(dim=(1, 2)).clamp(min=1e-300)).sqrt().nan_to_num(torch.inf)
             if float(relative.max()) > worst[0]:
                 t = int(relative.argmax())
                 worst = (float(relative.max()), rank, row, length - relative.shape[0] + t)
@@ -67,20 +61,18 @@ def check_attention(
     culprit, family = _blame(run, attention, scratch, site, decode, limit)
     return [
         Finding(
-            "HX402", f"{where}, rank {worst[1]}, sequence {worst[2]}, position {worst[3]}, node `{decode.name}`",
-            f"rel-RMSE {rel:.2e} (worst token {worst[0]:.2e}); {culprit}", f"at most {limit:.0e}",
-            family, "numeric",
+            "HX402",
+            f"{where}, rank {worst[1]}, sequence {worst[2]}, position {worst[3]}, node `{decode.name}`",
+            f"rel-RMSE {rel:.2e} (worst token {worst[0]:.2e}); {culprit}",
+            f"at most {limit:.0e}",
+            family,
+            "numeric",
         )
-    ]  # fmt: skip
+    ]
 
 
 def _blame(
-    run: LayerRun,
-    attention: Site,
-    scratch: Scratch,
-    site: int,
-    decode: fx.Node,
-    limit: float,
+    run: LayerRun, attention: Site, scratch: Scratch, site: int, decode: fx.Node, limit: float
 ) -> tuple[str, int]:
     """Which half is wrong: a rank's own attention over its shard, or what is made of the ranks' parts."""
     layout, options = scratch.compiled.plan.layout, scratch.compiled.plan.options
@@ -107,10 +99,7 @@ def _blame(
             if not off <= 2 * limit:
                 # other keys, or other scores, would show in the statistics too
                 family = 6 if lse_is_right else 4
-                return (
-                    f"{at}: its partial output is wrong, its lse {'right' if lse_is_right else 'too'}",
-                    family,
-                )
+                return (f"{at}: its partial output is wrong, its lse {'right' if lse_is_right else 'too'}", family)
             if not lse_is_right:
                 return f"{at}: its lse is wrong", 6
     return "each rank's own part is right: the exchange or the merge is wrong", 6

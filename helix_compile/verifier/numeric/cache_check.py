@@ -52,19 +52,28 @@ def check_cache(
                 untouched[page, slot % PAGE_SIZE] = False
                 got = cache[page, slot % PAGE_SIZE].double()
                 wanted = on_rank(new[row, position - past], row_of, rank // cp, tpa)
-                allowed = on_rank(_allowed(position, attention, dtype), row_of, rank // cp, tpa) * scale  # fmt: skip
+                allowed = on_rank(_allowed(position, attention, dtype), row_of, rank // cp, tpa) * scale
                 off = (got - wanted).abs().nan_to_num(torch.inf)
                 if bool((off > allowed).any()):
                     at = f"{where}, rank {rank}, sequence {row}, position {position}"
                     text, family = _entry_fault(got, wanted, attention, limit * scale)
                     what = "K and V" if row_of.heads else "latent and k_rope"
-                    return [Finding("HX404", at, text, f"the original's {what} to {limit:.0e}", family, "numeric")]  # fmt: skip
+                    return [Finding("HX404", at, text, f"the original's {what} to {limit:.0e}", family, "numeric")]
         changed = (cache != old) & ~(cache.isnan() & old.isnan())
         wrong = (changed.flatten(2).any(dim=-1) & untouched).nonzero()
         if len(wrong):
             page, slot = wrong[0].tolist()
             at = f"{where}, rank {rank}, page {page}, slot {slot}"
-            return [Finding("HX404", at, f"written ({len(wrong)} slots)", "left alone: not a slot of a new token of this rank", 4, "numeric")]  # fmt: skip
+            return [
+                Finding(
+                    "HX404",
+                    at,
+                    f"written ({len(wrong)} slots)",
+                    "left alone: not a slot of a new token of this rank",
+                    4,
+                    "numeric",
+                )
+            ]
     return []
 
 
@@ -118,39 +127,21 @@ def check_import(compiled: HelixModule) -> list[Finding]:
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, compiled.plan.dtype)
     widths = compiled.facts.cache_widths
-    entries = [
-        torch.randn(len(lengths), longest, w, generator=generator).to(compiled.device, dtype)
-        for w in widths
-    ]
+    entries = [torch.randn(len(lengths), longest, w, generator=generator).to(compiled.device, dtype) for w in widths]
     mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
     with _stand_in_caches(compiled):
         table = compiled.page_table
         pages = compiled.ranks[0].cache[0].shape[0]
         if len(table.unique()) != table.numel() or int(table.max()) >= pages:
             got = f"{table.numel() - len(table.unique())} pages that two places name, largest {int(table.max())}"
-            return [
-                Finding(
-                    "HX404", "page table", got, f"{table.numel()} pages below {pages}, each once", 4
-                )
-            ]
+            return [Finding("HX404", "page table", got, f"{table.numel()} pages below {pages}, each once", 4)]
         try:
-            halves = [
-                (e[..., :R], e[..., R:])
-                for e, R in zip(entries, compiled.facts.latent_widths, strict=True)
-            ]
+            halves = [(e[..., :R], e[..., R:]) for e, R in zip(entries, compiled.facts.latent_widths, strict=True)]
             compiled.import_cache([a for a, _ in halves], [b for _, b in halves], lengths, mask)
         except Exception as error:  # the module under test may do anything
             return [fault(error, "import_cache")]
         if compiled.lengths.tolist() != lengths:
-            return [
-                Finding(
-                    "HX404",
-                    "import_cache: lengths",
-                    str(compiled.lengths.tolist()),
-                    str(lengths),
-                    11,
-                )
-            ]
+            return [Finding("HX404", "import_cache: lengths", str(compiled.lengths.tolist()), str(lengths), 11)]
         table = compiled.page_table
         for rank in compiled.ranks:
             for row, length in enumerate(lengths):
@@ -159,9 +150,11 @@ def check_import(compiled: HelixModule) -> list[Finding]:
                 for site, cache in enumerate(rank.cache):
                     held = cache[table[row].cpu()[slots // PAGE_SIZE], slots % PAGE_SIZE]
                     wanted = on_rank(
-                        entries[site][row, longest - length :][mine], compiled.facts.caches[site],
-                        rank.rank // cp, layout.tpa,
-                    )  # fmt: skip
+                        entries[site][row, longest - length :][mine],
+                        compiled.facts.caches[site],
+                        rank.rank // cp,
+                        layout.tpa,
+                    )
                     wrong = (held != wanted).flatten(1).any(dim=-1).nonzero()
                     if len(wrong):
                         position = mine[int(wrong[0])]

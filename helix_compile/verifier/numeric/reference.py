@@ -46,10 +46,7 @@ class WidenedIslands(TorchDispatchMode):
         """Run `func`, but for the casts."""
         kwargs = dict(kwargs or {})
         target = kwargs.get("dtype")
-        cast = func is torch.ops.aten._to_copy.default and target in (
-            torch.float32,
-            self.captured_dtype,
-        )
+        cast = func is torch.ops.aten._to_copy.default and target in (torch.float32, self.captured_dtype)
         if cast and args[0].dtype is torch.float64:
             return args[0].clone()
         if target is self.captured_dtype:  # not float32: position tables stay as they are
@@ -70,9 +67,7 @@ def blaming_the_original(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         text = str(error).splitlines()
-        raise OriginalFails(
-            f"{what} raised {type(error).__name__}: {text[0] if text else ''}"
-        ) from error
+        raise OriginalFails(f"{what} raised {type(error).__name__}: {text[0] if text else ''}") from error
 
 
 def wide_copy(model: Any) -> Any:
@@ -165,9 +160,7 @@ class RecordingInterpreter(fx.Interpreter):
         return inner.run(*args, **kwargs)
 
 
-def with_textbook_experts(
-    graph: fx.GraphModule, matches: Mapping[str, LayerMatch]
-) -> fx.GraphModule:
+def with_textbook_experts(graph: fx.GraphModule, matches: Mapping[str, LayerMatch]) -> fx.GraphModule:
     """A copy of a captured graph whose routed experts are computed expert by expert.
 
     fp64 has no grouped matmul, and this is written apart from the op's reference. Names of nodes are kept.

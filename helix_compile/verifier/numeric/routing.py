@@ -125,8 +125,6 @@ def compare_choices(got: Choices, expected: Choices, B: int, T: int, dtype: torc
             continue
         same = (mine == theirs).all(dim=-1).view(B * T, -1).all(dim=-1).cpu()
         close = margin.view(B * T, -1).amin(dim=-1).cpu() < NEAR_TIE[dtype]
-        near |= (
-            alike & ~same & close
-        )  # the first difference of a token decides: later ones follow from it
+        near |= alike & ~same & close  # the first difference of a token decides: later ones follow from it
         alike &= same
     return Routing(alike.view(B, T), near.view(B, T))

@@ -34,10 +34,7 @@ STALE = 1.0e3  # finite in every dtype, and far from anything that a model compu
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Torch fills what torch.empty returns with NaN while this is open."""
-    was, warn = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    was, warn = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined] # a module property
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
@@ -132,20 +129,14 @@ class Scratch:
 
     def step(self, ids: Tensor, mask: Tensor, hook: Hook | None = None) -> list[Tensor]:
         """Append a step; logits [B, T, vocab] of every rank."""
-        known = {
-            "input_ids": ids.to(torch.int64),
-            "positions": self.positions(mask),
-            "page_table": self.page_table,
-        }
+        known = {"input_ids": ids.to(torch.int64), "positions": self.positions(mask), "page_table": self.page_table}
         inputs = [self.inputs_of(rank, known) for rank in range(len(self.params))]
         with running(self.compiled):
             logits = self.run(self.graph, inputs, hook)
         self.lengths = [n + int(new) for n, new in zip(self.lengths, mask.sum(dim=1), strict=True)]
         return logits
 
-    def run(
-        self, graph: fx.GraphModule, inputs: list[list[Any]], hook: Hook | None = None
-    ) -> list[Tensor]:
+    def run(self, graph: fx.GraphModule, inputs: list[list[Any]], hook: Hook | None = None) -> list[Tensor]:
         """Output of every rank, on the CPU; `hook` sees values there too."""
         placed = [tree_map_only(Tensor, lambda t: t.to(self.compiled.device), x) for x in inputs]
 
@@ -158,10 +149,7 @@ class Scratch:
     def inputs_of(self, rank: int, known: dict[str, Any]) -> list[Any]:
         """Values of the outer graph's placeholders on one rank."""
         layout = self.compiled.plan.layout
-        ranks = {
-            "kvp_rank": torch.tensor(rank % layout.kvp),
-            "ep_rank": torch.tensor(rank // layout.tpf),
-        }
+        ranks = {"kvp_rank": torch.tensor(rank % layout.kvp), "ep_rank": torch.tensor(rank // layout.tpf)}
         values: list[Any] = []
         for node in placeholders(self.graph.graph):
             kind, name = node.meta["input"]

@@ -63,10 +63,7 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
                 torch.randn(B, T, int(hidden.shape[-1]), generator=generator, dtype=torch.float64),
                 torch.ones(B, T, dtype=torch.int64),
                 torch.arange(T).expand(B, T).contiguous(),
-                tuple(
-                    (a.double(), b.double())
-                    for a, b in (empty_past(site, B, 0) for site in match.attentions)
-                ),
+                tuple((a.double(), b.double()) for a, b in (empty_past(site, B, 0) for site in match.attentions)),
             )
             values = reference.layer(layer.index, given)
             for attention in match.attentions:
@@ -79,22 +76,11 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
             for name, rms in _contributions(match, values):
                 factor = max(1.0, 1.0 / max(rms, 1e-6))  # the hidden state has an RMS of one
                 edits[layer.prefix + name] = partial(_scaled, factor=factor)
-            edits |= _vectors(
-                graph, layer.prefix, match, seed, edits, VECTOR[reference.captured.dtype]
-            )
-    return edits | _vectors(
-        reference.captured.graph.graph, "", None, seed, edits, VECTOR[reference.captured.dtype]
-    )
+            edits |= _vectors(graph, layer.prefix, match, seed, edits, VECTOR[reference.captured.dtype])
+    return edits | _vectors(reference.captured.graph.graph, "", None, seed, edits, VECTOR[reference.captured.dtype])
 
 
-def _vectors(
-    graph: fx.Graph,
-    prefix: str,
-    match: LayerMatch | None,
-    seed: int,
-    known: Edits,
-    spread: float,
-) -> Edits:
+def _vectors(graph: fx.Graph, prefix: str, match: LayerMatch | None, seed: int, known: Edits, spread: float) -> Edits:
     """Norm weights that are not all one, biases that are not zero: without them one that is left out goes unseen.
 
     A new model has ones and zeros there, a trained one has not. Vectors that ranks hold parts of are left alone: noise
@@ -102,9 +88,7 @@ def _vectors(
     """
     experts = {m.num_experts for m in match.moes} if match is not None else set()
     cut = set() if match is None else {b for a in match.attentions for b in a.cut_biases}
-    cut |= (
-        set() if match is None else {b for f in match.dense_ffns for b in (f.gate_bias, f.up_bias)}
-    )
+    cut |= set() if match is None else {b for f in match.dense_ffns for b in (f.gate_bias, f.up_bias)}
     edits: dict[str, Edit] = {}
     for node in placeholders(graph):
         shape = tuple(node.meta["val"].shape) if is_param(node) else ()
@@ -171,9 +155,7 @@ def scores(match: Site, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Te
     return match.scale * (by_latent + torch.einsum("bthr,bsr->bths", q_rope, k_rope.double()))
 
 
-def background(
-    match: Site, query: tuple[Tensor, Tensor], S: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def background(match: Site, query: tuple[Tensor, Tensor], S: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random entries [B, S, R], [B, S, r] whose scores have a spread of about one."""
     B = query[0].shape[0]
     parts = []
@@ -186,11 +168,7 @@ def background(
 
 
 def need_the_new_token(
-    match: Site,
-    query: tuple[Tensor, Tensor],
-    new: tuple[Tensor, Tensor],
-    latent: Tensor,
-    lengths: list[int],
+    match: Site, query: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], latent: Tensor, lengths: list[int]
 ) -> int:
     """Shift all past keys so that the last query's own token outweighs them in the last heads; in place.
 
@@ -206,25 +184,15 @@ def need_the_new_token(
         if n == 0:
             continue
         one = tuple(part[b : b + 1, -1:] for part in query)
-        own = scores(match, (one[0], one[1]), new[0][b : b + 1, -1:], new[1][b : b + 1, -1:])[
-            0, 0, heads, 0
-        ]
+        own = scores(match, (one[0], one[1]), new[0][b : b + 1, -1:], new[1][b : b + 1, -1:])[0, 0, heads, 0]
         # a k_rope of zeros would do for the latent part alone: needles in the rope part are planted later
-        top = match.scale * torch.einsum(
-            "hr,sr->hs", query[0][b, -1, heads], latent[b, first:]
-        ).amax(-1)
+        top = match.scale * torch.einsum("hr,sr->hs", query[0][b, -1, heads], latent[b, first:]).amax(-1)
         lower = (top + math.log(n) + 3 - own).clamp(min=0) / match.scale
         latent[b, first:] += torch.linalg.pinv(query[0][b, -1, heads]) @ -lower
     return B * len(heads)
 
 
-def plant(
-    match: Site,
-    query: tuple[Tensor, Tensor],
-    latent: Tensor,
-    k_rope: Tensor,
-    lengths: list[int],
-) -> int:
+def plant(match: Site, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor, lengths: list[int]) -> int:
     """Overwrite keys of each sequence with needles, in place; returns how many.
 
     For the last query, head by head in turn: at the start of the context, near its end, in the middle (by the latent),

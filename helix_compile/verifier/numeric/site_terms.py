@@ -19,9 +19,7 @@ from helix_compile.plan.matches import AttentionMatch, GqaMatch, Site, permuted
 Parts = tuple[Tensor, Tensor]
 
 
-def query_parts(
-    match: Site, values: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str
-) -> Parts:
+def query_parts(match: Site, values: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Parts:
     """The original's own query [B, T, H, *], in the widths of both parts of an entry."""
     if isinstance(match, GqaMatch):
         q = values[match.q].double().transpose(1, 2)
@@ -56,7 +54,7 @@ def past_of(match: Site, first: Tensor, second: Tensor) -> Parts:
 def empty_past(match: Site, B: int, S: int) -> Parts:
     """A past of zeros, as the original caches it."""
     row = match.cache
-    return torch.zeros(B, row.heads or 1, S, row.first), torch.zeros(B, row.heads or 1, S, row.second)  # fmt: skip
+    return torch.zeros(B, row.heads or 1, S, row.first), torch.zeros(B, row.heads or 1, S, row.second)
 
 
 def entries_of(parts: Parts) -> Parts:

@@ -54,15 +54,11 @@ def scenarios(compiled: Any, parameters: int) -> tuple[list[Scenario], list[str]
     turn = cp * tpb
     decode: tuple[int, ...] = DECODE
     # an empty shard; a step over the first block boundary; unequal shards and a boundary on the next turn
-    wanted: tuple[int, ...] = (1, max(1, tpb - 1), turn + max(1, tpb - 1))[
-        -min(3, options.max_batch_size) :
-    ]
+    wanted: tuple[int, ...] = (1, max(1, tpb - 1), turn + max(1, tpb - 1))[-min(3, options.max_batch_size) :]
     if affordable < sum(wanted) + len(wanted) * sum(decode):
         wanted, decode = wanted[-2:], (1, 3, 1)
         longest = max(2, affordable - 2 * sum(decode) - 1)
-        wanted = tuple(min(n, longest) for n in (1, *wanted[-1:]))[
-            -min(2, options.max_batch_size) :
-        ]
+        wanted = tuple(min(n, longest) for n in (1, *wanted[-1:]))[-min(2, options.max_batch_size) :]
         notes.append(f"prompt cut to {max(wanted)} tokens: {parameters:,} parameters in float64")
     room = options.max_seq_len - sum(decode)
     if room < 1:
@@ -73,9 +69,7 @@ def scenarios(compiled: Any, parameters: int) -> tuple[list[Scenario], list[str]
     # longer than a page on every rank, and then to the last slot
     full = min(options.max_seq_len, cp * PAGE_SIZE + turn + 1)
     if full > affordable:
-        notes.append(
-            f"a cache of {full} tokens was not filled step by step: {parameters:,} parameters"
-        )
+        notes.append(f"a cache of {full} tokens was not filled step by step: {parameters:,} parameters")
     elif full > 9:
         rows = (full - 8, 2)[: min(2, options.max_batch_size)]
         found.append(Scenario("full", rows, (3, 1, 4), full))
@@ -219,11 +213,14 @@ def run_scenario(
     if own is not None and flips > 3 * own_flips + max(1, FLIPS * tokens):
         outcome.findings.append(
             Finding(
-                "HX408", where,
+                "HX408",
+                where,
                 f"{flips} of {tokens} tokens are routed otherwise than in fp64 by the module alone",
-                f"about {own_flips}, as by the original in its own dtype", 0, "numeric",
+                f"about {own_flips}, as by the original in its own dtype",
+                0,
+                "numeric",
             )
-        )  # fmt: skip
+        )
         outcome.failing_step = 0
     elif flips or own_flips:
         outcome.notes.append(
@@ -278,28 +275,34 @@ def _rounding(mine: dict[str, Tensor], other: dict[str, Tensor], dtype: torch.dt
     return torch.finfo(dtype).eps + max(sizes) ** 0.5 * kept_in
 
 
-def _not_finite(logits: Tensor, kept: Tensor, before: list[int], where: str, number: int) -> Finding:  # fmt: skip
+def _not_finite(logits: Tensor, kept: Tensor, before: list[int], where: str, number: int) -> Finding:
     bad = (~torch.isfinite(logits)).any(dim=-1) & kept
     at = place(bad.nonzero()[0].tolist(), before, kept)
     return Finding(
-        "HX406", f"{where}, step {number}, {at}",
-        f"{int(bad.sum())} of {int(kept.sum())} tokens have NaN or inf logits", "finite logits", 5,
+        "HX406",
+        f"{where}, step {number}, {at}",
+        f"{int(bad.sum())} of {int(kept.sum())} tokens have NaN or inf logits",
+        "finite logits",
+        5,
         "numeric",
-    )  # fmt: skip
+    )
 
 
 def _router_finding(wrong: Tensor, before: list[int], where: str, number: int) -> Finding:
     at = place(wrong.nonzero()[0].tolist(), before, torch.ones_like(wrong))
     return Finding(
-        "HX408", f"{where}, step {number}, {at}",
-        f"{int(wrong.sum())} tokens choose other experts, by a clear margin", "the original's choice",
-        0, "numeric",
-    )  # fmt: skip
+        "HX408",
+        f"{where}, step {number}, {at}",
+        f"{int(wrong.sum())} tokens choose other experts, by a clear margin",
+        "the original's choice",
+        0,
+        "numeric",
+    )
 
 
 def _compare(
     got: Tensor, expected: Tensor, kept: Tensor, limit: float, before: list[int], where: str, number: int
-) -> tuple[float, Finding | None]:  # fmt: skip
+) -> tuple[float, Finding | None]:
     if not bool(kept.any()):
         return 0.0, None
     if not torch.isfinite(got[kept]).all():
@@ -312,9 +315,13 @@ def _compare(
     first = (error > limit * largest).nonzero()[0].tolist()
     at = place(first, before, kept)
     return deviation, Finding(
-        "HX401", f"{where}, step {number}, {at}",
-        f"logits off by {deviation:.2e} of the largest", f"at most {limit:.0e}", 0, "numeric",
-    )  # fmt: skip
+        "HX401",
+        f"{where}, step {number}, {at}",
+        f"logits off by {deviation:.2e} of the largest",
+        f"at most {limit:.0e}",
+        0,
+        "numeric",
+    )
 
 
 def _count(coverage: Coverage, scratch: Scratch, before: list[int], batch: Batch) -> None:
@@ -329,8 +336,7 @@ def _count(coverage: Coverage, scratch: Scratch, before: list[int], batch: Batch
         coverage.block_boundaries += (new - 1) // tpb - max(old - 1, 0) // tpb if new > old else 0
         was = [len(hand) for hand in deal(old, cp, tpb)]
         coverage.page_boundaries += sum(
-            max(n - 1, 0) // PAGE_SIZE > max(o - 1, 0) // PAGE_SIZE
-            for n, o in zip(shards, was, strict=True)
+            max(n - 1, 0) // PAGE_SIZE > max(o - 1, 0) // PAGE_SIZE for n, o in zip(shards, was, strict=True)
         )
         real = int(batch.mask[row].sum())
         coverage.idle_rows += real == 0

@@ -21,12 +21,7 @@ from helix_compile.ir.stage import copy_module
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout, format_layout
 from helix_compile.passes.typing.aten_rules import require
-from helix_compile.passes.typing.check_layouts import (
-    Untyped,
-    infer_layouts,
-    step_layout,
-    whole_on_whole,
-)
+from helix_compile.passes.typing.check_layouts import Untyped, infer_layouts, step_layout, whole_on_whole
 from helix_compile.passes.typing.helix_rules import LOWERED_RULES, WAIT
 from helix_compile.verifier.report import Finding
 
@@ -57,10 +52,7 @@ class TypedGraph:
 
 
 def type_graph(
-    graph: fx.GraphModule,
-    shapes: dict[str, Tensor],
-    params: dict[str, Layout],
-    degrees: HelixLayout,
+    graph: fx.GraphModule, shapes: dict[str, Tensor], params: dict[str, Layout], degrees: HelixLayout
 ) -> TypedGraph:
     """Infer every layout of outer graph and bodies.
 
@@ -145,11 +137,7 @@ def every_layer_is_called(graph: fx.GraphModule, layers: list[int]) -> list[Find
     called = [n.meta.get("layer") for n in _layer_calls(graph.graph)]
     if called == layers:
         return []
-    return [
-        Finding(
-            "HX109", "outer graph", f"layers {called} are called", f"layers {layers}, once each"
-        )
-    ]
+    return [Finding("HX109", "outer graph", f"layers {called} are called", f"layers {layers}, once each")]
 
 
 def _foreign(graph: fx.Graph) -> list[fx.Node]:
@@ -204,9 +192,7 @@ def _type_body(
     foreign = [n for n in _foreign(graph) if not is_leaf_call(module, n)]
     for node in foreign:
         got = f"{node.op} {node.target}"
-        typed.findings.append(
-            Finding("HX103", f"{name}, `{node.name}`", got, "a call_function with a typing rule")
-        )
+        typed.findings.append(Finding("HX103", f"{name}, `{node.name}`", got, "a call_function with a typing rule"))
     if foreign:
         return
     _forget_shapes(graph)
@@ -239,9 +225,7 @@ def _waits(name: str, graph: fx.Graph) -> list[Finding]:
     return findings
 
 
-def _fits(
-    call: fx.Node, first: fx.Node, module: fx.GraphModule, params: dict[str, Layout]
-) -> list[Finding]:
+def _fits(call: fx.Node, first: fx.Node, module: fx.GraphModule, params: dict[str, Layout]) -> list[Finding]:
     """A layer gets its own parameters and caches, lying as those of the first layer of its body do."""
     body = module.get_submodule(str(call.target))
     assert isinstance(body, fx.GraphModule)
@@ -252,11 +236,11 @@ def _fits(
     findings = []
     for node, argument, typed_as in zip(inputs, call.args, first.args, strict=True):
         kind, name = node.meta["input"]
-        given = argument.meta.get("input", [None, None]) if isinstance(argument, fx.Node) else [None, None]  # fmt: skip
+        given = argument.meta.get("input", [None, None]) if isinstance(argument, fx.Node) else [None, None]
         if kind == "param":
             full = str(given[1])
             lies = format_layout(params.get(full, {}))
-            other = typed_as.meta.get("input", [None, None])[1] if isinstance(typed_as, fx.Node) else None  # fmt: skip
+            other = typed_as.meta.get("input", [None, None])[1] if isinstance(typed_as, fx.Node) else None
             expected = format_layout(params.get(str(other), {}))
             if given[0] != "param" or not full.endswith(name):
                 findings.append(Finding("HX109", f"{where}, input {name}", full, f"...{name}", 2))

@@ -78,9 +78,7 @@ def check_params(
         source, shard = shards.get(name, (name, None))
         where = f"parameter {name}"
         if source not in originals:
-            check.findings.append(
-                Finding("HX203", where, f"no {source} in the original", "the original's weight", 2)
-            )
+            check.findings.append(Finding("HX203", where, f"no {source} in the original", "the original's weight", 2))
             continue
         odd = {r: p[name] for r, p in enumerate(held) if name in p and not _holds_values(p[name])}
         if odd:
@@ -95,9 +93,7 @@ def check_params(
             check.findings.append(Finding("HX203", where, got, f"{originals[source].dtype}", 2))
         missing = [r for r, params in enumerate(held) if name not in params]
         if missing:
-            check.findings.append(
-                Finding("HX203", where, f"ranks {missing} lack it", "every rank", 2)
-            )
+            check.findings.append(Finding("HX203", where, f"ranks {missing} lack it", "every rank", 2))
             continue
         local, whole = [params[name] for params in held], originals[source]
         check.layouts[name] = {}
@@ -117,13 +113,9 @@ def _holds_values(value: Any) -> bool:
 
 def _unknown(names: list[str], held: Sequence[Mapping[str, Tensor]]) -> list[Finding]:
     """What a rank holds and the graph never reads: a misspelled name leaves the old weight in use."""
-    extra = [
-        (r, name) for r, params in enumerate(held) for name in sorted(set(params) - set(names))
-    ]
+    extra = [(r, name) for r, params in enumerate(held) for name in sorted(set(params) - set(names))]
     return [
-        Finding(
-            "HX203", f"parameter {name}", f"rank {rank} holds it", "a name that the graph reads", 2
-        )
+        Finding("HX203", f"parameter {name}", f"rank {rank} holds it", "a name that the graph reads", 2)
         for rank, name in extra
     ]
 
@@ -148,12 +140,7 @@ def _replicated(where: str, local: list[Tensor], whole: Tensor) -> list[Finding]
 
 
 def _sharded(
-    where: str,
-    local: list[Tensor],
-    whole: Tensor,
-    shard: ParamShard,
-    layout: HelixLayout,
-    family: int,
+    where: str, local: list[Tensor], whole: Tensor, shard: ParamShard, layout: HelixLayout, family: int
 ) -> list[Finding]:
     wrong = [r for r, value in enumerate(local) if tuple(value.shape) != shard.shape]
     if wrong:
@@ -179,9 +166,7 @@ def _different(a: Tensor, b: Tensor) -> int:
 
 
 def _holes(
-    names: list[str],
-    originals: Mapping[str, Tensor],
-    shards: Mapping[str, tuple[str, ParamShard]],
+    names: list[str], originals: Mapping[str, Tensor], shards: Mapping[str, tuple[str, ParamShard]]
 ) -> list[Finding]:
     """The shards of a weight, put together, must be the whole weight, each value once."""
     by_source: dict[str, list[ParamShard]] = {}
@@ -195,9 +180,7 @@ def _holes(
         if key not in known:
             known[key] = _hole(tuple(whole.shape), pieces)
         if known[key]:
-            findings.append(
-                Finding("HX202", f"parameter {source}", known[key], "each value once", 2)
-            )
+            findings.append(Finding("HX202", f"parameter {source}", known[key], "each value once", 2))
     return findings
 
 

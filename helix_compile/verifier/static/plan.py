@@ -41,9 +41,7 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
         match = matches.get(body.name)
         if match is None:
             continue
-        for site, (attention, found) in enumerate(
-            zip(body.attentions, match.attentions, strict=False)
-        ):
+        for site, (attention, found) in enumerate(zip(body.attentions, match.attentions, strict=False)):
             where = f"plan, {body.name}, attention {site}"
             H, N = found.num_heads, layout.world_size
             expect(f"{where}: heads % ranks", H % N, 0, 12)
@@ -51,12 +49,7 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
             expect(f"{where}: q_proj", attention.q_proj, options.q_proj, 9)
             if options.v_up != "auto":
                 expect(f"{where}: v_up", attention.v_up, options.v_up, 9)
-            expect(
-                f"{where}: tokens_per_block",
-                attention.tokens_per_block,
-                options.tokens_per_block,
-                9,
-            )
+            expect(f"{where}: tokens_per_block", attention.tokens_per_block, options.tokens_per_block, 9)
             blocks = tuple((r * (H // N), (r + 1) * (H // N)) for r in range(N))
             expect(f"{where}: head_ranges", attention.head_ranges, blocks, 1)
         for ffn in body.ffns:
@@ -77,10 +70,7 @@ def _shard_axes(body: BodyPlan, match: LayerMatch, plan: HelixPlan) -> list[Find
     findings = []
     for site, found in zip(body.attentions, match.attentions, strict=False):
         after, gather = site.v_up == "after", plan.options.q_proj == "gather"
-        wanted = {
-            found.q_weight: "world" if gather else "tpa",
-            found.o_weight: "world",
-        }
+        wanted = {found.q_weight: "world" if gather else "tpa", found.o_weight: "world"}
         if isinstance(found, GqaMatch):
             wanted |= {found.k_weight: "tpa", found.v_weight: "tpa"}
         else:
@@ -105,9 +95,7 @@ def _cuts(body: BodyPlan, layout: HelixLayout) -> list[Finding]:
         for cut in shard.cuts:
             where = f"plan, {body.name}, parameter {shard.name}, dim {cut.dim}"
             if cut.total != sizes[cut.dim]:
-                findings.append(
-                    Finding("HX302", where, f"cut of {cut.total}", f"{sizes[cut.dim]}", 2)
-                )
+                findings.append(Finding("HX302", where, f"cut of {cut.total}", f"{sizes[cut.dim]}", 2))
     return findings
 
 
@@ -130,9 +118,7 @@ def expected_collectives(match: LayerMatch, plan: HelixPlan) -> Counter[tuple[st
     return count
 
 
-def check_collectives(
-    graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch]
-) -> list[Finding]:
+def check_collectives(graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch]) -> list[Finding]:
     """Each body has the collectives of its options, and the plan lists the same."""
     findings = []
     for name, body in graph.named_children():
@@ -140,18 +126,12 @@ def check_collectives(
             continue
         assert isinstance(body, fx.GraphModule)
         expected = expected_collectives(matches[name], plan)
-        got = Counter(
-            (str(n.target).split(".")[1], str(n.args[-1])) for n in calls(body.graph, *COLLECTIVES)
-        )
+        got = Counter((str(n.target).split(".")[1], str(n.args[-1])) for n in calls(body.graph, *COLLECTIVES))
         planned = Counter((c.op, c.axis) for c in plan.body(name).collectives)
         if got != expected:
             findings.append(Finding("HX105", name, _counts(got), _counts(expected), 10))
         if planned != expected:
-            findings.append(
-                Finding(
-                    "HX302", f"plan, {name}: collectives", _counts(planned), _counts(expected), 9
-                )
-            )
+            findings.append(Finding("HX302", f"plan, {name}: collectives", _counts(planned), _counts(expected), 9))
     return findings
 
 
@@ -160,10 +140,7 @@ def _counts(count: Counter[tuple[str, str]]) -> str:
 
 
 def check_work(
-    typed: fx.GraphModule,
-    plan: HelixPlan,
-    matches: dict[str, LayerMatch],
-    originals: dict[str, Tensor],
+    typed: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch], originals: dict[str, Tensor]
 ) -> list[Finding]:
     """Multiplications a rank does for each token against those of the planned shards; attention once for each head.
 
@@ -179,13 +156,7 @@ def check_work(
         got, expected = _macs(graph), _planned_macs(typed, name, plan, originals)
         if got > expected * (1 + WORK_SLACK):
             findings.append(
-                Finding(
-                    "HX107",
-                    name,
-                    f"{got:,.0f} multiplications a token a rank",
-                    f"{expected:,.0f}",
-                    13,
-                )
+                Finding("HX107", name, f"{got:,.0f} multiplications a token a rank", f"{expected:,.0f}", 13)
             )
         attended = sum(
             int(_size(n.args[0].meta["val"].shape[2]))
@@ -238,9 +209,7 @@ def _einsum_macs(node: fx.Node) -> int:
     return math.prod(sizes.values())
 
 
-def _planned_macs(
-    typed: fx.GraphModule, name: str, plan: HelixPlan, originals: dict[str, Tensor]
-) -> float:
+def _planned_macs(typed: fx.GraphModule, name: str, plan: HelixPlan, originals: dict[str, Tensor]) -> float:
     """One multiplication for each element of the planned shard of each weight matrix."""
     call = next(n for n in typed.graph.nodes if n.op == "call_module" and n.target == name)
     body = typed.get_submodule(name)

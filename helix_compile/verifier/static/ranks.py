@@ -35,28 +35,17 @@ def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
         try:
             slots, visible = node.target(positions, torch.tensor(rank), *node.args[2:])
         except Exception as error:  # an op under test may do anything
-            return [
-                Finding("HX301", f"`{node.name}`, rank {rank}", str(error), "slots and visible", 7)
-            ]
-        for what, got, expected in (
-            ("slot", slots, expected_slots),
-            ("visible", visible, seen.cumsum(0)[None]),
-        ):
+            return [Finding("HX301", f"`{node.name}`, rank {rank}", str(error), "slots and visible", 7)]
+        for what, got, expected in (("slot", slots, expected_slots), ("visible", visible, seen.cumsum(0)[None])):
             wrong = (got.cpu() != expected).nonzero()
             if len(wrong):
                 column = int(wrong[0, 1])
                 where = f"`{node.name}`, CP rank {rank}, position {column - 1}: {what}"
-                return [
-                    Finding(
-                        "HX301", where, str(int(got[0, column])), str(int(expected[0, column])), 7
-                    )
-                ]
+                return [Finding("HX301", where, str(int(got[0, column])), str(int(expected[0, column])), 7)]
     return []
 
 
-def check_mesh(
-    groups: dict[str, tuple[tuple[int, ...], ...]], layout: HelixLayout
-) -> list[Finding]:
+def check_mesh(groups: dict[str, tuple[tuple[int, ...], ...]], layout: HelixLayout) -> list[Finding]:
     """The groups of ranks along each axis, members in the order of their coordinate."""
     findings = []
     others = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}
@@ -65,28 +54,21 @@ def check_mesh(
         expected = {
             tuple(
                 sorted(
-                    (r for r in ranks if coordinate(other, r, layout) == i),
-                    key=lambda r: coordinate(axis, r, layout),
+                    (r for r in ranks if coordinate(other, r, layout) == i), key=lambda r: coordinate(axis, r, layout)
                 )
             )
             for i in range(layout.size(other))
         }
         got = set(groups[axis])
         if got != expected:
-            findings.append(Finding("HX106", f"groups of {axis}", str(sorted(got)), str(sorted(expected)), 1))  # fmt: skip
+            findings.append(Finding("HX106", f"groups of {axis}", str(sorted(got)), str(sorted(expected)), 1))
     if groups["world"] != (tuple(range(layout.world_size)),):
-        findings.append(
-            Finding("HX106", "group world", str(groups["world"]), "all ranks in order", 1)
-        )
+        findings.append(Finding("HX106", "group world", str(groups["world"]), "all ranks in order", 1))
     return findings
 
 
 def check_rank_order(
-    graph: fx.GraphModule,
-    plan: HelixPlan,
-    matches: dict[str, LayerMatch],
-    world: Any,
-    device: torch.device,
+    graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch], world: Any, device: torch.device
 ) -> list[Finding]:
     """Send head numbers through the real exchange: each rank must get the block whose o_proj columns it holds."""
     if plan.layout.kvp == 1:
@@ -100,7 +82,9 @@ def check_rank_order(
         for pack, found in zip(packs, matches[name].attentions, strict=False):
             exchange = _exchange_of(body.graph, pack)
             if exchange is None:
-                findings.append(Finding("HX106", f"{name}, `{pack.name}`", "no unpack_heads and merge_lse behind it", "them", 1))  # fmt: skip
+                findings.append(
+                    Finding("HX106", f"{name}, `{pack.name}`", "no unpack_heads and merge_lse behind it", "them", 1)
+                )
                 continue
             run = partial(_run_on, device, world, exchange)
             findings += _owned_heads(name, exchange, found.num_heads, plan.layout, run)
@@ -122,22 +106,12 @@ def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
     for operand, name in zip(pack.args[:2], ("partial_o", "lse"), strict=True):
         assert isinstance(operand, fx.Node)
         env[operand] = copy.placeholder(name)
-    unpack = next(
-        (
-            n
-            for n in graph.nodes
-            if helix_op(n) == "unpack_heads" and pack in ancestors([n], until=())
-        ),
-        None,
-    )
+    unpack = next((n for n in graph.nodes if helix_op(n) == "unpack_heads" and pack in ancestors([n], until=())), None)
     likes = unpack.args[1:2] if unpack is not None else ()
     for operand in likes:
         if isinstance(operand, fx.Node) and operand not in env:
             env[operand] = copy.placeholder("whole_o")
-    inside = {n for n in ancestors([merge], until=()) if pack in ancestors([n], until=())} | {
-        pack,
-        merge,
-    }
+    inside = {n for n in ancestors([merge], until=()) if pack in ancestors([n], until=())} | {pack, merge}
     for node in graph.nodes:
         if node in inside:
             env[node] = copy.node_copy(node, lambda n: env[n])
@@ -167,7 +141,9 @@ def _owned_heads(
         expected = [float(h) for h in range(rank * block, (rank + 1) * block)]
         if not torch.allclose(torch.tensor(got), torch.tensor(expected), rtol=0, atol=1e-3):
             text = [round(h, 3) for h in got]
-            return [Finding("HX106", f"{name}, rank {rank} after the exchange", f"heads {text}", f"heads {expected}", 1)]  # fmt: skip
+            return [
+                Finding("HX106", f"{name}, rank {rank} after the exchange", f"heads {text}", f"heads {expected}", 1)
+            ]
     return []
 
 

@@ -113,9 +113,7 @@ def test_real_widths(width: int) -> None:
 def test_16_bit(dtype: torch.dtype, limit: float) -> None:
     """Looser than a device: the interpreter cuts bfloat16 off instead of rounding it."""
     args = GqaStep((40, 0, 17), T=2, G=5, dtype=dtype).arguments()
-    exact = helix.gqa_decode(
-        *(a.double() if a.is_floating_point() else a for a in args[:5]), args[5]
-    )
+    exact = helix.gqa_decode(*(a.double() if a.is_floating_point() else a for a in args[:5]), args[5])
     for splits in (1, 2):
         o, lse = gqa_decode_triton(*args, splits=splits)
         assert o.dtype is dtype and lse.dtype is torch.float32
@@ -182,10 +180,7 @@ def test_reference_is_attention(K: int, G: int, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(lse[b], expected_lse, rtol=1e-12, atol=1e-12)
         assert torch.count_nonzero(o[b, ~alive]) == 0
     monkeypatch.setattr(reference_gqa, "SCORE_BYTES", 1)
-    assert all(
-        torch.allclose(a, b, rtol=1e-14)
-        for a, b in zip(helix.gqa_decode(*args), (o, lse), strict=True)
-    )
+    assert all(torch.allclose(a, b, rtol=1e-14) for a, b in zip(helix.gqa_decode(*args), (o, lse), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -32,7 +32,7 @@ def test_one_loop_of_a_compiled_kernel() -> None:
     assert len(instructions) == len(listing("dot_loop.sm_90").splitlines())
     (loop,) = hot_loops(instructions, own_warps=4)
     assert loop == HotLoop(0x2B0, 0x3A0, 16, 0, 4, None, True)
-    assert warp_instructions_per_token([loop], tokens_per_step=16, ctas_per_token=2) == 16 * 4 / 16 * 2  # fmt: skip
+    assert warp_instructions_per_token([loop], tokens_per_step=16, ctas_per_token=2) == 16 * 4 / 16 * 2
     assert tensor_core(instructions) == "mma" and not uses_tma(instructions)
 
 

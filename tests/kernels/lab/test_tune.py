@@ -97,17 +97,16 @@ def test_the_fastest_of_a_class_replaces_its_entry() -> None:
     anywhere = next(c for c in classes if c not in MLA_DECODE)  # stood under "any card" before
     slow, fast, other = candidates(first, V3, target)[:3]
     trials = [
-        Trial(first, slow, 0.3), Trial(first, fast, 0.1), Trial(first, other, reason="too large"),
+        Trial(first, slow, 0.3),
+        Trial(first, fast, 0.1),
+        Trial(first, other, reason="too large"),
         Trial(anywhere, anywhere.config, 0.2),
-    ]  # fmt: skip
+    ]
     table = parsed(table_text(replacement(trials, V3, "a card", DATE)))
     new = [entry for entry in table if entry not in MLA_DECODE]
     assert [e for e in table if e not in new] == [e for e in MLA_DECODE if e != first]
     assert [(e.arch, e.config) for e in new] == [("sm_90", fast), ("sm_90", anywhere.config)]
-    assert (
-        new[0].evidence.startswith("a card, 2026-01-02, Triton ")
-        and "100.0 us, B 8" in new[0].evidence
-    )
+    assert new[0].evidence.startswith("a card, 2026-01-02, Triton ") and "100.0 us, B 8" in new[0].evidence
     assert table.index(new[0]) == MLA_DECODE.index(first)
     assert table[table.index(new[1]) + 1] == replace(anywhere, arch="")
     text = trials_text(trials)
@@ -116,9 +115,7 @@ def test_the_fastest_of_a_class_replaces_its_entry() -> None:
 
 def test_nothing_measured_changes_nothing() -> None:
     entry = classes_of(TARGETS[0], V3)[0]
-    assert (
-        tuple(replacement([Trial(entry, entry.config, reason="no")], V3, "c", DATE)) == MLA_DECODE
-    )
+    assert tuple(replacement([Trial(entry, entry.config, reason="no")], V3, "c", DATE)) == MLA_DECODE
 
 
 @pytest.fixture
@@ -188,21 +185,14 @@ def test_a_candidate_that_faults_costs_no_other_its_trial(tmp_path: Path) -> Non
         got = [trials(entry, replace(entry.config, num_stages=n)) for n in stages]
     assert [t.config.num_stages for t in got] == list(stages)
     bad = {n: t.reason for n, t in zip(stages, got, strict=True) if t.ms is None}
-    assert bad == {
-        1: "AcceleratorError: illegal", 2: "ended its process (exit status 7)", 3: "took longer than 3 s",
-    }  # fmt: skip
+    assert bad == {1: "AcceleratorError: illegal", 2: "ended its process (exit status 7)", 3: "took longer than 3 s"}
     assert log.read_text().count("started") == 4  # the first, and one after each of the three
 
 
-def test_no_card_is_a_refusal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_card_is_a_refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for extra, message in (
-        (
-            [],
-            "LoweringUnavailable: kernels: --tune measures on a CUDA device, and torch finds none",
-        ),
+        ([], "LoweringUnavailable: kernels: --tune measures on a CUDA device, and torch finds none"),
         (["--all"], "HelixError: kernels: --tune takes no --all"),
         (["--arch", "sm_90"], "HelixError: kernels: --tune takes no --arch"),
     ):
@@ -216,5 +206,7 @@ def test_no_card_is_a_refusal(
 def test_a_model_without_mla_decode_has_nothing_to_tune() -> None:
     captured = capture(fresh_gqa("llama", torch.bfloat16).to("meta"))
     model = planned(captured, HelixOptions(cp=4))
-    with pytest.raises(LoweringUnavailable, match="no layer of the model is lowered to it; --tune measures mla_decode alone"):  # fmt: skip
+    with pytest.raises(
+        LoweringUnavailable, match="no layer of the model is lowered to it; --tune measures mla_decode alone"
+    ):
         attention_site(model, offline_target("sm_90"))

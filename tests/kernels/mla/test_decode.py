@@ -41,9 +41,7 @@ def lengths_of(page_size: int) -> st.SearchStrategy[list[int]]:
 
 
 @st.composite
-def drawn_inputs(
-    draw: st.DrawFn, widths: list[tuple[int, int]], page_sizes: list[int]
-) -> MlaInputs:
+def drawn_inputs(draw: st.DrawFn, widths: list[tuple[int, int]], page_sizes: list[int]) -> MlaInputs:
     page_size = draw(st.sampled_from(page_sizes))
     T, H = draw(st.sampled_from([1, 2, 5])), draw(st.sampled_from([1, 5, 16, 20, 128]))
     R, r = draw(st.sampled_from(widths))
@@ -53,19 +51,13 @@ def drawn_inputs(
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.sampled_from(TMA_FORMS),
-    drawn_inputs([(32, 16), (64, 32)], [16, 32, 48]),
-    st.sampled_from([1, 2, 4]),
-)
+@given(st.sampled_from(TMA_FORMS), drawn_inputs([(32, 16), (64, 32)], [16, 32, 48]), st.sampled_from([1, 2, 4]))
 def test_tma_forms_agree_with_reference(config: MlaConfig, inputs: MlaInputs, splits: int) -> None:
     assert mismatch(run_form(config, inputs, splits), helix.mla_decode(*inputs.args)) is None
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    drawn_inputs([(32, 16), (24, 8), (7, 3), (1, 1)], [1, 3, 16, 20]), st.sampled_from([1, 2, 4])
-)
+@given(drawn_inputs([(32, 16), (24, 8), (7, 3), (1, 1)], [1, 3, 16, 20]), st.sampled_from([1, 2, 4]))
 def test_pointer_form_takes_any_widths_and_pages(inputs: MlaInputs, splits: int) -> None:
     assert mismatch(run_form(POINTER_FORM, inputs, splits), helix.mla_decode(*inputs.args)) is None
 
@@ -85,10 +77,7 @@ class TestEachForm:
         # whole numbers: scores up to 1e6 are exact, so that gaps are 100 or 0 and nothing hangs on rounding
         inputs = mla_inputs([40, 17], H=5, magnitude=2.0, scale=100.0)
         whole = replace(
-            inputs,
-            q_latent=inputs.q_latent.round(),
-            q_rope=inputs.q_rope.round(),
-            cache=inputs.cache.round(),
+            inputs, q_latent=inputs.q_latent.round(), q_rope=inputs.q_rope.round(), cache=inputs.cache.round()
         )
         assert mismatch(run_form(config, whole), helix.mla_decode(*whole.args)) is None
 
@@ -116,16 +105,12 @@ class TestEachForm:
     def test_strided_queries(self, config: MlaConfig) -> None:
         inputs = mla_inputs([20, 33], T=2, H=5)
         by_head = inputs.q_latent.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-        strided = replace(
-            inputs, q_latent=by_head, q_rope=inputs.q_rope.transpose(0, 1).clone().transpose(0, 1)
-        )
+        strided = replace(inputs, q_latent=by_head, q_rope=inputs.q_rope.transpose(0, 1).clone().transpose(0, 1))
         assert mismatch(run_form(config, strided), helix.mla_decode(*inputs.args)) is None
 
 
 @pytest.mark.parametrize(
-    "config",
-    [MlaConfig(ROWS, 64, 64, 8, 2, parts=2), MlaConfig(TRANSPOSED, 16, 64, 4, 2), POINTER_FORM],
-    ids=str,
+    "config", [MlaConfig(ROWS, 64, 64, 8, 2, parts=2), MlaConfig(TRANSPOSED, 16, 64, 4, 2), POINTER_FORM], ids=str
 )
 def test_deepseek_v3_widths(config: MlaConfig) -> None:
     H = 128 if config.form == ROWS else 16
@@ -144,9 +129,7 @@ def test_op_agrees_with_reference(H: int, page_size: int) -> None:
 def test_split_parts_merge_to_the_result() -> None:
     inputs = mla_inputs([0, 1, 70], T=2, H=5)
     o_S, lse_S = helix_triton.mla_decode.splits(*inputs.args, 4)
-    assert (
-        o_S.shape == (3, 2, 5, 4, 32) and o_S.dtype == torch.float32 and lse_S.shape == (3, 2, 5, 4)
-    )
+    assert o_S.shape == (3, 2, 5, 4, 32) and o_S.dtype == torch.float32 and lse_S.shape == (3, 2, 5, 4)
     assert (lse_S == -torch.inf).any()
     parts, lses = o_S.permute(3, 0, 1, 2, 4), lse_S.permute(3, 0, 1, 2)
     o, lse = helix.merge_lse(parts, lses), torch.logsumexp(lses, dim=0)
@@ -193,8 +176,12 @@ def test_cases_name_every_argument(arch: str, H: int) -> None:
 
 
 @given(
-    st.integers(0, 64), st.integers(1, 5), st.integers(1, 128), st.integers(1, 2**20), st.sampled_from(["sm_100", "sm_90"])
-)  # fmt: skip
+    st.integers(0, 64),
+    st.integers(1, 5),
+    st.integers(1, 128),
+    st.integers(1, 2**20),
+    st.sampled_from(["sm_100", "sm_90"]),
+)
 def test_split_count_fills_the_card_once(B: int, T: int, H: int, max_slots: int, arch: str) -> None:
     target = offline_target(arch)
     splits = split_count(B, T, H, max_slots, target)

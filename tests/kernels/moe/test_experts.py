@@ -41,8 +41,16 @@ def within_nan(values: Tensor, before: int, after: int) -> Tensor:
 
 
 def experts(
-    N: int, D: int, F: int, e: int, k: int, total: int, *, dtype: torch.dtype = torch.float32, around: tuple[int, int] = (1, 2)
-) -> list[Tensor]:  # fmt: skip
+    N: int,
+    D: int,
+    F: int,
+    e: int,
+    k: int,
+    total: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    around: tuple[int, int] = (1, 2),
+) -> list[Tensor]:
     """x, ids, weights, gate_up, down; ids are drawn from `total` experts."""
     generator = torch.Generator().manual_seed(N * 131 + D * 17 + F)
 
@@ -85,9 +93,8 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], int]:
 
 
 @settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],
-)  # fmt: skip
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
 @given(cases())
 def test_agrees_with_the_reference(case: tuple[list[Tensor], int]) -> None:
     check(*case)
@@ -185,7 +192,7 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -
     args = [*experts(4, 40, 8, 3, 2, 3), expert_number(0)]
     kernel(*args)
     site = Site("moe_experts", tuple(args), Capacity(4, 128))
-    compiled = [c for c in moe_experts.MOE_EXPERTS.cases(site, device_target(args[0].device)) if not c.fallback]  # fmt: skip
+    compiled = [c for c in moe_experts.MOE_EXPERTS.cases(site, device_target(args[0].device)) if not c.fallback]
     assert [c.kernel for c in compiled] == [c.kernel for c, _ in launched]
     for ours, (theirs, _) in zip(compiled, launched, strict=True):
         assert ours.function is theirs.function and ours.options == theirs.options
@@ -198,7 +205,5 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -
 
 def test_schema_and_fake() -> None:
     torch.library.opcheck(
-        kernel,
-        (*experts(3, 8, 4, 2, 2, 3), expert_number(0)),
-        test_utils=("test_schema", "test_faketensor"),
+        kernel, (*experts(3, 8, 4, 2, 2, 3), expert_number(0)), test_utils=("test_schema", "test_faketensor")
     )

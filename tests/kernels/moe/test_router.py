@@ -18,9 +18,8 @@ from helix_compile.kernels.target import offline_target
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernel = moe_router.MOE_ROUTER.target
 drawn = settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],
-)  # fmt: skip
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
 # few values, so that ties are common; their sigmoids have no sum in common, so that near-ties are not
 GRID = torch.tensor([-2.3, -0.4, 0.0, 0.7, 2.1])
 BIAS_GRID = torch.tensor([-0.5, 0.0, 0.0, 0.25])
@@ -98,15 +97,21 @@ def test_deepseek_v3_as_transformers_routes() -> None:
     torch.nn.init.normal_(router.e_score_correction_bias, std=0.1)
     with torch.no_grad():
         logits, expected, expected_ids = router(torch.randn(20, 16, device=DEVICE))
-    options = (config.n_group, config.topk_group, config.num_experts_per_tok, config.norm_topk_prob, config.routed_scaling_factor)  # fmt: skip
+    options = (
+        config.n_group,
+        config.topk_group,
+        config.num_experts_per_tok,
+        config.norm_topk_prob,
+        config.routed_scaling_factor,
+    )
     ids, weights = kernel(logits, router.e_score_correction_bias, *options)
     own, theirs = ids.sort(dim=1), expected_ids.sort(dim=1)
     assert torch.equal(own.values, theirs.values)
-    torch.testing.assert_close(weights.gather(1, own.indices), expected.gather(1, theirs.indices), rtol=2e-6, atol=0)  # fmt: skip
+    torch.testing.assert_close(weights.gather(1, own.indices), expected.gather(1, theirs.indices), rtol=2e-6, atol=0)
     check_exactly(logits, router.e_score_correction_bias, options)
 
 
-@pytest.mark.parametrize("options", [(1, 1, 3, True, 1.0), (4, 1, 3, False, 2.5), (4, 2, 8, True, 1.0)])  # fmt: skip
+@pytest.mark.parametrize("options", [(1, 1, 3, True, 1.0), (4, 1, 3, False, 2.5), (4, 2, 8, True, 1.0)])
 def test_all_equal_takes_the_lowest_numbers(options: Options) -> None:
     logits = torch.zeros(2, 12, device=DEVICE)
     ids, _ = kernel(logits, torch.zeros(12, device=DEVICE), *options)
@@ -116,7 +121,7 @@ def test_all_equal_takes_the_lowest_numbers(options: Options) -> None:
 
 def test_faults_are_ranked_first_and_end() -> None:
     logits, bias = on_grid(0, 5, 12)
-    logits[0], logits[1, 7], logits[2, 3], logits[3, 5] = torch.nan, torch.nan, torch.inf, -torch.inf  # fmt: skip
+    logits[0], logits[1, 7], logits[2, 3], logits[3, 5] = torch.nan, torch.nan, torch.inf, -torch.inf
     logits[4, 2:9] = torch.nan
     check_exactly(logits, bias, (3, 2, 4, False, 1.0))
     # the sign of a NaN means nothing
@@ -128,7 +133,7 @@ def test_extreme_logits() -> None:
     """Scores that are 1, tiny or 0 are ranked as torch ranks them."""
     logits = torch.tensor([[-1e9, -120.0, -88.0, -87.0, -30.0, 20.0, 60.0, 1e9]], device=DEVICE)
     ids, _ = kernel(logits, torch.zeros(8, device=DEVICE), 1, 1, 8, False, 1.0)
-    assert torch.equal(ids, helix.moe_router(logits, torch.zeros(8, device=DEVICE), 1, 1, 8, False, 1.0)[0])  # fmt: skip
+    assert torch.equal(ids, helix.moe_router(logits, torch.zeros(8, device=DEVICE), 1, 1, 8, False, 1.0)[0])
 
 
 def test_strided_logits_and_a_bias_in_bfloat16() -> None:
@@ -141,7 +146,7 @@ def test_strided_logits_and_a_bias_in_bfloat16() -> None:
 
 
 def test_no_tokens() -> None:
-    ids, weights = kernel(torch.zeros(0, 8, device=DEVICE), torch.zeros(8, device=DEVICE), 2, 1, 3, True, 1.0)  # fmt: skip
+    ids, weights = kernel(torch.zeros(0, 8, device=DEVICE), torch.zeros(8, device=DEVICE), 2, 1, 3, True, 1.0)
     assert ids.shape == weights.shape == (0, 3)
 
 
@@ -156,7 +161,5 @@ def test_refusals(E: int, options: Options, reason: str) -> None:
 
 def test_schema_and_fake() -> None:
     torch.library.opcheck(
-        kernel,
-        (*on_grid(0, 3, 8), 2, 1, 3, True, 2.5),
-        test_utils=("test_schema", "test_faketensor"),
+        kernel, (*on_grid(0, 3, 8), 2, 1, 3, True, 2.5), test_utils=("test_schema", "test_faketensor")
     )

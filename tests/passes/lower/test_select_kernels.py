@@ -20,9 +20,7 @@ from helix_compile.kernels.target import offline_target, target_for
 from tests.support.driver import left_padded, random_ids, worst_deviation
 from tests.support.models import tiny_model
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="tests/gpu runs these on the device"
-)
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these on the device")
 PLANS = {
     "after": {"cp": 4, "v_up": "after"},
     "before": {"cp": 2, "tpa": 2, "q_proj": "gather"},
@@ -54,9 +52,7 @@ def test_the_whole_model_by_kernels(plan: str) -> None:
     assert worst_deviation(model, compiled, [5, 1], (1, 3)) <= 2e-5
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param("short_half_rope", marks=pytest.mark.slow), "short_plain_router"]
-)
+@pytest.mark.parametrize("variant", [pytest.param("short_half_rope", marks=pytest.mark.slow), "short_plain_router"])
 def test_other_models_by_kernels(variant: str) -> None:
     compiled = triton_module(variant, cp=2)
     assert "moe_router.default" in chosen(compiled, "body_1").values()
@@ -100,14 +96,11 @@ def test_the_wire_is_the_same(plan: str) -> None:
     by_kernels = triton_module("short", **PLANS[plan])
     reference = helix_compile(
         tiny_model("short", torch.float32), max_seq_len=64, tokens_per_block=3, lower="reference", **PLANS[plan]
-    )  # fmt: skip
+    )
     for name, body in by_kernels.graph.named_children():
         other = reference.graph.get_submodule(name)
         assert isinstance(body, fx.GraphModule) and isinstance(other, fx.GraphModule)
-        wires = [
-            [str(n.target) for n in g.graph.nodes if "_c10d_functional" in str(n.target)]
-            for g in (body, other)
-        ]
+        wires = [[str(n.target) for n in g.graph.nodes if "_c10d_functional" in str(n.target)] for g in (body, other)]
         assert wires[0] == wires[1]
         assert sum("all_reduce" in op for op in wires[0]) == 2
 
@@ -162,9 +155,7 @@ def test_batch_items_are_independent() -> None:
 def test_verify_is_silent_and_sees_an_edit(plan: str) -> None:
     """The static checks alone, on the graph with fused ops; then a scale that is off by a thousandth."""
     model = tiny_model("short", torch.float32)
-    compiled = helix_compile(
-        model, lower="triton", max_seq_len=64, tokens_per_block=3, **PLANS[plan]
-    )
+    compiled = helix_compile(model, lower="triton", max_seq_len=64, tokens_per_block=3, **PLANS[plan])
     report = verify(compiled, model)
     assert report.ok, report
     body = compiled.graph.get_submodule("body_1")
@@ -184,7 +175,7 @@ def test_refused_without_the_interpreter() -> None:
         "helix_compile(build_model(preset_config('tiny')), cp=2, lower='triton')\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert "LoweringUnavailable" in last and "TRITON_INTERPRET=1" in last

@@ -17,7 +17,7 @@ MISSES = {
     "cache_out": ("sum.dim_IntList", "what is cached (`past_latent_0`)"),
     "length_out": ("add.Tensor", "how much is cached (`past_"),
     "mask_out": ("sum.dim_IntList", "the attention mask, or how much is cached (`attention_mask`)"),
-}  # fmt: skip
+}
 
 
 def test_each_reader_is_named_with_its_line() -> None:

@@ -26,9 +26,7 @@ def test_dense_layer_by_size_and_value() -> None:
     match, values = only_match(graph), BodyValues(graph)
     assert (match.width, match.input_size, match.hidden_size) == (112, 72, 72)
     x = values[node_named(graph, match.gate).args[0].name]
-    gate, up, down = (
-        values.param(n) for n in (match.gate_weight, match.up_weight, match.down_weight)
-    )
+    gate, up, down = (values.param(n) for n in (match.gate_weight, match.up_weight, match.down_weight))
     expected = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
     torch.testing.assert_close(values[match.down], expected, rtol=1e-12, atol=1e-12)
     assert (match.gate_bias, match.up_bias, match.down_bias) == (None, None, None)

@@ -39,9 +39,13 @@ def test_the_match_says_what_the_graph_computes(style: str) -> None:
         return pages
 
     o, _ = gqa_decode_reference(
-        values[match.q].transpose(1, 2), cached(match.past_k, match.k), cached(match.past_v, match.v),
-        torch.tensor([[0], [1]]), torch.tensor([[6, 7, 8]] * 2, dtype=torch.int32), match.scale,
-    )  # fmt: skip
+        values[match.q].transpose(1, 2),
+        cached(match.past_k, match.k),
+        cached(match.past_v, match.v),
+        torch.tensor([[0], [1]]),
+        torch.tensor([[6, 7, 8]] * 2, dtype=torch.int32),
+        match.scale,
+    )
     torch.testing.assert_close(o, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -57,12 +61,20 @@ MISSES: list[tuple[str, str, str]] = [
     ("eager", "sinks", "the score chain holds `aten.cat.default` (sinks, a cap or a bias?)"),
     ("repeat", "one linear", "q, K and V come from fewer than three linears"),
     ("repeat", "q and more", f"the linear of q has {H * (DK + 1)} rows, expected {H} heads x {DK} channels = {H * DK}"),
-    ("repeat", "gate's heads change places", "the gate can't be cut by heads: aten.slice.Tensor works across dim 2, which is cut by heads (a gate is cut over all cp * tpa ranks; nearest that works: a gate whose linear"),
-    ("repeat", "gate from q's linear", f"the gate and what attention reads come from one linear `linear_3` of {H * (DK + DV)} rows"),
-]  # fmt: skip
+    (
+        "repeat",
+        "gate's heads change places",
+        "the gate can't be cut by heads: aten.slice.Tensor works across dim 2, which is cut by heads (a gate is cut over all cp * tpa ranks; nearest that works: a gate whose linear",
+    ),
+    (
+        "repeat",
+        "gate from q's linear",
+        f"the gate and what attention reads come from one linear `linear_3` of {H * (DK + DV)} rows",
+    ),
+]
 
 
-@pytest.mark.parametrize(("style", "miss", "reason"), MISSES, ids=[f"{s}-{m}" for s, m, _ in MISSES])  # fmt: skip
+@pytest.mark.parametrize(("style", "miss", "reason"), MISSES, ids=[f"{s}-{m}" for s, m, _ in MISSES])
 def test_near_misses_say_the_reason(style: str, miss: str, reason: str) -> None:
     (failure,) = find_attention(toy_graph(style, miss))
     assert isinstance(failure, MatchFailure)
@@ -72,17 +84,23 @@ def test_near_misses_say_the_reason(style: str, miss: str, reason: str) -> None:
 
 UNCUT: list[tuple[str, str, str]] = [
     ("norm over heads", "K", "rows 0.. of the linear of K do not make head 0 alone"),
-    ("q's heads change places", "q", "q can't be cut by heads: aten.slice.Tensor works across dim 1, which is cut by heads"),
+    (
+        "q's heads change places",
+        "q",
+        "q can't be cut by heads: aten.slice.Tensor works across dim 1, which is cut by heads",
+    ),
     ("next to nothing across heads", "q", "q can't be cut by heads: mean works across dim 1, which is cut by heads"),
     ("a weight per head", "q", "rows 0.. of the linear of q do not make head 0 alone"),
-    ("heads taken by number", "q", f"(aten.select.int) works on all {H} heads as a fixed number, it does not run on one of them"),
-]  # fmt: skip
+    (
+        "heads taken by number",
+        "q",
+        f"(aten.select.int) works on all {H} heads as a fixed number, it does not run on one of them",
+    ),
+]
 
 
 @pytest.mark.parametrize(("miss", "what", "reason"), UNCUT, ids=[m for m, *_ in UNCUT])
-def test_what_can_not_be_cut_by_heads_is_said_and_is_no_refusal(
-    miss: str, what: str, reason: str
-) -> None:
+def test_what_can_not_be_cut_by_heads_is_said_and_is_no_refusal(miss: str, what: str, reason: str) -> None:
     """It works where nothing is cut: at tpa=1."""
     (match,) = find_attention(toy_graph("repeat", miss))
     assert isinstance(match, GqaMatch), match

@@ -50,10 +50,7 @@ def window(width: int) -> Edit:
         keys = key_numbers(graph, mask)
         last = graph.call_function(aten.amax.default, (keys, [-1], True))
         oldest = graph.call_function(aten.sub.Tensor, (last, width))
-        return graph.call_function(
-            aten.bitwise_and.Tensor,
-            (mask, graph.call_function(aten.gt.Tensor, (keys, oldest))),
-        )
+        return graph.call_function(aten.bitwise_and.Tensor, (mask, graph.call_function(aten.gt.Tensor, (keys, oldest))))
 
     return edit
 
@@ -65,9 +62,7 @@ def bidirectional(graph: fx.Graph, mask: fx.Node) -> fx.Node:
 def sparse(graph: fx.Graph, mask: fx.Node) -> fx.Node:
     hidden = calls(graph, aten.embedding.default)[0]
     score = graph.call_function(aten.amax.default, (hidden, [0, 1, 2]))
-    return graph.call_function(
-        aten.bitwise_and.Tensor, (mask, graph.call_function(aten.gt.Scalar, (score, 0.0)))
-    )
+    return graph.call_function(aten.bitwise_and.Tensor, (mask, graph.call_function(aten.gt.Scalar, (score, 0.0))))
 
 
 def by_positions(seen: Callable[..., Tensor]) -> Edit:
@@ -75,11 +70,7 @@ def by_positions(seen: Callable[..., Tensor]) -> Edit:
 
     def masked(mask: Tensor) -> Tensor:
         B, _, T, total = mask.shape
-        b, q, k = (
-            torch.arange(B)[:, None, None, None],
-            torch.arange(total - T, total)[:, None],
-            torch.arange(total),
-        )
+        b, q, k = (torch.arange(B)[:, None, None, None], torch.arange(total - T, total)[:, None], torch.arange(total))
         return seen(b, q, k, k <= q) & mask.any(dim=2, keepdim=True)  # padding stays hidden
 
     return lambda graph, mask: graph.call_function(masked, (mask,))
@@ -146,10 +137,19 @@ def test_a_mask_for_each_head(windows: bool) -> None:
 
 def mixed_windows(first: str, second: str) -> Any:
     config = Qwen2Config(
-        vocab_size=97, hidden_size=48, intermediate_size=58, num_hidden_layers=3, num_attention_heads=12,
-        num_key_value_heads=4, max_position_embeddings=512, use_sliding_window=True, sliding_window=8,
-        layer_types=[first, second, first], bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=58,
+        num_hidden_layers=3,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        use_sliding_window=True,
+        sliding_window=8,
+        layer_types=[first, second, first],
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     torch.manual_seed(0)
     return Qwen2ForCausalLM(config).double().eval()
 
@@ -160,9 +160,7 @@ def test_equal_layers_with_other_masks_are_apart() -> None:
     with pytest.raises(MatchError, match=r"layer 1: attention .* has a mask that Helix can't keep"):
         helix_compile(model, cp=2, max_seq_len=64)
     model = mixed_windows("sliding_attention", "full_attention")
-    compiled = helix_compile(
-        model, cp=2, max_seq_len=64, max_batch_size=3, tokens_per_block=2, unmatched="keep"
-    )
+    compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=3, tokens_per_block=2, unmatched="keep")
     assert [name for name, _ in compiled.plan.leaves] == ["model.layers.0", "model.layers.2"]
     assert worst_deviation(model, compiled, [20, 3, 12]) <= 1e-10
 

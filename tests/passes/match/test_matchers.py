@@ -17,9 +17,7 @@ from tests.support.models import VARIANTS, tiny_model
 IN_CI = ("plain", "no_q_lora", "v_wider_than_latent", "half_rope")
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(v, marks=() if v in IN_CI else pytest.mark.slow) for v in VARIANTS]
-)
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=() if v in IN_CI else pytest.mark.slow) for v in VARIANTS])
 def test_roles_of_every_variant(variant: str) -> None:
     captured = capture(tiny_model(variant))
     dense, moe = match_layers(captured, 128).values()
@@ -67,7 +65,5 @@ def test_provenance_follows_elements_not_shapes() -> None:
     ],
     ids=str,
 )
-def test_reshape_map(
-    before: tuple[int, ...], after: tuple[int, ...], expected: dict[int, int]
-) -> None:
+def test_reshape_map(before: tuple[int, ...], after: tuple[int, ...], expected: dict[int, int]) -> None:
     assert reshape_map(before, after) == expected

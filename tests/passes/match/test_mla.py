@@ -15,11 +15,8 @@ from tests.support.graphs import BodyValues, captured_tiny
 from tests.support.models import SIZES
 
 H, R, NOPE, ROPE, V = (
-    SIZES[k]
-    for k in (
-        "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    )
-)  # fmt: skip
+    SIZES[k] for k in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+)
 
 
 def dense_body(variant: str = "plain", attention: str = "sdpa") -> fx.Graph:
@@ -69,11 +66,8 @@ def absorbed(match: AttentionMatch, values: BodyValues) -> Tensor:
 
 @pytest.mark.parametrize(
     ("variant", "attention"),
-    [
-        ("plain", "sdpa"), ("plain", "eager"), ("no_q_lora", "sdpa"), ("half_rope", "sdpa"),
-        ("yarn_mscale", "sdpa"),
-    ],
-)  # fmt: skip
+    [("plain", "sdpa"), ("plain", "eager"), ("no_q_lora", "sdpa"), ("half_rope", "sdpa"), ("yarn_mscale", "sdpa")],
+)
 def test_absorbed_form_by_tables_is_the_site(variant: str, attention: str) -> None:
     graph = dense_body(variant, attention)
     match, values = only_match(graph), BodyValues(graph)
@@ -126,8 +120,10 @@ def test_a_cache_that_is_extended_in_another_way_is_refused(fault: str) -> None:
     (update,) = [n for n in latent.users if is_call(n, aten.cat.default)]
     past, new = update.args[0]
     update.args = {
-        "new before past": ([new, past], 2), "another dim": ([past, new], 3), "three parts": ([past, new, new], 2),
-    }[fault]  # fmt: skip
+        "new before past": ([new, past], 2),
+        "another dim": ([past, new], 3),
+        "three parts": ([past, new, new], 2),
+    }[fault]
     failure = only_failure(graph)
     assert "latent: the cache is not extended as cat([past, new], dim=2)" in failure.reason
     assert failure.node == update.name

@@ -35,9 +35,7 @@ def only_failure(graph: fx.Graph) -> MatchFailure:
 
 def activation(graph: fx.Graph) -> fx.Node:
     """The silu between the two expert products (the other silu is the shared expert's)."""
-    return next(
-        n for n in calls(graph, aten.silu.default) if not is_call(n.args[0], aten.linear.default)
-    )
+    return next(n for n in calls(graph, aten.silu.default) if not is_call(n.args[0], aten.linear.default))
 
 
 @pytest.mark.parametrize(("form", "dtype"), FORMS, ids=[f[0] for f in FORMS])
@@ -76,9 +74,7 @@ def test_another_activation_is_refused(form: str, dtype: torch.dtype) -> None:
 def test_weights_chosen_by_other_ids_are_refused() -> None:
     graph = moe_body()
     chosen = [
-        n
-        for n in calls(graph, aten.index.Tensor)
-        if n.args[0].meta.get("input", ["", ""])[1].endswith("down_proj")
+        n for n in calls(graph, aten.index.Tensor) if n.args[0].meta.get("input", ["", ""])[1].endswith("down_proj")
     ]
     ids = chosen[0].args[1][0]
     with graph.inserting_before(chosen[0]):
@@ -94,9 +90,7 @@ def test_a_second_reader_of_the_product_is_refused() -> None:
     with graph.inserting_after(product):
         graph.call_function(aten.neg.default, (product,))
     failure = only_failure(graph)
-    assert (
-        failure.reason.startswith(f"`{product.name}` is used by") and failure.node == product.name
-    )
+    assert failure.reason.startswith(f"`{product.name}` is used by") and failure.node == product.name
 
 
 def test_rows_that_are_not_put_back_are_refused() -> None:

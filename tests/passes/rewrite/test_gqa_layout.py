@@ -30,9 +30,7 @@ def degrees(kvp: int, tpa: int) -> HelixLayout:
     return HelixLayout(kvp=kvp, tpa=tpa, ep=1, tpf=kvp * tpa)
 
 
-SHARDED = {
-    "q": "tpa:S(2)", "k_cache": "kvp:L, tpa:S(2)", "v_cache": "kvp:L, tpa:S(2)", "visible": "kvp:L",
-}  # fmt: skip
+SHARDED = {"q": "tpa:S(2)", "k_cache": "kvp:L, tpa:S(2)", "v_cache": "kvp:L, tpa:S(2)", "visible": "kvp:L"}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +66,7 @@ def test_what_does_not_fit_is_named(change: dict[str, str], word: str) -> None:
 
 
 APPEND = ("cache", "page_table", "slots", "visible", "k", "v")
-APPENDED = {"cache": "kvp:L, tpa:S(2)", "slots": "kvp:L", "visible": "kvp:L", "k": "tpa:S(2)", "v": "tpa:S(2)"}  # fmt: skip
+APPENDED = {"cache": "kvp:L, tpa:S(2)", "slots": "kvp:L", "visible": "kvp:L", "k": "tpa:S(2)", "v": "tpa:S(2)"}
 
 
 def appended(layouts: dict[str, str], dims: int = 4) -> Any:
@@ -86,17 +84,26 @@ def test_append_takes_a_ranks_heads_or_a_whole_latent() -> None:
     latent = {"cache": "kvp:L", "slots": "kvp:L", "visible": "kvp:L"}
     assert appended(latent, dims=3) == "kvp:L"
     for layouts, dims in (
-        ({**APPENDED, "k": "R"}, 4), ({**APPENDED, "cache": "kvp:L"}, 4), ({**APPENDED, "slots": "R"}, 4),
-        (APPENDED, 3), ({**latent, "k": "tpa:S(2)"}, 3), (latent, 4),
-    ):  # fmt: skip
+        ({**APPENDED, "k": "R"}, 4),
+        ({**APPENDED, "cache": "kvp:L"}, 4),
+        ({**APPENDED, "slots": "R"}, 4),
+        (APPENDED, 3),
+        ({**latent, "k": "tpa:S(2)"}, 3),
+        (latent, 4),
+    ):
         with pytest.raises(Untyped):
             appended(layouts, dims)
 
 
 @pytest.mark.parametrize(
     ("keep", "before", "after"),
-    [(True, "tpa:S(2)", "tpa:S(2)"), (False, "tpa:S(2)", "tpa:S(1)"), (False, "tpa:S(1)", None), (True, "kvp:PS", None)],
-)  # fmt: skip
+    [
+        (True, "tpa:S(2)", "tpa:S(2)"),
+        (False, "tpa:S(2)", "tpa:S(1)"),
+        (False, "tpa:S(1)", None),
+        (True, "kvp:PS", None),
+    ],
+)
 def test_a_mean_keeps_heads_cut(keep: bool, before: str, after: str | None) -> None:
     """Of dim 1 of [B, T, K, D]: it must be whole."""
     graph = fx.Graph()
@@ -105,9 +112,7 @@ def test_a_mean_keeps_heads_cut(keep: bool, before: str, after: str | None) -> N
     node = graph.call_function(torch.ops.aten.mean.dim, (x, [1], keep))
 
     def result() -> str:
-        return format_layout(
-            infer_layouts(graph, lambda n: parse_layout(before), degrees(2, 2))[node]
-        )
+        return format_layout(infer_layouts(graph, lambda n: parse_layout(before), degrees(2, 2))[node])
 
     if after is None:
         with pytest.raises(Untyped):
@@ -137,7 +142,7 @@ RULES: list[tuple[Op, Any, dict[str, str], str | None]] = [
     (aten.rms_norm.default, lambda a, b, w: (a, [5], w), {"a": X}, X),
     (aten.rms_norm.default, lambda a, b, w: (a, [4, 5]), {"a": X}, X),
     (aten.rms_norm.default, lambda a, b, w: (a, [5], w), {"a": "tpa:S(3)"}, None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("op", "args", "layouts", "result"), RULES)

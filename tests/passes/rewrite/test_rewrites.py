@@ -105,10 +105,7 @@ def test_reshard_adds_a_bias_once_behind_the_sum() -> None:
 def test_ffn_dense() -> None:
     gm = body("ffn")
     assert key_ops(gm)[-5:] == ["reshard", *FFN, "reshard"]
-    shapes = [
-        shape_of(input_named(gm.graph, "param", f"mlp.{n}_proj.weight"))
-        for n in ("gate", "up", "down")
-    ]
+    shapes = [shape_of(input_named(gm.graph, "param", f"mlp.{n}_proj.weight")) for n in ("gate", "up", "down")]
     assert shapes == [(28, 72), (28, 72), (72, 28)]
 
 
@@ -140,10 +137,7 @@ def test_a_pass_that_does_not_find_its_node_is_named() -> None:
     bodies = {
         "body_0": (
             lambda gm: reshard_pass(
-                gm,
-                match=replace(matched(), attentions=(attention,)),
-                plan=plan.body("body_0"),
-                layout=plan.layout,
+                gm, match=replace(matched(), attentions=(attention,)), plan=plan.body("body_0"), layout=plan.layout
             ),
             1,
         )
@@ -173,10 +167,7 @@ def test_a_broken_promise_is_an_error_and_the_input_is_untouched() -> None:
     assert str(captured.get_submodule("body_0").graph) == before
     unlowered = compiled_tiny().stages["ffn"]
     with pytest.raises(LoweringError, match="moves not lowered: `exchanged`"):
-        run_passes(
-            unlowered,
-            [GraphPass("none", {"body_0": (lambda gm: PassResult(gm, 1), 1)}, ensures=ensures)],
-        )
+        run_passes(unlowered, [GraphPass("none", {"body_0": (lambda gm: PassResult(gm, 1), 1)}, ensures=ensures)])
 
 
 def test_a_biased_shared_expert_is_refused() -> None:
@@ -186,16 +177,17 @@ def test_a_biased_shared_expert_is_refused() -> None:
     ep_rank = torch.zeros((), dtype=torch.int64)
     with pytest.raises(PassError, match="has a bias"):
         shard_ffn_pass(
-            body("reshard", "body_1"), match=replace(match, dense_ffns=(ffn,)),
-            plan=plan.body("body_1"), layout=plan.layout, ep_rank=ep_rank,
-        )  # fmt: skip
+            body("reshard", "body_1"),
+            match=replace(match, dense_ffns=(ffn,)),
+            plan=plan.body("body_1"),
+            layout=plan.layout,
+            ep_rank=ep_rank,
+        )
 
 
 def test_a_move_that_no_collective_does_is_refused() -> None:
     gm = body("ffn")
     total = calls(gm.graph, helix.reshard.default)[0]
     total.args = (total.args[0], "world:S(2)", "world:S(1)", 4)
-    with pytest.raises(
-        LoweringError, match=r"no collective turns 'world:S\(2\)' into 'world:S\(1\)'"
-    ):
+    with pytest.raises(LoweringError, match=r"no collective turns 'world:S\(2\)' into 'world:S\(1\)'"):
         lower_pass(gm)

@@ -16,13 +16,7 @@ from helix_compile.ir.graph import aten, calls, input_named
 from helix_compile.ir.ops import helix
 from helix_compile.ir.stage import copy_module
 from helix_compile.layout.degrees import HelixLayout
-from helix_compile.layout.placement import (
-    PartialSoftmax,
-    PerRank,
-    format_layout,
-    normal_form,
-    parse_layout,
-)
+from helix_compile.layout.placement import PartialSoftmax, PerRank, format_layout, normal_form, parse_layout
 from helix_compile.passes.typing.check_layouts import check_layouts
 from tests.support.models import tiny_model
 
@@ -34,9 +28,7 @@ def compiled_tiny(**options: Any) -> HelixModule:
     return helix_compile(tiny_model("attention_bias"), max_seq_len=64, **options)
 
 
-def check(
-    stage: str, edit: Callable[[fx.Graph], None], name: str = "body_0", **options: Any
-) -> None:
+def check(stage: str, edit: Callable[[fx.Graph], None], name: str = "body_0", **options: Any) -> None:
     compiled = compiled_tiny(**(options or {"cp": 4}))
     body = copy_module(compiled.stages[stage]).get_submodule(name)
     assert isinstance(body, fx.GraphModule)
@@ -46,11 +38,7 @@ def check(
 
 
 def drop_first_sum(graph: fx.Graph) -> None:
-    wait = next(
-        n
-        for n in calls(graph, c10d.wait_tensor.default)
-        if n.args[0].target is c10d.all_reduce.default
-    )
+    wait = next(n for n in calls(graph, c10d.wait_tensor.default) if n.args[0].target is c10d.all_reduce.default)
     wait.replace_all_uses_with(wait.args[0].args[0])
 
 
@@ -166,10 +154,7 @@ def test_layouts_as_text(text: str) -> None:
 def test_normal_form() -> None:
     square = HelixLayout(kvp=2, tpa=2, ep=4, tpf=1)
     assert normal_form({"kvp": Shard(1), "tpa": Shard(1)}, square) == {"world": Shard(1)}
-    assert normal_form({"kvp": Shard(1), "tpa": Shard(0)}, square) == {
-        "kvp": Shard(1),
-        "tpa": Shard(0),
-    }
+    assert normal_form({"kvp": Shard(1), "tpa": Shard(0)}, square) == {"kvp": Shard(1), "tpa": Shard(0)}
     assert normal_form({"ep": Partial("sum")}, square) == {"world": Partial("sum")}
     assert normal_form({"tpf": Shard(1), "kvp": Replicate()}, square) == {}
     line = HelixLayout(kvp=4, tpa=1, ep=1, tpf=4)

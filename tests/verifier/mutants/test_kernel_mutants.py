@@ -56,9 +56,7 @@ MUTANTS = [
         "slots[:, None] <= limit[None, :]",
     ),
     KernelMutant("exp for exp2", TILES, "p = tl.exp2(", "p = tl.exp("),
-    KernelMutant(
-        "stale max", TILES, "return p, tl.exp2(m - top), top", "return p, tl.exp2(m - top), m"
-    ),
+    KernelMutant("stale max", TILES, "return p, tl.exp2(m - top), top", "return p, tl.exp2(m - top), m"),
     KernelMutant(
         "split dropped",
         TILES,
@@ -66,9 +64,7 @@ MUTANTS = [
         "per_split = tiles // tl.num_programs(2)",
         caught_by="lse = -inf in other rows",
     ),
-    KernelMutant(
-        "lse in base 2", TILES, "(m + tl.log2(divisor)) * LN2", "(m + tl.log2(divisor))"
-    ),
+    KernelMutant("lse in base 2", TILES, "(m + tl.log2(divisor)) * LN2", "(m + tl.log2(divisor))"),
     KernelMutant(
         "rope part unscaled",
         "",
@@ -77,7 +73,7 @@ MUTANTS = [
         "tl.dot(k_rope, q_rope, ",
         "tl.dot(k_rope, q_rope / scale_log2, ",
     ),
-]  # fmt: skip
+]
 FORMS: dict[str, tuple[MlaConfig, ModuleType, str]] = {
     ROWS: (MlaConfig(ROWS, 16, 16, 4, 2, parts=2), mla_tma_rows, "mla_rows_kernel"),
     TRANSPOSED: (MlaConfig(TRANSPOSED, 16, 16, 4, 2), mla_tma_transposed, "mla_transposed_kernel"),

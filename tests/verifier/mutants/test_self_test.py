@@ -131,10 +131,7 @@ def grouped_model(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     "mutant",
-    [
-        pytest.param(m, marks=() if GROUPED[m.name] in IN_CI else pytest.mark.slow)
-        for m in GQA_CATALOGUE
-    ],
+    [pytest.param(m, marks=() if GROUPED[m.name] in IN_CI else pytest.mark.slow) for m in GQA_CATALOGUE],
     ids=lambda m: m.name,
 )
 def test_caught_on_grouped_query_attention(mutant: Mutant) -> None:
