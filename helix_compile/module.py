@@ -15,7 +15,7 @@ from helix_compile.cache.pages import Ledger
 from helix_compile.cache.shards import CacheEntries, CacheShard
 from helix_compile.cache.transfer import entries_to_export, sequences_to_import, shards_to_export
 from helix_compile.errors import HelixError, RuntimeFault
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
@@ -160,13 +160,14 @@ class HelixModule(nn.Module):
         }
         values: list[Any] = []
         for node in placeholders(graph.graph):
-            kind, name = node.meta["input"]
+            ref = input_ref(node)
+            kind, name = ref
             if kind == "param":
                 if name not in params:
                     raise RuntimeFault(f"rank {rank.rank} has no parameter {name!r}")
                 values.append(params[name])
             elif kind == "cache":
-                values.append(rank.cache[int(name.removeprefix("cache_"))])
+                values.append(rank.cache[ref.site])
             elif kind == "leaf":
                 values.append(rank.leaves[name])
             else:

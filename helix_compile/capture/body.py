@@ -22,15 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import BATCH, PAST, TOKENS, ConcatenatingCache, export_functional
 from helix_compile.errors import CaptureError
+from helix_compile.ir.graph import InputRef, set_input
 from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.shapes import trust_shapes
-from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
+from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, hint_of
 from helix_compile.ir.stage import copy_graph
-
-
-def hint_of(size: int | torch.SymInt) -> int:
-    """Concrete hint of a size, without adding a guard."""
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def example_like(fake: Tensor, device: torch.device) -> Tensor:
@@ -157,10 +153,10 @@ def normalised_module(program: ExportedProgram, inputs: list[tuple[str, str]], p
             user.append(node)
         else:
             name = str(spec.target).removeprefix(prefix)
-            node.meta["input"] = ["param", name]
+            set_input(node, InputRef("param", name))
             lifted.append((node, name.replace(".", "_")))
     for node, (kind, name) in zip(user, inputs, strict=True):
-        node.meta["input"] = [kind, name]
+        set_input(node, InputRef(kind, name))
     named = [(n, name) for n, (_, name) in zip(user, inputs, strict=True)]
     _reorder(graph, [*named, *lifted])
     canonicalize(graph, user[0])

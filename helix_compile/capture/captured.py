@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.ir.leaves import Leaf, leaves_of
+from helix_compile.ir.stage import bodies_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class CapturedGraph:
     @property
     def bodies(self) -> dict[str, fx.GraphModule]:
         """Body name -> graph."""
-        return {n: m for n, m in self.graph.named_children() if isinstance(m, fx.GraphModule)}
+        return bodies_of(self.graph)
 
     def layers_of(self, body: str) -> list[CapturedLayer]:
         """The layers that `body` computes."""
@@ -65,7 +66,7 @@ def whole_graph(body: fx.GraphModule) -> fx.GraphModule:
     outer = fx.Graph()
     args = []
     for placeholder in placeholders(body.graph):
-        kind, name = placeholder.meta["input"]
+        kind, name = input_ref(placeholder)
         node = outer.placeholder(placeholder.name)
         kind = "input" if kind in ("hidden", "tensor") else kind
         node.meta = {"input": [kind, name], "val": placeholder.meta["val"]}

@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from helix_compile.capture.body import CachedSite, example_like, hint_of, probe_layer
+from helix_compile.capture.body import CachedSite, example_like, probe_layer
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.errors import CaptureError
-from helix_compile.ir.graph import add_input, calls, placeholders
+from helix_compile.ir.graph import add_input, calls, input_named, input_ref
 from helix_compile.ir.leaves import LayerCall, Leaf, LeafLayer, LeafPart, leaves_of, record_call
-from helix_compile.ir.sizes import HINT_B, HINT_S
-from helix_compile.ir.stage import copy_module
+from helix_compile.ir.sizes import HINT_B, HINT_S, hint_of
+from helix_compile.ir.stage import copy_module, graphs_of
 
 
 @torch.library.custom_op("helix_capture::part", mutates_args=())
@@ -157,7 +157,7 @@ def _like(child: nn.Module, original: Any, call: LayerCall, part: str) -> int:
     if device.type == "meta":
         return 0  # nothing can be run there; checked on the first real capture
     tensors = [call.hidden, *call.others]
-    shapes = [tuple(hint_of(s) for s in t.shape) for t in tensors]
+    shapes = [tuple(map(hint_of, t.shape)) for t in tensors]
     with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
         real = [torch.zeros(s, dtype=t.dtype, device=device) for s, t in zip(shapes, tensors, strict=True)]
         args, kwargs = call.rebuild(real[0], real[1:], None)
@@ -196,7 +196,7 @@ def insert_layer(
     arguments, weights = _arguments(others, name)
     target = f"leaf_{index}"
     module.add_submodule(target, LeafLayer(name, reason, call, arguments, config))
-    ids = next(n for n in placeholders(graph) if n.meta["input"] == ["input", "input_ids"])
+    ids = input_named(graph, "input", "input_ids")
     state = add_input(graph, "leaf", target)
     positions = add_input(graph, "input", "positions", ids.meta["val"])
     with graph.inserting_before(node):
@@ -225,7 +225,7 @@ def _arguments(others: list[fx.Node], name: str) -> tuple[fx.GraphModule, list[f
                 f"capture: {name} can't stay a leaf: it reads what another layer computes (`{node.name}`)"
             )
         mapping[node] = copy.node_copy(node, mapping.__getitem__)
-        if node.op == "placeholder" and node.meta["input"][0] == "param":
+        if node.op == "placeholder" and input_ref(node).kind == "param":
             weights.append(node)
     # positions and ids come with the step: what reads hidden states of another layer was refused above
     copy.output(tuple(mapping[n] for n in others))
@@ -237,7 +237,7 @@ def bind_leaves(module: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     if not leaves_of(module):
         return module
     copy = copy_module(module)
-    for parent in (copy, *(b for _, b in copy.named_children() if isinstance(b, fx.GraphModule))):
+    for _, parent in graphs_of(copy):
         for name, child in list(parent.named_children()):
             if isinstance(child, Leaf):
                 setattr(parent, name, child.bound(model))

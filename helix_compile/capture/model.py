@@ -24,7 +24,7 @@ from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
 from helix_compile.capture.paths import check_paths
 from helix_compile.errors import CaptureError, HelixError, MatchError
-from helix_compile.ir.graph import add_input, placeholders
+from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
 
 _MEMO: weakref.WeakKeyDictionary[nn.Module, dict[tuple, CapturedGraph]] = weakref.WeakKeyDictionary()
@@ -194,7 +194,7 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     return CapturedGraph(graph=whole_graph(body), layers=(layer,), **_facts(model))
 
 
-OUTER_INPUTS = [("input", "input_ids"), ("input", "attention_mask"), ("input", "position_ids")]
+OUTER_INPUTS = [("input", "input_ids"), ATTENTION_MASK, POSITION_IDS]
 
 
 def build_outer(
@@ -223,14 +223,17 @@ def build_outer(
         body = bodies[layer.body]
         args = []
         for placeholder in placeholders(body.graph):
-            kind, name = placeholder.meta["input"]
-            if kind == "hidden":
+            ref = input_ref(placeholder)
+            if ref.kind == "hidden":
                 args.append(hidden)
-            elif kind == "tensor":
-                args.append(values[name])
+            elif ref.kind == "tensor":
+                args.append(values[ref.name])
             else:
-                full = f"{layer.prefix}{name}" if kind == "param" else _past_name(layer, name)
-                args.append(add_input(graph, kind, full, placeholder.meta["val"]))
+                if ref.kind == "param":
+                    of_model = InputRef("param", f"{layer.prefix}{ref.name}")
+                else:  # sites are numbered over all layers
+                    of_model = InputRef.past(PARTS[ref.part], layer.caches[ref.site])
+                args.append(add_input(graph, *of_model, placeholder.meta["val"]))
         with graph.inserting_before(node):
             call = graph.create_node("call_module", layer.body, tuple(args), name=f"layer_{index}")
             call.meta.update({"layer": index, "stack_trace": node.meta.get("stack_trace")})
@@ -248,9 +251,3 @@ def build_outer(
     graph.lint()
     module.recompile()
     return module
-
-
-def _past_name(layer: CapturedLayer, name: str) -> str:
-    """past_latent_0 of a body -> past_latent_7 of the model: sites are numbered over all layers."""
-    part, _, site = name.rpartition("_")
-    return f"{part}_{layer.caches[int(site)]}"

@@ -20,13 +20,12 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from helix_compile.capture.body import hint_of
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.errors import CaptureError
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
-from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
+from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, hint_of, size_at
 
 COMPARED_BYTES = 2**29  # of a layer's weights, up to which numbers are compared
 
@@ -127,8 +126,7 @@ def _inputs(layer: nn.Module, call: LayerCall, sizes: Sizes, make: Any) -> tuple
     numbers = _numbers(call, sizes)
 
     def one(fake: Tensor) -> Tensor:
-        given: list[Any] = list(fake.shape)
-        shape = [int(n.node.expr.subs(numbers)) if isinstance(n, torch.SymInt) else n for n in given]
+        shape = [size_at(n, numbers) for n in fake.shape]
         if fake.dtype.is_floating_point:
             return make(shape, dtype=fake.dtype, device=device)
         return torch.ones(shape, dtype=fake.dtype, device=device)
@@ -147,7 +145,7 @@ def _numbers(call: LayerCall, sizes: Sizes) -> dict[Any, int]:
             if str(symbol) in (batch, tokens):
                 own, hint = (sizes.B, HINT_B) if str(symbol) == batch else (sizes.T, HINT_T)
             else:
-                past = int(size.node.expr.subs({**hints, symbol: HINT_S})) == hint_of(size)
+                past = size_at(size, {**hints, symbol: HINT_S}) == hint_of(size)
                 own = sizes.S if past else sizes.S + sizes.T
                 hint = HINT_S if past else HINT_S + HINT_T
             numbers[symbol], hints[symbol] = own, hint
@@ -170,17 +168,15 @@ def _differs(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModul
     hidden, others = _inputs(layer, call, sizes, drawn)
     dtype = hidden.dtype
     past = {
-        n.meta["input"][1]: drawn(
+        input_ref(n).name: drawn(
             (sizes.B, n.meta["val"].shape[1], sizes.S, n.meta["val"].shape[3]), dtype, hidden.device
         )
         for n in placeholders(body.graph)
-        if n.meta["input"][0] == "past"
+        if input_ref(n).kind == "past"
     }
     known = {"hidden": hidden, **dict(zip(call.names, others, strict=True)), **past}
     weights = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-    given = [
-        (weights if n.meta["input"][0] == "param" else known)[n.meta["input"][1]] for n in placeholders(body.graph)
-    ]
+    given = [(weights if input_ref(n).kind == "param" else known)[input_ref(n).name] for n in placeholders(body.graph)]
     with torch.no_grad():
         got = fx.Interpreter(body).run(*given)[0].double()
         own = _run(layer, call, config, weights, known, past)

@@ -19,7 +19,7 @@ from helix_compile.capture.body import normalised_module
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
 from helix_compile.capture.checks import explained
 from helix_compile.errors import CaptureError
-from helix_compile.ir.graph import aten, is_call, placeholders
+from helix_compile.ir.graph import aten, input_ref, inputs_of, is_call
 
 _HOW = (
     "export the step with input_ids first, then attention_mask [B, S + T], position_ids [B, T] and the past tensors, "
@@ -56,7 +56,7 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
     roles = _roles(users)
     body = normalised_module(functional, roles, prefix="")
     vocab_size = _returns_logits_and_new(body)
-    pasts = [n for n in placeholders(body.graph) if n.meta["input"][0] == "past"]
+    pasts = inputs_of(body.graph, "past")
     first = next(p for p in weights.parameters() if p.is_floating_point())
     layer = CapturedLayer(0, "", "body_0", tuple(range(len(pasts) // 2)))
     return CapturedGraph(
@@ -118,9 +118,7 @@ def _returns_logits_and_new(body: fx.GraphModule) -> int:
     updates = {
         n: n.args[0][1]
         for n in body.graph.nodes
-        if is_call(n, aten.cat.default)
-        and isinstance(n.args[0][0], fx.Node)
-        and n.args[0][0].meta.get("input", [""])[0] == "past"
+        if is_call(n, aten.cat.default) and isinstance(n.args[0][0], fx.Node) and input_ref(n.args[0][0]).kind == "past"
     }
     flat = [n for n in output.args[0] if isinstance(n, fx.Node)]
     logits = [n for n in flat if n not in updates and n not in updates.values()]

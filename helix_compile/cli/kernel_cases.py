@@ -14,7 +14,9 @@ from torch import Tensor, fx
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import LoweringUnavailable
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import inputs_of
+from helix_compile.ir.sizes import size_at
+from helix_compile.ir.stage import body_of
 from helix_compile.kernels.registry import CompileCase, Site, kernel_of
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.passes.decide.plan_helix import plan_helix
@@ -66,8 +68,7 @@ def selected_cases(model: PlannedModel, target: KernelTarget) -> Selection:
     cases: list[CompileCase] = []
     references: list[tuple[str, str, str]] = []
     for body in model.plan.bodies:
-        gm = lowered.get_submodule(body.name)
-        assert isinstance(gm, fx.GraphModule)
+        gm = body_of(lowered, body.name)
         for node in gm.graph.nodes:
             if KERNEL not in node.meta:
                 continue
@@ -88,8 +89,7 @@ def attention_site(model: PlannedModel, target: KernelTarget) -> Site:
     passes = helix_passes(model.captured, model.matches, model.plan, target)
     lowered = run_passes(model.captured.graph, passes, None)[STAGES[-1]]
     for body in model.plan.bodies:
-        gm = lowered.get_submodule(body.name)
-        assert isinstance(gm, fx.GraphModule)
+        gm = body_of(lowered, body.name)
         for node in gm.graph.nodes:
             if KERNEL in node.meta and ATTENTION in str(node.target):
                 return _concrete_site(gm.graph, node, model.plan)
@@ -111,7 +111,7 @@ def _cases_of(graph: fx.Graph, node: fx.Node, plan: HelixPlan, target: KernelTar
 
 def _sizes(graph: fx.Graph, batch: int) -> dict[Any, int]:
     """Symbols of a body -> sizes of a decode step: hidden is [B, T, D]."""
-    hidden = next(n for n in placeholders(graph) if n.meta["input"][0] == "hidden").meta["val"]
+    hidden = inputs_of(graph, "hidden")[0].meta["val"]
     known = zip(hidden.shape, (batch, 1), strict=False)
     return {size.node.expr: value for size, value in known if isinstance(size, torch.SymInt)}
 
@@ -122,17 +122,13 @@ def concrete(value: Any, sizes: dict[Any, int]) -> Any:
     A launch compiles in what it knows of its integers (1, multiples of 16), so the offline compiler needs integers too.
     """
     if isinstance(value, Tensor):
-        shape, stride = ([_size(s, sizes) for s in of] for of in (value.shape, value.stride()))
-        offset = _size(value.storage_offset(), sizes)
+        shape, stride = ([size_at(s, sizes) for s in of] for of in (value.shape, value.stride()))
+        offset = size_at(value.storage_offset(), sizes)
         reach = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1
         base = torch.empty(max(reach, 1), dtype=value.dtype, device="meta")
         return base.as_strided(shape, stride, offset)
     if isinstance(value, torch.SymInt):
-        return _size(value, sizes)
+        return size_at(value, sizes)
     if isinstance(value, (list, tuple)):
         return type(value)(concrete(v, sizes) for v in value)
     return value
-
-
-def _size(size: Any, sizes: dict[Any, int]) -> int:
-    return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else int(size)

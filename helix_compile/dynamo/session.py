@@ -23,7 +23,7 @@ from helix_compile.dynamo.user_state import (
     stand_in,
 )
 from helix_compile.errors import RuntimeFault
-from helix_compile.ir.graph import aten, is_call, placeholders
+from helix_compile.ir.graph import aten, input_named, is_call
 from helix_compile.module import HelixModule
 from helix_compile.runtime.step import check_ids, checked_mask
 
@@ -286,7 +286,7 @@ def _whole_mask(mask: Tensor | None, cache: UserCache, B: int, S: int, T: int) -
 def _positions_rotate_only(module: HelixModule) -> bool:
     """True if positions reach the layers through cos and sin alone: then a shift of a whole row changes nothing."""
     graph = module.stages["attention"].graph
-    start = next(p for p in placeholders(graph) if p.meta["input"] == ["input", "positions"])
+    start = input_named(graph, "input", "positions")
     todo = [n for n in start.users if is_call(n, aten.clamp.default)]
     seen = set(todo)
     while todo:

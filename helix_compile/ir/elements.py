@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.graph import aten, is_call
+from helix_compile.ir.graph import aten, input_ref, is_call
 from helix_compile.ir.sizes import concrete, shape_of
 
 _MOVES = frozenset(
@@ -73,7 +73,7 @@ def is_layout_op(node: fx.Node) -> bool:
 def is_cache_update(node: Any) -> bool:
     """cat([past, new]) on a cached past, which ends the walk: the cache is one source."""
     return is_call(node, aten.cat.default) and any(
-        n.op == "placeholder" and n.meta.get("input", [""])[0] == "past" for n in node.args[0]
+        n.op == "placeholder" and input_ref(n).kind == "past" for n in node.args[0]
     )
 
 

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
@@ -32,10 +32,65 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder"]
 
 
+# the two parts of a cached attention; where K and V are cached, K goes by the first name and V by the second
+PARTS = ("latent", "rope")
+
+
+class InputRef(NamedTuple):
+    """What a graph's input is: meta["input"] of its placeholder, read.
+
+    Attributes:
+        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden" and "tensor". "" is no input.
+        name: of a parameter its full name, relative to the layer in a body; of a past or cache its site is in it.
+    """
+
+    kind: str
+    name: str
+
+    @classmethod
+    def cache(cls, site: int) -> InputRef:
+        """The cache of a site."""
+        return cls("cache", f"cache_{site}")
+
+    @classmethod
+    def past(cls, part: str, site: int) -> InputRef:
+        """One of the two PARTS of what a site has cached, in a captured graph."""
+        return cls("past", f"past_{part}_{site}")
+
+    @property
+    def site(self) -> int:
+        """Number of the cached attention that a past or cache belongs to."""
+        return int(self.name.rpartition("_")[2])
+
+    @property
+    def part(self) -> int:
+        """Of a past: its place in PARTS."""
+        return PARTS.index(self.name.split("_")[1])
+
+
+NO_INPUT = InputRef("", "")
+ATTENTION_MASK, POSITION_IDS = InputRef("input", "attention_mask"), InputRef("input", "position_ids")
+
+
+def input_ref(node: Any) -> InputRef:
+    """What input a node is; NO_INPUT for anything but a placeholder."""
+    return InputRef(*node.meta["input"]) if isinstance(node, fx.Node) and "input" in node.meta else NO_INPUT
+
+
+def set_input(node: fx.Node, ref: InputRef) -> None:
+    """Say what input a placeholder is; plain data, as saved graphs hold it."""
+    node.meta["input"] = [*ref]
+
+
+def inputs_of(graph: fx.Graph, *kinds: str) -> list[fx.Node]:
+    """The placeholders of these kinds, in order."""
+    return [n for n in placeholders(graph) if input_ref(n).kind in kinds]
+
+
 def input_named(graph: fx.Graph, kind: str, name: str) -> fx.Node:
-    """The placeholder with meta["input"] == [kind, name]."""
+    """The placeholder of this kind and name; KeyError if there is none."""
     for node in placeholders(graph):
-        if node.meta.get("input") == [kind, name]:
+        if input_ref(node) == (kind, name):
             return node
     raise KeyError(f"no input {kind} {name!r} in the graph")
 
@@ -43,7 +98,7 @@ def input_named(graph: fx.Graph, kind: str, name: str) -> fx.Node:
 def add_input(graph: fx.Graph, kind: str, name: str, val: Any = None) -> fx.Node:
     """A new placeholder behind the last one (or the one that is there already)."""
     for node in placeholders(graph):
-        if node.meta.get("input") == [kind, name]:
+        if input_ref(node) == (kind, name):
             return node
     with graph.inserting_after(placeholders(graph)[-1]):
         node = graph.placeholder(name.replace(".", "_"))
@@ -81,7 +136,7 @@ def is_collective(node: Any) -> bool:
 
 def is_param(node: Any) -> bool:
     """True for a placeholder that is a parameter or buffer."""
-    return isinstance(node, fx.Node) and node.op == "placeholder" and node.meta.get("input", [""])[0] == "param"
+    return input_ref(node).kind == "param"
 
 
 def getitems(graph: fx.Graph, node: fx.Node, *names: str) -> list[fx.Node]:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helix_compile.errors import CaptureError, RuntimeFault
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import input_ref, inputs_of, placeholders
 
 
 @dataclass
@@ -150,7 +150,7 @@ class LeafLayer(Leaf):
         }
         remaining = iter(weights)
         inputs = [
-            next(remaining) if node.meta["input"][0] == "param" else given[node.meta["input"][1]]
+            next(remaining) if input_ref(node).kind == "param" else given[input_ref(node).name]
             for node in placeholders(self.arguments.graph)
         ]
         return list(self.arguments(*inputs))
@@ -181,8 +181,7 @@ def is_leaf_call(module: fx.GraphModule, node: fx.Node) -> bool:
 
 def leaf_states(graph: fx.Graph) -> dict[str, LeafState]:
     """A new state for each leaf layer of an outer graph."""
-    inputs = (n.meta["input"] for n in placeholders(graph))
-    return {name: LeafState() for kind, name in inputs if kind == "leaf"}
+    return {input_ref(n).name: LeafState() for n in inputs_of(graph, "leaf")}
 
 
 def leaf_bytes(module: fx.GraphModule) -> int:

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import fx, nn
 
 from helix_compile.ir.leaves import Leaf
 
+OUTER = "outer"
+
+
+def bodies_of(stage: fx.GraphModule) -> dict[str, fx.GraphModule]:
+    """Body name -> its graph; leaves, the user's own modules, are none."""
+    return {name: body for name, body in stage.named_children() if isinstance(body, fx.GraphModule)}
+
+
+def body_of(stage: fx.GraphModule, name: Any) -> fx.GraphModule:
+    """One body's graph, by name or by the target of its call."""
+    body = stage.get_submodule(str(name))
+    assert isinstance(body, fx.GraphModule)
+    return body
+
 
 def graphs_of(stage: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
     """("outer", graph) and (name, graph) of each body of a stage."""
-    bodies = [(n, b) for n, b in stage.named_children() if isinstance(b, fx.GraphModule)]
-    return [(OUTER, stage), *bodies]
+    return [(OUTER, stage), *bodies_of(stage).items()]
 
 
-OUTER = "outer"
+def nodes_of(stage: fx.GraphModule) -> Iterator[fx.Node]:
+    """Every node of a stage: of the outer graph, then of each body."""
+    for _, graph in graphs_of(stage):
+        yield from graph.graph.nodes
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:

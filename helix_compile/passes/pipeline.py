@@ -10,9 +10,9 @@ from torch import fx
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.config.options import PAGE_SIZE
-from helix_compile.ir.graph import erase_unused, node_named, placeholders
+from helix_compile.ir.graph import erase_unused, input_ref, node_named, placeholders
 from helix_compile.ir.shapes import fake_mode_of
-from helix_compile.ir.stage import copy_module
+from helix_compile.ir.stage import bodies_of, copy_module
 from helix_compile.kernels.registry import Capacity
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.passes.lower.collectives import lower_pass, no_moves_left
@@ -43,7 +43,7 @@ def helix_passes(
     sites = {n: len(matches[n].attentions) for n in names}
     outer = partial(
         rewire_outer_pass,
-        before={n: [p.meta["input"] for p in placeholders(b.graph)] for n, b in captured.bodies.items()},
+        before={n: [input_ref(p) for p in placeholders(b.graph)] for n, b in captured.bodies.items()},
         prefixes={layer.index: layer.prefix for layer in captured.layers},
         caches={layer.index: layer.caches for layer in captured.layers},
         plan=plan,
@@ -121,10 +121,9 @@ def _is_lowered(gm: fx.GraphModule, *, typed: Check) -> None:
 def lowered_copy(stage: fx.GraphModule) -> fx.GraphModule:
     """A runnable copy of an earlier stage: its moves lowered, nothing else changed."""
     copy = copy_module(stage)
-    for _, body in copy.named_children():
-        if isinstance(body, fx.GraphModule):
-            lower_pass(body)
-            body.recompile()
+    for body in bodies_of(copy).values():
+        lower_pass(body)
+        body.recompile()
     return copy
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from helix_compile.errors import HelixError, PassError
 from helix_compile.ir.origin import CAPTURED, mark_captured, mark_pass
-from helix_compile.ir.stage import copy_module
+from helix_compile.ir.stage import body_of, copy_module, graphs_of
 
 Check = Callable[[fx.GraphModule], None]
 Dump = Callable[[int, str, fx.GraphModule], None]  # number and name of a stage that is done
@@ -48,15 +48,15 @@ def run_passes(
     Raises:
         PassError: a pass rewrote another number of sites than planned or broke a promise; names the passes before.
     """
-    for graph in _graphs(captured):
-        mark_captured(graph)
+    for _, graph in graphs_of(captured):
+        mark_captured(graph.graph)
     stages = {CAPTURED: captured}
     current = captured
     if dump is not None:
         dump(0, CAPTURED, captured)
     for number, graph_pass in enumerate(passes, 1):
         current = copy_module(current)
-        before = [(graph, set(graph.nodes)) for graph in _graphs(current)]
+        before = [(graph.graph, set(graph.graph.nodes)) for _, graph in graphs_of(current)]
         try:
             _run_one(current, graph_pass)
         except HelixError:
@@ -73,28 +73,17 @@ def run_passes(
     return stages
 
 
-def _graphs(module: fx.GraphModule) -> list[fx.Graph]:
-    """The outer graph and those of the bodies."""
-    bodies = [b for _, b in module.named_children() if isinstance(b, fx.GraphModule)]
-    return [module.graph, *(b.graph for b in bodies)]
-
-
 def _run_one(module: fx.GraphModule, graph_pass: GraphPass) -> None:
     for name, (run, expected) in graph_pass.bodies.items():
-        body = module.get_submodule(name)
-        assert isinstance(body, fx.GraphModule)
-        result = run(body)
+        result = run(body_of(module, name))
         if result.num_rewrites != expected:
             raise PassError(
                 f"pass {graph_pass.stage!r}, {name}: {result.num_rewrites} sites rewritten, the plan has {expected}"
             )
     if graph_pass.outer is not None:
         graph_pass.outer(module)
-    for graph_module in (module, *(module.get_submodule(n) for n in graph_pass.bodies)):
-        assert isinstance(graph_module, fx.GraphModule)
+    for graph_module in (module, *(body_of(module, n) for n in graph_pass.bodies)):
         graph_module.graph.lint()
         graph_module.recompile()
     for name, check in graph_pass.ensures.items():
-        body = module.get_submodule(name)
-        assert isinstance(body, fx.GraphModule)
-        check(body)
+        check(body_of(module, name))

@@ -18,7 +18,7 @@ from helix_compile.errors import HelixError, LayoutError
 from helix_compile.ir.elements import is_layout_op
 from helix_compile.ir.graph import aten, c10d, helix_op, is_collective
 from helix_compile.ir.ops import MOVES
-from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
+from helix_compile.ir.sizes import size_at_step
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.ledger import local_length
 
@@ -125,14 +125,7 @@ class _Sizes:
         return self.numel(node) * value.dtype.itemsize if isinstance(value, Tensor) else 0
 
     def number(self, size: int | torch.SymInt) -> int:
-        if isinstance(size, int):
-            return size
-        w = self.workload
-        values = {HINT_B: w.batch, HINT_T: w.tokens, HINT_S: w.context}
-        env = size.node.shape_env
-        hints = getattr(env, "backed_var_to_val", None) or env.var_to_val  # torch 2.13 renamed it
-        expr = size.node.expr
-        return int(expr.subs({s: values[int(hints[s])] for s in expr.free_symbols}))
+        return size_at_step(size, self.workload.batch, self.workload.tokens, self.workload.context)
 
     def local_context(self) -> int:
         """Cached tokens of a sequence on this rank, the new ones included."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.checkpoint.weights import CheckpointWeights
+from helix_compile.ir.stage import bodies_of
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.rank import ModelFacts
 
@@ -24,7 +25,7 @@ def graph_digest(graph: fx.GraphModule) -> str:
     Args:
         graph: a stage of a HelixModule, e.g. `compiled.graph`. Weights' values and sizes of caches are no part of it.
     """
-    bodies = {name: graph_digest(body) for name, body in graph.named_children() if isinstance(body, fx.GraphModule)}
+    bodies = {name: graph_digest(body) for name, body in bodies_of(graph).items()}
     digests: dict[fx.Node, str] = {}
 
     def text(value: Any) -> Any:

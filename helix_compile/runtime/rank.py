@@ -21,7 +21,7 @@ from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.source import device_of
 from helix_compile.checkpoint.weights import CheckpointWeights
 from helix_compile.errors import CaptureError, RuntimeFault
-from helix_compile.ir.graph import is_param, placeholders
+from helix_compile.ir.graph import input_ref, is_param, placeholders
 from helix_compile.ir.leaves import LeafState, leaf_states, leaves_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.cache_row import CacheRow
@@ -72,7 +72,7 @@ def wanted_by_stage(
     """(full local name, full name of the original, its cut or None where it stays whole) of a stage's parameters."""
     for node in placeholders(stage.graph):
         if is_param(node):
-            name = node.meta["input"][1]
+            name = input_ref(node).name
             source, shard = shards[name] if node.meta.get("sharded") else (name, None)
             yield name, source, shard
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from helix_compile.errors import HelixError, PassError, RuntimeFault
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import input_ref, inputs_of, placeholders
+from helix_compile.ir.stage import bodies_of
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import CacheRow, cache_shape
 from helix_compile.plan.helix_plan import HelixPlan
@@ -23,11 +24,10 @@ def check_saved_graphs(stages: dict[str, fx.GraphModule], plan: HelixPlan) -> No
     """
     names = {body.name for body in plan.bodies}
     for stage, outer in stages.items():
-        bodies = dict(outer.named_children())
+        bodies = bodies_of(outer)
         if set(bodies) != names:
             raise HelixError(f"stage {stage}: bodies {sorted(bodies)}, the plan has {sorted(names)}")
         for name, body in bodies.items():
-            assert isinstance(body, fx.GraphModule)
             try:
                 check_layouts(body, plan=plan.body(name), degrees=plan.layout)
             except PassError as error:
@@ -42,12 +42,12 @@ def _check_call(stage: str, call: fx.Node, inputs: list[fx.Node]) -> None:
     if len(call.args) != len(inputs):
         raise HelixError(f"{where}: {len(call.args)} arguments, its body takes {len(inputs)}")
     for argument, taken in zip(call.args, inputs, strict=True):
-        kind, name = taken.meta["input"]
+        kind, name = input_ref(taken)
         if not isinstance(argument, fx.Node):
             raise HelixError(f"{where}: {argument!r} stands for {kind} {name}")
         if kind not in ("param", "cache"):
             continue
-        given, given_name = argument.meta.get("input", (None, argument.name))
+        given, given_name = input_ref(argument)
         same_name = kind == "cache" or given_name.endswith(f".{name}")
         if given != kind or not same_name or _shape(argument) != _shape(taken):
             raise HelixError(
@@ -86,9 +86,9 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
         f"cache_{i}": (cache_shape(row, plan.options, plan.layout), plan.dtype) for i, row in enumerate(facts.caches)
     }
     got = {
-        n.meta["input"][1]: (tuple(n.meta["val"].shape), str(n.meta["val"].dtype).split(".")[1])
+        input_ref(n).name: (tuple(n.meta["val"].shape), str(n.meta["val"].dtype).split(".")[1])
         for n in placeholders(lowered.graph)
-        if n.meta["input"][0] == "cache"
+        if input_ref(n).kind == "cache"
     }
     if got != wanted:
         raise HelixError(f"graphs.json takes caches {got}, the plan makes {wanted}")
@@ -100,15 +100,13 @@ def check_saved_params(lowered: fx.GraphModule, params: Mapping[int, Mapping[str
     Raises:
         RuntimeFault: one that is missing, does not fit or is unknown.
     """
-    inputs = [n.meta["input"] for n in placeholders(lowered.graph)]
-    known = {name for kind, name in inputs if kind == "param"}
+    taken = inputs_of(lowered.graph, "param")
+    known = {input_ref(n).name for n in taken}
     for rank, held in params.items():
         if unknown := sorted(set(held) - known):
             raise RuntimeFault(f"rank {rank}: the graph takes no parameter {', '.join(unknown)}")
-    for node in placeholders(lowered.graph):
-        kind, name = node.meta["input"]
-        if kind != "param":
-            continue
+    for node in taken:
+        name = input_ref(node).name
         expected = (tuple(node.meta["val"].shape), node.meta["val"].dtype)
         for rank, held in params.items():
             tensor = held.get(name)

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from helix_compile.errors import HelixError
 from helix_compile.ir.origin import PROVENANCE_KEYS
 from helix_compile.ir.shapes import propagate_shapes
-from helix_compile.ir.sizes import HINT_B, HINT_T
+from helix_compile.ir.sizes import HINT_B, HINT_T, hint_of
 
 _NAMESPACES = ("aten", "helix", "helix_triton", "_c10d_functional")
 
@@ -75,7 +75,7 @@ def _target_name(node: fx.Node) -> str:
 def _size(size: int | torch.SymInt) -> int | str:
     if isinstance(size, int):
         return size
-    return next(letter for letter, hint in _HINTS.items() if hint == int(size.node.hint))
+    return next(letter for letter, hint in _HINTS.items() if hint == hint_of(size))
 
 
 def _encode(value: Any) -> Any:

@@ -27,6 +27,7 @@ from helix_compile.cache.pages import allocate_caches
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
 from helix_compile.ir.leaves import leaves_of
+from helix_compile.ir.stage import bodies_of
 from helix_compile.kernels.target import device_target
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.passes.lower.select_kernels import PROVIDER
@@ -81,7 +82,7 @@ def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
     graphs = {
         name: {
             "outer": graph_to_json(compiled.stages[name]),
-            "bodies": {n: graph_to_json(b) for n, b in _bodies(compiled.stages[name])},
+            "bodies": {n: graph_to_json(b) for n, b in bodies_of(compiled.stages[name]).items()},
         }
         for name in SAVED_STAGES
     }
@@ -142,12 +143,6 @@ def _check_reload(graphs: dict[str, Any], compiled: CompiledModule) -> None:
         check_saved_graphs(stages, compiled.plan)
     except (HelixError, *_DAMAGE) as error:
         raise HelixError(f"this graph could not be loaded again, nothing is saved: {error}") from error
-
-
-def _bodies(stage: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
-    for name, body in stage.named_children():
-        assert isinstance(body, fx.GraphModule)
-        yield name, body
 
 
 def load_parts(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
-from helix_compile.ir.graph import is_param, placeholders
+from helix_compile.ir.graph import input_ref, is_param, placeholders
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import Rank
 from helix_compile.worlds.world import World
@@ -98,9 +98,7 @@ def _pieces(rank: int, params: dict[str, Tensor]) -> tuple[dict[str, dict[str, T
 
 def _replicated(compiled: CompiledModule, rank: Rank) -> dict[str, str]:
     """Digest of each parameter that the plan does not cut; an edit of one rank shows."""
-    whole = [
-        n.meta["input"][1] for n in placeholders(compiled.graph.graph) if is_param(n) and not n.meta.get("sharded")
-    ]
+    whole = [input_ref(n).name for n in placeholders(compiled.graph.graph) if is_param(n) and not n.meta.get("sharded")]
     return {name: _sha256(rank.params[name]) for name in whole}
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer
 from helix_compile.errors import HelixError
-from helix_compile.ir.graph import is_param, placeholders
+from helix_compile.ir.graph import input_ref, is_param, placeholders
+from helix_compile.ir.stage import body_of
 from helix_compile.layout.placement import normal_form, parse_layout
 from helix_compile.module import HelixModule
 from helix_compile.passes.match.layers import match_layers
@@ -168,12 +169,11 @@ def _typed(module: HelixModule) -> TypedGraph:
     """Without the original, how parameters lie is taken from the plan."""
     plan, layouts = module.plan, {}
     for call in [n for n in module.graph.graph.nodes if n.op == "call_module"]:
-        body = module.graph.get_submodule(str(call.target))
-        assert isinstance(body, fx.GraphModule)
+        body = body_of(module.graph, call.target)
         for node, argument in zip(placeholders(body.graph), call.args, strict=False):
-            shard = plan.body(str(call.target)).shard(node.meta["input"][1]) if is_param(node) else None
+            shard = plan.body(str(call.target)).shard(input_ref(node).name) if is_param(node) else None
             if shard is not None and isinstance(argument, fx.Node):
-                layouts[argument.meta["input"][1]] = normal_form(parse_layout(shard.layout), plan.layout)
+                layouts[input_ref(argument).name] = normal_form(parse_layout(shard.layout), plan.layout)
     return type_graph(module.graph, dict(module.ranks[0].params), layouts, plan.layout)
 
 
@@ -261,14 +261,13 @@ def captured_of(compiled: HelixModule) -> CapturedGraph:
 
 def _layer(graph: fx.GraphModule, call: fx.Node) -> CapturedLayer:
     """A layer's prefix and caches, read from what its call is given."""
-    body = graph.get_submodule(str(call.target))
-    assert isinstance(body, fx.GraphModule)
+    body = body_of(graph, call.target)
     prefix, sites = "", []
     for node, argument in zip(placeholders(body.graph), call.args, strict=True):
         assert isinstance(argument, fx.Node)
-        kind, name = argument.meta.get("input", ("", ""))
+        kind, name = input_ref(argument)
         if is_param(node):
-            prefix = name.removesuffix(node.meta["input"][1])
+            prefix = name.removesuffix(input_ref(node).name)
         elif kind == "past":
             sites.append(int(name.rpartition("_")[2]))
     return CapturedLayer(call.meta["layer"], prefix, str(call.target), tuple(dict.fromkeys(sites)))

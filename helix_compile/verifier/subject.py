@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.leaves import bind_leaves
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.layout.placement import normal_form, parse_layout
 from helix_compile.module import HelixModule
 from helix_compile.passes.pipeline import STAGES, lowered_copy
@@ -201,7 +201,7 @@ def _located(
 
 def _typed_stage(compiled: HelixModule, graph: fx.GraphModule, params: list[dict[str, Tensor]]) -> TypedGraph:
     """Layouts of an earlier stage: only what it has cut lies in parts."""
-    cut = {n.meta["input"][1] for n in placeholders(graph.graph) if n.meta.get("sharded")}
+    cut = {input_ref(n).name for n in placeholders(graph.graph) if n.meta.get("sharded")}
     layouts = {
         name: normal_form(parse_layout(shard.layout), compiled.plan.layout)
         for name, (_, shard) in compiled.facts.shards.items()

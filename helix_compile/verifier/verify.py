@@ -25,7 +25,7 @@ from helix_compile.capture.model import capture
 from helix_compile.capture.source import converted_copy
 from helix_compile.compile import helix_compile, keep_unmatched
 from helix_compile.errors import HelixError
-from helix_compile.ir.graph import is_param, placeholders
+from helix_compile.ir.graph import input_ref, inputs_of
 from helix_compile.module import HelixModule
 from helix_compile.passes.match.layers import match_layers
 from helix_compile.plan.matches import LayerMatch
@@ -148,7 +148,7 @@ def _static(
     plan, graph, layers = compiled.plan, compiled.graph, captured.layers
     held = [rank.params for rank in compiled.ranks]
     whole = {n: t.to(compiled.device) for n, t in originals(model).items()}
-    names = [n.meta["input"][1] for n in placeholders(graph.graph) if is_param(n)]
+    names = [input_ref(n).name for n in inputs_of(graph.graph, "param")]
     shards = shard_of_name(plan, [(layer.prefix, layer.body) for layer in layers])
     heads = {x.prefix + a.output_weight for x in layers for a in plan.body(x.body).attentions}
     params = check_params(names, held, whole, shards, plan.layout, frozenset(heads))

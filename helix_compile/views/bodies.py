@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from helix_compile.ir.stage import body_of
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
 from helix_compile.views.build_view import build_view, first_stages
 from helix_compile.views.graph_view import GraphView
@@ -44,6 +45,5 @@ def body_views(plan: HelixPlan, stages: Mapping[str, fx.GraphModule], runs: bool
 
 def graph_of(stage: fx.GraphModule, body: str) -> fx.Graph:
     """The graph of a body of a stage."""
-    module = stage.get_submodule(body)
-    assert isinstance(module, fx.GraphModule)
+    module = body_of(stage, body)
     return module.graph

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.graph import is_param, placeholders, source_line
+from helix_compile.ir.graph import input_ref, is_param, placeholders, source_line
 from helix_compile.ir.sizes import shape_text
 from helix_compile.layout.placement import format_placement
 from helix_compile.views.folding import (
@@ -110,7 +110,7 @@ class _Builder:
         last = group[-1]
         reads = [a for n in group for a in self.folded.arguments(n)]
         roots = [r for r, _ in reads if r.op == "placeholder"]
-        caches = [r.meta["input"][1] for r in roots if _input_kind(r) in ("past", "cache")]
+        caches = [input_ref(r).name for r in roots if _input_kind(r) in ("past", "cache")]
         title, subtitle = self._titles(group)
         subtitle = ", ".join(x for x in (subtitle, *dict.fromkeys(caches)) if x)
         return NodeView(
@@ -172,7 +172,7 @@ class _Builder:
         return tuple(found)
 
     def _inputs(self, nodes: Any) -> tuple[InputView, ...]:
-        names = {n: n.meta.get("input", ["", n.name])[1] for n in dict.fromkeys(nodes)}
+        names = {n: input_ref(n).name or n.name for n in dict.fromkeys(nodes)}
         return tuple(InputView(name, self.values(n)[0]) for n, name in names.items())
 
     def _stage(self, node: fx.Node) -> str:
@@ -182,14 +182,14 @@ class _Builder:
     def _titles(self, group: list[fx.Node]) -> tuple[str, str]:
         last, module = group[-1], self.modules.get(group[-1], "")
         if last.op in ("placeholder", "output"):
-            return last.meta.get("input", ["", last.name])[1], ""
+            return input_ref(last).name or last.name, ""
         if last.op == "call_module":
             return str(last.name), str(last.target)
         if len(group) == 1 and not is_small(last):
             op = _op_text(last).split(".")[1] if "." in _op_text(last) else _op_text(last)
             params = [p for p, _ in self.folded.arguments(last) if is_param(p)]
             if params and not is_helix_op(last):
-                return parameter_text(params[-1 if op == "einsum" else 0].meta["input"][1]), op
+                return parameter_text(input_ref(params[-1 if op == "einsum" else 0]).name), op
             if is_collective(last):
                 return op, f"over {_axis(last)}"
             return op, "helix" if is_helix_op(last) else "aten"
@@ -218,7 +218,7 @@ def _kind(group: list[fx.Node]) -> str:
 
 
 def _input_kind(node: fx.Node) -> str:
-    return str(node.meta.get("input", ["input"])[0])
+    return str(input_ref(node).kind)
 
 
 def _op_text(node: fx.Node) -> str:

@@ -14,7 +14,7 @@ import torch.distributed._functional_collectives
 from torch import Tensor, fx
 
 from helix_compile.ir.elements import is_cache_update, is_layout_op
-from helix_compile.ir.graph import aten, is_call, is_param
+from helix_compile.ir.graph import aten, input_ref, is_call, is_param
 from helix_compile.ir.ops import helix
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
@@ -152,7 +152,7 @@ def module_paths(graph: fx.Graph) -> dict[fx.Node, str]:
             paths[node] = cluster_of(known[0])
     for node in reversed(graph.nodes):
         known = [paths[u] for u in node.users if u in paths and is_value(u)]
-        belongs = node.op == "call_function" or node.meta.get("input", [""])[0] in _CACHES
+        belongs = node.op == "call_function" or input_ref(node).kind in _CACHES
         if node not in paths and known and belongs:
             paths[node] = cluster_of(known[0])
     # the activation function inside an MLP is a module of its own with one op: it stands with its parent's
@@ -221,6 +221,6 @@ def _stated_module(node: fx.Node) -> str | None:
     if stack:
         return str(stack[-1][0]).partition(".")[2]
     for source in node.all_input_nodes:
-        if is_param(source) and ".w_u" not in source.meta["input"][1]:
-            return str(source.meta["input"][1]).rpartition(".")[0]
+        if is_param(source) and ".w_u" not in input_ref(source).name:
+            return str(input_ref(source).name).rpartition(".")[0]
     return None

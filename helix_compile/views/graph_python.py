@@ -27,6 +27,7 @@ from torch._logging import trace_structured
 
 from helix_compile.ir.origin import CAPTURED, ORIGIN, SOURCE, STAGE
 from helix_compile.ir.sizes import layout_text, shape_text
+from helix_compile.ir.stage import bodies_of
 
 _WIDTH = 100
 
@@ -53,8 +54,7 @@ _KERNELS = "import helix_compile.kernels.catalog  # registers torch.ops.helix_tr
 
 def format_python(gm: fx.GraphModule, name: str, title: str = "") -> str:
     """A graph, and the bodies that it calls, as a module with one function each."""
-    bodies = [(n, b) for n, b in gm.named_children() if isinstance(b, fx.GraphModule)]
-    functions = [format_function(g.graph, n) for n, g in (*bodies, (name, gm))]
+    functions = [format_function(g.graph, n) for n, g in (*bodies_of(gm).items(), (name, gm))]
     kernels = _KERNELS if any("torch.ops.helix_triton." in f for f in functions) else ""
     return "\n\n".join([_HEADER.format(title=title or name, kernels=kernels), *functions])
 
@@ -151,8 +151,7 @@ def stage_diff(stages: dict[str, fx.GraphModule], before: str, after: str, conte
     Layouts are compared where both stages have them: nobody infers those of a captured graph.
     """
     parts: list[str] = []
-    bodies = [n for n, b in stages[before].named_children() if isinstance(b, fx.GraphModule)]
-    for name in (*bodies, ""):
+    for name in (*bodies_of(stages[before]), ""):
         pair = [stages[stage].get_submodule(name).graph for stage in (before, after)]
         typed = all(any("layout" in n.meta for n in graph.nodes) for graph in pair)
         shown = name or "outer"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from helix_compile.ir.elements import is_cache_update, is_layout_op
-from helix_compile.ir.graph import aten, input_named, is_call, is_param
+from helix_compile.ir.graph import aten, input_named, input_ref, is_call, is_param
 from helix_compile.ir.sizes import shape_text
 
 _KEY_OPS = frozenset(
@@ -86,7 +86,7 @@ def _line(node: fx.Node) -> str:
 def _argument(value: Any) -> str:
     if isinstance(value, fx.Node):
         root = _root(value)
-        return parameter_text(root.meta["input"][1]) if is_param(root) else _name(root)
+        return parameter_text(input_ref(root).name) if is_param(root) else _name(root)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_argument(v) for v in value) + "]"
     return repr(value)

@@ -15,8 +15,8 @@ from rich.table import Table
 from torch import fx
 
 from helix_compile.files import StagedFiles
-from helix_compile.ir.graph import placeholders
-from helix_compile.ir.stage import OUTER, graphs_of
+from helix_compile.ir.graph import inputs_of
+from helix_compile.ir.stage import OUTER, body_of, graphs_of
 from helix_compile.passes.lower.select_kernels import KERNEL
 from helix_compile.passes.pipeline import STAGES
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, number
@@ -170,7 +170,7 @@ def _kernel_facts(plan: HelixPlan, last: fx.GraphModule) -> list[dict[str, Any]]
 
 def _memory(plan: HelixPlan, last: fx.GraphModule) -> dict[str, int]:
     """Bytes that one rank holds: its shards, and its caches as they are allocated (whole pages, every sequence)."""
-    caches = [n.meta["val"] for n in placeholders(last.graph) if n.meta["input"][0] == "cache"]
+    caches = [n.meta["val"] for n in inputs_of(last.graph, "cache")]
     cache = sum(c.numel() * c.itemsize for c in caches)
     return {
         "params_bytes": plan.params_bytes_per_rank,
@@ -186,8 +186,7 @@ def _layer_facts(plan: BodyPlan, first: fx.GraphModule, last: fx.GraphModule) ->
     names = {"dense": "dense_ffn", "shared": "shared_expert", "routed": "routed_experts"}
     for ffn in plan.ffns:
         roles[names[ffn.kind]] = roles.get(names[ffn.kind], 0) + 1
-    before, after = (stage.get_submodule(plan.name) for stage in (first, last))
-    assert isinstance(before, fx.GraphModule) and isinstance(after, fx.GraphModule)
+    before, after = (body_of(stage, plan.name) for stage in (first, last))
     return {
         "body": plan.name,
         "layers": list(plan.layers),

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.ir.graph import input_ref
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.worlds.groups import AxisGroups, axis_groups, next_world
 from helix_compile.worlds.guard import RankGuard, is_transport_error
@@ -201,7 +202,7 @@ def _input_claims(graph: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, str
     claims = {}
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=True):
-        kind, name = node.meta.get("input", ("", ""))
+        kind, name = input_ref(node)
         if kind == "input" and not name.endswith("_rank") and isinstance(value, Tensor):
             stored = value.detach().cpu().contiguous().numpy().tobytes()
             claims[name] = f"{list(value.shape)} (digest {hashlib.blake2b(stored, digest_size=4).hexdigest()})"

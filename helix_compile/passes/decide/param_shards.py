@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from helix_compile.capture.captured import CapturedGraph
-from helix_compile.ir.graph import aten, is_call, is_param, placeholders
+from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
 from helix_compile.ir.leaves import leaf_bytes
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.match.reject import is_quantised
@@ -155,7 +155,7 @@ def params_bytes_per_rank(captured: CapturedGraph, bodies: tuple[BodyPlan, ...])
         cut = {s.source for s in plan.param_shards}
         one = 0
         for node in (n for n in placeholders(graph) if is_param(n)):
-            name, itemsize = node.meta["input"][1], node.meta["val"].dtype.itemsize
+            name, itemsize = input_ref(node).name, node.meta["val"].dtype.itemsize
             if name not in cut:
                 one += _bytes(node)
             for shard in (s for s in plan.param_shards if s.source == name):
@@ -191,7 +191,7 @@ def replicated_roles(
         cut = {s.source for s in plan.param_shards}
         latents = _latent_projections(graph, matches[plan.name])
         for node in (n for n in placeholders(graph) if is_param(n)):
-            name = node.meta["input"][1]
+            name = input_ref(node).name
             if is_quantised(node):
                 dtype = str(node.meta["val"].dtype).removeprefix("torch.")
                 role = "quantised " + re.sub(r"\d+", "*", name)
@@ -237,7 +237,7 @@ def _classify(param: fx.Node, user: fx.Node, latents: set[fx.Node], found: dict[
     elif is_call(user, aten.linear.default) and user.args[1] is not param:
         found["biases of summed outputs"] = "added once, behind the sum over ranks"
     elif is_call(user, aten.linear.default):
-        name = re.sub(r"\d+", "*", param.meta["input"][1])
+        name = re.sub(r"\d+", "*", input_ref(param).name)
         after = ", ".join(sorted({str(u.target) for u in user.users}))
         found[f"linear {name}"] = (
             f"in no pattern that is rewritten (its result goes to {after}): every rank computes it whole"

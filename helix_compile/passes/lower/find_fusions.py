@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.ir.dataflow import ancestors, blank, close, constants, evaluate, shape_of_value, single_inputs
-from helix_compile.ir.graph import aten, is_call, is_param, placeholders
+from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
 from helix_compile.ir.sizes import shape_of
 from helix_compile.kernels.reference import moe_router_reference
 from helix_compile.kernels.reference_fused import rms_norm_reference, rope_reference
@@ -82,7 +82,7 @@ def find_rope(graph: fx.Graph, result: fx.Node) -> RopeMatch | str:
     tables = [
         n
         for n in placeholders(graph)
-        if n.meta["input"][0] not in ("param", "hidden", "step", "cache")
+        if input_ref(n).kind not in ("param", "hidden", "step", "cache")
         and shape_of_value(n)[1:] == (shape_of(result)[-2], r)
     ]
     for source in single_inputs(graph, [result], besides=tables):

@@ -15,14 +15,23 @@ from helix_compile.capture.captured import CapturedGraph
 from helix_compile.errors import MatchError
 from helix_compile.ir.dataflow import ancestors
 from helix_compile.ir.elements import is_cache_update, is_layout_op
-from helix_compile.ir.graph import aten, is_call, node_named, placeholders, source_line
+from helix_compile.ir.graph import (
+    ATTENTION_MASK,
+    aten,
+    input_ref,
+    inputs_of,
+    is_call,
+    node_named,
+    placeholders,
+    source_line,
+)
 from helix_compile.plan.matches import AttentionMatch, Site
 
 
 def check_context(captured: CapturedGraph, body: str, sites: Sequence[Site]) -> None:
     """Raise MatchError if something besides `sites` depends on what is cached, how much that is, or the padding mask."""
     graph = captured.bodies[body].graph
-    gone = {n: "what is cached" for n in placeholders(graph) if n.meta["input"][0] == "past"}
+    gone = {n: "what is cached" for n in inputs_of(graph, "past")}
     gone |= _made_from_mask(captured, body)
     reader_of: dict[fx.Node, fx.Node] = {}
     stands_for = {node_named(graph, s.o_proj): list(_still_read(graph, s)) for s in sites}
@@ -56,12 +65,10 @@ def _made_from_mask(captured: CapturedGraph, body: str) -> dict[fx.Node, str]:
         if call.op != "call_module" or call.target != body:
             continue
         for placeholder, argument in zip(inputs, call.args, strict=True):
-            if placeholder.meta["input"][0] != "tensor" or placeholder in found:
+            if input_ref(placeholder).kind != "tensor" or placeholder in found:
                 continue
             for node in ancestors([argument], until=[]):
-                if node.op == "placeholder" and (
-                    node.meta["input"] == ["input", "attention_mask"] or node.meta["input"][0] == "past"
-                ):
+                if node.op == "placeholder" and (input_ref(node) == ATTENTION_MASK or input_ref(node).kind == "past"):
                     found[placeholder] = "the attention mask, or how much is cached"
     return found
 

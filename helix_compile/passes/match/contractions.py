@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.ir.elements import is_layout_op, run_move
-from helix_compile.ir.graph import aten, is_call, is_param
+from helix_compile.ir.graph import aten, input_ref, is_call, is_param
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.reject import Reject
 from helix_compile.plan.matches import UpWeight
@@ -148,7 +148,7 @@ def up_weight(view: WeightView, first: Tensor, step: int, R: int, what: str, nod
     """
     shape, (H, D) = shape_of(view.param), first.shape
     made = lambda order: UpWeight(  # noqa: E731
-        view.param.meta["input"][1], shape, tuple(map(tuple, first.tolist())), step, order
+        input_ref(view.param).name, shape, tuple(map(tuple, first.tolist())), step, order
     )
     numel, start = view.param.meta["val"].numel(), int(first[0, 0])
     stride = int(first[1, 0]) - start if H > 1 else numel

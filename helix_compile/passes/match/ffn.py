@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from helix_compile.ir.graph import aten, calls, is_call, is_param, source_line
+from helix_compile.ir.graph import aten, calls, input_ref, is_call, is_param, source_line
 from helix_compile.ir.sizes import shape_of
 from helix_compile.plan.matches import DenseFFNMatch, MatchFailure, MoEMatch
 
@@ -59,7 +59,7 @@ def _match(product: fx.Node) -> DenseFFNMatch | None:
 
 
 def _name(linear: Any, place: int) -> str:
-    return linear.args[place].meta["input"][1]
+    return input_ref(linear.args[place]).name
 
 
 def _bias(linear: Any) -> str | None:
@@ -136,8 +136,8 @@ def _match_moe(product: fx.Node, act: fx.Node, split: fx.Node) -> MoEMatch:
         expert_ids=ids.name,
         weights=weights.name,
         output=output.name,
-        gate_up=gate_up.meta["input"][1],
-        down=down.meta["input"][1],
+        gate_up=input_ref(gate_up).name,
+        down=input_ref(down).name,
         form=form,
         num_experts=E,
         top_k=top_k,

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from helix_compile.ir.dataflow import ancestors
 from helix_compile.ir.elements import is_layout_op, trace_elements
-from helix_compile.ir.graph import aten, is_call, is_param
+from helix_compile.ir.graph import aten, input_ref, is_call, is_param
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.head_cuts import check_head_rows
 from helix_compile.passes.match.reject import Reject, computed_weight
@@ -44,7 +44,7 @@ def param_of(linear: fx.Node, place: int) -> str:
     weight = linear.args[place]
     if not is_param(weight):
         raise Reject(computed_weight(linear, weight), linear, 6)
-    return weight.meta["input"][1]
+    return input_ref(weight).name
 
 
 def bias_of(linear: fx.Node) -> str | None:
@@ -137,10 +137,10 @@ def _gate(product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node, ord
     weights = [a for a in linear.args[1:] if a is not None]
     if not all(map(is_param, weights)):
         raise Reject("the weight of the gate's linear is computed, not a parameter", linear, 6)
-    bias = weights[1].meta["input"][1] if len(weights) > 1 else None
+    bias = input_ref(weights[1]).name if len(weights) > 1 else None
     return GateMatch(
         **names,
-        weight=weights[0].meta["input"][1],
+        weight=input_ref(weights[0]).name,
         bias=bias,
         width=shape_of(linear)[-1] // H,
         input_size=shape_of(linear.args[0])[-1],

@@ -7,7 +7,7 @@ from torch import fx
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.errors import MatchError
 from helix_compile.ir.elements import is_cache_update, is_layout_op
-from helix_compile.ir.graph import is_param, node_named
+from helix_compile.ir.graph import PARTS, InputRef, input_ref, is_param, node_named, set_input
 from helix_compile.passes.match.attention import find_attention
 from helix_compile.passes.match.context import check_context
 from helix_compile.passes.match.ffn import find_dense_ffns, find_moes
@@ -56,8 +56,8 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
 def _name_pasts(graph: fx.Graph, matched: list[AttentionMatch | GqaMatch]) -> None:
     """past_latent_0, past_rope_0, ...: in a saved program only a match tells which past is which, and of which site."""
     for site, match in enumerate(matched):
-        for part, name in zip(("latent", "rope"), match.past, strict=True):
-            node_named(graph, name).meta["input"] = ["past", f"past_{part}_{site}"]
+        for part, name in zip(PARTS, match.past, strict=True):
+            set_input(node_named(graph, name), InputRef.past(part, site))
 
 
 _KEEP_HINT = '\n  nearest that works: unmatched="keep" leaves such layers as they are, if others match'
@@ -94,7 +94,7 @@ def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise MatchError(f"{match.body}: parameters matched in two roles: {', '.join(twice)}")
-    by_name = {n.meta["input"][1]: n for n in graph.nodes if is_param(n)}
+    by_name = {input_ref(n).name: n for n in graph.nodes if is_param(n)}
     shared = [n for n in names if len(by_name[n].users) > 1 and n not in ups and not _is_expert(n, match)]
     expanders = {n for a in mla for n in (a.k_up, a.v_up)}
     shared += [n for n in ups if not _readers(by_name[n]) <= expanders]
@@ -119,7 +119,7 @@ def _check_complete(match: LayerMatch, graph: fx.Graph, layer: int) -> None:
     taken = {n for m in match.moes for n in (m.gate_up, m.down)}
     taken |= {n for a in match.attentions for n in a.cut_weights}
     for node in graph.nodes:
-        if is_param(node) and node.meta["val"].dim() == 3 and node.meta["input"][1] not in taken:
+        if is_param(node) and node.meta["val"].dim() == 3 and input_ref(node).name not in taken:
             users = ", ".join(f"`{u.name}` ({u.target})" for u in node.users)
             raise MatchError(
                 f"layer {layer}: {node.meta['input'][1]} {list(node.meta['val'].shape)} looks like expert weights, "

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.errors import MatchError, PlanError
 from helix_compile.ir.dataflow import NotRun, ancestors, evaluate
-from helix_compile.ir.graph import node_named, placeholders, source_line
+from helix_compile.ir.graph import input_ref, node_named, placeholders, source_line
 from helix_compile.plan.matches import Site, permuted
 
 ROWS = 4  # sequences of the square at the first positions; two of them padded on the left
@@ -80,7 +80,7 @@ def _subjects(captured: CapturedGraph, body: str, match: Site) -> Iterator[_Subj
 
 def _is_past(node: Any) -> bool:
     """A layer's own past: zeros of its shape stand for it here, whichever layer's it is."""
-    return node.op == "placeholder" and node.meta["input"][0] == "past"
+    return node.op == "placeholder" and input_ref(node).kind == "past"
 
 
 def _compare(subject: _Subject, mask: Tensor, T: int) -> None:
@@ -126,7 +126,7 @@ def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
     sizes = B, T, total - T
 
     def outer_input(node: fx.Node) -> Any:
-        kind, name = node.meta["input"]
+        kind, name = input_ref(node)
         if kind == "input":
             return inputs[name]
         if kind == "past":
@@ -164,7 +164,7 @@ def _size_reader(graph: fx.Graph, B: int, T: int, S: int) -> Callable[[fx.Node],
     """Numbers for the nodes that are sizes, so that nobody asks for the hidden states they are read off."""
     numbers: dict[Any, int] = {}
     for node in placeholders(graph):
-        kind, name = node.meta["input"]
+        kind, name = input_ref(node)
         shape = getattr(node.meta["val"], "shape", ())
         dims = {0: B, 1: T} if kind == "hidden" or name == "input_ids" else {2: S} if kind == "past" else {}
         for dim, number in dims.items():

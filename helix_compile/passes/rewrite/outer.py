@@ -10,11 +10,24 @@ from __future__ import annotations
 from torch import fx
 
 from helix_compile.errors import PassError
-from helix_compile.ir.graph import add_input, aten, erase_unused, getitems, placeholders
+from helix_compile.ir.graph import (
+    ATTENTION_MASK,
+    PARTS,
+    POSITION_IDS,
+    InputRef,
+    add_input,
+    aten,
+    erase_unused,
+    getitems,
+    input_named,
+    input_ref,
+    placeholders,
+)
 from helix_compile.ir.leaves import is_leaf_call
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import fake_mode_of
+from helix_compile.ir.stage import body_of
 from helix_compile.plan.helix_plan import HelixPlan
 
 STEP_INPUTS = ("slots", "visible", "page_table")
@@ -23,7 +36,7 @@ STEP_INPUTS = ("slots", "visible", "page_table")
 def rewire_outer_pass(
     gm: fx.GraphModule,
     *,
-    before: dict[str, list[list[str]]],
+    before: dict[str, list[InputRef]],
     prefixes: dict[int, str],
     caches: dict[int, tuple[int, ...]],
     plan: HelixPlan,
@@ -32,7 +45,7 @@ def rewire_outer_pass(
 
     Args:
         gm: the outer graph, edited in place; its bodies are already rewritten.
-        before: body -> [kind, name] of its placeholders before the pass, so that old arguments are found by name.
+        before: body -> what its placeholders were before the pass, so that old arguments are found by name.
         prefixes: layer -> prefix of its parameters.
         caches: layer -> places of its caches.
         plan: the whole plan.
@@ -41,9 +54,8 @@ def rewire_outer_pass(
     _index_tokens(graph, plan)
     for call in _layer_calls(gm):
         layer = call.meta["layer"]
-        old = {(kind, name): a for (kind, name), a in zip(before[call.target], call.args, strict=True)}
-        body = gm.get_submodule(call.target)
-        assert isinstance(body, fx.GraphModule)
+        old = dict(zip(before[call.target], call.args, strict=True))
+        body = body_of(gm, call.target)
         sources = {s.name: s.source for s in plan.body(call.target).param_shards}
         call.args = tuple(
             _argument(graph, p, old, prefixes[layer], caches[layer], sources) for p in placeholders(body.graph)
@@ -56,7 +68,7 @@ def rewire_outer_pass(
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (output.args[0][0],)
     erase_unused(graph, keep=[placeholders(graph)[0]])
-    left = [n for n in placeholders(graph) if n.meta["input"] in _GONE or n.meta["input"][0] == "past"]
+    left = [n for n in placeholders(graph) if input_ref(n) in _GONE or input_ref(n).kind == "past"]
     if left:
         users = ", ".join(f"`{u.name}`" for n in left for u in n.users)
         raise PassError(
@@ -71,7 +83,7 @@ def _layer_calls(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in calls if not is_leaf_call(gm, n)]
 
 
-_GONE = (["input", "attention_mask"], ["input", "position_ids"])
+_GONE = (ATTENTION_MASK, POSITION_IDS)
 
 
 def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
@@ -79,12 +91,12 @@ def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
     ids = placeholders(graph)[0]
     with fake_mode_of(graph):
         scalar = ids.meta["val"].new_empty(())
-    gone = [n for n in placeholders(graph) if n.meta["input"] in _GONE]
+    gone = [n for n in placeholders(graph) if input_ref(n) in _GONE]
     with made_from(graph, *(gone or [ids])):
         positions = add_input(graph, "input", "positions", ids.meta["val"])
         page_table = add_input(graph, "input", "page_table", ids.meta["val"])
         kvp_rank = add_input(graph, "input", "kvp_rank", scalar)
-    old = next((n for n in placeholders(graph) if n.meta["input"] == _GONE[1]), None)
+    old = next((n for n in gone if input_ref(n) == POSITION_IDS), None)
     first = next(n for n in graph.nodes if n.op != "placeholder")
     with made_from(graph, *(gone or [ids])), graph.inserting_before(first):
         clamped = graph.call_function(aten.clamp.default, (positions, 0))
@@ -101,37 +113,36 @@ def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
 def _argument(
     graph: fx.Graph,
     placeholder: fx.Node,
-    old: dict[tuple[str, str], fx.Node],
+    old: dict[InputRef, fx.Node],
     prefix: str,
     caches: tuple[int, ...],
     sources: dict[str, str],
 ) -> fx.Node:
-    kind, name = placeholder.meta["input"]
+    ref = input_ref(placeholder)
+    kind, name = ref
     if kind == "step":
         return next(n for n in graph.nodes if n.meta.get("step") == name)
     if kind == "cache":
-        site = int(name.removeprefix("cache_"))
-        past = [old[("past", f"past_{part}_{site}")] for part in ("latent", "rope")]
+        past = [old[InputRef.past(part, ref.site)] for part in PARTS]
         with made_from(graph, *past):
-            return add_input(graph, "cache", f"cache_{caches[site]}", placeholder.meta["val"])
-    if kind == "param" and ("param", name) not in old:  # cut out of another one
-        with made_from(graph, old[("param", sources[name])]):
+            return add_input(graph, *InputRef.cache(caches[ref.site]), placeholder.meta["val"])
+    if kind == "param" and ref not in old:  # cut out of another one
+        with made_from(graph, old[InputRef("param", sources[name])]):
             return add_input(graph, "param", f"{prefix}{name}", placeholder.meta["val"])
-    return old[(kind, name)]
+    return old[ref]
 
 
 def update_calls_pass(gm: fx.GraphModule) -> None:
     """Follow a pass over the bodies: hand on ep_rank where a body asks for it now, mark what has been cut."""
     graph = gm.graph
     for call in _layer_calls(gm):
-        body = gm.get_submodule(call.target)
-        assert isinstance(body, fx.GraphModule)
+        body = body_of(gm, call.target)
         inputs = placeholders(body.graph)
-        names = [p.meta["input"] for p in inputs]
-        if ["step", "ep_rank"] in names and len(names) > len(call.args):
-            scalar = next(n for n in placeholders(graph) if n.meta["input"] == ["input", "kvp_rank"])
+        names = [input_ref(p) for p in inputs]
+        if ("step", "ep_rank") in names and len(names) > len(call.args):
+            scalar = input_named(graph, "input", "kvp_rank")
             ep_rank = add_input(graph, "input", "ep_rank", scalar.meta["val"])
-            place = names.index(["step", "ep_rank"])
+            place = names.index(InputRef("step", "ep_rank"))
             call.args = (*call.args[:place], ep_rank, *call.args[place:])
         _mark_cut(call, body)
 
@@ -139,6 +150,6 @@ def update_calls_pass(gm: fx.GraphModule) -> None:
 def _mark_cut(call: fx.Node, body: fx.GraphModule) -> None:
     """An outer parameter is cut where its body's placeholder is."""
     for placeholder, argument in zip(placeholders(body.graph), call.args, strict=True):
-        if placeholder.meta["input"][0] == "param":
+        if input_ref(placeholder).kind == "param":
             argument.meta["val"] = placeholder.meta["val"]
             argument.meta["sharded"] = placeholder.meta.get("sharded", False)

@@ -14,7 +14,7 @@ from torch import fx
 from torch.distributed.tensor.placement_types import Shard
 
 from helix_compile.errors import PassError
-from helix_compile.ir.graph import source_line
+from helix_compile.ir.graph import input_ref, source_line
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout, PerRank, format_layout, normal_form, parse_layout
 from helix_compile.passes.typing.aten_rules import RULES, Rule, Violation, is_partial
@@ -35,7 +35,7 @@ def check_layouts(gm: fx.GraphModule, *, plan: BodyPlan, degrees: HelixLayout) -
     """
 
     def input_layout(node: fx.Node) -> Layout:
-        kind, name = node.meta["input"]
+        kind, name = input_ref(node)
         if kind == "param" and node.meta.get("sharded"):
             shard = plan.shard(name)
             assert shard is not None
@@ -81,7 +81,7 @@ def infer_layouts(
 
 def step_layout(node: fx.Node) -> Layout:
     """Layout of an input that is not a parameter. A cache of K and V [pages, page size, K, D] is cut by heads too."""
-    kind, name = node.meta["input"]
+    kind, name = input_ref(node)
     if kind == "cache":
         heads: Layout = {"tpa": Shard(2)} if node.meta["val"].dim() == 4 else {}
         return {"kvp": PerRank(), **heads}

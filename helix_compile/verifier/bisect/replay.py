@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.module import HelixModule
 from helix_compile.verifier.bisect.walk import (
     Compare,
@@ -120,7 +120,7 @@ def _bodies_too(first: Side, second: Side, mine: Recorder, theirs: Recorder, mas
 
 def _is_own(node: fx.Node) -> bool:
     """Caches are compared by what is written to them: they hold the whole step when it is over."""
-    return node.meta.get("input", ("",))[0] != "cache"
+    return input_ref(node).kind != "cache"
 
 
 def _body(graph: fx.GraphModule, layer: int) -> Any:
@@ -276,7 +276,7 @@ def _captured_step(
     inputs: list[Any] = []
     known = {"input_ids": batch.ids, "attention_mask": mask, "position_ids": positions}
     for node in placeholders(graph.graph):
-        kind, name = node.meta["input"]
+        kind, name = input_ref(node)
         if kind == "param":
             inputs.append(captured.tensors[name])
         elif kind == "past":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.graph import helix_op
+from helix_compile.ir.graph import helix_op, input_ref
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.matches import LayerMatch, permuted
 from helix_compile.verifier.numeric.layer_run import attention_output, fitted, replicas
@@ -203,7 +203,7 @@ _FAMILY = {"mla_decode": 4, "gqa_decode": 4, "merge_lse": 6, "rescale_by_lse": 6
 def _family(suspects: list[fx.Node], off: float) -> int:
     """The likeliest family by what was computed between agreement and deviation."""
     if suspects[-1].op == "placeholder":
-        return {"param": 2, "tensor": 8}.get(suspects[-1].meta.get("input", [""])[0], 0)
+        return {"param": 2, "tensor": 8}.get(input_ref(suspects[-1]).kind, 0)
     if off == float("inf"):
         return 5
     names = [helix_op(n) for n in suspects]

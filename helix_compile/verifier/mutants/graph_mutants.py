@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from helix_compile.ir.graph import aten, calls, input_named, is_param
+from helix_compile.ir.graph import aten, calls, input_named, input_ref, is_param
+from helix_compile.ir.stage import bodies_of
 from helix_compile.module import HelixModule
 from helix_compile.verifier.mutants.mutant import (
     A2A,
     MIXED,
     WAIT,
-    bodies,
     c10d,
     collectives,
+    helix_nodes,
     mutant,
-    nodes_of,
     recompile,
     wait_of,
 )
@@ -41,14 +41,14 @@ def _after(node: fx.Node, target: object, *args: object) -> fx.Node:
 
 @mutant("no all_reduce behind o_proj", 10, "graph")
 def no_attention_sum(compiled: HelixModule) -> None:
-    for body in bodies(compiled):
+    for body in bodies_of(compiled.graph).values():
         _drop(calls(body.graph, ALL_REDUCE)[0])
     recompile(compiled)
 
 
 @mutant("no all_reduce behind the FFN", 10, "graph")
 def no_ffn_sum(compiled: HelixModule) -> None:
-    for body in bodies(compiled):
+    for body in bodies_of(compiled.graph).values():
         _drop(calls(body.graph, ALL_REDUCE)[1])
     recompile(compiled)
 
@@ -109,7 +109,7 @@ def no_exchange(compiled: HelixModule) -> None:
 
 @mutant("peers are merged in rotated order with the statistics left behind", 1, "graph")
 def rotated_peers(compiled: HelixModule) -> None:
-    for merge in nodes_of(compiled, "merge_lse"):
+    for merge in helix_nodes(compiled, "merge_lse"):
         with merge.graph.inserting_before(merge):
             rolled = merge.graph.call_function(aten.roll.default, (merge.args[0], [1], [0]))
         merge.update_arg(0, rolled)
@@ -118,14 +118,14 @@ def rotated_peers(compiled: HelixModule) -> None:
 
 @mutant("owned heads reach o_proj in reverse", 1, "graph")
 def reversed_heads(compiled: HelixModule) -> None:
-    for merge in nodes_of(compiled, "merge_lse"):
+    for merge in helix_nodes(compiled, "merge_lse"):
         _after(merge, aten.flip.default, [2])
     recompile(compiled)
 
 
 @mutant("attention reads the cache before the new token is written", 7, "graph")
 def reads_too_early(compiled: HelixModule) -> None:
-    for decode in nodes_of(compiled, "mla_decode"):
+    for decode in helix_nodes(compiled, "mla_decode"):
         append = decode.args[4]
         assert isinstance(append, fx.Node)
         decode.update_arg(4, append.args[3])
@@ -167,7 +167,7 @@ def repeated_position(compiled: HelixModule) -> None:
 
 @mutant("scores without the model's scale", 8, "graph")
 def no_scale(compiled: HelixModule) -> None:
-    for decode in nodes_of(compiled, "mla_decode"):
+    for decode in helix_nodes(compiled, "mla_decode"):
         decode.update_arg(5, float(decode.args[5]) * 0.97)
     recompile(compiled)
 
@@ -181,7 +181,7 @@ def whole_ffn(compiled: HelixModule) -> None:
         for name in list(rank.params):
             if name.endswith(endings):
                 rank.params[name] = whole[name]
-    body = next(bodies(compiled))
+    body = next(iter(bodies_of(compiled.graph).values()))
     node = calls(body.graph, ALL_REDUCE)[1]
     with node.graph.inserting_before(node):
         part = node.graph.call_function(aten.div.Tensor, (node.args[0], size))
@@ -191,7 +191,7 @@ def whole_ffn(compiled: HelixModule) -> None:
 
 @mutant("a projection is computed twice and averaged", 13, "graph")
 def twice_the_work(compiled: HelixModule) -> None:
-    for body in bodies(compiled):
+    for body in bodies_of(compiled.graph).values():
         linear = next(n for n in calls(body.graph, aten.linear.default) if is_param(n.args[1]))
         with linear.graph.inserting_after(linear):
             again = linear.graph.call_function(aten.linear.default, linear.args)
@@ -205,7 +205,7 @@ def twice_the_work(compiled: HelixModule) -> None:
 
 @mutant("attention over the cache is computed twice", 13, "graph")
 def attends_twice(compiled: HelixModule) -> None:
-    for decode in nodes_of(compiled, "mla_decode"):
+    for decode in helix_nodes(compiled, "mla_decode"):
         with decode.graph.inserting_after(decode):
             decode.graph.call_function(decode.target, decode.args)
     recompile(compiled)
@@ -225,11 +225,7 @@ def one_cache(compiled: HelixModule) -> None:
 def foreign_norm(compiled: HelixModule) -> None:
     graph = compiled.graph.graph
     layers = [n for n in graph.nodes if n.op == "call_module" and n.target == "body_0"][:2]
-    place = next(
-        i
-        for i, a in enumerate(layers[0].args)
-        if isinstance(a, fx.Node) and str(a.meta.get("input", ["", ""])[1]).endswith("input_layernorm.weight")
-    )
+    place = next(i for i, a in enumerate(layers[0].args) if input_ref(a).name.endswith("input_layernorm.weight"))
     other = layers[0].args[place]
     layers[1].args = tuple(other if i == place else a for i, a in enumerate(layers[1].args))
     recompile(compiled)
@@ -237,7 +233,7 @@ def foreign_norm(compiled: HelixModule) -> None:
 
 @mutant("an op of unknown meaning stands in the graph", 10, "graph", A2A)
 def unknown_op(compiled: HelixModule) -> None:
-    body = next(bodies(compiled))
+    body = next(iter(bodies_of(compiled.graph).values()))
     node = calls(body.graph, ALL_REDUCE)[0]
     _after(wait_of(node), torch.ops.aten.rand_like.default)
     recompile(compiled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.ir.graph import calls, helix_op
+from helix_compile.ir.stage import bodies_of, nodes_of
 from helix_compile.module import HelixModule
 
 c10d = torch.ops._c10d_functional
@@ -65,22 +66,14 @@ def mutant(
     return register
 
 
-def bodies(compiled: HelixModule) -> Iterator[fx.GraphModule]:
-    """The lowered bodies."""
-    for _, body in compiled.graph.named_children():
-        assert isinstance(body, fx.GraphModule)
-        yield body
-
-
-def nodes_of(compiled: HelixModule, base: str) -> list[fx.Node]:
+def helix_nodes(compiled: HelixModule, base: str) -> list[fx.Node]:
     """Every node of a helix op, in bodies and outer graph."""
-    graphs = [compiled.graph.graph, *(b.graph for b in bodies(compiled))]
-    return [n for g in graphs for n in g.nodes if helix_op(n) == base]
+    return [n for n in nodes_of(compiled.graph) if helix_op(n) == base]
 
 
 def collectives(compiled: HelixModule, target: Any) -> list[fx.Node]:
     """Every node that starts one kind of collective."""
-    return [n for b in bodies(compiled) for n in calls(b.graph, target)]
+    return [n for b in bodies_of(compiled.graph).values() for n in calls(b.graph, target)]
 
 
 def wait_of(node: fx.Node) -> fx.Node:
@@ -90,7 +83,7 @@ def wait_of(node: fx.Node) -> fx.Node:
 
 def recompile(compiled: HelixModule) -> None:
     """After edits."""
-    for body in bodies(compiled):
+    for body in bodies_of(compiled.graph).values():
         body.recompile()
     compiled.graph.recompile()
 
@@ -113,7 +106,7 @@ def replace_op(compiled: HelixModule, base: str, kernel: Callable[..., Any]) -> 
         torch.library.register_fake(f"{namespace}::{base}", original, lib=library)
         _LIBRARIES[namespace] = library
     target = getattr(getattr(torch.ops, namespace), base).default
-    for node in nodes_of(compiled, base):
+    for node in helix_nodes(compiled, base):
         node.target = target
     recompile(compiled)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from helix_compile.ir.graph import node_named
+from helix_compile.ir.stage import bodies_of
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.module import HelixModule
 from helix_compile.plan.helix_plan import BodyPlan
@@ -21,8 +22,8 @@ from helix_compile.verifier.mutants.mutant import (
     GQA_CATALOGUE,
     MIXED,
     edit_param,
+    helix_nodes,
     mutant,
-    nodes_of,
     permute_ranks,
     recompile,
     replace_op,
@@ -82,7 +83,7 @@ def kv_of_another_rank(compiled: HelixModule) -> None:
 
 @_gqa("K rows of a rank are one head late, V rows are not", 3, "parameters")
 def keys_one_head_late(compiled: HelixModule) -> None:
-    width = nodes_of(compiled, "gqa_decode")[0].args[1].meta["val"].shape[3]
+    width = helix_nodes(compiled, "gqa_decode")[0].args[1].meta["val"].shape[3]
     edit_param(compiled, "k_proj.weight", lambda w, r: w.roll(width, 0))
 
 
@@ -91,7 +92,7 @@ def keys_one_head_late(compiled: HelixModule) -> None:
 
 @_gqa("V is read one channel early", 4, "graph")
 def values_one_channel_early(compiled: HelixModule) -> None:
-    for _, body in compiled.graph.named_children():
+    for body in bodies_of(compiled.graph).values():
         node = node_named(body.graph, "v_cache")
         cache, dim, start, stop = node.args
         node.args = (cache, dim, start - 1, stop - 1)
@@ -156,7 +157,7 @@ def statistics_of_the_first(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visi
 
 @_gqa("grouped attention over the cache is computed twice", 13, "graph")
 def attends_twice(compiled: HelixModule) -> None:
-    for decode in nodes_of(compiled, "gqa_decode"):
+    for decode in helix_nodes(compiled, "gqa_decode"):
         with decode.graph.inserting_after(decode):
             decode.graph.call_function(decode.target, decode.args)
     recompile(compiled)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.ir.graph import helix_op
+from helix_compile.ir.stage import body_of
 from helix_compile.plan.matches import AttentionMatch, Site
 from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerRun, attention_output
@@ -23,8 +24,7 @@ def check_attention(
     run: LayerRun, attention: Site, scratch: Scratch, site: int, reference: CapturedReference, layer: int, where: str
 ) -> list[Finding]:
     """What reaches o_proj against dense attention over the gathered caches with the module's own q, in fp64."""
-    body = scratch.graph.get_submodule(str(reference.call(layer).target))
-    assert isinstance(body, fx.GraphModule)
+    body = body_of(scratch.graph, reference.call(layer).target)
     decode = _decode_node(body.graph, reference.sites(layer).index(site))
     o_proj = next((n for n in body.graph.nodes if n.name == attention.o_proj), None)
     if decode is None or o_proj is None:

@@ -13,7 +13,8 @@ from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer
 from helix_compile.ir.dataflow import evaluate
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout
 from helix_compile.plan.matches import LayerMatch, Site
@@ -83,21 +84,19 @@ class CapturedReference:
     def layer(self, layer: int, given: LayerInputs) -> dict[str, Any]:
         """Values of every node of a layer, by name; "output" is the new hidden state."""
         call = self.call(layer)
-        body = self.graph.get_submodule(str(call.target))
-        assert isinstance(body, fx.GraphModule)
+        body = body_of(self.graph, call.target)
         known = self._known(given)
         inputs = []
         with self.evaluating():
             for node, argument in zip(placeholders(body.graph), call.args, strict=True):
-                kind, name = node.meta["input"]
-                if kind == "hidden":
+                ref = input_ref(node)
+                if ref.kind == "hidden":
                     inputs.append(given.hidden)
-                elif kind == "past":
-                    site = int(name.rpartition("_")[2])
-                    inputs.append(given.pasts[site]["rope" in name])
-                elif kind == "param":
+                elif ref.kind == "past":
+                    inputs.append(given.pasts[ref.site][ref.part])
+                elif ref.kind == "param":
                     assert isinstance(argument, fx.Node)
-                    inputs.append(self.tensors[argument.meta["input"][1]])
+                    inputs.append(self.tensors[input_ref(argument).name])
                 else:
                     inputs.append(evaluate(argument, known, self._param))
             values: dict[str, Any] = {}
@@ -111,7 +110,7 @@ class CapturedReference:
         return values
 
     def _param(self, node: fx.Node) -> Tensor:
-        return self.tensors[node.meta["input"][1]]
+        return self.tensors[input_ref(node).name]
 
     def _known(self, given: LayerInputs) -> dict[fx.Node, Any]:
         B, T = given.positions.shape
@@ -125,7 +124,7 @@ class CapturedReference:
         }
         known: dict[fx.Node, Any] = {}
         for node in placeholders(self.graph.graph):
-            kind, name = node.meta["input"]
+            kind, name = input_ref(node)
             if kind in ("input", "past") and name in by_name:
                 known[node] = by_name[name]
         for node in self.graph.graph.nodes:
@@ -152,8 +151,7 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
     """
     outer = scratch.graph.graph
     call = next(n for n in outer.nodes if n.op == "call_module" and n.meta["layer"] == layer)
-    body = scratch.graph.get_submodule(str(call.target))
-    assert isinstance(body, fx.GraphModule)
+    body = body_of(scratch.graph, call.target)
     step = {
         "input_ids": torch.zeros(mask.shape, dtype=torch.int64),
         "positions": scratch.positions(mask),

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache
 from helix_compile.capture.source import converted_copy
 from helix_compile.ir.graph import erase_unused, input_named, node_named, placeholders
 from helix_compile.ir.leaves import Leaf
-from helix_compile.ir.stage import copy_module
+from helix_compile.ir.stage import body_of, copy_module
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.verifier.numeric.routing import Choices, RecordTopK
 from helix_compile.verifier.report import OriginalFails
@@ -167,8 +167,7 @@ def with_textbook_experts(graph: fx.GraphModule, matches: Mapping[str, LayerMatc
     """
     copy = copy_module(graph)
     for name, match in matches.items():
-        body = copy.get_submodule(name)
-        assert isinstance(body, fx.GraphModule)
+        body = body_of(copy, name)
         for moe in match.moes:
             output = node_named(body.graph, moe.output)
             reads = [node_named(body.graph, n) for n in (moe.x, moe.expert_ids, moe.weights)]

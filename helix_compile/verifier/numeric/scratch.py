@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from helix_compile.config.options import PAGE_SIZE
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.ir.leaves import LeafState, leaf_states
 from helix_compile.module import HelixModule
 from helix_compile.verifier.contract import deal
@@ -152,11 +152,12 @@ class Scratch:
         ranks = {"kvp_rank": torch.tensor(rank % layout.kvp), "ep_rank": torch.tensor(rank // layout.tpf)}
         values: list[Any] = []
         for node in placeholders(self.graph.graph):
-            kind, name = node.meta["input"]
+            ref = input_ref(node)
+            kind, name = ref
             if kind == "param":
                 values.append(self.params[rank][name])
             elif kind == "cache":
-                values.append(self.caches[rank][int(name.removeprefix("cache_"))])
+                values.append(self.caches[rank][ref.site])
             elif kind == "leaf":
                 values.append(self.leaves[rank][name])
             else:

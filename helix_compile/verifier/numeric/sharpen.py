@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.graph import aten, is_call, is_param, placeholders
+from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
 from helix_compile.plan.matches import LayerMatch, Site
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs
 from helix_compile.verifier.numeric.site_terms import empty_past, new_entries, query_parts
@@ -92,9 +92,9 @@ def _vectors(graph: fx.Graph, prefix: str, match: LayerMatch | None, seed: int, 
     edits: dict[str, Edit] = {}
     for node in placeholders(graph):
         shape = tuple(node.meta["val"].shape) if is_param(node) else ()
-        name = prefix + node.meta["input"][1]
+        name = prefix + input_ref(node).name
         readers = [u for u in node.users if u.op == "call_function"]
-        if len(shape) != 1 or node.meta["input"][1] in cut or not readers:
+        if len(shape) != 1 or input_ref(node).name in cut or not readers:
             continue
         is_bias = any(is_call(u, aten.linear.default) and node in u.args[2:] for u in readers)
         if shape[0] in experts:

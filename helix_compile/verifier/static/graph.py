@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.errors import PassError
-from helix_compile.ir.graph import calls, placeholders, source_line
+from helix_compile.ir.graph import calls, input_ref, placeholders, source_line
 from helix_compile.ir.leaves import Leaf, is_leaf_call
 from helix_compile.ir.shapes import fake_mode_of, propagate_shapes
-from helix_compile.ir.stage import copy_module
+from helix_compile.ir.stage import bodies_of, body_of, copy_module
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout, format_layout
 from helix_compile.passes.typing.aten_rules import require
@@ -67,7 +67,7 @@ def type_graph(
     _real_shapes(outer, shapes)
 
     def outer_layout(node: fx.Node) -> Layout:
-        kind, name = node.meta["input"]
+        kind, name = input_ref(node)
         return params.get(name, {}) if kind == "param" else step_layout(node)
 
     first_calls: dict[str, fx.Node] = {}
@@ -76,8 +76,7 @@ def type_graph(
         first = first_calls.setdefault(str(call.target), call)
         typed.findings += _fits(call, first, typed.module, params)
     for name, call in first_calls.items():
-        body = typed.module.get_submodule(name)
-        assert isinstance(body, fx.GraphModule)
+        body = body_of(typed.module, name)
         _type_body(typed, name, body.graph, call, shapes, params, degrees)
     _forget_shapes(outer)
     try:
@@ -93,11 +92,8 @@ def type_graph(
 
 def malformed(graph: fx.GraphModule) -> list[Finding]:
     """Graphs that fx itself would refuse: no output, a node before what it reads, a call of a body that is not there."""
-    parts = [("outer graph", graph), *graph.named_children()]
     findings = []
-    for where, part in parts:
-        if not isinstance(part, fx.GraphModule):
-            continue
+    for where, part in (("outer graph", graph), *bodies_of(graph).items()):
         outputs = [n for n in part.graph.nodes if n.op == "output"]
         if len(outputs) != 1:
             got = f"{len(outputs)} output nodes" if outputs else "no output node"
@@ -149,7 +145,7 @@ def _foreign(graph: fx.Graph) -> list[fx.Node]:
 def _real_shapes(graph: fx.Graph, shapes: dict[str, Tensor]) -> None:
     mode = fake_mode_of(graph)
     for node in placeholders(graph):
-        kind, name = node.meta["input"]
+        kind, name = input_ref(node)
         if kind == "param" and name in shapes:
             real = shapes[name]
             with mode:
@@ -174,8 +170,8 @@ def _type_body(
     full = dict(zip(placeholders(graph), call.args, strict=False))
     local = {}
     for node, argument in full.items():
-        if isinstance(argument, fx.Node) and argument.meta.get("input", ("",))[0] == "param":
-            local[node] = argument.meta["input"][1]
+        if isinstance(argument, fx.Node) and input_ref(argument).kind == "param":
+            local[node] = input_ref(argument).name
     mode = fake_mode_of(graph)
     for node, parameter in local.items():
         if parameter in shapes:
@@ -187,8 +183,7 @@ def _type_body(
         return params.get(local[node], {}) if node in local else step_layout(node)
 
     typed.findings += _waits(name, graph)
-    module = typed.module.get_submodule(name)
-    assert isinstance(module, fx.GraphModule)
+    module = body_of(typed.module, name)
     foreign = [n for n in _foreign(graph) if not is_leaf_call(module, n)]
     for node in foreign:
         got = f"{node.op} {node.target}"
@@ -227,37 +222,30 @@ def _waits(name: str, graph: fx.Graph) -> list[Finding]:
 
 def _fits(call: fx.Node, first: fx.Node, module: fx.GraphModule, params: dict[str, Layout]) -> list[Finding]:
     """A layer gets its own parameters and caches, lying as those of the first layer of its body do."""
-    body = module.get_submodule(str(call.target))
-    assert isinstance(body, fx.GraphModule)
+    body = body_of(module, call.target)
     inputs = placeholders(body.graph)
     where = f"layer {call.meta.get('layer', call.name)}"
     if len(call.args) != len(inputs):
         return [Finding("HX109", where, f"{len(call.args)} arguments", f"{len(inputs)}")]
     findings = []
     for node, argument, typed_as in zip(inputs, call.args, first.args, strict=True):
-        kind, name = node.meta["input"]
-        given = argument.meta.get("input", [None, None]) if isinstance(argument, fx.Node) else [None, None]
+        (kind, name), given = input_ref(node), input_ref(argument)
         if kind == "param":
-            full = str(given[1])
+            full = given.name
             lies = format_layout(params.get(full, {}))
-            other = typed_as.meta.get("input", [None, None])[1] if isinstance(typed_as, fx.Node) else None
-            expected = format_layout(params.get(str(other), {}))
-            if given[0] != "param" or not full.endswith(name):
+            expected = format_layout(params.get(input_ref(typed_as).name, {}))
+            if given.kind != "param" or not full.endswith(name):
                 findings.append(Finding("HX109", f"{where}, input {name}", full, f"...{name}", 2))
             elif lies != expected:
                 findings.append(Finding("HX109", f"{where}, input {name}", lies, expected, 2))
-        elif kind == "cache" and given[0] != "cache":
-            findings.append(Finding("HX109", f"{where}, input {name}", str(given[1]), "a cache"))
+        elif kind == "cache" and given.kind != "cache":
+            findings.append(Finding("HX109", f"{where}, input {name}", given.name, "a cache"))
     return findings + _own_layer(call, where)
 
 
 def _own_layer(call: fx.Node, where: str) -> list[Finding]:
     """All parameters of a call come from one layer of the model."""
-    names = [
-        str(a.meta["input"][1])
-        for a in call.args
-        if isinstance(a, fx.Node) and a.meta.get("input", ("",))[0] == "param"
-    ]
+    names = [input_ref(a).name for a in call.args if input_ref(a).kind == "param"]
     layers = Counter(_layer_number(name) for name in names)
     if len(layers) > 1:
         got = f"parameters of layers {sorted(map(str, layers))}"

@@ -9,10 +9,11 @@ import math
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.graph import aten, calls, helix_op, is_param, placeholders
+from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_param, placeholders
+from helix_compile.ir.sizes import hint_of
+from helix_compile.ir.stage import bodies_of, body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
 from helix_compile.plan.matches import GqaMatch, LayerMatch
@@ -121,10 +122,9 @@ def expected_collectives(match: LayerMatch, plan: HelixPlan) -> Counter[tuple[st
 def check_collectives(graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch]) -> list[Finding]:
     """Each body has the collectives of its options, and the plan lists the same."""
     findings = []
-    for name, body in graph.named_children():
+    for name, body in bodies_of(graph).items():
         if name not in matches:
             continue
-        assert isinstance(body, fx.GraphModule)
         expected = expected_collectives(matches[name], plan)
         got = Counter((str(n.target).split(".")[1], str(n.args[-1])) for n in calls(body.graph, *COLLECTIVES))
         planned = Counter((c.op, c.axis) for c in plan.body(name).collectives)
@@ -148,10 +148,9 @@ def check_work(
         typed: the graph with shapes propagated from what the ranks hold.
     """
     findings = []
-    for name, body in typed.named_children():
+    for name, body in bodies_of(typed).items():
         if name not in matches:
             continue
-        assert isinstance(body, fx.GraphModule)
         match, graph = matches[name], body.graph
         got, expected = _macs(graph), _planned_macs(typed, name, plan, originals)
         if got > expected * (1 + WORK_SLACK):
@@ -159,7 +158,7 @@ def check_work(
                 Finding("HX107", name, f"{got:,.0f} multiplications a token a rank", f"{expected:,.0f}", 13)
             )
         attended = sum(
-            int(_size(n.args[0].meta["val"].shape[2]))
+            int(hint_of(n.args[0].meta["val"].shape[2]))
             for n in graph.nodes
             if helix_op(n) in ("mla_decode", "gqa_decode") and "val" in n.args[0].meta
         )
@@ -170,28 +169,20 @@ def check_work(
     return findings
 
 
-def _size(size: Any) -> int:
-    """A symbolic size by its hint."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    hint = size.node.hint
-    return int(hint) if hint is not None else 1
-
-
 def _numel(node: Any) -> int:
-    return math.prod(_size(s) for s in node.meta["val"].shape)
+    return math.prod(hint_of(s) for s in node.meta["val"].shape)
 
 
 def _macs(graph: fx.Graph) -> float:
     """Multiplications with a weight for each token, at the sizes the graph was captured with."""
     hidden = placeholders(graph)[0]
-    tokens = math.prod(_size(s) for s in hidden.meta["val"].shape[:2])
+    tokens = math.prod(hint_of(s) for s in hidden.meta["val"].shape[:2])
     total = 0
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
             continue
         if node.target in (aten.linear.default, aten.mm.default) or node.target is aten.bmm.default:
-            total += _numel(node) * _size(node.args[0].meta["val"].shape[-1])
+            total += _numel(node) * hint_of(node.args[0].meta["val"].shape[-1])
         elif node.target is aten.einsum.default:
             total += _einsum_macs(node)
         elif helix_op(node) == "moe_experts":
@@ -205,25 +196,24 @@ def _einsum_macs(node: fx.Node) -> int:
     sizes: dict[str, int] = {}
     for term, operand in zip(terms, node.args[1], strict=True):
         shape = operand.meta["val"].shape
-        sizes.update({letter: _size(s) for letter, s in zip(term, shape, strict=True)})
+        sizes.update({letter: hint_of(s) for letter, s in zip(term, shape, strict=True)})
     return math.prod(sizes.values())
 
 
 def _planned_macs(typed: fx.GraphModule, name: str, plan: HelixPlan, originals: dict[str, Tensor]) -> float:
     """One multiplication for each element of the planned shard of each weight matrix."""
     call = next(n for n in typed.graph.nodes if n.op == "call_module" and n.target == name)
-    body = typed.get_submodule(name)
-    assert isinstance(body, fx.GraphModule)
+    body = body_of(typed, name)
     inputs = placeholders(body.graph)
     total = 0.0
     for node, argument in zip(inputs, call.args, strict=False):
         if not is_param(node):
             continue
-        shard = plan.body(name).shard(node.meta["input"][1])
+        shard = plan.body(name).shard(input_ref(node).name)
         if shard is not None:
             total += math.prod(shard.shape) if len(shard.shape) > 1 else 0
         else:
             assert isinstance(argument, fx.Node)
-            whole = originals.get(argument.meta["input"][1])
+            whole = originals.get(input_ref(argument).name)
             total += whole.numel() if whole is not None and whole.dim() > 1 else 0
     return total

@@ -11,6 +11,7 @@ from torch import fx
 
 from helix_compile.ir.dataflow import ancestors
 from helix_compile.ir.graph import helix_op
+from helix_compile.ir.stage import bodies_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import LayerMatch
@@ -74,10 +75,9 @@ def check_rank_order(
     if plan.layout.kvp == 1:
         return []
     findings = []
-    for name, body in graph.named_children():
+    for name, body in bodies_of(graph).items():
         if name not in matches:
             continue
-        assert isinstance(body, fx.GraphModule)
         packs = [n for n in body.graph.nodes if helix_op(n) == "pack_heads"]
         for pack, found in zip(packs, matches[name].attentions, strict=False):
             exchange = _exchange_of(body.graph, pack)
