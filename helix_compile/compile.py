@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
 from helix_compile.capture.source import captured_from, device_of, device_of_input
 from helix_compile.config.options import HelixOptions
-from helix_compile.errors import CaptureError, MatchError
-from helix_compile.kernels.target import target_for
+from helix_compile.errors import CaptureError
+from helix_compile.kernels.target import KernelTarget, target_for
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.module import HelixModule
 from helix_compile.passes.decide.plan_helix import plan_helix
-from helix_compile.passes.match.layers import _match_body, match_layers
-from helix_compile.passes.pipeline import STAGES, helix_passes
-from helix_compile.passes.runner import run_passes
-from helix_compile.plan.helix_plan import trace_plan
+from helix_compile.passes.match.layers import match_bodies, match_layers
+from helix_compile.passes.pipeline import LOWERED, helix_passes
+from helix_compile.passes.runner import Dump, PassContext, run_passes
+from helix_compile.plan.helix_plan import HelixPlan, trace_plan
+from helix_compile.plan.matches import LayerMatch
 from helix_compile.runtime.claims import claims_of
 from helix_compile.runtime.rank import build_ranks, facts_of
 from helix_compile.views.graph_python import dump_to
@@ -99,36 +100,61 @@ def helix_compile(
         raise CaptureError("this model is already compiled by helix_compile; pass the original model")
     place = device_for(device, world)
     with errors_told(world, cp, tpa, place or device_of_input(model)):
-        captured = keep_unmatched(captured_from(model, dtype, place, unmatched), options)
-        matches = match_layers(captured, options.max_seq_len)
-        plan = plan_helix(captured, matches, options)
-    opened = open_world(HelixMesh(plan.layout), world, place or device_of(captured))
-    trace_plan(plan)
-    dump = os.environ.get("HELIX_DUMP")
-    facts = facts_of(captured, matches, plan, place, opened)
-    passes = helix_passes(captured, matches, plan, target_for(lower, facts.device))
-    stages = run_passes(captured.graph, passes, dump_to(Path(dump) if dump and opened.is_leader else None))
-    opened.start(claims_of(plan, stages[STAGES[-1]], facts))
-    ranks = build_ranks(plan, stages[STAGES[-1]], facts, opened)
-    return HelixModule(plan, stages, ranks, opened, facts)
+        planned = plan_model(captured_from(model, dtype, place, unmatched), options)
+    opened = open_world(HelixMesh(planned.plan.layout), world, place or device_of(planned.captured))
+    trace_plan(planned.plan)
+    facts = facts_of(planned.captured, planned.matches, planned.plan, place, opened)
+    dump = os.environ.get("HELIX_DUMP") if opened.is_leader else None
+    stages = rewrite_model(planned, target_for(lower, facts.device), dump_to(Path(dump) if dump else None))
+    lowered = stages[LOWERED.stage]
+    opened.start(claims_of(planned.plan, lowered, facts))
+    ranks = build_ranks(planned.plan, lowered, facts, opened)
+    return HelixModule(planned.plan, stages, ranks, opened, facts)
 
 
-def keep_unmatched(captured: CapturedGraph, options: HelixOptions) -> CapturedGraph:
-    """With unmatched="keep": the same model with every layer that no matcher recognises as a leaf.
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model up to its plan: what every lowering, and the verifier, starts from.
+
+    Attributes:
+        captured: its graphs; with unmatched="keep", layers that no matcher recognises are leaves in them.
+        matches: body -> what was found in it.
+        plan: every decision.
+    """
+
+    captured: CapturedGraph
+    matches: dict[str, LayerMatch]
+    plan: HelixPlan
+
+
+def plan_model(captured: CapturedGraph, options: HelixOptions) -> PlannedModel:
+    """Match and plan.
 
     Raises:
-        MatchError: no layer is left to rewrite; lists the reasons.
+        MatchError: a layer that is not recognised; with unmatched="keep", none is left to rewrite.
+        LayoutError, PlanError: options that do not fit the model.
     """
+    captured, matches = match_model(captured, options)
+    return PlannedModel(captured, matches, plan_helix(captured, matches, options))
+
+
+def match_model(captured: CapturedGraph, options: HelixOptions) -> tuple[CapturedGraph, dict[str, LayerMatch]]:
+    """The matches; with unmatched="keep" of the same model with every layer that no matcher recognises as a leaf."""
+    matches, failures = match_bodies(captured, options.max_seq_len)
+    if not failures:
+        return captured, matches
     if options.unmatched != "keep":
-        return captured
-    keep: dict[int, str] = {}
-    for name in captured.bodies:
-        try:
-            _match_body(captured, name, options.max_seq_len)
-        except MatchError as error:
-            keep |= {layer.index: str(error) for layer in captured.layers_of(name)}
-    if not keep:
-        return captured
+        raise next(iter(failures.values()))
+    keep = {layer.index: str(error) for name, error in failures.items() for layer in captured.layers_of(name)}
     assert captured.model is not None
     again = capture(captured.model, keep=keep, unmatched="keep")
-    return replace(again, weights=captured.weights, notes=captured.notes)
+    kept = replace(again, weights=captured.weights, notes=captured.notes)
+    return kept, match_layers(kept, options.max_seq_len)
+
+
+def rewrite_model(
+    planned: PlannedModel, target: KernelTarget | None, dump: Dump | None = None
+) -> dict[str, fx.GraphModule]:
+    """Every stage, by the passes of passes/pipeline.py."""
+    context = PassContext(planned.captured, planned.matches, planned.plan, target)
+    return run_passes(helix_passes(target), context, dump)

@@ -7,19 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
-import helix_compile.runtime.step as checks
 from helix_compile.cache.pages import Ledger
 from helix_compile.cache.shards import CacheEntries, CacheShard
 from helix_compile.cache.transfer import entries_to_export, sequences_to_import, shards_to_export
 from helix_compile.errors import HelixError, RuntimeFault
-from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
+from helix_compile.runtime.step import check_rows, checked_lengths, run_step
 from helix_compile.saving.module_folder import load_parts, save_module
 from helix_compile.views.explain import NodeExplanation, explain_node
 from helix_compile.views.graph_python import stage_diff
@@ -92,7 +90,7 @@ class HelixModule(nn.Module):
             RuntimeFault: what a step may not be; nothing was written then.
         """
         params = [dict(r.params) for r in self.ranks]
-        return self._step(self.graph, params, input_ids, attention_mask, logits_to_keep)
+        return run_step(self, self._ledger, self.graph, params, input_ids, attention_mask, logits_to_keep)
 
     def run_stage(self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """A step by an earlier stage ("attention" and later) on the same cache; see forward().
@@ -101,7 +99,7 @@ class HelixModule(nn.Module):
         """
         if name == STAGES[-1]:
             return self(input_ids, attention_mask)
-        if name not in STAGES[1:]:
+        if name not in (*STAGES[1:], *self.stages) or name == STAGES[0]:
             raise RuntimeFault(f"stage {name!r} can't be run; expected one of {', '.join(STAGES[1:])}")
         if name not in self.stages or not self._facts.originals:
             raise RuntimeFault(
@@ -109,77 +107,14 @@ class HelixModule(nn.Module):
             )
         stage = self.stages[name]
         params = [params_of_rank(self.plan, stage, self._facts, self.world, r.rank) for r in self.ranks]
-        return self._step(lowered_copy(stage), params, input_ids, attention_mask)
-
-    def _step(
-        self,
-        graph: fx.GraphModule,
-        params: list[dict[str, Tensor]],
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        logits_to_keep: int = 0,
-    ) -> Tensor:
-        if self.device.type == "meta":
-            raise RuntimeFault("the model is on the meta device: it can be inspected, not run")
-        checks.check_ids(input_ids, self._facts.vocab_size, self.plan.options.max_batch_size)
-        checks.check_batch(self._ledger, input_ids.shape[0])
-        mask = checks.checked_mask(attention_mask, input_ids)
-        first = checks.first_kept_column(logits_to_keep, input_ids.shape[1])
-        self._ledger.check_room(mask.sum(dim=1).tolist())
-        B, T = input_ids.shape
-        ids = input_ids.to(self.device, torch.int64)
-        chunks = checks.chunks_of(T, B, max(self._ledger.lengths, default=0) + T)
-        shown = None if self.world.is_leader else True
-        bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
-        before = list(self._ledger.lengths)
-        try:
-            return checks.kept_logits(lambda c: self._run_chunk(graph, params, ids[:, c], mask[:, c]), bar, first, T)
-        except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
-            self._ledger.lengths = before
-            raise
-
-    def _run_chunk(self, graph: fx.GraphModule, params: list[dict[str, Tensor]], ids: Tensor, mask: Tensor) -> Tensor:
-        step = {
-            "input_ids": ids,
-            "positions": self._ledger.positions(mask),
-            "page_table": self._ledger.pages_of(ids.shape[0]),
-        }
-        inputs = [self._inputs_of(graph, rank, local, step) for rank, local in zip(self.ranks, params, strict=True)]
-        with torch.no_grad():
-            logits = self.world.run(graph, inputs)[0]
-        self._ledger.advance(mask.sum(dim=1).tolist())
-        return logits
-
-    def _inputs_of(
-        self, graph: fx.GraphModule, rank: Rank, params: dict[str, Tensor], step: dict[str, Tensor]
-    ) -> list[Any]:
-        layout = self.plan.layout
-        coordinates = {
-            "kvp_rank": torch.tensor(layout.index("kvp", rank.rank), device=self.device),
-            "ep_rank": torch.tensor(layout.index("ep", rank.rank), device=self.device),
-        }
-        values: list[Any] = []
-        for node in placeholders(graph.graph):
-            ref = input_ref(node)
-            kind, name = ref
-            if kind == "param":
-                if name not in params:
-                    raise RuntimeFault(f"rank {rank.rank} has no parameter {name!r}")
-                values.append(params[name])
-            elif kind == "cache":
-                values.append(rank.cache[ref.site])
-            elif kind == "leaf":
-                values.append(rank.leaves[name])
-            else:
-                values.append(step[name] if name in step else coordinates[name])
-        return values
+        return run_step(self, self._ledger, lowered_copy(stage), params, input_ids, attention_mask)
 
     def reset(self, rows: list[int] | None = None) -> None:
         """Empty the cache; with `rows`, only these sequences, and the others go on."""
         if rows is None:
             self._ledger.lengths = []
             return clear_leaves(self.ranks, None)
-        checks.check_rows(rows, self._ledger)
+        check_rows(rows, self._ledger)
         for row in rows:
             self._ledger.lengths[row] = 0
         clear_leaves(self.ranks, rows)
@@ -299,7 +234,7 @@ class HelixModule(nn.Module):
             RuntimeFault: not 0 <= new <= present length, or no batch yet; no row is changed then.
         """
         refuse_leaves(self.ranks, self.graph, "truncate")
-        self._ledger.lengths = checks.checked_lengths(lengths, self._ledger.lengths)
+        self._ledger.lengths = checked_lengths(lengths, self._ledger.lengths)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: graphs are captured for one dtype and device."""

@@ -11,32 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from helix_compile.capture.captured import CapturedGraph
-from helix_compile.config.options import HelixOptions
+from helix_compile.compile import PlannedModel, rewrite_model
 from helix_compile.errors import LoweringUnavailable
 from helix_compile.ir.graph import inputs_of
 from helix_compile.ir.sizes import size_at
 from helix_compile.ir.stage import body_of
 from helix_compile.kernels.registry import CompileCase, Site, kernel_of
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.passes.decide.plan_helix import plan_helix
-from helix_compile.passes.lower.select_kernels import KERNEL, PROVIDER, site_of
-from helix_compile.passes.match.layers import match_layers
-from helix_compile.passes.pipeline import STAGES, capacity_of, helix_passes
-from helix_compile.passes.runner import run_passes
+from helix_compile.passes.lower.select_kernels import KERNEL, PROVIDER, capacity_of, site_of
+from helix_compile.passes.pipeline import LOWERED
 from helix_compile.plan.helix_plan import HelixPlan
-from helix_compile.plan.matches import LayerMatch
 
 ATTENTION = "mla_decode"
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """A model up to its plan: what lowering for several architectures shares."""
-
-    captured: CapturedGraph
-    matches: dict[str, LayerMatch]
-    plan: HelixPlan
 
 
 @dataclass(frozen=True)
@@ -52,19 +38,12 @@ class Selection:
     references: tuple[tuple[str, str, str], ...]
 
 
-def planned(captured: CapturedGraph, options: HelixOptions) -> PlannedModel:
-    """The plan of a captured model."""
-    matches = match_layers(captured, options.max_seq_len)
-    return PlannedModel(captured, matches, plan_helix(captured, matches, options))
-
-
 def selected_cases(model: PlannedModel, target: KernelTarget) -> Selection:
     """The cases of every kernel in the graph that is lowered for `target`, for a decode step of a full batch (T = 1).
 
     What compilation depends on decides: two nodes with the same case give one.
     """
-    passes = helix_passes(model.captured, model.matches, model.plan, target)
-    lowered = run_passes(model.captured.graph, passes, None)[STAGES[-1]]
+    lowered = rewrite_model(model, target)[LOWERED.stage]
     cases: list[CompileCase] = []
     references: list[tuple[str, str, str]] = []
     for body in model.plan.bodies:
@@ -86,8 +65,7 @@ def attention_site(model: PlannedModel, target: KernelTarget) -> Site:
     Raises:
         LoweringUnavailable: no node of the graph is one.
     """
-    passes = helix_passes(model.captured, model.matches, model.plan, target)
-    lowered = run_passes(model.captured.graph, passes, None)[STAGES[-1]]
+    lowered = rewrite_model(model, target)[LOWERED.stage]
     for body in model.plan.bodies:
         gm = body_of(lowered, body.name)
         for node in gm.graph.nodes:

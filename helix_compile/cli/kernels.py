@@ -97,14 +97,15 @@ def _tuned(captured: Any, options: HelixOptions) -> str:
     """Every candidate's time as comments, then the table, for this card and the attention of the plan."""
     import torch
 
-    from helix_compile.cli.kernel_cases import attention_site, planned
+    from helix_compile.cli.kernel_cases import attention_site
+    from helix_compile.compile import plan_model
     from helix_compile.kernels.lab.tune import TuneSizes, fits_card, replacement, table_text, trials_text, tune
     from helix_compile.kernels.lab.tune_child import ChildTrials
     from helix_compile.kernels.target import device_target
 
     device = torch.device("cuda", torch.cuda.current_device())
     target = device_target(device)
-    site = attention_site(planned(captured, options), target)
+    site = attention_site(plan_model(captured, options), target)
     sizes = TuneSizes.of(site)
     with contextlib.closing(ChildTrials(target, sizes, device)) as measured:
         trials = tune(target, sizes, partial(fits_card, target), measured, _say)
@@ -211,10 +212,11 @@ def _compiled(
     captured: Any, options: HelixOptions, targets: list[KernelTarget], out: Path, every: bool
 ) -> tuple[list[KernelRecord], list[tuple[str, str, str, str]]]:
     """Records of every target's cases, and the ops that have no kernel."""
-    from helix_compile.cli.kernel_cases import planned, selected_cases
+    from helix_compile.cli.kernel_cases import selected_cases
+    from helix_compile.compile import plan_model
     from helix_compile.kernels.lab.offline import compile_cases
 
-    model = planned(captured, options)
+    model = plan_model(captured, options)
     records: list[KernelRecord] = []
     references: list[tuple[str, str, str, str]] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -1,4 +1,4 @@
-"""Check what a step is given, before anything is written, and cut a long one into chunks.
+"""A step: what it is given is checked before anything is written, a long one is cut into chunks, and the ranks run.
 
 Every refusal names what, got, expected and what to do.
 """
@@ -6,17 +6,104 @@ Every refusal names what, got, expected and what to do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from tqdm import tqdm
 
 from helix_compile.cache.pages import Ledger
 from helix_compile.errors import RuntimeFault
+from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.runtime.compiled import CompiledModule
+from helix_compile.runtime.rank import Rank
 
 SCORE_TOKENS = 2**22  # (sequences x tokens x context) of one chunk; bounds what a long step holds at a time
 
 
 MAX_CHUNK = 512
+
+
+def run_step(
+    module: CompiledModule,
+    ledger: Ledger,
+    graph: fx.GraphModule,
+    params: list[dict[str, Tensor]],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    logits_to_keep: int = 0,
+) -> Tensor:
+    """Append input_ids [B, T] to each sequence's cache; logits [B, T or logits_to_keep, vocab].
+
+    Args:
+        module: whose ranks, caches and world run it.
+        ledger: lengths and pages of its batch; they go on only when the whole step is done.
+        graph: a stage whose moves are lowered.
+        params: each rank's parameters of that stage.
+        input_ids: see HelixModule.forward(), as for the next two.
+        attention_mask: [B, T].
+        logits_to_keep: 0 keeps all.
+
+    Raises:
+        RuntimeFault: what a step may not be.
+    """
+    if module.device.type == "meta":
+        raise RuntimeFault("the model is on the meta device: it can be inspected, not run")
+    check_ids(input_ids, module.facts.vocab_size, module.plan.options.max_batch_size)
+    check_batch(ledger, input_ids.shape[0])
+    mask = checked_mask(attention_mask, input_ids)
+    first = first_kept_column(logits_to_keep, input_ids.shape[1])
+    ledger.check_room(mask.sum(dim=1).tolist())
+    B, T = input_ids.shape
+    ids = input_ids.to(module.device, torch.int64)
+    chunks = chunks_of(T, B, max(ledger.lengths, default=0) + T)
+    shown = None if module.world.is_leader else True
+    bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
+    before = list(ledger.lengths)
+    try:
+        return kept_logits(lambda c: _run_chunk(module, ledger, graph, params, ids[:, c], mask[:, c]), bar, first, T)
+    except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
+        ledger.lengths = before
+        raise
+
+
+def _run_chunk(
+    module: CompiledModule,
+    ledger: Ledger,
+    graph: fx.GraphModule,
+    params: list[dict[str, Tensor]],
+    ids: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    step = {"input_ids": ids, "positions": ledger.positions(mask), "page_table": ledger.pages_of(ids.shape[0])}
+    inputs = [_inputs_of(module, graph, rank, local, step) for rank, local in zip(module.ranks, params, strict=True)]
+    with torch.no_grad():
+        logits = module.world.run(graph, inputs)[0]
+    ledger.advance(mask.sum(dim=1).tolist())
+    return logits
+
+
+def _inputs_of(
+    module: CompiledModule, graph: fx.GraphModule, rank: Rank, params: dict[str, Tensor], step: dict[str, Tensor]
+) -> list[Any]:
+    layout = module.plan.layout
+    coordinates = {
+        f"{axis}_rank": torch.tensor(layout.index(axis, rank.rank), device=module.device) for axis in ("kvp", "ep")
+    }
+    values: list[Any] = []
+    for node in placeholders(graph.graph):
+        ref = input_ref(node)
+        if ref.kind == "param":
+            if ref.name not in params:
+                raise RuntimeFault(f"rank {rank.rank} has no parameter {ref.name!r}")
+            values.append(params[ref.name])
+        elif ref.kind == "cache":
+            values.append(rank.cache[ref.site])
+        elif ref.kind == "leaf":
+            values.append(rank.leaves[ref.name])
+        else:
+            values.append(step[ref.name] if ref.name in step else coordinates[ref.name])
+    return values
 
 
 def check_ids(input_ids: Tensor, vocab_size: int, max_batch_size: int) -> None:

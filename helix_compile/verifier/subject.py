@@ -127,7 +127,7 @@ def check_steps(subject: Subject) -> None:
         check.notes.append(
             "no sequence sits out a step: the original's own layers with a state take padding behind a prompt as tokens"
         )
-    stages = [n for n in STAGES[1:] if n in compiled.stages and (n == STAGES[-1] or compiled.facts.originals)]
+    stages = [n for n in compiled.stages if n != STAGES[0] and (n == STAGES[-1] or compiled.facts.originals)]
     if len(stages) < len(STAGES) - 1:
         check.notes.append(f"a reloaded module holds the weights of {STAGES[-1]!r} only: the other stages were not run")
     for stage in stages:

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
 from helix_compile.capture.source import converted_copy
-from helix_compile.compile import helix_compile, keep_unmatched
+from helix_compile.compile import helix_compile, match_model
 from helix_compile.errors import HelixError
 from helix_compile.ir.graph import input_ref, inputs_of
 from helix_compile.module import HelixModule
-from helix_compile.passes.match.layers import match_layers
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.runtime.rank import originals, shard_of_name
 from helix_compile.verifier.numeric.cache_check import check_import
@@ -124,8 +123,7 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     say("static: parameters, layouts, collectives")
     same = model if model.dtype == own_dtype else converted_copy(model, own_dtype)
     options = compiled.plan.options
-    captured = keep_unmatched(capture(same, owner=model, unmatched=options.unmatched), options)
-    matches = match_layers(captured, options.max_seq_len)
+    captured, matches = match_model(capture(same, owner=model, unmatched=options.unmatched), options)
     typed = check.guarded("static", partial(_static, compiled, same, captured, matches, check))
     typed = typed or TypedGraph(compiled.graph)
     say("numeric: a deep copy of the original in float64")

@@ -102,8 +102,9 @@ class Inspection:
     def _stage_files(self) -> dict[str, str]:
         """NN_STAGE.txt of each stage, and NN_STAGE.diff: what its pass changed."""
         files, before = {}, None
-        for stage, gm in self.stages.items():
-            number = f"{STAGES.index(stage):02d}"
+        first = STAGES.index(next(iter(self.stages)))  # a reloaded module has the last ones alone
+        for place, (stage, gm) in enumerate(self.stages.items(), first):
+            number = f"{place:02d}"
             files[f"{number}_{stage}.txt"] = format_python(gm, OUTER, f"Stage {stage}.")
             if before is not None:
                 files[f"{number}_{stage}.diff"] = stage_diff(self.stages, before, stage)

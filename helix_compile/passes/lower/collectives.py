@@ -21,13 +21,19 @@ from helix_compile.ir.ops import MOVES, helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
 from helix_compile.layout.placement import Layout, parse_layout
-from helix_compile.passes.runner import PassResult
+from helix_compile.passes.runner import PassContext
+from helix_compile.plan.matches import LayerMatch
 
 c10d = torch.ops._c10d_functional
 
 
-def lower_pass(gm: fx.GraphModule) -> PassResult:
+def lower_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
     """Expand every move of a body."""
+    return lower_moves(gm)
+
+
+def lower_moves(gm: fx.GraphModule) -> int:
+    """Expand every move; how many there were."""
     moves = calls(gm.graph, *MOVES)
     for node in moves:
         with made_from(gm.graph, node), gm.graph.inserting_before(node):
@@ -39,7 +45,7 @@ def lower_pass(gm: fx.GraphModule) -> PassResult:
         node.replace_all_uses_with(lowered)
         gm.graph.erase_node(node)
     propagate_shapes(gm.graph)
-    return PassResult(gm, len(moves))
+    return len(moves)
 
 
 def no_moves_left(gm: fx.GraphModule) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from helix_compile.ir.graph import aten, calls, getitems, helix_op, is_call, named
+from helix_compile.ir.graph import aten, calls, erase_unused, getitems, helix_op, is_call, named, placeholders
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
@@ -23,7 +23,30 @@ from helix_compile.kernels.mla.tuning import split_count
 from helix_compile.kernels.registry import Capacity, kernel_of
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.passes.lower.find_fusions import find_norm, find_rope, find_router
-from helix_compile.passes.lower.select_kernels import KERNEL, PROVIDER, choose, is_kernel, site_of
+from helix_compile.passes.lower.select_kernels import (
+    KERNEL,
+    PROVIDER,
+    capacity_of,
+    choose,
+    is_kernel,
+    select_kernels,
+    site_of,
+)
+from helix_compile.passes.runner import PassContext
+from helix_compile.plan.matches import LayerMatch
+
+
+def kernels_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
+    """Give a body whose moves are lowered the kernels of the target."""
+    import helix_compile.kernels.catalog  # noqa: F401  needs Triton, and is slow the first time
+
+    assert context.target is not None
+    capacity = capacity_of(context.plan)
+    select_kernels(gm.graph, context.target, capacity)
+    # after selection: what is fused are kernels of the same provider
+    fuse_kernels(gm.graph, context.target, capacity)
+    erase_unused(gm.graph, keep=placeholders(gm.graph))
+    return 1
 
 
 def fuse_kernels(graph: fx.Graph, target: KernelTarget, capacity: Capacity) -> None:

@@ -9,16 +9,25 @@ from typing import Any
 
 from torch import fx
 
+from helix_compile.config.options import PAGE_SIZE
 from helix_compile.ir.graph import is_call
 from helix_compile.ir.ops import MOVES, helix
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import KernelTarget
+from helix_compile.plan.cache_row import pages_per_sequence
+from helix_compile.plan.helix_plan import HelixPlan
 
 KERNEL, PROVIDER = "kernel", "helix_triton"
 
 
 # a view of the exchange buffer: there is nothing to compute
 VIEWS = (helix.unpack_heads.default,)
+
+
+def capacity_of(plan: HelixPlan) -> Capacity:
+    """Sizes that a graph leaves open and its kernels' grids are made for."""
+    slots = pages_per_sequence(plan.options, plan.layout.kvp) * PAGE_SIZE
+    return Capacity(plan.options.max_batch_size, slots)
 
 
 def select_kernels(graph: fx.Graph, target: KernelTarget, capacity: Capacity) -> None:

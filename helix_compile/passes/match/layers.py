@@ -21,7 +21,22 @@ def match_layers(captured: CapturedGraph, max_seq_len: int) -> dict[str, LayerMa
     Raises:
         MatchError: a body whose attention is neither MLA nor grouped-query, with the layer, node, source line and closest reason.
     """
-    return {name: _match_body(captured, name, max_seq_len) for name in captured.bodies}
+    matches, failures = match_bodies(captured, max_seq_len)
+    for error in failures.values():
+        raise error
+    return matches
+
+
+def match_bodies(captured: CapturedGraph, max_seq_len: int) -> tuple[dict[str, LayerMatch], dict[str, MatchError]]:
+    """Body name -> what was found in it, or why it is not recognised."""
+    matches: dict[str, LayerMatch] = {}
+    failures: dict[str, MatchError] = {}
+    for name in captured.bodies:
+        try:
+            matches[name] = _match_body(captured, name, max_seq_len)
+        except MatchError as error:
+            failures[name] = error
+    return matches, failures
 
 
 def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMatch:

@@ -22,49 +22,43 @@ from __future__ import annotations
 
 from torch import fx
 
-from helix_compile.ir.graph import add_input, aten, erase_unused, getitems, input_named, named, node_named, placeholders
+from helix_compile.ir.graph import (
+    InputRef,
+    add_input,
+    aten,
+    erase_unused,
+    getitems,
+    input_named,
+    named,
+    node_named,
+    placeholders,
+)
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.match.heads import gate_by_head
-from helix_compile.passes.rewrite.parts import cut_input, open_views
-from helix_compile.passes.runner import PassResult
+from helix_compile.passes.rewrite.parts import cache_example, cut_input, open_views, step_examples
+from helix_compile.passes.runner import PassContext
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan
 from helix_compile.plan.matches import AttentionMatch, GateMatch, GqaMatch, LayerMatch, Site
 
 
-def shard_attention_pass(
-    gm: fx.GraphModule,
-    *,
-    match: LayerMatch,
-    plan: BodyPlan,
-    layout: HelixLayout,
-    step_inputs: dict[str, object],
-    caches: list[object],
-) -> PassResult:
-    """Rewrite every attention site of a body; see the module's picture.
-
-    Args:
-        gm: the body, edited in place.
-        match: its sites.
-        plan: its plan.
-        layout: degrees.
-        step_inputs: example values of slots, visible and page_table.
-        caches: example value of each site's cache.
-    """
-    graph = gm.graph
-    for name, value in step_inputs.items():
+def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
+    """Rewrite every attention site of a body; see the module's picture."""
+    graph, layout, plan = gm.graph, context.plan.layout, context.plan.body(match.body)
+    for name, value in step_examples(graph, context.plan).items():
         add_input(graph, "step", name, value)
+    caches = [cache_example(graph, attention, context.plan) for attention in match.attentions]
     for site, (attention, attention_plan) in enumerate(zip(match.attentions, plan.attentions, strict=True)):
-        add_input(graph, "cache", f"cache_{site}", caches[site])
+        add_input(graph, *InputRef.cache(site), caches[site])
         _rewrite_site(graph, attention, attention_plan, plan, layout)
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (output.args[0][0],)
     # fx keeps attention as "seeded": erase by use, so that no linear over the whole context stays
     erase_unused(graph, keep=placeholders(graph)[:1])
     propagate_shapes(graph)
-    return PassResult(gm, len(match.attentions))
+    return len(match.attentions)
 
 
 def _rewrite_site(graph: fx.Graph, match: Site, plan: AttentionPlan, body: BodyPlan, layout: HelixLayout) -> None:

@@ -14,24 +14,22 @@ from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
 from helix_compile.layout.degrees import HelixLayout
-from helix_compile.passes.rewrite.parts import cut_input, sum_over_world
-from helix_compile.passes.runner import PassResult
+from helix_compile.passes.rewrite.parts import cut_input, rank_example, sum_over_world
+from helix_compile.passes.runner import PassContext
 from helix_compile.plan.helix_plan import BodyPlan
 from helix_compile.plan.matches import DenseFFNMatch, LayerMatch, MoEMatch
 
 
-def shard_ffn_pass(
-    gm: fx.GraphModule, *, match: LayerMatch, plan: BodyPlan, layout: HelixLayout, ep_rank: object
-) -> PassResult:
-    """Cut every FFN of a body. `ep_rank` is the example value of this rank's place on the ep axis."""
-    graph = gm.graph
+def shard_ffn_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
+    """Cut every FFN of a body."""
+    graph, layout, plan = gm.graph, context.plan.layout, context.plan.body(match.body)
     for ffn in match.dense_ffns:
         for name in (ffn.gate_weight, ffn.gate_bias, ffn.up_weight, ffn.up_bias, ffn.down_weight):
             if name:
                 cut_input(graph, name, plan)
     seams = _seams(match)
     for moe in match.moes:
-        routed = _experts(graph, moe, plan, layout, ep_rank)
+        routed = _experts(graph, moe, plan, layout)
         seams = [routed.name if s == moe.output else s for s in seams]
     for ffn in match.dense_ffns:
         if ffn.down not in seams:
@@ -40,7 +38,7 @@ def shard_ffn_pass(
         sum_over_world(node_named(graph, seam), layout)
     erase_unused(graph, keep=placeholders(graph)[:1])
     propagate_shapes(graph)
-    return PassResult(gm, len(match.dense_ffns) + len(match.moes))
+    return len(match.dense_ffns) + len(match.moes)
 
 
 def _seams(match: LayerMatch) -> list[str]:
@@ -56,14 +54,14 @@ def _refuse_inner_bias(ffn: DenseFFNMatch) -> None:
         raise PassError(f"shared expert `{ffn.down}` has a bias ({ffn.down_bias}); not supported")
 
 
-def _experts(graph: fx.Graph, match: MoEMatch, plan: BodyPlan, layout: HelixLayout, ep_rank: object) -> fx.Node:
+def _experts(graph: fx.Graph, match: MoEMatch, plan: BodyPlan, layout: HelixLayout) -> fx.Node:
     """Either Hugging Face form -> helix::moe_experts; the cast behind the original's sum goes with it."""
     output = node_named(graph, match.output)
     weights = [input_named(graph, "param", n) for n in (match.gate_up, match.down)]
     for name in (match.gate_up, match.down):
         cut_input(graph, name, plan)
     x, ids, probabilities = (node_named(graph, n) for n in (match.x, match.expert_ids, match.weights))
-    rank = add_input(graph, "step", "ep_rank", ep_rank)
+    rank = add_input(graph, "step", "ep_rank", rank_example(graph))
     with made_from(graph, output), graph.inserting_before(output):
         first = named(graph, "first_expert", aten.mul.Tensor, rank, match.num_experts // layout.ep)
         routed = named(graph, "routed", helix.moe_experts.default, x, ids, probabilities, *weights, first)

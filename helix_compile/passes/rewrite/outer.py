@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from helix_compile.capture.captured import CapturedLayer
 from helix_compile.errors import PassError
 from helix_compile.ir.graph import (
     ATTENTION_MASK,
@@ -28,38 +29,25 @@ from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import fake_mode_of
 from helix_compile.ir.stage import body_of
+from helix_compile.passes.runner import PassContext
 from helix_compile.plan.helix_plan import HelixPlan
 
 STEP_INPUTS = ("slots", "visible", "page_table")
 
 
-def rewire_outer_pass(
-    gm: fx.GraphModule,
-    *,
-    before: dict[str, list[InputRef]],
-    prefixes: dict[int, str],
-    caches: dict[int, tuple[int, ...]],
-    plan: HelixPlan,
-) -> None:
-    """Rebuild every layer call from its body's placeholders.
-
-    Args:
-        gm: the outer graph, edited in place; its bodies are already rewritten.
-        before: body -> what its placeholders were before the pass, so that old arguments are found by name.
-        prefixes: layer -> prefix of its parameters.
-        caches: layer -> places of its caches.
-        plan: the whole plan.
-    """
-    graph = gm.graph
+def rewire_outer_pass(gm: fx.GraphModule, context: PassContext) -> None:
+    """Rebuild every layer call from its body's placeholders; the bodies are already rewritten."""
+    graph, plan = gm.graph, context.plan
+    layers = {layer.index: layer for layer in context.captured.layers}
+    # what placeholders were before the pass: old arguments are found by name
+    before = {n: [input_ref(p) for p in placeholders(b.graph)] for n, b in context.captured.bodies.items()}
     _index_tokens(graph, plan)
     for call in _layer_calls(gm):
-        layer = call.meta["layer"]
+        layer = layers[call.meta["layer"]]
         old = dict(zip(before[call.target], call.args, strict=True))
         body = body_of(gm, call.target)
         sources = {s.name: s.source for s in plan.body(call.target).param_shards}
-        call.args = tuple(
-            _argument(graph, p, old, prefixes[layer], caches[layer], sources) for p in placeholders(body.graph)
-        )
+        call.args = tuple(_argument(graph, p, old, layer, sources) for p in placeholders(body.graph))
         for user in list(call.users):
             if user.args[1] == 0:  # bodies return the hidden state alone now
                 call.meta["val"] = user.meta.get("val")
@@ -111,12 +99,7 @@ def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
 
 
 def _argument(
-    graph: fx.Graph,
-    placeholder: fx.Node,
-    old: dict[InputRef, fx.Node],
-    prefix: str,
-    caches: tuple[int, ...],
-    sources: dict[str, str],
+    graph: fx.Graph, placeholder: fx.Node, old: dict[InputRef, fx.Node], layer: CapturedLayer, sources: dict[str, str]
 ) -> fx.Node:
     ref = input_ref(placeholder)
     kind, name = ref
@@ -125,14 +108,14 @@ def _argument(
     if kind == "cache":
         past = [old[InputRef.past(part, ref.site)] for part in PARTS]
         with made_from(graph, *past):
-            return add_input(graph, *InputRef.cache(caches[ref.site]), placeholder.meta["val"])
+            return add_input(graph, *InputRef.cache(layer.caches[ref.site]), placeholder.meta["val"])
     if kind == "param" and ref not in old:  # cut out of another one
         with made_from(graph, old[InputRef("param", sources[name])]):
-            return add_input(graph, "param", f"{prefix}{name}", placeholder.meta["val"])
+            return add_input(graph, "param", f"{layer.prefix}{name}", placeholder.meta["val"])
     return old[ref]
 
 
-def update_calls_pass(gm: fx.GraphModule) -> None:
+def update_calls_pass(gm: fx.GraphModule, context: PassContext) -> None:
     """Follow a pass over the bodies: hand on ep_rank where a body asks for it now, mark what has been cut."""
     graph = gm.graph
     for call in _layer_calls(gm):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.graph import aten, input_named, is_call, named, node_named
+from helix_compile.ir.graph import aten, input_named, is_call, named, node_named, placeholders
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import fake_mode_of, open_view
 from helix_compile.layout.degrees import HelixLayout
-from helix_compile.plan.helix_plan import BodyPlan, ParamShard
+from helix_compile.plan.cache_row import cache_shape, pages_per_sequence
+from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
+from helix_compile.plan.matches import Site
 
 
 def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
@@ -51,3 +53,30 @@ def sum_over_world(node: fx.Node, layout: HelixLayout) -> fx.Node:
     for user in users:
         user.replace_input_with(node, result)
     return result
+
+
+def step_examples(graph: fx.Graph, plan: HelixPlan) -> dict[str, Tensor]:
+    """Values that stand for a step's inputs in a body while shapes are propagated."""
+    B, T = placeholders(graph)[0].meta["val"].shape[:2]
+    pages = pages_per_sequence(plan.options, plan.layout.kvp)
+    return {
+        "slots": _example(graph, (B, T), torch.int64),
+        "visible": _example(graph, (B, T), torch.int32),
+        "page_table": _example(graph, (B, pages), torch.int64),
+    }
+
+
+def cache_example(graph: fx.Graph, match: Site, plan: HelixPlan) -> Tensor:
+    """The same for one site's cache."""
+    dtype = node_named(graph, match.new[0]).meta["val"].dtype
+    return _example(graph, cache_shape(match.cache, plan.options, plan.layout), dtype)
+
+
+def rank_example(graph: fx.Graph) -> Tensor:
+    """The same for a rank index."""
+    return _example(graph, (), torch.int64)
+
+
+def _example(graph: fx.Graph, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype) -> Tensor:
+    with fake_mode_of(graph):
+        return torch.empty(shape, dtype=dtype, device=placeholders(graph)[0].meta["val"].device)

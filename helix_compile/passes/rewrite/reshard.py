@@ -13,15 +13,14 @@ from torch import fx
 from helix_compile.ir.graph import erase_unused, is_call, node_named, placeholders
 from helix_compile.ir.ops import helix
 from helix_compile.ir.shapes import propagate_shapes
-from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.rewrite.parts import cut_input, sum_over_world
-from helix_compile.passes.runner import PassResult
-from helix_compile.plan.helix_plan import BodyPlan
+from helix_compile.passes.runner import PassContext
 from helix_compile.plan.matches import LayerMatch
 
 
-def reshard_pass(gm: fx.GraphModule, *, match: LayerMatch, plan: BodyPlan, layout: HelixLayout) -> PassResult:
+def reshard_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
     """Move the reshard of every attention site from before o_proj to behind it."""
+    plan = context.plan.body(match.body)
     for attention in match.attentions:
         o_proj = node_named(gm.graph, attention.o_proj)
         flat = o_proj.args[0]
@@ -36,7 +35,7 @@ def reshard_pass(gm: fx.GraphModule, *, match: LayerMatch, plan: BodyPlan, layou
             for name in (attention.gate.weight, attention.gate.bias):
                 if name:
                     cut_input(gm.graph, name, plan)
-        sum_over_world(o_proj, layout)
+        sum_over_world(o_proj, context.plan.layout)
     erase_unused(gm.graph, keep=placeholders(gm.graph)[:1])
     propagate_shapes(gm.graph)
-    return PassResult(gm, len(match.attentions))
+    return len(match.attentions)

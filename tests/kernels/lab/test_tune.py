@@ -20,7 +20,8 @@ import helix_compile.ir.ops  # noqa: F401
 import helix_compile.kernels.lab.tune as tuner
 import helix_compile.kernels.mla.tuning as tuning
 from helix_compile.capture.model import capture
-from helix_compile.cli.kernel_cases import attention_site, planned
+from helix_compile.cli.kernel_cases import attention_site
+from helix_compile.compile import plan_model
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import LoweringUnavailable
 from helix_compile.kernels.lab.tune import (
@@ -205,7 +206,7 @@ def test_no_card_is_a_refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_a_model_without_mla_decode_has_nothing_to_tune() -> None:
     captured = capture(fresh_gqa("llama", torch.bfloat16).to("meta"))
-    model = planned(captured, HelixOptions(cp=4))
+    model = plan_model(captured, HelixOptions(cp=4))
     with pytest.raises(
         LoweringUnavailable, match="no layer of the model is lowered to it; --tune measures mla_decode alone"
     ):

@@ -16,6 +16,7 @@ from torch import fx
 
 from helix_compile import HelixModule, LoweringUnavailable, helix_compile, verify
 from helix_compile.ir.graph import calls, helix_op
+from helix_compile.ir.stage import nodes_of
 from helix_compile.kernels.target import offline_target, target_for
 from tests.support.driver import left_padded, random_ids, worst_deviation
 from tests.support.models import tiny_model
@@ -196,3 +197,16 @@ def test_greedy_tokens_are_the_models() -> None:
     ids = random_ids(model, 1, 3)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(compiled.generate(ids, **options), model.generate(ids, **options))
+
+
+def test_kernels_are_a_stage_of_their_own_with_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELIX_DUMP", str(tmp_path))
+    compiled = helix_compile(tiny_model("short", torch.float32), cp=2, lower="triton", max_seq_len=64)
+    assert list(compiled.stages) == ["captured", "attention", "reshard", "ffn", "collectives", "lowered"]
+    assert not [n for n in nodes_of(compiled.stages["collectives"]) if str(n.target).startswith("helix_triton.")]
+    assert [n for n in nodes_of(compiled.graph) if str(n.target).startswith("helix_triton.")]
+    assert (tmp_path / "04_collectives.txt").is_file() and (tmp_path / "05_lowered.txt").is_file()
+    ids = torch.arange(6).reshape(2, 3)
+    before = compiled.run_stage("collectives", ids)
+    compiled.reset()
+    torch.testing.assert_close(compiled(ids), before, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 from torch import fx
 
 from helix_compile import HelixModule, LoweringError, PassError, helix_compile
@@ -18,12 +17,13 @@ from helix_compile.ir.graph import aten, calls, input_named, is_call, node_named
 from helix_compile.ir.ops import helix
 from helix_compile.ir.sizes import shape_of
 from helix_compile.ir.stage import copy_module
-from helix_compile.passes.lower.collectives import lower_pass, no_moves_left
+from helix_compile.passes.lower.collectives import lower_moves, no_moves_left
 from helix_compile.passes.match.layers import match_layers
 from helix_compile.passes.pipeline import STAGES
 from helix_compile.passes.rewrite.ffn import shard_ffn_pass
 from helix_compile.passes.rewrite.reshard import reshard_pass
-from helix_compile.passes.runner import GraphPass, PassResult, run_passes
+from helix_compile.passes.runner import BodyPass, PassContext, run_passes
+from helix_compile.plan.matches import LayerMatch
 from tests.support.graphs import captured_tiny, key_ops
 from tests.support.models import tiny_model
 
@@ -131,58 +131,63 @@ def matched(variant: str = "plain") -> Any:
     return match_layers(captured_tiny(variant), 64)["body_0"]
 
 
+def context(stage: str = "captured", **matches: Any) -> PassContext:
+    """What passes look at, as if `stage` were what was captured; matches by body, of body_0 alone where none are given."""
+    captured = replace(captured_tiny(), graph=compiled_tiny().stages[stage])
+    return PassContext(captured, matches or {"body_0": matched()}, compiled_tiny().plan)
+
+
+def one(*given: Any) -> int:
+    return 1
+
+
 def test_a_pass_that_does_not_find_its_node_is_named() -> None:
-    plan = compiled_tiny().plan
     attention = replace(matched().attentions[0], o_proj="gone")
-    bodies = {
-        "body_0": (
-            lambda gm: reshard_pass(
-                gm, match=replace(matched(), attentions=(attention,)), plan=plan.body("body_0"), layout=plan.layout
-            ),
-            1,
-        )
-    }
-    captured = compiled_tiny().stages["attention"]
+    broken = context("attention", body_0=replace(matched(), attentions=(attention,)))
     with pytest.raises(PassError, match=r"pass 'reshard' failed after captured: KeyError.*'gone'"):
-        run_passes(captured, [GraphPass("reshard", bodies)])
+        run_passes([BodyPass("reshard", reshard_pass, one)], broken)
 
 
 def test_fewer_rewrites_than_planned_is_an_error() -> None:
-    bodies = {"body_0": (lambda gm: PassResult(gm, 0), 1)}
     with pytest.raises(PassError, match="body_0: 0 sites rewritten, the plan has 1"):
-        run_passes(captured_tiny().graph, [GraphPass("idle", bodies)])
+        run_passes([BodyPass("idle", lambda *given: 0, one)], context())
 
 
 def test_a_broken_promise_is_an_error_and_the_input_is_untouched() -> None:
-    captured = captured_tiny().graph
+    captured = compiled_tiny().stages["captured"]
     before = str(captured.get_submodule("body_0").graph)
 
-    def drop_all(gm: fx.GraphModule) -> PassResult:
+    def drop_all(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
         output = next(n for n in gm.graph.nodes if n.op == "output")
         output.args = (next(iter(gm.graph.nodes)),)
-        return PassResult(gm, 1)
+        return 1
 
-    ensures = {"body_0": no_moves_left, "body_1": no_moves_left}
-    run_passes(captured, [GraphPass("drop", {"body_0": (drop_all, 1)}, ensures=ensures)])
+    def no_moves(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> None:
+        no_moves_left(gm)
+
+    run_passes([BodyPass("drop", drop_all, one, promises=no_moves)], context())
     assert str(captured.get_submodule("body_0").graph) == before
-    unlowered = compiled_tiny().stages["ffn"]
-    with pytest.raises(LoweringError, match="moves not lowered: `exchanged`"):
-        run_passes(unlowered, [GraphPass("none", {"body_0": (lambda gm: PassResult(gm, 1), 1)}, ensures=ensures)])
+    for broken in ({"promises": no_moves}, {"needs": no_moves}):
+        with pytest.raises(LoweringError, match="moves not lowered: `exchanged`"):
+            run_passes([BodyPass("none", one, one, **broken)], context("ffn"))
+
+
+def test_what_a_pass_needs_is_asked_before_it_runs() -> None:
+    def refuse(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> None:
+        raise PassError("not yet")
+
+    def run(*given: Any) -> int:
+        raise AssertionError("the pass ran")
+
+    with pytest.raises(PassError, match="not yet"):
+        run_passes([BodyPass("late", run, one, needs=refuse)], context())
 
 
 def test_a_biased_shared_expert_is_refused() -> None:
     match = match_layers(captured_tiny(), 64)["body_1"]
     ffn = replace(match.dense_ffns[0], down_bias="mlp.shared_experts.down_proj.bias")
-    plan = compiled_tiny().plan
-    ep_rank = torch.zeros((), dtype=torch.int64)
     with pytest.raises(PassError, match="has a bias"):
-        shard_ffn_pass(
-            body("reshard", "body_1"),
-            match=replace(match, dense_ffns=(ffn,)),
-            plan=plan.body("body_1"),
-            layout=plan.layout,
-            ep_rank=ep_rank,
-        )
+        shard_ffn_pass(body("reshard", "body_1"), replace(match, dense_ffns=(ffn,)), context())
 
 
 def test_a_move_that_no_collective_does_is_refused() -> None:
@@ -190,4 +195,4 @@ def test_a_move_that_no_collective_does_is_refused() -> None:
     total = calls(gm.graph, helix.reshard.default)[0]
     total.args = (total.args[0], "world:S(2)", "world:S(1)", 4)
     with pytest.raises(LoweringError, match=r"no collective turns 'world:S\(2\)' into 'world:S\(1\)'"):
-        lower_pass(gm)
+        lower_moves(gm)
