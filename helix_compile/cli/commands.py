@@ -278,20 +278,6 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _later(name: str, what: str) -> None:
-    @app.command(name, hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-    def refuse() -> None:
-        raise HelixError(f"helix-compile {name}: {what} is not in this version")
-
-
-for _name, _what in (
-    ("export", "ONNX and TensorRT export"),
-    ("plan", "the planner"),
-    ("bench", "the benchmark command"),
-):
-    _later(_name, _what)
-
-
 def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> Any:
     options = _checked_options(ctx)
     import torch

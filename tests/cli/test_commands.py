@@ -149,6 +149,7 @@ def test_generate_from_a_preset_a_config_and_a_checkpoint(tmp_path: Path) -> Non
         (("verify",), "give MODEL and --cp N, or --self-test"),
         (("verify", "tiny", "--cp", "3"), "8 heads can't be divided"),
         (("kernels", "tiny"), "give --out DIR"),
+        (("export", "tiny", "--cp", "2"), "No such command 'export'"),
         (("kernels", "tiny", "--out", "never-written"), "TRITON_INTERPRET=1 is set"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, tuple) else "",
