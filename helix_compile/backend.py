@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch._dynamo.exc import ShortenTraceback
 
 from helix_compile.compile import helix_compile
-from helix_compile.config.options import HelixOptions
+from helix_compile.config.options import OPTIONS, HelixOptions
 from helix_compile.dynamo.frame import traced_frame
 from helix_compile.dynamo.session import CompiledGraph, Session
 from helix_compile.errors import HelixError, PlanError
@@ -68,7 +68,7 @@ def compiled_modules(model: nn.Module) -> list[HelixModule]:
 
 
 def _checked_options(options: dict[str, Any] | None, mode: str | None) -> dict[str, Any]:
-    known = [n for n in inspect.signature(helix_compile).parameters if n != "model"]
+    known = [n for n in inspect.signature(helix_compile).parameters if n not in ("model", "options")]
     given = dict(options or {})
     if mode is not None:
         raise PlanError(f"torch.compile: mode={mode!r} has no meaning for backend='helix'; drop it")
@@ -82,8 +82,7 @@ def _checked_options(options: dict[str, Any] | None, mode: str | None) -> dict[s
         raise PlanError(
             "torch.compile: backend='helix' needs options={\"cp\": ...}, the ranks that share a cache by sequence"
         )
-    fields = set(HelixOptions.__dataclass_fields__)
-    HelixOptions(**{k: v for k, v in given.items() if k in fields})
+    HelixOptions(**{name: value for name, value in given.items() if name in OPTIONS})
     return given
 
 

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
 from helix_compile.capture.source import captured_from, device_of, device_of_input
-from helix_compile.config.options import HelixOptions
+from helix_compile.config.options import HelixOptions, takes_options
 from helix_compile.errors import CaptureError
 from helix_compile.kernels.target import KernelTarget, target_for
 from helix_compile.layout.degrees import HelixMesh
@@ -31,9 +31,10 @@ from helix_compile.views.graph_python import dump_to
 from helix_compile.worlds.world import device_for, errors_told, open_world
 
 
+@takes_options
 def helix_compile(
     model: nn.Module | CapturedGraph | ExportedProgram | str | Path,
-    cp: int,
+    cp: int | None = None,
     *,
     tpa: int = 1,
     ep: int | None = None,
@@ -49,6 +50,7 @@ def helix_compile(
     unmatched: str = "error",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    options: HelixOptions | None = None,
 ) -> HelixModule:
     """Rewrite the decode step of `model` for Helix parallelism (arXiv 2507.07120).
 
@@ -56,25 +58,14 @@ def helix_compile(
         model: a transformers causal language model with MLA or grouped-query attention in eval mode, a checkpoint
             folder, a CapturedGraph, or a program of torch.export (or the .pt2 file of one).
             A model is left as it was; shards are views of its weights. Of a folder each rank reads its slices.
-        cp: ranks that share a KV cache by sequence (the paper's KVP).
-        tpa: attention tensor parallel over heads (divides the KV heads where there are some); there are N = cp * tpa ranks.
-        ep: expert parallel in the FFN, by default the largest that divides N and the experts; tpf = N / ep.
-        tokens_per_block: round-robin unit of the cache between ranks.
-        merge: "a2a" (one packed all-to-all over heads) or "ag_rs" (all-gather of lse, reduce-scatter of o).
-        q_proj: "replicate" (each CP rank computes all its heads' q) or "gather" (each computes its own, then all-gather).
-        v_up: W_UV "before" or "after" the exchange, or "auto" by bytes; grouped-query attention has none.
-        overlap: "none".
-        lower: "reference" (torch), "triton" (on a CPU by Triton's interpreter) or "auto": Triton on CUDA >= 9.0.
+        {fields of HelixOptions}
         world: "virtual": all ranks in this process; "distributed": this process is one rank of torch's default group,
             made from torchrun's environment if there is none; "auto": distributed iff WORLD_SIZE is set; or a
             ProcessGroup, or a DeviceMesh (flattened), of N processes.
-        max_batch_size: capacity in sequences.
-        max_seq_len: capacity in tokens a sequence, prompt included.
-        unmatched: a layer that can't be captured or whose attention is not recognised is an "error", or stays as it is
-            ("keep"): whole on every rank, listed in the report. Some layer must be rewritten.
         device: where shards and caches live; default: where the model is (a folder: CPU). "cuda" under torchrun:
             cuda:LOCAL_RANK.
         dtype: convert a copy of the weights first (a folder: as they are read); the model itself keeps its own.
+        options: all from `cp` to `unmatched` in one, in place of these keywords.
 
     Returns:
         HelixModule: `compiled(input_ids)` is one step; `.plan`, `.stages`, `.graph`, `.ranks` can be inspected.
@@ -82,30 +73,17 @@ def helix_compile(
     Raises:
         HelixError: a subclass that says which stage refused, where and why.
     """
-    options = HelixOptions(
-        cp=cp,
-        tpa=tpa,
-        ep=ep,
-        tokens_per_block=tokens_per_block,
-        merge=merge,
-        q_proj=q_proj,
-        v_up=v_up,
-        overlap=overlap,
-        lower=lower,
-        max_batch_size=max_batch_size,
-        max_seq_len=max_seq_len,
-        unmatched=unmatched,
-    )
+    assert options is not None  # takes_options makes them of the keywords
     if isinstance(model, HelixModule):
         raise CaptureError("this model is already compiled by helix_compile; pass the original model")
     place = device_for(device, world)
-    with errors_told(world, cp, tpa, place or device_of_input(model)):
-        planned = plan_model(captured_from(model, dtype, place, unmatched), options)
+    with errors_told(world, options.cp, options.tpa, place or device_of_input(model)):
+        planned = plan_model(captured_from(model, dtype, place, options.unmatched), options)
     opened = open_world(HelixMesh(planned.plan.layout), world, place or device_of(planned.captured))
     trace_plan(planned.plan)
     facts = facts_of(planned.captured, planned.matches, planned.plan, place, opened)
     dump = os.environ.get("HELIX_DUMP") if opened.is_leader else None
-    stages = rewrite_model(planned, target_for(lower, facts.device), dump_to(Path(dump) if dump else None))
+    stages = rewrite_model(planned, target_for(options.lower, facts.device), dump_to(Path(dump) if dump else None))
     lowered = stages[LOWERED.stage]
     opened.start(claims_of(planned.plan, lowered, facts))
     ranks = build_ranks(planned.plan, lowered, facts, opened)

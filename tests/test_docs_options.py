@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
 from helix_compile.config import trtllm as trtllm_config
 from helix_compile.config import vllm as vllm_config
-from helix_compile.config.options import HelixOptions
+from helix_compile.config.options import OPTIONS, HelixOptions
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -24,6 +25,21 @@ def test_their_python_runs(document: str, capsys: pytest.CaptureFixture[str]) ->
     (code,) = blocks(document, "python")
     exec(compile(code, document, "exec"), {})
     assert document != "configuration.md" or "'cp': 4, 'tpa': 2, 'ep': 8" in capsys.readouterr().out
+
+
+def options_table() -> str:
+    """What docs/configuration.md must hold: a line for each field of HelixOptions."""
+    lines = ["| key | default | values | what |", "|---|---|---|---|"]
+    for field in fields(HelixOptions):
+        option = OPTIONS[field.name]
+        default = "required" if field.default is MISSING else "" if field.default is None else f"`{field.default}`"
+        values = ", ".join(f"`{c}`" for c in option.offered) or "int >= 1"
+        lines.append(f"| `{field.name}` | {default} | {values} | {option.meaning} |")
+    return "\n".join(lines)
+
+
+def test_the_table_is_what_the_fields_say() -> None:
+    assert options_table() in (DOCS / "configuration.md").read_text()
 
 
 def test_their_file_is_taken(tmp_path: Path) -> None:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from helix_compile.cli.kernels import kernels
-from helix_compile.cli.options import Config, merged_options
-from helix_compile.config.options import HelixOptions
+from helix_compile.cli.options import Config, asked_options, with_options
+from helix_compile.config.options import OPTIONS
 from helix_compile.errors import HelixError
 from helix_compile.files import check_folder
 from helix_compile.views.rank_share import RankShare, fake_group, share_of_rank
@@ -29,56 +28,13 @@ app = typer.Typer(
 )
 
 
-# options that helix_compile takes as they are
-_OPTIONS = (*(f.name for f in fields(HelixOptions)), "world")
-
-
 _MODEL_HELP = "checkpoint folder, a config.json (random weights), a .pt2 of torch.export.save, or a preset: tiny, deepseek-v3-lite, deepseek-v3"
 
 
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 
 
-_CP_HELP = "ranks that share a KV cache by sequence; required, here or in --config"
-
-
-Cp = Annotated[int | None, typer.Option(help=_CP_HELP)]
-
-
-Tpa = Annotated[int, typer.Option(help="attention tensor parallel")]
-
-
-Ep = Annotated[int | None, typer.Option(help="expert parallel; default: the largest that divides")]
-
-
-TokensPerBlock = Annotated[int, typer.Option(help="round-robin unit of the cache")]
-
-
-Merge = Annotated[str, typer.Option(help="a2a | ag_rs")]
-
-
-QProj = Annotated[str, typer.Option(help="replicate | gather")]
-
-
-VUp = Annotated[str, typer.Option(help="auto | before | after")]
-
-
-Overlap = Annotated[str, typer.Option(help="none")]
-
-
-Lower = Annotated[str, typer.Option(help="auto | reference | triton")]
-
-
-World = Annotated[str, typer.Option(help="auto | virtual | distributed (under torchrun)")]
-
-
-MaxBatch = Annotated[int, typer.Option("--max-batch-size", help="capacity in sequences")]
-
-
-MaxSeqLen = Annotated[int, typer.Option(help="capacity in tokens a sequence")]
-
-
-Unmatched = Annotated[str, typer.Option(help="error | keep: leave what is not recognised as it is")]
+Cp = Annotated[int | None, typer.Option(help=f"{OPTIONS['cp'].cli_help}; required, here or in --config")]
 
 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64")]
@@ -94,34 +50,24 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout"
 
 
 @app.command()
+@with_options
 def inspect(
     ctx: typer.Context,
     model: Model,
     cp: Cp = None,
     config: Config = None,
-    tpa: Tpa = 1,
-    ep: Ep = None,
-    tokens_per_block: TokensPerBlock = 32,
-    merge: Merge = "a2a",
-    q_proj: QProj = "replicate",
-    v_up: VUp = "auto",
-    overlap: Overlap = "none",
-    lower: Lower = "auto",
-    world: World = "auto",
-    max_batch_size: MaxBatch = 8,
-    max_seq_len: MaxSeqLen = 4096,
-    unmatched: Unmatched = "error",
     dtype: Dtype = None,
     meta: Meta = False,
     out: Annotated[Path | None, typer.Option(help="folder for plan, report and graphs")] = None,
     node: Annotated[str | None, typer.Option(help="explain one node, such as body_0.linear_4")] = None,
     rank: Annotated[int | None, typer.Option(help="what this one rank holds, computes and exchanges")] = None,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Compile MODEL and say what was rewritten, what was not and why, and the bytes of each collective."""
     if node is not None and (out is not None or rank is not None):
         raise HelixError("inspect: --node prints one node's chain and writes no files; leave --out and --rank")
-    if rank is not None and (out is not None or world != "auto"):
+    if rank is not None and (out is not None or options["world"] != "auto"):
         raise HelixError("inspect: --rank looks at one rank of the plan; leave --out and --world")
     if out is not None:
         check_folder(out)
@@ -144,6 +90,7 @@ def inspect(
 
 
 @app.command()
+@with_options
 def generate(
     ctx: typer.Context,
     model: Model,
@@ -151,21 +98,10 @@ def generate(
     cp: Cp = None,
     config: Config = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 16,
-    tpa: Tpa = 1,
-    ep: Ep = None,
-    tokens_per_block: TokensPerBlock = 32,
-    merge: Merge = "a2a",
-    q_proj: QProj = "replicate",
-    v_up: VUp = "auto",
-    overlap: Overlap = "none",
-    lower: Lower = "auto",
-    world: World = "auto",
-    max_batch_size: MaxBatch = 8,
-    max_seq_len: MaxSeqLen = 4096,
-    unmatched: Unmatched = "error",
     dtype: Dtype = None,
     device: Device = "cpu",
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Generate greedily from token ids; prints the new ids of each prompt, streaming where there is one."""
     from helix_compile.runtime.generation import TokenPrinter, padded_prompts  # heavy: imports transformers
@@ -196,23 +132,12 @@ def generate(
 
 
 @app.command()
+@with_options
 def verify(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(help=_MODEL_HELP)] = None,
     cp: Cp = None,
     config: Config = None,
-    tpa: Tpa = 1,
-    ep: Ep = None,
-    tokens_per_block: TokensPerBlock = 32,
-    merge: Merge = "a2a",
-    q_proj: QProj = "replicate",
-    v_up: VUp = "auto",
-    overlap: Overlap = "none",
-    lower: Lower = "auto",
-    world: World = "auto",
-    max_batch_size: MaxBatch = 8,
-    max_seq_len: MaxSeqLen = 4096,
-    unmatched: Unmatched = "error",
     dtype: Dtype = None,
     device: Device = "cpu",
     float64_too: Annotated[
@@ -223,6 +148,7 @@ def verify(
         bool, typer.Option("--self-test", help="verify the verifier: every known fault must be caught")
     ] = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Check that MODEL, rewritten, is MODEL: graph, weights and numbers. Exit status 1 if anything is found."""
     sized = cp is not None or config is not None
@@ -230,13 +156,12 @@ def verify(
         raise HelixError(
             "helix-compile verify: give MODEL and --cp N, or --self-test, or all of them (--config FILE may say cp)"
         )
-    options = _checked_options(ctx) if model is not None else {}
     results = []
     if model is not None:
-        options["device"] = _place(ctx, options["world"])
+        asked = {"options": asked_options(ctx), "world": options["world"], "device": _place(ctx)}
         built = _model(model, dtype, meta=False)
-        options["dtype"] = _folder_dtype(built, dtype)
-        results.append(_verified(built, options, float64_too, seed))
+        asked["dtype"] = _folder_dtype(built, dtype)
+        results.append(_verified(built, asked, float64_too, seed))
     if self_test:
         from helix_compile.verifier.mutants import self_test as tester
 
@@ -252,7 +177,7 @@ def verify(
     raise typer.Exit(0 if all(ok for ok, *_ in results) else 1)
 
 
-def _verified(built: Any, options: dict[str, Any], float64_too: bool, seed: int) -> tuple[bool, str, str]:
+def _verified(built: Any, asked: dict[str, Any], float64_too: bool, seed: int) -> tuple[bool, str, str]:
     """(ok, JSON, text) of verify() on a model, or on a checkpoint folder against what transformers loads from it."""
     import torch
 
@@ -262,10 +187,10 @@ def _verified(built: Any, options: dict[str, Any], float64_too: bool, seed: int)
 
     original = built
     if isinstance(built, torch.nn.Module):
-        built = original = built.to(options["device"])  # verify() runs both
-    compiled = helix_compile(built, **options)
+        built = original = built.to(asked["device"])  # verify() runs both
+    compiled = helix_compile(built, **asked)
     if isinstance(built, Path):
-        original = load_folder(built, options["dtype"]).to(options["device"])
+        original = load_folder(built, asked["dtype"]).to(asked["device"])
     report = check(compiled, original, dtype=torch.float64 if float64_too else None, seed=seed, progress=_say)
     return report.ok, report.to_json(), str(report)
 
@@ -279,23 +204,23 @@ def _say(text: str) -> None:
 
 
 def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> Any:
-    options = _checked_options(ctx)
+    options, world = asked_options(ctx), ctx.params["world"]  # first: a model, and the imports for it, may take minutes
     import torch
 
     from helix_compile.compile import helix_compile
     from helix_compile.worlds.world import errors_told
 
-    place = _place(ctx, options["world"])
-    with errors_told(options["world"], options["cp"], options["tpa"], place or torch.device("cpu")):
+    place = _place(ctx)
+    with errors_told(world, options.cp, options.tpa, place or torch.device("cpu")):
         built = _model(model, dtype, meta)
-    return helix_compile(built, dtype=_folder_dtype(built, dtype), device=place, **options)
+    return helix_compile(built, options=options, world=world, device=place, dtype=_folder_dtype(built, dtype))
 
 
-def _place(ctx: typer.Context, world: str) -> Any:
+def _place(ctx: typer.Context) -> Any:
     """The device that --device names, checked before a model is built for it; None where a command has no such option."""
     from helix_compile.worlds.world import device_for
 
-    return device_for(ctx.params.get("device"), world)
+    return device_for(ctx.params.get("device"), ctx.params["world"])
 
 
 def _folder_dtype(built: Any, dtype: str | None) -> Any:
@@ -307,17 +232,12 @@ def _folder_dtype(built: Any, dtype: str | None) -> Any:
 
 def _share_of_rank(ctx: typer.Context, model: str, dtype: str | None, meta: bool, rank: int) -> RankShare:
     """Compile as one rank of a world without peers: graphs, shards and shapes are its own, values there are none."""
-    options = _checked_options(ctx)
+    options = asked_options(ctx)
     from helix_compile.compile import helix_compile
 
-    with fake_group(rank, options["cp"] * options["tpa"]) as group:
-        compiled = helix_compile(_model(model, dtype, meta), **{**options, "world": group})
+    with fake_group(rank, options.cp * options.tpa) as group:
+        compiled = helix_compile(_model(model, dtype, meta), options=options, world=group)
         return share_of_rank(compiled.plan, compiled.ranks[0], compiled.world.mesh)
-
-
-def _checked_options(ctx: typer.Context) -> dict[str, Any]:
-    """Options first: loading a model, and the imports for it, may take minutes."""
-    return merged_options(ctx, _OPTIONS)
 
 
 def _model(model: str, dtype: str | None, meta: bool) -> Any:

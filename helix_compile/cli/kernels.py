@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from helix_compile.cli.options import Config, merged_options
-from helix_compile.config.options import HelixOptions
+from helix_compile.cli.options import Config, asked_options
+from helix_compile.config.options import OPTIONS, HelixOptions
 from helix_compile.errors import HelixError, LoweringUnavailable
 from helix_compile.files import check_folder
 from helix_compile.kernels.lab.record import KINDS, KernelRecord
@@ -39,12 +39,14 @@ def kernels(
     model: Annotated[
         str, typer.Argument(help="preset, config.json or checkpoint folder; no weights are loaded")
     ] = "deepseek-v3",
-    cp: Annotated[int, typer.Option(help="ranks that share a KV cache by sequence")] = 4,
-    tpa: Annotated[int, typer.Option(help="attention tensor parallel")] = 1,
-    ep: Annotated[int | None, typer.Option(help="expert parallel; default: the largest that divides")] = None,
+    cp: Annotated[int, typer.Option(help=OPTIONS["cp"].cli_help)] = 4,
+    tpa: Annotated[int, typer.Option(help=OPTIONS["tpa"].cli_help)] = 1,
+    ep: Annotated[int | None, typer.Option(help=OPTIONS["ep"].cli_help)] = None,
     config: Config = None,
-    max_batch_size: Annotated[int, typer.Option("--batch", "--max-batch-size", help="capacity in sequences")] = 8,
-    max_seq_len: Annotated[int, typer.Option(help="capacity in tokens a sequence")] = 131072,
+    max_batch_size: Annotated[
+        int, typer.Option("--batch", "--max-batch-size", help=OPTIONS["max_batch_size"].cli_help)
+    ] = 8,
+    max_seq_len: Annotated[int, typer.Option(help=OPTIONS["max_seq_len"].cli_help)] = 131072,
     dtype: Annotated[str | None, typer.Option(help="default: the config's, else bfloat16")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="may be repeated; default: sm_100 and sm_90")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for PTX, cubin and TTGIR")] = None,
@@ -57,8 +59,7 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
     """Compile the kernels that MODEL's plan selects, without a GPU: registers, spills, memory, instructions, and fit."""
-    names = ("cp", "tpa", "ep", "max_batch_size", "max_seq_len")
-    options = HelixOptions(**merged_options(ctx, names, idle=("lower",)))
+    options = asked_options(ctx, idle=("lower",))
     targets = [offline_target(name) for name in dict.fromkeys(arch or ARCHS)]
     if tune:
         ignored = {"--all": every, "--arch": arch, "--out": out, "--json": as_json}

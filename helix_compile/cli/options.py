@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from helix_compile.config.dialects import fields_of_file
-from helix_compile.config.options import HelixOptions
+from helix_compile.config.options import OPTIONS, HelixOptions
 from helix_compile.errors import HelixError
 
 Config = Annotated[
@@ -24,8 +26,31 @@ def given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def merged_options(ctx: typer.Context, names: Iterable[str], idle: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Options `names` of this command and whatever --config says; the command line wins over the file.
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, whose **options become, before --dtype, one for each field of HelixOptions but cp, and --world."""
+    own = dict(inspect.signature(command, eval_str=True).parameters)
+    del own["options"]
+    types = get_type_hints(HelixOptions)
+    added = []
+    for field in fields(HelixOptions):
+        if field.name not in own:
+            added.append(_parameter(field.name, types[field.name], field.default, OPTIONS[field.name].cli_help))
+        if field.name == "lower":  # both say how it runs
+            added.append(_parameter("world", str, "auto", "auto | virtual | distributed (under torchrun)"))
+    at = list(own).index("dtype")
+    parameters = [*own.values()][:at] + added + [*own.values()][at:]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads both
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _parameter(name: str, kind: Any, default: Any, text: str) -> inspect.Parameter:
+    option = typer.Option(default, help=text)
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=option, annotation=kind)
+
+
+def asked_options(ctx: typer.Context, idle: tuple[str, ...] = ()) -> HelixOptions:
+    """The options that this command has, and whatever --config says; the command line wins over the file.
 
     Args:
         idle: fields that a file may hold and that change nothing in this command; said on stderr.
@@ -33,7 +58,7 @@ def merged_options(ctx: typer.Context, names: Iterable[str], idle: tuple[str, ..
     Raises:
         HelixError: a file that is refused, no cp anywhere, or options that contradict each other.
     """
-    options = {name: ctx.params[name] for name in names}
+    options = {name: ctx.params[name] for name in OPTIONS if name in ctx.params}
     path = ctx.params.get("config")
     if path is not None:
         read = fields_of_file(path)
@@ -47,5 +72,4 @@ def merged_options(ctx: typer.Context, names: Iterable[str], idle: tuple[str, ..
         raise HelixError(
             "Missing option '--cp': the ranks that share a KV cache by sequence; give it, or --config FILE that says it"
         )
-    HelixOptions(**{name: value for name, value in options.items() if name != "world"})
-    return options
+    return HelixOptions(**options)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helix_compile.config.files import read_mapping
-from helix_compile.config.options import CHOICES, COUNTS, checked_own_fields
+from helix_compile.config.options import OPTIONS, own_fields
 from helix_compile.config.trtllm import MARKERS as TRTLLM_MARKERS
 from helix_compile.config.trtllm import trtllm_fields
 from helix_compile.config.vllm import MARKERS as VLLM_MARKERS
@@ -15,7 +15,7 @@ from helix_compile.config.vllm import vllm_fields
 from helix_compile.errors import PlanError
 
 # fields of ours that TensorRT-LLM has too say nothing
-_OWN = {*COUNTS, *CHOICES} - {"max_batch_size", "max_seq_len"}
+_OWN = {*OPTIONS} - {"max_batch_size", "max_seq_len"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def fields_of_file(path: str | Path) -> ConfigFields:
         raise PlanError(f"{path}: got keys of several dialects, expected one: {mixed}")
     dialect = next(iter(found), "helix_compile")
     if dialect == "helix_compile":
-        return ConfigFields(dialect, checked_own_fields(values, str(path)))
+        return ConfigFields(dialect, own_fields(values, str(path)))
     read = trtllm_fields if dialect == "TensorRT-LLM" else vllm_fields
     fields, idle = read(values, str(path))
     return ConfigFields(dialect, fields, tuple(idle))

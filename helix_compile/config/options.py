@@ -5,12 +5,15 @@ Our own configuration file: the fields of HelixOptions under their own names.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 from helix_compile.config.files import ConfigSection, mapping_of, read_mapping
 from helix_compile.config.trtllm import trtllm_fields
@@ -20,66 +23,130 @@ from helix_compile.errors import HelixError, LayoutError, LoweringUnavailable, P
 logger = logging.getLogger(__name__)
 
 
-COUNTS = ("cp", "tpa", "ep", "tokens_per_block", "max_batch_size", "max_seq_len")  # ints >= 1
+P = ParamSpec("P")
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "merge": ("a2a", "ag_rs"),
-    "q_proj": ("replicate", "gather"),
-    "v_up": ("auto", "before", "after"),
-    "overlap": ("none", "hopb"),
-    "unmatched": ("error", "keep"),
-    "lower": ("auto", "reference", "triton", "inductor", "tensorrt"),
-}
-
-
-LATER = {
-    ("overlap", "hopb"): "batch-wise overlap (HOP-B) is not in this version",
-    ("lower", "inductor"): "lowering to Inductor is not in this version",
-    ("lower", "tensorrt"): "lowering to TensorRT is not in this version",
-}
+R = TypeVar("R")
 
 
 MAX_COUNT = 2**31 - 1
 
 
-WITHOUT_EFFECT_AT_CP1 = ("merge", "q_proj", "v_up", "overlap")
-
-
 PAGE_SIZE = 128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
+
+
+@dataclass(frozen=True)
+class Option:
+    """What there is to say of a field of HelixOptions; checks, command line, schema and docs all read it from here.
+
+    Attributes:
+        meaning: one sentence, for help(helix_compile) and docs/configuration.md.
+        cli: for --help; of an option with choices, what stands behind them.
+        choices: allowed strings, the default first; a field without any is an int >= 1.
+        later: choices that this version refuses -> why.
+        of_exchange: at cp = 1 nothing is exchanged, so there it can have no effect.
+    """
+
+    meaning: str
+    cli: str = ""
+    choices: tuple[str, ...] = ()
+    later: Mapping[str, str] = field(default_factory=dict)
+    of_exchange: bool = False
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The choices that this version takes."""
+        return tuple(c for c in self.choices if c not in self.later)
+
+    @property
+    def cli_help(self) -> str:
+        """What --help says."""
+        return ": ".join(filter(None, (" | ".join(self.offered), self.cli)))
+
+
+def _says(short: str, more: str = "") -> dict[str, Option]:
+    return {"option": Option(f"{short}{more}.", short)}
+
+
+def _choice(choices: tuple[str, ...], meaning: str, cli: str = "", **more: Any) -> Any:
+    return field(default=choices[0], metadata={"option": Option(meaning, cli, choices, **more)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class HelixOptions:
-    """What the user asked for; see helix_compile() for the meaning of each field."""
+    """What the user asked for: one field for each keyword of helix_compile() that a file may hold."""
 
-    cp: int
-    tpa: int = 1
-    ep: int | None = None
-    tokens_per_block: int = 32
-    merge: str = "a2a"
-    q_proj: str = "replicate"
-    v_up: str = "auto"
-    overlap: str = "none"
-    lower: str = "auto"
-    max_batch_size: int = 8
-    max_seq_len: int = 4096
-    unmatched: str = "error"
+    cp: int = field(metadata=_says("ranks that share a KV cache by sequence", " (the paper's KVP)"))
+    tpa: int = field(
+        default=1,
+        metadata=_says(
+            "attention tensor parallel",
+            " over heads (divides the KV heads where there are some); there are N = cp * tpa ranks",
+        ),
+    )
+    ep: int | None = field(
+        default=None,
+        metadata=_says(
+            "expert parallel; default: the largest that divides", " N and the experts; in the FFN tpf = N / ep"
+        ),
+    )
+    tokens_per_block: int = field(default=32, metadata=_says("round-robin unit of the cache", " between ranks"))
+    merge: str = _choice(
+        ("a2a", "ag_rs"),
+        '"a2a" (one packed all-to-all over heads) or "ag_rs" (all-gather of lse, reduce-scatter of o).',
+        of_exchange=True,
+    )
+    q_proj: str = _choice(
+        ("replicate", "gather"),
+        '"replicate" (each CP rank computes all its heads\' q) or "gather" (each computes its own, then all-gather).',
+        of_exchange=True,
+    )
+    v_up: str = _choice(
+        ("auto", "before", "after"),
+        'W_UV "before" or "after" the exchange, or "auto" by bytes; grouped-query attention has none.',
+        of_exchange=True,
+    )
+    overlap: str = _choice(
+        ("none", "hopb"),
+        '"none".',
+        later={"hopb": "batch-wise overlap (HOP-B) is not in this version"},
+        of_exchange=True,
+    )
+    lower: str = _choice(
+        ("auto", "reference", "triton", "inductor", "tensorrt"),
+        '"reference" (torch), "triton" (on a CPU by Triton\'s interpreter) or "auto": Triton on CUDA >= 9.0.',
+        later={
+            "inductor": "lowering to Inductor is not in this version",
+            "tensorrt": "lowering to TensorRT is not in this version",
+        },
+    )
+    max_batch_size: int = field(default=8, metadata=_says("capacity in sequences"))
+    max_seq_len: int = field(default=4096, metadata=_says("capacity in tokens a sequence", ", prompt included"))
+    unmatched: str = _choice(
+        ("error", "keep"),
+        'a layer that can\'t be captured or whose attention is not recognised is an "error", or stays as it is ("keep"): '
+        "whole on every rank, listed in the report. Some layer must be rewritten.",
+        "leave what is not recognised as it is",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("cp", "tpa", "tokens_per_block", "max_batch_size", "max_seq_len"):
-            check_count(name, getattr(self, name))
-        if self.ep is not None:
-            check_count("ep", self.ep)
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            if name == "ep" and value is None:  # the largest that divides
+                continue
+            if not option.choices:
+                check_count(name, value)
+            elif value not in option.choices:
                 raise PlanError(
-                    f"option {name}={getattr(self, name)!r} is unknown; expected one of "
-                    + ", ".join(map(repr, allowed))
+                    f"option {name}={value!r} is unknown; expected one of " + ", ".join(map(repr, option.choices))
                 )
-        for (name, value), reason in LATER.items():
-            if getattr(self, name) == value:
-                raise LoweringUnavailable(f"{name}={value!r}: {reason}; use {name}={CHOICES[name][0]!r}")
+            elif value in option.later:
+                raise LoweringUnavailable(f"{name}={value!r}: {option.later[value]}; use {name}={option.choices[0]!r}")
+            elif self.cp == 1 and option.of_exchange and value != option.choices[0]:
+                raise PlanError(
+                    f"option {name}={value!r} has no effect at cp=1: one rank holds the whole sequence and nothing is "
+                    f"exchanged; drop it or use cp >= 2"
+                )
         world_size = self.cp * self.tpa
         if self.ep is not None and world_size % self.ep:
             fits = [e for e in range(1, min(world_size, 4096) + 1) if world_size % e == 0]
@@ -87,17 +154,6 @@ class HelixOptions:
                 f"ep={self.ep} does not divide the world of cp*tpa = {self.cp}*{self.tpa} = {world_size} "
                 f"ranks; use one of {fits}"
             )
-        if self.cp == 1:
-            self._refuse_without_effect()
-
-    def _refuse_without_effect(self) -> None:
-        """At cp = 1 nothing is exchanged, so the options of the exchange can have no effect."""
-        for name in WITHOUT_EFFECT_AT_CP1:
-            if getattr(self, name) != CHOICES[name][0]:
-                raise PlanError(
-                    f"option {name}={getattr(self, name)!r} has no effect at cp=1: one rank holds the whole "
-                    f"sequence and nothing is exchanged; drop it or use cp >= 2"
-                )
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict, as in plan.json."""
@@ -110,10 +166,10 @@ class HelixOptions:
         Raises:
             HelixError: the file, key path, got and expected.
         """
-        fields = checked_own_fields(read_mapping(path), str(path))
-        if "cp" not in fields:
+        given = own_fields(read_mapping(path), str(path))
+        if "cp" not in given:
             raise PlanError(f"{path}: cp: got none, expected an int >= 1; cp has no default")
-        return cls._built(fields, str(path))
+        return cls._built(given, str(path))
 
     @classmethod
     def from_trtllm(cls, source: Mapping[str, Any] | str | Path) -> HelixOptions:
@@ -136,22 +192,60 @@ class HelixOptions:
         return cls._built_by_engine(*vllm_fields(values, where), where)
 
     @classmethod
-    def _built_by_engine(cls, fields: dict[str, Any], idle: list[str], where: str) -> HelixOptions:
+    def _built_by_engine(cls, given: dict[str, Any], idle: list[str], where: str) -> HelixOptions:
         if idle:
             logger.info("%s: no effect here: %s", where, ", ".join(idle))
-        return cls._built(fields, where)
+        return cls._built(given, where)
 
     @classmethod
-    def _built(cls, fields: dict[str, Any], where: str) -> HelixOptions:
+    def _built(cls, given: dict[str, Any], where: str) -> HelixOptions:
         try:
-            return cls(**fields)
+            return cls(**given)
         except HelixError as error:
             raise type(error)(f"{where}: {error}") from error
 
 
-def checked_own_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of HelixOptions that a mapping of ours holds; PlanError names key path, got and expected."""
-    return own_fields(values, where, COUNTS, CHOICES)
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(HelixOptions)}
+
+
+def takes_options(compiling: Callable[P, R]) -> Callable[P, R]:
+    """A function that is called with a keyword for each field, or with `options` for all; it always gets `options`.
+
+    Its docstring gets a line for each field in place of "{fields of HelixOptions}".
+    """
+    signature, run = inspect.signature(compiling), cast(Callable[..., R], compiling)
+
+    @functools.wraps(compiling)
+    def call(*args: P.args, **keywords: P.kwargs) -> R:
+        given = signature.bind(*args, **keywords).arguments
+        stated = {name: given.pop(name) for name in OPTIONS if name in given}
+        given["options"] = _stated_once(stated, given.get("options"))
+        return run(**given)
+
+    lines = [textwrap.fill(f"{n}: {o.meaning}", 120, subsequent_indent="    ") for n, o in OPTIONS.items()]
+    call.__doc__ = (call.__doc__ or "").replace(
+        "        {fields of HelixOptions}", textwrap.indent("\n".join(lines), " " * 8)
+    )
+    return call
+
+
+def _stated_once(stated: dict[str, Any], options: HelixOptions | None) -> HelixOptions:
+    if options is None:
+        if "cp" not in stated:
+            raise PlanError(
+                "helix_compile: got neither cp nor options; give cp=N, the ranks that share a KV cache by sequence, "
+                "or options=HelixOptions(cp=N, ...)"
+            )
+        return HelixOptions(**stated)
+    if not isinstance(options, HelixOptions):
+        raise PlanError(f"helix_compile: options must be a HelixOptions, got {options!r} ({type(options).__name__})")
+    if stated:
+        changes = ", ".join(f"{name}={value!r}" for name, value in stated.items())
+        raise PlanError(
+            f"helix_compile: got options and the keywords {', '.join(stated)}, expected one or the other; leave the "
+            f"keywords out, or give options=dataclasses.replace(options, {changes})"
+        )
+    return options
 
 
 def check_count(name: str, value: Any) -> None:
@@ -185,23 +279,18 @@ ALIASES = {
 }
 
 
-def own_fields(
-    values: Mapping[str, Any], where: str, counts: tuple[str, ...], choices: Mapping[str, tuple[str, ...]]
-) -> dict[str, Any]:
-    """The fields that are written, each checked for its type and choices.
-
-    Args:
-        counts: names of the fields that are ints >= 1.
-        choices: name -> allowed strings.
+def own_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of HelixOptions that a mapping of ours holds, each checked for its type and choices.
 
     Raises:
         PlanError: key path, got, expected.
     """
     section = ConfigSection(values, where)
-    for name in counts:
-        section.count(name)
-    for name, allowed in choices.items():
-        section.choice(name, allowed, allowed[0])
+    for name, option in OPTIONS.items():
+        if option.choices:
+            section.choice(name, option.choices, option.choices[0])
+        else:
+            section.count(name)
     alias = {name: f"write {ours!r}, our name of it" for name, ours in ALIASES.items()}
     section.finish({}, ELSEWHERE | alias)
     return dict(values)

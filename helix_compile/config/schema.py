@@ -10,21 +10,19 @@ import json
 from dataclasses import MISSING, fields
 from typing import Any
 
-from helix_compile.config.options import CHOICES, COUNTS, LATER, MAX_COUNT, WITHOUT_EFFECT_AT_CP1, HelixOptions
+from helix_compile.config.options import MAX_COUNT, OPTIONS, HelixOptions
 
 
 def options_schema() -> dict[str, Any]:
     """The schema as plain data."""
     properties: dict[str, Any] = {}
     for field in fields(HelixOptions):
-        if field.name in COUNTS:
-            properties[field.name] = {"type": "integer", "minimum": 1, "maximum": MAX_COUNT}
-        else:
-            there = [c for c in CHOICES[field.name] if (field.name, c) not in LATER]
-            properties[field.name] = {"enum": there}
+        choices = OPTIONS[field.name].offered
+        count = {"type": "integer", "minimum": 1, "maximum": MAX_COUNT}
+        properties[field.name] = {"enum": [*choices]} if choices else count
         if field.default is not MISSING and field.default is not None:
             properties[field.name]["default"] = field.default
-    alone = {name: {"const": CHOICES[name][0]} for name in WITHOUT_EFFECT_AT_CP1}
+    alone = {name: {"const": o.choices[0]} for name, o in OPTIONS.items() if o.of_exchange}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "helix_compile options",

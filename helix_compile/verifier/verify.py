@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -178,7 +178,7 @@ def _static(
 def _recompiled(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -> Check:
     """The same decisions in fp64, from the original's weights: what rounding hides shows at 1e-10."""
     plan = compiled.plan
-    asked = {f.name: getattr(plan.options, f.name) for f in fields(plan.options)}
-    if asked["cp"] > 1:
-        asked["v_up"] = plan.bodies[0].attentions[0].v_up  # "auto" depends on the dtype
-    return _single(helix_compile(model, dtype=torch.float64, world="virtual", **asked), model, seed, say)
+    options = plan.options
+    if options.cp > 1:
+        options = replace(options, v_up=plan.bodies[0].attentions[0].v_up)  # "auto" depends on the dtype
+    return _single(helix_compile(model, options=options, dtype=torch.float64, world="virtual"), model, seed, say)

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner, Result
 
+import helix_compile
 from helix_compile import HelixError
 from helix_compile.cli import commands as cli
 from helix_compile.config import options as options_module
@@ -285,7 +286,7 @@ def test_keys_without_effect_are_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_shipped_schema_is_the_generated_one() -> None:
-    shipped = Path(options_module.__file__).with_name("options.schema.json").read_text()
+    shipped = Path(helix_compile.__file__).with_name("options.schema.json").read_text()
     assert shipped == schema_text()
     jsonschema.Draft202012Validator.check_schema(options_schema())
 
@@ -343,15 +344,15 @@ def run(*arguments: str) -> Result:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a command asks of helix_compile(), which is not run."""
-    options: dict[str, Any] = {}
+    asked: dict[str, Any] = {}
 
-    def record(model: object, **given: Any) -> None:
-        options.update({k: v for k, v in given.items() if k not in ("dtype", "device")})
+    def record(model: object, *, options: HelixOptions, world: str, **_: Any) -> None:
+        asked.update(options.to_json(), world=world)
         raise HelixError("recorded")
 
     monkeypatch.setattr(cli, "_model", lambda *_, **__: None)
     monkeypatch.setattr("helix_compile.compile.helix_compile", record)
-    return options
+    return asked
 
 
 def test_the_command_line_overrides_the_file(tmp_path: Path, asked: dict[str, Any]) -> None:
