@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from helix_compile import helix_compile, verify
-from helix_compile.ir.graph import aten, calls
+from helix_compile import elementwise, helix_compile, typing_rule, verify
 from helix_compile.models.presets import build_model, preset_config
-from helix_compile.passes.typing.aten_rules import elementwise
-from helix_compile.passes.typing.check_layouts import typing_rule
 
 
 @torch.library.custom_op("example::gated", mutates_args=())
@@ -29,7 +26,7 @@ def main() -> None:
     compiled = helix_compile(model, cp=4)
     body = compiled.graph.get_submodule("body_0")
     assert isinstance(body, fx.GraphModule)
-    act = calls(body.graph, aten.silu.default)[0]
+    act = next(n for n in body.graph.nodes if n.target is torch.ops.aten.silu.default)
     product = next(iter(act.users))
     up = next(n for n in product.all_input_nodes if n is not act)
     product.target, product.args = torch.ops.example.gated.default, (act.args[0], up)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from helix_compile import helix_compile
-from helix_compile.cache.file import read_cache
+from helix_compile import helix_compile, read_cache
 from helix_compile.models.presets import build_model, preset_config
 
 NEW_TOKENS = 24

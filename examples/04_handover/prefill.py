@@ -12,9 +12,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from helix_compile.cache.file import write_cache
-from helix_compile.cache.shards import CacheEntries
-from helix_compile.cache.transfer import parts_of_dynamic_cache
+from helix_compile import CacheEntries, write_cache
 from helix_compile.models.presets import build_model, preset_config
 
 PROMPT_LENGTH = 50
@@ -27,7 +25,8 @@ def main(folder: Path) -> None:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         logits = model(input_ids=prompts, past_key_values=cache).logits
-    latents, k_ropes = parts_of_dynamic_cache(cache)
+    latents = [layer.keys.squeeze(1) for layer in cache.layers]  # [B, S, R]: MLA keeps one for all heads
+    k_ropes = [layer.values.squeeze(1) for layer in cache.layers]
     lengths = torch.full((2,), PROMPT_LENGTH)
     write_cache(folder / "cache.safetensors", CacheEntries(latents, k_ropes, lengths))
     (folder / "first_tokens.json").write_text(json.dumps(logits[:, -1].argmax(-1).tolist()))
