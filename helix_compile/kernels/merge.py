@@ -25,9 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
+from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 STRIDES = ("stride_o_P", "stride_o_row", "stride_lse_P")
 
@@ -133,10 +134,6 @@ def merge_lse_triton(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
     return out
 
 
-def _merge_lse_fake(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
-    return partial_o_P.new_empty(partial_o_P.shape[1:])
-
-
 def _supports(site: Site, target: KernelTarget) -> str | None:
     parts, lse = site.args
     if parts.dtype not in TRITON_TYPE or lse.dtype != torch.float32:
@@ -163,16 +160,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return [specialize(_case(int(peers), int(W), parts.dtype), arguments)]
 
 
-MERGE_LSE = register_kernel(
-    Kernel(
-        op="merge_lse",
-        target=define_triton_op(
-            "merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor", merge_lse_triton, _merge_lse_fake
-        ),
-        supports=_supports,
-        cases=_cases,
-    )
-)
+MERGE_LSE = register_kernel(OPS["merge_lse"], merge_lse_triton, _supports, _cases)
 
 
 BLOCK_R = 128

@@ -25,9 +25,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from helix_compile.kernels.gqa.tiles import GqaSizes, GqaTile, split_count
 from helix_compile.kernels.merge import merge_splits, merge_splits_case
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel
+from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
-from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -291,13 +292,6 @@ def _slots_by_channels(cache: Tensor) -> Tensor:
     return cache.as_strided((cache.shape[0] * cache.shape[1], channels), (cache.stride(1), 1))
 
 
-def _gqa_decode_fake(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    rows = q.shape[:3]
-    return q.new_empty((*rows, v_cache.shape[3])), q.new_empty(rows, dtype=torch.float32)
-
-
 def _supports(site: Site, target: KernelTarget) -> str | None:
     q, k_cache, v_cache, page_table, visible = site.args[:5]
     dtypes = {q.dtype, k_cache.dtype, v_cache.dtype}
@@ -329,16 +323,4 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return cases
 
 
-GQA_DECODE = register_kernel(
-    Kernel(
-        op="gqa_decode",
-        target=define_triton_op(
-            "gqa_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor visible,"
-            " float scale) -> (Tensor, Tensor)",
-            gqa_decode_triton,
-            _gqa_decode_fake,
-        ),
-        supports=_supports,
-        cases=_cases,
-    )
-)
+GQA_DECODE = register_kernel(OPS["gqa_decode"], gqa_decode_triton, _supports, _cases)

@@ -21,7 +21,8 @@ from helix_compile.kernels.merge import merge_splits, merge_splits_case
 from helix_compile.kernels.mla.launch import FP8, decode_case, decode_parts
 from helix_compile.kernels.mla.probe import specialises_halves
 from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, mla_config, pointer_config, split_count
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
+from helix_compile.kernels.ops import OPS, Op
+from helix_compile.kernels.registry import CompileCase, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
@@ -109,19 +110,6 @@ def mla_decode_scaled_triton(
 ) -> tuple[Tensor, Tensor]:
     """See mla_decode_scaled_reference; tiles become q's dtype, scales are folded into scores and weights."""
     return _decode(q_latent, q_rope, cache, page_table, visible, scale, cache_scale)
-
-
-def _mla_decode_fake(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
-    cache_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    lse = q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)
-    return q_latent.new_empty(q_latent.shape), lse
 
 
 def _mla_decode_splits_fake(
@@ -224,36 +212,13 @@ def _splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return _form_cases(site, target, [False])
 
 
-_ARGUMENTS = "Tensor q_latent, Tensor q_rope, Tensor cache, Tensor page_table, Tensor visible, float scale"
+MLA_DECODE = register_kernel(OPS["mla_decode"], mla_decode_triton, _supports, _cases)
 
 
-MLA_DECODE = register_kernel(
-    Kernel(
-        op="mla_decode",
-        target=define_triton_op(f"mla_decode({_ARGUMENTS}) -> (Tensor, Tensor)", mla_decode_triton, _mla_decode_fake),
-        supports=_supports,
-        cases=_cases,
-    )
-)
-
-
-MLA_DECODE_SPLITS = register_kernel(
-    Kernel(
-        op="mla_decode.splits",
-        target=define_triton_op(
-            f"mla_decode.splits({_ARGUMENTS}, int num_splits) -> (Tensor, Tensor)",
-            mla_decode_splits_triton,
-            _mla_decode_splits_fake,
-        ),
-        supports=_splits_supports,
-        cases=_splits_cases,
-    )
-)
+# what a split holds is a matter of tiles, so there is no reference: the launcher's signature is the op's
+_SPLITS = Op("mla_decode.splits", mla_decode_splits_triton, _mla_decode_splits_fake)
+MLA_DECODE_SPLITS = register_kernel(_SPLITS, mla_decode_splits_triton, _splits_supports, _splits_cases)
 
 
 # no plan makes an FP8 cache, so nothing selects this one: it is called by its name
-MLA_DECODE_SCALED = define_triton_op(
-    f"mla_decode.scaled({_ARGUMENTS}, Tensor cache_scale) -> (Tensor, Tensor)",
-    mla_decode_scaled_triton,
-    _mla_decode_fake,
-)
+MLA_DECODE_SCALED = define_triton_op(OPS["mla_decode.scaled"], mla_decode_scaled_triton)
