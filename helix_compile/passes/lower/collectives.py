@@ -1,4 +1,4 @@
-"""Moves become collectives; compute ops get a provider. The only pass that knows torch's collectives.
+"""Moves become collectives; compute ops get a provider. The only pass that makes collectives.
 
     all_to_all_heads(o, lse)      pack_heads -> all_to_all_single -> wait_tensor -> unpack_heads
     reshard(P -> R)               all_reduce -> wait_tensor
@@ -10,12 +10,11 @@ Group arguments are axis names, so the graphs of all ranks are the same text.
 
 from __future__ import annotations
 
-import torch
-import torch.distributed._functional_collectives
 from torch import fx
 from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.errors import LoweringError
+from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, run_collective
 from helix_compile.ir.graph import aten, calls, named
 from helix_compile.ir.ops import MOVES, helix
 from helix_compile.ir.origin import made_from
@@ -23,8 +22,6 @@ from helix_compile.ir.shapes import propagate_shapes
 from helix_compile.layout.placement import Layout, parse_layout
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.matches import LayerMatch
-
-c10d = torch.ops._c10d_functional
 
 
 def lower_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
@@ -58,8 +55,7 @@ def no_moves_left(gm: fx.GraphModule) -> None:
 def _all_to_all_heads(graph: fx.Graph, partial_o: fx.Node, lse: fx.Node, axis: str, peers: int) -> fx.Node:
     buffer = named(graph, "packed", helix.pack_heads.default, partial_o, lse, peers)
     splits = [1] * peers
-    buffer = named(graph, "all_to_all_single", c10d.all_to_all_single.default, buffer, splits, splits, axis)
-    buffer = named(graph, "wait_tensor", c10d.wait_tensor.default, buffer)
+    buffer = run_collective(graph, ALL_TO_ALL, buffer, splits, splits, axis)
     return named(graph, "unpacked", helix.unpack_heads.default, buffer, partial_o, lse)
 
 
@@ -68,8 +64,7 @@ def _reshard(graph: fx.Graph, x: fx.Node, source: str, target: str, size: int) -
     axis = _moved_axis(before, after)
     old, new = before.get(axis, before.get("world")), after.get(axis)
     if isinstance(old, Partial) and new is None:
-        reduced = named(graph, "all_reduce", c10d.all_reduce.default, x, "sum", axis)
-        return named(graph, "wait_tensor", c10d.wait_tensor.default, reduced)
+        return run_collective(graph, ALL_REDUCE, x, "sum", axis)
     if isinstance(old, Shard) and new is None:
         return _gather(graph, x, old.dim, size, axis)
     if isinstance(old, Partial) and isinstance(new, Shard):
@@ -88,8 +83,7 @@ def _moved_axis(before: Layout, after: Layout) -> str:
 
 def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
     whole = graph.call_function(aten.contiguous.default, (x,))
-    whole = named(graph, "all_gather_into_tensor", c10d.all_gather_into_tensor.default, whole, size, axis)
-    whole = named(graph, "wait_tensor", c10d.wait_tensor.default, whole)
+    whole = run_collective(graph, ALL_GATHER, whole, size, axis)
     if dim == 0:
         return whole
     # the collective stacks peers on dim 0; heads of peer p go behind those of peer p - 1
@@ -101,6 +95,5 @@ def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.N
 def _reduce_scatter(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
     first = graph.call_function(aten.movedim.int, (x, dim, 0))
     first = graph.call_function(aten.contiguous.default, (first,))
-    part = named(graph, "reduce_scatter_tensor", c10d.reduce_scatter_tensor.default, first, "sum", size, axis)
-    part = named(graph, "wait_tensor", c10d.wait_tensor.default, part)
+    part = run_collective(graph, REDUCE_SCATTER, first, "sum", size, axis)
     return graph.call_function(aten.movedim.int, (part, 0, dim))
