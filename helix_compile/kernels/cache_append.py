@@ -195,28 +195,19 @@ def _heads_as_tokens(
     )
 
 
-def cache_append_norm_rope_triton(
-    cache: Tensor,
-    page_table: Tensor,
-    slots: Tensor,
-    visible: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-) -> Tensor:
+def cache_append_norm_rope_triton(*args: Any) -> Tensor:
     """See cache_append_norm_rope_reference."""
-    out = OPS["cache_append"].fake(cache, page_table, slots, visible, latent, k_rope)
-    arguments = {
-        **_arguments(out, cache, page_table, slots, visible, latent, k_rope),
-        **_norm_rope_arguments(norm_weight, eps, cos, sin),
-    }
-    case = _case(arguments, latent.shape[2], k_rope.shape[2], interleaved)
-    launch(case, (slots.numel(),), arguments)
+    case, arguments = _norm_rope_case(args)
+    launch(case, (arguments["slots_ptr"].numel(),), arguments)
+    out: Tensor = arguments["out_ptr"]
     return out
+
+
+def _norm_rope_case(args: tuple[Any, ...]) -> tuple[CompileCase, dict[str, Any]]:
+    append, norm_rope, interleaved = args[:6], args[6:10], args[10]
+    arguments = {**_arguments(OPS["cache_append"].fake(*append), *append), **_norm_rope_arguments(*norm_rope)}
+    R, r = (int(x.shape[2]) for x in append[4:])
+    return _case(arguments, R, r, interleaved), arguments
 
 
 def _refusal(cache: Tensor, floats: tuple[Tensor, ...]) -> str | None:
@@ -251,10 +242,7 @@ def _cache_append_norm_rope_supports(site: Site, target: KernelTarget) -> str | 
 
 
 def _cache_append_norm_rope_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    append, norm_rope = site.args[:6], site.args[6:10]
-    arguments = {**_arguments(OPS["cache_append"].fake(*append), *append), **_norm_rope_arguments(*norm_rope)}
-    R, r = (int(x.shape[2]) for x in append[4:])
-    return [specialize(_case(arguments, R, r, site.args[10]), arguments)]
+    return [specialize(*_norm_rope_case(site.args))]
 
 
 CACHE_APPEND = register_kernel(OPS["cache_append"], cache_append_triton, _supports, _cases)

@@ -30,6 +30,12 @@ from helix_compile.kernels.registry import CompileCase, Site, launch, register_k
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
 STRIDES = ("stride_o_P", "stride_o_row", "stride_lse_P")
 
 
@@ -134,13 +140,16 @@ def merge_lse_triton(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
     return out
 
 
+def refusal(what: str, lse: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why parts of these dtypes can't be merged or packed, or None."""
+    if set(dtypes) <= set(TRITON_TYPE) and lse.dtype == torch.float32:
+        return None
+    return f"{what} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
+
+
 def _supports(site: Site, target: KernelTarget) -> str | None:
     parts, lse = site.args
-    if parts.dtype not in TRITON_TYPE or lse.dtype != torch.float32:
-        return (
-            f"parts of {parts.dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
-        )
-    return None
+    return refusal(f"parts of {parts.dtype}", lse, parts.dtype)
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.merge import merge_tile, softmax_weights
+from helix_compile.kernels.merge import merge_tile, refusal, softmax_weights
 from helix_compile.kernels.ops import OPS
 from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import KernelTarget
@@ -185,11 +185,7 @@ def pack_splits_triton(partial_o: Tensor, lse: Tensor, peers: int, dtype: torch.
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
     partial_o, lse = site.args[:2]
-    if partial_o.dtype not in TRITON_TYPE or lse.dtype != torch.float32:
-        return (
-            f"o of {partial_o.dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
-        )
-    return None
+    return refusal(f"o of {partial_o.dtype}", lse, partial_o.dtype)
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
@@ -203,9 +199,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
 
 def _pack_splits_supports(site: Site, target: KernelTarget) -> str | None:
     partial_o, lse, _, dtype = site.args
-    if not {partial_o.dtype, dtype} <= set(TRITON_TYPE) or lse.dtype != torch.float32:
-        return f"splits of {partial_o.dtype} packed as {dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
-    return None
+    return refusal(f"splits of {partial_o.dtype} packed as {dtype}", lse, partial_o.dtype, dtype)
 
 
 def _pack_splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:

@@ -24,17 +24,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from helix_compile.kernels.gqa.tiles import GqaSizes, GqaTile, split_count
-from helix_compile.kernels.merge import merge_splits, merge_splits_case
+from helix_compile.kernels.merge import LN2, LOG2E, merge_splits, merge_splits_case
 from helix_compile.kernels.ops import OPS
 from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import TRITON_TYPE
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-LN2 = tl.constexpr(0.6931471805599453)
-
 
 # finite: -inf - -inf never arises, and only scores below it (fp32's end) would count as unseen
 LOWEST = tl.constexpr(-3.0e38)

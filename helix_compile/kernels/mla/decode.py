@@ -5,7 +5,7 @@
     mla_decode.splits   the parts as they are: partial_o_S [B, T, H, S, R], lse_S [B, T, H, S]
     mla_decode.scaled   mla_decode over an FP8 cache with one scale per block of tokens
 
-The forms of the kernel lie in mla_tma_*.py and mla_pointer_decode.py; tuning.py chooses, mla_launch.py launches.
+The forms of the kernel lie in tma.py and pointer.py; tuning.py chooses, launch.py launches.
 Lengths are read on the device, grids follow from shapes. The specs are mla_decode_reference and
 mla_decode_scaled_reference.
 """
@@ -50,17 +50,21 @@ def _config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaC
     return mla_config(shape, target, scaled, specialises_halves(target.capability))
 
 
-def _decode(
+def mla_decode_triton(
     q_latent: Tensor,
     q_rope: Tensor,
     cache: Tensor,
     page_table: Tensor,
     visible: Tensor,
     scale: float,
-    cache_scale: Tensor | None,
+    cache_scale: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The op's two results where num_splits is None, else the parts of so many splits."""
+    """See mla_decode_reference, or with scales mla_decode_scaled_reference; float32, bfloat16 or float16, scale > 0.
+
+    Tiles of an FP8 cache become q's dtype, its scales are folded into scores and weights. With `num_splits` the results
+    are the parts of so many splits.
+    """
     target = device_target(q_latent.device)
     config = _config_of(q_latent, q_rope, cache, target)
     B, T, H, R = q_latent.shape
@@ -85,31 +89,11 @@ def _decode(
     return (parts, lse_S) if num_splits else merge_splits(parts, lse_S, q_latent.dtype)
 
 
-def mla_decode_triton(
-    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """See mla_decode_reference; float32, bfloat16 or float16, scale > 0."""
-    return _decode(q_latent, q_rope, cache, page_table, visible, scale, None)
-
-
 def mla_decode_splits_triton(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float, num_splits: int
 ) -> tuple[Tensor, Tensor]:
     """Float32 parts of each split; a split that saw nothing has lse = -inf, and its part is not written."""
-    return _decode(q_latent, q_rope, cache, page_table, visible, scale, None, num_splits)
-
-
-def mla_decode_scaled_triton(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
-    cache_scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """See mla_decode_scaled_reference; tiles become q's dtype, scales are folded into scores and weights."""
-    return _decode(q_latent, q_rope, cache, page_table, visible, scale, cache_scale)
+    return mla_decode_triton(q_latent, q_rope, cache, page_table, visible, scale, None, num_splits)
 
 
 def _mla_decode_splits_fake(
@@ -221,4 +205,4 @@ MLA_DECODE_SPLITS = register_kernel(_SPLITS, mla_decode_splits_triton, _splits_s
 
 
 # no plan makes an FP8 cache, so nothing selects this one: it is called by its name
-MLA_DECODE_SCALED = define_triton_op(OPS["mla_decode.scaled"], mla_decode_scaled_triton)
+MLA_DECODE_SCALED = define_triton_op(OPS["mla_decode.scaled"], mla_decode_triton)

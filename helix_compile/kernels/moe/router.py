@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from helix_compile.kernels.merge import LOG2E
 from helix_compile.kernels.ops import OPS
 from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel
 from helix_compile.kernels.target import KernelTarget
@@ -23,9 +24,6 @@ MAX_EXPERTS = 1024
 
 
 WARP_SCORES = 512  # scores that one warp holds; more experts take more warps
-
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # ln 2 in two parts; times an integer below 2^9 the first is exact in float32
