@@ -11,7 +11,8 @@ import re
 import torch
 from torch import Tensor
 
-from helix_compile.kernels.ops import OPS, Op
+from helix_compile.kernels.exchange import CODECS
+from helix_compile.kernels.ops import HELIX_OPS, Op
 
 _LIBRARY = torch.library.Library("helix", "DEF")  # kept alive: dropping it unregisters the ops
 
@@ -40,10 +41,9 @@ def _define(op: Op) -> None:
     torch.library.register_fake(f"helix::{op.name}", op.fake, lib=_LIBRARY)
 
 
-for _op in OPS.values():
-    if "." not in _op.name:
-        _define(_op)
-        _LIBRARY.impl(_op.name, _op.function, "CompositeExplicitAutograd")
+for _op in HELIX_OPS:
+    _define(_op)
+    _LIBRARY.impl(_op.name, _op.function, "CompositeExplicitAutograd")
 for _move in (_all_to_all_heads, _reshard):
     _define(Op(_move.__name__.removeprefix("_"), _move, _move))
 
@@ -51,4 +51,14 @@ for _move in (_all_to_all_heads, _reshard):
 helix = torch.ops.helix
 
 
+def overload(name: str) -> torch._ops.OpOverload:
+    """The op of kernels/ops.py that has this name."""
+    base, _, form = name.partition(".")
+    found: torch._ops.OpOverload = getattr(getattr(helix, base), form or "default")
+    return found
+
+
 MOVES = (helix.all_to_all_heads.default, helix.reshard.default)
+
+
+UNPACKS = tuple(overload(codec.op("unpack_heads")) for codec in CODECS)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from helix_compile.kernels.exchange import NATIVE
 from helix_compile.kernels.ops import OPS
 from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import KernelTarget
@@ -156,7 +157,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     parts, lse = site.args
     peers, B, T, h, W = parts.shape
     # fake views of the packed buffer are contiguous; the real ones begin behind lse and have its strides
-    row_bytes = B * T * h * (W * parts.dtype.itemsize + lse.dtype.itemsize)
+    row_bytes = B * T * h * NATIVE.head_bytes(W, parts.dtype, lse.dtype)
     arguments: dict[str, Any] = {
         "o_ptr": B * T * h * lse.dtype.itemsize,
         "lse_ptr": 0,

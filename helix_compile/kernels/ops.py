@@ -7,14 +7,14 @@ OPS["mla_decode.scaled"]     a form of mla_decode, with more arguments behind it
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from helix_compile.kernels.exchange import CODECS, NATIVE, ExchangeCodec
 from helix_compile.kernels.reference import (
     accumulation_dtype,
     cache_append_reference,
@@ -23,10 +23,8 @@ from helix_compile.kernels.reference import (
     mla_decode_reference,
     moe_experts_reference,
     moe_router_reference,
-    pack_heads_reference,
     rescale_by_lse_reference,
     shard_index_reference,
-    unpack_heads_reference,
 )
 from helix_compile.kernels.reference_fused import (
     cache_append_norm_rope_reference,
@@ -67,35 +65,30 @@ def _partials(q: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return q.new_empty((*rows, width)), q.new_empty(rows, dtype=accumulation_dtype(q.dtype))
 
 
-def _buffer(partial_o: Tensor, lse: Tensor, peers: int, dtype: torch.dtype) -> Tensor:
-    """The exchange buffer of `lse` [B, T, H, *] and as many rows of `dtype` as wide as partial_o's."""
-    rows, width = math.prod(lse.shape[:3]), partial_o.shape[-1]
-    if dtype == lse.dtype:
-        return lse.new_empty((peers, rows * (width + 1) // peers))
-    n_bytes = rows * (width * dtype.itemsize + lse.dtype.itemsize)
-    return lse.new_empty((peers, n_bytes // peers), dtype=torch.uint8)
-
-
 def _parts(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     peers, (B, T, H), width = int(buffer.shape[0]), lse.shape[:3], partial_o.shape[3]
     chunk = (peers, B, T, H // peers)
     return partial_o.new_empty((*chunk, width)), lse.new_empty(chunk)
 
 
+def _exchange(codec: ExchangeCodec) -> Iterator[Op]:
+    views = "(Tensor(a) buffer, Tensor partial_o, Tensor lse) -> (Tensor(a), Tensor(a))" if codec.views else ""
+    yield Op(codec.op("pack_heads"), codec.pack, codec.buffer)
+    yield Op(codec.op("unpack_heads"), codec.unpack, _parts, views=views)
+
+
 def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(visible, memory_format=torch.contiguous_format)
 
 
-_OPS = (
+HELIX_OPS = (
     Op(
         "shard_index",
         shard_index_reference,
         lambda positions, *_: (torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)),
     ),
     Op("cache_append", cache_append_reference, _appended, mutates=("cache",)),
-    Op("cache_append.norm_rope", cache_append_norm_rope_reference, _appended, mutates=("cache",)),
     Op("mla_decode", mla_decode_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
-    Op("mla_decode.scaled", mla_decode_scaled_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
     Op("gqa_decode", gqa_decode_reference, lambda q, k_cache, v_cache, *_: _partials(q, v_cache.shape[3])),
     Op("merge_lse", merge_lse_reference, lambda partial_o_P, lse_P: partial_o_P.new_empty(partial_o_P.shape[1:])),
     Op("rescale_by_lse", rescale_by_lse_reference, lambda partial_o, *_: torch.empty_like(partial_o)),
@@ -111,15 +104,16 @@ _OPS = (
     Op(
         "rope_heads", rope_heads_reference, lambda q_rope, *_: q_rope.new_empty([q_rope.shape[d] for d in (0, 2, 1, 3)])
     ),
-    Op("pack_heads", pack_heads_reference, lambda o, lse, peers: _buffer(o, lse, peers, o.dtype)),
-    Op("pack_heads.splits", pack_splits_reference, _buffer),
-    Op(
-        "unpack_heads",
-        unpack_heads_reference,
-        _parts,
-        views="(Tensor(a) buffer, Tensor partial_o, Tensor lse) -> (Tensor(a), Tensor(a))",
-    ),
+    *(op for codec in CODECS for op in _exchange(codec)),
 )
 
 
-OPS = {op.name: op for op in _OPS}
+# forms of these with more arguments, of which there are kernels only
+FORMS = (
+    Op("cache_append.norm_rope", cache_append_norm_rope_reference, _appended, mutates=("cache",)),
+    Op("mla_decode.scaled", mla_decode_scaled_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
+    Op("pack_heads.splits", pack_splits_reference, NATIVE.buffer),
+)
+
+
+OPS = {op.name: op for op in (*HELIX_OPS, *FORMS)}

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from helix_compile.ir.collectives import COLLECTIVE_OF, WAIT
 from helix_compile.ir.elements import is_cache_update, is_layout_op
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param
-from helix_compile.ir.ops import MOVES, helix
+from helix_compile.ir.ops import MOVES, UNPACKS
 
 _CACHES = ("past", "cache")
 
@@ -35,7 +35,7 @@ _KEY_OPS = frozenset(
 
 # arguments that an op reads the shape and dtype of, never a value
 _SHAPE_ONLY: dict[Any, tuple[int, ...]] = {
-    helix.unpack_heads.default: (1, 2),
+    **dict.fromkeys(UNPACKS, (1, 2)),
     aten.new_empty.default: (0,),
     aten.empty_like.default: (0,),
     aten.zeros_like.default: (0,),

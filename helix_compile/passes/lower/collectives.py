@@ -16,9 +16,10 @@ from torch.distributed.tensor.placement_types import Partial, Shard
 from helix_compile.errors import LoweringError
 from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, run_collective
 from helix_compile.ir.graph import aten, calls, named
-from helix_compile.ir.ops import MOVES, helix
+from helix_compile.ir.ops import MOVES, helix, overload
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
+from helix_compile.kernels.exchange import NATIVE, ExchangeCodec, codec_of
 from helix_compile.layout.placement import Layout, parse_layout
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.matches import LayerMatch
@@ -26,16 +27,16 @@ from helix_compile.plan.matches import LayerMatch
 
 def lower_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
     """Expand every move of a body."""
-    return lower_moves(gm)
+    return lower_moves(gm, codec_of(context.plan.options))
 
 
-def lower_moves(gm: fx.GraphModule) -> int:
-    """Expand every move; how many there were."""
+def lower_moves(gm: fx.GraphModule, codec: ExchangeCodec = NATIVE) -> int:
+    """Expand every move, heads exchanged by `codec`; how many there were."""
     moves = calls(gm.graph, *MOVES)
     for node in moves:
         with made_from(gm.graph, node), gm.graph.inserting_before(node):
             if node.target is helix.all_to_all_heads.default:
-                lowered = _all_to_all_heads(gm.graph, *node.args)
+                lowered = _all_to_all_heads(gm.graph, codec, *node.args)
             else:
                 lowered = _reshard(gm.graph, *node.args)
         lowered.meta = {**node.meta, **lowered.meta}
@@ -52,11 +53,13 @@ def no_moves_left(gm: fx.GraphModule) -> None:
         raise LoweringError(f"{len(left)} moves not lowered: " + ", ".join(f"`{n.name}` ({n.target})" for n in left))
 
 
-def _all_to_all_heads(graph: fx.Graph, partial_o: fx.Node, lse: fx.Node, axis: str, peers: int) -> fx.Node:
-    buffer = named(graph, "packed", helix.pack_heads.default, partial_o, lse, peers)
+def _all_to_all_heads(
+    graph: fx.Graph, codec: ExchangeCodec, partial_o: fx.Node, lse: fx.Node, axis: str, peers: int
+) -> fx.Node:
+    buffer = named(graph, "packed", overload(codec.op("pack_heads")), partial_o, lse, peers)
     splits = [1] * peers
     buffer = run_collective(graph, ALL_TO_ALL, buffer, splits, splits, axis)
-    return named(graph, "unpacked", helix.unpack_heads.default, buffer, partial_o, lse)
+    return named(graph, "unpacked", overload(codec.op("unpack_heads")), buffer, partial_o, lse)
 
 
 def _reshard(graph: fx.Graph, x: fx.Node, source: str, target: str, size: int) -> fx.Node:
