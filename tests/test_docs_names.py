@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 FOLDERS = ("", "helix_compile", "tests", "docs", "benchmarks", "examples")
 # files of other projects, and what our own commands write
-FOREIGN = re.compile(r"modeling_\w+\.py|test_request_utils\.py|configuration_\w+\.py|NAME\.\w+\.py|body_\d+\.\w+\.py|outer\.\w+\.py")
+FOREIGN = re.compile(
+    r"modeling_\w+\.py|test_request_utils\.py|configuration_\w+\.py|NAME\.\w+\.py|body_\d+\.\w+\.py|outer\.\w+\.py"
+)
 DEEP_BUT_PUBLIC = ("helix_compile.models.presets", "helix_compile.kernels.catalog")
 
 

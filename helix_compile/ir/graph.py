@@ -124,16 +124,6 @@ def helix_op(node: Any) -> str:
     return name if provider.startswith("helix") else ""
 
 
-def is_collective(node: Any) -> bool:
-    """True for the start of a collective (not for its wait_tensor)."""
-    return (
-        isinstance(node, fx.Node)
-        and isinstance(node.target, torch._ops.OpOverload)
-        and node.target.namespace == "_c10d_functional"
-        and node.target is not c10d.wait_tensor.default
-    )
-
-
 def is_param(node: Any) -> bool:
     """True for a placeholder that is a parameter or buffer."""
     return input_ref(node).kind == "param"

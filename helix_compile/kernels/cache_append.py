@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
+from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
 from helix_compile.kernels.rope_heads import rotate_pairs, token_strides, unit_stride
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 ELEMENT = {**TRITON_TYPE, torch.int32: "i32", torch.int64: "i64"}
 
@@ -170,7 +171,7 @@ def cache_append_triton(
     if cache.dim() == 4:
         rows = _heads_as_tokens(cache, page_table, slots, visible, latent, k_rope)
         return cache_append_triton(*rows).view(*visible.shape, -1)[..., 0].contiguous()
-    out = _cache_append_fake(cache, page_table, slots, visible, latent, k_rope)
+    out = OPS["cache_append"].fake(cache, page_table, slots, visible, latent, k_rope)
     arguments = _arguments(out, cache, page_table, slots, visible, latent, k_rope)
     case = _case(arguments, latent.shape[2], k_rope.shape[2], None)
     launch(case, (slots.numel(),), arguments)
@@ -194,34 +195,19 @@ def _heads_as_tokens(
     )
 
 
-def cache_append_norm_rope_triton(
-    cache: Tensor,
-    page_table: Tensor,
-    slots: Tensor,
-    visible: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-) -> Tensor:
+def cache_append_norm_rope_triton(*args: Any) -> Tensor:
     """See cache_append_norm_rope_reference."""
-    out = _cache_append_fake(cache, page_table, slots, visible, latent, k_rope)
-    arguments = {
-        **_arguments(out, cache, page_table, slots, visible, latent, k_rope),
-        **_norm_rope_arguments(norm_weight, eps, cos, sin),
-    }
-    case = _case(arguments, latent.shape[2], k_rope.shape[2], interleaved)
-    launch(case, (slots.numel(),), arguments)
+    case, arguments = _norm_rope_case(args)
+    launch(case, (arguments["slots_ptr"].numel(),), arguments)
+    out: Tensor = arguments["out_ptr"]
     return out
 
 
-def _cache_append_fake(
-    cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor, *norm_rope: Any
-) -> Tensor:
-    return torch.empty_like(visible, memory_format=torch.contiguous_format)
+def _norm_rope_case(args: tuple[Any, ...]) -> tuple[CompileCase, dict[str, Any]]:
+    append, norm_rope, interleaved = args[:6], args[6:10], args[10]
+    arguments = {**_arguments(OPS["cache_append"].fake(*append), *append), **_norm_rope_arguments(*norm_rope)}
+    R, r = (int(x.shape[2]) for x in append[4:])
+    return _case(arguments, R, r, interleaved), arguments
 
 
 def _refusal(cache: Tensor, floats: tuple[Tensor, ...]) -> str | None:
@@ -241,7 +227,7 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     args = _heads_as_tokens(*site.args) if site.args[0].dim() == 4 else site.args
-    arguments = _arguments(_cache_append_fake(*args), *args)
+    arguments = _arguments(OPS["cache_append"].fake(*args), *args)
     R, r = (int(x.shape[2]) for x in args[4:6])
     return [specialize(_case(arguments, R, r, None), arguments)]
 
@@ -256,35 +242,15 @@ def _cache_append_norm_rope_supports(site: Site, target: KernelTarget) -> str | 
 
 
 def _cache_append_norm_rope_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    append, norm_rope = site.args[:6], site.args[6:10]
-    arguments = {**_arguments(_cache_append_fake(*append), *append), **_norm_rope_arguments(*norm_rope)}
-    R, r = (int(x.shape[2]) for x in append[4:])
-    return [specialize(_case(arguments, R, r, site.args[10]), arguments)]
+    return [specialize(*_norm_rope_case(site.args))]
 
 
-APPEND_SCHEMA = "Tensor(a!) cache, Tensor page_table, Tensor slots, Tensor visible, Tensor latent, Tensor k_rope"
-
-
-CACHE_APPEND = register_kernel(
-    Kernel(
-        op="cache_append",
-        target=define_triton_op(f"cache_append({APPEND_SCHEMA}) -> Tensor", cache_append_triton, _cache_append_fake),
-        supports=_supports,
-        cases=_cases,
-    )
-)
+CACHE_APPEND = register_kernel(OPS["cache_append"], cache_append_triton, _supports, _cases)
 
 
 CACHE_APPEND_NORM_ROPE = register_kernel(
-    Kernel(
-        op="cache_append.norm_rope",
-        target=define_triton_op(
-            f"cache_append.norm_rope({APPEND_SCHEMA}, Tensor norm_weight, float eps, Tensor cos, Tensor sin, bool interleaved)"
-            " -> Tensor",
-            cache_append_norm_rope_triton,
-            _cache_append_fake,
-        ),
-        supports=_cache_append_norm_rope_supports,
-        cases=_cache_append_norm_rope_cases,
-    )
+    OPS["cache_append.norm_rope"],
+    cache_append_norm_rope_triton,
+    _cache_append_norm_rope_supports,
+    _cache_append_norm_rope_cases,
 )

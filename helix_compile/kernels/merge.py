@@ -25,9 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
+from helix_compile.kernels.exchange import NATIVE
+from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 STRIDES = ("stride_o_P", "stride_o_row", "stride_lse_P")
 
@@ -133,24 +141,23 @@ def merge_lse_triton(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
     return out
 
 
-def _merge_lse_fake(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
-    return partial_o_P.new_empty(partial_o_P.shape[1:])
+def refusal(what: str, lse: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why parts of these dtypes can't be merged or packed, or None."""
+    if set(dtypes) <= set(TRITON_TYPE) and lse.dtype == torch.float32:
+        return None
+    return f"{what} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
 
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
     parts, lse = site.args
-    if parts.dtype not in TRITON_TYPE or lse.dtype != torch.float32:
-        return (
-            f"parts of {parts.dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
-        )
-    return None
+    return refusal(f"parts of {parts.dtype}", lse, parts.dtype)
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     parts, lse = site.args
     peers, B, T, h, W = parts.shape
     # fake views of the packed buffer are contiguous; the real ones begin behind lse and have its strides
-    row_bytes = B * T * h * (W * parts.dtype.itemsize + lse.dtype.itemsize)
+    row_bytes = B * T * h * NATIVE.head_bytes(W, parts.dtype, lse.dtype)
     arguments: dict[str, Any] = {
         "o_ptr": B * T * h * lse.dtype.itemsize,
         "lse_ptr": 0,
@@ -163,16 +170,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return [specialize(_case(int(peers), int(W), parts.dtype), arguments)]
 
 
-MERGE_LSE = register_kernel(
-    Kernel(
-        op="merge_lse",
-        target=define_triton_op(
-            "merge_lse(Tensor partial_o_P, Tensor lse_P) -> Tensor", merge_lse_triton, _merge_lse_fake
-        ),
-        supports=_supports,
-        cases=_cases,
-    )
-)
+MERGE_LSE = register_kernel(OPS["merge_lse"], merge_lse_triton, _supports, _cases)
 
 
 BLOCK_R = 128

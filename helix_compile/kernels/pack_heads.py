@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.merge import merge_tile, softmax_weights
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
+from helix_compile.kernels.merge import merge_tile, refusal, softmax_weights
+from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 INTEGERS = (
     "stride_o_row",
@@ -127,13 +128,6 @@ def _case(splits: int | None, H: int, peers: int, W: int, o: torch.dtype, out: t
     )
 
 
-def _new_buffer(lse: Tensor, rows: Any, W: int, peers: int, dtype: torch.dtype) -> Tensor:
-    if dtype == lse.dtype:
-        return lse.new_empty((peers, rows * (W + 1) // peers))
-    n_bytes = rows * (W * dtype.itemsize + lse.dtype.itemsize)
-    return lse.new_empty((peers, n_bytes // peers), dtype=torch.uint8)
-
-
 def _arguments(o: Tensor, lse: Tensor, buffer: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of a launch over o [rows, S, W] and lse [rows, S]; tensors may be fake."""
     rows = lse.shape[0]
@@ -173,7 +167,7 @@ def _launch(case: CompileCase, arguments: dict[str, Any]) -> None:
 def pack_heads_triton(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
     """See pack_heads_reference; float32, bfloat16 or float16 o with float32 lse."""
     H, W = partial_o.shape[2:]
-    buffer = _new_buffer(lse, lse.numel(), W, peers, partial_o.dtype)
+    buffer = OPS["pack_heads"].fake(partial_o, lse, peers)
     rows = _rows(partial_o.unsqueeze(3), lse.unsqueeze(3))
     case = _case(None, H, peers, W, partial_o.dtype, partial_o.dtype)
     _launch(case, _arguments(*rows, buffer, partial_o.dtype))
@@ -182,35 +176,22 @@ def pack_heads_triton(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
 
 def pack_splits_triton(partial_o: Tensor, lse: Tensor, peers: int, dtype: torch.dtype) -> Tensor:
     """See pack_splits_reference."""
-    B, T, H, splits, W = partial_o.shape
-    buffer = _new_buffer(lse, B * T * H, W, peers, dtype)
+    H, splits, W = partial_o.shape[2:]
+    buffer = OPS["pack_heads.splits"].fake(partial_o, lse, peers, dtype)
     case = _case(splits, H, peers, W, partial_o.dtype, dtype)
     _launch(case, _arguments(*_rows(partial_o, lse), buffer, dtype))
     return buffer
 
 
-def _pack_heads_fake(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
-    return _new_buffer(lse, lse.numel(), int(partial_o.shape[3]), peers, partial_o.dtype)
-
-
-def _pack_splits_fake(partial_o: Tensor, lse: Tensor, peers: int, dtype: torch.dtype) -> Tensor:
-    B, T, H, _, W = partial_o.shape
-    return _new_buffer(lse, B * T * H, int(W), peers, dtype)
-
-
 def _supports(site: Site, target: KernelTarget) -> str | None:
     partial_o, lse = site.args[:2]
-    if partial_o.dtype not in TRITON_TYPE or lse.dtype != torch.float32:
-        return (
-            f"o of {partial_o.dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
-        )
-    return None
+    return refusal(f"o of {partial_o.dtype}", lse, partial_o.dtype)
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     partial_o, lse, peers = site.args
     H, W = (int(size) for size in partial_o.shape[2:])
-    buffer = _pack_heads_fake(partial_o, lse, peers)
+    buffer = OPS["pack_heads"].fake(partial_o, lse, peers)
     rows = _rows(partial_o.unsqueeze(3), lse.unsqueeze(3))
     case = _case(None, H, peers, W, partial_o.dtype, partial_o.dtype)
     return [specialize(case, _arguments(*rows, buffer, partial_o.dtype))]
@@ -218,40 +199,18 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
 
 def _pack_splits_supports(site: Site, target: KernelTarget) -> str | None:
     partial_o, lse, _, dtype = site.args
-    if not {partial_o.dtype, dtype} <= set(TRITON_TYPE) or lse.dtype != torch.float32:
-        return f"splits of {partial_o.dtype} packed as {dtype} with lse of {lse.dtype}; the kernel takes 16- and 32-bit floats with float32 lse"
-    return None
+    return refusal(f"splits of {partial_o.dtype} packed as {dtype}", lse, partial_o.dtype, dtype)
 
 
 def _pack_splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     partial_o, lse, peers, dtype = site.args
     H, splits, W = (int(size) for size in partial_o.shape[2:])
-    buffer = _pack_splits_fake(*site.args)
+    buffer = OPS["pack_heads.splits"].fake(*site.args)
     case = _case(splits, H, peers, W, partial_o.dtype, dtype)
     return [specialize(case, _arguments(*_rows(partial_o, lse), buffer, dtype))]
 
 
-PACK_HEADS = register_kernel(
-    Kernel(
-        op="pack_heads",
-        target=define_triton_op(
-            "pack_heads(Tensor partial_o, Tensor lse, int peers) -> Tensor", pack_heads_triton, _pack_heads_fake
-        ),
-        supports=_supports,
-        cases=_cases,
-    )
-)
+PACK_HEADS = register_kernel(OPS["pack_heads"], pack_heads_triton, _supports, _cases)
 
 
-PACK_SPLITS = register_kernel(
-    Kernel(
-        op="pack_heads.splits",
-        target=define_triton_op(
-            "pack_heads.splits(Tensor partial_o, Tensor lse, int peers, ScalarType dtype) -> Tensor",
-            pack_splits_triton,
-            _pack_splits_fake,
-        ),
-        supports=_pack_splits_supports,
-        cases=_pack_splits_cases,
-    )
-)
+PACK_SPLITS = register_kernel(OPS["pack_heads.splits"], pack_splits_triton, _pack_splits_supports, _pack_splits_cases)

@@ -175,40 +175,6 @@ def moe_experts_reference(
     return out.to(x.dtype)
 
 
-def pack_heads_reference(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
-    """One buffer [peers, n] for the exchange over heads; row j is [lse, o] of head chunk j.
-
-    partial_o [B, T, H, *], lse [B, T, H]. Bytes (uint8) where the two dtypes differ. lse comes first: a row of
-    16-bit o with an odd count would leave lse misaligned.
-    """
-    B, T, H = lse.shape
-    o_rows = partial_o.view(B, T, peers, H // peers, -1).permute(2, 0, 1, 3, 4).reshape(peers, -1)
-    lse_rows = lse.view(B, T, peers, H // peers).permute(2, 0, 1, 3).reshape(peers, -1)
-    if partial_o.dtype != lse.dtype:
-        # a chunk of one head leaves strides that view() to bytes does not take
-        o_rows, lse_rows = (x.contiguous().view(torch.uint8) for x in (o_rows, lse_rows))
-    return torch.cat([lse_rows, o_rows], dim=1)
-
-
-def unpack_heads_reference(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Read (partial_o_P [P, B, T, h, *], lse_P [P, B, T, h]) out of a buffer that pack_heads laid out.
-
-    partial_o and lse give shape and dtype only (of lse the first three sizes: a kernel may leave one for each split).
-    The results are strided views of the buffer where the rows are aligned for lse's dtype, else copies.
-    """
-    peers = buffer.shape[0]
-    B, T, H = lse.shape[:3]
-    h, width = H // peers, partial_o.shape[3]
-    split = B * T * h if buffer.dtype == lse.dtype else B * T * h * lse.dtype.itemsize
-    lse_rows, o_rows = buffer[:, :split], buffer[:, split:]
-    if buffer.dtype != lse.dtype:
-        if buffer.shape[1] % lse.dtype.itemsize:
-            # one peer's row counts as contiguous, and still begins where lse is not aligned
-            lse_rows, o_rows = (x.clone(memory_format=torch.contiguous_format) for x in (lse_rows, o_rows))
-        lse_rows, o_rows = lse_rows.view(lse.dtype), o_rows.view(partial_o.dtype)
-    return o_rows.view(peers, B, T, h, width), lse_rows.view(peers, B, T, h)
-
-
 def gqa_decode_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from helix_compile.kernels.exchange import pack_heads_reference
 from helix_compile.kernels.reference import (
     accumulation_dtype,
     cache_append_reference,
     merge_lse_reference,
     mla_decode_reference,
-    pack_heads_reference,
 )
 
 FP8 = torch.float8_e4m3fn

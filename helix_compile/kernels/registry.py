@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from helix_compile.kernels.ops import OPS, Op
 from helix_compile.kernels.target import KernelTarget
+from helix_compile.kernels.triton_ops import define_triton_op
 
 
 def launch(case: CompileCase, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -153,23 +155,25 @@ class _Registry:
 _REGISTRY = _Registry()  # filled at import of the kernel files and never after
 
 
-def register_kernel(kernel: Kernel) -> Kernel:
-    """Add a kernel; its schema must start with the arguments of the op that it stands for, where there is one.
+def register_kernel(
+    op: Op,
+    launcher: Callable[..., Any],
+    supports: Callable[[Site, KernelTarget], str | None],
+    cases: Callable[[Site, KernelTarget], list[CompileCase]],
+) -> Kernel:
+    """Make `launcher` the kernel of `op`; see Kernel.
 
     Raises:
-        TypeError: an op of that name is registered already, or the schemas differ.
+        TypeError: an op of that name is registered already, or a form does not begin with the arguments of its op.
     """
-    if kernel.op in _REGISTRY.kernels:
-        raise TypeError(f"a kernel for {kernel.op} is registered already")
-    base = kernel.op.partition(".")[0]
-    if hasattr(torch.ops.helix, base):
-        spec = getattr(torch.ops.helix, base).default._schema
-        own = kernel.target._schema
-        wanted = [(a.name, str(a.type)) for a in spec.arguments]
-        got = [(a.name, str(a.type)) for a in own.arguments][: len(wanted)]
-        if wanted != got or len(spec.returns) != len(own.returns):
-            raise TypeError(f"{own} does not begin like {spec}")
-    _REGISTRY.kernels[kernel.op] = kernel
+    if op.name in _REGISTRY.kernels:
+        raise TypeError(f"a kernel for {op.name} is registered already")
+    base = OPS[op.name.partition(".")[0]]
+    wanted, own = (o.schema.removeprefix(o.name).split(") -> ") for o in (base, op))
+    if not own[0].startswith(wanted[0]) or own[1] != wanted[1]:
+        raise TypeError(f"{op.schema} does not begin like {base.schema}")
+    kernel = Kernel(op.name, define_triton_op(op, launcher), supports, cases)
+    _REGISTRY.kernels[op.name] = kernel
     return kernel
 
 

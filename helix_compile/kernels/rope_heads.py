@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
+from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 BLOCK_H = 8
 
@@ -144,11 +145,6 @@ def rope_heads_triton(q_rope: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
     return out
 
 
-def _rope_heads_fake(q_rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    B, H, T, r = q_rope.shape
-    return q_rope.new_empty((B, T, H, r))
-
-
 def _supports(site: Site, target: KernelTarget) -> str | None:
     q_rope, cos, sin, _ = site.args
     if q_rope.dtype not in TRITON_TYPE or cos.dtype not in TRITON_TYPE or cos.dtype != sin.dtype:
@@ -162,18 +158,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     q_rope, cos, sin, interleaved = site.args
     H, r = int(q_rope.shape[1]), int(q_rope.shape[3])
     case = _case(q_rope.dtype, cos.dtype, H, r, interleaved)
-    return [specialize(case, _arguments(q_rope, cos, sin, _rope_heads_fake(*site.args)))]
+    return [specialize(case, _arguments(q_rope, cos, sin, OPS["rope_heads"].fake(*site.args)))]
 
 
-ROPE_HEADS = register_kernel(
-    Kernel(
-        op="rope_heads",
-        target=define_triton_op(
-            "rope_heads(Tensor q_rope, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
-            rope_heads_triton,
-            _rope_heads_fake,
-        ),
-        supports=_supports,
-        cases=_cases,
-    )
-)
+ROPE_HEADS = register_kernel(OPS["rope_heads"], rope_heads_triton, _supports, _cases)

@@ -1,4 +1,4 @@
-"""Define ops of the helix_triton:: provider: schema, fake, and one implementation for CPU and CUDA tensors; their dtypes."""
+"""Define ops of the helix_triton:: provider, one implementation for CPU and CUDA tensors; their dtypes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from helix_compile.kernels.ops import Op
 from helix_compile.kernels.target import device_target
 
 # floats that kernels take, and how a Triton signature spells them
@@ -17,18 +18,17 @@ TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 _LIBRARY = torch.library.Library("helix_triton", "DEF")  # kept alive: dropping it unregisters the ops
 
 
-def define_triton_op(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `helix_triton::schema` and return its OpOverload.
+def define_triton_op(op: Op, launcher: Callable[..., Any]) -> Any:
+    """Register `launcher` as helix_triton::op and return its OpOverload.
 
     On the CPU the launcher runs by Triton's interpreter. A plain operator, not a triton_op: neither export nor Inductor
     looks inside, both keep it as one node.
     """
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, launcher, "CUDA")
-    _LIBRARY.impl(name, _interpreted(launcher), "CPU")
-    torch.library.register_fake(f"helix_triton::{name}", fake, lib=_LIBRARY)
-    base, _, overload = name.partition(".")
+    _LIBRARY.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(op.name, launcher, "CUDA")
+    _LIBRARY.impl(op.name, _interpreted(launcher), "CPU")
+    torch.library.register_fake(f"helix_triton::{op.name}", op.fake, lib=_LIBRARY)
+    base, _, overload = op.name.partition(".")
     return getattr(getattr(torch.ops.helix_triton, base), overload or "default")
 
 

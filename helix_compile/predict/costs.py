@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.errors import HelixError, LayoutError
+from helix_compile.ir.collectives import COLLECTIVE_OF, WAIT, is_collective
 from helix_compile.ir.elements import is_layout_op
-from helix_compile.ir.graph import aten, c10d, helix_op, is_collective
+from helix_compile.ir.graph import aten, helix_op
 from helix_compile.ir.ops import MOVES
 from helix_compile.ir.sizes import size_at_step
 from helix_compile.layout.degrees import HelixLayout
@@ -135,12 +136,12 @@ class _Sizes:
 
 
 def _cost(node: fx.Node, sizes: _Sizes) -> NodeCost:
-    if node.op != "call_function" or node.target is c10d.wait_tensor.default:
+    if node.op != "call_function" or node.target is WAIT:
         return NodeCost()
     if node.target in MOVES:
         raise HelixError(f"node `{node.name}` ({node.target}) is a move; predict the costs of the lowered graph")
     if is_collective(node):
-        return NodeCost(wire_bytes=_wire_bytes(node, sizes), is_collective=True)
+        return _collective(node, sizes)
     if helix_op(node) == "mla_decode":
         return _mla_decode(node, sizes)
     if helix_op(node) == "gqa_decode":
@@ -208,12 +209,7 @@ def _moe_experts(node: fx.Node, sizes: _Sizes) -> NodeCost:
     return NodeCost(flops, weights + sizes.nbytes(x) + sizes.nbytes(node))
 
 
-def _wire_bytes(node: fx.Node, sizes: _Sizes) -> float:
-    """Bytes that leave the rank; its own chunk stays. An all_reduce is a ring."""
-    x, axis = node.args[0], node.args[-1]
-    peers = sizes.layout.size(axis)
-    payload = float(sizes.nbytes(x))
-    if node.target is c10d.all_gather_into_tensor.default:
-        return payload * (peers - 1)
-    rounds = 2 if node.target is c10d.all_reduce.default else 1
-    return rounds * payload * (peers - 1) / peers
+def _collective(node: fx.Node, sizes: _Sizes) -> NodeCost:
+    peers = sizes.layout.size(node.args[-1])
+    sent = COLLECTIVE_OF[node.target].egress(peers, sizes.nbytes(node.args[0]))
+    return NodeCost(wire_bytes=float(sent), is_collective=True)

@@ -20,7 +20,7 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
-from helix_compile.ir.graph import is_collective
+from helix_compile.ir.collectives import is_collective
 from helix_compile.ir.origin import CAPTURED, ORIGIN, STAGE
 from helix_compile.ir.sizes import layout_text, shape_text
 from helix_compile.layout.degrees import HelixMesh

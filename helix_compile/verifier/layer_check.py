@@ -28,7 +28,7 @@ from helix_compile.verifier.numeric.routing import NEAR_TIE, Choices, RecordTopK
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.sharpen import background, need_the_new_token, plant
 from helix_compile.verifier.numeric.site_terms import empty_past, entries_of, new_entries, past_of, query_parts
-from helix_compile.verifier.numeric.steps import LIMIT, RATIO
+from helix_compile.verifier.numeric.steps import RATIO, limit_of
 from helix_compile.verifier.report import Coverage, Finding, fault
 
 # tokens of the long context, and what bounds it: the original expands every key and value to fp64
@@ -136,7 +136,7 @@ def check_layer(
         outcome.notes.append(f"{where}: {int(turned.sum())} of {len(turned)} near-tied router choices turned")
     if not found:
         mine = own.layer(layer, given) if own is not None else None
-        found = _output(run, expected, mine, dtype, turned, outcome, where)
+        found = _output(run, expected, mine, limit_of(plan), turned, outcome, where)
     outcome.locate = partial(
         first_deviation,
         run.values,
@@ -222,7 +222,7 @@ def _output(
     run: LayerRun,
     expected: dict[str, Any],
     own: dict[str, Any] | None,
-    dtype: torch.dtype,
+    limit: float | None,
     turned: Tensor,
     outcome: LayerOutcome,
     where: str,
@@ -243,16 +243,12 @@ def _output(
                 )
             ]
         error = (output.double() - wanted).abs().amax(-1) * kept
-        if dtype in LIMIT:
+        if limit is not None:
             off = float(error.max()) / float(wanted.abs().max())
-            if off > LIMIT[dtype]:
+            if off > limit:
                 b, t = divmod(int(error.flatten().argmax()), wanted.shape[1])
                 at = f"{where}, rank {rank}, sequence {b}, new token {t}"
-                return [
-                    Finding(
-                        "HX403", at, f"off by {off:.2e} of the largest", f"at most {LIMIT[dtype]:.0e}", 0, "numeric"
-                    )
-                ]
+                return [Finding("HX403", at, f"off by {off:.2e} of the largest", f"at most {limit:.0e}", 0, "numeric")]
     if own is not None:
         mine = own["output"].double()
         outcome.pool.error += float((run.outputs[0].double() - wanted)[kept].square().sum())

@@ -24,13 +24,13 @@ from helix_compile.verifier.numeric.reference import EagerReference, apply_edits
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.sharpen import sharpening
 from helix_compile.verifier.numeric.steps import (
-    LIMIT,
     RATIO,
     Batch,
     Outcome,
     Pool,
     Scenario,
     batches,
+    limit_of,
     run_scenario,
     scenarios,
     stage_params,
@@ -70,7 +70,7 @@ class Subject:
         apply_edits(weights, self.edits)
         check.coverage.conditioned = bool(self.edits)
         self.own_model, self.own = None, None
-        if LIMIT.get(self.dtype) is None:  # in 16 bits the original's own rounding is the yardstick
+        if limit_of(compiled.plan) is None:  # in 16 bits the original's own rounding is the yardstick
             self.own_model = copy.deepcopy(model)
             own_weights = dict(originals(self.own_model))
             apply_edits(own_weights, self.edits)
@@ -118,7 +118,7 @@ def check_layers(subject: Subject) -> None:
 def check_steps(subject: Subject) -> None:
     """Every stage over a ragged prompt and steps, the last also to a full cache."""
     compiled, check = subject.compiled, subject.check
-    limit = LIMIT.get(subject.dtype)
+    limit = limit_of(compiled.plan)
     check.coverage.limit = limit if limit is not None else RATIO
     runs, notes = scenarios(compiled, sum(p.numel() for p in subject.plain.parameters()))
     check.notes += notes

@@ -9,16 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-import torch
-import torch.distributed._functional_collectives
 from torch import Tensor, fx
 
+from helix_compile.ir.collectives import COLLECTIVE_OF, WAIT
 from helix_compile.ir.elements import is_cache_update, is_layout_op
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param
-from helix_compile.ir.ops import helix
-
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
-
+from helix_compile.ir.ops import MOVES, UNPACKS
 
 _CACHES = ("past", "cache")
 
@@ -39,7 +35,7 @@ _KEY_OPS = frozenset(
 
 # arguments that an op reads the shape and dtype of, never a value
 _SHAPE_ONLY: dict[Any, tuple[int, ...]] = {
-    helix.unpack_heads.default: (1, 2),
+    **dict.fromkeys(UNPACKS, (1, 2)),
     aten.new_empty.default: (0,),
     aten.empty_like.default: (0,),
     aten.zeros_like.default: (0,),
@@ -81,7 +77,7 @@ def fold(graph: fx.Graph) -> Folded:
             continue
         if not is_value(node):
             continue
-        if is_call(node, _WAIT) or (_only_moves(node) and not is_cache_update(node)):
+        if is_call(node, WAIT) or (_only_moves(node) and not is_cache_update(node)):
             sources = {roots.get(n, n) for n in _read(node) if is_value(n)}
             if len(sources) == 1:
                 roots[node] = sources.pop()
@@ -121,10 +117,7 @@ def is_value(node: fx.Node) -> bool:
 
 def is_collective(node: fx.Node) -> bool:
     """True for an op that moves bytes between ranks: torch's collectives, and our moves before lowering."""
-    if node.op != "call_function" or node.target is _WAIT:
-        return False
-    moves = (helix.all_to_all_heads.default, helix.reshard.default)
-    return node.target in moves or str(node.target).startswith("_c10d_functional.")
+    return is_call(node, *MOVES, *COLLECTIVE_OF)
 
 
 def is_helix_op(node: fx.Node) -> bool:

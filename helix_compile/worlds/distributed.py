@@ -24,14 +24,13 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.ir.collectives import COLLECTIVES, WAIT
 from helix_compile.ir.graph import input_ref
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.worlds.groups import AxisGroups, axis_groups, next_world
 from helix_compile.worlds.guard import RankGuard, is_transport_error
-from helix_compile.worlds.virtual import check_axis, egress_bytes
+from helix_compile.worlds.virtual import check_axis
 from helix_compile.worlds.walk import Hook, Pending, Walk
-
-_c10d = torch.ops._c10d_functional
 
 
 class DistributedWorld:
@@ -171,7 +170,7 @@ class DistributedWorld:
         tensor, axis = args[0], args[-1]
         check_axis(self.mesh, axis, self.rank, where)
         members = self.mesh.members(axis, self.rank)
-        self.sent_bytes[0] += egress_bytes(op, len(members), tensor)
+        self.sent_bytes[0] += COLLECTIVES[op].egress(len(members), tensor.nbytes)
         self.num_collectives[(op, axis)] = self.num_collectives.get((op, axis), 0) + 1
         if len(members) == 1:
             return tensor.clone()
@@ -181,11 +180,11 @@ class DistributedWorld:
                 f"rank {self.rank}, node {where}: axis {axis!r} has no process group; "
                 f"graphs exchange over {', '.join(self._groups.names)}"
             )
-        call = getattr(_c10d, op).default
+        call = COLLECTIVES[op].target
         return self._guarded(lambda: call(*args[:-1], self._groups.names[axis]), where)  # type: ignore[union-attr] # asserted
 
     def _wait(self, tensor: Tensor, where: str) -> Tensor:
-        return self._guarded(lambda: _c10d.wait_tensor.default(tensor), where)
+        return self._guarded(lambda: WAIT(tensor), where)
 
     def _guarded(self, call: Callable[[], Tensor], where: str) -> Tensor:
         self.guard.node = where

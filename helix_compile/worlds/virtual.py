@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.ir.collectives import ALL_TO_ALL, COLLECTIVES, CollectiveOp
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.worlds.walk import Hook, Pending, Walk
 
@@ -46,88 +47,42 @@ class Exchange:
         self.posts = {r: p._replace(tensor=p.tensor.new_empty(0)) for r, p in self.posts.items()}
 
 
-def _all_reduce(tensors: list[Tensor]) -> list[Tensor]:
-    return [_sum(tensors)] * len(tensors)
-
-
-def _sum(tensors: list[Tensor]) -> Tensor:
-    """In rank order, in float32 or wider for 16-bit floats, rounded once: the same bits in every run."""
-    dtype = tensors[0].dtype
-    wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-    total = tensors[0].to(wide, copy=True)
-    for tensor in tensors[1:]:
-        total += tensor
-    return total.to(dtype)
-
-
-def _all_gather(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.cat(tensors, dim=0)] * len(tensors)
-
-
-def _reduce_scatter(tensors: list[Tensor]) -> list[Tensor]:
-    return list(_sum(tensors).chunk(len(tensors), dim=0))
-
-
-def _all_to_all(tensors: list[Tensor]) -> list[Tensor]:
-    chunks = [t.chunk(len(tensors), dim=0) for t in tensors]
-    return [torch.cat([chunk[i] for chunk in chunks], dim=0) for i in range(len(tensors))]
-
-
-_OUTCOME: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
-    "all_reduce": _all_reduce,
-    "all_gather_into_tensor": _all_gather,
-    "reduce_scatter_tensor": _reduce_scatter,
-    "all_to_all_single": _all_to_all,
-}
-
-
-def egress_bytes(op: str, peers: int, tensor: Tensor) -> Fraction:
-    """Bytes that leave a rank: all_reduce as a ring, own chunk never counted (helix-algorithm, section 8)."""
-    factor = {
-        "all_reduce": Fraction(2 * (peers - 1), peers),
-        "all_gather_into_tensor": Fraction(peers - 1),
-        "reduce_scatter_tensor": Fraction(peers - 1, peers),
-        "all_to_all_single": Fraction(peers - 1, peers),
-    }[op]
-    return factor * tensor.numel() * tensor.dtype.itemsize
-
-
 def check_axis(mesh: HelixMesh, axis: str, rank: int, where: str) -> None:
     """Raise RuntimeFault unless `axis` is an axis of the mesh."""
     if axis not in mesh.groups:
         raise RuntimeFault(f"rank {rank}, node {where}: unknown axis {axis!r}; one of {', '.join(mesh.groups)}")
 
 
-def complete_exchange(key: Key, exchange: Exchange) -> str:
-    """All members have posted: check that they agree, and give each its result. Returns the op's name."""
+def complete_exchange(key: Key, exchange: Exchange) -> CollectiveOp:
+    """All members have posted: check that they agree, and give each its result."""
     op, members = _agreed_op(key, exchange), key[1]
     tensors = [exchange.posts[rank].tensor for rank in members]
-    exchange.results = dict(zip(members, _OUTCOME[op](tensors), strict=True))
+    exchange.results = dict(zip(members, op.outcome(tensors), strict=True))
     return op
 
 
-def _agreed_op(key: Key, exchange: Exchange) -> str:
+def _agreed_op(key: Key, exchange: Exchange) -> CollectiveOp:
     axis, members, number = key
     ops = {r: exchange.posts[r].op for r in members}
     where = {r: exchange.posts[r].where for r in members}
     if len(set(ops.values())) > 1:
         raise RuntimeFault(f"ranks disagree on collective #{number} of {axis}: {ops} at nodes {where}")
-    op = ops[members[0]]
-    if op == "all_to_all_single":
+    op = COLLECTIVES[ops[members[0]]]
+    if op is ALL_TO_ALL:
         _check_splits(members, exchange)
-    if op in ("all_reduce", "reduce_scatter_tensor"):
+    if op.sums:
         reductions = {r: exchange.posts[r].arguments[0] for r in members}
         if set(reductions.values()) != {"sum"}:
-            raise RuntimeFault(f"{op} #{number} of {axis} at {where}: reductions {reductions}; this world sums")
+            raise RuntimeFault(f"{op.name} #{number} of {axis} at {where}: reductions {reductions}; this world sums")
     sent = {r: exchange.posts[r].tensor for r in members}
     meta = {r: (tuple(x.shape), x.dtype) for r, x in sent.items()}
     if len(set(meta.values())) > 1:
-        raise RuntimeFault(f"ranks disagree on the shape of {op} #{number} of {axis}: {meta} at {where}")
-    if op in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        raise RuntimeFault(f"ranks disagree on the shape of {op.name} #{number} of {axis}: {meta} at {where}")
+    if op.sized:
         sizes = {r: exchange.posts[r].arguments[-1] for r in members}
         wrong = {r: s for r, s in sizes.items() if s != len(members)}
         if wrong:
-            raise RuntimeFault(f"{op} #{number} of {axis}: group size {wrong}, the group has {len(members)}")
+            raise RuntimeFault(f"{op.name} #{number} of {axis}: group size {wrong}, the group has {len(members)}")
     return op
 
 
@@ -255,12 +210,12 @@ class VirtualWorld:
         axis, members, _ = key
         if exchange.results is None and len(exchange.posts) == len(members):
             op = complete_exchange(key, exchange)
-            sent = egress_bytes(op, len(members), exchange.posts[members[0]].tensor)  # all alike
+            sent = op.egress(len(members), exchange.posts[members[0]].tensor.nbytes)  # all alike
             for rank in members:
                 self.sent_bytes[rank] += sent
             exchange.drop_arguments()
             count = self.num_collectives
-            count[(op, axis)] = count.get((op, axis), 0) + 1
+            count[(op.name, axis)] = count.get((op.name, axis), 0) + 1
         return exchange.results is not None
 
 

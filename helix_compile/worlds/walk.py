@@ -10,26 +10,12 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed._functional_collectives  # registers the ops
 from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.ir.collectives import COLLECTIVE_OF, WAIT
+from helix_compile.ir.graph import is_call
 from helix_compile.ir.leaves import Leaf
-
-_c10d = torch.ops._c10d_functional
-
-
-_WAIT = _c10d.wait_tensor.default
-
-
-_COLLECTIVES = {
-    _c10d.all_reduce.default: "all_reduce",
-    _c10d.all_gather_into_tensor.default: "all_gather_into_tensor",
-    _c10d.reduce_scatter_tensor.default: "reduce_scatter_tensor",
-    _c10d.all_to_all_single.default: "all_to_all_single",
-}
-
 
 Hook = Callable[[int, fx.Node, Any], None]
 
@@ -82,7 +68,7 @@ class Walk:
         remaining = iter(inputs)
         for step in self.steps[module.graph]:
             node = step.node
-            if node.op == "call_function" and node.target is not _WAIT:
+            if node.op == "call_function" and node.target is not WAIT:
                 values[node] = self._call(step, values, path)
             elif node.op == "placeholder":
                 values[node] = next(remaining)
@@ -101,7 +87,7 @@ class Walk:
                 values[node] = yield from self.graph(body, list(args), f"{path}{node.name}.")
             elif node.op == "get_attr":
                 values[node] = _attribute(module, str(node.target))
-            elif node.target is _WAIT:
+            elif node.target is WAIT:
                 pending = values[node.args[0]]
                 if not isinstance(pending, Pending):
                     raise self.fault(f"{path}{node.name}", "wait_tensor on a value that no collective is computing")
@@ -156,9 +142,7 @@ def _steps(graph: fx.Graph) -> list[_Step]:
     dead: dict[fx.Node, list[fx.Node]] = {node: [] for node in inputs}
     for value, user in last.items():
         dead[user].append(value)
-    started = {
-        node: _COLLECTIVES[node.target] for node in inputs if node.op == "call_function" and node.target in _COLLECTIVES
-    }
+    started = {node: COLLECTIVE_OF[node.target].name for node in inputs if is_call(node, *COLLECTIVE_OF)}
     return [
         _Step(
             node,

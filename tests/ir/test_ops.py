@@ -11,6 +11,7 @@ import triton
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import helix_compile.kernels.catalog  # noqa: F401  registers the kernels
 import helix_compile.kernels.registry as launch_module
 from helix_compile import LoweringUnavailable
 from helix_compile.kernels.reference_fused import quantize_cache_reference

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from helix_compile import helix_compile
-from helix_compile.ir.graph import c10d, is_collective
+from helix_compile.ir.collectives import is_collective
+from helix_compile.ir.graph import c10d
 from helix_compile.predict.schedule import critical_path, is_convex, reduced_edges, to_networkx
 from tests.support.models import tiny_model
 

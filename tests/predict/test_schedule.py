@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helix_compile import HelixModule, helix_compile
-from helix_compile.ir.graph import is_collective
+from helix_compile.ir.collectives import is_collective
 from helix_compile.predict.costs import GB200, Workload, predict_costs
 from helix_compile.predict.schedule import critical_path, predict_body, predict_schedule, thread_of
 from tests.support.models import tiny_model

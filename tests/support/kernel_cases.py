@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_compile.kernels.reference import pack_heads_reference
+from helix_compile.kernels.exchange import pack_heads_reference
 from tests.support.gqa import STALE, GqaStep
 
 Arguments = tuple[Any, ...]

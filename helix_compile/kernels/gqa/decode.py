@@ -24,16 +24,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from helix_compile.kernels.gqa.tiles import GqaSizes, GqaTile, split_count
-from helix_compile.kernels.merge import merge_splits, merge_splits_case
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel
+from helix_compile.kernels.merge import LN2, LOG2E, merge_splits, merge_splits_case
+from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
-from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-LN2 = tl.constexpr(0.6931471805599453)
-
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 # finite: -inf - -inf never arises, and only scores below it (fp32's end) would count as unseen
 LOWEST = tl.constexpr(-3.0e38)
@@ -291,13 +286,6 @@ def _slots_by_channels(cache: Tensor) -> Tensor:
     return cache.as_strided((cache.shape[0] * cache.shape[1], channels), (cache.stride(1), 1))
 
 
-def _gqa_decode_fake(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    rows = q.shape[:3]
-    return q.new_empty((*rows, v_cache.shape[3])), q.new_empty(rows, dtype=torch.float32)
-
-
 def _supports(site: Site, target: KernelTarget) -> str | None:
     q, k_cache, v_cache, page_table, visible = site.args[:5]
     dtypes = {q.dtype, k_cache.dtype, v_cache.dtype}
@@ -329,16 +317,4 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return cases
 
 
-GQA_DECODE = register_kernel(
-    Kernel(
-        op="gqa_decode",
-        target=define_triton_op(
-            "gqa_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor visible,"
-            " float scale) -> (Tensor, Tensor)",
-            gqa_decode_triton,
-            _gqa_decode_fake,
-        ),
-        supports=_supports,
-        cases=_cases,
-    )
-)
+GQA_DECODE = register_kernel(OPS["gqa_decode"], gqa_decode_triton, _supports, _cases)

@@ -5,7 +5,7 @@
     mla_decode.splits   the parts as they are: partial_o_S [B, T, H, S, R], lse_S [B, T, H, S]
     mla_decode.scaled   mla_decode over an FP8 cache with one scale per block of tokens
 
-The forms of the kernel lie in mla_tma_*.py and mla_pointer_decode.py; tuning.py chooses, mla_launch.py launches.
+The forms of the kernel lie in tma.py and pointer.py; tuning.py chooses, launch.py launches.
 Lengths are read on the device, grids follow from shapes. The specs are mla_decode_reference and
 mla_decode_scaled_reference.
 """
@@ -21,7 +21,8 @@ from helix_compile.kernels.merge import merge_splits, merge_splits_case
 from helix_compile.kernels.mla.launch import FP8, decode_case, decode_parts
 from helix_compile.kernels.mla.probe import specialises_halves
 from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, mla_config, pointer_config, split_count
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, register_kernel
+from helix_compile.kernels.ops import OPS, Op
+from helix_compile.kernels.registry import CompileCase, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
 
@@ -49,17 +50,21 @@ def _config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaC
     return mla_config(shape, target, scaled, specialises_halves(target.capability))
 
 
-def _decode(
+def mla_decode_triton(
     q_latent: Tensor,
     q_rope: Tensor,
     cache: Tensor,
     page_table: Tensor,
     visible: Tensor,
     scale: float,
-    cache_scale: Tensor | None,
+    cache_scale: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The op's two results where num_splits is None, else the parts of so many splits."""
+    """See mla_decode_reference, or with scales mla_decode_scaled_reference; float32, bfloat16 or float16, scale > 0.
+
+    Tiles of an FP8 cache become q's dtype, its scales are folded into scores and weights. With `num_splits` the results
+    are the parts of so many splits.
+    """
     target = device_target(q_latent.device)
     config = _config_of(q_latent, q_rope, cache, target)
     B, T, H, R = q_latent.shape
@@ -84,44 +89,11 @@ def _decode(
     return (parts, lse_S) if num_splits else merge_splits(parts, lse_S, q_latent.dtype)
 
 
-def mla_decode_triton(
-    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """See mla_decode_reference; float32, bfloat16 or float16, scale > 0."""
-    return _decode(q_latent, q_rope, cache, page_table, visible, scale, None)
-
-
 def mla_decode_splits_triton(
     q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float, num_splits: int
 ) -> tuple[Tensor, Tensor]:
     """Float32 parts of each split; a split that saw nothing has lse = -inf, and its part is not written."""
-    return _decode(q_latent, q_rope, cache, page_table, visible, scale, None, num_splits)
-
-
-def mla_decode_scaled_triton(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
-    cache_scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """See mla_decode_scaled_reference; tiles become q's dtype, scales are folded into scores and weights."""
-    return _decode(q_latent, q_rope, cache, page_table, visible, scale, cache_scale)
-
-
-def _mla_decode_fake(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
-    cache_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    lse = q_latent.new_empty(q_latent.shape[:3], dtype=torch.float32)
-    return q_latent.new_empty(q_latent.shape), lse
+    return mla_decode_triton(q_latent, q_rope, cache, page_table, visible, scale, None, num_splits)
 
 
 def _mla_decode_splits_fake(
@@ -224,36 +196,13 @@ def _splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return _form_cases(site, target, [False])
 
 
-_ARGUMENTS = "Tensor q_latent, Tensor q_rope, Tensor cache, Tensor page_table, Tensor visible, float scale"
+MLA_DECODE = register_kernel(OPS["mla_decode"], mla_decode_triton, _supports, _cases)
 
 
-MLA_DECODE = register_kernel(
-    Kernel(
-        op="mla_decode",
-        target=define_triton_op(f"mla_decode({_ARGUMENTS}) -> (Tensor, Tensor)", mla_decode_triton, _mla_decode_fake),
-        supports=_supports,
-        cases=_cases,
-    )
-)
-
-
-MLA_DECODE_SPLITS = register_kernel(
-    Kernel(
-        op="mla_decode.splits",
-        target=define_triton_op(
-            f"mla_decode.splits({_ARGUMENTS}, int num_splits) -> (Tensor, Tensor)",
-            mla_decode_splits_triton,
-            _mla_decode_splits_fake,
-        ),
-        supports=_splits_supports,
-        cases=_splits_cases,
-    )
-)
+# what a split holds is a matter of tiles, so there is no reference: the launcher's signature is the op's
+_SPLITS = Op("mla_decode.splits", mla_decode_splits_triton, _mla_decode_splits_fake)
+MLA_DECODE_SPLITS = register_kernel(_SPLITS, mla_decode_splits_triton, _splits_supports, _splits_cases)
 
 
 # no plan makes an FP8 cache, so nothing selects this one: it is called by its name
-MLA_DECODE_SCALED = define_triton_op(
-    f"mla_decode.scaled({_ARGUMENTS}, Tensor cache_scale) -> (Tensor, Tensor)",
-    mla_decode_scaled_triton,
-    _mla_decode_fake,
-)
+MLA_DECODE_SCALED = define_triton_op(OPS["mla_decode.scaled"], mla_decode_triton)

@@ -14,15 +14,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from helix_compile.kernels.merge import LOG2E
 from helix_compile.kernels.mla.pointer import mla_pointer_kernel
-from helix_compile.kernels.mla.tiles import LOG2E
-from helix_compile.kernels.mla.tma import mla_rows_kernel, mla_transposed_kernel
-from helix_compile.kernels.mla.tuning import POINTER, ROWS, TRANSPOSED, MlaConfig
+from helix_compile.kernels.mla.tma import mla_tma_kernel
+from helix_compile.kernels.mla.tuning import POINTER, TRANSPOSED, MlaConfig
 from helix_compile.kernels.registry import CompileCase, launch
 from helix_compile.kernels.triton_ops import TRITON_TYPE
-
-FUNCTIONS = {ROWS: mla_rows_kernel, TRANSPOSED: mla_transposed_kernel, POINTER: mla_pointer_kernel}
-
 
 FP8 = torch.float8_e4m3fn
 
@@ -94,13 +91,18 @@ def decode_case(
         typed["cache_ptr"] = f"*{cache_element}"
         constexprs |= {"BLOCK_R": _padded(R), "BLOCK_ROPE": _padded(r)}
     else:
-        constexprs |= {"PARTS": config.parts, "WARP_SPECIALIZE": config.warp_specialize, "PACKED": config.packed}
+        constexprs |= {
+            "PARTS": config.parts,
+            "WARP_SPECIALIZE": config.warp_specialize,
+            "PACKED": config.packed,
+            "TRANSPOSED": config.form == TRANSPOSED,
+        }
     descriptors = {
         name: f"tensordesc<{cache_element}[{block[0]},{block[1]}]>" for name, block in _tma_blocks(config, R, r).items()
     }
     return CompileCase(
         kernel="mla_pointer_decode" if config.form == POINTER else "mla_decode",
-        function=FUNCTIONS[config.form],
+        function=mla_pointer_kernel if config.form == POINTER else mla_tma_kernel,
         signature={**typed, **descriptors, "scale_log2": "fp32", "T": "i32", "stride_table": "i32"},
         constexprs=constexprs,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
@@ -169,7 +171,7 @@ def decode_parts(
         "visible_ptr": visible,
         "o_ptr": o,
         "lse_ptr": lse,
-        "scale_log2": scale * LOG2E,
+        "scale_log2": scale * LOG2E.value,
         "T": T,
         "stride_table": page_table.stride(0),
         "stride_q_token": q_latent.stride(1),

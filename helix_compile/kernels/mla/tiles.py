@@ -12,11 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
-
-
-LN2 = tl.constexpr(0.6931471805599453)
-
+from helix_compile.kernels.merge import LN2
 
 START = tl.constexpr(-1.0e30)  # below any score, and START - START is 0
 

@@ -1,22 +1,18 @@
-"""mla_decode by TMA, query rows on the M side of the dots: the form for 64 rows and more.
+"""mla_decode by TMA, in two forms. Query rows on the M side of the dots, for 64 rows and more:
 
     q [rows, R] and [rows, r] stay; per tile of BLOCK_N slots: one page look-up, TMA loads k [N, R], k_rope [N, r]
     raw = q k^T + q_rope k_rope^T -> p -> acc [rows, R] += p k     (the values are the keys' first R channels)
 
+TRANSPOSED, KV slots on the M side: for few rows, tensor cores from 16 rows on.
+
+    raw = k q^T + k_rope q_rope^T [N, rows] -> p -> acc [R, rows] += k^T p
+
+tcgen05 and wgmma want 64 or 128 on the M side: slots and channels are that many where the rows are not. Sums over slots
+would go across lanes and warps, so that loop keeps the sum of each slot's place in the tile and adds them up at the end.
+
 With PARTS = 2 the channels of k, q and acc come as two halves. Blackwell's warp-specialised loop wants that: the warps
 that rescale the accumulators have few registers, half an accumulator fits and a whole one spills. Hopper is better off
 with one part.
-
-A tile lies in one page. Rows past kv_len in it are read, finite (the cache is zeroed when it is allocated), and masked.
-
-Mla_decode by TMA, KV slots on the M side of the dots: the form for few rows, tensor cores from 16 rows on.
-
-    q^T [R, rows] and [r, rows] stay; per tile of BLOCK_N slots: one page look-up, TMA loads k [N, R], k_rope [N, r]
-    raw = k q^T + k_rope q_rope^T [N, rows] -> p -> acc [R, rows] += k^T p     (the values are the keys' first R)
-
-tcgen05 and wgmma want 64 or 128 on the M side: slots and channels are that many where the rows are not. Sums over slots
-would go across lanes and warps, so the loop keeps the sum of each slot's place in the tile and adds them up at the end.
-With PARTS = 2 the channels of k, q and acc come as two halves, as in mla_tma_rows.py.
 
 A tile lies in one page. Rows past kv_len in it are read, finite (the cache is zeroed when it is allocated), and masked.
 """
@@ -41,7 +37,7 @@ from helix_compile.kernels.mla.tiles import (
 
 
 @triton.jit(do_not_specialize=["T", "stride_table"])
-def mla_rows_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
+def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     q_ptr,
     q_rope_ptr,
     k_desc,
@@ -70,9 +66,12 @@ def mla_rows_kernel(  # type: ignore[no-untyped-def] # Triton types its argument
     WIDE_DOT: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     PACKED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     tl.static_assert(PAGE % BLOCK_N == 0)
     WIDTH: tl.constexpr = R // PARTS
+    SLOT_AXIS: tl.constexpr = 0 if TRANSPOSED else 1  # of scores; q, acc and o have channels there
+    ROW_AXIS: tl.constexpr = 1 - SLOT_AXIS
     b = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     channels = tl.arange(0, WIDTH)
@@ -82,148 +81,58 @@ def mla_rows_kernel(  # type: ignore[no-untyped-def] # Triton types its argument
     start, end = split_range(kv_len, BLOCK_N)
 
     q_rows = query_offsets(rows, b, T, H, stride_q_token, stride_q_head)
-    q_ptrs = q_ptr + q_rows[:, None] + channels[None, :]
-    q = tl.load(q_ptrs, mask=inside[:, None], other=0.0)
+    q_ptrs = q_ptr + tl.expand_dims(q_rows, SLOT_AXIS) + tl.expand_dims(channels, ROW_AXIS)
+    mask = tl.expand_dims(inside, SLOT_AXIS)
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
     q_rows = query_offsets(rows, b, T, H, stride_q_rope_token, stride_q_rope_head)
-    rope_ptrs = q_rope_ptr + q_rows[:, None] + tl.arange(0, ROPE)[None, :]
-    q_rope = tl.load(rope_ptrs, mask=inside[:, None], other=0.0)
+    rope_ptrs = q_rope_ptr + tl.expand_dims(q_rows, SLOT_AXIS) + tl.expand_dims(tl.arange(0, ROPE), ROW_AXIS)
+    q_rope = tl.load(rope_ptrs, mask=mask, other=0.0)
     if WIDE_DOT:  # the interpreter's dot takes no bfloat16
         q = q.to(tl.float32)
         q_rope = q_rope.to(tl.float32)
-    acc = tl.zeros([BLOCK_H, WIDTH], tl.float32)
+    acc = tl.zeros([WIDTH, BLOCK_H] if TRANSPOSED else [BLOCK_H, WIDTH], tl.float32)
     if PARTS == 2:
-        q_1 = tl.load(q_ptrs + WIDTH, mask=inside[:, None], other=0.0).to(q.dtype)
-        acc_1 = tl.zeros([BLOCK_H, WIDTH], tl.float32)
+        q_1 = tl.load(q_ptrs + WIDTH, mask=mask, other=0.0).to(q.dtype)
+        acc_1 = tl.zeros([WIDTH, BLOCK_H] if TRANSPOSED else [BLOCK_H, WIDTH], tl.float32)
 
     m = tl.full([BLOCK_H], START, tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_H] if TRANSPOSED else [BLOCK_H], tl.float32)
     for first in tl.range(start, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         row = tile_row(page_table_ptr, b, stride_table, first, PAGE)
         k = k_desc.load([row, 0]).to(q.dtype)
         k_rope = k_rope_desc.load([row, R]).to(q.dtype)
-        raw = tl.dot(q, k.T)
+        raw = tl.dot(k, q) if TRANSPOSED else tl.dot(q, k.T)
         if PARTS == 2:
             k_1 = k_desc.load([row, WIDTH]).to(q.dtype)
-            raw = tl.dot(q_1, k_1.T, raw)
-        raw = tl.dot(q_rope, k_rope.T, raw)
+            raw = tl.dot(k_1, q_1, raw) if TRANSPOSED else tl.dot(q_1, k_1.T, raw)
+        raw = tl.dot(k_rope, q_rope, raw) if TRANSPOSED else tl.dot(q_rope, k_rope.T, raw)
         slots = first + tl.arange(0, BLOCK_N)
         if TOKENS_PER_SCALE > 0:
             block = (row + slots - first) // TOKENS_PER_SCALE
             k_scale = tl.load(cache_scale_ptr + block, mask=slots < kv_len, other=0.0)
-            raw *= k_scale[None, :]
-        raw = tl.where(slots[None, :] < limit[:, None], raw, float("-inf"))
-        p, shrink, m = softmax_step(raw, m, scale_log2, 1)
-        total = total * shrink + tl.sum(p, 1)
+            raw *= tl.expand_dims(k_scale, ROW_AXIS)
+        seen = slots[:, None] < limit[None, :] if TRANSPOSED else slots[None, :] < limit[:, None]
+        p, shrink, m = softmax_step(tl.where(seen, raw, float("-inf")), m, scale_log2, SLOT_AXIS)
+        total = total * shrink[None, :] + p if TRANSPOSED else total * shrink + tl.sum(p, 1)
         if TOKENS_PER_SCALE > 0:
-            p *= k_scale[None, :]
+            p *= tl.expand_dims(k_scale, ROW_AXIS)
         p = p.to(q.dtype)
-        acc = tl.dot(p, k, rescale(acc, shrink, 1, PACKED))
+        acc = rescale(acc, shrink, SLOT_AXIS, PACKED)
+        acc = tl.dot(k.T, p, acc) if TRANSPOSED else tl.dot(p, k, acc)
         if PARTS == 2:
-            acc_1 = tl.dot(p, k_1, rescale(acc_1, shrink, 1, PACKED))
+            acc_1 = rescale(acc_1, shrink, SLOT_AXIS, PACKED)
+            acc_1 = tl.dot(k_1.T, p, acc_1) if TRANSPOSED else tl.dot(p, k_1, acc_1)
 
+    if TRANSPOSED:
+        total = tl.sum(total, 0)
     lse, divisor = natural_lse(m, total)
     out = output_rows(rows, b, T, H)
     tl.store(lse_ptr + out, lse, mask=inside)
     if not STORE_DEAD:  # the merge doesn't read a dead part
         inside = inside & (total != 0.0)
-    o_ptrs = o_ptr + out[:, None] * R + channels[None, :]
-    o = (acc / divisor[:, None]).to(o_ptr.dtype.element_ty)
-    tl.store(o_ptrs, o, mask=inside[:, None])
+    o_ptrs = o_ptr + tl.expand_dims(out, SLOT_AXIS) * R + tl.expand_dims(channels, ROW_AXIS)
+    o = (acc / tl.expand_dims(divisor, SLOT_AXIS)).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptrs, o, mask=tl.expand_dims(inside, SLOT_AXIS))
     if PARTS == 2:
-        o = (acc_1 / divisor[:, None]).to(o_ptr.dtype.element_ty)
-        tl.store(o_ptrs + WIDTH, o, mask=inside[:, None])
-
-
-@triton.jit(do_not_specialize=["T", "stride_table"])
-def mla_transposed_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
-    q_ptr,
-    q_rope_ptr,
-    k_desc,
-    k_rope_desc,
-    page_table_ptr,
-    visible_ptr,
-    cache_scale_ptr,
-    o_ptr,
-    lse_ptr,
-    scale_log2,
-    T,
-    stride_table,
-    stride_q_token,
-    stride_q_head,
-    stride_q_rope_token,
-    stride_q_rope_head,
-    H: tl.constexpr,
-    R: tl.constexpr,
-    ROPE: tl.constexpr,
-    PAGE: tl.constexpr,
-    TOKENS_PER_SCALE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr,
-    STORE_DEAD: tl.constexpr,
-    WIDE_DOT: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    tl.static_assert(PAGE % BLOCK_N == 0)
-    WIDTH: tl.constexpr = R // PARTS
-    b = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    channels = tl.arange(0, WIDTH)
-    inside = rows < T * H
-    limit = row_limits(visible_ptr, rows, b, T, H)
-    kv_len = sequence_length(visible_ptr, b, T)
-    start, end = split_range(kv_len, BLOCK_N)
-
-    q_rows = query_offsets(rows, b, T, H, stride_q_token, stride_q_head)
-    q_ptrs = q_ptr + q_rows[None, :] + channels[:, None]
-    q = tl.load(q_ptrs, mask=inside[None, :], other=0.0)
-    q_rows = query_offsets(rows, b, T, H, stride_q_rope_token, stride_q_rope_head)
-    rope_ptrs = q_rope_ptr + q_rows[None, :] + tl.arange(0, ROPE)[:, None]
-    q_rope = tl.load(rope_ptrs, mask=inside[None, :], other=0.0)
-    if WIDE_DOT:  # the interpreter's dot takes no bfloat16
-        q = q.to(tl.float32)
-        q_rope = q_rope.to(tl.float32)
-    acc = tl.zeros([WIDTH, BLOCK_H], tl.float32)
-    if PARTS == 2:
-        q_1 = tl.load(q_ptrs + WIDTH, mask=inside[None, :], other=0.0).to(q.dtype)
-        acc_1 = tl.zeros([WIDTH, BLOCK_H], tl.float32)
-
-    m = tl.full([BLOCK_H], START, tl.float32)
-    totals = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    for first in tl.range(start, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
-        row = tile_row(page_table_ptr, b, stride_table, first, PAGE)
-        k = k_desc.load([row, 0]).to(q.dtype)
-        k_rope = k_rope_desc.load([row, R]).to(q.dtype)
-        raw = tl.dot(k, q)
-        if PARTS == 2:
-            k_1 = k_desc.load([row, WIDTH]).to(q.dtype)
-            raw = tl.dot(k_1, q_1, raw)
-        raw = tl.dot(k_rope, q_rope, raw)
-        slots = first + tl.arange(0, BLOCK_N)
-        if TOKENS_PER_SCALE > 0:
-            block = (row + slots - first) // TOKENS_PER_SCALE
-            k_scale = tl.load(cache_scale_ptr + block, mask=slots < kv_len, other=0.0)
-            raw *= k_scale[:, None]
-        raw = tl.where(slots[:, None] < limit[None, :], raw, float("-inf"))
-        p, shrink, m = softmax_step(raw, m, scale_log2, 0)
-        totals = totals * shrink[None, :] + p
-        if TOKENS_PER_SCALE > 0:
-            p *= k_scale[:, None]
-        p = p.to(q.dtype)
-        acc = tl.dot(k.T, p, rescale(acc, shrink, 0, PACKED))
-        if PARTS == 2:
-            acc_1 = tl.dot(k_1.T, p, rescale(acc_1, shrink, 0, PACKED))
-
-    total = tl.sum(totals, 0)
-    lse, divisor = natural_lse(m, total)
-    out = output_rows(rows, b, T, H)
-    tl.store(lse_ptr + out, lse, mask=inside)
-    if not STORE_DEAD:  # the merge doesn't read a dead part
-        inside = inside & (total != 0.0)
-    o_ptrs = o_ptr + out[None, :] * R + channels[:, None]
-    o = (acc / divisor[None, :]).to(o_ptr.dtype.element_ty)
-    tl.store(o_ptrs, o, mask=inside[None, :])
-    if PARTS == 2:
-        o = (acc_1 / divisor[None, :]).to(o_ptr.dtype.element_ty)
-        tl.store(o_ptrs + WIDTH, o, mask=inside[None, :])
+        o = (acc_1 / tl.expand_dims(divisor, SLOT_AXIS)).to(o_ptr.dtype.element_ty)
+        tl.store(o_ptrs + WIDTH, o, mask=tl.expand_dims(inside, SLOT_AXIS))

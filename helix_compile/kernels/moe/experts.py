@@ -23,9 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from helix_compile.kernels.moe.tiles import BLOCK_PAIRS, moe_dispatch_kernel, rows_of_tile
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel, specialize
+from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
-from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 BLOCK_D = 1024
 
@@ -333,12 +334,6 @@ def moe_experts_triton(
     return out
 
 
-def _moe_experts_fake(
-    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first_expert: Tensor
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _supports(site: Site, target: KernelTarget) -> str | None:
     x, expert_ids, weights, gate_up, down, first_expert = site.args
     dtypes = {t.dtype for t in (x, gate_up, down)}
@@ -377,16 +372,4 @@ def _as_meta(tensor: Tensor) -> Tensor:
     return torch.empty(extent, dtype=tensor.dtype, device="meta").as_strided(shape, stride, offset)
 
 
-MOE_EXPERTS = register_kernel(
-    Kernel(
-        op="moe_experts",
-        target=define_triton_op(
-            "moe_experts(Tensor x, Tensor expert_ids, Tensor weights, Tensor gate_up, Tensor down,"
-            " Tensor first_expert) -> Tensor",
-            moe_experts_triton,
-            _moe_experts_fake,
-        ),
-        supports=_supports,
-        cases=_cases,
-    )
-)
+MOE_EXPERTS = register_kernel(OPS["moe_experts"], moe_experts_triton, _supports, _cases)

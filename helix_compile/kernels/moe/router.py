@@ -14,17 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_compile.kernels.registry import CompileCase, Kernel, Site, launch, register_kernel
+from helix_compile.kernels.merge import LOG2E
+from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 MAX_EXPERTS = 1024
 
 
 WARP_SCORES = 512  # scores that one warp holds; more experts take more warps
-
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # ln 2 in two parts; times an integer below 2^9 the first is exact in float32
@@ -162,7 +161,7 @@ def moe_router_triton(
     N, E = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    expert_ids, weights = _moe_router_fake(logits, bias, n_group, topk_group, top_k, normalize, scale)
+    expert_ids, weights = OPS["moe_router"].fake(logits, bias, n_group, topk_group, top_k, normalize, scale)
     launch(
         _case(E, n_group, topk_group, top_k, normalize, bias.dtype),
         (N,),
@@ -176,13 +175,6 @@ def moe_router_triton(
         },
     )
     return expert_ids, weights
-
-
-def _moe_router_fake(
-    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, normalize: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    chosen = (logits.shape[0], top_k)
-    return logits.new_empty(chosen, dtype=torch.int64), logits.new_empty(chosen)
 
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
@@ -204,16 +196,4 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return [_case(int(logits.shape[1]), n_group, topk_group, top_k, normalize, bias.dtype)]
 
 
-MOE_ROUTER = register_kernel(
-    Kernel(
-        op="moe_router",
-        target=define_triton_op(
-            "moe_router(Tensor logits, Tensor bias, int n_group, int topk_group, int top_k, bool normalize,"
-            " float scale) -> (Tensor, Tensor)",
-            moe_router_triton,
-            _moe_router_fake,
-        ),
-        supports=_supports,
-        cases=_cases,
-    )
-)
+MOE_ROUTER = register_kernel(OPS["moe_router"], moe_router_triton, _supports, _cases)

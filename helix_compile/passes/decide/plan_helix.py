@@ -15,6 +15,8 @@ import torch
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.config.options import HelixOptions, default_ep
 from helix_compile.errors import LayoutError, PlanError
+from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, CollectiveOp
+from helix_compile.kernels.exchange import ExchangeCodec, codec_of
 from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.decide.param_shards import (
@@ -177,8 +179,12 @@ def _plan_body(
     ]
     dtype = captured.dtype
     collectives = [
-        *(c for a, p in zip(match.attentions, attentions, strict=True) for c in _exchange(a, p, layout, dtype)),
-        *(_all_reduce("FFN output", D, layout, dtype) for D in _ffn_outputs(match)),
+        *(
+            c
+            for a, p in zip(match.attentions, attentions, strict=True)
+            for c in _exchange(a, p, layout, dtype, codec_of(options))
+        ),
+        *(_planned(ALL_REDUCE, "world", "FFN output", D * dtype.itemsize, layout) for D in _ffn_outputs(match)),
     ]
     return BodyPlan(
         name=match.body,
@@ -229,31 +235,30 @@ def _part(total: int, width: int, index: int) -> int:
     return max(0, min(total, (index + 1) * width) - index * width)
 
 
-def _exchange(match: Site, plan: AttentionPlan, layout: HelixLayout, dtype: torch.dtype) -> Iterable[Collective]:
-    cp, H = layout.kvp, plan.computed_heads
+def _exchange(
+    match: Site, plan: AttentionPlan, layout: HelixLayout, dtype: torch.dtype, codec: ExchangeCodec
+) -> Iterable[Collective]:
+    H = plan.computed_heads
     if isinstance(match, GqaMatch):
         asked, query_width, width = "q", match.q_head_dim, match.v_head_dim
     else:
         asked, query_width = "absorbed q", match.kv_lora_rank + match.qk_rope_head_dim
         width = match.v_head_dim if plan.v_up == "before" else match.kv_lora_rank
-    payload, statistic = width * dtype.itemsize, accumulation_dtype(dtype).itemsize
+    statistic = accumulation_dtype(dtype)
     if plan.q_proj == "gather":
-        moved = Fraction((cp - 1) * plan.owned_heads * query_width * dtype.itemsize)
-        yield Collective("all_gather_into_tensor", "kvp", asked, moved)
+        yield _planned(ALL_GATHER, "kvp", asked, plan.owned_heads * query_width * dtype.itemsize, layout)
     if plan.merge == "a2a":
-        moved = Fraction((cp - 1) * H * (payload + statistic), cp)
-        yield Collective("all_to_all_single", "kvp", "partial_o and lse", moved)
+        head_bytes = codec.head_bytes(width, dtype, statistic)
+        yield _planned(ALL_TO_ALL, "kvp", "partial_o and lse", H * head_bytes, layout)
     else:
-        yield Collective("all_gather_into_tensor", "kvp", "lse", Fraction((cp - 1) * H * statistic))
-        moved = Fraction((cp - 1) * H * payload, cp)
-        yield Collective("reduce_scatter_tensor", "kvp", "rescaled partial_o", moved)
-    yield _all_reduce("attention output", match.hidden_size, layout, dtype)
+        yield _planned(ALL_GATHER, "kvp", "lse", H * statistic.itemsize, layout)
+        yield _planned(REDUCE_SCATTER, "kvp", "rescaled partial_o", H * width * dtype.itemsize, layout)
+    yield _planned(ALL_REDUCE, "world", "attention output", match.hidden_size * dtype.itemsize, layout)
 
 
-def _all_reduce(what: str, hidden: int, layout: HelixLayout, dtype: torch.dtype) -> Collective:
-    """As a ring, own chunk excluded: 2 (N - 1) / N of the vector."""
-    N = layout.world_size
-    return Collective("all_reduce", "world", what, Fraction(2 * (N - 1) * hidden * dtype.itemsize, N))
+def _planned(op: CollectiveOp, axis: str, what: str, nbytes: int, layout: HelixLayout) -> Collective:
+    """`nbytes`: what a rank passes to the collective for each token."""
+    return Collective(op.name, axis, what, op.egress(layout.size(axis), nbytes))
 
 
 def _ffn_outputs(match: LayerMatch) -> list[int]:

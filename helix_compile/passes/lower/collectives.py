@@ -1,4 +1,4 @@
-"""Moves become collectives; compute ops get a provider. The only pass that knows torch's collectives.
+"""Moves become collectives; compute ops get a provider. The only pass that makes collectives.
 
     all_to_all_heads(o, lse)      pack_heads -> all_to_all_single -> wait_tensor -> unpack_heads
     reshard(P -> R)               all_reduce -> wait_tensor
@@ -10,35 +10,33 @@ Group arguments are axis names, so the graphs of all ranks are the same text.
 
 from __future__ import annotations
 
-import torch
-import torch.distributed._functional_collectives
 from torch import fx
 from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.errors import LoweringError
+from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, run_collective
 from helix_compile.ir.graph import aten, calls, named
-from helix_compile.ir.ops import MOVES, helix
+from helix_compile.ir.ops import MOVES, helix, overload
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
+from helix_compile.kernels.exchange import NATIVE, ExchangeCodec, codec_of
 from helix_compile.layout.placement import Layout, parse_layout
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.matches import LayerMatch
 
-c10d = torch.ops._c10d_functional
-
 
 def lower_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
     """Expand every move of a body."""
-    return lower_moves(gm)
+    return lower_moves(gm, codec_of(context.plan.options))
 
 
-def lower_moves(gm: fx.GraphModule) -> int:
-    """Expand every move; how many there were."""
+def lower_moves(gm: fx.GraphModule, codec: ExchangeCodec = NATIVE) -> int:
+    """Expand every move, heads exchanged by `codec`; how many there were."""
     moves = calls(gm.graph, *MOVES)
     for node in moves:
         with made_from(gm.graph, node), gm.graph.inserting_before(node):
             if node.target is helix.all_to_all_heads.default:
-                lowered = _all_to_all_heads(gm.graph, *node.args)
+                lowered = _all_to_all_heads(gm.graph, codec, *node.args)
             else:
                 lowered = _reshard(gm.graph, *node.args)
         lowered.meta = {**node.meta, **lowered.meta}
@@ -55,12 +53,13 @@ def no_moves_left(gm: fx.GraphModule) -> None:
         raise LoweringError(f"{len(left)} moves not lowered: " + ", ".join(f"`{n.name}` ({n.target})" for n in left))
 
 
-def _all_to_all_heads(graph: fx.Graph, partial_o: fx.Node, lse: fx.Node, axis: str, peers: int) -> fx.Node:
-    buffer = named(graph, "packed", helix.pack_heads.default, partial_o, lse, peers)
+def _all_to_all_heads(
+    graph: fx.Graph, codec: ExchangeCodec, partial_o: fx.Node, lse: fx.Node, axis: str, peers: int
+) -> fx.Node:
+    buffer = named(graph, "packed", overload(codec.op("pack_heads")), partial_o, lse, peers)
     splits = [1] * peers
-    buffer = named(graph, "all_to_all_single", c10d.all_to_all_single.default, buffer, splits, splits, axis)
-    buffer = named(graph, "wait_tensor", c10d.wait_tensor.default, buffer)
-    return named(graph, "unpacked", helix.unpack_heads.default, buffer, partial_o, lse)
+    buffer = run_collective(graph, ALL_TO_ALL, buffer, splits, splits, axis)
+    return named(graph, "unpacked", overload(codec.op("unpack_heads")), buffer, partial_o, lse)
 
 
 def _reshard(graph: fx.Graph, x: fx.Node, source: str, target: str, size: int) -> fx.Node:
@@ -68,8 +67,7 @@ def _reshard(graph: fx.Graph, x: fx.Node, source: str, target: str, size: int) -
     axis = _moved_axis(before, after)
     old, new = before.get(axis, before.get("world")), after.get(axis)
     if isinstance(old, Partial) and new is None:
-        reduced = named(graph, "all_reduce", c10d.all_reduce.default, x, "sum", axis)
-        return named(graph, "wait_tensor", c10d.wait_tensor.default, reduced)
+        return run_collective(graph, ALL_REDUCE, x, "sum", axis)
     if isinstance(old, Shard) and new is None:
         return _gather(graph, x, old.dim, size, axis)
     if isinstance(old, Partial) and isinstance(new, Shard):
@@ -88,8 +86,7 @@ def _moved_axis(before: Layout, after: Layout) -> str:
 
 def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
     whole = graph.call_function(aten.contiguous.default, (x,))
-    whole = named(graph, "all_gather_into_tensor", c10d.all_gather_into_tensor.default, whole, size, axis)
-    whole = named(graph, "wait_tensor", c10d.wait_tensor.default, whole)
+    whole = run_collective(graph, ALL_GATHER, whole, size, axis)
     if dim == 0:
         return whole
     # the collective stacks peers on dim 0; heads of peer p go behind those of peer p - 1
@@ -101,6 +98,5 @@ def _gather(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.N
 def _reduce_scatter(graph: fx.Graph, x: fx.Node, dim: int, size: int, axis: str) -> fx.Node:
     first = graph.call_function(aten.movedim.int, (x, dim, 0))
     first = graph.call_function(aten.contiguous.default, (first,))
-    part = named(graph, "reduce_scatter_tensor", c10d.reduce_scatter_tensor.default, first, "sum", size, axis)
-    part = named(graph, "wait_tensor", c10d.wait_tensor.default, part)
+    part = run_collective(graph, REDUCE_SCATTER, first, "sum", size, axis)
     return graph.call_function(aten.movedim.int, (part, 0, dim))

@@ -11,17 +11,13 @@ from torch import fx
 
 from helix_compile.config.options import PAGE_SIZE
 from helix_compile.ir.graph import is_call
-from helix_compile.ir.ops import MOVES, helix
+from helix_compile.ir.ops import MOVES, UNPACKS
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.plan.helix_plan import HelixPlan
 
 KERNEL, PROVIDER = "kernel", "helix_triton"
-
-
-# a view of the exchange buffer: there is nothing to compute
-VIEWS = (helix.unpack_heads.default,)
 
 
 def capacity_of(plan: HelixPlan) -> Capacity:
@@ -38,8 +34,10 @@ def select_kernels(graph: fx.Graph, target: KernelTarget, capacity: Capacity) ->
 
 
 def is_compute_op(node: fx.Node) -> bool:
-    """A helix:: op that computes."""
-    return node.op == "call_function" and str(node.target).startswith("helix.") and node.target not in (*MOVES, *VIEWS)
+    """A helix:: op that computes, or packs; what unpacks reads where the collective left it, so it has no kernel."""
+    return (
+        node.op == "call_function" and str(node.target).startswith("helix.") and node.target not in (*MOVES, *UNPACKS)
+    )
 
 
 def choose(node: fx.Node, target: KernelTarget, capacity: Capacity) -> bool:

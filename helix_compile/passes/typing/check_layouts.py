@@ -125,11 +125,11 @@ def _infer(
 
 
 def rule_of(target: Any) -> Rule | None:
-    """The typing rule of an op; a provider's op (helix_triton::mla_decode) has that of the helix:: op it stands for."""
+    """The typing rule of an op; a form, or a provider's op (helix_triton::mla_decode), has that of the helix:: op it stands for."""
     rule = _RULES.get(target)
     if rule is None and isinstance(target, torch._ops.OpOverload):
         provider, name = target._schema.name.split("::")
-        if provider.startswith("helix_") and hasattr(torch.ops.helix, name):
+        if provider.startswith("helix") and hasattr(torch.ops.helix, name):
             rule = _RULES.get(getattr(torch.ops.helix, name).default)
     return rule
 

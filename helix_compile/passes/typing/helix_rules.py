@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.distributed._functional_collectives
 from torch import fx
 from torch.distributed.tensor.placement_types import Partial, Shard
 
+from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, WAIT
 from helix_compile.ir.ops import helix
 from helix_compile.ir.sizes import shape_of
 from helix_compile.layout.degrees import HelixLayout
@@ -169,12 +168,6 @@ HELIX_RULES: dict[Any, Rule] = {
 }
 
 
-_c10d = torch.ops._c10d_functional
-
-
-WAIT = _c10d.wait_tensor.default
-
-
 PENDING = "pending"  # not a mesh axis: marks the layout that a value will have after its wait
 
 
@@ -248,11 +241,11 @@ def _unpack(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) ->
 
 
 LOWERED_RULES: dict[Any, Rule] = {
-    _c10d.all_reduce.default: _all_reduce,
-    _c10d.all_gather_into_tensor.default: _all_gather,
-    _c10d.reduce_scatter_tensor.default: _reduce_scatter,
-    _c10d.all_to_all_single.default: _all_to_all,
-    _c10d.wait_tensor.default: _wait,
+    ALL_REDUCE.target: _all_reduce,
+    ALL_GATHER.target: _all_gather,
+    REDUCE_SCATTER.target: _reduce_scatter,
+    ALL_TO_ALL.target: _all_to_all,
+    WAIT: _wait,
     helix.pack_heads.default: _pack,
     helix.unpack_heads.default: _unpack,
 }

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from helix_compile.ir.graph import helix_op
 from helix_compile.ir.stage import body_of
+from helix_compile.kernels.exchange import codec_of
 from helix_compile.plan.matches import AttentionMatch, Site
 from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerRun, attention_output
@@ -38,7 +39,7 @@ def check_attention(
     queries = [_query(attention, decode, v) for v in run.values]
     heads = attention.num_heads // layout.world_size
     pooled, norm, worst = 0.0, 0.0, (0.0, 0, 0, 0)
-    limit = ATTENTION[dtype]
+    limit = ATTENTION[dtype] + codec_of(scratch.compiled.plan.options).noise
     for rank, o in enumerate(owned):
         tpa = rank // layout.kvp
         first = rank * heads - tpa * layout.kvp * heads
@@ -58,7 +59,7 @@ def check_attention(
     rel = (pooled / norm) ** 0.5 if norm and pooled == pooled else float("inf")
     if rel <= limit:
         return []
-    culprit, family = _blame(run, attention, scratch, site, decode, limit)
+    culprit, family = _blame(run, attention, scratch, site, decode, ATTENTION[dtype])
     return [
         Finding(
             "HX402",

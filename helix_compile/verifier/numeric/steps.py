@@ -10,7 +10,9 @@ from torch import Tensor, fx
 
 from helix_compile.config.options import PAGE_SIZE
 from helix_compile.errors import HelixError
+from helix_compile.kernels.exchange import codec_of
 from helix_compile.passes.pipeline import STAGES
+from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.rank import params_of_stage
 from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.reference import EagerReference
@@ -23,6 +25,12 @@ LIMIT: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 RATIO = 1.25
+
+
+def limit_of(plan: HelixPlan) -> float | None:
+    """LIMIT of a plan's dtype, and what its exchange may add; None: by RATIO."""
+    limit = LIMIT.get(getattr(torch, plan.dtype))
+    return None if limit is None else limit + codec_of(plan.options).noise
 
 
 FLIPS = 0.05  # share of tokens that the rewrite alone may route otherwise in 16 bits, beyond the original's own
@@ -200,7 +208,8 @@ def run_scenario(
                 )
                 excluded |= newly
             kept = kept & ~excluded[:, None]
-            allowed = LIMIT[dtype] if limit is None else limit
+            allowed = limit_of(scratch.compiled.plan) if limit is None else limit
+            assert allowed is not None, "16 bits are compared with the original's own rounding, or by a limit"
             deviation, finding = _compare(logits[0], expected, kept, allowed, before, where, number)
             outcome.worst = max(outcome.worst, deviation)
             found += [finding] if finding else []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.errors import PassError
+from helix_compile.ir.collectives import WAIT
 from helix_compile.ir.graph import calls, input_ref, placeholders, source_line
 from helix_compile.ir.leaves import Leaf, is_leaf_call
 from helix_compile.ir.shapes import fake_mode_of, propagate_shapes
@@ -22,7 +23,7 @@ from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout, format_layout
 from helix_compile.passes.typing.aten_rules import require
 from helix_compile.passes.typing.check_layouts import Untyped, infer_layouts, step_layout, whole_on_whole
-from helix_compile.passes.typing.helix_rules import LOWERED_RULES, WAIT
+from helix_compile.passes.typing.helix_rules import LOWERED_RULES
 from helix_compile.verifier.report import Finding
 
 _CODE = {

@@ -19,8 +19,7 @@ import torch
 
 from helix_compile.kernels.mla import pointer as mla_pointer_decode
 from helix_compile.kernels.mla import tiles as mla_tiles
-from helix_compile.kernels.mla import tma as mla_tma_rows
-from helix_compile.kernels.mla import tma as mla_tma_transposed
+from helix_compile.kernels.mla import tma as mla_tma
 from helix_compile.kernels.mla.launch import decode_case
 from helix_compile.kernels.mla.tuning import POINTER, ROWS, TRANSPOSED, MlaConfig
 from tests.support.mla import mismatch, mla_inputs, run_form
@@ -75,8 +74,8 @@ MUTANTS = [
     ),
 ]
 FORMS: dict[str, tuple[MlaConfig, ModuleType, str]] = {
-    ROWS: (MlaConfig(ROWS, 16, 16, 4, 2, parts=2), mla_tma_rows, "mla_rows_kernel"),
-    TRANSPOSED: (MlaConfig(TRANSPOSED, 16, 16, 4, 2), mla_tma_transposed, "mla_transposed_kernel"),
+    ROWS: (MlaConfig(ROWS, 16, 16, 4, 2, parts=2), mla_tma, "mla_tma_kernel"),
+    TRANSPOSED: (MlaConfig(TRANSPOSED, 16, 16, 4, 2), mla_tma, "mla_tma_kernel"),
     POINTER: (MlaConfig(POINTER, 16, 16, 4, 2), mla_pointer_decode, "mla_pointer_kernel"),
 }
 

@@ -1,0 +1,119 @@
+"""Every op, stated once: its reference, whose signature is the schema, and what it makes of fake tensors.
+
+OPS["mla_decode"]            ir/ops.py registers it as helix::mla_decode, with the reference;
+                             a kernel file its launcher as helix_triton::mla_decode, with the same schema and fake
+OPS["mla_decode.scaled"]     a form of mla_decode, with more arguments behind its own: exists as a kernel only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helix_compile.kernels.exchange import CODECS, NATIVE, ExchangeCodec
+from helix_compile.kernels.reference import (
+    accumulation_dtype,
+    cache_append_reference,
+    gqa_decode_reference,
+    merge_lse_reference,
+    mla_decode_reference,
+    moe_experts_reference,
+    moe_router_reference,
+    rescale_by_lse_reference,
+    shard_index_reference,
+)
+from helix_compile.kernels.reference_fused import (
+    cache_append_norm_rope_reference,
+    mla_decode_scaled_reference,
+    pack_splits_reference,
+    rope_heads_reference,
+)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op.
+
+    Attributes:
+        name: "mla_decode"; of a form "mla_decode.scaled".
+        function: the torch reference; its typed signature is the op's.
+        fake: of the op's arguments, empty tensors such as its results.
+        mutates: arguments that it writes.
+        views: the schema behind the name where results are views of an argument, which a signature can't say.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    fake: Callable[..., Any]
+    mutates: tuple[str, ...] = ()
+    views: str = ""
+
+    @property
+    def schema(self) -> str:
+        """As torch.library takes it."""
+        inferred = torch.library.infer_schema(self.function, mutates_args=self.mutates)
+        # what an op takes as int is a constant of the graph, never a size that the graph leaves open
+        return self.name + (self.views or inferred.replace("SymInt ", "int "))
+
+
+def _partials(q: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    rows = q.shape[:3]
+    return q.new_empty((*rows, width)), q.new_empty(rows, dtype=accumulation_dtype(q.dtype))
+
+
+def _parts(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    peers, (B, T, H), width = int(buffer.shape[0]), lse.shape[:3], partial_o.shape[3]
+    chunk = (peers, B, T, H // peers)
+    return partial_o.new_empty((*chunk, width)), lse.new_empty(chunk)
+
+
+def _exchange(codec: ExchangeCodec) -> Iterator[Op]:
+    views = "(Tensor(a) buffer, Tensor partial_o, Tensor lse) -> (Tensor(a), Tensor(a))" if codec.views else ""
+    yield Op(codec.op("pack_heads"), codec.pack, codec.buffer)
+    yield Op(codec.op("unpack_heads"), codec.unpack, _parts, views=views)
+
+
+def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(visible, memory_format=torch.contiguous_format)
+
+
+HELIX_OPS = (
+    Op(
+        "shard_index",
+        shard_index_reference,
+        lambda positions, *_: (torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)),
+    ),
+    Op("cache_append", cache_append_reference, _appended, mutates=("cache",)),
+    Op("mla_decode", mla_decode_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
+    Op("gqa_decode", gqa_decode_reference, lambda q, k_cache, v_cache, *_: _partials(q, v_cache.shape[3])),
+    Op("merge_lse", merge_lse_reference, lambda partial_o_P, lse_P: partial_o_P.new_empty(partial_o_P.shape[1:])),
+    Op("rescale_by_lse", rescale_by_lse_reference, lambda partial_o, *_: torch.empty_like(partial_o)),
+    Op("moe_experts", moe_experts_reference, lambda x, *_: x.new_empty(x.shape)),
+    Op(
+        "moe_router",
+        moe_router_reference,
+        lambda logits, bias, n_group, topk_group, top_k, *_: (
+            logits.new_empty((logits.shape[0], top_k), dtype=torch.int64),
+            logits.new_empty((logits.shape[0], top_k)),
+        ),
+    ),
+    Op(
+        "rope_heads", rope_heads_reference, lambda q_rope, *_: q_rope.new_empty([q_rope.shape[d] for d in (0, 2, 1, 3)])
+    ),
+    *(op for codec in CODECS for op in _exchange(codec)),
+)
+
+
+# forms of these with more arguments, of which there are kernels only
+FORMS = (
+    Op("cache_append.norm_rope", cache_append_norm_rope_reference, _appended, mutates=("cache",)),
+    Op("mla_decode.scaled", mla_decode_scaled_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
+    Op("pack_heads.splits", pack_splits_reference, NATIVE.buffer),
+)
+
+
+OPS = {op.name: op for op in (*HELIX_OPS, *FORMS)}
