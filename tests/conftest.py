@@ -12,6 +12,18 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
+from helix_compile.capture import model as capture_model  # noqa: E402  Triton reads its variable before
+from tests.support.captures import remembered  # noqa: E402
+
+_REMEMBERED = remembered(capture_model._captured)
+
+
+@pytest.fixture(autouse=True)
+def shared_captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of one structure are captured once a process."""
+    if request.node.get_closest_marker("fresh_capture") is None:
+        monkeypatch.setattr(capture_model, "_captured", _REMEMBERED)
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

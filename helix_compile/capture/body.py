@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
@@ -59,48 +59,63 @@ class _Body(nn.Module):
 
 
 class _OpTrace(TorchDispatchMode):
-    """Writes down every aten op with shapes, constants and parameter names."""
+    """Writes down every aten op: where each input comes from, shapes, constants by value, parameters by name."""
 
     def __init__(self, names: dict[int, str]):
         super().__init__()
         self.names = names
         self.lines: list[str] = []
+        self._made: list[Tensor] = []  # held, or the id of one that is gone would be given to another
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        flat = pytree.tree_leaves((args, kwargs))
-        self.lines.append(f"{func} {[self._text(leaf) for leaf in flat]}")
-        return func(*args, **kwargs)
+        flat, form = pytree.tree_flatten((args, kwargs))
+        self.lines.append(f"{func} {form} {[self.text(leaf) for leaf in flat]}")
+        out = func(*args, **kwargs)
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf) not in self.names:
+                self.names[id(leaf)] = f"%{len(self._made)} "
+                self._made.append(leaf)
+        return out
 
-    def _text(self, leaf: Any) -> str:
-        if isinstance(leaf, Tensor):
-            return self.names.get(id(leaf), "") + f"{tuple(leaf.shape)}{leaf.dtype}"
-        return repr(leaf)
+    def text(self, leaf: Any) -> str:
+        """A tensor by who made it; one that nobody made is a constant, and goes by its value."""
+        if not isinstance(leaf, Tensor):
+            return repr(leaf)
+        name = self.names.get(id(leaf))
+        if name is None and not isinstance(leaf, FakeTensor) and leaf.device.type != "meta":
+            with unset_fake_temporarily():
+                stored: Any = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            name = hashlib.sha256(stored).hexdigest()
+        return f"{name}{tuple(leaf.shape)}{leaf.dtype}"
 
 
 def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, list[CachedSite]]:
     """Run `layer` once on fake tensors: its signature, and what each attention site caches.
 
-    The signature covers every aten op with its constants, so two layers share a body only if they compute the
-    same function of their parameters. (0.05 s a layer; a layer that can't be run so is a CaptureError.)
+    The signature is the whole dataflow: every aten op with its constants and where its inputs come from, what is
+    returned and what is cached. So two layers share a body only if they compute the same function of their parameters;
+    each is run with its own number and everything else that is its own. (0.06 s a layer; a layer that can't be run so
+    is a CaptureError.)
     """
     device = next(layer.parameters()).device
-    names = {id(t): n for n, t in (*layer.named_parameters(), *layer.named_buffers())}
-    trace = _OpTrace(names)
+    trace = _OpTrace({id(t): n for n, t in (*layer.named_parameters(), *layer.named_buffers())})
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with explained(f"{type(layer).__name__} can't be traced"), torch.no_grad(), fake, trace:
         hidden = example_like(call.hidden, device)
         others = [example_like(t, device) for t in call.others]
         cache = ConcatenatingCache(config, None, hidden.new_zeros(HINT_B, 1, HINT_S, 1))
         args, kwargs = call.rebuild(hidden, others, cache)
-        layer(*args, **kwargs)
+        out = layer(*args, **kwargs)
     bad = [tuple(t.shape) for pair in cache.new for t in pair if t.dim() != 4]
     if bad:
         raise CaptureError(
             f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; expected [B, heads, T, width]"
         )
     sites = [CachedSite(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in cache.new]
-    text = "\n".join([call.constants(), str(sites), *trace.lines])
+    hidden_out = out[0] if isinstance(out, tuple) else out
+    ends = [trace.text(t) for t in (hidden_out, *(t for pair in cache.new for t in pair))]
+    text = "\n".join([call.constants(), str(sites), *trace.lines, *ends])
     return hashlib.sha256(text.encode()).hexdigest(), sites
 
 

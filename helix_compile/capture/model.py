@@ -6,7 +6,7 @@ The graph around the layers: one call_module a layer, of its body or of the user
 from __future__ import annotations
 
 import operator
-import weakref
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from helix_compile.capture.body import capture_body, normalised_module, probe_layer
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
 from helix_compile.capture.checks import check_model, check_surroundings
-from helix_compile.capture.equal import EqualLayers, structure_key
 from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_around, export_whole, find_layers
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
 from helix_compile.capture.paths import check_paths
@@ -27,23 +26,17 @@ from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
 
-_MEMO: weakref.WeakKeyDictionary[nn.Module, dict[tuple, CapturedGraph]] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()  # torch.export patches what all threads share
 
 
 def capture(
-    model: nn.Module,
-    *,
-    whole: bool = False,
-    owner: nn.Module | None = None,
-    keep: Mapping[int, str] | None = None,
-    unmatched: str = "error",
+    model: nn.Module, *, whole: bool = False, keep: Mapping[int, str] | None = None, unmatched: str = "error"
 ) -> CapturedGraph:
     """Capture the decode step of `model`, which is left as it was.
 
     Args:
         model: a transformers causal language model in eval mode.
         whole: inline all layers in one body (slow; the cross-check of the per-layer mode).
-        owner: object the result is remembered for, by default `model` (a converted copy names its original).
         keep: layers that stay leaves though they could be captured, with the reason.
         unmatched: "keep" makes a leaf of a layer that can't be captured, too.
 
@@ -52,14 +45,15 @@ def capture(
     """
     check_surroundings()
     check_model(model)
-    memo = _MEMO.setdefault(owner if owner is not None else model, {})
-    kept = dict(keep or {})
-    key = (whole, unmatched, tuple(sorted(kept.items())), structure_key(model))
-    if key not in memo:
-        with _experts_as(model, _capturable_experts(model)):
-            captured = _capture_whole(model) if whole else _capture_layers(model, kept, unmatched == "keep")
-        memo[key] = replace(captured, model=None)
-    return replace(memo[key], graph=bind_leaves(memo[key].graph, model), model=model)
+    with _LOCK:
+        captured = _captured(model, whole, dict(keep or {}), unmatched)
+        return replace(captured, graph=bind_leaves(captured.graph, model), model=model)
+
+
+def _captured(model: nn.Module, whole: bool, keep: dict[int, str], unmatched: str) -> CapturedGraph:
+    """Nothing is remembered: what a model computes may hang on things that no key of ours would see."""
+    with _experts_as(model, _capturable_experts(model)):
+        return _capture_whole(model) if whole else _capture_layers(model, keep, unmatched == "keep")
 
 
 @contextmanager
@@ -116,13 +110,9 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
     by_signature: dict[tuple, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
     captured, leaves, caches = [], dict[int, str](), 0
-    equal = EqualLayers(lambda layer, call: _run_on_fakes(model, layer, call, -1).signature)
     for i, layer in enumerate(layers):
         try:
-            known = None if i in keep else equal.find(layer, calls[i])
-            found = known or _probe(model, layer, calls[i], i, keep)
-            if known is None and not found.leaf and not found.part:
-                equal.add(layer, calls[i], found)
+            found = _probe(model, layer, calls[i], i, keep)
             signature = (found.signature, *map(id, calls[i].masks))
             if not found.leaf and signature not in by_signature:
                 number = f"body_{len(bodies)}"

@@ -81,7 +81,7 @@ def _captured(
     check_model(model)
     if dtype is None or dtype == model.dtype:
         return capture(model, unmatched=unmatched)
-    return capture(converted_copy(model, dtype), owner=model, unmatched=unmatched)
+    return capture(converted_copy(model, dtype), unmatched=unmatched)
 
 
 def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from helix_compile.capture.checks import check_surroundings
-from helix_compile.capture.equal import structure_key
+from helix_compile.capture.structure import structure_key
 from helix_compile.compile import helix_compile
 from helix_compile.dynamo.check import GraphOutput, compared_outputs
 from helix_compile.dynamo.frame import CAPACITY, LENGTHS, Frame, layers_of_cache

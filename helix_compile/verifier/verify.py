@@ -123,7 +123,7 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     say("static: parameters, layouts, collectives")
     same = model if model.dtype == own_dtype else converted_copy(model, own_dtype)
     options = compiled.plan.options
-    captured, matches = match_model(capture(same, owner=model, unmatched=options.unmatched), options)
+    captured, matches = match_model(capture(same, unmatched=options.unmatched), options)
     typed = check.guarded("static", partial(_static, compiled, same, captured, matches, check))
     typed = typed or TypedGraph(compiled.graph)
     say("numeric: a deep copy of the original in float64")

@@ -235,14 +235,3 @@ def test_an_edit_of_the_graph_is_what_runs() -> None:
     merge.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
     body.recompile()
     assert not torch.allclose(compiled(ids), before)
-
-
-def test_the_memo_does_not_keep_a_hooked_model_alive() -> None:
-    """Accelerate's hooks leave a bound method in a module; a memo key that held it would hold the model."""
-    model = fresh_model()
-    model._old_forward = model.forward
-    helix_compile(model, cp=2, max_seq_len=64)
-    ref = weakref.ref(model)
-    del model
-    gc.collect()
-    assert ref() is None

@@ -1,0 +1,48 @@
+"""What the structure of a model is: a digest of configuration, constants and code, by which a changed model is told.
+
+It sees what stands in the modules themselves. What their code looks up elsewhere (a global, an object's attribute, a
+closure) it does not see, so nothing may be reused because two digests are equal; that they differ is a reason to refuse.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+OWN_NAMES = frozenset(vars(nn.Module()))  # of every module; what of these matters is compared below
+
+
+def structure_key(model: PreTrainedModel) -> tuple:
+    """Shapes, dtypes, configuration, constants, hooks and code of every module, not weights."""
+    shapes = tuple((n, tuple(p.shape), p.dtype, p.device) for n, p in model.named_parameters())
+    config = model.config
+    implementations = (config._attn_implementation, getattr(config, "_experts_implementation", None))
+    modules = tuple((name, _constants_and_code(m)) for name, m in model.named_modules())
+    return shapes, implementations, repr(config.to_dict()), modules
+
+
+def _constants_and_code(module: nn.Module) -> tuple:
+    """Plain attributes, hooks, and the functions of the class and of the instance (someone may have patched one)."""
+    plain = {k: v for k, v in vars(module).items() if k not in OWN_NAMES and _is_plain(v)}
+    tensors = [
+        (k, v.data_ptr(), v._version, tuple(v.shape)) for k, v in vars(module).items() if isinstance(v, torch.Tensor)
+    ]
+    # handles count up and are never used twice, so they name a set of hooks without holding what hooks close over
+    hooks = (tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
+    # a bound method's function alone: the method would keep the model alive through its own memo
+    patched = [(k, getattr(v, "__func__", v)) for k, v in vars(module).items() if inspect.isroutine(v)]
+    code = [(k, v) for k, v in vars(type(module)).items() if inspect.isroutine(v)]
+    return type(module), repr(plain), tuple(tensors), hooks, tuple(patched), tuple(code)
+
+
+def _is_plain(value: Any) -> bool:
+    """A value whose repr says all there is to say."""
+    if isinstance(value, dict):
+        return all(_is_plain(k) and _is_plain(v) for k, v in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
