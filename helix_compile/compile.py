@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from helix_compile.capture.captured import CapturedGraph
-from helix_compile.capture.model import capture
+from helix_compile.capture.model import CAPTURING, capture
 from helix_compile.capture.source import captured_from, device_of, device_of_input
 from helix_compile.config.options import HelixOptions, takes_options
 from helix_compile.errors import CaptureError
@@ -76,18 +76,19 @@ def helix_compile(
     assert options is not None  # takes_options makes them of the keywords
     if isinstance(model, HelixModule):
         raise CaptureError("this model is already compiled by helix_compile; pass the original model")
-    place = device_for(device, world)
-    with errors_told(world, options.cp, options.tpa, place or device_of_input(model)):
-        planned = plan_model(captured_from(model, dtype, place, options.unmatched), options)
-    opened = open_world(HelixMesh(planned.plan.layout), world, place or device_of(planned.captured))
-    trace_plan(planned.plan)
-    facts = facts_of(planned.captured, planned.matches, planned.plan, place, opened)
-    dump = os.environ.get("HELIX_DUMP") if opened.is_leader else None
-    stages = rewrite_model(planned, target_for(options.lower, facts.device), dump_to(Path(dump) if dump else None))
-    lowered = stages[LOWERED.stage]
-    opened.start(claims_of(planned.plan, lowered, facts))
-    ranks = build_ranks(planned.plan, lowered, facts, opened)
-    return HelixModule(planned.plan, stages, ranks, opened, facts)
+    with CAPTURING:  # torch.export and fake modes patch what all threads share
+        place = device_for(device, world)
+        with errors_told(world, options.cp, options.tpa, place or device_of_input(model)):
+            planned = plan_model(captured_from(model, dtype, place, options.unmatched), options)
+        opened = open_world(HelixMesh(planned.plan.layout), world, place or device_of(planned.captured))
+        trace_plan(planned.plan)
+        facts = facts_of(planned.captured, planned.matches, planned.plan, place, opened)
+        dump = os.environ.get("HELIX_DUMP") if opened.is_leader else None
+        stages = rewrite_model(planned, target_for(options.lower, facts.device), dump_to(Path(dump) if dump else None))
+        lowered = stages[LOWERED.stage]
+        opened.start(claims_of(planned.plan, lowered, facts))
+        ranks = build_ranks(planned.plan, lowered, facts, opened)
+        return HelixModule(planned.plan, stages, ranks, opened, facts)
 
 
 @dataclass(frozen=True)

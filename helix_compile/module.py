@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,33 @@ _FIXED = (
 )
 
 
+def _refuse_tracing() -> None:
+    """A step reads and moves the ledger on the host: a trace of it would hold one step's numbers."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise HelixError(
+            "a HelixModule can't be traced or exported (torch.jit.trace, torch.export, torch.onnx.export): its step keeps a "
+            "cache and lengths that a trace would freeze; compiled.graph and its bodies are the graphs, save() keeps them"
+        )
+
+
+def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
+    """One thread at a time: a module has one batch, one ledger and one cache a rank. The thread itself may come again."""
+
+    @wraps(method)
+    def run(self: HelixModule, *args: Any, **kwargs: Any) -> Any:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeFault(
+                f"{method.__name__}: another thread is using this module, which has one batch and one cache; let threads "
+                "take turns, or give each a module of its own: helix_compile(model, ...) again shares the weights"
+            )
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._lock.release()
+
+    return run
+
+
 class HelixModule(nn.Module):
     """A model's decode step, rewritten for Helix parallelism. Made by helix_compile() or load().
 
@@ -43,6 +73,7 @@ class HelixModule(nn.Module):
     stages: dict[str, fx.GraphModule]
     ranks: list[Rank]
     _facts: ModelFacts
+    _lock: threading.RLock
 
     def __init__(
         self, plan: HelixPlan, stages: dict[str, fx.GraphModule], ranks: list[Rank], world: World, facts: ModelFacts
@@ -53,6 +84,7 @@ class HelixModule(nn.Module):
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "ranks", ranks)
         object.__setattr__(self, "_facts", facts)
+        object.__setattr__(self, "_lock", threading.RLock())
         self.device = facts.device
         self._ledger = Ledger(plan.options, plan.layout.kvp, facts.device)
         self.train(False)
@@ -77,6 +109,7 @@ class HelixModule(nn.Module):
         """[B] int64: tokens of each sequence on all ranks together; empty before the first step. Read only."""
         return torch.tensor(self._ledger.lengths, dtype=torch.int64)
 
+    @_alone
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0) -> Tensor:
         """Append input_ids [B, T] to each sequence's cache; logits [B, T, vocab].
 
@@ -89,9 +122,11 @@ class HelixModule(nn.Module):
         Raises:
             RuntimeFault: what a step may not be; nothing was written then.
         """
+        _refuse_tracing()
         params = [dict(r.params) for r in self.ranks]
         return run_step(self, self._ledger, self.graph, params, input_ids, attention_mask, logits_to_keep)
 
+    @_alone
     def run_stage(self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """A step by an earlier stage ("attention" and later) on the same cache; see forward().
 
@@ -109,6 +144,7 @@ class HelixModule(nn.Module):
         params = [params_of_rank(self.plan, stage, self._facts, self.world, r.rank) for r in self.ranks]
         return run_step(self, self._ledger, lowered_copy(stage), params, input_ids, attention_mask)
 
+    @_alone
     def reset(self, rows: list[int] | None = None) -> None:
         """Empty the cache; with `rows`, only these sequences, and the others go on."""
         if rows is None:
@@ -119,6 +155,7 @@ class HelixModule(nn.Module):
             self._ledger.lengths[row] = 0
         clear_leaves(self.ranks, rows)
 
+    @_alone
     def import_cache(
         self,
         latents: list[Tensor] | DynamicCache,
@@ -156,6 +193,7 @@ class HelixModule(nn.Module):
                     self._ledger.write_sequence(cache, row, mine, kvp_rank, held[row])
         self._ledger.advance([len(tokens) for tokens in entries[0]])
 
+    @_alone
     def export_cache(self) -> CacheEntries:
         """The batch's cache, gathered from the shards: (latents, k_ropes, lengths), which import_cache(*...) takes.
 
@@ -165,6 +203,7 @@ class HelixModule(nn.Module):
         refuse_leaves(self.ranks, self.graph, "export_cache")
         return entries_to_export(self._ledger, self._caches(), self.plan.layout, self._facts.caches)
 
+    @_alone
     def export_shards(self) -> list[CacheShard]:
         """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them."""
         refuse_leaves(self.ranks, self.graph, "export_shards")
@@ -176,6 +215,7 @@ class HelixModule(nn.Module):
             raise RuntimeFault("export: the model is on the meta device: its cache has no values")
         return {rank.rank: rank.cache for rank in self.ranks}
 
+    @_alone
     def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Generate by transformers' own loop; starts with reset(). See generation.py for what is refused."""
         from helix_compile.runtime.generation import generate  # transformers' generation code is slow to import
@@ -212,6 +252,7 @@ class HelixModule(nn.Module):
                 raise HelixError(f"no stage {name!r}; this module has {', '.join(self.stages)}")
         return stage_diff(self.stages, before, after)
 
+    @_alone
     def save(self, folder: str | Path) -> None:
         """Write plan, graphs and each rank's weights; load() gives a module with bitwise equal results.
 
@@ -224,6 +265,7 @@ class HelixModule(nn.Module):
         """Read what save() wrote, in any world; `device` and `world` as in helix_compile()."""
         return HelixModule(*load_parts(Path(folder), device, world))
 
+    @_alone
     def truncate(self, lengths: int | list[int] | Tensor) -> None:
         """Take back the last tokens of each sequence (rejected drafts); what comes next is as if they had never been.
 
@@ -235,6 +277,20 @@ class HelixModule(nn.Module):
         """
         refuse_leaves(self.ranks, self.graph, "truncate")
         self._ledger.lengths = checked_lengths(lengths, self._ledger.lengths)
+
+    def __deepcopy__(self, memo: Any) -> HelixModule:
+        """Refused: a copy would share ranks, world and cache in ways that nobody asked for."""
+        raise HelixError(
+            "copy.deepcopy of a HelixModule is refused; helix_compile(model, ...) again makes one with a cache of its own on "
+            "the same weights, save() and HelixModule.load() one with its own weights"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: pickle, torch.save and copy.copy end here."""
+        raise HelixError(
+            "a HelixModule is not pickled (pickle, torch.save, copy.copy): save(folder) writes plan, graphs and weights as "
+            "plain data, and HelixModule.load(folder) reads them in any world"
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: graphs are captured for one dtype and device."""

@@ -26,7 +26,7 @@ from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
 
-_LOCK = threading.RLock()  # torch.export patches what all threads share
+CAPTURING = threading.RLock()  # torch.export patches what all threads share
 
 
 def capture(
@@ -45,7 +45,7 @@ def capture(
     """
     check_surroundings()
     check_model(model)
-    with _LOCK:
+    with CAPTURING:
         captured = _captured(model, whole, dict(keep or {}), unmatched)
         return replace(captured, graph=bind_leaves(captured.graph, model), model=model)
 
