@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from helix_compile.ir.dataflow import ancestors
 from helix_compile.ir.graph import helix_op, input_ref
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.matches import LayerMatch, permuted
@@ -188,12 +189,7 @@ def _unpadded(value: Tensor, mask: Tensor) -> Tensor:
 
 def _between(node: fx.Node, good: set[fx.Node]) -> list[fx.Node]:
     """The node and those before it, back to values that agree; in order of the graph."""
-    found, todo = {node}, [n for n in node.all_input_nodes if n not in good]
-    while todo:
-        current = todo.pop()
-        if current not in found:
-            found.add(current)
-            todo += [n for n in current.all_input_nodes if n not in good]
+    found = ancestors([node], until=good)
     return [n for n in node.graph.nodes if n in found][-8:]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from helix_compile.ir.dataflow import ancestors
+from helix_compile.ir.dataflow import ancestors, follow
 from helix_compile.ir.graph import helix_op
 from helix_compile.ir.stage import bodies_of
 from helix_compile.layout.degrees import HelixLayout
@@ -97,8 +97,9 @@ def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
     Where unpack_heads takes shape and dtype from elsewhere (a fused pack reads the parts of splits), whole_o
     stands for that.
     """
-    merges = [n for n in graph.nodes if helix_op(n) == "merge_lse"]
-    merge = next((m for m in merges if pack in ancestors([m], until=())), None)
+    behind = set(follow([pack], lambda n: n.users))
+    in_order = [n for n in graph.nodes if n in behind]
+    merge = next((n for n in in_order if helix_op(n) == "merge_lse"), None)
     if merge is None:
         return None
     copy = fx.Graph()
@@ -106,14 +107,14 @@ def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
     for operand, name in zip(pack.args[:2], ("partial_o", "lse"), strict=True):
         assert isinstance(operand, fx.Node)
         env[operand] = copy.placeholder(name)
-    unpack = next((n for n in graph.nodes if helix_op(n) == "unpack_heads" and pack in ancestors([n], until=())), None)
+    unpack = next((n for n in in_order if helix_op(n) == "unpack_heads"), None)
     likes = unpack.args[1:2] if unpack is not None else ()
     for operand in likes:
         if isinstance(operand, fx.Node) and operand not in env:
             env[operand] = copy.placeholder("whole_o")
-    inside = {n for n in ancestors([merge], until=()) if pack in ancestors([n], until=())} | {pack, merge}
-    for node in graph.nodes:
-        if node in inside:
+    before = ancestors([merge])
+    for node in in_order:
+        if node in before:
             env[node] = copy.node_copy(node, lambda n: env[n])
     copy.output(env[merge])
     return fx.GraphModule(torch.nn.Module(), copy)
