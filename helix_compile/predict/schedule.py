@@ -77,8 +77,8 @@ def critical_path(graph: fx.Graph, cost: Mapping[str, float], thread: Thread | N
     """
     view = to_networkx(graph)
     queues: dict[str | None, list[str]] = {}
-    for node in graph.nodes if thread else ():
-        queues.setdefault(thread(node), []).append(node.name)
+    for node in graph.nodes:
+        queues.setdefault(thread(node) if thread else None, []).append(node.name)
     queues.pop(None, None)
     for queue in queues.values():
         view.add_edges_from(pairwise(queue))

@@ -155,7 +155,6 @@ class RecordingInterpreter(fx.Interpreter):
         body = self.module.get_submodule(str(target))
         if isinstance(body, Leaf):
             return super().call_module(target, args, kwargs)
-        assert isinstance(body, fx.GraphModule)
         inner = RecordingInterpreter(body, self.record, f"{self.path}{self.calling}.")
         return inner.run(*args, **kwargs)
 
