@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -174,7 +175,4 @@ def _whole(shape: tuple[int, ...]) -> ShardBoxes:
 
 
 def _elements(box: Box) -> int:
-    count = 1
-    for start, stop in box.source:
-        count *= stop - start
-    return count
+    return math.prod(stop - start for start, stop in box.source)

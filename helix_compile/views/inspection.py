@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ class Inspection:
         }
         with StagedFiles(folder, "inspection") as files:
             for name, text in texts.items():
-                files.write(name, partial(_write_text, text))
+                files.write_text(name, text if text.endswith("\n") else f"{text}\n")
             return files.move()
 
     def _trace(self) -> str:
@@ -110,10 +109,6 @@ class Inspection:
                 files[f"{number}_{stage}.diff"] = stage_diff(self.stages, before, stage)
             before = stage
         return files
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
 
 
 def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspection:
