@@ -19,8 +19,6 @@ from helix_compile.plan.helix_plan import ParamShard
 from helix_compile.plan.shard import Box, Range, ShardBoxes, shard_boxes
 
 _FP8_ROWS = 128  # widened at a time: what is held beside the shard stays small
-
-
 _Key = tuple[str, tuple[int, ...], ShardBoxes]
 
 

@@ -42,11 +42,7 @@ from helix_compile.worlds.groups import local_device
 from helix_compile.worlds.world import World, is_distributed, open_world
 
 SAVED_STAGES = ("ffn", "lowered")
-
-
 _VERSION = 2
-
-
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError)
 
 

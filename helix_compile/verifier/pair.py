@@ -41,8 +41,6 @@ from helix_compile.verifier.static.graph import TypedGraph, malformed, type_grap
 
 # largest deviation over the largest logit; in 16 bits both sides round, each by about 1e-2
 PAIR_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
-
-
 FIRST, SECOND = "first module", "second module"
 
 

@@ -52,7 +52,6 @@ CODES: dict[str, str] = {
     "HX503": "the original model can't run",
 }
 
-
 # the bug families of served systems that a finding may point to
 FAMILIES: dict[int, str] = {
     0: "unknown",

@@ -26,8 +26,6 @@ _KEY_OPS = frozenset(
         aten._grouped_mm.default,
     }
 )
-
-
 _NAMESPACES = ("helix.", "_c10d_functional.", "transformers.")
 
 

@@ -13,22 +13,11 @@ from helix_compile.views.graph_view import EdgeView, GraphView, NodeView
 from helix_compile.views.lanes import TRACKS, Lanes, place
 
 NODE_WIDTH, NODE_HEIGHT, ROW = 212, 38, 68
-
-
 LANE_GAP, TRACK_WIDTH, MARGIN = 18, 15, 12
-
-
 PORT = 80  # how far from the middle of a box a line from the side enters
-
-
 CROSSING = 20  # where in a gap between rows lines run sideways
-
-
 LETTER = 5.8  # width of a letter of an edge label
-
-
 TITLE_LETTER, SMALL_LETTER = 6.9, 5.6
-
 
 LIGHT = """
 text { font-family: ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-serif; fill: #1c1f23; }

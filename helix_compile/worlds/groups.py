@@ -21,8 +21,6 @@ from helix_compile.errors import LayoutError, LoweringUnavailable, PlanError
 from helix_compile.layout.degrees import HelixMesh
 
 AXES_OF_GRAPHS = ("kvp", "tpa", "world")
-
-
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

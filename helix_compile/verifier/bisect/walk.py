@@ -25,7 +25,6 @@ from helix_compile.verifier.report import Finding
 # a value may be this far from its fp64 twin (rel-RMSE) before it counts as wrong, noise of earlier ops included
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
-
 Compare = Callable[[fx.Node], tuple[float, int] | None]  # how far a node's value is off, and on which rank
 
 

@@ -15,20 +15,10 @@ from helix_compile.ir.stage import bodies_of, graphs_of, nodes_of
 from helix_compile.module import HelixModule
 
 c10d = torch.ops._c10d_functional
-
-
 WAIT = c10d.wait_tensor.default
-
-
 A2A: dict[str, Any] = {"cp": 4, "tokens_per_block": 4, "max_seq_len": 1024}
-
-
 MIXED: dict[str, Any] = {"cp": 2, "tpa": 2, "tokens_per_block": 4, "max_seq_len": 1024}
-
-
 EXPERT: dict[str, Any] = {**A2A, "ep": 2}
-
-
 FFN = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 
 
@@ -52,8 +42,6 @@ class Mutant:
 
 
 CATALOGUE: list[Mutant] = []  # made on a model with MLA
-
-
 # faults that only grouped-query attention can have, made on a model with it
 GQA_CATALOGUE: list[Mutant] = []
 

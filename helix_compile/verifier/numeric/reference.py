@@ -55,8 +55,6 @@ class WidenedIslands(TorchDispatchMode):
 
 
 CHUNK_TOKENS = 256  # long steps are cut so that scores [B, H, T, S] stay small
-
-
 Edits = Mapping[str, Callable[[Tensor], Tensor]]
 
 

@@ -22,8 +22,6 @@ from helix_compile.verifier.report import Coverage, Finding, fault, numeric_find
 
 # largest deviation over the largest value; None: pooled rel-RMSE at most RATIO times the original's own
 LIMIT: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
 RATIO = 1.25
 
 
@@ -34,11 +32,7 @@ def limit_of(plan: HelixPlan) -> float | None:
 
 
 FLIPS = 0.05  # share of tokens that the rewrite alone may route otherwise in 16 bits, beyond the original's own
-
-
 DECODE = (1, 1, 3, 1, 4, 1)
-
-
 FLOPS = 5e10  # of the fp64 reference in one draw of a scenario; the prompts of a large model are cut to this
 
 

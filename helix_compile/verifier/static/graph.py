@@ -32,8 +32,6 @@ _CODE = {
     "collective": ("HX105", 10),
     "unknown": ("HX103", 0),
 }
-
-
 COLLECTIVES = tuple(t for t in LOWERED_RULES if "_c10d_functional" in str(t) and t is not WAIT)
 
 
