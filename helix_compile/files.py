@@ -71,6 +71,10 @@ class StagedFiles:
                 os.close(descriptor)
         self._names.append(name)
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write one file of text; raises as write() does."""
+        self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
+
     def move(self) -> list[Path]:
         """Put the files in their places, in the order in which they were written; they replace what is there.
 

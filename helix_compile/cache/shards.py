@@ -66,6 +66,11 @@ def positions_of_sender(
     return torch.cat([prompt, prompt_length + decoded])
 
 
+def positions_of_rows(rows: list[Tensor]) -> Tensor:
+    """Positions [B, s] of rows of several lengths; -1 where a row has no token."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
 def shards_of_sender(
     latents: Sequence[list[Tensor]],
     k_ropes: Sequence[list[Tensor]],
@@ -106,10 +111,7 @@ def shards_of_sender(
         columns = max(map(len, held))
         for name, tensors in (("latents", latents[rank]), ("k_ropes", k_ropes[rank])):
             _check_columns(f"shards_of_sender: rank {rank} {name}", tensors, len(lengths), columns, rotation)
-        positions = torch.full((len(lengths), columns), -1, dtype=torch.int64)
-        for row, places in enumerate(held):
-            positions[row, : len(places)] = places
-        shards.append(CacheShard(rank, latents[rank], k_ropes[rank], positions, torch.tensor(lengths)))
+        shards.append(CacheShard(rank, latents[rank], k_ropes[rank], positions_of_rows(held), torch.tensor(lengths)))
     return shards
 
 

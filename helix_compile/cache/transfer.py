@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from helix_compile.cache.pages import Ledger
-from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards
+from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards, positions_of_rows
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import RuntimeFault
 from helix_compile.layout.degrees import HelixLayout
@@ -76,9 +76,7 @@ def shards_to_export(
     shards: dict[int, CacheShard] = {}
     for cp_rank in sorted({layout.index("kvp", rank) for rank in caches}):
         held = [positions_on_rank(length, cp_rank, layout.kvp, tokens_per_block) for length in ledger.lengths]
-        positions = torch.full((len(held), max(map(len, held))), -1, dtype=torch.int64)
-        for row, mine in enumerate(held):
-            positions[row, : len(mine)] = mine
+        positions = positions_of_rows(held)
         latents, k_ropes = [], []
         for site, kind in enumerate(kinds):
             parts = []

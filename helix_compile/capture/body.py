@@ -210,8 +210,6 @@ def _reorder(graph: fx.Graph, named: list[tuple[fx.Node, str]]) -> None:
 
 
 _aten = torch.ops.aten
-
-
 _CHECKS = frozenset(
     {
         _aten._assert_tensor_metadata.default,

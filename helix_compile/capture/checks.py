@@ -18,15 +18,11 @@ from torch import nn
 from helix_compile.errors import CaptureError, HelixError, MatchError
 
 _BRANCH = "the model branches on data; a graph holds one branch only"
-
-
 _SIZES = {
     r"L\['(hidden|input_ids)'\]\.size\(\)\[0\]": "B",
     r"L\['(hidden|input_ids)'\]\.size\(\)\[1\]": "T",
     r"L\['pasts'\]\[\d+\]\.size\(\)\[2\]": "S",
 }
-
-
 _HINTS = {"GuardOnDataDependentSymNode": _BRANCH, "DataDependentOutputException": _BRANCH}
 
 

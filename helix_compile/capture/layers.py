@@ -30,7 +30,6 @@ from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
 
 BATCH, TOKENS, PAST = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
 
-
 _CACHE_ARGUMENT = "past_key_values"
 
 

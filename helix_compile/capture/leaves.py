@@ -21,6 +21,7 @@ from helix_compile.capture.body import CachedSite, example_like, probe_layer
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.errors import CaptureError
+from helix_compile.ir.dataflow import ancestors
 from helix_compile.ir.graph import add_input, calls, input_named, input_ref
 from helix_compile.ir.leaves import LayerCall, Leaf, LeafLayer, LeafPart, leaves_of, record_call
 from helix_compile.ir.sizes import HINT_B, HINT_S, hint_of
@@ -211,12 +212,7 @@ def insert_layer(
 
 def _arguments(others: list[fx.Node], name: str) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Graph of a leaf layer's other tensors, and the weights of the outer graph that it reads."""
-    needed, todo = set(others), list(others)
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source not in needed:
-                needed.add(source)
-                todo.append(source)
+    needed = ancestors(others)
     copy, mapping, weights = fx.Graph(), dict[fx.Node, fx.Node](), list[fx.Node]()
     outer = others[0].graph.nodes if others else ()
     for node in (n for n in outer if n in needed):

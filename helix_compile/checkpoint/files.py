@@ -14,8 +14,6 @@ from torch import Tensor
 from helix_compile.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
 # safetensors' names of the dtypes that weights may be stored in
 FLOATS = {
     "F64": torch.float64,
@@ -25,11 +23,7 @@ FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-
 FP8 = ("F8_E4M3", "F8_E5M2")
-
-
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

@@ -27,8 +27,6 @@ from helix_compile.checkpoint.files import FLOATS, FP8, Stored
 from helix_compile.errors import CheckpointError
 
 SCALE = "_scale_inv"
-
-
 _LISTED = 20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +19,6 @@ from helix_compile.plan.helix_plan import ParamShard
 from helix_compile.plan.shard import Box, Range, ShardBoxes, shard_boxes
 
 _FP8_ROWS = 128  # widened at a time: what is held beside the shard stays small
-
-
 _Key = tuple[str, tuple[int, ...], ShardBoxes]
 
 
@@ -174,7 +173,4 @@ def _whole(shape: tuple[int, ...]) -> ShardBoxes:
 
 
 def _elements(box: Box) -> int:
-    count = 1
-    for start, stop in box.source:
-        count *= stop - start
-    return count
+    return math.prod(stop - start for start, stop in box.source)

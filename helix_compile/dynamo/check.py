@@ -33,8 +33,6 @@ from helix_compile.errors import CaptureError
 from helix_compile.ir.graph import source_line
 
 _FIELDS = (*LATENTS, "cumulative_length")
-
-
 _WINDOW = "_sliding_window_tensor"  # the window of a DynamicSlidingWindowLayer once more
 
 

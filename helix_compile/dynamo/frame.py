@@ -21,20 +21,10 @@ from transformers import PreTrainedModel
 from helix_compile.errors import CaptureError
 
 CALL_TENSORS = ("input_ids", "attention_mask", "position_ids")
-
-
 _SUPPORTED = {*CALL_TENSORS, "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
-
-
 LENGTHS = ("cumulative_length", "cumulative_length_int")  # where a layer of a cache counts
-
-
 CAPACITY = "max_cache_len"
-
-
 _CACHE = re.compile(r".*\.layers\[(\d+)\]\.(\w+(?:\[\d+\])?)$")
-
-
 _ALONE = "compile the causal language model itself: torch.compile(model, backend='helix', fullgraph=True)"
 
 

@@ -23,6 +23,7 @@ from helix_compile.dynamo.user_state import (
     stand_in,
 )
 from helix_compile.errors import RuntimeFault
+from helix_compile.ir.dataflow import follow
 from helix_compile.ir.graph import aten, input_named, is_call
 from helix_compile.module import HelixModule
 from helix_compile.runtime.step import check_ids, checked_mask
@@ -287,14 +288,6 @@ def _positions_rotate_only(module: HelixModule) -> bool:
     """True if positions reach the layers through cos and sin alone: then a shift of a whole row changes nothing."""
     graph = module.stages["attention"].graph
     start = input_named(graph, "input", "positions")
-    todo = [n for n in start.users if is_call(n, aten.clamp.default)]
-    seen = set(todo)
-    while todo:
-        for user in todo.pop().users:
-            if is_call(user, *_ROTATION) or user in seen:
-                continue
-            if user.op in ("call_module", "output"):
-                return False
-            seen.add(user)
-            todo.append(user)
-    return True
+    clamped = [n for n in start.users if is_call(n, aten.clamp.default)]
+    reached = follow(clamped, lambda n: [u for u in n.users if not is_call(u, *_ROTATION)])
+    return not any(n.op in ("call_module", "output") for n in reached)

@@ -19,14 +19,8 @@ from torch import Tensor, nn
 from helix_compile.errors import RuntimeFault
 
 Key = tuple[int, str]  # layer, field
-
-
 LATENTS = ("keys", "values")  # the fields that a step fills
-
-
 STATES = ("conv_states", "recurrent_states")  # of linear attention, which stays a leaf: its own states are on the ranks
-
-
 _START_OVER = "to start over pass a new cache"
 
 

@@ -8,7 +8,7 @@ Run a piece of a captured graph on concrete tensors: how masks and query heads a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,17 +47,22 @@ def _carries(node: fx.Node) -> bool:
     return any(_carries(n) for n in inputs)
 
 
-def ancestors(results: Collection[fx.Node], until: Collection[fx.Node]) -> set[fx.Node]:
-    """Everything that `results` are computed from, up to and without `until`; the results included."""
-    found: set[fx.Node] = set()
-    todo = list(results)
+def follow(start: Iterable[fx.Node], towards: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """Every node that steps `towards` lead to, `start` included; each once."""
+    todo = list(start)
+    seen = set(todo)
     while todo:
         node = todo.pop()
-        if node in found or node in until:
-            continue
-        found.add(node)
-        todo.extend(node.all_input_nodes)
-    return found
+        yield node
+        fresh = [n for n in towards(node) if n not in seen]
+        seen.update(fresh)
+        todo += fresh
+
+
+def ancestors(results: Iterable[fx.Node], until: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Everything that `results` are computed from, up to and without `until`; the results included."""
+    wanted = (n for n in results if n not in until)
+    return set(follow(wanted, lambda node: (n for n in node.all_input_nodes if n not in until)))
 
 
 def constants(nodes: Collection[fx.Node]) -> list[float]:

@@ -53,8 +53,6 @@ _MOVES = frozenset(
         operator.getitem,
     }
 )
-
-
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 

@@ -19,14 +19,8 @@ from torch import fx
 from helix_compile.ir.graph import source_line
 
 STAGE, ORIGIN, VIA, SOURCE = "helix_stage", "helix_origin", "helix_via", "helix_source"
-
-
 PROVENANCE_KEYS = (STAGE, ORIGIN, VIA, SOURCE)
-
-
 CAPTURED = "captured"
-
-
 Neighbours = Callable[[fx.Node], list[fx.Node]]
 
 

@@ -19,11 +19,7 @@ from functools import cached_property
 from helix_compile.errors import LayoutError
 
 ATTENTION_AXES = ("tpa", "kvp")
-
-
 FFN_AXES = ("ep", "tpf")
-
-
 AXES = (*ATTENTION_AXES, *FFN_AXES, "world")
 
 

@@ -34,8 +34,6 @@ _COPIES = frozenset(
         aten.contiguous.default,
     }
 )
-
-
 _MATMULS = frozenset(
     {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.linear.default, aten._grouped_mm.default}
 )

@@ -76,8 +76,11 @@ def critical_path(graph: fx.Graph, cost: Mapping[str, float], thread: Thread | N
             queue). Without it only dataflow orders nodes, so that slack is what overlap could hide at best.
     """
     view = to_networkx(graph)
-    for name in queue_names(graph, thread) if thread else ():
-        queue = [n.name for n in graph.nodes if thread is not None and thread(n) == name]
+    queues: dict[str | None, list[str]] = {}
+    for node in graph.nodes:
+        queues.setdefault(thread(node) if thread else None, []).append(node.name)
+    queues.pop(None, None)
+    for queue in queues.values():
         view.add_edges_from(pairwise(queue))
     order = list(nx.topological_sort(view))
     finish: dict[str, float] = {}
@@ -95,12 +98,6 @@ def critical_path(graph: fx.Graph, cost: Mapping[str, float], thread: Thread | N
         slack={name: max(0.0, latest[name] - finish[name]) for name in order},
         collectives=tuple(n.name for n in graph.nodes if is_collective(n)),
     )
-
-
-def queue_names(graph: fx.Graph, thread: Thread) -> list[str]:
-    """Names of the queues that run some node."""
-    names = (thread(n) for n in graph.nodes)
-    return [name for name in dict.fromkeys(names) if name is not None]
 
 
 def _longest(view: nx.DiGraph, finish: dict[str, float], cost: Mapping[str, float]) -> tuple[str, ...]:

@@ -26,8 +26,6 @@ from helix_compile.runtime.drafts import CroppedCache, check_drafts, within_room
 from helix_compile.runtime.step import check_ids, checked_mask
 
 _GUIDANCE = "classifier-free guidance steps the model a second time with a cache of its own"
-
-
 REFUSED_ARGUMENTS = {
     "past_key_values": "the sharded cache belongs to the compiled module",
     "inputs_embeds": "the compiled graph starts at input_ids",
@@ -37,11 +35,7 @@ REFUSED_ARGUMENTS = {
     "negative_prompt_ids": _GUIDANCE,
     "synced_gpus": "all ranks take the same steps by construction",
 }
-
-
 _INNER = "the compiled step returns logits only"
-
-
 REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((None, 1), "beam search reorders sequences between steps; the sharded cache can't follow"),
     "num_beam_groups": ((None, 1), "beam search reorders sequences between steps"),

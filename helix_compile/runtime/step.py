@@ -19,8 +19,6 @@ from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import Rank
 
 SCORE_TOKENS = 2**22  # (sequences x tokens x context) of one chunk; bounds what a long step holds at a time
-
-
 MAX_CHUNK = 512
 
 

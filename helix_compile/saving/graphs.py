@@ -22,16 +22,10 @@ from helix_compile.ir.shapes import propagate_shapes
 from helix_compile.ir.sizes import HINT_B, HINT_T, hint_of
 
 _NAMESPACES = ("aten", "helix", "helix_triton", "_c10d_functional")
-
-
 _OPERATORS = {
     f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 }
-
-
 _KEPT_META = ("input", "sharded", "layer", "step", "kernel", *PROVENANCE_KEYS)
-
-
 _HINTS = {"B": HINT_B, "T": HINT_T}
 
 

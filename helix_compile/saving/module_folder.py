@@ -42,11 +42,7 @@ from helix_compile.worlds.groups import local_device
 from helix_compile.worlds.world import World, is_distributed, open_world
 
 SAVED_STAGES = ("ffn", "lowered")
-
-
 _VERSION = 2
-
-
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError)
 
 
@@ -113,11 +109,7 @@ def _write(compiled: CompiledModule, files: StagedFiles, weights: SavedWeights, 
         "plan.json": compiled.plan.to_json(),
     }  # plan.json last: its presence says "complete"
     for name, text in texts.items():
-        files.write(name, partial(_write_text, text))
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text)
+        files.write_text(name, text)
 
 
 def _together(world: World, act: Callable[[], Any]) -> Any:

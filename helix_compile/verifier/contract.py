@@ -13,6 +13,10 @@ def deal(length: int, cp: int, tokens_per_block: int) -> list[list[int]]:
     return hands
 
 
+# the two axes of each view: ranks that agree on one differ in the other
+OTHER_AXIS = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}
+
+
 def coordinate(axis: str, rank: int, layout: HelixLayout) -> int:
     """Place of a rank along an axis, by the contract."""
     return {

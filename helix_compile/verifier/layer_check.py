@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from helix_compile.ir.graph import placeholders
 from helix_compile.plan.matches import LayerMatch
-from helix_compile.verifier.bisect.walk import Located, first_deviation
+from helix_compile.verifier.bisect.walk import Located, body_twins, first_deviation
 from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.attention_check import check_attention
 from helix_compile.verifier.numeric.cache_check import check_cache
@@ -28,8 +27,8 @@ from helix_compile.verifier.numeric.routing import NEAR_TIE, Choices, RecordTopK
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.sharpen import background, need_the_new_token, plant
 from helix_compile.verifier.numeric.site_terms import empty_past, entries_of, new_entries, past_of, query_parts
-from helix_compile.verifier.numeric.steps import RATIO, limit_of
-from helix_compile.verifier.report import Coverage, Finding, fault
+from helix_compile.verifier.numeric.steps import RATIO, Pool, limit_of
+from helix_compile.verifier.report import Coverage, Finding, fault, numeric_finding
 
 # tokens of the long context, and what bounds it: the original expands every key and value to fp64
 LONG, EXPANDED_BYTES = 2048, 2 * 2**30
@@ -66,22 +65,13 @@ def _rows(options: Any, lengths: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass
-class LayerPool:
-    """Squared errors of one layer's outputs over all draws: the module's, the original's own, the norm."""
-
-    error: float = 0.0
-    own: float = 0.0
-    norm: float = 0.0
-
-
-@dataclass
 class LayerOutcome:
     """What the checks of one layer showed; `locate` follows the last run to the first value that deviates."""
 
     locate: Callable[[], Located | None] | None = None
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    pool: LayerPool = field(default_factory=LayerPool)
+    pool: Pool = field(default_factory=Pool)
 
 
 def check_layer(
@@ -131,22 +121,15 @@ def check_layer(
     near = _near_ties(choices, turned, dtype)
     if bool((turned & ~near).any()):
         got = f"{int((turned & ~near).sum())} of {len(turned)} tokens choose other experts, by a clear margin"
-        found.append(Finding("HX408", where, got, "the original's choice", 0, "numeric"))
+        found.append(numeric_finding("HX408", where, got, "the original's choice"))
     elif bool(turned.any()):
         outcome.notes.append(f"{where}: {int(turned.sum())} of {len(turned)} near-tied router choices turned")
     if not found:
         mine = own.layer(layer, given) if own is not None else None
         found = _output(run, expected, mine, limit_of(plan), turned, outcome, where)
-    outcome.locate = partial(
-        first_deviation,
-        run.values,
-        expected,
-        layouts,
-        scratch.graph.get_submodule(body),
-        match,
-        plan.layout,
-        dtype,
-        mask,
+    graph = scratch.graph.get_submodule(body).graph
+    outcome.locate = lambda: first_deviation(
+        graph.nodes, run.values, body_twins(graph, match, expected), layouts, plan.layout, dtype, mask
     )
     if found:
         first = outcome.locate()
@@ -154,9 +137,7 @@ def check_layer(
     outcome.findings += found
     coverage.longest_context = max(coverage.longest_context, max(case.lengths) + case.T)
     for n in case.lengths:
-        shards = [len(h) for h in deal(n, plan.layout.kvp, plan.options.tokens_per_block)]
-        coverage.empty_shards += sum(s == 0 for s in shards)
-        coverage.unequal_shards += len(set(shards)) > 1
+        coverage.count_shards([len(h) for h in deal(n, plan.layout.kvp, plan.options.tokens_per_block)])
 
 
 def _as(given: LayerInputs, dtype: torch.dtype) -> LayerInputs:
@@ -231,41 +212,30 @@ def _output(
     kept = ~turned.view(wanted.shape[:2])
     for rank, output in enumerate(run.outputs):
         if output.shape != wanted.shape:
-            return [
-                Finding(
-                    "HX403", f"{where}, rank {rank}", f"{tuple(output.shape)}", f"{tuple(wanted.shape)}", 0, "numeric"
-                )
-            ]
+            got, expected_shape = f"{tuple(output.shape)}", f"{tuple(wanted.shape)}"
+            return [numeric_finding("HX403", f"{where}, rank {rank}", got, expected_shape)]
         if not torch.isfinite(output).all():
-            return [
-                Finding(
-                    "HX406", f"{where}, rank {rank}", "NaN or inf in the layer's output", "finite values", 5, "numeric"
-                )
-            ]
+            got = "NaN or inf in the layer's output"
+            return [numeric_finding("HX406", f"{where}, rank {rank}", got, "finite values", 5)]
         error = (output.double() - wanted).abs().amax(-1) * kept
         if limit is not None:
             off = float(error.max()) / float(wanted.abs().max())
             if off > limit:
                 b, t = divmod(int(error.flatten().argmax()), wanted.shape[1])
                 at = f"{where}, rank {rank}, sequence {b}, new token {t}"
-                return [Finding("HX403", at, f"off by {off:.2e} of the largest", f"at most {limit:.0e}", 0, "numeric")]
+                got = f"off by {off:.2e} of the largest"
+                return [numeric_finding("HX403", at, got, f"at most {limit:.0e}")]
     if own is not None:
-        mine = own["output"].double()
-        outcome.pool.error += float((run.outputs[0].double() - wanted)[kept].square().sum())
-        outcome.pool.own += float((mine - wanted)[kept].square().sum())
-        outcome.pool.norm += float(wanted[kept].square().sum())
+        outcome.pool.add(run.outputs[0][kept], own["output"][kept], wanted[kept])
     return []
 
 
 def pooled_finding(outcome: LayerOutcome, where: str, draws: int) -> list[Finding]:
     """In 16 bits: a layer's outputs over all draws may be RATIO times as far from fp64 as the original's own."""
     pool = outcome.pool
-    if not pool.own or pool.error <= RATIO**2 * pool.own:
+    if not pool.own_error or pool.error <= RATIO**2 * pool.own_error:
         return []
-    ratio = (pool.error / pool.own) ** 0.5
-    rel = (pool.error / pool.norm) ** 0.5
-    got = f"rel-RMSE {rel:.2e}, {ratio:.2f} times the original's own, over {draws} draws"
-    finding = Finding("HX403", where, got, f"at most {RATIO} times", 0, "numeric")
+    finding = numeric_finding("HX403", where, pool.text(draws), f"at most {RATIO} times")
     located = outcome.locate() if outcome.locate is not None else None
     return [located.named(finding) if located else finding]
 

@@ -36,13 +36,11 @@ from helix_compile.verifier.numeric.steps import (
     scenarios,
     stage_params,
 )
-from helix_compile.verifier.report import Check, Finding, Progress, fault
+from helix_compile.verifier.report import Check, Finding, Progress, fault, numeric_finding
 from helix_compile.verifier.static.graph import TypedGraph, malformed, type_graph
 
 # largest deviation over the largest logit; in 16 bits both sides round, each by about 1e-2
 PAIR_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
-
-
 FIRST, SECOND = "first module", "second module"
 
 
@@ -71,7 +69,7 @@ class _ModuleReference:
         self.findings += check_ranks(logits, kept, where, self.number, self.scratch.params)
         if not torch.isfinite(logits[0][kept]).all():
             at = f"{where}, step {self.number}"
-            self.findings.append(Finding("HX406", at, "NaN or inf logits", "finite logits", 5, "numeric"))
+            self.findings.append(numeric_finding("HX406", at, "NaN or inf logits", "finite logits", 5))
         if self.findings:
             raise _SecondFails
         return logits[0].double()
@@ -207,11 +205,9 @@ def _spoken(finding: Finding) -> Finding:
 def _located(pair: _Pair, scenario: Scenario, seed: int, steps: list[Batch], outcome: Outcome) -> list[Finding]:
     """The findings with the layer and node where the two start to differ."""
     assert outcome.failing_step is not None
-    sides = [
-        Side(scratch, typed) for scratch, typed in zip(pair.scratches(scenario, (seed, seed)), pair.typed, strict=True)
-    ]
+    first, second = map(Side, pair.scratches(scenario, (seed, seed)), pair.typed)
     try:
-        found = bisect_pair(sides[0], sides[1], steps, outcome.failing_step)
+        found = bisect_pair(first, second, steps, outcome.failing_step)
     except Exception:  # a module that can't be replayed has its finding already
         return outcome.findings
     if found is None:

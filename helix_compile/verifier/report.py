@@ -52,7 +52,6 @@ CODES: dict[str, str] = {
     "HX503": "the original model can't run",
 }
 
-
 # the bug families of served systems that a finding may point to
 FAMILIES: dict[int, str] = {
     0: "unknown",
@@ -104,6 +103,11 @@ class Finding:
         return f"{self.code} {self.title}{family}\n  at {self.where}\n  got {self.got}\n  expected {self.expected}"
 
 
+def numeric_finding(code: str, where: str, got: str, expected: str, family: int = 0) -> Finding:
+    """A finding of a check that ran something."""
+    return Finding(code, where, got, expected, family, "numeric")
+
+
 @dataclass
 class Coverage:
     """What was looked at; a check that was left out is a note of the report."""
@@ -126,6 +130,11 @@ class Coverage:
     full_cache: bool = False
     largest_deviation: float = 0.0
     limit: float = 0.0
+
+    def count_shards(self, tokens: list[int]) -> None:
+        """A sequence with so many tokens on each CP rank was checked."""
+        self.empty_shards += sum(n == 0 for n in tokens)
+        self.unequal_shards += len(set(tokens)) > 1
 
 
 @dataclass(frozen=True)
@@ -237,10 +246,10 @@ def fault(error: Exception, where: str) -> Finding:
     """A finding for an exception of the module under test."""
     if isinstance(error, OriginalFails):
         expected = "an original that runs by itself: change its own settings, such as the experts' implementation"
-        return Finding("HX503", where, str(error), expected, 0, "numeric")
+        return numeric_finding("HX503", where, str(error), expected)
     text = str(error)
     collective = "deadlock" in text or "ranks disagree" in text or "waited for" in text
     pending = "wait" in text and not text.startswith("deadlock")
     got = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
     family = 10 if collective or pending else 0
-    return Finding("HX502" if collective else "HX501", where, got, "a step that runs", family, "numeric")
+    return numeric_finding("HX502" if collective else "HX501", where, got, "a step that runs", family)

@@ -35,7 +35,7 @@ from helix_compile.verifier.numeric.steps import (
     scenarios,
     stage_params,
 )
-from helix_compile.verifier.report import Check, Finding, Progress
+from helix_compile.verifier.report import Check, Finding, Progress, numeric_finding
 from helix_compile.verifier.static.graph import TypedGraph, type_graph
 
 DRAWS_16_BIT = 8  # seeds that the 1.25x rule is pooled over
@@ -164,8 +164,7 @@ def _stage(subject: Subject, stage: str, scenario: Scenario) -> list[Finding]:
     if subject.own is not None and last:
         check.coverage.largest_deviation = max(check.coverage.largest_deviation, pool.ratio)
         if pool.ratio > RATIO:
-            got = f"rel-RMSE {pool.rel_rmse:.2e}, {pool.ratio:.2f} times the original's own, over {draws} draws"
-            return [Finding("HX401", where, got, f"at most {RATIO} times", 0, "numeric")]
+            return [numeric_finding("HX401", where, pool.text(draws), f"at most {RATIO} times")]
     return []
 
 
@@ -191,7 +190,7 @@ def _located(
         return outcome.findings
     if gap > (CAPTURE_GAP_FLOAT32 if subject.dtype is torch.float32 else CAPTURE_GAP):
         got = f"its logits are off by {gap:.2e} of the largest, both in float64"
-        finding = Finding("HX407", f"stage captured, {scenario.name}", got, "the model's logits", 0, "numeric")
+        finding = numeric_finding("HX407", f"stage captured, {scenario.name}", got, "the model's logits")
         return [finding, *outcome.findings]
     if located is None:
         return outcome.findings

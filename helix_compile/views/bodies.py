@@ -35,15 +35,7 @@ def body_views(plan: HelixPlan, stages: Mapping[str, fx.GraphModule], runs: bool
     for body in plan.bodies:
         made = first_stages(stages, body.name)
         egress = [(c.op, float(c.egress_bytes_per_rank_per_token)) for c in body.collectives]
-        before, after = (
-            build_view(graph_of(stage, body.name), body.name, first_stage=made, egress=egress, runs=runs)
-            for stage in (first, last)
-        )
+        graphs = (body_of(stage, body.name).graph for stage in (first, last))
+        before, after = (build_view(g, body.name, first_stage=made, egress=egress, runs=runs) for g in graphs)
         views.append(BodyViews(body, before, after))
     return views
-
-
-def graph_of(stage: fx.GraphModule, body: str) -> fx.Graph:
-    """The graph of a body of a stage."""
-    module = body_of(stage, body)
-    return module.graph

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def build_view(
     groups = group_small_ops(folded, modules) if runs else [[n] for n in folded.kept]
     owner = {n: group for group in groups for n in group}
     leaving = {root for n in folded.kept for root, _ in folded.arguments(n) if owner[root] is not owner[n]}
-    builder = _Builder(graph, folded, modules, Letters(graph), first_stage or {}, runs, leaving)
+    builder = _Builder(folded, modules, Letters(graph), first_stage or {}, runs, leaving)
     nodes = [builder.node(group) for group in groups if builder.is_drawn(group)]
     edges = builder.edges(groups, owner)
     return GraphView(name, tuple(_with_egress(nodes, egress)), tuple(edges))
@@ -66,9 +66,7 @@ def first_stages(stages: Mapping[str, fx.GraphModule], body: str | None) -> dict
     """Node name -> the first stage whose graph of `body` (None: the outer graph) has it."""
     found: dict[str, str] = {}
     for stage, module in stages.items():
-        graph = module.graph if body is None else module.get_submodule(body).graph
-        assert isinstance(graph, fx.Graph)
-        for node in graph.nodes:
+        for node in module.get_submodule(body or "").graph.nodes:
             found.setdefault(node.name, stage)
     return found
 
@@ -82,21 +80,16 @@ def _with_egress(nodes: list[NodeView], egress: Sequence[tuple[str, float]]) -> 
     return [replace(n, egress=known[n.name]) if n.name in known else n for n in nodes]
 
 
+@dataclass(frozen=True)
 class _Builder:
     """Turns groups of fx nodes into NodeViews and the arguments between them into EdgeViews."""
 
-    def __init__(
-        self,
-        graph: fx.Graph,
-        folded: Folded,
-        modules: dict[fx.Node, str],
-        letters: Letters,
-        first_stage: Mapping[str, str],
-        runs: bool,
-        leaving: set[fx.Node],
-    ):
-        self.graph, self.folded, self.modules, self.letters = graph, folded, modules, letters
-        self.first_stage, self.runs, self.leaving = first_stage, runs, leaving
+    folded: Folded
+    modules: dict[fx.Node, str]
+    letters: Letters
+    first_stage: Mapping[str, str]
+    runs: bool
+    leaving: set[fx.Node]
 
     def is_drawn(self, group: list[fx.Node]) -> bool:
         """In a picture with runs, of all inputs only the hidden states have a box; others are named where they are read."""
@@ -185,8 +178,9 @@ class _Builder:
             return input_ref(last).name or last.name, ""
         if last.op == "call_module":
             return str(last.name), str(last.target)
+        op = _op_text(last)
+        op = op.split(".")[1] if "." in op else op
         if len(group) == 1 and not is_small(last):
-            op = _op_text(last).split(".")[1] if "." in _op_text(last) else _op_text(last)
             params = [p for p, _ in self.folded.arguments(last) if is_param(p)]
             if params and not is_helix_op(last):
                 return parameter_text(input_ref(params[-1 if op == "einsum" else 0]).name), op
@@ -195,7 +189,6 @@ class _Builder:
             return op, "helix" if is_helix_op(last) else "aten"
         if len(group) == 1:
             made = self._stage(last) != "captured"
-            op = _op_text(last).split(".")[-1 if "." not in _op_text(last) else 1]
             return (last.name, op) if made and not last.name.startswith(op) else (op, "")
         whole = [n for n in self.folded.kept if self.modules.get(n) == module]
         leaf = module.rsplit(".", 1)[-1]

@@ -17,8 +17,6 @@ from helix_compile.ir.graph import aten, input_ref, is_call, is_param
 from helix_compile.ir.ops import MOVES, UNPACKS
 
 _CACHES = ("past", "cache")
-
-
 _KEY_OPS = frozenset(
     {
         aten.linear.default,
@@ -31,8 +29,6 @@ _KEY_OPS = frozenset(
         aten.embedding.default,
     }
 )
-
-
 # arguments that an op reads the shape and dtype of, never a value
 _SHAPE_ONLY: dict[Any, tuple[int, ...]] = {
     **dict.fromkeys(UNPACKS, (1, 2)),

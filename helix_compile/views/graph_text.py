@@ -26,8 +26,6 @@ _KEY_OPS = frozenset(
         aten._grouped_mm.default,
     }
 )
-
-
 _NAMESPACES = ("helix.", "_c10d_functional.", "transformers.")
 
 
@@ -39,17 +37,8 @@ def attention_block(body: fx.GraphModule, output_weight: str) -> list[str]:
     last = o_proj
     while len(last.users) == 1 and str(next(iter(last.users)).target).startswith(_NAMESPACES):
         last = next(iter(last.users))
-    wanted = _between(graph, last)
-    return short_view([n for n in graph.nodes if n in wanted])
-
-
-def _between(graph: fx.Graph, last: fx.Node) -> set[fx.Node]:
-    nodes = set()
-    for node in graph.nodes:
-        nodes.add(node)
-        if node is last:
-            break
-    return nodes
+    nodes = list(graph.nodes)
+    return short_view(nodes[: nodes.index(last) + 1])
 
 
 def short_view(nodes: list[fx.Node]) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,8 @@ class Inspection:
         """Short view of one body's attention block in the captured graph and in the last stage before lowering."""
         weight = self.plan.body(body).attentions[0].output_weight
         stages = ("captured", "ffn") if "captured" in self.stages else ("ffn", "lowered")
-        before, after = (self.stages[s].get_submodule(body) for s in stages)
-        assert isinstance(before, fx.GraphModule) and isinstance(after, fx.GraphModule)
-        return attention_block(before, weight), attention_block(after, weight)
+        before, after = (attention_block(self.stages[s].get_submodule(body), weight) for s in stages)
+        return before, after
 
     def write(self, folder: Path) -> list[Path]:
         """Everything that docs/inspect.md lists; graphs are read, never changed.
@@ -69,7 +68,7 @@ class Inspection:
         }
         with StagedFiles(folder, "inspection") as files:
             for name, text in texts.items():
-                files.write(name, partial(_write_text, text))
+                files.write_text(name, text if text.endswith("\n") else f"{text}\n")
             return files.move()
 
     def _trace(self) -> str:
@@ -110,10 +109,6 @@ class Inspection:
                 files[f"{number}_{stage}.diff"] = stage_diff(self.stages, before, stage)
             before = stage
         return files
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
 
 
 def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspection:
@@ -215,8 +210,13 @@ def format_report(facts: dict[str, Any]) -> str:
     console = Console(file=StringIO(), width=110, highlight=False, no_color=True)
     layout = ", ".join(f"{k}={v}" for k, v in facts["layout"].items())
     console.print(f"{facts['model']} ({facts['dtype']}) on {facts['world_size']} ranks: {layout}", markup=False)
-    console.print(_rewrites(facts))
-    console.print(_collectives(facts))
+    rewrites = ("body", "layers", "rewritten", "heads/rank", "FFN/rank", "nodes")
+    console.print(_table(rewrites, map(_rewrite, facts["layers"])))
+    sent = (
+        (c["body"], c["op"], c["axis"], c["what"], _count(c["egress_bytes_per_rank_per_token"]))
+        for c in facts["collectives"]
+    )
+    console.print(_table(("body", "collective", "axis", "of", "bytes/rank/token"), sent))
     per_rank = (
         f"per rank: {_count(facts['kv_bytes_per_token_per_rank'])} bytes of KV cache a token, "
         f"{facts['params_bytes_per_rank']:,} bytes of parameters, "
@@ -232,53 +232,37 @@ def format_report(facts: dict[str, Any]) -> str:
     decisions = ((f"{d['name']} = {d['result']}", d["rule"]) for d in facts["decisions"])
     console.print(_two_columns("decision", "rule", decisions))
     if facts["kernels"]:
-        console.print(_kernels(facts["kernels"]))
+        rows = ((x["body"], x["node"], x["op"], x["reason"]) for x in facts["kernels"])
+        console.print(_table(("body", "node", "computed by", "why"), rows))
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined] # StringIO
-
-
-def _kernels(kernels: list[dict[str, Any]]) -> Table:
-    table = _table("body", "node", "computed by", "why")
-    for x in kernels:
-        table.add_row(x["body"], x["node"], x["op"], x["reason"])
-    return table
 
 
 def _count(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
-def _table(*columns: str) -> Table:
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     table = Table(box=box.ASCII2, show_edge=False, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _rewrites(facts: dict[str, Any]) -> Table:
-    table = _table("body", "layers", "rewritten", "heads/rank", "FFN/rank", "nodes")
-    for layer in facts["layers"]:
-        start, stop = layer["head_ranges"][0]
-        ffn = "; ".join(_ffn_text(f) for f in layer["ffn"])
-        nodes = f"{layer['nodes_before']} -> {layer['nodes_after']}"
-        table.add_row(
-            layer["body"], ranges_text(layer["layers"]), ", ".join(layer["roles"]), str(stop - start), ffn, nodes
-        )
-    return table
+def _rewrite(layer: dict[str, Any]) -> tuple[str, ...]:
+    start, stop = layer["head_ranges"][0]
+    ffn = "; ".join(_ffn_text(f) for f in layer["ffn"])
+    nodes = f"{layer['nodes_before']} -> {layer['nodes_after']}"
+    return layer["body"], ranges_text(layer["layers"]), ", ".join(layer["roles"]), str(stop - start), ffn, nodes
 
 
 def _ffn_text(ffn: dict[str, Any]) -> str:
     experts = f"{ffn['experts_per_rank']} experts x " if ffn["experts_per_rank"] else ""
     padding = f" (+{sum(ffn['padding'])} padding)" if sum(ffn["padding"]) else ""
     return f"{ffn['kind']} {experts}{ffn['shard_width']} of {ffn['width']}{padding}"
-
-
-def _collectives(facts: dict[str, Any]) -> Table:
-    table = _table("body", "collective", "axis", "of", "bytes/rank/token")
-    for c in facts["collectives"]:
-        table.add_row(c["body"], c["op"], c["axis"], c["what"], _count(c["egress_bytes_per_rank_per_token"]))
-    return table
 
 
 def _memory_text(memory: dict[str, int]) -> str:
@@ -291,13 +275,13 @@ def _memory_text(memory: dict[str, int]) -> str:
 
 def _predicted(facts: dict[str, Any]) -> Table:
     """The title says of which machine and step; a row says what of a layer's time nothing can hide."""
-    table = _table("predicted", "us a layer", "longest", "collectives: us (slack)")
+    rows = []
     for body in facts["bodies"]:
         collectives = ", ".join(
             f"{c['node']} {c['microseconds']:.1f} ({c['slack_microseconds']:.1f})" for c in body["collectives"]
         )
-        total = f"{body['microseconds_of_a_layer']:.1f}"
-        table.add_row(body["body"], total, body["longest"], collectives)
+        rows.append((body["body"], f"{body['microseconds_of_a_layer']:.1f}", body["longest"], collectives))
+    table = _table(("predicted", "us a layer", "longest", "collectives: us (slack)"), rows)
     step = f"{facts['batch']} sequences x {facts['tokens']} token, context {facts['context']:,}"
     table.caption = f"{facts['what']}: {facts['machine']}; {step}"
     table.caption_justify = "left"
@@ -305,10 +289,7 @@ def _predicted(facts: dict[str, Any]) -> Table:
 
 
 def _two_columns(left: str, right: str, rows: Any) -> Table:
-    table = _table(left, right)
-    for a, b in rows:
-        table.add_row(a.replace("[", r"\["), b.replace("[", r"\["))
-    return table
+    return _table((left, right), ([text.replace("[", r"\[") for text in row] for row in rows))
 
 
 def ranges_text(numbers: list[int]) -> str:

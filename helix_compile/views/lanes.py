@@ -6,8 +6,8 @@ of its own for the rows that it spans. An edge that skips rows gets a narrow lan
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
 from itertools import pairwise
 
 import networkx as nx
@@ -35,19 +35,12 @@ class Lanes:
     lanes: int
 
 
-@dataclass
-class _Column:
-    """Rows of a column that are taken."""
-
-    taken: set[int] = field(default_factory=set)
-
-    def take(self, rows: Iterable[int]) -> bool:
-        """Take `rows` if all are free."""
-        wanted = set(rows)
-        if wanted & self.taken:
-            return False
-        self.taken |= wanted
-        return True
+def _take(column: set[int], rows: range) -> bool:
+    """Take `rows` of a column if all are free."""
+    free = column.isdisjoint(rows)
+    if free:
+        column.update(rows)
+    return free
 
 
 TRACKS = 6
@@ -60,15 +53,15 @@ def place(view: GraphView) -> Lanes:
     graph.add_edges_from((e.source, e.target) for e in view.edges)
     row = _rows(graph)
     chains = _chains(graph)
-    columns: list[_Column] = []
+    columns: list[set[int]] = []
     lane: dict[str, int] = {}
     run: dict[tuple[str, str], int] = {}
     for chain in chains:
         span, links = _span(graph, row, chain, lane)
         for number in range(len(columns) + 1):
             if number == len(columns):
-                columns.append(_Column())
-            if (number > 0 or not lane) and columns[number].take(span):
+                columns.append(set())
+            if (number > 0 or not lane) and _take(columns[number], span):
                 lane.update(dict.fromkeys(chain, number))
                 run.update(dict.fromkeys(links, number))
                 break
@@ -121,7 +114,7 @@ def _tracks(
     edges: tuple[EdgeView, ...], row: dict[str, int], lane: dict[str, int], carried: set[tuple[str, str]]
 ) -> dict[tuple[str, str], int]:
     """A track for each edge that no lane carries and that passes at least one row."""
-    columns: dict[int, _Column] = {}
+    columns: defaultdict[int, set[int]] = defaultdict(set)
     found = {}
     waiting = [e for e in edges if (e.source, e.target) not in carried]
     for edge in sorted(waiting, key=lambda e: row[e.target] - row[e.source]):
@@ -136,7 +129,7 @@ def _tracks(
             first = (near - 1) * TRACKS
             candidates = list(range(first, first + TRACKS)) + list(range(-1, -TRACKS - 1, -1))
         for number in candidates:
-            if columns.setdefault(number, _Column()).take(between):
+            if _take(columns[number], between):
                 found[edge.source, edge.target] = number
                 break
         else:

@@ -13,22 +13,11 @@ from helix_compile.views.graph_view import EdgeView, GraphView, NodeView
 from helix_compile.views.lanes import TRACKS, Lanes, place
 
 NODE_WIDTH, NODE_HEIGHT, ROW = 212, 38, 68
-
-
 LANE_GAP, TRACK_WIDTH, MARGIN = 18, 15, 12
-
-
 PORT = 80  # how far from the middle of a box a line from the side enters
-
-
 CROSSING = 20  # where in a gap between rows lines run sideways
-
-
 LETTER = 5.8  # width of a letter of an edge label
-
-
 TITLE_LETTER, SMALL_LETTER = 6.9, 5.6
-
 
 LIGHT = """
 text { font-family: ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-serif; fill: #1c1f23; }
@@ -55,7 +44,7 @@ text { font-family: ui-sans-serif, system-ui, "Helvetica Neue", Arial, sans-seri
 """
 
 
-_LEGEND = (
+LEGEND = (
     ("replicated", "the same on every rank"),
     ("sharded", "cut over ranks"),
     ("partial", "partial: needs a sum or a merge"),
@@ -122,24 +111,16 @@ class _Grid:
         used = set(lanes.track.values())
         left = sorted((t for t in used if t < 0), reverse=True)
         x = MARGIN + len(left) * TRACK_WIDTH
-        self._tracks = {t: x - (i + 1) * TRACK_WIDTH + 3 for i, t in enumerate(left)}
-        self._lanes = []
+        self.tracks = {t: x - (i + 1) * TRACK_WIDTH + 3 for i, t in enumerate(left)}
+        self.lanes = []  # middle of each
         for lane in range(lanes.lanes):
-            self._lanes.append(x + NODE_WIDTH // 2)
+            self.lanes.append(x + NODE_WIDTH // 2)
             x += NODE_WIDTH
             mine = sorted(t for t in used if t >= 0 and t // TRACKS == lane)
             for i, t in enumerate(mine):
-                self._tracks[t] = x + (i + 1) * TRACK_WIDTH
+                self.tracks[t] = x + (i + 1) * TRACK_WIDTH
             x += len(mine) * TRACK_WIDTH + LANE_GAP
         self.width = x - LANE_GAP + MARGIN
-
-    def lane(self, number: int) -> int:
-        """Middle of a lane."""
-        return self._lanes[number]
-
-    def track(self, number: int) -> int:
-        """Where a track runs."""
-        return self._tracks[number]
 
     @staticmethod
     def top(row: int) -> int:
@@ -166,7 +147,7 @@ def _bands(view: GraphView, lanes: Lanes, grid: _Grid) -> list[str]:
 
 
 def _node(node: NodeView, lanes: Lanes, grid: _Grid, laid_out: bool) -> str:
-    x, y = grid.lane(lanes.lane[node.name]) - NODE_WIDTH // 2, grid.top(lanes.row[node.name])
+    x, y = grid.lanes[lanes.lane[node.name]] - NODE_WIDTH // 2, grid.top(lanes.row[node.name])
     layouts = ", ".join(dict.fromkeys(v.layout_text for v in node.outputs))
     if node.egress is not None:
         detail = f"{node.egress:,.0f} bytes a token"
@@ -192,14 +173,14 @@ def _node(node: NodeView, lanes: Lanes, grid: _Grid, laid_out: bool) -> str:
 def _edge(edge: EdgeView, lanes: Lanes, grid: _Grid) -> tuple[str, str]:
     """The line of an edge with its tip, and its label."""
     key = (edge.source, edge.target)
-    start, end = grid.lane(lanes.lane[edge.source]), grid.lane(lanes.lane[edge.target])
+    start, end = grid.lanes[lanes.lane[edge.source]], grid.lanes[lanes.lane[edge.target]]
     top = grid.top(lanes.row[edge.source]) + NODE_HEIGHT
     bottom = grid.top(lanes.row[edge.target])
     upright = key in lanes.track
     if upright:
-        x = grid.track(lanes.track[key])
+        x = grid.tracks[lanes.track[key]]
     else:
-        x = grid.lane(lanes.run[key]) if key in lanes.run else end
+        x = grid.lanes[lanes.run[key]] if key in lanes.run else end
     start, end = start + _port(x, start), end + _port(x, end)
     path = f"M{start} {top}" + _step(start, x, top)
     gap_below = bottom - (ROW - NODE_HEIGHT)
@@ -239,7 +220,7 @@ def _port(x: int, middle: int) -> int:
 
 def _legend(x: int, y: int) -> str:
     parts = []
-    for form, text in _LEGEND:
+    for form, text in LEGEND:
         parts.append(f'<path class="line {form}" d="M{x} {y - 3}h26"/>')
         parts.append(f'<text class="legend" x="{x + 32}" y="{y}">{text}</text>')
         x += 52 + int(len(text) * 5.4)

@@ -17,8 +17,9 @@ from typing import Any
 from torch import fx
 
 from helix_compile.ir.graph import placeholders
+from helix_compile.ir.stage import body_of
 from helix_compile.plan.helix_plan import HelixPlan
-from helix_compile.views.bodies import body_views, graph_of
+from helix_compile.views.bodies import body_views
 from helix_compile.views.build_view import build_view, first_stages
 from helix_compile.views.folding import fold
 from helix_compile.views.graph_view import GraphView, NodeView
@@ -57,7 +58,7 @@ def _calls(stage: fx.GraphModule, bodies: list[str]) -> dict[str, _Call]:
     found: dict[str, _Call] = {}
     for node in stage.graph.nodes:
         if node.op == "call_module" and node.target in bodies:
-            names = [p.name for p in placeholders(graph_of(stage, str(node.target)))]
+            names = [p.name for p in placeholders(body_of(stage, node.target).graph)]
             roots = [folded.root(a).name for a in node.args]
             inputs = dict(zip(names, roots, strict=True))
             found[node.name] = _Call(len(found), str(node.target), inputs)

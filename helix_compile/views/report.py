@@ -21,7 +21,7 @@ from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
 from helix_compile.views.bodies import BodyViews, body_views
 from helix_compile.views.graph_view import GraphView, NodeView, ValueView
-from helix_compile.views.layer_svg import draw_panel, format_panel_svg
+from helix_compile.views.layer_svg import LEGEND, draw_panel, format_panel_svg
 
 _HERE = Path(__file__).parent
 
@@ -120,15 +120,7 @@ def _layers(bodies: list[BodyViews], stages: list[str]) -> str:
                 f'<div class="scroll">{format_panel_svg(draw_panel(view), label)}</div></figure>'
             )
     key = "".join(
-        f'<li class="{form}">{text}</li>'
-        for form, text in (
-            ("replicated", "the same on every rank"),
-            ("sharded", "cut over ranks"),
-            ("partial", "partial: needs a sum or a merge"),
-            ("per-rank", "each rank its own"),
-            ("exchange", "collective"),
-            ("helix", "helix op"),
-        )
+        f'<li class="{form}">{text}</li>' for form, text in (*LEGEND, ("exchange", "collective"), ("helix", "helix op"))
     )
     return (
         f"<section id='layers'><h2>A layer before and after</h2><div class='tabs'>{buttons}</div>"
@@ -173,13 +165,11 @@ def _memory(plan: HelixPlan, bodies: list[BodyViews]) -> str:
     options = plan.options
     slots = pages_per_sequence(options, plan.layout.kvp) * PAGE_SIZE * options.max_batch_size
     allocated = plan.kv_bytes_per_token_per_rank * plan.layout.kvp * slots
+    whole = f"KV cache as allocated: {options.max_batch_size} sequences of {options.max_seq_len:,} tokens"
     rows = [
         ("parameters", _size(plan.params_bytes_per_rank)),
         ("KV cache, a token, on average", _size(plan.kv_bytes_per_token_per_rank)),
-        (
-            f"KV cache as allocated: {options.max_batch_size} sequences of {options.max_seq_len:,} tokens",
-            _size(allocated),
-        ),
+        (whole, _size(allocated)),
     ]
     parts = [_table(("on each rank", "bytes"), rows, numeric=(1,))]
     for body in bodies:

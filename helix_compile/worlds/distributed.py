@@ -27,7 +27,7 @@ from helix_compile.errors import RuntimeFault
 from helix_compile.ir.collectives import COLLECTIVES, WAIT
 from helix_compile.ir.graph import input_ref
 from helix_compile.layout.degrees import HelixMesh
-from helix_compile.worlds.groups import AxisGroups, axis_groups, next_world
+from helix_compile.worlds.groups import axis_groups, next_world
 from helix_compile.worlds.guard import RankGuard, is_transport_error
 from helix_compile.worlds.virtual import check_axis
 from helix_compile.worlds.walk import Hook, Pending, Walk
@@ -46,7 +46,7 @@ class DistributedWorld:
         self.mesh, self._timeout = mesh, timeout
         self._parent: Any = parent  # until start(): who holds a group keeps its threads alive
         self.rank = parent.rank()
-        self._groups: AxisGroups | None = None
+        self._groups: dict[str, str] | None = None  # axis -> group name
         self._broken = ""
         self._gathers = 0
         self.reset_counters()
@@ -175,13 +175,13 @@ class DistributedWorld:
         if len(members) == 1:
             return tensor.clone()
         assert self._groups is not None, "start() makes the groups"
-        if axis not in self._groups.names:
+        if axis not in self._groups:
             raise RuntimeFault(
                 f"rank {self.rank}, node {where}: axis {axis!r} has no process group; "
-                f"graphs exchange over {', '.join(self._groups.names)}"
+                f"graphs exchange over {', '.join(self._groups)}"
             )
-        call = COLLECTIVES[op].target
-        return self._guarded(lambda: call(*args[:-1], self._groups.names[axis]), where)  # type: ignore[union-attr] # asserted
+        call, group = COLLECTIVES[op].target, self._groups[axis]
+        return self._guarded(lambda: call(*args[:-1], group), where)
 
     def _wait(self, tensor: Tensor, where: str) -> Tensor:
         return self._guarded(lambda: WAIT(tensor), where)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,8 +21,6 @@ from helix_compile.errors import LayoutError, LoweringUnavailable, PlanError
 from helix_compile.layout.degrees import HelixMesh
 
 AXES_OF_GRAPHS = ("kvp", "tpa", "world")
-
-
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -38,19 +34,6 @@ class _Kept:
 
 # goes when torch destroys the parent: nothing here may hold the parent, or gloo's threads outlive it and abort at exit
 _KEPT: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class AxisGroups:
-    """This rank's place in a parent group, and its group along each axis.
-
-    Attributes:
-        rank: Helix rank, the position in the parent group.
-        names: axis -> group name; an axis of one rank has none.
-    """
-
-    rank: int
-    names: Mapping[str, str]
 
 
 def open_parent(world: object, mesh: HelixMesh, device: torch.device, timeout: timedelta) -> Any:
@@ -92,17 +75,19 @@ def early_store() -> Any:
     return None
 
 
-def axis_groups(parent: Any, mesh: HelixMesh, timeout: timedelta) -> AxisGroups:
-    """Make what is missing of this rank's groups. Collective: every rank of `parent` calls it with the same mesh."""
-    rank = parent.rank()
+def axis_groups(parent: Any, mesh: HelixMesh, timeout: timedelta) -> dict[str, str]:
+    """Axis -> name of this rank's group along it; an axis of one rank has none. What is missing is made.
+
+    Collective: every rank of `parent` calls it with the same mesh.
+    """
     everyone = tuple(dist.get_process_group_ranks(parent))
     names = {}
     for axis in AXES_OF_GRAPHS:
-        members = mesh.members(axis, rank)
+        members = mesh.members(axis, parent.rank())
         if len(members) > 1:
             group = _group_of(parent, tuple(everyone[m] for m in members), timeout)
             names[axis] = group.group_name
-    return AxisGroups(rank, MappingProxyType(names))
+    return names
 
 
 def local_device(device: torch.device) -> torch.device:

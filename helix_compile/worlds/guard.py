@@ -3,6 +3,9 @@
 gloo says "Connection closed by peer [127.0.0.1]:38211" or "Timed out waiting"; the records say which rank, step and
 node. A rank that raises writes its error before it goes. On one host a dead process is seen at once in the
 process table; on another host by the mark that every survivor sets and a dead rank does not.
+
+torchelastic's error files can't say this: a rank can't read those of its peers, one that was killed writes none, and
+the agent shows them when all is over, without step and node.
 """
 
 from __future__ import annotations
@@ -11,14 +14,15 @@ import atexit
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from threading import Lock
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakMethod, WeakSet
 
 import torch.distributed as dist
 
@@ -26,14 +30,8 @@ from helix_compile.errors import RuntimeFault
 from helix_compile.worlds.peers import Life, before_sigterm, is_dead, own_life, watch
 
 GRACE_S = 0.5  # for survivors on other hosts to mark themselves
-
-
 _FIRST_PAUSE_S = 0.0001  # doubles up to _LOOK_S: peers come within a millisecond, or much later
-
-
 _LOOK_S = 0.02  # between two looks at the peers; torchrun ends survivors 0.1 s after a death
-
-
 _TRANSPORT = ("gloo", "Timed out", "Connection closed", "Connection reset", "NCCL", "nccl")
 
 
@@ -74,7 +72,7 @@ class RankGuard:
         self._said = ""
         self._lock = Lock()
         self._own = RankRecord(0, time.time(), own_life())
-        self._write()
+        self._say()
         _GUARDS.add(self)
         _hook_exceptions()
 
@@ -83,9 +81,9 @@ class RankGuard:
         self.step += 1
         self.running = True
         if self.step == 1:
-            self._watch_peers()
-        self._own = replace(self._own, step=self.step, time=time.time())
-        self._write()
+            lives = [record.life for record in self._records().values() if record is not None]
+            watch(lives, self._own.life, WeakMethod(self.speak))
+        self._say(step=self.step, time=time.time())
 
     def end_step(self) -> None:
         """The step is done."""
@@ -99,8 +97,7 @@ class RankGuard:
         cause = error.__cause__ if inside and error.__cause__ else error
         at = self.step + (not self.running) if step is None else step
         text = f"{type(cause).__name__}: {cause}".splitlines()[0]
-        self._own = replace(self._own, step=at, time=time.time(), error=text)
-        self._write()
+        self._say(step=at, time=time.time(), error=text)
 
     def tell(self, error: BaseException) -> None:
         """This rank raised before its first step: say so, and wait until every peer has heard, raised too or is dead."""
@@ -118,8 +115,7 @@ class RankGuard:
 
     def leave(self) -> None:
         """The script ends."""
-        self._own = replace(self._own, left=True)
-        self._write()
+        self._say(left=True)
 
     def wait(self, keys: list[str], node: str, owed: Sequence[str] = ()) -> None:
         """Until all `keys` (each ends in the rank that sets it: "claims/7/2") are in the store.
@@ -153,15 +149,14 @@ class RankGuard:
 
     def lost_peers(self, node: str, error: BaseException) -> RuntimeFault:
         """The fault to raise for a transport error at `node`: whose end it was, found in the records."""
-        self._own = replace(self._own, lost=True)
         try:
-            self._write()
+            self._say(lost=True)
             deadline = time.monotonic() + GRACE_S
             while not (found := self._culprits(self._records())):
                 if time.monotonic() > deadline:
-                    found = self._unmarked(self._records()) or (
-                        f"every peer lives and none raised; the transport said: {error}"
-                    )
+                    silent = {r: record for r, record in self._records().items() if record is None or not record.lost}
+                    found = "; ".join(_stuck(r, record) for r, record in silent.items())
+                    found = found or f"every peer lives and none raised; the transport said: {error}"
                     break
                 time.sleep(_LOOK_S)
         except RuntimeError as gone:  # the store too
@@ -176,24 +171,11 @@ class RankGuard:
                 self._said = f"rank {self.rank} lost its peers {where}: {what}"
                 sys.stderr.write(f"helix_compile: {self._said}\n")  # one write: ranks share the pipe
                 sys.stderr.flush()
-                self._own = replace(self._own, lost=True)
                 with suppress(RuntimeError):  # the store may be gone
-                    self._write()
+                    self._say(lost=True)
         fault = RuntimeFault(self._said)
         fault.is_said = True
         return fault
-
-    def _watch_peers(self) -> None:
-        lives = {r: record.life for r, record in self._records().items() if record is not None}
-        guard = ref(self)
-
-        def tell(rank: int) -> bool:
-            there = guard()
-            if there is not None and rank >= 0:
-                there.speak()
-            return there is not None
-
-        watch(lives, self._own.life, tell)
 
     def speak(self) -> None:
         """If a step runs that a peer has broken, say so; for a thread, while this rank waits inside the transport."""
@@ -206,7 +188,8 @@ class RankGuard:
         """Ranks whose key is not there."""
         return [int(k.rpartition("/")[2]) for k in keys if not self.store.check([k])]
 
-    def _write(self) -> None:
+    def _say(self, **changed: Any) -> None:
+        self._own = replace(self._own, **changed)
         self.store.set(f"record/{self.rank}", json.dumps(asdict(self._own)))
 
     def _records(self) -> dict[int, RankRecord | None]:
@@ -234,10 +217,6 @@ class RankGuard:
             if not (record.lost or (record.left and record.step >= self.step)) and is_dead(record.life, self._own.life)
         )
 
-    def _unmarked(self, records: dict[int, RankRecord | None]) -> str:
-        silent = [r for r, record in records.items() if record is None or not record.lost]
-        return "; ".join(_stuck(r, records[r]) for r in silent)
-
 
 def _read(text: bytes) -> RankRecord:
     fields = json.loads(text)
@@ -260,23 +239,17 @@ def _hook_exceptions() -> None:
     if getattr(before, "tells_helix_peers", False):
         return
 
-    def leave() -> None:
-        for guard in list(_GUARDS):
-            with suppress(RuntimeError):
-                guard.leave()
-
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        for guard in list(_GUARDS):
-            with suppress(RuntimeError):  # the store is gone: nobody to tell
-                guard.raised(error)
+        _each_guard(lambda guard: guard.raised(error))
         before(kind, error, trace)
 
     hook.tells_helix_peers = True  # type: ignore[attr-defined] # a mark on our own function
-
-    def speak() -> None:
-        for guard in list(_GUARDS):
-            guard.speak()
-
     sys.excepthook = hook
-    atexit.register(leave)
-    before_sigterm(speak)
+    atexit.register(_each_guard, RankGuard.leave)
+    before_sigterm(partial(_each_guard, RankGuard.speak))
+
+
+def _each_guard(act: Callable[[RankGuard], None]) -> None:
+    for guard in list(_GUARDS):
+        with suppress(RuntimeError):  # the store is gone: nobody to tell
+            act(guard)

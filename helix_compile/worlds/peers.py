@@ -15,15 +15,17 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 EXIT_STATUS = 128 + signal.SIGTERM
-
-
 PATIENCE_S = 2.0  # for a store that does not answer any more; torchrun sends SIGKILL after 30
+
+_LOOK_MS = 5000  # how long a thread outlives its owner
 
 
 def before_sigterm(speak: Callable[[], None]) -> bool:
@@ -31,23 +33,20 @@ def before_sigterm(speak: Callable[[], None]) -> bool:
 
     Call it in the main thread; the first caller in a process has it.
     """
-    if threading.current_thread() is not threading.main_thread():
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return False
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if (before := signal.set_wakeup_fd(-1)) != -1:
+        signal.set_wakeup_fd(before)
         return False
     hear, wake = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(wake, False)
-    before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    if before != -1:
-        signal.set_wakeup_fd(before)
-        os.close(hear)
-        os.close(wake)
-        return False
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 
     def listen() -> None:
         while signal.SIGTERM not in os.read(hear, 64):
             pass
-        speaker = threading.Thread(target=speak, daemon=True)
+        speaker = Thread(target=speak, daemon=True)
         speaker.start()
         speaker.join(PATIENCE_S)
         os._exit(EXIT_STATUS)
@@ -55,12 +54,9 @@ def before_sigterm(speak: Callable[[], None]) -> bool:
     def handle(number: int, frame: Any) -> None:
         threading.Event().wait()  # the thread ends this process
 
-    threading.Thread(target=listen, daemon=True, name="helix last words").start()
+    Thread(target=listen, daemon=True, name="helix last words").start()
     signal.signal(signal.SIGTERM, handle)
     return True
-
-
-_LOOK_MS = 5000  # how long a thread outlives its owner
 
 
 class Life(NamedTuple):
@@ -88,34 +84,33 @@ def is_dead(life: Life, here: Life) -> bool:
     return state in ("", "Z", "X") or born != life.born
 
 
-def watch(lives: dict[int, Life], here: Life, tell: Callable[[int], bool]) -> None:
-    """Call `tell` with the rank of each of these processes that ends, at once, until it returns False.
+def watch(lives: Iterable[Life], here: Life, speak: WeakMethod[Callable[[], None]]) -> None:
+    """Call `speak` when one of these processes ends, at once, as long as its owner lives.
 
-    It is called with -1 now and then, to learn whether it still wants to hear. Processes of other hosts, and systems
-    without pidfd, are not watched.
+    Processes of other hosts, and systems without pidfd, are not watched.
     """
-    poll, ranks = select.poll(), {}
-    for rank, life in lives.items():
+    poll, open_fds = select.poll(), set()
+    for life in lives:
         if life.host == here.host and life.born and hasattr(os, "pidfd_open"):
-            try:
-                pidfd = os.pidfd_open(life.pid)
-            except OSError:
-                continue  # ended before; /proc says so
-            ranks[pidfd] = rank
-            poll.register(pidfd, select.POLLIN)
-    if ranks:
-        Thread(target=_listen, args=(poll, ranks, tell), daemon=True, name="helix peers").start()
+            with suppress(OSError):  # ended before; /proc says so
+                open_fds.add(pidfd := os.pidfd_open(life.pid))
+                poll.register(pidfd, select.POLLIN)
+    if open_fds:
+        Thread(target=_listen, args=(poll, open_fds, speak), daemon=True, name="helix peers").start()
 
 
-def _listen(poll: select.poll, ranks: dict[int, int], tell: Callable[[int], bool]) -> None:
-    wanted = True
-    while ranks and wanted:
-        for pidfd, _ in poll.poll(_LOOK_MS):
+def _listen(poll: select.poll, open_fds: set[int], speak: WeakMethod[Callable[[], None]]) -> None:
+    while open_fds:
+        ended = [pidfd for pidfd, _ in poll.poll(_LOOK_MS)]
+        if (call := speak()) is None:
+            break
+        for pidfd in ended:
             poll.unregister(pidfd)
             os.close(pidfd)
-            wanted = tell(ranks.pop(pidfd)) and wanted
-        wanted = wanted and tell(-1)
-    for pidfd in ranks:
+            open_fds.remove(pidfd)
+            call()
+        del call  # it holds the owner
+    for pidfd in open_fds:
         os.close(pidfd)
 
 

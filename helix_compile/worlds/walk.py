@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx
@@ -83,10 +84,9 @@ class Walk:
                     values[node] = self._leaf(body, args, f"{path}{node.name}")
                     self._after(step, values)
                     continue
-                assert isinstance(body, fx.GraphModule)
                 values[node] = yield from self.graph(body, list(args), f"{path}{node.name}.")
             elif node.op == "get_attr":
-                values[node] = _attribute(module, str(node.target))
+                values[node] = attrgetter(str(node.target))(module)
             elif node.target is WAIT:
                 pending = values[node.args[0]]
                 if not isinstance(pending, Pending):
@@ -152,10 +152,3 @@ def _steps(graph: fx.Graph) -> list[_Step]:
         )
         for node, sources in inputs.items()
     ]
-
-
-def _attribute(module: fx.GraphModule, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

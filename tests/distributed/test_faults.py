@@ -184,7 +184,7 @@ def test_differences_name_the_odd_rank_even_if_it_is_rank_0() -> None:
 
 _IN_C = """
 import ctypes, sys
-from helix_compile.last_words import before_sigterm
+from helix_compile.worlds.peers import before_sigterm
 assert before_sigterm(lambda: (sys.stderr.write("last words\\n"), sys.stderr.flush()))
 assert not before_sigterm(print)
 mutex = ctypes.create_string_buffer(64)

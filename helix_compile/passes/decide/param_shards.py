@@ -9,9 +9,11 @@ from collections.abc import Iterable
 from torch import fx
 
 from helix_compile.capture.captured import CapturedGraph
+from helix_compile.ir.dataflow import follow
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
 from helix_compile.ir.leaves import leaf_bytes
 from helix_compile.layout.degrees import HelixLayout
+from helix_compile.passes.match.heads import linears_before
 from helix_compile.passes.match.reject import is_quantised
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Cut, ParamShard
 from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, GqaMatch, LayerMatch, MoEMatch, Site, UpWeight
@@ -210,17 +212,7 @@ def _latent_projections(graph: fx.Graph, match: LayerMatch) -> set[fx.Node]:
     by_name = {n.name: n for n in graph.nodes}
     found: set[fx.Node] = set()
     for site in match.attentions:
-        todo = [by_name[site.q_proj].args[0], *(by_name[name] for name in site.new)]
-        seen = set(todo)
-        while todo:
-            node = todo.pop()
-            assert isinstance(node, fx.Node)
-            if is_call(node, aten.linear.default):
-                found.add(node)
-                continue
-            fresh = [n for n in node.all_input_nodes if n not in seen]
-            seen.update(fresh)
-            todo += fresh
+        found.update(linears_before([by_name[site.q_proj].args[0], *(by_name[name] for name in site.new)]))
     return found
 
 
@@ -245,12 +237,5 @@ def _classify(param: fx.Node, user: fx.Node, latents: set[fx.Node], found: dict[
 
 
 def _feeds_topk(node: fx.Node) -> bool:
-    seen, todo = set(), [node]
-    while todo:
-        for user in todo.pop().users:
-            if is_call(user, aten.topk.default):
-                return True
-            if user not in seen and not is_call(user, aten.linear.default):
-                seen.add(user)
-                todo.append(user)
-    return False
+    behind = follow([node], lambda n: [u for u in n.users if not is_call(u, aten.linear.default)])
+    return any(is_call(n, aten.topk.default) for n in behind)

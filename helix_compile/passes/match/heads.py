@@ -7,13 +7,14 @@ That rows of a linear make one head alone is shown in head_cuts.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.dataflow import ancestors
+from helix_compile.ir.dataflow import ancestors, follow
 from helix_compile.ir.elements import is_layout_op, trace_elements
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param
 from helix_compile.ir.sizes import shape_of
@@ -22,18 +23,15 @@ from helix_compile.passes.match.reject import Reject, computed_weight
 from helix_compile.plan.matches import GateMatch, permuted
 
 
+def linears_before(values: Iterable[fx.Node]) -> list[fx.Node]:
+    """The linears that `values` come from through no other linear; themselves where they are one."""
+    before = follow(values, lambda n: () if is_call(n, aten.linear.default) else n.all_input_nodes)
+    return [n for n in before if is_call(n, aten.linear.default)]
+
+
 def one_linear(value: fx.Node, what: str) -> fx.Node:
     """The one linear whose output becomes `value`."""
-    found, seen, todo = [], {value}, [value]
-    while todo:
-        node = todo.pop()
-        if is_call(node, aten.linear.default):
-            found.append(node)
-            continue
-        for source in node.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                todo.append(source)
+    found = linears_before([value])
     if len(found) != 1:
         raise Reject(f"{what} must come from one linear, it comes from {len(found)}", value, 6)
     return found[0]
@@ -160,19 +158,16 @@ def _with_advice(rejection: Reject) -> Reject:
 
 def _refuse_other_readers(linear: fx.Node, gate: fx.Node, product: fx.Node, anchor: fx.Node) -> None:
     """What is between the gate's linear and the product is for the gate alone: it will be cut by heads."""
-    if linear in ancestors([anchor], until=[]):
+    if linear in ancestors([anchor]):
         raise Reject(
             f"the gate and what attention reads come from one linear `{linear.name}` of {shape_of(linear)[-1]} rows, which "
             "are cut by two rules (nearest that works: the gate as a linear of its own)",
             linear,
             6,
         )
-    todo = [linear]
-    while todo:
-        node = todo.pop()
+    for node in follow([linear], lambda n: [u for u in n.users if u is not product]):
         for user in node.users:
             if user is product and node is gate:
                 continue
             if user.op == "output" or user is product or is_call(user, aten.linear.default):
                 raise Reject(f"`{node.name}` of the gate is read by `{user.name}` too", node, 6)
-            todo.append(user)

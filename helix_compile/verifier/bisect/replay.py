@@ -9,7 +9,7 @@ A step whose logits deviate: replay it on both sides with every value kept, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +23,13 @@ from helix_compile.module import HelixModule
 from helix_compile.verifier.bisect.walk import (
     Compare,
     Located,
+    body_twins,
     first_deviation,
-    outer_deviation,
     outer_part,
+    outer_twins,
     rel_rmse,
     walk,
+    worst,
 )
 from helix_compile.verifier.numeric.layer_run import CapturedReference
 from helix_compile.verifier.numeric.reference import EagerReference, RecordingInterpreter
@@ -76,7 +78,7 @@ def bisect_pair(first: Side, second: Side, steps: list[Batch], failing: int) -> 
     for batch in steps[:failing]:
         for side in (first, second):
             side.scratch.step(batch.ids, batch.mask)
-    mine, theirs = (_recorded(side, steps[failing]) for side in (first, second))
+    mine, theirs = (_recorded(side.scratch, steps[failing]) for side in (first, second))
     dtype = getattr(torch, first.scratch.compiled.plan.dtype)
     same = alike(first.scratch.compiled, second.scratch.compiled)
     parts = _bodies_too if same else _outer_only
@@ -89,11 +91,10 @@ def bisect_pair(first: Side, second: Side, steps: list[Batch], failing: int) -> 
     return None
 
 
-def _recorded(side: Side, batch: Batch) -> Recorder:
-    recorder = Recorder(len(side.scratch.params))
-    recorder.in_outer = set(side.graph.graph.nodes)
+def _recorded(scratch: Scratch, batch: Batch) -> Recorder:
+    recorder = Recorder(len(scratch.params), scratch.graph.graph)
     with suppress(Exception):  # values up to a fault are what is wanted
-        side.scratch.step(batch.ids, batch.mask, recorder)
+        scratch.step(batch.ids, batch.mask, recorder)
     return recorder
 
 
@@ -148,15 +149,13 @@ def _by_rank(
     """The largest deviation of a node's value over the ranks, and whose it is."""
     if node not in known:
         return None
-    worst: tuple[float, int] | None = None
+    found = []
     for rank, (a, b) in enumerate(zip(mine, theirs, strict=True)):
         value, wanted = a.get(node.name), b.get(node.name)
         if not (_is_number(value) and _is_number(wanted)):
             return None
-        off = _off(value, wanted, mask)
-        if worst is None or off > worst[0]:
-            worst = (off, rank)
-    return worst
+        found.append((_off(value, wanted, mask), rank))
+    return worst(found)
 
 
 def _is_number(value: Any) -> TypeGuard[Tensor]:
@@ -173,19 +172,18 @@ def _off(value: Tensor, wanted: Tensor, mask: Tensor) -> float:
 class Recorder:
     """Hook of VirtualWorld.run: values by rank and layer. A layer's nodes come before its call in the outer graph."""
 
-    def __init__(self, ranks: int):
-        self.pending: list[dict[str, Any]] = [{} for _ in range(ranks)]
-        self.layers: dict[int, list[dict[str, Any]]] = {}
-        self.outer: list[dict[str, Any]] = [{} for _ in range(ranks)]
-        self.ranks = ranks
-        self.in_outer: set[fx.Node] = set()
+    def __init__(self, ranks: int, outer: fx.Graph):
+        self.pending: Values = [{} for _ in range(ranks)]
+        self.layers: dict[int, Values] = {}
+        self.outer: Values = [{} for _ in range(ranks)]
+        self.in_outer = set(outer.nodes)
 
     def __call__(self, rank: int, node: fx.Node, value: Any) -> None:
         if node not in self.in_outer:
             self.pending[rank][node.name] = value
             return
         if node.op == "call_module":
-            place = self.layers.setdefault(node.meta["layer"], [{} for _ in range(self.ranks)])
+            place = self.layers.setdefault(node.meta["layer"], [{} for _ in self.outer])
             place[rank], self.pending[rank] = self.pending[rank], {}
         self.outer[rank][node.name] = value
 
@@ -217,52 +215,26 @@ def bisect_step(
     logits = reference.step(batch.ids, batch.mask)
     kept = batch.mask.bool()
     gap = float((graph_logits - logits)[kept].abs().max() / logits[kept].abs().max())
-    recorder = Recorder(len(scratch.params))
-    recorder.in_outer = set(scratch.graph.graph.nodes)
-    with suppress(Exception):  # values up to a fault are what is wanted
-        scratch.step(batch.ids, batch.mask, recorder)
-    plan = scratch.compiled.plan
+    recorder = _recorded(scratch, batch)
+    plan, outer = scratch.compiled.plan, scratch.graph.graph
+
+    def parts() -> Iterator[tuple[int | None, Iterable[fx.Node], Values, dict[str, Tensor], str]]:
+        yield None, outer_part(outer, before_layers=True), recorder.outer, outer_twins(expected_outer), ""
+        for layer, values in recorder.layers.items():
+            name = str(captured.call(layer).target)
+            if name in captured.matches:  # a leaf has no nodes
+                graph = scratch.graph.get_submodule(name).graph
+                twins = body_twins(graph, captured.matches[name], expected_layers[layer])
+                yield layer, graph.nodes, values, twins, name
+        yield None, outer_part(outer, before_layers=False), recorder.outer, outer_twins(expected_outer), ""
+
     dtype = getattr(torch, plan.dtype)
-    located = outer_deviation(
-        recorder.outer,
-        expected_outer,
-        typed.layouts.get("", {}),
-        scratch.graph.graph,
-        plan.layout,
-        dtype,
-        batch.mask,
-        before_layers=True,
-    )
-    if located is not None:
-        return located, None, gap
-    for layer, values in recorder.layers.items():
-        if str(captured.call(layer).target) not in captured.matches:
-            continue  # a leaf has no nodes
-        call = captured.call(layer)
-        body = scratch.graph.get_submodule(str(call.target))
-        located = first_deviation(
-            values,
-            expected_layers[layer],
-            typed.layouts.get(str(call.target), {}),
-            body,
-            captured.matches[str(call.target)],
-            plan.layout,
-            dtype,
-            batch.mask,
-        )
+    for layer, nodes, values, twins, name in parts():
+        layouts = typed.layouts.get(name, {})
+        located = first_deviation(nodes, values, twins, layouts, plan.layout, dtype, batch.mask)
         if located is not None:
             return located, layer, gap
-    located = outer_deviation(
-        recorder.outer,
-        expected_outer,
-        typed.layouts.get("", {}),
-        scratch.graph.graph,
-        plan.layout,
-        dtype,
-        batch.mask,
-        before_layers=False,
-    )
-    return located, None, gap
+    return None, None, gap
 
 
 def _captured_step(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from helix_compile.ir.dataflow import ancestors
 from helix_compile.ir.graph import helix_op, input_ref
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.matches import LayerMatch, permuted
@@ -23,7 +24,6 @@ from helix_compile.verifier.report import Finding
 
 # a value may be this far from its fp64 twin (rel-RMSE) before it counts as wrong, noise of earlier ops included
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-
 
 Compare = Callable[[fx.Node], tuple[float, int] | None]  # how far a node's value is off, and on which rank
 
@@ -49,43 +49,25 @@ class Located:
 
 
 def first_deviation(
+    nodes: Iterable[fx.Node],
     values: list[dict[str, Any]],
-    expected: dict[str, Any],
+    twins: dict[str, Tensor],
     layouts: dict[str, Any],
-    body: Any,
-    match: LayerMatch,
     degrees: HelixLayout,
     dtype: torch.dtype,
     mask: Tensor,
 ) -> Located | None:
-    """Walk a body in order.
+    """Walk a graph in order.
 
     Args:
+        nodes: of a body, or a part of the outer graph.
         values: per rank, node name -> value.
-        expected: node name -> the original's value in fp64.
+        twins: node name -> what it should be.
         layouts: node name -> inferred layout; nodes without one are not compared.
         mask: [B, T] of the step's tokens; values at padding are not compared.
     """
-    twins = _twins(body.graph, match, expected)
     compare = partial(_off, values=values, twins=twins, layouts=layouts, degrees=degrees, mask=mask)
-    return walk(body.graph.nodes, compare, dtype)
-
-
-def outer_deviation(
-    values: list[dict[str, Any]],
-    expected: dict[str, Any],
-    layouts: dict[str, Any],
-    graph: fx.Graph,
-    degrees: HelixLayout,
-    dtype: torch.dtype,
-    mask: Tensor,
-    *,
-    before_layers: bool,
-) -> Located | None:
-    """The same in the outer graph, either before the first layer (embedding, position tables) or behind the last."""
-    twins = {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    compare = partial(_off, values=values, twins=twins, layouts=layouts, degrees=degrees, mask=mask)
-    return walk(outer_part(graph, before_layers=before_layers), compare, dtype)
+    return walk(nodes, compare, dtype)
 
 
 def outer_part(graph: fx.Graph, *, before_layers: bool) -> list[fx.Node]:
@@ -114,9 +96,14 @@ def walk(nodes: Iterable[fx.Node], compare: Compare, dtype: torch.dtype) -> Loca
     return None
 
 
-def _twins(graph: fx.Graph, match: LayerMatch, expected: dict[str, Any]) -> dict[str, Tensor]:
-    """Node name -> what it should be. What the passes added has no twin, but for the merged heads."""
-    twins = {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}
+def outer_twins(expected: dict[str, Any]) -> dict[str, Tensor]:
+    """Node name -> what it should be, of the original's values in fp64."""
+    return {n: v.double() for n, v in expected.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+
+def body_twins(graph: fx.Graph, match: LayerMatch, expected: dict[str, Any]) -> dict[str, Tensor]:
+    """The same of a body. What the passes added has no twin, but for the merged heads."""
+    twins = outer_twins(expected)
     by_name = {n.name: n for n in graph.nodes}
     for attention in match.attentions:
         o_proj, anchor = by_name.get(attention.o_proj), expected.get(attention.anchor)
@@ -143,11 +130,11 @@ def _off(
         return None
     if not all(isinstance(p, Tensor) and p.is_floating_point() for p in parts):
         return None
-    worst: tuple[float, int] | None = None
     try:
         whole = replicas(parts, layout, degrees)  # type: ignore[arg-type] # all tensors
     except RuntimeError:  # parts that can't be joined: the static check has said so
         return None
+    found = []
     for number, value in enumerate(whole):
         value = value.double()
         fit = fitted(value, twin)
@@ -155,10 +142,13 @@ def _off(
             fit = value.reshape(twin.shape)
         if fit is None:
             return None
-        off = rel_rmse(fit, twin, mask)
-        if worst is None or off > worst[0]:
-            worst = (off, number if not layout else 0)
-    return worst
+        found.append((rel_rmse(fit, twin, mask), number if not layout else 0))
+    return worst(found)
+
+
+def worst(found: list[tuple[float, int]]) -> tuple[float, int] | None:
+    """The largest (deviation, rank), the first of equal ones."""
+    return max(found, key=lambda x: x[0], default=None)
 
 
 def rel_rmse(value: Tensor, wanted: Tensor, mask: Tensor) -> float:
@@ -188,12 +178,7 @@ def _unpadded(value: Tensor, mask: Tensor) -> Tensor:
 
 def _between(node: fx.Node, good: set[fx.Node]) -> list[fx.Node]:
     """The node and those before it, back to values that agree; in order of the graph."""
-    found, todo = {node}, [n for n in node.all_input_nodes if n not in good]
-    while todo:
-        current = todo.pop()
-        if current not in found:
-            found.add(current)
-            todo += [n for n in current.all_input_nodes if n not in good]
+    found = ancestors([node], until=good)
     return [n for n in node.graph.nodes if n in found][-8:]
 
 

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from helix_compile.ir.graph import calls, helix_op
-from helix_compile.ir.stage import bodies_of, nodes_of
+from helix_compile.ir.stage import bodies_of, graphs_of, nodes_of
 from helix_compile.module import HelixModule
 
 c10d = torch.ops._c10d_functional
-
-
 WAIT = c10d.wait_tensor.default
-
-
 A2A: dict[str, Any] = {"cp": 4, "tokens_per_block": 4, "max_seq_len": 1024}
-
-
 MIXED: dict[str, Any] = {"cp": 2, "tpa": 2, "tokens_per_block": 4, "max_seq_len": 1024}
-
-
 EXPERT: dict[str, Any] = {**A2A, "ep": 2}
+FFN = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -48,8 +42,6 @@ class Mutant:
 
 
 CATALOGUE: list[Mutant] = []  # made on a model with MLA
-
-
 # faults that only grouped-query attention can have, made on a model with it
 GQA_CATALOGUE: list[Mutant] = []
 
@@ -57,11 +49,33 @@ GQA_CATALOGUE: list[Mutant] = []
 def mutant(
     name: str, family: int, kind: str, options: dict[str, Any] | None = None, catalogue: list[Mutant] = CATALOGUE
 ) -> Callable[[Callable[[HelixModule], None]], Callable[[HelixModule], None]]:
-    """Register the function that follows."""
+    """Register the function that follows; what it edits is recompiled."""
 
-    def register(apply: Callable[[HelixModule], None]) -> Callable[[HelixModule], None]:
+    def register(edit: Callable[[HelixModule], None]) -> Callable[[HelixModule], None]:
+        def apply(compiled: HelixModule) -> None:
+            edit(compiled)
+            for _, gm in graphs_of(compiled.graph):
+                gm.recompile()
+
         catalogue.append(Mutant(name, family, kind, apply, options or A2A))
-        return apply
+        return edit
+
+    return register
+
+
+def kernel_mutant(
+    name: str,
+    family: int,
+    base: str,
+    options: dict[str, Any] | None = None,
+    kind: str = "kernel",
+    catalogue: list[Mutant] = CATALOGUE,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a mutant that replaces one op by the function that follows."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        mutant(name, family, kind, options, catalogue)(partial(replace_op, base=base, kernel=kernel))
+        return kernel
 
     return register
 
@@ -79,13 +93,6 @@ def collectives(compiled: HelixModule, target: Any) -> list[fx.Node]:
 def wait_of(node: fx.Node) -> fx.Node:
     """The wait of a collective."""
     return next(u for u in node.users if u.target is WAIT)
-
-
-def recompile(compiled: HelixModule) -> None:
-    """After edits."""
-    for body in bodies_of(compiled.graph).values():
-        body.recompile()
-    compiled.graph.recompile()
 
 
 _LIBRARIES: dict[str, torch.library.Library] = {}  # dropping one unregisters its ops
@@ -108,17 +115,19 @@ def replace_op(compiled: HelixModule, base: str, kernel: Callable[..., Any]) -> 
     target = getattr(getattr(torch.ops, namespace), base).default
     for node in helix_nodes(compiled, base):
         node.target = target
-    recompile(compiled)
 
 
-def shard_names(compiled: HelixModule, ending: str) -> list[str]:
-    """Parameters of rank 0 whose name ends so."""
+Ending = str | tuple[str, ...]
+
+
+def shard_names(compiled: HelixModule, ending: Ending) -> list[str]:
+    """Parameters of rank 0 whose name ends so, or in one of several ways."""
     names = [n for n in compiled.ranks[0].params if n.endswith(ending)]
     assert names, f"no parameter ends with {ending!r}"
     return names
 
 
-def permute_ranks(compiled: HelixModule, ending: str, order: list[int]) -> None:
+def permute_ranks(compiled: HelixModule, ending: Ending, order: list[int]) -> None:
     """Rank r gets what rank order[r] holds."""
     for name in shard_names(compiled, ending):
         held = [rank.params[name] for rank in compiled.ranks]
@@ -126,7 +135,7 @@ def permute_ranks(compiled: HelixModule, ending: str, order: list[int]) -> None:
             rank.params[name] = held[source]
 
 
-def edit_param(compiled: HelixModule, ending: str, edit: Callable[[Tensor, int], Tensor]) -> None:
+def edit_param(compiled: HelixModule, ending: Ending, edit: Callable[[Tensor, int], Tensor]) -> None:
     """Replace a parameter on every rank by edit(tensor, rank)."""
     for name in shard_names(compiled, ending):
         for rank in compiled.ranks:

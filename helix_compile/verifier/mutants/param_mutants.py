@@ -6,6 +6,7 @@ Ranks that hold the wrong weights, and plans that say what is not so.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,37 +17,28 @@ from helix_compile.ir.stage import bodies_of
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.module import HelixModule
 from helix_compile.plan.helix_plan import BodyPlan
+from helix_compile.verifier.mutants.graph_mutants import attends_twice
 from helix_compile.verifier.mutants.mutant import (
     A2A,
     EXPERT,
+    FFN,
     GQA_CATALOGUE,
     MIXED,
     edit_param,
     helix_nodes,
+    kernel_mutant,
     mutant,
     permute_ranks,
-    recompile,
-    replace_op,
 )
 
 Pair = tuple[Tensor, Tensor]
 
 
-def _gqa(name: str, family: int, kind: str, options: dict[str, Any] | None = None) -> Any:
-    return mutant(name, family, kind, options, GQA_CATALOGUE)
+_gqa = partial(mutant, catalogue=GQA_CATALOGUE)
 
 
 def _kernel(name: str, family: int, base: str = "gqa_decode", kind: str = "kernel") -> Any:
-    """Register a mutant that replaces one op by the function that follows."""
-
-    def register(kernel: Any) -> Any:
-        @_gqa(name, family, kind)
-        def apply(compiled: HelixModule) -> None:
-            replace_op(compiled, base, kernel)
-
-        return kernel
-
-    return register
+    return kernel_mutant(name, family, base, kind=kind, catalogue=GQA_CATALOGUE)
 
 
 def _reference(*args: Any) -> Pair:
@@ -75,10 +67,9 @@ def first_values(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visible: Tensor
     return _reference(q, k, v[:, :, :1].expand_as(v), table, visible, scale)
 
 
-@_gqa("ranks of tpa hold each other's K and V rows", 3, "parameters", MIXED)
-def kv_of_another_rank(compiled: HelixModule) -> None:
-    for ending in ("k_proj.weight", "v_proj.weight"):
-        permute_ranks(compiled, ending, [2, 3, 0, 1])
+_gqa("ranks of tpa hold each other's K and V rows", 3, "parameters", MIXED)(
+    partial(permute_ranks, ending=("k_proj.weight", "v_proj.weight"), order=[2, 3, 0, 1])
+)
 
 
 @_gqa("K rows of a rank are one head late, V rows are not", 3, "parameters")
@@ -96,7 +87,6 @@ def values_one_channel_early(compiled: HelixModule) -> None:
         node = node_named(body.graph, "v_cache")
         cache, dim, start, stop = node.args
         node.args = (cache, dim, start - 1, stop - 1)
-    recompile(compiled)
 
 
 @_kernel("K and V change places in the cache", 4, "cache_append", kind="cache")
@@ -155,17 +145,11 @@ def statistics_of_the_first(q: Tensor, k: Tensor, v: Tensor, table: Tensor, visi
     return o, grouped[..., :1].expand_as(grouped).flatten(2)
 
 
-@_gqa("grouped attention over the cache is computed twice", 13, "graph")
-def attends_twice(compiled: HelixModule) -> None:
-    for decode in helix_nodes(compiled, "gqa_decode"):
-        with decode.graph.inserting_after(decode):
-            decode.graph.call_function(decode.target, decode.args)
-    recompile(compiled)
+_gqa("grouped attention over the cache is computed twice", 13, "graph")(attends_twice)
 
-
-@mutant("o_proj rows in (kvp, tpa) order", 1, "parameters", MIXED)
-def o_proj_order(compiled: HelixModule) -> None:
-    permute_ranks(compiled, "o_proj.weight", [0, 2, 1, 3])
+mutant("o_proj rows in (kvp, tpa) order", 1, "parameters", MIXED)(
+    partial(permute_ranks, ending="o_proj.weight", order=[0, 2, 1, 3])
+)
 
 
 @mutant("kvp groups run through in reverse", 1, "plan")
@@ -176,58 +160,37 @@ def reversed_groups(compiled: HelixModule) -> None:
     compiled.world.mesh = mesh
 
 
-@mutant("every rank holds FFN shard 0", 2, "parameters")
-def all_shard_zero(compiled: HelixModule) -> None:
-    for ending in ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"):
-        permute_ranks(compiled, ending, [0, 0, 0, 0])
+mutant("every rank holds FFN shard 0", 2, "parameters")(partial(permute_ranks, ending=FFN, order=[0, 0, 0, 0]))
+mutant("two ranks swapped in a row-parallel weight only", 2, "parameters")(
+    partial(permute_ranks, ending=FFN[2], order=[1, 0, 2, 3])
+)
+mutant("FFN shards overlap by one row", 2, "parameters")(
+    partial(edit_param, ending=FFN[0], edit=lambda w, r: w.roll(1, 0) if r else w)
+)
+mutant("padding of the last shard is not zero", 2, "parameters", {**A2A, "cp": 3})(
+    partial(edit_param, ending=FFN, edit=lambda w, r: w + 0.5 * (w == 0))
+)
+mutant("experts of the wrong ep coordinate", 2, "parameters", EXPERT)(
+    partial(permute_ranks, ending=("experts.gate_up_proj", "experts.down_proj"), order=[2, 3, 0, 1])
+)
+mutant("W_UK paired with the heads of a neighbour", 3, "parameters")(
+    partial(edit_param, ending=".w_uk", edit=lambda w, r: w.roll(1, 0))
+)
+mutant("W_UV cut for another head block", 3, "parameters", {**A2A, "v_up": "after"})(
+    partial(permute_ranks, ending=".w_uv", order=[1, 2, 3, 0])
+)
+mutant("one rank has an older router bias", 2, "parameters")(
+    partial(edit_param, ending="e_score_correction_bias", edit=lambda b, r: -2 * b if r == 2 else b)
+)
 
 
-@mutant("two ranks swapped in a row-parallel weight only", 2, "parameters")
-def down_swapped(compiled: HelixModule) -> None:
-    permute_ranks(compiled, "mlp.down_proj.weight", [1, 0, 2, 3])
+def _options(compiled: HelixModule, **changed: Any) -> None:
+    plan = compiled.plan
+    compiled.plan = replace(plan, options=replace(plan.options, **changed))
 
 
-@mutant("FFN shards overlap by one row", 2, "parameters")
-def overlap(compiled: HelixModule) -> None:
-    edit_param(compiled, "mlp.gate_proj.weight", lambda w, r: w.roll(1, 0) if r else w)
-
-
-@mutant("padding of the last shard is not zero", 2, "parameters", {**A2A, "cp": 3})
-def dirty_padding(compiled: HelixModule) -> None:
-    edit_param(compiled, "mlp.up_proj.weight", lambda w, r: w + 0.5 * (w == 0))
-    edit_param(compiled, "mlp.gate_proj.weight", lambda w, r: w + 0.5 * (w == 0))
-    edit_param(compiled, "mlp.down_proj.weight", lambda w, r: w + 0.5 * (w == 0))
-
-
-@mutant("experts of the wrong ep coordinate", 2, "parameters", EXPERT)
-def wrong_experts(compiled: HelixModule) -> None:
-    permute_ranks(compiled, "experts.gate_up_proj", [2, 3, 0, 1])
-    permute_ranks(compiled, "experts.down_proj", [2, 3, 0, 1])
-
-
-@mutant("W_UK paired with the heads of a neighbour", 3, "parameters")
-def shifted_heads(compiled: HelixModule) -> None:
-    edit_param(compiled, ".w_uk", lambda w, r: w.roll(1, 0))
-
-
-@mutant("W_UV cut for another head block", 3, "parameters", {**A2A, "v_up": "after"})
-def shifted_values(compiled: HelixModule) -> None:
-    permute_ranks(compiled, ".w_uv", [1, 2, 3, 0])
-
-
-@mutant("one rank has an older router bias", 2, "parameters")
-def stale_router(compiled: HelixModule) -> None:
-    edit_param(compiled, "e_score_correction_bias", lambda b, r: -2 * b if r == 2 else b)
-
-
-@mutant("merge option accepted and ignored", 9, "plan")
-def ignored_merge(compiled: HelixModule) -> None:
-    _options(compiled, merge="ag_rs")
-
-
-@mutant("q_proj option accepted and ignored", 9, "plan")
-def ignored_q_proj(compiled: HelixModule) -> None:
-    _options(compiled, q_proj="gather")
+mutant("merge option accepted and ignored", 9, "plan")(partial(_options, merge="ag_rs"))
+mutant("q_proj option accepted and ignored", 9, "plan")(partial(_options, q_proj="gather"))
 
 
 @mutant("v_up option accepted and ignored", 9, "plan")
@@ -236,9 +199,7 @@ def ignored_v_up(compiled: HelixModule) -> None:
     _options(compiled, v_up="after" if chosen == "before" else "before")
 
 
-@mutant("tokens_per_block option accepted and ignored", 9, "plan")
-def ignored_block(compiled: HelixModule) -> None:
-    _options(compiled, tokens_per_block=8)
+mutant("tokens_per_block option accepted and ignored", 9, "plan")(partial(_options, tokens_per_block=8))
 
 
 @mutant("experts that do not divide are rounded down", 12, "plan", EXPERT)
@@ -277,8 +238,3 @@ def imported_in_a_row(compiled: HelixModule) -> None:
 @mutant("two sequences share a page", 4, "cache")
 def shared_page(compiled: HelixModule) -> None:
     compiled._ledger.page_table[1, -1] = compiled._ledger.page_table[0, 0]
-
-
-def _options(compiled: HelixModule, **changed: Any) -> None:
-    plan = compiled.plan
-    compiled.plan = replace(plan, options=replace(plan.options, **changed))

@@ -38,8 +38,6 @@ from helix_compile.verifier.report import FAMILIES
 from helix_compile.verifier.verify import verify
 
 ATOL, RTOL, MAY_FAIL = 0.1, 0.05, 0.02
-
-
 CONTEXT = 512  # tokens of the rule's case; every shard has the same number
 
 

@@ -15,7 +15,7 @@ from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerRun, attention_output
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.site_terms import local_query, weighted
-from helix_compile.verifier.report import Finding
+from helix_compile.verifier.report import Finding, numeric_finding
 
 # rel-RMSE of one attention output on identical inputs; bf16: correct runs reach 0.0018, the weakest fault 0.0117
 ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -60,16 +60,9 @@ def check_attention(
     if rel <= limit:
         return []
     culprit, family = _blame(run, attention, scratch, site, decode, ATTENTION[dtype])
-    return [
-        Finding(
-            "HX402",
-            f"{where}, rank {worst[1]}, sequence {worst[2]}, position {worst[3]}, node `{decode.name}`",
-            f"rel-RMSE {rel:.2e} (worst token {worst[0]:.2e}); {culprit}",
-            f"at most {limit:.0e}",
-            family,
-            "numeric",
-        )
-    ]
+    at = f"{where}, rank {worst[1]}, sequence {worst[2]}, position {worst[3]}, node `{decode.name}`"
+    got = f"rel-RMSE {rel:.2e} (worst token {worst[0]:.2e}); {culprit}"
+    return [numeric_finding("HX402", at, got, f"at most {limit:.0e}", family)]
 
 
 def _blame(
@@ -85,8 +78,7 @@ def _blame(
             mine = deal(length, layout.kvp, options.tokens_per_block)[rank % layout.kvp]
             held = scratch.shard(site, row, rank, len(mine)).double()
             seen = torch.tensor(mine)[None] <= torch.arange(length - T, length)[:, None]
-            s = torch.einsum("thw,sw->ths", q[row], held) * attention.scale
-            s = s.masked_fill(~seen[:, None], -torch.inf)
+            s = _scores(q[row], held, attention, seen)
             expected = torch.logsumexp(s, dim=-1)
             at = f"`{decode.name}` on rank {rank}, sequence {row} ({len(mine)} local keys)"
             alive = expected > -torch.inf
@@ -123,11 +115,14 @@ def _query(attention: Site, decode: fx.Node, values: dict[str, Any]) -> Tensor:
 
 def _dense(q: Tensor, entries: Tensor, attention: Site, length: int, first_head: int) -> Tensor:
     """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own."""
-    T = q.shape[0]
+    seen = torch.arange(length) <= torch.arange(length - q.shape[0], length)[:, None]
+    return weighted(attention, _scores(q, entries, attention, seen).softmax(-1), entries, first_head)
+
+
+def _scores(q: Tensor, entries: Tensor, attention: Site, seen: Tensor) -> Tensor:
+    """[T, h, S]; -inf where seen [T, S] is False."""
     s = torch.einsum("thw,sw->ths", q, entries) * attention.scale
-    seen = torch.arange(length) <= torch.arange(length - T, length)[:, None]
-    s = s.masked_fill(~seen[:, None], -torch.inf)
-    return weighted(attention, s.softmax(-1), entries, first_head)
+    return s.masked_fill(~seen[:, None], -torch.inf)
 
 
 def _decode_node(graph: fx.Graph, number: int) -> fx.Node | None:

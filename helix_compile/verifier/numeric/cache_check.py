@@ -18,7 +18,7 @@ from helix_compile.plan.matches import AttentionMatch, Site
 from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.scratch import STALE, Scratch
 from helix_compile.verifier.numeric.site_terms import new_entries, on_rank
-from helix_compile.verifier.report import Finding, fault
+from helix_compile.verifier.report import Finding, fault, numeric_finding
 
 # a new entry is rounded once; its inputs passed two norms and a linear in the module's dtype
 ENTRY = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -58,22 +58,14 @@ def check_cache(
                     at = f"{where}, rank {rank}, sequence {row}, position {position}"
                     text, family = _entry_fault(got, wanted, attention, limit * scale)
                     what = "K and V" if row_of.heads else "latent and k_rope"
-                    return [Finding("HX404", at, text, f"the original's {what} to {limit:.0e}", family, "numeric")]
+                    return [numeric_finding("HX404", at, text, f"the original's {what} to {limit:.0e}", family)]
         changed = (cache != old) & ~(cache.isnan() & old.isnan())
         wrong = (changed.flatten(2).any(dim=-1) & untouched).nonzero()
         if len(wrong):
             page, slot = wrong[0].tolist()
             at = f"{where}, rank {rank}, page {page}, slot {slot}"
-            return [
-                Finding(
-                    "HX404",
-                    at,
-                    f"written ({len(wrong)} slots)",
-                    "left alone: not a slot of a new token of this rank",
-                    4,
-                    "numeric",
-                )
-            ]
+            alone = "left alone: not a slot of a new token of this rank"
+            return [numeric_finding("HX404", at, f"written ({len(wrong)} slots)", alone, 4)]
     return []
 
 

@@ -13,12 +13,12 @@ from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer
 from helix_compile.ir.dataflow import evaluate
-from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.graph import aten, calls, input_ref, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout
 from helix_compile.plan.matches import LayerMatch, Site
-from helix_compile.verifier.contract import coordinate
+from helix_compile.verifier.contract import OTHER_AXIS, coordinate
 from helix_compile.verifier.numeric.reference import (
     RecordingInterpreter,
     WidenedIslands,
@@ -95,8 +95,7 @@ class CapturedReference:
                 elif ref.kind == "past":
                     inputs.append(given.pasts[ref.site][ref.part])
                 elif ref.kind == "param":
-                    assert isinstance(argument, fx.Node)
-                    inputs.append(self.tensors[input_ref(argument).name])
+                    inputs.append(self._param(argument))
                 else:
                     inputs.append(evaluate(argument, known, self._param))
             values: dict[str, Any] = {}
@@ -166,12 +165,7 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
         inputs = []
         for rank in range(len(scratch.params)):
             placed = dict(zip(placeholders(outer), scratch.inputs_of(rank, step), strict=True))
-            hidden = call.args[0]
-            assert isinstance(hidden, fx.Node)
-            known: dict[fx.Node, Any] = {hidden: given.hidden}
-            for node in outer.nodes:
-                if node.target is torch.ops.aten.embedding.default:
-                    known[node] = given.hidden
+            known = dict.fromkeys([call.args[0], *calls(outer, aten.embedding.default)], given.hidden)
             inputs.append([_argument(a, placed, known) for a in call.args])
         outputs = scratch.run(body, inputs, record)
     scratch.lengths = [n + int(k) for n, k in zip(scratch.lengths, mask.sum(dim=1), strict=True)]
@@ -195,7 +189,7 @@ def replicas(parts: list[Tensor], layout: Layout, degrees: HelixLayout) -> list[
         return []
     ((axis, placement),) = layout.items()
     groups: dict[int, list[int]] = {}
-    other = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}.get(axis)
+    other = OTHER_AXIS.get(axis)
     for rank in range(len(parts)):
         key = coordinate(other, rank, degrees) if other else 0
         groups.setdefault(key, []).append(rank)

@@ -55,8 +55,6 @@ class WidenedIslands(TorchDispatchMode):
 
 
 CHUNK_TOKENS = 256  # long steps are cut so that scores [B, H, T, S] stay small
-
-
 Edits = Mapping[str, Callable[[Tensor], Tensor]]
 
 
@@ -155,7 +153,6 @@ class RecordingInterpreter(fx.Interpreter):
         body = self.module.get_submodule(str(target))
         if isinstance(body, Leaf):
             return super().call_module(target, args, kwargs)
-        assert isinstance(body, fx.GraphModule)
         inner = RecordingInterpreter(body, self.record, f"{self.path}{self.calling}.")
         return inner.run(*args, **kwargs)
 

@@ -17,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helix_compile.ir.graph import helix_op
 
 _TOPK = torch.ops.aten.topk.default
-
-
 # a margin below this part of the largest score may turn by rounding of the layers before the router
 NEAR_TIE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 

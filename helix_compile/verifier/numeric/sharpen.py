@@ -27,21 +27,14 @@ from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInp
 from helix_compile.verifier.numeric.site_terms import empty_past, new_entries, query_parts
 
 Edit = Callable[[Tensor], Tensor]
-
-
 Edits = dict[str, Edit]  # full parameter name -> its edit
-
 
 # standard deviation of the scores of new tokens after the edit: a few keys a head matter. In float32 the noise of
 # sharp scores would reach the limit of 1e-5 over four layers, and 2 shows every fault there.
 SPREAD = {torch.float64: 6.0, torch.float32: 2.0, torch.bfloat16: 6.0, torch.float16: 6.0}
-
-
 # spread of norm weights around what they are, and of what is added to biases; none in float32, where it lifts the
 # rounding of far RoPE angles over the limit: verify(dtype=torch.float64) shows a vector that is left out
 VECTOR = {torch.float64: 0.2, torch.float32: 0.0, torch.bfloat16: 0.2, torch.float16: 0.2}
-
-
 BIAS = 0.2  # spread of the router's correction bias, as a part of the spread of its scores: some choices turn
 
 

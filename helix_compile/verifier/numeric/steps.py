@@ -18,12 +18,10 @@ from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.reference import EagerReference
 from helix_compile.verifier.numeric.routing import Choices, compare_choices, topk_hook
 from helix_compile.verifier.numeric.scratch import Scratch
-from helix_compile.verifier.report import Coverage, Finding, fault
+from helix_compile.verifier.report import Coverage, Finding, fault, numeric_finding
 
 # largest deviation over the largest value; None: pooled rel-RMSE at most RATIO times the original's own
 LIMIT: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
 RATIO = 1.25
 
 
@@ -34,11 +32,7 @@ def limit_of(plan: HelixPlan) -> float | None:
 
 
 FLIPS = 0.05  # share of tokens that the rewrite alone may route otherwise in 16 bits, beyond the original's own
-
-
 DECODE = (1, 1, 3, 1, 4, 1)
-
-
 FLOPS = 5e10  # of the fp64 reference in one draw of a scenario; the prompts of a large model are cut to this
 
 
@@ -107,6 +101,10 @@ class Pool:
     def rel_rmse(self) -> float:
         """rel-RMSE of the module."""
         return (self.error / self.norm) ** 0.5 if self.norm else 0.0
+
+    def text(self, draws: int) -> str:
+        """Both, for a finding."""
+        return f"rel-RMSE {self.rel_rmse:.2e}, {self.ratio:.2f} times the original's own, over {draws} draws"
 
 
 @dataclass
@@ -220,16 +218,9 @@ def run_scenario(
             outcome.failing_step = number
             return outcome
     if own is not None and flips > 3 * own_flips + max(1, FLIPS * tokens):
-        outcome.findings.append(
-            Finding(
-                "HX408",
-                where,
-                f"{flips} of {tokens} tokens are routed otherwise than in fp64 by the module alone",
-                f"about {own_flips}, as by the original in its own dtype",
-                0,
-                "numeric",
-            )
-        )
+        got = f"{flips} of {tokens} tokens are routed otherwise than in fp64 by the module alone"
+        usual = f"about {own_flips}, as by the original in its own dtype"
+        outcome.findings.append(numeric_finding("HX408", where, got, usual))
         outcome.failing_step = 0
     elif flips or own_flips:
         outcome.notes.append(
@@ -254,14 +245,14 @@ def check_ranks(
     for rank, other in enumerate(logits[1:], 1):
         if other.shape != first.shape:
             got = f"rank {rank} {tuple(other.shape)}, rank 0 {tuple(first.shape)}"
-            return [Finding("HX405", f"{where}, step {number}", got, "equal shapes", 0, "numeric")]
+            return [numeric_finding("HX405", f"{where}, step {number}", got, "equal shapes")]
         mine, wanted = other[kept].nan_to_num(1e9).double(), first[kept].nan_to_num(1e9).double()
         gap = float((mine - wanted).abs().max()) if len(mine) else 0.0
         allowed = _rounding(params[0], params[rank], first.dtype)
         if gap > allowed * float(wanted.abs().max() if len(wanted) else 0.0):
             got = f"rank {rank} deviates from rank 0 by up to {gap:.2e}"
             expected = f"at most {allowed:.0e} of the largest" if allowed else "the same bits"
-            return [Finding("HX405", f"{where}, step {number}", got, expected, 10, "numeric")]
+            return [numeric_finding("HX405", f"{where}, step {number}", got, expected, 10)]
     return []
 
 
@@ -287,26 +278,14 @@ def _rounding(mine: dict[str, Tensor], other: dict[str, Tensor], dtype: torch.dt
 def _not_finite(logits: Tensor, kept: Tensor, before: list[int], where: str, number: int) -> Finding:
     bad = (~torch.isfinite(logits)).any(dim=-1) & kept
     at = place(bad.nonzero()[0].tolist(), before, kept)
-    return Finding(
-        "HX406",
-        f"{where}, step {number}, {at}",
-        f"{int(bad.sum())} of {int(kept.sum())} tokens have NaN or inf logits",
-        "finite logits",
-        5,
-        "numeric",
-    )
+    got = f"{int(bad.sum())} of {int(kept.sum())} tokens have NaN or inf logits"
+    return numeric_finding("HX406", f"{where}, step {number}, {at}", got, "finite logits", 5)
 
 
 def _router_finding(wrong: Tensor, before: list[int], where: str, number: int) -> Finding:
     at = place(wrong.nonzero()[0].tolist(), before, torch.ones_like(wrong))
-    return Finding(
-        "HX408",
-        f"{where}, step {number}, {at}",
-        f"{int(wrong.sum())} tokens choose other experts, by a clear margin",
-        "the original's choice",
-        0,
-        "numeric",
-    )
+    got = f"{int(wrong.sum())} tokens choose other experts, by a clear margin"
+    return numeric_finding("HX408", f"{where}, step {number}, {at}", got, "the original's choice")
 
 
 def _compare(
@@ -321,16 +300,9 @@ def _compare(
     deviation = float(error.max()) / largest
     if deviation <= limit:
         return deviation, None
-    first = (error > limit * largest).nonzero()[0].tolist()
-    at = place(first, before, kept)
-    return deviation, Finding(
-        "HX401",
-        f"{where}, step {number}, {at}",
-        f"logits off by {deviation:.2e} of the largest",
-        f"at most {limit:.0e}",
-        0,
-        "numeric",
-    )
+    at = place((error > limit * largest).nonzero()[0].tolist(), before, kept)
+    said = f"logits off by {deviation:.2e} of the largest"
+    return deviation, numeric_finding("HX401", f"{where}, step {number}, {at}", said, f"at most {limit:.0e}")
 
 
 def _count(coverage: Coverage, scratch: Scratch, before: list[int], batch: Batch) -> None:
@@ -340,8 +312,7 @@ def _count(coverage: Coverage, scratch: Scratch, before: list[int], batch: Batch
     coverage.tokens += int(batch.mask.sum())
     for row, (old, new) in enumerate(zip(before, scratch.lengths, strict=True)):
         shards = [len(hand) for hand in deal(new, cp, tpb)]
-        coverage.empty_shards += sum(n == 0 for n in shards)
-        coverage.unequal_shards += len(set(shards)) > 1
+        coverage.count_shards(shards)
         coverage.block_boundaries += (new - 1) // tpb - max(old - 1, 0) // tpb if new > old else 0
         was = [len(hand) for hand in deal(old, cp, tpb)]
         coverage.page_boundaries += sum(

@@ -5,7 +5,6 @@ Shapes are propagated from the parameters' real shapes on a copy, layouts from h
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,13 +14,13 @@ from torch import Tensor, fx
 
 from helix_compile.errors import PassError
 from helix_compile.ir.collectives import WAIT
-from helix_compile.ir.graph import calls, input_ref, placeholders, source_line
+from helix_compile.ir.graph import calls, input_ref, inputs_of, is_param, placeholders, source_line
 from helix_compile.ir.leaves import Leaf, is_leaf_call
 from helix_compile.ir.shapes import fake_mode_of, propagate_shapes
 from helix_compile.ir.stage import bodies_of, body_of, copy_module
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout, format_layout
-from helix_compile.passes.typing.aten_rules import require
+from helix_compile.passes.typing.aten_rules import Rule, require
 from helix_compile.passes.typing.check_layouts import Untyped, infer_layouts, step_layout, whole_on_whole
 from helix_compile.passes.typing.helix_rules import LOWERED_RULES
 from helix_compile.verifier.report import Finding
@@ -33,8 +32,6 @@ _CODE = {
     "collective": ("HX105", 10),
     "unknown": ("HX103", 0),
 }
-
-
 COLLECTIVES = tuple(t for t in LOWERED_RULES if "_c10d_functional" in str(t) and t is not WAIT)
 
 
@@ -65,11 +62,20 @@ def type_graph(
     """
     typed = TypedGraph(copy_module(graph))
     outer = typed.module.graph
-    _real_shapes(outer, shapes)
 
-    def outer_layout(node: fx.Node) -> Layout:
-        kind, name = input_ref(node)
-        return params.get(name, {}) if kind == "param" else step_layout(node)
+    def infer(name: str, graph: fx.Graph, full_names: dict[fx.Node, str], call: Rule) -> None:
+        """Type one graph, whose parameters have these names in the model."""
+        where = name or "outer graph"
+        try:
+            propagate_shapes(graph)
+            layouts = infer_layouts(
+                graph, lambda n: params.get(full_names[n], {}) if n in full_names else step_layout(n), degrees, call
+            )
+            typed.layouts[name] = {n.name: layout for n, layout in layouts.items()}
+        except Untyped as error:
+            typed.findings.append(_finding(where, error))
+        except PassError as error:
+            typed.findings.append(Finding("HX102", where, str(error), "shapes that fit", 2 if name else 0))
 
     first_calls: dict[str, fx.Node] = {}
     bodies = [n for n in _layer_calls(outer) if not is_leaf_call(typed.module, n)]
@@ -78,16 +84,16 @@ def type_graph(
         typed.findings += _fits(call, first, typed.module, params)
     for name, call in first_calls.items():
         body = body_of(typed.module, name)
-        _type_body(typed, name, body.graph, call, shapes, params, degrees)
-    _forget_shapes(outer)
-    try:
-        propagate_shapes(outer)
-        layouts = infer_layouts(outer, outer_layout, degrees, partial(_call, typed))
-        typed.layouts[""] = {n.name: layout for n, layout in layouts.items()}
-    except Untyped as error:
-        typed.findings.append(_finding("outer graph", error))
-    except PassError as error:
-        typed.findings.append(Finding("HX102", "outer graph", str(error), "shapes that fit"))
+        given = zip(placeholders(body.graph), call.args, strict=False)
+        full_names = {n: input_ref(a).name for n, a in given if is_param(a)}
+        _real_shapes(body.graph, full_names, shapes)
+        foreign = _foreign(name, body)
+        typed.findings += [*_waits(name, body.graph), *foreign]
+        if not foreign:
+            infer(name, body.graph, full_names, whole_on_whole)
+    own_names = {n: input_ref(n).name for n in inputs_of(outer, "param")}
+    _real_shapes(outer, own_names, shapes)
+    infer("", outer, own_names, partial(_call, typed))
     return typed
 
 
@@ -113,7 +119,6 @@ def _call(typed: TypedGraph, node: fx.Node, of: Any, degrees: HelixLayout) -> La
     body = typed.module.get_submodule(str(node.target))
     if isinstance(body, Leaf):
         return whole_on_whole(node, of, degrees)
-    assert isinstance(body, fx.GraphModule)
     inside = typed.layouts.get(str(node.target), {})
     for taken, argument in zip(placeholders(body.graph), node.args, strict=False):
         if taken.name in inside and isinstance(argument, fx.Node):
@@ -137,69 +142,25 @@ def every_layer_is_called(graph: fx.GraphModule, layers: list[int]) -> list[Find
     return [Finding("HX109", "outer graph", f"layers {called} are called", f"layers {layers}, once each")]
 
 
-def _foreign(graph: fx.Graph) -> list[fx.Node]:
+def _foreign(name: str, body: fx.GraphModule) -> list[Finding]:
     """Nodes of kinds that no pass makes: what a call_method or get_attr computes can't be known."""
     known = ("placeholder", "call_function", "output")
-    return [n for n in graph.nodes if n.op not in known]
+    return [
+        Finding("HX103", f"{name}, `{n.name}`", f"{n.op} {n.target}", "a call_function with a typing rule")
+        for n in body.graph.nodes
+        if n.op not in known and not is_leaf_call(body, n)
+    ]
 
 
-def _real_shapes(graph: fx.Graph, shapes: dict[str, Tensor]) -> None:
-    mode = fake_mode_of(graph)
-    for node in placeholders(graph):
-        kind, name = input_ref(node)
-        if kind == "param" and name in shapes:
+def _real_shapes(graph: fx.Graph, full_names: dict[fx.Node, str], shapes: dict[str, Tensor]) -> None:
+    """Inputs as the ranks hold them; nothing that an earlier propagation wrote is trusted."""
+    for node, name in full_names.items():
+        if name in shapes:
             real = shapes[name]
-            with mode:
+            with fake_mode_of(graph):
                 node.meta["val"] = torch.empty(real.shape, dtype=real.dtype, device=real.device)
-
-
-def _forget_shapes(graph: fx.Graph) -> None:
-    """Nothing that an earlier propagation wrote is trusted."""
     for node in graph.nodes:
         node.meta.pop("val_key", None)
-
-
-def _type_body(
-    typed: TypedGraph,
-    name: str,
-    graph: fx.Graph,
-    call: fx.Node,
-    shapes: dict[str, Tensor],
-    params: dict[str, Layout],
-    degrees: HelixLayout,
-) -> None:
-    full = dict(zip(placeholders(graph), call.args, strict=False))
-    local = {}
-    for node, argument in full.items():
-        if isinstance(argument, fx.Node) and input_ref(argument).kind == "param":
-            local[node] = input_ref(argument).name
-    mode = fake_mode_of(graph)
-    for node, parameter in local.items():
-        if parameter in shapes:
-            with mode:
-                real = shapes[parameter]
-                node.meta["val"] = torch.empty(real.shape, dtype=real.dtype, device=real.device)
-
-    def layout_of(node: fx.Node) -> Layout:
-        return params.get(local[node], {}) if node in local else step_layout(node)
-
-    typed.findings += _waits(name, graph)
-    module = body_of(typed.module, name)
-    foreign = [n for n in _foreign(graph) if not is_leaf_call(module, n)]
-    for node in foreign:
-        got = f"{node.op} {node.target}"
-        typed.findings.append(Finding("HX103", f"{name}, `{node.name}`", got, "a call_function with a typing rule"))
-    if foreign:
-        return
-    _forget_shapes(graph)
-    try:
-        propagate_shapes(graph)
-        layouts = infer_layouts(graph, layout_of, degrees, whole_on_whole)
-        typed.layouts[name] = {n.name: layout for n, layout in layouts.items()}
-    except Untyped as error:
-        typed.findings.append(_finding(name, error))
-    except PassError as error:
-        typed.findings.append(Finding("HX102", name, str(error), "shapes that fit", 2))
 
 
 def _finding(where: str, error: Untyped) -> Finding:
@@ -212,19 +173,17 @@ def _finding(where: str, error: Untyped) -> Finding:
 
 def _waits(name: str, graph: fx.Graph) -> list[Finding]:
     """Each collective has one user, its wait_tensor."""
-    findings = []
-    for node in calls(graph, *COLLECTIVES):
-        waits = [u for u in node.users if u.target is WAIT]
-        if len(waits) != 1:
-            got = f"{len(waits)} wait_tensor"
-            findings.append(Finding("HX104", f"{name}, node `{node.name}`", got, "one", 10))
-    return findings
+    waits = {n: sum(u.target is WAIT for u in n.users) for n in calls(graph, *COLLECTIVES)}
+    return [
+        Finding("HX104", f"{name}, node `{node.name}`", f"{count} wait_tensor", "one", 10)
+        for node, count in waits.items()
+        if count != 1
+    ]
 
 
 def _fits(call: fx.Node, first: fx.Node, module: fx.GraphModule, params: dict[str, Layout]) -> list[Finding]:
     """A layer gets its own parameters and caches, lying as those of the first layer of its body do."""
-    body = body_of(module, call.target)
-    inputs = placeholders(body.graph)
+    inputs = placeholders(body_of(module, call.target).graph)
     where = f"layer {call.meta.get('layer', call.name)}"
     if len(call.args) != len(inputs):
         return [Finding("HX109", where, f"{len(call.args)} arguments", f"{len(inputs)}")]
@@ -246,8 +205,7 @@ def _fits(call: fx.Node, first: fx.Node, module: fx.GraphModule, params: dict[st
 
 def _own_layer(call: fx.Node, where: str) -> list[Finding]:
     """All parameters of a call come from one layer of the model."""
-    names = [input_ref(a).name for a in call.args if input_ref(a).kind == "param"]
-    layers = Counter(_layer_number(name) for name in names)
+    layers = {_layer_number(input_ref(a).name) for a in call.args if is_param(a)}
     if len(layers) > 1:
         got = f"parameters of layers {sorted(map(str, layers))}"
         return [Finding("HX109", where, got, "those of one layer", 2)]

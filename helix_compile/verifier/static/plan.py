@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
@@ -14,7 +15,6 @@ from torch import Tensor, fx
 from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_param, placeholders
 from helix_compile.ir.sizes import hint_of
 from helix_compile.ir.stage import bodies_of, body_of
-from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
 from helix_compile.plan.matches import GqaMatch, LayerMatch
 from helix_compile.verifier.report import Finding
@@ -61,7 +61,7 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
                 experts = match.moes[ffn.site].num_experts
                 expect(f"{where}: experts % ep", experts % layout.ep, 0, 12)
                 expect(f"{where}: experts a rank", ffn.experts_per_rank * layout.ep, experts, 12)
-        findings += _cuts(body, layout)
+        findings += _cuts(body)
         findings += _shard_axes(body, match, plan)
     return findings
 
@@ -86,7 +86,7 @@ def _shard_axes(body: BodyPlan, match: LayerMatch, plan: HelixPlan) -> list[Find
     return findings
 
 
-def _cuts(body: BodyPlan, layout: HelixLayout) -> list[Finding]:
+def _cuts(body: BodyPlan) -> list[Finding]:
     """A cut's total is the size of the dim that it cuts, or the tail of the weight is in no shard."""
     findings = []
     for shard in body.param_shards:
@@ -98,6 +98,15 @@ def _cuts(body: BodyPlan, layout: HelixLayout) -> list[Finding]:
             if cut.total != sizes[cut.dim]:
                 findings.append(Finding("HX302", where, f"cut of {cut.total}", f"{sizes[cut.dim]}", 2))
     return findings
+
+
+def matched_bodies(
+    graph: fx.GraphModule, matches: dict[str, LayerMatch]
+) -> Iterator[tuple[str, fx.GraphModule, LayerMatch]]:
+    """Name, graph and match of each body."""
+    for name, body in bodies_of(graph).items():
+        if name in matches:
+            yield name, body, matches[name]
 
 
 def expected_collectives(match: LayerMatch, plan: HelixPlan) -> Counter[tuple[str, str]]:
@@ -122,10 +131,8 @@ def expected_collectives(match: LayerMatch, plan: HelixPlan) -> Counter[tuple[st
 def check_collectives(graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch]) -> list[Finding]:
     """Each body has the collectives of its options, and the plan lists the same."""
     findings = []
-    for name, body in bodies_of(graph).items():
-        if name not in matches:
-            continue
-        expected = expected_collectives(matches[name], plan)
+    for name, body, match in matched_bodies(graph, matches):
+        expected = expected_collectives(match, plan)
         got = Counter((str(n.target).split(".")[1], str(n.args[-1])) for n in calls(body.graph, *COLLECTIVES))
         planned = Counter((c.op, c.axis) for c in plan.body(name).collectives)
         if got != expected:
@@ -148,18 +155,14 @@ def check_work(
         typed: the graph with shapes propagated from what the ranks hold.
     """
     findings = []
-    for name, body in bodies_of(typed).items():
-        if name not in matches:
-            continue
-        match, graph = matches[name], body.graph
-        got, expected = _macs(graph), _planned_macs(typed, name, plan, originals)
+    for name, body, match in matched_bodies(typed, matches):
+        got, expected = _macs(body.graph), _planned_macs(typed, name, plan, originals)
         if got > expected * (1 + WORK_SLACK):
-            findings.append(
-                Finding("HX107", name, f"{got:,.0f} multiplications a token a rank", f"{expected:,.0f}", 13)
-            )
+            work = f"{got:,.0f} multiplications a token a rank"
+            findings.append(Finding("HX107", name, work, f"{expected:,.0f}", 13))
         attended = sum(
             int(hint_of(n.args[0].meta["val"].shape[2]))
-            for n in graph.nodes
+            for n in body.graph.nodes
             if helix_op(n) in ("mla_decode", "gqa_decode") and "val" in n.args[0].meta
         )
         heads = sum(a.num_heads // plan.layout.tpa for a in match.attentions)
@@ -181,7 +184,7 @@ def _macs(graph: fx.Graph) -> float:
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
             continue
-        if node.target in (aten.linear.default, aten.mm.default) or node.target is aten.bmm.default:
+        if node.target in (aten.linear.default, aten.mm.default, aten.bmm.default):
             total += _numel(node) * hint_of(node.args[0].meta["val"].shape[-1])
         elif node.target is aten.einsum.default:
             total += _einsum_macs(node)
@@ -203,17 +206,14 @@ def _einsum_macs(node: fx.Node) -> int:
 def _planned_macs(typed: fx.GraphModule, name: str, plan: HelixPlan, originals: dict[str, Tensor]) -> float:
     """One multiplication for each element of the planned shard of each weight matrix."""
     call = next(n for n in typed.graph.nodes if n.op == "call_module" and n.target == name)
-    body = body_of(typed, name)
-    inputs = placeholders(body.graph)
     total = 0.0
-    for node, argument in zip(inputs, call.args, strict=False):
+    for node, argument in zip(placeholders(body_of(typed, name).graph), call.args, strict=False):
         if not is_param(node):
             continue
         shard = plan.body(name).shard(input_ref(node).name)
         if shard is not None:
             total += math.prod(shard.shape) if len(shard.shape) > 1 else 0
         else:
-            assert isinstance(argument, fx.Node)
             whole = originals.get(input_ref(argument).name)
             total += whole.numel() if whole is not None and whole.dim() > 1 else 0
     return total

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from helix_compile.ir.dataflow import ancestors
+from helix_compile.ir.dataflow import ancestors, follow
 from helix_compile.ir.graph import helix_op
-from helix_compile.ir.stage import bodies_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import LayerMatch
-from helix_compile.verifier.contract import coordinate, deal
+from helix_compile.verifier.contract import OTHER_AXIS, coordinate, deal
 from helix_compile.verifier.report import Finding
+from helix_compile.verifier.static.plan import matched_bodies
 
 
 def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
@@ -49,17 +49,10 @@ def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
 def check_mesh(groups: dict[str, tuple[tuple[int, ...], ...]], layout: HelixLayout) -> list[Finding]:
     """The groups of ranks along each axis, members in the order of their coordinate."""
     findings = []
-    others = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}
-    for axis, other in others.items():
-        ranks = range(layout.world_size)
-        expected = {
-            tuple(
-                sorted(
-                    (r for r in ranks if coordinate(other, r, layout) == i), key=lambda r: coordinate(axis, r, layout)
-                )
-            )
-            for i in range(layout.size(other))
-        }
+    for axis, other in OTHER_AXIS.items():
+        in_order = sorted(range(layout.world_size), key=lambda r: coordinate(axis, r, layout))
+        lines = range(layout.size(other))
+        expected = {tuple(r for r in in_order if coordinate(other, r, layout) == i) for i in lines}
         got = set(groups[axis])
         if got != expected:
             findings.append(Finding("HX106", f"groups of {axis}", str(sorted(got)), str(sorted(expected)), 1))
@@ -75,16 +68,13 @@ def check_rank_order(
     if plan.layout.kvp == 1:
         return []
     findings = []
-    for name, body in bodies_of(graph).items():
-        if name not in matches:
-            continue
+    for name, body, match in matched_bodies(graph, matches):
         packs = [n for n in body.graph.nodes if helix_op(n) == "pack_heads"]
-        for pack, found in zip(packs, matches[name].attentions, strict=False):
+        for pack, found in zip(packs, match.attentions, strict=False):
             exchange = _exchange_of(body.graph, pack)
             if exchange is None:
-                findings.append(
-                    Finding("HX106", f"{name}, `{pack.name}`", "no unpack_heads and merge_lse behind it", "them", 1)
-                )
+                got = "no unpack_heads and merge_lse behind it"
+                findings.append(Finding("HX106", f"{name}, `{pack.name}`", got, "them", 1))
                 continue
             run = partial(_run_on, device, world, exchange)
             findings += _owned_heads(name, exchange, found.num_heads, plan.layout, run)
@@ -97,8 +87,9 @@ def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
     Where unpack_heads takes shape and dtype from elsewhere (a fused pack reads the parts of splits), whole_o
     stands for that.
     """
-    merges = [n for n in graph.nodes if helix_op(n) == "merge_lse"]
-    merge = next((m for m in merges if pack in ancestors([m], until=())), None)
+    behind = set(follow([pack], lambda n: n.users))
+    in_order = [n for n in graph.nodes if n in behind]
+    merge = next((n for n in in_order if helix_op(n) == "merge_lse"), None)
     if merge is None:
         return None
     copy = fx.Graph()
@@ -106,14 +97,14 @@ def _exchange_of(graph: fx.Graph, pack: fx.Node) -> fx.GraphModule | None:
     for operand, name in zip(pack.args[:2], ("partial_o", "lse"), strict=True):
         assert isinstance(operand, fx.Node)
         env[operand] = copy.placeholder(name)
-    unpack = next((n for n in graph.nodes if helix_op(n) == "unpack_heads" and pack in ancestors([n], until=())), None)
+    unpack = next((n for n in in_order if helix_op(n) == "unpack_heads"), None)
     likes = unpack.args[1:2] if unpack is not None else ()
     for operand in likes:
         if isinstance(operand, fx.Node) and operand not in env:
             env[operand] = copy.placeholder("whole_o")
-    inside = {n for n in ancestors([merge], until=()) if pack in ancestors([n], until=())} | {pack, merge}
-    for node in graph.nodes:
-        if node in inside:
+    before = ancestors([merge])
+    for node in in_order:
+        if node in before:
             env[node] = copy.node_copy(node, lambda n: env[n])
     copy.output(env[merge])
     return fx.GraphModule(torch.nn.Module(), copy)
@@ -141,9 +132,8 @@ def _owned_heads(
         expected = [float(h) for h in range(rank * block, (rank + 1) * block)]
         if not torch.allclose(torch.tensor(got), torch.tensor(expected), rtol=0, atol=1e-3):
             text = [round(h, 3) for h in got]
-            return [
-                Finding("HX106", f"{name}, rank {rank} after the exchange", f"heads {text}", f"heads {expected}", 1)
-            ]
+            where = f"{name}, rank {rank} after the exchange"
+            return [Finding("HX106", where, f"heads {text}", f"heads {expected}", 1)]
     return []
 
 
