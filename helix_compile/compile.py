@@ -27,6 +27,7 @@ from helix_compile.plan.helix_plan import HelixPlan, trace_plan
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.runtime.claims import claims_of
 from helix_compile.runtime.rank import build_ranks, facts_of
+from helix_compile.runtime.watch import ModelWatch
 from helix_compile.views.graph_python import dump_to
 from helix_compile.worlds.world import device_for, errors_told, open_world
 
@@ -83,6 +84,8 @@ def helix_compile(
         opened = open_world(HelixMesh(planned.plan.layout), world, place or device_of(planned.captured))
         trace_plan(planned.plan)
         facts = facts_of(planned.captured, planned.matches, planned.plan, place, opened)
+        if isinstance(model, nn.Module):
+            facts = replace(facts, watch=ModelWatch.of(model))
         dump = os.environ.get("HELIX_DUMP") if opened.is_leader else None
         stages = rewrite_model(planned, target_for(options.lower, facts.device), dump_to(Path(dump) if dump else None))
         lowered = stages[LOWERED.stage]

@@ -28,6 +28,7 @@ from helix_compile.plan.cache_row import CacheRow
 from helix_compile.plan.helix_plan import HelixPlan, ParamShard
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.plan.shard import cut_param
+from helix_compile.runtime.watch import ModelWatch, not_followed, state_of
 from helix_compile.worlds.world import World
 
 
@@ -87,12 +88,14 @@ class Rank:
         cache: one [num_pages, page_size, R + r] tensor per cached attention; where K and V are cached,
             [num_pages, page_size, K / tpa, Dk + Dv].
         leaves: state of each layer that stays the user's own module.
+        cut: what `params` held at birth and its version then: what was assigned or edited since is the user's.
     """
 
     rank: int
     params: MutableMapping[str, Tensor]
     cache: list[Tensor]
     leaves: dict[str, LeafState] = field(default_factory=dict)
+    cut: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class ModelFacts:
         originals: full name -> original tensor, read on demand where the model is a checkpoint folder; empty in a
             reloaded module, which runs `lowered` only.
         shards: full local name -> (full name of the original, its cut).
+        watch: is the model still what it was? None: there is none in memory.
     """
 
     vocab_size: int
@@ -113,6 +117,7 @@ class ModelFacts:
     shards: dict[str, tuple[str, ParamShard]] = field(default_factory=dict)
     config: Any = None
     generation_config: Any = None
+    watch: ModelWatch | None = None
 
     @property
     def cache_widths(self) -> tuple[int, ...]:
@@ -137,8 +142,51 @@ def build_ranks(plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, wor
         for rank in world.ranks:
             params = params_of_rank(plan, lowered, facts, world, rank)
             cache = allocate_caches(facts.caches, plan.options, plan.layout, dtype, facts.device)
-            ranks.append(Rank(rank, params, cache, leaf_states(lowered.graph)))
+            cut = {n: (t, state_of(t)[1]) for n, t in params.items()} if facts.watch else {}
+            ranks.append(Rank(rank, params, cache, leaf_states(lowered.graph), cut))
+    if facts.watch is not None:
+        facts.watch.sample({source for rank in ranks for _, source, _, _ in _copies(rank, lowered, facts)})
     return ranks
+
+
+def _copies(
+    rank: Rank, stage: fx.GraphModule, facts: ModelFacts
+) -> Iterator[tuple[str, str, ParamShard | None, Tensor]]:
+    """(full local name, full name of the original, cut, tensor) of what a rank holds as a copy, as it was cut."""
+    for name, source, shard in wanted_by_stage(stage, facts.shards):
+        held, whole = rank.params.get(name), facts.originals[source]
+        if name in rank.cut and held is rank.cut[name][0] and not _shares(held, whole):
+            yield name, source, shard, held
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def follow_edits(plan: HelixPlan, lowered: fx.GraphModule, ranks: Sequence[Rank], facts: ModelFacts) -> None:
+    """Before a step: what was edited in place in the model is cut again where a rank holds a copy of it.
+
+    Raises:
+        RuntimeFault: names parameters or modules that were replaced, or edits that can't be followed.
+    """
+    if facts.watch is None or not (edited := facts.watch.edited()):
+        return
+    stale = [n for n in edited if n in facts.originals and not facts.watch.is_live(n, facts.originals[n])]
+    for rank in ranks:
+        for name, source, _, held in _copies(rank, lowered, facts):
+            if source in edited and state_of(held)[1] != rank.cut[name][1]:
+                stale.append(source)
+    if stale:
+        raise not_followed(sorted(set(stale)))
+    for rank in ranks:
+        for name, source, shard, held in _copies(rank, lowered, facts):
+            if source in edited:
+                whole = facts.originals[source]
+                fresh = whole if shard is None else cut_param(whole, shard, plan.layout, rank.rank)
+                with torch.no_grad():
+                    held.copy_(fresh)
+                rank.cut[name] = (held, state_of(held)[1])
+    facts.watch.seen(edited)
 
 
 def params_of_rank(

@@ -16,7 +16,7 @@ from helix_compile.cache.pages import Ledger
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.runtime.compiled import CompiledModule
-from helix_compile.runtime.rank import Rank
+from helix_compile.runtime.rank import Rank, follow_edits
 
 SCORE_TOKENS = 2**22  # (sequences x tokens x context) of one chunk; bounds what a long step holds at a time
 MAX_CHUNK = 512
@@ -47,6 +47,7 @@ def run_step(
     """
     if module.device.type == "meta":
         raise RuntimeFault("the model is on the meta device: it can be inspected, not run")
+    follow_edits(module.plan, module.graph, module.ranks, module.facts)
     check_ids(input_ids, module.facts.vocab_size, module.plan.options.max_batch_size)
     check_batch(ledger, input_ids.shape[0])
     mask = checked_mask(attention_mask, input_ids)

@@ -1,0 +1,115 @@
+"""Is the model still the one that was compiled? Asked before every step: shards that are views follow an edit, others can't.
+
+An edit in place is followed: what a rank holds as a copy (padded, gathered, moved together) is cut again from the original.
+A parameter or module that was replaced (`model.half()`, `layer.weight = ...`, `load_state_dict(assign=True)`) is not: the
+ranks hold the old one, and a step says so. `x.data` hides edits from torch's version counter, so of every original that has
+copies values are compared as well: all of a small one, SAMPLES evenly spaced ones of a large one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from helix_compile.errors import RuntimeFault
+
+SAMPLES = 4096
+_AGAIN = "call helix_compile(model, ...) again"
+
+
+@dataclass
+class ModelWatch:
+    """What a module was compiled from, by identity, storage, version and value."""
+
+    _held: list[tuple[str, Mapping[str, Any], str, Any]] = field(default_factory=list)
+    _tensors: dict[str, tuple[Tensor, tuple[int, int]]] = field(default_factory=dict)
+    _samples: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelWatch:
+        """Of every module, parameter and buffer of a model, as they are now."""
+        watch = cls()
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            for kept in (module._modules, module._parameters, module._buffers):
+                for key, value in kept.items():
+                    name = f"{prefix}.{key}" if prefix else key
+                    watch._held.append((name, kept, key, value))
+                    if isinstance(value, Tensor):
+                        watch._tensors[name] = (value, state_of(value))
+        return watch
+
+    def sample(self, names: Iterable[str]) -> None:
+        """Compare values of these from now on, and take what has been edited so far for seen."""
+        for name in names:
+            if name in self._tensors:
+                tensor = self._tensors[name][0]
+                self._samples[name] = (tensor, _values(tensor).clone())
+
+    def edited(self) -> list[str]:
+        """Names of tensors that were edited in place since they were last seen.
+
+        Raises:
+            RuntimeFault: names what was replaced.
+        """
+        gone = [name for name, kept, key, value in self._held if kept.get(key) is not value]
+        found = []
+        for name, (tensor, state) in self._tensors.items():
+            now = state_of(tensor)
+            if now[0] != state[0]:
+                gone.append(name)
+            elif now[1] != state[1]:
+                found.append(name)
+        if gone:
+            raise RuntimeFault(
+                f"the model changed since compile: {_listed(gone)} replaced (another dtype or device, another parameter or "
+                f"module); the ranks hold what was there before: {_AGAIN}"
+            )
+        seen = set(found)
+        found += [n for n, (t, old) in self._samples.items() if n not in seen and not torch.equal(_values(t), old)]
+        return found
+
+    def is_live(self, name: str, original: Tensor) -> bool:
+        """True if what the ranks were cut from is the model's own tensor, and no copy of it."""
+        tensor = self._tensors[name][0] if name in self._tensors else original
+        return tensor.device == original.device and tensor.data_ptr() == original.data_ptr()
+
+    def seen(self, names: Iterable[str]) -> None:
+        """These edits have been followed."""
+        names = list(names)
+        for name in names:
+            tensor = self._tensors[name][0]
+            self._tensors[name] = (tensor, state_of(tensor))
+        self.sample(n for n in names if n in self._samples)
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies, and how often torch saw it written."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """All values of a small tensor, evenly spaced ones of a large one, as bits (a NaN equals itself)."""
+    flat = tensor.detach().reshape(-1)
+    flat = flat[:: max(1, flat.numel() // SAMPLES)].contiguous()
+    return flat.view(torch.uint8) if flat.numel() else flat
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return (
+        f"{shown} and {len(names) - 3} more were"
+        if len(names) > 3
+        else f"{shown} {'was' if len(names) == 1 else 'were'}"
+    )
+
+
+def not_followed(names: list[str]) -> RuntimeFault:
+    """What to say of edits that the ranks can't follow."""
+    return RuntimeFault(
+        f"the model changed since compile: {_listed(names)} edited in place, and the ranks hold copies (another dtype or "
+        f"device, or a copy that was edited itself): {_AGAIN}"
+    )

@@ -1,0 +1,139 @@
+"""A model that is edited after it was compiled: a step computes what the model computes now, or says what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helix_compile import HelixModule, RuntimeFault, helix_compile, verify
+from tests.support.driver import random_ids
+from tests.support.families import fresh_family
+
+LIMIT = 1e-10
+
+
+def padded() -> Any:
+    """FFN width 58 over four ranks is padded, W_UK is gathered: both are copies on the ranks."""
+    return fresh_family("youtu", num_hidden_layers=1)
+
+
+def deviation(model: Any, compiled: HelixModule) -> float:
+    ids = random_ids(model, 2, 9)
+    compiled.reset()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    return float((compiled(ids) - expected).abs().max() / expected.abs().max())
+
+
+def projections(model: Any) -> list[nn.Parameter]:
+    return [p for n, p in model.named_parameters() if n.endswith("proj.weight")]
+
+
+def in_place(model: Any) -> None:
+    with torch.no_grad():
+        for p in projections(model):
+            p.mul_(1.5)
+
+
+def through_data(model: Any) -> None:
+    """What merging a LoRA does; torch's version counter does not see it."""
+    for p in projections(model):
+        p.data += 0.1 * torch.randn_like(p)
+
+
+def one_element(model: Any) -> None:
+    projections(model)[-1].data[3, 5] += 1.0
+
+
+def set_data_back(model: Any) -> None:
+    for p in projections(model):
+        p.data = p.data.mul_(0.5)
+
+
+def state_dict(model: Any) -> None:
+    model.load_state_dict({k: v * 0.5 if k.endswith("proj.weight") else v for k, v in model.state_dict().items()})
+
+
+def by_numpy(model: Any) -> None:
+    for p in projections(model):
+        p.detach().numpy()[...] *= 0.7
+
+
+@pytest.mark.parametrize("edit", [in_place, through_data, one_element, set_data_back, state_dict, by_numpy])
+def test_an_edit_in_place_is_followed(edit: Callable[[Any], None]) -> None:
+    model = padded()
+    compiled = helix_compile(model, cp=4, tokens_per_block=4, max_seq_len=64)
+    before = deviation(model, compiled)
+    edit(model)
+    assert before <= LIMIT and deviation(model, compiled) <= LIMIT
+    assert verify(compiled, model).ok
+
+
+def half(model: Any) -> None:
+    model.half()
+
+
+def assigned(model: Any) -> None:
+    model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()}, assign=True)
+
+
+def new_parameter(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj.weight = nn.Parameter(projections(model)[-1].detach() * 2)
+
+
+def new_module(model: Any) -> None:
+    old = model.model.layers[0].mlp.down_proj
+    model.model.layers[0].mlp.down_proj = nn.Linear(
+        old.in_features, old.out_features, bias=False, dtype=old.weight.dtype
+    )
+
+
+def new_storage(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj.weight.data = projections(model)[-1].detach().clone() * 2
+
+
+@pytest.mark.parametrize("edit", [half, assigned, new_parameter, new_module, new_storage])
+def test_what_was_replaced_is_named(edit: Callable[[Any], None]) -> None:
+    model = padded()
+    compiled = helix_compile(model, cp=4, tokens_per_block=4, max_seq_len=64)
+    ids = random_ids(model, 2, 9)
+    compiled(ids)
+    edit(model)
+    with pytest.raises(RuntimeFault, match=r"the model changed since compile: .*(down_proj|embed_tokens).* replaced"):
+        compiled(ids[:, :1])
+    assert compiled.lengths.tolist() == [9, 9]
+
+
+def test_a_copy_in_another_dtype_can_not_follow() -> None:
+    model = padded()
+    compiled = helix_compile(model, cp=4, dtype=torch.float32, max_seq_len=64)
+    in_place(model)
+    with pytest.raises(RuntimeFault, match="edited in place, and the ranks hold copies"):
+        compiled(random_ids(model, 1, 3))
+
+
+def test_what_the_user_gave_a_rank_stays() -> None:
+    model = padded()
+    compiled = helix_compile(model, cp=4, tokens_per_block=4, max_seq_len=64)
+    name = next(n for n in compiled.ranks[0].params if n.endswith("gate_proj.weight"))
+    mine: Tensor = torch.zeros_like(compiled.ranks[0].params[name])
+    compiled.ranks[0].params[name] = mine
+    in_place(model)
+    compiled(random_ids(model, 1, 3))
+    assert compiled.ranks[0].params[name] is mine and not mine.any()
+
+
+def test_a_copy_that_was_edited_itself_is_not_overwritten() -> None:
+    model = padded()
+    compiled = helix_compile(model, cp=4, tokens_per_block=4, max_seq_len=64)
+    name = next(n for n in compiled.ranks[3].params if n.endswith("gate_proj.weight"))
+    with torch.no_grad():
+        compiled.ranks[3].params[name].add_(1.0)
+    compiled(random_ids(model, 1, 3))
+    in_place(model)
+    with pytest.raises(RuntimeFault, match=r"gate_proj.*a copy that was edited itself"):
+        compiled(random_ids(model, 1, 1))
