@@ -45,8 +45,6 @@ def _(hidden: Tensor, others: list[Tensor], index: int) -> Tensor:
 
 
 LAYER_OP = torch.ops.helix_capture.layer.default
-
-
 Calls = dict[int, LayerCall]
 
 

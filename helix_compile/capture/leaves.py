@@ -40,8 +40,6 @@ def _(tensors: list[Tensor], like: int) -> Tensor:
 
 
 PART_OP = torch.ops.helix_capture.part.default
-
-
 # what a graph can't hold, though the module is sound; any other error is the model's own
 _DATA_DEPENDENT = ("DynamicOutputShapeException", "DataDependentOutputException", "GuardOnDataDependentSymNode")
 

@@ -29,8 +29,6 @@ from helix_compile.kernels.lab.record import KINDS, KernelRecord
 from helix_compile.kernels.target import KernelTarget, offline_target
 
 ARCHS = ("sm_100", "sm_90")
-
-
 TABLE_WIDTH = 150
 
 

@@ -19,8 +19,6 @@ import yaml
 from helix_compile.errors import PlanError
 
 MAX_BYTES = 256 * 1024  # a file of options is small; a checkpoint given by mistake is not
-
-
 # what the parsers raise on text that is wrong; PyYAML lets errors of its own conversions through ("!!int ''")
 _PARSE_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 

@@ -21,17 +21,9 @@ from helix_compile.config.vllm import vllm_fields
 from helix_compile.errors import HelixError, LayoutError, LoweringUnavailable, PlanError
 
 logger = logging.getLogger(__name__)
-
-
 P = ParamSpec("P")
-
-
 R = TypeVar("R")
-
-
 MAX_COUNT = 2**31 - 1
-
-
 PAGE_SIZE = 128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
 
 
@@ -265,7 +257,6 @@ ELSEWHERE = {
     name: f"it is no option of a file; give it beside the file, as {name}= or on the command line"
     for name in ("model", "world", "device", "dtype")
 }
-
 
 # what other engines call a field of ours
 ALIASES = {

@@ -11,10 +11,7 @@ from typing import Any
 from helix_compile.config.files import ConfigSection
 
 CP_TYPES = ("ULYSSES", "STAR", "RING", "HELIX")
-
-
 DEFAULT_TOKENS_PER_BLOCK = 32  # of kv_cache_config
-
 
 MARKERS = (
     "context_parallel_size",
@@ -26,7 +23,6 @@ MARKERS = (
     "context_servers",
     "generation_servers",
 )
-
 
 # understood, checked for their type, and without effect on what is compiled
 WITHOUT_EFFECT = {
@@ -60,7 +56,6 @@ WITHOUT_EFFECT = {
     "port": "int",
 }
 
-
 CACHE_WITHOUT_EFFECT = {
     "free_gpu_memory_fraction": "number",
     "max_tokens": "int",
@@ -74,9 +69,7 @@ CACHE_WITHOUT_EFFECT = {
     "secondary_offload_min_priority": "int",
 }
 
-
 _SERVERS = "this is a file of disaggregated serving; give its generation_servers section alone"
-
 
 REFUSED = {
     "context_servers": _SERVERS,
@@ -87,7 +80,6 @@ REFUSED = {
     "lora_config": "LoRA is not supported",
     "enable_lora": "LoRA is not supported",
 }
-
 
 CACHE_REFUSED = {
     "max_attention_window": "sliding windows are not supported",

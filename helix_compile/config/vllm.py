@@ -21,7 +21,6 @@ MARKERS = (
     "enable_expert_parallel",
 )
 
-
 # understood, checked for their type, and without effect on what is compiled
 WITHOUT_EFFECT = {
     "model": "str",
@@ -50,7 +49,6 @@ WITHOUT_EFFECT = {
     "uvicorn_log_level": "str",
     "kv_transfer_config": "str or mapping",
 }
-
 
 REFUSED = {
     "dcp_kv_cache_interleave_size": "vLLM renamed it; write cp_kv_cache_interleave_size",
