@@ -134,10 +134,10 @@ def _check_helix(helix: ConfigSection, cp: int, tokens_per_block: int, stated: b
         if version > 2:
             helix.wrong("fifo_version", "1 or 2: TensorRT-LLM takes anything but 1 for 2 and does not say so")
         if by_nccl:
-            stated = "true" if "use_nccl_for_alltoall" in helix.values else "true by default"
+            said = "true" if "use_nccl_for_alltoall" in helix.values else "true by default"
             helix.refuse(
                 "fifo_version",
-                f"got {version} where use_nccl_for_alltoall is {stated}, expected no fifo_version: TensorRT-LLM ignores it then",
+                f"got {version} where use_nccl_for_alltoall is {said}, expected no fifo_version: TensorRT-LLM ignores it then",
             )
     helix.finish({}, {})
     return [f"cp_config.{k}" for k in ("use_nccl_for_alltoall", "fifo_version") if k in helix.values]
