@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from helix_compile.errors import RuntimeFault
 from helix_compile.layout.ledger import positions_on_rank
@@ -66,11 +67,6 @@ def positions_of_sender(
     return torch.cat([prompt, prompt_length + decoded])
 
 
-def positions_of_rows(rows: list[Tensor]) -> Tensor:
-    """Positions [B, s] of rows of several lengths; -1 where a row has no token."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-
-
 def shards_of_sender(
     latents: Sequence[list[Tensor]],
     k_ropes: Sequence[list[Tensor]],
@@ -108,10 +104,10 @@ def shards_of_sender(
             positions_of_sender(length, rank, cp, tokens_per_block, rotation, prompt)
             for length, prompt in zip(lengths, prompts, strict=True)
         ]
-        columns = max(map(len, held))
+        positions = pad_sequence(held, batch_first=True, padding_value=-1)
         for name, tensors in (("latents", latents[rank]), ("k_ropes", k_ropes[rank])):
-            _check_columns(f"shards_of_sender: rank {rank} {name}", tensors, len(lengths), columns, rotation)
-        shards.append(CacheShard(rank, latents[rank], k_ropes[rank], positions_of_rows(held), torch.tensor(lengths)))
+            _check_columns(f"shards_of_sender: rank {rank} {name}", tensors, len(lengths), positions.shape[1], rotation)
+        shards.append(CacheShard(rank, latents[rank], k_ropes[rank], positions, torch.tensor(lengths)))
     return shards
 
 
@@ -127,14 +123,9 @@ def _checked_rotation(rotation: str, lengths: list[int], prompts: list[int] | No
             "'restarts_at_decode' and none for 'global', where they have no effect"
         )
     prompts = lengths if prompts is None else prompts
-    counts = isinstance(lengths, (list, tuple)) and isinstance(prompts, (list, tuple))
-    counts = counts and all(type(n) is int and n >= 0 for n in (*lengths, *prompts))
-    if (
-        not counts
-        or not lengths
-        or len(prompts) != len(lengths)
-        or any(p > n for p, n in zip(prompts, lengths, strict=True))
-    ):
+    lists = isinstance(lengths, (list, tuple)) and isinstance(prompts, (list, tuple))
+    fits = lists and all(type(n) is int and n >= 0 for n in (*lengths, *prompts)) and 0 < len(lengths) == len(prompts)
+    if not fits or any(p > n for p, n in zip(prompts, lengths, strict=True)):
         raise RuntimeFault(
             f"shards_of_sender: lengths {lengths}, prompt_lengths {prompts}; expected two lists of ints, one a sequence, "
             "with 0 <= prompt length <= length"

@@ -1,9 +1,4 @@
-"""Read a transformers DynamicCache of an unmodified model: of MLA latents are its keys, roped keys its values.
-
-Gather a batch's entries from the shards of the ranks in this process: the inverse of import_cache.
-
-Check and cut a prefilled cache into one run of entries a sequence, before anything is written.
-"""
+"""A cache on its way in, checked and cut into one run of entries a sequence, and out, gathered from the ranks' shards."""
 
 from __future__ import annotations
 
@@ -11,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from helix_compile.cache.pages import Ledger
-from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards, positions_of_rows
+from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import RuntimeFault
 from helix_compile.layout.degrees import HelixLayout
@@ -24,6 +20,8 @@ from helix_compile.plan.cache_row import CacheRow, parts_of_rows
 
 def parts_of_dynamic_cache(cache: DynamicCache, heads: Sequence[int] = ()) -> tuple[list[Tensor], list[Tensor]]:
     """([B, S, R] latents, [B, S, r] roped keys), one of each a layer; columns include the sender's padding.
+
+    In transformers' own cache of an unmodified MLA model the keys are the latents, the values the roped keys.
 
     `heads` are the KV heads of each cached attention (none given: latents); where that is not 0, K and V of all heads
     side by side, [B, S, K Dk] and [B, S, K Dv].
@@ -76,15 +74,15 @@ def shards_to_export(
     shards: dict[int, CacheShard] = {}
     for cp_rank in sorted({layout.index("kvp", rank) for rank in caches}):
         held = [positions_on_rank(length, cp_rank, layout.kvp, tokens_per_block) for length in ledger.lengths]
-        positions = positions_of_rows(held)
+        positions = pad_sequence(held, batch_first=True, padding_value=-1)
         latents, k_ropes = [], []
         for site, kind in enumerate(kinds):
-            parts = []
-            for cache in _caches_with_all_heads(site, kind, cp_rank, caches, layout):
-                entries = cache.new_zeros(*positions.shape, *cache.shape[2:])
-                for row, mine in enumerate(held):
-                    entries[row, : len(mine)] = ledger.read_sequence(cache, row, mine)
-                parts.append(entries)
+            parts = [
+                pad_sequence(
+                    [ledger.read_sequence(cache, row, mine) for row, mine in enumerate(held)], batch_first=True
+                )
+                for cache in _caches_with_all_heads(site, kind, cp_rank, caches, layout)
+            ]
             first, second = parts_of_rows(torch.cat(parts, dim=2), kind)
             latents.append(first)
             k_ropes.append(second)
@@ -148,10 +146,9 @@ def sequences_to_import(
     skipped = held if whole else []
     latents = _tensors("latents", "R", latents)
     k_ropes = _tensors("k_ropes", "r", k_ropes)
-    sites = len(kinds)
-    if len(latents) != sites or len(k_ropes) != sites:
+    if not len(latents) == len(k_ropes) == len(kinds):
         raise RuntimeFault(
-            f"import_cache: {len(latents)} latents and {len(k_ropes)} k_ropes for {sites} cached attentions"
+            f"import_cache: {len(latents)} latents and {len(k_ropes)} k_ropes for {len(kinds)} cached attentions"
         )
     counts = _counts(lengths)
     if latents[0].dim() != 3:
@@ -181,9 +178,7 @@ def sequences_to_import(
             f"import_cache: the DynamicCache holds {counts} tokens, fewer than the {skipped} that are here already; "
             "expected it to hold each sequence from its first token"
         )
-    columns = _columns(mask, counts, B, S)
-    if skipped:
-        columns = [c[h:] for c, h in zip(columns, skipped, strict=True)]
+    columns = [c[h:] for c, h in zip(_columns(mask, counts, B, S), skipped or [0] * B, strict=True)]
     return [
         [torch.cat([latent[b, c], k_rope[b, c]], dim=-1) for b, c in enumerate(columns)]
         for latent, k_rope in zip(latents, k_ropes, strict=True)
@@ -224,8 +219,7 @@ def _counts(lengths: Tensor | list[int] | None) -> list[int]:
 def _check_site(site: int, latent: Tensor, k_rope: Tensor, sizes: tuple[int, int, int, int]) -> None:
     """One attention's tensors: shapes, each width by itself, and that they hold numbers of a cache."""
     B, S, R, r = sizes
-    fits = latent.dim() == k_rope.dim() == 3 and latent.shape[:2] == k_rope.shape[:2] == (B, S)
-    if not fits:
+    if not (latent.dim() == k_rope.dim() == 3 and latent.shape[:2] == k_rope.shape[:2] == (B, S)):
         raise RuntimeFault(
             f"import_cache: attention {site}: latent {tuple(latent.shape)} and k_rope {tuple(k_rope.shape)}; "
             f"expected [{B}, {S}, R] and [{B}, {S}, r] with R = {R} and r = {r} (of a transformers cache "

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import BATCH, PAST, TOKENS, ConcatenatingCache, export_functional
 from helix_compile.errors import CaptureError
-from helix_compile.ir.graph import InputRef, set_input
+from helix_compile.ir.graph import InputRef, aten, set_input
 from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.shapes import trust_shapes
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, hint_of
@@ -50,8 +50,7 @@ class _Body(nn.Module):
         self.layer, self._call, self._config = layer, call, config
 
     def forward(self, hidden: Tensor, others: list[Tensor], pasts: list[Tensor]) -> Any:
-        pairs = list(zip(pasts[::2], pasts[1::2], strict=True))
-        cache = ConcatenatingCache(self._config, pairs, pasts[0] if pasts else hidden)
+        cache = ConcatenatingCache(self._config, pasts, pasts[0] if pasts else hidden)
         args, kwargs = self._call.rebuild(hidden, others, cache)
         out = self.layer(*args, **kwargs)
         out = out[0] if isinstance(out, tuple) else out
@@ -178,18 +177,14 @@ def normalised_module(program: ExportedProgram, inputs: list[tuple[str, str]], p
     for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
         if node is not user[0]:
             graph.erase_node(node)
-    _refuse_constants(graph)
-    trust_shapes(graph)
-    return fx.GraphModule(nn.Module(), graph)
-
-
-def _refuse_constants(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "get_attr":
             raise CaptureError(
                 f"capture: node `{node.name}` reads the constant {node.target!r}, which is neither a parameter "
                 "nor a buffer of the model"
             )
+    trust_shapes(graph)
+    return fx.GraphModule(nn.Module(), graph)
 
 
 def _reorder(graph: fx.Graph, named: list[tuple[fx.Node, str]]) -> None:
@@ -209,14 +204,11 @@ def _reorder(graph: fx.Graph, named: list[tuple[fx.Node, str]]) -> None:
         previous = node
 
 
-_aten = torch.ops.aten
-_CHECKS = frozenset(
-    {
-        _aten._assert_tensor_metadata.default,
-        _aten._assert_scalar.default,
-        _aten.sym_constrain_range_for_size.default,
-        torch.ops.aten._assert_async.msg,
-    }
+_CHECKS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+    aten._assert_async.msg,
 )
 
 
@@ -234,11 +226,11 @@ def canonicalize(graph: fx.Graph, anchor: fx.Node) -> None:
     sizes = []
     with graph.inserting_after(last_input):
         for dim, size in ((1, tokens), (0, batch)):
-            node = graph.call_function(_aten.sym_size.int, (anchor, dim))
+            node = graph.call_function(aten.sym_size.int, (anchor, dim))
             node.meta["val"] = size
             sizes.append(node)
     for node in list(graph.nodes):
-        if node.target is _aten.sym_size.int and node not in sizes:
+        if node.target is aten.sym_size.int and node not in sizes:
             for size in sizes:
                 if node.meta["val"].node.expr == size.meta["val"].node.expr:
                     node.replace_all_uses_with(size)

@@ -1,7 +1,4 @@
-"""What capture refuses before it starts, and how an error of torch.export or of the model is told in one line.
-
-While a model is captured torch logs the traceback of each error that it also raises, once for every caller on the way.
-"""
+"""What capture refuses before it starts, and how an error of torch.export or of the model is told: once, in one line."""
 
 from __future__ import annotations
 
@@ -103,7 +100,7 @@ _LOGGERS = ("torch._subclasses.fake_tensor", "torch.export")
 def raised_not_logged() -> Iterator[None]:
     """Drop records with a traceback from torch's fake tensors and torch.export, in this thread, while this is open.
 
-    The error itself is told by what is raised. Whoever set TORCH_LOGS, or made the loggers talk, sees it all.
+    torch logs each error that it also raises, once for every caller on the way. Whoever set TORCH_LOGS, or made the loggers talk, sees it all.
     """
     thread = threading.get_ident()
     quiet = [] if os.environ.get("TORCH_LOGS") else [logging.getLogger(n) for n in _LOGGERS]

@@ -11,9 +11,10 @@ import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +46,16 @@ def _(hidden: Tensor, others: list[Tensor], index: int) -> Tensor:
 
 
 LAYER_OP = torch.ops.helix_capture.layer.default
-
-
 Calls = dict[int, LayerCall]
 
 
 class ConcatenatingCache(DynamicCache):
-    """A cache of given pasts [B, heads, S, width]: update() concatenates, keeps what is new, writes nothing."""
+    """A cache of given pasts [B, heads, S, width], two a site: update() concatenates, keeps what is new, writes nothing.
 
-    def __init__(self, config: Any, pasts: list[tuple[Tensor, Tensor]] | None, past: Tensor):
+    Without pasts it is a probe's: any past as long as `past` and of the right width will do.
+    """
+
+    def __init__(self, config: Any, pasts: list[Tensor] | None, past: Tensor):
         super().__init__(config=config)
         # a window is read off the mask: a cache layer that forgets would hide it
         layers: list[Any] = vars(self)["layers"]
@@ -70,12 +72,11 @@ class ConcatenatingCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         site = len(self.new)
         self.new.append((key_states, value_states))
-        if self.pasts is None:  # a probe: any past of the right width will do
-            shapes = [(*t.shape[:2], self.length, t.shape[3]) for t in (key_states, value_states)]
-            past = tuple(t.new_zeros(s) for t, s in zip(self.new[site], shapes, strict=True))
+        if self.pasts is None:
+            keys, values = (t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in self.new[site])
         else:
-            past = self.pasts[site]
-        return (torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2))
+            keys, values = self.pasts[2 * site : 2 * site + 2]
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any) -> Any:
         caller = traceback.extract_stack(limit=2)[0]
@@ -93,7 +94,9 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and _takes_cache(module[0])
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and _CACHE_ARGUMENT in inspect.signature(type(module[0]).forward).parameters
     ]
     if not found:
         raise CaptureError(
@@ -104,16 +107,12 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max((x for x in found if x[0] not in inner), key=lambda item: len(item[1]))
 
 
-def _takes_cache(layer: nn.Module) -> bool:
-    return _CACHE_ARGUMENT in inspect.signature(type(layer).forward).parameters
-
-
 class _Around(nn.Module):
     """The model as a function of tensors only."""
 
-    def __init__(self, model: nn.Module, pasts_of: Any):
+    def __init__(self, model: nn.Module, cache_of: Any):
         super().__init__()
-        self.model, self._cache_of = model, pasts_of
+        self.model, self._cache_of = model, cache_of
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, pasts: list[Tensor]) -> Any:
         cache = self._cache_of(pasts)
@@ -157,8 +156,7 @@ def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> Expor
     """Export the model in one graph, layers inlined; `widths` are those of what each site caches."""
     device = next(model.parameters()).device
     pasts = [torch.zeros(HINT_B, 1, HINT_S, w, dtype=model.dtype, device=device) for pair in widths for w in pair]
-    pairs = lambda flat: list(zip(flat[::2], flat[1::2], strict=True))  # noqa: E731 - two uses on one line
-    return _export_model(model, lambda p: ConcatenatingCache(model.config, pairs(p), p[0]), pasts)
+    return _export_model(model, lambda p: ConcatenatingCache(model.config, p, p[0]), pasts)
 
 
 def _model_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,31 +203,18 @@ def _opaque(layers: nn.ModuleList, calls: Calls, tuples: tuple[bool, ...]) -> It
     A layer's hooks are part of what it computes: they are captured with its body, and kept away from the graph around.
     So are its tensors: torch.export's bookkeeping is quadratic in the number of parameters, used or not.
     """
-    before = {i: layer.__dict__.get("forward") for i, layer in enumerate(layers)}
-    hooks = [(layer._forward_hooks, layer._forward_pre_hooks) for layer in layers]
-    for i, layer in enumerate(layers):
-        layer.forward = _recorder(i, calls, tuples[i])
-        layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
-    modules = list(layers.modules())
-    tensors = [(m._parameters, m._buffers) for m in modules]
-    for m in modules:
-        m._parameters, m._buffers = {}, {}
-    try:
-        yield
-    finally:
-        for m, (parameters, buffers) in zip(modules, tensors, strict=True):
-            m._parameters, m._buffers = parameters, buffers
+    with ExitStack() as stack:
         for i, layer in enumerate(layers):
-            del layer.forward
-            layer._forward_hooks, layer._forward_pre_hooks = hooks[i]
-            if (own := before[i]) is not None:
-                layer.forward = own
+            forward, pre, post = _recorder(i, calls, tuples[i]), OrderedDict[Any, Any](), OrderedDict[Any, Any]()
+            stack.enter_context(patch.multiple(layer, forward=forward, _forward_pre_hooks=pre, _forward_hooks=post))
+        for module in list(layers.modules()):
+            stack.enter_context(patch.multiple(module, _parameters={}, _buffers={}))
+        yield
 
 
 def _recorder(index: int, calls: Calls, returns_tuple: bool) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        call = record_call(args, kwargs)
-        calls[index] = call
+        call = calls[index] = record_call(args, kwargs)
         out = LAYER_OP(call.hidden, call.others, index)
         return (out,) if returns_tuple else out
 

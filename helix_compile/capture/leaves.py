@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,8 +41,6 @@ def _(tensors: list[Tensor], like: int) -> Tensor:
 
 
 PART_OP = torch.ops.helix_capture.part.default
-
-
 # what a graph can't hold, though the module is sound; any other error is the model's own
 _DATA_DEPENDENT = ("DynamicOutputShapeException", "DataDependentOutputException", "GuardOnDataDependentSymNode")
 
@@ -92,7 +91,7 @@ def _choking_child(layer: nn.Module, call: LayerCall, config: Any) -> str | None
     active: list[tuple[nn.Module, Any]] = []
     handles = []
     for module in names:
-        handles.append(module.register_forward_pre_hook(_enter(active), with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(lambda m, *given: active.append((m, given)), with_kwargs=True))
         handles.append(module.register_forward_hook(lambda *_: active.pop() and None))
     device = next(layer.parameters()).device
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -112,18 +111,8 @@ def _choking_child(layer: nn.Module, call: LayerCall, config: Any) -> str | None
     if kind not in _DATA_DEPENDENT or not active or active[-1][0] is layer:
         return None
     module, arguments = active[-1]
-    holds_cache = any(
-        isinstance(leaf, ConcatenatingCache)
-        for leaf in pytree.tree_leaves(arguments, is_leaf=lambda x: isinstance(x, ConcatenatingCache))
-    )
-    return None if holds_cache else names[module]
-
-
-def _enter(active: list[tuple[nn.Module, Any]]) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        active.append((module, (args, kwargs)))
-
-    return hook
+    is_cache = lambda x: isinstance(x, ConcatenatingCache)  # noqa: E731 - two uses on one line
+    return None if any(map(is_cache, pytree.tree_leaves(arguments, is_leaf=is_cache))) else names[module]
 
 
 @contextmanager
@@ -137,19 +126,13 @@ def opaque_part(layer: nn.Module, part: str) -> Iterator[list[LayerCall]]:
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         call = record_call(args, kwargs)
-        tensors = [call.hidden, *call.others]
         like = _like(child, original, call, part)
         recorded.append(call)
-        return PART_OP(tensors, like)
+        return PART_OP([call.hidden, *call.others], like)
 
-    original, own = child.forward, child.__dict__.get("forward")
-    child.forward = forward
-    try:
+    original = child.forward
+    with patch.object(child, "forward", forward):
         yield recorded
-    finally:
-        del child.forward
-        if own is not None:
-            child.forward = own
 
 
 def _like(child: nn.Module, original: Any, call: LayerCall, part: str) -> int:

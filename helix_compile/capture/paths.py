@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.errors import CaptureError
-from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.graph import input_ref, inputs_of, placeholders
 from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, hint_of, size_at
 
@@ -43,6 +43,7 @@ class Sizes:
 
 
 SPECIAL = (Sizes(T=1), Sizes(S=0), Sizes(B=1))
+Tensors = dict[str, Tensor]
 
 
 class _Calls(TorchFunctionMode):
@@ -167,13 +168,10 @@ def _differs(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModul
 
     hidden, others = _inputs(layer, call, sizes, drawn)
     dtype = hidden.dtype
-    past = {
-        input_ref(n).name: drawn(
-            (sizes.B, n.meta["val"].shape[1], sizes.S, n.meta["val"].shape[3]), dtype, hidden.device
-        )
-        for n in placeholders(body.graph)
-        if input_ref(n).kind == "past"
-    }
+    past = {}
+    for n in inputs_of(body.graph, "past"):
+        _, heads, _, width = n.meta["val"].shape
+        past[input_ref(n).name] = drawn((sizes.B, heads, sizes.S, width), dtype, hidden.device)
     known = {"hidden": hidden, **dict(zip(call.names, others, strict=True)), **past}
     weights = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     given = [(weights if input_ref(n).kind == "param" else known)[input_ref(n).name] for n in placeholders(body.graph)]
@@ -189,22 +187,14 @@ def _differs(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModul
     return float(error) if not float(error) <= limit else 0.0
 
 
-def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _widened(tensors: Tensors) -> Tensors:
     return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
 
 
-def _run(
-    layer: nn.Module,
-    call: LayerCall,
-    config: Any,
-    weights: dict[str, Tensor],
-    known: dict[str, Tensor],
-    past: dict[str, Tensor],
-) -> Tensor:
+def _run(layer: nn.Module, call: LayerCall, config: Any, weights: Tensors, known: Tensors, past: Tensors) -> Tensor:
     """What the layer itself gives for these weights, inputs and past."""
     pasts = list(past.values())
-    pairs = list(zip(pasts[::2], pasts[1::2], strict=True))
-    cache = ConcatenatingCache(config, pairs, pasts[0])
+    cache = ConcatenatingCache(config, pasts, pasts[0])
     args, kwargs = call.rebuild(known["hidden"], [known[n] for n in call.names], cache)
     # on the modules themselves, not on a copy: someone may have patched a forward of theirs
     out = functional_call(layer, weights, args, kwargs)

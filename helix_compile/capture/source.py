@@ -21,12 +21,11 @@ from helix_compile.checkpoint.model import open_checkpoint
 from helix_compile.errors import CaptureError
 from helix_compile.ir.stage import copy_module
 
+Source = nn.Module | CapturedGraph | ExportedProgram | str | Path
+
 
 def captured_from(
-    model: nn.Module | CapturedGraph | ExportedProgram | str | Path,
-    dtype: torch.dtype | None,
-    device: torch.device | None = None,
-    unmatched: str = "error",
+    model: Source, dtype: torch.dtype | None, device: torch.device | None = None, unmatched: str = "error"
 ) -> CapturedGraph:
     """Capture `model`, converting it first where asked; of a folder, no weight is read yet.
 
@@ -45,12 +44,7 @@ def captured_from(
     return captured
 
 
-def _captured(
-    model: nn.Module | CapturedGraph | ExportedProgram | str | Path,
-    dtype: torch.dtype | None,
-    device: torch.device | None,
-    unmatched: str,
-) -> CapturedGraph:
+def _captured(model: Source, dtype: torch.dtype | None, device: torch.device | None, unmatched: str) -> CapturedGraph:
     check_surroundings()
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise CaptureError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
@@ -89,10 +83,8 @@ def converted_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     twin = copy.deepcopy(model)
     keep = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     narrow = dtype.itemsize < torch.float32.itemsize
-    stored = dict(twin.state_dict(keep_vars=True))
-    for name, tensor in stored.items():
-        kept = narrow and any(k in name for k in keep)
-        if tensor.dtype == model.dtype and not kept:
+    for name, tensor in twin.state_dict(keep_vars=True).items():
+        if tensor.dtype == model.dtype and not (narrow and any(k in name for k in keep)):
             tensor.data = tensor.data.to(dtype)
     return twin
 

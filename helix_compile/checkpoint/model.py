@@ -1,6 +1,6 @@
-"""Our own DeepSeek-V3 with the weights of a Hugging Face folder, read by the reader that helix_compile("folder/") uses.
+"""A checkpoint folder as a model without weights (meta device) and a source to read its parameters from.
 
-A checkpoint folder as a model without weights (meta device) and a source to read its parameters from.
+load_deepseek_v3() is our own DeepSeek-V3 with what that source reads.
 """
 
 from __future__ import annotations

@@ -230,13 +230,8 @@ def _common(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 def _tied(model: PreTrainedModel, found: Mapping[str, Assembled]) -> dict[str, str]:
     """Name that is not stored -> the name that it is tied to and that is; either of the two may be the stored one."""
-    same: dict[str, str] = {}
-    for one, other in model.all_tied_weights_keys.items():
-        if one not in found and other in found:
-            same[one] = other
-        elif other not in found and one in found:
-            same[other] = one
-    return same
+    pairs = [pair for one, other in model.all_tied_weights_keys.items() for pair in ((one, other), (other, one))]
+    return {one: other for one, other in pairs if one not in found and other in found}
 
 
 def _split_unknown(model: PreTrainedModel, unknown: list[str]) -> tuple[list[str], list[str]]:

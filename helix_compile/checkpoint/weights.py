@@ -105,7 +105,8 @@ class CheckpointWeights(Mapping[str, Tensor]):
             for rank in ranks if shard is not None else ranks[:1]:
                 shape = tuple(self._like[name].shape) if shard is None else shard.shape
                 boxes = _whole(shape) if shard is None else shard_boxes(shard, layout, rank)
-                elements[(name, shape, boxes)] = sum(map(_elements, boxes.boxes))
+                sizes = (math.prod(stop - start for start, stop in box.source) for box in boxes.boxes)
+                elements[(name, shape, boxes)] = sum(sizes)
         return sum(
             count * self._files.itemsize(self._assembly.tensors[name].pieces[0].key)
             for (name, *_), count in elements.items()
@@ -114,8 +115,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def _read(self, name: str, shape: tuple[int, ...], wanted: ShardBoxes) -> Tensor:
         name = self._assembly.same.get(name, name)
         key = (name, shape, wanted)
-        held = self._held.get(key)
-        if held is not None:
+        if (held := self._held.get(key)) is not None:
             return held
         dtype = self._like[name].dtype
         if self.device.type == "meta":
@@ -170,7 +170,3 @@ class CheckpointWeights(Mapping[str, Tensor]):
 def _whole(shape: tuple[int, ...]) -> ShardBoxes:
     everything: tuple[Range, ...] = tuple((0, size) for size in shape)
     return ShardBoxes((Box(everything, everything),), shape, padded=False)
-
-
-def _elements(box: Box) -> int:
-    return math.prod(stop - start for start, stop in box.source)

@@ -27,25 +27,12 @@ app = typer.Typer(
     help="Rewrite a decode step for Helix parallelism, look at it, and run it.",
 )
 
-
 _MODEL_HELP = "checkpoint folder, a config.json (random weights), a .pt2 of torch.export.save, or a preset: tiny, deepseek-v3-lite, deepseek-v3"
-
-
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
-
-
 Cp = Annotated[int | None, typer.Option(help=f"{OPTIONS['cp'].cli_help}; required, here or in --config")]
-
-
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64")]
-
-
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; cuda under torchrun: each process its own GPU")]
-
-
 Meta = Annotated[bool, typer.Option("--meta", help="no weights: shapes only")]
-
-
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 
 

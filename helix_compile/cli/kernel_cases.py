@@ -5,6 +5,7 @@ model on meta -> capture, match, plan -> lowered graph for an arch -> for each k
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,19 +44,17 @@ def selected_cases(model: PlannedModel, target: KernelTarget) -> Selection:
 
     What compilation depends on decides: two nodes with the same case give one.
     """
-    lowered = rewrite_model(model, target)[LOWERED.stage]
     cases: list[CompileCase] = []
     references: list[tuple[str, str, str]] = []
-    for body in model.plan.bodies:
-        gm = body_of(lowered, body.name)
-        for node in gm.graph.nodes:
-            if KERNEL not in node.meta:
-                continue
-            provider, reason = node.meta[KERNEL]
-            if provider != PROVIDER:
-                references.append((body.name, str(node.target), reason))
-                continue
-            cases += [c for c in _cases_of(gm.graph, node, model.plan, target) if c not in cases]
+    for body, node in _selected_nodes(model, target):
+        provider, reason = node.meta[KERNEL]
+        if provider != PROVIDER:
+            references.append((body, str(node.target), reason))
+            continue
+        site = _concrete_site(node, model.plan)
+        kernel = kernel_of(site.op)
+        assert kernel is not None, f"{node.target} is selected, and not registered"
+        cases += [c for c in kernel.cases(site, target) if c not in cases]
     return Selection(tuple(cases), tuple(references))
 
 
@@ -65,33 +64,26 @@ def attention_site(model: PlannedModel, target: KernelTarget) -> Site:
     Raises:
         LoweringUnavailable: no node of the graph is one.
     """
-    lowered = rewrite_model(model, target)[LOWERED.stage]
-    for body in model.plan.bodies:
-        gm = body_of(lowered, body.name)
-        for node in gm.graph.nodes:
-            if KERNEL in node.meta and ATTENTION in str(node.target):
-                return _concrete_site(gm.graph, node, model.plan)
+    for _, node in _selected_nodes(model, target):
+        if ATTENTION in str(node.target):
+            return _concrete_site(node, model.plan)
     raise LoweringUnavailable(f"{ATTENTION}: no layer of the model is lowered to it; --tune measures {ATTENTION} alone")
 
 
-def _concrete_site(graph: fx.Graph, node: fx.Node, plan: HelixPlan) -> Site:
+def _selected_nodes(model: PlannedModel, target: KernelTarget) -> Iterator[tuple[str, fx.Node]]:
+    """(body, node) of every op that a kernel or a reference was selected for."""
+    lowered = rewrite_model(model, target)[LOWERED.stage]
+    for body in model.plan.bodies:
+        yield from ((body.name, n) for n in body_of(lowered, body.name).graph.nodes if KERNEL in n.meta)
+
+
+def _concrete_site(node: fx.Node, plan: HelixPlan) -> Site:
     site = site_of(node, capacity_of(plan))
-    sizes = _sizes(graph, plan.options.max_batch_size)
+    # symbols of the body -> sizes of a decode step: hidden is [B, T, D]
+    hidden = inputs_of(node.graph, "hidden")[0].meta["val"]
+    known = zip(hidden.shape, (plan.options.max_batch_size, 1), strict=False)
+    sizes = {size.node.expr: value for size, value in known if isinstance(size, torch.SymInt)}
     return Site(site.op, tuple(concrete(a, sizes) for a in site.args), site.capacity)
-
-
-def _cases_of(graph: fx.Graph, node: fx.Node, plan: HelixPlan, target: KernelTarget) -> list[CompileCase]:
-    site = _concrete_site(graph, node, plan)
-    kernel = kernel_of(site.op)
-    assert kernel is not None, f"{node.target} is selected, and not registered"
-    return kernel.cases(site, target)
-
-
-def _sizes(graph: fx.Graph, batch: int) -> dict[Any, int]:
-    """Symbols of a body -> sizes of a decode step: hidden is [B, T, D]."""
-    hidden = inputs_of(graph, "hidden")[0].meta["val"]
-    known = zip(hidden.shape, (batch, 1), strict=False)
-    return {size.node.expr: value for size, value in known if isinstance(size, torch.SymInt)}
 
 
 def concrete(value: Any, sizes: dict[Any, int]) -> Any:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from rich.table import Table
 
 from helix_compile.cli.options import Config, asked_options
@@ -29,9 +29,8 @@ from helix_compile.kernels.lab.record import KINDS, KernelRecord
 from helix_compile.kernels.target import KernelTarget, offline_target
 
 ARCHS = ("sm_100", "sm_90")
-
-
 TABLE_WIDTH = 150
+References = list[tuple[str, str, str, str]]  # (arch, body, op, reason) of what no kernel computes
 
 
 def kernels(
@@ -118,10 +117,8 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def document(
-    model: str, options: HelixOptions, records: list[KernelRecord], references: list[tuple[str, str, str, str]]
-) -> dict[str, Any]:
-    """What --json prints. `references` are the ops that no kernel computes, as (arch, body, op, reason)."""
+def document(model: str, options: HelixOptions, records: list[KernelRecord], references: References) -> dict[str, Any]:
+    """What --json prints."""
     import triton
 
     names = ("arch", "body", "op", "reason")
@@ -134,14 +131,13 @@ def document(
     }
 
 
-def format_table(records: list[KernelRecord], references: list[tuple[str, str, str, str]]) -> str:
+def format_table(records: list[KernelRecord], references: References) -> str:
     """One line a kernel; below, why kernels do not fit and which ops have none."""
     import triton
 
     console = Console(file=StringIO(), width=TABLE_WIDTH, highlight=False, no_color=True)
     table = Table(box=box.ASCII2, show_edge=False, pad_edge=False, collapse_padding=True)
-    left = ("kernel", "arch", "config")
-    for column in left:
+    for column in ("kernel", "arch", "config"):
         table.add_column(column, overflow="fold")
     for column in ("regs", "threads", "spills B", "shared B", "TMEM", "tensor core", "TMA", "instr/token", "fits"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -211,7 +207,7 @@ def _captured(model: str, dtype: str | None) -> Any:
 
 def _compiled(
     captured: Any, options: HelixOptions, targets: list[KernelTarget], out: Path, every: bool
-) -> tuple[list[KernelRecord], list[tuple[str, str, str, str]]]:
+) -> tuple[list[KernelRecord], References]:
     """Records of every target's cases, and the ops that have no kernel."""
     from helix_compile.cli.kernel_cases import selected_cases
     from helix_compile.compile import plan_model
@@ -219,7 +215,7 @@ def _compiled(
 
     model = plan_model(captured, options)
     records: list[KernelRecord] = []
-    references: list[tuple[str, str, str, str]] = []
+    references: References = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for target in targets:
             selection = selected_cases(model, target)
@@ -227,12 +223,7 @@ def _compiled(
             cases = [c for c in selection.cases if every or not c.fallback]
             bar = progress.add_task(target.arch, total=len(cases))
             try:
-                done = partial(_advance, progress, bar)
-                records += compile_cases(cases, target.arch, out, done)
+                records += compile_cases(cases, target.arch, out, partial(lambda bar, _: progress.advance(bar), bar))
             except OSError as error:
                 raise HelixError(f"--out {out}: {error.strerror or error}") from error
     return records, references
-
-
-def _advance(progress: Progress, bar: TaskID, record: KernelRecord) -> None:
-    progress.advance(bar)

@@ -1,6 +1,6 @@
-"""Read a configuration file (TOML, YAML or JSON) into a mapping. A key that is written twice is an error, not the last one.
+"""A configuration file (TOML, YAML or JSON) as a mapping, and strict look-ups in it.
 
-ConfigSection: strict look-ups in one mapping of a configuration. Every message has key path, got and expected.
+A key that is written twice is an error, not the last one; every message has key path, got and expected.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import difflib
 import json
 import reprlib
 import tomllib
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +20,6 @@ import yaml
 from helix_compile.errors import PlanError
 
 MAX_BYTES = 256 * 1024  # a file of options is small; a checkpoint given by mistake is not
-
-
 # what the parsers raise on text that is wrong; PyYAML lets errors of its own conversions through ("!!int ''")
 _PARSE_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
@@ -49,14 +48,8 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_json_object, parse_constant=_no_constant)
-
-
-def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_StrictLoader)
-
-
+_yaml = partial(yaml.load, Loader=_StrictLoader)
+_json = partial(json.loads, object_pairs_hook=_json_object, parse_constant=_no_constant)
 PARSERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml, ".json": _json}
 
 
@@ -112,6 +105,11 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+def of_kinds(names: Mapping[str, str]) -> dict[str, str]:
+    """Key -> kind, from kind -> keys."""
+    return {key: kind for kind, keys in names.items() for key in keys.split()}
+
+
 @dataclass
 class ConfigSection:
     """A mapping whose keys are taken one by one; finish() refuses what nobody took.
@@ -158,23 +156,22 @@ class ConfigSection:
         """Take a key that is there and check that it is of one of KINDS."""
         self.taken.add(key)
         value = self.values[key]
-        is_bool = isinstance(value, bool)
-        if not isinstance(value, KINDS[kind]) or (is_bool and kind != "bool"):
+        if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
             self.wrong(key, kind)
 
     def flag(self, key: str, default: bool = False) -> bool:
         """True or False."""
-        self.taken.add(key)
-        if key in self.values:
-            self.kind(key, "bool")
-        return bool(self.values.get(key, default))
+        return bool(self._of_kind(key, "bool", default))
 
     def text(self, key: str, default: str) -> str:
         """A string."""
+        return str(self._of_kind(key, "str", default))
+
+    def _of_kind(self, key: str, kind: str, default: Any) -> Any:
         self.taken.add(key)
         if key in self.values:
-            self.kind(key, "str")
-        return str(self.values.get(key, default))
+            self.kind(key, kind)
+        return self.values.get(key, default)
 
     def choice(self, key: str, allowed: tuple[str, ...], default: str) -> str:
         """One of `allowed`."""
@@ -216,13 +213,10 @@ class ConfigSection:
             if key in refused:
                 self.refuse(key, f"got {reprlib.repr(self.values[key])}, expected no such key: {refused[key]}")
             if key not in without_effect:
-                self._unknown(key, [*self.taken, *without_effect])
+                names = sorted({*self.taken, *without_effect})
+                close = difflib.get_close_matches(key, names, n=3)
+                hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+                self.refuse(key, f"got an unknown key, expected one that is understood; {hint}")
             self.kind(key, without_effect[key])
             idle.append(f"{self.prefix}{key}")
         return idle
-
-    def _unknown(self, key: str, known: Iterable[str]) -> NoReturn:
-        names = sorted(set(known))
-        close = difflib.get_close_matches(key, names, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
-        self.refuse(key, f"got an unknown key, expected one that is understood; {hint}")

@@ -1,6 +1,6 @@
-"""HelixOptions: every keyword of helix_compile, frozen and validated. Nothing is accepted and ignored.
+"""HelixOptions: every keyword of helix_compile and key of our own configuration file, frozen and validated.
 
-Our own configuration file: the fields of HelixOptions under their own names.
+Nothing is accepted and ignored.
 """
 
 from __future__ import annotations
@@ -21,17 +21,9 @@ from helix_compile.config.vllm import vllm_fields
 from helix_compile.errors import HelixError, LayoutError, LoweringUnavailable, PlanError
 
 logger = logging.getLogger(__name__)
-
-
 P = ParamSpec("P")
-
-
 R = TypeVar("R")
-
-
 MAX_COUNT = 2**31 - 1
-
-
 PAGE_SIZE = 128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
 
 
@@ -169,7 +161,7 @@ class HelixOptions:
         given = own_fields(read_mapping(path), str(path))
         if "cp" not in given:
             raise PlanError(f"{path}: cp: got none, expected an int >= 1; cp has no default")
-        return cls._built(given, str(path))
+        return cls._built(given, [], str(path))
 
     @classmethod
     def from_trtllm(cls, source: Mapping[str, Any] | str | Path) -> HelixOptions:
@@ -179,7 +171,7 @@ class HelixOptions:
             HelixError: key path, got and expected; also for what TensorRT-LLM would ignore without a word.
         """
         values, where = mapping_of(source)
-        return cls._built_by_engine(*trtllm_fields(values, where), where)
+        return cls._built(*trtllm_fields(values, where), where)
 
     @classmethod
     def from_vllm(cls, source: Mapping[str, Any] | str | Path) -> HelixOptions:
@@ -189,16 +181,12 @@ class HelixOptions:
             HelixError: key path, got and expected; also for what vLLM would ignore without a word.
         """
         values, where = mapping_of(source)
-        return cls._built_by_engine(*vllm_fields(values, where), where)
+        return cls._built(*vllm_fields(values, where), where)
 
     @classmethod
-    def _built_by_engine(cls, given: dict[str, Any], idle: list[str], where: str) -> HelixOptions:
+    def _built(cls, given: dict[str, Any], idle: list[str], where: str) -> HelixOptions:
         if idle:
             logger.info("%s: no effect here: %s", where, ", ".join(idle))
-        return cls._built(given, where)
-
-    @classmethod
-    def _built(cls, given: dict[str, Any], where: str) -> HelixOptions:
         try:
             return cls(**given)
         except HelixError as error:
@@ -265,7 +253,6 @@ ELSEWHERE = {
     name: f"it is no option of a file; give it beside the file, as {name}= or on the command line"
     for name in ("model", "world", "device", "dtype")
 }
-
 
 # what other engines call a field of ours
 ALIASES = {

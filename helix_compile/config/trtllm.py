@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from helix_compile.config.files import ConfigSection
+from helix_compile.config.files import ConfigSection, of_kinds
 
 CP_TYPES = ("ULYSSES", "STAR", "RING", "HELIX")
-
-
 DEFAULT_TOKENS_PER_BLOCK = 32  # of kv_cache_config
-
 
 MARKERS = (
     "context_parallel_size",
@@ -27,56 +24,28 @@ MARKERS = (
     "generation_servers",
 )
 
-
 # understood, checked for their type, and without effect on what is compiled
-WITHOUT_EFFECT = {
-    "max_num_tokens": "int",
-    "max_input_len": "int",
-    "model": "str",
-    "tokenizer": "str",
-    "backend": "str",
-    "attn_backend": "str",
-    "trust_remote_code": "bool",
-    "load_format": "str",
-    "gpus_per_node": "int",
-    "cuda_graph_config": "mapping",
-    "torch_compile_config": "mapping",
-    "scheduler_config": "mapping",
-    "moe_config": "mapping",
-    "cache_transceiver_config": "mapping",
-    "disable_overlap_scheduler": "bool",
-    "enable_chunked_prefill": "bool",
-    "stream_interval": "int",
-    "num_postprocess_workers": "int",
-    "batching_wait_timeout_ms": "number",
-    "print_iter_log": "bool",
-    "enable_iter_perf_stats": "bool",
-    "enable_autotuner": "bool",
-    "allreduce_strategy": "str",
-    "guided_decoding_backend": "str",
-    "log_level": "str",
-    "hostname": "str",
-    "host": "str",
-    "port": "int",
-}
+WITHOUT_EFFECT = of_kinds(
+    {
+        "int": "max_num_tokens max_input_len gpus_per_node stream_interval num_postprocess_workers port",
+        "str": "model tokenizer backend attn_backend load_format allreduce_strategy guided_decoding_backend "
+        "log_level hostname host",
+        "bool": "trust_remote_code disable_overlap_scheduler enable_chunked_prefill print_iter_log "
+        "enable_iter_perf_stats enable_autotuner",
+        "mapping": "cuda_graph_config torch_compile_config scheduler_config moe_config cache_transceiver_config",
+        "number": "batching_wait_timeout_ms",
+    }
+)
 
-
-CACHE_WITHOUT_EFFECT = {
-    "free_gpu_memory_fraction": "number",
-    "max_tokens": "int",
-    "enable_block_reuse": "bool",
-    "enable_partial_reuse": "bool",
-    "copy_on_partial_reuse": "bool",
-    "host_cache_size": "int",
-    "onboard_blocks": "bool",
-    "event_buffer_max_size": "int",
-    "max_gpu_total_bytes": "int",
-    "secondary_offload_min_priority": "int",
-}
-
+CACHE_WITHOUT_EFFECT = of_kinds(
+    {
+        "number": "free_gpu_memory_fraction",
+        "int": "max_tokens host_cache_size event_buffer_max_size max_gpu_total_bytes secondary_offload_min_priority",
+        "bool": "enable_block_reuse enable_partial_reuse copy_on_partial_reuse onboard_blocks",
+    }
+)
 
 _SERVERS = "this is a file of disaggregated serving; give its generation_servers section alone"
-
 
 REFUSED = {
     "context_servers": _SERVERS,
@@ -87,7 +56,6 @@ REFUSED = {
     "lora_config": "LoRA is not supported",
     "enable_lora": "LoRA is not supported",
 }
-
 
 CACHE_REFUSED = {
     "max_attention_window": "sliding windows are not supported",
@@ -112,10 +80,9 @@ def trtllm_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
         if name in values:
             fields[name] = top.count(name)
     idle: list[str] = []
-    cache = top.section("kv_cache_config")
-    stated = cache is not None and "tokens_per_block" in cache.values
-    tokens_per_block = DEFAULT_TOKENS_PER_BLOCK
-    if cache is not None:
+    stated, tokens_per_block = False, DEFAULT_TOKENS_PER_BLOCK
+    if (cache := top.section("kv_cache_config")) is not None:
+        stated = "tokens_per_block" in cache.values
         tokens_per_block = cache.count("tokens_per_block", DEFAULT_TOKENS_PER_BLOCK)
         cache.only("dtype", "auto", "the cache has the dtype of the model")
         idle += cache.finish(CACHE_WITHOUT_EFFECT, CACHE_REFUSED)
@@ -159,11 +126,7 @@ def _check_helix(helix: ConfigSection, cp: int, tokens_per_block: int, stated: b
             f"When HELIX parallelism is active, cp_config.tokens_per_block ({block}) must match "
             f"kv_cache_config.tokens_per_block ({tokens_per_block}). got {block}, expected {tokens_per_block}{default}",
         )
-    return _check_medium(helix)
-
-
-def _check_medium(helix: ConfigSection) -> list[str]:
-    """Which wires TensorRT-LLM exchanges over: understood, without effect on the numbers or the plan here."""
+    # which wires TensorRT-LLM exchanges over: understood, without effect on the numbers or the plan here
     by_nccl = helix.flag("use_nccl_for_alltoall", True)
     helix.taken.add("fifo_version")
     if "fifo_version" in helix.values:
@@ -171,10 +134,10 @@ def _check_medium(helix: ConfigSection) -> list[str]:
         if version > 2:
             helix.wrong("fifo_version", "1 or 2: TensorRT-LLM takes anything but 1 for 2 and does not say so")
         if by_nccl:
-            stated = "true" if "use_nccl_for_alltoall" in helix.values else "true by default"
+            said = "true" if "use_nccl_for_alltoall" in helix.values else "true by default"
             helix.refuse(
                 "fifo_version",
-                f"got {version} where use_nccl_for_alltoall is {stated}, expected no fifo_version: TensorRT-LLM ignores it then",
+                f"got {version} where use_nccl_for_alltoall is {said}, expected no fifo_version: TensorRT-LLM ignores it then",
             )
     helix.finish({}, {})
     return [f"cp_config.{k}" for k in ("use_nccl_for_alltoall", "fifo_version") if k in helix.values]

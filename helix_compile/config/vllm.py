@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from helix_compile.config.files import ConfigSection
+from helix_compile.config.files import ConfigSection, of_kinds
 from helix_compile.errors import PlanError
 
 MARKERS = (
@@ -21,36 +21,19 @@ MARKERS = (
     "enable_expert_parallel",
 )
 
-
 # understood, checked for their type, and without effect on what is compiled
-WITHOUT_EFFECT = {
-    "model": "str",
-    "tokenizer": "str",
-    "served_model_name": "str or list",
-    "trust_remote_code": "bool",
-    "revision": "str",
-    "download_dir": "str",
-    "load_format": "str",
-    "host": "str",
-    "port": "int",
-    "api_key": "str",
-    "gpu_memory_utilization": "number",
-    "max_num_batched_tokens": "int",
-    "enable_chunked_prefill": "bool",
-    "enable_prefix_caching": "bool",
-    "enforce_eager": "bool",
-    "async_scheduling": "bool",
-    "block_size": "int",
-    "compilation_config": "str or mapping",
-    "distributed_executor_backend": "str",
-    "attention_backend": "str",
-    "all2all_backend": "str",
-    "disable_log_stats": "bool",
-    "disable_log_requests": "bool",
-    "uvicorn_log_level": "str",
-    "kv_transfer_config": "str or mapping",
-}
-
+WITHOUT_EFFECT = of_kinds(
+    {
+        "str": "model tokenizer revision download_dir load_format host api_key distributed_executor_backend "
+        "attention_backend all2all_backend uvicorn_log_level",
+        "str or list": "served_model_name",
+        "bool": "trust_remote_code enable_chunked_prefill enable_prefix_caching enforce_eager async_scheduling "
+        "disable_log_stats disable_log_requests",
+        "int": "port max_num_batched_tokens block_size",
+        "number": "gpu_memory_utilization",
+        "str or mapping": "compilation_config kv_transfer_config",
+    }
+)
 
 REFUSED = {
     "dcp_kv_cache_interleave_size": "vLLM renamed it; write cp_kv_cache_interleave_size",

@@ -10,10 +10,9 @@ refused with the first node that differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +24,7 @@ from helix_compile.dynamo.frame import (
     GraphInput,
     copied_cache,
     layers_of_cache,
+    named_weights,
     tensors_of_cache,
 )
 from helix_compile.dynamo.user_state import LATENTS, STATES
@@ -134,8 +134,7 @@ def _by_forward(frame: Frame, exporting: bool) -> _Expected:
             stand_ins[id(value)] = _enter(mode, role, value)
         return stand_ins[id(value)]
 
-    model = frame.model
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    named = named_weights(frame.model)
     first = {id(tensor): name for name, tensor in reversed(named)}
     weights = {name: enter(GraphInput("weight", first[id(t)]), t) for name, t in named}
     call = {
@@ -147,8 +146,10 @@ def _by_forward(frame: Frame, exporting: bool) -> _Expected:
         for (layer, name), tensor in tensors_of_cache(cache).items():
             before[(layer, name)] = enter(GraphInput("cache", name, layer), tensor)
         call["past_key_values"] = cache = copied_cache(cache, before)
-    with torch.no_grad(), _as_if_compiling(exporting), mode.fake, mode:
-        out = torch.func.functional_call(model, weights, (), call)
+    # models branch on torch.compiler.is_compiling() (a mask may be left out in eager mode): take Dynamo's branch
+    compiling = patch.multiple(torch.compiler, _is_compiling_flag=True, _is_exporting_flag=exporting)
+    with torch.no_grad(), compiling, mode.fake, mode:
+        out = torch.func.functional_call(frame.model, weights, (), call)
         logits = out.logits if hasattr(out, "logits") else out[0]
         roles = {mode.digest(logits): ("logits", "", -1)}
         cache = cache if cache is not None else getattr(out, "past_key_values", None)
@@ -168,22 +169,9 @@ def _enter(mode: DigestMode, role: GraphInput, value: Any) -> Any:
     """What stands for an input: real where masks and positions are made from it, else a fake named by its role."""
     if not isinstance(value, Tensor):
         return value
-    small = not value.is_floating_point() and role.name != "input_ids" and role.kind != "weight"
-    if small:
+    if not value.is_floating_point() and role.name != "input_ids" and role.kind != "weight":
         return mode.known(value)
     return value if role.kind == "constant" else mode.stand_in(value, f"{role.kind} {role.name} {role.layer}")
-
-
-@contextmanager
-def _as_if_compiling(exporting: bool) -> Iterator[None]:
-    """Models branch on torch.compiler.is_compiling() (a mask may be left out in eager mode): take Dynamo's branch."""
-    flags = torch.compiler
-    before = flags._is_compiling_flag, flags._is_exporting_flag
-    flags._is_compiling_flag, flags._is_exporting_flag = True, exporting
-    try:
-        yield
-    finally:
-        flags._is_compiling_flag, flags._is_exporting_flag = before
 
 
 class _Recorder(fx.Interpreter):

@@ -65,37 +65,32 @@ def traced_frame(gm: fx.GraphModule, example_inputs: list[Any]) -> Frame:
     Raises:
         CaptureError: a graph break, a frame that is no model's forward, or an argument that Helix can't serve.
     """
-    _refuse_graph_break(gm)
-    output = InstructionTranslator.current_tx().output
-    scope = dict(output.local_scope)
-    model = scope.get("self")
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        what = f"a {type(model).__name__}" if isinstance(model, nn.Module) else "a function"
-        raise CaptureError(
-            f"torch.compile: the compiled frame is that of {what}, not a transformers causal language model; {_ALONE}"
-            + _last_graph_break()
-        )
-    arguments = _arguments(model, scope)
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    names = {id(tensor): name for name, tensor in reversed(named)}
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    inputs = [_role(node, value, names, arguments) for node, value in zip(places, example_inputs, strict=True)]
-    return Frame(model, arguments, inputs)
-
-
-def _refuse_graph_break(gm: fx.GraphModule) -> None:
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
         raise CaptureError(
             f"torch.compile: graph break at {_told(reason)}. Helix needs the whole step in one graph; {_ALONE}"
         )
+    output = InstructionTranslator.current_tx().output
+    scope = dict(output.local_scope)
+    model = scope.get("self")
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        what = f"a {type(model).__name__}" if isinstance(model, nn.Module) else "a function"
+        # behind a break inside a loop Dynamo gives up the whole frame and comes with its parts: say where it broke
+        broke = [f". Dynamo's last graph break was at {_told(r)}" for r in graph_break_reasons[-1:]]
+        raise CaptureError(
+            f"torch.compile: the compiled frame is that of {what}, not a transformers causal language model; {_ALONE}"
+            + "".join(broke)
+        )
+    arguments = _arguments(model, scope)
+    names = {id(tensor): name for name, tensor in reversed(named_weights(model))}
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = [_role(node, value, names, arguments) for node, value in zip(places, example_inputs, strict=True)]
+    return Frame(model, arguments, inputs)
 
 
-def _last_graph_break() -> str:
-    """Behind a break inside a loop Dynamo gives up the whole frame and comes with its parts: say where it broke."""
-    if not graph_break_reasons:
-        return ""
-    return f". Dynamo's last graph break was at {_told(graph_break_reasons[-1])}"
+def named_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer; a tied one under each of its names."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def _told(reason: Any) -> str:

@@ -12,16 +12,7 @@ from helix_compile.capture.structure import structure_key
 from helix_compile.compile import helix_compile
 from helix_compile.dynamo.check import GraphOutput, compared_outputs
 from helix_compile.dynamo.frame import CAPACITY, LENGTHS, Frame, layers_of_cache
-from helix_compile.dynamo.user_state import (
-    LATENTS,
-    STATES,
-    Key,
-    ModelState,
-    UserCache,
-    check_countable,
-    is_held,
-    stand_in,
-)
+from helix_compile.dynamo.user_state import LATENTS, STATES, Key, ModelState, UserCache, check_countable, stand_in
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.dataflow import follow
 from helix_compile.ir.graph import aten, input_named, is_call
@@ -176,7 +167,8 @@ class CompiledGraph:
 
     def __call__(self, *args: Any) -> list[Any]:
         """Outputs of the Dynamo graph, in its order."""
-        weights = {r.name: a for r, a in zip(self._inputs, args, strict=True) if r.kind == "weight"}
+        roles = list(zip(self._inputs, args, strict=True))
+        weights = {r.name: a for r, a in roles if r.kind == "weight"}
         if self._first is not None:
             # after model.compile() the model's own call goes through Dynamo, which would give up on what traces it here
             with torch.compiler.set_stance("force_eager"):
@@ -185,7 +177,6 @@ class CompiledGraph:
             self.session.state.remember_weights(weights)
             self._first = None  # the user's cache and model must not be held from here
         self.session.state.check(weights)
-        roles = list(zip(self._inputs, args, strict=True))
         call = {r.name: a for r, a in roles if r.kind == "call"}
         past = {(r.layer, r.name): a for r, a in roles if r.kind == "cache"}
         ids = call["input_ids"]
@@ -202,11 +193,7 @@ class CompiledGraph:
         )
         cache = self.session.cache
         results = [self._result(o, logits, ids.shape[0], cache.columns, rooms) for o in self._outputs]
-        made = {
-            (o.layer, o.field): r
-            for o, r in zip(self._outputs, results, strict=True)
-            if isinstance(r, Tensor) and is_held(o.field)
-        }
+        made = {(o.layer, o.field): r for o, r in zip(self._outputs, results, strict=True) if isinstance(r, Tensor)}
         for (_, name), tensor in past.items():
             if name == "cumulative_length":
                 tensor.fill_(cache.columns)
@@ -234,8 +221,7 @@ class CompiledGraph:
             return torch.tensor(number, dtype=output.dtype, device=logits.device)
         kept = min(columns, output.room.window - 1) if output.room.window else columns
         _, heads, _, width = output.shape
-        shape = (B, heads, _room(output, rooms) or kept, width)
-        return stand_in(shape, output.dtype, logits.device)
+        return stand_in((B, heads, _room(output, rooms) or kept, width), output.dtype, logits.device)
 
 
 def _room(output: GraphOutput, rooms: dict[int, int]) -> int:

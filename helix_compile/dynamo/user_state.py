@@ -1,11 +1,9 @@
-"""The user's cache object, as the backend sees it: tensors that stand for what the sharded cache holds.
+"""The user's cache object, as the backend sees it, and whether the model is still the one that was compiled.
 
 The latents live in the ranks' shards. What the user's DynamicCache or StaticCache gets are stride-0 views of one NaN:
 right shape and dtype, so lengths count, and no memory. They are also the proof that a cache is the current one: each
 call must bring the very objects that the last call left, unedited. A view that was cut, copied, selected or written is
 another object or has another version, and is refused.
-
-Is the model still the one that was compiled? Dynamo guards on most of it, but neither on weights' values nor on hooks.
 """
 
 from __future__ import annotations
@@ -124,7 +122,7 @@ _ANEW = "call torch._dynamo.reset() and torch.compile the model again"
 
 @dataclass
 class ModelState:
-    """What the shards and the graph were made from."""
+    """What the shards and the graph were made from; Dynamo guards on most of it, but not on weights' values and hooks."""
 
     _weights: dict[str, tuple[int, int]] = field(default_factory=dict)
     _modules: list[tuple[str, weakref.ref[nn.Module]]] = field(default_factory=list)
@@ -144,15 +142,13 @@ class ModelState:
         """Raise RuntimeFault if a weight was replaced or written, or a hook of the forward added or removed."""
         changed = [n for n, t in weights.items() if self._weights.get(n) != _state(t)]
         if changed:
-            told = ""
-            if len(changed) == len(weights) > 1:
-                told = (
-                    ". If this is another model: Dynamo takes models of one class, compiled with equal options, for one; "
-                    "give each its own (docs/torch_compile.md, two at a time)"
-                )
+            another = (
+                ". If this is another model: Dynamo takes models of one class, compiled with equal options, for one; "
+                "give each its own (docs/torch_compile.md, two at a time)"
+            )
             raise RuntimeFault(
                 f"{len(changed)} weights changed since the model was compiled, {changed[0]} first; the ranks' shards "
-                f"were cut from the old ones: {_ANEW}{told}"
+                f"were cut from the old ones: {_ANEW}{another if len(changed) == len(weights) > 1 else ''}"
             )
         for (name, reference), before in zip(self._modules, self._hooks, strict=True):
             now = _hooks_of(reference())
@@ -165,9 +161,7 @@ class ModelState:
 
 def _hooks_of(module: nn.Module | None) -> tuple[int, ...]:
     """Handles of the forward's hooks; they count up and are never used twice."""
-    if module is None:
-        return ()
-    return (*module._forward_hooks, *module._forward_pre_hooks)
+    return () if module is None else (*module._forward_hooks, *module._forward_pre_hooks)
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:

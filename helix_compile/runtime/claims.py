@@ -1,7 +1,4 @@
-"""One hash for what a module runs: the same for two graphs that differ in node names and in node order only.
-
-What real ranks must have in common before they start: as short texts, compared by RankAgreement.
-"""
+"""What real ranks must have in common before they start, as short texts that RankAgreement compares."""
 
 from __future__ import annotations
 
@@ -19,8 +16,9 @@ from helix_compile.runtime.rank import ModelFacts
 
 
 def graph_digest(graph: fx.GraphModule) -> str:
-    """Hex digest of an outer graph and its bodies: operators, constants, data flow, and the names of their inputs;
-    not where it runs.
+    """Hex digest of an outer graph and its bodies: operators, constants, data flow, and the names of their inputs.
+
+    Not of where it runs, nor of the names and the order of its nodes.
 
     Args:
         graph: a stage of a HelixModule, e.g. `compiled.graph`. Weights' values and sizes of caches are no part of it.
@@ -74,7 +72,7 @@ def claims_of(plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts) -> di
         **options,
         "dtype": lambda: plan.dtype,
         "weights": lambda: weights_digest(facts.originals),
-        "plan": lambda: _digest(plan.to_json()),
+        "plan": lambda: short_digest(plan.to_json()),
         "graph": lambda: graph_digest(lowered),
     }
 
@@ -87,8 +85,8 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     only, is told by its headers and a few elements of each stored tensor.
     """
     if isinstance(tensors, CheckpointWeights):
-        return _digest(tensors.fingerprint())
-    return _digest("\n".join(f"{name} {_weights_text(t)}" for name, t in sorted(tensors.items())))
+        return short_digest(tensors.fingerprint())
+    return short_digest("\n".join(f"{name} {_weights_text(t)}" for name, t in sorted(tensors.items())))
 
 
 def _weights_text(tensor: Tensor) -> str:
@@ -104,5 +102,6 @@ def _weights_text(tensor: Tensor) -> str:
     return f"{shape} {flat.sum(dtype=torch.int64).item()} {sample.tolist()}"
 
 
-def _digest(text: str) -> str:
+def short_digest(text: str) -> str:
+    """Of eight bytes, in hex."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,9 +1,7 @@
-"""Weights change together with the graph: cut one rank's parameters out of the original ones.
+"""What a rank holds, cut out of the original weights, and what is kept of the original model: a HelixModule's data.
 
 A shard is a view of the original wherever no padding (and no gather of rows) is needed; replicated parameters are the
 original tensors themselves. So four virtual ranks cost what one model costs.
-
-What a rank holds, and what is kept of the original model: the data of a HelixModule.
 """
 
 from __future__ import annotations

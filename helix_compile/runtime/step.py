@@ -39,8 +39,6 @@ def run_step(
         graph: a stage whose moves are lowered.
         params: each rank's parameters of that stage.
         input_ids: see HelixModule.forward(), as for the next two.
-        attention_mask: [B, T].
-        logits_to_keep: 0 keeps all.
 
     Raises:
         RuntimeFault: what a step may not be.
@@ -49,37 +47,36 @@ def run_step(
         raise RuntimeFault("the model is on the meta device: it can be inspected, not run")
     follow_edits(module.plan, module.graph, module.ranks, module.facts)
     check_ids(input_ids, module.facts.vocab_size, module.plan.options.max_batch_size)
-    check_batch(ledger, input_ids.shape[0])
-    mask = checked_mask(attention_mask, input_ids)
-    first = first_kept_column(logits_to_keep, input_ids.shape[1])
-    ledger.check_room(mask.sum(dim=1).tolist())
     B, T = input_ids.shape
+    if ledger.batch_size and ledger.batch_size != B:
+        raise RuntimeFault(
+            f"the batch has {ledger.batch_size} sequences since the first step, got {B}; "
+            "call reset() to start another batch, or mask idle rows"
+        )
+    mask = checked_mask(attention_mask, input_ids)
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+        raise RuntimeFault(f"logits_to_keep must be an int >= 0 (0: all), got {logits_to_keep!r}")
+    first = max(0, T - logits_to_keep) if logits_to_keep else 0
+    ledger.check_room(mask.sum(dim=1).tolist())
     ids = input_ids.to(module.device, torch.int64)
+
+    def run_chunk(c: slice) -> Tensor:
+        step = {"input_ids": ids[:, c], "positions": ledger.positions(mask[:, c]), "page_table": ledger.pages_of(B)}
+        inputs = [_inputs_of(module, graph, rank, own, step) for rank, own in zip(module.ranks, params, strict=True)]
+        with torch.no_grad():
+            logits = module.world.run(graph, inputs)[0]
+        ledger.advance(mask[:, c].sum(dim=1).tolist())
+        return logits
+
     chunks = chunks_of(T, B, max(ledger.lengths, default=0) + T)
     shown = None if module.world.is_leader else True
     bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
     before = list(ledger.lengths)
     try:
-        return kept_logits(lambda c: _run_chunk(module, ledger, graph, params, ids[:, c], mask[:, c]), bar, first, T)
+        return kept_logits(run_chunk, bar, first, T)
     except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
         ledger.lengths = before
         raise
-
-
-def _run_chunk(
-    module: CompiledModule,
-    ledger: Ledger,
-    graph: fx.GraphModule,
-    params: list[dict[str, Tensor]],
-    ids: Tensor,
-    mask: Tensor,
-) -> Tensor:
-    step = {"input_ids": ids, "positions": ledger.positions(mask), "page_table": ledger.pages_of(ids.shape[0])}
-    inputs = [_inputs_of(module, graph, rank, local, step) for rank, local in zip(module.ranks, params, strict=True)]
-    with torch.no_grad():
-        logits = module.world.run(graph, inputs)[0]
-    ledger.advance(mask.sum(dim=1).tolist())
-    return logits
 
 
 def _inputs_of(
@@ -176,22 +173,6 @@ def checked_lengths(lengths: int | list[int] | Tensor, present: list[int]) -> li
                 "truncate() only takes tokens back"
             )
     return rows
-
-
-def first_kept_column(logits_to_keep: int, T: int) -> int:
-    """First of T columns whose logits a step returns; 0 keeps all, as in transformers."""
-    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-        raise RuntimeFault(f"logits_to_keep must be an int >= 0 (0: all), got {logits_to_keep!r}")
-    return max(0, T - logits_to_keep) if logits_to_keep else 0
-
-
-def check_batch(ledger: Ledger, batch_size: int) -> None:
-    """B is fixed from the first step to reset()."""
-    if ledger.batch_size and ledger.batch_size != batch_size:
-        raise RuntimeFault(
-            f"the batch has {ledger.batch_size} sequences since the first step, got {batch_size}; "
-            "call reset() to start another batch, or mask idle rows"
-        )
 
 
 def check_rows(rows: object, ledger: Ledger) -> None:

@@ -86,9 +86,8 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
         f"cache_{i}": (cache_shape(row, plan.options, plan.layout), plan.dtype) for i, row in enumerate(facts.caches)
     }
     got = {
-        input_ref(n).name: (tuple(n.meta["val"].shape), str(n.meta["val"].dtype).split(".")[1])
-        for n in placeholders(lowered.graph)
-        if input_ref(n).kind == "cache"
+        input_ref(n).name: (_shape(n), str(n.meta["val"].dtype).split(".")[1])
+        for n in inputs_of(lowered.graph, "cache")
     }
     if got != wanted:
         raise HelixError(f"graphs.json takes caches {got}, the plan makes {wanted}")
@@ -107,7 +106,7 @@ def check_saved_params(lowered: fx.GraphModule, params: Mapping[int, Mapping[str
             raise RuntimeFault(f"rank {rank}: the graph takes no parameter {', '.join(unknown)}")
     for node in taken:
         name = input_ref(node).name
-        expected = (tuple(node.meta["val"].shape), node.meta["val"].dtype)
+        expected = (_shape(node), node.meta["val"].dtype)
         for rank, held in params.items():
             tensor = held.get(name)
             got = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else None

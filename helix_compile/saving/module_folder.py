@@ -159,14 +159,13 @@ def load_parts(
             device=place,
             **_configurations(folder),
         )
-        check_saved_inputs(stages[SAVED_STAGES[-1]], plan, facts)
+        lowered = stages[SAVED_STAGES[-1]]
+        check_saved_inputs(lowered, plan, facts)
     opened = open_world(HelixMesh(plan.layout), world, place)
-    lowered = stages[SAVED_STAGES[-1]]
     with _reading(folder / "views.json"):
         params = read_params(folder, _json(folder / "views.json"), place, opened)
         check_saved_params(lowered, params)
-    digest = partial(files_digest, folder)
-    opened.start({**claims_of(plan, lowered, facts), "weights": digest})
+    opened.start({**claims_of(plan, lowered, facts), "weights": partial(files_digest, folder)})
     dtype = getattr(torch, plan.dtype)
     ranks = [
         Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, place)) for r in opened.ranks

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
-from helix_compile.ir.graph import input_ref, is_param, placeholders
+from helix_compile.ir.graph import input_ref, inputs_of
+from helix_compile.runtime.claims import short_digest
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import Rank
 from helix_compile.worlds.world import World
@@ -90,21 +91,20 @@ def _pieces(rank: int, params: dict[str, Tensor]) -> tuple[dict[str, dict[str, T
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if key not in known or tensor.numel() == 0:
             known[key] = name
-            compact = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
-            held[name] = tensor if compact else tensor.clone()
+            held[name] = tensor.clone() if _is_part(tensor) else tensor
         views[name] = _view(held[known[key]], _file_of(rank), known[key])
     return {_file_of(rank): {name: _whole(t) for name, t in held.items()}}, views
 
 
 def _replicated(compiled: CompiledModule, rank: Rank) -> dict[str, str]:
     """Digest of each parameter that the plan does not cut; an edit of one rank shows."""
-    whole = [input_ref(n).name for n in placeholders(compiled.graph.graph) if is_param(n) and not n.meta.get("sharded")]
-    return {name: _sha256(rank.params[name]) for name in whole}
-
-
-def _sha256(tensor: Tensor) -> str:
-    stored: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(stored).hexdigest()
+    digests = {}
+    for node in inputs_of(compiled.graph.graph, "param"):
+        if not node.meta.get("sharded"):
+            name = input_ref(node).name
+            stored: Any = rank.params[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digests[name] = hashlib.sha256(stored).hexdigest()
+    return digests
 
 
 def _file_of(rank: int) -> str:
@@ -180,5 +180,4 @@ def _is_part(tensor: Tensor) -> bool:
 def files_digest(folder: Path) -> str:
     """Of a saved folder: views.json, and the name and size of each rank's file."""
     sizes = sorted(f"{path.name} {path.stat().st_size}" for path in folder.glob("rank_*.safetensors"))
-    text = "\n".join([(folder / "views.json").read_text(), *sizes])
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return short_digest("\n".join([(folder / "views.json").read_text(), *sizes]))

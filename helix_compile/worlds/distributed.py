@@ -1,12 +1,7 @@
 """One rank a process: the graphs of the virtual world, text for text, over torch.distributed.
 
 Axis names become process groups only here, while a graph runs. Nothing replaces c10d: a collective node calls its
-_c10d_functional op with the group's name, and wait_tensor waits for it.
-
-Do all ranks mean the same? Each says what it has, rank 0 compares, everyone hears the verdict.
-
-It goes through the store, not through a collective: ranks that disagree may not be able to run one together. One
-round is a set, a wait and a get for a rank, and one multi_get for rank 0, whatever the number of ranks.
+_c10d_functional op with the group's name, and wait_tensor waits for it. Before a step the ranks agree on what they run.
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ from helix_compile.layout.degrees import HelixMesh
 from helix_compile.worlds.groups import axis_groups, next_world
 from helix_compile.worlds.guard import RankGuard, is_transport_error
 from helix_compile.worlds.virtual import check_axis
-from helix_compile.worlds.walk import Hook, Pending, Walk
+from helix_compile.worlds.walk import Graphs, Hook, Pending, Walk
 
 
 class DistributedWorld:
@@ -46,7 +41,7 @@ class DistributedWorld:
         self.mesh, self._timeout = mesh, timeout
         self._parent: Any = parent  # until start(): who holds a group keeps its threads alive
         self.rank = parent.rank()
-        self._groups: dict[str, str] | None = None  # axis -> group name
+        self._groups: dict[str, str] = {}  # made by start()
         self._broken = ""
         self._gathers = 0
         self.reset_counters()
@@ -83,12 +78,7 @@ class DistributedWorld:
         self._groups = axis_groups(self._parent, self.mesh, self._timeout)
         self._parent = None
 
-    def run(
-        self,
-        graphs: fx.GraphModule | Sequence[fx.GraphModule],
-        inputs: Sequence[Sequence[Any]],
-        hook: Hook | None = None,
-    ) -> list[Any]:
+    def run(self, graphs: Graphs, inputs: Sequence[Sequence[Any]], hook: Hook | None = None) -> list[Any]:
         """Run this rank's graph (`graphs`, or its one item) on inputs[0]; returns [output]. Every rank calls it.
 
         Args:
@@ -159,7 +149,7 @@ class DistributedWorld:
                 if pending.ticket not in started:
                     number = f"collective #{pending.ticket}"
                     raise walk.fault(where, f"{pending.op} ({number}) is waited for twice")
-                value = self._wait(started.pop(pending.ticket)[0], where)
+                value = self._guarded(where, WAIT, started.pop(pending.ticket)[0])
         except StopIteration as stop:
             if started:
                 left = ", ".join(where for _, where in started.values())
@@ -174,22 +164,17 @@ class DistributedWorld:
         self.num_collectives[(op, axis)] = self.num_collectives.get((op, axis), 0) + 1
         if len(members) == 1:
             return tensor.clone()
-        assert self._groups is not None, "start() makes the groups"
         if axis not in self._groups:
             raise RuntimeFault(
                 f"rank {self.rank}, node {where}: axis {axis!r} has no process group; "
                 f"graphs exchange over {', '.join(self._groups)}"
             )
-        call, group = COLLECTIVES[op].target, self._groups[axis]
-        return self._guarded(lambda: call(*args[:-1], group), where)
+        return self._guarded(where, COLLECTIVES[op].target, *args[:-1], self._groups[axis])
 
-    def _wait(self, tensor: Tensor, where: str) -> Tensor:
-        return self._guarded(lambda: WAIT(tensor), where)
-
-    def _guarded(self, call: Callable[[], Tensor], where: str) -> Tensor:
+    def _guarded(self, where: str, call: Callable[..., Tensor], *args: Any) -> Tensor:
         self.guard.node = where
         try:
-            return call()
+            return call(*args)
         except RuntimeError as error:
             if is_transport_error(error):
                 raise self.guard.lost_peers(where, error) from error
@@ -212,7 +197,11 @@ _EQUAL = "equal"
 
 
 class RankAgreement:
-    """Rounds of comparison over a guard's store; every rank takes part in each."""
+    """Do all ranks mean the same? Each says what it has, rank 0 compares, everyone hears the verdict.
+
+    It goes through the store, not through a collective: ranks that disagree may not be able to run one together. One
+    round is a set, a wait and a get for a rank, and one multi_get for rank 0, whatever the number of ranks.
+    """
 
     def __init__(self, guard: RankGuard):
         self.guard = guard

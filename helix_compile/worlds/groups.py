@@ -76,7 +76,7 @@ def early_store() -> Any:
 
 
 def axis_groups(parent: Any, mesh: HelixMesh, timeout: timedelta) -> dict[str, str]:
-    """Axis -> name of this rank's group along it; an axis of one rank has none. What is missing is made.
+    """Axis -> name of this rank's group; an axis of one rank has none. What is missing is made.
 
     Collective: every rank of `parent` calls it with the same mesh.
     """
@@ -85,8 +85,7 @@ def axis_groups(parent: Any, mesh: HelixMesh, timeout: timedelta) -> dict[str, s
     for axis in AXES_OF_GRAPHS:
         members = mesh.members(axis, parent.rank())
         if len(members) > 1:
-            group = _group_of(parent, tuple(everyone[m] for m in members), timeout)
-            names[axis] = group.group_name
+            names[axis] = _group_of(parent, tuple(everyone[m] for m in members), timeout).group_name
     return names
 
 

@@ -1,6 +1,4 @@
-"""What ranks of one process exchange: posts that must agree, what each rank gets, and bytes that leave it.
-
-All ranks in this process with real values: one generator a rank, and a mailbox for collectives.
+"""All ranks in this process with real values: one generator a rank, and a mailbox for what they exchange.
 
 A collective posts its argument and its value is *pending*; at wait_tensor the rank is suspended until every member of
 the group has posted, and another rank runs. Collectives are matched by (axis, members, sequence number), as process
@@ -9,6 +7,7 @@ groups do, not by node name; so a fault is reported with rank, node and what is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,7 +19,7 @@ from torch import Tensor, fx
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.collectives import ALL_TO_ALL, COLLECTIVES, CollectiveOp
 from helix_compile.layout.degrees import HelixMesh
-from helix_compile.worlds.walk import Hook, Pending, Walk
+from helix_compile.worlds.walk import Graphs, Hook, Pending, Walk
 
 Key = tuple[str, tuple[int, ...], int]  # axis, members of the group, sequence number
 
@@ -42,10 +41,6 @@ class Exchange:
     results: dict[int, Tensor] | None = None
     waited: set[int] = field(default_factory=set)
 
-    def drop_arguments(self) -> None:
-        """Keep who posted what and where, not the tensors."""
-        self.posts = {r: p._replace(tensor=p.tensor.new_empty(0)) for r, p in self.posts.items()}
-
 
 def check_axis(mesh: HelixMesh, axis: str, rank: int, where: str) -> None:
     """Raise RuntimeFault unless `axis` is an axis of the mesh."""
@@ -53,15 +48,8 @@ def check_axis(mesh: HelixMesh, axis: str, rank: int, where: str) -> None:
         raise RuntimeFault(f"rank {rank}, node {where}: unknown axis {axis!r}; one of {', '.join(mesh.groups)}")
 
 
-def complete_exchange(key: Key, exchange: Exchange) -> CollectiveOp:
-    """All members have posted: check that they agree, and give each its result."""
-    op, members = _agreed_op(key, exchange), key[1]
-    tensors = [exchange.posts[rank].tensor for rank in members]
-    exchange.results = dict(zip(members, op.outcome(tensors), strict=True))
-    return op
-
-
 def _agreed_op(key: Key, exchange: Exchange) -> CollectiveOp:
+    """What all members have posted; RuntimeFault where they do not agree."""
     axis, members, number = key
     ops = {r: exchange.posts[r].op for r in members}
     where = {r: exchange.posts[r].where for r in members}
@@ -162,12 +150,7 @@ class VirtualWorld:
         self.sent_bytes = [Fraction(0)] * self.mesh.world_size
         self.num_collectives: dict[tuple[str, str], int] = {}
 
-    def run(
-        self,
-        graphs: fx.GraphModule | Sequence[fx.GraphModule],
-        inputs: Sequence[Sequence[Any]],
-        hook: Hook | None = None,
-    ) -> list[Any]:
+    def run(self, graphs: Graphs, inputs: Sequence[Sequence[Any]], hook: Hook | None = None) -> list[Any]:
         """Run `graphs` (one for all, or one a rank) on `inputs[rank]`; returns the outputs by rank.
 
         Args:
@@ -181,7 +164,7 @@ class VirtualWorld:
         walks = {}
         for rank in self.ranks:
             graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[rank]
-            walk = Walk(rank, _Mailbox(self.mesh, rank, mailbox).post, steps, hook)
+            walk = Walk(rank, self._post_of(rank, mailbox), steps, hook)
             walks[rank] = walk.graph(graph, inputs[rank], "")
         waiting: dict[int, tuple[Key, str] | None] = dict.fromkeys(walks)
         outputs: dict[int, Any] = {}
@@ -205,36 +188,34 @@ class VirtualWorld:
         check_all_posted(mailbox)
         return [outputs[rank] for rank in self.ranks]
 
+    def _post_of(self, rank: int, mailbox: dict[Key, Exchange]) -> Callable[[str, tuple, str], Pending]:
+        """How one rank posts what it starts collectives with."""
+        posted = Counter[str]()
+
+        def post(op: str, args: tuple, where: str) -> Pending:
+            axis = args[-1]
+            check_axis(self.mesh, axis, rank, where)
+            key = (axis, self.mesh.members(axis, rank), posted[axis])
+            posted[axis] += 1
+            mailbox.setdefault(key, Exchange()).posts[rank] = Post(op, args[0], tuple(args[1:-1]), where)
+            return Pending(op, key)
+
+        return post
+
     def _complete(self, mailbox: dict[Key, Exchange], key: Key) -> bool:
         exchange = mailbox[key]
         axis, members, _ = key
         if exchange.results is None and len(exchange.posts) == len(members):
-            op = complete_exchange(key, exchange)
-            sent = op.egress(len(members), exchange.posts[members[0]].tensor.nbytes)  # all alike
+            op = _agreed_op(key, exchange)
+            tensors = [exchange.posts[rank].tensor for rank in members]
+            exchange.results = dict(zip(members, op.outcome(tensors), strict=True))
+            sent = op.egress(len(members), tensors[0].nbytes)  # all alike
             for rank in members:
                 self.sent_bytes[rank] += sent
-            exchange.drop_arguments()
-            count = self.num_collectives
-            count[(op.name, axis)] = count.get((op.name, axis), 0) + 1
+            # who posted what and where is kept, not the tensors
+            exchange.posts = {r: p._replace(tensor=p.tensor.new_empty(0)) for r, p in exchange.posts.items()}
+            self.num_collectives[(op.name, axis)] = self.num_collectives.get((op.name, axis), 0) + 1
         return exchange.results is not None
-
-
-class _Mailbox:
-    """Where one rank posts what it starts collectives with."""
-
-    def __init__(self, mesh: HelixMesh, rank: int, exchanges: dict[Key, Exchange]):
-        self.mesh, self.rank, self.exchanges = mesh, rank, exchanges
-        self.posted: dict[str, int] = {}
-
-    def post(self, op: str, args: tuple, where: str) -> Pending:
-        axis = args[-1]
-        check_axis(self.mesh, axis, self.rank, where)
-        number = self.posted.get(axis, 0)
-        self.posted[axis] = number + 1
-        key = (axis, self.mesh.members(axis, self.rank), number)
-        exchange = self.exchanges.setdefault(key, Exchange())
-        exchange.posts[self.rank] = Post(op, args[0], tuple(args[1:-1]), where)
-        return Pending(op, key)
 
 
 def _take(exchange: Exchange, rank: int, key: Key, where: str) -> Tensor:

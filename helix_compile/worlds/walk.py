@@ -19,6 +19,7 @@ from helix_compile.ir.graph import is_call
 from helix_compile.ir.leaves import Leaf
 
 Hook = Callable[[int, fx.Node, Any], None]
+Graphs = fx.GraphModule | Sequence[fx.GraphModule]  # one for all ranks, or one a rank
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,9 @@ class Walk:
                 args = fx.map_arg(node.args, values.__getitem__)
                 body = module.get_submodule(str(node.target))
                 if isinstance(body, Leaf):
-                    values[node] = self._leaf(body, args, f"{path}{node.name}")
-                    self._after(step, values)
-                    continue
-                values[node] = yield from self.graph(body, list(args), f"{path}{node.name}.")
+                    values[node] = self._guarded(body, args, {}, f"{path}{node.name}", f"leaf {body.name}")
+                else:
+                    values[node] = yield from self.graph(body, list(args), f"{path}{node.name}.")
             elif node.op == "get_attr":
                 values[node] = attrgetter(str(node.target))(module)
             elif node.target is WAIT:
@@ -94,23 +94,11 @@ class Walk:
                 values[node] = yield pending, f"{path}{node.name}"
             else:
                 raise self.fault(f"{path}{node.name}", f"a {node.op} node can't be run; use call_function")
-            self._after(step, values)
+            if self.hook is not None:
+                self.hook(self.rank, node, values[node])
+            for dead in step.dead:
+                del values[dead]
         raise self.fault(path, "the graph has no output")
-
-    def _after(self, step: _Step, values: dict[fx.Node, Any]) -> None:
-        if self.hook is not None:
-            self.hook(self.rank, step.node, values[step.node])
-        for dead in step.dead:
-            del values[dead]
-
-    def _leaf(self, leaf: Leaf, args: Any, where: str) -> Any:
-        try:
-            return leaf(*args)
-        except RuntimeFault:
-            raise
-        except Exception as error:
-            what = f"leaf {leaf.name}: {type(error).__name__}: {error}"
-            raise self.fault(where, what) from error
 
     def _call(self, step: _Step, values: dict[fx.Node, Any], path: str) -> Any:
         node = step.node
@@ -119,13 +107,15 @@ class Walk:
         if step.collective is not None:
             return self.post(step.collective, args, f"{path}{node.name}")
         kwargs = fx.map_arg(node.kwargs, values.__getitem__) if node.kwargs else {}
-        assert callable(node.target)
+        return self._guarded(node.target, args, kwargs, f"{path}{node.name}", node.target)
+
+    def _guarded(self, call: Any, args: Any, kwargs: Any, where: str, what: object) -> Any:
         try:
-            return node.target(*args, **kwargs)
+            return call(*args, **kwargs)
         except RuntimeFault:
             raise
         except Exception as error:
-            raise self.fault(f"{path}{node.name}", f"{node.target}: {type(error).__name__}: {error}") from error
+            raise self.fault(where, f"{what}: {type(error).__name__}: {error}") from error
 
     def _refuse_pending(self, step: _Step, path: str) -> None:
         if step.pending:

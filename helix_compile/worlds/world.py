@@ -12,14 +12,13 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
-from torch import fx
 
 from helix_compile.errors import HelixError, PlanError
 from helix_compile.layout.degrees import HelixLayout, HelixMesh
 from helix_compile.worlds.distributed import DistributedWorld
 from helix_compile.worlds.groups import early_store, local_device, open_parent
 from helix_compile.worlds.virtual import VirtualWorld
-from helix_compile.worlds.walk import Hook
+from helix_compile.worlds.walk import Graphs, Hook
 
 DEFAULT_TIMEOUT_S = 300.0  # ranks may load weights for minutes before they meet; HELIX_TIMEOUT overrides it
 
@@ -42,12 +41,7 @@ class World(Protocol):
     def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
         """Before the first run: what the ranks must have in common is compared."""
 
-    def run(
-        self,
-        graphs: fx.GraphModule | Sequence[fx.GraphModule],
-        inputs: Sequence[Sequence[Any]],
-        hook: Hook | None = None,
-    ) -> list[Any]:
+    def run(self, graphs: Graphs, inputs: Sequence[Sequence[Any]], hook: Hook | None = None) -> list[Any]:
         """Outputs of the ranks in this process, whose inputs are given in the order of `ranks`."""
 
     def share_random_state(self, device: torch.device) -> None:

@@ -68,7 +68,7 @@ def test_another_path_is_refused_with_its_place(change: Change, where: str) -> N
         capture(model)
     line = change.__code__.co_firstlineno + 1
     assert f"takes another path at {where} than at B=2, T=3, S=5" in str(caught.value)
-    assert f"test_capture_paths.py:{line} (`torch." in str(caught.value)
+    assert f"test_paths.py:{line} (`torch." in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
