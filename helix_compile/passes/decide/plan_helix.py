@@ -27,7 +27,7 @@ from helix_compile.passes.decide.param_shards import (
     replicated_roles,
 )
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan
-from helix_compile.plan.matches import AttentionMatch, GqaMatch, LayerMatch, MoEMatch, Site
+from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch
 
 HBM_BYTES_PER_S = 8.0e12  # B200-class, the preset behind the default of v_up
 
@@ -131,17 +131,16 @@ def _check_cut_heads(captured: CapturedGraph, matches: dict[str, LayerMatch], op
             )
 
 
-def break_even_tokens(match: AttentionMatch, dtype: torch.dtype) -> float:
-    """B*: tokens a step at which W_UV before and after the exchange cost the same; inf where V >= R."""
-    H, R, V = match.num_heads, match.kv_lora_rank, match.v_head_dim
+def break_even_tokens(H: int, R: int, V: int, dtype: torch.dtype) -> float:
+    """B*: tokens a step at which W_UV [H, V, R] before and after the exchange cost the same; inf where V >= R."""
     if V >= R:
         return math.inf
     read = H * R * V * dtype.itemsize / HBM_BYTES_PER_S
     return read / (H * (R - V) * dtype.itemsize / LINK_BYTES_PER_S)
 
 
-def _v_up(sites: list[Site], dtype: torch.dtype, options: HelixOptions) -> Decision:
-    match = next((a for a in sites if isinstance(a, AttentionMatch)), None)
+def _v_up(sites: list[AttentionMatch], dtype: torch.dtype, options: HelixOptions) -> Decision:
+    match = next((a for a in sites if a.kind.v_up), None)
     if match is None:
         if options.v_up != "auto":
             raise PlanError(
@@ -149,10 +148,11 @@ def _v_up(sites: list[Site], dtype: torch.dtype, options: HelixOptions) -> Decis
                 'attention caches V itself); drop it or use v_up="auto"'
             )
         return Decision("v_up", "V is cached as it is: there is no W_UV", (), "none")
-    even = break_even_tokens(match, dtype)
+    R, V = match.kind.partial_width, match.v_head_dim
+    even = break_even_tokens(match.num_heads, R, V, dtype)
     inputs = (
-        ("R", match.kv_lora_rank),
-        ("V", match.v_head_dim),
+        ("R", R),
+        ("V", V),
         ("tokens", options.max_batch_size),
         ("B*", None if math.isinf(even) else round(even, 3)),
         ("HBM_TB_s", HBM_BYTES_PER_S / 1e12),
@@ -196,14 +196,16 @@ def _plan_body(
     )
 
 
-def _plan_attention(site: int, match: Site, layout: HelixLayout, options: HelixOptions, v_up: str) -> AttentionPlan:
+def _plan_attention(
+    site: int, match: AttentionMatch, layout: HelixLayout, options: HelixOptions, v_up: str
+) -> AttentionPlan:
     owned = match.num_heads // layout.world_size
     return AttentionPlan(
         site=site,
         kvp=layout.kvp,
         merge=options.merge,
         q_proj=options.q_proj,
-        v_up="none" if match.cache.heads else v_up,
+        v_up=v_up if match.kind.v_up else "none",
         computed_heads=match.num_heads // layout.tpa,
         owned_heads=owned,
         head_ranges=tuple((r * owned, (r + 1) * owned) for r in range(layout.world_size)),
@@ -236,14 +238,11 @@ def _part(total: int, width: int, index: int) -> int:
 
 
 def _exchange(
-    match: Site, plan: AttentionPlan, layout: HelixLayout, dtype: torch.dtype, codec: ExchangeCodec
+    match: AttentionMatch, plan: AttentionPlan, layout: HelixLayout, dtype: torch.dtype, codec: ExchangeCodec
 ) -> Iterable[Collective]:
     H = plan.computed_heads
-    if isinstance(match, GqaMatch):
-        asked, query_width, width = "q", match.q_head_dim, match.v_head_dim
-    else:
-        asked, query_width = "absorbed q", match.kv_lora_rank + match.qk_rope_head_dim
-        width = match.v_head_dim if plan.v_up == "before" else match.kv_lora_rank
+    asked, query_width = match.kind.query
+    width = match.v_head_dim if plan.v_up == "before" else match.kind.partial_width
     statistic = accumulation_dtype(dtype)
     if plan.q_proj == "gather":
         yield _planned(ALL_GATHER, "kvp", asked, plan.owned_heads * query_width * dtype.itemsize, layout)
@@ -269,7 +268,7 @@ def _ffn_outputs(match: LayerMatch) -> list[int]:
 
 
 def _notes(
-    captured: CapturedGraph, attentions: list[Site], layout: HelixLayout, options: HelixOptions
+    captured: CapturedGraph, attentions: list[AttentionMatch], layout: HelixLayout, options: HelixOptions
 ) -> tuple[str, ...]:
     notes = list(captured.notes)
     if layout.tpa > 1 and not all(a.cache.heads for a in attentions):

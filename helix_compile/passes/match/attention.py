@@ -25,18 +25,18 @@ from helix_compile.passes.match.contractions import PRODUCTS
 from helix_compile.passes.match.gqa import match_gqa_site
 from helix_compile.passes.match.mla import in_order, match_absorbed_site, match_mla_site, match_split_site
 from helix_compile.passes.match.reject import Reject
-from helix_compile.plan.matches import MatchFailure, Site
+from helix_compile.plan.matches import AttentionMatch, MatchFailure
 
 _PLAIN = ("BHTC", "BHSC", "BHSC", "BHTV", "BHTS")
 
 
-def find_attention(graph: fx.Graph) -> list[Site | MatchFailure]:
+def find_attention(graph: fx.Graph) -> list[AttentionMatch | MatchFailure]:
     """One entry per attention site of a body, in graph order."""
     sites = calls(graph, SDPA)
     sites += [n for n in calls(graph, aten.matmul.default, aten.bmm.default) if softmax_of(n)]
     spelled = [n for n in calls(graph, *PRODUCTS) if is_spelled(n)]
     order = {n: i for i, n in enumerate(graph.nodes)}
-    results: list[Site | MatchFailure] = []
+    results: list[AttentionMatch | MatchFailure] = []
     for node in sorted(dict.fromkeys(sites + spelled), key=order.__getitem__):
         try:
             results.append(_spelled_site(node) if node in spelled else _match_site(anchor_of(node)))
@@ -45,7 +45,7 @@ def find_attention(graph: fx.Graph) -> list[Site | MatchFailure]:
     return results
 
 
-def _spelled_site(node: fx.Node) -> Site:
+def _spelled_site(node: fx.Node) -> AttentionMatch:
     """A site of products in any order of dims: scores of one product over K, or absorbed already."""
     spelled = spelled_anchor(node)
     if len(spelled.pairs) > 1:
@@ -72,7 +72,7 @@ def _spelled_site(node: fx.Node) -> Site:
     return _match_site(anchor)
 
 
-def _match_site(anchor: Anchor) -> Site:
+def _match_site(anchor: Anchor) -> AttentionMatch:
     _check_mask(anchor)
     node, v = anchor.node, in_order(anchor.v, anchor.v_form, "V")
     used = v.used()

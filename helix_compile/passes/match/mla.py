@@ -17,9 +17,9 @@ from helix_compile.passes.match.anchor import Anchor, Operand, SpelledAnchor, ca
 from helix_compile.passes.match.contractions import up_weight
 from helix_compile.passes.match.expansion import Expansion, check_grid, expanded, expansion_of_k, weight_of_v
 from helix_compile.passes.match.head_cuts import cut_or_whole
-from helix_compile.passes.match.heads import bias_of, one_linear, output_projection, param_of
+from helix_compile.passes.match.heads import bias_of, head_linear, one_linear, output_projection, param_of
 from helix_compile.passes.match.reject import Reject
-from helix_compile.plan.matches import AttentionMatch, UpWeight, permuted
+from helix_compile.plan.matches import AttentionMatch, Latent, UpWeight, permuted
 
 
 def match_absorbed_site(spelled: SpelledAnchor) -> AttentionMatch:
@@ -29,7 +29,7 @@ def match_absorbed_site(spelled: SpelledAnchor) -> AttentionMatch:
     anchor = Anchor(
         site.v_up,
         site.q.node,
-        site.k_up,
+        site.q.node,
         site.v_up,
         spelled.mask,
         spelled.scale,
@@ -38,14 +38,7 @@ def match_absorbed_site(spelled: SpelledAnchor) -> AttentionMatch:
         mask_form=spelled.form,
     )
     return _site(
-        anchor,
-        site.q_rope,
-        site.latent,
-        site.rope,
-        (site.k_up, site.w_uk),
-        (site.v_up, site.w_uv),
-        tuple(range(nope)),
-        tuple(range(rope)),
+        anchor, site.q_rope, site.latent, site.rope, site.w_uk, site.w_uv, tuple(range(nope)), tuple(range(rope))
     )
 
 
@@ -80,8 +73,8 @@ def match_split_site(spelled: SpelledAnchor, v: Provenance) -> AttentionMatch:
         of_rope,
         v_up.latent,
         rope,
-        (k_up.node, w_uk),
-        (v_up.node, w_uv),
+        w_uk,
+        w_uv,
         *(
             tuple(c if is_first == {True} else c - width for c in channels)
             for channels, is_first in zip((q_nope, q_rope), parts, strict=True)
@@ -124,7 +117,7 @@ def match_mla_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     k = in_order(anchor.k, anchor.k_form, "K")
     k_up = expansion_of_k(k, v_up, node)
     w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, node)
-    return _site(anchor, None, v_up.latent, rope, (k_up.node, w_uk), (v_up.node, w_uv), q_nope, q_rope)
+    return _site(anchor, None, v_up.latent, rope, w_uk, w_uv, q_nope, q_rope)
 
 
 def in_order(value: fx.Node, form: str, what: str) -> Provenance:
@@ -140,15 +133,15 @@ def _site(
     rope_of_q: Operand | None,
     latent: fx.Node,
     rope: fx.Node,
-    uk: tuple[fx.Node, UpWeight],
-    uv: tuple[fx.Node, UpWeight],
+    w_uk: UpWeight,
+    w_uv: UpWeight,
     q_nope: tuple[int, ...],
     q_rope: tuple[int, ...],
 ) -> AttentionMatch:
     """The match, given where W_UK, W_UV and the cached parts are: what is left are q, the mask and the way to o_proj."""
     node, mask = anchor.node, anchor.mask
     assert mask is not None
-    new_latent, past_latent = cache_parts(latent, "latent", uv[0])
+    new_latent, past_latent = cache_parts(latent, "latent", node)
     new_rope, past_rope = cache_parts(rope, "rope part of K", node)
     o_proj, gate = output_projection(node, anchor.form)
     q_proj = one_linear(anchor.q, "q")
@@ -166,40 +159,30 @@ def _site(
         more, why = cut_or_whole(value, q_proj, lambda q: permuted(q, form, "BTHC"), form.index("H"), width, "q")
         views, uncut = tuple(dict.fromkeys(views + more)), uncut + why
     return AttentionMatch(
+        kind=Latent(
+            kv_lora_rank=shape_of(latent)[-1],
+            w_uk=w_uk,
+            w_uv=w_uv,
+            q_nope=q_nope,
+            q_rope=q_rope,
+            q_rope_value=rope_of_q.node.name if rope_of_q else "",
+            q_rope_form=rope_of_q.form if rope_of_q else anchor.q_form,
+        ),
         anchor=node.name,
         q=anchor.q.name,
-        q_proj=q_proj.name,
-        v_up=uv[0].name,
-        k_up=uk[0].name,
+        q_proj=head_linear(q_proj, len(w_uv.at), views),
         o_proj=o_proj.name,
-        latent=new_latent.name,
-        k_rope=new_rope.name,
+        new=(new_latent.name, new_rope.name),
+        past=(past_latent.name, past_rope.name),
         mask=mask.name,
-        past_latent=past_latent.name,
-        past_rope=past_rope.name,
-        q_weight=param_of(q_proj, 1),
-        q_bias=bias_of(q_proj),
-        w_uk=uk[1],
-        w_uv=uv[1],
         o_weight=param_of(o_proj, 1),
         o_bias=bias_of(o_proj),
         scale=anchor.scale,
-        num_heads=len(uv[1].at),
-        kv_lora_rank=shape_of(latent)[-1],
-        qk_rope_head_dim=len(q_rope),
-        qk_nope_head_dim=len(q_nope),
-        v_head_dim=len(uv[1].at[0]),
         hidden_size=shape_of(o_proj)[-1],
-        q_input_size=shape_of(q_proj.args[0])[-1],
-        q_nope=q_nope,
-        q_rope=q_rope,
-        head_views=views,
         gate=gate,
         uncut=uncut,
-        q_rope_value=rope_of_q.node.name if rope_of_q else "",
         form=anchor.form,
         q_form=anchor.q_form,
-        q_rope_form=rope_of_q.form if rope_of_q else anchor.q_form,
         mask_form=anchor.mask_form,
     )
 

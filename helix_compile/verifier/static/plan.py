@@ -16,7 +16,7 @@ from helix_compile.ir.sizes import hint_of
 from helix_compile.ir.stage import bodies_of, body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
-from helix_compile.plan.matches import GqaMatch, LayerMatch
+from helix_compile.plan.matches import LayerMatch
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static.graph import COLLECTIVES
 
@@ -70,13 +70,9 @@ def _shard_axes(body: BodyPlan, match: LayerMatch, plan: HelixPlan) -> list[Find
     """Options that only move weights must have moved them: W_UV over all ranks if it is applied after the exchange."""
     findings = []
     for site, found in zip(body.attentions, match.attentions, strict=False):
-        after, gather = site.v_up == "after", plan.options.q_proj == "gather"
-        wanted = {found.q_weight: "world" if gather else "tpa", found.o_weight: "world"}
-        if isinstance(found, GqaMatch):
-            wanted |= {found.k_weight: "tpa", found.v_weight: "tpa"}
-        else:
-            wanted[f"{found.w_uk.param}.w_uk"] = "world" if gather else "tpa"
-            wanted[f"{found.w_uv.param}.w_uv"] = "world" if after else "tpa"
+        moved = {"q": plan.options.q_proj == "gather", "v_up": site.v_up == "after"}
+        wanted = {part.name: "world" if moved.get(side) else "tpa" for side, part in found.cuts}
+        wanted[found.o_weight] = "world"
         for name, axis in wanted.items():
             shard = body.shard(name)
             axes = None if shard is None else tuple(c.axis for c in shard.cuts)
