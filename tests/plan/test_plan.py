@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -43,6 +44,28 @@ def test_a_difference_in_length_is_told_by_item() -> None:
 def test_not_a_plan(text: str) -> None:
     with pytest.raises(PlanError, match="plan: "):
         HelixPlan.from_json(text)
+
+
+CONTRADICTIONS: list[tuple[str, str, Any, str]] = [
+    ("attentions", "merge", "ag_rs", "'ag_rs' -> 'a2a'"),
+    ("attentions", "q_proj", "gather", "'gather' -> 'replicate'"),
+    ("attentions", "tokens_per_block", 8, "8 -> 32"),
+    ("attentions", "owned_heads", 3, "3 -> 6"),
+    ("attentions", "kvp", 2, "2 -> 4"),
+    ("attentions", "unheard_of", 1, "1 -> 'absent'"),
+    ("ffns", "shard_width", 5, "5 -> "),
+    ("ffns", "axes", ["tpf"], "'tpf' -> 'world'"),
+    ("ffns", "padding", [1, 0, 0, 0], "1 -> 0"),
+]
+
+
+@pytest.mark.parametrize(("role", "field", "value", "said"), CONTRADICTIONS, ids=[f for _, f, *_ in CONTRADICTIONS])
+def test_a_written_plan_that_contradicts_itself_is_refused(role: str, field: str, value: Any, said: str) -> None:
+    """What follows from the options stands beside each site, and must."""
+    document = json.loads(plan_of().to_json())
+    document["bodies"][0][role][0][field] = value
+    with pytest.raises(PlanError, match=rf"plan: it contradicts itself .*body_0.{role}\[0\].{field}.*{said}"):
+        HelixPlan.from_json(json.dumps(document))
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float8_e4m3fn, 9.6), (torch.bfloat16, 19.2)], ids=str)
@@ -104,7 +127,7 @@ def test_shards_put_together_are_the_weight(options: dict[str, Any]) -> None:
 
 def test_head_ranges_follow_ranks() -> None:
     plan = plan_of(cp=3, tpa=2)
-    ranges = plan.bodies[0].attentions[0].head_ranges
+    ranges = plan.bodies[0].attentions[0].head_ranges(plan.layout)
     assert ranges == ((0, 4), (4, 8), (8, 12), (12, 16), (16, 20), (20, 24))
     assert [plan.layout.index("tpa", r) for r in range(6)] == [0, 0, 0, 1, 1, 1]
 

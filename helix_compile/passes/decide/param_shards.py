@@ -13,22 +13,18 @@ from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placehold
 from helix_compile.ir.leaves import leaf_bytes
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.match.reject import is_quantised
-from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Cut, ParamShard
+from helix_compile.plan.helix_plan import BodyPlan, Cut, ParamShard
 from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch
 
 
-def attention_shards(match: AttentionMatch, plan: AttentionPlan, layout: HelixLayout) -> Iterable[ParamShard]:
+def attention_shards(match: AttentionMatch, v_up: str, q_proj: str, layout: HelixLayout) -> Iterable[ParamShard]:
     """What makes the query by query heads, what makes K and V by theirs; gate and o_proj by the heads a rank owns."""
     H, V, D = match.num_heads, match.v_head_dim, match.hidden_size
-    axes = {
-        "q": "world" if plan.q_proj == "gather" else "tpa",
-        "kv": "tpa",
-        "v_up": "world" if plan.v_up == "after" else "tpa",
-    }
+    axes = {"q": "world" if q_proj == "gather" else "tpa", "kv": "tpa", "v_up": "world" if v_up == "after" else "tpa"}
     yield from (part.shard(axes[side], layout) for side, part in match.cuts)
     if match.gate and match.gate.linear:
         yield from (rows.shard("world", layout) for rows in match.gate.linear.params)
-    columns = (D, plan.owned_heads * V)
+    columns = (D, H // layout.world_size * V)
     yield ParamShard(
         match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), columns, "world:S(1)"
     )

@@ -30,17 +30,16 @@ from helix_compile.ir.graph import (
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
-from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.match.heads import gate_by_head
 from helix_compile.passes.rewrite.grouped import grouped_attention
 from helix_compile.passes.rewrite.latent import latent_attention
 from helix_compile.passes.rewrite.parts import cache_example, cut_input, open_views, step_examples
 from helix_compile.passes.runner import PassContext
-from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan
+from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, HelixPlan
 from helix_compile.plan.matches import AttentionMatch, GateMatch, Grouped, Latent, LayerMatch, UpWeight
 
 # kind -> what makes (partial_o, lse) of a site, at the graph's insertion point
-KINDS: dict[type, Callable[[fx.Graph, AttentionMatch, AttentionPlan, HelixLayout], list[fx.Node]]] = {
+KINDS: dict[type, Callable[[fx.Graph, AttentionMatch, int, HelixPlan], list[fx.Node]]] = {
     Latent: latent_attention,
     Grouped: grouped_attention,
 }
@@ -48,13 +47,13 @@ KINDS: dict[type, Callable[[fx.Graph, AttentionMatch, AttentionPlan, HelixLayout
 
 def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
     """Rewrite every attention site of a body; see the module's picture."""
-    graph, layout, plan = gm.graph, context.plan.layout, context.plan.body(match.body)
+    graph, plan = gm.graph, context.plan.body(match.body)
     for name, value in step_examples(graph, context.plan).items():
         add_input(graph, "step", name, value)
     caches = [cache_example(graph, attention, context.plan) for attention in match.attentions]
     for site, (attention, attention_plan) in enumerate(zip(match.attentions, plan.attentions, strict=True)):
         add_input(graph, *InputRef.cache(site), caches[site])
-        _rewrite_site(graph, attention, attention_plan, plan, layout)
+        _rewrite_site(graph, attention, attention_plan, plan, context.plan)
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (output.args[0][0],)
     # fx keeps attention as "seeded": erase by use, so that no linear over the whole context stays
@@ -63,9 +62,7 @@ def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassCon
     return len(match.attentions)
 
 
-def _rewrite_site(
-    graph: fx.Graph, match: AttentionMatch, plan: AttentionPlan, body: BodyPlan, layout: HelixLayout
-) -> None:
+def _rewrite_site(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan, body: BodyPlan, plan: HelixPlan) -> None:
     for linear in (match.q_proj, *match.kind.linears):
         open_views(graph, linear.views, linear.heads)
     for _, part in match.cuts:
@@ -73,15 +70,16 @@ def _rewrite_site(
             _up_input(graph, part)
         cut_input(graph, part.name, body)
     anchor, o_proj = node_named(graph, match.anchor), node_named(graph, match.o_proj)
+    N = plan.layout.world_size
     with graph.inserting_before(anchor), made_from(graph, anchor):
-        partial_o, lse = KINDS[type(match.kind)](graph, match, plan, layout)
-        if plan.v_up == "before":
+        partial_o, lse = KINDS[type(match.kind)](graph, match, site.site, plan)
+        if site.v_up == "before":
             partial_o = _raised(graph, match, "partial_o_up", partial_o)
         o = _merge(graph, plan, partial_o, lse)
-        if plan.v_up == "after":
+        if site.v_up == "after":
             o = _raised(graph, match, "o_up", o)
-        if layout.world_size > 1:
-            o = named(graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", layout.world_size)
+        if N > 1:
+            o = named(graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", N)
     # a gate may be computed behind attention: what reads it stands at its place
     place = node_named(graph, match.gate.product) if match.gate else anchor
     with graph.inserting_before(place), made_from(graph, anchor):
@@ -112,18 +110,19 @@ def _gated(graph: fx.Graph, match: AttentionMatch, gate: GateMatch, o: fx.Node) 
         return named(graph, "o_gated", aten.mul.Tensor, o, value)
 
 
-def _merge(graph: fx.Graph, plan: AttentionPlan, partial_o: fx.Node, lse: fx.Node) -> fx.Node:
+def _merge(graph: fx.Graph, plan: HelixPlan, partial_o: fx.Node, lse: fx.Node) -> fx.Node:
     """Exact output [B, T, h, *] of the heads that this rank owns."""
-    if plan.kvp == 1:
+    cp = plan.layout.kvp
+    if cp == 1:
         return partial_o
-    if plan.merge == "a2a":
-        exchanged = named(graph, "exchanged", helix.all_to_all_heads.default, partial_o, lse, "kvp", plan.kvp)
+    if plan.options.merge == "a2a":
+        exchanged = named(graph, "exchanged", helix.all_to_all_heads.default, partial_o, lse, "kvp", cp)
         parts = getitems(graph, exchanged, "partial_o_P", "lse_P")
         return named(graph, "o", helix.merge_lse.default, *parts)
     stacked = graph.call_function(aten.unsqueeze.default, (lse, 0))
-    lse_P = named(graph, "lse_P", helix.reshard.default, stacked, "kvp:S(0)", "R", plan.kvp)
+    lse_P = named(graph, "lse_P", helix.reshard.default, stacked, "kvp:S(0)", "R", cp)
     rescaled = named(graph, "rescaled_o", helix.rescale_by_lse.default, partial_o, lse, lse_P)
-    return named(graph, "o", helix.reshard.default, rescaled, "kvp:P(sum)", "kvp:S(2)", plan.kvp)
+    return named(graph, "o", helix.reshard.default, rescaled, "kvp:P(sum)", "kvp:S(2)", cp)
 
 
 def _up_input(graph: fx.Graph, weight: UpWeight) -> None:

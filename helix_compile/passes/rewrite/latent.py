@@ -12,26 +12,23 @@ from torch import fx
 from helix_compile.ir.graph import aten, getitems, input_named, named, node_named
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
-from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.rewrite.parts import append_to_cache, gathered_query
-from helix_compile.plan.helix_plan import AttentionPlan
+from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import AttentionMatch, Latent
 
 
-def latent_attention(graph: fx.Graph, match: AttentionMatch, plan: AttentionPlan, layout: HelixLayout) -> list[fx.Node]:
+def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: HelixPlan) -> list[fx.Node]:
     """(partial_o [B, T, Ht, R], lse) of one site."""
     kind = match.kind
     assert isinstance(kind, Latent)
     with made_from(graph, node_named(graph, match.q)):
-        query = _absorbed_query(graph, match, kind, plan, layout)
-    cache, page_table, written = append_to_cache(graph, match, plan.site, aten.squeeze.dim, 1)
+        query = _absorbed_query(graph, match, kind, plan)
+    cache, page_table, written = append_to_cache(graph, match, site, aten.squeeze.dim, 1)
     attended = named(graph, "mla_decode", helix.mla_decode.default, *query, cache, page_table, written, match.scale)
     return getitems(graph, attended, "partial_o", "lse")
 
 
-def _absorbed_query(
-    graph: fx.Graph, match: AttentionMatch, kind: Latent, plan: AttentionPlan, layout: HelixLayout
-) -> list[fx.Node]:
+def _absorbed_query(graph: fx.Graph, match: AttentionMatch, kind: Latent, plan: HelixPlan) -> list[fx.Node]:
     """q_latent [B, T, Ht, R] and q_rope [B, T, Ht, r]."""
     q = node_named(graph, match.q)
     of_rope = node_named(graph, kind.q_rope_value) if kind.q_rope_value else q
@@ -41,9 +38,9 @@ def _absorbed_query(
     with made_from(graph, node_named(graph, kind.w_uk.product)):
         q_latent = named(graph, "q_latent", aten.einsum.default, f"{form},{order}->bthr", [q_nope, w_uk])
     q_rope = _as_bthc(graph, q_rope, kind.q_rope_form)
-    if plan.q_proj == "replicate":
+    if plan.options.q_proj == "replicate":
         return [q_latent, q_rope]
-    packed = gathered_query(graph, named(graph, "q_packed", aten.cat.default, [q_latent, q_rope], -1), layout)
+    packed = gathered_query(graph, named(graph, "q_packed", aten.cat.default, [q_latent, q_rope], -1), plan.layout)
     split = graph.call_function(aten.split_with_sizes.default, (packed, [kind.kv_lora_rank, len(kind.q_rope)], -1))
     return getitems(graph, split, "q_latent", "q_rope")
 

@@ -86,10 +86,10 @@ def _vectors(graph: fx.Graph, prefix: str, match: LayerMatch | None, seed: int, 
     would not commute with their cut.
     """
     experts = {m.num_experts for m in match.moes} if match is not None else set()
-    cut: set[str | None] = (
-        set() if match is None else {part.name for a in match.attentions for _, part in a.cuts if part.is_bias}
-    )
-    cut |= set() if match is None else {b for f in match.dense_ffns for b in (f.gate_bias, f.up_bias)}
+    cut: set[str | None] = set()
+    if match is not None:
+        cut |= {part.param for a in match.attentions for _, part in a.cuts}
+        cut |= {b for f in match.dense_ffns for b in (f.gate_bias, f.up_bias)}
     edits: dict[str, Edit] = {}
     for node in placeholders(graph):
         shape = tuple(node.meta["val"].shape) if is_param(node) else ()
