@@ -123,7 +123,7 @@ MISSES = {
     ("chain", "scaled_keys"): r"the score chain holds `aten\.mul\.Tensor`",
     ("chain", "softmax_axis"): r"the softmax runs over dim 2 of \[B, T, H, S\], not over the keys",
     ("chain", "sinks"): r"part of the softmax is cut off|score chain holds `aten\.cat\.default`",
-    ("eager", "softmax_axis"): "the softmax runs over dim 1, not over the keys",
+    ("eager", "softmax_axis"): r"the softmax runs over dim 1 of \[B, H, T, S\], not over the keys",
     ("absorbed", "rope_per_head"): "K of absorbed attention is not what the layer caches, but `linear",
     ("absorbed", "scaled_keys"): r"the score chain holds `aten\.mul\.Tensor`",
     ("absorbed", "v_uncached"): "V of absorbed attention is not what the layer caches, but `mul",

@@ -17,7 +17,7 @@ from torch import fx
 from helix_compile.ir.elements import Provenance, is_cache_update, is_layout_op, trace_elements
 from helix_compile.ir.graph import is_call
 from helix_compile.ir.sizes import shape_of
-from helix_compile.passes.match.anchor import Operand, SpelledAnchor
+from helix_compile.passes.match.anchor import Anchor, Operand
 from helix_compile.passes.match.contractions import PRODUCTS, Product, WeightView, up_weight, weight_product
 from helix_compile.passes.match.reject import Reject
 from helix_compile.plan.matches import UpWeight
@@ -37,7 +37,7 @@ class Absorbed:
     rope: fx.Node
 
 
-def absorbed_site(anchor: SpelledAnchor) -> Absorbed:
+def absorbed_site(anchor: Anchor) -> Absorbed:
     """The parts of a site whose scores are a sum of two products.
 
     Raises:
@@ -59,7 +59,7 @@ def absorbed_site(anchor: SpelledAnchor) -> Absorbed:
     q_latent, q_rope = anchor.pairs[place][0], anchor.pairs[1 - place][0]
     R = shape_of(latent)[-1]
     q, w_uk = _absorption(q_latent, R)
-    v_up, form, w_uv = _expansion(node, anchor.out_form, R)
+    v_up, form, w_uv = _expansion(node, anchor.form.replace("V", "C"), R)
     return Absorbed(q, q_rope, v_up, form, w_uk, w_uv, latent, keys[1 - place])
 
 

@@ -25,12 +25,13 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     """The site, given where V's elements come from; Reject says why it is none."""
     node, mask = anchor.node, anchor.mask
     assert mask is not None
-    k = trace_elements(anchor.k)
+    q = anchor.pairs[0][0].node
+    k = trace_elements(anchor.pairs[0][1].node)
     used = k.used()
     if k.undefined() or len(used) != 1 or not is_cache_update(used[0]):
         names = ", ".join(f"`{s.name}` ({s.target})" for s in used)
         raise Reject(f"V is what the layer caches, K is not: it comes from {names}", node, 3)
-    H = shape_of(anchor.q)[1]
+    H = shape_of(q)[1]
     k_update, v_update = used[0], v.used()[0]
     if k_update is v_update:
         raise Reject("K and V are one cached value", node, 3)
@@ -44,7 +45,7 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     new_k, past_k = cache_parts(k_update, "K", node)
     new_v, past_v = cache_parts(v_update, "V", node)
     o_proj, gate = output_projection(node)
-    values = (("q", anchor.q), ("K", new_k), ("V", new_v))
+    values = (("q", q), ("K", new_k), ("V", new_v))
     linears = [one_linear(value, what) for what, value in values]
     if len(set(linears)) < 3:
         raise Reject(
@@ -62,7 +63,7 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     return AttentionMatch(
         kind=Grouped(k_proj, v_proj),
         anchor=node.name,
-        q=anchor.q.name,
+        q=q.name,
         q_proj=q_proj,
         o_proj=o_proj.name,
         new=(new_k.name, new_v.name),
