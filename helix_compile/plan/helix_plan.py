@@ -80,35 +80,86 @@ class Collective:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Decisions for one attention site. head_ranges[rank] are the heads that rank owns after the exchange,
-    output_weight the parameter whose rows it holds for them. `cached_heads` are the KV heads that a rank caches; 0 where
-    the heads share one latent (MLA). v_up is "none" where there is no W_UV.
+    """Decisions for one attention site: `v_up`, "none" where there is no W_UV, and what is cut by heads.
+
+    `output_weight` is the parameter whose columns a rank holds for the heads it owns. `kv_heads` are the heads that are
+    cached; 0 where all heads share one latent (MLA).
     """
 
     site: int
-    kvp: int
-    merge: str
-    q_proj: str
     v_up: str
-    computed_heads: int
-    owned_heads: int
-    head_ranges: tuple[tuple[int, int], ...]
-    tokens_per_block: int
+    heads: int
     output_weight: str
-    cached_heads: int = 0
+    kv_heads: int = 0
+
+    def head_ranges(self, layout: HelixLayout) -> tuple[tuple[int, int], ...]:
+        """The heads [start, stop) that each rank owns after the exchange."""
+        owned = self.heads // layout.world_size
+        return tuple((r * owned, (r + 1) * owned) for r in range(layout.world_size))
+
+    def written(self, layout: HelixLayout, options: HelixOptions) -> dict[str, Any]:
+        """As in JSON: what follows from layout and options stands beside the decisions, for readers."""
+        return {
+            "site": self.site,
+            "kvp": layout.kvp,
+            "merge": options.merge,
+            "q_proj": options.q_proj,
+            "v_up": self.v_up,
+            "computed_heads": self.heads // layout.tpa,
+            "owned_heads": self.heads // layout.world_size,
+            "head_ranges": self.head_ranges(layout),
+            "tokens_per_block": options.tokens_per_block,
+            "output_weight": self.output_weight,
+            "cached_heads": self.kv_heads // layout.tpa,
+        }
+
+    @classmethod
+    def read(cls, fields: dict[str, Any], layout: HelixLayout) -> AttentionPlan:
+        """The decisions out of what `written` makes of them."""
+        heads, cached = fields["computed_heads"] * layout.tpa, fields.get("cached_heads", 0) * layout.tpa
+        return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached)
 
 
 @dataclass(frozen=True)
 class FFNPlan:
-    """Decisions for one FFN: kind "dense", "shared" or "routed"; width of a shard and its padding on each rank."""
+    """One FFN: kind "dense" or "shared", cut over all ranks, or "routed", its `experts` over ep and each over tpf."""
 
     kind: str
     site: int
-    axes: tuple[str, ...]
     width: int
-    shard_width: int
-    padding: tuple[int, ...]
-    experts_per_rank: int = 0
+    experts: int = 0
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What it is cut over."""
+        return ("ep", "tpf") if self.kind == "routed" else ("world",)
+
+    def shard_width(self, layout: HelixLayout) -> int:
+        """Width of every rank's part, padding included."""
+        return -(-self.width // layout.size(self.axes[-1]))
+
+    def padding(self, layout: HelixLayout) -> tuple[int, ...]:
+        """Columns of zeros in each rank's part."""
+        cut = Cut(0, self.axes[-1], self.width)
+        bounds = (cut.bounds(layout, rank) for rank in range(layout.world_size))
+        return tuple(cut.width(layout) - (stop - start) for start, stop in bounds)
+
+    def written(self, layout: HelixLayout) -> dict[str, Any]:
+        """As in JSON; see AttentionPlan.written."""
+        return {
+            "kind": self.kind,
+            "site": self.site,
+            "axes": list(self.axes),
+            "width": self.width,
+            "shard_width": self.shard_width(layout),
+            "padding": list(self.padding(layout)),
+            "experts_per_rank": self.experts // layout.ep,
+        }
+
+    @classmethod
+    def read(cls, fields: dict[str, Any], layout: HelixLayout) -> FFNPlan:
+        """The decisions out of what `written` makes of them."""
+        return cls(fields["kind"], fields["site"], fields["width"], fields.get("experts_per_rank", 0) * layout.ep)
 
 
 @dataclass(frozen=True)
@@ -173,20 +224,25 @@ class HelixPlan:
 
     def to_json(self) -> str:
         """JSON text; from_json is its inverse."""
-        return json.dumps({"version": PLAN_VERSION, **_plain(asdict(self))}, indent=1)
+        fields = asdict(self)
+        for body, written in zip(self.bodies, fields["bodies"], strict=True):
+            written["attentions"] = [a.written(self.layout, self.options) for a in body.attentions]
+            written["ffns"] = [f.written(self.layout) for f in body.ffns]
+        return json.dumps({"version": PLAN_VERSION, **_plain(fields)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> HelixPlan:
-        """Read a plan written by to_json. PlanError names what is missing or unknown."""
+        """Read a plan written by to_json. PlanError names what is missing, unknown or follows from nothing else in it."""
         try:
             fields = json.loads(text)
             version = fields.pop("version")
             if version != PLAN_VERSION:
                 raise PlanError(f"plan: version {version!r}, expected {PLAN_VERSION}")
+            layout, options = HelixLayout(**fields.pop("layout")), HelixOptions(**fields.pop("options"))
             return cls(
-                layout=HelixLayout(**fields.pop("layout")),
-                options=HelixOptions(**fields.pop("options")),
-                bodies=tuple(_body_from(b) for b in fields.pop("bodies")),
+                layout=layout,
+                options=options,
+                bodies=tuple(_body_from(b, layout, options) for b in fields.pop("bodies")),
                 decisions=tuple(Decision(**{**d, "inputs": _tuples(d["inputs"])}) for d in fields.pop("decisions")),
                 not_rewritten=_tuples(fields.pop("not_rewritten")),
                 notes=tuple(fields.pop("notes")),
@@ -234,18 +290,36 @@ def _fraction(value: int | float) -> Fraction:
     return Fraction(value).limit_denominator(10**6)
 
 
-def _body_from(fields: dict[str, Any]) -> BodyPlan:
+def _body_from(fields: dict[str, Any], layout: HelixLayout, options: HelixOptions) -> BodyPlan:
     tuples = {k: _tuples(v) for k, v in fields.items()}
+    attentions = tuple(AttentionPlan.read(a, layout) for a in fields["attentions"])
+    ffns = tuple(FFNPlan.read(f, layout) for f in fields["ffns"])
+    _check_follows(
+        f"{tuples['name']}.attentions", fields["attentions"], [a.written(layout, options) for a in attentions]
+    )
+    _check_follows(f"{tuples['name']}.ffns", fields["ffns"], [f.written(layout) for f in ffns])
     return BodyPlan(
         name=tuples["name"],
         layers=tuples["layers"],
-        attentions=tuple(AttentionPlan(**_fields(a)) for a in fields["attentions"]),
-        ffns=tuple(FFNPlan(**_fields(f)) for f in fields["ffns"]),
+        attentions=attentions,
+        ffns=ffns,
         param_shards=tuple(
             ParamShard(**{**_fields(s), "cuts": tuple(Cut(**c) for c in s["cuts"])}) for s in fields["param_shards"]
         ),
         collectives=tuple(Collective(**{**c, _EGRESS: _fraction(c[_EGRESS])}) for c in fields["collectives"]),
     )
+
+
+_LATER = {"cached_heads": 0, "experts_per_rank": 0}  # not in every plan that was ever written
+
+
+def _check_follows(where: str, read: list[dict[str, Any]], written: list[dict[str, Any]]) -> None:
+    """What is written beside the decisions must be what follows from them."""
+    complete = [
+        {**{k: v for k, v in _LATER.items() if k in own}, **got} for got, own in zip(read, written, strict=True)
+    ]
+    for line in _differences(where, complete, _plain(written)):
+        raise PlanError(f"plan: it contradicts itself (got -> what follows from its layout, options and sizes): {line}")
 
 
 _EGRESS = "egress_bytes_per_rank_per_token"

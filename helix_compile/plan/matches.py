@@ -6,12 +6,16 @@ channel is which; they are read off the graph, not assumed (capture-and-match, s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.cache_row import CacheRow
+from helix_compile.plan.helix_plan import Cut, ParamShard
 
 Table = tuple[tuple[int, ...], ...]
 
@@ -42,21 +46,67 @@ class Uncut:
 
 
 @dataclass(frozen=True)
+class HeadRows:
+    """A parameter [heads * width, *tail] whose rows [h * width, (h + 1) * width) are head h's."""
+
+    name: str
+    heads: int
+    width: int
+    tail: tuple[int, ...] = ()
+    is_bias: bool = False
+
+    @property
+    def param(self) -> str:
+        """The parameter that it is cut out of."""
+        return self.name
+
+    def shard(self, axis: str, layout: HelixLayout) -> ParamShard:
+        """Its heads, cut over `axis`."""
+        H, local = self.heads, self.heads // layout.size(axis) * self.width
+        return ParamShard(
+            self.name,
+            self.name,
+            (H * self.width, *self.tail),
+            (H, self.width, *self.tail),
+            (Cut(0, axis, H),),
+            (local, *self.tail),
+            f"{axis}:S(0)",
+        )
+
+
+@dataclass(frozen=True)
+class HeadLinear:
+    """A linear whose rows [h * width, (h + 1) * width) make head h.
+
+    `views` are views on the way from it that write the head count as a number.
+    """
+
+    node: str
+    weight: str
+    bias: str | None
+    heads: int
+    width: int
+    input_size: int
+    views: tuple[str, ...] = ()
+
+    @property
+    def params(self) -> tuple[HeadRows, ...]:
+        """Its weight, and its bias where it has one."""
+        weight = HeadRows(self.weight, self.heads, self.width, (self.input_size,))
+        return (weight, HeadRows(self.bias, self.heads, self.width, is_bias=True)) if self.bias else (weight,)
+
+
+@dataclass(frozen=True)
 class GateMatch:
     """A gate between attention and o_proj: product = attention * value, both in `form` ("BTHV", "BHTV" or "BT(HV)").
 
-    `weight` and `bias` belong to the linear it comes from, whose rows [h * width, (h + 1) * width) make head h; None
-    where one gate serves all heads. `head_views` are views on the way that write the head count.
+    `linear` is where it comes from, None where one gate serves all heads.
     """
 
     product: str
     value: str
     form: str
-    weight: str | None = None
-    bias: str | None = None
-    width: int = 0
-    input_size: int = 0
-    head_views: tuple[str, ...] = ()
+    linear: HeadLinear | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +114,8 @@ class UpWeight:
     """W_UK or W_UV [H, D, R] in a parameter: element (h, d, r) is number at[h][d] + r * step of it, counted row by row.
 
     `order` says how its dims lie there: "hdr" (rows of a linear, or stacked [H, D, R]), "hrd" (stacked [H, R, D]) or
-    "rhd" ([R, H * D]); a rank holds its part in the same order.
+    "rhd" ([R, H * D]); a rank holds its part in the same order. `role` is "w_uk" or "w_uv", `product` the node of the
+    product with it (one linear may make both).
     """
 
     param: str
@@ -72,6 +123,14 @@ class UpWeight:
     at: Table
     step: int
     order: str
+    role: str
+    product: str
+    is_bias: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What a rank's part is called: two of them may lie in one parameter."""
+        return f"{self.param}.{self.role}"
 
     @property
     def rows(self) -> Table:
@@ -95,163 +154,216 @@ class UpWeight:
             return (H, numel // (H * self.step), self.step), window
         return (numel // self.step, H, self.step // H), window
 
+    def shard(self, axis: str, layout: HelixLayout) -> ParamShard:
+        """Its heads, cut over `axis`."""
+        view, window, index = self._picked()
+        H, dim = len(self.at), self.order.index("h")
+        kept = list(view)
+        if window is not None:
+            kept[window[0]] = window[2]
+        kept[dim] = H // layout.size(axis)
+        return ParamShard(
+            self.name,
+            self.param,
+            self.shape,
+            view,
+            (Cut(dim, axis, H),),
+            tuple(kept),
+            f"{axis}:S({dim})",
+            window,
+            index,
+        )
+
+    def _picked(self) -> tuple[tuple[int, ...], tuple[int, int, int] | None, tuple[int, ...] | None]:
+        """(view, window, index) that pick it out of its parameter; a view where rows of a head are in a row."""
+        if self.order != "hdr":
+            return *self.view(), None
+        rows, R = self.rows, self.shape[-1]
+        H, width = len(rows), len(rows[0])
+        start, stride = rows[0][0], math.prod(self.shape[:-1]) // H
+        if all(rows[h][d] == h * stride + start + d for h in range(H) for d in range(width)):
+            return (H, stride, R), (1, start, width), None
+        return (H, width, R), None, tuple(r for row in rows for r in row)
+
+
+class AttentionKind(Protocol):
+    """What is asked of a kind of attention. How it is rewritten is in passes/rewrite, one file a kind."""
+
+    @property
+    def cache(self) -> CacheRow:
+        """What a token leaves in the cache."""
+
+    @property
+    def v_head_dim(self) -> int:
+        """Channels of one head of the output."""
+
+    @property
+    def query(self) -> tuple[str, int]:
+        """What the query of one head is called, and its channels, as it meets the cache."""
+
+    @property
+    def partial_width(self) -> int:
+        """Channels of one head of what a rank's attention over its shard returns."""
+
+    @property
+    def v_up(self) -> UpWeight | None:
+        """W_UV, where V must still be made of that."""
+        return None
+
+    @property
+    def linears(self) -> tuple[HeadLinear, ...]:
+        """Linears besides q's, cut over tpa by KV heads."""
+        return ()
+
+    @property
+    def weights(self) -> tuple[tuple[str, HeadRows | UpWeight], ...]:
+        """Other parameters that are cut by heads, and with what: "q", "kv" or "v_up"."""
+        return ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Nodes that it reads besides q, the mask and the cache."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Latent(AttentionKind):
+    """MLA: a latent [B, 1, T, R] and a rope part [B, 1, T, r] are cached, shared by all heads.
+
+    `w_uk`, `w_uv` say where these weights are; `q_nope[d]`, `q_rope[j]` are channels of q, or of `q_rope_value` (in
+    `q_rope_form`) where the rope part of q is a value of its own.
+    """
+
+    kv_lora_rank: int
+    w_uk: UpWeight
+    w_uv: UpWeight
+    q_nope: tuple[int, ...]
+    q_rope: tuple[int, ...]
+    q_rope_value: str = ""
+    q_rope_form: str = "BHTC"
+
+    @property
+    def cache(self) -> CacheRow:
+        return CacheRow(self.kv_lora_rank, len(self.q_rope))
+
+    @property
+    def v_head_dim(self) -> int:
+        return len(self.w_uv.at[0])
+
+    @property
+    def query(self) -> tuple[str, int]:
+        return "absorbed q", self.kv_lora_rank + len(self.q_rope)
+
+    @property
+    def partial_width(self) -> int:
+        return self.kv_lora_rank
+
+    @property
+    def v_up(self) -> UpWeight:
+        return self.w_uv
+
+    @property
+    def weights(self) -> tuple[tuple[str, HeadRows | UpWeight], ...]:
+        return ("q", self.w_uk), ("v_up", self.w_uv)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.q_rope_value,) if self.q_rope_value else ()
+
+
+@dataclass(frozen=True)
+class Grouped(AttentionKind):
+    """K [B, K, T, Dk] and V [B, K, T, Dv] are cached; query head j reads KV head j // (num_heads / kv_heads)."""
+
+    k_proj: HeadLinear
+    v_proj: HeadLinear
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of K and V."""
+        return self.k_proj.heads
+
+    @property
+    def cache(self) -> CacheRow:
+        return CacheRow(self.k_proj.width, self.v_proj.width, self.kv_heads)
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.v_proj.width
+
+    @property
+    def query(self) -> tuple[str, int]:
+        return "q", self.k_proj.width
+
+    @property
+    def partial_width(self) -> int:
+        return self.v_proj.width
+
+    @property
+    def linears(self) -> tuple[HeadLinear, ...]:
+        return self.k_proj, self.v_proj
+
 
 @dataclass(frozen=True)
 class AttentionMatch:
-    """One MLA site.
+    """One attention site, whatever its kind.
 
-    Node names: `anchor` (attention output [B, H, T, V]), `q` [B, H, T, Dn + r], `q_proj` and `o_proj` (linears),
-    `v_up` and `k_up` (the products with W_UV and W_UK: one linear where it makes both), `latent` [B, 1, T, R] and
-    `k_rope` [B, 1, T, r] (new tokens), `mask`. Parameters are names relative to the layer. `scale` multiplies the scores.
+    Node names: `anchor` (attention output [B, H, T, V]), `q` [B, H, T, Dk], `o_proj` (a linear), `new` and `past` (both
+    parts of what is cached, of the new tokens and of those before), `mask`. Parameters are names relative to the layer.
+    `scale` multiplies the scores. Input column h * V + v of o_proj reads channel v of head h.
 
-    Tables: `w_uk`, `w_uv` say where these weights are; `q_nope[d]`, `q_rope[j]` are channels of q, or of
-    `q_rope_value` where the rope part of q is a value of its own. Input column h * V + v of o_proj reads channel v of
-    head h. `head_views` are views between q_proj and q that write the head count as a number.
-
-    Forms are orders of dims where the model has another one: of the anchor, of q, of `q_rope_value`, of the scores
-    that the mask is added to (for sdpa, all heads before tokens).
+    Forms are orders of dims where the model has another one: of the anchor, of q, of the scores that the mask is added
+    to (for sdpa, all heads before tokens).
     """
 
+    kind: AttentionKind
     anchor: str
     q: str
-    q_proj: str
-    v_up: str
-    k_up: str
+    q_proj: HeadLinear
     o_proj: str
-    latent: str
-    k_rope: str
+    new: tuple[str, str]
+    past: tuple[str, str]
     mask: str
-    past_latent: str
-    past_rope: str
-    q_weight: str
-    q_bias: str | None
-    w_uk: UpWeight
-    w_uv: UpWeight
     o_weight: str
     o_bias: str | None
     scale: float
-    num_heads: int
-    kv_lora_rank: int
-    qk_rope_head_dim: int
-    qk_nope_head_dim: int
-    v_head_dim: int
     hidden_size: int
-    q_input_size: int
-    q_nope: tuple[int, ...]
-    q_rope: tuple[int, ...]
-    head_views: tuple[str, ...] = ()
     gate: GateMatch | None = None
     uncut: tuple[Uncut, ...] = ()
-    q_rope_value: str = ""
     form: str = "BHTV"
     q_form: str = "BHTC"
-    q_rope_form: str = "BHTC"
     mask_form: str = "BHTS"
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self.q_proj.heads
 
     @property
     def q_head_dim(self) -> int:
-        """Channels of one query head."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+        """Channels of one query head, as the model makes it."""
+        return self.q_proj.width
+
+    @property
+    def v_head_dim(self) -> int:
+        """Channels of one head of the output."""
+        return self.kind.v_head_dim
 
     @property
     def cache(self) -> CacheRow:
         """What a token leaves in the cache."""
-        return CacheRow(self.kv_lora_rank, self.qk_rope_head_dim)
+        return self.kind.cache
 
     @property
-    def new(self) -> tuple[str, str]:
-        """Nodes of what the new tokens add to the cache."""
-        return self.latent, self.k_rope
-
-    @property
-    def past(self) -> tuple[str, str]:
-        """Placeholders of what is cached."""
-        return self.past_latent, self.past_rope
+    def cuts(self) -> tuple[tuple[str, HeadRows | UpWeight], ...]:
+        """What is cut by heads before attention, and with what: "q", "kv" or "v_up"."""
+        of_kv = (("kv", param) for linear in self.kind.linears for param in linear.params)
+        return *(("q", param) for param in self.q_proj.params), *of_kv, *self.kind.weights
 
     @property
     def cut_weights(self) -> tuple[str, ...]:
         """Weights that this site cuts."""
-        return self.q_weight, *dict.fromkeys((self.w_uk.param, self.w_uv.param)), self.o_weight
-
-    @property
-    def cut_biases(self) -> tuple[str | None, ...]:
-        """Biases that this site cuts."""
-        return (self.q_bias,)
-
-
-@dataclass(frozen=True)
-class GqaMatch:
-    """One grouped-query site: K and V are cached as they are; query head j reads KV head j // (num_heads / kv_heads).
-
-    Node names: `anchor` (attention output [B, H, T, Dv]), `q` [B, H, T, Dk], `q_proj`, `k_proj`, `v_proj` and `o_proj`
-    (linears), `k` [B, K, T, Dk] and `v` [B, K, T, Dv] (new tokens, as they are cached), `past_k` and `past_v`, `mask`.
-    Parameters are names relative to the layer. Rows [h * D, (h + 1) * D) of q_proj, k_proj and v_proj make head h.
-    `head_views`, `k_views`, `v_views` are views on the way from each linear that write the head count as a number.
-    """
-
-    anchor: str
-    q: str
-    q_proj: str
-    k_proj: str
-    v_proj: str
-    o_proj: str
-    k: str
-    v: str
-    past_k: str
-    past_v: str
-    mask: str
-    q_weight: str
-    q_bias: str | None
-    k_weight: str
-    k_bias: str | None
-    v_weight: str
-    v_bias: str | None
-    o_weight: str
-    o_bias: str | None
-    scale: float
-    num_heads: int
-    kv_heads: int
-    q_head_dim: int
-    v_head_dim: int
-    hidden_size: int
-    q_input_size: int
-    k_input_size: int
-    v_input_size: int
-    head_views: tuple[str, ...] = ()
-    k_views: tuple[str, ...] = ()
-    v_views: tuple[str, ...] = ()
-    gate: GateMatch | None = None
-    uncut: tuple[Uncut, ...] = ()
-    form: str = "BHTV"  # of the anchor, and of the scores: the only ones that are matched
-    mask_form: str = "BHTS"
-
-    @property
-    def cache(self) -> CacheRow:
-        """What a token leaves in the cache."""
-        return CacheRow(self.q_head_dim, self.v_head_dim, self.kv_heads)
-
-    @property
-    def new(self) -> tuple[str, str]:
-        """Nodes of what the new tokens add to the cache."""
-        return self.k, self.v
-
-    @property
-    def past(self) -> tuple[str, str]:
-        """Placeholders of what is cached."""
-        return self.past_k, self.past_v
-
-    @property
-    def cut_weights(self) -> tuple[str, ...]:
-        """Weights that this site cuts."""
-        return self.q_weight, self.k_weight, self.v_weight, self.o_weight
-
-    @property
-    def cut_biases(self) -> tuple[str | None, ...]:
-        """Biases that this site cuts."""
-        return self.q_bias, self.k_bias, self.v_bias
-
-
-Site = AttentionMatch | GqaMatch
+        return *dict.fromkeys(part.param for _, part in self.cuts if not part.is_bias), self.o_weight
 
 
 @dataclass(frozen=True)
@@ -301,7 +413,7 @@ class LayerMatch:
     """Everything found in one body. A normal layer has one attention and one FFN; a whole graph has them all."""
 
     body: str
-    attentions: tuple[Site, ...]
+    attentions: tuple[AttentionMatch, ...]
     dense_ffns: tuple[DenseFFNMatch, ...]
     moes: tuple[MoEMatch, ...]
 

@@ -26,7 +26,7 @@ from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInp
 from helix_compile.verifier.numeric.routing import NEAR_TIE, Choices, RecordTopK
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.sharpen import background, need_the_new_token, plant
-from helix_compile.verifier.numeric.site_terms import empty_past, entries_of, new_entries, past_of, query_parts
+from helix_compile.verifier.numeric.site_terms import empty_past, entries_of, new_entries, past_of, terms_of
 from helix_compile.verifier.numeric.steps import RATIO, Pool, limit_of
 from helix_compile.verifier.report import Coverage, Finding, fault, numeric_finding
 
@@ -168,7 +168,7 @@ def _inputs(
     prefix = reference.prefix(layer)
     pasts = []
     for attention in match.attentions:
-        query = query_parts(attention, values, reference.tensors, prefix)
+        query = terms_of(attention).query_parts(values, reference.tensors, prefix)
         latent, k_rope = background(attention, query, S, generator)
         if S:
             new = new_entries(attention, values)

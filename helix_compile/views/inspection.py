@@ -120,7 +120,7 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
         "world_size": plan.layout.world_size,
         "layout": {"cp": plan.layout.kvp, **{k: v for k, v in asdict(plan.layout).items() if k != "kvp"}},
         "options": plan.options.to_json(),
-        "layers": [_layer_facts(b, first, last) for b in plan.bodies],
+        "layers": [_layer_facts(plan, b, first, last) for b in plan.bodies],
         "collectives": [
             {
                 "body": body.name,
@@ -177,7 +177,7 @@ def _memory(plan: HelixPlan, last: fx.GraphModule) -> dict[str, int]:
     }
 
 
-def _layer_facts(plan: BodyPlan, first: fx.GraphModule, last: fx.GraphModule) -> dict[str, Any]:
+def _layer_facts(whole: HelixPlan, plan: BodyPlan, first: fx.GraphModule, last: fx.GraphModule) -> dict[str, Any]:
     roles: dict[str, int] = {"attention": len(plan.attentions)}
     names = {"dense": "dense_ffn", "shared": "shared_expert", "routed": "routed_experts"}
     for ffn in plan.ffns:
@@ -188,18 +188,8 @@ def _layer_facts(plan: BodyPlan, first: fx.GraphModule, last: fx.GraphModule) ->
         "layers": list(plan.layers),
         "count": len(plan.layers),
         "roles": roles,
-        "head_ranges": [list(r) for r in plan.attentions[0].head_ranges],
-        "ffn": [
-            {
-                "kind": f.kind,
-                "axes": list(f.axes),
-                "width": f.width,
-                "shard_width": f.shard_width,
-                "padding": list(f.padding),
-                "experts_per_rank": f.experts_per_rank,
-            }
-            for f in plan.ffns
-        ],
+        "head_ranges": [list(r) for r in plan.attentions[0].head_ranges(whole.layout)],
+        "ffn": [{k: v for k, v in f.written(whole.layout).items() if k != "site"} for f in plan.ffns],
         "nodes_before": len(before.graph.nodes),
         "nodes_after": len(after.graph.nodes),
     }

@@ -84,8 +84,8 @@ def _body(plan: HelixPlan, body: BodyPlan, rank: int) -> dict[str, Any]:
     return {
         "body": body.name,
         "layers": list(body.layers),
-        "heads": [list(a.head_ranges[rank]) for a in body.attentions],
-        "experts": [[ep * f.experts_per_rank, (ep + 1) * f.experts_per_rank] for f in routed],
+        "heads": [list(a.head_ranges(layout)[rank]) for a in body.attentions],
+        "experts": [[ep * n, (ep + 1) * n] for n in (f.experts // layout.ep for f in routed)],
         "exchanges": [
             {
                 "op": c.op,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 
 from helix_compile import HelixPlan, PlanError, helix_compile
 from helix_compile.passes.decide.plan_helix import break_even_tokens
-from helix_compile.plan.matches import AttentionMatch
 from helix_compile.plan.shard import cut_param
 from helix_compile.runtime.rank import originals
 from tests.support.models import tiny_model
@@ -46,10 +46,26 @@ def test_not_a_plan(text: str) -> None:
         HelixPlan.from_json(text)
 
 
-def real_attention(**sizes: int) -> AttentionMatch:
-    """The sizes of a real DeepSeek-V3 site; names and tables are not looked at by the rule."""
-    fields: dict[str, Any] = dict.fromkeys(AttentionMatch.__dataclass_fields__, "")
-    return AttentionMatch(**{**fields, "num_heads": 128, "kv_lora_rank": 512, "v_head_dim": 128, **sizes})
+CONTRADICTIONS: list[tuple[str, str, Any, str]] = [
+    ("attentions", "merge", "ag_rs", "'ag_rs' -> 'a2a'"),
+    ("attentions", "q_proj", "gather", "'gather' -> 'replicate'"),
+    ("attentions", "tokens_per_block", 8, "8 -> 32"),
+    ("attentions", "owned_heads", 3, "3 -> 6"),
+    ("attentions", "kvp", 2, "2 -> 4"),
+    ("attentions", "unheard_of", 1, "1 -> 'absent'"),
+    ("ffns", "shard_width", 5, "5 -> "),
+    ("ffns", "axes", ["tpf"], "'tpf' -> 'world'"),
+    ("ffns", "padding", [1, 0, 0, 0], "1 -> 0"),
+]
+
+
+@pytest.mark.parametrize(("role", "field", "value", "said"), CONTRADICTIONS, ids=[f for _, f, *_ in CONTRADICTIONS])
+def test_a_written_plan_that_contradicts_itself_is_refused(role: str, field: str, value: Any, said: str) -> None:
+    """What follows from the options stands beside each site, and must."""
+    document = json.loads(plan_of().to_json())
+    document["bodies"][0][role][0][field] = value
+    with pytest.raises(PlanError, match=rf"plan: it contradicts itself .*body_0.{role}\[0\].{field}.*{said}"):
+        HelixPlan.from_json(json.dumps(document))
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float8_e4m3fn, 9.6), (torch.bfloat16, 19.2)], ids=str)
@@ -59,8 +75,8 @@ def test_break_even_of_v_up(dtype: torch.dtype, expected: float) -> None:
     The rule takes weights and payload in one dtype; at FP8 the payload is then half of the table's.
     """
     payload = torch.bfloat16.itemsize / dtype.itemsize
-    assert break_even_tokens(real_attention(), dtype) / payload == pytest.approx(expected)
-    assert break_even_tokens(real_attention(v_head_dim=512), dtype) == float("inf")
+    assert break_even_tokens(128, 512, 128, dtype) / payload == pytest.approx(expected)
+    assert break_even_tokens(128, 512, 512, dtype) == float("inf")
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(5, "after"), (6, "before")])
@@ -111,7 +127,7 @@ def test_shards_put_together_are_the_weight(options: dict[str, Any]) -> None:
 
 def test_head_ranges_follow_ranks() -> None:
     plan = plan_of(cp=3, tpa=2)
-    ranges = plan.bodies[0].attentions[0].head_ranges
+    ranges = plan.bodies[0].attentions[0].head_ranges(plan.layout)
     assert ranges == ((0, 4), (4, 8), (8, 12), (12, 16), (16, 20), (20, 24))
     assert [plan.layout.index("tpa", r) for r in range(6)] == [0, 0, 0, 1, 1, 1]
 

@@ -50,21 +50,16 @@ def test_a_needle_scores_what_it_should() -> None:
     match = match_layers(captured_tiny(), 64)["body_0"].attentions[0]
     torch.manual_seed(1)
     S, H = 40, match.num_heads
-    query = (
-        torch.randn(1, 2, H, match.kv_lora_rank, dtype=torch.float64),
-        torch.randn(1, 2, H, match.qk_rope_head_dim, dtype=torch.float64),
-    )
-    latent = torch.randn(1, S, match.kv_lora_rank, dtype=torch.float64)
-    k_rope = torch.randn(1, S, match.qk_rope_head_dim, dtype=torch.float64)
+    R, r = match.cache.widths
+    query = (torch.randn(1, 2, H, R, dtype=torch.float64), torch.randn(1, 2, H, r, dtype=torch.float64))
+    latent = torch.randn(1, S, R, dtype=torch.float64)
+    k_rope = torch.randn(1, S, r, dtype=torch.float64)
     before = scores(match, query, latent, k_rope)[0, -1, 0].max()
     assert plant(match, query, latent, k_rope, [S]) == 5
     first = scores(match, query, latent, k_rope)[0, -1, 0, 0]
     assert float(first) == pytest.approx(float(before) + math.log(S) / 2 + 4)
 
-    new = (
-        torch.randn(1, 2, match.kv_lora_rank, dtype=torch.float64),
-        torch.zeros(1, 2, match.qk_rope_head_dim, dtype=torch.float64),
-    )
+    new = (torch.randn(1, 2, R, dtype=torch.float64), torch.zeros(1, 2, r, dtype=torch.float64))
     zeros = torch.zeros_like(k_rope)
     assert need_the_new_token(match, query, new, latent, [S]) == 2
     past = scores(match, query, latent, zeros)[0, -1, -2:].logsumexp(-1)

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from helix_compile import HelixError, HelixModule, assert_equivalent, helix_compile, verify
-from helix_compile.capture import model as capture
+from helix_compile.capture.model import capture
 from helix_compile.ir.graph import aten, calls
 from helix_compile.verifier import verify as verification
 from tests.support.driver import random_ids

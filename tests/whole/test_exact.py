@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helix_compile import helix_compile
-from helix_compile.capture import model as capture
+from helix_compile.capture.model import capture
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids, worst_deviation
 from tests.support.models import VARIANTS, tiny_model

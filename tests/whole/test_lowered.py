@@ -158,7 +158,11 @@ def test_every_value_is_typed() -> None:
 def test_padding_is_stated_and_zero() -> None:
     """F = 112 over 3 ranks is 38, 38, 36 and two rows of zeros."""
     compiled = helix_compile(tiny_model(), cp=3, max_seq_len=64)
-    dense = compiled.plan.body("body_0").ffns[0]
-    assert (dense.width, dense.shard_width, dense.padding) == (SIZES["intermediate_size"], 38, (0, 0, 2))
+    dense, layout = compiled.plan.body("body_0").ffns[0], compiled.plan.layout
+    assert (dense.width, dense.shard_width(layout), dense.padding(layout)) == (
+        SIZES["intermediate_size"],
+        38,
+        (0, 0, 2),
+    )
     gate = compiled.ranks[2].params["model.layers.0.mlp.gate_proj.weight"]
     assert torch.count_nonzero(gate[36:]) == 0 and torch.count_nonzero(gate[:36]) > 0

@@ -15,97 +15,21 @@ from helix_compile.ir.leaves import leaf_bytes
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.match.heads import linears_before
 from helix_compile.passes.match.reject import is_quantised
-from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Cut, ParamShard
-from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, GqaMatch, LayerMatch, MoEMatch, Site, UpWeight
+from helix_compile.plan.helix_plan import BodyPlan, Cut, ParamShard
+from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch
 
 
-def attention_shards(match: Site, plan: AttentionPlan, layout: HelixLayout) -> Iterable[ParamShard]:
-    """Q rows by query heads, what makes K and V by theirs; o_proj by the columns of the heads a rank owns."""
+def attention_shards(match: AttentionMatch, v_up: str, q_proj: str, layout: HelixLayout) -> Iterable[ParamShard]:
+    """What makes the query by query heads, what makes K and V by theirs; gate and o_proj by the heads a rank owns."""
     H, V, D = match.num_heads, match.v_head_dim, match.hidden_size
-    q_axis = "world" if plan.q_proj == "gather" else "tpa"
-    yield from _head_rows(match.q_weight, match.q_bias, H, match.q_head_dim, match.q_input_size, q_axis, layout)
-    if isinstance(match, GqaMatch):
-        K, cache = match.kv_heads, match.cache
-        yield from _head_rows(match.k_weight, match.k_bias, K, cache.first, match.k_input_size, "tpa", layout)
-        yield from _head_rows(match.v_weight, match.v_bias, K, cache.second, match.v_input_size, "tpa", layout)
-    else:
-        yield from _latent_shards(match, plan, q_axis, layout)
-    owned = plan.owned_heads
-    yield from _gate_shards(match, owned)
+    axes = {"q": "world" if q_proj == "gather" else "tpa", "kv": "tpa", "v_up": "world" if v_up == "after" else "tpa"}
+    yield from (part.shard(axes[side], layout) for side, part in match.cuts)
+    if match.gate and match.gate.linear:
+        yield from (rows.shard("world", layout) for rows in match.gate.linear.params)
+    columns = (D, H // layout.world_size * V)
     yield ParamShard(
-        match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), (D, owned * V), "world:S(1)"
+        match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), columns, "world:S(1)"
     )
-
-
-def _head_rows(
-    weight: str, bias: str | None, H: int, width: int, inputs: int, axis: str, layout: HelixLayout
-) -> Iterable[ParamShard]:
-    """A linear's weight [H * width, inputs] and bias, cut by heads."""
-    heads = H // layout.size(axis)
-    for name, tail in ((weight, (inputs,)), (bias, ())):
-        if name:
-            yield ParamShard(
-                name,
-                name,
-                (H * width, *tail),
-                (H, width, *tail),
-                (Cut(0, axis, H),),
-                (heads * width, *tail),
-                f"{axis}:S(0)",
-            )
-
-
-def _latent_shards(
-    match: AttentionMatch, plan: AttentionPlan, q_axis: str, layout: HelixLayout
-) -> Iterable[ParamShard]:
-    """W_UK and W_UV by heads."""
-    H, R = match.num_heads, match.kv_lora_rank
-    v_axis = "world" if plan.v_up == "after" else "tpa"
-    for suffix, weight, axis in (("w_uk", match.w_uk, q_axis), ("w_uv", match.w_uv, v_axis)):
-        sizes = {"h": H // layout.size(axis), "d": len(weight.at[0]), "r": R}
-        dim = weight.order.index("h")
-        view, window, index = _up_view(weight)
-        yield ParamShard(
-            f"{weight.param}.{suffix}",
-            weight.param,
-            weight.shape,
-            view,
-            (Cut(dim, axis, H),),
-            tuple(sizes[letter] for letter in weight.order),
-            f"{axis}:S({dim})",
-            window,
-            index,
-        )
-
-
-def _gate_shards(match: Site, owned: int) -> Iterable[ParamShard]:
-    """Rows of a gate's linear by the heads a rank owns."""
-    gate, H = match.gate, match.num_heads
-    if gate is None or gate.weight is None:
-        return
-    for name, tail in ((gate.weight, (gate.input_size,)), (gate.bias, ())):
-        if name:
-            yield ParamShard(
-                name,
-                name,
-                (H * gate.width, *tail),
-                (H, gate.width, *tail),
-                (Cut(0, "world", H),),
-                (owned * gate.width, *tail),
-                "world:S(0)",
-            )
-
-
-def _up_view(weight: UpWeight) -> tuple[tuple[int, ...], tuple[int, int, int] | None, tuple[int, ...] | None]:
-    """(view, window, index) that pick a weight out of its parameter; a view where rows of a head are in a row."""
-    if weight.order != "hdr":
-        return *weight.view(), None
-    rows, R = weight.rows, weight.shape[-1]
-    H, width = len(rows), len(rows[0])
-    start, stride = rows[0][0], math.prod(weight.shape[:-1]) // H
-    if all(rows[h][d] == h * stride + start + d for h in range(H) for d in range(width)):
-        return (H, stride, R), (1, start, width), None
-    return (H, width, R), None, tuple(r for row in rows for r in row)
 
 
 def dense_shards(match: DenseFFNMatch, layout: HelixLayout) -> Iterable[ParamShard]:
@@ -212,7 +136,7 @@ def _latent_projections(graph: fx.Graph, match: LayerMatch) -> set[fx.Node]:
     by_name = {n.name: n for n in graph.nodes}
     found: set[fx.Node] = set()
     for site in match.attentions:
-        found.update(linears_before([by_name[site.q_proj].args[0], *(by_name[name] for name in site.new)]))
+        found.update(linears_before([by_name[site.q_proj.node].args[0], *(by_name[name] for name in site.new)]))
     return found
 
 

@@ -16,7 +16,7 @@ from helix_compile.capture.captured import CapturedGraph
 from helix_compile.config.options import HelixOptions, default_ep
 from helix_compile.errors import LayoutError, PlanError
 from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, CollectiveOp
-from helix_compile.kernels.exchange import ExchangeCodec, codec_of
+from helix_compile.kernels.exchange import codec_of
 from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.decide.param_shards import (
@@ -27,7 +27,7 @@ from helix_compile.passes.decide.param_shards import (
     replicated_roles,
 )
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan
-from helix_compile.plan.matches import AttentionMatch, GqaMatch, LayerMatch, MoEMatch, Site
+from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch
 
 HBM_BYTES_PER_S = 8.0e12  # B200-class, the preset behind the default of v_up
 
@@ -131,17 +131,16 @@ def _check_cut_heads(captured: CapturedGraph, matches: dict[str, LayerMatch], op
             )
 
 
-def break_even_tokens(match: AttentionMatch, dtype: torch.dtype) -> float:
-    """B*: tokens a step at which W_UV before and after the exchange cost the same; inf where V >= R."""
-    H, R, V = match.num_heads, match.kv_lora_rank, match.v_head_dim
+def break_even_tokens(H: int, R: int, V: int, dtype: torch.dtype) -> float:
+    """B*: tokens a step at which W_UV [H, V, R] before and after the exchange cost the same; inf where V >= R."""
     if V >= R:
         return math.inf
     read = H * R * V * dtype.itemsize / HBM_BYTES_PER_S
     return read / (H * (R - V) * dtype.itemsize / LINK_BYTES_PER_S)
 
 
-def _v_up(sites: list[Site], dtype: torch.dtype, options: HelixOptions) -> Decision:
-    match = next((a for a in sites if isinstance(a, AttentionMatch)), None)
+def _v_up(sites: list[AttentionMatch], dtype: torch.dtype, options: HelixOptions) -> Decision:
+    match = next((a for a in sites if a.kind.v_up), None)
     if match is None:
         if options.v_up != "auto":
             raise PlanError(
@@ -149,10 +148,11 @@ def _v_up(sites: list[Site], dtype: torch.dtype, options: HelixOptions) -> Decis
                 'attention caches V itself); drop it or use v_up="auto"'
             )
         return Decision("v_up", "V is cached as it is: there is no W_UV", (), "none")
-    even = break_even_tokens(match, dtype)
+    R, V = match.kind.partial_width, match.v_head_dim
+    even = break_even_tokens(match.num_heads, R, V, dtype)
     inputs = (
-        ("R", match.kv_lora_rank),
-        ("V", match.v_head_dim),
+        ("R", R),
+        ("V", V),
         ("tokens", options.max_batch_size),
         ("B*", None if math.isinf(even) else round(even, 3)),
         ("HBM_TB_s", HBM_BYTES_PER_S / 1e12),
@@ -170,84 +170,44 @@ def _v_up(sites: list[Site], dtype: torch.dtype, options: HelixOptions) -> Decis
 def _plan_body(
     captured: CapturedGraph, match: LayerMatch, layout: HelixLayout, options: HelixOptions, v_up: str
 ) -> BodyPlan:
-    attentions = tuple(_plan_attention(i, a, layout, options, v_up) for i, a in enumerate(match.attentions))
-    ffns = [*_plan_dense(match, layout), *(_plan_moe(i, m, layout) for i, m in enumerate(match.moes))]
+    attentions = tuple(
+        AttentionPlan(i, v_up if a.kind.v_up else "none", a.num_heads, a.o_weight, a.cache.heads)
+        for i, a in enumerate(match.attentions)
+    )
+    shared = {m.shared for m in match.moes}
+    dense = (FFNPlan("shared" if f.down in shared else "dense", i, f.width) for i, f in enumerate(match.dense_ffns))
+    routed = (FFNPlan("routed", i, m.width, m.num_experts) for i, m in enumerate(match.moes))
+    pairs = list(zip(match.attentions, attentions, strict=True))
     shards = [
-        *(s for a, p in zip(match.attentions, attentions, strict=True) for s in attention_shards(a, p, layout)),
+        *(s for a, p in pairs for s in attention_shards(a, p.v_up, options.q_proj, layout)),
         *(s for f in match.dense_ffns for s in dense_shards(f, layout)),
         *(s for m in match.moes for s in moe_shards(m, layout)),
     ]
     dtype = captured.dtype
     collectives = [
-        *(
-            c
-            for a, p in zip(match.attentions, attentions, strict=True)
-            for c in _exchange(a, p, layout, dtype, codec_of(options))
-        ),
+        *(c for a, p in pairs for c in _exchange(a, p.v_up, options, layout, dtype)),
         *(_planned(ALL_REDUCE, "world", "FFN output", D * dtype.itemsize, layout) for D in _ffn_outputs(match)),
     ]
     return BodyPlan(
         name=match.body,
         layers=tuple(layer.index for layer in captured.layers_of(match.body)),
         attentions=attentions,
-        ffns=tuple(ffns),
+        ffns=(*dense, *routed),
         param_shards=tuple(shards),
         collectives=tuple(c for c in collectives if c.egress_bytes_per_rank_per_token),
     )
 
 
-def _plan_attention(site: int, match: Site, layout: HelixLayout, options: HelixOptions, v_up: str) -> AttentionPlan:
-    owned = match.num_heads // layout.world_size
-    return AttentionPlan(
-        site=site,
-        kvp=layout.kvp,
-        merge=options.merge,
-        q_proj=options.q_proj,
-        v_up="none" if match.cache.heads else v_up,
-        computed_heads=match.num_heads // layout.tpa,
-        owned_heads=owned,
-        head_ranges=tuple((r * owned, (r + 1) * owned) for r in range(layout.world_size)),
-        tokens_per_block=options.tokens_per_block,
-        output_weight=match.o_weight,
-        cached_heads=match.cache.heads // layout.tpa,
-    )
-
-
-def _plan_dense(match: LayerMatch, layout: HelixLayout) -> Iterable[FFNPlan]:
-    """Dense FFNs and shared experts alike are cut over all N ranks."""
-    shared = {m.shared for m in match.moes}
-    N = layout.world_size
-    for site, ffn in enumerate(match.dense_ffns):
-        shard = -(-ffn.width // N)
-        padding = tuple(shard - _part(ffn.width, shard, r) for r in range(N))
-        yield FFNPlan("shared" if ffn.down in shared else "dense", site, ("world",), ffn.width, shard, padding)
-
-
-def _plan_moe(site: int, match: MoEMatch, layout: HelixLayout) -> FFNPlan:
-    shard = -(-match.width // layout.tpf)
-    ranks = range(layout.world_size)
-    padding = tuple(shard - _part(match.width, shard, layout.index("tpf", r)) for r in ranks)
-    per_rank = match.num_experts // layout.ep
-    return FFNPlan("routed", site, ("ep", "tpf"), match.width, shard, padding, per_rank)
-
-
-def _part(total: int, width: int, index: int) -> int:
-    return max(0, min(total, (index + 1) * width) - index * width)
-
-
 def _exchange(
-    match: Site, plan: AttentionPlan, layout: HelixLayout, dtype: torch.dtype, codec: ExchangeCodec
+    match: AttentionMatch, v_up: str, options: HelixOptions, layout: HelixLayout, dtype: torch.dtype
 ) -> Iterable[Collective]:
-    H = plan.computed_heads
-    if isinstance(match, GqaMatch):
-        asked, query_width, width = "q", match.q_head_dim, match.v_head_dim
-    else:
-        asked, query_width = "absorbed q", match.kv_lora_rank + match.qk_rope_head_dim
-        width = match.v_head_dim if plan.v_up == "before" else match.kv_lora_rank
-    statistic = accumulation_dtype(dtype)
-    if plan.q_proj == "gather":
-        yield _planned(ALL_GATHER, "kvp", asked, plan.owned_heads * query_width * dtype.itemsize, layout)
-    if plan.merge == "a2a":
+    H, codec, statistic = match.num_heads // layout.tpa, codec_of(options), accumulation_dtype(dtype)
+    asked, query_width = match.kind.query
+    width = match.v_head_dim if v_up == "before" else match.kind.partial_width
+    if options.q_proj == "gather":
+        owned = match.num_heads // layout.world_size
+        yield _planned(ALL_GATHER, "kvp", asked, owned * query_width * dtype.itemsize, layout)
+    if options.merge == "a2a":
         head_bytes = codec.head_bytes(width, dtype, statistic)
         yield _planned(ALL_TO_ALL, "kvp", "partial_o and lse", H * head_bytes, layout)
     else:
@@ -269,7 +229,7 @@ def _ffn_outputs(match: LayerMatch) -> list[int]:
 
 
 def _notes(
-    captured: CapturedGraph, attentions: list[Site], layout: HelixLayout, options: HelixOptions
+    captured: CapturedGraph, attentions: list[AttentionMatch], layout: HelixLayout, options: HelixOptions
 ) -> tuple[str, ...]:
     notes = list(captured.notes)
     if layout.tpa > 1 and not all(a.cache.heads for a in attentions):

@@ -17,7 +17,7 @@ from torch import fx
 from helix_compile.ir.elements import Provenance, is_cache_update, is_layout_op, trace_elements
 from helix_compile.ir.graph import is_call
 from helix_compile.ir.sizes import shape_of
-from helix_compile.passes.match.anchor import Operand, SpelledAnchor
+from helix_compile.passes.match.anchor import Anchor, Operand
 from helix_compile.passes.match.contractions import PRODUCTS, Product, WeightView, up_weight, weight_product
 from helix_compile.passes.match.reject import Reject
 from helix_compile.plan.matches import UpWeight
@@ -25,11 +25,10 @@ from helix_compile.plan.matches import UpWeight
 
 @dataclass(frozen=True)
 class Absorbed:
-    """What an absorbed site is made of. `q` is what W_UK is applied to, `v_up` and `k_up` are the products with W_UV and W_UK."""
+    """What an absorbed site is made of. `q` is what W_UK is applied to, `v_up` is the product with W_UV."""
 
     q: Operand
     q_rope: Operand
-    k_up: fx.Node
     v_up: fx.Node
     form: str
     w_uk: UpWeight
@@ -38,7 +37,7 @@ class Absorbed:
     rope: fx.Node
 
 
-def absorbed_site(anchor: SpelledAnchor) -> Absorbed:
+def absorbed_site(anchor: Anchor) -> Absorbed:
     """The parts of a site whose scores are a sum of two products.
 
     Raises:
@@ -59,9 +58,9 @@ def absorbed_site(anchor: SpelledAnchor) -> Absorbed:
     place = keys.index(latent)
     q_latent, q_rope = anchor.pairs[place][0], anchor.pairs[1 - place][0]
     R = shape_of(latent)[-1]
-    k_up, q, w_uk = _absorption(q_latent, R)
-    v_up, form, w_uv = _expansion(node, anchor.out_form, R)
-    return Absorbed(q, q_rope, k_up, v_up, form, w_uk, w_uv, latent, keys[1 - place])
+    q, w_uk = _absorption(q_latent, R)
+    v_up, form, w_uv = _expansion(node, anchor.form.replace("V", "C"), R)
+    return Absorbed(q, q_rope, v_up, form, w_uk, w_uv, latent, keys[1 - place])
 
 
 def _cached(operand: Operand, what: str, node: fx.Node) -> fx.Node:
@@ -98,8 +97,8 @@ def _permutation(source: Provenance, of: fx.Node) -> tuple[int, ...] | None:
     return None
 
 
-def _absorption(q_latent: Operand, R: int) -> tuple[fx.Node, Operand, UpWeight]:
-    """(product, q before it, W_UK) of q in the latent space."""
+def _absorption(q_latent: Operand, R: int) -> tuple[Operand, UpWeight]:
+    """(q before it, W_UK) of q in the latent space."""
     source, asked = trace_elements(q_latent.node), q_latent.node
     used = source.used()
     found = weight_product(used[0]) if len(used) == 1 else None
@@ -116,7 +115,7 @@ def _absorption(q_latent: Operand, R: int) -> tuple[fx.Node, Operand, UpWeight]:
     if sorted(q_form) != sorted("BHTD"):
         raise Reject(f"W_UK is applied to q as [{', '.join(q_form)}]", product.node, 4)
     weight = _head_weight(product, q, view, roles, "HDC", R, "W_UK")
-    return product.node, Operand(q, q_form.replace("D", "C")), weight
+    return Operand(q, q_form.replace("D", "C")), weight
 
 
 def _expansion(node: fx.Node, form: str, R: int) -> tuple[fx.Node, str, UpWeight]:

@@ -25,10 +25,10 @@ from helix_compile.ir.graph import (
     placeholders,
     source_line,
 )
-from helix_compile.plan.matches import AttentionMatch, Site
+from helix_compile.plan.matches import AttentionMatch
 
 
-def check_context(captured: CapturedGraph, body: str, sites: Sequence[Site]) -> None:
+def check_context(captured: CapturedGraph, body: str, sites: Sequence[AttentionMatch]) -> None:
     """Raise MatchError if something besides `sites` depends on what is cached, how much that is, or the padding mask."""
     graph = captured.bodies[body].graph
     gone = {n: "what is cached" for n in inputs_of(graph, "past")}
@@ -47,10 +47,8 @@ def check_context(captured: CapturedGraph, body: str, sites: Sequence[Site]) -> 
                 todo.append(source)
 
 
-def _still_read(graph: fx.Graph, site: Site) -> Iterable[fx.Node]:
-    names = [site.q, *site.new]
-    if isinstance(site, AttentionMatch) and site.q_rope_value:
-        names.append(site.q_rope_value)
+def _still_read(graph: fx.Graph, site: AttentionMatch) -> Iterable[fx.Node]:
+    names = [site.q, *site.new, *site.kind.reads]
     if site.gate:
         names.append(site.gate.value)
     yield from (node_named(graph, name) for name in names)

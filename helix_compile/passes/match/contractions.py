@@ -148,7 +148,7 @@ def up_weight(view: WeightView, first: Tensor, step: int, R: int, what: str, nod
     """
     shape, (H, D) = shape_of(view.param), first.shape
     made = lambda order: UpWeight(  # noqa: E731
-        input_ref(view.param).name, shape, tuple(map(tuple, first.tolist())), step, order
+        input_ref(view.param).name, shape, tuple(map(tuple, first.tolist())), step, order, what.lower(), node.name
     )
     numel, start = view.param.meta["val"].numel(), int(first[0, 0])
     stride = int(first[1, 0]) - start if H > 1 else numel

@@ -16,21 +16,22 @@ from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.anchor import Anchor, cache_parts
 from helix_compile.passes.match.expansion import check_grid
 from helix_compile.passes.match.head_cuts import cut_or_whole
-from helix_compile.passes.match.heads import bias_of, one_linear, output_projection, param_of
+from helix_compile.passes.match.heads import bias_of, head_linear, one_linear, output_projection, param_of
 from helix_compile.passes.match.reject import Reject
-from helix_compile.plan.matches import GqaMatch
+from helix_compile.plan.matches import AttentionMatch, Grouped
 
 
-def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
+def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     """The site, given where V's elements come from; Reject says why it is none."""
     node, mask = anchor.node, anchor.mask
     assert mask is not None
-    k = trace_elements(anchor.k)
+    q = anchor.pairs[0][0].node
+    k = trace_elements(anchor.pairs[0][1].node)
     used = k.used()
     if k.undefined() or len(used) != 1 or not is_cache_update(used[0]):
         names = ", ".join(f"`{s.name}` ({s.target})" for s in used)
         raise Reject(f"V is what the layer caches, K is not: it comes from {names}", node, 3)
-    H = shape_of(anchor.q)[1]
+    H = shape_of(q)[1]
     k_update, v_update = used[0], v.used()[0]
     if k_update is v_update:
         raise Reject("K and V are one cached value", node, 3)
@@ -44,7 +45,7 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
     new_k, past_k = cache_parts(k_update, "K", node)
     new_v, past_v = cache_parts(v_update, "V", node)
     o_proj, gate = output_projection(node)
-    values = (("q", anchor.q), ("K", new_k), ("V", new_v))
+    values = (("q", q), ("K", new_k), ("V", new_v))
     linears = [one_linear(value, what) for what, value in values]
     if len(set(linears)) < 3:
         raise Reject(
@@ -57,39 +58,21 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> GqaMatch:
         cut_or_whole(value, linear, lambda x: x.transpose(1, 2), 1, shape_of(value)[3], what)
         for (what, value), linear in zip(values, linears, strict=True)
     ]
-    q_proj, k_proj, v_proj = linears
-    return GqaMatch(
+    heads = (H, kv_heads, kv_heads)
+    q_proj, k_proj, v_proj = (head_linear(n, h, c[0]) for n, h, c in zip(linears, heads, cuts, strict=True))
+    return AttentionMatch(
+        kind=Grouped(k_proj, v_proj),
         anchor=node.name,
-        q=anchor.q.name,
-        q_proj=q_proj.name,
-        k_proj=k_proj.name,
-        v_proj=v_proj.name,
+        q=q.name,
+        q_proj=q_proj,
         o_proj=o_proj.name,
-        k=new_k.name,
-        v=new_v.name,
-        past_k=past_k.name,
-        past_v=past_v.name,
+        new=(new_k.name, new_v.name),
+        past=(past_k.name, past_v.name),
         mask=mask.name,
-        q_weight=param_of(q_proj, 1),
-        q_bias=bias_of(q_proj),
-        k_weight=param_of(k_proj, 1),
-        k_bias=bias_of(k_proj),
-        v_weight=param_of(v_proj, 1),
-        v_bias=bias_of(v_proj),
         o_weight=param_of(o_proj, 1),
         o_bias=bias_of(o_proj),
         scale=anchor.scale,
-        num_heads=H,
-        kv_heads=kv_heads,
-        q_head_dim=shape_of(anchor.q)[3],
-        v_head_dim=shape_of(v_update)[3],
         hidden_size=shape_of(o_proj)[-1],
-        q_input_size=shape_of(q_proj.args[0])[-1],
-        k_input_size=shape_of(k_proj.args[0])[-1],
-        v_input_size=shape_of(v_proj.args[0])[-1],
-        head_views=cuts[0][0],
-        k_views=cuts[1][0],
-        v_views=cuts[2][0],
         gate=gate,
         uncut=tuple(u for _, uncut in cuts for u in uncut),
     )

@@ -20,7 +20,7 @@ from helix_compile.ir.graph import aten, input_ref, is_call, is_param
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.head_cuts import check_head_rows
 from helix_compile.passes.match.reject import Reject, computed_weight
-from helix_compile.plan.matches import GateMatch, permuted
+from helix_compile.plan.matches import GateMatch, HeadLinear, permuted
 
 
 def linears_before(values: Iterable[fx.Node]) -> list[fx.Node]:
@@ -48,6 +48,12 @@ def param_of(linear: fx.Node, place: int) -> str:
 def bias_of(linear: fx.Node) -> str | None:
     """Name of a linear's bias, or None."""
     return param_of(linear, 2) if len(linear.args) > 2 and linear.args[2] is not None else None
+
+
+def head_linear(linear: fx.Node, heads: int, views: tuple[str, ...]) -> HeadLinear:
+    """A linear whose rows are `heads` heads one after the other."""
+    rows, inputs = shape_of(linear)[-1], shape_of(linear.args[0])[-1]
+    return HeadLinear(linear.name, param_of(linear, 1), bias_of(linear), heads, rows // heads, inputs, views)
 
 
 def output_projection(anchor: fx.Node, form: str = "BHTV") -> tuple[fx.Node, GateMatch | None]:
@@ -115,10 +121,10 @@ def _gate(product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node, ord
     size = shape_of(gate)
     if form is None or len(size) != ids.dim() or (form == "BT(HV)" and size[2] != H * V):
         raise Reject(f"a gate of shape {size} on attention of shape {tuple(ids.shape)}", product, 6)
-    names = {"product": product.name, "value": gate.name, "form": form}
+    names = (product.name, gate.name, form)
     heads = {"BTHV": size[2], "BHTV": size[1]}.get(form, H) if len(size) == 4 else H
     if heads == 1:  # the same for all heads: nothing to cut
-        return GateMatch(**names)
+        return GateMatch(*names)
 
     def by_head(value: Tensor) -> Tensor:
         for op, *args in gate_by_head(gate, form, V):
@@ -135,15 +141,7 @@ def _gate(product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node, ord
     weights = [a for a in linear.args[1:] if a is not None]
     if not all(map(is_param, weights)):
         raise Reject("the weight of the gate's linear is computed, not a parameter", linear, 6)
-    bias = input_ref(weights[1]).name if len(weights) > 1 else None
-    return GateMatch(
-        **names,
-        weight=input_ref(weights[0]).name,
-        bias=bias,
-        width=shape_of(linear)[-1] // H,
-        input_size=shape_of(linear.args[0])[-1],
-        head_views=views,
-    )
+    return GateMatch(*names, linear=head_linear(linear, H, views))
 
 
 def _with_advice(rejection: Reject) -> Reject:

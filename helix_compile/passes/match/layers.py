@@ -12,7 +12,7 @@ from helix_compile.passes.match.attention import find_attention
 from helix_compile.passes.match.context import check_context
 from helix_compile.passes.match.ffn import find_dense_ffns, find_moes
 from helix_compile.passes.match.mask import check_mask
-from helix_compile.plan.matches import AttentionMatch, GqaMatch, LayerMatch, MatchFailure, MoEMatch
+from helix_compile.plan.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch, UpWeight
 
 
 def match_layers(captured: CapturedGraph, max_seq_len: int) -> dict[str, LayerMatch]:
@@ -68,7 +68,7 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
     return layer_match
 
 
-def _name_pasts(graph: fx.Graph, matched: list[AttentionMatch | GqaMatch]) -> None:
+def _name_pasts(graph: fx.Graph, matched: list[AttentionMatch]) -> None:
     """past_latent_0, past_rope_0, ...: in a saved program only a match tells which past is which, and of which site."""
     for site, match in enumerate(matched):
         for part, name in zip(PARTS, match.past, strict=True):
@@ -100,19 +100,19 @@ def _no_attention(captured: CapturedGraph, body: str, failures: list[MatchFailur
 
 def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     """Each weight is cut by one rule only."""
-    mla = [a for a in match.attentions if isinstance(a, AttentionMatch)]
-    ups = [n for a in mla for n in dict.fromkeys((a.w_uk.param, a.w_uv.param))]
+    ups = [part for a in match.attentions for _, part in a.cuts if isinstance(part, UpWeight)]
+    of_ups = dict.fromkeys(up.param for up in ups)
     names = [n for a in match.attentions for n in a.cut_weights]
-    names += [a.gate.weight for a in match.attentions if a.gate and a.gate.weight]
+    names += [a.gate.linear.weight for a in match.attentions if a.gate and a.gate.linear]
     names += [n for f in match.dense_ffns for n in (f.gate_weight, f.up_weight, f.down_weight)]
     names += [n for m in match.moes for n in (m.gate_up, m.down)]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise MatchError(f"{match.body}: parameters matched in two roles: {', '.join(twice)}")
     by_name = {input_ref(n).name: n for n in graph.nodes if is_param(n)}
-    shared = [n for n in names if len(by_name[n].users) > 1 and n not in ups and not _is_expert(n, match)]
-    expanders = {n for a in mla for n in (a.k_up, a.v_up)}
-    shared += [n for n in ups if not _readers(by_name[n]) <= expanders]
+    shared = [n for n in names if len(by_name[n].users) > 1 and n not in of_ups and not _is_expert(n, match)]
+    expanders = {up.product for up in ups}
+    shared += [n for n in of_ups if not _readers(by_name[n]) <= expanders]
     if shared:
         raise MatchError(f"{match.body}: parameters used twice can't be cut: {', '.join(shared)}")
 

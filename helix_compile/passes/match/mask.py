@@ -17,7 +17,7 @@ from helix_compile.capture.captured import CapturedGraph
 from helix_compile.errors import MatchError, PlanError
 from helix_compile.ir.dataflow import NotRun, ancestors, evaluate
 from helix_compile.ir.graph import input_ref, node_named, placeholders, source_line
-from helix_compile.plan.matches import Site, permuted
+from helix_compile.plan.matches import AttentionMatch, permuted
 
 ROWS = 4  # sequences of the square at the first positions; two of them padded on the left
 
@@ -37,11 +37,11 @@ class _Subject:
 
     captured: CapturedGraph
     body: str
-    match: Site
+    match: AttentionMatch
     call: fx.Node
 
 
-def check_mask(captured: CapturedGraph, body: str, match: Site, max_seq_len: int) -> None:
+def check_mask(captured: CapturedGraph, body: str, match: AttentionMatch, max_seq_len: int) -> None:
     """Raise MatchError unless the site's mask is the causal one plus padding, up to `max_seq_len`, in every layer.
 
     Raises:
@@ -64,7 +64,7 @@ def check_mask(captured: CapturedGraph, body: str, match: Site, max_seq_len: int
             total = max(side, total // 2)
 
 
-def _subjects(captured: CapturedGraph, body: str, match: Site) -> Iterator[_Subject]:
+def _subjects(captured: CapturedGraph, body: str, match: AttentionMatch) -> Iterator[_Subject]:
     """One for each set of outer values that layers of this body give to what the mask is computed from."""
     graph = captured.bodies[body].graph
     read = ancestors([node_named(graph, match.mask)], until=[])

@@ -7,55 +7,38 @@ No class, module or parameter name is looked at: q_lora or not, interleaved or h
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
 from helix_compile.ir.elements import Provenance, trace_elements
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.absorbed import absorbed_site
-from helix_compile.passes.match.anchor import Anchor, Operand, SpelledAnchor, cache_parts
+from helix_compile.passes.match.anchor import Anchor, Operand, cache_parts
 from helix_compile.passes.match.contractions import up_weight
 from helix_compile.passes.match.expansion import Expansion, check_grid, expanded, expansion_of_k, weight_of_v
 from helix_compile.passes.match.head_cuts import cut_or_whole
-from helix_compile.passes.match.heads import bias_of, one_linear, output_projection, param_of
+from helix_compile.passes.match.heads import bias_of, head_linear, one_linear, output_projection, param_of
 from helix_compile.passes.match.reject import Reject
-from helix_compile.plan.matches import AttentionMatch, UpWeight, permuted
+from helix_compile.plan.matches import AttentionMatch, Latent, UpWeight, permuted
 
 
-def match_absorbed_site(spelled: SpelledAnchor) -> AttentionMatch:
+def match_absorbed_site(anchor: Anchor) -> AttentionMatch:
     """A site whose scores are over the cached latent and the cached rope part: W_UK and W_UV are applied already."""
-    site = absorbed_site(spelled)
-    nope, rope = (shape_of(o.node)[o.form.index("C")] for o in (site.q, site.q_rope))
-    anchor = Anchor(
-        site.v_up,
-        site.q.node,
-        site.k_up,
-        site.v_up,
-        spelled.mask,
-        spelled.scale,
-        q_form=site.q.form,
-        form=site.form,
-        mask_form=spelled.form,
-    )
-    return _site(
-        anchor,
-        site.q_rope,
-        site.latent,
-        site.rope,
-        (site.k_up, site.w_uk),
-        (site.v_up, site.w_uv),
-        tuple(range(nope)),
-        tuple(range(rope)),
-    )
+    site = absorbed_site(anchor)
+    nope, rope = (range(shape_of(o.node)[o.form.index("C")]) for o in (site.q, site.q_rope))
+    whole = replace(anchor, node=site.v_up, form=site.form)
+    return _site(whole, site.q, site.q_rope, site.latent, site.rope, site.w_uk, site.w_uv, tuple(nope), tuple(rope))
 
 
-def match_split_site(spelled: SpelledAnchor, v: Provenance) -> AttentionMatch:
+def match_split_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     """A site of expanded K and V whose scores are one product over the nope part and one over the rope part of K."""
-    node = spelled.node
-    if len(spelled.pairs) != 2:
-        raise Reject(f"the scores are a sum of {len(spelled.pairs)} products", node, 1)
+    node = anchor.node
+    if len(anchor.pairs) != 2:
+        raise Reject(f"the scores are a sum of {len(anchor.pairs)} products", node, 1)
     v_up, w_uv = weight_of_v(v, node)
-    (first, first_k), (second, second_k) = spelled.pairs
+    (first, first_k), (second, second_k) = anchor.pairs
     k = _side_by_side(first_k, second_k, v.ids.shape[1], node)
     k_up = expansion_of_k(k, v_up, node)
     w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, node)
@@ -64,29 +47,11 @@ def match_split_site(spelled: SpelledAnchor, v: Provenance) -> AttentionMatch:
     if parts not in ([{True}, {False}], [{False}, {True}]):
         raise Reject("one product of the scores reads both the nope and the rope part of K", node, 4)
     of_nope, of_rope = (first, second) if parts[0] == {True} else (second, first)
-    anchor = Anchor(
-        node,
-        of_nope.node,
-        first_k.node,
-        spelled.v.node,
-        spelled.mask,
-        spelled.scale,
-        q_form=of_nope.form,
-        form=spelled.out_form.replace("C", "V"),
-        mask_form=spelled.form,
+    q_nope, q_rope = (
+        tuple(c if is_first == {True} else c - width for c in channels)
+        for channels, is_first in zip((q_nope, q_rope), parts, strict=True)
     )
-    return _site(
-        anchor,
-        of_rope,
-        v_up.latent,
-        rope,
-        (k_up.node, w_uk),
-        (v_up.node, w_uv),
-        *(
-            tuple(c if is_first == {True} else c - width for c in channels)
-            for channels, is_first in zip((q_nope, q_rope), parts, strict=True)
-        ),
-    )
+    return _site(anchor, of_nope, of_rope, v_up.latent, rope, w_uk, w_uv, q_nope, q_rope)
 
 
 def _side_by_side(first: Operand, second: Operand, heads: int, node: fx.Node) -> Provenance:
@@ -119,87 +84,76 @@ def _with_heads(k: Operand, node: fx.Node) -> Provenance:
 
 def match_mla_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     """A site of K and V that are expanded from a latent, given where V's elements come from; Reject says why it is none."""
-    node = anchor.node
-    v_up, w_uv = weight_of_v(v, node)
-    k = in_order(anchor.k, anchor.k_form, "K")
-    k_up = expansion_of_k(k, v_up, node)
-    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, node)
-    return _site(anchor, None, v_up.latent, rope, (k_up.node, w_uk), (v_up.node, w_uv), q_nope, q_rope)
+    ((q, key),) = anchor.pairs
+    v_up, w_uv = weight_of_v(v, anchor.node)
+    k = in_order(key, "K")
+    k_up = expansion_of_k(k, v_up, anchor.node)
+    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, anchor.node)
+    return _site(anchor, q, None, v_up.latent, rope, w_uk, w_uv, q_nope, q_rope)
 
 
-def in_order(value: fx.Node, form: str, what: str) -> Provenance:
-    """Where the elements of K or V [form] come from, as [B, H, S, C]."""
-    if sorted(form) != sorted("BHSC"):
-        raise Reject(f"{what} has no heads: [{', '.join(form)}]", value, 2)
-    source = trace_elements(value)
-    return Provenance(permuted(source.ids, form, "BHSC"), source.sources)
+def in_order(value: Operand, what: str) -> Provenance:
+    """Where the elements of K or V come from, as [B, H, S, C]."""
+    if sorted(value.form) != sorted("BHSC"):
+        raise Reject(f"{what} has no heads: [{', '.join(value.form)}]", value.node, 2)
+    source = trace_elements(value.node)
+    return Provenance(permuted(source.ids, value.form, "BHSC"), source.sources)
 
 
 def _site(
     anchor: Anchor,
+    q: Operand,
     rope_of_q: Operand | None,
     latent: fx.Node,
     rope: fx.Node,
-    uk: tuple[fx.Node, UpWeight],
-    uv: tuple[fx.Node, UpWeight],
+    w_uk: UpWeight,
+    w_uv: UpWeight,
     q_nope: tuple[int, ...],
     q_rope: tuple[int, ...],
 ) -> AttentionMatch:
     """The match, given where W_UK, W_UV and the cached parts are: what is left are q, the mask and the way to o_proj."""
     node, mask = anchor.node, anchor.mask
     assert mask is not None
-    new_latent, past_latent = cache_parts(latent, "latent", uv[0])
+    new_latent, past_latent = cache_parts(latent, "latent", node)
     new_rope, past_rope = cache_parts(rope, "rope part of K", node)
     o_proj, gate = output_projection(node, anchor.form)
-    q_proj = one_linear(anchor.q, "q")
-    width, form = len(q_nope) + len(q_rope), anchor.q_form
+    q_proj = one_linear(q.node, "q")
+    width, form = len(q_nope) + len(q_rope), q.form
     for order in (form, rope_of_q.form if rope_of_q else form):
         if order[-1] != "C":
-            raise Reject(f"q is [{', '.join(order)}], expected its channels last", anchor.q, 6)
-    views, uncut = cut_or_whole(
-        anchor.q, q_proj, lambda q: permuted(q, anchor.q_form, "BTHC"), form.index("H"), width, "q"
-    )
+            raise Reject(f"q is [{', '.join(order)}], expected its channels last", q.node, 6)
+    views, uncut = cut_or_whole(q.node, q_proj, lambda x: permuted(x, q.form, "BTHC"), form.index("H"), width, "q")
     if rope_of_q is not None:
         value, form = rope_of_q.node, rope_of_q.form
         if one_linear(value, "the rope part of q") is not q_proj:
             raise Reject("the rope part of q comes from another linear than the rest", value, 6)
-        more, why = cut_or_whole(value, q_proj, lambda q: permuted(q, form, "BTHC"), form.index("H"), width, "q")
+        more, why = cut_or_whole(value, q_proj, lambda x: permuted(x, form, "BTHC"), form.index("H"), width, "q")
         views, uncut = tuple(dict.fromkeys(views + more)), uncut + why
     return AttentionMatch(
+        kind=Latent(
+            kv_lora_rank=shape_of(latent)[-1],
+            w_uk=w_uk,
+            w_uv=w_uv,
+            q_nope=q_nope,
+            q_rope=q_rope,
+            q_rope_value=rope_of_q.node.name if rope_of_q else "",
+            q_rope_form=rope_of_q.form if rope_of_q else q.form,
+        ),
         anchor=node.name,
-        q=anchor.q.name,
-        q_proj=q_proj.name,
-        v_up=uv[0].name,
-        k_up=uk[0].name,
+        q=q.node.name,
+        q_proj=head_linear(q_proj, len(w_uv.at), views),
         o_proj=o_proj.name,
-        latent=new_latent.name,
-        k_rope=new_rope.name,
+        new=(new_latent.name, new_rope.name),
+        past=(past_latent.name, past_rope.name),
         mask=mask.name,
-        past_latent=past_latent.name,
-        past_rope=past_rope.name,
-        q_weight=param_of(q_proj, 1),
-        q_bias=bias_of(q_proj),
-        w_uk=uk[1],
-        w_uv=uv[1],
         o_weight=param_of(o_proj, 1),
         o_bias=bias_of(o_proj),
         scale=anchor.scale,
-        num_heads=len(uv[1].at),
-        kv_lora_rank=shape_of(latent)[-1],
-        qk_rope_head_dim=len(q_rope),
-        qk_nope_head_dim=len(q_nope),
-        v_head_dim=len(uv[1].at[0]),
         hidden_size=shape_of(o_proj)[-1],
-        q_input_size=shape_of(q_proj.args[0])[-1],
-        q_nope=q_nope,
-        q_rope=q_rope,
-        head_views=views,
         gate=gate,
         uncut=uncut,
-        q_rope_value=rope_of_q.node.name if rope_of_q else "",
         form=anchor.form,
-        q_form=anchor.q_form,
-        q_rope_form=rope_of_q.form if rope_of_q else anchor.q_form,
+        q_form=q.form,
         mask_form=anchor.mask_form,
     )
 

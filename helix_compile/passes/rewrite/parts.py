@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -12,7 +14,7 @@ from helix_compile.ir.shapes import fake_mode_of, open_view
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.cache_row import cache_shape, pages_per_sequence
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
-from helix_compile.plan.matches import Site
+from helix_compile.plan.matches import AttentionMatch
 
 
 def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
@@ -28,6 +30,27 @@ def open_views(graph: fx.Graph, names: tuple[str, ...], heads: int) -> None:
     for name in names:
         view = node_named(graph, name)
         view.args = (view.args[0], open_view(view, heads))
+
+
+def append_to_cache(
+    graph: fx.Graph, match: AttentionMatch, site: int, laid_out: Any, *args: int
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Append what the new tokens leave, each part by `laid_out(part, *args)`: (cache, page table, what is visible then)."""
+    slots, visible, page_table = (input_named(graph, "step", n) for n in ("slots", "visible", "page_table"))
+    cache = input_named(graph, "cache", f"cache_{site}")
+    parts = []
+    for part in (node_named(graph, n) for n in match.new):
+        with made_from(graph, part):
+            parts.append(graph.call_function(laid_out, (part, *args)))
+    with made_from(graph, *(node_named(graph, n) for n in match.past)):
+        written = named(graph, "visible_now", helix.cache_append.default, cache, page_table, slots, visible, *parts)
+    return cache, page_table, written
+
+
+def gathered_query(graph: fx.Graph, q: fx.Node, layout: HelixLayout) -> fx.Node:
+    """Q [B, T, h, *] of the heads that a rank owns -> of all the heads that it computes."""
+    source, target = ("world:S(2)", "tpa:S(2)") if layout.tpa > 1 else ("kvp:S(2)", "R")
+    return named(graph, "q_gathered", helix.reshard.default, q, source, target, layout.kvp)
 
 
 def fake_shard(node: fx.Node, shard: ParamShard) -> Tensor:
@@ -66,7 +89,7 @@ def step_examples(graph: fx.Graph, plan: HelixPlan) -> dict[str, Tensor]:
     }
 
 
-def cache_example(graph: fx.Graph, match: Site, plan: HelixPlan) -> Tensor:
+def cache_example(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> Tensor:
     """The same for one site's cache."""
     dtype = node_named(graph, match.new[0]).meta["val"].dtype
     return _example(graph, cache_shape(match.cache, plan.options, plan.layout), dtype)

@@ -31,10 +31,9 @@ def reshard_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) ->
         if is_call(gathered, helix.reshard.default):
             reader.args = (gathered.args[0], *reader.args[1:])
         cut_input(gm.graph, attention.o_weight, plan)
-        if attention.gate is not None:
-            for name in (attention.gate.weight, attention.gate.bias):
-                if name:
-                    cut_input(gm.graph, name, plan)
+        if attention.gate and attention.gate.linear:
+            for rows in attention.gate.linear.params:
+                cut_input(gm.graph, rows.name, plan)
         sum_over_world(o_proj, context.plan.layout)
     erase_unused(gm.graph, keep=placeholders(gm.graph)[:1])
     propagate_shapes(gm.graph)

@@ -205,9 +205,8 @@ mutant("tokens_per_block option accepted and ignored", 9, "plan")(partial(_optio
 @mutant("experts that do not divide are rounded down", 12, "plan", EXPERT)
 def rounded_experts(compiled: HelixModule) -> None:
     def fewer(body: BodyPlan) -> BodyPlan:
-        ffns = tuple(
-            replace(f, experts_per_rank=f.experts_per_rank - 1) if f.experts_per_rank else f for f in body.ffns
-        )
+        ep = compiled.plan.layout.ep
+        ffns = tuple(replace(f, experts=f.experts - ep) if f.experts else f for f in body.ffns)
         return replace(body, ffns=ffns)
 
     compiled.plan = replace(compiled.plan, bodies=tuple(map(fewer, compiled.plan.bodies)))

@@ -33,7 +33,7 @@ from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInp
 from helix_compile.verifier.numeric.reference import apply_edits, edited, wide_copy
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.sharpen import background, sharpening
-from helix_compile.verifier.numeric.site_terms import empty_past, entries_of, past_of, query_parts
+from helix_compile.verifier.numeric.site_terms import empty_past, entries_of, past_of, terms_of
 from helix_compile.verifier.report import FAMILIES
 from helix_compile.verifier.verify import verify
 
@@ -180,7 +180,7 @@ class _Rule:
             probe = LayerInputs(wide, mask, positions, ((zero[0], zero[1]),))
             prefix = self.reference.captured.layers_of(body)[0].prefix
             values = self.reference.layer(layer, probe)
-            query = query_parts(attention, values, self.reference.tensors, prefix)
+            query = terms_of(attention).query_parts(values, self.reference.tensors, prefix)
             entries = (x.to(dtype) for x in background(attention, query, CONTEXT, generator))
             past = past_of(attention, *entries)
             expected = self.reference.layer(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
 from helix_compile.ir.graph import helix_op
 from helix_compile.ir.stage import body_of
 from helix_compile.kernels.exchange import codec_of
-from helix_compile.plan.matches import AttentionMatch, Site
+from helix_compile.plan.matches import AttentionMatch
 from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerRun, attention_output
 from helix_compile.verifier.numeric.scratch import Scratch
-from helix_compile.verifier.numeric.site_terms import local_query, weighted
+from helix_compile.verifier.numeric.site_terms import terms_of
 from helix_compile.verifier.report import Finding, numeric_finding
 
 # rel-RMSE of one attention output on identical inputs; bf16: correct runs reach 0.0018, the weakest fault 0.0117
@@ -22,7 +20,13 @@ ATTENTION = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, to
 
 
 def check_attention(
-    run: LayerRun, attention: Site, scratch: Scratch, site: int, reference: CapturedReference, layer: int, where: str
+    run: LayerRun,
+    attention: AttentionMatch,
+    scratch: Scratch,
+    site: int,
+    reference: CapturedReference,
+    layer: int,
+    where: str,
 ) -> list[Finding]:
     """What reaches o_proj against dense attention over the gathered caches with the module's own q, in fp64."""
     body = body_of(scratch.graph, reference.call(layer).target)
@@ -32,11 +36,11 @@ def check_attention(
         return []  # another graph than the passes make: the layer's output decides
     layout, dtype = scratch.compiled.plan.layout, getattr(torch, scratch.compiled.plan.dtype)
     w_uv = None
-    if isinstance(attention, AttentionMatch):
-        whole = reference.tensors[reference.prefix(layer) + attention.w_uv.param]
-        w_uv = attention.w_uv.of(whole.double())
+    if attention.kind.v_up is not None:
+        whole = reference.tensors[reference.prefix(layer) + attention.kind.v_up.param]
+        w_uv = attention.kind.v_up.of(whole.double())
     owned = [v[attention_output(o_proj, attention).name] for v in run.values]
-    queries = [_query(attention, decode, v) for v in run.values]
+    queries = [terms_of(attention).local_query(decode, v) for v in run.values]
     heads = attention.num_heads // layout.world_size
     pooled, norm, worst = 0.0, 0.0, (0.0, 0, 0, 0)
     limit = ATTENTION[dtype] + codec_of(scratch.compiled.plan.options).noise
@@ -66,12 +70,12 @@ def check_attention(
 
 
 def _blame(
-    run: LayerRun, attention: Site, scratch: Scratch, site: int, decode: fx.Node, limit: float
+    run: LayerRun, attention: AttentionMatch, scratch: Scratch, site: int, decode: fx.Node, limit: float
 ) -> tuple[str, int]:
     """Which half is wrong: a rank's own attention over its shard, or what is made of the ranks' parts."""
     layout, options = scratch.compiled.plan.layout, scratch.compiled.plan.options
     for rank, values in enumerate(run.values):
-        q = _query(attention, decode, values)
+        q = terms_of(attention).local_query(decode, values)
         o, lse = _merged(*(x.double() for x in values[decode.name]))
         for row, length in enumerate(scratch.lengths):
             T = q.shape[1]
@@ -84,7 +88,7 @@ def _blame(
             alive = expected > -torch.inf
             if not torch.equal(alive, lse[row] > -torch.inf) or bool(lse[row].isnan().any()):
                 return f"{at} says the wrong shards are empty", 5
-            wanted = weighted(attention, s.softmax(-1).nan_to_num(0), held)
+            wanted = terms_of(attention).weighted(s.softmax(-1).nan_to_num(0), held)
             norm = max(float(wanted.square().sum()), 1e-300)
             off = (float((o[row] - wanted)[alive].square().sum()) / norm) ** 0.5
             apart = float((lse[row] - expected)[alive].abs().max()) if bool(alive.any()) else 0.0
@@ -107,19 +111,13 @@ def _merged(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(shares[..., None] > 0, o, 0.0).mul(shares[..., None]).sum(dim=3), whole
 
 
-def _query(attention: Site, decode: fx.Node, values: dict[str, Any]) -> Tensor:
-    """The q that a rank's decode op got [B, T, h, *], in the widths of the rank's entries."""
-    places = decode.args[: 1 if attention.cache.heads else 2]
-    return local_query(attention, [values[n.name].double() for n in places])
-
-
-def _dense(q: Tensor, entries: Tensor, attention: Site, length: int, first_head: int) -> Tensor:
+def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int, first_head: int) -> Tensor:
     """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own."""
     seen = torch.arange(length) <= torch.arange(length - q.shape[0], length)[:, None]
-    return weighted(attention, _scores(q, entries, attention, seen).softmax(-1), entries, first_head)
+    return terms_of(attention).weighted(_scores(q, entries, attention, seen).softmax(-1), entries, first_head)
 
 
-def _scores(q: Tensor, entries: Tensor, attention: Site, seen: Tensor) -> Tensor:
+def _scores(q: Tensor, entries: Tensor, attention: AttentionMatch, seen: Tensor) -> Tensor:
     """[T, h, S]; -inf where seen [T, S] is False."""
     s = torch.einsum("thw,sw->ths", q, entries) * attention.scale
     return s.masked_fill(~seen[:, None], -torch.inf)

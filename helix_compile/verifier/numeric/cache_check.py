@@ -14,10 +14,10 @@ from torch import Tensor
 
 from helix_compile.config.options import PAGE_SIZE
 from helix_compile.module import HelixModule
-from helix_compile.plan.matches import AttentionMatch, Site
+from helix_compile.plan.matches import AttentionMatch
 from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.scratch import STALE, Scratch
-from helix_compile.verifier.numeric.site_terms import new_entries, on_rank
+from helix_compile.verifier.numeric.site_terms import new_entries, on_rank, terms_of
 from helix_compile.verifier.report import Finding, fault, numeric_finding
 
 # a new entry is rounded once; its inputs passed two norms and a linear in the module's dtype
@@ -25,7 +25,7 @@ ENTRY = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.
 
 
 def check_cache(
-    attention: Site,
+    attention: AttentionMatch,
     scratch: Scratch,
     site: int,
     expected: dict[str, Any],
@@ -69,19 +69,18 @@ def check_cache(
     return []
 
 
-def _allowed(position: int, attention: Site, dtype: torch.dtype) -> Tensor:
+def _allowed(position: int, attention: AttentionMatch, dtype: torch.dtype) -> Tensor:
     """Limit of each channel of an entry. An angle is position * frequency, rounded in float32 or wider: its error, and with
     it that of the roped key, grows with the position.
     """
     first, second = attention.cache.widths
     allowed = torch.full((first + second,), ENTRY[dtype], dtype=torch.float64)
     angle = position * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    roped = slice(first, None) if isinstance(attention, AttentionMatch) else slice(0, first)
-    allowed[roped] += angle
+    allowed[terms_of(attention).roped()] += angle
     return allowed
 
 
-def _entry_fault(got: Tensor, wanted: Tensor, attention: Site, limit: float) -> tuple[str, int]:
+def _entry_fault(got: Tensor, wanted: Tensor, attention: AttentionMatch, limit: float) -> tuple[str, int]:
     if bool((got == STALE).all()):
         return "never written", 7
     error = (got - wanted).abs().nan_to_num(torch.inf)

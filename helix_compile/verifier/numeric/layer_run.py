@@ -17,7 +17,7 @@ from helix_compile.ir.graph import aten, calls, input_ref, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout
-from helix_compile.plan.matches import LayerMatch, Site
+from helix_compile.plan.matches import AttentionMatch, LayerMatch
 from helix_compile.verifier.contract import OTHER_AXIS, coordinate
 from helix_compile.verifier.numeric.reference import (
     RecordingInterpreter,
@@ -201,7 +201,7 @@ def replicas(parts: list[Tensor], layout: Layout, degrees: HelixLayout) -> list[
     return []
 
 
-def attention_output(o_proj: fx.Node, attention: Site) -> fx.Node:
+def attention_output(o_proj: fx.Node, attention: AttentionMatch) -> fx.Node:
     """The node whose value is attention alone: what o_proj reads, or what its gate multiplies."""
     node = o_proj.args[0]
     assert isinstance(node, fx.Node)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
-from helix_compile.plan.matches import LayerMatch, Site
+from helix_compile.plan.matches import AttentionMatch, LayerMatch
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs
-from helix_compile.verifier.numeric.site_terms import empty_past, new_entries, query_parts
+from helix_compile.verifier.numeric.site_terms import empty_past, new_entries, terms_of
 
 Edit = Callable[[Tensor], Tensor]
 Edits = dict[str, Edit]  # full parameter name -> its edit
@@ -60,12 +60,11 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
             )
             values = reference.layer(layer.index, given)
             for attention in match.attentions:
-                query = query_parts(attention, values, reference.tensors, layer.prefix)
+                query = terms_of(attention).query_parts(values, reference.tensors, layer.prefix)
                 seen = scores(attention, query, *new_entries(attention, values))
                 factor = max(1.0, spread / max(float(seen.std()), 1e-6))
-                edits[layer.prefix + attention.q_weight] = partial(_scaled, factor=factor)
-                if attention.q_bias:
-                    edits[layer.prefix + attention.q_bias] = partial(_scaled, factor=factor)
+                for rows in attention.q_proj.params:
+                    edits[layer.prefix + rows.name] = partial(_scaled, factor=factor)
             for name, rms in _contributions(match, values):
                 factor = max(1.0, 1.0 / max(rms, 1e-6))  # the hidden state has an RMS of one
                 edits[layer.prefix + name] = partial(_scaled, factor=factor)
@@ -80,8 +79,10 @@ def _vectors(graph: fx.Graph, prefix: str, match: LayerMatch | None, seed: int, 
     would not commute with their cut.
     """
     experts = {m.num_experts for m in match.moes} if match is not None else set()
-    cut = set() if match is None else {b for a in match.attentions for b in a.cut_biases}
-    cut |= set() if match is None else {b for f in match.dense_ffns for b in (f.gate_bias, f.up_bias)}
+    cut: set[str | None] = set()
+    if match is not None:
+        cut |= {part.param for a in match.attentions for _, part in a.cuts}
+        cut |= {b for f in match.dense_ffns for b in (f.gate_bias, f.up_bias)}
     edits: dict[str, Edit] = {}
     for node in placeholders(graph):
         shape = tuple(node.meta["val"].shape) if is_param(node) else ()
@@ -141,14 +142,16 @@ def _biased(bias: Tensor, seed: int) -> Tensor:
     return bias + (BIAS * noise).to(bias)
 
 
-def scores(match: Site, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor) -> Tensor:
+def scores(match: AttentionMatch, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor) -> Tensor:
     """[B, T, H, S] of keys latent [B, S, R], k_rope [B, S, r]."""
     q_latent, q_rope = query
     by_latent = torch.einsum("bthr,bsr->bths", q_latent, latent.double())
     return match.scale * (by_latent + torch.einsum("bthr,bsr->bths", q_rope, k_rope.double()))
 
 
-def background(match: Site, query: tuple[Tensor, Tensor], S: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def background(
+    match: AttentionMatch, query: tuple[Tensor, Tensor], S: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Random entries [B, S, R], [B, S, r] whose scores have a spread of about one."""
     B = query[0].shape[0]
     parts = []
@@ -161,7 +164,7 @@ def background(match: Site, query: tuple[Tensor, Tensor], S: int, generator: tor
 
 
 def need_the_new_token(
-    match: Site, query: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], latent: Tensor, lengths: list[int]
+    match: AttentionMatch, query: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], latent: Tensor, lengths: list[int]
 ) -> int:
     """Shift all past keys so that the last query's own token outweighs them in the last heads; in place.
 
@@ -185,7 +188,9 @@ def need_the_new_token(
     return B * len(heads)
 
 
-def plant(match: Site, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor, lengths: list[int]) -> int:
+def plant(
+    match: AttentionMatch, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor, lengths: list[int]
+) -> int:
     """Overwrite keys of each sequence with needles, in place; returns how many.
 
     For the last query, head by head in turn: at the start of the context, near its end, in the middle (by the latent),

@@ -1,47 +1,109 @@
-"""Both kinds of site in the terms of the layer checks: a query and cached entries whose product is the scores.
+"""Every kind of site in the terms of the layer checks: a query and cached entries whose product is the scores.
 
 An entry is [first | second]: latent and rope part (MLA), or K and V of all KV heads side by side (grouped-query). A query
 has the widths of an entry: of grouped-query attention it is 0 but at its KV head's channels of K. Scores are then
-scale * query . entry for both kinds. This file shares no code with the runtime, which it is there to check.
+scale * query . entry for every kind. This file shares no code with the runtime, which it is there to check.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from helix_compile.plan.cache_row import CacheRow
-from helix_compile.plan.matches import AttentionMatch, GqaMatch, Site, permuted
+from helix_compile.plan.matches import AttentionMatch, Grouped, Latent, permuted
 
 Parts = tuple[Tensor, Tensor]
 
 
-def query_parts(match: Site, values: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Parts:
-    """The original's own query [B, T, H, *], in the widths of both parts of an entry."""
-    if isinstance(match, GqaMatch):
-        q = values[match.q].double().transpose(1, 2)
-        first = spread_over_heads(q, 0, match)
-        return first, q.new_zeros(*q.shape[:3], match.cache.widths[1])
-    q = permuted(values[match.q].double(), match.q_form, "BTHC")
-    rope = permuted(values[match.q_rope_value or match.q].double(), match.q_rope_form, "BTHC")
-    w_uk = match.w_uk.of(tensors[prefix + match.w_uk.param].double())
-    absorbed = torch.einsum("bthd,hdr->bthr", q[..., list(match.q_nope)], w_uk)
-    return absorbed, rope[..., list(match.q_rope)]
+@dataclass(frozen=True)
+class LatentTerms:
+    """MLA: an entry is [latent | rope part]."""
+
+    match: AttentionMatch
+    kind: Latent
+
+    def query_parts(self, values: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Parts:
+        """The original's own query [B, T, H, *], in the widths of both parts of an entry."""
+        match, kind = self.match, self.kind
+        q = permuted(values[match.q].double(), match.q_form, "BTHC")
+        rope = permuted(values[kind.q_rope_value or match.q].double(), kind.q_rope_form, "BTHC")
+        w_uk = kind.w_uk.of(tensors[prefix + kind.w_uk.param].double())
+        absorbed = torch.einsum("bthd,hdr->bthr", q[..., list(kind.q_nope)], w_uk)
+        return absorbed, rope[..., list(kind.q_rope)]
+
+    def local_query(self, decode: fx.Node, values: dict[str, Any]) -> Tensor:
+        """The q that a rank's decode op got -> [B, T, h, first + second] against the rank's entries."""
+        return torch.cat([values[n.name].double() for n in decode.args[:2]], dim=-1)
+
+    def weighted(self, weights: Tensor, entries: Tensor, first_head: int = 0) -> Tensor:
+        """Weights [T, h, S] of heads from `first_head` on over a rank's entries [S, *]: [T, h, R], or [T, h, Dv]."""
+        return torch.einsum("ths,sr->thr", weights, entries[:, : self.kind.kv_lora_rank])
+
+    def roped(self) -> slice:
+        """Channels of an entry that are turned by its position."""
+        return slice(self.kind.kv_lora_rank, None)
 
 
-def spread_over_heads(q: Tensor, first_head: int, match: GqaMatch, kv_heads: int = 0) -> Tensor:
-    """Q [..., h, Dk] of heads from `first_head` on -> [..., h, K * Dk], each at its KV head's channels."""
-    K, group = kv_heads or match.kv_heads, match.num_heads // match.kv_heads
-    wide = q.new_zeros(*q.shape[:-1], K, q.shape[-1])
-    for j in range(q.shape[-2]):
-        wide[..., j, (first_head + j) // group, :] = q[..., j, :]
-    return wide.flatten(-2)
+@dataclass(frozen=True)
+class GroupedTerms:
+    """Grouped-query attention: an entry is [K of all KV heads | V of all]. As LatentTerms."""
+
+    match: AttentionMatch
+    kind: Grouped
+
+    def query_parts(self, values: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Parts:
+        """Q at its KV head's channels of K; V has no part in the scores."""
+        q = values[self.match.q].double().transpose(1, 2)
+        first = self._spread_over_heads(q, self.kind.kv_heads)
+        return first, q.new_zeros(*q.shape[:3], self.kind.kv_heads * self.kind.v_proj.width)
+
+    def local_query(self, decode: fx.Node, values: dict[str, Any]) -> Tensor:
+        """As query_parts, against the KV heads that the rank caches."""
+        q = values[decode.args[0].name].double()
+        kv_heads = q.shape[2] // self._group
+        k = self._spread_over_heads(q, kv_heads)
+        return torch.cat([k, k.new_zeros(*k.shape[:3], kv_heads * self.kind.v_proj.width)], dim=-1)
+
+    def weighted(self, weights: Tensor, entries: Tensor, first_head: int = 0) -> Tensor:
+        """Each head's own V."""
+        K_width, V_width = self.kind.k_proj.width, self.kind.v_proj.width
+        kv_heads = entries.shape[1] // (K_width + V_width)
+        v = entries[:, kv_heads * K_width :].reshape(len(entries), kv_heads, V_width)
+        read = torch.tensor([(first_head + j) // self._group for j in range(weights.shape[1])])
+        return torch.einsum("ths,shv->thv", weights, v[:, read])
+
+    def roped(self) -> slice:
+        """K."""
+        return slice(0, self.kind.kv_heads * self.kind.k_proj.width)
+
+    @property
+    def _group(self) -> int:
+        return self.match.num_heads // self.kind.kv_heads
+
+    def _spread_over_heads(self, q: Tensor, kv_heads: int) -> Tensor:
+        """Q [..., h, Dk] -> [..., h, K * Dk], each at its KV head's channels."""
+        wide = q.new_zeros(*q.shape[:-1], kv_heads, q.shape[-1])
+        for j in range(q.shape[-2]):
+            wide[..., j, j // self._group, :] = q[..., j, :]
+        return wide.flatten(-2)
 
 
-def past_of(match: Site, first: Tensor, second: Tensor) -> Parts:
+Terms = LatentTerms | GroupedTerms
+_TERMS: dict[type, Any] = {Latent: LatentTerms, Grouped: GroupedTerms}
+
+
+def terms_of(match: AttentionMatch) -> Terms:
+    """A site in these terms."""
+    terms: Terms = _TERMS[type(match.kind)](match, match.kind)
+    return terms
+
+
+def past_of(match: AttentionMatch, first: Tensor, second: Tensor) -> Parts:
     """Entries [B, S, *] as the original caches them: [B, heads, S, width]."""
     K = match.cache.heads or 1
     B, S = first.shape[:2]
@@ -51,7 +113,7 @@ def past_of(match: Site, first: Tensor, second: Tensor) -> Parts:
     )
 
 
-def empty_past(match: Site, B: int, S: int) -> Parts:
+def empty_past(match: AttentionMatch, B: int, S: int) -> Parts:
     """A past of zeros, as the original caches it."""
     row = match.cache
     return torch.zeros(B, row.heads or 1, S, row.first), torch.zeros(B, row.heads or 1, S, row.second)
@@ -63,7 +125,7 @@ def entries_of(parts: Parts) -> Parts:
     return a, b
 
 
-def new_entries(match: Site, values: dict[str, Any]) -> Parts:
+def new_entries(match: AttentionMatch, values: dict[str, Any]) -> Parts:
     """The entries [B, T, *] of the new tokens, by the original."""
     first, second = (values[name].double() for name in match.new)
     return entries_of((first, second))
@@ -87,25 +149,3 @@ def side_by_side(rows: Tensor, row: CacheRow) -> Tensor:
     if not row.heads:
         return rows
     return torch.cat([rows[..., : row.first].flatten(-2), rows[..., row.first :].flatten(-2)], -1)
-
-
-def local_query(match: Site, given: list[Tensor]) -> Tensor:
-    """What the decode op of a rank got as q -> [B, T, h, first + second] against the rank's entries."""
-    if isinstance(match, AttentionMatch):
-        return torch.cat(given[:2], dim=-1)
-    q = given[0]
-    group = match.num_heads // match.kv_heads
-    kv_heads = q.shape[2] // group
-    k = spread_over_heads(q, 0, match, kv_heads)
-    return torch.cat([k, k.new_zeros(*k.shape[:3], kv_heads * match.v_head_dim)], dim=-1)
-
-
-def weighted(match: Site, weights: Tensor, entries: Tensor, first_head: int = 0) -> Tensor:
-    """Weights [T, h, S] of heads from `first_head` on over a rank's entries [S, *]: [T, h, R], or [T, h, Dv]."""
-    if isinstance(match, AttentionMatch):
-        return torch.einsum("ths,sr->thr", weights, entries[:, : match.kv_lora_rank])
-    group, row = match.num_heads // match.kv_heads, match.cache
-    kv_heads = entries.shape[1] // (row.first + row.second)
-    v = entries[:, kv_heads * row.first :].reshape(len(entries), kv_heads, row.second)
-    read = torch.tensor([(first_head + j) // group for j in range(weights.shape[1])])
-    return torch.einsum("ths,shv->thv", weights, v[:, read])

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from helix_compile.kernels.reference import gqa_decode_reference
 from helix_compile.passes.match.attention import find_attention
-from helix_compile.plan.matches import GqaMatch, MatchFailure
+from helix_compile.plan.matches import AttentionMatch, Grouped, MatchFailure
 from tests.support.graphs import BodyValues
 from tests.support.toy_gqa import DK, DV, H, K, toy_graph
 
 
-def only_match(style: str) -> GqaMatch:
+def only_match(style: str) -> AttentionMatch:
     (match,) = find_attention(toy_graph(style))
-    assert isinstance(match, GqaMatch), match
+    assert isinstance(match, AttentionMatch) and isinstance(match.kind, Grouped), match
     return match
 
 
@@ -25,9 +25,10 @@ def only_match(style: str) -> GqaMatch:
 def test_the_match_says_what_the_graph_computes(style: str) -> None:
     """Attention over a cache made of the match's own parts is the anchor's value."""
     match, values = only_match(style), BodyValues(toy_graph(style))
-    assert (match.num_heads, match.kv_heads, match.q_head_dim, match.v_head_dim) == (H, K, DK, DV)
-    assert (match.k_weight, match.v_weight, match.q_weight) == ("k.weight", "v.weight", "q.weight")
-    assert (match.k_bias, match.o_weight, match.o_bias) == ("k.bias", "o.weight", None)
+    k, v = match.kind.linears
+    assert (match.num_heads, k.heads, match.q_head_dim, match.v_head_dim) == (H, K, DK, DV)
+    assert (k.weight, v.weight, match.q_proj.weight) == ("k.weight", "v.weight", "q.weight")
+    assert (k.bias, match.o_weight, match.o_bias) == ("k.bias", "o.weight", None)
     seen = torch.arange(8) < torch.tensor([[6, 7, 8]] * 2)[..., None]
     mask = torch.where(seen, 0.0, -torch.inf).double()[:, None]
     values.set(match.mask, mask)
@@ -40,8 +41,7 @@ def test_the_match_says_what_the_graph_computes(style: str) -> None:
 
     o, _ = gqa_decode_reference(
         values[match.q].transpose(1, 2),
-        cached(match.past_k, match.k),
-        cached(match.past_v, match.v),
+        *(cached(past, new) for past, new in zip(match.past, match.new, strict=True)),
         torch.tensor([[0], [1]]),
         torch.tensor([[6, 7, 8]] * 2, dtype=torch.int32),
         match.scale,
@@ -103,7 +103,7 @@ UNCUT: list[tuple[str, str, str]] = [
 def test_what_can_not_be_cut_by_heads_is_said_and_is_no_refusal(miss: str, what: str, reason: str) -> None:
     """It works where nothing is cut: at tpa=1."""
     (match,) = find_attention(toy_graph("repeat", miss))
-    assert isinstance(match, GqaMatch), match
+    assert isinstance(match, AttentionMatch) and isinstance(match.kind, Grouped), match
     (uncut,) = match.uncut
     assert uncut.what == what and reason in uncut.reason, uncut
     assert uncut.node and uncut.where.startswith("toy_gqa.py:")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helix_compile.capture import model as capture
+from helix_compile.capture.model import capture
 from helix_compile.ir.elements import trace_elements
 from helix_compile.ir.graph import placeholders
 from helix_compile.passes.match.attention import find_attention

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from helix_compile.ir.graph import aten, calls, is_call, node_named
 from helix_compile.ir.stage import copy_graph
 from helix_compile.passes.match.attention import find_attention
-from helix_compile.plan.matches import AttentionMatch, MatchFailure
+from helix_compile.plan.matches import AttentionMatch, Latent, MatchFailure
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.graphs import BodyValues, captured_tiny
 from tests.support.models import SIZES
@@ -25,8 +25,14 @@ def dense_body(variant: str = "plain", attention: str = "sdpa") -> fx.Graph:
 
 def only_match(graph: fx.Graph) -> AttentionMatch:
     (match,) = find_attention(graph)
-    assert isinstance(match, AttentionMatch)
+    assert isinstance(match, AttentionMatch) and isinstance(match.kind, Latent)
     return match
+
+
+def only_kind(graph: fx.Graph) -> Latent:
+    kind = only_match(graph).kind
+    assert isinstance(kind, Latent)
+    return kind
 
 
 def only_failure(graph: fx.Graph) -> MatchFailure:
@@ -38,28 +44,29 @@ def only_failure(graph: fx.Graph) -> MatchFailure:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_tables_are_the_rows_of_kv_b_proj(attention: str) -> None:
     """Transformers lays kv_b_proj out as [H, nope + v, R] and a query head as [nope, rope]."""
-    match = only_match(dense_body(attention=attention))
+    match, kind = only_match(dense_body(attention=attention)), only_kind(dense_body(attention=attention))
     rows = torch.arange(H * (NOPE + V)).view(H, NOPE + V)
-    assert torch.equal(torch.tensor(match.w_uk.rows), rows[:, :NOPE])
-    assert torch.equal(torch.tensor(match.w_uv.rows), rows[:, NOPE:])
-    assert (match.q_nope, match.q_rope) == (tuple(range(10)), tuple(range(10, 16)))
-    sizes = (match.num_heads, match.kv_lora_rank, match.qk_rope_head_dim, match.v_head_dim)
-    assert sizes == (H, R, ROPE, V) and match.qk_nope_head_dim == NOPE
-    assert match.w_uk.param == match.w_uv.param == "self_attn.kv_b_proj.weight"
-    assert match.o_weight.endswith("o_proj.weight") and match.q_weight.endswith("q_b_proj.weight")
+    assert torch.equal(torch.tensor(kind.w_uk.rows), rows[:, :NOPE])
+    assert torch.equal(torch.tensor(kind.w_uv.rows), rows[:, NOPE:])
+    assert (kind.q_nope, kind.q_rope) == (tuple(range(10)), tuple(range(10, 16)))
+    sizes = (match.num_heads, match.q_head_dim, match.v_head_dim)
+    assert sizes == (H, NOPE + ROPE, V) and match.cache.widths == (R, ROPE)
+    assert kind.w_uk.param == kind.w_uv.param == "self_attn.kv_b_proj.weight"
+    assert match.o_weight.endswith("o_proj.weight") and match.q_proj.weight.endswith("q_b_proj.weight")
 
 
 def absorbed(match: AttentionMatch, values: BodyValues) -> Tensor:
     """Attention [B, H, T, V] written with the match's tables alone; every key is visible."""
+    kind = match.kind
+    assert isinstance(kind, Latent)
     latent, rope = (
-        torch.cat([values[past], values[new]], dim=2)[:, 0]
-        for past, new in ((match.past_latent, match.latent), (match.past_rope, match.k_rope))
+        torch.cat([values[past], values[new]], dim=2)[:, 0] for past, new in zip(match.past, match.new, strict=True)
     )
     q = values[match.q]
-    w_uk, w_uv = (values.param(w.param)[torch.tensor(w.rows)] for w in (match.w_uk, match.w_uv))
-    q_latent = torch.einsum("bhtn,hnr->bhtr", q[..., list(match.q_nope)], w_uk)
+    w_uk, w_uv = (values.param(w.param)[torch.tensor(w.rows)] for w in (kind.w_uk, kind.w_uv))
+    q_latent = torch.einsum("bhtn,hnr->bhtr", q[..., list(kind.q_nope)], w_uk)
     scores = torch.einsum("bhtr,bsr->bhts", q_latent, latent)
-    scores = scores + torch.einsum("bhtj,bsj->bhts", q[..., list(match.q_rope)], rope)
+    scores = scores + torch.einsum("bhtj,bsj->bhts", q[..., list(kind.q_rope)], rope)
     weights = torch.softmax(scores * match.scale, dim=-1)
     return torch.einsum("bhts,bsr,hvr->bhtv", weights, latent, w_uv)
 
@@ -87,7 +94,7 @@ def test_yarn_scale_is_read_from_the_graph() -> None:
 
 def test_biases_are_named() -> None:
     match = only_match(dense_body("attention_bias"))
-    assert match.q_bias is None and match.o_bias == "self_attn.o_proj.bias"
+    assert match.q_proj.bias is None and match.o_bias == "self_attn.o_proj.bias"
 
 
 def test_v_scaled_is_refused_at_the_multiplication() -> None:
@@ -105,7 +112,7 @@ def test_v_scaled_is_refused_at_the_multiplication() -> None:
 
 def test_a_bias_on_the_expansion_is_refused() -> None:
     graph = dense_body()
-    kv_up = node_named(graph, only_match(graph).v_up)
+    kv_up = node_named(graph, only_kind(graph).w_uv.product)
     bias = next(n for n in graph.nodes if n.op == "placeholder")
     kv_up.args = (*kv_up.args[:2], bias)
     failure = only_failure(graph)
@@ -116,7 +123,7 @@ def test_a_bias_on_the_expansion_is_refused() -> None:
 def test_a_cache_that_is_extended_in_another_way_is_refused(fault: str) -> None:
     """Positions would count otherwise: the rewrite appends behind what is cached."""
     graph = dense_body()
-    latent = node_named(graph, only_match(graph).latent)
+    latent = node_named(graph, only_match(graph).new[0])
     (update,) = [n for n in latent.users if is_call(n, aten.cat.default)]
     past, new = update.args[0]
     update.args = {
@@ -131,7 +138,7 @@ def test_a_cache_that_is_extended_in_another_way_is_refused(fault: str) -> None:
 
 def test_k_and_v_from_two_linears_over_one_latent_match() -> None:
     graph = dense_body()
-    kv_up = node_named(graph, only_match(graph).v_up)
+    kv_up = node_named(graph, only_kind(graph).w_uv.product)
     (anchor,) = calls(graph, aten.scaled_dot_product_attention.default)
     with graph.inserting_after(kv_up):
         twin = graph.call_function(aten.linear.default, kv_up.args)
@@ -144,11 +151,11 @@ def test_k_and_v_from_two_linears_over_one_latent_match() -> None:
         v = graph.call_function(aten.slice.Tensor, (heads, 3, NOPE, NOPE + V))
         v.meta["val"] = heads.meta["val"][..., NOPE:]
     anchor.update_arg(2, v)
-    match = only_match(graph)
-    assert (match.v_up, match.k_up) == (twin.name, kv_up.name)
+    kind = only_kind(graph)
+    assert (kind.w_uv.product, kind.w_uk.product) == (twin.name, kv_up.name)
     rows = torch.arange(H * (NOPE + V)).view(H, NOPE + V)
-    assert torch.equal(torch.tensor(match.w_uv.rows), rows[:, NOPE:])
-    assert torch.equal(torch.tensor(match.w_uk.rows), rows[:, :NOPE])
+    assert torch.equal(torch.tensor(kind.w_uv.rows), rows[:, NOPE:])
+    assert torch.equal(torch.tensor(kind.w_uk.rows), rows[:, :NOPE])
 
 
 def test_two_users_behind_attention_are_refused() -> None:

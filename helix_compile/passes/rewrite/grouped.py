@@ -1,0 +1,34 @@
+"""Grouped-query attention: K and V are cached as they are, by KV heads.
+
+k, v of the new tokens: this rank's KV heads (k_proj and v_proj are cut over tpa)
+cache_append(k, v) at this rank's slots; cache [pages, page_size, K / tpa, Dk + Dv]
+partial_o, lse = gqa_decode(q, cache[..., :Dk], cache[..., Dk:])
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from helix_compile.ir.graph import aten, getitems, named, node_named
+from helix_compile.ir.ops import helix
+from helix_compile.ir.origin import made_from
+from helix_compile.passes.rewrite.parts import append_to_cache, gathered_query
+from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.plan.matches import AttentionMatch
+
+
+def grouped_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: HelixPlan) -> list[fx.Node]:
+    """(partial_o [B, T, Ht, Dv], lse) of one site."""
+    with made_from(graph, node_named(graph, match.q)):
+        q = named(graph, "q_heads", aten.transpose.int, node_named(graph, match.q), 1, 2)
+        if plan.options.q_proj == "gather":
+            q = gathered_query(graph, q, plan.layout)
+    cache, page_table, written = append_to_cache(graph, match, site, aten.transpose.int, 1, 2)
+    row = match.cache
+    with made_from(graph, *(node_named(graph, n) for n in match.past)):
+        k_cache = named(graph, "k_cache", aten.slice.Tensor, cache, 3, 0, row.first)
+        v_cache = named(graph, "v_cache", aten.slice.Tensor, cache, 3, row.first, row.first + row.second)
+    attended = named(
+        graph, "gqa_decode", helix.gqa_decode.default, q, k_cache, v_cache, page_table, written, match.scale
+    )
+    return getitems(graph, attended, "partial_o", "lse")
