@@ -185,6 +185,8 @@ class HelixModule(nn.Module):
         if not append:
             self.reset()  # an interrupt while writing must not leave lengths that promise the old entries
         layout = self.plan.layout
+        self._ledger.clear_tails(self._caches(), layout)
+        self._ledger.promise([len(tokens) for tokens in entries[0]])
         for rank in self.ranks:
             kvp_rank = layout.index("kvp", rank.rank)
             for cache, kind, rows in zip(rank.cache, self._facts.caches, entries, strict=True):

@@ -6,7 +6,7 @@ the unit inside a rank's shard; the two are independent. Every rank has the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +34,7 @@ class Ledger:
     Attributes:
         lengths: tokens of each sequence of the current batch; empty before the first step.
         page_table: [max_batch_size, pages of a sequence] int64.
+        written: positions of each row up to which something may lie in the caches, max_batch_size of them.
     """
 
     options: HelixOptions
@@ -41,10 +42,12 @@ class Ledger:
     device: torch.device
     lengths: list[int] = field(default_factory=list)
     page_table: Tensor = field(init=False)
+    written: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         rows, pages = self.options.max_batch_size, pages_per_sequence(self.options, self.kvp)
         self.page_table = torch.arange(rows * pages, device=self.device).view(rows, pages)
+        self.written = [0] * rows
 
     @property
     def batch_size(self) -> int:
@@ -60,6 +63,27 @@ class Ledger:
                     f"sequence {row} is full: {length} tokens + {new} new = {length + new} > "
                     f"max_seq_len={self.options.max_seq_len}; compile with a larger max_seq_len or reset()"
                 )
+
+    def promise(self, new_tokens: list[int]) -> None:
+        """Say before they are written that these tokens will be: an interrupt leaves what clear_tails() must find."""
+        lengths = self.lengths or [0] * len(new_tokens)
+        for row, (length, new) in enumerate(zip(lengths, new_tokens, strict=True)):
+            self.written[row] = max(self.written[row], length + new)
+
+    def clear_tails(self, caches: Mapping[int, list[Tensor]], layout: HelixLayout) -> None:
+        """Zero what was written behind the lengths and given up since (reset, truncate, a step that failed).
+
+        Kernels read whole pages and mask what lies behind a length; a NaN there would reach an output as 0 * NaN.
+        """
+        lengths = self.lengths + [0] * (len(self.written) - len(self.lengths))
+        for row, (written, length) in enumerate(zip(self.written, lengths, strict=True)):
+            if written <= length:
+                continue
+            for rank, held in caches.items():
+                mine = positions_on_rank(written, layout.index("kvp", rank), self.kvp, self.options.tokens_per_block)
+                for cache in held:
+                    cache[self._places(cache, row, mine[mine >= length])] = 0
+            self.written[row] = length
 
     def advance(self, new_tokens: list[int]) -> None:
         """Count tokens that were written."""

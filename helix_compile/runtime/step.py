@@ -58,11 +58,13 @@ def run_step(
         raise RuntimeFault(f"logits_to_keep must be an int >= 0 (0: all), got {logits_to_keep!r}")
     first = max(0, T - logits_to_keep) if logits_to_keep else 0
     ledger.check_room(mask.sum(dim=1).tolist())
+    ledger.clear_tails({rank.rank: rank.cache for rank in module.ranks}, module.plan.layout)
     ids = input_ids.to(module.device, torch.int64)
 
     def run_chunk(c: slice) -> Tensor:
         step = {"input_ids": ids[:, c], "positions": ledger.positions(mask[:, c]), "page_table": ledger.pages_of(B)}
         inputs = [_inputs_of(module, graph, rank, own, step) for rank, own in zip(module.ranks, params, strict=True)]
+        ledger.promise(mask[:, c].sum(dim=1).tolist())
         with torch.no_grad():
             logits = module.world.run(graph, inputs)[0]
         ledger.advance(mask[:, c].sum(dim=1).tolist())

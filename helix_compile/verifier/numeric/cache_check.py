@@ -96,17 +96,18 @@ def _entry_fault(got: Tensor, wanted: Tensor, attention: AttentionMatch, limit: 
 @contextmanager
 def _stand_in_caches(compiled: HelixModule) -> Iterator[None]:
     """Empty caches and an empty batch; the module's own come back afterwards, untouched."""
-    caches, lengths = [rank.cache for rank in compiled.ranks], compiled._ledger.lengths
+    caches, ledger = [rank.cache for rank in compiled.ranks], compiled._ledger
+    lengths, written = ledger.lengths, ledger.written
     for rank in compiled.ranks:
         # not filled: memory that nobody writes is never really taken
         rank.cache = [torch.empty_like(cache) for cache in rank.cache]
-    compiled._ledger.lengths = []
+    ledger.lengths, ledger.written = [], [0] * len(written)
     try:
         yield
     finally:
         for rank, cache in zip(compiled.ranks, caches, strict=True):
             rank.cache = cache
-        compiled._ledger.lengths = lengths
+        ledger.lengths, ledger.written = lengths, written
 
 
 def check_import(compiled: HelixModule) -> list[Finding]:
