@@ -1,6 +1,4 @@
-"""Typing rules of the helix:: ops: what attention, exchange, merge, experts and reshards take and leave.
-
-Typing rules of what lowering makes: collectives, and the packing around them.
+"""Typing rules of the helix:: ops, of the packing around an exchange, and of collectives.
 
 Between a collective and its wait_tensor a value is Pending; only wait_tensor takes it.
 """
