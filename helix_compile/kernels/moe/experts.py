@@ -297,7 +297,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     cases: list[CompileCase] = []
     for N in (selected, max(selected, FEW_TOKENS + 1)):
         rows = [torch.empty((N, int(t.shape[1])), dtype=t.dtype, device="meta") for t in (x, expert_ids, weights)]
-        _, launches = _launches(target, *rows, *(_as_meta(t) for t in held))
+        _, launches = _launches(target, *rows, *held)
         known = [(c.kernel, c.constexprs) for c in cases]
         for step in launches:
             facts = {n: v for n, v in step.arguments.items() if n != "pairs"}  # not specialised
@@ -305,14 +305,6 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
             if (case.kernel, case.constexprs) not in known:
                 cases.append(case)
     return cases
-
-
-def _as_meta(tensor: Tensor) -> Tensor:
-    """Shape, strides and offset without values, out of fake mode."""
-    shape, stride = [int(n) for n in tensor.shape], [int(n) for n in tensor.stride()]
-    offset = int(tensor.storage_offset())
-    extent = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    return torch.empty(extent, dtype=tensor.dtype, device="meta").as_strided(shape, stride, offset)
 
 
 MOE_EXPERTS = register_kernel(OPS["moe_experts"], moe_experts_triton, _supports, _cases)
