@@ -220,8 +220,7 @@ def _all_to_all(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
 
 def _wait(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x = of(node.args[0])
-    if PENDING not in x:
-        raise Violation("wait_tensor on a value that no collective is computing", "pending")
+    require(PENDING in x, "wait_tensor on a value that no collective is computing", "pending")
     return {a: p for a, p in x.items() if a != PENDING}
 
 
