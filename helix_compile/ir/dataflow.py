@@ -1,8 +1,6 @@
-"""Which piece of a graph is a function of one value: walk back from its results until only that value is left.
+"""Pieces of a captured graph: which are a function of one value, and what they compute on concrete tensors.
 
-A fused kernel stands for such a piece. What the piece computes is decided by evaluating it, not by its spelling.
-
-Run a piece of a captured graph on concrete tensors: how masks and query heads are accepted, by what they do.
+So a fused kernel's piece, a mask and query heads are accepted by what they do, not by their spelling.
 """
 
 from __future__ import annotations
@@ -41,10 +39,7 @@ def _carries(node: fx.Node) -> bool:
     """True for a node that carries tokens: no parameter, nothing computed from parameters alone, no size."""
     if is_param(node) or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
         return False
-    if node.op == "placeholder":
-        return True
-    inputs = node.all_input_nodes
-    return any(_carries(n) for n in inputs)
+    return node.op == "placeholder" or any(map(_carries, node.all_input_nodes))
 
 
 def follow(start: Iterable[fx.Node], towards: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:

@@ -22,18 +22,25 @@ import triton.language as tl
 from torch import Tensor
 
 from helix_compile.kernels.ops import OPS
-from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
+from helix_compile.kernels.registry import (
+    CompileCase,
+    Prepared,
+    Site,
+    cases_of,
+    launch_of,
+    register_kernel,
+    register_launches,
+    run,
+)
 from helix_compile.kernels.rope_heads import rotate_pairs, token_strides, unit_stride
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
-ELEMENT = {**TRITON_TYPE, torch.int32: "i32", torch.int64: "i64"}
+_ANGLE_STRIDES = ("stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T")
 
 
-ANGLE_STRIDES = ("stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T")
-
-
-FUSED_ONLY = ("norm_weight_ptr", "cos_ptr", "sin_ptr", "eps", *ANGLE_STRIDES)
+# arguments of the fused form, without values where the launch only appends
+_FUSED_ONLY = dict.fromkeys(("norm_weight_ptr", "cos_ptr", "sin_ptr", "eps", *_ANGLE_STRIDES))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -107,75 +114,72 @@ def _cache_append_kernel(  # type: ignore[no-untyped-def] # Triton types its arg
             tl.store(row_ptr + R + rope_channel, k_rope.to(cache_dtype), mask=rope_channel < r)
 
 
-def _arguments(
-    out: Tensor, cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
-) -> dict[str, Any]:
-    """Arguments of a launch that only appends; tensors may be fake."""
+def _prepare(
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> Prepared:
+    """Without a weight the launch only appends."""
+    out = OPS["cache_append"].fake(cache, page_table, slots, visible, latent, k_rope)
     page_table, latent, k_rope = unit_stride(page_table), unit_stride(latent), unit_stride(k_rope)
-    return {
-        "cache_ptr": cache,
-        "page_table_ptr": page_table,
-        "slots_ptr": slots.contiguous(),
-        "visible_ptr": visible.contiguous(),
-        "latent_ptr": latent,
-        "k_rope_ptr": k_rope,
-        "out_ptr": out,
-        "stride_cache_page": cache.stride(0),
-        "stride_cache_slot": cache.stride(1),
-        "stride_table_B": page_table.stride(0),
-        **dict(zip(("stride_latent_B", "stride_latent_T"), token_strides(latent), strict=True)),
-        **dict(zip(("stride_rope_B", "stride_rope_T"), token_strides(k_rope), strict=True)),
-        "T": slots.shape[1],
-    }
-
-
-def _norm_rope_arguments(norm_weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> dict[str, Any]:
-    cos, sin = unit_stride(cos), unit_stride(sin)
-    strides = zip(ANGLE_STRIDES, (*token_strides(cos), *token_strides(sin)), strict=True)
-    return {"norm_weight_ptr": norm_weight.contiguous(), "eps": eps, "cos_ptr": cos, "sin_ptr": sin, **dict(strides)}
-
-
-def _triton_type(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"*{ELEMENT[value.dtype]}"
-    return "fp32" if isinstance(value, float) else "i32"
-
-
-def _case(arguments: dict[str, Any], R: int, r: int, interleaved: bool | None) -> CompileCase:
-    """The case of `arguments`; `interleaved` None: append without norm and rope."""
-    fused = interleaved is not None
-    form = "append" if not fused else f"norm, rope ({'interleaved' if interleaved else 'halves'})"
-    return CompileCase(
-        kernel="cache_append.norm_rope" if fused else "cache_append",
-        function=_cache_append_kernel,
-        signature={name: _triton_type(value) for name, value in arguments.items()},
-        constexprs={
-            **({} if fused else dict.fromkeys(FUSED_ONLY)),
-            "NORM_ROPE": fused,
-            "INTERLEAVED": bool(interleaved),
-            "PAGE": int(arguments["cache_ptr"].shape[1]),
+    R, r = latent.shape[2], k_rope.shape[2]
+    fused: dict[str, Any] = {}
+    kernel, form = "cache_append", "append"
+    if norm_weight is not None and cos is not None and sin is not None:
+        cos, sin = unit_stride(cos), unit_stride(sin)
+        fused = {"norm_weight_ptr": norm_weight.contiguous(), "eps": eps, "cos_ptr": cos, "sin_ptr": sin}
+        fused |= token_strides(cos=cos, sin=sin)
+        kernel, form = "cache_append.norm_rope", f"norm, rope ({'interleaved' if interleaved else 'halves'})"
+    step = launch_of(
+        kernel,
+        _cache_append_kernel,
+        (slots.numel(),),
+        {
+            "cache_ptr": cache,
+            "page_table_ptr": page_table,
+            "slots_ptr": slots.contiguous(),
+            "visible_ptr": visible.contiguous(),
+            "latent_ptr": latent,
+            "k_rope_ptr": k_rope,
+            "out_ptr": out,
+            "stride_cache_page": cache.stride(0),
+            "stride_cache_slot": cache.stride(1),
+            "stride_table_B": page_table.stride(0),
+            **token_strides(latent=latent, rope=k_rope),
+            "T": slots.shape[1],
+            **fused,
+        },
+        {
+            **({} if fused else _FUSED_ONLY),
+            "NORM_ROPE": bool(fused),
+            "INTERLEAVED": interleaved,
+            "PAGE": cache.shape[1],
             "R": R,
             "r": r,
             "BLOCK_R": triton.next_power_of_2(R),
             "BLOCK_ROPE": triton.next_power_of_2(r),
         },
-        options={"num_warps": 1, "num_stages": 1},
         config=f"{form}, {R} + {r} channels",
+        num_warps=1,
     )
+    return out, [step]
 
 
-def cache_append_triton(
-    cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
-) -> Tensor:
+def cache_append_triton(cache: Tensor, *rest: Any) -> Tensor:
     """See cache_append_reference; float32, bfloat16 or float16 in any combination."""
-    if cache.dim() == 4:
-        rows = _heads_as_tokens(cache, page_table, slots, visible, latent, k_rope)
-        return cache_append_triton(*rows).view(*visible.shape, -1)[..., 0].contiguous()
-    out = OPS["cache_append"].fake(cache, page_table, slots, visible, latent, k_rope)
-    arguments = _arguments(out, cache, page_table, slots, visible, latent, k_rope)
-    case = _case(arguments, latent.shape[2], k_rope.shape[2], None)
-    launch(case, (slots.numel(),), arguments)
-    return out
+    if cache.dim() == 3:
+        return run(_prepare(cache, *rest))
+    rows: tuple[Any, ...] = _heads_as_tokens(cache, *rest)
+    by_head: Tensor = run(_prepare(*rows))
+    return by_head.view(*rest[2].shape, -1)[..., 0].contiguous()
 
 
 def _heads_as_tokens(
@@ -195,21 +199,6 @@ def _heads_as_tokens(
     )
 
 
-def cache_append_norm_rope_triton(*args: Any) -> Tensor:
-    """See cache_append_norm_rope_reference."""
-    case, arguments = _norm_rope_case(args)
-    launch(case, (arguments["slots_ptr"].numel(),), arguments)
-    out: Tensor = arguments["out_ptr"]
-    return out
-
-
-def _norm_rope_case(args: tuple[Any, ...]) -> tuple[CompileCase, dict[str, Any]]:
-    append, norm_rope, interleaved = args[:6], args[6:10], args[10]
-    arguments = {**_arguments(OPS["cache_append"].fake(*append), *append), **_norm_rope_arguments(*norm_rope)}
-    R, r = (int(x.shape[2]) for x in append[4:])
-    return _case(arguments, R, r, interleaved), arguments
-
-
 def _refusal(cache: Tensor, floats: tuple[Tensor, ...]) -> str | None:
     if any(x.dtype not in TRITON_TYPE for x in (cache, *floats)):
         dtypes = ", ".join(str(x.dtype) for x in floats)
@@ -226,13 +215,10 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    args = _heads_as_tokens(*site.args) if site.args[0].dim() == 4 else site.args
-    arguments = _arguments(OPS["cache_append"].fake(*args), *args)
-    R, r = (int(x.shape[2]) for x in args[4:6])
-    return [specialize(_case(arguments, R, r, None), arguments)]
+    return cases_of(_prepare(*(_heads_as_tokens(*site.args) if site.args[0].dim() == 4 else site.args)))
 
 
-def _cache_append_norm_rope_supports(site: Site, target: KernelTarget) -> str | None:
+def _norm_rope_supports(site: Site, target: KernelTarget) -> str | None:
     cache, _, _, _, latent, k_rope, norm_weight, _, cos, sin, _ = site.args
     if cache.dim() == 4:
         return "a cache with KV heads; the fused kernel writes one latent a token"
@@ -241,16 +227,7 @@ def _cache_append_norm_rope_supports(site: Site, target: KernelTarget) -> str | 
     return _refusal(cache, (latent, k_rope, norm_weight, cos, sin))
 
 
-def _cache_append_norm_rope_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    return [specialize(*_norm_rope_case(site.args))]
-
-
 CACHE_APPEND = register_kernel(OPS["cache_append"], cache_append_triton, _supports, _cases)
 
 
-CACHE_APPEND_NORM_ROPE = register_kernel(
-    OPS["cache_append.norm_rope"],
-    cache_append_norm_rope_triton,
-    _cache_append_norm_rope_supports,
-    _cache_append_norm_rope_cases,
-)
+CACHE_APPEND_NORM_ROPE = register_launches(OPS["cache_append.norm_rope"], _prepare, _norm_rope_supports)

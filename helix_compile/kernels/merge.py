@@ -1,24 +1,18 @@
-"""merge_lse: partial_o_P [P, B, T, h, W], lse_P [P, B, T, h] -> o [B, T, h, W], the softmax-weighted sum over peers.
+"""Sums of parts weighted by softmax: of peers (merge_lse), and of the splits of one rank's shard (merge_splits).
 
-    P peers, B sequences, T tokens, h heads owned here, W width of a head's output (R or V); rows = B * T * h
-    program (row block, block of W): all peers of its rows, one pass
-    tile [BLOCK_ROWS, BLOCK_P, BLOCK_W]: several rows where W is small
+    merge_lse      partial_o_P [P, B, T, h, W], lse_P [P, B, T, h] -> o [B, T, h, W]
+                   P peers, B sequences, T tokens, h heads owned here, W width of a head's output (R or V);
+                   rows = B * T * h; program (row block, block of W): all peers of its rows, one pass
+                   tile [BLOCK_ROWS, BLOCK_P, BLOCK_W]: several rows where W is small
+    merge_splits   partial_o_S [B, T, H, S, R], lse_S [B, T, H, S] -> partial_o [B, T, H, R], lse [B, T, H]
+                   S splits; program (row, block of BLOCK_R channels): all its splits, one pass
 
-Both inputs may be strided views of the packed exchange buffer: they are read where the collective left them. A peer
-with lse = -inf is not read at all. The spec is merge_lse_reference. kernels/pack_heads.py merges the splits of one
-rank by the same weights.
-
-Merge_splits: partial_o_S [B, T, H, S, R], lse_S [B, T, H, S] -> partial_o [B, T, H, R], lse [B, T, H].
-
-    S splits of one rank's shard; program (row, block of BLOCK_R channels): all its splits, one pass
-
-The sum of merge_lse over the splits of one rank, with the lse that the merge over ranks needs. A split with lse = -inf
-is not read; a row that no split has seen gets 0 and -inf.
+merge_lse may get strided views of the packed exchange buffer: they are read where the collective left them. A part with
+lse = -inf is not read at all; a row that no part has seen gets 0 (and lse -inf). The spec is merge_lse_reference.
+kernels/pack_heads.py merges the splits of one rank by the same weights.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -27,7 +21,16 @@ from torch import Tensor
 
 from helix_compile.kernels.exchange import NATIVE
 from helix_compile.kernels.ops import OPS
-from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
+from helix_compile.kernels.registry import (
+    CompileCase,
+    Prepared,
+    Site,
+    cases_of,
+    launch,
+    launch_of,
+    register_kernel,
+    run,
+)
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
@@ -35,9 +38,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-STRIDES = ("stride_o_P", "stride_o_row", "stride_lse_P")
 
 
 @triton.jit
@@ -96,25 +96,7 @@ def merge_tile(parts: int, W: int) -> tuple[dict[str, int], int]:
     return blocks, max(1, block_rows * block_parts * block_w // 2048)
 
 
-def _case(peers: int, W: int, dtype: torch.dtype) -> CompileCase:
-    element = TRITON_TYPE[dtype]
-    blocks, num_warps = merge_tile(peers, W)
-    return CompileCase(
-        kernel="merge_lse",
-        function=_merge_lse_kernel,
-        signature={
-            "o_ptr": f"*{element}",
-            "lse_ptr": "*fp32",
-            "out_ptr": f"*{element}",
-            **dict.fromkeys((*STRIDES, "rows"), "i32"),
-        },
-        constexprs={"PEERS": peers, "W": W, **blocks},
-        options={"num_warps": num_warps, "num_stages": 1},
-        config=f"{peers} parts, BLOCK_ROWS {blocks['BLOCK_ROWS']}, BLOCK_W {blocks['BLOCK_W']}",
-    )
-
-
-def merge_lse_triton(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
+def _prepare(partial_o_P: Tensor, lse_P: Tensor) -> Prepared:
     """See merge_lse_reference; float32, bfloat16 or float16 parts with float32 lse."""
     peers, B, T, h, W = partial_o_P.shape
     # views of the packed buffer flatten to views; anything else is copied
@@ -122,11 +104,11 @@ def merge_lse_triton(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
     parts = parts if parts.stride(2) == 1 else parts.contiguous()
     lse = lse if lse.stride(1) == 1 else lse.contiguous()
     out = partial_o_P.new_empty((B, T, h, W))
-    case = _case(peers, W, partial_o_P.dtype)
     rows = B * T * h
-    blocks = case.constexprs
-    launch(
-        case,
+    blocks, num_warps = merge_tile(peers, W)
+    step = launch_of(
+        "merge_lse",
+        _merge_lse_kernel,
         (triton.cdiv(rows, blocks["BLOCK_ROWS"]), triton.cdiv(W, blocks["BLOCK_W"])),
         {
             "o_ptr": parts,
@@ -137,8 +119,11 @@ def merge_lse_triton(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
             "stride_lse_P": lse.stride(0),
             "rows": rows,
         },
+        {"PEERS": peers, "W": W, **blocks},
+        config=f"{peers} parts, BLOCK_ROWS {blocks['BLOCK_ROWS']}, BLOCK_W {blocks['BLOCK_W']}",
+        num_warps=num_warps,
     )
-    return out
+    return out, [step]
 
 
 def refusal(what: str, lse: Tensor, *dtypes: torch.dtype) -> str | None:
@@ -154,23 +139,13 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    parts, lse = site.args
-    peers, B, T, h, W = parts.shape
     # fake views of the packed buffer are contiguous; the real ones begin behind lse and have its strides
-    row_bytes = B * T * h * NATIVE.head_bytes(W, parts.dtype, lse.dtype)
-    arguments: dict[str, Any] = {
-        "o_ptr": B * T * h * lse.dtype.itemsize,
-        "lse_ptr": 0,
-        "out_ptr": 0,
-        "stride_o_P": row_bytes // parts.dtype.itemsize,
-        "stride_o_row": W,
-        "stride_lse_P": row_bytes // lse.dtype.itemsize,
-        "rows": B * T * h,
-    }
-    return [specialize(_case(int(peers), int(W), parts.dtype), arguments)]
+    peers, B, T, h = site.args[1].shape
+    o, lse = (part.new_empty((B, T, peers * h, *part.shape[4:])) for part in site.args)
+    return cases_of(_prepare(*NATIVE.unpack(NATIVE.buffer(o, lse, peers), o, lse)))
 
 
-MERGE_LSE = register_kernel(OPS["merge_lse"], merge_lse_triton, _supports, _cases)
+MERGE_LSE = register_kernel(OPS["merge_lse"], lambda *args: run(_prepare(*args)), _supports, _cases)
 
 
 BLOCK_R = 128

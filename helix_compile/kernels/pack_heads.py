@@ -14,8 +14,6 @@ The specs are pack_heads_reference and pack_splits_reference.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,19 +21,8 @@ from torch import Tensor
 
 from helix_compile.kernels.merge import merge_tile, refusal, softmax_weights
 from helix_compile.kernels.ops import OPS
-from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
+from helix_compile.kernels.registry import Prepared, Site, launch_of, register_launches
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import TRITON_TYPE
-
-INTEGERS = (
-    "stride_o_row",
-    "stride_o_S",
-    "stride_lse_row",
-    "stride_lse_S",
-    "stride_out_o_P",
-    "stride_out_lse_P",
-    "rows",
-)
 
 
 @triton.jit
@@ -100,87 +87,55 @@ def _pack_heads_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
             tl.store(out_lse_ptr + peer * stride_out_lse_P + out_row, lse, mask=inside)
 
 
-def _case(splits: int | None, H: int, peers: int, W: int, o: torch.dtype, out: torch.dtype) -> CompileCase:
-    """The case of `splits` parts of dtype `o` (None: merged already, a copy) packed as `out`."""
-    blocks, num_warps = merge_tile(splits or 1, W)
-    lse_out = "*fp32" if out == torch.float32 else "*i16"
-    what = "copy" if splits is None else f"{splits} splits"
-    return CompileCase(
-        kernel="pack_heads" if splits is None else "pack_heads.splits",
-        function=_pack_heads_kernel,
-        signature={
-            "o_ptr": f"*{TRITON_TYPE[o]}",
-            "lse_ptr": "*fp32",
-            "out_o_ptr": f"*{TRITON_TYPE[out]}",
-            "out_lse_ptr": lse_out,
-            **dict.fromkeys(INTEGERS, "i32"),
-        },
-        constexprs={
-            "MERGE": splits is not None,
-            "SPLITS": splits or 1,
-            "H": H,
-            "CHUNK_H": H // peers,
-            "W": W,
-            **blocks,
-        },
-        options={"num_warps": num_warps, "num_stages": 1},
-        config=f"{what}, BLOCK_ROWS {blocks['BLOCK_ROWS']}, BLOCK_W {blocks['BLOCK_W']}",
-    )
-
-
-def _arguments(o: Tensor, lse: Tensor, buffer: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of a launch over o [rows, S, W] and lse [rows, S]; tensors may be fake."""
-    rows = lse.shape[0]
-    chunk_rows = rows // buffer.shape[0]
+def _prepare(partial_o: Tensor, lse: Tensor, buffer: Tensor, dtype: torch.dtype, merge: bool) -> Prepared:
+    """Pack partial_o [B, T, H, S, W] and lse [B, T, H, S] as `dtype`; S = 1 without `merge`, which is a copy."""
+    H, splits, W = partial_o.shape[2:]
+    # views; a copy only where no view exists
+    o, lse = partial_o.flatten(0, 2), lse.flatten(0, 2)
+    o = o if o.stride(2) == 1 else o.contiguous()
+    rows, peers = lse.shape[0], buffer.shape[0]
+    chunk_rows = rows // peers
     if buffer.dtype == lse.dtype:
         out_lse, out_o = buffer, buffer[:, chunk_rows:]
     else:
         out_lse = buffer.view(torch.int16)
         out_o = buffer.view(dtype)[:, chunk_rows * lse.dtype.itemsize // dtype.itemsize :]
-    return {
-        "o_ptr": o,
-        "lse_ptr": lse,
-        "out_o_ptr": out_o,
-        "out_lse_ptr": out_lse,
-        "stride_o_row": o.stride(0),
-        "stride_o_S": o.stride(1),
-        "stride_lse_row": lse.stride(0),
-        "stride_lse_S": lse.stride(1),
-        "stride_out_o_P": out_o.stride(0),
-        "stride_out_lse_P": out_lse.stride(0),
-        "rows": rows,
-    }
+    blocks, num_warps = merge_tile(splits, W)
+    what = f"{splits} splits" if merge else "copy"
+    step = launch_of(
+        "pack_heads.splits" if merge else "pack_heads",
+        _pack_heads_kernel,
+        (triton.cdiv(rows, blocks["BLOCK_ROWS"]), triton.cdiv(W, blocks["BLOCK_W"])),
+        {
+            "o_ptr": o,
+            "lse_ptr": lse,
+            "out_o_ptr": out_o,
+            "out_lse_ptr": out_lse,
+            "stride_o_row": o.stride(0),
+            "stride_o_S": o.stride(1),
+            "stride_lse_row": lse.stride(0),
+            "stride_lse_S": lse.stride(1),
+            "stride_out_o_P": out_o.stride(0),
+            "stride_out_lse_P": out_lse.stride(0),
+            "rows": rows,
+        },
+        {"MERGE": merge, "SPLITS": splits, "H": H, "CHUNK_H": H // peers, "W": W, **blocks},
+        config=f"{what}, BLOCK_ROWS {blocks['BLOCK_ROWS']}, BLOCK_W {blocks['BLOCK_W']}",
+        num_warps=num_warps,
+    )
+    return buffer, [step]
 
 
-def _rows(partial_o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Views o [rows, S, W] and lse [rows, S]; copies only where no view exists."""
-    o, lse = partial_o.flatten(0, 2), lse.flatten(0, 2)
-    return o if o.stride(2) == 1 else o.contiguous(), lse
-
-
-def _launch(case: CompileCase, arguments: dict[str, Any]) -> None:
-    constants = case.constexprs
-    grid = (triton.cdiv(arguments["rows"], constants["BLOCK_ROWS"]), triton.cdiv(constants["W"], constants["BLOCK_W"]))
-    launch(case, grid, arguments)
-
-
-def pack_heads_triton(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
+def _pack_heads(partial_o: Tensor, lse: Tensor, peers: int) -> Prepared:
     """See pack_heads_reference; float32, bfloat16 or float16 o with float32 lse."""
-    H, W = partial_o.shape[2:]
     buffer = OPS["pack_heads"].fake(partial_o, lse, peers)
-    rows = _rows(partial_o.unsqueeze(3), lse.unsqueeze(3))
-    case = _case(None, H, peers, W, partial_o.dtype, partial_o.dtype)
-    _launch(case, _arguments(*rows, buffer, partial_o.dtype))
-    return buffer
+    return _prepare(partial_o.unsqueeze(3), lse.unsqueeze(3), buffer, partial_o.dtype, merge=False)
 
 
-def pack_splits_triton(partial_o: Tensor, lse: Tensor, peers: int, dtype: torch.dtype) -> Tensor:
+def _pack_splits(partial_o: Tensor, lse: Tensor, peers: int, dtype: torch.dtype) -> Prepared:
     """See pack_splits_reference."""
-    H, splits, W = partial_o.shape[2:]
     buffer = OPS["pack_heads.splits"].fake(partial_o, lse, peers, dtype)
-    case = _case(splits, H, peers, W, partial_o.dtype, dtype)
-    _launch(case, _arguments(*_rows(partial_o, lse), buffer, dtype))
-    return buffer
+    return _prepare(partial_o, lse, buffer, dtype, merge=True)
 
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
@@ -188,29 +143,12 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
     return refusal(f"o of {partial_o.dtype}", lse, partial_o.dtype)
 
 
-def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    partial_o, lse, peers = site.args
-    H, W = (int(size) for size in partial_o.shape[2:])
-    buffer = OPS["pack_heads"].fake(partial_o, lse, peers)
-    rows = _rows(partial_o.unsqueeze(3), lse.unsqueeze(3))
-    case = _case(None, H, peers, W, partial_o.dtype, partial_o.dtype)
-    return [specialize(case, _arguments(*rows, buffer, partial_o.dtype))]
-
-
 def _pack_splits_supports(site: Site, target: KernelTarget) -> str | None:
     partial_o, lse, _, dtype = site.args
     return refusal(f"splits of {partial_o.dtype} packed as {dtype}", lse, partial_o.dtype, dtype)
 
 
-def _pack_splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    partial_o, lse, peers, dtype = site.args
-    H, splits, W = (int(size) for size in partial_o.shape[2:])
-    buffer = OPS["pack_heads.splits"].fake(*site.args)
-    case = _case(splits, H, peers, W, partial_o.dtype, dtype)
-    return [specialize(case, _arguments(*_rows(partial_o, lse), buffer, dtype))]
+PACK_HEADS = register_launches(OPS["pack_heads"], _pack_heads, _supports)
 
 
-PACK_HEADS = register_kernel(OPS["pack_heads"], pack_heads_triton, _supports, _cases)
-
-
-PACK_SPLITS = register_kernel(OPS["pack_heads.splits"], pack_splits_triton, _pack_splits_supports, _pack_splits_cases)
+PACK_SPLITS = register_launches(OPS["pack_heads.splits"], _pack_splits, _pack_splits_supports)

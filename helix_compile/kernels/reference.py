@@ -1,26 +1,19 @@
 """Pure-torch definition of every helix:: compute op, on one page. This is the spec; kernels must agree with it.
 
     B sequences, T new tokens a sequence, H query heads, R kv_lora_rank, r rope width, V v_head_dim,
-    P peers of an exchange, D model width, E experts, F FFN width, N tokens. h, e, f: this rank's share.
+    P peers of an exchange, D model width, E experts, F FFN width, N tokens, S slots. h, e, f: this rank's share.
+    Grouped-query attention: K KV heads, G = H / K; Dk, Dv widths of a key and of a value. Query head j reads KV head j // G.
 
 lse is natural log, float32 or wider. lse = -inf means "no key seen", and then the partial output is 0. A dead
 part may hold anything, NaN included: it is never multiplied by 0, it is not read.
 
-Pure-torch definition of helix::gqa_decode. This is the spec; kernels must agree with it.
-
-    B sequences, T new tokens a sequence, H query heads, K KV heads (both of this rank), G = H / K, S slots,
-    Dk, Dv widths of a key and of a value. Query head j reads KV head j // G.
-
-lse is natural log, float32 or wider. lse = -inf means "no key seen", and then the partial output is 0.
-
-The router of a mixture of experts in plain torch: biased grouped top-k as in DeepSeek-V3, with ties defined.
-
-    N tokens, E experts in n_group groups of equal size, k experts a token
-
-torch.topk leaves ties open; here the lower index wins, among groups and among experts. This is the spec of the kernel.
+torch.topk leaves ties open; in the router (biased grouped top-k as in DeepSeek-V3) the lower index wins, among groups and
+among experts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -80,22 +73,37 @@ def mla_decode_reference(
     ascend in position, so that is exactly the causal mask. Returns partial_o [B, T, H, R] in the dtype of
     q_latent and lse [B, T, H].
     """
-    B, T, H, R = q_latent.shape
-    dtype = accumulation_dtype(q_latent.dtype)
-    partial_o = q_latent.new_zeros((B, T, H, R))
-    lse = q_latent.new_full((B, T, H), -torch.inf, dtype=dtype)
+    dtype, R = accumulation_dtype(q_latent.dtype), q_latent.shape[3]
+
+    def attend_to(b: int, length: int) -> Attend:
+        kv_SW = _rows_of_sequence(cache, page_table[b], length).to(dtype)
+        return lambda q_THW, visible_T: _attend(q_THW, kv_SW, visible_T, scale, R)
+
+    return _each_sequence(torch.cat([q_latent, q_rope], dim=-1), R, visible, attend_to)
+
+
+# (q [T, H, *], visible [T]) -> o [T, H, *], lse [T, H]
+Attend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _each_sequence(
+    q: Tensor, width: int, visible: Tensor, attend_to: Callable[[int, int], Attend]
+) -> tuple[Tensor, Tensor]:
+    """partial_o [B, T, H, width] and lse [B, T, H]; attend_to(b, length) is attention to sequence b's first slots."""
+    B, T, H, _ = q.shape
+    dtype = accumulation_dtype(q.dtype)
+    partial_o = q.new_zeros((B, T, H, width))
+    lse = q.new_full((B, T, H), -torch.inf, dtype=dtype)
     longest = visible.amax(dim=1).tolist() if T else [0] * B
     for b in range(B):
         if longest[b] == 0:
             continue  # an empty shard: o = 0 and lse = -inf stand
-        kv_SW = _rows_of_sequence(cache, page_table[b], longest[b]).to(dtype)
+        attend = attend_to(b, longest[b])
         step = max(1, SCORE_BYTES // (H * longest[b] * dtype.itemsize))
         for t in range(0, T, step):
             part = slice(t, t + step)
-            q_THW = torch.cat([q_latent[b, part], q_rope[b, part]], dim=-1).to(dtype)
-            o, row_lse = _attend(q_THW, kv_SW, visible[b, part], scale, R)
+            o, lse[b, part] = attend(q[b, part].to(dtype), visible[b, part])
             partial_o[b, part] = o.to(partial_o.dtype)
-            lse[b, part] = row_lse
     return partial_o, lse
 
 
@@ -112,13 +120,18 @@ def _rows_of_sequence(cache: Tensor, pages: Tensor, length: int) -> Tensor:
 def _attend(q_THW: Tensor, kv_SW: Tensor, visible_T: Tensor, scale: float, R: int) -> tuple[Tensor, Tensor]:
     T, H, W = q_THW.shape
     scores = (q_THW.reshape(T * H, W) @ kv_SW.T).mul_(scale).view(T, H, -1)
-    hidden = torch.arange(kv_SW.shape[0], device=kv_SW.device) >= visible_T[:, None]
-    scores.masked_fill_(hidden[:, None, :], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    alive = lse > -torch.inf
-    weights = scores.sub_(torch.where(alive, lse, 0.0)[..., None]).exp_()
+    weights, lse = _softmax(scores, visible_T)
     o = (weights.view(T * H, -1) @ kv_SW[:, :R]).view(T, H, R)
     return o, lse
+
+
+def _softmax(scores: Tensor, visible_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and lse of scores [.., T, *, S], which are overwritten."""
+    hidden = torch.arange(scores.shape[-1], device=scores.device) >= visible_T[:, None]
+    scores.masked_fill_(hidden[:, None, :], -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    alive = lse != -torch.inf  # not >: a NaN must reach the output
+    return scores.sub_(torch.where(alive, lse, 0.0)[..., None]).exp_(), lse
 
 
 def merge_lse_reference(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
@@ -191,22 +204,13 @@ def gqa_decode_reference(
     Returns:
         partial_o [B, T, H, Dv] in the dtype of q and lse [B, T, H].
     """
-    B, T, H, _ = q.shape
     dtype = accumulation_dtype(q.dtype)
-    partial_o = q.new_zeros((B, T, H, v_cache.shape[3]))
-    lse = q.new_full((B, T, H), -torch.inf, dtype=dtype)
-    longest = visible.amax(dim=1).tolist() if T else [0] * B
-    for b in range(B):
-        if longest[b] == 0:
-            continue  # an empty shard: o = 0 and lse = -inf stand
-        k_KSD, v_KSD = (_heads_of_sequence(cache, page_table[b], longest[b]).to(dtype) for cache in (k_cache, v_cache))
-        step = max(1, SCORE_BYTES // (H * longest[b] * dtype.itemsize))
-        for t in range(0, T, step):
-            part = slice(t, t + step)
-            o, row_lse = _attend_grouped(q[b, part].to(dtype), k_KSD, v_KSD, visible[b, part], scale)
-            partial_o[b, part] = o.to(partial_o.dtype)
-            lse[b, part] = row_lse
-    return partial_o, lse
+
+    def attend_to(b: int, length: int) -> Attend:
+        k_KSD, v_KSD = (_heads_of_sequence(cache, page_table[b], length).to(dtype) for cache in (k_cache, v_cache))
+        return lambda q_THD, visible_T: _attend_grouped(q_THD, k_KSD, v_KSD, visible_T, scale)
+
+    return _each_sequence(q, v_cache.shape[3], visible, attend_to)
 
 
 def _heads_of_sequence(cache: Tensor, pages: Tensor, length: int) -> Tensor:
@@ -221,11 +225,7 @@ def _attend_grouped(
     (T, H, Dk), (K, S, Dv) = q_THD.shape, v_KSD.shape
     q_KRD = q_THD.view(T, K, H // K, Dk).movedim(1, 0).reshape(K, -1, Dk)  # rows: T * G
     scores = (q_KRD @ k_KSD.mT).mul_(scale).view(K, T, H // K, S)
-    hidden = torch.arange(S, device=k_KSD.device) >= visible_T[:, None]
-    scores.masked_fill_(hidden[:, None, :], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    alive = lse != -torch.inf  # not >: a NaN must reach the output
-    weights = scores.sub_(torch.where(alive, lse, 0.0)[..., None]).exp_()
+    weights, lse = _softmax(scores, visible_T)
     o = (weights.view(K, -1, S) @ v_KSD).view(K, T, H // K, Dv)
     return o.movedim(0, 1).reshape(T, H, Dv), lse.movedim(0, 1).reshape(T, H)
 

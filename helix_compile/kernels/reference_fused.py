@@ -1,11 +1,8 @@
-"""Torch definition of mla_decode over an FP8 cache, and the quantiser of the cache: the spec of mla_decode.scaled.
-
-cache [pages, page_size, R + r] e4m3 (3 mantissa bits), cache_scale [pages, page_size / tokens_per_scale] float32
-a slot's row is its FP8 values times the scale of its block of tokens
-
-Pure-torch definition of every op that exists as a kernel only: several ops of the model or of helix:: in one.
+"""Pure-torch definition of every op that exists as a kernel only: several ops in one, or a cache in FP8.
 
     B sequences, T new tokens a sequence, H query heads, R kv_lora_rank, r rope width, S splits of one rank's shard
+    FP8 cache [pages, page_size, R + r] e4m3 (3 mantissa bits), cache_scale [pages, page_size / tokens_per_scale] float32:
+    a slot's row is its FP8 values times the scale of its block of tokens
 
 The norm and rope formulas are DeepSeek's as transformers has them: statistics in float32, interleaved channels.
 """

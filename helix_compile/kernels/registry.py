@@ -1,14 +1,11 @@
-"""Launch a CompileCase: the object that offline compilation reads is the one that runs.
+"""The registry of kernels: which op of a provider computes a helix:: op, where it can, what it compiles to and launches.
 
-What a launch knows about its arguments and compiles in: integers that are 1, multiples of 16, aligned pointers.
-
-Triton reads these facts off the values when it launches. Offline compilation has example tensors instead, whose strides
-may be symbolic in B and T: a fact holds there only if it holds for every B and T.
-
-The registry of kernels: which op of a provider computes a helix:: op, where it can, and what it compiles to.
-
-    register_kernel(...)      in each kernel file, once, at import
+    register_kernel(...)          in each kernel file, once, at import
     select_kernel(site, target)   the kernel, or the reason why the reference runs instead
+
+A CompileCase is what offline compilation reads and what runs. Triton reads facts off the values when it launches
+(integers that are 1, multiples of 16, aligned pointers); offline there are example tensors, whose strides may be symbolic
+in B and T: a fact holds there only if it holds for every B and T.
 
 Nothing here imports Triton; kernels/catalog.py does, by importing the kernel files.
 """
@@ -16,8 +13,8 @@ Nothing here imports Triton; kernels/catalog.py does, by importing the kernel fi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from helix_compile.kernels.ops import OPS, Op
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.kernels.triton_ops import define_triton_op
+from helix_compile.kernels.triton_ops import define_triton_op, triton_type
 
 
 def launch(case: CompileCase, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -122,6 +119,49 @@ class CompileCase:
     fallback: bool = False
 
 
+class Launch(NamedTuple):
+    """The arguments of launch()."""
+
+    case: CompileCase
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+# what an op returns, and the launches that fill it; made from example tensors it is good for compilation
+Prepared = tuple[Any, list[Launch]]
+
+
+def launch_of(
+    kernel: str,
+    function: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    constexprs: dict[str, Any],
+    *,
+    config: str = "",
+    num_warps: int = 4,
+    num_stages: int = 1,
+) -> Launch:
+    """The launch of a case whose signature follows from its arguments; see CompileCase. `config`: the blocks if not given."""
+    config = config or ", ".join(f"{name} {value}" for name, value in constexprs.items() if name.startswith("BLOCK"))
+    signature = {name: triton_type(value) for name, value in arguments.items()}
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return Launch(CompileCase(kernel, function, signature, constexprs, options, config=config), grid, arguments)
+
+
+def run(prepared: Prepared) -> Any:
+    """The result, filled."""
+    result, launches = prepared
+    for step in launches:
+        launch(*step)
+    return result
+
+
+def cases_of(prepared: Prepared) -> list[CompileCase]:
+    """What the launches compile."""
+    return [specialize(step.case, step.arguments) for step in prepared[1]]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What computes an op.
@@ -147,12 +187,7 @@ class Choice:
     reason: str
 
 
-@dataclass
-class _Registry:
-    kernels: dict[str, Kernel] = field(default_factory=dict)
-
-
-_REGISTRY = _Registry()  # filled at import of the kernel files and never after
+_KERNELS: dict[str, Kernel] = {}  # filled at import of the kernel files and never after
 
 
 def register_kernel(
@@ -166,25 +201,33 @@ def register_kernel(
     Raises:
         TypeError: an op of that name is registered already, or a form does not begin with the arguments of its op.
     """
-    if op.name in _REGISTRY.kernels:
+    if op.name in _KERNELS:
         raise TypeError(f"a kernel for {op.name} is registered already")
     base = OPS[op.name.partition(".")[0]]
     wanted, own = (o.schema.removeprefix(o.name).split(") -> ") for o in (base, op))
     if not own[0].startswith(wanted[0]) or own[1] != wanted[1]:
         raise TypeError(f"{op.schema} does not begin like {base.schema}")
-    kernel = Kernel(op.name, define_triton_op(op, launcher), supports, cases)
-    _REGISTRY.kernels[op.name] = kernel
+    kernel = _KERNELS[op.name] = Kernel(op.name, define_triton_op(op, launcher), supports, cases)
     return kernel
+
+
+def register_launches(
+    op: Op, prepare: Callable[..., Prepared], supports: Callable[[Site, KernelTarget], str | None]
+) -> Kernel:
+    """register_kernel of what `prepare` makes of the op's arguments, on any target."""
+    return register_kernel(
+        op, lambda *args: run(prepare(*args)), supports, lambda site, target: cases_of(prepare(*site.args))
+    )
 
 
 def kernel_of(op: str) -> Kernel | None:
     """The registered kernel of an op."""
-    return _REGISTRY.kernels.get(op)
+    return _KERNELS.get(op)
 
 
 def registered_kernels() -> list[Kernel]:
     """Every kernel that was registered, in that order."""
-    return list(_REGISTRY.kernels.values())
+    return list(_KERNELS.values())
 
 
 def select_kernel(site: Site, target: KernelTarget) -> Choice:

@@ -13,20 +13,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from helix_compile.kernels.ops import OPS
-from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
+from helix_compile.kernels.registry import Prepared, Site, launch_of, register_launches
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 BLOCK_H = 8
-
-
-STRIDES = ("stride_q_B", "stride_q_H", "stride_q_T", "stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T")
 
 
 @triton.jit
@@ -86,9 +82,13 @@ def _rope_heads_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     tl.store(out + r // 2, second.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def token_strides(x: Tensor) -> tuple[Any, Any]:
-    """Strides of dims B and T of [B, T, *]; 0 for a dim of one, whose own stride may be anything."""
-    return tuple(0 if x.shape[dim] == 1 else x.stride(dim) for dim in (0, 1))  # type: ignore[return-value]
+def token_strides(**tensors: Tensor) -> dict[str, Any]:
+    """Arguments stride_<name>_B and _T of tensors [B, T, *]; 0 for a dim of one, whose own stride may be anything."""
+    return {
+        f"stride_{name}_{letter}": 0 if x.shape[dim] == 1 else x.stride(dim)
+        for name, x in tensors.items()
+        for dim, letter in enumerate("BT")
+    }
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -96,53 +96,29 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _case(q: torch.dtype, angle: torch.dtype, H: int, r: int, interleaved: bool) -> CompileCase:
-    block_h = min(BLOCK_H, triton.next_power_of_2(H))
-    return CompileCase(
-        kernel="rope_heads",
-        function=_rope_heads_kernel,
-        signature={
-            "q_ptr": f"*{TRITON_TYPE[q]}",
-            "cos_ptr": f"*{TRITON_TYPE[angle]}",
-            "sin_ptr": f"*{TRITON_TYPE[angle]}",
-            "out_ptr": f"*{TRITON_TYPE[q]}",
-            **dict.fromkeys((*STRIDES, "T"), "i32"),
-        },
-        constexprs={
-            "H": H,
-            "r": r,
-            "INTERLEAVED": interleaved,
-            "BLOCK_H": block_h,
-            "BLOCK_PAIRS": triton.next_power_of_2(r // 2),
-        },
-        options={"num_warps": 1, "num_stages": 1},
-        config=f"{'interleaved' if interleaved else 'halves'}, BLOCK_H {block_h}",
-    )
-
-
-def _arguments(q_rope: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> dict[str, Any]:
-    q, cos, sin = unit_stride(q_rope.transpose(1, 2)), unit_stride(cos), unit_stride(sin)
-    values = (*token_strides(q), *token_strides(cos), *token_strides(sin))
-    names = ("stride_q_B", "stride_q_T", "stride_cos_B", "stride_cos_T", "stride_sin_B", "stride_sin_T")
-    return {
-        "q_ptr": q,
-        "cos_ptr": cos,
-        "sin_ptr": sin,
-        "out_ptr": out,
-        "stride_q_H": q.stride(2),
-        **dict(zip(names, values, strict=True)),
-        "T": q.shape[1],
-    }
-
-
-def rope_heads_triton(q_rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """See rope_heads_reference; float32, bfloat16 or float16, cos and sin of one dtype of these."""
+def _prepare(q_rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Prepared:
     B, H, T, r = q_rope.shape
-    out = q_rope.new_empty((B, T, H, r))
-    case = _case(q_rope.dtype, cos.dtype, H, r, interleaved)
-    grid = (B * T, triton.cdiv(H, case.constexprs["BLOCK_H"]))
-    launch(case, grid, _arguments(q_rope, cos, sin, out))
-    return out
+    out = OPS["rope_heads"].fake(q_rope)
+    q, cos, sin = unit_stride(q_rope.transpose(1, 2)), unit_stride(cos), unit_stride(sin)
+    block_h = min(BLOCK_H, triton.next_power_of_2(H))
+    step = launch_of(
+        "rope_heads",
+        _rope_heads_kernel,
+        (B * T, triton.cdiv(H, block_h)),
+        {
+            "q_ptr": q,
+            "cos_ptr": cos,
+            "sin_ptr": sin,
+            "out_ptr": out,
+            "stride_q_H": q.stride(2),
+            **token_strides(q=q, cos=cos, sin=sin),
+            "T": T,
+        },
+        {"H": H, "r": r, "INTERLEAVED": interleaved, "BLOCK_H": block_h, "BLOCK_PAIRS": triton.next_power_of_2(r // 2)},
+        config=f"{'interleaved' if interleaved else 'halves'}, BLOCK_H {block_h}",
+        num_warps=1,
+    )
+    return out, [step]
 
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
@@ -154,11 +130,4 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
     return None
 
 
-def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    q_rope, cos, sin, interleaved = site.args
-    H, r = int(q_rope.shape[1]), int(q_rope.shape[3])
-    case = _case(q_rope.dtype, cos.dtype, H, r, interleaved)
-    return [specialize(case, _arguments(q_rope, cos, sin, OPS["rope_heads"].fake(*site.args)))]
-
-
-ROPE_HEADS = register_kernel(OPS["rope_heads"], rope_heads_triton, _supports, _cases)
+ROPE_HEADS = register_launches(OPS["rope_heads"], _prepare, _supports)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from helix_compile.kernels.ops import Op
 from helix_compile.kernels.target import device_target
@@ -15,7 +16,19 @@ from helix_compile.kernels.target import device_target
 TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+_POINTED = {**TRITON_TYPE, torch.int64: "i64", torch.int32: "i32", torch.int16: "i16"}
+
+
 _LIBRARY = torch.library.Library("helix_triton", "DEF")  # kept alive: dropping it unregisters the ops
+
+
+def triton_type(value: Any) -> str:
+    """The type of a launch's argument in a Triton signature."""
+    if isinstance(value, Tensor):
+        return f"*{_POINTED[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "i64" if isinstance(value, int) and value >= 2**31 else "i32"
 
 
 def define_triton_op(op: Op, launcher: Callable[..., Any]) -> Any:

@@ -74,10 +74,8 @@ def normal_form(layout: Layout, degrees: HelixLayout) -> Layout:
 
 def format_placement(placement: Placement) -> str:
     """Short text of one placement: "R", "S(2)", "P(sum)", "PS", "L"."""
-    if isinstance(placement, PerRank):
-        return "L"
-    if isinstance(placement, PartialSoftmax):
-        return "PS"
+    if isinstance(placement, (PerRank, PartialSoftmax)):
+        return str(placement)
     if isinstance(placement, Shard):
         return f"S({placement.dim})"
     if isinstance(placement, Partial):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -84,9 +85,7 @@ def _runs(
     if index is None:  # dims that are kept whole go with the one before them
         while last > 0 and kept[last] == (0, sizes[last]):
             last -= 1
-    stride = 1
-    for size in sizes[last + 1 :]:
-        stride *= size
+    stride = math.prod(sizes[last + 1 :])
     whole = tuple((0, size) for size in sizes[last + 1 :])
     start, stop = kept[last]
     for outer in product(*(range(*bounds) for bounds in kept[:last])):

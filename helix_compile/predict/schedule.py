@@ -1,19 +1,18 @@
-"""Questions about a graph that networkx answers: critical path with slack, convexity, edges of a picture.
-
-Nodes are called by fx.Node.name. Build a view once a graph; it does not follow later edits.
-
-The predicted schedule of one layer of each body, every rank: as data, and as a Chrome trace for Perfetto.
+"""The predicted schedule of one layer of each body, every rank, as data and as a Chrome trace; the critical path of a graph.
 
     process = rank; threads "compute" and "link"; a complete event a node that takes time.
 
 Each queue runs its nodes in graph order, as streams do. A collective starts when its last rank has made its input and
 its link is free; wait_tensor holds the compute queue until it is over. Costs are those of costs.py: predicted.
+
+What networkx answers (critical path with slack, convexity, edges of a picture) calls nodes by fx.Node.name; a view does not
+follow later edits of its graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -248,9 +247,7 @@ def predicted_facts(plan: HelixPlan, lowered: fx.GraphModule) -> dict[str, Any]:
     return {
         "what": "predicted by peak figures, not measured",
         "machine": machine.name,
-        "batch": step.batch,
-        "tokens": step.tokens,
-        "context": step.context,
+        **asdict(step),
         "bodies": bodies,
     }
 
@@ -272,9 +269,7 @@ def chrome_trace(
         "predicted": "by peak figures; not measured",
         "model": plan.model,
         "machine": machine.name,
-        "batch": step.batch,
-        "tokens": step.tokens,
-        "context": step.context,
+        **asdict(step),
         "layers": "one of each body",
     }
     return {"traceEvents": events, "displayTimeUnit": "ns", "otherData": about}

@@ -79,9 +79,7 @@ def run_form(
     case: CompileCase | None = None,
 ) -> tuple[Tensor, Tensor]:
     """partial_o and lse by one form of the kernel under the interpreter, splits merged."""
-    o, lse = decode_parts(
-        config, *inputs.args, cache_scale, splits=splits, direct=splits == 1, interpreted=True, case=case
-    )
+    o, lse = decode_parts(config, *inputs.args, cache_scale, splits=splits, direct=splits == 1, case=case)
     if splits == 1:
         return o[:, :, :, 0], lse[..., 0]
     return merge_splits(o, lse, inputs.q_latent.dtype)

@@ -114,11 +114,11 @@ def describe(case: CompileCase, arch: str, folder: Path, stem: str, figures: Sta
         kernel=case.kernel,
         arch=arch,
         config=case.config,
-        registers=_number(r"\bREG:(\d+)", cuobjdump(cubin, "-res-usage")),
-        spills=_sum(r"(\d+) bytes spill (?:stores|loads)", figures.ptxas_log),
+        registers=_numbers(r"\bREG:(\d+)", cuobjdump(cubin, "-res-usage"))[0],
+        spills=sum(_numbers(r"(\d+) bytes spill (?:stores|loads)", figures.ptxas_log)),
         shared_bytes=figures.shared_bytes,
         tmem_columns=figures.tmem_columns,
-        threads=_number(r"\.reqntid (\d+)", ptx),
+        threads=_numbers(r"\.reqntid (\d+)", ptx)[0],
         tensor_core=sass_count.tensor_core(instructions),
         tma=sass_count.uses_tma(instructions),
         ptx=names["ptx"],
@@ -143,16 +143,10 @@ def _loops(instructions: list[sass_count.Instruction], cubin: Path, ttgir: str) 
     return sass_count.hot_loops(instructions, own_warps, partitions, table)
 
 
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    assert found is not None, f"no {pattern} in {text[:200]!r}"
-    return int(found[1])
-
-
-def _sum(pattern: str, text: str) -> int:
+def _numbers(pattern: str, text: str) -> list[int]:
     found = re.findall(pattern, text)
     assert found, f"no {pattern} in {text[:200]!r}"
-    return sum(map(int, found))
+    return list(map(int, found))
 
 
 def over_limits(record: KernelRecord, limits: ArchLimits) -> list[str]:

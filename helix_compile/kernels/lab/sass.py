@@ -244,13 +244,9 @@ def _natural_loops(flow: nx.DiGraph, above: dict[int, int]) -> dict[int, set[int
     for block in above:
         for header in flow.successors(block):
             if _dominates(above, header, block):
-                inside = loops.setdefault(header, {header})
-                waiting = [block]
-                while waiting:
-                    member = waiting.pop()
-                    if member not in inside:
-                        inside.add(member)
-                        waiting += [p for p in flow.predecessors(member) if p in above]
+                before = flow.subgraph(above.keys() - {header})
+                inside = nx.ancestors(before, block) | {block} if block != header else set()
+                loops.setdefault(header, {header}).update(inside)
     return loops
 
 

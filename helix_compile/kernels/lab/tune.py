@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,8 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 from helix_compile.kernels.lab.offline import compile_cases
-from helix_compile.kernels.merge import merge_splits
-from helix_compile.kernels.mla.launch import FP8, decode_case, decode_parts
+from helix_compile.kernels.mla.decode import mla_decode_triton
+from helix_compile.kernels.mla.launch import decode_case
 from helix_compile.kernels.mla.tuning import (
     MLA_DECODE,
     POINTER,
@@ -34,10 +35,9 @@ from helix_compile.kernels.mla.tuning import (
     MlaShape,
     family,
     form_runs,
-    split_count,
 )
 from helix_compile.kernels.reference import mla_decode_reference
-from helix_compile.kernels.reference_fused import mla_decode_scaled_reference, quantize_cache_reference
+from helix_compile.kernels.reference_fused import FP8, mla_decode_scaled_reference, quantize_cache_reference
 from helix_compile.kernels.registry import CompileCase, Site
 from helix_compile.kernels.target import INTERPRETER, KernelTarget
 
@@ -206,12 +206,12 @@ class LocalTrials:
         """Its time, or why it has none."""
         try:
             self._prepare(entry)
-            got = self._check(config, self.target)[0].double()
+            got = self._check(config)[0].double()
             deviation = float((got - self._expected).abs().max() / self._expected.abs().max())
             if not deviation <= TOLERANCE[self.sizes.dtype]:
                 reason = f"wrong: off by {deviation:.1e} of the largest value"
                 return Trial(entry, config, reason=reason)
-            return Trial(entry, config, self.timer(lambda: self._call(config, self.target)))
+            return Trial(entry, config, self.timer(lambda: self._call(config)))
         except (RuntimeError, triton.TritonError) as error:  # a launch that the card refuses
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return Trial(entry, config, reason=reason, faulted=isinstance(error, RuntimeError))
@@ -261,32 +261,17 @@ class _Call:
         if entry.scaled:
             self.cache, self.cache_scale = quantize_cache_reference(self.cache, TOKENS_PER_SCALE)
 
-    def __call__(self, config: MlaConfig, target: KernelTarget) -> tuple[Tensor, Tensor]:
-        B, T, H = self.q.shape[:3]
-        slots = self.table.shape[1] * self.sizes.page_size
-        splits = split_count(B, T, H, slots, target, config.block_h, config.block_n)
-        o, lse = decode_parts(
-            config,
-            self.q,
-            self.q_rope,
-            self.cache,
-            self.table,
-            self.visible,
-            self.scale,
-            self.cache_scale,
-            splits=splits,
-            direct=splits == 1,
-            interpreted=target.arch == INTERPRETER,
+    def __call__(self, config: MlaConfig) -> tuple[Tensor, Tensor]:
+        return mla_decode_triton(
+            self.q, self.q_rope, self.cache, self.table, self.visible, self.scale, self.cache_scale, config=config
         )
-        return (o[..., 0, :], lse[..., 0]) if splits == 1 else merge_splits(o, lse, self.q.dtype)
 
     def reference(self) -> Tensor:
         """Output in float64, of the same cache."""
         q, q_rope = self.q.double(), self.q_rope.double()
         if self.cache_scale is not None:
-            return mla_decode_scaled_reference(
-                q, q_rope, self.cache, self.table, self.visible, self.scale, self.cache_scale
-            )[0]
+            step = self.cache, self.table, self.visible, self.scale, self.cache_scale
+            return mla_decode_scaled_reference(q, q_rope, *step)[0]
         cache = self.cache.double()
         return mla_decode_reference(q, q_rope, cache, self.table, self.visible, self.scale)[0]
 
@@ -296,18 +281,16 @@ def replacement(trials: list[Trial], sizes: TuneSizes, card: str, date: datetime
 
     An entry that was made for any card stays behind the new one.
     """
-    best: dict[MlaEntry, Trial] = {}
+    best: dict[MlaEntry, tuple[float, MlaConfig]] = {}
     for trial in trials:
-        if trial.ms is not None and (
-            trial.entry not in best or trial.ms < best[trial.entry].ms  # type: ignore[operator] # it has one
-        ):
-            best[trial.entry] = trial
+        if trial.ms is not None and trial.ms < best.get(trial.entry, (math.inf, trial.config))[0]:
+            best[trial.entry] = trial.ms, trial.config
     table: list[MlaEntry] = []
     for entry in MLA_DECODE:
-        for old, trial in list(best.items()):
+        for old, (ms, config) in list(best.items()):
             if replace(old, arch=entry.arch) == entry and entry.arch in ("", old.arch):
-                evidence = f"{card}, {date.isoformat()}, Triton {triton.__version__}: {1e3 * trial.ms:.1f} us, {sizes}"  # type: ignore[operator] # it has one
-                table.append(replace(old, config=trial.config, evidence=evidence))
+                evidence = f"{card}, {date.isoformat()}, Triton {triton.__version__}: {1e3 * ms:.1f} us, {sizes}"
+                table.append(replace(old, config=config, evidence=evidence))
                 del best[old]
                 break
         else:
@@ -320,11 +303,10 @@ def replacement(trials: list[Trial], sizes: TuneSizes, card: str, date: datetime
 
 def table_text(entries: Sequence[MlaEntry]) -> str:
     """Source of MLA_DECODE, in the names of tuning.py."""
-    names = {ROWS: "ROWS", TRANSPOSED: "TRANSPOSED", POINTER: "POINTER"}
     lines = ["MLA_DECODE = ("]
     for e in entries:
         c = e.config
-        built = f"MlaConfig({names[c.form]}, {c.block_h}, {c.block_n}, {c.num_warps}, {c.num_stages}, {c.parts}, {c.warp_specialize}, {c.packed})"
+        built = f"MlaConfig({c.form.upper()}, {c.block_h}, {c.block_n}, {c.num_warps}, {c.num_stages}, {c.parts}, {c.warp_specialize}, {c.packed})"
         arch = "INTERPRETER" if e.arch == INTERPRETER else f'"{e.arch}"'
         evidence = "STATIC" if e.evidence == STATIC else f'"{e.evidence}"'
         lines.append(f"    MlaEntry({arch}, {e.max_rows}, {e.itemsize}, {built}, {evidence}, {e.scaled}),")

@@ -13,15 +13,17 @@ mla_decode_scaled_reference.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from helix_compile.kernels.merge import merge_splits, merge_splits_case
-from helix_compile.kernels.mla.launch import FP8, decode_case, decode_parts
+from helix_compile.kernels.mla.launch import decode_case, decode_parts
 from helix_compile.kernels.mla.probe import specialises_halves
 from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, mla_config, pointer_config, split_count
 from helix_compile.kernels.ops import OPS, Op
+from helix_compile.kernels.reference_fused import FP8
 from helix_compile.kernels.registry import CompileCase, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
@@ -30,20 +32,6 @@ TMA_BYTES = 16  # alignment of a tensor's base and of its rows
 
 
 TABLE_TOKENS_PER_SCALE = 16  # of the FP8 form that `kernels --all` compiles beside a 16-bit one
-
-
-def _config_of(q_latent: Tensor, q_rope: Tensor, cache: Tensor, target: KernelTarget) -> MlaConfig:
-    _, T, H, R = q_latent.shape
-    rows_aligned = (R + q_rope.shape[3]) * cache.dtype.itemsize % TMA_BYTES == 0
-    shape = MlaShape(
-        rows=T * H,
-        R=R,
-        r=q_rope.shape[3],
-        page_size=cache.shape[1],
-        itemsize=q_latent.dtype.itemsize,
-        tma=rows_aligned and cache.data_ptr() % TMA_BYTES == 0,
-    )
-    return _config(shape, target, scaled=cache.dtype == FP8)
 
 
 def _config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
@@ -59,30 +47,25 @@ def mla_decode_triton(
     scale: float,
     cache_scale: Tensor | None = None,
     num_splits: int | None = None,
+    config: MlaConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See mla_decode_reference, or with scales mla_decode_scaled_reference; float32, bfloat16 or float16, scale > 0.
 
     Tiles of an FP8 cache become q's dtype, its scales are folded into scores and weights. With `num_splits` the results
-    are the parts of so many splits.
+    are the parts of so many splits. `config` stands in for the table's.
     """
     target = device_target(q_latent.device)
-    config = _config_of(q_latent, q_rope, cache, target)
     B, T, H, R = q_latent.shape
+    if config is None:
+        r = q_rope.shape[3]
+        tma = (R + r) * cache.dtype.itemsize % TMA_BYTES == 0 and cache.data_ptr() % TMA_BYTES == 0
+        shape = MlaShape(T * H, R, r, cache.shape[1], q_latent.dtype.itemsize, tma)
+        config = _config(shape, target, scaled=cache.dtype == FP8)
     max_slots = page_table.shape[1] * cache.shape[1]
     splits = num_splits or split_count(B, T, H, max_slots, target, config.block_h, config.block_n)
     direct = num_splits is None and splits == 1
     parts, lse_S = decode_parts(
-        config,
-        q_latent,
-        q_rope,
-        cache,
-        page_table,
-        visible,
-        scale,
-        cache_scale,
-        splits=splits,
-        direct=direct,
-        interpreted=target.arch == INTERPRETER,
+        config, q_latent, q_rope, cache, page_table, visible, scale, cache_scale, splits=splits, direct=direct
     )
     if direct:
         return parts.view(B, T, H, R), lse_S.view(B, T, H)
@@ -96,16 +79,14 @@ def mla_decode_splits_triton(
     return mla_decode_triton(q_latent, q_rope, cache, page_table, visible, scale, None, num_splits)
 
 
-def _mla_decode_splits_fake(
-    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float, num_splits: int
-) -> tuple[Tensor, Tensor]:
-    B, T, H, R = q_latent.shape
-    lse = q_latent.new_empty((B, T, H, num_splits), dtype=torch.float32)
-    return lse.new_empty((B, T, H, num_splits, R)), lse
+def _mla_decode_splits_fake(q_latent: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *rows, R = q_latent.shape
+    lse = q_latent.new_empty((*rows, others[-1]), dtype=torch.float32)
+    return lse.new_empty((*rows, others[-1], R)), lse
 
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
-    q_latent, q_rope, cache, page_table, visible, scale = site.args
+    q_latent, q_rope, cache, page_table, visible, scale = site.args[:6]
     dtypes = {q_latent.dtype, q_rope.dtype, cache.dtype}
     if len(dtypes) > 1 or q_latent.dtype not in TRITON_TYPE:
         return (
@@ -131,49 +112,33 @@ def _site_shape(site: Site) -> MlaShape:
 
 
 def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[CompileCase]:
-    """The selected form, once a way to store, and the pointer form behind it."""
-    shape, dtype = _site_shape(site), site.args[0].dtype
-    sizes = (site.args[0].shape[2], shape.R, shape.r, shape.page_size, dtype, dtype)
-    config, behind = _config(shape, target), pointer_config(shape, target)
+    """The selected form, once a way to store, and the pointer form behind it; mla_decode.scaled, if the cache were FP8."""
+    shape, (q_latent, _, cache) = _site_shape(site), site.args[:3]
 
-    def case(config: MlaConfig, direct: bool, fallback: bool) -> CompileCase:
+    def case(config: MlaConfig, cache_dtype: torch.dtype = q_latent.dtype, **options: Any) -> CompileCase:
         return decode_case(
             config,
-            *sizes,
-            direct=direct,
+            q_latent.shape[2],
+            shape.R,
+            shape.r,
+            shape.page_size,
+            q_latent.dtype,
+            cache_dtype,
             interpreted=target.arch == INTERPRETER,
             kv_ctas=-(-shape.rows // config.block_h),
-            fallback=fallback,
+            **options,
         )
 
-    cases = [case(config, direct, False) for direct in directs]
+    config, behind = _config(shape, target), pointer_config(shape, target)
+    cases = [case(config, direct=direct) for direct in directs]
     if config != behind:
-        cases.append(case(behind, False, True))
+        cases.append(case(behind, fallback=True))
     if shape.itemsize == 2 and shape.page_size % TABLE_TOKENS_PER_SCALE == 0:
-        cases.append(_scaled_case(site, target))
+        tma = cache.shape[2] * FP8.itemsize % TMA_BYTES == 0
+        config = _config(dataclasses.replace(shape, tma=tma), target, scaled=True)
+        scaled = case(config, FP8, tokens_per_scale=TABLE_TOKENS_PER_SCALE, fallback=True)  # leaves each split's parts
+        cases.append(dataclasses.replace(scaled, kernel="mla_decode.scaled", config=f"FP8 cache, {config}"))
     return cases
-
-
-def _scaled_case(site: Site, target: KernelTarget) -> CompileCase:
-    """mla_decode.scaled, if the site's cache were FP8; it leaves the parts of each split."""
-    q_latent, cache = site.args[0], site.args[2]
-    tma = cache.shape[2] * FP8.itemsize % TMA_BYTES == 0
-    shape = dataclasses.replace(_site_shape(site), tma=tma)
-    config = _config(shape, target, scaled=True)
-    case = decode_case(
-        config,
-        q_latent.shape[2],
-        shape.R,
-        shape.r,
-        shape.page_size,
-        q_latent.dtype,
-        FP8,
-        tokens_per_scale=TABLE_TOKENS_PER_SCALE,
-        interpreted=target.arch == INTERPRETER,
-        kv_ctas=-(-shape.rows // config.block_h),
-        fallback=True,
-    )
-    return dataclasses.replace(case, kernel="mla_decode.scaled", config=f"FP8 cache, {config}")
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
@@ -188,20 +153,14 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     return cases + [merge_splits_case(n, shape.R, site.args[0].dtype) for n in sorted(counts - {1})]
 
 
-def _splits_supports(site: Site, target: KernelTarget) -> str | None:
-    return _supports(dataclasses.replace(site, args=site.args[:6]), target)
-
-
-def _splits_cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    return _form_cases(site, target, [False])
-
-
 MLA_DECODE = register_kernel(OPS["mla_decode"], mla_decode_triton, _supports, _cases)
 
 
 # what a split holds is a matter of tiles, so there is no reference: the launcher's signature is the op's
 _SPLITS = Op("mla_decode.splits", mla_decode_splits_triton, _mla_decode_splits_fake)
-MLA_DECODE_SPLITS = register_kernel(_SPLITS, mla_decode_splits_triton, _splits_supports, _splits_cases)
+MLA_DECODE_SPLITS = register_kernel(
+    _SPLITS, mla_decode_splits_triton, _supports, lambda site, target: _form_cases(site, target, [False])
+)
 
 
 # no plan makes an FP8 cache, so nothing selects this one: it is called by its name

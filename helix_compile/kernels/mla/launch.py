@@ -18,11 +18,9 @@ from helix_compile.kernels.merge import LOG2E
 from helix_compile.kernels.mla.pointer import mla_pointer_kernel
 from helix_compile.kernels.mla.tma import mla_tma_kernel
 from helix_compile.kernels.mla.tuning import POINTER, TRANSPOSED, MlaConfig
+from helix_compile.kernels.reference_fused import FP8
 from helix_compile.kernels.registry import CompileCase, launch
 from helix_compile.kernels.triton_ops import TRITON_TYPE
-
-FP8 = torch.float8_e4m3fn
-
 
 CACHE_TYPE = {**TRITON_TYPE, FP8: "fp8e4nv"}
 
@@ -137,7 +135,6 @@ def decode_parts(
     *,
     splits: int,
     direct: bool,
-    interpreted: bool,
     case: CompileCase | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run one form: parts [B, T, H, splits, R] (q's dtype if direct, else float32) and lse [B, T, H, splits].
@@ -162,7 +159,7 @@ def decode_parts(
         cache.dtype,
         tokens_per_scale=0 if cache_scale is None else page_size // cache_scale.shape[1],
         direct=direct,
-        interpreted=interpreted,
+        interpreted=not q_latent.is_cuda,
     )
     arguments = {
         "q_ptr": q_latent,

@@ -160,20 +160,17 @@ def _applies(entry: MlaEntry, shape: MlaShape, target: KernelTarget, scaled: boo
 
 def form_runs(config: MlaConfig, shape: MlaShape) -> bool:
     """Whether a config can take a shape at all; whether it fits a card, the offline compiler says."""
-    return (config.block_h < 64 or (shape.R <= 512 and shape.r <= 64)) and (
-        config.form == POINTER or _tma_form_runs(config, shape)
-    )
+    if config.block_h >= 64 and (shape.R > 512 or shape.r > 64):
+        return False
+    # tiles of TMA are powers of two that lie in one page and stay within the shared memory they were chosen for
+    powers = all(16 <= size and size & (size - 1) == 0 for size in (shape.R, shape.r))
+    tma = shape.tma and powers and 32 <= shape.R <= 512 and shape.r <= 64 and shape.page_size % config.block_n == 0
+    return config.form == POINTER or tma
 
 
 def family(target: KernelTarget) -> str:
     """sm_103 is tuned as sm_100; below and beyond, each architecture is its own."""
     return "sm_100" if 100 <= target.capability < 110 else target.arch
-
-
-def _tma_form_runs(config: MlaConfig, shape: MlaShape) -> bool:
-    """Whether tiles are powers of two that lie in one page and stay within the shared memory they were chosen for."""
-    powers = all(16 <= size and size & (size - 1) == 0 for size in (shape.R, shape.r))
-    return shape.tma and powers and 32 <= shape.R <= 512 and shape.r <= 64 and shape.page_size % config.block_n == 0
 
 
 def split_count(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from helix_compile.kernels.moe.tiles import BLOCK_PAIRS, moe_dispatch_kernel, rows_of_tile
 from helix_compile.kernels.ops import OPS
-from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel, specialize
+from helix_compile.kernels.registry import CompileCase, Prepared, Site, launch_of, register_kernel, run, specialize
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
@@ -47,16 +47,8 @@ class _Blocks:
 # chosen by static tables: tensor cores, no spills, 110 (gate_up) and 55 KB (down) of loads in flight, two or more steps
 # ahead, and programs for most SMs at small batches; weights by TMA take more instructions a step (Triton 3.7.0: 189 for
 # 162 on sm_100, 147 for 119 on sm_90)
-BLOCKS = {
-    "gate_up": _Blocks(64, 128, 4, 4),
-    "down": _Blocks(128, 64, 4, 4),
-    # no tensor core computes in IEEE float32: small tiles, in registers
-    "float32": _Blocks(32, 32, 4, 2),
-    INTERPRETER: _Blocks(32, 32, 4, 1),
-}
-
-
-SMALL = _Blocks(0, 0, num_warps=4, num_stages=1)  # dispatch and combine: no dots
+GATE_UP, DOWN = _Blocks(64, 128, 4, 4), _Blocks(128, 64, 4, 4)
+FLOAT32, INTERPRETED = _Blocks(32, 32, 4, 2), _Blocks(32, 32, 4, 1)
 
 
 @triton.jit
@@ -177,39 +169,6 @@ def _combine_kernel(  # type: ignore[no-untyped-def] # Triton types its argument
     tl.store(out_ptr + token * D + channels, tl.sum(y, 0).to(out_ptr.dtype.element_ty), mask=channels < D)
 
 
-@dataclass(frozen=True)
-class _Launch:
-    case: CompileCase
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-
-
-def _launch_of(
-    name: str,
-    function: Any,
-    grid: tuple[int, ...],
-    arguments: dict[str, Any],
-    constexprs: dict[str, Any],
-    blocks: _Blocks,
-) -> _Launch:
-    config = ", ".join(f"{n} {v}" for n, v in constexprs.items() if n.startswith("BLOCK"))
-    case = CompileCase(
-        kernel=f"moe_experts.{name}",
-        function=function,
-        signature={n: _triton_type(value) for n, value in arguments.items()},
-        constexprs=constexprs,
-        options={"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
-        config=config,
-    )
-    return _Launch(case, grid, arguments)
-
-
-def _triton_type(value: Tensor | int) -> str:
-    if isinstance(value, Tensor):
-        return "*" + {torch.int64: "i64", torch.int32: "i32", **TRITON_TYPE}[value.dtype]
-    return "i32" if value < 2**31 else "i64"
-
-
 def _launches(
     target: KernelTarget,
     x: Tensor,
@@ -218,17 +177,19 @@ def _launches(
     gate_up: Tensor,
     down: Tensor,
     first_expert: Tensor,
-) -> tuple[Tensor, list[_Launch]]:
+) -> Prepared:
     """The result and what fills it. Meta tensors are good enough: nothing is read here."""
     (N, k), (e, D, F) = expert_ids.shape, down.shape
     pairs = N * k
     out = x.new_empty((N, D))
     order, starts = (x.new_empty(n, dtype=torch.int32) for n in (pairs, e + 1))
     h, y = x.new_empty((pairs, F)), x.new_empty((pairs, D), dtype=torch.float32)
-    few = N <= FEW_TOKENS
-    block_n = 16 if few else 64
+    block_n = 16 if N <= FEW_TOKENS else 64
     tiles = pairs // block_n + min(e, pairs)
-    blocks = _blocks(target, x.dtype)
+    # no tensor core computes in IEEE float32: small tiles, in registers
+    gate_up_blocks, down_blocks = (GATE_UP, DOWN) if x.dtype != torch.float32 else (FLOAT32, FLOAT32)
+    if target.arch == INTERPRETER:
+        gate_up_blocks = down_blocks = INTERPRETED
 
     def grouped(block: _Blocks, channels: int) -> dict[str, Any]:
         return {
@@ -243,18 +204,17 @@ def _launches(
 
     sorting = {"order_ptr": order, "starts_ptr": starts}
     return out, [
-        _launch_of(
-            "dispatch",
+        launch_of(
+            "moe_experts.dispatch",
             moe_dispatch_kernel,
             (e + 1,),
             {"ids_ptr": expert_ids, "first_ptr": first_expert, **sorting, "pairs": pairs},
             {"EXPERTS": e, "BLOCK_PAIRS": BLOCK_PAIRS},
-            SMALL,
         ),
-        _launch_of(
-            "gate_up",
+        launch_of(
+            "moe_experts.gate_up",
             _gate_up_kernel,
-            (triton.cdiv(F, blocks["gate_up"].M), tiles),
+            (triton.cdiv(F, gate_up_blocks.M), tiles),
             {
                 "x_ptr": x,
                 "gate_up_ptr": gate_up,
@@ -267,13 +227,14 @@ def _launches(
                 "D": D,
                 "F": F,
             },
-            {"TOP_K": k, **grouped(blocks["gate_up"], D)},
-            blocks["gate_up"],
+            {"TOP_K": k, **grouped(gate_up_blocks, D)},
+            num_warps=gate_up_blocks.num_warps,
+            num_stages=gate_up_blocks.num_stages,
         ),
-        _launch_of(
-            "down",
+        launch_of(
+            "moe_experts.down",
             _down_kernel,
-            (triton.cdiv(D, blocks["down"].M), tiles),
+            (triton.cdiv(D, down_blocks.M), tiles),
             {
                 "h_ptr": h,
                 "down_ptr": down,
@@ -285,26 +246,18 @@ def _launches(
                 "D": D,
                 "F": F,
             },
-            grouped(blocks["down"], F),
-            blocks["down"],
+            grouped(down_blocks, F),
+            num_warps=down_blocks.num_warps,
+            num_stages=down_blocks.num_stages,
         ),
-        _launch_of(
-            "combine",
+        launch_of(
+            "moe_experts.combine",
             _combine_kernel,
             (N, triton.cdiv(D, BLOCK_D)),
             {"y_ptr": y, "ids_ptr": expert_ids, "first_ptr": first_expert, "out_ptr": out, "D": D},
             {"TOP_K": k, "BLOCK_J": triton.next_power_of_2(k), "EXPERTS": e, "BLOCK_D": BLOCK_D},
-            SMALL,
         ),
     ]
-
-
-def _blocks(target: KernelTarget, dtype: torch.dtype) -> dict[str, _Blocks]:
-    if target.arch == INTERPRETER:
-        return dict.fromkeys(("gate_up", "down"), BLOCKS[INTERPRETER])
-    if dtype == torch.float32:
-        return dict.fromkeys(("gate_up", "down"), BLOCKS["float32"])
-    return BLOCKS
 
 
 def moe_experts_triton(
@@ -320,18 +273,8 @@ def moe_experts_triton(
             raise ValueError(f"{name} has stride {tensor.stride(-1)} along its last axis; it must be 1")
     if expert_ids.numel() == 0:
         return x.new_zeros(x.shape)
-    out, launches = _launches(
-        device_target(x.device),
-        x.contiguous(),
-        expert_ids.contiguous(),
-        weights.contiguous(),
-        gate_up,
-        down,
-        first_expert,
-    )
-    for step in launches:
-        launch(step.case, step.grid, step.arguments)
-    return out
+    tokens = x.contiguous(), expert_ids.contiguous(), weights.contiguous()
+    return run(_launches(device_target(x.device), *tokens, gate_up, down, first_expert))
 
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
@@ -354,7 +297,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     cases: list[CompileCase] = []
     for N in (selected, max(selected, FEW_TOKENS + 1)):
         rows = [torch.empty((N, int(t.shape[1])), dtype=t.dtype, device="meta") for t in (x, expert_ids, weights)]
-        _, launches = _launches(target, *rows, *(_as_meta(t) for t in held))
+        _, launches = _launches(target, *rows, *held)
         known = [(c.kernel, c.constexprs) for c in cases]
         for step in launches:
             facts = {n: v for n, v in step.arguments.items() if n != "pairs"}  # not specialised
@@ -362,14 +305,6 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
             if (case.kernel, case.constexprs) not in known:
                 cases.append(case)
     return cases
-
-
-def _as_meta(tensor: Tensor) -> Tensor:
-    """Shape, strides and offset without values, out of fake mode."""
-    shape, stride = [int(n) for n in tensor.shape], [int(n) for n in tensor.stride()]
-    offset = int(tensor.storage_offset())
-    extent = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    return torch.empty(extent, dtype=tensor.dtype, device="meta").as_strided(shape, stride, offset)
 
 
 MOE_EXPERTS = register_kernel(OPS["moe_experts"], moe_experts_triton, _supports, _cases)

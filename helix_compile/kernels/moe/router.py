@@ -16,7 +16,7 @@ from torch import Tensor
 
 from helix_compile.kernels.merge import LOG2E
 from helix_compile.kernels.ops import OPS
-from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel
+from helix_compile.kernels.registry import Prepared, Site, launch_of, register_launches
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
@@ -123,47 +123,17 @@ def _moe_router_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     tl.store(weights_ptr + out, weights * scale, mask=lanes < TOP_K)
 
 
-def _case(experts: int, n_group: int, topk_group: int, top_k: int, normalize: bool, bias: torch.dtype) -> CompileCase:
-    size = experts // n_group
-    tile = {"BLOCK_G": triton.next_power_of_2(n_group), "BLOCK_S": triton.next_power_of_2(size)}
-    scores = tile["BLOCK_G"] * tile["BLOCK_S"]
-    return CompileCase(
-        kernel="moe_router",
-        function=_moe_router_kernel,
-        signature={
-            "logits_ptr": "*fp32",
-            "bias_ptr": f"*{TRITON_TYPE[bias]}",
-            "ids_ptr": "*i64",
-            "weights_ptr": "*fp32",
-            "stride_logits_n": "i32",
-            "scale": "fp32",
-        },
-        constexprs={
-            "GROUPS": n_group,
-            "SIZE": size,
-            "TOP_GROUPS": topk_group,
-            "TOP_K": top_k,
-            "NORMALIZE": normalize,
-            **tile,
-            "BLOCK_K": triton.next_power_of_2(top_k),
-        },
-        options={"num_warps": min(4, triton.cdiv(scores, WARP_SCORES)), "num_stages": 1},
-        divisible_by_16=("logits_ptr", "bias_ptr", "ids_ptr", "weights_ptr")
-        + (("stride_logits_n",) if experts % 16 == 0 else ()),
-        config=f"{experts} experts, {topk_group} of {n_group} groups, top {top_k}",
-    )
-
-
-def moe_router_triton(
+def _prepare(
     logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, normalize: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> Prepared:
     """See moe_router_reference; float32 logits, bias in float32, bfloat16 or float16."""
     N, E = logits.shape
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     expert_ids, weights = OPS["moe_router"].fake(logits, bias, n_group, topk_group, top_k, normalize, scale)
-    launch(
-        _case(E, n_group, topk_group, top_k, normalize, bias.dtype),
+    block_g, block_s = triton.next_power_of_2(n_group), triton.next_power_of_2(E // n_group)
+    step = launch_of(
+        "moe_router",
+        _moe_router_kernel,
         (N,),
         {
             "logits_ptr": logits,
@@ -173,8 +143,20 @@ def moe_router_triton(
             "stride_logits_n": logits.stride(0),
             "scale": float(scale),
         },
+        {
+            "GROUPS": n_group,
+            "SIZE": E // n_group,
+            "TOP_GROUPS": topk_group,
+            "TOP_K": top_k,
+            "NORMALIZE": normalize,
+            "BLOCK_G": block_g,
+            "BLOCK_S": block_s,
+            "BLOCK_K": triton.next_power_of_2(top_k),
+        },
+        config=f"{E} experts, {topk_group} of {n_group} groups, top {top_k}",
+        num_warps=min(4, triton.cdiv(block_g * block_s, WARP_SCORES)),
     )
-    return expert_ids, weights
+    return (expert_ids, weights), [step]
 
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
@@ -191,9 +173,4 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
     return None
 
 
-def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    logits, bias, n_group, topk_group, top_k, normalize = site.args[:6]
-    return [_case(int(logits.shape[1]), n_group, topk_group, top_k, normalize, bias.dtype)]
-
-
-MOE_ROUTER = register_kernel(OPS["moe_router"], moe_router_triton, _supports, _cases)
+MOE_ROUTER = register_launches(OPS["moe_router"], _prepare, _supports)

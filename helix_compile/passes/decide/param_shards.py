@@ -26,72 +26,51 @@ def attention_shards(match: AttentionMatch, v_up: str, q_proj: str, layout: Heli
     yield from (part.shard(axes[side], layout) for side, part in match.cuts)
     if match.gate and match.gate.linear:
         yield from (rows.shard("world", layout) for rows in match.gate.linear.params)
-    columns = (D, H // layout.world_size * V)
-    yield ParamShard(
-        match.o_weight, match.o_weight, (D, H * V), (D, H, V), (Cut(1, "world", H),), columns, "world:S(1)"
-    )
+    yield _cut(match.o_weight, (D, H * V), 1, "world", layout, V)
+
+
+def _cut(
+    name: str, shape: tuple[int, ...], dim: int, axis: str, layout: HelixLayout, width: int | None = None
+) -> ParamShard:
+    """A parameter cut along one dim: between heads of `width`, or (None) anywhere."""
+    head = () if width is None else (width,)
+    cut = Cut(dim, axis, shape[dim] // (width or 1))
+    before, after, local = shape[:dim], shape[dim + 1 :], cut.width(layout) * (width or 1)
+    view = (*before, cut.total, *head, *after)
+    return ParamShard(name, name, shape, view, (cut,), (*before, local, *after), f"{axis}:S({dim})")
 
 
 def dense_shards(match: DenseFFNMatch, layout: HelixLayout) -> Iterable[ParamShard]:
     """Gate and up by rows, down by columns, over all ranks."""
     F, D_in, D = match.width, match.input_size, match.hidden_size
-    f = -(-F // layout.world_size)
     for name in (match.gate_weight, match.up_weight):
-        yield ParamShard(name, name, (F, D_in), (F, D_in), (Cut(0, "world", F),), (f, D_in), "world:S(0)")
+        yield _cut(name, (F, D_in), 0, "world", layout)
     for bias in (match.gate_bias, match.up_bias):
         if bias:
-            yield ParamShard(bias, bias, (F,), (F,), (Cut(0, "world", F),), (f,), "world:S(0)")
-    down = match.down_weight
-    yield ParamShard(down, down, (D, F), (D, F), (Cut(1, "world", F),), (D, f), "world:S(1)")
+            yield _cut(bias, (F,), 0, "world", layout)
+    yield _cut(match.down_weight, (D, F), 1, "world", layout)
 
 
 def moe_shards(match: MoEMatch, layout: HelixLayout) -> Iterable[ParamShard]:
     """Experts over ep; within an expert each half of gate_up by rows and down by columns over tpf."""
     E, F, D = match.num_experts, match.width, match.hidden_size
     e, f = E // layout.ep, -(-F // layout.tpf)
-    yield ParamShard(
-        match.gate_up,
-        match.gate_up,
-        (E, 2 * F, D),
-        (E, 2, F, D),
-        (Cut(0, "ep", E), Cut(2, "tpf", F)),
-        (e, 2, f, D),
-        "ep:S(0), tpf:S(2)",
-    )
-    yield ParamShard(
-        match.down,
-        match.down,
-        (E, D, F),
-        (E, D, F),
-        (Cut(0, "ep", E), Cut(2, "tpf", F)),
-        (e, D, f),
-        "ep:S(0), tpf:S(2)",
-    )
+    cuts, cut = (Cut(0, "ep", E), Cut(2, "tpf", F)), "ep:S(0), tpf:S(2)"
+    yield ParamShard(match.gate_up, match.gate_up, (E, 2 * F, D), (E, 2, F, D), cuts, (e, 2, f, D), cut)
+    yield ParamShard(match.down, match.down, (E, D, F), (E, D, F), cuts, (e, D, f), cut)
 
 
 def params_bytes_per_rank(captured: CapturedGraph, bodies: tuple[BodyPlan, ...]) -> int:
     """Bytes of parameters that one rank holds: its shards with padding, and what is replicated."""
-    total = 0
-    for node in placeholders(captured.graph.graph):
-        if is_param(node) and not _in_a_layer(node):
-            total += _bytes(node)
-    total += leaf_bytes(captured.graph)
+    outer = (n for n in placeholders(captured.graph.graph) if is_param(n))
+    in_a_layer = lambda node: any(user.op == "call_module" for user in node.users)  # noqa: E731
+    total = leaf_bytes(captured.graph) + sum(_bytes(n) for n in outer if not in_a_layer(n))
     for plan in bodies:
-        graph = captured.bodies[plan.name].graph
-        cut = {s.source for s in plan.param_shards}
-        one = 0
-        for node in (n for n in placeholders(graph) if is_param(n)):
-            name, itemsize = input_ref(node).name, node.meta["val"].dtype.itemsize
-            if name not in cut:
-                one += _bytes(node)
-            for shard in (s for s in plan.param_shards if s.source == name):
-                one += itemsize * math.prod(shard.shape)
-        total += one * len(plan.layers)
+        for node in filter(is_param, placeholders(captured.bodies[plan.name].graph)):
+            shards = [s for s in plan.param_shards if s.source == input_ref(node).name]
+            held = sum(math.prod(s.shape) for s in shards) * node.meta["val"].dtype.itemsize if shards else _bytes(node)
+            total += held * len(plan.layers)
     return total
-
-
-def _in_a_layer(node: fx.Node) -> bool:
-    return any(user.op == "call_module" for user in node.users)
 
 
 def _bytes(node: fx.Node) -> int:

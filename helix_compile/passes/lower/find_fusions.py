@@ -1,17 +1,14 @@
-"""Find what stands before the cache and the attention: the latent's RMSNorm, and RoPE of a key or of the queries.
+"""Find what kernels fuse: the latent's RMSNorm, RoPE of a key or of the queries, and DeepSeek-V3's router.
 
-Both are accepted by what they compute on random values, so no spelling of either is looked for.
+    router = sigmoid scores, a correction bias, top groups, top experts
 
-Find the router that kernels know: sigmoid scores, a correction bias, top groups, top experts (DeepSeek-V3's).
-
-Accepted by evaluation: logits on a coarse grid and random ones go through the captured nodes and through
-moe_router_reference; ids and weights must agree.
+All are accepted by what they compute on random values (the router also on ids), so no spelling of any is looked for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import product
+from itertools import permutations, product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -23,8 +20,7 @@ from helix_compile.kernels.reference import moe_router_reference
 from helix_compile.kernels.reference_fused import rms_norm_reference, rope_reference
 
 
-@dataclass(frozen=True)
-class NormMatch:
+class NormMatch(NamedTuple):
     """`result` = rms_norm(source [.., R], weight [R], eps)."""
 
     source: fx.Node
@@ -32,8 +28,7 @@ class NormMatch:
     eps: float
 
 
-@dataclass(frozen=True)
-class RopeMatch:
+class RopeMatch(NamedTuple):
     """`result` = rope(source [.., T, r], cos [B, T, r], sin [B, T, r])."""
 
     source: fx.Node
@@ -89,10 +84,10 @@ def find_rope(graph: fx.Graph, result: fx.Node) -> RopeMatch | str:
         shape = shape_of_value(source)
         if shape[-2:] != shape_of(result)[-2:]:
             continue
-        for cos, sin in ((a, b) for a in tables for b in tables if a is not b):
-            for interleaved in (True, False):
-                if _is_rope(result, RopeMatch(source, cos, sin, interleaved)):
-                    return RopeMatch(source, cos, sin, interleaved)
+        for (cos, sin), interleaved in product(permutations(tables, 2), (True, False)):
+            match = RopeMatch(source, cos, sin, interleaved)
+            if _is_rope(result, match):
+                return match
     return f"no RoPE by two tables [B, T, {r}] makes `{result.name}`"
 
 
@@ -110,9 +105,8 @@ def _is_rope(result: fx.Node, match: RopeMatch) -> bool:
 DRAWS = 4
 
 
-@dataclass(frozen=True)
-class RouterMatch:
-    """expert_ids, weights = moe_router(logits [N, E], bias [E], ...)."""
+class RouterMatch(NamedTuple):
+    """expert_ids, weights = moe_router(logits [N, E], bias [E], ...): its arguments, in order."""
 
     logits: fx.Node
     bias: fx.Node
@@ -160,9 +154,7 @@ def _is_router(expert_ids: fx.Node, weights: fx.Node, match: RouterMatch) -> boo
         known: dict[fx.Node, Tensor] = {match.logits: logits, match.bias: bias}
         got_ids = evaluate(expert_ids, known, blank)
         got_weights = evaluate(weights, known, blank)
-        ids, expected = moe_router_reference(
-            logits, bias, match.num_groups, match.top_groups, match.top_k, match.normalize, match.scale
-        )
+        ids, expected = moe_router_reference(logits, bias, *match[2:])
         # the original leaves the order of the chosen open
         order, own = got_ids.sort(-1), ids.sort(-1)
         if not torch.equal(order.values, own.values):

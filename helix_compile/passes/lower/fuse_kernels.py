@@ -121,17 +121,14 @@ def _fuse_norm_rope(graph: fx.Graph, node: fx.Node, target: KernelTarget, capaci
 
 def _tokens(graph: fx.Graph, source: fx.Node) -> fx.Node:
     """[B, 1, T, R] as [B, T, R]."""
-    if len(shape_of(source)) == 4:
-        return graph.call_function(aten.squeeze.dim, (source, 1))
-    return source
+    return graph.call_function(aten.squeeze.dim, (source, 1)) if len(shape_of(source)) == 4 else source
 
 
 def _fuse_rope_heads(graph: fx.Graph, node: fx.Node, target: KernelTarget, capacity: Capacity) -> None:
     rope = find_rope(graph, node.args[0])
     if isinstance(rope, str) or len(shape_of(rope.source)) != 4:
         return
-    fused = (rope.source, rope.cos, rope.sin, rope.interleaved)
-    _retarget(node, "rope_heads", fused, target, capacity)
+    _retarget(node, "rope_heads", tuple(rope), target, capacity)
 
 
 def _fuse_router(graph: fx.Graph, node: fx.Node, target: KernelTarget, capacity: Capacity) -> None:
@@ -142,18 +139,7 @@ def _fuse_router(graph: fx.Graph, node: fx.Node, target: KernelTarget, capacity:
         return
     first = min((ids, weights), key=list(graph.nodes).index)
     with made_from(graph, ids, weights), graph.inserting_before(first):
-        routed = named(
-            graph,
-            "router",
-            helix.moe_router.default,
-            router.logits,
-            router.bias,
-            router.num_groups,
-            router.top_groups,
-            router.top_k,
-            router.normalize,
-            router.scale,
-        )
+        routed = named(graph, "router", helix.moe_router.default, *router)
         parts = getitems(graph, routed, "expert_ids", "expert_weights")
     propagate_shapes(graph)
     if not choose(routed, target, capacity):

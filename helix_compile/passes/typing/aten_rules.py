@@ -1,6 +1,6 @@
 """One typing rule an op: from the layouts of its inputs to that of its output. An op without a rule is an error.
 
-Here: aten ops. The helix:: ops are in helix_rules.py, collectives in lowered_rules.py.
+Here: aten ops. The helix:: ops and collectives are in helix_rules.py.
 
 A rule raises Violation where an op would compute something else than the unsharded op: a partial sum in a nonlinear op,
 shards that do not meet, a per-rank value that is read as if it were whole. Layouts are in normal form throughout.
@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.distributed.tensor.placement_types import Partial, Placement, Shard
 
@@ -53,15 +54,13 @@ def is_partial(layout: Any) -> bool:
 
 def _map_dims(layout: Layout, new_dim: Callable[[int], int | None], what: str) -> Layout:
     """The layout with every Shard moved to its new dim; anything else is kept."""
-    moved: Layout = {}
+    moved = dict(layout)
     for axis, placement in layout.items():
         if isinstance(placement, Shard):
             dim = new_dim(placement.dim)
-            require(dim is not None, f"{what} works across dim {placement.dim}, which is cut over {axis}")
-            assert dim is not None
+            if dim is None:
+                raise Violation(f"{what} works across dim {placement.dim}, which is cut over {axis}")
             moved[axis] = Shard(dim)
-        else:
-            moved[axis] = placement
     return moved
 
 
@@ -89,33 +88,17 @@ def _same(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> R
     return of(node.args[0])
 
 
-def _transpose(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    ndim = node.meta["val"].dim()
-    a, b = (d % ndim for d in node.args[1:3])
-    return _map_dims(of(node.args[0]), lambda d: {a: b, b: a}.get(d, d), "transpose")
+def _moved(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Views that only move, add or drop dims: each dim gets a prime for a stride, and is where that is found again."""
+    shape = shape_of(node.args[0])
+    view = node.target(torch.empty_strided(shape, _PRIMES[: len(shape)], device="meta"), *node.args[1:])
+    # a new dim before one of size 1 has that one's stride: the last counts
+    places = {stride: place for place, stride in enumerate(view.stride())}
+    return _map_dims(of(node.args[0]), lambda d: places.get(_PRIMES[d]), node.target._opname)
 
 
-def _movedim(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    ndim = node.meta["val"].dim()
-    source, target = (d % ndim for d in node.args[1:3])
-    order = [d for d in range(ndim) if d != source]
-    order.insert(target, source)
-    return _map_dims(of(node.args[0]), order.index, "movedim")
-
-
-def _permute(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    ndim = node.meta["val"].dim()
-    return _map_dims(of(node.args[0]), [d % ndim for d in node.args[1]].index, "permute")
-
-
-def _unsqueeze(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    place = node.args[1] % node.meta["val"].dim()
-    return _map_dims(of(node.args[0]), lambda d: d + (d >= place), "unsqueeze")
-
-
-def _squeeze(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    place = node.args[1] % len(shape_of(node.args[0]))
-    return _map_dims(of(node.args[0]), lambda d: None if d == place else d - (d > place), "squeeze")
+# larger than any size that a body is captured with: no product of sizes and strides is one of them
+_PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121)
 
 
 def _along(place: int) -> Rule:
@@ -131,19 +114,14 @@ def _along(place: int) -> Rule:
     return rule
 
 
-def _cat(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    layouts = [of(n) for n in node.args[0]]
-    require(all(x == layouts[0] for x in layouts), f"cat of {[format_layout(x) for x in layouts]}")
+def _joined(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Cat along a dim that is whole; stack by a new dim before and behind which everything keeps its place."""
+    layouts, what = [of(n) for n in node.args[0]], node.target._opname
+    require(all(x == layouts[0] for x in layouts), f"{what} of {[format_layout(x) for x in layouts]}")
     along = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()
-    return _map_dims(layouts[0], lambda d: None if d == along else d, "cat")
-
-
-def _stack(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    """A new dim before which and behind which everything keeps its place (interleaved RoPE, joined by flatten)."""
-    layouts = [of(n) for n in node.args[0]]
-    require(all(x == layouts[0] for x in layouts), f"stack of {[format_layout(x) for x in layouts]}")
-    place = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()
-    return _map_dims(layouts[0], lambda d: d + (d >= place), "stack")
+    if what == "stack":
+        return _map_dims(layouts[0], lambda d: d + (d >= along), what)
+    return _map_dims(layouts[0], lambda d: None if d == along else d, what)
 
 
 def _getitem(node: fx.Node, of: Callable[[Any], Any], degrees: HelixLayout) -> Result:
@@ -280,6 +258,9 @@ _RESHAPES = (
 )
 
 
+_MOVES = (aten.transpose.int, aten.movedim.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
+
+
 ELEMENTWISE = (
     aten.add.Tensor,
     aten.sub.Tensor,
@@ -307,22 +288,18 @@ ELEMENTWISE = (
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys(_MOVES, _moved),
     aten.clone.default: _same,
     aten.contiguous.default: _same,
     aten.alias.default: _same,
     aten.type_as.default: _same,  # the other operand lends its dtype only
     aten.view_as_complex.default: _last_dim_joined,
     aten.view_as_real.default: _same,
-    aten.transpose.int: _transpose,
-    aten.movedim.int: _movedim,
-    aten.permute.default: _permute,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dim: _squeeze,
     aten.slice.Tensor: _along(1),
     aten.split_with_sizes.default: _along(2),
     aten.split.Tensor: _along(2),
-    aten.cat.default: _cat,
-    aten.stack.default: _stack,
+    aten.cat.default: _joined,
+    aten.stack.default: _joined,
     aten.expand.default: _expand,
     aten.mean.dim: _mean,
     aten.layer_norm.default: _norm,

@@ -111,17 +111,15 @@ def _infer(
             )
         return result
     rule = call_rule if node.op == "call_module" else rule_of(node.target)
-    if rule is not None:
-        try:
-            result = rule(node, of, degrees)
-        except Violation as violation:
-            if violation.kind == "layout" and any(is_partial(of(n)) for n in node.all_input_nodes):
-                violation.kind = "partial"
-            raise
-        if isinstance(result, tuple):
-            return tuple(normal_form(r, degrees) for r in result)
-        return normal_form(result, degrees)
-    return _whole(node, of)
+    if rule is None:
+        return _whole(node, of)
+    try:
+        result = rule(node, of, degrees)
+    except Violation as violation:
+        if violation.kind == "layout" and any(is_partial(of(n)) for n in node.all_input_nodes):
+            violation.kind = "partial"
+        raise
+    return tuple(normal_form(r, degrees) for r in result) if isinstance(result, tuple) else normal_form(result, degrees)
 
 
 def rule_of(target: Any) -> Rule | None:

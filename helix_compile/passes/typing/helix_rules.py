@@ -1,6 +1,4 @@
-"""Typing rules of the helix:: ops: what attention, exchange, merge, experts and reshards take and leave.
-
-Typing rules of what lowering makes: collectives, and the packing around them.
+"""Typing rules of the helix:: ops, of the packing around an exchange, and of collectives.
 
 Between a collective and its wait_tensor a value is Pending; only wait_tensor takes it.
 """
@@ -222,8 +220,7 @@ def _all_to_all(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
 
 def _wait(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x = of(node.args[0])
-    if PENDING not in x:
-        raise Violation("wait_tensor on a value that no collective is computing", "pending")
+    require(PENDING in x, "wait_tensor on a value that no collective is computing", "pending")
     return {a: p for a, p in x.items() if a != PENDING}
 
 

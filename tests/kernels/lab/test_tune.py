@@ -151,8 +151,8 @@ def test_only_what_fits_and_is_right_is_timed(few: None, monkeypatch: pytest.Mon
     assert [t.ms is None for t in trials] == [True, False, False] * len(classes), trials
     assert len(timed) == 2 * len(classes)
 
-    decode = tuner.decode_parts
-    monkeypatch.setattr(tuner, "decode_parts", lambda *a, **k: [x * 1.01 for x in decode(*a, **k)])
+    decode = tuner.mla_decode_triton
+    monkeypatch.setattr(tuner, "mla_decode_triton", lambda *a, **k: [x * 1.01 for x in decode(*a, **k)])
     wrong = tune(device_target(CPU), SMALL, no_limit, measured)
     assert all(t.ms is None and t.reason.startswith("wrong: off by") for t in wrong)
     assert len(timed) == 2 * len(classes)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import helix_compile.kernels.moe.experts as moe_experts
+import helix_compile.kernels.registry as registry
 from helix_compile.ir.ops import helix
 from helix_compile.kernels.registry import Capacity, CompileCase, Site, launch
 from helix_compile.kernels.target import device_target, offline_target
@@ -188,7 +189,7 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -
         launched.append((case, grid))
         launch(case, grid, arguments)
 
-    monkeypatch.setattr(moe_experts, "launch", record)
+    monkeypatch.setattr(registry, "launch", record)
     args = [*experts(4, 40, 8, 3, 2, 3), expert_number(0)]
     kernel(*args)
     site = Site("moe_experts", tuple(args), Capacity(4, 128))
