@@ -78,12 +78,12 @@ def helix_compile(
     if isinstance(model, HelixModule):
         raise CaptureError("this model is already compiled by helix_compile; pass the original model")
     with CAPTURING:  # torch.export and fake modes patch what all threads share
-        place = device_for(device, world)
-        with errors_told(world, options.cp, options.tpa, place or device_of_input(model)):
-            planned = plan_model(captured_from(model, dtype, place, options.unmatched), options)
-        opened = open_world(HelixMesh(planned.plan.layout), world, place or device_of(planned.captured))
+        asked = device_for(device, world)
+        with errors_told(world, options.cp, options.tpa, asked or device_of_input(model)):
+            planned = plan_model(captured_from(model, dtype, asked, options.unmatched), options)
+        opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured))
         trace_plan(planned.plan)
-        facts = facts_of(planned.captured, planned.matches, planned.plan, place, opened)
+        facts = facts_of(planned.captured, planned.matches, planned.plan, asked, opened)
         if isinstance(model, nn.Module):
             facts = replace(facts, watch=ModelWatch.of(model))
         dump = os.environ.get("HELIX_DUMP") if opened.is_leader else None

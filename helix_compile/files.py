@@ -1,6 +1,6 @@
-"""Is a folder that a command shall write to usable? Asked before anything slow begins.
+"""Files that come into a folder all together or not at all: in a hidden subfolder first, so that a full disk leaves nothing.
 
-Files that come into a folder all together: written in a hidden subfolder first, so that a full disk leaves nothing.
+Whether a folder can be written to is asked before anything slow begins.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class StagedFiles:
             HelixError: names the file and the reason; what had come is gone again then.
         """
         for name in self._names:
-            place = self.folder / name
-            is_new = not os.path.lexists(place)
+            target = self.folder / name
+            is_new = not os.path.lexists(target)
             with _explained(self.folder / name):
-                os.replace(self._stage / name, place)
+                os.replace(self._stage / name, target)
             if is_new:
-                self._appeared.append(place)
+                self._appeared.append(target)
         self._moved = True
         return [self.folder / name for name in self._names]
 

@@ -93,8 +93,8 @@ class Ledger:
     def positions(self, mask: Tensor) -> Tensor:
         """Absolute positions [B, T] int64 of a step's tokens, -1 where mask [B, T] is 0; padding never counts."""
         lengths = torch.tensor(self.lengths or [0] * mask.shape[0], dtype=torch.int64)
-        places = mask.to(torch.int64).cumsum(dim=1) - 1 + lengths[:, None]
-        return torch.where(mask > 0, places, -1).to(self.device)
+        counted = mask.to(torch.int64).cumsum(dim=1) - 1 + lengths[:, None]
+        return torch.where(mask > 0, counted, -1).to(self.device)
 
     def pages_of(self, batch_size: int) -> Tensor:
         """Page table [B, pages] of the current batch."""

@@ -155,7 +155,7 @@ def join_shards(shards: Sequence[CacheShard]) -> CacheEntries:
     """
     first = _distinct(shards)
     B, width = len(first[0].lengths), int(first[0].lengths.max())
-    places = []
+    row_positions = []
     for row in range(B):
         positions = torch.cat([s.positions[row] for s in first])
         held = positions[positions >= 0]
@@ -167,19 +167,19 @@ def join_shards(shards: Sequence[CacheShard]) -> CacheEntries:
                 f"{len(missing)} positions missing (first {missing[:3]}); expected each position once: are all cp "
                 "ranks' shards here, and is the rotation the sender's?"
             )
-        places.append(positions)
+        row_positions.append(positions)
     parts = [
-        [_scattered([s_parts[i] for s_parts in lists], places, B, width) for i in range(len(lists[0]))]
+        [_scattered([s_parts[i] for s_parts in lists], row_positions, B, width) for i in range(len(lists[0]))]
         for lists in ([s.latents for s in first], [s.k_ropes for s in first])
     ]
     return CacheEntries(parts[0], parts[1], first[0].lengths.clone())
 
 
-def _scattered(pieces: list[Tensor], places: list[Tensor], B: int, width: int) -> Tensor:
+def _scattered(pieces: list[Tensor], row_positions: list[Tensor], B: int, width: int) -> Tensor:
     """[B, width, features] of the shards' [B, s, features]; 0 where there is no token."""
     whole = pieces[0].new_zeros(B, width, pieces[0].shape[2])
     together = torch.cat(pieces, dim=1)
-    for row, positions in enumerate(places):
+    for row, positions in enumerate(row_positions):
         kept = (positions >= 0).to(together.device)
         whole[row, positions[positions >= 0].to(whole.device)] = together[row, kept]
     return whole

@@ -2,8 +2,7 @@
 
 A body's placeholders, in this order: hidden, the layer's other tensors, what it caches (past), its parameters. Each
 carries meta["input"] = [kind, name]; a parameter's name is relative to its layer.
-
-One shape of graph for the matchers: no asserts, B and T read from one place, no dead code.
+Matchers get one shape of graph: no asserts, B and T read from one place, no dead code.
 """
 
 from __future__ import annotations

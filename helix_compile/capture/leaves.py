@@ -148,9 +148,9 @@ def _like(child: nn.Module, original: Any, call: LayerCall, part: str) -> int:
         with explained(f"{type(child).__name__} ({part}) can't be run on {shapes}"):
             out = original(*args, **kwargs)
     if isinstance(out, Tensor):
-        for place, tensor in enumerate(real):
+        for i, tensor in enumerate(real):
             if (out.shape, out.dtype) == (tensor.shape, tensor.dtype):
-                return place
+                return i
     got = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
     raise CaptureError(
         f"capture: {type(child).__name__} ({part}) can't be exported and can't stay a leaf: it returns {got}, "

@@ -1,6 +1,5 @@
-"""nn.Module -> CapturedGraph: the decode step as one outer graph and one body per structurally distinct layer.
-
-The graph around the layers: one call_module a layer, of its body or of the user's own module.
+"""nn.Module -> CapturedGraph: the decode step as one outer graph and one body per structurally distinct layer. The outer graph has one
+call_module a layer, of its body or of the user's own module.
 """
 
 from __future__ import annotations
@@ -125,9 +124,9 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
         if found.leaf:
             leaves[i] = found.leaf
             continue
-        places = tuple(range(caches, caches + len(found.sites)))
+        own = tuple(range(caches, caches + len(found.sites)))
         caches += len(found.sites)
-        captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[signature], places))
+        captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[signature], own))
     if not bodies:
         raise _nothing_captured(model, leaves)
     outer = build_outer(

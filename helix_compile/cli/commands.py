@@ -145,7 +145,7 @@ def verify(
         )
     results = []
     if model is not None:
-        asked = {"options": asked_options(ctx), "world": options["world"], "device": _place(ctx)}
+        asked = {"options": asked_options(ctx), "world": options["world"], "device": _device_asked(ctx)}
         built = _model(model, dtype, meta=False)
         asked["dtype"] = _folder_dtype(built, dtype)
         results.append(_verified(built, asked, float64_too, seed))
@@ -197,13 +197,13 @@ def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> A
     from helix_compile.compile import helix_compile
     from helix_compile.worlds.world import errors_told
 
-    place = _place(ctx)
-    with errors_told(world, options.cp, options.tpa, place or torch.device("cpu")):
+    device_asked = _device_asked(ctx)
+    with errors_told(world, options.cp, options.tpa, device_asked or torch.device("cpu")):
         built = _model(model, dtype, meta)
-    return helix_compile(built, options=options, world=world, device=place, dtype=_folder_dtype(built, dtype))
+    return helix_compile(built, options=options, world=world, device=device_asked, dtype=_folder_dtype(built, dtype))
 
 
-def _place(ctx: typer.Context) -> Any:
+def _device_asked(ctx: typer.Context) -> Any:
     """The device that --device names, checked before a model is built for it; None where a command has no such option."""
     from helix_compile.worlds.world import device_for
 

@@ -113,12 +113,12 @@ class LeafLayer(Leaf):
             RuntimeFault: the state is not at the step's first position (a step broke off): call reset().
         """
         out = torch.zeros_like(hidden)
-        for row, places in enumerate(positions):
-            kept = (places >= 0).nonzero().flatten()
+        for row, row_positions in enumerate(positions):
+            kept = (row_positions >= 0).nonzero().flatten()
             if len(kept):
-                start = int(places[kept[0]])
+                start = int(row_positions[kept[0]])
                 cache = self._cache(state, row, start)
-                others = self._others(places[kept], input_ids[row, kept], start, hidden, weights)
+                others = self._others(row_positions[kept], input_ids[row, kept], start, hidden, weights)
                 args, kwargs = self.call.rebuild(hidden[row, kept][None], others, cache)
                 assert self.module is not None
                 result = self.module(*args, **kwargs)

@@ -96,15 +96,15 @@ def open_view(node: fx.Node, heads: int) -> list[Any] | None:
     source, sizes = node.args
     assert isinstance(source, fx.Node) and isinstance(sizes, (list, tuple))
     before = shape_of(source)
-    for place, size in enumerate(sizes):
+    for dim, size in enumerate(sizes):
         if isinstance(size, int) and size == heads:
             opened = list(sizes)
             for other, value in enumerate(sizes):
                 if isinstance(value, int) and value == -1:
                     opened[other] = shape_of(node)[other]
-            opened[place] = -1
+            opened[dim] = -1
             return opened
-        if place >= len(before) or concrete(size) != before[place]:
+        if dim >= len(before) or concrete(size) != before[dim]:
             return None
     return None
 

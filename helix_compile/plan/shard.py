@@ -55,9 +55,9 @@ def shard_boxes(shard: ParamShard, layout: HelixLayout, rank: int) -> ShardBoxes
     if shard.index is not None:
         source_shape[0] = len(shard.index)
     runs, at = [], 0
-    for place, size in enumerate(source_shape):
-        dims = _dims_of(size, shard.view, at, last=place == len(source_shape) - 1)
-        index = shard.index if place == 0 else None
+    for axis, size in enumerate(source_shape):
+        dims = _dims_of(size, shard.view, at, last=axis == len(source_shape) - 1)
+        index = shard.index if axis == 0 else None
         runs.append(list(_runs(shard.view[at : at + dims], kept[at : at + dims], index)))
         at += dims
     boxes = tuple(
@@ -107,10 +107,10 @@ def _runs(
 def _consecutive(rows: tuple[int, ...]) -> Iterator[Range]:
     """[first, end) places of `rows` that count up by one."""
     first = 0
-    for place in range(1, len(rows) + 1):
-        if place == len(rows) or rows[place] != rows[place - 1] + 1:
-            yield first, place
-            first = place
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or rows[end] != rows[end - 1] + 1:
+            yield first, end
+            first = end
 
 
 def cut_param(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) -> Tensor:

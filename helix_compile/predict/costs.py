@@ -129,8 +129,8 @@ class _Sizes:
     def local_context(self) -> int:
         """Cached tokens of a sequence on this rank, the new ones included."""
         length = self.workload.context + self.workload.tokens
-        place = self.layout.index("kvp", self.rank)
-        return int(local_length(length, place, self.layout.kvp, self.tokens_per_block))
+        kvp_rank = self.layout.index("kvp", self.rank)
+        return int(local_length(length, kvp_rank, self.layout.kvp, self.tokens_per_block))
 
 
 def _cost(node: fx.Node, sizes: _Sizes) -> NodeCost:

@@ -125,9 +125,9 @@ def is_convex(graph: fx.Graph, nodes: Collection[str]) -> bool:
 
 def reduced_edges(graph: fx.Graph) -> list[tuple[str, str]]:
     """Edges of a picture: those that no longer path implies. For one body; a whole model takes many seconds."""
-    place = {n.name: i for i, n in enumerate(graph.nodes)}
+    index_of = {n.name: i for i, n in enumerate(graph.nodes)}
     edges = nx.transitive_reduction(to_networkx(graph)).edges
-    return sorted(edges, key=lambda edge: (place[edge[0]], place[edge[1]]))
+    return sorted(edges, key=lambda edge: (index_of[edge[0]], index_of[edge[1]]))
 
 
 COMPUTE, LINK = "compute", "link"

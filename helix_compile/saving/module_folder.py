@@ -141,34 +141,34 @@ def load_parts(
     folder: Path, device: str | torch.device | None, world: object
 ) -> tuple[HelixPlan, dict[str, fx.GraphModule], list[Rank], World, ModelFacts]:
     """What save_module wrote, as HelixModule takes it. HelixError names the file and what is wrong with it."""
-    place = torch.device(device or "cpu")
-    place = local_device(place) if is_distributed(world) else place
+    there = torch.device(device or "cpu")
+    there = local_device(there) if is_distributed(world) else there
     plan = HelixPlan.from_json(_read(folder / "plan.json"))
     with _reading(folder / "graphs.json"):
         document = _json(folder / "graphs.json")
         if document.get("version") != _VERSION:
             raise HelixError(f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}")
         if _uses_kernels(document["stages"]):
-            device_target(place)
-        stages = {n: _stage(document["stages"][n], f"graphs.json, stage {n}", place) for n in SAVED_STAGES}
+            device_target(there)
+        stages = {n: _stage(document["stages"][n], f"graphs.json, stage {n}", there) for n in SAVED_STAGES}
         check_saved_graphs(stages, plan)
         facts = ModelFacts(
             vocab_size=document["vocab_size"],
             caches=saved_caches(document),
             originals={},
-            device=place,
+            device=there,
             **_configurations(folder),
         )
         lowered = stages[SAVED_STAGES[-1]]
         check_saved_inputs(lowered, plan, facts)
-    opened = open_world(HelixMesh(plan.layout), world, place)
+    opened = open_world(HelixMesh(plan.layout), world, there)
     with _reading(folder / "views.json"):
-        params = read_params(folder, _json(folder / "views.json"), place, opened)
+        params = read_params(folder, _json(folder / "views.json"), there, opened)
         check_saved_params(lowered, params)
     opened.start({**claims_of(plan, lowered, facts), "weights": partial(files_digest, folder)})
     dtype = getattr(torch, plan.dtype)
     ranks = [
-        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, place)) for r in opened.ranks
+        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, there)) for r in opened.ranks
     ]
     return plan, stages, ranks, opened, facts
 

@@ -1,6 +1,6 @@
 """Two compiled modules of one model: the same steps, compared with each other; the layouts of both.
 
-Weights for two compiled modules of one model that make faults matter: the same edits on what either holds.
+The weights of either get the same edits that make faults matter.
 """
 
 from __future__ import annotations

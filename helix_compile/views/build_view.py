@@ -1,10 +1,8 @@
-"""fx.Graph -> GraphView.
+"""fx.Graph -> GraphView, with shapes and bytes by the letters that a reader knows: B, T, S.
 
 Views, reshapes, getitem and wait_tensor are folded into edges, which carry the shape and layout that arrives.
 Small ops (elementwise, reductions, casts) of one module become one node where that keeps the graph acyclic.
 Parameters are listed at the node that reads them. Nothing here changes a graph.
-
-Shapes and bytes of values with symbolic sizes, by the letters that a reader knows: B, T, S.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def explain_node(stages: Mapping[str, fx.GraphModule], name: str, body: str | No
     for stage in reversed(list(stages)):
         found = [(g, n) for g, n in _named(stages[stage], name) if body in (None, g)]
         if len(found) > 1:
-            places = ", ".join(f"{graph}.{name}" for graph, _ in found)
-            raise HelixError(f"node {name!r} is in {len(found)} graphs; say which: {places}")
+            full_names = ", ".join(f"{graph}.{name}" for graph, _ in found)
+            raise HelixError(f"node {name!r} is in {len(found)} graphs; say which: {full_names}")
         if found:
             return _explanation(stages, stage, *found[0])
     raise HelixError(_unknown(stages, name, body))
@@ -129,8 +129,8 @@ def _unknown(stages: Mapping[str, fx.GraphModule], name: str, body: str | None) 
         if body in (None, graph)
     }
     close = difflib.get_close_matches(name, set(known.values()), n=4)
-    places = [place for place, short in known.items() if short in close][:6]
-    hint = f"; close: {', '.join(places)}" if places else ""
+    full_names = [full_name for full_name, short in known.items() if short in close][:6]
+    hint = f"; close: {', '.join(full_names)}" if full_names else ""
     where = body or f"any of {len(graphs_of(list(stages.values())[-1]))} graphs"
     return f"no node {name!r} in {where}, stages {', '.join(stages)}{hint}"
 

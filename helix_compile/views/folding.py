@@ -177,9 +177,9 @@ def group_small_ops(folded: Folded, modules: dict[fx.Node, str]) -> list[list[fx
                 nx.contracted_nodes(graph, source, mine, self_loops=False, copy=False)
                 members[source] += members.pop(mine)
                 head.update(dict.fromkeys(members[source], source))
-    place = {n: i for i, n in enumerate(folded.kept)}
-    order = nx.lexicographical_topological_sort(graph, key=lambda n: place[n])
-    return [sorted(members[n], key=place.__getitem__) for n in order]
+    order_of = {n: i for i, n in enumerate(folded.kept)}
+    order = nx.lexicographical_topological_sort(graph, key=lambda n: order_of[n])
+    return [sorted(members[n], key=order_of.__getitem__) for n in order]
 
 
 def _other_path(graph: nx.DiGraph, source: fx.Node, target: fx.Node) -> bool:

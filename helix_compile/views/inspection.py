@@ -102,8 +102,8 @@ class Inspection:
         """NN_STAGE.txt of each stage, and NN_STAGE.diff: what its pass changed."""
         files, before = {}, None
         first = STAGES.index(next(iter(self.stages)))  # a reloaded module has the last ones alone
-        for place, (stage, gm) in enumerate(self.stages.items(), first):
-            number = f"{place:02d}"
+        for position, (stage, gm) in enumerate(self.stages.items(), first):
+            number = f"{position:02d}"
             files[f"{number}_{stage}.txt"] = format_python(gm, OUTER, f"Stage {stage}.")
             if before is not None:
                 files[f"{number}_{stage}.diff"] = stage_diff(self.stages, before, stage)

@@ -135,10 +135,10 @@ def _bands(view: GraphView, lanes: Lanes, grid: _Grid) -> list[str]:
         if node.cluster:
             rows.setdefault(node.cluster, []).append(lanes.row[node.name])
     parts = []
-    for cluster, places in rows.items():
-        if len(places) < 2:
+    for cluster, levels in rows.items():
+        if len(levels) < 2:
             continue
-        y, height = min(places) * ROW + 1, (max(places) - min(places) + 1) * ROW - 2
+        y, height = min(levels) * ROW + 1, (max(levels) - min(levels) + 1) * ROW - 2
         parts.append(f'<rect class="band" x="4" y="{y}" width="{grid.width - 8}" height="{height}" rx="4"/>')
         parts.append(
             f'<text class="band-title" x="{grid.width - 12}" y="{y + 10}" text-anchor="end">{escape(cluster)}</text>'

@@ -55,7 +55,7 @@ def fake_group(rank: int, world_size: int) -> Iterator[Any]:
 def share_of_rank(plan: HelixPlan, held: Rank, mesh: HelixMesh) -> RankShare:
     """The share of one rank."""
     layout, rank, options = plan.layout, held.rank, plan.options
-    place = layout.index("kvp", rank)
+    kvp_rank = layout.index("kvp", rank)
     return RankShare(
         {
             "model": plan.model,
@@ -64,10 +64,10 @@ def share_of_rank(plan: HelixPlan, held: Rank, mesh: HelixMesh) -> RankShare:
             "coordinates": {axis: layout.index(axis, rank) for axis in AXES if axis != "world"},
             "groups": {axis: list(mesh.members(axis, rank)) for axis in AXES},
             "cache": {
-                "blocks": f"b with b % {layout.kvp} == {place}",
+                "blocks": f"b with b % {layout.kvp} == {kvp_rank}",
                 "tokens_per_block": options.tokens_per_block,
                 "tokens_of_a_full_sequence": local_length(
-                    options.max_seq_len, place, layout.kvp, options.tokens_per_block
+                    options.max_seq_len, kvp_rank, layout.kvp, options.tokens_per_block
                 ),
                 "bytes": sum(c.numel() * c.itemsize for c in held.cache),
             },

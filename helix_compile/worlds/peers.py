@@ -1,11 +1,10 @@
-"""What this process says before SIGTERM ends it, also while its main thread waits inside C++ and runs no Python.
+"""What this process says before SIGTERM ends it, also while its main thread waits inside C++, and which of its peers live.
 
 torchrun ends survivors about 0.1 s after a death. A rank that hangs in gloo can't run a signal handler; but Python's own C
 handler writes to a pipe at once, and a thread reads it, speaks and ends the process, as SIGTERM would have.
 
-Which processes of this host live: by /proc at any time, and at once when one dies, by a thread on their pidfds.
-
-A rank that waits inside gloo may hear nothing of a death until torchrun ends it, 0.1 s later; the thread hears it.
+Which processes of this host live is read from /proc at any time, and heard at once when one dies by a thread on their
+pidfds: a rank that waits inside gloo may hear nothing of a death until torchrun ends it, 0.1 s later.
 """
 
 from __future__ import annotations

@@ -76,9 +76,9 @@ def _agreed_op(key: Key, exchange: Exchange) -> CollectiveOp:
 
 def _check_splits(members: tuple[int, ...], exchange: Exchange) -> None:
     """What a rank expects from each peer must be what that peer sends to it, and be equal for all."""
-    for place, rank in enumerate(members):
+    for index, rank in enumerate(members):
         _, tensor, (output_splits, input_splits), where = exchange.posts[rank]
-        sent = [exchange.posts[peer].arguments[1][place] for peer in members]
+        sent = [exchange.posts[peer].arguments[1][index] for peer in members]
         if list(output_splits) != sent:
             raise RuntimeFault(
                 f"rank {rank}, node {where}: output_split_sizes={list(output_splits)} but peers send {sent}"

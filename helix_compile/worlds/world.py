@@ -141,9 +141,9 @@ def device_for(device: str | torch.device | None, world: object = "virtual") -> 
     if device is None:
         return None
     try:
-        place = torch.device(device)
-        place = local_device(place) if is_distributed(world) else place
-        torch.empty(0, device=place)
+        found = torch.device(device)
+        found = local_device(found) if is_distributed(world) else found
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise HelixError(f"device={str(device)!r} can't be used here: {error}") from error
-    return place
+    return found

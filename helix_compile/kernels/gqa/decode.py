@@ -115,9 +115,9 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
         else:
             inside = slots < end
             page = tl.load(table_ptr + b * stride_table_B + slots // PAGE, mask=inside, other=0)
-            place = slots % PAGE
-            k_rows = page * stride_k_page + place * stride_k_slot + head * stride_k_K
-            v_rows = page * stride_v_page + place * stride_v_slot + head * stride_v_K
+            slot = slots % PAGE
+            k_rows = page * stride_k_page + slot * stride_k_slot + head * stride_k_K
+            v_rows = page * stride_v_page + slot * stride_v_slot + head * stride_v_K
             k = tl.load(
                 k_src + k_rows[:, None] + k_columns[None, :],
                 mask=inside[:, None] & (k_columns < DK)[None, :],

@@ -128,11 +128,11 @@ def _record(case: CompileCase, arch: str, job: _Job, outcome: StaticFigures | st
 def _put(job: _Job, folder: Path) -> None:
     """Move a kernel's files where they belong: copied beside their places first, which may be on another disk."""
     for kind in KINDS:
-        place = folder / f"{job.stem}.{kind}"
-        beside = place.with_name(f".{place.name}.part")
+        final = folder / f"{job.stem}.{kind}"
+        beside = final.with_name(f".{final.name}.part")
         try:
             shutil.copyfile(job.scratch / f"{job.stem}.{kind}", beside)
-            beside.replace(place)
+            beside.replace(final)
         finally:
             beside.unlink(missing_ok=True)
 

@@ -55,12 +55,12 @@ def absorbed_site(anchor: Anchor) -> Absorbed:
             node,
             4,
         )
-    place = keys.index(latent)
-    q_latent, q_rope = anchor.pairs[place][0], anchor.pairs[1 - place][0]
+    which = keys.index(latent)
+    q_latent, q_rope = anchor.pairs[which][0], anchor.pairs[1 - which][0]
     R = shape_of(latent)[-1]
     q, w_uk = _absorption(q_latent, R)
     v_up, form, w_uv = _expansion(node, anchor.form.replace("V", "C"), R)
-    return Absorbed(q, q_rope, v_up, form, w_uk, w_uv, latent, keys[1 - place])
+    return Absorbed(q, q_rope, v_up, form, w_uk, w_uv, latent, keys[1 - which])
 
 
 def _cached(operand: Operand, what: str, node: fx.Node) -> fx.Node:
@@ -151,7 +151,7 @@ def _head_weight(
     if sorted(held) != sorted(dims):
         raise Reject(f"{what} is not applied head by head: its dims are [{', '.join(held)}]", product.node, 4)
     (heads, rows, _), (by_head, by_row, step) = (
-        [values[held.index(d)] for d in dims] for values in (view.place.shape, view.place.stride())
+        [values[held.index(d)] for d in dims] for values in (view.window.shape, view.window.stride())
     )
-    first = int(view.place.storage_offset()) + torch.arange(heads)[:, None] * by_head + torch.arange(rows) * by_row
+    first = int(view.window.storage_offset()) + torch.arange(heads)[:, None] * by_head + torch.arange(rows) * by_row
     return up_weight(view, first, step, R, what, product.node)

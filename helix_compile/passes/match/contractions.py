@@ -4,7 +4,7 @@
     matmul(x [B, H, S, R], W [H, R, D])   "abyz,bzx->abyx"
     einsum("bsr,hrd->bhsd", x, W)    as it is
 
-A weight may be any view of a parameter: the view's strides say where each of its elements is in the parameter.
+A weight may be any view of a parameter: the view's window say where each of its elements is in the parameter.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def _without_broadcast(x: fx.Node, y: fx.Node, a: str, b: str) -> tuple[str, str
 
 @dataclass(frozen=True)
 class WeightView:
-    """A value that is a view of a parameter. `place` has its strides and its offset, in elements of the parameter."""
+    """A value that is a view of a parameter. `place` has its window and its offset, in elements of the parameter."""
 
     param: fx.Node
-    place: Tensor
+    window: Tensor
 
 
 def weight_view(node: fx.Node) -> WeightView | None:
@@ -109,14 +109,14 @@ def weight_view(node: fx.Node) -> WeightView | None:
         return run_move(n, value) if is_layout_op(n) else None
 
     try:
-        place = value(node)
+        window = value(node)
     except (TypeError, RuntimeError, AttributeError):  # a layout op on something computed
         return None
-    if not isinstance(place, Tensor) or len(params) != 1:
+    if not isinstance(window, Tensor) or len(params) != 1:
         return None
     ((param, whole),) = params.items()
-    same = place.untyped_storage()._cdata == whole.untyped_storage()._cdata
-    return WeightView(param, place) if same else None
+    same = window.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    return WeightView(param, window) if same else None
 
 
 def weight_product(node: Any) -> tuple[Product, fx.Node, WeightView] | None:
@@ -133,11 +133,11 @@ def weight_product(node: Any) -> tuple[Product, fx.Node, WeightView] | None:
 
 def numbers(view: WeightView, letters: str, at: Mapping[str, Tensor], summed: str) -> tuple[Tensor, int]:
     """(number in the parameter of the element at these coordinates with `summed` at 0, step from one `summed` to the next)."""
-    first: Any = view.place.storage_offset()
-    for letter, stride in zip(letters, view.place.stride(), strict=True):
+    first: Any = view.window.storage_offset()
+    for letter, stride in zip(letters, view.window.stride(), strict=True):
         if letter in at and letter != summed:
             first = first + at[letter] * stride
-    return first, view.place.stride()[letters.index(summed)]
+    return first, view.window.stride()[letters.index(summed)]
 
 
 def up_weight(view: WeightView, first: Tensor, step: int, R: int, what: str, node: fx.Node) -> UpWeight:

@@ -1,11 +1,10 @@
-"""Find dense FFNs and shared experts by dataflow: linear(act(linear(x)) * linear(x)).
+"""Find FFNs by dataflow: dense ones and shared experts, and routed experts in both forms that transformers exports.
 
-Find routed experts in both forms that transformers exports: grouped_mm and batched_mm.
-
+    dense        linear(act(linear(x)) * linear(x))
     batched_mm   index(gate_up, [ids]) bmm repeat_interleave(x, k) -> act * up -> index(down, [ids]) bmm -> * w -> sum(k)
     grouped_mm   sort(ids) -> x[order // k] grouped gate_up -> act * up -> grouped down -> * w[order] -> unsort -> sum(k)
 
-Both start from the product act(gate) * up whose halves come from one product with a 3-D parameter.
+Routed experts start from the product act(gate) * up whose halves come from one product with a 3-D parameter.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ def _match(product: fx.Node) -> DenseFFNMatch | None:
     )
 
 
-def _name(linear: Any, place: int) -> str:
-    return input_ref(linear.args[place]).name
+def _name(linear: Any, argument: int) -> str:
+    return input_ref(linear.args[argument]).name
 
 
 def _bias(linear: Any) -> str | None:

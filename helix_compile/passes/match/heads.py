@@ -37,9 +37,9 @@ def one_linear(value: fx.Node, what: str) -> fx.Node:
     return found[0]
 
 
-def param_of(linear: fx.Node, place: int) -> str:
-    """Name of the parameter that is argument `place` of a linear; Reject where it is computed."""
-    weight = linear.args[place]
+def param_of(linear: fx.Node, argument: int) -> str:
+    """Name of the parameter that is `argument` of a linear; Reject where it is computed."""
+    weight = linear.args[argument]
     if not is_param(weight):
         raise Reject(computed_weight(linear, weight), linear, 6)
     return input_ref(weight).name
@@ -72,8 +72,8 @@ def output_projection(anchor: fx.Node, form: str = "BHTV") -> tuple[fx.Node, Gat
             raise Reject(f"`{node.target}` stands between attention and its output projection", node, 6)
     stop = product[0] if product else anchor
     source = trace_elements(node.args[0], stop=lambda n: n is stop)
-    places = source.coordinates(stop)
-    if places is None or source.ids.dim() != 3:
+    at = source.coordinates(stop)
+    if at is None or source.ids.dim() != 3:
         raise Reject("the output projection does not read all heads of attention", node, 6)
     gate = None
     if product is not None:
@@ -81,14 +81,14 @@ def output_projection(anchor: fx.Node, form: str = "BHTV") -> tuple[fx.Node, Gat
         inside = attended.coordinates(anchor)
         if inside is None or attended.ids.shape != shape_of(product[0]):
             raise Reject("a gate widens what attention returns", product[0], 6)
-        places = tuple(c[places] for c in inside)
+        at = tuple(c[at] for c in inside)
         gate = _gate(product[0], product[1], attended.ids, anchor, form)
-    _check_columns(places, anchor, node, form)
+    _check_columns(at, anchor, node, form)
     return node, gate
 
 
-def _check_columns(places: tuple[Tensor, ...], anchor: fx.Node, o_proj: fx.Node, form: str) -> None:
-    batch, head, token, channel = (places[form.index(c)] for c in "BHTV")
+def _check_columns(at: tuple[Tensor, ...], anchor: fx.Node, o_proj: fx.Node, form: str) -> None:
+    batch, head, token, channel = (at[form.index(c)] for c in "BHTV")
     B, T, width = batch.shape
     H, V = (shape_of(anchor)[form.index(c)] for c in "HV")
     straight = bool((batch == torch.arange(B).view(B, 1, 1)).all()) and bool(

@@ -68,11 +68,11 @@ def _subjects(captured: CapturedGraph, body: str, match: AttentionMatch) -> Iter
     """One for each set of outer values that layers of this body give to what the mask is computed from."""
     graph = captured.bodies[body].graph
     read = ancestors([node_named(graph, match.mask)], until=[])
-    places = [i for i, p in enumerate(placeholders(graph)) if p in read]
+    read_arguments = [i for i, p in enumerate(placeholders(graph)) if p in read]
     seen = set()
     for node in captured.graph.graph.nodes:
         if node.op == "call_module" and node.target == body:
-            key = tuple(node.args[i] for i in places if not _is_past(node.args[i]))
+            key = tuple(node.args[i] for i in read_arguments if not _is_past(node.args[i]))
             if key not in seen:
                 seen.add(key)
                 yield _Subject(captured, body, match, node)

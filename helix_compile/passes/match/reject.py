@@ -1,7 +1,4 @@
-"""What to say of a linear whose weight is no parameter: of a quantised one, which stored tensor it is made from.
-
-How a matcher says that a candidate is no site.
-"""
+"""How a matcher says that a candidate is no site; of a quantised weight, which stored tensor it is made from."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ def _rewrite_site(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan, b
         if N > 1:
             o = named(graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", N)
     # a gate may be computed behind attention: what reads it stands at its place
-    place = node_named(graph, match.gate.product) if match.gate else anchor
-    with graph.inserting_before(place), made_from(graph, anchor):
+    reader = node_named(graph, match.gate.product) if match.gate else anchor
+    with graph.inserting_before(reader), made_from(graph, anchor):
         if match.gate:
             o = _gated(graph, match, match.gate, o)
         with made_from(graph, o_proj.args[0]):

@@ -125,8 +125,8 @@ def update_calls_pass(gm: fx.GraphModule, context: PassContext) -> None:
         if ("step", "ep_rank") in names and len(names) > len(call.args):
             scalar = input_named(graph, "input", "kvp_rank")
             ep_rank = add_input(graph, "input", "ep_rank", scalar.meta["val"])
-            place = names.index(InputRef("step", "ep_rank"))
-            call.args = (*call.args[:place], ep_rank, *call.args[place:])
+            at = names.index(InputRef("step", "ep_rank"))
+            call.args = (*call.args[:at], ep_rank, *call.args[at:])
         _mark_cut(call, body)
 
 

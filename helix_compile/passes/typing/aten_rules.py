@@ -93,20 +93,20 @@ def _moved(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> 
     shape = shape_of(node.args[0])
     view = node.target(torch.empty_strided(shape, _PRIMES[: len(shape)], device="meta"), *node.args[1:])
     # a new dim before one of size 1 has that one's stride: the last counts
-    places = {stride: place for place, stride in enumerate(view.stride())}
-    return _map_dims(of(node.args[0]), lambda d: places.get(_PRIMES[d]), node.target._opname)
+    dim_of = {stride: argument for argument, stride in enumerate(view.stride())}
+    return _map_dims(of(node.args[0]), lambda d: dim_of.get(_PRIMES[d]), node.target._opname)
 
 
 # larger than any size that a body is captured with: no product of sizes and strides is one of them
 _PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121)
 
 
-def _along(place: int) -> Rule:
-    """Ops that cut or join along the dim given by argument `place` (default 0); that dim must be whole."""
+def _along(argument: int) -> Rule:
+    """Ops that cut or join along the dim given by `argument` (default 0); that dim must be whole."""
 
     def rule(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
         ndim = len(shape_of(node.args[0]))
-        along = (node.args[place] if len(node.args) > place else 0) % ndim
+        along = (node.args[argument] if len(node.args) > argument else 0) % ndim
         layout = _map_dims(of(node.args[0]), lambda d: None if d == along else d, str(node.target))
         parts = node.meta["val"]
         return (layout,) * len(parts) if isinstance(parts, (tuple, list)) else layout

@@ -1,10 +1,10 @@
-"""Two modules whose logits deviate: the step again on both with every value kept, and the first value that differs.
+"""A step whose logits deviate, again with every value kept: the first value that differs, its layer and node.
+
+Between a module and the original values of one name are compared; between two modules this:
 
 Modules of one plan have the same nodes, and each rank of one holds what that rank of the other holds: they are compared
 node by node. Modules of unlike plans share only what every rank holds whole around the layers: embedding, each layer's
 output, last norm, logits.
-
-A step whose logits deviate: replay it on both sides with every value kept, and find the layer and node.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Faults that only grouped-query attention can have: heads of another group, halves of the K/V cache, its own op.
-
-Ranks that hold the wrong weights, and plans that say what is not so.
-"""
+"""Ranks that hold the wrong weights, plans that say what is not so, and faults of grouped-query attention alone."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Every mutant, by family. Importing this module registers them.
-
-Does the verifier catch every fault of the catalogue, and would a served system's acceptance rule have caught it?
+"""Does the verifier catch every fault of the catalogue, and would a served system's acceptance rule have caught it?
 
 The rule is that of TensorRT-LLM's Helix module test: an element may be off by 0.1 + 0.05 * |reference|, and 2 % of the
-elements may be off by more. It is applied in its own conditions: one layer, one new token, random keys, equal shards.
+elements may be off by more. It is applied in its own conditions: one layer, one new token, random keys, equal shards. Importing this module registers every mutant.
 """
 
 from __future__ import annotations

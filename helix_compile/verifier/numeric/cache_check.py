@@ -1,6 +1,6 @@
 """Caches after a step: only the new tokens' slots changed, each on its owner, and they hold the original's entries.
 
-Does import_cache deal a prefilled cache out as the contract says? Run on caches that stand in for the module's own.
+That import_cache deals a prefilled cache out as the contract says is shown on caches that stand in for the module's own.
 """
 
 from __future__ import annotations

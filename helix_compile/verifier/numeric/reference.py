@@ -1,10 +1,8 @@
-"""The mode that makes a float64 comparison sharp.
+"""The truth: a deep fp64 copy of the original, run as it is, and its captured graph, node by node; both with widened islands.
 
 DeepSeek-V3 computes norms and the router in float32 whatever its dtype. In float64 these islands swallow small faults
 (a clean module then shows a deviation of exactly 0) and turn noise of 1e-15 into one float32 ulp of 1e-8 at random
 (capture-and-match, sections 10 and 11). Run both sides with the islands widened instead.
-
-The truth: a deep fp64 copy of the original model, run as it is; and its captured graph, node by node, in fp64.
 
 The eager copy decides. The graph only says *where* a deviation starts, and is the reference for one layer alone.
 """

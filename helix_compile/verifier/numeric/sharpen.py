@@ -1,13 +1,11 @@
-"""Weights that make faults matter: attention that looks at few keys, a router bias that decides, layers that add
-as much as they were given.
+"""Weights and keys that make faults matter: attention that looks at few keys, a router bias that decides, layers that add as
+much as they were given, needles.
 
 A random model attends to everything alike; a lost token, a wrong position or a plain mean then hides below any limit in
 16 bits. Each edit is a scale, or acts on what every rank holds, so it commutes with every cut: applied to a rank's own
 shard it leaves a fault in place.
 
-Keys that make faults matter: on random keys one token in 32768 carries no weight, and a lost one passes any limit.
-
-A needle is a key that one head of the last query must find: its score is the row's maximum + ln(S) / 2 + 4
+On random keys one token in 32768 carries no weight, and a lost one passes any limit. A needle is a key that one head of the last query must find: its score is the row's maximum + ln(S) / 2 + 4
 (the bug families of served systems were told apart so, and by no tighter tolerance).
 """
 
