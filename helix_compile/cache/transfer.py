@@ -136,14 +136,16 @@ def sequences_to_import(
     Raises:
         RuntimeFault: another number of sites, shapes, lengths or mask that do not fit each other.
     """
-    whole = isinstance(latents, DynamicCache)
+    skipped: list[int] = []
     if isinstance(latents, DynamicCache):
         if k_ropes is not None:
             raise RuntimeFault("import_cache: a DynamicCache holds the k_ropes too; leave k_ropes out")
         latents, k_ropes = parts_of_dynamic_cache(latents, [row.heads for row in kinds])
-        if lengths is None:
-            lengths = _lengths_of_columns(latents[0], mask)
-    skipped = held if whole else []
+        if lengths is None:  # tokens of each row: what the mask keeps, else every column
+            lengths = torch.full((latents[0].shape[0],), latents[0].shape[1])
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                lengths = mask.sum(dim=1).to(torch.int64)
+        skipped = held
     latents = _tensors("latents", "R", latents)
     k_ropes = _tensors("k_ropes", "r", k_ropes)
     if not len(latents) == len(k_ropes) == len(kinds):
@@ -168,7 +170,7 @@ def sequences_to_import(
         raise RuntimeFault(
             f"import_cache: lengths {counts}; expected 0 <= length <= columns {S} and max_seq_len {options.max_seq_len}"
         )
-    before = [0] * B if whole else held or [0] * B
+    before = [0] * B if skipped else held or [0] * B
     if any(n + h > options.max_seq_len for n, h in zip(counts, before, strict=True)):
         raise RuntimeFault(
             f"import_cache: {counts} tokens after {before} are more than max_seq_len={options.max_seq_len}"
@@ -183,13 +185,6 @@ def sequences_to_import(
         [torch.cat([latent[b, c], k_rope[b, c]], dim=-1) for b, c in enumerate(columns)]
         for latent, k_rope in zip(latents, k_ropes, strict=True)
     ]
-
-
-def _lengths_of_columns(latent: Tensor, mask: Tensor | None) -> Tensor:
-    """Tokens of each row: what the mask keeps, else every column."""
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.sum(dim=1).to(torch.int64)
-    return torch.full((latent.shape[0],), latent.shape[1])
 
 
 def _tensors(name: str, letter: str, given: list[Tensor] | None) -> list[Tensor]:

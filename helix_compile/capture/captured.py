@@ -75,9 +75,7 @@ def whole_graph(body: fx.GraphModule) -> fx.GraphModule:
     call.meta["layer"] = 0
     out = outer.call_function(operator.getitem, (call, 0))
     outer.output((out, [outer.call_function(operator.getitem, (call, 1))]))
-    root = nn.Module()
-    root.add_module("body_0", body)
-    return fx.GraphModule(root, outer)
+    return fx.GraphModule({"body_0": body}, outer)
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,7 @@ def _first_difference(usual: list[tuple[str, str]], found: list[tuple[str, str]]
 
 
 def _calls(layer: nn.Module, call: LayerCall, config: Any, sizes: Sizes) -> list[tuple[str, str]]:
-    names = {id(t): n for n, t in (*layer.named_parameters(), *layer.named_buffers())}
-    trace = _Calls(names)
+    trace = _Calls({id(t): n for n, t in (*layer.named_parameters(), *layer.named_buffers())})
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     what = f"{type(layer).__name__} can't be run at {sizes}"
     # what a model skips while it is compiled is skipped here too

@@ -57,12 +57,11 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
     body = normalised_module(functional, roles, prefix="")
     vocab_size = _returns_logits_and_new(body)
     pasts = inputs_of(body.graph, "past")
-    first = next(p for p in weights.parameters() if p.is_floating_point())
     layer = CapturedLayer(0, "", "body_0", tuple(range(len(pasts) // 2)))
     return CapturedGraph(
         graph=whole_graph(body),
         layers=(layer,),
-        dtype=first.dtype,
+        dtype=next(p.dtype for p in weights.parameters() if p.is_floating_point()),
         max_positions=None,
         vocab_size=vocab_size,
         model_name="ExportedProgram",
@@ -93,7 +92,7 @@ def _roles(users: list[fx.Node]) -> list[tuple[str, str]]:
         value = node.meta.get("val")
         if not node.users or not isinstance(value, torch.Tensor):
             roles.append(("unused", node.name))
-        elif _is_past(node):
+        elif value.dim() == 4 and any(is_call(u, aten.cat.default) and u.args[0][0] is node for u in node.users):
             roles.append(("past", node.name))
         elif value.dim() == 2 and not value.is_floating_point():
             name = "position_ids" if str(value.shape[1]) == str(tokens) else "attention_mask"
@@ -104,12 +103,6 @@ def _roles(users: list[fx.Node]) -> list[tuple[str, str]]:
                 f"past; {_HOW}"
             )
     return roles
-
-
-def _is_past(node: fx.Node) -> bool:
-    return node.meta["val"].dim() == 4 and any(
-        is_call(u, aten.cat.default) and u.args[0][0] is node for u in node.users
-    )
 
 
 def _returns_logits_and_new(body: fx.GraphModule) -> int:

@@ -73,9 +73,7 @@ class CheckpointFiles:
     def slice(self, name: str, ranges: tuple[tuple[int, int], ...]) -> Tensor:
         """[start, stop) of each dim of a tensor, as stored. It is a view of the mapped file: copy what is kept."""
         view = self._open[self.tensors[name].file].get_slice(name)
-        if not ranges:
-            return view[...]
-        return view[tuple(slice(start, stop) for start, stop in ranges)]
+        return view[tuple(slice(start, stop) for start, stop in ranges)] if ranges else view[...]
 
     def sample(self, name: str) -> str:
         """Name, shape, dtype, and up to 16 elements each of the first and of the middle row, as bytes in hex."""
@@ -86,10 +84,6 @@ class CheckpointFiles:
             few = self.slice(name, (*row, *ends)).contiguous().reshape(-1)
             parts.append(few.view(torch.uint8).numpy().tobytes().hex())
         return f"{name} {tensor} {' '.join(parts)}"
-
-    def itemsize(self, name: str) -> int:
-        """Bytes of one stored element."""
-        return FLOATS[self.tensors[name].dtype].itemsize
 
     def _promised(self) -> dict[str, str]:
         """Tensor name -> file of the index; empty where one file holds all."""

@@ -100,8 +100,10 @@ def assemble(
         for name in wanted
         if name not in found and name not in same and name not in failed
     ]
-    ignored, left_over = _split_unknown(model, unknown)
-    problems += [f"left over: {key} {stored[key]}" for key in left_over]
+    # what transformers ignores too: layers for multi-token prediction, old rotary tables
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    ignored = [k for k in unknown if any(re.search(p, k) for p in patterns)]
+    problems += [f"left over: {key} {stored[key]}" for key in unknown if key not in ignored]
     if problems:
         raise CheckpointError(_report(where, type(model).__name__, problems))
     return Assembly(found, same, _notes(ignored))
@@ -232,13 +234,6 @@ def _tied(model: PreTrainedModel, found: Mapping[str, Assembled]) -> dict[str, s
     """Name that is not stored -> the name that it is tied to and that is; either of the two may be the stored one."""
     pairs = [pair for one, other in model.all_tied_weights_keys.items() for pair in ((one, other), (other, one))]
     return {one: other for one, other in pairs if one not in found and other in found}
-
-
-def _split_unknown(model: PreTrainedModel, unknown: list[str]) -> tuple[list[str], list[str]]:
-    """(what transformers ignores too: layers for multi-token prediction, old rotary tables; what is left over)."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-    ignored = [k for k in unknown if any(re.search(p, k) for p in patterns)]
-    return ignored, [k for k in unknown if k not in ignored]
 
 
 def _notes(ignored: list[str]) -> tuple[str, ...]:

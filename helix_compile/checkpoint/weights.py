@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helix_compile.checkpoint.files import CheckpointFiles
+from helix_compile.checkpoint.files import FLOATS, CheckpointFiles
 from helix_compile.checkpoint.names import Assembly, Piece
 from helix_compile.errors import PlanError
 from helix_compile.layout.degrees import HelixLayout
@@ -108,7 +108,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
                 sizes = (math.prod(stop - start for start, stop in box.source) for box in boxes.boxes)
                 elements[(name, shape, boxes)] = sum(sizes)
         return sum(
-            count * self._files.itemsize(self._assembly.tensors[name].pieces[0].key)
+            count * FLOATS[self._files.tensors[self._assembly.tensors[name].pieces[0].key].dtype].itemsize
             for (name, *_), count in elements.items()
         )
 

@@ -66,7 +66,14 @@ def kernels(
             raise HelixError(
                 f"kernels: --tune takes no {given[0]}: the card is the architecture, the table goes to stdout"
             )
-        _check_card()
+        import torch
+
+        if not torch.cuda.is_available():
+            raise LoweringUnavailable(
+                "kernels: --tune measures on a CUDA device, and torch finds none; the entries of kernels/mla/tuning.py rest "
+                "on static tables until a card has measured them"
+            )
+        _check_triton()
         print(_tuned(_captured(model, dtype), options), end="")
         return
     if out is None:
@@ -80,17 +87,6 @@ def kernels(
         print(format_table(records, references), end="")
         print(f"files in {out}", file=sys.stderr)
     raise typer.Exit(0 if all(r.fits for r in records if not r.fallback) else 1)
-
-
-def _check_card() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise LoweringUnavailable(
-            "kernels: --tune measures on a CUDA device, and torch finds none; the entries of kernels/mla/tuning.py rest on "
-            "static tables until a card has measured them"
-        )
-    _check_triton()
 
 
 def _tuned(captured: Any, options: HelixOptions) -> str:

@@ -46,16 +46,12 @@ def graph_digest(graph: fx.GraphModule) -> str:
             name = str(node.target)
             what = ["body", bodies[name]] if name in bodies else ["leaf", name]
         else:
-            what = [node.op, _target(node.target)]
+            function, module = getattr(node.target, "__qualname__", None), getattr(node.target, "__module__", "")
+            what = [node.op, str(node.target) if function is None else f"{module}.{function}"]
         parts = (what, [text(a) for a in node.args], text(node.kwargs))
         digests[node] = hashlib.sha256(repr(parts).encode()).hexdigest()
     output = next(n for n in graph.graph.nodes if n.op == "output")
     return digests[output]
-
-
-def _target(target: Any) -> str:
-    name = getattr(target, "__qualname__", None)
-    return str(target) if name is None else f"{getattr(target, '__module__', '')}.{name}"
 
 
 _SAMPLES = 16

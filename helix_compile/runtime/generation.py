@@ -8,8 +8,7 @@ is refused with a reason.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -209,9 +208,8 @@ class _Adapter(nn.Module, GenerationMixin):
     def can_generate(cls) -> bool:
         return True
 
-    @contextmanager
-    def _optimize_model_for_decode(self) -> Iterator[None]:
-        yield  # nothing to switch: experts are one op
+    def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
+        return nullcontext()  # nothing to switch: experts are one op
 
     def _prepare_cache_for_generation(
         self,

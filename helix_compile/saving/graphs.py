@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed._functional_collectives
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -106,12 +106,9 @@ def graph_from_json(
         if node.op == "placeholder":
             node.meta["val"] = _fake_input(mode, entry, device)
         nodes[entry["name"]] = node
-    root = nn.Module()
-    for name, body in bodies.items():
-        root.add_module(name, body)
     graph.lint()
     propagate_shapes(graph)
-    return fx.GraphModule(root, graph)
+    return fx.GraphModule(dict(bodies), graph)
 
 
 def _node_from_json(

@@ -82,7 +82,10 @@ def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
         }
         for name in SAVED_STAGES
     }
-    _check_reload(graphs, compiled)
+    try:  # as load() will: an edit that it would refuse is said before anything is written
+        check_saved_graphs({n: _stage(g, f"stage {n}", torch.device("cpu")) for n, g in graphs.items()}, compiled.plan)
+    except (HelixError, *_DAMAGE) as error:
+        raise HelixError(f"this graph could not be loaded again, nothing is saved: {error}") from error
     return {
         "version": _VERSION,
         "vocab_size": compiled.facts.vocab_size,
@@ -126,15 +129,6 @@ def _together(world: World, act: Callable[[], Any]) -> Any:
     if failed:
         raise HelixError(f"save: {'; '.join(failed)}") from mine
     return result
-
-
-def _check_reload(graphs: dict[str, Any], compiled: CompiledModule) -> None:
-    """Read the graphs as load() will: an edit that load() would refuse is said before anything is written."""
-    try:
-        stages = {n: _stage(entry, f"stage {n}", torch.device("cpu")) for n, entry in graphs.items()}
-        check_saved_graphs(stages, compiled.plan)
-    except (HelixError, *_DAMAGE) as error:
-        raise HelixError(f"this graph could not be loaded again, nothing is saved: {error}") from error
 
 
 def load_parts(

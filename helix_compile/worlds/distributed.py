@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.collectives import COLLECTIVES, WAIT
-from helix_compile.ir.graph import input_ref
+from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.worlds.groups import axis_groups, next_world
 from helix_compile.worlds.guard import RankGuard, is_transport_error
@@ -184,8 +184,7 @@ class DistributedWorld:
 def _input_claims(graph: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, str]:
     """Shape and digest of what a step gives every rank alike: ids, positions (so lengths and mask too), pages."""
     claims = {}
-    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    for node, value in zip(placeholders, inputs, strict=True):
+    for node, value in zip(placeholders(graph.graph), inputs, strict=True):
         kind, name = input_ref(node)
         if kind == "input" and not name.endswith("_rank") and isinstance(value, Tensor):
             stored = value.detach().cpu().contiguous().numpy().tobytes()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import timedelta
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,16 +25,10 @@ AXES_OF_GRAPHS = ("kvp", "tpa", "world")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-@dataclass
-class _Kept:
-    """What is kept with a parent group: the groups made of it by global ranks, and how many worlds ran on it."""
-
-    groups: dict[tuple[int, ...], Any] = field(default_factory=dict)
-    worlds: int = 0
-
-
-# goes when torch destroys the parent: nothing here may hold the parent, or gloo's threads outlive it and abort at exit
-_KEPT: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
+# kept with a parent group: the groups made of it by global ranks, and the numbers of the worlds that run on it. Both go
+# when torch destroys the parent: nothing here may hold the parent, or gloo's threads outlive it and abort at exit
+_GROUPS: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+_NUMBERS: WeakKeyDictionary[Any, Iterator[int]] = WeakKeyDictionary()
 
 
 def open_parent(world: object, mesh: HelixMesh, device: torch.device, timeout: timedelta) -> Any:
@@ -140,7 +135,7 @@ def _group_of(parent: Any, ranks: tuple[int, ...], timeout: timedelta) -> Any:
     """The group of these global ranks; made once for a parent."""
     if ranks == tuple(dist.get_process_group_ranks(parent)):
         return parent
-    known = _KEPT.setdefault(parent, _Kept()).groups
+    known = _GROUPS.setdefault(parent, {})
     if ranks not in known:
         # only members call: a sibling group (another replica of the model) has other axes to make
         known[ranks] = dist.new_group(
@@ -151,6 +146,4 @@ def _group_of(parent: Any, ranks: tuple[int, ...], timeout: timedelta) -> Any:
 
 def next_world(parent: Any) -> int:
     """Number of a new world on `parent`; equal on all ranks, which compile their models in one order."""
-    kept = _KEPT.setdefault(parent, _Kept())
-    kept.worlds += 1
-    return kept.worlds
+    return next(_NUMBERS.setdefault(parent, count(1)))
