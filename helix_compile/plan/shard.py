@@ -105,7 +105,7 @@ def _runs(
 
 
 def _consecutive(rows: tuple[int, ...]) -> Iterator[Range]:
-    """[first, end) places of `rows` that count up by one."""
+    """[first, end) positions of `rows` that count up by one."""
     first = 0
     for end in range(1, len(rows) + 1):
         if end == len(rows) or rows[end] != rows[end - 1] + 1:

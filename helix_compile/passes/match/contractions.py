@@ -4,7 +4,7 @@
     matmul(x [B, H, S, R], W [H, R, D])   "abyz,bzx->abyx"
     einsum("bsr,hrd->bhsd", x, W)    as it is
 
-A weight may be any view of a parameter: the view's window say where each of its elements is in the parameter.
+A weight may be any view of a parameter: the view's strides say where each of its elements is in the parameter.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _without_broadcast(x: fx.Node, y: fx.Node, a: str, b: str) -> tuple[str, str
 
 @dataclass(frozen=True)
 class WeightView:
-    """A value that is a view of a parameter. `place` has its window and its offset, in elements of the parameter."""
+    """A value that is a view of a parameter. `window` has its strides and its offset, in elements of the parameter."""
 
     param: fx.Node
     window: Tensor
