@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +29,7 @@ class CapturedGraph:
         model: the module the parameters come from; None inside the memo.
         weights: what they are read from instead, where `model` is on meta and stands for a checkpoint folder.
         notes: what the plan shall say of where the model came from.
+        limits: of "B", "T" or "S" (what is cached) the smallest and largest that a saved program was exported for.
     """
 
     graph: fx.GraphModule
@@ -40,6 +41,7 @@ class CapturedGraph:
     model: nn.Module | None
     weights: Mapping[str, Tensor] | None = None
     notes: tuple[str, ...] = ()
+    limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def leaves(self) -> list[Leaf]:

@@ -21,6 +21,8 @@ from helix_compile.capture.checks import explained
 from helix_compile.errors import CaptureError
 from helix_compile.ir.graph import aten, input_ref, inputs_of, is_call
 
+UNBOUNDED = 2**31  # a size that nobody limited
+
 _HOW = (
     "export the step with input_ids first, then attention_mask [B, S + T], position_ids [B, T] and the past tensors, "
     "with dynamic batch, tokens and past (docs/torch_compile.md shows it)"
@@ -66,7 +68,23 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
         vocab_size=vocab_size,
         model_name="ExportedProgram",
         model=weights,
+        limits=_limits(functional, users, pasts),
     )
+
+
+def _limits(program: ExportedProgram, users: list[fx.Node], pasts: list[fx.Node]) -> dict[str, tuple[int, int]]:
+    """What the ranges of its Dims say: outside of them a program is not the model. Export itself never goes below 2."""
+    sizes = {"B": users[0].meta["val"].shape[0], "T": users[0].meta["val"].shape[1]}
+    if pasts:
+        sizes["S"] = pasts[0].meta["val"].shape[2]
+    limits = {}
+    for letter, size in sizes.items():
+        known = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+        if known is not None:
+            low, high = known.lower, known.upper
+            bounded = high.is_Integer and int(high) < UNBOUNDED
+            limits[letter] = (int(low) if low > 2 else 0, int(high) if bounded else UNBOUNDED)
+    return {letter: limit for letter, limit in limits.items() if limit != (0, UNBOUNDED)}
 
 
 def _drop_empty_parts(graph: fx.Graph) -> None:

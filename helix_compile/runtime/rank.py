@@ -106,6 +106,7 @@ class ModelFacts:
             reloaded module, which runs `lowered` only.
         shards: full local name -> (full name of the original, its cut).
         watch: is the model still what it was? None: there is none in memory.
+        limits: see CapturedGraph.
     """
 
     vocab_size: int
@@ -116,6 +117,7 @@ class ModelFacts:
     config: Any = None
     generation_config: Any = None
     watch: ModelWatch | None = None
+    limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def cache_widths(self) -> tuple[int, ...]:
@@ -250,6 +252,7 @@ def facts_of(
         originals=tensors,
         shards=shard_of_name(plan, [(layer.prefix, layer.body) for layer in captured.layers]),
         config=model.config,
+        limits=captured.limits,
         generation_config=getattr(model, "generation_config", None),
         device=device or device_of(captured),
     )

@@ -5,7 +5,7 @@ Every refusal names what, got, expected and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from helix_compile.cache.pages import Ledger
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.tokens import mixing_node
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import Rank, follow_edits
 
@@ -58,6 +59,11 @@ def run_step(
         raise RuntimeFault(f"logits_to_keep must be an int >= 0 (0: all), got {logits_to_keep!r}")
     first = max(0, T - logits_to_keep) if logits_to_keep else 0
     ledger.check_room(mask.sum(dim=1).tolist())
+    chunks = chunks_of(T, B, max(ledger.lengths, default=0) + T)
+    if len(chunks) > 1 and mixing_node(graph) is not None:
+        chunks = [slice(0, T)]  # what a token gets depends on the call's other tokens: a cut would change it
+    past = max(ledger.lengths, default=0) + chunks[-1].start
+    check_limits({"B": (B, B), "T": (T - chunks[-1].start, T), "S": (past, past)}, module.facts.limits)
     ledger.clear_tails({rank.rank: rank.cache for rank in module.ranks}, module.plan.layout)
     ids = input_ids.to(module.device, torch.int64)
 
@@ -70,7 +76,6 @@ def run_step(
         ledger.advance(mask[:, c].sum(dim=1).tolist())
         return logits
 
-    chunks = chunks_of(T, B, max(ledger.lengths, default=0) + T)
     shown = None if module.world.is_leader else True
     bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
     before = list(ledger.lengths)
@@ -102,6 +107,21 @@ def _inputs_of(
         else:
             values.append(step[ref.name] if ref.name in step else coordinates[ref.name])
     return values
+
+
+_WHAT = {"B": "sequences", "T": "new tokens", "S": "cached tokens"}
+
+
+def check_limits(sizes: Mapping[str, tuple[int, int]], limits: Mapping[str, tuple[int, int]]) -> None:
+    """Smallest and largest size of a step against what a saved program was exported for."""
+    for letter, (low, high) in limits.items():
+        smallest, largest = sizes[letter]
+        if smallest < low or largest > high:
+            got = largest if largest > high else smallest
+            raise RuntimeFault(
+                f"the program was exported for {low} <= {letter} <= {high} ({_WHAT[letter]}), got {letter} = {got}: outside of "
+                "its Dim's range it is not the model; export it with a wider range, or feed the prompt in pieces"
+            )
 
 
 def check_ids(input_ids: Tensor, vocab_size: int, max_batch_size: int) -> None:

@@ -42,12 +42,13 @@ from helix_compile.worlds.groups import local_device
 from helix_compile.worlds.world import World, is_distributed, open_world
 
 SAVED_STAGES = ("ffn", "lowered")
+WRITTEN = ("config.json", "generation_config.json", "graphs.json", "views.json", "rank_*.safetensors")
 _VERSION = 2
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError)
 
 
 def save_module(compiled: CompiledModule, folder: Path) -> None:
-    """Write `compiled` to `folder`, which must not hold a saved module yet. Every rank of its world calls it.
+    """Write `compiled` to `folder`, which must not hold a saved module yet, nor anything that would be replaced. Every rank of its world calls it.
 
     Raises:
         HelixError: on every rank, if one can't; nothing is left in the folder then.
@@ -66,6 +67,10 @@ def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
     """graphs.json, once everything is known to load again. Nothing is written yet."""
     if (folder / "plan.json").exists():
         raise HelixError(f"{folder} holds a saved module already; choose another folder or delete it")
+    if taken := sorted(path.name for pattern in WRITTEN for path in folder.glob(pattern)):
+        raise HelixError(
+            f"save: {folder} holds {', '.join(taken)}, which would be replaced (a checkpoint?); choose a folder of its own"
+        )
     leaves = leaves_of(compiled.graph)
     if leaves:
         raise HelixError(

@@ -12,9 +12,9 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
-from helix_compile import CaptureError, helix_compile
+from helix_compile import CaptureError, RuntimeFault, helix_compile
 from helix_compile.cli.commands import app
-from tests.support.models import tiny_model
+from tests.support.models import fresh_model, tiny_model
 from tests.support.numerics import LIMIT
 
 OPTIONS: dict[str, Any] = {"cp": 4, "tokens_per_block": 3, "max_seq_len": 64, "max_batch_size": 2}
@@ -41,9 +41,9 @@ class Step(nn.Module):
         return out.logits, [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
-def exported(model: Any, dynamic: bool = True) -> ExportedProgram:
+def exported(model: Any, dynamic: bool = True, **most: int) -> ExportedProgram:
     B, T, S = 2, 3, 5
-    batch, tokens, past = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
+    batch, tokens, past = (Dim(n, min=2 if n == "past" else 1, max=most.get(n)) for n in ("batch", "tokens", "past"))
     config = model.config
     pasts = [
         torch.zeros(B, 1, S, width, dtype=model.dtype)
@@ -103,3 +103,38 @@ def test_what_is_refused(tmp_path: Path) -> None:
     broken.write_bytes(b"not a program")
     with pytest.raises(CaptureError, match=r"broken\.pt2 can't be loaded"):
         helix_compile(broken, **OPTIONS)
+
+
+class Doubled(nn.Module):
+    """More than eight new tokens and the norm doubles: a program for at most eight does not hold that."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return y * 2.0 if x.shape[1] > 8 else y
+
+
+def test_the_range_of_a_dim_is_a_limit_of_a_step() -> None:
+    model = fresh_model("short")
+    model.model.norm = Doubled(model.model.norm)
+    compiled = helix_compile(exported(model, tokens=8), **OPTIONS)
+    ids = torch.randint(0, 97, (2, 20))
+    with pytest.raises(RuntimeFault, match=r"exported for 0 <= T <= 8 \(new tokens\), got T = 20"):
+        compiled(ids)
+    assert compiled.lengths.tolist() == []
+    with torch.no_grad():
+        expected = model(ids[:, :8]).logits
+    assert (compiled(ids[:, :8]) - expected).abs().max() <= 1e-7 * expected.abs().max()
+
+
+def test_so_are_those_of_batch_and_past() -> None:
+    compiled = helix_compile(exported(tiny_model("short"), batch=2, past=6), **{**OPTIONS, "max_batch_size": 4})
+    with pytest.raises(RuntimeFault, match=r"B <= 2 \(sequences\), got B = 3"):
+        compiled(torch.zeros(3, 2, dtype=torch.int64))
+    ids = torch.randint(0, 97, (2, 4))
+    compiled(ids), compiled(ids[:, :2]), compiled(ids[:, :1])
+    with pytest.raises(RuntimeFault, match=r"S <= 6 \(cached tokens\), got S = 7"):
+        compiled(ids[:, :1])

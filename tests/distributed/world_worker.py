@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
 from tests.distributed.steps import MIXED, OPTIONS, grouped_model, hybrid_model, prompts, run_steps
+from tests.support import captures
 from tests.support.disk import full_after
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
@@ -168,4 +169,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    captures.share()
     main(Path(sys.argv[1]))

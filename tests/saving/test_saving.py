@@ -126,6 +126,18 @@ def test_a_reloaded_module_runs_the_last_stage_only(tmp_path: Path) -> None:
         loaded.run_stage("ffn", random_ids(tiny_model(), 1, 2))
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "graphs.json", "rank_1.safetensors"])
+def test_a_folder_that_holds_what_would_be_replaced_is_refused(tmp_path: Path, name: str) -> None:
+    """A checkpoint's config.json says how its weights are stored: it would be lost."""
+    compiled = helix_compile(tiny_model("short", torch.float32), cp=2, max_seq_len=64)
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "model.safetensors").write_text("mine too")
+    with pytest.raises(HelixError, match=f"holds {name}, which would be replaced"):
+        compiled.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "model.safetensors"])
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     compiled = saved(tmp_path / "saved")
     with pytest.raises(HelixError, match="holds a saved module already"):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from helix_compile.capture import model as capture_model
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.structure import structure_key
 
@@ -31,3 +32,8 @@ def remembered(capture: Callable[..., CapturedGraph]) -> Callable[..., CapturedG
         return memo[key]
 
     return captured
+
+
+def share() -> None:
+    """For a worker process, which no fixture reaches."""
+    capture_model._captured = remembered(capture_model._captured)
