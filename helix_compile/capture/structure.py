@@ -31,12 +31,17 @@ def _constants_and_code(module: nn.Module) -> tuple:
     tensors = [
         (k, v.data_ptr(), v._version, tuple(v.shape)) for k, v in vars(module).items() if isinstance(v, torch.Tensor)
     ]
+    code = [(k, v) for k, v in vars(type(module)).items() if inspect.isroutine(v)]
+    return repr(plain), tuple(tensors), code_of(module), tuple(code)
+
+
+def code_of(module: nn.Module) -> tuple:
+    """What a module runs, as far as it says so itself: its class, its hooks, functions that someone put on the instance."""
     # handles count up and are never used twice, so they name a set of hooks without holding what hooks close over
     hooks = (tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
-    # a bound method's function alone: the method would keep the model alive through its own memo
+    # a bound method's function alone: the method would keep the model alive
     patched = [(k, getattr(v, "__func__", v)) for k, v in vars(module).items() if inspect.isroutine(v)]
-    code = [(k, v) for k, v in vars(type(module)).items() if inspect.isroutine(v)]
-    return type(module), repr(plain), tuple(tensors), hooks, tuple(patched), tuple(code)
+    return type(module), hooks, tuple(patched)
 
 
 def _is_plain(value: Any) -> bool:

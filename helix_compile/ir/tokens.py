@@ -43,6 +43,7 @@ _ALONE = frozenset(
         aten.ones.default,
         aten.scalar_tensor.default,
         aten.lift_fresh_copy.default,
+        aten.one_hot.default,
         aten.view_as_real.default,
         aten.view_as_complex.default,
     }
@@ -167,6 +168,8 @@ def _text(size: Any) -> Any:
 
 def _along(node: fx.Node, value: Any, tokens: set[Any]) -> bool:
     where, default = _ALONG[node.target]
+    if node.target is aten.slice.Tensor and list(map(str, node.meta["val"].shape)) == list(map(str, value.shape)):
+        return True  # nothing is cut off
     if isinstance(node.args[0], (list, tuple)):
         value = node.args[0][0].meta["val"]
     given = node.args[where] if len(node.args) > where else node.kwargs.get("dim", default)

@@ -8,13 +8,15 @@ copies values are compared as well: all of a small one, SAMPLES evenly spaced on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from helix_compile.capture.structure import code_of
 from helix_compile.errors import RuntimeFault
 
 SAMPLES = 4096
@@ -28,11 +30,14 @@ class ModelWatch:
     _held: list[tuple[str, Mapping[str, Any], str, Any]] = field(default_factory=list)
     _tensors: dict[str, tuple[Tensor, tuple[int, int]]] = field(default_factory=dict)
     _samples: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _code: dict[str, tuple] = field(default_factory=dict)
+    _model: Callable[[], nn.Module | None] = lambda: None
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelWatch:
         """Of every module, parameter and buffer of a model, as they are now."""
-        watch = cls()
+        watch = cls(_model=weakref.ref(model))
+        watch._code = {name: code_of(module) for name, module in model.named_modules()}
         for prefix, module in model.named_modules(remove_duplicate=False):
             for kept in (module._modules, module._parameters, module._buffers):
                 for key, value in kept.items():
@@ -41,6 +46,18 @@ class ModelWatch:
                     if isinstance(value, Tensor):
                         watch._tensors[name] = (value, state_of(value))
         return watch
+
+    def check_code(self, model: nn.Module) -> None:
+        """Raise RuntimeFault if this is the model that was compiled, and it runs other code now: hooks, patched functions."""
+        if self._model() is not model:
+            return
+        now = {name: code_of(module) for name, module in model.named_modules()}
+        changed = [name or "the model" for name in self._code | now if self._code.get(name) != now.get(name)]
+        if changed:
+            raise RuntimeFault(
+                f"the model changed since compile: {_listed(changed)} given other hooks, functions or classes, which the "
+                f"compiled graphs do not hold: {_AGAIN}"
+            )
 
     def sample(self, names: Iterable[str]) -> None:
         """Compare values of these from now on, and take what has been edited so far for seen."""

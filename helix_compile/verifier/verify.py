@@ -60,10 +60,13 @@ def verify(
         VerificationReport: `.ok`, `.findings`, `.coverage`; print it.
 
     Raises:
+        RuntimeFault: the model that was compiled runs other code since (a hook, a patched function).
         HelixError: what is asked can't be done (wrong types, another dtype than float64, real ranks). A fault of the module under
             test is never raised: it is a finding.
     """
     _check_arguments(compiled, model, dtype)
+    if compiled.facts.watch is not None:
+        compiled.facts.watch.check_code(model)
     started = time.perf_counter()
     say = progress or (lambda text: None)
     if isinstance(model, HelixModule):

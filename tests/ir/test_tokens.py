@@ -29,12 +29,6 @@ class Behind(nn.Module):
         return self.change(self.ffn(x))
 
 
-def scrambled(x: Tensor) -> Tensor:
-    """Halves of neighbouring tokens meet, by views alone."""
-    B, T, D = x.shape
-    return x + 0.1 * x.transpose(1, 2).reshape(B, T, D)
-
-
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "running sum": lambda x: x + 0.3 * x.cumsum(1),
     "mean over tokens": lambda x: x - x.mean(1, keepdim=True),
@@ -45,8 +39,6 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "convolution": lambda x: F.conv1d(
         x.transpose(1, 2), x.new_ones(x.shape[2], 1, 3), padding=1, groups=x.shape[2]
     ).transpose(1, 2),
-    "products of tokens": lambda x: x + (x @ x.transpose(1, 2)).softmax(-1) @ x * 0.1,
-    "scrambled by views": scrambled,
 }
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "nothing": lambda x: x,

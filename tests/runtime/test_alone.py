@@ -74,6 +74,7 @@ def test_modules_of_one_model_run_side_by_side() -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.fresh_capture
 def test_two_compilations_at_once() -> None:
     models = [fresh_model("short"), fresh_model("short")]

@@ -137,3 +137,15 @@ def test_a_copy_that_was_edited_itself_is_not_overwritten() -> None:
     in_place(model)
     with pytest.raises(RuntimeFault, match=r"gate_proj.*a copy that was edited itself"):
         compiled(random_ids(model, 1, 1))
+
+
+def test_verify_says_first_that_the_model_runs_other_code() -> None:
+    model = padded()
+    compiled = helix_compile(model, cp=2, max_seq_len=64)
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda module, given, out: out * 3)
+    with pytest.raises(RuntimeFault, match=r"changed since compile: model\.layers\.0\.mlp was given other hooks"):
+        verify(compiled, model)
+    handle.remove()
+    model.model.layers[0].mlp.forward = lambda x: x
+    with pytest.raises(RuntimeFault, match=r"changed since compile: model\.layers\.0\.mlp was given"):
+        verify(compiled, model)

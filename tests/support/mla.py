@@ -85,14 +85,18 @@ def run_form(
     return merge_splits(o, lse, inputs.q_latent.dtype)
 
 
-def mismatch(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> str | None:
-    """What differs between two results of mla_decode, or None; the bound of every float32 test of its kernels."""
+def mismatch(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], channels: int = 64) -> str | None:
+    """What differs between two results of mla_decode, or None; the bound of every float32 test of its kernels.
+
+    A score is a float32 sum of `channels` products in an order that the interpreter's BLAS chooses: its rounding grows
+    with their root (2.1e-6 of the largest value against float64 at 576 channels on one machine, 0.4e-6 on another).
+    """
     (o, lse), (o_ref, lse_ref) = got, wanted
     if not torch.equal(lse == -torch.inf, lse_ref == -torch.inf):
         return "lse = -inf in other rows"
     alive = lse_ref != -torch.inf
     for name, a, b in (("partial_o", o, o_ref), ("lse", lse[alive], lse_ref[alive])):
-        bound = TOLERANCE * max(b.abs().max().item(), 1e-30) if b.numel() else 0.0
+        bound = TOLERANCE * max(1.0, channels / 64) ** 0.5 * max(b.abs().max().item(), 1e-30) if b.numel() else 0.0
         error = (a.double() - b.double()).abs().max().item() if b.numel() else 0.0
         if not error <= bound:  # a NaN fails too
             return f"{name} differs by {error:.3g}, bound {bound:.3g}"

@@ -145,6 +145,7 @@ def test_a_broken_site_names_the_closest_reason(broken: Any, reason: str, monkey
     assert "at node `" in str(caught.value) and "layer 0" in str(caught.value)
 
 
+@pytest.mark.fresh_capture  # the model looks its mask up in a module
 def test_a_sliding_window_is_seen_even_where_it_looks_causal(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
 
