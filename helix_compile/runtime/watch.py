@@ -3,7 +3,7 @@
 An edit in place is followed: what a rank holds as a copy (padded, gathered, moved together) is cut again from the original.
 A parameter or module that was replaced (`model.half()`, `layer.weight = ...`, `load_state_dict(assign=True)`) is not: the
 ranks hold the old one, and a step says so. `x.data` hides edits from torch's version counter, so of every original that has
-copies values are compared as well: all of a small one, SAMPLES evenly spaced ones of a large one.
+copies values are compared as well, on the CPU: all of a small one, SAMPLES evenly spaced ones of a large one.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class ModelWatch:
     def sample(self, names: Iterable[str]) -> None:
         """Compare values of these from now on, and take what has been edited so far for seen."""
         for name in names:
-            if name in self._tensors:
-                tensor = self._tensors[name][0]
+            # on a card a step would have to wait for the device
+            if name in self._tensors and (tensor := self._tensors[name][0]).device.type == "cpu":
                 self._samples[name] = (tensor, _values(tensor).clone())
 
     def edited(self) -> list[str]:
