@@ -93,7 +93,9 @@ CASES = [
         make,
         lower,
         id=f"{way.__name__}-{name}-{lower}",
-        marks=[] if lower == "reference" or way in few else pytest.mark.slow,
+        marks=[]
+        if (lower == "reference" and way in (truncate, import_over, failed_step)) or way in few
+        else pytest.mark.slow,
     )
     for way in WAYS
     for (name, make), few in zip(MODELS.items(), ((truncate,), (reset,)), strict=True)

@@ -91,7 +91,14 @@ def test_layers_that_compute_the_same_have_one_signature_and_no_others(name: str
 
 
 @pytest.mark.fresh_capture
-@pytest.mark.parametrize("name", ["greatest common divisor, by C", "the middle third", "other wiring"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "greatest common divisor, by C",
+        pytest.param("the middle third", marks=pytest.mark.slow),
+        pytest.param("other wiring", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_whose_layers_ask_computes_the_same(name: str) -> None:
     model = model_with(BY_NUMBER[name][0])
     compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=3, tokens_per_block=2)

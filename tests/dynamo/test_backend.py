@@ -75,7 +75,7 @@ def goes_on(compiled: Any, model: Any, cache: Any, reference: Any, ids: Tensor) 
     check(step(compiled, ids, cache), step(model, ids, reference))
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 def test_forty_greedy_steps(compiled: Any, model: Any, kind: str) -> None:
     counters.clear()
     mine, reference = new_cache(kind, model), new_cache(kind, model)

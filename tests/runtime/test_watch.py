@@ -63,7 +63,17 @@ def by_numpy(model: Any) -> None:
         p.detach().numpy()[...] *= 0.7
 
 
-@pytest.mark.parametrize("edit", [in_place, through_data, one_element, set_data_back, state_dict, by_numpy])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        in_place,
+        through_data,
+        *(pytest.param(e, marks=SLOW) for e in (one_element, set_data_back, state_dict, by_numpy)),
+    ],
+)
 def test_an_edit_in_place_is_followed(edit: Callable[[Any], None]) -> None:
     model = padded()
     compiled = helix_compile(model, cp=4, tokens_per_block=4, max_seq_len=64)
@@ -96,7 +106,9 @@ def new_storage(model: Any) -> None:
     model.model.layers[0].mlp.down_proj.weight.data = projections(model)[-1].detach().clone() * 2
 
 
-@pytest.mark.parametrize("edit", [half, assigned, new_parameter, new_module, new_storage])
+@pytest.mark.parametrize(
+    "edit", [half, new_module, *(pytest.param(e, marks=SLOW) for e in (assigned, new_parameter, new_storage))]
+)
 def test_what_was_replaced_is_named(edit: Callable[[Any], None]) -> None:
     model = padded()
     compiled = helix_compile(model, cp=4, tokens_per_block=4, max_seq_len=64)

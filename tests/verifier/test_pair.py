@@ -67,7 +67,9 @@ def test_two_plans_of_one_model(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+    "dtype",
+    [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float16))],
+    ids=str,
 )
 def test_two_plans_in_narrow_dtypes(dtype: torch.dtype) -> None:
     report = verify(built(dtype), built(dtype, **OTHER_PLANS[1]))

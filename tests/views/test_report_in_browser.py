@@ -160,6 +160,7 @@ def test_no_sideways_scroll(browser: Any, report: Path, width: int) -> None:
     assert side_by_side == (width > 900)
 
 
+@pytest.mark.slow
 def test_61_layers_open_at_once(browser: Any, tmp_path: Path) -> None:
     compiled = helix_compile(named_model("deepseek-v3", meta=True), cp=4, max_seq_len=131072)
     assert sum(len(b.layers) for b in compiled.plan.bodies) == 61
