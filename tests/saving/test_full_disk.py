@@ -49,13 +49,13 @@ def test_a_save_is_whole_or_not_there(
 
 
 def test_files_that_were_there_stay_as_they_were(compiled: HelixModule, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("mine")
+    (tmp_path / "report.txt").write_text("mine")  # inspect() would replace it, save() writes none
     (tmp_path / "notes.txt").write_text("mine too")
     with full_after(3000), pytest.raises(HelixError, match=REASON):
         compiled.save(tmp_path)
     with full_after(3000), pytest.raises(HelixError, match=REASON):
         compiled.inspect(tmp_path)
-    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"config.json": "mine", "notes.txt": "mine too"}
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"report.txt": "mine", "notes.txt": "mine too"}
 
 
 def test_a_report_is_whole_or_not_there(compiled: HelixModule, tmp_path: Path) -> None:

@@ -106,13 +106,14 @@ def test_an_edit_of_an_earlier_stage_is_named_as_the_first() -> None:
 
 
 def test_a_capture_that_is_not_the_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward that the memo can't see has changed: the graph is another model's, and that is said."""
+    """The graph is another model's: that is said, and not that the ranks are wrong."""
     model = fresh_model()
     compiled = helix_compile(model, cp=2)
     captured = capture(model)
     monkeypatch.setattr(verification, "capture", lambda *args, **kwargs: captured)
-    model.model.norm.register_forward_hook(lambda module, args, output: output * 2)
-    report = verify(compiled, model)
+    other = copy.deepcopy(model)
+    other.model.norm.register_forward_hook(lambda module, args, output: output * 2)
+    report = verify(compiled, other)
     assert {"HX407", "HX401"} <= {f.code for f in report.findings}, report
 
 
