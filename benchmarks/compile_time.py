@@ -65,8 +65,8 @@ def _measure(layers: int) -> dict[str, float]:
         matches = match_layers(captured, options.max_seq_len)
     with _timed(seconds, "plan"):
         plan_helix(captured, matches, options)
-    with _timed(seconds, "again"):  # capture is remembered; match and plan are made again
-        compiled = helix_compile(model, cp=CP)
+    with _timed(seconds, "again"):  # match and plan are made again
+        compiled = helix_compile(captured, cp=CP)
     assert len(compiled.ranks) == CP
     return {
         "layers": layers,

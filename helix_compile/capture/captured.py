@@ -26,7 +26,7 @@ class CapturedGraph:
         max_positions: the model's own longest sequence, or None.
         vocab_size: number of token ids the embedding has.
         model_name: class name, for reports.
-        model: the module the parameters come from; None inside the memo.
+        model: the module the parameters come from; None in a capture without one.
         weights: what they are read from instead, where `model` is on meta and stands for a checkpoint folder.
         notes: what the plan shall say of where the model came from.
         limits: of "B", "T" or "S" (what is cached) the smallest and largest that a saved program was exported for.

@@ -49,7 +49,7 @@ class Leaf(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def bound(self, model: nn.Module) -> Leaf:
-        """The same leaf of `model`: a capture is remembered without the model it was made from."""
+        """The same leaf of `model`: of an export the graphs alone are kept, not the model they were made from."""
 
 
 class LeafPart(Leaf):

@@ -48,6 +48,8 @@ _ALONE = frozenset(
         aten.view_as_complex.default,
     }
 )
+_COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.scalar_tensor.default)
+_FILLED = {aten.full.default: 1, aten.full_like.default: 1}  # op -> argument whose value fills it
 _VIEWS = (
     aten.view.default,
     aten._unsafe_view.default,
@@ -118,6 +120,8 @@ def _dims(value: Any, tokens: set[Any]) -> set[int]:
 def _is_alone(node: fx.Node, tokens: set[Any]) -> bool:
     target, values = node.target, [n.meta.get("val") for n in node.all_input_nodes]
     held = [_dims(value, tokens) for value in values]
+    if _counts_tokens(node, tokens):
+        return False
     if not any(held) or helix_op(node) or target in _ALONE or getattr(target, "__module__", "") == operator.__name__:
         return True
     if getattr(target, "namespace", "") == "_c10d_functional" or target is operator.getitem:
@@ -138,6 +142,19 @@ def _is_alone(node: fx.Node, tokens: set[Any]) -> bool:
         normal = len(node.args[1])
         return not {d for d in held[0] if d >= values[0].dim() - normal}
     return False
+
+
+def _counts_tokens(node: fx.Node, tokens: set[Any]) -> bool:
+    """How many tokens a call has, or a token's number in it, becomes a value: arange(T), x / T, full((), T)."""
+    counts = lambda n: isinstance(n, fx.Node) and _is_count(n.meta.get("val"), tokens)  # noqa: E731
+    if node.target in _FILLED:
+        return counts(node.args[_FILLED[node.target]])
+    is_scalar_math = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return (is_scalar_math or node.target in _COUNTING) and any(map(counts, node.all_input_nodes))
+
+
+def _is_count(value: Any, tokens: set[Any]) -> bool:
+    return isinstance(value, torch.SymInt | torch.SymFloat) and bool(tokens & value.node.expr.free_symbols)
 
 
 def _aligned(node: fx.Node, values: list[Any], tokens: set[Any]) -> bool:
@@ -170,14 +187,14 @@ def _along(node: fx.Node, value: Any, tokens: set[Any]) -> bool:
     where, default = _ALONG[node.target]
     if node.target is aten.slice.Tensor and list(map(str, node.meta["val"].shape)) == list(map(str, value.shape)):
         return True  # nothing is cut off
-    if isinstance(node.args[0], (list, tuple)):
-        value = node.args[0][0].meta["val"]
+    parts = [n.meta["val"] for n in node.args[0]] if isinstance(node.args[0], (list, tuple)) else [value]
     given = node.args[where] if len(node.args) > where else node.kwargs.get("dim", default)
     if given is None:
         return False
     dims = given if isinstance(given, (list, tuple)) else [given]
-    rank = value.dim() + (node.target is aten.stack.default)
-    return not _dims(value, tokens) & {d % rank for d in dims} if rank else True
+    rank = parts[0].dim() + (node.target is aten.stack.default)
+    held = {d for part in parts for d in _dims(part, tokens)}
+    return not rank or not held & {d % rank for d in dims}
 
 
 def _product(node: fx.Node, tokens: set[Any]) -> bool:

@@ -1,10 +1,10 @@
 """The pipeline, top to bottom: the only place that states the order of the passes, and why it is this one.
 
-attention    attention over this rank's part of the cache, one exchange over heads, merge; o_proj still whole
-reshard      o_proj is cut by rows: its input needs no gather, its output one all-reduce
-ffn          dense, shared and routed experts on the same ranks; one all-reduce
-lowered      moves become collectives; with kernels this is the stage "collectives", and in "lowered" each
-compute op has its kernel, or says why its reference stays
+- attention: attention over this rank's part of the cache, one exchange over heads, merge; o_proj still whole
+- reshard: o_proj is cut by rows: its input needs no gather, its output one all-reduce
+- ffn: dense, shared and routed experts on the same ranks; one all-reduce
+- collectives, where kernels compute: moves become collectives
+- lowered: the same where none do; else each compute op has its kernel, or says why its reference stays
 """
 
 from __future__ import annotations

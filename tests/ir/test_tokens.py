@@ -34,6 +34,9 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "mean over tokens": lambda x: x - x.mean(1, keepdim=True),
     "shift": lambda x: x + F.pad(x, (0, 0, 1, 0))[:, :-1],
     "first token": lambda x: x + x[:, :1],
+    "number in the call": lambda x: x + 0.1 * torch.arange(x.shape[1], dtype=x.dtype)[:, None],
+    "by the size of the call": lambda x: x / x.shape[1],
+    "something before the first": lambda x: x + torch.cat([x.new_ones(x.shape[0], 1, x.shape[2]), x], 1)[:, :-1],
     "sort": lambda x: x.sort(1)[0],
     "roll": lambda x: x.roll(1, 1),
     "convolution": lambda x: F.conv1d(
@@ -71,7 +74,15 @@ def runs(compiled: HelixModule) -> list[int]:
     return seen
 
 
-IN_CI = ("running sum", "first token", "nothing", "norm of a token", "flattened")
+IN_CI = (
+    "running sum",
+    "number in the call",
+    "by the size of the call",
+    "first token",
+    "nothing",
+    "norm of a token",
+    "flattened",
+)
 CASES = [n if n in IN_CI else pytest.param(n, marks=pytest.mark.slow) for n in (*MIXING, *ALONE)]
 
 
