@@ -85,7 +85,7 @@ def helix_compile(
         trace_plan(planned.plan)
         facts = facts_of(planned.captured, planned.matches, planned.plan, asked, opened)
         if isinstance(model, nn.Module):
-            facts = replace(facts, watch=ModelWatch.of(model))
+            facts = replace(facts, watch=ModelWatch.of(model, planned.captured.constants))
         dump = os.environ.get("HELIX_DUMP") if opened.is_leader else None
         stages = rewrite_model(planned, target_for(options.lower, facts.device), dump_to(Path(dump) if dump else None))
         lowered = stages[LOWERED.stage]

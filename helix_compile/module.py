@@ -20,7 +20,7 @@ from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
-from helix_compile.runtime.step import check_rows, checked_lengths, run_step
+from helix_compile.runtime.step import checked_lengths, checked_rows, run_step
 from helix_compile.saving.module_folder import load_parts, save_module
 from helix_compile.views.explain import NodeExplanation, explain_node
 from helix_compile.views.graph_python import stage_diff
@@ -110,7 +110,9 @@ class HelixModule(nn.Module):
         return torch.tensor(self._ledger.lengths, dtype=torch.int64)
 
     @_alone
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0, **unknown: Any
+    ) -> Tensor:
         """Append input_ids [B, T] to each sequence's cache; logits [B, T, vocab].
 
         Args:
@@ -123,6 +125,11 @@ class HelixModule(nn.Module):
             RuntimeFault: what a step may not be; nothing was written then.
         """
         _refuse_tracing()
+        if given := [name for name, value in unknown.items() if value is not None]:
+            raise RuntimeFault(
+                f"a step takes input_ids, attention_mask and logits_to_keep, got {', '.join(given)}: positions follow from the "
+                "tokens that each sequence has, and the cache is the module's own (reset(), truncate(), import_cache())"
+            )
         params = [dict(r.params) for r in self.ranks]
         return run_step(self, self._ledger, self.graph, params, input_ids, attention_mask, logits_to_keep)
 
@@ -150,7 +157,7 @@ class HelixModule(nn.Module):
         if rows is None:
             self._ledger.lengths = []
             return clear_leaves(self.ranks, None)
-        check_rows(rows, self._ledger)
+        rows = checked_rows(rows, self._ledger)
         for row in rows:
             self._ledger.lengths[row] = 0
         clear_leaves(self.ranks, rows)

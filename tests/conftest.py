@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -13,7 +15,11 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 from helix_compile.capture import model as capture_model  # noqa: E402  Triton reads its variable before
-from tests.support.captures import remembered  # noqa: E402
+from tests.support.captures import FOLDER, remembered  # noqa: E402
+
+_IS_FIRST = FOLDER not in os.environ  # workers of xdist, and what tests launch, use the folder of the first process
+if _IS_FIRST:
+    os.environ[FOLDER] = tempfile.mkdtemp(prefix="helix-captures-")
 
 _REMEMBERED = remembered(capture_model._captured)
 
@@ -28,3 +34,9 @@ def shared_captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_unconfigure() -> None:
+    """The folder goes with the run."""
+    if _IS_FIRST:
+        shutil.rmtree(os.environ[FOLDER], ignore_errors=True)

@@ -6,6 +6,8 @@ the unit inside a rank's shard; the two are independent. Every rank has the same
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from helix_compile.config.options import PAGE_SIZE, HelixOptions
-from helix_compile.errors import RuntimeFault
+from helix_compile.errors import PlanError, RuntimeFault
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.ledger import local_slot, positions_on_rank
 from helix_compile.plan.cache_row import CacheRow, cache_shape, pages_per_sequence
@@ -24,7 +26,22 @@ def allocate_caches(
 ) -> list[Tensor]:
     """Zeroed caches of one rank: stale NaN in the tail of a page would reach an output as 0 * NaN in a kernel."""
     shapes = [cache_shape(row, options, layout) for row in rows]
+    size, room = sum(map(math.prod, shapes)) * dtype.itemsize, _memory_of(device)
+    if room is not None and size > room:
+        raise PlanError(
+            f"the caches of one rank take {size / 1e9:,.1f} GB (max_batch_size={options.max_batch_size}, "
+            f"max_seq_len={options.max_seq_len}), {device} has {room / 1e9:,.1f} GB: make them smaller"
+        )
     return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """All bytes of a device, free or not; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 @dataclass

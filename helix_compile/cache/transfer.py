@@ -13,6 +13,7 @@ from helix_compile.cache.pages import Ledger
 from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import RuntimeFault
+from helix_compile.ir.sizes import plain_ints
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.ledger import positions_on_rank
 from helix_compile.plan.cache_row import CacheRow, parts_of_rows
@@ -205,7 +206,7 @@ def _counts(lengths: Tensor | list[int] | None) -> list[int]:
         got = f"a tensor of shape {tuple(lengths.shape)}"
     if not isinstance(lengths, (Tensor, list, tuple)) or (isinstance(lengths, Tensor) and lengths.dim() != 1):
         raise RuntimeFault(f"import_cache: lengths must be a list or a tensor of ints, one a sequence, got {got}")
-    counts = list(lengths.tolist() if isinstance(lengths, Tensor) else lengths)
+    counts = plain_ints(lengths.tolist() if isinstance(lengths, Tensor) else lengths)
     if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
         raise RuntimeFault(f"import_cache: lengths must be ints, got {counts}")
     return counts

@@ -20,12 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import BATCH, PAST, TOKENS, ConcatenatingCache, export_functional
+from helix_compile.capture.structure import tensors_of
 from helix_compile.errors import CaptureError
-from helix_compile.ir.graph import InputRef, aten, set_input
+from helix_compile.ir.graph import InputRef, aten, set_input, source_line
 from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.shapes import trust_shapes
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, hint_of
 from helix_compile.ir.stage import copy_graph
+
+CONSTANTS = "constants"  # of a captured graph module's meta: name of a placeholder -> tensor
 
 
 def example_like(fake: Tensor, device: torch.device) -> Tensor:
@@ -68,7 +71,8 @@ class _OpTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         flat, form = pytree.tree_flatten((args, kwargs))
-        self.lines.append(f"{func} {form} {[self.text(leaf) for leaf in flat]}")
+        fresh = func is torch.ops.aten.lift_fresh.default  # torch.tensor(...) in a forward: made anew in every call
+        self.lines.append(f"{func} {form} {[self.text(leaf, fresh) for leaf in flat]}")
         out = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor) and id(leaf) not in self.names:
@@ -76,15 +80,15 @@ class _OpTrace(TorchDispatchMode):
                 self._made.append(leaf)
         return out
 
-    def text(self, leaf: Any) -> str:
-        """A tensor by who made it; one that nobody made is a constant, and goes by its value."""
+    def text(self, leaf: Any, fresh: bool = False) -> str:
+        """A tensor by who made it; one that nobody made is a constant, and goes by its value, and itself if it stays."""
         if not isinstance(leaf, Tensor):
             return repr(leaf)
         name = self.names.get(id(leaf))
         if name is None and not isinstance(leaf, FakeTensor) and leaf.device.type != "meta":
             with unset_fake_temporarily():
                 stored: Any = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            name = hashlib.sha256(stored).hexdigest()
+            name = hashlib.sha256(stored).hexdigest() + ("" if fresh else f" {id(leaf)}")
         return f"{name}{tuple(leaf.shape)}{leaf.dtype}"
 
 
@@ -97,7 +101,7 @@ def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, li
     is a CaptureError.)
     """
     device = next(layer.parameters()).device
-    trace = _OpTrace({id(t): n for n, t in (*layer.named_parameters(), *layer.named_buffers())})
+    trace = _OpTrace({id(t): n for n, t in tensors_of(layer).items()})
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with explained(f"{type(layer).__name__} can't be traced"), torch.no_grad(), fake, trace:
         hidden = example_like(call.hidden, device)
@@ -155,17 +159,20 @@ def normalised_module(program: ExportedProgram, inputs: list[tuple[str, str]], p
     """Graph of `program`, activations before parameters, named, canonical; unused placeholders dropped.
 
     `inputs` gives (kind, name) of the user inputs in order; the first one is [B, T, ...] and anchors B and T.
+    Tensors that are neither parameters nor buffers are parameters of the graph too; meta[CONSTANTS] holds them by name.
     """
     mapping: dict[fx.Node, fx.Node] = {}
     graph = copy_graph(program.graph, mapping)
     by_name = {n.name: mapping[n] for n in program.graph.nodes if n.op == "placeholder"}
-    user, lifted = [], []
+    user, lifted, constants = [], [], dict[str, Tensor]()
     for spec in program.graph_signature.input_specs:
         node = by_name[spec.arg.name]
         if spec.kind == InputKind.USER_INPUT:
             user.append(node)
         else:
             name = str(spec.target).removeprefix(prefix)
+            if spec.kind == InputKind.CONSTANT_TENSOR:
+                constants[name] = program.constants[str(spec.target)]
             set_input(node, InputRef("param", name))
             lifted.append((node, name.replace(".", "_")))
     for node, (kind, name) in zip(user, inputs, strict=True):
@@ -183,7 +190,9 @@ def normalised_module(program: ExportedProgram, inputs: list[tuple[str, str]], p
                 "nor a buffer of the model"
             )
     trust_shapes(graph)
-    return fx.GraphModule(nn.Module(), graph)
+    module = fx.GraphModule(nn.Module(), graph)
+    module.meta[CONSTANTS] = constants
+    return module
 
 
 def _reorder(graph: fx.Graph, named: list[tuple[fx.Node, str]]) -> None:
@@ -211,6 +220,21 @@ _CHECKS = (
 )
 
 
+def _refuse_random(node: fx.Node) -> None:
+    """Ranks that compute the same value would draw another one each, and no reference could tell what is right."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return
+    arguments = node.target._schema.arguments
+    values = {a.name: a.default_value for a in arguments}
+    values |= dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
+    share, on = values.get("dropout_p", values.get("p")), values.get("train", values.get("training"))
+    if share != 0 and on is not False:
+        raise CaptureError(
+            f"capture: node `{node.name}` ({source_line(node) or 'no source'}) is random ({node.target}): a dropout that is on, "
+            "or noise; a decode graph may depend on its inputs and weights only"
+        )
+
+
 def canonicalize(graph: fx.Graph, anchor: fx.Node) -> None:
     """Edit `graph` in place: strip checks, read B and T from `anchor` [B, T, ...] only, drop dead code.
 
@@ -218,6 +242,7 @@ def canonicalize(graph: fx.Graph, anchor: fx.Node) -> None:
     inputs go away in the rewrite, so every size that equals B or T is re-pointed to `anchor` (same symbol).
     """
     for node in list(graph.nodes):
+        _refuse_random(node)
         if node.target in _CHECKS:
             graph.erase_node(node)
     batch, tokens = anchor.meta["val"].shape[:2]

@@ -29,6 +29,8 @@ class CapturedGraph:
         model: the module the parameters come from; None in a capture without one.
         weights: what they are read from instead, where `model` is on meta and stands for a checkpoint folder.
         notes: what the plan shall say of where the model came from.
+        constants: full name -> tensor of what is neither a parameter, a buffer nor an attribute: torch.tensor(1.5) in a
+            forward, a tensor in a list.
         limits: of "B", "T" or "S" (what is cached) the smallest and largest that a saved program was exported for.
     """
 
@@ -42,6 +44,7 @@ class CapturedGraph:
     weights: Mapping[str, Tensor] | None = None
     notes: tuple[str, ...] = ()
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def leaves(self) -> list[Leaf]:

@@ -10,7 +10,7 @@ import inspect
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max((x for x in found if x[0] not in inner), key=lambda item: len(item[1]))
 
 
-class _Around(nn.Module):
+class Around(nn.Module):
     """The model as a function of tensors only."""
 
     def __init__(self, model: nn.Module, cache_of: Any):
@@ -132,8 +132,8 @@ class _Around(nn.Module):
         return out.logits, [t for pair in cache.new for t in pair]
 
 
-def export_around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[ExportedProgram, Calls]:
-    """Export everything around the layers; returns the program and how each layer was called."""
+def export_around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[ExportedProgram, Calls, tuple[bool, ...]]:
+    """Export everything around the layers; returns the program, how each layer was called, and if each returns a tuple."""
     past = next(model.parameters()).new_zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype)
     cache_of = lambda pasts: ConcatenatingCache(model.config, None, pasts[0])  # noqa: E731
     returned = (str(inspect.signature(type(x).forward).return_annotation) for x in layers)
@@ -143,8 +143,8 @@ def export_around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Export
     for tuples in dict.fromkeys((annotated, (False,) * len(layers), (True,) * len(layers))):
         calls: Calls = {}
         try:
-            with _opaque(layers, calls, tuples):
-                return _export_model(model, cache_of, [past]), calls
+            with layers_as(layers, lambda i, made=calls, returned=tuples: _recorder(i, made, returned[i])):
+                return _export_model(model, cache_of, [past]), calls, tuples
         except CaptureError as error:
             failures.append((len(calls), error))
             if not calls:
@@ -175,7 +175,7 @@ def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> Expor
         [{0: BATCH, 2: PAST} for _ in pasts],
     )
     with explained(f"{type(model).__name__} can't be exported around its layers"):
-        return export_functional(_Around(model, cache_of), (ids, mask, positions, pasts), shapes)
+        return export_functional(Around(model, cache_of), (ids, mask, positions, pasts), shapes)
 
 
 def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedProgram:
@@ -197,15 +197,15 @@ def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedPr
 
 
 @contextmanager
-def _opaque(layers: nn.ModuleList, calls: Calls, tuples: tuple[bool, ...]) -> Iterator[None]:
-    """Each layer's forward is one opaque op while this is open, in a tuple where `tuples` says so; put back afterwards.
+def layers_as(layers: nn.ModuleList, forward_of: Callable[[int], Any]) -> Iterator[None]:
+    """Each layer's forward is another one while this is open; put back afterwards.
 
     A layer's hooks are part of what it computes: they are captured with its body, and kept away from the graph around.
     So are its tensors: torch.export's bookkeeping is quadratic in the number of parameters, used or not.
     """
     with ExitStack() as stack:
         for i, layer in enumerate(layers):
-            forward, pre, post = _recorder(i, calls, tuples[i]), OrderedDict[Any, Any](), OrderedDict[Any, Any]()
+            forward, pre, post = forward_of(i), OrderedDict[Any, Any](), OrderedDict[Any, Any]()
             stack.enter_context(patch.multiple(layer, forward=forward, _forward_pre_hooks=pre, _forward_hooks=post))
         for module in list(layers.modules()):
             stack.enter_context(patch.multiple(module, _parameters={}, _buffers={}))
@@ -232,7 +232,7 @@ def explain_by_whole_run(model: PreTrainedModel, index: int | None, error: Captu
         with torch.no_grad(), fake:
             past = torch.zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype, device=device)
             cache = ConcatenatingCache(model.config.get_text_config(), None, past)
-            _Around(model, lambda pasts: cache)(*_model_inputs(device), [past])
+            Around(model, lambda pasts: cache)(*_model_inputs(device), [past])
     except HelixError as reason:
         return reason
     except Exception:  # no more is learnt: the first error stands

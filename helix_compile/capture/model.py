@@ -6,21 +6,23 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
-from helix_compile.capture.body import capture_body, normalised_module, probe_layer
+from helix_compile.capture.around_paths import check_around
+from helix_compile.capture.body import CONSTANTS, capture_body, normalised_module, probe_layer
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
 from helix_compile.capture.checks import check_model, check_surroundings
 from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_around, export_whole, find_layers
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
 from helix_compile.capture.paths import check_paths
+from helix_compile.capture.structure import tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
@@ -101,7 +103,7 @@ def _mtp_notes(config: Any) -> tuple[str, ...]:
 def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) -> CapturedGraph:
     name, layers = find_layers(model)
     try:
-        program, calls = export_around(model, layers)
+        program, calls, tuples = export_around(model, layers)
     except CaptureError as error:
         raise explain_by_whole_run(model, None, error) from error.__cause__
     if len(calls) != len(layers):
@@ -109,13 +111,17 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
     by_signature: dict[tuple, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
     captured, leaves, caches = [], dict[int, str](), 0
+    around = normalised_module(program, [*OUTER_INPUTS, ("past", "past_shape")], prefix="model.")
+    facts = _facts(model)
+    named = {i: call.names for i, call in calls.items()}
+    notes = [*facts.pop("notes"), *check_around(model, layers, tuples, around, named, facts["vocab_size"])]
     for i, layer in enumerate(layers):
         try:
             found = _probe(model, layer, calls[i], i, keep)
             signature = (found.signature, *map(id, calls[i].masks))
             if not found.leaf and signature not in by_signature:
                 number = f"body_{len(bodies)}"
-                bodies[number] = _capture_body(model, layer, calls[i], found, f"{name}.{i}")
+                bodies[number] = _capture_body(model, layer, calls[i], found, f"{name}.{i}", notes)
                 by_signature[signature] = number
         except HelixError as error:
             if not keep_failing:
@@ -129,10 +135,30 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
         captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[signature], own))
     if not bodies:
         raise _nothing_captured(model, leaves)
-    outer = build_outer(
-        program, bodies, captured, calls, {i: (f"{name}.{i}", why) for i, why in leaves.items()}, model.config
-    )
-    return CapturedGraph(graph=outer, layers=tuple(captured), **_facts(model))
+    constants = _constants(model, program.constants, [(x.prefix, bodies[x.body].meta[CONSTANTS]) for x in captured])
+    kept = {i: (f"{name}.{i}", why) for i, why in leaves.items()}
+    outer = build_outer(around, bodies, captured, calls, kept, model.config)
+    return CapturedGraph(graph=outer, layers=tuple(captured), constants=constants, notes=tuple(notes), **facts)
+
+
+def _constants(
+    model: nn.Module, around: Mapping[str, Any], of_layers: Iterable[tuple[str, Mapping[str, Tensor]]]
+) -> dict[str, Tensor]:
+    """Full name -> constant that no attribute of the model holds; those that one does hold are read there.
+
+    Raises:
+        CaptureError: one on meta, which has no value.
+    """
+    found = {name.removeprefix("model."): tensor for name, tensor in around.items() if isinstance(tensor, Tensor)}
+    found |= {prefix + name: tensor for prefix, constants in of_layers for name, tensor in constants.items()}
+    held = tensors_of(model)
+    for name, tensor in found.items():
+        if tensor.device.type == "meta" and name not in dict(model.named_buffers()):
+            raise CaptureError(
+                f"capture: `{name}` is a tensor of the model that is neither a parameter nor a buffer, and has no value "
+                "on the meta device; register_buffer() it, or load the model first"
+            )
+    return {name: tensor for name, tensor in found.items() if name not in held}
 
 
 def _nothing_captured(model: nn.Module, leaves: dict[int, str]) -> MatchError:
@@ -159,11 +185,13 @@ def _run_on_fakes(model: nn.Module, layer: nn.Module, call: LayerCall, index: in
         return probe(layer, call, model.config, index)
 
 
-def _capture_body(model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, name: str) -> fx.GraphModule:
+def _capture_body(
+    model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, name: str, notes: list[str]
+) -> fx.GraphModule:
     with opaque_part(layer, found.part) as recorded:
         body = capture_body(layer, call, model.config, found.sites)
     if not found.part:  # the part is a branch on data itself, which can't be run on fake tensors
-        check_paths(layer, call, model.config, body)
+        notes += check_paths(layer, call, model.config, body)
     if found.part:
         insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
     return body
@@ -171,7 +199,7 @@ def _capture_body(model: nn.Module, layer: nn.Module, call: LayerCall, found: Pr
 
 def _capture_whole(model: nn.Module) -> CapturedGraph:
     _, layers = find_layers(model)
-    _, calls = export_around(model, layers)
+    _, calls, _ = export_around(model, layers)
     with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
         probes = [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
     cached = [site for _, sites in probes for site in sites]
@@ -180,22 +208,22 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     inputs = [("hidden", "input_ids"), ("tensor", "attention_mask"), ("tensor", "position_ids")]
     body = normalised_module(program, [*inputs, *(("past", p) for p in pasts)], prefix="model.")
     layer = CapturedLayer(0, "", "body_0", tuple(range(len(cached))))
-    return CapturedGraph(graph=whole_graph(body), layers=(layer,), **_facts(model))
+    constants = _constants(model, program.constants, [("", body.meta[CONSTANTS])])
+    return CapturedGraph(graph=whole_graph(body), layers=(layer,), constants=constants, **_facts(model))
 
 
 OUTER_INPUTS = [("input", "input_ids"), ATTENTION_MASK, POSITION_IDS]
 
 
 def build_outer(
-    program: Any,
+    module: fx.GraphModule,
     bodies: dict[str, fx.GraphModule],
     captured: list[CapturedLayer],
     calls: dict[int, LayerCall],
     leaves: dict[int, tuple[str, str]],
     config: Any,
 ) -> fx.GraphModule:
-    """The graph around the layers, with one call_module per layer instead of the opaque op."""
-    module = normalised_module(program, [*OUTER_INPUTS, ("past", "past_shape")], prefix="model.")
+    """The graph around the layers (`module`, in place), with one call_module per layer instead of the opaque op."""
     for name, body in bodies.items():
         module.add_submodule(name, body)
     graph, new_states = module.graph, []

@@ -1,13 +1,16 @@
-"""Does a layer take the path that was captured at T = 1, S = 0 and B = 1 too?
+"""Does a layer, or the graph around the layers, take the path that was captured at T = 1, S = 0 and B = 1 too?
 
 torch.export takes 0 and 1 for sizes that never come (T = 1 is every decode step), so `if T == 1` is answered once, for
-good, and leaves no guard. The layer's calls into torch are therefore written down at those sizes, on fake tensors, and
-compared. Where they differ the two paths may still compute the same: then numbers decide, if the layer has any.
+good, and leaves no guard. The calls into torch are therefore written down at those sizes, on fake tensors, and compared.
+Where they differ the two paths may still compute the same: then numbers decide.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,20 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
+from helix_compile.capture.body import CONSTANTS
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import ConcatenatingCache
-from helix_compile.errors import CaptureError
+from helix_compile.capture.structure import tensors_of
+from helix_compile.capture.trial import Replay, Tensors, Trial, relative_gap, widened
+from helix_compile.errors import CaptureError, HelixError
 from helix_compile.ir.graph import input_ref, inputs_of, placeholders
 from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, hint_of, size_at
 
-COMPARED_BYTES = 2**29  # of a layer's weights, up to which numbers are compared
+Lines = list[tuple[str, str]]
+# what a model skips while it is compiled (masks that hide nothing) is skipped here too
+COMPILING = patch.object(torch.compiler, "is_compiling", lambda: True)
+NOT_COMPARED = "not compared: "  # what a note begins with that verify() must find
 
 
 @dataclass(frozen=True)
@@ -42,17 +51,20 @@ class Sizes:
         return f"B={self.B}, T={self.T}, S={self.S}"
 
 
-SPECIAL = (Sizes(T=1), Sizes(S=0), Sizes(B=1))
-Tensors = dict[str, Tensor]
+SPECIAL = tuple(
+    Sizes(B, T, S)
+    for B, T, S in itertools.product((HINT_B, 1), (HINT_T, 1), (HINT_S, 0))
+    if (B, T, S) != (HINT_B, HINT_T, HINT_S)
+)
 
 
 class _Calls(TorchFunctionMode):
-    """Every call into torch that a layer makes itself, with its constants but ints, which may be sizes."""
+    """Every call into torch that a module makes itself, with its constants but ints, which may be sizes."""
 
     def __init__(self, names: dict[int, str]):
         super().__init__()
         self.names = names
-        self.lines: list[tuple[str, str]] = []
+        self.lines: Lines = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,26 +90,52 @@ def _caller() -> str:
     return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule) -> None:
-    """Raise CaptureError if the layer computes something else at T = 1, S = 0 or B = 1 than its captured body.
+def traced(what: str, module: nn.Module, run: Callable[[], Any]) -> Lines:
+    """The calls that `run` makes on fake tensors."""
+    trace = _Calls({id(t): n for n, t in tensors_of(module).items()})
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with explained(what), torch.no_grad(), COMPILING, fake, trace:
+        run()
+    return trace.lines
 
-    Weights on meta, or of more than half a GiB, are not computed with: there the calls alone decide, and a layer whose calls
-    differ is taken at its word, as torch.export takes it.
+
+def compare_paths(what: str, calls: Callable[[Sizes], Lines], gap: Callable[[Sizes], float]) -> list[str]:
+    """Compare every special size with the usual ones.
+
+    Args:
+        what: a name for messages.
+        calls: what is called at some sizes.
+        gap: how far what is computed there is from the graph, 0.0: not at all.
+
+    Returns:
+        A note for each size at which the calls differ and numbers could not be had.
+
+    Raises:
+        CaptureError: the module computes something else at a special size.
     """
-    usual = _calls(layer, call, config, Sizes())
+    usual, notes = calls(Sizes()), []
     for sizes in SPECIAL:
-        found = _calls(layer, call, config, sizes)
-        if [text for text, _ in found] == [text for text, _ in usual] or not _can_compute(layer):
+        found = calls(sizes)
+        if [text for text, _ in found] == [text for text, _ in usual]:
             continue
-        if error := _differs(layer, call, config, body, sizes):
+        where = _first_difference(usual, found)
+        try:
+            error = gap(sizes)
+        except HelixError:
+            raise
+        except Exception as reason:  # the module may fail on random numbers for any reason
+            said = " ".join(f"{type(reason).__name__}: {reason}".split())[:200]
+            notes.append(f"{NOT_COMPARED}{what} takes another path at {sizes}, at {where}; tried with numbers: {said}")
+            continue
+        if error:
             raise CaptureError(
-                f"capture: {type(layer).__name__} takes another path at {sizes} than at {Sizes()}, at "
-                f"{_first_difference(usual, found)}, and computes something else there (relative RMS error {error:.2g}); "
-                "a graph holds one path: write the layer without a branch on a size of 0 or 1"
+                f"capture: {what} takes another path at {sizes} than at {Sizes()}, at {where}, and computes something else "
+                f"there (relative RMS error {error:.2g}); a graph holds one path: write it without a branch on a size of 0 or 1"
             )
+    return notes
 
 
-def _first_difference(usual: list[tuple[str, str]], found: list[tuple[str, str]]) -> str:
+def _first_difference(usual: Lines, found: Lines) -> str:
     for one, other in zip(usual, found, strict=False):
         if one[0] != other[0]:
             return f"{other[1]} (`{other[0]}`, there `{one[0]}`)"
@@ -105,24 +143,29 @@ def _first_difference(usual: list[tuple[str, str]], found: list[tuple[str, str]]
     return f"{more[1]} (`{more[0]}`)"
 
 
-def _calls(layer: nn.Module, call: LayerCall, config: Any, sizes: Sizes) -> list[tuple[str, str]]:
-    trace = _Calls({id(t): n for n, t in (*layer.named_parameters(), *layer.named_buffers())})
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    what = f"{type(layer).__name__} can't be run at {sizes}"
-    # what a model skips while it is compiled is skipped here too
-    compiling = patch.object(torch.compiler, "is_compiling", lambda: True)
-    with explained(what), torch.no_grad(), compiling, fake:
-        hidden, others = _inputs(layer, call, sizes, torch.zeros)
+def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule) -> list[str]:
+    """Of a layer and its captured body; see compare_paths()."""
+    trial = functools.cache(lambda: Trial.of(layer, body.meta[CONSTANTS]))
+    what = type(layer).__name__
+    return compare_paths(
+        what,
+        lambda sizes: _calls(layer, call, config, sizes),
+        lambda sizes: _layer_gap(layer, call, config, body, sizes, trial()),
+    )
+
+
+def _calls(layer: nn.Module, call: LayerCall, config: Any, sizes: Sizes) -> Lines:
+    def run() -> None:
+        hidden, others = _inputs(call, sizes, torch.zeros, next(layer.parameters()).device)
         cache = ConcatenatingCache(config, None, hidden.new_zeros(sizes.B, 1, sizes.S, 1))
         args, kwargs = call.rebuild(hidden, others, cache)
-        with trace:
-            layer(*args, **kwargs)
-    return trace.lines
+        layer(*args, **kwargs)
+
+    return traced(f"{type(layer).__name__} can't be run at {sizes}", layer, run)
 
 
-def _inputs(layer: nn.Module, call: LayerCall, sizes: Sizes, make: Any) -> tuple[Tensor, list[Tensor]]:
+def _inputs(call: LayerCall, sizes: Sizes, make: Any, device: torch.device) -> tuple[Tensor, list[Tensor]]:
     """Hidden states and the other tensors at these sizes."""
-    device = next(layer.parameters()).device
     numbers = _numbers(call, sizes)
 
     def one(fake: Tensor) -> Tensor:
@@ -152,42 +195,30 @@ def _numbers(call: LayerCall, sizes: Sizes) -> dict[Any, int]:
     return numbers
 
 
-def _can_compute(layer: nn.Module) -> bool:
-    tensors = [*layer.parameters(), *layer.buffers()]
-    size = sum(t.numel() * t.itemsize for t in tensors)
-    return size <= COMPARED_BYTES and all(t.device.type != "meta" for t in tensors)
-
-
-def _differs(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule, sizes: Sizes) -> float:
-    """RMS error of the body over the RMS of the layer's output; 0.0 if it is within what rounding explains."""
+def _layer_gap(
+    layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule, sizes: Sizes, trial: Trial
+) -> float:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    hidden, others = _inputs(layer, call, sizes, drawn)
-    dtype = hidden.dtype
+    hidden, others = _inputs(call, sizes, drawn, trial.device)
     past = {}
     for n in inputs_of(body.graph, "past"):
         _, heads, _, width = n.meta["val"].shape
-        past[input_ref(n).name] = drawn((sizes.B, heads, sizes.S, width), dtype, hidden.device)
+        past[input_ref(n).name] = drawn((sizes.B, heads, sizes.S, width), hidden.dtype, trial.device)
     known = {"hidden": hidden, **dict(zip(call.names, others, strict=True)), **past}
-    weights = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    weights = trial.of_graph()
     given = [(weights if input_ref(n).kind == "param" else known)[input_ref(n).name] for n in placeholders(body.graph)]
     with torch.no_grad():
-        got = fx.Interpreter(body).run(*given)[0].double()
-        own = _run(layer, call, config, weights, known, past)
+        got = Replay(body, trial.device, {}).run(*given)[0]
+        own = _run(layer, call, config, trial.weights(), known, past)
         wide = own
-        if dtype in (torch.bfloat16, torch.float16):
-            wide = _run(layer, call, config, *map(_widened, (weights, known, past)))
-    rms = wide.square().mean().sqrt()
-    error, rounding = ((x - wide).square().mean().sqrt() / rms for x in (got, own))
-    limit = 4 * float(rounding) + (1e-9 if dtype is torch.float64 else 1e-4)
-    return float(error) if not float(error) <= limit else 0.0
-
-
-def _widened(tensors: Tensors) -> Tensors:
-    return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+        if widened(hidden).dtype != hidden.dtype:
+            inputs, pasts = ({n: widened(t) for n, t in x.items()} for x in (known, past))
+            wide = _run(layer, call, config, trial.weights(wide=True), inputs, pasts)
+    return relative_gap(got, own, wide)
 
 
 def _run(layer: nn.Module, call: LayerCall, config: Any, weights: Tensors, known: Tensors, past: Tensors) -> Tensor:
@@ -196,5 +227,15 @@ def _run(layer: nn.Module, call: LayerCall, config: Any, weights: Tensors, known
     cache = ConcatenatingCache(config, pasts, pasts[0])
     args, kwargs = call.rebuild(known["hidden"], [known[n] for n in call.names], cache)
     # on the modules themselves, not on a copy: someone may have patched a forward of theirs
-    out = functional_call(layer, weights, args, kwargs)
-    return (out[0] if isinstance(out, tuple) else out).double()
+    out = functional_call(layer, registered(layer, weights), args, kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def registered(module: nn.Module, weights: Mapping[str, Tensor]) -> Tensors:
+    """Those of them that are parameters or buffers: a plain attribute stays what it is."""
+
+    def names() -> Iterator[str]:
+        for named in (module.named_parameters, module.named_buffers):
+            yield from (name for name, _ in named())
+
+    return {name: weights[name] for name in names()}

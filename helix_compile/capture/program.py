@@ -15,9 +15,10 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from helix_compile.capture.body import normalised_module
+from helix_compile.capture.body import CONSTANTS, normalised_module
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
 from helix_compile.capture.checks import explained
+from helix_compile.capture.structure import tensors_of
 from helix_compile.errors import CaptureError
 from helix_compile.ir.graph import aten, input_ref, inputs_of, is_call
 
@@ -69,6 +70,7 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
         model_name="ExportedProgram",
         model=weights,
         limits=_limits(functional, users, pasts),
+        constants={n: t for n, t in body.meta[CONSTANTS].items() if n not in tensors_of(weights)},
     )
 
 

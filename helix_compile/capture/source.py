@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.checks import check_model, check_surroundings, raised_not_logged
@@ -21,6 +22,9 @@ from helix_compile.checkpoint.model import open_checkpoint
 from helix_compile.errors import CaptureError
 from helix_compile.ir.stage import copy_module
 
+COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_ASKED = ("config", "dtype", "get_input_embeddings")  # of transformers' models, and of those written in their style
+_ASKED = ("config", "dtype", "get_input_embeddings")  # of transformers' models, and of those written in their style
 Source = nn.Module | CapturedGraph | ExportedProgram | str | Path
 
 
@@ -48,8 +52,8 @@ def _captured(model: Source, dtype: torch.dtype | None, device: torch.device | N
     check_surroundings()
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise CaptureError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
-    if dtype is not None and not dtype.is_floating_point:
-        raise CaptureError(f"dtype must be a floating dtype, got {dtype}")
+    if dtype not in (None, *COMPUTED):
+        raise CaptureError(f"dtype must be one that a step computes in ({', '.join(map(str, COMPUTED))}), got {dtype}")
     if isinstance(model, CapturedGraph):
         if dtype is not None and dtype != model.dtype:
             raise CaptureError(f"a graph captured in {model.dtype} can't be retyped to {dtype}; pass the model instead")
@@ -67,10 +71,20 @@ def _captured(model: Source, dtype: torch.dtype | None, device: torch.device | N
         return captured
     if isinstance(model, (str, Path)):
         return _captured_folder(Path(model), dtype, device or torch.device("cpu"), unmatched)
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    if not isinstance(model, nn.Module) or not all(hasattr(model, name) for name in _ASKED):
+        inside = (
+            [n for n, m in model.named_modules() if isinstance(m, PreTrainedModel)]
+            if isinstance(model, nn.Module)
+            else []
+        )
         raise CaptureError(
             f"expected a transformers causal language model, a checkpoint folder, an ExportedProgram or a "
             f"CapturedGraph, got {type(model).__name__}"
+            + (
+                f", a wrapper of one: pass its `.{inside[0]}` (an adapter's weights must be merged first)"
+                if inside
+                else ""
+            )
         )
     check_model(model)
     if dtype is None or dtype == model.dtype:
@@ -96,6 +110,7 @@ def _captured_folder(folder: Path, dtype: torch.dtype | None, device: torch.devi
     check_model(checkpoint.model)
     captured = capture(checkpoint.model, unmatched=unmatched)
     _place(captured, device)
+    checkpoint.weights.hold(captured.constants)
     return replace(captured, weights=checkpoint.weights, notes=(*captured.notes, *checkpoint.notes))
 
 
@@ -125,6 +140,11 @@ def _check_checkpoint_folder(folder: Path) -> None:
         )
     if folder.is_file():
         raise CaptureError(f"{folder} is a file; pass the checkpoint folder that holds it")
+    if (folder / "adapter_config.json").exists():
+        raise CaptureError(
+            f"{folder} holds adapter_config.json: the weights beside it are completed by an adapter (LoRA), which is not read; "
+            "merge it first (peft: model.merge_and_unload(), then save_pretrained) and pass that folder"
+        )
     if not (folder / "config.json").is_file():
         raise CaptureError(f"{folder} is not a checkpoint folder: it has no config.json")
 

@@ -10,7 +10,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 OWN_NAMES = frozenset(vars(nn.Module()))  # of every module; what of these matters is compared below
@@ -28,11 +28,26 @@ def structure_key(model: PreTrainedModel) -> tuple:
 def _constants_and_code(module: nn.Module) -> tuple:
     """Plain attributes, hooks, and the functions of the class and of the instance (someone may have patched one)."""
     plain = {k: v for k, v in vars(module).items() if k not in OWN_NAMES and _is_plain(v)}
-    tensors = [
-        (k, v.data_ptr(), v._version, tuple(v.shape)) for k, v in vars(module).items() if isinstance(v, torch.Tensor)
-    ]
+    tensors = [(k, v.data_ptr(), v._version, tuple(v.shape)) for k, v in vars(module).items() if isinstance(v, Tensor)]
     code = [(k, v) for k, v in vars(type(module)).items() if inspect.isroutine(v)]
     return repr(plain), tuple(tensors), code_of(module), tuple(code)
+
+
+def attributes_of(module: nn.Module) -> dict[str, tuple[Tensor, dict[str, Any], str]]:
+    """Full name -> tensor, where it is kept, its key: attributes that are tensors, but neither parameters nor buffers."""
+    return {
+        f"{prefix}.{key}" if prefix else key: (value, vars(part), key)
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for key, value in vars(part).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, buffer and plain tensor attribute by full name; one of several names under each of them."""
+    attributes = {name: value for name, (value, _, _) in attributes_of(module).items()}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {**attributes, **dict(named)}
 
 
 def code_of(module: nn.Module) -> tuple:

@@ -16,7 +16,7 @@ from helix_compile.checkpoint.names import Assembly, Piece
 from helix_compile.errors import PlanError
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import ParamShard
-from helix_compile.plan.shard import Box, Range, ShardBoxes, shard_boxes
+from helix_compile.plan.shard import Box, Range, ShardBoxes, cut_param, shard_boxes
 
 _FP8_ROWS = 128  # widened at a time: what is held beside the shard stays small
 _Key = tuple[str, tuple[int, ...], ShardBoxes]
@@ -50,6 +50,11 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self._held: weakref.WeakValueDictionary[_Key, Tensor] = weakref.WeakValueDictionary()
         self._bar: tqdm | None = None
 
+    def hold(self, constants: Mapping[str, Tensor]) -> None:
+        """Constants of the model's code, under names that no checkpoint has."""
+        self._computed |= {n: t.to(self.device) for n, t in constants.items()}
+        self._like |= {n: t.to("meta") for n, t in constants.items()}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._like)
 
@@ -69,6 +74,8 @@ class CheckpointWeights(Mapping[str, Tensor]):
         Raises:
             PlanError: the parameter does not have the shape that the plan was made for.
         """
+        if name in self._computed:
+            return cut_param(self._computed[name], shard, layout, rank)
         if (got := tuple(self._like[name].shape)) != shard.source_shape:
             raise PlanError(f"parameter {name}: got shape {got}, the plan expects {shard.source_shape}")
         return self._read(name, shard.shape, shard_boxes(shard, layout, rank))

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from helix_compile.cache.pages import allocate_caches
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.source import device_of
+from helix_compile.capture.structure import tensors_of
 from helix_compile.checkpoint.weights import CheckpointWeights
 from helix_compile.errors import CaptureError, RuntimeFault
 from helix_compile.ir.graph import input_ref, is_param, placeholders
@@ -31,9 +32,8 @@ from helix_compile.worlds.world import World
 
 
 def originals(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by full name; a tied one under each of its names."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tensor.detach() for name, tensor in named}
+    """Every parameter, buffer and plain tensor attribute by full name; a tied one under each of its names."""
+    return {name: tensor.detach() for name, tensor in tensors_of(model).items()}
 
 
 def shard_of_name(plan: HelixPlan, prefixes: list[tuple[str, str]]) -> dict[str, tuple[str, ParamShard]]:
@@ -241,7 +241,7 @@ def facts_of(
             f"device={str(device)!r}: {', '.join(x.name for x in captured.leaves)} stay the model's own modules, which "
             f"are on {here}; move the model there first"
         )
-    tensors: Mapping[str, Tensor] = captured.weights or originals(model)
+    tensors: Mapping[str, Tensor] = captured.weights or {**originals(model), **captured.constants}
     everyone = len(world.ranks) == world.mesh.world_size
     if device is not None and everyone and captured.weights is None:
         tensors = {n: t.to(device) for n, t in tensors.items()}

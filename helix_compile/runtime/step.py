@@ -13,8 +13,10 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from helix_compile.cache.pages import Ledger
+from helix_compile.capture.checks import check_surroundings
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.sizes import plain_ints
 from helix_compile.ir.tokens import mixing_node
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import Rank, follow_edits
@@ -46,6 +48,7 @@ def run_step(
     """
     if module.device.type == "meta":
         raise RuntimeFault("the model is on the meta device: it can be inspected, not run")
+    check_surroundings()
     follow_edits(module.plan, module.graph, module.ranks, module.facts)
     check_ids(input_ids, module.facts.vocab_size, module.plan.options.max_batch_size)
     B, T = input_ids.shape
@@ -80,10 +83,23 @@ def run_step(
     bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
     before = list(ledger.lengths)
     try:
-        return kept_logits(run_chunk, bar, first, T)
+        logits = kept_logits(run_chunk, bar, first, T)
+        _check_range(module, logits, mask[:, first:])
+        return logits
     except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
         ledger.lengths = before
         raise
+
+
+def _check_range(module: CompiledModule, logits: Tensor, mask: Tensor) -> None:
+    """In float16 what one rank adds to a sum may be too large though the sum is not; then all that follows is NaN."""
+    if module.plan.dtype != "float16" or module.plan.layout.world_size == 1:
+        return
+    if not bool(logits[mask.to(logits.device, torch.bool)].isfinite().all()):
+        raise RuntimeFault(
+            "float16: logits that are not finite: a value exceeded 65504, in the model itself or in one rank's part of a sum "
+            "(docs/limits.md); the step was not taken. Compile with dtype=torch.bfloat16 or torch.float32"
+        )
 
 
 def _inputs_of(
@@ -176,10 +192,8 @@ def checked_lengths(lengths: int | list[int] | Tensor, present: list[int]) -> li
                 f"{tuple(lengths.shape)} and {lengths.dtype}"
             )
         rows = lengths.tolist()
-    elif isinstance(lengths, (list, tuple)):
-        rows = list(lengths)
     else:
-        rows = [lengths] * len(present)
+        rows = plain_ints(lengths if isinstance(lengths, (list, tuple)) else [lengths] * len(present))
     if len(rows) != len(present):
         raise RuntimeFault(
             f"truncate: got {len(rows)} lengths for a batch of {len(present)} sequences; pass one for each, or one int"
@@ -197,13 +211,15 @@ def checked_lengths(lengths: int | list[int] | Tensor, present: list[int]) -> li
     return rows
 
 
-def check_rows(rows: object, ledger: Ledger) -> None:
-    """`rows` of a reset must be a list of row numbers of the current batch."""
+def checked_rows(rows: object, ledger: Ledger) -> list[int]:
+    """`rows` of a reset, which must be a list of row numbers of the current batch."""
     if not isinstance(rows, (list, tuple)):
         raise RuntimeFault(f"reset: rows must be a list of row numbers, got {rows!r} ({type(rows).__name__})")
-    bad = [r for r in rows if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < ledger.batch_size]
+    plain = plain_ints(rows)
+    bad = [r for r in plain if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < ledger.batch_size]
     if bad:
         raise RuntimeFault(f"reset(rows={list(rows)}): {bad} are not rows of the current batch of {ledger.batch_size}")
+    return plain
 
 
 def chunks_of(T: int, batch_size: int, context: int) -> list[slice]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helix_compile.capture.structure import code_of
+from helix_compile.capture.structure import attributes_of, code_of
 from helix_compile.errors import RuntimeFault
 
 SAMPLES = 4096
@@ -34,8 +34,8 @@ class ModelWatch:
     _model: Callable[[], nn.Module | None] = lambda: None
 
     @classmethod
-    def of(cls, model: nn.Module) -> ModelWatch:
-        """Of every module, parameter and buffer of a model, as they are now."""
+    def of(cls, model: nn.Module, constants: Mapping[str, Tensor]) -> ModelWatch:
+        """Of every module, parameter, buffer and tensor attribute of a model, and of what else its code holds, as they are now."""
         watch = cls(_model=weakref.ref(model))
         watch._code = {name: code_of(module) for name, module in model.named_modules()}
         for prefix, module in model.named_modules(remove_duplicate=False):
@@ -45,6 +45,11 @@ class ModelWatch:
                     watch._held.append((name, kept, key, value))
                     if isinstance(value, Tensor):
                         watch._tensors[name] = (value, state_of(value))
+        for name, (value, kept, key) in attributes_of(model).items():
+            watch._held.append((name, kept, key, value))
+            watch._tensors[name] = (value, state_of(value))
+        for name, value in constants.items():
+            watch._tensors[name] = (value, state_of(value))
         return watch
 
     def check_code(self, model: nn.Module) -> None:

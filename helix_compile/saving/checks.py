@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from helix_compile.errors import HelixError, PassError, RuntimeFault
-from helix_compile.ir.graph import input_ref, inputs_of, placeholders
+from helix_compile.ir.graph import aten, input_ref, inputs_of, is_call, placeholders
 from helix_compile.ir.stage import bodies_of
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import CacheRow, cache_shape
@@ -25,6 +26,8 @@ def check_saved_graphs(stages: dict[str, fx.GraphModule], plan: HelixPlan) -> No
     names = {body.name for body in plan.bodies}
     for stage, outer in stages.items():
         bodies = bodies_of(outer)
+        for graph in (outer, *bodies.values()):
+            _check_constants(stage, graph, plan)
         if set(bodies) != names:
             raise HelixError(f"stage {stage}: bodies {sorted(bodies)}, the plan has {sorted(names)}")
         for name, body in bodies.items():
@@ -34,6 +37,20 @@ def check_saved_graphs(stages: dict[str, fx.GraphModule], plan: HelixPlan) -> No
                 raise HelixError(f"graphs.json, stage {stage}: {error}") from error
         for call in [n for n in outer.graph.nodes if n.op == "call_module"]:
             _check_call(stage, call, placeholders(outer.get_submodule(call.target).graph))
+
+
+def _check_constants(stage: str, graph: fx.GraphModule, plan: HelixPlan) -> None:
+    """What the plan decides and the graph holds as a number must be one: who reads the cache goes by the plan."""
+    decided = {"cp": plan.layout.kvp, "tokens_per_block": plan.options.tokens_per_block}
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.name in decided and value != decided[argument.name]:
+                raise HelixError(
+                    f"graphs.json, stage {stage}, node `{node.name}`: {argument.name} is {value}, plan.json says "
+                    f"{decided[argument.name]}"
+                )
 
 
 def _check_call(stage: str, call: fx.Node, inputs: list[fx.Node]) -> None:
@@ -80,7 +97,7 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
     """Caches of the graph are those that the plan's options and the stated widths make.
 
     Raises:
-        HelixError: another number, size or dtype of caches.
+        HelixError: another number, size or dtype of caches, or another vocabulary.
     """
     wanted = {
         f"cache_{i}": (cache_shape(row, plan.options, plan.layout), plan.dtype) for i, row in enumerate(facts.caches)
@@ -91,6 +108,10 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
     }
     if got != wanted:
         raise HelixError(f"graphs.json takes caches {got}, the plan makes {wanted}")
+    for node in lowered.graph.nodes:
+        looked_up = is_call(node, aten.embedding.default) and node.args[1] in inputs_of(lowered.graph, "input")
+        if looked_up and (words := _shape(node.args[0])[0]) != facts.vocab_size:
+            raise HelixError(f"graphs.json: vocab_size is {facts.vocab_size}, its embedding `{node.name}` has {words}")
 
 
 def check_saved_params(lowered: fx.GraphModule, params: Mapping[int, Mapping[str, Tensor]]) -> None:

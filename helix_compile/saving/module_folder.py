@@ -38,8 +38,7 @@ from helix_compile.runtime.rank import ModelFacts, Rank
 from helix_compile.saving.checks import check_saved_graphs, check_saved_inputs, check_saved_params, saved_caches
 from helix_compile.saving.graphs import graph_from_json, graph_to_json
 from helix_compile.saving.weights import SavedWeights, files_digest, gather_weights, read_params
-from helix_compile.worlds.groups import local_device
-from helix_compile.worlds.world import World, is_distributed, open_world
+from helix_compile.worlds.world import World, device_for, open_world
 
 SAVED_STAGES = ("ffn", "lowered")
 WRITTEN = ("config.json", "generation_config.json", "graphs.json", "views.json", "rank_*.safetensors")
@@ -97,6 +96,7 @@ def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
         "cache_widths": list(compiled.facts.cache_widths),
         "latent_widths": list(compiled.facts.latent_widths),
         "kv_heads": [row.heads for row in compiled.facts.caches],
+        "limits": {letter: list(limit) for letter, limit in compiled.facts.limits.items()},
         "stages": graphs,
     }
 
@@ -140,8 +140,8 @@ def load_parts(
     folder: Path, device: str | torch.device | None, world: object
 ) -> tuple[HelixPlan, dict[str, fx.GraphModule], list[Rank], World, ModelFacts]:
     """What save_module wrote, as HelixModule takes it. HelixError names the file and what is wrong with it."""
-    there = torch.device(device or "cpu")
-    there = local_device(there) if is_distributed(world) else there
+    there = device_for(device or "cpu", world)
+    assert there is not None
     plan = HelixPlan.from_json(_read(folder / "plan.json"))
     with _reading(folder / "graphs.json"):
         document = _json(folder / "graphs.json")
@@ -156,6 +156,7 @@ def load_parts(
             caches=saved_caches(document),
             originals={},
             device=there,
+            limits={letter: (int(low), int(high)) for letter, (low, high) in document.get("limits", {}).items()},
             **_configurations(folder),
         )
         lowered = stages[SAVED_STAGES[-1]]

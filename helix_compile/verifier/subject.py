@@ -64,7 +64,7 @@ class Subject:
         self.say, self.check = say, check
         self.dtype: torch.dtype = getattr(torch, compiled.plan.dtype)
         self.plain = wide_copy(model)
-        weights = dict(originals(self.plain))
+        weights = {**originals(self.plain), **captured.constants}
         self.reference = CapturedReference(_of(captured, self.plain), matches, weights)
         self.edits = sharpening(self.reference, seed)
         apply_edits(weights, self.edits)
@@ -72,7 +72,7 @@ class Subject:
         self.own_model, self.own = None, None
         if limit_of(compiled.plan) is None:  # in 16 bits the original's own rounding is the yardstick
             self.own_model = copy.deepcopy(model)
-            own_weights = dict(originals(self.own_model))
+            own_weights = {**originals(self.own_model), **captured.constants}
             apply_edits(own_weights, self.edits)
             self.own = CapturedReference(_of(captured, self.own_model), matches, own_weights, wide=False)
 

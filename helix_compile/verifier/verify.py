@@ -148,7 +148,8 @@ def _static(
 ) -> TypedGraph:
     plan, graph, layers = compiled.plan, compiled.graph, captured.layers
     held = [rank.params for rank in compiled.ranks]
-    whole = {n: t.to(compiled.device) for n, t in originals(model).items()}
+    known = {**originals(model), **captured.constants}
+    whole = {n: t.to(compiled.device) for n, t in known.items()}
     names = [input_ref(n).name for n in inputs_of(graph.graph, "param")]
     shards = shard_of_name(plan, [(layer.prefix, layer.body) for layer in layers])
     heads = {x.prefix + a.output_weight for x in layers for a in plan.body(x.body).attentions}

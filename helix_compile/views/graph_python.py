@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx
 from torch._logging import trace_structured
 
+from helix_compile.errors import HelixError
 from helix_compile.ir.origin import CAPTURED, ORIGIN, SOURCE, STAGE
 from helix_compile.ir.sizes import layout_text, shape_text
 from helix_compile.ir.stage import bodies_of
@@ -171,7 +172,10 @@ def dump_to(folder: Path | None) -> Callable[[int, str, fx.GraphModule], None]:
 
         trace_structured("graph_dump", lambda: {"name": f"helix_{name}"}, payload_fn=text, expect_trace_id=False)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise HelixError(f"HELIX_DUMP={folder}: can't be made a folder of graphs: {error}") from error
             (folder / f"{name}.txt").write_text(text())
 
     return dump
