@@ -12,6 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -143,7 +144,7 @@ def export_around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Export
     for tuples in dict.fromkeys((annotated, (False,) * len(layers), (True,) * len(layers))):
         calls: Calls = {}
         try:
-            with layers_as(layers, lambda i, made=calls, returned=tuples: _recorder(i, made, returned[i])):
+            with layers_as(layers, partial(_recorder, calls, tuples)):
                 return _export_model(model, cache_of, [past]), calls, tuples
         except CaptureError as error:
             failures.append((len(calls), error))
@@ -212,11 +213,11 @@ def layers_as(layers: nn.ModuleList, forward_of: Callable[[int], Any]) -> Iterat
         yield
 
 
-def _recorder(index: int, calls: Calls, returns_tuple: bool) -> Any:
+def _recorder(calls: Calls, tuples: tuple[bool, ...], index: int) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = calls[index] = record_call(args, kwargs)
         out = LAYER_OP(call.hidden, call.others, index)
-        return (out,) if returns_tuple else out
+        return (out,) if tuples[index] else out
 
     return forward
 
