@@ -13,8 +13,8 @@ from helix_compile.cache.pages import Ledger
 from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import RuntimeFault
-from helix_compile.ir.sizes import plain_ints
 from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.integers import plain_ints
 from helix_compile.layout.ledger import positions_on_rank
 from helix_compile.plan.cache_row import CacheRow, parts_of_rows
 

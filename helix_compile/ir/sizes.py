@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,18 +59,6 @@ def size_at_step(size: int | torch.SymInt, B: int, T: int, S: int) -> int:
         return size
     step = {HINT_B: B, HINT_T: T, HINT_S: S}
     return size_at(size, {symbol: step[hint] for symbol, hint in symbol_hints(size).items()})
-
-
-def plain_ints(values: Iterable[Any]) -> list[Any]:
-    """Integers of numpy or torch as ints; everything else (bools too) as it is, for the caller to refuse."""
-    return [v if isinstance(v, bool) or not hasattr(v, "__index__") else _as_int(v) for v in values]
-
-
-def _as_int(value: Any) -> Any:
-    try:
-        return operator.index(value)
-    except TypeError:  # a tensor or an array that is not one integer
-        return value
 
 
 def size_text(size: int | torch.SymInt) -> str:

@@ -16,8 +16,8 @@ from helix_compile.cache.pages import Ledger
 from helix_compile.capture.checks import check_surroundings
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.graph import input_ref, placeholders
-from helix_compile.ir.sizes import plain_ints
 from helix_compile.ir.tokens import mixing_node
+from helix_compile.layout.integers import plain_ints
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import Rank, follow_edits
 
