@@ -8,7 +8,8 @@ Matchers get one shape of graph: no asserts, B and T read from one place, no dea
 from __future__ import annotations
 
 import hashlib
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import BATCH, PAST, TOKENS, ConcatenatingCache, export_functional
-from helix_compile.capture.structure import tensors_of
+from helix_compile.capture.structure import on_meta, tensors_of
 from helix_compile.errors import CaptureError
 from helix_compile.ir.graph import InputRef, aten, set_input, source_line
 from helix_compile.ir.leaves import LayerCall
@@ -92,23 +93,60 @@ class _OpTrace(TorchDispatchMode):
         return f"{name}{tuple(leaf.shape)}{leaf.dtype}"
 
 
+Trace = TypeVar("Trace")
+
+
+def without_values(
+    what: str,
+    module: nn.Module,
+    trace_of: Callable[[dict[int, str]], Trace],
+    run: Callable[[Trace, torch.device], None],
+) -> Trace:
+    """A trace of a module that is run on meta, or where it can't be (it makes tensors on its own device) on fake tensors.
+
+    Args:
+        what: said where it can't be run at all.
+        module: whose tensors are told by name.
+        trace_of: makes a trace, given the names by id.
+        run: runs the module, writes the trace.
+
+    Raises:
+        CaptureError: neither can be done; says why.
+    """
+    try:
+        with torch.no_grad(), on_meta(module):
+            trace = trace_of({id(t): n for n, t in tensors_of(module).items()})
+            run(trace, torch.device("meta"))
+            return trace
+    except Exception:  # told by the run on fake tensors, if it is the module's own
+        pass
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with explained(what), torch.no_grad(), fake:
+        trace = trace_of({id(t): n for n, t in tensors_of(module).items()})
+        run(trace, next(module.parameters()).device)
+        return trace
+
+
 def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, list[CachedSite]]:
-    """Run `layer` once on fake tensors: its signature, and what each attention site caches.
+    """Run `layer` once without values: its signature, and what each attention site caches.
 
     The signature is the whole dataflow: every aten op with its constants and where its inputs come from, what is
     returned and what is cached. So two layers share a body only if they compute the same function of their parameters;
-    each is run with its own number and everything else that is its own. (0.06 s a layer; a layer that can't be run so
-    is a CaptureError.)
+    each is run with its own number and everything else that is its own. (A layer that can't be run so is a CaptureError.)
     """
-    device = next(layer.parameters()).device
-    trace = _OpTrace({id(t): n for n, t in tensors_of(layer).items()})
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with explained(f"{type(layer).__name__} can't be traced"), torch.no_grad(), fake, trace:
-        hidden = example_like(call.hidden, device)
-        others = [example_like(t, device) for t in call.others]
-        cache = ConcatenatingCache(config, None, hidden.new_zeros(HINT_B, 1, HINT_S, 1))
-        args, kwargs = call.rebuild(hidden, others, cache)
-        out = layer(*args, **kwargs)
+    out: Any = None
+    cache: Any = None
+
+    def run(trace: Any, device: torch.device) -> None:
+        nonlocal out, cache
+        with trace:
+            hidden = example_like(call.hidden, device)
+            others = [example_like(t, device) for t in call.others]
+            cache = ConcatenatingCache(config, None, hidden.new_zeros(HINT_B, 1, HINT_S, 1))
+            args, kwargs = call.rebuild(hidden, others, cache)
+            out = layer(*args, **kwargs)
+
+    trace = without_values(f"{type(layer).__name__} can't be traced", layer, _OpTrace, run)
     bad = [tuple(t.shape) for pair in cache.new for t in pair if t.dim() != 4]
     if bad:
         raise CaptureError(

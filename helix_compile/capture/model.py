@@ -21,7 +21,7 @@ from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_g
 from helix_compile.capture.checks import check_model, check_surroundings
 from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_around, export_whole, find_layers
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
-from helix_compile.capture.paths import check_paths
+from helix_compile.capture.paths import calls_where_it_may_differ, check_paths
 from helix_compile.capture.structure import tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
@@ -182,7 +182,10 @@ def _probe(model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep
 
 def _run_on_fakes(model: nn.Module, layer: nn.Module, call: LayerCall, index: int) -> Probe:
     with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
-        return probe(layer, call, model.config, index)
+        found = probe(layer, call, model.config, index)
+        if found.leaf or found.part:
+            return found
+        return replace(found, signature=found.signature + calls_where_it_may_differ(layer, call, model.config))
 
 
 def _capture_body(

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from helix_compile.capture.body import CONSTANTS
+from helix_compile.capture.body import CONSTANTS, without_values
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.capture.structure import tensors_of
@@ -154,14 +154,34 @@ def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphMo
     )
 
 
-def _calls(layer: nn.Module, call: LayerCall, config: Any, sizes: Sizes) -> Lines:
-    def run() -> None:
-        hidden, others = _inputs(call, sizes, torch.zeros, next(layer.parameters()).device)
-        cache = ConcatenatingCache(config, None, hidden.new_zeros(sizes.B, 1, sizes.S, 1))
-        args, kwargs = call.rebuild(hidden, others, cache)
-        layer(*args, **kwargs)
+def calls_where_it_may_differ(layer: nn.Module, call: LayerCall, config: Any) -> str:
+    """What a layer calls at B = 1, T = 1 and at S = 0: layers that differ there alone are not the same function."""
+    lines = []
+    for sizes in (Sizes(B=1, T=1), Sizes(S=0)):
+        what = f"{type(layer).__name__} can't be run at {sizes}"
+        run = functools.partial(_run_traced, layer, call, config, sizes)
+        with COMPILING:
+            lines += [text for text, _ in without_values(what, layer, _Calls, run).lines]
+    return "\n".join(lines)
 
-    return traced(f"{type(layer).__name__} can't be run at {sizes}", layer, run)
+
+def _calls(layer: nn.Module, call: LayerCall, config: Any, sizes: Sizes) -> Lines:
+    what = f"{type(layer).__name__} can't be run at {sizes}"
+    trace = _Calls({id(t): n for n, t in tensors_of(layer).items()})
+    device = next(layer.parameters()).device
+    with explained(what), torch.no_grad(), COMPILING, FakeTensorMode(allow_non_fake_inputs=True):
+        _run_traced(layer, call, config, sizes, trace, device)
+    return trace.lines
+
+
+def _run_traced(
+    layer: nn.Module, call: LayerCall, config: Any, sizes: Sizes, trace: _Calls, device: torch.device
+) -> None:
+    hidden, others = _inputs(call, sizes, torch.zeros, device)
+    cache = ConcatenatingCache(config, None, hidden.new_zeros(sizes.B, 1, sizes.S, 1))
+    args, kwargs = call.rebuild(hidden, others, cache)
+    with trace:
+        layer(*args, **kwargs)
 
 
 def _inputs(call: LayerCall, sizes: Sizes, make: Any, device: torch.device) -> tuple[Tensor, list[Tensor]]:

@@ -7,7 +7,10 @@ closure) it does not see, so nothing may be reused because two digests are equal
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +51,25 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     attributes = {name: value for name, (value, _, _) in attributes_of(module).items()}
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {**attributes, **dict(named)}
+
+
+@contextmanager
+def on_meta(module: nn.Module) -> Iterator[None]:
+    """Every tensor of a module is one on meta while this is open: it runs in a fraction of the time that fake tensors take."""
+    metas: dict[int, Tensor] = {}
+
+    def meta(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.device.type == "meta":
+            return value
+        return metas.setdefault(id(value), torch.empty_like(value, device="meta", requires_grad=False))
+
+    with ExitStack() as stack:
+        for part in module.modules():
+            own = vars(part)
+            kept = {n: {k: meta(v) for k, v in own[n].items()} for n in ("_parameters", "_buffers")}
+            kept |= {k: meta(v) for k, v in own.items() if isinstance(v, Tensor)}
+            stack.enter_context(patch.dict(own, kept))
+        yield
 
 
 def code_of(module: nn.Module) -> tuple:

@@ -64,7 +64,10 @@ def _between_processes(path: Path, make: Callable[[], CapturedGraph]) -> Capture
     with FileLock(path.with_suffix(".lock")):
         if path.exists():
             facts, data = pickle.loads(path.read_bytes())
-            return GraphPickler.loads(data, FakeTensorMode(shape_env=_environment(facts)))
+            read = GraphPickler.loads(data, FakeTensorMode(shape_env=_environment(facts)))
+            for module in (read.graph, *read.bodies.values()):
+                module.recompile()
+            return read
         made = make()
         if not made.leaves:  # what stays the user's own module stays in its process
             copy, facts = _in_one_environment(made)
