@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
@@ -36,7 +37,9 @@ def propagate_shapes(graph: fx.Graph) -> None:
     """
     mode = fake_mode_of(graph)
     # by Python: torch 2.11 computes aten.linear in C++ there, which takes no symbolic sizes
-    with mode, enable_python_dispatcher(), torch.no_grad():
+    # where sizes are symbols, looking results up costs more than computing them
+    uncached = patch.object(mode, "cache_enabled", False)
+    with mode, uncached, enable_python_dispatcher(), torch.no_grad():
         for node in graph.nodes:
             # a rewritten layer returns a hidden state like the one it gets; a leaf's value never changes
             if node.op == "call_module" and "leaf" not in node.meta:

@@ -65,7 +65,7 @@ def _check_call(stage: str, call: fx.Node, inputs: list[fx.Node]) -> None:
         if kind not in ("param", "cache"):
             continue
         given, given_name = input_ref(argument)
-        same_name = kind == "cache" or given_name.endswith(f".{name}")
+        same_name = kind == "cache" or f".{given_name}".endswith(f".{name}")
         if given != kind or not same_name or _shape(argument) != _shape(taken):
             raise HelixError(
                 f"{where}: {given} {given_name} {_shape(argument)} stands for {kind} {name} {_shape(taken)}"

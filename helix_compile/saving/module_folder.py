@@ -96,6 +96,7 @@ def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
         "cache_widths": list(compiled.facts.cache_widths),
         "latent_widths": list(compiled.facts.latent_widths),
         "kv_heads": [row.heads for row in compiled.facts.caches],
+        "configured": compiled.facts.config is not None,
         "limits": {letter: list(limit) for letter, limit in compiled.facts.limits.items()},
         "stages": graphs,
     }
@@ -107,7 +108,8 @@ def _write(compiled: CompiledModule, files: StagedFiles, weights: SavedWeights, 
     if not compiled.world.is_leader:
         return
     facts = compiled.facts
-    files.write("config.json", lambda path: facts.config.save_pretrained(path.parent))
+    if (config := facts.config) is not None:  # an exported program has none
+        files.write("config.json", lambda path: config.save_pretrained(path.parent))
     generation = facts.generation_config
     if generation is not None:
         files.write("generation_config.json", lambda path: generation.save_pretrained(path.parent))
@@ -157,7 +159,7 @@ def load_parts(
             originals={},
             device=there,
             limits={letter: (int(low), int(high)) for letter, (low, high) in document.get("limits", {}).items()},
-            **_configurations(folder),
+            **(_configurations(folder) if document.get("configured", True) else {}),
         )
         lowered = stages[SAVED_STAGES[-1]]
         check_saved_inputs(lowered, plan, facts)

@@ -67,7 +67,9 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
                 factor = max(1.0, 1.0 / max(rms, 1e-6))  # the hidden state has an RMS of one
                 edits[layer.prefix + name] = partial(_scaled, factor=factor)
             edits |= _vectors(graph, layer.prefix, match, seed, edits, VECTOR[reference.captured.dtype])
-    return edits | _vectors(reference.captured.graph.graph, "", None, seed, edits, VECTOR[reference.captured.dtype])
+    edits |= _vectors(reference.captured.graph.graph, "", None, seed, edits, VECTOR[reference.captured.dtype])
+    # what the model's code makes anew in every call can't be edited there
+    return {name: edit for name, edit in edits.items() if name not in reference.captured.constants}
 
 
 def _vectors(graph: fx.Graph, prefix: str, match: LayerMatch | None, seed: int, known: Edits, spread: float) -> Edits:
