@@ -80,6 +80,7 @@ def helix_compile(
     with CAPTURING:  # torch.export and fake modes patch what all threads share
         asked = device_for(device, world)
         with errors_told(world, options.cp, options.tpa, asked or device_of_input(model)):
+            target = target_for(options.lower, asked or device_of_input(model))
             planned = plan_model(captured_from(model, dtype, asked, options.unmatched), options)
         opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured))
         trace_plan(planned.plan)
@@ -87,7 +88,7 @@ def helix_compile(
         if isinstance(model, nn.Module):
             facts = replace(facts, watch=ModelWatch.of(model, planned.captured.constants))
         dump = os.environ.get("HELIX_DUMP") if opened.is_leader else None
-        stages = rewrite_model(planned, target_for(options.lower, facts.device), dump_to(Path(dump) if dump else None))
+        stages = rewrite_model(planned, target, dump_to(Path(dump) if dump else None))
         lowered = stages[LOWERED.stage]
         opened.start(claims_of(planned.plan, lowered, facts))
         ranks = build_ranks(planned.plan, lowered, facts, opened)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +122,9 @@ def test_a_reloaded_module_writes_the_stages_it_has(tmp_path: Path) -> None:
     assert written == {"03_ffn.txt", "04_lowered.txt", "04_lowered.diff"}
 
 
-def test_helix_dump_writes_the_same_texts(tmp_path: Path) -> None:
-    code = (
-        "from helix_compile import helix_compile\n"
-        "from helix_compile.models.presets import build_model, preset_config\n"
-        "model = build_model(preset_config('tiny'), meta=True)\n"
-        f"helix_compile(model, cp=4).inspect({str(tmp_path / 'out')!r})\n"
-    )
-    environment = {"HELIX_DUMP": str(tmp_path / "dump"), "PATH": "", "PYTHONPATH": ":".join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+def test_helix_dump_writes_the_same_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELIX_DUMP", str(tmp_path / "dump"))
+    helix_compile(tiny_model("short"), cp=4).inspect(tmp_path / "out")
     dumped = sorted(p.name for p in (tmp_path / "dump").iterdir())
     assert dumped == [f"0{i}_{s}.txt" for i, s in enumerate(("captured", "attention", "reshard", "ffn", "lowered"))]
     for name in dumped:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.captures import FOLDER
+
 CODE = """
 from helix_compile import helix_compile
 from helix_compile.models.presets import build_model, preset_config
+from tests.support import captures
+captures.share()
 compiled = helix_compile(build_model(preset_config("tiny"), meta=True), cp=4)
 compiled.inspect({out!r})
 """
+
+
+ROOT = Path(__file__).parents[2]
+SURROUNDINGS = {"PYTHONPATH": ":".join([str(ROOT), *sys.path]), FOLDER: os.environ[FOLDER]}
 
 
 def records(folder: Path) -> list[tuple[dict, str]]:
@@ -28,7 +37,7 @@ def records(folder: Path) -> list[tuple[dict, str]]:
 
 
 def test_plan_and_stages_are_in_the_trace(tmp_path: Path) -> None:
-    environment = {"TORCH_TRACE": str(tmp_path / "trace"), "PYTHONPATH": ":".join(sys.path)}
+    environment = {"TORCH_TRACE": str(tmp_path / "trace"), **SURROUNDINGS}
     code = CODE.format(out=str(tmp_path / "out"))
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     logged = records(tmp_path / "trace")
@@ -51,6 +60,5 @@ def test_without_a_trace_nothing_is_formatted(tmp_path: Path) -> None:
         "import helix_compile.passes.runner as g\ndef no(*a):\n    raise SystemExit('formatted')\n"
         "g.format_python = no\nhelix_compile(build_model(preset_config('tiny'), meta=True), cp=2)\ncompiled.inspect",
     )
-    environment = {"PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=SURROUNDINGS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
