@@ -34,12 +34,16 @@ def check_surroundings() -> None:
             "capture: called inside torch.inference_mode(), whose tensors can't be exported; "
             "compile outside of it (torch.no_grad() is fine)"
         )
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            raise CaptureError(
-                f'capture: called inside torch.autocast("{device}"), whose casts would stay in the graphs; '
-                "compile outside of it and pass dtype=..."
-            )
+    if device := autocast_device():
+        raise CaptureError(
+            f'capture: called inside torch.autocast("{device}"), whose casts would stay in the graphs; '
+            "compile outside of it and pass dtype=..."
+        )
+
+
+def autocast_device() -> str | None:
+    """Where torch.autocast is on, if it is."""
+    return next((device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)), None)
 
 
 def check_model(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_g
 from helix_compile.capture.checks import explained
 from helix_compile.capture.structure import tensors_of
 from helix_compile.errors import CaptureError
-from helix_compile.ir.graph import aten, input_ref, inputs_of, is_call
+from helix_compile.ir.graph import aten, calls, input_ref, inputs_of, is_call, placeholders
 
 UNBOUNDED = 2**31  # a size that nobody limited
 
@@ -53,6 +53,7 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
     changed = [s for s in functional.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if changed:
         raise CaptureError(f"capture: the program changes {changed[0].target} while it runs (a StaticCache?); {_HOW}")
+    _inline_grad_modes(functional.graph_module)
     _drop_empty_parts(functional.graph)
     by_name = {n.name: n for n in functional.graph.nodes if n.op == "placeholder"}
     users = [by_name[s.arg.name] for s in functional.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
@@ -72,6 +73,25 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
         limits=_limits(functional, users, pasts),
         constants={n: t for n, t in body.meta[CONSTANTS].items() if n not in tensors_of(weights)},
     )
+
+
+def _inline_grad_modes(module: fx.GraphModule) -> None:
+    """An export with gradients on has `with torch.no_grad()` as graphs of their own; a step has no gradients anyway."""
+    graph = module.graph
+    while found := calls(graph, torch.ops.higher_order.wrap_with_set_grad_enabled):
+        for node in found:
+            _, inner, *given = node.args
+            inside = getattr(module, inner.target).graph
+            values: dict[fx.Node, Any] = dict(zip(placeholders(inside), given, strict=True))
+            with graph.inserting_before(node):
+                results = graph.graph_copy(inside, values)
+            for user in list(node.users):  # it returns a tuple
+                user.replace_all_uses_with(results[user.args[1]])
+                graph.erase_node(user)
+            graph.erase_node(node)
+            if not inner.users:
+                graph.erase_node(inner)
+    module.recompile()
 
 
 def _limits(program: ExportedProgram, users: list[fx.Node], pasts: list[fx.Node]) -> dict[str, tuple[int, int]]:

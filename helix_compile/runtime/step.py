@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from helix_compile.cache.pages import Ledger
-from helix_compile.capture.checks import check_surroundings
+from helix_compile.capture.checks import autocast_device
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.ir.tokens import mixing_node
@@ -48,7 +48,11 @@ def run_step(
     """
     if module.device.type == "meta":
         raise RuntimeFault("the model is on the meta device: it can be inspected, not run")
-    check_surroundings()
+    if device := autocast_device():
+        raise RuntimeFault(
+            f'called inside torch.autocast("{device}"): the graphs hold the dtypes that they were captured with, and would be '
+            "computed in others; step outside of it, and helix_compile(model, dtype=...) for another dtype"
+        )
     follow_edits(module.plan, module.graph, module.ranks, module.facts)
     check_ids(input_ids, module.facts.vocab_size, module.plan.options.max_batch_size)
     B, T = input_ids.shape

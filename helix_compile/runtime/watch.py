@@ -31,6 +31,7 @@ class ModelWatch:
     _tensors: dict[str, tuple[Tensor, tuple[int, int]]] = field(default_factory=dict)
     _samples: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _code: dict[str, tuple] = field(default_factory=dict)
+    _calls: list[tuple[str, dict[str, Any], tuple]] = field(default_factory=list)
     _model: Callable[[], nn.Module | None] = lambda: None
 
     @classmethod
@@ -38,6 +39,7 @@ class ModelWatch:
         """Of every module, parameter, buffer and tensor attribute of a model, and of what else its code holds, as they are now."""
         watch = cls(_model=weakref.ref(model))
         watch._code = {name: code_of(module) for name, module in model.named_modules()}
+        watch._calls = [(name, vars(module), _calls_of(vars(module))) for name, module in model.named_modules()]
         for prefix, module in model.named_modules(remove_duplicate=False):
             for kept in (module._modules, module._parameters, module._buffers):
                 for key, value in kept.items():
@@ -59,10 +61,7 @@ class ModelWatch:
         now = {name: code_of(module) for name, module in model.named_modules()}
         changed = [name or "the model" for name in self._code | now if self._code.get(name) != now.get(name)]
         if changed:
-            raise RuntimeFault(
-                f"the model changed since compile: {_listed(changed)} given other hooks, functions or classes, which the "
-                f"compiled graphs do not hold: {_AGAIN}"
-            )
+            raise _other_code(changed)
 
     def sample(self, names: Iterable[str]) -> None:
         """Compare values of these from now on, and take what has been edited so far for seen."""
@@ -75,8 +74,10 @@ class ModelWatch:
         """Names of tensors that were edited in place since they were last seen.
 
         Raises:
-            RuntimeFault: names what was replaced.
+            RuntimeFault: names what was replaced, or given another hook or forward.
         """
+        if changed := [name or "the model" for name, own, calls in self._calls if _calls_of(own) != calls]:
+            raise _other_code(changed)
         gone = [name for name, kept, key, value in self._held if kept.get(key) is not value]
         found = []
         for name, (tensor, state) in self._tensors.items():
@@ -111,6 +112,19 @@ class ModelWatch:
 def state_of(tensor: Tensor) -> tuple[int, int]:
     """Where a tensor lies, and how often torch saw it written."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _calls_of(own: dict[str, Any]) -> tuple:
+    """What decides how a module is called, of its attributes: handles of hooks (never used twice), a forward of its own."""
+    forward = own.get("forward")
+    return (*own["_forward_hooks"], None, *own["_forward_pre_hooks"], getattr(forward, "__func__", forward))
+
+
+def _other_code(names: list[str]) -> RuntimeFault:
+    return RuntimeFault(
+        f"the model changed since compile: {_listed(names)} given other hooks, functions or classes, which the "
+        f"compiled graphs do not hold: {_AGAIN}"
+    )
 
 
 def _values(tensor: Tensor) -> Tensor:

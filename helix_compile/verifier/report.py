@@ -50,6 +50,7 @@ CODES: dict[str, str] = {
     "HX501": "the module faults while it runs",
     "HX502": "a deadlock, or ranks that disagree on a collective",
     "HX503": "the original model can't run",
+    "HX504": "a path of the model that could not be compared with its graph",
 }
 
 # the bug families of served systems that a finding may point to

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
+from helix_compile.capture.paths import NOT_COMPARED
 from helix_compile.capture.source import converted_copy
 from helix_compile.compile import helix_compile, match_model
 from helix_compile.errors import HelixError
@@ -127,6 +128,9 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     same = model if model.dtype == own_dtype else converted_copy(model, own_dtype)
     options = compiled.plan.options
     captured, matches = match_model(capture(same, unmatched=options.unmatched), options)
+    for note in captured.notes:
+        if note.startswith(NOT_COMPARED):
+            check.findings.append(Finding("HX504", "capture", note.removeprefix(NOT_COMPARED), "the same at all sizes"))
     typed = check.guarded("static", partial(_static, compiled, same, captured, matches, check))
     typed = typed or TypedGraph(compiled.graph)
     say("numeric: a deep copy of the original in float64")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import transformers.models.llama.modeling_llama as modeling_llama
+from torch import Tensor, nn
 
-from helix_compile import CaptureError, helix_compile
+from helix_compile import CaptureError, helix_compile, verify
+from helix_compile.capture import trial
 from helix_compile.capture.model import capture
 from tests.support.driver import worst_deviation
+from tests.support.gqa_models import fresh_gqa
 from tests.support.models import fresh_model
 
 Change = Callable[[Tensor, Any], Tensor]  # what the attention gives, its cache -> what the layer uses
@@ -102,3 +106,105 @@ def test_a_branch_on_a_size_is_told_as_one(change: Change, said: str) -> None:
     with pytest.raises(CaptureError) as caught:
         capture(branching(change))
     assert f"({said}: the forward branches on a size, or computes with it as a number" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda out, length: out * 0.5 if out.shape[:2] == (1, 1) else out, "B=1, T=1, S=5"),
+        (lambda out, length: out * 0.5 if out.shape[1] == 1 and length == 0 else out, "B=2, T=1, S=0"),
+    ],
+)
+def test_a_branch_on_two_sizes_together_is_refused(change: Change, where: str) -> None:
+    with pytest.raises(CaptureError, match=f"takes another path at {where}"):
+        capture(branching(change))
+
+
+@pytest.fixture
+def scaled_mlp(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any, Tensor], float]], None]:
+    """Every LlamaMLP multiplies its result by what a function of itself and its input says."""
+
+    def patch(factor: Callable[[Any, Tensor], float]) -> None:
+        forward = modeling_llama.LlamaMLP.forward
+        monkeypatch.setattr(
+            modeling_llama.LlamaMLP,
+            "forward",
+            lambda self, x: forward(self, x) * (f if (f := factor(self, x)) else 1.0),
+        )
+
+    return patch
+
+
+@pytest.mark.fresh_capture
+@pytest.mark.parametrize("source", ["folder", "meta", "large"])
+def test_a_path_is_compared_on_small_random_weights_where_there_are_none(
+    source: str, scaled_mlp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = fresh_gqa("llama", num_hidden_layers=1, dtype=torch.float32)
+    if source == "folder":
+        model.save_pretrained(tmp_path)
+        model = tmp_path
+    elif source == "meta":
+        model = model.to("meta")
+    else:
+        monkeypatch.setattr(trial, "COMPARED_BYTES", 0)
+    scaled_mlp(lambda self, x: 50.0 if x.shape[1] == 1 else 0.0)
+    with pytest.raises(CaptureError, match=r"LlamaDecoderLayer takes another path at B=2, T=1, S=5"):
+        helix_compile(model, cp=2, max_seq_len=64)
+
+
+@pytest.mark.fresh_capture
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_weights_find_no_difference_where_there_is_none(
+    dtype: torch.dtype, scaled_mlp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "COMPARED_BYTES", 0)
+    scaled_mlp(lambda self, x: 1.0 + 1e-9 if x.shape[1] == 1 else 0.0)
+    assert not capture(fresh_gqa("llama", num_hidden_layers=1, dtype=dtype)).notes
+
+
+@pytest.mark.fresh_capture
+@pytest.mark.parametrize("alone", [0, 1, 2])
+def test_one_layer_of_several_that_branches_is_seen(alone: int, scaled_mlp: Any) -> None:
+    """The layers are one function at every other size, and would share a body."""
+    model = fresh_gqa("llama", num_hidden_layers=3)
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.number = number
+    scaled_mlp(lambda self, x: 50.0 if x.shape[1] == 1 and self.number == alone else 0.0)
+    with pytest.raises(CaptureError, match=r"takes another path at B=2, T=1, S=5"):
+        capture(model)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("place", ["model.norm", "model.embed_tokens", "lm_head"])
+def test_the_graph_around_the_layers_is_compared_too(place: str, meta: bool) -> None:
+    class Branching(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.inner(x)
+            return out * 2.0 if x.shape[1] == 1 else out
+
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+    model = fresh_gqa("llama", num_hidden_layers=1)
+    parent, _, name = place.rpartition(".")
+    setattr(model.get_submodule(parent), name, Branching(model.get_submodule(place)).eval())
+    with pytest.raises(CaptureError, match=r"LlamaForCausalLM, around its layers, takes another path at B=2, T=1, S=5"):
+        capture(model.to("meta") if meta else model)
+
+
+def test_a_path_that_can_not_be_tried_is_a_note_and_a_finding() -> None:
+    def failing(out: Tensor, length: Any) -> Tensor:
+        if out.shape[1] == 1 and type(out) is Tensor and out.device.type != "meta":
+            raise ArithmeticError("not on random numbers")
+        return out.neg().neg() if out.shape[1] == 1 else out
+
+    model = branching(failing)
+    compiled = helix_compile(model, cp=2, max_seq_len=64, tokens_per_block=4)
+    (note,) = [n for n in compiled.plan.notes if "another path at B=2, T=1, S=5" in n]
+    assert note.startswith("not compared: DeepseekV3DecoderLayer") and "ArithmeticError: not on random numbers" in note
+    assert "HX504" in {f.code for f in verify(compiled, model).findings}

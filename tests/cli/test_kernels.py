@@ -59,6 +59,7 @@ def test_attention_uses_the_card(compiled: tuple[Path, list[dict[str, Any]]], ar
         assert other["spills"] == 0 and other["instructions_per_kv_token"] is None
 
 
+@pytest.mark.slow  # half a minute of the compiler
 def test_no_copy_is_wider_than_a_row_is_aligned_to(tmp_path: Path) -> None:
     """Rows of R + r = 26 floats: an asynchronous copy of 16 bytes from there is "misaligned address" on a card."""
     DeepseekV3Config(**SIZES).save_pretrained(tmp_path)

@@ -23,7 +23,10 @@ PLANS = {
 }
 
 
-@pytest.fixture(scope="module", params=PLANS, ids=str)
+SLOW = [pytest.param(plan, marks=pytest.mark.slow) for plan in ("cp4", "one_rank")]
+
+
+@pytest.fixture(scope="module", params=["ag_rs", *SLOW], ids=str)
 def compiled(request: pytest.FixtureRequest) -> HelixModule:
     return helix_compile(tiny_model("attention_bias"), max_seq_len=64, **PLANS[request.param])
 

@@ -18,7 +18,10 @@ from tests.support.models import tiny_model
 PLANS: list[dict[str, Any]] = [{"cp": 4}, {"cp": 2, "tpa": 2, "merge": "ag_rs"}, {"cp": 1}]
 
 
-@pytest.fixture(scope="module", params=PLANS, ids=str)
+SLOW = [pytest.param(plan, marks=pytest.mark.slow) for plan in (PLANS[0], PLANS[2])]
+
+
+@pytest.fixture(scope="module", params=[PLANS[1], *SLOW], ids=str)
 def compiled(request: pytest.FixtureRequest) -> HelixModule:
     return helix_compile(tiny_model(), max_seq_len=200, tokens_per_block=16, **request.param)
 

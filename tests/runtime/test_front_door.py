@@ -54,6 +54,9 @@ def test_a_step_takes_ids_and_mask_alone() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(HelixError, match=r"inside torch\.autocast"):
         compiled(ids)
     assert compiled.lengths.tolist() == []
+    with torch.inference_mode():
+        compiled(ids)
+    assert compiled.lengths.tolist() == [5, 5]
 
 
 def test_integers_of_numpy_and_torch_are_integers() -> None:

@@ -161,3 +161,25 @@ def test_verify_says_first_that_the_model_runs_other_code() -> None:
     model.model.layers[0].mlp.forward = lambda x: x
     with pytest.raises(RuntimeFault, match=r"changed since compile: model\.layers\.0\.mlp was given"):
         verify(compiled, model)
+
+
+def observing_hook(model: Any) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda module, given, out: out * 3)
+
+
+def pre_hook(model: Any) -> None:
+    model.lm_head.register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+
+
+def own_forward(model: Any) -> None:
+    forward = model.model.norm.forward
+    model.model.norm.forward = lambda x: forward(x) * 2
+
+
+@pytest.mark.parametrize("edit", [observing_hook, pre_hook, own_forward])
+def test_another_way_to_call_a_module_is_named(edit: Callable[[Any], None]) -> None:
+    model = padded()
+    compiled = helix_compile(model, cp=4, tokens_per_block=4, max_seq_len=64)
+    edit(model)
+    with pytest.raises(RuntimeFault, match=r"the model changed since compile: .* given other hooks, functions"):
+        compiled(random_ids(model, 1, 3))

@@ -30,8 +30,8 @@ PADDED = {"cp": 3, "tpa": 2, "merge": "ag_rs", "v_up": "after"}
 @pytest.mark.parametrize(
     ("dtype", "plan"),
     [
-        (torch.float32, {}),
         (torch.bfloat16, PADDED),
+        pytest.param(torch.float32, {}, marks=pytest.mark.slow),
         pytest.param(torch.float32, PADDED, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, {}, marks=pytest.mark.slow),
     ],

@@ -59,7 +59,9 @@ def the_finding(report: Any) -> Finding:
     return finding
 
 
-@pytest.mark.parametrize("options", OTHER_PLANS, ids=str)
+@pytest.mark.parametrize(
+    "options", [OTHER_PLANS[0], *(pytest.param(o, marks=pytest.mark.slow) for o in OTHER_PLANS[1:])], ids=str
+)
 def test_two_plans_of_one_model(options: dict[str, Any]) -> None:
     report = verify(built(), built(**options))
     assert report.ok and report.coverage.conditioned, report
@@ -88,7 +90,7 @@ FAULTS: dict[str, tuple[Callable[[HelixModule], None], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("side", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize("side", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["first", "second"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_equal_plans_are_compared_node_by_node(fault: str, side: int) -> None:
     damage, layer, node = FAULTS[fault]

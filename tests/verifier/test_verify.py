@@ -34,7 +34,9 @@ def compiled_tiny(dtype: torch.dtype = torch.float64, **options: Any) -> HelixMo
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [
-        pytest.param(o, d, marks=pytest.mark.slow if o is PLANS[1] and d is not torch.float64 else ())
+        pytest.param(
+            o, d, marks=() if (o, d) in ((PLANS[0], torch.bfloat16), (PLANS[1], torch.float64)) else pytest.mark.slow
+        )
         for o in PLANS[:2]
         for d in (torch.float64, torch.float32, torch.bfloat16)
     ],

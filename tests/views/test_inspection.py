@@ -50,7 +50,7 @@ def test_before_and_after_of_an_attention_block(compiled: HelixModule) -> None:
     assert after[-1] == "linear_4_sum = helix.reshard(linear_4, 'world:P(sum)', 'R', 4)  # [B,T,128]"
 
 
-@pytest.mark.parametrize("name", ["tiny", "deepseek-v3-lite", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("deepseek-v3-lite", marks=pytest.mark.slow), "deepseek-v3"])
 def test_short_views_fit_a_screen(name: str) -> None:
     config = preset_config(name)
     config.num_hidden_layers = 4  # the bodies are those of 61 layers

@@ -95,7 +95,9 @@ def test_the_expectations_name_mutants() -> None:
     assert set(BY_NUMBERS) | set(BY_TYPES) <= set(MUTANTS)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options", [*OPTIONS[:2], *(pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS[2:])], ids=str
+)
 def test_the_same_plan_without_a_fault_is_fine(options: dict) -> None:
     report = verify(helix_compile(tiny_model(), **options), tiny_model())
     assert report.ok, report
