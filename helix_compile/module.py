@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,11 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
                 f"{method.__name__}: another thread is using this module, which has one batch and one cache; let threads "
                 "take turns, or give each a module of its own: helix_compile(model, ...) again shares the weights"
             )
+        # what a step makes on the host belongs there, whatever torch.set_default_device() says
+        elsewhere = torch.get_default_device().type != "cpu"
         try:
-            return method(self, *args, **kwargs)
+            with torch.device("cpu") if elsewhere else nullcontext():
+                return method(self, *args, **kwargs)
         finally:
             self._lock.release()
 
@@ -107,7 +111,7 @@ class HelixModule(nn.Module):
     @property
     def lengths(self) -> Tensor:
         """[B] int64: tokens of each sequence on all ranks together; empty before the first step. Read only."""
-        return torch.tensor(self._ledger.lengths, dtype=torch.int64)
+        return torch.tensor(self._ledger.lengths, dtype=torch.int64, device="cpu")
 
     @_alone
     def forward(
@@ -299,6 +303,13 @@ class HelixModule(nn.Module):
         raise HelixError(
             "a HelixModule is not pickled (pickle, torch.save, copy.copy): save(folder) writes plan, graphs and weights as "
             "plain data, and HelixModule.load(folder) reads them in any world"
+        )
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the weights are the model's."""
+        raise HelixError(
+            "HelixModule.load_state_dict is refused: it holds shards of a model's weights, which follow the model: "
+            "model.load_state_dict(...), and the next step sees it"
         )
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

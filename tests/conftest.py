@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -13,6 +14,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: it is read when one is defined
 
 torch.set_num_threads(1)
+gc.set_threshold(
+    200_000, 20, 100
+)  # graphs are many small objects: looking through them again and again is a fifth of the time
 
 from helix_compile.capture import model as capture_model  # noqa: E402  Triton reads its variable before
 from tests.support.captures import FOLDER, remembered  # noqa: E402

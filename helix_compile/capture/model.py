@@ -4,6 +4,7 @@ call_module a layer, of its body or of the user's own module.
 
 from __future__ import annotations
 
+import gc
 import operator
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +28,23 @@ from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
 
-CAPTURING = threading.RLock()  # torch.export patches what all threads share
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """One thread at a time (torch.export patches what all threads share), without garbage collection.
+
+    Graphs are many small objects that refer to each other; looking through all of them again and again is an eighth of a capture.
+    """
+    with _LOCK:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_on:
+                gc.enable()
 
 
 def capture(
@@ -46,7 +63,7 @@ def capture(
     """
     check_surroundings()
     check_model(model)
-    with CAPTURING:
+    with capturing():
         captured = _captured(model, whole, dict(keep or {}), unmatched)
         return replace(captured, graph=bind_leaves(captured.graph, model), model=model)
 

@@ -6,6 +6,7 @@ concatenation along the sequence, the mask is as wide as the cache with the step
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 from helix_compile.capture.body import CONSTANTS, normalised_module
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
@@ -48,7 +50,7 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         weights: Any = program.module()
-        functional = program.run_decompositions({})
+        functional = _of_flat_inputs(program).run_decompositions({})
     weights.config = None
     changed = [s for s in functional.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if changed:
@@ -72,6 +74,33 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
         model=weights,
         limits=_limits(functional, users, pasts),
         constants={n: t for n, t in body.meta[CONSTANTS].items() if n not in tensors_of(weights)},
+    )
+
+
+def _of_flat_inputs(program: ExportedProgram) -> ExportedProgram:
+    """The program as a function of its tensors alone.
+
+    Where a DynamicCache is an input, run_decompositions() would make one anew, with constants that it then can't find.
+    """
+    whole, *others = program.module_call_graph
+    signature = copy.copy(whole.signature)
+    assert signature is not None  # of the program itself
+    kinds = (program.graph_signature.input_specs, program.graph_signature.output_specs)
+    given, returned = (sum(s.kind.name.startswith("USER") for s in specs) for specs in kinds)
+    signature.in_spec = pytree.tree_structure(((0,) * given, {}))
+    signature.out_spec = pytree.tree_structure([0] * returned)
+    signature.forward_arg_names = None
+    flat = copy.copy(whole)
+    flat.signature = signature
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=[flat, *others],
+        constants=program.constants,
+        verifiers=program.verifiers,
     )
 
 

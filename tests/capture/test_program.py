@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache
+from transformers.integrations.executorch import register_dynamic_cache_export_support
 from typer.testing import CliRunner
 
 from helix_compile import CaptureError, RuntimeFault, helix_compile
@@ -62,6 +64,54 @@ def exported(model: Any, dynamic: bool = True, **most: int) -> ExportedProgram:
         return torch.export.export(
             Step(model), (ids, mask, positions, pasts), dynamic_shapes=shapes if dynamic else None, strict=False
         )
+
+
+class StepOnCache(Step):
+    """A step that takes and returns transformers' cache itself."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any
+    ) -> tuple[Tensor, Any]:  # type: ignore[override]
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.logits, out.past_key_values
+
+
+def exported_on_cache(model: Any) -> ExportedProgram:
+    register_dynamic_cache_export_support()
+    B, T, S = 2, 3, 5
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.zeros(B, S, dtype=torch.int64), past_key_values=cache)
+        batch, tokens, past = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
+        parts = [{0: batch, 2: past} for _ in cache.layers]
+        ids, mask = torch.zeros(B, T, dtype=torch.int64), torch.ones(B, S + T, dtype=torch.int64)
+        shapes = ({0: batch, 1: tokens}, {0: batch, 1: Dim.AUTO}, {0: batch, 1: tokens}, [parts, parts])
+        given = (ids, mask, torch.arange(S, S + T).repeat(B, 1), cache)
+        return torch.export.export(StepOnCache(model), given, dynamic_shapes=shapes, strict=False)
+
+
+@pytest.mark.parametrize("kind", ["with gradients", "on a DynamicCache"])
+def test_other_ways_to_export_a_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("short")
+    if kind == "with gradients":
+        monkeypatch.setattr(torch, "no_grad", nullcontext)
+        program = exported(model)
+        monkeypatch.undo()
+        assert any("set_grad_enabled" in str(n.target) for n in program.graph.nodes)
+    else:
+        program = exported_on_cache(model)
+    compiled, ids = helix_compile(program, **OPTIONS), torch.randint(0, 97, (2, 12))
+    with torch.no_grad():
+        expected = model(ids).logits
+    got = torch.cat([compiled(part) for part in (ids[:, :9], ids[:, 9:10], ids[:, 10:])], 1)
+    # with the fp32 islands of the model itself
+    assert (got - expected).abs().max() <= 1e-7 * expected.abs().max()
 
 
 @pytest.fixture(scope="module")

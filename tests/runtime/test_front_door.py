@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,29 @@ def test_a_step_takes_ids_and_mask_alone() -> None:
     with torch.inference_mode():
         compiled(ids)
     assert compiled.lengths.tolist() == [5, 5]
+
+
+@pytest.fixture
+def default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_a_default_device_does_not_reach_a_step(request: pytest.FixtureRequest) -> None:
+    compiled, ids = helix_compile(tiny_model(), **OPTIONS), random_ids(tiny_model(), 2, 5)
+    expected = compiled(ids)
+    request.getfixturevalue("default_device")
+    compiled.reset()
+    assert torch.equal(compiled(ids, logits_to_keep=5), expected)
+    compiled.truncate(3)
+    compiled.import_cache(*compiled.export_cache())
+    assert compiled.lengths.tolist() == [3, 3]
+
+
+def test_weights_are_loaded_into_the_model() -> None:
+    with pytest.raises(HelixError, match=r"model\.load_state_dict\(\.\.\.\), and the next step sees it"):
+        helix_compile(tiny_model(), **OPTIONS).load_state_dict(tiny_model().state_dict())
 
 
 def test_integers_of_numpy_and_torch_are_integers() -> None:
