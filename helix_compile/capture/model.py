@@ -22,7 +22,7 @@ from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_g
 from helix_compile.capture.checks import check_model, check_surroundings
 from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_around, export_whole, find_layers
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
-from helix_compile.capture.paths import calls_where_it_may_differ, check_paths
+from helix_compile.capture.paths import calls_where_it_may_differ, check_paths, check_paths_by_numbers
 from helix_compile.capture.structure import tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
@@ -210,9 +210,10 @@ def _capture_body(
 ) -> fx.GraphModule:
     with opaque_part(layer, found.part) as recorded:
         body = capture_body(layer, call, model.config, found.sites)
-    if not found.part:  # the part is a branch on data itself, which can't be run on fake tensors
+    if not found.part:
         notes += check_paths(layer, call, model.config, body)
-    if found.part:
+    else:
+        notes += check_paths_by_numbers(layer, call, model.config, body, found.part, recorded)
         insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
     return body
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +27,7 @@ from torch.utils import _pytree as pytree
 from helix_compile.capture.body import CONSTANTS, without_values
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import ConcatenatingCache
+from helix_compile.capture.leaves import PART_OP
 from helix_compile.capture.structure import tensors_of
 from helix_compile.capture.trial import Replay, Tensors, Trial, relative_gap, widened
 from helix_compile.errors import CaptureError, HelixError
@@ -143,6 +145,27 @@ def _first_difference(usual: Lines, found: Lines) -> str:
     return f"{more[1]} (`{more[0]}`)"
 
 
+def check_paths_by_numbers(
+    layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule, part: str, calls: list[LayerCall]
+) -> list[str]:
+    """The same of a layer whose child `part`, called as in `calls`, can't be run on fake tensors: numbers alone decide."""
+    trial = functools.cache(lambda: Trial.of(layer, body.meta[CONSTANTS]))
+    child = layer.get_submodule(part)
+
+    def gap(sizes: Sizes) -> float:
+        weights, left = trial().weights(), iter(calls)
+        own = {n.removeprefix(f"{part}."): t for n, t in weights.items() if n.startswith(f"{part}.")}
+
+        def run_child(tensors: list[Tensor], like: int) -> Any:
+            args, kwargs = next(left).rebuild(tensors[0], tensors[1:], None)
+            return functional_call(child, registered(child, own), args, kwargs)
+
+        return _layer_gap(layer, call, config, body, sizes, trial(), {PART_OP: run_child})
+
+    everywhere = lambda sizes: [(str(sizes), f"{type(child).__name__}, which branches on data")]  # noqa: E731
+    return compare_paths(type(layer).__name__, everywhere, gap)
+
+
 def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule) -> list[str]:
     """Of a layer and its captured body; see compare_paths()."""
     trial = functools.cache(lambda: Trial.of(layer, body.meta[CONSTANTS]))
@@ -216,7 +239,13 @@ def _numbers(call: LayerCall, sizes: Sizes) -> dict[Any, int]:
 
 
 def _layer_gap(
-    layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule, sizes: Sizes, trial: Trial
+    layer: nn.Module,
+    call: LayerCall,
+    config: Any,
+    body: fx.GraphModule,
+    sizes: Sizes,
+    trial: Trial,
+    opaque: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
 ) -> float:
     generator = torch.Generator().manual_seed(0)
 
@@ -232,7 +261,7 @@ def _layer_gap(
     weights = trial.of_graph()
     given = [(weights if input_ref(n).kind == "param" else known)[input_ref(n).name] for n in placeholders(body.graph)]
     with torch.no_grad():
-        got = Replay(body, trial.device, {}).run(*given)[0]
+        got = Replay(body, trial.device, opaque).run(*given)[0]
         own = _run(layer, call, config, trial.weights(), known, past)
         wide = own
         if widened(hidden).dtype != hidden.dtype:

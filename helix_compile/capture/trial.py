@@ -32,7 +32,7 @@ class Trial:
         constants: what else its graph takes as a parameter.
         """
         size = sum(t.numel() * t.itemsize for t in tensors.values())
-        self._tensors, self._constants = tensors, dict(constants)
+        self._tensors, self._constants = dict(tensors), dict(constants)
         self._drawn = size > COMPARED_BYTES or any(t.device.type == "meta" for t in tensors.values())
         first = next(iter(tensors.values()), torch.empty(0))
         self.device = torch.device("cpu") if self._drawn else first.device
@@ -45,7 +45,8 @@ class Trial:
     def weights(self, wide: bool = False) -> Tensors:
         """Name -> tensor; `wide`: what has 16 bits in float32."""
         if self._drawn:
-            return {n: _drawn(n, t, wide) for n, t in self._tensors.items()}
+            first = {id(t): n for n, t in reversed(self._tensors.items())}  # a tied tensor has one value
+            return {n: _drawn(first[id(t)], t, wide) for n, t in self._tensors.items()}
         return {n: widened(t) if wide else t for n, t in self._tensors.items()}
 
     def of_graph(self) -> Tensors:

@@ -97,6 +97,8 @@ def mixing_node(stage: fx.GraphModule) -> fx.Node | None:
     for _, graph in graphs_of(stage):
         tokens = _token_symbols(graph.graph)
         for node in graph.graph.nodes:
+            if node.op == "call_module" and "leaf" in node.meta:
+                return node  # the user's own code: nothing is shown
             if node.op == "call_function" and not _is_alone(node, tokens):
                 return node
     return None

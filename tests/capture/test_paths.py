@@ -208,3 +208,28 @@ def test_a_path_that_can_not_be_tried_is_a_note_and_a_finding() -> None:
     (note,) = [n for n in compiled.plan.notes if "another path at B=2, T=1, S=5" in n]
     assert note.startswith("not compared: DeepseekV3DecoderLayer") and "ArithmeticError: not on random numbers" in note
     assert "HX504" in {f.code for f in verify(compiled, model).findings}
+
+
+@pytest.mark.parametrize("where", ["in the part", "beside it"])
+def test_a_layer_with_a_part_that_no_graph_holds_is_compared_by_numbers(where: str) -> None:
+    class OnData(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            factor = 2.0 if where == "in the part" and x.shape[1] == 1 else 1.0
+            return x * factor if bool(x.abs().sum() >= 0) else x
+
+    class Around(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner, self.part = inner, OnData()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.part(self.inner(x))
+            return out * 50.0 if where == "beside it" and x.shape[1] == 1 else out
+
+    model = fresh_gqa("llama", num_hidden_layers=1)
+    model.model.layers[0].mlp = Around(model.model.layers[0].mlp).eval()
+    if where == "in the part":  # the user's own module runs there, and branches as it likes
+        assert capture(model).leaves and not capture(model).notes
+    else:
+        with pytest.raises(CaptureError, match=r"takes another path at B=2, T=1, S=5.*OnData, which branches on data"):
+            capture(model)

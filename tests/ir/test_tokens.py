@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from helix_compile import HelixModule, helix_compile
 from helix_compile.ir.tokens import mixing_node
+from helix_compile.runtime import step
 from tests.support.driver import random_ids
 from tests.support.gqa_models import fresh_gqa
 from tests.support.models import tiny_model
@@ -51,6 +52,26 @@ ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "halves of channels": lambda x: torch.cat([x[..., 1:], x[..., :1]], -1),
     "flattened": lambda x: x.reshape(-1, x.shape[-1]).mul(2.0).reshape(x.shape),
 }
+
+
+class Branching(nn.Module):
+    """A part that no graph can hold, whose result hangs on the call's other tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.3 * x.cumsum(1) if bool(x.abs().sum() >= 0) else x
+
+
+@pytest.mark.fresh_capture
+def test_a_part_that_stays_the_users_own_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh_gqa("llama", num_hidden_layers=1)
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, Branching()).eval()
+    compiled = helix_compile(model, cp=2, tokens_per_block=4, max_seq_len=64)
+    assert compiled.plan.leaves and mixing_node(compiled.graph) is not None
+    monkeypatch.setattr(step, "MAX_CHUNK", 4)
+    ids = random_ids(model, 2, 11)
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert (compiled(ids) - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
 def changed(change: Callable[[Tensor], Tensor]) -> Any:
