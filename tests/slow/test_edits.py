@@ -44,7 +44,7 @@ GLOBAL = {"factor": 1.0}
 
 
 def llama(layers: int) -> Any:
-    model = fresh_gqa("llama", num_hidden_layers=layers, hidden_size=16, intermediate_size=20)
+    model = fresh_gqa("llama", num_hidden_layers=layers)
     box = Box()
     for layer in model.model.layers:
         layer.mlp.act_fn = Act(box)
@@ -89,7 +89,8 @@ def other_parameter(model: Any, rng: random.Random) -> None:
 
 def other_module(model: Any, rng: random.Random) -> None:
     mlp = rng.choice(model.model.layers).mlp
-    mlp.up_proj = nn.Linear(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False, dtype=torch.float64)
+    up = mlp.up_proj
+    mlp.up_proj = nn.Linear(up.in_features, up.out_features, bias=False, dtype=torch.float64).eval()
 
 
 def hook(model: Any, rng: random.Random) -> None:
