@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from helix_compile.capture.captured import CapturedGraph
-from helix_compile.capture.model import capture, capturing
+from helix_compile.capture.model import CAPTURING, capture
 from helix_compile.capture.source import captured_from, device_of, device_of_input
 from helix_compile.config.options import HelixOptions, takes_options
 from helix_compile.errors import CaptureError
@@ -77,7 +77,7 @@ def helix_compile(
     assert options is not None  # takes_options makes them of the keywords
     if isinstance(model, HelixModule):
         raise CaptureError("this model is already compiled by helix_compile; pass the original model")
-    with capturing():
+    with CAPTURING:  # torch.export and fake modes patch what all threads share
         asked = device_for(device, world)
         with errors_told(world, options.cp, options.tpa, asked or device_of_input(model)):
             target = target_for(options.lower, asked or device_of_input(model))

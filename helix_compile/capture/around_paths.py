@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from helix_compile.capture.body import CONSTANTS
-from helix_compile.capture.layers import LAYER_OP, Around, ConcatenatingCache, layers_as
+from helix_compile.capture.layers import LAYER_OP, Around, ConcatenatingCache, layers_as, model_inputs
 from helix_compile.capture.paths import COMPILING, Lines, Sizes, compare_paths, registered, traced
 from helix_compile.capture.structure import tensors_of
 from helix_compile.capture.trial import Replay, Trial, relative_gap, widened
@@ -76,7 +76,12 @@ def check_around(
 
     def calls(sizes: Sizes) -> Lines:
         device = next(model.parameters()).device
-        return traced(f"{type(model).__name__} can't be run at {sizes}", model, lambda: run(None, sizes, device))
+
+        def run_traced(trace: Any) -> None:
+            with trace:
+                run(None, sizes, device)
+
+        return traced(f"{type(model).__name__} can't be run at {sizes}", model, run_traced)
 
     def gap(sizes: Sizes) -> float:
         numbers, stations = trial(), _Stations()
@@ -121,8 +126,6 @@ def _inputs(
     model: Any, sizes: Sizes, vocab_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """input_ids, attention_mask, position_ids and a past of one number a token."""
-    B, T, S = sizes.B, sizes.T, sizes.S
-    ids = (7 * torch.arange(B * T, device=device) + 3).view(B, T) % vocab_size
-    mask = torch.ones(B, S + T, dtype=torch.int64, device=device)
-    positions = (torch.arange(T, device=device) + S).expand(B, -1).contiguous()
-    return ids, mask, positions, [torch.zeros(B, 1, S, 1, dtype=model.dtype, device=device)]
+    ids, mask, positions = model_inputs(device, sizes.B, sizes.T, sizes.S)
+    ids = (7 * torch.arange(ids.numel(), device=device) + 3).view_as(ids) % vocab_size
+    return ids, mask, positions, [torch.zeros(sizes.B, 1, sizes.S, 1, dtype=model.dtype, device=device)]

@@ -160,15 +160,18 @@ def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> Expor
     return _export_model(model, lambda p: ConcatenatingCache(model.config, p, p[0]), pasts)
 
 
-def _model_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    ids = torch.zeros(HINT_B, HINT_T, dtype=torch.int64, device=device)
-    mask = torch.ones(HINT_B, HINT_S + HINT_T, dtype=torch.int64, device=device)
-    positions = (torch.arange(HINT_T, device=device) + HINT_S).expand(HINT_B, -1).contiguous()
+def model_inputs(
+    device: torch.device, B: int = HINT_B, T: int = HINT_T, S: int = HINT_S
+) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids [B, T], attention_mask [B, S + T] and position_ids [B, T] of a step."""
+    ids = torch.zeros(B, T, dtype=torch.int64, device=device)
+    mask = torch.ones(B, S + T, dtype=torch.int64, device=device)
+    positions = (torch.arange(T, device=device) + S).expand(B, -1).contiguous()
     return ids, mask, positions
 
 
 def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> ExportedProgram:
-    ids, mask, positions = _model_inputs(next(model.parameters()).device)
+    ids, mask, positions = model_inputs(next(model.parameters()).device)
     shapes = (
         {0: BATCH, 1: TOKENS},
         {0: BATCH, 1: Dim.AUTO},
@@ -233,7 +236,7 @@ def explain_by_whole_run(model: PreTrainedModel, index: int | None, error: Captu
         with torch.no_grad(), fake:
             past = torch.zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype, device=device)
             cache = ConcatenatingCache(model.config.get_text_config(), None, past)
-            Around(model, lambda pasts: cache)(*_model_inputs(device), [past])
+            Around(model, lambda pasts: cache)(*model_inputs(device), [past])
     except HelixError as reason:
         return reason
     except Exception:  # no more is learnt: the first error stands

@@ -28,23 +28,19 @@ from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
 
-_LOCK = threading.RLock()
+CAPTURING = threading.RLock()  # torch.export patches what all threads share
 
 
 @contextmanager
-def capturing() -> Iterator[None]:
-    """One thread at a time (torch.export patches what all threads share), without garbage collection.
-
-    Graphs are many small objects that refer to each other; looking through all of them again and again is an eighth of a capture.
-    """
-    with _LOCK:
-        was_on = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if was_on:
-                gc.enable()
+def _without_collection() -> Iterator[None]:
+    """Graphs are many small objects that refer to each other: looking through them again and again is an eighth of a capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def capture(
@@ -63,7 +59,7 @@ def capture(
     """
     check_surroundings()
     check_model(model)
-    with capturing():
+    with CAPTURING, _without_collection():
         captured = _captured(model, whole, dict(keep or {}), unmatched)
         return replace(captured, graph=bind_leaves(captured.graph, model), model=model)
 

@@ -92,12 +92,11 @@ def _caller() -> str:
     return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-def traced(what: str, module: nn.Module, run: Callable[[], Any]) -> Lines:
-    """The calls that `run` makes on fake tensors."""
+def traced(what: str, module: nn.Module, run: Callable[[_Calls], None]) -> Lines:
+    """The calls that `run` makes on fake tensors, while it has the trace open."""
     trace = _Calls({id(t): n for n, t in tensors_of(module).items()})
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with explained(what), torch.no_grad(), COMPILING, fake, trace:
-        run()
+    with explained(what), torch.no_grad(), COMPILING, FakeTensorMode(allow_non_fake_inputs=True):
+        run(trace)
     return trace.lines
 
 
@@ -190,11 +189,8 @@ def calls_where_it_may_differ(layer: nn.Module, call: LayerCall, config: Any) ->
 
 def _calls(layer: nn.Module, call: LayerCall, config: Any, sizes: Sizes) -> Lines:
     what = f"{type(layer).__name__} can't be run at {sizes}"
-    trace = _Calls({id(t): n for n, t in tensors_of(layer).items()})
     device = next(layer.parameters()).device
-    with explained(what), torch.no_grad(), COMPILING, FakeTensorMode(allow_non_fake_inputs=True):
-        _run_traced(layer, call, config, sizes, trace, device)
-    return trace.lines
+    return traced(what, layer, lambda trace: _run_traced(layer, call, config, sizes, trace, device))
 
 
 def _run_traced(

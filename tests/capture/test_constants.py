@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helix_compile import CaptureError, HelixModule, RuntimeFault, helix_compile, verify
+from tests.support.driver import prompt_deviation as deviation
 from tests.support.driver import random_ids
 from tests.support.gqa_models import fresh_gqa
 
@@ -55,14 +56,6 @@ def model_of(kind: str, values: tuple[float, float] = (1.5, 1.5)) -> Any:
 
 def compiled_of(model: Any) -> HelixModule:
     return helix_compile(model, cp=2, tpa=1, tokens_per_block=4, max_seq_len=32)
-
-
-def deviation(model: Any, compiled: HelixModule) -> float:
-    ids = random_ids(model, 2, 9)
-    compiled.reset()
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-    return float((compiled(ids) - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(

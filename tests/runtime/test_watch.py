@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helix_compile import HelixModule, RuntimeFault, helix_compile, verify
+from helix_compile import RuntimeFault, helix_compile, verify
+from tests.support.driver import prompt_deviation as deviation
 from tests.support.driver import random_ids
 from tests.support.families import fresh_family
 
@@ -19,14 +20,6 @@ LIMIT = 1e-10
 def padded() -> Any:
     """FFN width 58 over four ranks is padded, W_UK is gathered: both are copies on the ranks."""
     return fresh_family("youtu", num_hidden_layers=1)
-
-
-def deviation(model: Any, compiled: HelixModule) -> float:
-    ids = random_ids(model, 2, 9)
-    compiled.reset()
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-    return float((compiled(ids) - expected).abs().max() / expected.abs().max())
 
 
 def projections(model: Any) -> list[nn.Parameter]:
