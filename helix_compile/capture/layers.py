@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helix_compile.capture.checks import explained
+from helix_compile.capture.functional import functional
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.leaves import LayerCall, record_call
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
@@ -183,14 +184,14 @@ def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> Expor
 
 
 def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedProgram:
-    """torch.export, then run_decompositions({}): functional, with linear and attention kept whole."""
+    """torch.export, made functional, with linear and attention kept whole."""
     # the cache of fake results costs more than it saves where every size is a symbol: a quarter of a capture
     uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     with torch.no_grad(), warnings.catch_warnings(), uncached:
         # torch.export walks transformers' registered pytrees and warns about its own deprecation each time
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
-        program = program.run_decompositions({})
+        program = functional(program)
     changed = [s.target for s in program.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if changed:
         raise CaptureError(
