@@ -195,7 +195,7 @@ class _Rewriter:
 
 
 def _twin(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    """op of op_."""
+    """The functional op of one that works in place."""
     name = target._schema.name.removeprefix("aten::")
     twin = getattr(getattr(aten, name.removesuffix("_"), None), target._overloadname, None)
     written = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
