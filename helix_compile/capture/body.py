@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile.capture.checks import explained
+from helix_compile.capture.choices import drop_idle_guards
 from helix_compile.capture.layers import BATCH, PAST, TOKENS, ConcatenatingCache, export_functional
 from helix_compile.capture.structure import on_meta, tensors_of
 from helix_compile.errors import CaptureError
@@ -217,6 +218,7 @@ def normalised_module(program: ExportedProgram, inputs: list[tuple[str, str]], p
         set_input(node, InputRef(kind, name))
     named = [(n, name) for n, (_, name) in zip(user, inputs, strict=True)]
     _reorder(graph, [*named, *lifted])
+    drop_idle_guards(graph)
     canonicalize(graph, user[0])
     for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
         if node is not user[0]:

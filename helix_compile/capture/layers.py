@@ -28,12 +28,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from helix_compile.capture.checks import explained
 from helix_compile.capture.functional import functional
 from helix_compile.errors import CaptureError, HelixError, MatchError
+from helix_compile.ir.cache_argument import CACHE_NAMES, cache_argument, call_with_cache
 from helix_compile.ir.leaves import LayerCall, record_call
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
 
 BATCH, TOKENS, PAST = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
-
-_CACHE_ARGUMENT = "past_key_values"
 
 
 @torch.library.custom_op("helix_capture::layer", mutates_args=())
@@ -98,12 +97,12 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
-        and _CACHE_ARGUMENT in inspect.signature(type(module[0]).forward).parameters
+        and cache_argument(type(module[0]).forward) is not None
     ]
     if not found:
         raise CaptureError(
-            f"capture: {type(model).__name__} has no list of layers whose forward takes "
-            f"`{_CACHE_ARGUMENT}`; expected a transformers 5.23 causal language model"
+            f"capture: {type(model).__name__} has no list of layers whose forward takes a cache "
+            f"({' or '.join(CACHE_NAMES[:2])}); expected a transformers causal language model"
         )
     inner = [n for n, _ in found if any(n.startswith(f"{other}.") for other, _ in found)]
     return max((x for x in found if x[0] not in inner), key=lambda item: len(item[1]))
@@ -118,11 +117,12 @@ class Around(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, pasts: list[Tensor]) -> Any:
         cache = self._cache_of(pasts)
-        out = self.model(
+        out = call_with_cache(
+            self.model,
+            cache,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
         )
         if not hasattr(out, "logits"):

@@ -30,6 +30,7 @@ from helix_compile.dynamo.frame import (
 from helix_compile.dynamo.user_state import LATENTS, STATES
 from helix_compile.dynamo.value_digest import DigestMode
 from helix_compile.errors import CaptureError
+from helix_compile.ir.cache_argument import cache_of_output
 from helix_compile.ir.graph import source_line
 
 _FIELDS = (*LATENTS, "cumulative_length")
@@ -141,18 +142,18 @@ def _by_forward(frame: Frame, exporting: bool) -> _Expected:
         name: enter(GraphInput("call", name), value) if isinstance(value, Tensor) else value
         for name, value in frame.arguments.items()
     }
-    cache, before = frame.arguments.get("past_key_values"), {}
+    cache, before = frame.cache, {}
     if cache is not None:
         for (layer, name), tensor in tensors_of_cache(cache).items():
             before[(layer, name)] = enter(GraphInput("cache", name, layer), tensor)
-        call["past_key_values"] = cache = copied_cache(cache, before)
+        call[frame.cache_name] = cache = copied_cache(cache, before)
     # models branch on torch.compiler.is_compiling() (a mask may be left out in eager mode): take Dynamo's branch
     compiling = patch.multiple(torch.compiler, _is_compiling_flag=True, _is_exporting_flag=exporting)
     with torch.no_grad(), compiling, mode.fake, mode:
         out = torch.func.functional_call(frame.model, weights, (), call)
         logits = out.logits if hasattr(out, "logits") else out[0]
         roles = {mode.digest(logits): ("logits", "", -1)}
-        cache = cache if cache is not None else getattr(out, "past_key_values", None)
+        cache = cache if cache is not None else cache_of_output(out)
         left = tensors_of_cache(cache)
         after = {key: {mode.digest(t)} for key, t in before.items()}
         for (layer, name), tensor in left.items():

@@ -19,9 +19,10 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from transformers import PreTrainedModel
 
 from helix_compile.errors import CaptureError
+from helix_compile.ir.cache_argument import CACHE_NAMES, cache_argument
 
 CALL_TENSORS = ("input_ids", "attention_mask", "position_ids")
-_SUPPORTED = {*CALL_TENSORS, "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+_SUPPORTED = {*CALL_TENSORS, *CACHE_NAMES, "use_cache", "logits_to_keep", "return_dict"}
 LENGTHS = ("cumulative_length", "cumulative_length_int")  # where a layer of a cache counts
 CAPACITY = "max_cache_len"
 _CACHE = re.compile(r".*\.layers\[(\d+)\]\.(\w+(?:\[\d+\])?)$")
@@ -57,6 +58,16 @@ class Frame:
     model: nn.Module
     arguments: dict[str, Any]
     inputs: list[GraphInput]
+
+    @property
+    def cache_name(self) -> str:
+        """The argument that takes the cache."""
+        return cache_argument(self.model.forward) or CACHE_NAMES[0]
+
+    @property
+    def cache(self) -> Any:
+        """The cache that it was called with, or None."""
+        return self.arguments.get(self.cache_name)
 
 
 def traced_frame(gm: fx.GraphModule, example_inputs: list[Any]) -> Frame:
@@ -111,6 +122,8 @@ def _arguments(model: nn.Module, scope: dict[str, Any]) -> dict[str, Any]:
     for name, value in bound.items():
         many = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
         flat.update(value if many else {name: value})
+    takes = cache_argument(model.forward)
+    flat = {takes if takes is not None and name in CACHE_NAMES else name: value for name, value in flat.items()}
     for name, value in flat.items():
         if value is not None and name not in _SUPPORTED:
             raise CaptureError(
@@ -138,7 +151,8 @@ def _role(node: fx.Node, value: Any, names: dict[int, str], arguments: dict[str,
         if arguments.get(name) is value:
             return GraphInput("call", name)
     if found:
-        layers = getattr(arguments.get("past_key_values"), "layers", [])
+        cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+        layers = getattr(cache, "layers", [])
         layer = int(found[1])
         if layer < len(layers) and fields_of(layers[layer]).get(found[2]) is value:
             return GraphInput("cache", found[2], layer)

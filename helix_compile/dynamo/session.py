@@ -159,7 +159,7 @@ class CompiledGraph:
         self.session = session
         self._inputs = frame.inputs
         self._keep = frame.arguments.get("logits_to_keep", 0)
-        layers = layers_of_cache(frame.arguments.get("past_key_values"))
+        layers = layers_of_cache(frame.cache)
         # what Dynamo does not pass on it guards on: the same in every call of this graph
         self._lengths = {i: x.length for i, x in enumerate(layers) if x.length is not None}
         self._first: tuple[fx.GraphModule, Frame] | None = (gm, frame)

@@ -20,13 +20,16 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.ir.cache_argument import CACHE_NAMES
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.drafts import CroppedCache, check_drafts, within_room
 from helix_compile.runtime.step import check_ids, checked_mask
 
+# the field of an output that holds its cache: renamed in transformers 5.24
+_OUTPUT_CACHE = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__annotations__)
 _GUIDANCE = "classifier-free guidance steps the model a second time with a cache of its own"
 REFUSED_ARGUMENTS = {
-    "past_key_values": "the sharded cache belongs to the compiled module",
+    **dict.fromkeys(CACHE_NAMES, "the sharded cache belongs to the compiled module"),
     "inputs_embeds": "the compiled graph starts at input_ids",
     "assistant_tokenizer": "drafts are compared as token ids: the assistant must have the same vocabulary",
     "custom_generate": "a custom loop may keep a cache of its own",
@@ -220,7 +223,7 @@ class _Adapter(nn.Module, GenerationMixin):
     ) -> None:
         """The module brings its own cache; a loop that takes tokens back gets what stands for it."""
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            self._cache = model_kwargs["past_key_values"] = CroppedCache(self._compiled)
+            self._cache = model_kwargs[_OUTPUT_CACHE] = CroppedCache(self._compiled)
 
     def _get_candidate_generator(self, **kwargs: Any) -> Any:
         generator = super()._get_candidate_generator(**kwargs)
@@ -246,7 +249,7 @@ class _Adapter(nn.Module, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         self._steps += 1
         logits = self._compiled(input_ids, attention_mask, logits_to_keep=logits_to_keep)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
+        return CausalLMOutputWithPast(logits=logits, **{_OUTPUT_CACHE: self._cache})
 
 
 class TokenPrinter(BaseStreamer):

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache
 
 from helix_compile.capture.source import converted_copy
+from helix_compile.ir.cache_argument import call_with_cache
 from helix_compile.ir.graph import erase_unused, input_named, node_named, placeholders
 from helix_compile.ir.leaves import Leaf
 from helix_compile.ir.stage import body_of, copy_module
@@ -120,11 +121,12 @@ class EagerReference:
         device = next(self.model.parameters()).device
         what = f"the original model, run by itself in {self.model.dtype}".replace("torch.", "")
         with blaming_the_original(what), torch.no_grad(), WidenedIslands():
-            out = self.model(
+            out = call_with_cache(
+                self.model,
+                self.cache,
                 input_ids=ids.to(device),
                 attention_mask=self.mask.to(device),
                 position_ids=positions.to(device),
-                past_key_values=self.cache,
             )
         return out.logits
 
