@@ -95,9 +95,7 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and cache_argument(type(module[0]).forward) is not None
+        if isinstance(module, nn.ModuleList) and len(module) and cache_argument(type(module[0]).forward) is not None
     ]
     if not found:
         raise CaptureError(

@@ -99,7 +99,7 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": embedding.num_embeddings,
         "model_name": type(model).__name__,
         "model": model,
-        "notes": _mtp_notes(model.config),
+        "notes": (*getattr(model, "notes_of_release", ()), *_mtp_notes(model.config)),
     }
 
 

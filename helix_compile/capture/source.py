@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.checks import check_model, check_surroundings, raised_not_logged
 from helix_compile.capture.model import capture
 from helix_compile.capture.program import capture_program, load_program
+from helix_compile.checkpoint.configuration import TEXT_PREFIXES, read_configuration
 from helix_compile.checkpoint.model import open_checkpoint
 from helix_compile.errors import CaptureError
 from helix_compile.ir.stage import copy_module
 
 COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_ASKED = ("config", "dtype", "get_input_embeddings")  # of transformers' models, and of those written in their style
 _ASKED = ("config", "dtype", "get_input_embeddings")  # of transformers' models, and of those written in their style
 Source = nn.Module | CapturedGraph | ExportedProgram | str | Path
 
@@ -156,11 +157,18 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         CaptureError: no such folder, or it can't be loaded.
     """
     _check_checkpoint_folder(folder)
-    from transformers import AutoModelForCausalLM  # slow to import, and only this path needs it
-
+    read = read_configuration(folder)
+    if read.quantization:
+        read.config.quantization_config = read.quantization  # transformers dequantises by it
+    of_text = {f"^{re.escape(prefix)}": "" for prefix in TEXT_PREFIXES} if read.wrapped else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+        model = read.model_class.from_pretrained(
+            folder,
+            config=read.config,
+            dtype=dtype or "auto",
+            key_mapping=of_text,
+            local_files_only=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CaptureError(f"{folder}: can't load the checkpoint: {error}") from error

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from helix_compile.checkpoint.configuration import TEXT_PREFIXES, Configuration, read_configuration
 from helix_compile.checkpoint.files import FLOATS, FP8, CheckpointFiles
 from helix_compile.checkpoint.names import Assembly, assemble
 from helix_compile.checkpoint.weights import CheckpointWeights
@@ -72,11 +72,11 @@ def open_checkpoint(folder: Path, dtype: torch.dtype | None, device: torch.devic
     Raises:
         CheckpointError: a configuration that can't be built, files that can't be read, or that hold another model.
     """
-    config = _config(folder)
-    block = _fp8_block(folder, config)
+    read = read_configuration(folder)
+    block = _fp8_block(read)
     files = CheckpointFiles(folder)
-    model = _meta_model(folder, config, dtype or config.dtype or _stored_dtype(files))
-    assembly = assemble(model, files.tensors, block, str(folder))
+    model = _meta_model(folder, read, dtype or read.config.dtype or _stored_dtype(files))
+    assembly = assemble(model, files.tensors, block, str(folder), TEXT_PREFIXES if read.wrapped else ())
     computed = computed_buffers(model)
     _untie(model, files, assembly)
     like = {
@@ -85,33 +85,21 @@ def open_checkpoint(folder: Path, dtype: torch.dtype | None, device: torch.devic
         for name, tensor in named(remove_duplicate=False)
     }
     weights = CheckpointWeights(files, assembly, like, computed, block, device)
-    return Checkpoint(model, weights, assembly.notes)
+    return Checkpoint(model, weights, (*read.notes, *assembly.notes))
 
 
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers checks a config by many exception classes of its own
-        raise CheckpointError(f"{folder / 'config.json'}: can't be read: {error}") from error
-
-
-def _fp8_block(folder: Path, config: Any) -> tuple[int, int] | None:
+def _fp8_block(read: Configuration) -> tuple[int, int] | None:
     """(rows, columns) of one FP8 scale; None if the weights are not quantised."""
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
+    if not read.quantization:
         return None
-    stated = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-    method: Any = stated.get("quant_method")
-    block: Any = stated.get("weight_block_size")
+    method, block = (read.quantization.get(key) for key in ("quant_method", "weight_block_size"))
     fits = isinstance(block, (list, tuple)) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
     if method != "fp8" or not fits:
         raise CheckpointError(
-            f"{folder / 'config.json'}: quantization_config has quant_method={method!r}, weight_block_size={block!r}; "
+            f"{read.quantized_by}: quantization_config has quant_method={method!r}, weight_block_size={block!r}; "
             "only 'fp8' with [rows, columns] is read (dequantised on load). Dequantise the checkpoint first"
         )
-    del config.quantization_config  # what is read is no longer quantised
+    assert isinstance(block, (list, tuple))
     return block[0], block[1]
 
 
@@ -121,12 +109,12 @@ def _stored_dtype(files: CheckpointFiles) -> torch.dtype:
     return FLOATS[next(found, "BF16")]
 
 
-def _meta_model(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+def _meta_model(folder: Path, read: Configuration, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import GenerationConfig
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = read.model_class._from_config(read.config, dtype=dtype)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # a model's class may raise anything at a value that it does not know

@@ -62,11 +62,16 @@ class Assembly:
 
 
 def assemble(
-    model: PreTrainedModel, stored: Mapping[str, Stored], block: tuple[int, int] | None, where: str
+    model: PreTrainedModel,
+    stored: Mapping[str, Stored],
+    block: tuple[int, int] | None,
+    where: str,
+    prefixes: tuple[str, ...] = (),
 ) -> Assembly:
     """Find every tensor of `model` (on meta) in what is stored.
 
     Args:
+        prefixes: of the names of a text model inside another one; what has none of them is not the text model's.
         block: rows and columns that share one FP8 scale, by the configuration; None if it states none.
         where: the folder, for messages.
 
@@ -76,7 +81,7 @@ def assemble(
     wanted = model.state_dict()
     scales = {key: key + SCALE for key, tensor in stored.items() if tensor.dtype in FP8 and key + SCALE in stored}
     keys = sorted(set(stored) - set(scales.values()), key=dot_natural_key)
-    collected, unknown = _by_target(model, wanted, keys)
+    collected, unknown = _by_target(model, wanted, keys, prefixes)
     known = [key for key in keys if key not in set(unknown)]
     problems = [p for k in known for p in _storage_problems(k, stored, scales.get(k), block)]
     found: dict[str, Assembled] = {}
@@ -102,15 +107,23 @@ def assemble(
     ]
     # what transformers ignores too: layers for multi-token prediction, old rotary tables
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-    ignored = [k for k in unknown if any(re.search(p, k) for p in patterns)]
-    problems += [f"left over: {key} {stored[key]}" for key in unknown if key not in ignored]
+    further = [k for k in unknown if _layer_of(k) >= model.config.num_hidden_layers]
+    ignored = [k for k in unknown if k not in further and any(re.search(p, k) for p in patterns)]
+    beside = [k for k in unknown if prefixes and not k.startswith(prefixes) and k not in (*further, *ignored)]
+    known_of = {*further, *ignored, *beside}
+    problems += [f"left over: {key} {stored[key]}" for key in unknown if key not in known_of]
     if problems:
         raise CheckpointError(_report(where, type(model).__name__, problems))
-    return Assembly(found, same, _notes(ignored))
+    notes = (
+        *_notes(ignored, "are no part of the model: ignored, as transformers does"),
+        *_notes(further, "belong to layers of multi-token prediction, behind the model's own: ignored"),
+        *_notes(beside, "are not the text model's (vision, projector): left out"),
+    )
+    return Assembly(found, same, notes)
 
 
 def _by_target(
-    model: PreTrainedModel, wanted: Mapping[str, object], keys: list[str]
+    model: PreTrainedModel, wanted: Mapping[str, object], keys: list[str], prefixes: tuple[str, ...]
 ) -> tuple[dict[str, tuple[WeightConverter | None, dict[str, list[str]]]], list[str]]:
     """(name in the model -> converter and stored keys by its source pattern, keys that lead nowhere)."""
     rules = get_model_conversion_mapping(model)
@@ -121,9 +134,10 @@ def _by_target(
     collected: dict[str, tuple[WeightConverter | None, dict[str, list[str]]]] = {}
     unknown = []
     for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in wanted and key in wanted:  # as transformers does: the model's own name wins
-            name, pattern = key, None
+        own = _without_prefix(key, prefixes)
+        name, pattern = rename_source_key(own, renamings, converters, prefix, state)
+        if name not in wanted and own in wanted:  # as transformers does: the model's own name wins
+            name, pattern = own, None
         if name not in wanted:
             unknown.append(key)
             continue
@@ -236,13 +250,22 @@ def _tied(model: PreTrainedModel, found: Mapping[str, Assembled]) -> dict[str, s
     return {one: other for one, other in pairs if one not in found and other in found}
 
 
-def _notes(ignored: list[str]) -> tuple[str, ...]:
-    if not ignored:
+def _without_prefix(key: str, prefixes: tuple[str, ...]) -> str:
+    """The name inside the text model; the longest prefix that fits is the wrapper's."""
+    fitting = [p for p in prefixes if key.startswith(p)]
+    return key.removeprefix(max(fitting, key=len)) if fitting else key
+
+
+def _layer_of(key: str) -> int:
+    """The number of the layer that a stored tensor belongs to; -1: none."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", key)
+    return int(found[1]) if found else -1
+
+
+def _notes(keys: list[str], what: str) -> tuple[str, ...]:
+    if not keys:
         return ()
-    return (
-        f"checkpoint: {len(ignored)} tensor(s) that {'is' if len(ignored) == 1 else 'are'} no part of the model are "
-        f"ignored, as transformers does: {', '.join(ignored[:2])}{', ...' if ignored[2:] else ''}",
-    )
+    return (f"checkpoint: {len(keys)} tensor(s) {what}: {', '.join(keys[:2])}{', ...' if keys[2:] else ''}",)
 
 
 def _report(where: str, model: str, problems: list[str]) -> str:

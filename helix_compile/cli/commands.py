@@ -228,7 +228,7 @@ def _share_of_rank(ctx: typer.Context, model: str, dtype: str | None, meta: bool
 
 
 def _model(model: str, dtype: str | None, meta: bool) -> Any:
-    from helix_compile.models.presets import named_model
+    from helix_compile.checkpoint.named import named_model
 
     _say(f"compiling {model} ...")
     try:

@@ -192,7 +192,7 @@ def _check_triton() -> None:
 def _captured(model: str, dtype: str | None) -> Any:
     """MODEL on the meta device, captured."""
     from helix_compile.capture.source import captured_from
-    from helix_compile.models.presets import named_model
+    from helix_compile.checkpoint.named import named_model
 
     print(f"capturing {model} ...", file=sys.stderr)
     try:

@@ -5,8 +5,6 @@ Single-device definitions that know nothing of ranks.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,15 +77,18 @@ def preset_config(name: str) -> DeepseekV3Config:
     return DeepseekV3Config(**PRESETS[name])
 
 
-def build_model(config: Any, *, dtype: torch.dtype = torch.float32, meta: bool = False, seed: int = 0) -> nn.Module:
+def build_model(
+    config: Any, *, dtype: torch.dtype = torch.float32, meta: bool = False, seed: int = 0, model_class: Any = None
+) -> nn.Module:
     """A causal language model with random weights (or on the meta device, without any), in eval mode.
 
-    The router's correction bias gets random values: zeros would make its place in the graph untestable.
+    `model_class` is transformers' class to build; None: the one that its table has for the configuration. The router's correction bias gets random values: zeros would make its place in the graph untestable.
     """
     from transformers import AutoModelForCausalLM  # slow to import; presets' own class is above
 
-    known = isinstance(config, DeepseekV3Config)
-    build = DeepseekV3ForCausalLM if known else AutoModelForCausalLM.from_config
+    if isinstance(config, DeepseekV3Config):
+        model_class = DeepseekV3ForCausalLM
+    build = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     try:
@@ -102,63 +103,3 @@ def build_model(config: Any, *, dtype: torch.dtype = torch.float32, meta: bool =
                 if name.endswith("e_score_correction_bias"):
                     buffer.normal_(std=0.05)
     return model.eval()
-
-
-def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.Module | Path:
-    """What a MODEL argument names: a preset, a config.json, a checkpoint folder or a .pt2 (both as paths, unread).
-
-    Args:
-        name: preset, path of a config.json (random weights), or folder with config.json and safetensors.
-        dtype: torch dtype name; presets and configs default to the config's dtype, else float32 (bfloat16 on meta).
-        meta: build on the meta device, without weights.
-
-    Raises:
-        KeyError: no preset and no path of that name.
-        ValueError: not a floating dtype, or more random weights than this machine has memory.
-    """
-    chosen = _dtype(dtype)
-    path = Path(name)
-    if name in PRESETS:
-        config: Any = preset_config(name)
-    elif path.is_dir() and not meta:
-        return path
-    elif path.suffix == ".pt2" and path.is_file():
-        if meta or dtype is not None:
-            raise ValueError("an exported program has its weights and dtype; drop --meta and --dtype")
-        return path
-    elif path.exists():
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    else:
-        raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name")
-    stated = getattr(config, "dtype", None)
-    default = stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
-    if not meta:
-        _check_memory(config, chosen or default)
-    return build_model(config, dtype=chosen or default, meta=meta)
-
-
-def physical_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _check_memory(config: Any, dtype: torch.dtype) -> None:
-    """Random weights are refused before they are made where they can't fit."""
-    twin = build_model(config, dtype=dtype, meta=True)
-    needed = sum(t.numel() * t.itemsize for t in (*twin.parameters(), *twin.buffers()))
-    if needed > (there := physical_memory()):
-        raise ValueError(
-            f"needs {needed / 1e9:.4g} GB for random weights in {str(dtype).split('.')[1]}, "
-            f"this machine has {there / 1e9:.4g} GB; use inspect --meta"
-        )
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype {name!r} is not one of float32, bfloat16, float16, float64")
-    return dtype

@@ -18,7 +18,8 @@ from helix_compile import HelixModule, RuntimeFault, helix_compile
 from helix_compile.cache import file as handover_file
 from helix_compile.cache.file import read_cache, write_cache
 from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards, positions_of_sender, shards_of_sender
-from helix_compile.models.presets import build_model, named_model, preset_config
+from helix_compile.checkpoint.named import named_model
+from helix_compile.models.presets import build_model, preset_config
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids
 from tests.support.handover import columns_of, dealt, random_entries, untouched

@@ -130,7 +130,7 @@ def test_layers_for_multi_token_prediction_are_ignored_with_a_note(tmp_path: Pat
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
 
     notes = open_checkpoint(rewrite(tmp_path, add), None, CPU).notes
-    assert len(notes) == 1 and "2 tensor(s) that are no part of the model are ignored" in notes[0]
+    assert len(notes) == 1 and "2 tensor(s) are no part of the model: ignored" in notes[0]
 
 
 def test_one_tensor_is_shared_by_all_who_hold_it_and_read_again_when_none_does(folder: Path) -> None:
@@ -204,7 +204,7 @@ def test_compiled_from_a_folder_is_compiled_from_the_model(
     assert totals == [sum(slices), sum(slices)] and 0.9 * stored < sum(slices) < stored
     model = loaded(folder)
     reference = helix_compile(model, cp=4)
-    ignored = [n for n in compiled.plan.notes if "1 tensor(s) that is no part of the model" in n]
+    ignored = [n for n in compiled.plan.notes if "1 tensor(s) are no part of the model" in n]
     others = tuple(n for n in compiled.plan.notes if n not in ignored)
     assert len(ignored) == 1
     assert replace(compiled.plan, notes=others) == reference.plan

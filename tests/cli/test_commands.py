@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from helix_compile.checkpoint import named
 from helix_compile.cli import commands as cli
-from helix_compile.models import presets
 from helix_compile.models.presets import build_model, preset_config
 from tests.support.command import run_here
 
@@ -194,7 +194,7 @@ def _full_disk(*_: object, **__: object) -> None:
 def test_random_weights_that_do_not_fit_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(presets, "physical_memory", lambda: 3 * 10**6)
+    monkeypatch.setattr(named, "physical_memory", lambda: 3 * 10**6)
     preset_config("tiny").save_pretrained(tmp_path)
     for name in ("tiny", str(tmp_path / "config.json")):
         message = _refused(capsys, monkeypatch, "inspect", name, "--cp", "2", "--dtype", "float64")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from helix_compile import HelixModule, helix_compile
+from helix_compile.checkpoint.named import named_model
 from helix_compile.layout.ledger import local_length, local_slot, owner_rank
-from helix_compile.models.presets import build_model, named_model, preset_config
+from helix_compile.models.presets import build_model, preset_config
 from tests.support.browser import Page, chromium_path, open_browser
 
 pytestmark = pytest.mark.browser

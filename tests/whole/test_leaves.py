@@ -14,10 +14,10 @@ from torch import Tensor, fx
 
 import helix_compile.cli.commands as cli
 from helix_compile import HelixError, MatchError, verify
+from helix_compile.checkpoint import named
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.leaves import is_leaf_call
 from helix_compile.ir.stage import copy_module
-from helix_compile.models import presets
 from helix_compile.runtime.claims import graph_digest
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from helix_compile.verifier.static.graph import type_graph
@@ -168,7 +168,7 @@ def test_keep_leaves_what_is_not_recognised_and_rewrites_the_rest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = toy_model("cat", "sinks", layers=2)
-    monkeypatch.setattr(presets, "named_model", lambda *a: model)
+    monkeypatch.setattr(named, "named_model", lambda *a: model)
     command = ["helix-compile", "inspect", "it", "--cp", "2", "--json", "--unmatched"]
     monkeypatch.setattr(sys, "argv", [*command, "keep"])
     with pytest.raises(SystemExit, match="0"):

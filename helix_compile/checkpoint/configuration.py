@@ -1,0 +1,217 @@
+"""config.json as it is published -> transformers' configuration of its text model, and what it says besides.
+
+Nothing is executed and nothing is asked: an auto_map is ignored. Renames, spellings and refusals are tables below.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from helix_compile.errors import CheckpointError
+
+
+class Rename(NamedTuple):
+    """A model_type that is another one's architecture."""
+
+    to: str
+    evidence: str
+
+
+RENAMES = {
+    "kimi_k2": Rename("deepseek_v3", "its architectures and its auto_map name DeepSeek's own DeepseekV3ForCausalLM")
+}
+
+# releases whose architecture transformers does not have: what is missing, and the nearest model type that it has
+NOT_THERE = {
+    "kimi_k3": (
+        "its MLA without rope and with an output gate, the activation `situ`, latent experts and residual blocks "
+        "are in no class of transformers",
+        "kimi_linear",
+    ),
+    "pangu_ultra_moe": ("it has key names and sandwich norms of its own", "deepseek_v3"),
+}
+
+# keys of one meaning; a release may spell it in a way that the class of its architecture does not read
+SPELLINGS = (
+    ("n_routed_experts", "num_experts", "num_local_experts", "num_routed_experts"),
+    ("n_shared_experts", "num_shared_experts"),
+    ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
+    ("num_hidden_layers", "num_layers", "n_layers"),
+    ("rope_parameters", "rope_scaling"),
+    ("dtype", "torch_dtype"),
+)
+
+# keys that the class does not read: these values are what it computes, others would be computed wrongly
+MEANT: dict[str, dict[str, tuple[Any, ...]]] = {
+    "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
+    "deepseek_v2": {"scoring_func": ("softmax",), "moe_layer_freq": (1,)},
+}
+
+TEXT_KEYS = ("text_config", "language_config", "llm_config")
+# where wrappers keep the weights of their text model
+TEXT_PREFIXES = ("language_model.", "model.language_model.", "text_model.", "model.text_model.", "llm.")
+_OF_THE_WRAPPER = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
+# at least one group of experts: published files say null where there are no groups
+_ONE_IF_NULL = ("n_group", "topk_group")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a config.json says.
+
+    Attributes:
+        config: of the text model, without quantization_config.
+        model_class: transformers' causal language model of it.
+        quantization: what config.json, or hf_quant_config.json beside it, says of the weights; {} if nothing.
+        quantized_by: the file that says so.
+        wrapped: the text model is part of another one; its weights have a prefix of TEXT_PREFIXES.
+        notes: what was renamed, unwrapped or left unread.
+    """
+
+    config: PretrainedConfig
+    model_class: type[PreTrainedModel]
+    quantization: dict[str, Any]
+    quantized_by: Path
+    wrapped: bool
+    notes: tuple[str, ...]
+
+
+def read_configuration(path: Path) -> Configuration:
+    """Read a config.json, or that of a folder. No code of the folder runs.
+
+    Raises:
+        CheckpointError: no such file, not JSON, an architecture that transformers does not have, values that its class
+            does not take.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    stated = _json(file)
+    quantized_by, quantization = file, dict(stated.pop("quantization_config", None) or {})
+    notes: list[str] = []
+    stated, wrapped = _text_model(file, stated, notes)
+    quantization = quantization or dict(stated.pop("quantization_config", None) or {})
+    stated.pop("quantization_config", None)
+    beside = file.with_name("hf_quant_config.json")
+    if not quantization and beside.is_file():
+        quantized_by, quantization = beside, dict(_json(beside).get("quantization") or {})
+        quantization.setdefault("quant_method", "modelopt")
+    config = _built(file, stated, notes)
+    return Configuration(config, causal_class(config, file), quantization, quantized_by, wrapped, tuple(notes))
+
+
+def causal_class(config: PretrainedConfig, file: Path | str = "the configuration") -> type[PreTrainedModel]:
+    """The causal language model of a configuration, also where transformers' own table has none for it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    home = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        classes = list(vars(importlib.import_module(home)).values())
+    except ImportError:
+        classes = []
+    for found in classes:
+        is_model = inspect.isclass(found) and issubclass(found, PreTrainedModel)
+        if is_model and found.__name__.endswith("ForCausalLM") and found.config_class is type(config):
+            return found
+    raise CheckpointError(
+        f"{file}: transformers has no causal language model of model_type {config.model_type!r} alone"
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: can't be read: {error}") from error
+    if not isinstance(stated, dict):
+        raise CheckpointError(f"{file}: can't be read: expected an object, got {type(stated).__name__}")
+    return stated
+
+
+def _text_model(file: Path, stated: dict[str, Any], notes: list[str]) -> tuple[dict[str, Any], bool]:
+    """The part of a wrapper's configuration that is its text model's."""
+    kind = stated.get("model_type")
+    _refuse_known(file, kind)
+    key = next((k for k in TEXT_KEYS if isinstance(stated.get(k), dict) and stated[k].get("model_type")), None)
+    whole = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+    if key is None or whole:
+        return stated, False
+    text = {**{k: stated[k] for k in _OF_THE_WRAPPER if stated.get(k) is not None}, **stated[key]}
+    others = [k for k in stated if k.endswith("_config") and k != key and isinstance(stated[k], dict)]
+    beside = f"; {', '.join(others)} left out" if others else ""
+    notes.append(f"{kind}: its text model ({key}: {text['model_type']}) is taken{beside}")
+    return text, True
+
+
+def _refuse_known(file: Path, kind: Any) -> None:
+    if kind in NOT_THERE and kind not in CONFIG_MAPPING:
+        missing, nearest = NOT_THERE[kind]
+        raise CheckpointError(f"{file}: model_type {kind!r} is not in transformers: {missing} (nearest: {nearest})")
+
+
+def _built(file: Path, stated: dict[str, Any], notes: list[str]) -> PretrainedConfig:
+    kind = stated.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{file}: model_type is {kind!r}; expected the name of an architecture")
+    _refuse_known(file, kind)
+    if kind not in CONFIG_MAPPING and kind in RENAMES:
+        rename = RENAMES[kind]
+        notes.append(f"model_type {kind} is read as {rename.to}: {rename.evidence}")
+        kind = rename.to
+    elif stated.get("auto_map") and kind in CONFIG_MAPPING:
+        notes.append(f"auto_map ignored: {kind} is transformers' own, no code of the checkpoint runs")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, list(CONFIG_MAPPING), 1, 0.0)[0]
+        nearest = "deepseek_v3" if stated.get("kv_lora_rank") else near
+        raise CheckpointError(f"{file}: model_type {kind!r} is not in transformers (nearest: {nearest})")
+    cls = CONFIG_MAPPING[kind]
+    for key, values in MEANT.get(kind, {}).items():
+        if stated.get(key, values[0]) not in values:
+            raise CheckpointError(
+                f"{file}: {key}={stated[key]!r}: transformers' {kind} reads no {key} and computes {values[0]!r}"
+            )
+    given = {k: v for k, v in stated.items() if k not in ("auto_map", "model_type")}
+    _respell(file, given, cls)
+    for key in _ONE_IF_NULL:
+        if key in given and given[key] is None:
+            given[key] = 1
+    activation = given.get("hidden_act")
+    if activation is not None and activation not in ACT2FN:
+        raise CheckpointError(f"{file}: hidden_act {activation!r} is no activation of transformers")
+    try:
+        return cls.from_dict(given)
+    except Exception as error:  # transformers checks a config by many exception classes of its own
+        raise CheckpointError(f"{file}: can't be read: {error}") from error
+
+
+def _respell(file: Path, values: dict[str, Any], cls: type[PretrainedConfig]) -> None:
+    """Spell each key as the class does, in place; a meaning that is stated twice must be stated alike."""
+    read = {*cls().to_dict(), *cls.attribute_map}
+    for names in SPELLINGS:
+        given = {name: values[name] for name in names if values.get(name) is not None}
+        if len({_text(v) for v in given.values()}) > 1:
+            told = ", ".join(f"{k}={_text(v)}" for k, v in given.items())
+            raise CheckpointError(f"{file}: {told}: of one meaning, but not the same")
+        unread = [name for name in given if name not in read]
+        own = next((name for name in names if name in read), None)
+        if given and len(unread) == len(given) and own is not None and names[-1] not in ("torch_dtype", "rope_scaling"):
+            values[own] = values.pop(unread[0])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = {("rope_type" if k == "type" else k): v for k, v in value.items()}
+        value = {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in value.items()}
+    return json.dumps(value, sort_keys=True, default=str)

@@ -1,0 +1,77 @@
+"""What a MODEL argument names: a preset, a config.json, a checkpoint folder or an exported program."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from helix_compile.checkpoint.configuration import read_configuration
+from helix_compile.models.presets import PRESETS, build_model, preset_config
+
+
+def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.Module | Path:
+    """What a MODEL argument names: a preset, a config.json, a checkpoint folder or a .pt2 (both as paths, unread).
+
+    Args:
+        name: preset, path of a config.json (random weights), or folder with config.json and safetensors.
+        dtype: torch dtype name; presets and configs default to the config's dtype, else float32 (bfloat16 on meta).
+        meta: build on the meta device, without weights.
+
+    Raises:
+        KeyError: no preset and no path of that name.
+        CheckpointError: a config.json that can't be read, or of an architecture that transformers does not have.
+        ValueError: not a floating dtype, or more random weights than this machine has memory.
+    """
+    chosen = _dtype(dtype)
+    path = Path(name)
+    model_class: type[nn.Module] | None = None
+    notes: tuple[str, ...] = ()
+    if name in PRESETS:
+        config: Any = preset_config(name)
+    elif path.is_dir() and not meta:
+        return path
+    elif path.suffix == ".pt2" and path.is_file():
+        if meta or dtype is not None:
+            raise ValueError("an exported program has its weights and dtype; drop --meta and --dtype")
+        return path
+    elif path.exists():
+        read = read_configuration(path)
+        config, model_class, notes = read.config, read.model_class, read.notes
+    else:
+        raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name")
+    stated = getattr(config, "dtype", None)
+    default = stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
+    if not meta:
+        _check_memory(config, chosen or default, model_class)
+    model = build_model(config, dtype=chosen or default, meta=meta, model_class=model_class)
+    vars(model)["notes_of_release"] = notes
+    return model
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_memory(config: Any, dtype: torch.dtype, model_class: Any) -> None:
+    """Random weights are refused before they are made where they can't fit."""
+    twin = build_model(config, dtype=dtype, meta=True, model_class=model_class)
+    needed = sum(t.numel() * t.itemsize for t in (*twin.parameters(), *twin.buffers()))
+    if needed > (there := physical_memory()):
+        raise ValueError(
+            f"needs {needed / 1e9:.4g} GB for random weights in {str(dtype).split('.')[1]}, "
+            f"this machine has {there / 1e9:.4g} GB; use inspect --meta"
+        )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {name!r} is not one of float32, bfloat16, float16, float64")
+    return dtype
