@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from helix_compile.capture.body import CONSTANTS
-from helix_compile.capture.layers import LAYER_OP, Around, ConcatenatingCache, layers_as, model_inputs
+from helix_compile.capture.layers import LAYER_OP, Around, ConcatenatingCache, layers_as, model_inputs, recorder
 from helix_compile.capture.paths import COMPILING, Lines, Sizes, compare_paths, registered, traced
+from helix_compile.capture.same_values import Exported, same_values
 from helix_compile.capture.structure import tensors_of
 from helix_compile.capture.trial import Replay, Trial, relative_gap, widened
 from helix_compile.ir.graph import input_ref, placeholders
@@ -51,6 +53,7 @@ def check_around(
     layers: nn.ModuleList,
     tuples: tuple[bool, ...],
     outer: fx.GraphModule,
+    exported: Exported,
     names: Mapping[int, list[str]],
     vocab_size: int,
 ) -> list[str]:
@@ -59,6 +62,7 @@ def check_around(
     Args:
         tuples: of each layer, does it return a tuple?
         names: of each layer, those of the tensors that it is given beside hidden.
+        exported: the same graph as torch.export wrote it.
         outer: with a LAYER_OP for each layer; its inputs are input_ids, attention_mask, position_ids, the past, parameters.
     """
     inside = {id(t) for t in tensors_of(layers).values()}
@@ -68,7 +72,7 @@ def check_around(
     def run(weights: dict[str, Tensor] | None, sizes: Sizes, device: torch.device) -> list[dict[str, Tensor]]:
         stations = _Stations()
         with layers_as(layers, lambda i: stations.forward_of(i, tuples[i])):
-            given = _inputs(model, sizes, vocab_size, device)
+            given = _inputs(model, sizes, vocab_size, device, padded=weights is not None)
             around_it = Around(model, lambda pasts: ConcatenatingCache(model.config, None, pasts[0]))
             named = {f"model.{n}": t for n, t in registered(model, weights).items()} if weights is not None else {}
             logits, _ = functional_call(around_it, named, given)
@@ -89,7 +93,7 @@ def check_around(
         def stand_in(hidden: Tensor, others: list[Tensor], index: int) -> Tensor:
             return stations.pass_on(hidden, dict(zip(names[index], others, strict=True)), index)
 
-        weights, given = numbers.of_graph(), _inputs(model, sizes, vocab_size, numbers.device)
+        weights, given = numbers.of_graph(), _inputs(model, sizes, vocab_size, numbers.device, padded=True)
         known = dict(
             zip(("input_ids", "attention_mask", "position_ids", "past_shape"), (*given[:3], given[3][0]), strict=True)
         )
@@ -106,7 +110,19 @@ def check_around(
                     wide = run(numbers.weights(wide=True), sizes, numbers.device)
         return max(_gap(*reached) for reached in zip(got, own, wide, strict=True))
 
-    return compare_paths(f"{type(model).__name__}, around its layers,", calls, gap)
+    def same(sizes: Sizes) -> bool:
+        def compute(own: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+            with layers_as(layers, partial(recorder, {}, tuples)):
+                around_it = Around(model, lambda pasts: ConcatenatingCache(model.config, None, pasts[0]))
+                named = {f"model.{n}": t for n, t in registered(model, own).items()}
+                logits, _ = functional_call(around_it, named, (*inputs[:3], inputs[3:]))
+            return [logits]
+
+        device = next(model.parameters()).device
+        *given, past = _inputs(model, sizes, vocab_size, torch.device("meta"))
+        return same_values(exported, around, [*given, *past], device, compute, COMPILING)
+
+    return compare_paths(f"{type(model).__name__}, around its layers,", calls, gap, same)
 
 
 def _gap(got: dict[str, Tensor], own: dict[str, Tensor], wide: dict[str, Tensor]) -> float:
@@ -123,9 +139,11 @@ def _bounded(tensor: Tensor) -> Tensor:
 
 
 def _inputs(
-    model: Any, sizes: Sizes, vocab_size: int, device: torch.device
+    model: Any, sizes: Sizes, vocab_size: int, device: torch.device, padded: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """input_ids, attention_mask, position_ids and a past of one number a token."""
+    """input_ids, attention_mask, position_ids and a past of one number a token; `padded`: the first sequence is shorter."""
     ids, mask, positions = model_inputs(device, sizes.B, sizes.T, sizes.S)
+    if padded:
+        mask[0, : sizes.S // 2] = 0
     ids = (7 * torch.arange(ids.numel(), device=device) + 3).view_as(ids) % vocab_size
     return ids, mask, positions, [torch.zeros(sizes.B, 1, sizes.S, 1, dtype=model.dtype, device=device)]

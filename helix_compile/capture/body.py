@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helix_compile.capture.checks import explained
 from helix_compile.capture.choices import drop_idle_guards
 from helix_compile.capture.layers import BATCH, PAST, TOKENS, ConcatenatingCache, export_functional
+from helix_compile.capture.same_values import EXPORTED
 from helix_compile.capture.structure import on_meta, tensors_of
 from helix_compile.errors import CaptureError
 from helix_compile.ir.graph import InputRef, aten, set_input, source_line
@@ -61,7 +62,11 @@ class _Body(nn.Module):
         return out, [t for pair in cache.new for t in pair]
 
 
-class _OpTrace(TorchDispatchMode):
+class NoValue(RuntimeError):
+    """A constant on meta: two of them can't be told apart there."""
+
+
+class OpTrace(TorchDispatchMode):
     """Writes down every aten op: where each input comes from, shapes, constants by value, parameters by name."""
 
     def __init__(self, names: dict[int, str]):
@@ -72,21 +77,37 @@ class _OpTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        flat, form = pytree.tree_flatten((args, kwargs))
         fresh = func is torch.ops.aten.lift_fresh.default  # torch.tensor(...) in a forward: made anew in every call
-        self.lines.append(f"{func} {form} {[self.text(leaf, fresh) for leaf in flat]}")
+        self.lines.append(f"{func.name()}{self._shown(args, fresh)}{self._shown(kwargs, fresh)}")
         out = func(*args, **kwargs)
-        for leaf in pytree.tree_leaves(out):
+        for leaf in (out,) if isinstance(out, Tensor) else pytree.tree_leaves(out):
             if isinstance(leaf, Tensor) and id(leaf) not in self.names:
                 self.names[id(leaf)] = f"%{len(self._made)} "
                 self._made.append(leaf)
         return out
+
+    def name_inputs(self, tensors: list[Tensor]) -> None:
+        """Call them by their numbers."""
+        self._made += tensors
+        self.names |= {id(t): f"input {i} " for i, t in enumerate(tensors)}
+
+    def _shown(self, value: Any, fresh: bool) -> str:
+        """An argument with what is inside of it; pytree takes twice the time of the whole trace."""
+        if isinstance(value, Tensor):
+            return self.text(value, fresh)
+        if isinstance(value, (tuple, list)):
+            return f"[{','.join([self._shown(v, fresh) for v in value])}]"
+        if isinstance(value, dict):
+            return f"{{{','.join([f'{k}:{self._shown(v, fresh)}' for k, v in value.items()])}}}"
+        return repr(value)
 
     def text(self, leaf: Any, fresh: bool = False) -> str:
         """A tensor by who made it; one that nobody made is a constant, and goes by its value, and itself if it stays."""
         if not isinstance(leaf, Tensor):
             return repr(leaf)
         name = self.names.get(id(leaf))
+        if name is None and not isinstance(leaf, FakeTensor) and leaf.is_meta:
+            raise NoValue("a tensor that nobody made")
         if name is None and not isinstance(leaf, FakeTensor) and leaf.device.type != "meta":
             with unset_fake_temporarily():
                 stored: Any = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -143,11 +164,12 @@ def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, li
         with trace:
             hidden = example_like(call.hidden, device)
             others = [example_like(t, device) for t in call.others]
+            trace.name_inputs([hidden, *others])
             cache = ConcatenatingCache(config, None, hidden.new_zeros(HINT_B, 1, HINT_S, 1))
             args, kwargs = call.rebuild(hidden, others, cache)
             out = layer(*args, **kwargs)
 
-    trace = without_values(f"{type(layer).__name__} can't be traced", layer, _OpTrace, run)
+    trace = without_values(f"{type(layer).__name__} can't be traced", layer, OpTrace, run)
     bad = [tuple(t.shape) for pair in cache.new for t in pair if t.dim() != 4]
     if bad:
         raise CaptureError(
@@ -178,11 +200,13 @@ def capture_body(layer: nn.Module, call: LayerCall, config: Any, cached: list[Ca
     )
     sizes = f"(B={HINT_B}, T={HINT_T}, S={HINT_S})"
     with explained(f"torch.export failed on {type(layer).__name__} {sizes}"):
-        program = export_functional(_Body(layer, call, config), (hidden, others, pasts), shapes)
+        program, exported = export_functional(_Body(layer, call, config), (hidden, others, pasts), shapes, "layer.")
     names = ["hidden", *call.names]
     names += [f"past_{part}_{i}" for i in range(len(cached)) for part in ("latent", "rope")]
     kinds = ["hidden"] + ["tensor"] * len(others) + ["past"] * len(pasts)
-    return normalised_module(program, list(zip(kinds, names, strict=True)), prefix="layer.")
+    body = normalised_module(program, list(zip(kinds, names, strict=True)), prefix="layer.")
+    body.meta[EXPORTED] = exported
+    return body
 
 
 def _dims(fake: Tensor, batch: Any, tokens: Any) -> dict[int, Any]:

@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from helix_compile.capture.checks import explained
 from helix_compile.capture.functional import functional
+from helix_compile.capture.same_values import Exported, as_exported
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.cache_argument import CACHE_NAMES, cache_argument, call_with_cache
 from helix_compile.ir.leaves import LayerCall, record_call
@@ -132,8 +133,10 @@ class Around(nn.Module):
         return out.logits, [t for pair in cache.new for t in pair]
 
 
-def export_around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[ExportedProgram, Calls, tuple[bool, ...]]:
-    """Export everything around the layers; returns the program, how each layer was called, and if each returns a tuple."""
+def export_around(
+    model: PreTrainedModel, layers: nn.ModuleList
+) -> tuple[ExportedProgram, Exported, Calls, tuple[bool, ...]]:
+    """Export everything around the layers; returns the program, the same as exported, calls of layers, which return tuples."""
     past = next(model.parameters()).new_zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype)
     cache_of = lambda pasts: ConcatenatingCache(model.config, None, pasts[0])  # noqa: E731
     returned = (str(inspect.signature(type(x).forward).return_annotation) for x in layers)
@@ -143,8 +146,8 @@ def export_around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Export
     for tuples in dict.fromkeys((annotated, (False,) * len(layers), (True,) * len(layers))):
         calls: Calls = {}
         try:
-            with layers_as(layers, partial(_recorder, calls, tuples)):
-                return _export_model(model, cache_of, [past]), calls, tuples
+            with layers_as(layers, partial(recorder, calls, tuples)):
+                return *_export_model(model, cache_of, [past]), calls, tuples
         except CaptureError as error:
             failures.append((len(calls), error))
             if not calls:
@@ -156,7 +159,7 @@ def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> Expor
     """Export the model in one graph, layers inlined; `widths` are those of what each site caches."""
     device = next(model.parameters()).device
     pasts = [torch.zeros(HINT_B, 1, HINT_S, w, dtype=model.dtype, device=device) for pair in widths for w in pair]
-    return _export_model(model, lambda p: ConcatenatingCache(model.config, p, p[0]), pasts)
+    return _export_model(model, lambda p: ConcatenatingCache(model.config, p, p[0]), pasts)[0]
 
 
 def model_inputs(
@@ -169,7 +172,7 @@ def model_inputs(
     return ids, mask, positions
 
 
-def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> ExportedProgram:
+def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> tuple[ExportedProgram, Exported]:
     ids, mask, positions = model_inputs(next(model.parameters()).device)
     shapes = (
         {0: BATCH, 1: TOKENS},
@@ -178,17 +181,20 @@ def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> Expor
         [{0: BATCH, 2: PAST} for _ in pasts],
     )
     with explained(f"{type(model).__name__} can't be exported around its layers"):
-        return export_functional(Around(model, cache_of), (ids, mask, positions, pasts), shapes)
+        return export_functional(Around(model, cache_of), (ids, mask, positions, pasts), shapes, "model.")
 
 
-def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedProgram:
-    """torch.export, made functional, with linear and attention kept whole."""
+def export_functional(
+    module: nn.Module, args: tuple, shapes: Any, prefix: str = ""
+) -> tuple[ExportedProgram, Exported]:
+    """torch.export, made functional, with linear and attention kept whole; and the graph as torch.export wrote it."""
     # the cache of fake results costs more than it saves where every size is a symbol: a quarter of a capture
     uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     with torch.no_grad(), warnings.catch_warnings(), uncached:
         # torch.export walks transformers' registered pytrees and warns about its own deprecation each time
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+        exported = as_exported(program, prefix)
         program = functional(program)
     changed = [s.target for s in program.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if changed:
@@ -196,7 +202,7 @@ def export_functional(module: nn.Module, args: tuple, shapes: Any) -> ExportedPr
             f"capture: the forward changes {', '.join(map(str, changed))} while it runs (a state of its own besides "
             "the cache); a decode graph may depend on its inputs and weights only"
         )
-    return program
+    return program, exported
 
 
 @contextmanager
@@ -215,8 +221,14 @@ def layers_as(layers: nn.ModuleList, forward_of: Callable[[int], Any]) -> Iterat
         yield
 
 
-def _recorder(calls: Calls, tuples: tuple[bool, ...], index: int) -> Any:
+def recorder(calls: Calls, tuples: tuple[bool, ...], index: int) -> Any:
+    """A forward of layer `index` that is one opaque op, and writes down how it is called."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if index in calls:
+            raise CaptureError(
+                f"capture: layer {index} is called a second time in one step; a layer has one cache and one call"
+            )
         call = calls[index] = record_call(args, kwargs)
         out = LAYER_OP(call.hidden, call.others, index)
         return (out,) if tuples[index] else out

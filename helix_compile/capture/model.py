@@ -22,7 +22,7 @@ from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_g
 from helix_compile.capture.checks import check_model, check_surroundings
 from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_around, export_whole, find_layers
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
-from helix_compile.capture.paths import calls_where_it_may_differ, check_paths, check_paths_by_numbers
+from helix_compile.capture.paths import check_paths, check_paths_by_numbers, dataflow_elsewhere
 from helix_compile.capture.structure import tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
@@ -116,7 +116,7 @@ def _mtp_notes(config: Any) -> tuple[str, ...]:
 def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) -> CapturedGraph:
     name, layers = find_layers(model)
     try:
-        program, calls, tuples = export_around(model, layers)
+        program, exported, calls, tuples = export_around(model, layers)
     except CaptureError as error:
         raise explain_by_whole_run(model, None, error) from error.__cause__
     if len(calls) != len(layers):
@@ -127,7 +127,7 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
     around = normalised_module(program, [*OUTER_INPUTS, ("past", "past_shape")], prefix="model.")
     facts = _facts(model)
     named = {i: call.names for i, call in calls.items()}
-    notes = [*facts.pop("notes"), *check_around(model, layers, tuples, around, named, facts["vocab_size"])]
+    notes = [*facts.pop("notes"), *check_around(model, layers, tuples, around, exported, named, facts["vocab_size"])]
     for i, layer in enumerate(layers):
         try:
             found = _probe(model, layer, calls[i], i, keep)
@@ -198,7 +198,7 @@ def _run_on_fakes(model: nn.Module, layer: nn.Module, call: LayerCall, index: in
         found = probe(layer, call, model.config, index)
         if found.leaf or found.part:
             return found
-        return replace(found, signature=found.signature + calls_where_it_may_differ(layer, call, model.config))
+        return replace(found, signature=found.signature + dataflow_elsewhere(layer, call, model.config))
 
 
 def _capture_body(
@@ -216,7 +216,7 @@ def _capture_body(
 
 def _capture_whole(model: nn.Module) -> CapturedGraph:
     _, layers = find_layers(model)
-    _, calls, _ = export_around(model, layers)
+    _, _, calls, _ = export_around(model, layers)
     with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
         probes = [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
     cached = [site for _, sites in probes for site in sites]

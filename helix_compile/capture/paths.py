@@ -1,16 +1,16 @@
-"""Does a layer, or the graph around the layers, take the path that was captured at T = 1, S = 0 and B = 1 too?
+"""Does a layer, or the graph around the layers, compute what was captured at T = 1, S = 0, B = 1 and at large sizes too?
 
 torch.export takes 0 and 1 for sizes that never come (T = 1 is every decode step), so `if T == 1` is answered once, for
-good, and leaves no guard. The calls into torch are therefore written down at those sizes, on fake tensors, and compared.
-Where they differ the two paths may still compute the same: then numbers decide.
+good, and leaves no guard. Both are therefore run at those sizes without computing anything (same_values.py). Where some
+value is not the same the two paths may still compute the same numbers: then numbers decide.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,10 +24,11 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from helix_compile.capture.body import CONSTANTS, without_values
+from helix_compile.capture.body import CONSTANTS, OpTrace, without_values
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.capture.leaves import PART_OP
+from helix_compile.capture.same_values import EXPORTED, Exported, same_values
 from helix_compile.capture.structure import tensors_of
 from helix_compile.capture.trial import Replay, Tensors, Trial, relative_gap, widened
 from helix_compile.errors import CaptureError, HelixError
@@ -53,11 +54,14 @@ class Sizes:
         return f"B={self.B}, T={self.T}, S={self.S}"
 
 
-SPECIAL = tuple(
-    Sizes(B, T, S)
-    for B, T, S in itertools.product((HINT_B, 1), (HINT_T, 1), (HINT_S, 0))
-    if (B, T, S) != (HINT_B, HINT_T, HINT_S)
-)
+# beyond any threshold that a layer may have: a prompt, a batch of decode steps, a long context
+LARGE = (Sizes(1, 521, 0), Sizes(67, 1, 4099), Sizes(19, 37, 1013))
+# with the large ones every mixture of B and T that are 1 or not, and S that is 0 or not
+SPECIAL = (Sizes(1, 1, HINT_S), Sizes(1, 1, 0), Sizes(HINT_B, 1, 0), Sizes(HINT_B, HINT_T, 0), Sizes(1, HINT_T, HINT_S))
+# with the usual sizes every pair of a B that is 1 or large and a T that is 1 or large
+_APART = (Sizes(1, 1, 1013), Sizes(67, 1, 0), Sizes(1, 521, 1013))
+# where numbers must decide, these stand for the large ones: their steps may take gigabytes
+_WITH_NUMBERS = dict(zip(LARGE, (Sizes(1, 67, 0), Sizes(9, 1, 131), Sizes(5, 19, 67)), strict=True))
 
 
 class _Calls(TorchFunctionMode):
@@ -100,27 +104,30 @@ def traced(what: str, module: nn.Module, run: Callable[[_Calls], None]) -> Lines
     return trace.lines
 
 
-def compare_paths(what: str, calls: Callable[[Sizes], Lines], gap: Callable[[Sizes], float]) -> list[str]:
-    """Compare every special size with the usual ones.
+def compare_paths(
+    what: str, calls: Callable[[Sizes], Lines], gap: Callable[[Sizes], float], same: Callable[[Sizes], bool]
+) -> list[str]:
+    """Compare the module with its graph at every special size, and at large ones.
 
     Args:
         what: a name for messages.
-        calls: what is called at some sizes.
+        calls: what is called at some sizes, for messages.
         gap: how far what is computed there is from the graph, 0.0: not at all.
+        same: is every value there the graph's?
 
     Returns:
-        A note for each size at which the calls differ and numbers could not be had.
+        A note for each size at which values differ and numbers could not be had.
 
     Raises:
-        CaptureError: the module computes something else at a special size.
+        CaptureError: the module computes something else at one of the sizes.
     """
-    usual, notes = calls(Sizes()), []
-    for sizes in SPECIAL:
-        found = calls(sizes)
-        if [text for text, _ in found] == [text for text, _ in usual]:
+    notes = []
+    for sizes in (*SPECIAL, *LARGE):
+        if _surely(same, sizes):
             continue
-        where = _first_difference(usual, found)
+        where = _first_difference(calls(Sizes()), calls(sizes))
         try:
+            sizes = _WITH_NUMBERS.get(sizes, sizes)
             error = gap(sizes)
         except HelixError:
             raise
@@ -136,10 +143,19 @@ def compare_paths(what: str, calls: Callable[[Sizes], Lines], gap: Callable[[Siz
     return notes
 
 
+def _surely(same: Callable[[Sizes], bool], sizes: Sizes) -> bool:
+    try:
+        return same(sizes)
+    except Exception:  # it can't be run without values: numbers decide
+        return False
+
+
 def _first_difference(usual: Lines, found: Lines) -> str:
     for one, other in zip(usual, found, strict=False):
         if one[0] != other[0]:
             return f"{other[1]} (`{other[0]}`, there `{one[0]}`)"
+    if len(usual) == len(found):
+        return "a number that is made from a size, or an order of operands"
     more = max(usual, found, key=len)[min(len(usual), len(found))]
     return f"{more[1]} (`{more[0]}`)"
 
@@ -162,28 +178,54 @@ def check_paths_by_numbers(
         return _layer_gap(layer, call, config, body, sizes, trial(), {PART_OP: run_child})
 
     everywhere = lambda sizes: [(str(sizes), f"{type(child).__name__}, which branches on data")]  # noqa: E731
-    return compare_paths(type(layer).__name__, everywhere, gap)
+    return compare_paths(type(layer).__name__, everywhere, gap, lambda sizes: False)
 
 
 def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule) -> list[str]:
     """Of a layer and its captured body; see compare_paths()."""
     trial = functools.cache(lambda: Trial.of(layer, body.meta[CONSTANTS]))
-    what = type(layer).__name__
+    exported: Exported = body.meta[EXPORTED]
+    tensors = tensors_of(layer)
+
+    def same(sizes: Sizes) -> bool:
+        # shapes alone matter: an example of a large mask holds nothing
+        hidden, others = _inputs(call, sizes, torch.empty, torch.device("meta"))
+        pasts = [
+            torch.empty(sizes.B, heads, sizes.S, width, dtype=call.hidden.dtype, device="meta")
+            for _, heads, _, width in (x.shape for x in exported.examples[1 + len(others) :])
+        ]
+
+        def run(own: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+            out, new = _run(layer, call, config, own, inputs[0], inputs[1 : 1 + len(others)], inputs[1 + len(others) :])
+            return [out, *new]
+
+        device = next(layer.parameters()).device
+        return same_values(exported, tensors, [hidden, *others, *pasts], device, run, nullcontext())
+
     return compare_paths(
-        what,
+        type(layer).__name__,
         lambda sizes: _calls(layer, call, config, sizes),
         lambda sizes: _layer_gap(layer, call, config, body, sizes, trial()),
+        same,
     )
 
 
-def calls_where_it_may_differ(layer: nn.Module, call: LayerCall, config: Any) -> str:
-    """What a layer calls at B = 1, T = 1 and at S = 0: layers that differ there alone are not the same function."""
-    lines = []
-    for sizes in (Sizes(B=1, T=1), Sizes(S=0)):
-        what = f"{type(layer).__name__} can't be run at {sizes}"
-        run = functools.partial(_run_traced, layer, call, config, sizes)
-        with COMPILING:
-            lines += [text for text, _ in without_values(what, layer, _Calls, run).lines]
+def dataflow_elsewhere(layer: nn.Module, call: LayerCall, config: Any) -> str:
+    """What a layer computes at B = 1 and T = 1, at S = 0, and at large sizes: layers may differ there alone."""
+    lines: list[str] = []
+    for sizes in _APART:
+
+        def run(trace: OpTrace, device: torch.device, sizes: Sizes = sizes) -> None:
+            hidden, others = _inputs(call, sizes, torch.zeros, device)
+            trace.name_inputs([hidden, *others])
+            with trace:
+                cache = ConcatenatingCache(config, None, hidden.new_zeros(sizes.B, 1, sizes.S, 1))
+                args, kwargs = call.rebuild(hidden, others, cache)
+                out = layer(*args, **kwargs)
+                ends = [out[0] if isinstance(out, tuple) else out, *(t for pair in cache.new for t in pair)]
+            trace.lines += map(trace.text, ends)
+
+        lines += without_values(f"{type(layer).__name__} can't be run at {sizes}", layer, OpTrace, run).lines
     return "\n".join(lines)
 
 
@@ -203,14 +245,24 @@ def _run_traced(
         layer(*args, **kwargs)
 
 
-def _inputs(call: LayerCall, sizes: Sizes, make: Any, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Hidden states and the other tensors at these sizes."""
+def _masked(shape: list[int], device: torch.device) -> Tensor:
+    """A mask that hides some columns, never the last one."""
+    columns = torch.arange(shape[-1], device=device)
+    return ((columns % 3 != 1) | (columns == shape[-1] - 1)).expand(shape).contiguous()
+
+
+def _inputs(
+    call: LayerCall, sizes: Sizes, make: Any, device: torch.device, masked: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Hidden states and the other tensors at these sizes; `masked`: boolean ones hide something."""
     numbers = _numbers(call, sizes)
 
     def one(fake: Tensor) -> Tensor:
         shape = [size_at(n, numbers) for n in fake.shape]
         if fake.dtype.is_floating_point:
             return make(shape, dtype=fake.dtype, device=device)
+        if fake.dtype is torch.bool and masked and shape:
+            return _masked(shape, device)
         return torch.ones(shape, dtype=fake.dtype, device=device)
 
     return one(call.hidden), [one(t) for t in call.others]
@@ -248,7 +300,7 @@ def _layer_gap(
     def drawn(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    hidden, others = _inputs(call, sizes, drawn, trial.device)
+    hidden, others = _inputs(call, sizes, drawn, trial.device, masked=True)
     past = {}
     for n in inputs_of(body.graph, "past"):
         _, heads, _, width = n.meta["val"].shape
@@ -257,23 +309,33 @@ def _layer_gap(
     weights = trial.of_graph()
     given = [(weights if input_ref(n).kind == "param" else known)[input_ref(n).name] for n in placeholders(body.graph)]
     with torch.no_grad():
-        got = Replay(body, trial.device, opaque).run(*given)[0]
-        own = _run(layer, call, config, trial.weights(), known, past)
-        wide = own
+        got, *got_new = Replay(body, trial.device, opaque).run(*given)
+        own, own_new = _run(layer, call, config, trial.weights(), hidden, others, list(past.values()))
+        wide, wide_new = own, own_new
         if widened(hidden).dtype != hidden.dtype:
-            inputs, pasts = ({n: widened(t) for n, t in x.items()} for x in (known, past))
-            wide = _run(layer, call, config, trial.weights(wide=True), inputs, pasts)
-    return relative_gap(got, own, wide)
+            wide_others, wide_past = ([widened(t) for t in x] for x in (others, past.values()))
+            wide, wide_new = _run(
+                layer, call, config, trial.weights(wide=True), widened(hidden), wide_others, wide_past
+            )
+    pairs = zip((got, *got_new), (own, *own_new), (wide, *wide_new), strict=True)
+    return max(relative_gap(*each) for each in pairs)
 
 
-def _run(layer: nn.Module, call: LayerCall, config: Any, weights: Tensors, known: Tensors, past: Tensors) -> Tensor:
-    """What the layer itself gives for these weights, inputs and past."""
-    pasts = list(past.values())
+def _run(
+    layer: nn.Module,
+    call: LayerCall,
+    config: Any,
+    weights: Tensors,
+    hidden: Tensor,
+    others: list[Tensor],
+    pasts: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """What the layer itself gives for these weights, inputs and past, and what it caches."""
     cache = ConcatenatingCache(config, pasts, pasts[0])
-    args, kwargs = call.rebuild(known["hidden"], [known[n] for n in call.names], cache)
+    args, kwargs = call.rebuild(hidden, others, cache)
     # on the modules themselves, not on a copy: someone may have patched a forward of theirs
     out = functional_call(layer, registered(layer, weights), args, kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, tuple) else out, [t for pair in cache.new for t in pair]
 
 
 def registered(module: nn.Module, weights: Mapping[str, Tensor]) -> Tensors:

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx
 
+from helix_compile.capture.value_digest import DigestMode
 from helix_compile.dynamo.frame import (
     NO_CACHE,
     CacheLayer,
@@ -28,7 +29,6 @@ from helix_compile.dynamo.frame import (
     tensors_of_cache,
 )
 from helix_compile.dynamo.user_state import LATENTS, STATES
-from helix_compile.dynamo.value_digest import DigestMode
 from helix_compile.errors import CaptureError
 from helix_compile.ir.cache_argument import cache_of_output
 from helix_compile.ir.graph import source_line

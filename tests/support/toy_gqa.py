@@ -122,4 +122,4 @@ def toy_graph(style: str, miss: str = "") -> fx.Graph:
         torch.randn(HINT_B, K, HINT_S, DV).double(),
     )
     names = [("hidden", "hidden"), ("tensor", "mask"), ("past", "past_latent_0"), ("past", "past_rope_0")]
-    return normalised_module(export_functional(layer, args, None), names, prefix="").graph
+    return normalised_module(export_functional(layer, args, None)[0], names, prefix="").graph

@@ -26,7 +26,9 @@ def _hash(*parts: object) -> str:
 
 
 def content_digest(tensor: Tensor) -> str:
-    """Hash of a real tensor's values, shape and dtype."""
+    """Hash of a real tensor's values, shape and dtype; one on meta has no values and is only itself."""
+    if tensor.is_meta:
+        return _hash("meta", id(tensor))
     with unset_fake_temporarily():
         flat = tensor.detach().cpu().contiguous().view(-1)
         raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
@@ -50,10 +52,11 @@ class DigestMode(TorchDispatchMode):
         self._kept: list[Any] = []  # storages and tensors stay alive: their addresses are keys
         self._foreign: dict[int, FakeTensor] = {}
 
-    def stand_in(self, tensor: Tensor, name: str) -> FakeTensor:
-        """A fake of `tensor` (own storage) whose digest is that of `name`."""
+    def stand_in(self, tensor: Tensor, name: str, device: torch.device | None = None) -> FakeTensor:
+        """A fake of `tensor` (own storage) whose digest is that of `name`; on its device, or another one."""
         with torch.no_grad(), self.fake:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            where = device or tensor.device
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
         assert isinstance(fake, FakeTensor)
         self._name(fake, _hash("input", name))
         return fake
@@ -123,7 +126,9 @@ class DigestMode(TorchDispatchMode):
         return self.stand_in(value, f"constant {content_digest(value)}")
 
     def _is_small(self, func: Any, flat: list[Any], tensors: list[Tensor]) -> bool:
-        """With tensors: what is known stays known. Without: only integers are made for real, never a buffer."""
+        """With tensors: what is known stays known. Without: only integers are made for real, never a buffer; nothing on meta."""
+        if any(isinstance(x, torch.device) and x.type == "meta" for x in flat):
+            return False
         if tensors:
             return True
         dtypes = [x for x in flat if isinstance(x, torch.dtype)]
