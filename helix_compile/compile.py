@@ -86,7 +86,11 @@ def helix_compile(
         trace_plan(planned.plan)
         facts = facts_of(planned.captured, planned.matches, planned.plan, asked, opened)
         if isinstance(model, nn.Module):
-            facts = replace(facts, watch=ModelWatch.of(model, planned.captured.constants))
+            watch = ModelWatch.of(model, planned.captured.constants)
+            converted = planned.captured.model is not model
+            if converted:
+                watch.sample_all()
+            facts = replace(facts, watch=watch, converted=converted)
         dump = os.environ.get("HELIX_DUMP") if opened.is_leader else None
         stages = rewrite_model(planned, target, dump_to(Path(dump) if dump else None))
         lowered = stages[LOWERED.stage]

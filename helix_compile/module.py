@@ -48,6 +48,7 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(self: HelixModule, *args: Any, **kwargs: Any) -> Any:
+        _refuse_tracing()
         if not self._lock.acquire(blocking=False):
             raise RuntimeFault(
                 f"{method.__name__}: another thread is using this module, which has one batch and one cache; let threads "
@@ -128,7 +129,6 @@ class HelixModule(nn.Module):
         Raises:
             RuntimeFault: what a step may not be; nothing was written then.
         """
-        _refuse_tracing()
         if given := [name for name, value in unknown.items() if value is not None]:
             raise RuntimeFault(
                 f"a step takes input_ids, attention_mask and logits_to_keep, got {', '.join(given)}: positions follow from the "

@@ -8,12 +8,14 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from helix_compile.errors import CaptureError, HelixError, MatchError
 
+_MODULE: Any = torch.nn.modules.module
 _BRANCH = "the model branches on data; a graph holds one branch only"
 _SIZES = {
     r"L\['(hidden|input_ids)'\]\.size\(\)\[0\]": "B",
@@ -58,7 +60,18 @@ def check_model(model: nn.Module) -> None:
         raise CaptureError(f"capture: {name} was made by torch.compile; pass the original module (`._orig_mod`)")
     if model.training:
         raise CaptureError(f"capture: {name} is in training mode; call model.eval() first")
+    if hooks := global_hooks():
+        raise CaptureError(
+            f"capture: {hooks} hook(s) for every module are registered (register_module_forward_hook): a layer would be "
+            "given them twice; remove them, or put hooks on modules"
+        )
     for part, module in model.named_modules():
+        own = [f for f in ("__call__", "_call_impl") if getattr(type(module), f) is not getattr(nn.Module, f)]
+        if own:
+            raise CaptureError(
+                f"capture: {name}: `{part or 'the model'}` ({type(module).__name__}) has a {own[0]} of its own, around its forward; "
+                "what it does belongs into forward, or into a hook"
+            )
         # a list that was made anew (layers[:2]) says training, but computes nothing
         if module.training and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             raise CaptureError(f"capture: {name}: `{part}` is in training mode; call model.eval() first")
@@ -68,6 +81,11 @@ def check_model(model: nn.Module) -> None:
                 f"{name}: `{part}` is a quantised linear ({type(module).__name__}) whose weight is packed, not a tensor: "
                 "it can't be captured or cut; pass the model as it was before quantisation"
             )
+
+
+def global_hooks() -> int:
+    """How many hooks torch calls for every module."""
+    return len(_MODULE._global_forward_hooks) + len(_MODULE._global_forward_pre_hooks)
 
 
 @contextmanager

@@ -78,7 +78,10 @@ class ConcatenatingCache(DynamicCache):
             keys, values = (t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in self.new[site])
         else:
             keys, values = self.pasts[2 * site : 2 * site + 2]
-        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+        kept = torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+        if layer_idx < len(self.layers):  # who asks for the length from here on is told the new one
+            self.layers[layer_idx].keys, self.layers[layer_idx].values = kept
+        return kept
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any) -> Any:
         caller = traceback.extract_stack(limit=2)[0]
@@ -130,6 +133,11 @@ class Around(nn.Module):
             )
         if out.logits.dim() != 3:
             raise CaptureError(f"capture: logits are {tuple(out.logits.shape)}, not three dims")
+        if str(out.logits.shape[1]) != str(input_ids.shape[1]):
+            raise CaptureError(
+                f"capture: the model gives logits of {out.logits.shape[1]} column(s) for {input_ids.shape[1]} tokens; "
+                "expected one for each (logits_to_keep of a step chooses among them)"
+            )
         return out.logits, [t for pair in cache.new for t in pair]
 
 

@@ -23,7 +23,7 @@ from helix_compile.capture.checks import check_model, check_surroundings
 from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_around, export_whole, find_layers
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
 from helix_compile.capture.paths import check_paths, check_paths_by_numbers, dataflow_elsewhere
-from helix_compile.capture.structure import tensors_of
+from helix_compile.capture.structure import attributes_kept, tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
@@ -59,7 +59,7 @@ def capture(
     """
     check_surroundings()
     check_model(model)
-    with CAPTURING, _without_collection():
+    with CAPTURING, _without_collection(), attributes_kept(model):
         captured = _captured(model, whole, dict(keep or {}), unmatched)
         return replace(captured, graph=bind_leaves(captured.graph, model), model=model)
 
@@ -87,6 +87,11 @@ def _experts_as(model: PreTrainedModel, implementation: str | None) -> Iterator[
 def _capturable_experts(model: PreTrainedModel) -> str | None:
     """The form to capture: grouped_mm raises on fp64, eager is a Python loop over the experts that were hit."""
     now = getattr(model.config, "_experts_implementation", None)
+    if now not in (None, "eager", "batched_mm", "grouped_mm"):
+        raise CaptureError(
+            f"capture: the experts are computed by {now!r}, a function that was registered with transformers; what it computes "
+            "is not known here: model.set_experts_implementation('grouped_mm')"
+        )
     fits = now == "batched_mm" or (now == "grouped_mm" and model.dtype != torch.float64)
     return None if fits else "batched_mm"
 

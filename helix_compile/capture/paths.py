@@ -56,8 +56,8 @@ class Sizes:
 
 # beyond any threshold that a layer may have: a prompt, a batch of decode steps, a long context
 LARGE = (Sizes(1, 521, 0), Sizes(67, 1, 4099), Sizes(19, 37, 1013))
-# with the large ones every mixture of B and T that are 1 or not, and S that is 0 or not
-SPECIAL = (Sizes(1, 1, HINT_S), Sizes(1, 1, 0), Sizes(HINT_B, 1, 0), Sizes(HINT_B, HINT_T, 0), Sizes(1, HINT_T, HINT_S))
+# with the large ones every mixture of B and T that are 1 or not, and S that is 0 or not; the plainest first, to be named
+SPECIAL = (Sizes(T=1), Sizes(B=1), Sizes(S=0), Sizes(B=1, T=1), Sizes(T=1, S=0), Sizes(B=1, T=1, S=0))
 # with the usual sizes every pair of a B that is 1 or large and a T that is 1 or large
 _APART = (Sizes(1, 1, 1013), Sizes(67, 1, 0), Sizes(1, 521, 1013))
 # where numbers must decide, these stand for the large ones: their steps may take gigabytes

@@ -174,6 +174,11 @@ def _roles(users: list[fx.Node]) -> list[tuple[str, str]]:
     return roles
 
 
+def anchor_tokens(body: fx.GraphModule) -> str:
+    """T as the body writes it: the second size of its ids."""
+    return str(inputs_of(body.graph, "hidden")[0].meta["val"].shape[1])
+
+
 def _returns_logits_and_new(body: fx.GraphModule) -> int:
     """Make the body return (logits, what each past is extended by); the width of the logits."""
     output = next(n for n in body.graph.nodes if n.op == "output")
@@ -190,6 +195,11 @@ def _returns_logits_and_new(body: fx.GraphModule) -> int:
             f"capture: the program must return logits [B, T, vocab] and its cache, besides the cache it returns {names}"
         )
     output.args = ((logits[0], list(updates.values())),)
+    tokens = anchor_tokens(body)
+    if str(logits[0].meta["val"].shape[1]) != tokens:
+        raise CaptureError(
+            f"capture: the program returns logits {list(logits[0].meta['val'].shape)}, expected a column for each of {tokens} tokens"
+        )
     body.graph.eliminate_dead_code()
     body.recompile()
     return int(logits[0].meta["val"].shape[-1])

@@ -72,6 +72,22 @@ def on_meta(module: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """What a forward puts on its modules while it is only traced (a table made at its first call) is taken back."""
+    before = [(part, dict(vars(part))) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, own in before:
+            now = vars(part)
+            for key in [k for k in now if k not in own]:
+                del now[key]
+            for key, value in own.items():
+                if now.get(key, before) is not value:
+                    now[key] = value
+
+
 def code_of(module: nn.Module) -> tuple:
     """What a module runs, as far as it says so itself: its class, its hooks, functions that someone put on the instance."""
     # handles count up and are never used twice, so they name a set of hooks without holding what hooks close over

@@ -121,6 +121,7 @@ class LeafLayer(Leaf):
                 others = self._others(row_positions[kept], input_ids[row, kept], start, hidden, weights)
                 args, kwargs = self.call.rebuild(hidden[row, kept][None], others, cache)
                 assert self.module is not None
+                state.rows.pop(row, None)  # the module writes into it: broken off half way it is no state at all
                 result = self.module(*args, **kwargs)
                 out[row, kept] = result[0][0] if isinstance(result, tuple) else result[0]
                 state.rows[row] = (start + len(kept), cache)
@@ -254,9 +255,18 @@ def record_call(args: tuple, kwargs: dict) -> LayerCall:
             others.append(leaf)
             keys = (str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:])
             name = "_".join(keys)
-            names.append(name if name.isidentifier() else f"argument_{name}")
+            name = name if name.isidentifier() else f"argument_{name}"
+            while name in names:
+                name += "_"
+            names.append(name)
         elif is_cache(leaf):
             leaves.append(("cache",))
+        elif isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            where = "".join(str(k) for k in path)
+            raise CaptureError(
+                f"capture: a layer is called with a number that is made from a size ({where} = {leaf}): a layer is captured "
+                "alone and could not know it; read sizes off the tensors inside of the layer"
+            )
         else:
             leaves.append(("constant", leaf))
     if hidden is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from helix_compile.ir.graph import aten, helix_op, input_ref, is_call, placeholders
 from helix_compile.ir.stage import graphs_of
@@ -47,6 +48,19 @@ _ALONE = frozenset(
         aten.view_as_real.default,
         aten.view_as_complex.default,
     }
+)
+_SAME_FOR_ALL = (
+    aten.full.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.empty.memory_format,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    aten.expand.default,
+    aten.arange.default,
+    aten.arange.start,
 )
 _COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.scalar_tensor.default)
 _FILLED = {aten.full.default: 1, aten.full_like.default: 1}  # op -> argument whose value fills it
@@ -124,6 +138,8 @@ def _is_alone(node: fx.Node, tokens: set[Any]) -> bool:
     held = [_dims(value, tokens) for value in values]
     if _counts_tokens(node, tokens):
         return False
+    if not any(held) and not helix_op(node) and _makes_tokens(node, tokens):
+        return False
     if not any(held) or helix_op(node) or target in _ALONE or getattr(target, "__module__", "") == operator.__name__:
         return True
     if getattr(target, "namespace", "") == "_c10d_functional" or target is operator.getitem:
@@ -153,6 +169,15 @@ def _counts_tokens(node: fx.Node, tokens: set[Any]) -> bool:
         return counts(node.args[_FILLED[node.target]])
     is_scalar_math = torch.Tag.pointwise in getattr(node.target, "tags", ())
     return (is_scalar_math or node.target in _COUNTING) and any(map(counts, node.all_input_nodes))
+
+
+def _makes_tokens(node: fx.Node, tokens: set[Any]) -> bool:
+    """A dim of T out of nothing that has one, or a size of T given to an op: only what is the same for every token may be."""
+    if node.target in _SAME_FOR_ALL or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    out = pytree.tree_leaves(node.meta.get("val"))
+    sized = [n for n in node.all_input_nodes if _is_count(n.meta.get("val"), tokens)]
+    return any(_dims(value, tokens) for value in out) or (bool(sized) and any(isinstance(v, Tensor) for v in out))
 
 
 def _is_count(value: Any, tokens: set[Any]) -> bool:

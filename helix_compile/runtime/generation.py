@@ -281,6 +281,8 @@ def padded_prompts(text: str) -> tuple[Tensor, Tensor]:
         rows = [[int(t) for t in part.replace(",", " ").split()] for part in text.split(";")]
     except ValueError as error:
         raise RuntimeFault(f"prompt ids {text!r}: expected integers separated by commas or spaces: {error}") from error
+    if beyond := [t for row in rows for t in row if not 0 <= t < 2**63]:
+        raise RuntimeFault(f"prompt ids {text!r}: {beyond[0]} is no token id")
     if not all(rows):
         raise RuntimeFault(f"prompt ids {text!r}: prompt {[len(r) for r in rows].index(0)} is empty")
     width = max(map(len, rows))

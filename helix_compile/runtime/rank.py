@@ -107,6 +107,7 @@ class ModelFacts:
         shards: full local name -> (full name of the original, its cut).
         watch: is the model still what it was? None: there is none in memory.
         limits: see CapturedGraph.
+        converted: the originals are those of a copy in another dtype.
     """
 
     vocab_size: int
@@ -118,6 +119,7 @@ class ModelFacts:
     generation_config: Any = None
     watch: ModelWatch | None = None
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    converted: bool = False
 
     @property
     def cache_widths(self) -> tuple[int, ...]:
@@ -172,6 +174,8 @@ def follow_edits(plan: HelixPlan, lowered: fx.GraphModule, ranks: Sequence[Rank]
     if facts.watch is None or not (edited := facts.watch.edited()):
         return
     stale = [n for n in edited if n in facts.originals and not facts.watch.is_live(n, facts.originals[n])]
+    if facts.converted:  # a constant in a list has another name there
+        stale += [n for n in edited if n not in facts.originals]
     for rank in ranks:
         for name, source, _, held in _copies(rank, lowered, facts):
             if source in edited and state_of(held)[1] != rank.cut[name][1]:

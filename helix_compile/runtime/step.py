@@ -15,7 +15,7 @@ from tqdm import tqdm
 from helix_compile.cache.pages import Ledger
 from helix_compile.capture.checks import autocast_device
 from helix_compile.errors import RuntimeFault
-from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.graph import input_ref, placeholders, source_line
 from helix_compile.ir.tokens import mixing_node
 from helix_compile.layout.integers import plain_ints
 from helix_compile.runtime.compiled import CompiledModule
@@ -62,6 +62,12 @@ def run_step(
             "call reset() to start another batch, or mask idle rows"
         )
     mask = checked_mask(attention_mask, input_ids)
+    padded = not bool(mask.all())
+    if padded and (mixing := mixing_node(graph)) is not None and "leaf" not in mixing.meta:
+        raise RuntimeFault(
+            f"node `{mixing.name}` ({source_line(mixing) or 'no source'}) is not shown to treat each token of a call alone: padding "
+            "(zeros of attention_mask) would be mixed into the tokens; give sequences of one length, without idle rows"
+        )
     if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
         raise RuntimeFault(f"logits_to_keep must be an int >= 0 (0: all), got {logits_to_keep!r}")
     first = max(0, T - logits_to_keep) if logits_to_keep else 0
@@ -144,12 +150,28 @@ def check_limits(sizes: Mapping[str, tuple[int, int]], limits: Mapping[str, tupl
             )
 
 
+def _refuse_odd(name: str, tensor: Tensor) -> None:
+    """A tensor whose values can't be read one by one."""
+    kind = (
+        "nested"
+        if tensor.is_nested
+        else "on meta"
+        if tensor.is_meta
+        else "sparse"
+        if tensor.layout != torch.strided
+        else ""
+    )
+    if kind:
+        raise RuntimeFault(f"{name} is {kind}; expected a plain tensor with values")
+
+
 def check_ids(input_ids: Tensor, vocab_size: int, max_batch_size: int) -> None:
     """input_ids must be [B, T] int, 1 <= B <= max_batch_size, T >= 1, ids in the vocabulary."""
     if not isinstance(input_ids, Tensor):
         raise RuntimeFault(f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise RuntimeFault(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    _refuse_odd("input_ids", input_ids)
     if input_ids.dim() != 2:
         raise RuntimeFault(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
     B, T = input_ids.shape
@@ -172,6 +194,9 @@ def checked_mask(mask: Tensor | None, input_ids: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or tuple(mask.shape) != (B, T):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise RuntimeFault(f"attention_mask must be [B, T] = {(B, T)}, the mask of this step's tokens, got {got}")
+    _refuse_odd("attention_mask", mask)
+    if mask.is_complex():
+        raise RuntimeFault(f"attention_mask must hold 0 and 1 only, got {mask.dtype}")
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise RuntimeFault("attention_mask must hold 0 and 1 only")
     host = mask.to("cpu", torch.int64)
@@ -195,6 +220,7 @@ def checked_lengths(lengths: int | list[int] | Tensor, present: list[int]) -> li
                 f"truncate: lengths must be an int or integers [B] = [{len(present)}], got a tensor of shape "
                 f"{tuple(lengths.shape)} and {lengths.dtype}"
             )
+        _refuse_odd("truncate: lengths", lengths)
         rows = lengths.tolist()
     else:
         rows = plain_ints(lengths if isinstance(lengths, (list, tuple)) else [lengths] * len(present))

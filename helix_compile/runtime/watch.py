@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helix_compile.capture.structure import attributes_of, code_of
+from helix_compile.capture.checks import global_hooks
+from helix_compile.capture.structure import OWN_NAMES, attributes_of, code_of
 from helix_compile.errors import RuntimeFault
 
 SAMPLES = 4096
@@ -32,6 +33,8 @@ class ModelWatch:
     _samples: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _code: dict[str, tuple] = field(default_factory=dict)
     _calls: list[tuple[str, dict[str, Any], tuple]] = field(default_factory=list)
+    _containers: list[tuple[str, Any, list[Any]]] = field(default_factory=list)
+    _children: list[tuple[str, Mapping[str, Any], int]] = field(default_factory=list)
     _model: Callable[[], nn.Module | None] = lambda: None
 
     @classmethod
@@ -42,6 +45,7 @@ class ModelWatch:
         watch._calls = [(name, vars(module), _calls_of(vars(module))) for name, module in model.named_modules()]
         for prefix, module in model.named_modules(remove_duplicate=False):
             for kept in (module._modules, module._parameters, module._buffers):
+                watch._children.append((prefix, kept, len(kept)))
                 for key, value in kept.items():
                     name = f"{prefix}.{key}" if prefix else key
                     watch._held.append((name, kept, key, value))
@@ -50,9 +54,22 @@ class ModelWatch:
         for name, (value, kept, key) in attributes_of(model).items():
             watch._held.append((name, kept, key, value))
             watch._tensors[name] = (value, state_of(value))
+        for prefix, module in model.named_modules():
+            for key, container in vars(module).items():
+                if key not in OWN_NAMES and isinstance(container, (list, tuple, dict)):
+                    watch._hold_container(f"{prefix}.{key}" if prefix else key, container)
         for name, value in constants.items():
             watch._tensors[name] = (value, state_of(value))
         return watch
+
+    def _hold_container(self, name: str, container: Any) -> None:
+        """Tensors that an attribute holds in a list, tuple or dict."""
+        items = _items(container)
+        if any(isinstance(value, Tensor) for _, value in items):
+            self._containers.append((name, container, [value for _, value in items]))
+        for key, value in items:
+            if isinstance(value, Tensor):
+                self._tensors[f"{name}[{key!r}]"] = (value, state_of(value))
 
     def check_code(self, model: nn.Module) -> None:
         """Raise RuntimeFault if this is the model that was compiled, and it runs other code now: hooks, patched functions."""
@@ -62,6 +79,10 @@ class ModelWatch:
         changed = [name or "the model" for name in self._code | now if self._code.get(name) != now.get(name)]
         if changed:
             raise _other_code(changed)
+
+    def sample_all(self) -> None:
+        """Compare values of every tensor: what the ranks hold are copies, whatever they seem to share."""
+        self.sample(list(self._tensors))
 
     def sample(self, names: Iterable[str]) -> None:
         """Compare values of these from now on, and take what has been edited so far for seen."""
@@ -78,7 +99,21 @@ class ModelWatch:
         """
         if changed := [name or "the model" for name, own, calls in self._calls if _calls_of(own) != calls]:
             raise _other_code(changed)
+        if more := [name or "the model" for name, kept, count in self._children if len(kept) != count]:
+            raise RuntimeFault(
+                f"the model changed since compile: {_listed(more)} given or lost a module, parameter or buffer, which the "
+                f"compiled graphs do not hold: {_AGAIN}"
+            )
+        if hooks := global_hooks():
+            raise RuntimeFault(
+                f"{hooks} hook(s) for every module were registered since compile (register_module_forward_hook), which the "
+                f"compiled graphs do not hold; remove them, or {_AGAIN}"
+            )
         gone = [name for name, kept, key, value in self._held if kept.get(key) is not value]
+        for name, container, held in self._containers:
+            now_held = [value for _, value in _items(container)]
+            if len(now_held) != len(held) or any(a is not b for a, b in zip(now_held, held, strict=True)):
+                gone.append(name)
         found = []
         for name, (tensor, state) in self._tensors.items():
             now = state_of(tensor)
@@ -107,6 +142,10 @@ class ModelWatch:
             tensor = self._tensors[name][0]
             self._tensors[name] = (tensor, state_of(tensor))
         self.sample(n for n in names if n in self._samples)
+
+
+def _items(container: Any) -> list[tuple[Any, Any]]:
+    return list(container.items() if isinstance(container, dict) else enumerate(container))
 
 
 def state_of(tensor: Tensor) -> tuple[int, int]:

@@ -12,6 +12,7 @@ ranks have said that theirs are written. Either kind of folder loads in either w
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,16 +35,16 @@ from helix_compile.passes.lower.select_kernels import PROVIDER
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.claims import claims_of
 from helix_compile.runtime.compiled import CompiledModule
-from helix_compile.runtime.rank import ModelFacts, Rank
+from helix_compile.runtime.rank import ModelFacts, Rank, follow_edits
 from helix_compile.saving.checks import check_saved_graphs, check_saved_inputs, check_saved_params, saved_caches
 from helix_compile.saving.graphs import graph_from_json, graph_to_json
 from helix_compile.saving.weights import SavedWeights, files_digest, gather_weights, read_params
 from helix_compile.worlds.world import World, device_for, open_world
 
 SAVED_STAGES = ("ffn", "lowered")
-WRITTEN = ("config.json", "generation_config.json", "graphs.json", "views.json", "rank_*.safetensors")
+WRITTEN = ("config.json", "generation_config.json", "digests.json", "graphs.json", "views.json", "rank_*.safetensors")
 _VERSION = 2
-_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError)
+_DAMAGE = (LookupError, AssertionError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError)
 
 
 def save_module(compiled: CompiledModule, folder: Path) -> None:
@@ -54,6 +55,7 @@ def save_module(compiled: CompiledModule, folder: Path) -> None:
     """
     world = compiled.world
     with StagedFiles(folder, f"rank_{world.ranks[0]}") as files:
+        _together(world, lambda: follow_edits(compiled.plan, compiled.graph, compiled.ranks, compiled.facts))
         document = _together(world, lambda: _checked_document(compiled, folder))
         weights = gather_weights(compiled)
         _together(world, lambda: _write(compiled, files, weights, document))
@@ -117,7 +119,10 @@ def _write(compiled: CompiledModule, files: StagedFiles, weights: SavedWeights, 
         "graphs.json": json.dumps(document),
         "views.json": json.dumps(weights.views, indent=1),
         "plan.json": compiled.plan.to_json(),
-    }  # plan.json last: its presence says "complete"
+    }
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    files.write_text("digests.json", json.dumps(digests, indent=1))
+    # plan.json last: its presence says "complete"
     for name, text in texts.items():
         files.write_text(name, text)
 
@@ -127,7 +132,7 @@ def _together(world: World, act: Callable[[], Any]) -> Any:
     result, mine = None, None
     try:
         result = act()
-    except (HelixError, OSError) as error:
+    except Exception as error:  # transformers refuses what it is to write by many exception classes
         mine = error
     said = world.gather_texts("" if mine is None else f"{type(mine).__name__}: {mine}")
     if isinstance(mine, HelixError):
@@ -144,6 +149,7 @@ def load_parts(
     """What save_module wrote, as HelixModule takes it. HelixError names the file and what is wrong with it."""
     there = device_for(device or "cpu", world)
     assert there is not None
+    _check_digests(folder)
     plan = HelixPlan.from_json(_read(folder / "plan.json"))
     with _reading(folder / "graphs.json"):
         document = _json(folder / "graphs.json")
@@ -173,6 +179,21 @@ def load_parts(
         Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, there)) for r in opened.ranks
     ]
     return plan, stages, ranks, opened, facts
+
+
+def _check_digests(folder: Path) -> None:
+    """Graphs, views and plan are as save() wrote them; folders of older versions have no digests."""
+    path = folder / "digests.json"
+    if not path.is_file():
+        return
+    with _reading(path):
+        stated = dict(_json(path))
+    for name, digest in stated.items():
+        if hashlib.sha256(_read(folder / name).encode()).hexdigest() != digest:
+            raise HelixError(
+                f"{folder / name}: was changed after save() wrote it; save the module again (to take the file as it is, "
+                "delete digests.json: nothing then tells a changed graph from the one that was saved)"
+            )
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from helix_compile.errors import HelixError
 from helix_compile.ir.graph import input_ref, inputs_of
 from helix_compile.module import HelixModule
 from helix_compile.plan.matches import LayerMatch
-from helix_compile.runtime.rank import originals, shard_of_name
+from helix_compile.runtime.rank import follow_edits, originals, shard_of_name
 from helix_compile.verifier.numeric.cache_check import check_import
 from helix_compile.verifier.pair import check_pair
 from helix_compile.verifier.report import Check, Finding, Progress, VerificationReport, grouped
@@ -68,6 +68,7 @@ def verify(
     _check_arguments(compiled, model, dtype)
     if compiled.facts.watch is not None:
         compiled.facts.watch.check_code(model)
+        follow_edits(compiled.plan, compiled.graph, compiled.ranks, compiled.facts)
     started = time.perf_counter()
     say = progress or (lambda text: None)
     if isinstance(model, HelixModule):

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
+from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
 from helix_compile.ir.graph import inputs_of
 from helix_compile.ir.stage import OUTER, body_of, graphs_of
@@ -66,6 +67,11 @@ class Inspection:
             **self._pictures(),
             "schedule.trace.json": self._trace(),
         }
+        if taken := [name for name in ("graphs.json", "config.json") if (folder / name).exists()]:
+            raise HelixError(
+                f"inspect: {folder} holds {taken[0]}: a saved module or a checkpoint, whose files would be replaced; choose a "
+                "folder of its own"
+            )
         with StagedFiles(folder, "inspection") as files:
             for name, text in texts.items():
                 files.write_text(name, text if text.endswith("\n") else f"{text}\n")
