@@ -150,8 +150,8 @@ def _check_checkpoint_folder(folder: Path) -> None:
         raise CaptureError(f"{folder} is not a checkpoint folder: it has no config.json")
 
 
-def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    """The model of a checkpoint folder, loaded whole by transformers, in eval mode; for verify().
+def load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model of a checkpoint folder, loaded whole by transformers, in eval mode; for verify(). And notes on how.
 
     Quantised weights are those of our own reader: transformers needs a package of each quantiser for them.
 
@@ -162,7 +162,8 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     _check_checkpoint_folder(folder)
     read = read_configuration(folder)
     if read.quantisations:
-        return load_whole(folder, dtype)
+        note = "the reference's quantised weights were dequantised by the same reader: verify checks what is done with them"
+        return load_whole(folder, dtype), (note,)
     of_text = {f"^{re.escape(prefix)}": "" for prefix in TEXT_PREFIXES} if read.wrapped else None
     try:
         model = read.model_class.from_pretrained(
@@ -175,7 +176,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CaptureError(f"{folder}: can't load the checkpoint: {error}") from error
-    return model.eval()
+    return model.eval(), ()
 
 
 def device_of(captured: CapturedGraph) -> torch.device:

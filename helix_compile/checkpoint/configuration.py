@@ -60,6 +60,8 @@ MEANT: dict[str, dict[str, tuple[Any, ...]]] = {
 TEXT_KEYS = ("text_config", "language_config", "llm_config")
 # where wrappers keep the weights of their text model
 TEXT_PREFIXES = ("language_model.", "model.language_model.", "text_model.", "model.text_model.", "llm.")
+# where AutoGPTQ and AutoAWQ said what config.json says today
+_OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _OF_THE_WRAPPER = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
 # at least one group of experts: published files say null where there are no groups
 _ONE_IF_NULL = ("n_group", "topk_group")
@@ -112,6 +114,9 @@ def _quantisations(file: Path, own: Any, notes: list[str]) -> tuple[tuple[dict[s
             found.append(({"quant_method": "modelopt", **said}, beside))
         else:
             notes.append(f"{beside.name} quantises no weights: no effect")
+    for name, method in _OLD_FILES.items():
+        if not found and (old := file.with_name(name)).is_file():
+            found.append(({**_json(old), "quant_method": method}, old))
     return tuple(found)
 
 

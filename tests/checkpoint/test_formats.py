@@ -148,7 +148,8 @@ def test_the_reference_of_verify_is_what_the_weights_stand_for(
     expected = quantise(folder, CASES[case])
     dense = Path(shutil.copytree(plain["grouped" if CASES[case].columns > 1 else "short"], tmp_path / "dense"))
     rewrite(dense, lambda tensors: tensors | {n: t.to(torch.bfloat16) for n, t in expected.items()})
-    loaded, reference = load_folder(folder, None), load_folder(dense, None)
+    (loaded, (note,)), (reference, no_notes) = load_folder(folder, None), load_folder(dense, None)
+    assert "dequantised by the same reader" in note and no_notes == ()
     mine, theirs = originals(loaded), originals(reference)
     assert mine.keys() == theirs.keys() and type(loaded) is type(reference) and not loaded.training
     assert not [name for name in mine if not same(mine[name], theirs[name])]

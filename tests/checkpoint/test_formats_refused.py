@@ -263,3 +263,11 @@ def test_a_file_of_modelopt_alone_is_named(plain: Path, tmp_path: Path) -> None:
     state(tmp_path, replace(CASES["modelopt_fp8"], said={"quant_algo": None, "kv_cache_quant_algo": "FP8"}))
     read = read_configuration(tmp_path)
     assert stated_format(read) is None and "hf_quant_config.json quantises no weights: no effect" in read.notes
+
+
+@pytest.mark.parametrize(("file", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
+def test_an_old_file_of_a_quantiser_is_named(plain: Path, tmp_path: Path, file: str, method: str) -> None:
+    shutil.copy(plain / "config.json", tmp_path)
+    (tmp_path / file).write_text('{"bits": 4}')
+    with pytest.raises(CheckpointError, match=rf"{file}: quant_method '{method}'"):
+        stated_format(read_configuration(tmp_path))
