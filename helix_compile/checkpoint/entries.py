@@ -29,7 +29,7 @@ IDLE = (
     "kv_scale",
     "prob_scale",
 )
-_PACKED = "_packed"
+_PACKED = "weight_packed"
 _NOT_STATED = "config.json states no quantization_config"
 Range = tuple[int, int]
 _SIZES = {"F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I32": 4}
@@ -110,7 +110,7 @@ def read_entries(files: CheckpointFiles, stated: Stated | None) -> Entries:
     for key, tensor in files.tensors.items():
         if key in used:
             continue
-        name = key.removesuffix(_PACKED)
+        name = key.removesuffix("_packed") if key.endswith(_PACKED) else key  # as it would be of this format
         if name in found:
             twice = f"does not fit: {name}: stored as {key} and in another format too"
             found[name] = replace(found[name], problems=(*found[name].problems, twice))
@@ -121,7 +121,7 @@ def read_entries(files: CheckpointFiles, stated: Stated | None) -> Entries:
 
 def _holds_values(key: str, tensor: Stored, form: Format, files: CheckpointFiles) -> bool:
     if form.tail:
-        return key.endswith(form.tail)
+        return key.endswith("weight" + form.tail)
     of_another = any(key.endswith(tail) and key.removesuffix(tail) in files.tensors for tail in form.scales)
     return tensor.dtype in form.values and not of_another
 
@@ -147,36 +147,38 @@ def _quantised(files: CheckpointFiles, name: str, form: Format) -> tuple[Entry, 
         told = f"{form.name} is read for matrices of {' or '.join(form.values)} only"
         entry = Entry(key, values, values.shape, 0, problems=(f"does not fit: {key}: {values}: {told}",))
         return entry, companions
-    shape = (values.shape[0], values.shape[1] * form.packed)
-    problems = []
-    if said in there:
-        stated_shape = tuple(int(n) for n in files.slice(said, ()).reshape(-1))
-        if len(stated_shape) == 2 and (stated_shape[0], -(-stated_shape[1] // form.packed)) == values.shape:
-            shape = (stated_shape[0], stated_shape[1])
-        else:
-            problems.append(f"does not fit: {said}: says {list(stated_shape)}, {key} is {values}")
-    elif said:
-        problems.append(f"missing: {said}, the shape of {key} {values}")
+    shape, problems = _logical_shape(files, key, said, form.packed)
     share = _share(there.get(scale), form, shape)
     if not scale:
         told = " or ".join(name + tail for tail in form.scales)
         problems.append(f"missing: {told}, the scales of {key} {values}: {form.name}")
     elif share is None:
         shapes = " or ".join(str(list(scale_shapes(grid, shape)[0])) for grid in form.grids)
-        kinds = ", ".join(form.scale_dtypes)
-        problems.append(
-            f"does not fit: {scale}: {there[scale]}, expected {shapes} in one of {kinds}: "
-            f"the scales of {key} {values}: {form.name}"
-        )
+        kinds, of = ", ".join(form.scale_dtypes), f"the scales of {key} {values}: {form.name}"
+        problems.append(f"does not fit: {scale}: {there[scale]}, expected {shapes} in one of {kinds}: {of}")
     if whole and whole not in there:
         problems.append(f"missing: {whole}, the scale of all of {key} {values}: {form.name}")
     elif whole and (math.prod(there[whole].shape) != 1 or there[whole].dtype != "F32"):
         problems.append(f"does not fit: {whole}: {there[whole]}, expected one F32: the scale of all of {key} {values}")
+    quantised = None if share is None else Quantised(form, key, scale, len(there[scale].shape), share, whole)
     bits = 8 * _SIZES[values.dtype] // form.packed
-    quantised = None
-    if share is not None:
-        quantised = Quantised(form, key, scale, len(there[scale].shape), share, whole)
     return Entry(key, values, shape, bits, quantised, tuple(problems)), companions
+
+
+def _logical_shape(files: CheckpointFiles, key: str, said: str, packed: int) -> tuple[tuple[int, int], list[str]]:
+    """Rows and columns of the weight whose values are `key`: by the tensor `said` where its format has one."""
+    values = files.tensors[key]
+    rows, columns = values.shape[0], values.shape[1] * packed
+    if not said:
+        return (rows, columns), []
+    if said not in files.tensors:
+        return (rows, columns), [f"missing: {said}, the shape of {key} {values}"]
+    told = files.slice(said, ()).reshape(-1).tolist()
+    if (
+        len(told) == 2 and told[0] == rows and columns - packed < told[1] <= columns
+    ):  # the last element may be part full
+        return (rows, told[1]), []
+    return (rows, columns), [f"does not fit: {said}: says {told}, {key} is {values}"]
 
 
 def _share(scale: Stored | None, form: Format, shape: tuple[int, int]) -> tuple[int, int] | None:

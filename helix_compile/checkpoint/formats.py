@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Reader = Callable[[str, tuple[tuple[int, int], ...]], Tensor]  # stored name, [start, stop) of each dim -> that part
 Grid = tuple[int | None, int | None]  # rows and columns that share a scale; None: all there are
 PER_TENSOR: Grid = (None, None)
 PER_CHANNEL: Grid = (1, None)  # a channel is an output: a row
@@ -30,12 +31,13 @@ def fp8(values: Tensor) -> Tensor:
 def e2m1(values: Tensor) -> Tensor:
     """Two to a byte."""
     codes = torch.stack((values & 15, values >> 4), dim=-1).flatten(-2)
-    return _E2M1[codes.long()]
+    # three times as fast as _E2M1[codes.long()]
+    return _E2M1.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
 
 def int4(values: Tensor) -> Tensor:
     """Eight to an int32, the first column in the lowest bits, each 8 more than it is."""
-    codes = (values.unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
+    codes = (values.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
     return codes.flatten(-2).to(torch.float32) - 8
 
 
@@ -96,8 +98,8 @@ class Quantised:
         first, last = columns[0] // packed, -(-columns[1] // packed)
         values = read(self.values, (rows, (first, last)))
         inside = slice(columns[0] - first * packed, columns[1] - first * packed)
-        (high, wide), ends = self.share, (rows, columns)
-        grid = [(start // size, -(-stop // size)) for (start, stop), size in zip(ends, self.share, strict=True)]
+        high, wide = self.share
+        grid = [(rows[0] // high, -(-rows[1] // high)), (columns[0] // wide, -(-columns[1] // wide))]
         scales = self._scales(read, grid)
         row_of = torch.arange(*rows) // high - grid[0][0]
         column_of = torch.arange(*columns) // wide - grid[1][0]
@@ -117,9 +119,6 @@ class Quantised:
             return scales
         whole = read(self.whole_scale, ()).reshape(())
         return scales / whole if self.format.divides else scales * whole
-
-
-Reader = Callable[[str, tuple[tuple[int, int], ...]], Tensor]
 
 
 def scale_shapes(grid: Grid, shape: tuple[int, int]) -> tuple[tuple[int, ...], ...]:

@@ -62,6 +62,8 @@ def stated_format(read: Configuration) -> Stated | None:
 
 def _stated(said: Said, file: Path) -> Stated:
     method = _method(said)
+    if method == "modelopt" and isinstance(said.get("quantization"), dict):
+        said = said["quantization"]  # as hf_quant_config.json has it
     try:
         if method not in DIALECTS:
             raise _NotReadError(f"quant_method {method!r}: only {', '.join(map(repr, DIALECTS))} are read")
@@ -103,8 +105,6 @@ def _two(block: Any, what: str) -> tuple[int, int]:
 
 
 def _modelopt(said: Said) -> Format:
-    if isinstance(said.get("quantization"), dict):
-        said = said["quantization"]
     algorithm = str(said.get("quant_algo")).upper()
     for key in ("has_zero_point", "pre_quant_scale"):
         if said.get(key):

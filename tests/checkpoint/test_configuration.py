@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "situ"}, r"hidden_act 'situ' is no activation of transformers"),
     "value": ({"num_attention_heads": "many"}, r"can't be read: "),
     "unknown_mla": ({"model_type": "deepseek_v9"}, r"model_type 'deepseek_v9' is not in transformers \(nearest: deepseek_v3\)"),
-    "unknown": ({"model_type": "lama", "kv_lora_rank": ...}, r"model_type 'lama' is not in transformers \(nearest: llama\)"),
+    "unknown": ({"model_type": "llamma", "kv_lora_rank": ...}, r"model_type 'llamma' is not in transformers \(nearest: llama\)"),
     "kimi_k3": ({"model_type": "kimi_k3"}, r"its MLA without rope and with an output gate.*\(nearest: kimi_linear\)"),
     "pangu": ({"model_type": "pangu_ultra_moe"}, r"key names and sandwich norms of its own \(nearest: deepseek_v3\)"),
     "nameless": ({"model_type": ...}, r"model_type is None; expected the name of an architecture"),

@@ -74,6 +74,7 @@ def test_whole_weights_and_notes(plain: dict[str, Path], tmp_path: Path, case: s
     for name, tensor in expected.items():
         assert same(held(wide.weights, name), tensor), name
         assert same(held(narrow.weights, name), tensor.to(torch.bfloat16)), name
+    assert len(wide.weights.fingerprint().splitlines()) == len(CheckpointFiles(folder).tensors)
     first, *further = [note for note in wide.notes if "multi-token" not in note]
     assert first.startswith(
         f"checkpoint: {len(expected)} weight(s) are {written.name} ({written.said.get('quant_method', 'modelopt')})"
