@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -121,6 +122,7 @@ class Quantised:
         return scales / whole if self.format.divides else scales * whole
 
 
+@cache  # a checkpoint has few shapes and many weights
 def scale_shapes(grid: Grid, shape: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
     """The shapes that the scales of a weight of `shape` may be stored in."""
     rows, columns = (1 if size is None else -(-full // size) for size, full in zip(grid, shape, strict=True))
