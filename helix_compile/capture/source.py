@@ -20,7 +20,7 @@ from helix_compile.capture.checks import check_model, check_surroundings, raised
 from helix_compile.capture.model import capture
 from helix_compile.capture.program import capture_program, load_program
 from helix_compile.checkpoint.configuration import TEXT_PREFIXES, read_configuration
-from helix_compile.checkpoint.model import open_checkpoint
+from helix_compile.checkpoint.model import load_whole, open_checkpoint
 from helix_compile.errors import CaptureError
 from helix_compile.ir.stage import copy_module
 
@@ -150,16 +150,20 @@ def _check_checkpoint_folder(folder: Path) -> None:
         raise CaptureError(f"{folder} is not a checkpoint folder: it has no config.json")
 
 
-def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    """The model of a checkpoint folder, loaded whole by transformers, in eval mode; for verify().
+def load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model of a checkpoint folder, loaded whole by transformers, in eval mode; for verify(). And notes on how.
+
+    Quantised weights are those of our own reader: transformers needs a package of each quantiser for them.
 
     Raises:
         CaptureError: no such folder, or it can't be loaded.
+        CheckpointError: quantised weights that can't be read.
     """
     _check_checkpoint_folder(folder)
     read = read_configuration(folder)
-    if read.quantization:
-        read.config.quantization_config = read.quantization  # transformers dequantises by it
+    if read.quantisations:
+        note = "the reference's quantised weights were dequantised by the same reader: verify checks what is done with them"
+        return load_whole(folder, dtype), (note,)
     of_text = {f"^{re.escape(prefix)}": "" for prefix in TEXT_PREFIXES} if read.wrapped else None
     try:
         model = read.model_class.from_pretrained(
@@ -172,7 +176,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CaptureError(f"{folder}: can't load the checkpoint: {error}") from error
-    return model.eval()
+    return model.eval(), ()
 
 
 def device_of(captured: CapturedGraph) -> torch.device:

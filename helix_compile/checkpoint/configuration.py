@@ -60,6 +60,8 @@ MEANT: dict[str, dict[str, tuple[Any, ...]]] = {
 TEXT_KEYS = ("text_config", "language_config", "llm_config")
 # where wrappers keep the weights of their text model
 TEXT_PREFIXES = ("language_model.", "model.language_model.", "text_model.", "model.text_model.", "llm.")
+# where AutoGPTQ and AutoAWQ said what config.json says today
+_OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _OF_THE_WRAPPER = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
 # at least one group of experts: published files say null where there are no groups
 _ONE_IF_NULL = ("n_group", "topk_group")
@@ -72,16 +74,14 @@ class Configuration:
     Attributes:
         config: of the text model, without quantization_config.
         model_class: transformers' causal language model of it.
-        quantization: what config.json, or hf_quant_config.json beside it, says of the weights; {} if nothing.
-        quantized_by: the file that says so.
+        quantisations: what is said of quantised weights, and the file that says it: config.json, hf_quant_config.json.
         wrapped: the text model is part of another one; its weights have a prefix of TEXT_PREFIXES.
         notes: what was renamed, unwrapped or left unread.
     """
 
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
-    quantization: dict[str, Any]
-    quantized_by: Path
+    quantisations: tuple[tuple[dict[str, Any], Path], ...]
     wrapped: bool
     notes: tuple[str, ...]
 
@@ -95,17 +95,29 @@ def read_configuration(path: Path) -> Configuration:
     """
     file = path / "config.json" if path.is_dir() else path
     stated = _json(file)
-    quantized_by, quantization = file, dict(stated.pop("quantization_config", None) or {})
+    outer = stated.pop("quantization_config", None)
     notes: list[str] = []
     stated, wrapped = _text_model(file, stated, notes)
-    quantization = quantization or dict(stated.pop("quantization_config", None) or {})
+    quantisations = _quantisations(file, outer or stated.pop("quantization_config", None), notes)
     stated.pop("quantization_config", None)
-    beside = file.with_name("hf_quant_config.json")
-    if not quantization and beside.is_file():
-        quantized_by, quantization = beside, dict(_json(beside).get("quantization") or {})
-        quantization.setdefault("quant_method", "modelopt")
     config = _built(file, stated, notes)
-    return Configuration(config, causal_class(config, file), quantization, quantized_by, wrapped, tuple(notes))
+    return Configuration(config, causal_class(config, file), quantisations, wrapped, tuple(notes))
+
+
+def _quantisations(file: Path, own: Any, notes: list[str]) -> tuple[tuple[dict[str, Any], Path], ...]:
+    """What config.json says, and hf_quant_config.json beside it, which modelopt writes."""
+    found = [(dict(own), file)] if own else []
+    beside = file.with_name("hf_quant_config.json")
+    if beside.is_file():
+        said = _json(beside).get("quantization") or {}
+        if said.get("quant_algo"):
+            found.append(({"quant_method": "modelopt", **said}, beside))
+        else:
+            notes.append(f"{beside.name} quantises no weights: no effect")
+    for name, method in _OLD_FILES.items():
+        if not found and (old := file.with_name(name)).is_file():
+            found.append(({**_json(old), "quant_method": method}, old))
+    return tuple(found)
 
 
 def causal_class(config: PretrainedConfig, file: Path | str = "the configuration") -> type[PreTrainedModel]:

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from helix_compile.checkpoint.configuration import TEXT_PREFIXES, Configuration, read_configuration
-from helix_compile.checkpoint.files import FLOATS, FP8, CheckpointFiles
+from helix_compile.checkpoint.entries import Entries, Entry, read_entries
+from helix_compile.checkpoint.files import FLOATS, CheckpointFiles
 from helix_compile.checkpoint.names import Assembly, assemble
+from helix_compile.checkpoint.stated import Stated, stated_format
 from helix_compile.checkpoint.weights import CheckpointWeights
 from helix_compile.errors import CheckpointError
 from helix_compile.models.deepseek_v3 import DeepseekV3
@@ -28,7 +30,7 @@ def load_deepseek_v3(
     """The model of a folder, whole, in eval mode. What is read and what is refused: docs/checkpoints.md.
 
     Args:
-        folder: config.json and safetensors of a DeepseekV3ForCausalLM; FP8 blocks are dequantised.
+        folder: config.json and safetensors of a DeepseekV3ForCausalLM; quantised weights are dequantised.
         dtype: of the weights; default: config.json's, else what is stored. The router's bias stays float32.
         device: where the weights go.
 
@@ -70,42 +72,62 @@ def open_checkpoint(folder: Path, dtype: torch.dtype | None, device: torch.devic
         device: where what is read goes.
 
     Raises:
-        CheckpointError: a configuration that can't be built, files that can't be read, or that hold another model.
+        CheckpointError: a configuration that can't be built, a format of weights that is not read, files that can't be
+            read, or that hold another model.
     """
     read = read_configuration(folder)
-    block = _fp8_block(read)
+    stated = stated_format(read)
     files = CheckpointFiles(folder)
-    model = _meta_model(folder, read, dtype or read.config.dtype or _stored_dtype(files))
-    assembly = assemble(model, files.tensors, block, str(folder), TEXT_PREFIXES if read.wrapped else ())
+    entries = read_entries(files, stated)
+    model = _meta_model(folder, read, dtype or read.config.dtype or _stored_dtype(entries))
+    assembly = assemble(model, entries, str(folder), TEXT_PREFIXES if read.wrapped else ())
     computed = computed_buffers(model)
-    _untie(model, files, assembly)
+    _untie(model, files, entries, assembly)
     like = {
         name: tensor.detach()
         for named in (model.named_parameters, model.named_buffers)
         for name, tensor in named(remove_duplicate=False)
     }
-    weights = CheckpointWeights(files, assembly, like, computed, block, device)
-    return Checkpoint(model, weights, (*read.notes, *assembly.notes))
+    weights = CheckpointWeights(files, entries, assembly, like, computed, device)
+    notes = (*read.notes, *_quantised_notes(stated, entries, model.dtype), *assembly.notes)
+    return Checkpoint(model, weights, notes)
 
 
-def _fp8_block(read: Configuration) -> tuple[int, int] | None:
-    """(rows, columns) of one FP8 scale; None if the weights are not quantised."""
-    if not read.quantization:
-        return None
-    method, block = (read.quantization.get(key) for key in ("quant_method", "weight_block_size"))
-    fits = isinstance(block, (list, tuple)) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
-    if method != "fp8" or not fits:
-        raise CheckpointError(
-            f"{read.quantized_by}: quantization_config has quant_method={method!r}, weight_block_size={block!r}; "
-            "only 'fp8' with [rows, columns] is read (dequantised on load). Dequantise the checkpoint first"
-        )
-    assert isinstance(block, (list, tuple))
-    return block[0], block[1]
+def load_whole(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a folder in transformers' class, with the weights that open_checkpoint() reads, whole, on the CPU.
+
+    Raises:
+        CheckpointError: as open_checkpoint().
+    """
+    checkpoint = open_checkpoint(folder, dtype, torch.device("cpu"))
+    model, weights = checkpoint.model, checkpoint.weights
+    held = {name: weights[name] for name in weights}  # a tied tensor is one, under both names
+    model.load_state_dict({name: held[name] for name in model.state_dict()}, assign=True)
+    for name, _ in list(model.named_non_persistent_buffers(remove_duplicate=False)):
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, held[name])
+    model.tie_weights()
+    return model
 
 
-def _stored_dtype(files: CheckpointFiles) -> torch.dtype:
-    """The first floating dtype, as transformers' dtype="auto" has it; an FP8 checkpoint is computed in bfloat16."""
-    found = (t.dtype for t in files.tensors.values() if t.dtype in FLOATS and t.dtype not in FP8)
+def _quantised_notes(stated: Stated | None, entries: Entries, dtype: torch.dtype) -> list[str]:
+    if stated is None:
+        return []
+    number = sum(entry.quantised is not None for entry in entries.values())
+    told = f"{number} weight(s) are {stated.name}, by {stated.file.name}: dequantised into {dtype}"
+    if number == 0:
+        told = f"{stated.file.name} states {stated.name}, but all weights are stored in plain floats"
+    notes = [f"checkpoint: {told}", *stated.notes]
+    if idle := entries.idle:
+        more = ", ..." if idle[2:] else ""
+        what = "scale(s) of activations or of the cache have no effect: both stay in the model's dtype"
+        notes.append(f"checkpoint: {len(idle)} {what}: {', '.join(idle[:2])}{more}")
+    return notes
+
+
+def _stored_dtype(entries: Entries) -> torch.dtype:
+    """The first plain one, as transformers' dtype="auto" has it; bfloat16 where all are quantised."""
+    found = (e.stored.dtype for e in entries.values() if e.quantised is None and not e.problems)
     return FLOATS[next(found, "BF16")]
 
 
@@ -166,13 +188,13 @@ def _computed_over(model: PreTrainedModel, names: list[str], fill: int) -> dict[
     return values
 
 
-def _untie(model: PreTrainedModel, files: CheckpointFiles, assembly: Assembly) -> None:
+def _untie(model: PreTrainedModel, files: CheckpointFiles, entries: Entries, assembly: Assembly) -> None:
     """Tied by the configuration but stored twice: one tensor if both are equal, else two, as transformers does."""
     for one, other in list(model.all_tied_weights_keys.items()):
         if one not in assembly.tensors or other not in assembly.tensors:
             continue
         mine, theirs = (assembly.tensors[name].pieces[0].key for name in (one, other))
-        if _equal(files, mine, theirs):
+        if _equal(files, entries[mine], entries[theirs]):
             assembly.same[one] = other
             continue
         owner, _, name = one.rpartition(".")
@@ -181,11 +203,10 @@ def _untie(model: PreTrainedModel, files: CheckpointFiles, assembly: Assembly) -
         model.all_tied_weights_keys.pop(one)
 
 
-def _equal(files: CheckpointFiles, one: str, other: str) -> bool:
-    rows = files.tensors[one].shape[0]
+def _equal(files: CheckpointFiles, one: Entry, other: Entry) -> bool:
+    rows = one.shape[0]
     for start in range(0, rows, 1024):
-        part = [(start, min(start + 1024, rows))]
-        whole = [(0, size) for size in files.tensors[one].shape[1:]]
-        if not torch.equal(*(files.slice(k, (*part, *whole)) for k in (one, other))):
+        part = ((start, min(start + 1024, rows)), *((0, size) for size in one.shape[1:]))
+        if not torch.equal(one.part(files, part), other.part(files, part)):
             return False
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -23,25 +23,23 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from helix_compile.checkpoint.files import FLOATS, FP8, Stored
+from helix_compile.checkpoint.entries import Entry
 from helix_compile.errors import CheckpointError
 
-SCALE = "_scale_inv"
 _LISTED = 20
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored tensor inside a tensor of the model: it begins at `start` and is `size` large there.
+    """An entry of the checkpoint inside a tensor of the model: it begins at `start` and is `size` large there.
 
-    Dims in `stacked` have size 1 and are not in the stored tensor. `scale` is the stored name of its FP8 scales.
+    Dims in `stacked` have size 1 and are not in the entry.
     """
 
     key: str
     start: tuple[int, ...]
     size: tuple[int, ...]
     stacked: tuple[int, ...] = ()
-    scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,32 +60,27 @@ class Assembly:
 
 
 def assemble(
-    model: PreTrainedModel,
-    stored: Mapping[str, Stored],
-    block: tuple[int, int] | None,
-    where: str,
-    prefixes: tuple[str, ...] = (),
+    model: PreTrainedModel, stored: Mapping[str, Entry], where: str, prefixes: tuple[str, ...] = ()
 ) -> Assembly:
     """Find every tensor of `model` (on meta) in what is stored.
 
     Args:
-        prefixes: of the names of a text model inside another one; what has none of them is not the text model's.
-        block: rows and columns that share one FP8 scale, by the configuration; None if it states none.
+        stored: entry by the name of the weight.
         where: the folder, for messages.
+        prefixes: of the names of a text model inside another one; what has none of them is not the text model's.
 
     Raises:
         CheckpointError: names or shapes that miss, are left over or do not fit, listed with their numbers.
     """
     wanted = model.state_dict()
-    scales = {key: key + SCALE for key, tensor in stored.items() if tensor.dtype in FP8 and key + SCALE in stored}
-    keys = sorted(set(stored) - set(scales.values()), key=dot_natural_key)
+    keys = sorted(stored, key=dot_natural_key)
     collected, unknown = _by_target(model, wanted, keys, prefixes)
-    known = [key for key in keys if key not in set(unknown)]
-    problems = [p for k in known for p in _storage_problems(k, stored, scales.get(k), block)]
+    nowhere = set(unknown)
+    problems = [problem for key in keys if key not in nowhere for problem in stored[key].problems]
     found: dict[str, Assembled] = {}
     for name, (converter, sources) in collected.items():
         try:
-            found[name] = _assembled(converter, sources, stored, scales)
+            found[name] = _assembled(converter, sources, stored)
         except ValueError as error:
             problems.append(f"does not fit: {name}: {error}")
     same = _tied(model, found)
@@ -150,41 +143,14 @@ def _by_target(
     return collected, unknown
 
 
-def _storage_problems(
-    key: str, stored: Mapping[str, Stored], scale: str | None, block: tuple[int, int] | None
-) -> Iterator[str]:
-    """What can't be read whatever it is for: a dtype, or FP8 without the scales that belong to it."""
-    tensor = stored[key]
-    if tensor.dtype not in FLOATS:
-        yield f"does not fit: {key}: dtype {tensor.dtype} is not one of {', '.join(FLOATS)}"
-    if tensor.dtype not in FP8:
-        return
-    if scale is None:
-        yield f"missing: {key + SCALE}, the scales of {key} {tensor}"
-    elif block is None:
-        yield f"does not fit: {key}: {tensor}, and config.json states no quantization_config.weight_block_size"
-    elif len(tensor.shape) != 2:
-        yield f"does not fit: {key}: {tensor}: FP8 is read for matrices only"
-    else:
-        grid = tuple(-(-size // part) for size, part in zip(tensor.shape, block, strict=True))
-        if stored[scale].shape != grid or stored[scale].dtype not in ("F32", "F16", "BF16"):
-            yield (
-                f"does not fit: {scale}: {stored[scale]}, expected {list(grid)} floats: one for each "
-                f"{block[0]} x {block[1]} block of {key} {tensor}"
-            )
-
-
 def _assembled(
-    converter: WeightConverter | None,
-    sources: dict[str, list[str]],
-    stored: Mapping[str, Stored],
-    scales: Mapping[str, str],
+    converter: WeightConverter | None, sources: dict[str, list[str]], stored: Mapping[str, Entry]
 ) -> Assembled:
     """The converter's operations on shapes. ValueError says what can't be done."""
 
     def one(key: str) -> Assembled:
         shape = stored[key].shape
-        return Assembled(shape, (Piece(key, (0,) * len(shape), shape, scale=scales.get(key)),))
+        return Assembled(shape, (Piece(key, (0,) * len(shape), shape),))
 
     if converter is None:
         keys = [key for each in sources.values() for key in each]

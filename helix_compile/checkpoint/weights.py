@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helix_compile.checkpoint.files import FLOATS, CheckpointFiles
+from helix_compile.checkpoint.entries import Entry
+from helix_compile.checkpoint.files import CheckpointFiles
 from helix_compile.checkpoint.names import Assembly, Piece
 from helix_compile.errors import PlanError
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import ParamShard
 from helix_compile.plan.shard import Box, Range, ShardBoxes, cut_param, shard_boxes
 
-_FP8_ROWS = 128  # widened at a time: what is held beside the shard stays small
 _Key = tuple[str, tuple[int, ...], ShardBoxes]
 
 
@@ -31,20 +31,21 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def __init__(
         self,
         files: CheckpointFiles,
+        entries: Mapping[str, Entry],
         assembly: Assembly,
         like: dict[str, Tensor],
         computed: dict[str, Tensor],
-        block: tuple[int, int] | None,
         device: torch.device,
     ):
         """Args:
-        assembly: which stored tensors make up which parameter.
+        files: of the folder.
+        entries: what is stored, by the name of the weight.
+        assembly: which entries make up which parameter.
         like: name -> tensor on meta, whose shape and dtype are the wanted ones.
         computed: tensors that no checkpoint holds, such as rotary frequencies.
-        block: rows and columns of an FP8 scale.
         device: where what is read is put; on "meta" nothing is read.
         """
-        self._files, self._assembly, self._block = files, assembly, block
+        self._files, self._entries, self._assembly = files, entries, assembly
         self._like, self.device = like, device
         self._computed = {n: t.to(device) for n, t in computed.items()}
         self._held: weakref.WeakValueDictionary[_Key, Tensor] = weakref.WeakValueDictionary()
@@ -115,7 +116,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
                 sizes = (math.prod(stop - start for start, stop in box.source) for box in boxes.boxes)
                 elements[(name, shape, boxes)] = sum(sizes)
         return sum(
-            count * FLOATS[self._files.tensors[self._assembly.tensors[name].pieces[0].key].dtype].itemsize
+            count * self._entries[self._assembly.tensors[name].pieces[0].key].bits // 8
             for (name, *_), count in elements.items()
         )
 
@@ -150,28 +151,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
         destination = target[tuple(places)]
         for dim in reversed(piece.stacked):
             destination = destination.squeeze(dim)
-        source = self._files.slice(piece.key, tuple(taken))
-        if piece.scale is None:
-            destination.copy_(source)
-        else:
-            self._dequantise(source, piece.scale, taken, destination)
+        entry = self._entries[piece.key]
+        entry.copy_part(self._files, tuple(taken), destination)
         if self._bar is not None:
-            self._bar.update(source.numel() * source.element_size())
-
-    def _dequantise(self, source: Tensor, scale: str, taken: list[Range], destination: Tensor) -> None:
-        """FP8 values times the scale of their block, in float32. `taken` may begin and end inside blocks."""
-        assert self._block is not None
-        (row, last_row), (column, last_column) = taken
-        rows, columns = self._block
-        grid = ((row // rows, -(-last_row // rows)), (column // columns, -(-last_column // columns)))
-        scales = self._files.slice(scale, grid).to(torch.float32)
-        row_block = torch.arange(row, last_row) // rows - grid[0][0]
-        column_block = torch.arange(column, last_column) // columns - grid[1][0]
-        for band in torch.arange(last_row - row).split(_FP8_ROWS):
-            at = slice(int(band[0]), int(band[-1]) + 1)
-            wide = source[at].to(torch.float32)
-            wide.mul_(scales[row_block[at]][:, column_block])
-            destination[at].copy_(wide)
+            self._bar.update(destination.numel() * entry.bits // 8)
 
 
 def _whole(shape: tuple[int, ...]) -> ShardBoxes:

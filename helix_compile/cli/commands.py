@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,12 +174,15 @@ def _verified(built: Any, asked: dict[str, Any], float64_too: bool, seed: int) -
     from helix_compile.verifier.verify import verify as check
 
     original = built
+    notes: tuple[str, ...] = ()
     if isinstance(built, torch.nn.Module):
         built = original = built.to(asked["device"])  # verify() runs both
     compiled = helix_compile(built, **asked)
     if isinstance(built, Path):
-        original = load_folder(built, asked["dtype"]).to(asked["device"])
+        original, notes = load_folder(built, asked["dtype"])
+        original = original.to(asked["device"])
     report = check(compiled, original, dtype=torch.float64 if float64_too else None, seed=seed, progress=_say)
+    report = replace(report, notes=(*notes, *report.notes))
     return report.ok, report.to_json(), str(report)
 
 

@@ -120,17 +120,19 @@ def test_tied_embeddings(tmp_path: Path, stored: str) -> None:
 
 
 def test_layers_for_multi_token_prediction_are_ignored_with_a_note(tmp_path: Path) -> None:
-    """Transformers' own pattern: model.layers.61.*, also with FP8 and its scales, and old rotary tables."""
+    """Behind the model's own layers, also with FP8 and its scales; and old rotary tables."""
     to_fp8(write(tmp_path), (16, 24))
 
     def add(tensors: dict[str, Tensor]) -> None:
         name = "model.layers.0.self_attn.o_proj.weight"
         for tail in (name, f"{name}_scale_inv"):
-            tensors[tail.replace("layers.0", "layers.61")] = tensors[tail].clone()
+            tensors[tail.replace("layers.0", "layers.2")] = tensors[tail].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
 
-    notes = open_checkpoint(rewrite(tmp_path, add), None, CPU).notes
-    assert len(notes) == 1 and "2 tensor(s) are no part of the model: ignored" in notes[0]
+    quantised, ignored, further = open_checkpoint(rewrite(tmp_path, add), None, CPU).notes
+    assert "are FP8 in blocks of 16 x 24 (fp8), by config.json: dequantised into torch.bfloat16" in quantised
+    assert "1 tensor(s) are no part of the model: ignored" in ignored
+    assert "1 tensor(s) belong to layers of multi-token prediction, behind the model's own: ignored" in further
 
 
 def test_one_tensor_is_shared_by_all_who_hold_it_and_read_again_when_none_does(folder: Path) -> None:
@@ -204,7 +206,7 @@ def test_compiled_from_a_folder_is_compiled_from_the_model(
     assert totals == [sum(slices), sum(slices)] and 0.9 * stored < sum(slices) < stored
     model = loaded(folder)
     reference = helix_compile(model, cp=4)
-    ignored = [n for n in compiled.plan.notes if "1 tensor(s) are no part of the model" in n]
+    ignored = [n for n in compiled.plan.notes if "1 tensor(s) belong to layers of multi-token prediction" in n]
     others = tuple(n for n in compiled.plan.notes if n not in ignored)
     assert len(ignored) == 1
     assert replace(compiled.plan, notes=others) == reference.plan

@@ -14,7 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helix_compile import helix_compile, verify
-from tests.support.checkpoints import rewrite, set_config, to_fp8, write
+from tests.support.checkpoints import quantise, rewrite, set_config, to_fp8, write
+from tests.support.command import run_here
+from tests.support.quantisers import CASES
 
 pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).parents[2] / "benchmarks/load_checkpoint.py"
@@ -51,6 +53,15 @@ def test_fp8_runs_as_the_dequantised_checkpoint(tmp_path: Path) -> None:
     whole = to_fp8(fp8, (16, 24))
     rewrite(plain, lambda tensors: {**tensors, **whole})
     assert torch.equal(logits_of(fp8, cp=4)[1], logits_of(plain, cp=4)[1])
+
+
+def test_the_command_verifies_a_quantised_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path / "int4", "grouped")
+    quantise(folder, CASES["ct_int4"])
+    result = run_here("verify", str(folder), "--cp", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["ok"] and "dequantised by the same reader" in report["notes"][0]
 
 
 def test_verify_against_the_model_in_memory(tmp_path: Path) -> None:

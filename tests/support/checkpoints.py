@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +18,7 @@ from helix_compile.passes.match.layers import match_layers
 from helix_compile.plan.helix_plan import HelixPlan, ParamShard
 from helix_compile.runtime.rank import shard_of_name
 from tests.support.models import fresh_model, tiny_model
+from tests.support.quantisers import Case
 
 Tensors = dict[str, Tensor]
 LAYOUTS = ({"cp": 1}, {"cp": 2}, {"cp": 4}, {"cp": 3}, {"cp": 2, "tpa": 2}, {"cp": 3, "tpa": 2, "ep": 2})
@@ -87,3 +89,38 @@ def shards_of(variant: str, **options: int) -> Iterator[tuple[str, ParamShard, H
     for source, shard in shards.values():
         for rank in range(plan.layout.world_size):
             yield source, shard, plan, rank
+
+
+def quantise(folder: Path, case: Case, only: str = "", prefix: str = "") -> Tensors:
+    """Store projections (with `only` in their names) of a folder in a format; returns what they stand for, in float32.
+
+    `prefix` goes before every name.
+    """
+    whole: Tensors = {}
+    rng = np.random.default_rng(0)
+
+    def change(tensors: Tensors) -> Tensors:
+        stored: Tensors = {}
+        for name, tensor in tensors.items():
+            chosen = name.endswith("_proj.weight") and "kv_a_proj" not in name and only in name
+            if not chosen or tensor.shape[1] % case.columns:
+                stored[prefix + name] = tensor
+                continue
+            written, worth = case.quantise((tensor.shape[0], tensor.shape[1]), rng)
+            stored |= {f"{prefix}{name}{tail}": t for tail, t in written.items()}
+            stored |= {f"{prefix}{name.removesuffix('weight')}{tail}": torch.ones(1) for tail in case.idle}
+            whole[name] = torch.from_numpy(worth)
+        return stored
+
+    rewrite(folder, change)
+    state(folder, case)
+    return whole
+
+
+def state(folder: Path, case: Case) -> None:
+    """Write what the configuration says of a format to the file that its quantiser writes it to."""
+    if case.file == "config.json":
+        set_config(folder, quantization_config=case.said)
+    else:
+        written = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": case.said}
+        (folder / case.file).write_text(json.dumps(written))

@@ -62,6 +62,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
     },
 }
+# of no interest to other tests
+FURTHER: dict[str, dict[str, Any]] = {
+    # rows that groups of 16 and 32 divide
+    "grouped": {
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "hidden_size": 96,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 160,
+        "q_lora_rank": 32,
+        "v_head_dim": 16,
+    }
+}
 
 
 def fresh_model(
@@ -72,7 +85,7 @@ def fresh_model(
     seed: int = 0,
 ) -> DeepseekV3ForCausalLM:
     """A new model: random biases and router corrections, weights large enough that softmax is not flat."""
-    config = DeepseekV3Config(**{**SIZES, **VARIANTS[variant]})
+    config = DeepseekV3Config(**{**SIZES, **(VARIANTS | FURTHER)[variant]})
     config._attn_implementation = attention
     torch.manual_seed(seed)
     model = DeepseekV3ForCausalLM(config)

@@ -10,8 +10,8 @@ from helix_compile.ir.graph import aten, is_call, is_param, source_line
 from helix_compile.plan.matches import MatchFailure
 
 _DEQUANTISE = (
-    "dequantise the model first (transformers: model.dequantize()), or pass the checkpoint's folder, of which "
-    "DeepSeek's FP8 blocks are dequantised as they are read"
+    "dequantise the model first (transformers: model.dequantize()), or pass the checkpoint's folder, whose quantised "
+    "weights are dequantised as they are read"
 )
 
 

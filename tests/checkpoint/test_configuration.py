@@ -1,0 +1,215 @@
+"""config.json as it is published: renames, wrappers, spellings, and what is refused in one line; no code of it runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DeepseekV3ForCausalLM
+
+from helix_compile import CheckpointError
+from helix_compile.checkpoint.configuration import Configuration, causal_class, read_configuration
+from helix_compile.checkpoint.named import named_model
+from tests.support.models import SIZES, YARN
+
+# a release in the words of its own: no dtype, rope or names of transformers
+RELEASE: dict[str, Any] = {
+    **{k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "rope_theta": 10000,
+    "rope_scaling": {"type": "yarn", **{k: v for k, v in YARN.items() if k not in ("rope_type", "rope_theta")}},
+}
+AUTO_MAP = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModel": "modeling_deepseek.DeepseekV3Model"}
+
+
+def write(folder: Path, values: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def read(folder: Path, **changes: Any) -> Configuration:
+    """RELEASE with changes; a key whose value is `...` is left out."""
+    return read_configuration(write(folder, {k: v for k, v in (RELEASE | changes).items() if v is not ...}))
+
+
+def test_a_release_is_read_as_it_is(tmp_path: Path) -> None:
+    """By its folder and by its file; nothing is noted where nothing was done."""
+    found = read(tmp_path)
+    assert found.model_class is DeepseekV3ForCausalLM and found.notes == () and found.quantisations == ()
+    assert not found.wrapped and found.config.dtype == torch.bfloat16
+    assert found.config.to_dict() == read_configuration(tmp_path / "config.json").config.to_dict()
+
+
+def test_a_rename_is_noted_with_its_evidence(tmp_path: Path) -> None:
+    found = read(tmp_path, model_type="kimi_k2", n_group=1, topk_group=1)
+    assert found.model_class is DeepseekV3ForCausalLM and found.config.model_type == "deepseek_v3"
+    assert found.notes == (
+        "model_type kimi_k2 is read as deepseek_v3: its architectures and its auto_map name DeepSeek's own "
+        "DeepseekV3ForCausalLM",
+    )
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "kimi_k2"])
+def test_an_auto_map_is_ignored_and_its_code_never_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Nor does anything ask: standard input is closed."""
+
+    def ask(*_: object) -> str:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("builtins.input", ask)
+    for file in ("configuration_deepseek.py", "modeling_deepseek.py"):
+        (tmp_path / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    found = read(tmp_path, model_type=kind, auto_map=AUTO_MAP)
+    assert found.model_class is DeepseekV3ForCausalLM
+    assert ("auto_map ignored" in found.notes[0]) == (kind == "deepseek_v3")
+    assert named_model(str(tmp_path), "bfloat16", meta=True).config.model_type == "deepseek_v3"  # type: ignore[union-attr]
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["text_config", "language_config", "llm_config"])
+def test_a_text_model_is_taken_out_of_its_wrapper(tmp_path: Path, key: str) -> None:
+    """What the wrapper alone says holds for it: dtype and quantisation; what the text says itself comes first."""
+    text = {**RELEASE, "model_type": "kimi_k2", "auto_map": AUTO_MAP}
+    wrapper = {"model_type": "kimi_k25", "dtype": "float16", "tie_word_embeddings": True, "vision_config": {"depth": 2}}
+    found = read_configuration(
+        write(tmp_path, {**wrapper, "auto_map": AUTO_MAP, key: {**text, "torch_dtype": "float16"}})
+    )
+    assert found.wrapped and found.model_class is DeepseekV3ForCausalLM
+    assert found.config.dtype == torch.float16 and found.config.tie_word_embeddings
+    assert found.notes[0] == f"kimi_k25: its text model ({key}: kimi_k2) is taken; vision_config left out"
+    own = {**text, "tie_word_embeddings": False, "torch_dtype": ...}
+    own.pop("torch_dtype")
+    found = read_configuration(write(tmp_path, {**wrapper, key: own}))
+    assert not found.config.tie_word_embeddings and found.config.dtype == torch.float16
+
+
+def test_a_text_model_without_a_class_of_its_own_in_the_table(tmp_path: Path) -> None:
+    """Mistral4Config is in no mapping of causal models, but its model is in transformers."""
+    values = {"model_type": "mistral4", "num_hidden_layers": 2}
+    found = read_configuration(write(tmp_path, {"model_type": "mistral3", "text_config": values, "vision_config": {}}))
+    assert found.model_class.__name__ == "Mistral4ForCausalLM" and found.wrapped
+    assert causal_class(found.config) is found.model_class
+
+
+QUANTISED = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def test_a_quantisation_is_found_wherever_it_is_said(tmp_path: Path) -> None:
+    """At the top, in the text model, of a wrapper, or in modelopt's own file; the model's config is without it."""
+    file = tmp_path / "config.json"
+    found = read(tmp_path, quantization_config=QUANTISED)
+    assert found.quantisations == ((QUANTISED, file),) and not hasattr(found.config, "quantization_config")
+    for outer, inner in (({"quantization_config": QUANTISED}, {}), ({}, {"quantization_config": QUANTISED})):
+        write(tmp_path, {"model_type": "kimi_k25", **outer, "text_config": {**RELEASE, **inner}})
+        found = read_configuration(tmp_path)
+        assert found.quantisations == ((QUANTISED, file),) and not hasattr(found.config, "quantization_config")
+    beside = tmp_path / "hf_quant_config.json"
+    beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}))
+    said = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    assert read(tmp_path).quantisations == ((said, beside),)
+    assert read(tmp_path, quantization_config=QUANTISED).quantisations == ((QUANTISED, file), (said, beside))
+    beside.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: can't be read: expected an object, got list"):
+        read(tmp_path)
+
+
+SPELLINGS: dict[str, tuple[dict[str, Any], Callable[[Any], object], object]] = {
+    "num_experts": ({"n_routed_experts": ..., "num_experts": 16}, lambda c: c.n_routed_experts, 16),
+    "num_local_experts": ({"n_routed_experts": ..., "num_local_experts": 16}, lambda c: c.n_routed_experts, 16),
+    "both_alike": ({"num_experts": 8}, lambda c: c.n_routed_experts, 8),
+    "shared": ({"n_shared_experts": ..., "num_shared_experts": 3}, lambda c: c.n_shared_experts, 3),
+    "per_token": ({"num_experts_per_tok": ..., "num_experts_per_token": 5}, lambda c: c.num_experts_per_tok, 5),
+    "layers": ({"num_hidden_layers": ..., "num_layers": 7}, lambda c: c.num_hidden_layers, 7),
+    "no_groups": ({"n_group": None, "topk_group": None}, lambda c: (c.n_group, c.topk_group), (1, 1)),
+    "dtype": ({"torch_dtype": ..., "dtype": "float16"}, lambda c: c.dtype, torch.float16),
+    "dtypes_alike": ({"dtype": "bfloat16"}, lambda c: c.dtype, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("what", SPELLINGS)
+def test_spellings_of_one_meaning(tmp_path: Path, what: str) -> None:
+    changes, of, expected = SPELLINGS[what]
+    config = read(tmp_path, **changes).config
+    assert of(config) == expected
+
+
+YARN_BARE = {k: v for k, v in YARN.items() if k not in ("rope_type", "rope_theta")}
+ROPES: dict[str, dict[str, Any]] = {
+    "type": {"rope_scaling": {"type": "yarn", **YARN_BARE}},
+    "rope_type": {"rope_scaling": {"rope_type": "yarn", **YARN_BARE}},
+    "int_factor": {"rope_scaling": {"type": "yarn", **YARN_BARE, "factor": 4}},
+    "parameters": {"rope_scaling": ..., "rope_theta": ..., "rope_parameters": YARN},
+    "both": {
+        "rope_scaling": {"type": "yarn", **YARN_BARE},
+        "rope_parameters": {"rope_type": "yarn", **YARN_BARE, "factor": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("what", ROPES)
+def test_spellings_of_rope(tmp_path: Path, what: str) -> None:
+    rope = read(tmp_path, **ROPES[what]).config.rope_parameters
+    assert {k: rope[k] for k in YARN} == YARN
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "experts_twice": ({"num_experts": 16}, r"n_routed_experts=8, num_experts=16: of one meaning, but not the same"),
+    "layers_twice": ({"num_layers": 5}, r"num_hidden_layers=4, num_layers=5: of one meaning"),
+    "dtypes": ({"dtype": "float16"}, r'dtype="float16", torch_dtype="bfloat16": of one meaning'),
+    "ropes": ({"rope_parameters": {**YARN, "factor": 8}}, r"rope_parameters=.*rope_scaling=.*of one meaning"),
+    "scores": ({"scoring_func": "softmax"}, r"scoring_func='softmax': transformers' deepseek_v3 reads no scoring_func and computes 'sigmoid'"),
+    "top_k": ({"topk_method": "greedy"}, r"topk_method='greedy': .* computes 'noaux_tc'"),
+    "every_second": ({"moe_layer_freq": 2}, r"moe_layer_freq=2: .* computes 1"),
+    "v2_sigmoid": ({"model_type": "deepseek_v2", "topk_method": "greedy"}, r"scoring_func='sigmoid': transformers' deepseek_v2 .* 'softmax'"),
+    "activation": ({"hidden_act": "situ"}, r"hidden_act 'situ' is no activation of transformers"),
+    "value": ({"num_attention_heads": "many"}, r"can't be read: "),
+    "unknown_mla": ({"model_type": "deepseek_v9"}, r"model_type 'deepseek_v9' is not in transformers \(nearest: deepseek_v3\)"),
+    "unknown": ({"model_type": "llamma", "kv_lora_rank": ...}, r"model_type 'llamma' is not in transformers \(nearest: llama\)"),
+    "kimi_k3": ({"model_type": "kimi_k3"}, r"its MLA without rope and with an output gate.*\(nearest: kimi_linear\)"),
+    "pangu": ({"model_type": "pangu_ultra_moe"}, r"key names and sandwich norms of its own \(nearest: deepseek_v3\)"),
+    "nameless": ({"model_type": ...}, r"model_type is None; expected the name of an architecture"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_in_one_line(tmp_path: Path, what: str) -> None:
+    changes, message = REFUSED[what]
+    with pytest.raises(CheckpointError) as caught:
+        read(tmp_path, **changes)
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / 'config.json'}: ") and re.search(message, said), said
+    assert len(said.splitlines()) == 1 or what == "value"
+
+
+def test_a_model_that_is_no_causal_one(tmp_path: Path) -> None:
+    write(tmp_path, {"model_type": "siglip_vision_model"})
+    with pytest.raises(CheckpointError, match="no causal language model of model_type 'siglip_vision_model'"):
+        read_configuration(tmp_path)
+
+
+def test_a_wrapper_of_an_architecture_that_is_not_there(tmp_path: Path) -> None:
+    write(tmp_path, {"model_type": "kimi_k3", "text_config": {**RELEASE, "model_type": "kimi_linear"}})
+    with pytest.raises(CheckpointError, match="model_type 'kimi_k3' is not in transformers"):
+        read_configuration(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "can't be read: Expecting"), ("[]", "expected an object, got list")]
+)
+def test_no_configuration(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: can't be read"):
+        read_configuration(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_configuration(tmp_path)

@@ -1,0 +1,96 @@
+"""A folder like Kimi-K2.5's: a text model in a wrapper, int4 experts, vision weights, layers for further tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helix_compile import CheckpointError, helix_compile
+from helix_compile.capture.source import load_folder
+from helix_compile.checkpoint.configuration import TEXT_PREFIXES
+from helix_compile.checkpoint.model import open_checkpoint
+from tests.support.checkpoints import Tensors, quantise, rewrite, write
+from tests.support.quantisers import CASES
+
+CASE = CASES["ct_int4"]
+VISION = ("vision_tower.blocks.0.wqkv.weight", "mm_projector.linear_1.weight")
+MTP = "model.layers.2.mlp.experts.0.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("dense"), "grouped")
+
+
+def wrapped(dense: Path, folder: Path, prefix: str) -> tuple[Path, Tensors]:
+    """The folder, and what its experts stand for."""
+    folder = Path(shutil.copytree(dense, folder / "wrapped"))
+    expected = quantise(folder, CASE, only=".mlp.experts.", prefix=prefix)
+
+    def add(tensors: Tensors) -> None:
+        tensors |= {name: torch.ones(3, 3) for name in VISION}
+        for tail in ("_packed", "_scale", "_shape"):
+            tensors[f"{prefix}{MTP}{tail}"] = tensors[f"{prefix}{next(iter(expected))}{tail}"].clone()
+        tensors[f"{prefix}model.layers.2.enorm.weight"] = torch.ones(96)
+
+    rewrite(folder, add)
+    text = json.loads((folder / "config.json").read_text())
+    said = text.pop("quantization_config")
+    names: dict[str, Any] = {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    wrapper = {
+        "model_type": "kimi_k25",
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_kimi_k25.KimiK25ForConditionalGeneration"},
+        "text_config": {**text, **names, "quantization_config": said},
+        "vision_config": {"hidden_size": 3},
+    }
+    (folder / "config.json").write_text(json.dumps(wrapper))
+    (folder / "modeling_kimi_k25.py").write_text("raise SystemExit('this code must not run')\n")
+    return folder, expected
+
+
+def test_it_runs_as_its_text_model_dequantised(dense: Path, tmp_path: Path) -> None:
+    """Against transformers' own, loaded whole; what was left out and what was read is in the plan's notes."""
+    folder, expected = wrapped(dense, tmp_path, "language_model.")
+    assert len(expected) == 24
+    plain = Path(shutil.copytree(dense, tmp_path / "plain"))
+    rewrite(plain, lambda tensors: tensors | expected)
+    compiled, (reference, _) = helix_compile(folder, cp=3, dtype=torch.float32), load_folder(plain, torch.float32)
+    ids = torch.arange(14).view(2, 7)
+    with torch.no_grad():
+        logits = reference(ids).logits
+        whole = load_folder(folder, torch.float32)[0](ids).logits
+    for got in (whole, compiled(ids)):
+        assert (got - logits).abs().max() <= 1e-5 * logits.abs().max()
+    told = "\n".join(compiled.plan.notes)
+    assert "kimi_k25: its text model (text_config: kimi_k2) is taken; vision_config left out" in told
+    assert "25 weight(s) are int4 in groups of 32 (compressed-tensors), by config.json" in told
+    assert f"2 tensor(s) are not the text model's (vision, projector): left out: {VISION[1]}, {VISION[0]}" in told
+    assert "2 tensor(s) belong to layers of multi-token prediction, behind the model's own: ignored" in told
+
+
+@pytest.mark.parametrize("prefix", TEXT_PREFIXES)
+def test_prefixes_of_wrappers(dense: Path, tmp_path: Path, prefix: str) -> None:
+    folder, expected = wrapped(dense, tmp_path, prefix)
+    weights = open_checkpoint(folder, torch.float32, torch.device("cpu")).weights
+    down = {n: t for n, t in expected.items() if "down_proj" in n}
+    stacked = weights["model.layers.1.mlp.experts.down_proj"]
+    assert torch.equal(
+        stacked, torch.stack([down[f"model.layers.1.mlp.experts.{i}.down_proj.weight"] for i in range(8)])
+    )
+
+
+def test_a_text_weight_that_the_model_does_not_have_is_not_taken_for_vision(dense: Path, tmp_path: Path) -> None:
+    folder, _ = wrapped(dense, tmp_path, "language_model.")
+    extra = "language_model.model.layers.1.mlp.gate.second.weight"
+
+    def add(tensors: Tensors) -> None:
+        tensors[extra] = torch.ones(2)
+
+    with pytest.raises(CheckpointError, match=rf"left over: {extra} \[2\] F32"):
+        open_checkpoint(rewrite(folder, add), None, torch.device("cpu"))
