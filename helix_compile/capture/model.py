@@ -23,6 +23,7 @@ from helix_compile.capture.checks import check_model, check_surroundings
 from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_around, export_whole, find_layers
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
 from helix_compile.capture.paths import check_paths, check_paths_by_numbers, dataflow_elsewhere
+from helix_compile.capture.rope import tables_by_position
 from helix_compile.capture.structure import attributes_kept, tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
@@ -59,7 +60,7 @@ def capture(
     """
     check_surroundings()
     check_model(model)
-    with CAPTURING, _without_collection(), attributes_kept(model):
+    with CAPTURING, _without_collection(), tables_by_position(model), attributes_kept(model):
         captured = _captured(model, whole, dict(keep or {}), unmatched)
         return replace(captured, graph=bind_leaves(captured.graph, model), model=model)
 

@@ -63,7 +63,7 @@ def run_step(
         )
     mask = checked_mask(attention_mask, input_ids)
     padded = not bool(mask.all())
-    if padded and (mixing := mixing_node(graph)) is not None and "leaf" not in mixing.meta:
+    if padded and (mixing := mixing_node(graph, padding=True)) is not None and "leaf" not in mixing.meta:
         raise RuntimeFault(
             f"node `{mixing.name}` ({source_line(mixing) or 'no source'}) is not shown to treat each token of a call alone: padding "
             "(zeros of attention_mask) would be mixed into the tokens; give sequences of one length, without idle rows"

@@ -149,7 +149,6 @@ def load_parts(
     """What save_module wrote, as HelixModule takes it. HelixError names the file and what is wrong with it."""
     there = device_for(device or "cpu", world)
     assert there is not None
-    _check_digests(folder)
     plan = HelixPlan.from_json(_read(folder / "plan.json"))
     with _reading(folder / "graphs.json"):
         document = _json(folder / "graphs.json")
@@ -173,6 +172,7 @@ def load_parts(
     with _reading(folder / "views.json"):
         params = read_params(folder, _json(folder / "views.json"), there, opened)
         check_saved_params(lowered, params)
+    _check_digests(folder)
     opened.start({**claims_of(plan, lowered, facts), "weights": partial(files_digest, folder)})
     dtype = getattr(torch, plan.dtype)
     ranks = [

@@ -20,7 +20,7 @@ def _held(model: nn.Module) -> dict[str, int]:
 def test_the_layers_weights_stay_out_and_come_back() -> None:
     model = fresh_model("short")
     before = _held(model)
-    program, calls, _ = export_around(model, find_layers(model)[1])
+    program, _, calls, _ = export_around(model, find_layers(model)[1])
     carried = [*program.graph_signature.parameters, *program.graph_signature.buffers]
     assert "model.lm_head.weight" in carried and not [n for n in carried if ".layers." in n]
     assert len(calls) == 2 and _held(model) == before
@@ -54,7 +54,7 @@ def test_a_layers_annotation_may_be_wrong(annotation: type, returned: type) -> N
     if returned is tuple:
         whole = norm.forward
         norm.forward = lambda out: whole(out[0])
-    program, calls, _ = export_around(model, find_layers(model)[1])
+    program, _, calls, _ = export_around(model, find_layers(model)[1])
     logits = program.graph_signature.user_outputs[0]
     (value,) = (n.meta["val"] for n in program.graph.nodes if n.name == logits)
     assert value.dim() == 3 and len(calls) == 1
