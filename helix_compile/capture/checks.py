@@ -66,7 +66,7 @@ def check_model(model: nn.Module) -> None:
             "given them twice; remove them, or put hooks on modules"
         )
     for part, module in model.named_modules():
-        own = [f for f in ("__call__", "_call_impl") if getattr(type(module), f) is not getattr(nn.Module, f)]
+        own = [f for f in ("__call__", "_call_impl") if _is_users(type(module), f)]
         if own:
             raise CaptureError(
                 f"capture: {name}: `{part or 'the model'}` ({type(module).__name__}) has a {own[0]} of its own, around its forward; "
@@ -81,6 +81,12 @@ def check_model(model: nn.Module) -> None:
                 f"{name}: `{part}` is a quantised linear ({type(module).__name__}) whose weight is packed, not a tensor: "
                 "it can't be captured or cut; pass the model as it was before quantisation"
             )
+
+
+def _is_users(kind: type[nn.Module], name: str) -> bool:
+    """A method that neither torch nor transformers defined (whose checkpointing layers only act in training)."""
+    definer = next(c for c in kind.__mro__ if name in vars(c))
+    return definer.__module__.partition(".")[0] not in ("torch", "transformers")
 
 
 def global_hooks() -> int:

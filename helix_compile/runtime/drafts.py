@@ -21,6 +21,9 @@ Drafts = Callable[..., tuple[Tensor, Tensor | None]]
 class CroppedCache:
     """What transformers' assisted decoding asks of a cache, on a module's own."""
 
+    # transformers 5.24 asks: may the loop be compiled with it, can tokens be taken back
+    is_compileable, is_croppable = False, True
+
     def __init__(self, compiled: CompiledModule):
         self._compiled = compiled
 
