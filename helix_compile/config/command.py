@@ -105,9 +105,8 @@ def _engine(words: list[str]) -> tuple[str, int]:
             return _SERVE[name], i + 2
         if name == "trtllm-serve":
             return "TensorRT-LLM", i + 1
-        if word.startswith("vllm/vllm-openai"):  # the image's entry point is the server
-            return "vLLM", i + 1
-    return "", 0
+    image = next((i for i, word in enumerate(words) if word.startswith("vllm/vllm-openai")), None)
+    return ("", 0) if image is None else ("vLLM", image + 1)  # its entry point is the server
 
 
 def arguments(command: Command, keys: EngineKeys, where: str) -> dict[str, Any]:
@@ -143,6 +142,8 @@ def arguments(command: Command, keys: EngineKeys, where: str) -> dict[str, Any]:
             value = True if not taken else following[0] if taken == 1 else following
         elif following:
             taken, value = 1, following[0]
+        elif kinds[key] == "any":
+            taken, value = 0, True
         else:
             raise PlanError(f"{where}: {key}: got no value, expected one after {word}")
         i += taken

@@ -73,7 +73,7 @@ class Source:
 
 
 def read_source(source: Mapping[str, Any] | str | Path) -> Source:
-    """A mapping, the path of a file, or the text of a command (a string with a space or a line break in it).
+    """A mapping, the path of a file, or the text of a command (a string with flags or a line break in it).
 
     Raises:
         PlanError: none of them, an unknown suffix, a file that can't be read or parsed, a key written twice.
@@ -82,7 +82,7 @@ def read_source(source: Mapping[str, Any] | str | Path) -> Source:
         return Source("configuration", source)
     if not isinstance(source, (str, Path)):
         raise PlanError(f"configuration: expected a mapping or the path of a file, got {type(source).__name__}")
-    if isinstance(source, str) and len(source.split()) > 1 and not _is_file(source):
+    if isinstance(source, str) and _is_command(source) and not _is_file(source):
         return Source("command", None, source)
     suffix = Path(source).suffix.lower()
     if suffix in COMMANDS:
@@ -99,11 +99,15 @@ def read_source(source: Mapping[str, Any] | str | Path) -> Source:
     except _PARSE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise PlanError(f"{source}: can't be parsed: {reason}") from error
-    if isinstance(content, str) and len(content.split()) > 1:
+    if isinstance(content, str) and _is_command(content):
         return Source(str(source), None, content)
     if not isinstance(content, dict):
         raise PlanError(f"{source}: expected a mapping of options at the top, got {type(content).__name__}")
     return Source(str(source), content, text)
+
+
+def _is_command(text: str) -> bool:
+    return text.lstrip().startswith("-") or " -" in text or "\n" in text
 
 
 def _is_file(text: str) -> bool:
@@ -137,6 +141,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "list": (list,),
     "str or mapping": (str, Mapping),
     "str or list": (str, list),
+    "scalar or list": (str, int, float, list),
     "any": (object,),
 }
 NOTHING: tuple[Any, ...] = (

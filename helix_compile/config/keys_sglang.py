@@ -8,10 +8,9 @@ from helix_compile.config.recipe import EngineKeys
 APPLIED = of_kinds(
     {
         "int": "tp_size dcp_size pp_size dp_size ep_size attn_cp_size moe_dp_size dwdp_size max_running_requests "
-        "context_length",
+        "context_length moe_dense_tp_size",
         "str": "dcp_comm_backend moe_a2a_backend kv_cache_dtype dtype disaggregation_mode",
         "bool": "dcp_replicate_q_proj enable_dp_attention enable_ep_moe enable_deepep_moe",
-        "any": "moe_dense_tp_size",
     }
 )
 
@@ -44,7 +43,7 @@ WITHOUT_EFFECT = of_kinds(
         "debug_tensor_dump_output_folder debug_tensor_dump_input_file msprobe_dump_config return_hidden_states_mode "
         "constrained_json_whitespace_pattern eplb_algorithm ep_dispatch_algorithm nccl_init_addr sidecar warmups "
         "forward_pass_metrics_worker_id forward_pass_metrics_ipc_name decrypted_config_file rl_quant_profile "
-        "torchao_config bucket_e2e_request_latency pre_warm",
+        "torchao_config",
         "bool": "trust_remote_code skip_tokenizer_init skip_server_warmup enable_multimodal language_only "
         "language_model_only enable_mixed_chunk enable_dynamic_chunking enable_priority_scheduling "
         "disable_priority_preemption abort_on_priority_when_disabled schedule_low_priority_values_first "
@@ -113,13 +112,14 @@ WITHOUT_EFFECT = of_kinds(
         "flashinfer_autotune_skip_ops encoder_urls encoder_register_urls custom_weight_loader "
         "tokenizer_metrics_allowed_custom_labels prompt_tokens_buckets generation_tokens_buckets allowed_media_domains "
         "sidecar_args",
-        "any": "cuda_graph_bs cuda_graph_bs_decode cuda_graph_bs_prefill cuda_graph_config "
-        "piecewise_cuda_graph_tokens numa_node gc_threshold bucket_time_to_first_token bucket_inter_token_latency "
-        "prefill_delayer_forward_passes_buckets prefill_delayer_wait_seconds_buckets debug_tensor_dump_layers "
-        "deepep_config hicache_storage_backend_extra_config extra_metric_labels kv_events_config "
+        "scalar or list": "cuda_graph_bs cuda_graph_bs_decode cuda_graph_bs_prefill piecewise_cuda_graph_tokens numa_node "
+        "gc_threshold bucket_time_to_first_token bucket_e2e_request_latency bucket_inter_token_latency debug_tensor_dump_layers "
+        "prefill_delayer_forward_passes_buckets prefill_delayer_wait_seconds_buckets "
+        "remote_instance_weight_loader_send_weights_group_ports",
+        "any": "cuda_graph_config deepep_config hicache_storage_backend_extra_config extra_metric_labels kv_events_config "
         "default_chat_template_kwargs preferred_sampling_params model_loader_extra_config mm_process_config "
         "limit_mm_data_per_request forward_hooks modelexpress_config model_checksum init_expert_location "
-        "remote_instance_weight_loader_send_weights_group_ports disaggregation_config",
+        "disaggregation_config",
     }
 )
 
@@ -204,9 +204,6 @@ SHORT = {
     "dp": "dp_size",
     "ep": "ep_size",
     "model": "model_path",
-    "seed": "random_seed",
-    "max_model_len": "context_length",
-    "quant": "quantization",
 }
 
 SGLANG = EngineKeys(

@@ -29,7 +29,7 @@ WITHOUT_EFFECT = of_kinds(
         "mamba_cache_mode mamba_backend gdn_prefill_backend kda_prefill_backend io_processor_plugin device "
         "allowed_local_media_path disable_access_log_for_endpoints logits_processor_pattern jit_monitor_mode "
         "video_pruning_method preemption_mode tool_strict_level override_attention_dtype safetensors_load_strategy",
-        "str or list": "served_model_name api_key middleware allowed_origins allowed_methods allowed_headers "
+        "scalar or list": "served_model_name api_key middleware allowed_origins allowed_methods allowed_headers "
         "allowed_media_domains collect_detailed_traces logits_processors ignore_patterns lora_modules "
         "cudagraph_capture_sizes cuda_graph_sizes device_ids numa_bind_nodes numa_bind_cpus cpu_offload_params "
         "offload_params kv_cache_dtype_skip_layers prompt_adapters",
@@ -148,5 +148,5 @@ SHORT = {
 
 VLLM = EngineKeys(
     "vLLM", MARKERS, APPLIED, WITHOUT_EFFECT, REFUSED, BESIDE,
-    nullable=("dcp_comm_backend", "dcp_q_replicate", "block_size", "max_num_seqs", "max_model_len"), short=SHORT,
+    nullable=("dcp_q_replicate", "block_size", "max_num_seqs", "max_model_len"), short=SHORT,
 )  # fmt: skip

@@ -189,13 +189,13 @@ class HelixOptions:
         return asdict(self)
 
     @classmethod
-    def from_file(cls, path: str | Path, lenient: bool = False) -> HelixOptions:
+    def from_file(cls, path: Mapping[str, Any] | str | Path, lenient: bool = False) -> HelixOptions:
         """Options of a file or the text of a command: ours, or a recipe of TensorRT-LLM, vLLM or SGLang.
 
         Whose it is shows by its keys, or by the program that it starts (docs/configuration.md).
 
         Args:
-            path: a TOML, YAML, JSON or text file, or the text of a command.
+            path: a TOML, YAML, JSON or text file, the text of a command, or a mapping.
             lenient: keys that nobody knows, and what a plan can't hold (a cache in FP8, drafts), are left out with a note
                 in the plan, in place of an error.
 

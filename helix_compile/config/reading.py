@@ -20,6 +20,8 @@ from helix_compile.errors import PlanError
 
 OURS = "helix_compile"
 ENGINES = {keys.name: keys for keys in (TRTLLM, VLLM, SGLANG)}
+# fields of ours that TensorRT-LLM has too: they say nothing
+_SHARED = ("max_batch_size", "max_seq_len")
 # launchers of several kinds of servers keep an engine's own options at these places; the servers that decode are read
 _NESTED = {
     ("backend", "vllm_config", "decode"): "vLLM",
@@ -125,7 +127,8 @@ def _dialect(values: Mapping[str, Any], where: str, own_names: set[str]) -> str:
     found = {dialect: sorted({*names} & known) for dialect, known in markers.items() if {*names} & known}
     if len(found) == 1:
         return next(iter(found))
-    scores = {keys.name: _score(names, keys) for keys in ENGINES.values()}
+    telling = [name for name in names if name not in _SHARED]
+    scores = {keys.name: _score(telling, keys) for keys in ENGINES.values()}
     best = [name for name, score in scores.items() if score == max(scores.values()) > 0]
     if OURS in found or (found and len(best) > 1):
         mixed = "; ".join(f"{', '.join(keys)} of {dialect}" for dialect, keys in found.items())
@@ -151,8 +154,10 @@ def _named(values: Mapping[Any, Any], keys: EngineKeys, where: str) -> dict[Any,
                 name, value = name[3:], not value
         if name in named:
             raise PlanError(f"{where}: {name}: got it with dashes and with underscores, expected it once")
-        if keys is not TRTLLM and name in keys.without_effect:
+        if keys is not TRTLLM and name in keys.without_effect:  # their files become command lines: all is text
             value = as_mapping(in_kind(value, keys.without_effect[name]))
+            if keys.without_effect[name].startswith("str") and type(value) in (int, float):
+                value = str(value)
         named[name] = value
     return named
 

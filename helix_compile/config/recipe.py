@@ -100,7 +100,8 @@ class EngineKeys:
         """Every key that is known -> kind of its value."""
         unsaid = dict.fromkeys((*self.refused, *self.beside), "any")
         flags = {k: "bool" for k in unsaid if k.startswith(("enable_", "disable_"))}
-        return {**unsaid, **flags, **self.without_effect, **self.applied}
+        several = {k: "scalar or list" for k in unsaid if k.endswith(("_paths", "_endpoints"))}
+        return {**unsaid, **flags, **several, **self.without_effect, **self.applied}
 
 
 def without_nulls(
