@@ -1,6 +1,7 @@
 """The text of a launch command as keys and values: environment, line breaks, short flags, --no-x, key=value, a.b=c.
 
-It is split as a shell splits it, and nothing of it runs. $NAME is replaced where the text says what it is.
+It is split as a shell splits it, and nothing of it runs. $NAME is replaced where the text says what it is, ${NAME:-x} else
+by x; where output goes is no part of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 from helix_compile.config.recipe import EngineKeys, in_kind
 from helix_compile.errors import PlanError
 
+_DEFAULT = re.compile(r"\$\{(\w+):?-([^{}]*)\}")
+_REDIRECTION = re.compile(r"(?<=\s)(\d?>&\d|\d(?=>))")
+_SEPARATORS = "\n;&|"
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
 _MODULES = {
     "vllm.entrypoints.openai.api_server": "vLLM",
@@ -51,7 +55,7 @@ def read_command(text: str, where: str) -> Command:
     found: list[Command] = []
     commands = _commands(text, where)
     for words in commands:
-        words = [Template(w).safe_substitute(environment) for w in words]
+        words = [_filled(w, environment) for w in words]
         engine, at = _engine(words)
         before = words[:at] if engine else words
         environment |= dict(w.split("=", 1) for w in before if _ASSIGNMENT.fullmatch(w))
@@ -59,7 +63,7 @@ def read_command(text: str, where: str) -> Command:
             found.append(Command(engine, tuple(words[at:]), environment))
     flags = [words for words in commands if words[0].startswith("-")]
     if not found and len(flags) == 1:
-        return Command("", tuple(Template(w).safe_substitute(environment) for w in flags[0]), environment)
+        return Command("", tuple(_filled(w, environment) for w in flags[0]), environment)
     if len(found) == 1 and flags:
         raise PlanError(
             f"{where}: got flags apart from the command ({flags[0][0]} ...), expected them behind it; a line that goes on "
@@ -74,25 +78,35 @@ def read_command(text: str, where: str) -> Command:
     return found[0]
 
 
+def _filled(word: str, environment: Mapping[str, str]) -> str:
+    word = _DEFAULT.sub(lambda found: environment.get(found[1]) or found[2], word)
+    return Template(word).safe_substitute(environment)
+
+
 def _commands(text: str, where: str) -> list[list[str]]:
-    joined = re.sub(r"\\[ \t]*\r?\n", " ", text)
+    joined = _REDIRECTION.sub(" ", re.sub(r"\\[ \t]*\r?\n", " ", text))
     lines = "\n\n".join(line for line in joined.splitlines() if not line.lstrip().startswith("#"))
-    lexer = shlex.shlex(lines, posix=True, punctuation_chars="\n;&|")
+    lexer = shlex.shlex(lines, posix=True, punctuation_chars=_SEPARATORS + "<>")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
     try:
         tokens = list(lexer)
     except ValueError as error:
         raise PlanError(f"{where}: can't be parsed: {error}") from error
     commands: list[list[str]] = [[]]
+    comment = redirected = False
     for token in tokens:
-        if set(token) <= set("\n;&|"):
-            commands.append([])
-        elif not (token.startswith("#") or (commands[-1] and commands[-1][-1].startswith("#"))):
-            commands[-1].append(token)
+        if set(token) <= set(_SEPARATORS + "<>"):
+            redirected = bool({*token} & {*"<>"})
+            if not redirected:
+                commands.append([])
+                comment = comment and "\n" not in token
         elif token.startswith("#"):
-            commands[-1].append("#")
-    stripped = [[w for w in words if w != "#"] for words in commands]
-    return [words for words in stripped if words]
+            comment = True
+        elif not comment and not redirected:
+            commands[-1].append(token)
+        else:
+            redirected = False
+    return [words for words in commands if words]
 
 
 def _engine(words: list[str]) -> tuple[str, int]:

@@ -31,7 +31,7 @@ WITHOUT_EFFECT = of_kinds(
         "cuda_graph_backend_decode cuda_graph_backend_prefill cuda_graph_tc_compiler piecewise_cuda_graph_compiler "
         "flashinfer_allreduce_fusion_backend flashinfer_mxfp4_moe_precision deepep_mode deepep_v2_mode "
         "deepep_dispatcher_output_dtype expert_distribution_recorder_mode expert_balancedness_report_mode "
-        "elastic_ep_backend mooncake_ib_device cp_strategy hicache_host_memory_mode hicache_write_policy "
+        "elastic_ep_backend mooncake_ib_device cp_strategy prefill_cp_mode dsa_prefill_cp_mode nsa_prefill_cp_mode hicache_host_memory_mode hicache_write_policy "
         "hicache_io_backend hicache_mem_layout hicache_storage_backend hicache_storage_prefetch_policy "
         "lmcache_config_file flexkv_config_file disaggregation_transfer_backend disaggregation_ib_device "
         "disaggregation_decode_retraction_backup encoder_transfer_backend pdmux_config_path "
@@ -82,7 +82,8 @@ WITHOUT_EFFECT = of_kinds(
         "enable_lora_overlap_loading experts_shared_outer_loras lora_use_virtual_experts lora_strict_loading "
         "enable_mamba_cache_stochastic_rounding enable_int8_mamba_checkpoint enable_linear_replayssm "
         "enable_linear_replayssm_spec prefill_only_disable_kv_cache disable_jump_forward disable_mla "
-        "disable_nan_detection disable_cp_decode_attn_tp",
+        "disable_nan_detection disable_cp_decode_attn_tp enable_prefill_context_parallel "
+        "enable_dsa_prefill_context_parallel enable_nsa_prefill_context_parallel enable_dsa_prefill_cp_layersplit",
         "int": "port nccl_port grpc_port smg_http_sidecar_port gated_launch_port tokenizer_worker_num "
         "detokenizer_worker_num max_queued_requests max_total_tokens chunked_prefill_size max_prefill_tokens "
         "prefill_max_requests prefill_decode_interval default_priority_value priority_scheduling_preemption_threshold "

@@ -101,17 +101,24 @@ def _read_mapping(
 ) -> ConfigFields:
     for path, name in _NESTED.items():
         if (inner := _at(values, path)) is not None and engine in (None, name):
-            read = _read_mapping(inner, where, own_fields, own_names, name, lenient)
+            environment = _at(values, (path[0], f"{path[-1]}_environment")) or {}
+            read = _read_engine(inner, where, name, lenient, {k: str(v) for k, v in environment.items()})
             idle = (*(k for k in values if k != path[0]), *read.without_effect)
             return ConfigFields(read.dialect, read.fields, idle, read.recipe, where)
     dialect = engine or _dialect(values, where, own_names)
     if dialect == OURS:
         return ConfigFields(OURS, own_fields(values, where), where=where)
-    keys = ENGINES[dialect]
+    return _read_engine(values, where, dialect, lenient, {})
+
+
+def _read_engine(
+    values: Mapping[str, Any], where: str, engine: str, lenient: bool, environment: Mapping[str, str]
+) -> ConfigFields:
+    keys = ENGINES[engine]
     named = _named(values, keys, where)
     if keys is TRTLLM:
         return trtllm_fields(named, where, lenient)
-    return (vllm_fields if keys is VLLM else sglang_fields)(named, where, lenient)
+    return (vllm_fields if keys is VLLM else sglang_fields)(named, where, lenient, environment)
 
 
 def _at(values: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any] | None:

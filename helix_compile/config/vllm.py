@@ -36,6 +36,9 @@ def vllm_fields(
     environment = environment or {}
     values, idle = without_nulls(values, {**VLLM.without_effect, **VLLM.refused, **VLLM.beside}, VLLM.nullable)
     top = ConfigSection(values, where, lenient=lenient)
+    if values.get("dcp_kv_cache_interleave_size") == 1:  # renamed, and its default
+        top.kind("dcp_kv_cache_interleave_size", "int")
+        idle.append("dcp_kv_cache_interleave_size")
     ranks, cp = top.count("tensor_parallel_size"), top.count("decode_context_parallel_size")
     if ranks % cp:
         top.refuse(

@@ -68,12 +68,13 @@ export VLLM_DCP_Q_REPLICATE=1
 TP=8
 CUDA_VISIBLE_DEVICES=0,1,2,3 \
 vllm serve deepseek-ai/DeepSeek-R1 \
-    -tp ${TP} -dcp=4 --dcp-comm-backend a2a  \
+    -tp ${TP} -dcp=${DCP:-4} --dcp-comm-backend a2a  \
     --cp_kv_cache_interleave_size 16 -ep -O3 \
     --max-model-len 128K --max-num-seqs 16 \
     --no-enable-prefix-caching --served-model-name a b \
     --compilation-config '{"cudagraph_mode": "FULL # all"}' --kv-transfer-config.kv_role kv_consumer \
-    --seed 0 --tool-call-parser deepseek_v3 > log.txt  # to a file
+    --seed 0 --tool-call-parser deepseek_v3 \
+    2>&1 < /dev/null >> log.txt | tee x.log &  # to a file
 """
 
 
@@ -81,7 +82,7 @@ vllm serve deepseek-ai/DeepSeek-R1 \
     ("text", "expected", "dialect"),
     [
         (
-            SCRIPT.replace(" > log.txt", ""),
+            SCRIPT,
             {"cp": 4, "tpa": 2, "ep": 8, "tokens_per_block": 16, "merge": "a2a", "max_seq_len": 131072,
              "max_batch_size": 16, "q_proj": "replicate"},
             "vLLM",
@@ -118,7 +119,7 @@ def test_command_lines(text: str, expected: dict[str, Any], dialect: str, tmp_pa
 
 
 def test_the_script_says_what_has_no_effect() -> None:
-    idle = fields_of_file(SCRIPT.replace(" > log.txt", "")).without_effect
+    idle = fields_of_file(SCRIPT).without_effect
     assert {"enable_prefix_caching", "served_model_name", "compilation_config", "kv_transfer_config", "seed"} <= {*idle}
     assert "CUDA_VISIBLE_DEVICES" in idle and len(idle) == len({*idle})
     assert "VLLM_DCP_Q_REPLICATE" not in idle and "dcp_q_replicate" not in idle
@@ -208,6 +209,9 @@ def test_launchers_of_several_servers() -> None:
     }
     assert held(HelixOptions.from_file(launcher), {"cp": 4, "tpa": 2}) == {"cp": 4, "tpa": 2}
     assert fields_of_file(launcher).dialect == "SGLang"
+    decode = {"tensor-parallel-size": 8, "decode-context-parallel-size": 8, "dcp-kv-cache-interleave-size": 1}
+    launcher = {"backend": {"decode_environment": {"VLLM_DCP_Q_REPLICATE": 0}, "vllm_config": {"decode": decode}}}
+    assert HelixOptions.from_file(launcher) == HelixOptions.from_vllm({**decode, "dcp_q_replicate": False})
 
 
 @pytest.mark.parametrize("dialect", ["vLLM", "SGLang", "TensorRT-LLM"])

@@ -169,7 +169,7 @@ PUBLISHED = [
             "pp_split": "middle",
             "max_batch_size": 32,
             "max_seq_len": 1048576,
-        },  # fmt: skip
+        },
     ),
     PublishedRecipe(
         "vllm gb300 dcp8",
