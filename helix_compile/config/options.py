@@ -336,13 +336,12 @@ ALIASES = {
 }
 
 
-def own_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def own_fields(section: ConfigSection) -> dict[str, Any]:
     """The fields of HelixOptions that a mapping of ours holds, each checked for its type and choices.
 
     Raises:
         PlanError: key path, got, expected.
     """
-    section = ConfigSection(values, where)
     for name, option in OPTIONS.items():
         if option.choices:
             section.choice(name, option.choices, option.choices[0])
@@ -350,4 +349,4 @@ def own_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             section.count(name, least=option.least)
     alias = {name: f"write {ours!r}, our name of it" for name, ours in ALIASES.items()}
     section.finish({}, ELSEWHERE | alias)
-    return dict(values)
+    return {name: value for name, value in section.values.items() if name in OPTIONS}

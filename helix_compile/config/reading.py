@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from helix_compile.config.command import arguments, as_mapping, read_command
-from helix_compile.config.files import Source, read_source
+from helix_compile.config.files import ConfigSection, Source, read_source
 from helix_compile.config.keys_sglang import SGLANG
 from helix_compile.config.keys_trtllm import TRTLLM
 from helix_compile.config.keys_vllm import VLLM
-from helix_compile.config.recipe import ConfigFields, EngineKeys, in_kind
+from helix_compile.config.recipe import ConfigFields, EngineKeys, Recipe, in_kind
 from helix_compile.config.sglang import sglang_fields
 from helix_compile.config.trtllm import trtllm_fields
 from helix_compile.config.vllm import vllm_fields
@@ -33,7 +33,7 @@ _NESTED = {
 }
 # what to_engine() writes for what an engine has no argument for
 UNSAID = re.compile(r"^[ \t]*# not in (?:TensorRT-LLM|vLLM|SGLang): (\w+)=([^\s:]+)", re.MULTILINE)
-OwnReader = Callable[[Mapping[str, Any], str], dict[str, Any]]
+OwnReader = Callable[[ConfigSection], dict[str, Any]]
 
 
 def read_recipe(
@@ -47,7 +47,7 @@ def read_recipe(
 
     Args:
         source: a mapping; the path of a TOML, YAML, JSON or text file; or the text of a command.
-        own_fields: reader of a mapping of ours.
+        own_fields: reader of a mapping of ours, as a section.
         own_names: its keys.
         engine: whose it is; None: found by its keys, or by the program that a command starts.
         lenient: unknown keys, and what a plan can't hold, are left out with a note.
@@ -107,7 +107,8 @@ def _read_mapping(
             return ConfigFields(read.dialect, read.fields, idle, read.recipe, where)
     dialect = engine or _dialect(values, where, own_names)
     if dialect == OURS:
-        return ConfigFields(OURS, own_fields(values, where), where=where)
+        section = ConfigSection(values, where, lenient=lenient)
+        return ConfigFields(OURS, own_fields(section), recipe=Recipe(section.said()), where=where)
     return _read_engine(values, where, dialect, lenient, {})
 
 
@@ -135,12 +136,19 @@ def _dialect(values: Mapping[str, Any], where: str, own_names: set[str]) -> str:
     if len(found) == 1:
         return next(iter(found))
     telling = [name for name in names if name not in _SHARED]
-    scores = {keys.name: _score(telling, keys) for keys in ENGINES.values()}
+    dashed = any("-" in key for key in values if isinstance(key, str))
+    engines = [keys for keys in ENGINES.values() if not (dashed and keys is TRTLLM)]  # its files have no dashes
+    scores = {keys.name: _score(telling, keys) for keys in engines}
     best = [name for name, score in scores.items() if score == max(scores.values()) > 0]
     if OURS in found or (found and len(best) > 1):
         mixed = "; ".join(f"{', '.join(keys)} of {dialect}" for dialect, keys in found.items())
         raise PlanError(f"{where}: got keys of several dialects, expected one: {mixed}")
-    return best[0] if len(best) == 1 else OURS
+    if len(best) > 1:
+        raise PlanError(
+            f"{where}: these keys may be of {' or '.join(best)}; call from_trtllm, from_vllm or from_sglang, or add a key that "
+            "one of them alone has"
+        )
+    return best[0] if best else OURS
 
 
 def _score(names: list[str], keys: EngineKeys) -> float:
@@ -176,4 +184,4 @@ def _unsaid(found: Source, own_fields: OwnReader) -> dict[str, Any]:
     values = {name: int(value) if value.isdigit() else None if value == "none" else value for name, value in said}
     nothing = {name: value for name, value in values.items() if value is None}
     stated = {name: value for name, value in values.items() if value is not None}
-    return {**nothing, **(own_fields(stated, found.where) if stated else {})}
+    return {**nothing, **(own_fields(ConfigSection(stated, found.where)) if stated else {})}

@@ -156,6 +156,7 @@ def test_the_script_says_what_has_no_effect() -> None:
         ("--tp-size 8 --attn-cp-size 2", "attn_cp_size: got 2 (int), expected 1"),
         ({"tensor-parallel-size": 8, "decode-context-parallel-size": 8, "dcp-size": 8}, "several dialects"),
         ("no/such/file.yaml", "can't read this configuration"),
+        ({"tensor_parallel_size": 8, "port": 80}, "these keys may be of TensorRT-LLM or vLLM; call from_trtllm"),
     ],
 )  # fmt: skip
 def test_refused(source: Any, message: str) -> None:
@@ -199,6 +200,13 @@ def test_lenient_leaves_out_and_says_so(tiny: CapturedGraph, caplog: pytest.LogC
 def test_noted(source: Any, note: str) -> None:
     notes = fields_of_file(source).recipe.notes
     assert len(notes) == 1 and note in notes[0]
+
+
+def test_our_own_file_leniently() -> None:
+    assert HelixOptions.from_file({"cp": 4, "megre": "a2a"}, lenient=True) == HelixOptions(cp=4)
+    (note,) = fields_of_file({"cp": 4, "megre": "a2a"}, lenient=True).recipe.notes
+    assert note == "megre is unknown, and was ignored; did you mean merge?"
+    assert fields_of_file({"tensor-parallel-size": 8, "model": "x"}).dialect == "vLLM"
 
 
 def test_launchers_of_several_servers() -> None:

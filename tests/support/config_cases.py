@@ -72,7 +72,7 @@ OWN = some(
 
 
 def _counts(values: dict[str, Any], *names: str) -> bool:
-    return all(type(values[n]) is int and values[n] > 0 for n in names if n in values)
+    return all(type(values[n]) is int and 0 < values[n] < 1 << 31 for n in names if n in values)
 
 
 def _keys(values: Any, *names: str) -> bool:
