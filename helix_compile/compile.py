@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import CAPTURING, capture
 from helix_compile.capture.source import captured_from, device_of, device_of_input
+from helix_compile.capture.stage import stage_model
 from helix_compile.config.options import HelixOptions, takes_options
 from helix_compile.errors import CaptureError
 from helix_compile.kernels.target import KernelTarget, target_for
@@ -49,6 +50,9 @@ def helix_compile(
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
     unmatched: str = "error",
+    pp: int = 1,
+    stage: int = 0,
+    pp_split: str = "first",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     options: HelixOptions | None = None,
@@ -66,7 +70,7 @@ def helix_compile(
         device: where shards and caches live; default: where the model is (a folder: CPU). "cuda" under torchrun:
             cuda:LOCAL_RANK.
         dtype: convert a copy of the weights first (a folder: as they are read); the model itself keeps its own.
-        options: all from `cp` to `unmatched` in one, in place of these keywords.
+        options: all from `cp` to `pp_split` in one, in place of these keywords.
 
     Returns:
         HelixModule: `compiled(input_ids)` is one step; `.plan`, `.stages`, `.graph`, `.ranks` can be inspected.
@@ -81,7 +85,8 @@ def helix_compile(
         asked = device_for(device, world)
         with errors_told(world, options.cp, options.tpa, asked or device_of_input(model)):
             target = target_for(options.lower, asked or device_of_input(model))
-            planned = plan_model(captured_from(model, dtype, asked, options.unmatched), options)
+            captured = captured_from(stage_model(model, options), dtype, asked, options.unmatched)
+            planned = plan_model(captured, options)
         opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured))
         trace_plan(planned.plan)
         facts = facts_of(planned.captured, planned.matches, planned.plan, asked, opened)

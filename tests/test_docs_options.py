@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from helix_compile.config import trtllm as trtllm_config
-from helix_compile.config import vllm as vllm_config
+from helix_compile.config.keys_sglang import SGLANG
+from helix_compile.config.keys_trtllm import CACHE_REFUSED, CACHE_WITHOUT_EFFECT, MOE_WITHOUT_EFFECT, TRTLLM
+from helix_compile.config.keys_vllm import VLLM
 from helix_compile.config.options import OPTIONS, HelixOptions
+from helix_compile.config.recipe import EngineKeys
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -33,7 +35,7 @@ def options_table() -> str:
     for field in fields(HelixOptions):
         option = OPTIONS[field.name]
         default = "required" if field.default is MISSING else "" if field.default is None else f"`{field.default}`"
-        values = ", ".join(f"`{c}`" for c in option.offered) or "int >= 1"
+        values = ", ".join(f"`{c}`" for c in option.offered) or f"int >= {option.least}"
         lines.append(f"| `{field.name}` | {default} | {values} | {option.meaning} |")
     return "\n".join(lines)
 
@@ -49,24 +51,28 @@ def test_their_file_is_taken(tmp_path: Path) -> None:
     assert options == HelixOptions(cp=4, tpa=2, tokens_per_block=16, merge="ag_rs")
 
 
-@pytest.mark.parametrize(
-    ("heading", "keys"),
-    [
-        (
-            "TensorRT-LLM",
-            {
-                *trtllm_config.WITHOUT_EFFECT,
-                *trtllm_config.CACHE_WITHOUT_EFFECT,
-                *trtllm_config.REFUSED,
-                *(f"kv_cache_config.{k}" for k in trtllm_config.CACHE_REFUSED),
-            },
-        ),
-        ("vLLM", {*vllm_config.WITHOUT_EFFECT, *vllm_config.REFUSED}),
-    ],
-)
-def test_every_key_is_documented(heading: str, keys: set[str]) -> None:
-    section = (DOCS / "configuration.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    lists = section.split("Understood")[1]
+OF_SECTIONS = {*CACHE_WITHOUT_EFFECT, *MOE_WITHOUT_EFFECT, *(f"kv_cache_config.{k}" for k in CACHE_REFUSED)}
+# what the paragraphs say besides
+BESIDES = {
+    "TensorRT-LLM": {
+        "cp_config.use_nccl_for_alltoall",
+        "cp_config.fifo_version",
+        "kv_cache_config",
+        "moe_config",
+        "moe_config.load_balancer",
+    },
+    "vLLM": {"block_size"},
+    "SGLang": {"speculative_..."},
+}
+
+
+@pytest.mark.parametrize("engine", [TRTLLM, VLLM, SGLANG], ids=lambda e: e.name)
+def test_every_key_is_documented(engine: EngineKeys) -> None:
+    section = (DOCS / "configuration.md").read_text().split(f"## {engine.name}\n")[1].split("\n## ")[0]
+    table, lists = section.split("Understood")
     named = set(re.findall(r"`([\w.]+)`", lists))
-    extra = named - keys - {"cp_config.use_nccl_for_alltoall", "cp_config.fifo_version", "kv_cache_config"}
-    assert keys <= named and not extra
+    beside = {k for k in engine.beside if engine is not SGLANG or not k.startswith("speculative_")}
+    keys = {*engine.without_effect, *engine.refused, *beside, *(OF_SECTIONS if engine is TRTLLM else ())}
+    assert keys <= named and not named - keys - BESIDES[engine.name]
+    applied = {k for k in engine.applied if k not in ("block_size", "cp_config", "moe_config", "kv_cache_config")}
+    assert applied <= set(re.findall(r"\b\w+\b", table))

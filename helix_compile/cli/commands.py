@@ -1,4 +1,4 @@
-"""The console script: helix-compile inspect | verify | generate | kernels. JSON goes to stdout alone, progress to stderr.
+"""The console script: helix-compile inspect | verify | generate | kernels | recipe. JSON goes to stdout alone, progress to stderr.
 
 Exit status: 0 fine, 1 a check failed, 2 wrong use.
 """
@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from helix_compile.cli.kernels import kernels
-from helix_compile.cli.options import Config, asked_options, with_options
+from helix_compile.cli.options import Config, Lenient, asked_options, with_options
+from helix_compile.config.engines import ENGINE_NAMES, check_engine
 from helix_compile.config.options import OPTIONS
 from helix_compile.errors import HelixError
 from helix_compile.files import check_folder
@@ -44,6 +45,7 @@ def inspect(
     model: Model,
     cp: Cp = None,
     config: Config = None,
+    lenient: Lenient = False,
     dtype: Dtype = None,
     meta: Meta = False,
     out: Annotated[Path | None, typer.Option(help="folder for plan, report and graphs")] = None,
@@ -63,7 +65,7 @@ def inspect(
         share = _share_of_rank(ctx, model, dtype, meta, rank)
         print(share.to_json() if as_json else share)
         return
-    compiled = _compile(ctx, model, dtype, meta)
+    compiled = _compile(ctx, model, dtype, meta, notes=node is not None)
     if not compiled.world.is_leader:
         compiled.inspect(out)
         return
@@ -85,6 +87,7 @@ def generate(
     prompt_ids: Annotated[str, typer.Option(help="token ids separated by commas or spaces; several prompts by ';'")],
     cp: Cp = None,
     config: Config = None,
+    lenient: Lenient = False,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 16,
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -126,6 +129,7 @@ def verify(
     model: Annotated[str | None, typer.Argument(help=_MODEL_HELP)] = None,
     cp: Cp = None,
     config: Config = None,
+    lenient: Lenient = False,
     dtype: Dtype = None,
     device: Device = "cpu",
     float64_too: Annotated[
@@ -189,13 +193,44 @@ def _verified(built: Any, asked: dict[str, Any], float64_too: bool, seed: int) -
 app.command()(kernels)
 
 
+@app.command()
+@with_options
+def recipe(
+    ctx: typer.Context,
+    model: Model,
+    engine: Annotated[str, typer.Option("--for", help=" | ".join(ENGINE_NAMES))],
+    cp: Cp = None,
+    config: Config = None,
+    lenient: Lenient = False,
+    dtype: Dtype = None,
+    **options: Any,
+) -> None:
+    """Print the command line, or the YAML, that asks an engine for MODEL's layout; MODEL's weights are not read.
+
+    What the engine can't express stands in comments, which --config reads back.
+    """
+    if options["world"] != "auto":
+        raise HelixError("recipe: nothing is run; leave --world")
+    asked = asked_options(ctx)
+    check_engine(engine)
+    from helix_compile.capture.source import captured_from
+    from helix_compile.capture.stage import stage_model
+    from helix_compile.compile import plan_model
+
+    captured = captured_from(stage_model(_model(model, dtype, meta=True), asked), None, unmatched=asked.unmatched)
+    print(plan_model(captured, asked).plan.to_engine(engine, model), end="")
+
+
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
         print(text, file=sys.stderr)
 
 
-def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool) -> Any:
-    options, world = asked_options(ctx), ctx.params["world"]  # first: a model, and the imports for it, may take minutes
+def _compile(ctx: typer.Context, model: str, dtype: str | None, meta: bool, notes: bool = True) -> Any:
+    options, world = (
+        asked_options(ctx, notes=notes),
+        ctx.params["world"],
+    )  # first: a model, and the imports for it, may take minutes
     import torch
 
     from helix_compile.compile import helix_compile

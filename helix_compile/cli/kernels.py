@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from helix_compile.cli.options import Config, asked_options
+from helix_compile.cli.options import Config, Lenient, asked_options
 from helix_compile.config.options import OPTIONS, HelixOptions
 from helix_compile.errors import HelixError, LoweringUnavailable
 from helix_compile.files import check_folder
@@ -42,6 +42,7 @@ def kernels(
     tpa: Annotated[int, typer.Option(help=OPTIONS["tpa"].cli_help)] = 1,
     ep: Annotated[int | None, typer.Option(help=OPTIONS["ep"].cli_help)] = None,
     config: Config = None,
+    lenient: Lenient = False,
     max_batch_size: Annotated[
         int, typer.Option("--batch", "--max-batch-size", help=OPTIONS["max_batch_size"].cli_help)
     ] = 8,
@@ -58,7 +59,7 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
     """Compile the kernels that MODEL's plan selects, without a GPU: registers, spills, memory, instructions, and fit."""
-    options = asked_options(ctx, idle=("lower",))
+    options = asked_options(ctx, idle=("lower", "pp", "stage", "pp_split"))
     targets = [offline_target(name) for name in dict.fromkeys(arch or ARCHS)]
     if tune:
         ignored = {"--all": every, "--arch": arch, "--out": out, "--json": as_json}

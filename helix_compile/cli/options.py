@@ -6,17 +6,24 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from helix_compile.config.dialects import fields_of_file
 from helix_compile.config.options import OPTIONS, HelixOptions
+from helix_compile.config.recipe import Recipe
 from helix_compile.errors import HelixError
 
 Config = Annotated[
-    Path | None, typer.Option("--config", help="options from a TOML, YAML or JSON file: ours, TensorRT-LLM's or vLLM's")
+    str | None,
+    typer.Option(
+        "--config",
+        help="options from a TOML, YAML, JSON or text file, or a launch command in quotes: ours, TensorRT-LLM's, vLLM's or SGLang's",
+    ),
+]
+Lenient = Annotated[
+    bool, typer.Option("--lenient", help="of --config: leave out unknown keys and what a plan can't hold, and say so")
 ]
 
 
@@ -49,27 +56,34 @@ def _parameter(name: str, kind: Any, default: Any, text: str) -> inspect.Paramet
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=option, annotation=kind)
 
 
-def asked_options(ctx: typer.Context, idle: tuple[str, ...] = ()) -> HelixOptions:
+def asked_options(ctx: typer.Context, idle: tuple[str, ...] = (), notes: bool = True) -> HelixOptions:
     """The options that this command has, and whatever --config says; the command line wins over the file.
 
     Args:
         idle: fields that a file may hold and that change nothing in this command; said on stderr.
+        notes: say the file's notes on stderr too; else the command prints the plan, which has them.
 
     Raises:
         HelixError: a file that is refused, no cp anywhere, or options that contradict each other.
     """
     options = {name: ctx.params[name] for name in OPTIONS if name in ctx.params}
-    path = ctx.params.get("config")
-    if path is not None:
-        read = fields_of_file(path)
+    source, lenient = ctx.params.get("config"), bool(ctx.params.get("lenient"))
+    if lenient and source is None:
+        raise HelixError("--lenient has no effect without --config: it says how that is read")
+    recipe = Recipe()
+    if source is not None:
+        read = fields_of_file(source, lenient)
+        recipe = read.recipe
         options |= {k: v for k, v in read.fields.items() if not (k in options and given(ctx, k))}
         kept = [k for k in read.fields if k in options and given(ctx, k) and read.fields[k] != options[k]]
         unused = [*read.without_effect, *(k for k in idle if k in read.fields)]
         for what, keys in (("no effect here", unused), ("overridden by the command line", kept)):
             if keys:
-                print(f"{path} ({read.dialect}): {what}: {', '.join(keys)}", file=sys.stderr)
+                print(f"{read.where} ({read.dialect}): {what}: {', '.join(keys)}", file=sys.stderr)
+        for note in recipe.said_apart() if notes else ():
+            print(f"{read.where} ({read.dialect}): note: {note}", file=sys.stderr)
     if options["cp"] is None:
         raise HelixError(
             "Missing option '--cp': the ranks that share a KV cache by sequence; give it, or --config FILE that says it"
         )
-    return HelixOptions(**options)
+    return HelixOptions(**options, recipe=recipe)

@@ -1,6 +1,7 @@
 """A configuration file (TOML, YAML or JSON) as a mapping, and strict look-ups in it.
 
-A key that is written twice is an error, not the last one; every message has key path, got and expected.
+A key that is written twice is an error, not the last one; every message has key path, got and expected. A file of
+another kind is taken for the text of a command (config/command.py reads it).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import difflib
 import json
 import reprlib
 import tomllib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,15 +54,70 @@ _json = partial(json.loads, object_pairs_hook=_json_object, parse_constant=_no_c
 PARSERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml, ".json": _json}
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The file's top-level mapping; its suffix says the format.
+COMMANDS = (".txt", ".sh", ".bash", ".cmd", "")  # files that hold the text of a command
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a file or a string holds.
+
+    Attributes:
+        where: what messages call it.
+        values: of a mapping; None where it is the text of a command.
+        text: as it is written; of a YAML or JSON file that holds one string, that string. "" of a mapping in memory.
+    """
+
+    where: str
+    values: Mapping[str, Any] | None
+    text: str = ""
+
+
+def read_source(source: Mapping[str, Any] | str | Path) -> Source:
+    """A mapping, the path of a file, or the text of a command (a string with flags or a line break in it).
 
     Raises:
-        PlanError: another suffix, a file that can't be read or parsed, a key written twice, or no mapping.
+        PlanError: none of them, an unknown suffix, a file that can't be read or parsed, a key written twice.
     """
-    parse = PARSERS.get(Path(path).suffix.lower())
+    if isinstance(source, Mapping):
+        return Source("configuration", source)
+    if not isinstance(source, (str, Path)):
+        raise PlanError(f"configuration: expected a mapping or the path of a file, got {type(source).__name__}")
+    if isinstance(source, str) and _is_command(source) and not _is_file(source):
+        return Source("command", None, source)
+    suffix = Path(source).suffix.lower()
+    if suffix in COMMANDS:
+        return Source(str(source), None, _text(source))
+    parse = PARSERS.get(suffix)
     if parse is None:
-        raise PlanError(f"{path}: unknown kind of file {Path(path).suffix!r}; expected one of {', '.join(PARSERS)}")
+        raise PlanError(
+            f"{source}: unknown kind of file {suffix!r}; expected one of {', '.join(PARSERS)}, or of a command: "
+            f"{', '.join(filter(None, COMMANDS))}"
+        )
+    text = _text(source)
+    try:
+        content = parse(text)
+    except _PARSE_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise PlanError(f"{source}: can't be parsed: {reason}") from error
+    if isinstance(content, str) and _is_command(content):
+        return Source(str(source), None, content)
+    if not isinstance(content, dict):
+        raise PlanError(f"{source}: expected a mapping of options at the top, got {type(content).__name__}")
+    return Source(str(source), content, text)
+
+
+def _is_command(text: str) -> bool:
+    return text.lstrip().startswith("-") or " -" in text or "\n" in text
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a path, or with a null byte
+        return False
+
+
+def _text(path: str | Path) -> str:
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -71,26 +127,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
         raise PlanError(f"{path}: more than {MAX_BYTES} bytes: not a configuration of options")
     try:
-        content = parse(raw.decode("utf-8-sig"))
-    except _PARSE_ERRORS as error:
-        reason = str(error) or type(error).__name__
-        raise PlanError(f"{path}: can't be parsed: {reason}") from error
-    if not isinstance(content, dict):
-        raise PlanError(f"{path}: expected a mapping of options at the top, got {type(content).__name__}")
-    return content
-
-
-def mapping_of(source: Mapping[str, Any] | str | Path) -> tuple[Mapping[str, Any], str]:
-    """(the options of a mapping or a file, what messages call it).
-
-    Raises:
-        PlanError: neither, or a file that read_mapping() refuses.
-    """
-    if isinstance(source, Mapping):
-        return source, "configuration"
-    if isinstance(source, (str, Path)):
-        return read_mapping(source), str(source)
-    raise PlanError(f"configuration: expected a mapping or the path of a file, got {type(source).__name__}")
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{path}: can't be parsed: {error}") from error
 
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -102,7 +141,21 @@ KINDS: dict[str, tuple[type, ...]] = {
     "list": (list,),
     "str or mapping": (str, Mapping),
     "str or list": (str, list),
+    "scalar or list": (str, int, float, list),
+    "any": (object,),
 }
+NOTHING: tuple[Any, ...] = (
+    False,
+    0,
+    "",
+    "{}",
+    "[]",
+    "none",
+    "None",
+    "null",
+    {},
+    [],
+)  # values of a key that asks for nothing
 
 
 def of_kinds(names: Mapping[str, str]) -> dict[str, str]:
@@ -118,11 +171,17 @@ class ConfigSection:
         values: the mapping; string keys, no None.
         where: the file, for messages.
         prefix: path of this mapping inside the file, such as "cp_config.".
+        lenient: what only a strict reading refuses (unknown keys, what is beside the plan) is left out with a note.
+        notes: what is planned otherwise than the engine does it.
+        left_out: reason -> keys that are beside the plan.
     """
 
     values: Mapping[str, Any]
     where: str
     prefix: str = ""
+    lenient: bool = False
+    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -144,19 +203,21 @@ class ConfigSection:
         value = self.values[key]
         self.refuse(key, f"got {reprlib.repr(value)} ({type(value).__name__}), expected {expected}")
 
-    def count(self, key: str, default: int = 1) -> int:
-        """An int >= 1."""
+    def count(self, key: str, default: int = 1, least: int = 1) -> int:
+        """An int >= `least`."""
         self.taken.add(key)
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.wrong(key, "an int >= 1")
+        if key not in self.values:
+            return default
+        value = self.values[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self.wrong(key, f"an int >= {least}")
         return value
 
     def kind(self, key: str, kind: str) -> None:
         """Take a key that is there and check that it is of one of KINDS."""
         self.taken.add(key)
         value = self.values[key]
-        if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+        if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind not in ("bool", "any")):
             self.wrong(key, kind)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -194,14 +255,34 @@ class ConfigSection:
         if key not in self.values:
             return None
         self.kind(key, "mapping")
-        return ConfigSection(self.values[key], self.where, f"{self.prefix}{key}.")
+        return ConfigSection(
+            self.values[key], self.where, f"{self.prefix}{key}.", self.lenient, self.notes, self.left_out
+        )
 
-    def finish(self, without_effect: Mapping[str, str], refused: Mapping[str, str]) -> list[str]:
+    def beside(self, key: str, why: str) -> None:
+        """A key whose effect is not in a plan: refused, or where the reading is lenient left out with a note."""
+        self.taken.add(key)
+        if not self.lenient:
+            self.refuse(
+                key,
+                f"got {reprlib.repr(self.values[key])}, expected no such key: {why}; --lenient (lenient=True) plans "
+                "without it and says so",
+            )
+        self.left_out.setdefault(why, []).append(f"{self.prefix}{key}={reprlib.repr(self.values[key])}")
+
+    def said(self) -> tuple[str, ...]:
+        """All notes; what was left out for one reason stands in one."""
+        return (*self.notes, *(f"left out: {', '.join(keys)}: {why}" for why, keys in self.left_out.items()))
+
+    def finish(
+        self, without_effect: Mapping[str, str], refused: Mapping[str, str], beside: Mapping[str, str] | None = None
+    ) -> list[str]:
         """Refuse every key that nobody took, but for those known to have no effect here.
 
         Args:
             without_effect: key -> kind of value; understood, checked and without effect on what is compiled.
             refused: key -> why it can't be followed.
+            beside: key -> why a plan does not hold it; refused unless the reading is lenient.
 
         Returns:
             Paths of the keys without effect.
@@ -210,13 +291,29 @@ class ConfigSection:
         for key in self.values:
             if key in self.taken:
                 continue
-            if key in refused:
-                self.refuse(key, f"got {reprlib.repr(self.values[key])}, expected no such key: {refused[key]}")
+            if key in refused or key in (beside or {}):
+                if self.values[key] in NOTHING:
+                    idle.append(f"{self.prefix}{key}")
+                elif key in refused:
+                    self.refuse(key, f"got {reprlib.repr(self.values[key])}, expected no such key: {refused[key]}")
+                else:
+                    self.beside(key, (beside or {})[key])
+                continue
             if key not in without_effect:
-                names = sorted({*self.taken, *without_effect})
-                close = difflib.get_close_matches(key, names, n=3)
-                hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
-                self.refuse(key, f"got an unknown key, expected one that is understood; {hint}")
+                self._unknown(key, sorted({*self.taken, *without_effect, *refused, *(beside or {})}))
+                continue
             self.kind(key, without_effect[key])
             idle.append(f"{self.prefix}{key}")
         return idle
+
+    def _unknown(self, key: str, names: list[str]) -> None:
+        close = difflib.get_close_matches(key, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"the nearest is {nearest(key, names)}"
+        if not self.lenient:
+            self.refuse(key, f"got an unknown key, expected one that is understood; {hint}")
+        self.notes.append(f"{self.prefix}{key} is unknown, and was ignored; {hint}")
+
+
+def nearest(key: str, names: Iterable[str]) -> str:
+    """The name that is most like `key`, however little."""
+    return difflib.get_close_matches(key, list(names), n=1, cutoff=0.0)[0]

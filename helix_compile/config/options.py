@@ -11,19 +11,21 @@ import logging
 import math
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import InitVar, asdict, dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
-from helix_compile.config.files import ConfigSection, mapping_of, read_mapping
-from helix_compile.config.trtllm import trtllm_fields
-from helix_compile.config.vllm import vllm_fields
+from helix_compile.config.files import ConfigSection
+from helix_compile.config.reading import OURS, read_recipe
+from helix_compile.config.recipe import ConfigFields, Recipe
 from helix_compile.errors import HelixError, LayoutError, LoweringUnavailable, PlanError
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 MAX_COUNT = 2**31 - 1
+NO_RECIPE = Recipe()
 PAGE_SIZE = 128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
 
 
@@ -37,6 +39,8 @@ class Option:
         choices: allowed strings, the default first; a field without any is an int >= 1.
         later: choices that this version refuses -> why.
         of_exchange: at cp = 1 nothing is exchanged, so there it can have no effect.
+        of_stages: at pp = 1 there is one stage, so there it can have no effect.
+        least: of an int.
     """
 
     meaning: str
@@ -44,6 +48,8 @@ class Option:
     choices: tuple[str, ...] = ()
     later: Mapping[str, str] = field(default_factory=dict)
     of_exchange: bool = False
+    of_stages: bool = False
+    least: int = 1
 
     @property
     def offered(self) -> tuple[str, ...]:
@@ -56,8 +62,8 @@ class Option:
         return ": ".join(filter(None, (" | ".join(self.offered), self.cli)))
 
 
-def _says(short: str, more: str = "") -> dict[str, Option]:
-    return {"option": Option(f"{short}{more}.", short)}
+def _says(short: str, more_: str = "", **more: Any) -> dict[str, Option]:
+    return {"option": Option(f"{short}{more_}.", short, **more)}
 
 
 def _choice(choices: tuple[str, ...], meaning: str, cli: str = "", **more: Any) -> Any:
@@ -120,14 +126,32 @@ class HelixOptions:
         "whole on every rank, listed in the report. Some layer must be rewritten.",
         "leave what is not recognised as it is",
     )
+    pp: int = field(
+        default=1,
+        metadata=_says(
+            "pipeline stages", ", of which one is planned, for a model on the meta device; each has cp * tpa ranks"
+        ),
+    )
+    stage: int = field(
+        default=0, metadata=_says("which of the pp stages is planned", ", from 0", of_stages=True, least=0)
+    )
+    pp_split: str = _choice(
+        ("first", "middle", "last"),
+        'of layers that pp does not divide, one more is on the "first" stages (TensorRT-LLM), on those before the last '
+        '("middle", vLLM), or on the "last" ones (SGLang).',
+        "which stages have one layer more",
+        of_stages=True,
+    )
+    recipe: InitVar[Recipe] = NO_RECIPE  # where the options come from: not an option, and no part of equality
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, recipe: Recipe) -> None:
+        object.__setattr__(self, "recipe", recipe)
         for name, option in OPTIONS.items():
             value = getattr(self, name)
             if name == "ep" and value is None:  # the largest that divides
                 continue
             if not option.choices:
-                check_count(name, value)
+                check_count(name, value, option.least)
             elif value not in option.choices:
                 raise PlanError(
                     f"option {name}={value!r} is unknown; expected one of " + ", ".join(map(repr, option.choices))
@@ -139,6 +163,14 @@ class HelixOptions:
                     f"option {name}={value!r} has no effect at cp=1: one rank holds the whole sequence and nothing is "
                     f"exchanged; drop it or use cp >= 2"
                 )
+            if self.pp == 1 and option.of_stages and value != getattr(type(self), name):
+                raise PlanError(
+                    f"option {name}={value!r} has no effect at pp=1: there is one stage; drop it or use pp >= 2"
+                )
+        if self.stage >= self.pp:
+            raise LayoutError(
+                f"stage={self.stage} is none of the pp={self.pp} stages; choose one of 0 to {self.pp - 1}"
+            )
         world_size = self.cp * self.tpa
         if self.ep is not None and world_size % self.ep:
             fits = [e for e in range(1, min(world_size, 4096) + 1) if world_size % e == 0]
@@ -147,53 +179,91 @@ class HelixOptions:
                 f"ranks; use one of {fits}"
             )
 
+    def notes_of_plan(self, kv_bytes: Fraction, itemsize: int, dtype: str) -> tuple[str, ...]:
+        """What the recipe that they come from wants to be noted; the cache of the plan has these bytes a token and rank."""
+        recipe: Recipe = vars(self)["recipe"]
+        return recipe.said(kv_bytes, itemsize, dtype)
+
     def to_json(self) -> dict[str, Any]:
         """Plain dict, as in plan.json."""
         return asdict(self)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> HelixOptions:
-        """Options of our own TOML, YAML or JSON file, whose keys are the fields' names (docs/configuration.md).
+    def from_file(cls, path: Mapping[str, Any] | str | Path, lenient: bool = False) -> HelixOptions:
+        """Options of a file or the text of a command: ours, or a recipe of TensorRT-LLM, vLLM or SGLang.
+
+        Whose it is shows by its keys, or by the program that it starts (docs/configuration.md).
+
+        Args:
+            path: a TOML, YAML, JSON or text file, the text of a command, or a mapping.
+            lenient: keys that nobody knows, and what a plan can't hold (a cache in FP8, drafts), are left out with a note
+                in the plan, in place of an error.
 
         Raises:
             HelixError: the file, key path, got and expected.
         """
-        given = own_fields(read_mapping(path), str(path))
-        if "cp" not in given:
-            raise PlanError(f"{path}: cp: got none, expected an int >= 1; cp has no default")
-        return cls._built(given, [], str(path))
+        return cls._read(path, None, lenient)
 
     @classmethod
-    def from_trtllm(cls, source: Mapping[str, Any] | str | Path) -> HelixOptions:
+    def from_trtllm(cls, source: Mapping[str, Any] | str | Path, lenient: bool = False) -> HelixOptions:
         """Options that TensorRT-LLM's own (a mapping, or its YAML or JSON file) say, by its rules and defaults.
+
+        Of a file of disaggregated serving the generation servers are read. `lenient` as in from_file().
 
         Raises:
             HelixError: key path, got and expected; also for what TensorRT-LLM would ignore without a word.
         """
-        values, where = mapping_of(source)
-        return cls._built(*trtllm_fields(values, where), where)
+        return cls._read(source, "TensorRT-LLM", lenient)
 
     @classmethod
-    def from_vllm(cls, source: Mapping[str, Any] | str | Path) -> HelixOptions:
-        """Options that vLLM's own (a mapping, or its YAML or JSON file) say, by its rules and defaults.
+    def from_vllm(cls, source: Mapping[str, Any] | str | Path, lenient: bool = False) -> HelixOptions:
+        """Options that vLLM's own (a mapping, its YAML or JSON file, or a command line) say, by its rules and defaults.
+
+        `lenient` as in from_file().
 
         Raises:
             HelixError: key path, got and expected; also for what vLLM would ignore without a word.
         """
-        values, where = mapping_of(source)
-        return cls._built(*vllm_fields(values, where), where)
+        return cls._read(source, "vLLM", lenient)
 
     @classmethod
-    def _built(cls, given: dict[str, Any], idle: list[str], where: str) -> HelixOptions:
-        if idle:
-            logger.info("%s: no effect here: %s", where, ", ".join(idle))
+    def from_sglang(cls, source: Mapping[str, Any] | str | Path, lenient: bool = False) -> HelixOptions:
+        """Options that SGLang's own (a mapping, its YAML or JSON file, or a command line) say, by its rules and defaults.
+
+        `lenient` as in from_file().
+
+        Raises:
+            HelixError: key path, got and expected; also for what SGLang would ignore without a word.
+        """
+        return cls._read(source, "SGLang", lenient)
+
+    @classmethod
+    def _read(cls, source: Any, engine: str | None, lenient: bool) -> HelixOptions:
+        read = read_recipe(source, own_fields, OWN_NAMES, engine, lenient)
+        if read.dialect == OURS and "cp" not in read.fields:
+            raise PlanError(f"{read.where}: cp: got none, expected an int >= 1; cp has no default")
+        return cls.of_fields(read)
+
+    @classmethod
+    def of_fields(cls, read: ConfigFields) -> HelixOptions:
+        """Options of what a file says.
+
+        Raises:
+            HelixError: the file, and options that contradict each other.
+        """
+        if read.without_effect:
+            logger.info("%s: no effect here: %s", read.where, ", ".join(read.without_effect))
+        for note in read.recipe.notes:
+            logger.info("%s: %s", read.where, note)
         try:
-            return cls(**given)
+            return cls(**read.fields, recipe=read.recipe)
         except HelixError as error:
-            raise type(error)(f"{where}: {error}") from error
+            raise type(error)(f"{read.where}: {error}") from error
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(HelixOptions)}
+# keys that show a mapping to be ours; fields that TensorRT-LLM has too say nothing
+OWN_NAMES = {*OPTIONS} - {"max_batch_size", "max_seq_len"}
 
 
 def takes_options(compiling: Callable[P, R]) -> Callable[P, R]:
@@ -236,10 +306,10 @@ def _stated_once(stated: dict[str, Any], options: HelixOptions | None) -> HelixO
     return options
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise LayoutError unless `value` is a real int >= 1 that the int32 of `visible` can hold."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LayoutError(f"{name} must be an int >= 1, got {value!r} ({type(value).__name__})")
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise LayoutError unless `value` is a real int >= `least` that the int32 of `visible` can hold."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise LayoutError(f"{name} must be an int >= {least}, got {value!r} ({type(value).__name__})")
     if value > MAX_COUNT:
         raise LayoutError(f"{name} must be at most {MAX_COUNT:,} (local slots are int32), got {value:,}")
 
@@ -266,18 +336,17 @@ ALIASES = {
 }
 
 
-def own_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def own_fields(section: ConfigSection) -> dict[str, Any]:
     """The fields of HelixOptions that a mapping of ours holds, each checked for its type and choices.
 
     Raises:
         PlanError: key path, got, expected.
     """
-    section = ConfigSection(values, where)
     for name, option in OPTIONS.items():
         if option.choices:
             section.choice(name, option.choices, option.choices[0])
         else:
-            section.count(name)
+            section.count(name, least=option.least)
     alias = {name: f"write {ours!r}, our name of it" for name, ours in ALIASES.items()}
     section.finish({}, ELSEWHERE | alias)
-    return dict(values)
+    return {name: value for name, value in section.values.items() if name in OPTIONS}

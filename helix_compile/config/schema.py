@@ -1,7 +1,7 @@
 """JSON Schema of our own configuration file, made from HelixOptions; shipped as options.schema.json for editors.
 
 `python -m helix_compile.config.schema` prints it. What a schema can't say is said by the loader alone: that ep divides
-cp * tpa, and that an int is written as one (4.0 is an integer to JSON Schema).
+cp * tpa, that stage is less than pp, and that an int is written as one (4.0 is an integer to JSON Schema).
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ def options_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for field in fields(HelixOptions):
         choices = OPTIONS[field.name].offered
-        count = {"type": "integer", "minimum": 1, "maximum": MAX_COUNT}
+        count = {"type": "integer", "minimum": OPTIONS[field.name].least, "maximum": MAX_COUNT}
         properties[field.name] = {"enum": [*choices]} if choices else count
         if field.default is not MISSING and field.default is not None:
             properties[field.name]["default"] = field.default
     alone = {name: {"const": o.choices[0]} for name, o in OPTIONS.items() if o.of_exchange}
+    one_stage = {"properties": {"pp": {"const": 1}}}
+    staged = {f.name: {"const": f.default} for f in fields(HelixOptions) if OPTIONS[f.name].of_stages}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "helix_compile options",
@@ -31,8 +33,10 @@ def options_schema() -> dict[str, Any]:
         "properties": properties,
         "required": [f.name for f in fields(HelixOptions) if f.default is MISSING],
         "additionalProperties": False,
-        "if": {"properties": {"cp": {"const": 1}}},
-        "then": {"properties": alone},
+        "allOf": [
+            {"if": {"properties": {"cp": {"const": 1}}}, "then": {"properties": alone}},
+            {"if": one_stage, "then": {"properties": staged}},
+        ],
     }
 
 

@@ -1,6 +1,7 @@
 """TensorRT-LLM's options as fields of HelixOptions, by its own rules; what it would ignore without a word is an error.
 
-Keys, rules and messages as read in its sources (LLM arguments, CpConfig, Mapping) up to autumn 2026.
+Keys, rules and messages as read in its sources (LLM arguments, CpConfig, Mapping) up to autumn 2026. Of a file of
+disaggregated serving the generation servers are read: Helix is how they decode.
 """
 
 from __future__ import annotations
@@ -8,84 +9,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from helix_compile.config.files import ConfigSection, of_kinds
+from helix_compile.config.files import ConfigSection
+from helix_compile.config.keys_trtllm import CACHE_REFUSED, CACHE_WITHOUT_EFFECT, MOE_BESIDE, MOE_WITHOUT_EFFECT, TRTLLM
+from helix_compile.config.recipe import (
+    ConfigFields,
+    Recipe,
+    add_stages,
+    check_cache_dtype,
+    check_dtype,
+    experts_of_replica,
+    replica_note,
+    without_nulls,
+)
+from helix_compile.errors import PlanError
 
 CP_TYPES = ("ULYSSES", "STAR", "RING", "HELIX")
 DEFAULT_TOKENS_PER_BLOCK = 32  # of kv_cache_config
 
-MARKERS = (
-    "context_parallel_size",
-    "cp_config",
-    "kv_cache_config",
-    "moe_expert_parallel_size",
-    "moe_tensor_parallel_size",
-    "moe_cluster_parallel_size",
-    "context_servers",
-    "generation_servers",
-)
 
-# understood, checked for their type, and without effect on what is compiled
-WITHOUT_EFFECT = of_kinds(
-    {
-        "int": "max_num_tokens max_input_len gpus_per_node stream_interval num_postprocess_workers port",
-        "str": "model tokenizer backend attn_backend load_format allreduce_strategy guided_decoding_backend "
-        "log_level hostname host",
-        "bool": "trust_remote_code disable_overlap_scheduler enable_chunked_prefill print_iter_log "
-        "enable_iter_perf_stats enable_autotuner",
-        "mapping": "cuda_graph_config torch_compile_config scheduler_config moe_config cache_transceiver_config",
-        "number": "batching_wait_timeout_ms",
-    }
-)
-
-CACHE_WITHOUT_EFFECT = of_kinds(
-    {
-        "number": "free_gpu_memory_fraction",
-        "int": "max_tokens host_cache_size event_buffer_max_size max_gpu_total_bytes secondary_offload_min_priority",
-        "bool": "enable_block_reuse enable_partial_reuse copy_on_partial_reuse onboard_blocks",
-    }
-)
-
-_SERVERS = "this is a file of disaggregated serving; give its generation_servers section alone"
-
-REFUSED = {
-    "context_servers": _SERVERS,
-    "generation_servers": _SERVERS,
-    "speculative_config": "drafts belong to the loop that decodes: generate(prompt_lookup_num_tokens=..., assistant_model=...)",
-    "sparse_attention_config": "sparse attention is not supported",
-    "quant_config": "quantised weights are not supported",
-    "lora_config": "LoRA is not supported",
-    "enable_lora": "LoRA is not supported",
-}
-
-CACHE_REFUSED = {
-    "max_attention_window": "sliding windows are not supported",
-    "sink_token_length": "attention sinks are not supported",
-}
-
-
-def trtllm_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    """(fields of HelixOptions that the options say or imply, paths of keys that have no effect here).
+def trtllm_fields(values: Mapping[str, Any], where: str, lenient: bool = False) -> ConfigFields:
+    """What the options, or the generation servers of a disaggregated file, say or imply.
 
     Raises:
         PlanError: key path, got, expected.
     """
-    top = ConfigSection(values, where)
+    values, prefix, idle = _generation(values, where)
+    known = {**TRTLLM.without_effect, **TRTLLM.refused, **TRTLLM.beside}
+    values, nulls = without_nulls(values, known, TRTLLM.nullable, prefix)
+    idle += nulls
+    top = ConfigSection(values, where, prefix, lenient)
     fields: dict[str, Any] = {"cp": top.count("context_parallel_size"), "tpa": top.count("tensor_parallel_size")}
-    top.only("pipeline_parallel_size", 1, "pipeline parallelism is not supported")
-    top.only("enable_attention_dp", False, "attention data parallelism is not supported")
     top.only("max_beam_width", 1, "beam search is not supported")
-    top.only("dtype", "auto", "give dtype= or --dtype beside the file")
-    fields["ep"] = _expert_parallel(top, fields["cp"] * fields["tpa"])
+    _stages(top, fields)
+    ep = _expert_parallel(top, fields["cp"] * fields["tpa"])
+    fields["ep"] = ep
+    if top.flag("enable_attention_dp") and fields["tpa"] > 1:
+        replicas, all_ranks = fields["tpa"], fields["tpa"] * fields["cp"]
+        fields |= {"tpa": 1, "ep": experts_of_replica(ep, fields["cp"])}
+        laid = f"experts lie over ep={fields['ep']} of these ranks, in the engine over ep={ep} of all {all_ranks}"
+        top.notes.append(replica_note("enable_attention_dp", replicas, fields["cp"], laid))
     for name in ("max_batch_size", "max_seq_len"):
         if name in values:
             fields[name] = top.count(name)
-    idle: list[str] = []
-    stated, tokens_per_block = False, DEFAULT_TOKENS_PER_BLOCK
-    if (cache := top.section("kv_cache_config")) is not None:
+        top.taken.add(name)
+    stated, tokens_per_block, cache_dtype = False, DEFAULT_TOKENS_PER_BLOCK, ""
+    cache = _section(top, "kv_cache_config", {**CACHE_WITHOUT_EFFECT, **CACHE_REFUSED}, idle)
+    if cache is not None:
         stated = "tokens_per_block" in cache.values
         tokens_per_block = cache.count("tokens_per_block", DEFAULT_TOKENS_PER_BLOCK)
-        cache.only("dtype", "auto", "the cache has the dtype of the model")
-        idle += cache.finish(CACHE_WITHOUT_EFFECT, CACHE_REFUSED)
     helix = top.section("cp_config")
     if helix is not None:
         idle += _check_helix(helix, fields["cp"], tokens_per_block, stated)
@@ -94,9 +65,76 @@ def trtllm_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
             "cp_config",
             "got none, expected {cp_type: HELIX, tokens_per_block: N}: CP type must be HELIX for MLA, but got ULYSSES, the default",
         )
+    if cache is not None:
+        cache_dtype = check_cache_dtype(cache, "dtype")
+        idle += cache.finish(CACHE_WITHOUT_EFFECT, CACHE_REFUSED)
     if stated or helix is not None:
         fields["tokens_per_block"] = tokens_per_block
-    return fields, idle + top.finish(WITHOUT_EFFECT, REFUSED)
+    check_dtype(top)
+    moe = _section(top, "moe_config", {**MOE_WITHOUT_EFFECT, **MOE_BESIDE}, idle)
+    if moe is not None:
+        balancer = moe.values.get("load_balancer")
+        if isinstance(balancer, Mapping) and balancer.get("num_slots", 0) in (0, None):
+            moe.taken.add("load_balancer")  # no more slots than experts
+        idle += moe.finish(MOE_WITHOUT_EFFECT, {}, MOE_BESIDE)
+    idle += top.finish(TRTLLM.without_effect, TRTLLM.refused, TRTLLM.beside)
+    return ConfigFields("TensorRT-LLM", fields, tuple(idle), Recipe(top.said(), cache_dtype), where)
+
+
+def _generation(values: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str, list[str]]:
+    """(the options of the generation servers, their path in the file, what else the file holds)."""
+    if "worker_config" in values:
+        workers = values["worker_config"]
+        found = workers.get("gen") if isinstance(workers, Mapping) else None
+        if not isinstance(found, Mapping):
+            raise PlanError(
+                f"{where}: worker_config.gen: got {type(found).__name__}, expected the generation servers' options"
+            )
+        rest = [k for k in values if k != "worker_config"] + [f"worker_config.{k}" for k in workers if k != "gen"]
+        return found, "worker_config.gen.", rest
+    if "generation_servers" not in values:
+        if "context_servers" in values:
+            raise PlanError(
+                f"{where}: generation_servers: got none beside context_servers, expected the servers that decode"
+            )
+        return values, "", []
+    found = values["generation_servers"]
+    if not isinstance(found, Mapping) or not found:
+        raise PlanError(
+            f"{where}: generation_servers: got {type(found).__name__}"
+            f"{' without options' if isinstance(found, Mapping) else ''}, expected the options of the servers that decode"
+        )
+    # what stands at the top holds for both kinds of servers, unless they say otherwise
+    above = {k: v for k, v in values.items() if k not in ("generation_servers", "context_servers") and k not in found}
+    rest = ["context_servers"] if "context_servers" in values else []
+    return {**above, **found}, "", rest
+
+
+def _section(top: ConfigSection, key: str, keys: Mapping[str, Any], idle: list[str]) -> ConfigSection | None:
+    """The mapping below a key, without the nulls that ask for nothing."""
+    if key == "moe_config" and top.values.get(key) == {}:
+        top.taken.add(key)
+        return None
+    section = top.section(key)
+    if section is None:
+        return None
+    kept, nulls = without_nulls(section.values, keys, ("dtype",) if key == "kv_cache_config" else (), section.prefix)
+    idle += nulls
+    if not kept:
+        return None
+    return ConfigSection(kept, section.where, section.prefix, section.lenient, section.notes, section.left_out)
+
+
+def _stages(top: ConfigSection, fields: dict[str, Any]) -> None:
+    pp = top.count("pipeline_parallel_size")
+    add_stages(fields, pp, "first")
+    if "pp_partition" not in top.values:
+        return
+    top.kind("pp_partition", "list")
+    sizes = top.values["pp_partition"]
+    even = all(isinstance(s, int) and 0 <= sizes[0] - s <= 1 for s in sizes) and sizes == sorted(sizes, reverse=True)
+    if len(sizes) != pp or not even:
+        top.wrong("pp_partition", f"{pp} sizes that differ by one at most, the larger first: others are not planned")
 
 
 def _check_helix(helix: ConfigSection, cp: int, tokens_per_block: int, stated: bool) -> list[str]:
@@ -114,11 +152,11 @@ def _check_helix(helix: ConfigSection, cp: int, tokens_per_block: int, stated: b
             "got HELIX with context_parallel_size 1, expected context_parallel_size >= 2: TensorRT-LLM runs plain tensor parallelism then and does not say so",
         )
     if "tokens_per_block" not in helix.values:
-        helix.refuse(
-            "tokens_per_block",
-            f"got none, expected {tokens_per_block}, as kv_cache_config.tokens_per_block: TensorRT-LLM requires it for HELIX but skips its check where it is missing",
+        helix.notes.append(
+            f"cp_config.tokens_per_block is not said: kv_cache_config.tokens_per_block, {tokens_per_block}, is taken; "
+            "TensorRT-LLM wants both, but skips its check where this one is missing"
         )
-    block = helix.count("tokens_per_block")
+    block = helix.count("tokens_per_block", tokens_per_block)
     if block != tokens_per_block:
         default = "" if stated else "; the latter is the default, state it"
         helix.refuse(

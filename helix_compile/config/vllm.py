@@ -1,7 +1,8 @@
 """vLLM's options as fields of HelixOptions, by its own rules; what it would ignore without a word is an error.
 
-Keys may have dashes (as in vLLM's own YAML files) or underscores. In vLLM decode context parallelism reuses the ranks
-of tensor parallelism: tensor_parallel_size is all N ranks, so tpa = tensor_parallel_size / decode_context_parallel_size.
+Keys may have dashes (as in vLLM's own YAML files and on its command line) or underscores. In vLLM decode context
+parallelism reuses the ranks of tensor parallelism: tensor_parallel_size is all N ranks of a stage and a replica, so
+tpa = tensor_parallel_size / decode_context_parallel_size.
 """
 
 from __future__ import annotations
@@ -9,71 +10,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from helix_compile.config.files import ConfigSection, of_kinds
-from helix_compile.errors import PlanError
-
-MARKERS = (
-    "decode_context_parallel_size",
-    "cp_kv_cache_interleave_size",
-    "dcp_comm_backend",
-    "dcp_kv_cache_interleave_size",
-    "prefill_context_parallel_size",
-    "enable_expert_parallel",
+from helix_compile.config.files import ConfigSection
+from helix_compile.config.keys_vllm import VLLM
+from helix_compile.config.recipe import (
+    ConfigFields,
+    Recipe,
+    add_stages,
+    check_cache_dtype,
+    check_dtype,
+    replica_note,
+    without_nulls,
 )
 
-# understood, checked for their type, and without effect on what is compiled
-WITHOUT_EFFECT = of_kinds(
-    {
-        "str": "model tokenizer revision download_dir load_format host api_key distributed_executor_backend "
-        "attention_backend all2all_backend uvicorn_log_level",
-        "str or list": "served_model_name",
-        "bool": "trust_remote_code enable_chunked_prefill enable_prefix_caching enforce_eager async_scheduling "
-        "disable_log_stats disable_log_requests",
-        "int": "port max_num_batched_tokens block_size",
-        "number": "gpu_memory_utilization",
-        "str or mapping": "compilation_config kv_transfer_config",
-    }
-)
-
-REFUSED = {
-    "dcp_kv_cache_interleave_size": "vLLM renamed it; write cp_kv_cache_interleave_size",
-    "speculative_config": "drafts belong to the loop that decodes: generate(prompt_lookup_num_tokens=..., assistant_model=...)",
-    "quantization": "quantised weights are not supported",
-    "enable_lora": "LoRA is not supported",
-    "hf_overrides": "give a checkpoint folder whose config.json says it",
-}
+_FITS_MEMORY = ("auto", -1, "-1")
 
 
-def underscored(values: Mapping[Any, Any], where: str) -> dict[Any, Any]:
-    """The mapping with "-" in keys as "_"; PlanError where both spellings are there."""
-    result: dict[Any, Any] = {}
-    for key, value in values.items():
-        name = key.replace("-", "_") if isinstance(key, str) else key
-        if name in result:
-            raise PlanError(f"{where}: {name}: got it with dashes and with underscores, expected it once")
-        result[name] = value
-    return result
-
-
-def vllm_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    """(fields of HelixOptions that the options say or imply, paths of keys that have no effect here).
+def vllm_fields(
+    values: Mapping[str, Any], where: str, lenient: bool = False, environment: Mapping[str, str] | None = None
+) -> ConfigFields:
+    """What the options, keys underscored, say or imply.
 
     Raises:
         PlanError: key path, got, expected.
     """
-    top = ConfigSection(underscored(values, where), where)
+    environment = environment or {}
+    values, idle = without_nulls(values, {**VLLM.without_effect, **VLLM.refused, **VLLM.beside}, VLLM.nullable)
+    top = ConfigSection(values, where, lenient=lenient)
+    if values.get("dcp_kv_cache_interleave_size") == 1:  # renamed, and its default
+        top.kind("dcp_kv_cache_interleave_size", "int")
+        idle.append("dcp_kv_cache_interleave_size")
     ranks, cp = top.count("tensor_parallel_size"), top.count("decode_context_parallel_size")
     if ranks % cp:
         top.refuse(
             "decode_context_parallel_size",
-            f"got {cp} with tensor_parallel_size {ranks}, expected a divisor of it: in vLLM these are the same ranks",
+            f"got {cp} with tensor_parallel_size {ranks}, expected a divisor of it: vLLM reuses the ranks of tensor parallelism",
         )
-    for name in ("pipeline", "data", "prefill_context"):
-        top.only(f"{name}_parallel_size", 1, f"{name.replace('_', ' ')} parallelism is not supported")
-    top.only("kv_cache_dtype", "auto", "the cache has the dtype of the model")
-    top.only("dtype", "auto", "give dtype= or --dtype beside the file")
+    top.only("prefill_context_parallel_size", 1, "context parallelism of the prefill is not supported")
     fields: dict[str, Any] = {"cp": cp, "tpa": ranks // cp}
-    fields["ep"] = ranks if top.flag("enable_expert_parallel") else 1
+    by_experts = top.flag("enable_expert_parallel")
+    fields["ep"] = ranks if by_experts else 1
+    replicas = top.count("data_parallel_size")
+    if replicas > 1:
+        engine = f"of {replicas * ranks}, as the engine has it"
+        laid = (
+            f"its experts lie over these ranks in place {engine}"
+            if by_experts
+            else f"experts are cut over these ranks in place {engine}"
+        )
+        top.notes.append(replica_note("data_parallel_size", replicas, ranks, laid))
+    add_stages(fields, top.count("pipeline_parallel_size"), "middle")
     interleave = top.count("cp_kv_cache_interleave_size")
     merge = top.choice("dcp_comm_backend", ("ag_rs", "a2a"), "ag_rs")
     if cp == 1:
@@ -82,11 +67,54 @@ def vllm_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
                 top.wrong(key, "no such key at decode_context_parallel_size 1, where it has no effect")
     else:
         fields |= {"tokens_per_block": interleave, "merge": merge}
-        if "block_size" in top.values and top.count("block_size") % interleave:
+        if "block_size" in values and top.count("block_size") % interleave:
             top.wrong("block_size", f"a multiple of cp_kv_cache_interleave_size ({interleave})")
-        top.taken.discard("block_size")
+    if "block_size" in values:
+        top.taken.add("block_size")
+        top.kind("block_size", "int")
+        idle.append("block_size")
+    _query(top, fields, environment)
     for theirs, ours in (("max_num_seqs", "max_batch_size"), ("max_model_len", "max_seq_len")):
-        if theirs in top.values:
-            fields[ours] = top.count(theirs)
         top.taken.add(theirs)
-    return fields, top.finish(WITHOUT_EFFECT, REFUSED)
+        if theirs == "max_model_len" and values.get(theirs) in _FITS_MEMORY:
+            idle.append(theirs)
+        elif theirs in values:
+            fields[ours] = top.count(theirs)
+    check_dtype(top)
+    cache_dtype = check_cache_dtype(top, "kv_cache_dtype")
+    _partition(top, environment)
+    idle += top.finish(VLLM.without_effect, VLLM.refused, VLLM.beside)
+    idle += [name for name in environment if name not in _ENVIRONMENT]
+    return ConfigFields("vLLM", fields, tuple(idle), Recipe(top.said(), cache_dtype), where)
+
+
+_ENVIRONMENT = ("VLLM_DCP_Q_REPLICATE", "VLLM_PP_LAYER_PARTITION")
+
+
+def _query(top: ConfigSection, fields: dict[str, Any], environment: Mapping[str, str]) -> None:
+    """Where queries are projected: a flag says it, or an environment variable; else the model does."""
+    stated = "dcp_q_replicate" in top.values
+    replicated = top.flag("dcp_q_replicate")
+    if (variable := environment.get("VLLM_DCP_Q_REPLICATE")) is not None:
+        if variable not in ("0", "1"):
+            top.refuse("VLLM_DCP_Q_REPLICATE", f"got {variable!r}, expected 0 or 1")
+        stated, replicated = True, variable == "1"
+    if fields["cp"] == 1:
+        if replicated:
+            top.refuse("dcp_q_replicate", "got True at decode_context_parallel_size 1, where it has no effect")
+    elif stated:
+        fields["q_proj"] = "replicate" if replicated else "gather"
+    else:
+        top.notes.append(
+            "dcp_q_replicate is not said, and then the model decides in vLLM whether queries are gathered: planned "
+            "with q_proj=replicate"
+        )
+
+
+def _partition(top: ConfigSection, environment: Mapping[str, str]) -> None:
+    if environment.get("VLLM_PP_LAYER_PARTITION"):
+        top.refuse(
+            "VLLM_PP_LAYER_PARTITION",
+            f"got {environment['VLLM_PP_LAYER_PARTITION']!r}, expected no such variable: stages of stated sizes are not "
+            "planned, those that vLLM makes by itself are",
+        )

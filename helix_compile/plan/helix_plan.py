@@ -11,6 +11,7 @@ from typing import Any
 
 from torch._logging import trace_structured
 
+from helix_compile.config.engines import engine_recipe
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import PlanError
 from helix_compile.layout.degrees import HelixLayout
@@ -252,6 +253,20 @@ class HelixPlan:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"plan: not a plan of this version: {type(error).__name__}: {error}") from error
+
+    def to_engine(self, engine: str, model: str = "MODEL") -> str:
+        """The command line (vLLM, SGLang) or the YAML (TensorRT-LLM) that asks an engine for this layout.
+
+        A comment a line says what the engine has no argument for; HelixOptions.from_file() reads it back: the same plan.
+
+        Args:
+            engine: "vllm", "sglang" or "trtllm".
+            model: what the engine is to load.
+
+        Raises:
+            PlanError: no such engine.
+        """
+        return engine_recipe(self.options, self.layout.ep, engine, model)
 
     def diff(self, other: HelixPlan) -> list[str]:
         """One line per place where `other` differs: path, this value, other value."""

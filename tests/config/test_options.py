@@ -42,6 +42,18 @@ def trtllm(**change: Any) -> dict[str, Any]:
         ),
         (trtllm(cp_config={**HELIX, "use_nccl_for_alltoall": False, "fifo_version": 2}), {"cp": 4}),
         ({"tensor_parallel_size": 8}, {"cp": 1, "tpa": 8, "ep": 1}),
+        (trtllm(cp_config={"cp_type": "HELIX"}), {"cp": 4, "tokens_per_block": 32}),  # with a note
+        (trtllm(cuda_graph_config=None, speculative_config=None, max_seq_len=None), {"cp": 4, "max_seq_len": 4096}),
+        (trtllm(pipeline_parallel_size=2), {"cp": 4, "pp": 2, "stage": 0, "pp_split": "first"}),
+        (
+            trtllm(enable_attention_dp=True, tensor_parallel_size=4, moe_expert_parallel_size=16),
+            {"cp": 4, "tpa": 1, "ep": 4},
+        ),
+        (
+            {"generation_servers": TRTLLM, "context_servers": {"num_instances": 0}, "max_seq_len": 99},
+            {"cp": 4, "max_seq_len": 99},
+        ),
+        ({"worker_config": {"gen": TRTLLM, "ctx": {}}, "hardware": {"gpus_per_node": 4}}, {"cp": 4}),
         (
             trtllm(
                 max_batch_size=3, max_seq_len=70000, max_num_tokens=8192, cuda_graph_config={"enable_padding": True}
@@ -55,7 +67,23 @@ def trtllm(**change: Any) -> dict[str, Any]:
             {"cp": 4},
         ),
     ],
-    ids=["helix", "degrees", "moe_tp", "default block", "case", "medium", "plain tp", "capacity", "cache keys"],
+    ids=[
+        "helix",
+        "degrees",
+        "moe_tp",
+        "default block",
+        "case",
+        "medium",
+        "plain tp",
+        "one block",
+        "nulls",
+        "stages",
+        "replica",
+        "disaggregated",
+        "workers",
+        "capacity",
+        "cache keys",
+    ],
 )
 def test_trtllm(source: dict[str, Any], expected: dict[str, int]) -> None:
     options = asdict(HelixOptions.from_trtllm(source))
@@ -77,7 +105,6 @@ MISMATCH = (
             trtllm(cp_config={**HELIX, "tokens_per_block": 64}, kv_cache_config=...),
             MISMATCH + "; the latter is the default",
         ),
-        (trtllm(cp_config={"cp_type": "HELIX"}), "cp_config.tokens_per_block: got none, expected 32"),
         (
             trtllm(cp_config={**HELIX, "tokens_per_block": None}),
             "cp_config.tokens_per_block: got None, expected a value",
@@ -119,20 +146,25 @@ MISMATCH = (
             "moe_expert_parallel_size: moe_tp_size * moe_ep_size * moe_cluster_size must equal to moe_world_size, but got 1 * 3 * 1 != 4",
         ),
         (trtllm(moe_expert_parallel_size=4, moe_tensor_parallel_size=2), "but got 2 * 4 * 1 != 4"),
-        (trtllm(pipeline_parallel_size=2), "pipeline_parallel_size: got 2 (int), expected 1"),
-        (trtllm(enable_attention_dp=True), "enable_attention_dp: got True (bool), expected False"),
         (
             trtllm(speculative_config={"decoding_type": "MTP"}),
             "speculative_config: got {'decoding_type': 'MTP'}, expected no such key",
         ),
         (trtllm(max_num_tokens="8192"), "max_num_tokens: got '8192' (str), expected int"),
-        (trtllm(cuda_graph_config=None), "cuda_graph_config: got None"),
         (trtllm(kv_cache_config={"dtype": "fp8"}), "kv_cache_config.dtype: got 'fp8' (str), expected 'auto'"),
         (trtllm(kv_cache_config=[32]), "kv_cache_config: got [32] (list), expected mapping"),
         (trtllm(kv_cache_config={}), "kv_cache_config is empty"),
+        (trtllm(context_parallel_size=None), "context_parallel_size: got None, expected a value"),
         (
-            {"generation_servers": {}},
-            "generation_servers: got {}, expected no such key: this is a file of disaggregated serving",
+            trtllm(pp_partition=[31, 20], pipeline_parallel_size=2),
+            "pp_partition: got [31, 20] (list), expected 2 sizes",
+        ),
+        (trtllm(moe_config={"load_balancer": {"num_slots": 288}}), "moe_config.load_balancer: got {'num_slots': 288}"),
+        ({"generation_servers": {}}, "generation_servers: got dict without options"),
+        ({"context_servers": TRTLLM}, "generation_servers: got none beside context_servers"),
+        (
+            {"worker_config": {"ctx": TRTLLM}},
+            "worker_config.gen: got NoneType, expected the generation servers' options",
         ),
         ({1: 2}, "1: got a key of type int, expected a name"),
         ({}, "the configuration is empty"),
@@ -206,7 +238,7 @@ DCP = {"tensor_parallel_size": 4, "decode_context_parallel_size": 4}
             "block_size: got 64 (int), expected a multiple of cp_kv_cache_interleave_size (48)",
         ),
         ({**DCP, "tensor-parallel-size": 4}, "tensor_parallel_size: got it with dashes and with underscores"),
-        ({**DCP, "data_parallel_size": 2}, "data_parallel_size: got 2 (int), expected 1"),
+        ({**DCP, "data_parallel_size": 0}, "data_parallel_size: got 0 (int), expected an int >= 1"),
         ({**DCP, "kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8'"),
         ({**DCP, "enable_expert_parallel": "yes"}, "enable_expert_parallel: got 'yes' (str), expected bool"),
         ({**DCP, "max_model_len": "128k"}, "max_model_len: got '128k' (str), expected an int"),
@@ -248,7 +280,9 @@ def test_our_own_file_in_three_formats(tmp_path: Path) -> None:
         ("o.yaml", "cp: 4\nmerg: a2a", "merg: got an unknown key, expected one that is understood; did you mean merge"),
         ("o.yaml", "cp: 4\nmerge: fast", "merge: got 'fast' (str), expected one of 'a2a', 'ag_rs'"),
         ("o.yaml", "cp: 4\ndtype: float32", "dtype: got 'float32', expected no such key: it is no option of a file"),
-        ("o.yaml", "context_parallel_size: 4", "write 'cp', our name of it"),
+        ("o.yaml", "cp: 4\nkvp: 4", "write 'cp', our name of it"),
+        ("o.yaml", "cp: 4\nstage: 1", "option stage=1 has no effect at pp=1"),
+        ("o.yaml", "cp: 4\npp: 2\nstage: 2", "stage=2 is none of the pp=2 stages"),
         ("o.yaml", "cp: 1\nmerge: ag_rs", "o.yaml: option merge='ag_rs' has no effect at cp=1"),
         ("o.yaml", "cp: 4\nep: 3", "o.yaml: ep=3 does not divide"),
         ("o.yaml", "cp: 4\noverlap: hopb", "o.yaml: overlap='hopb'"),
@@ -297,6 +331,8 @@ GOOD: list[dict[str, Any]] = [
     {"cp": 4, "tpa": 2, "ep": 8, "tokens_per_block": 1, "max_batch_size": 1, "max_seq_len": 1},
     {"cp": 2, "merge": "ag_rs", "q_proj": "gather", "v_up": "after", "lower": "triton", "overlap": "none"},
     {"cp": 1, "merge": "a2a", "v_up": "auto", "lower": "reference"},
+    {"cp": 2, "pp": 4, "stage": 3, "pp_split": "middle"},
+    {"cp": 2, "stage": 0, "pp_split": "first"},
 ]
 BAD: list[Any] = [
     {"cp": 4, "max_seq_len": 2**31},
@@ -321,6 +357,9 @@ BAD: list[Any] = [
     {"cp": 1, "q_proj": "gather"},
     {"cp": [4]},
     {"cp": 4, "max_seq_len": 0},
+    {"cp": 4, "stage": 1},
+    {"cp": 4, "pp_split": "last"},
+    {"cp": 4, "pp": 2, "stage": -1},
 ]
 
 

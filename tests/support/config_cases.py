@@ -40,7 +40,7 @@ TRTLLM = some(
         "tensor_parallel_size": mostly(SIZE),
         "moe_expert_parallel_size": mostly(SIZE),
         "moe_tensor_parallel_size": mostly(SIZE),
-        "pipeline_parallel_size": mostly(st.just(1)),
+        "pipeline_parallel_size": mostly(st.sampled_from([1, 1, 2])),
         "max_num_tokens": mostly(st.integers(1, 9)),
         "max_seq_len": mostly(st.integers(1, 9)),
         "kv_cache_config": mostly(some({"tokens_per_block": BLOCK}, {"enable_block_reuse": mostly(st.booleans())})),
@@ -72,12 +72,19 @@ OWN = some(
 
 
 def _counts(values: dict[str, Any], *names: str) -> bool:
-    return all(type(values[n]) is int and values[n] > 0 for n in names if n in values)
+    return all(type(values[n]) is int and 0 < values[n] < 1 << 31 for n in names if n in values)
 
 
 def _keys(values: Any, *names: str) -> bool:
     """A mapping with something in it, none of it None, and only these keys."""
     return type(values) is dict and bool(values) and set(values) <= set(names) and None not in values.values()
+
+
+def _stated(values: Any, *nullable: str) -> Any:
+    """The mapping without nulls of these keys, where they ask for nothing."""
+    if type(values) is not dict:
+        return values
+    return {k: v for k, v in values.items() if v is not None or k not in nullable}
 
 
 def own_result(m: dict[str, Any]) -> dict[str, Any] | None:
@@ -105,9 +112,19 @@ def trtllm_result(m: dict[str, Any]) -> dict[str, Any] | None:
         "pipeline_parallel_size",
         "max_seq_len",
     )
+    optional = ("max_num_tokens", "max_seq_len", "cp_config", "moe_expert_parallel_size", "moe_tensor_parallel_size")
+    m = _stated(m, *optional)
     if not _keys(m, *ints, "cp_config", "kv_cache_config", "max_num_tokens") or not _counts(m, *ints):
         return None
-    helix, cache = m["cp_config"], m.get("kv_cache_config", {"tokens_per_block": 32})
+    if "kv_cache_config" in m and m["kv_cache_config"] == {}:
+        return None
+    cache = _stated(m.get("kv_cache_config", {"enable_block_reuse": True}), "enable_block_reuse")
+    cache = {"enable_block_reuse": True} if cache == {} else cache
+    helix = m.get("cp_config")
+    if helix is None:  # null, or not there: plain tensor parallelism
+        helix = {"cp_type": "HELIX"} if m["context_parallel_size"] == 1 else {}
+    elif m["context_parallel_size"] == 1:
+        return None
     if not _keys(helix, "cp_type", "tokens_per_block", "use_nccl_for_alltoall", "fifo_version"):
         return None
     if not _keys(cache, "tokens_per_block", "enable_block_reuse"):
@@ -125,10 +142,10 @@ def trtllm_result(m: dict[str, Any]) -> dict[str, Any] | None:
     if "fifo_version" in helix and (nccl or helix["fifo_version"] > 2):
         return None
     cp, tp = m["context_parallel_size"], m.get("tensor_parallel_size", 1)
-    if type(helix.get("cp_type")) is not str or helix["cp_type"].upper() != "HELIX" or cp == 1:
+    if type(helix.get("cp_type")) is not str or helix["cp_type"].upper() != "HELIX":
         return None
     block = cache.get("tokens_per_block", 32)
-    if helix.get("tokens_per_block") != block or m.get("pipeline_parallel_size", 1) != 1:
+    if helix.get("tokens_per_block", block) != block or m.get("pipeline_parallel_size", 1) >= 1 << 31:
         return None
     tpf, ep = m.get("moe_tensor_parallel_size"), m.get("moe_expert_parallel_size")
     if ep is None:
@@ -136,16 +153,25 @@ def trtllm_result(m: dict[str, Any]) -> dict[str, Any] | None:
     if (cp * tp // ep if tpf is None and ep else tpf) * ep != cp * tp:
         return None
     kept = {"max_seq_len": m["max_seq_len"]} if "max_seq_len" in m else {}
-    return {"cp": cp, "tpa": tp, "ep": ep, "tokens_per_block": block, **kept}
+    if "tokens_per_block" in cache or "cp_config" in m:
+        kept["tokens_per_block"] = block
+    pp = m.get("pipeline_parallel_size", 1)
+    return {"cp": cp, "tpa": tp, "ep": ep, **kept, **({"pp": pp} if pp > 1 else {})}
 
 
 def vllm_result(m: dict[str, Any]) -> dict[str, Any] | None:
     """Fields that vLLM's options must give, None where they must be refused."""
     ints = ("tensor_parallel_size", "decode_context_parallel_size", "cp_kv_cache_interleave_size", "max_model_len")
+    m = _stated(m, "model", "max_model_len", "block_size")
+    if m.get("max_model_len") == -1:  # as much as fits: ours stays
+        m = {k: v for k, v in m.items() if k != "max_model_len"}
     if not _keys(m, *ints, "dcp_comm_backend", "enable_expert_parallel", "block_size", "model"):
         return None
     block, ep = m.get("block_size", 16), m.get("enable_expert_parallel", False)
-    if not _counts(m, *ints) or type(block) is not int or type(ep) is not bool or type(m.get("model", "")) is not str:
+    # a name may be any text, and a number is one
+    if not _counts(m, *ints) or type(block) is not int or type(ep) is not bool:
+        return None
+    if type(m.get("model", "")) not in (str, int, float):
         return None
     tp, cp = m["tensor_parallel_size"], m["decode_context_parallel_size"]
     merge, turn = m.get("dcp_comm_backend", "ag_rs"), m.get("cp_kv_cache_interleave_size", 1)

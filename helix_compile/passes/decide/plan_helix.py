@@ -61,6 +61,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         for name, match in matches.items()
         for a in match.attentions
     )
+    kv_bytes = Fraction(cached_width * captured.dtype.itemsize, layout.kvp)
     return HelixPlan(
         model=captured.model_name,
         dtype=str(captured.dtype).removeprefix("torch."),
@@ -69,8 +70,8 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         bodies=bodies,
         decisions=(ep_decision, v_up_decision, q_decision),
         not_rewritten=replicated_roles(captured, matches, bodies),
-        notes=_notes(captured, attentions, layout, options),
-        kv_bytes_per_token_per_rank=Fraction(cached_width * captured.dtype.itemsize, layout.kvp),
+        notes=_notes(captured, attentions, layout, options, kv_bytes),
+        kv_bytes_per_token_per_rank=kv_bytes,
         params_bytes_per_rank=params_bytes_per_rank(captured, bodies),
         leaves=tuple((leaf.name, leaf.reason) for leaf in captured.leaves),
     )
@@ -229,9 +230,14 @@ def _ffn_outputs(match: LayerMatch) -> list[int]:
 
 
 def _notes(
-    captured: CapturedGraph, attentions: list[AttentionMatch], layout: HelixLayout, options: HelixOptions
+    captured: CapturedGraph,
+    attentions: list[AttentionMatch],
+    layout: HelixLayout,
+    options: HelixOptions,
+    kv_bytes: Fraction,
 ) -> tuple[str, ...]:
-    notes = list(captured.notes)
+    dtype = str(captured.dtype).removeprefix("torch.")
+    notes = [*captured.notes, *options.notes_of_plan(kv_bytes, captured.dtype.itemsize, dtype)]
     if layout.tpa > 1 and not all(a.cache.heads for a in attentions):
         notes.append(f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)")
     if captured.max_positions and options.max_seq_len > captured.max_positions:

@@ -1,0 +1,187 @@
+"""Whose configuration is this: ours, TensorRT-LLM's, vLLM's or SGLang's? Read it by the rules of the one that wrote it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from helix_compile.config.command import arguments, as_mapping, read_command
+from helix_compile.config.files import ConfigSection, Source, read_source
+from helix_compile.config.keys_sglang import SGLANG
+from helix_compile.config.keys_trtllm import TRTLLM
+from helix_compile.config.keys_vllm import VLLM
+from helix_compile.config.recipe import ConfigFields, EngineKeys, Recipe, in_kind
+from helix_compile.config.sglang import sglang_fields
+from helix_compile.config.trtllm import trtllm_fields
+from helix_compile.config.vllm import vllm_fields
+from helix_compile.errors import PlanError
+
+OURS = "helix_compile"
+ENGINES = {keys.name: keys for keys in (TRTLLM, VLLM, SGLANG)}
+# fields of ours that TensorRT-LLM has too: they say nothing
+_SHARED = ("max_batch_size", "max_seq_len")
+# launchers of several kinds of servers keep an engine's own options at these places; the servers that decode are read
+_NESTED = {
+    ("backend", "vllm_config", "decode"): "vLLM",
+    ("backend", "vllm_config", "aggregated"): "vLLM",
+    ("backend", "sglang_config", "decode"): "SGLang",
+    ("backend", "sglang_config", "aggregated"): "SGLang",
+    ("backend", "trtllm_config", "decode"): "TensorRT-LLM",
+    ("backend", "trtllm_config", "aggregated"): "TensorRT-LLM",
+}
+# what to_engine() writes for what an engine has no argument for
+UNSAID = re.compile(r"^[ \t]*# not in (?:TensorRT-LLM|vLLM|SGLang): (\w+)=([^\s:]+)", re.MULTILINE)
+OwnReader = Callable[[ConfigSection], dict[str, Any]]
+
+
+def read_recipe(
+    source: Mapping[str, Any] | str | Path,
+    own_fields: OwnReader,
+    own_names: set[str],
+    engine: str | None = None,
+    lenient: bool = False,
+) -> ConfigFields:
+    """What a mapping, a file or the text of a command says.
+
+    Args:
+        source: a mapping; the path of a TOML, YAML, JSON or text file; or the text of a command.
+        own_fields: reader of a mapping of ours, as a section.
+        own_names: its keys.
+        engine: whose it is; None: found by its keys, or by the program that a command starts.
+        lenient: unknown keys, and what a plan can't hold, are left out with a note.
+
+    Raises:
+        PlanError: what can't be read, keys of several dialects, or what the dialect's own reader refuses.
+    """
+    found = read_source(source)
+    if found.values is None:
+        read = _read_command(found, engine, lenient)
+    else:
+        read = _read_mapping(found.values, found.where, own_fields, own_names, engine, lenient)
+    if read.dialect != OURS:
+        read.fields.update(_unsaid(found, own_fields))
+    return read
+
+
+def _read_command(found: Source, engine: str | None, lenient: bool) -> ConfigFields:
+    command = read_command(found.text, found.where)
+    name = engine or command.engine or _engine_of_flags(command.words, found.where)
+    if command.engine and name != command.engine:
+        raise PlanError(f"{found.where}: got a command of {command.engine}, expected one of {name}")
+    if name == TRTLLM.name:
+        raise PlanError(
+            f"{found.where}: got a command of TensorRT-LLM, expected its YAML file (--extra_llm_api_options, --config): its "
+            "layout is said there"
+        )
+    keys = ENGINES[name]
+    values = arguments(command, keys, found.where)
+    if not values:
+        raise PlanError(f"{found.where}: got no flags of {name}, expected options")
+    read = vllm_fields if keys is VLLM else sglang_fields
+    return read(values, found.where, lenient, command.environment)
+
+
+def _engine_of_flags(words: tuple[str, ...], where: str) -> str:
+    """Whose flags these are, where no program is named."""
+    names = [w.lstrip("-").split("=")[0].replace("-", "_") for w in words if w.startswith("-")]
+    scores = {keys.name: _score(names, keys) for keys in (VLLM, SGLANG)}
+    best = [name for name, score in scores.items() if score == max(scores.values())]
+    if len(best) > 1:
+        raise PlanError(
+            f"{where}: these flags may be of {' or '.join(best)}; begin with `vllm serve` or `python -m sglang.launch_server`, "
+            "or call from_vllm or from_sglang"
+        )
+    return best[0]
+
+
+def _read_mapping(
+    values: Mapping[str, Any], where: str, own_fields: OwnReader, own_names: set[str], engine: str | None, lenient: bool
+) -> ConfigFields:
+    for path, name in _NESTED.items():
+        if (inner := _at(values, path)) is not None and engine in (None, name):
+            environment = _at(values, (path[0], f"{path[-1]}_environment")) or {}
+            read = _read_engine(inner, where, name, lenient, {k: str(v) for k, v in environment.items()})
+            idle = (*(k for k in values if k != path[0]), *read.without_effect)
+            return ConfigFields(read.dialect, read.fields, idle, read.recipe, where)
+    dialect = engine or _dialect(values, where, own_names)
+    if dialect == OURS:
+        section = ConfigSection(values, where, lenient=lenient)
+        return ConfigFields(OURS, own_fields(section), recipe=Recipe(section.said()), where=where)
+    return _read_engine(values, where, dialect, lenient, {})
+
+
+def _read_engine(
+    values: Mapping[str, Any], where: str, engine: str, lenient: bool, environment: Mapping[str, str]
+) -> ConfigFields:
+    keys = ENGINES[engine]
+    named = _named(values, keys, where)
+    if keys is TRTLLM:
+        return trtllm_fields(named, where, lenient)
+    return (vllm_fields if keys is VLLM else sglang_fields)(named, where, lenient, environment)
+
+
+def _at(values: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any] | None:
+    found: Any = values
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) and found else None
+
+
+def _dialect(values: Mapping[str, Any], where: str, own_names: set[str]) -> str:
+    names = [key.replace("-", "_") for key in values if isinstance(key, str)]
+    markers = {OURS: own_names, **{keys.name: set(keys.markers) for keys in ENGINES.values()}}
+    found = {dialect: sorted({*names} & known) for dialect, known in markers.items() if {*names} & known}
+    if len(found) == 1:
+        return next(iter(found))
+    telling = [name for name in names if name not in _SHARED]
+    dashed = any("-" in key for key in values if isinstance(key, str))
+    engines = [keys for keys in ENGINES.values() if not (dashed and keys is TRTLLM)]  # its files have no dashes
+    scores = {keys.name: _score(telling, keys) for keys in engines}
+    best = [name for name, score in scores.items() if score == max(scores.values()) > 0]
+    if OURS in found or (found and len(best) > 1):
+        mixed = "; ".join(f"{', '.join(keys)} of {dialect}" for dialect, keys in found.items())
+        raise PlanError(f"{where}: got keys of several dialects, expected one: {mixed}")
+    if len(best) > 1:
+        raise PlanError(
+            f"{where}: these keys may be of {' or '.join(best)}; call from_trtllm, from_vllm or from_sglang, or add a key that "
+            "one of them alone has"
+        )
+    return best[0] if best else OURS
+
+
+def _score(names: list[str], keys: EngineKeys) -> float:
+    """How many of the names an engine has; one that is another's first spelling counts half."""
+    kinds = keys.kinds
+    return sum(1 if n in kinds else 0.5 if n in keys.short else 0 for n in (n.removeprefix("no_") for n in names))
+
+
+def _named(values: Mapping[Any, Any], keys: EngineKeys, where: str) -> dict[Any, Any]:
+    """The mapping with keys as the engine's tables have them; PlanError where one is there in two spellings."""
+    kinds, named = keys.kinds, dict[Any, Any]()
+    for key, value in values.items():
+        name = key
+        if isinstance(key, str):
+            name = key.lstrip("-").replace("-", "_")
+            name = keys.short.get(name, name) if len(name) > 3 or name in ("tp", "dp", "pp", "ep", "dcp") else name
+            if name.startswith("no_") and name not in kinds and name[3:] in kinds and isinstance(value, bool):
+                name, value = name[3:], not value
+        if name in named:
+            raise PlanError(f"{where}: {name}: got it with dashes and with underscores, expected it once")
+        if keys is not TRTLLM and name in keys.without_effect:  # their files become command lines: all is text
+            value = as_mapping(in_kind(value, keys.without_effect[name]))
+            if keys.without_effect[name].startswith("str") and type(value) in (int, float):
+                value = str(value)
+        named[name] = value
+    return named
+
+
+def _unsaid(found: Source, own_fields: OwnReader) -> dict[str, Any]:
+    """What comments of to_engine() say, where an engine has no argument for it."""
+    if not (said := UNSAID.findall(found.text)):
+        return {}
+    values = {name: int(value) if value.isdigit() else None if value == "none" else value for name, value in said}
+    nothing = {name: value for name, value in values.items() if value is None}
+    stated = {name: value for name, value in values.items() if value is not None}
+    return {**nothing, **(own_fields(ConfigSection(stated, found.where)) if stated else {})}

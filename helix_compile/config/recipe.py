@@ -1,0 +1,182 @@
+"""What a configuration says: fields of HelixOptions, keys without effect, notes; and what readers of engines share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from helix_compile.config.files import ConfigSection
+
+# bytes of one element, of caches that hold nothing else; another format's are not said
+CACHE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}
+SAME_CACHE = ("auto",)
+HALF_CACHE = ("bfloat16", "bf16", "float16", "fp16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where options come from, for the notes of a plan.
+
+    Attributes:
+        notes: what is left out, or planned otherwise than the engine does it.
+        cache_dtype: what the recipe's cache is in, where the plan's is in the model's dtype; "" where they are one.
+    """
+
+    notes: tuple[str, ...] = ()
+    cache_dtype: str = ""
+
+    def said_apart(self) -> tuple[str, ...]:
+        """The notes where there is no plan beside them."""
+        if not self.cache_dtype:
+            return self.notes
+        return (*self.notes, f"the recipe's KV cache is in {self.cache_dtype}, here it is in the model's dtype")
+
+    def said(self, kv_bytes: Fraction, itemsize: int, dtype: str) -> tuple[str, ...]:
+        """The notes, with the bytes of a plan's cache (a token, on one rank) in the one on its dtype."""
+        if not self.cache_dtype:
+            return self.notes
+        element = CACHE_BYTES.get(self.cache_dtype.lower())
+        theirs = (
+            f"{float(kv_bytes * element / itemsize):g} (scales, if any, not counted)"
+            if element
+            else "another number of bytes"
+        )
+        return (
+            *self.notes,
+            f"the recipe's KV cache is in {self.cache_dtype}: planned in the model's dtype, {dtype}: "
+            f"{float(kv_bytes):g} bytes a token and rank in place of {theirs}",
+        )
+
+
+@dataclass(frozen=True)
+class ConfigFields:
+    """What a file says.
+
+    Attributes:
+        dialect: "helix_compile", "TensorRT-LLM", "vLLM" or "SGLang".
+        fields: of HelixOptions, as said or implied by the file; the others are not in it.
+        without_effect: key paths that were understood and change nothing here.
+        recipe: what the plan shall note.
+        where: what messages call the file.
+    """
+
+    dialect: str
+    fields: dict[str, Any]
+    without_effect: tuple[str, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
+    where: str = "configuration"
+
+
+@dataclass(frozen=True)
+class EngineKeys:
+    """The arguments of an engine, by what they are here.
+
+    Attributes:
+        name: of the engine.
+        markers: keys that no other dialect has.
+        applied: key -> kind; they say the layout.
+        without_effect: key -> kind; they concern the engine alone.
+        refused: key -> why no plan can follow it.
+        beside: key -> why a plan does not hold it; a lenient reading leaves it out.
+        nullable: applied keys whose null is their default.
+        short: other spellings of a key, and its short flags.
+    """
+
+    name: str
+    markers: tuple[str, ...]
+    applied: Mapping[str, str]
+    without_effect: Mapping[str, str]
+    refused: Mapping[str, str]
+    beside: Mapping[str, str]
+    nullable: tuple[str, ...] = ()
+    short: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Every key that is known -> kind of its value."""
+        unsaid = dict.fromkeys((*self.refused, *self.beside), "any")
+        flags = {k: "bool" for k in unsaid if k.startswith(("enable_", "disable_"))}
+        several = {k: "scalar or list" for k in unsaid if k.endswith(("_paths", "_endpoints"))}
+        return {**unsaid, **flags, **several, **self.without_effect, **self.applied}
+
+
+def without_nulls(
+    values: Mapping[str, Any], keys: Mapping[str, Any], nullable: tuple[str, ...] = (), prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """(the mapping without nulls that ask for nothing, the paths of those that have no effect here).
+
+    A null of an applied key stays and is refused, unless null is that key's default.
+    """
+    idle = [key for key, value in values.items() if value is None and key in keys]
+    kept = {k: v for k, v in values.items() if not (v is None and (k in keys or k in nullable))}
+    return kept, [f"{prefix}{key}" for key in idle]
+
+
+def in_kind(value: Any, kind: str) -> Any:
+    """A text as the kind of value that it stands for; whatever is not one stays as it is."""
+    if not isinstance(value, str):
+        return value
+    if kind == "bool" and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if kind in ("int", "number"):
+        return _number(value, whole=kind == "int")
+    return value
+
+
+_MULTIPLES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _number(text: str, whole: bool) -> Any:
+    """An int, a float, or what vLLM and SGLang write for large ones: 128k is 128,000, 128K is 131,072."""
+    if re.fullmatch(r"[+-]?\d{1,18}", text):
+        return int(text)
+    if found := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmgtKMGT])", text):
+        return int(float(found[1]) * _MULTIPLES[found[2]])
+    if not whole and re.fullmatch(r"[+-]?(\d{1,18}\.?\d{0,18}|\.\d{1,18})(e[+-]?\d{1,3})?", text, re.IGNORECASE):
+        return float(text)
+    return text
+
+
+def check_cache_dtype(section: ConfigSection, key: str) -> str:
+    """What the cache is in; "" where that is the model's dtype. Only a lenient reading takes another."""
+    given = section.text(key, "auto")
+    if given.lower() in SAME_CACHE:
+        return ""
+    if given.lower() in HALF_CACHE:
+        section.notes.append(f"{section.prefix}{key}={given}: the cache is planned in the model's dtype")
+        return ""
+    if not section.lenient:
+        section.wrong(
+            key,
+            "'auto': the cache has the dtype of the model; --lenient (lenient=True) plans it so and says what changes",
+        )
+    return given
+
+
+def check_dtype(section: ConfigSection, key: str = "dtype") -> None:
+    """No file says what a model computes in: the command or the call does."""
+    if section.text(key, "auto") == "auto":
+        return
+    if not section.lenient:
+        section.wrong(key, "'auto': give dtype= or --dtype beside the file")
+    section.notes.append(f"{key}={section.values[key]} is left out: give dtype= or --dtype beside the file")
+
+
+def replica_note(key: str, replicas: int, ranks: int, experts: str) -> str:
+    """One of several data-parallel replicas of attention is planned."""
+    return f"{key}: one of {replicas} data-parallel replicas of attention is planned, on its {ranks} ranks; {experts}"
+
+
+def experts_of_replica(ep: int, ranks: int) -> int:
+    """Expert parallelism over the ranks of one replica, where the engine's is over those of all."""
+    return math.gcd(ep, ranks)
+
+
+def add_stages(fields: dict[str, Any], pp: int, split: str) -> None:
+    """The pipeline's stages; how an engine deals layers that don't divide is its own rule."""
+    if pp > 1:
+        fields |= {"pp": pp, "pp_split": split}

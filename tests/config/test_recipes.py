@@ -1,0 +1,248 @@
+"""Recipes in: published ones, command lines, files of several servers; what is refused, what is left out, what is noted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from helix_compile import CapturedGraph, HelixError, HelixOptions, HelixPlan
+from helix_compile.capture.source import captured_from
+from helix_compile.checkpoint.named import named_model
+from helix_compile.compile import plan_model
+from helix_compile.config.dialects import fields_of_file
+from helix_compile.config.reading import ENGINES
+from tests.support.recipes import PUBLISHED, PublishedRecipe
+
+
+@pytest.fixture(scope="module")
+def tiny() -> CapturedGraph:
+    return captured_from(named_model("tiny", meta=True), None)
+
+
+def planned(captured: CapturedGraph, options: HelixOptions) -> HelixPlan:
+    return plan_model(captured, options).plan
+
+
+def held(options: HelixOptions, expected: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in expected}
+
+
+def written(folder: Path, source: Any) -> Any:
+    """A mapping as the YAML file it is published as."""
+    if isinstance(source, str):
+        return source
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(source, sort_keys=False))
+    return file
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda r: r.name)
+def test_published(recipe: PublishedRecipe, tmp_path: Path, tiny: CapturedGraph) -> None:
+    source = written(tmp_path, recipe.source)
+    if isinstance(recipe.strict, str):
+        with pytest.raises(HelixError) as caught:
+            HelixOptions.from_file(source)
+        assert recipe.strict in str(caught.value)
+    else:
+        options = HelixOptions.from_file(source)
+        assert held(options, recipe.strict) == recipe.strict
+        assert options == HelixOptions.from_file(source, lenient=True)
+    if (expected := recipe.lenient or recipe.strict) and isinstance(expected, dict):
+        options = HelixOptions.from_file(source, lenient=True)
+        assert held(options, expected) == expected
+        plan = planned(tiny, replace(options, pp=1, pp_split="first"))
+        assert (plan.layout.kvp, plan.layout.tpa, plan.layout.ep) == (options.cp, options.tpa, options.ep)
+    else:
+        with pytest.raises(HelixError):
+            HelixOptions.from_file(source, lenient=True)
+
+
+SCRIPT = r"""#!/bin/bash
+# decode node; don't ask
+export VLLM_DCP_Q_REPLICATE=1
+TP=8
+CUDA_VISIBLE_DEVICES=0,1,2,3 \
+vllm serve deepseek-ai/DeepSeek-R1 \
+    -tp ${TP} -dcp=${DCP:-4} --dcp-comm-backend a2a  \
+    --cp_kv_cache_interleave_size 16 -ep -O3 \
+    --max-model-len 128K --max-num-seqs 16 \
+    --no-enable-prefix-caching --served-model-name a b \
+    --compilation-config '{"cudagraph_mode": "FULL # all"}' --kv-transfer-config.kv_role kv_consumer \
+    --seed 0 --tool-call-parser deepseek_v3 \
+    2>&1 < /dev/null >> log.txt | tee x.log &  # to a file
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "dialect"),
+    [
+        (
+            SCRIPT,
+            {"cp": 4, "tpa": 2, "ep": 8, "tokens_per_block": 16, "merge": "a2a", "max_seq_len": 131072,
+             "max_batch_size": 16, "q_proj": "replicate"},
+            "vLLM",
+        ),
+        ("vllm serve X --tensor-parallel-size 8 -dcp 8", {"cp": 8, "tpa": 1, "merge": "ag_rs", "tokens_per_block": 1}, "vLLM"),
+        ("VLLM_DCP_Q_REPLICATE=0 vllm serve X -tp 2 -dcp 2", {"cp": 2, "q_proj": "gather"}, "vLLM"),
+        ("vllm serve X -tp 4 -dcp 2 --no-dcp-q-replicate -pp 2", {"cp": 2, "tpa": 2, "q_proj": "gather", "pp": 2}, "vLLM"),
+        ("docker run --gpus all -p 80:80 vllm/vllm-openai:v0.20 --model X -tp 2 -dcp 2 --max-model-len 4k",
+         {"cp": 2, "max_seq_len": 4000}, "vLLM"),
+        ("python -m vllm.entrypoints.openai.api_server --model X -tp 2 -dcp 2", {"cp": 2}, "vLLM"),
+        ("-tp 2 --decode_context_parallel_size=2 --enable-expert-parallel", {"cp": 2, "ep": 2}, "vLLM"),
+        ("python3 -m sglang.launch_server --model X --tp 8 --dcp-size 4 --ep 8 --cuda-graph-bs 1 2 4 --mem-fraction 0.8",
+         {"cp": 4, "tpa": 2, "ep": 8, "tokens_per_block": 1}, "SGLang"),
+        ("sglang serve --model-path X --tp-size=4 --dcp-size=2 --dcp-comm-backend fi_a2a --no-dcp-replicate-q-proj",
+         {"cp": 2, "tpa": 2, "merge": "a2a", "q_proj": "gather"}, "SGLang"),
+        ("--tp-size 8 --dcp-size 8 --moe-a2a-backend deepep", {"cp": 8, "ep": 8}, "SGLang"),
+        ("--tp-size 8 --dcp-size 2 --dp-size 4 --enable-dp-attention --max-running-requests 64 --context-length 9000",
+         {"cp": 2, "tpa": 1, "ep": 1, "max_batch_size": 16, "max_seq_len": 9000}, "SGLang"),
+    ],
+)  # fmt: skip
+def test_command_lines(text: str, expected: dict[str, Any], dialect: str, tmp_path: Path) -> None:
+    read = fields_of_file(text)
+    assert read.dialect == dialect
+    options = HelixOptions.from_file(text)
+    assert held(options, expected) == expected
+    for name, content in (("run.sh", text), ("run.txt", text), ("run.yaml", json.dumps(text))):
+        (tmp_path / name).write_text(content)
+        assert HelixOptions.from_file(tmp_path / name) == options
+    forced = HelixOptions.from_vllm if dialect == "vLLM" else HelixOptions.from_sglang
+    other = HelixOptions.from_sglang if dialect == "vLLM" else HelixOptions.from_vllm
+    assert forced(text) == options
+    with pytest.raises(HelixError):
+        other(text)
+
+
+def test_the_script_says_what_has_no_effect() -> None:
+    idle = fields_of_file(SCRIPT).without_effect
+    assert {"enable_prefix_caching", "served_model_name", "compilation_config", "kv_transfer_config", "seed"} <= {*idle}
+    assert "CUDA_VISIBLE_DEVICES" in idle and len(idle) == len({*idle})
+    assert "VLLM_DCP_Q_REPLICATE" not in idle and "dcp_q_replicate" not in idle
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("vllm serve X --tensor-parallel-sise 8", "tensor_parallel_sise: got an unknown key, expected one that is understood; did you mean tensor_parallel_size"),
+        ("vllm serve X -tp 8 --zzz 3", "zzz: got an unknown key, expected one that is understood; the nearest is "),
+        ("vllm serve X -tp 8 -tp 4", "tensor_parallel_size: got it twice"),
+        ("vllm serve X -tp eight", "tensor_parallel_size: got 'eight' (str), expected an int >= 1"),
+        ("vllm serve X -tp", "tensor_parallel_size: got no value, expected one after -tp"),
+        ("vllm serve X -tp 8 'unclosed", "can't be parsed: No closing quotation"),
+        ("vllm serve X Y -tp 8", "got 'Y', which no flag takes"),
+        ("vllm serve X -tp 8\nvllm serve Y -tp 4", "got 2 commands of an engine, expected one"),
+        ("vllm serve X -tp 8\n  -dcp 8", "got flags apart from the command (-dcp ...)"),
+        ("ls -l\ncd -", "got no command of an engine"),
+        ("trtllm-serve X --tp_size 8", "got a command of TensorRT-LLM, expected its YAML file"),
+        ("--host a --port 80", "these flags may be of "),
+        ("vllm serve X -tp 8 -dcp 8 --kv-cache-dtype fp8", "kv_cache_dtype: got 'fp8' (str), expected 'auto'"),
+        ("vllm serve X -tp 8 -dcp 8 -sc '{\"method\": \"mtp\"}'", "speculative_config: got '{\"method\": \"mtp\"}', expected no such key: drafts"),
+        ("vllm serve X -tp 8 --hf-overrides '{\"a\": 1}'", "hf_overrides: got "),
+        ("vllm serve X -tp 8 -pcp 2", "prefill_context_parallel_size: got 2 (int), expected 1"),
+        ("vllm serve X --dcp-q-replicate -tp 2", "dcp_q_replicate: got True at decode_context_parallel_size 1"),
+        ("VLLM_PP_LAYER_PARTITION=3,1 vllm serve X -tp 2 -pp 2", "VLLM_PP_LAYER_PARTITION: got '3,1'"),
+        ("--tp-size 8 --dcp-size 3", "dcp_size: got 3 with tp_size 8, expected a divisor"),
+        ("--tp-size 8 --dcp-size 8 --dp-size 2 --enable-dp-attention", "dcp_size: got 8 with tp_size / dp_size 4"),
+        ("--tp-size 8 --dcp-size 8 --dcp-replicate-q-proj", "no such key with dcp_comm_backend ag_rs"),
+        ("--tp-size 8 --dcp-comm-backend a2a", "no such key at dcp_size 1"),
+        ("--tp-size 8 --dcp-size 8 --moe-dense-tp-size 1", "moe_dense_tp_size: got 1 (int), expected 8"),
+        ("--tp-size 8 --dcp-size 8 --disaggregation-mode prefill", "give the decode server's recipe"),
+        ("--tp-size 8 --dcp-size 8 --ep-num-redundant-experts 32", "ep_num_redundant_experts: got "),
+        ("--tp-size 8 --attn-cp-size 2", "attn_cp_size: got 2 (int), expected 1"),
+        ({"tensor-parallel-size": 8, "decode-context-parallel-size": 8, "dcp-size": 8}, "several dialects"),
+        ("no/such/file.yaml", "can't read this configuration"),
+        ({"tensor_parallel_size": 8, "port": 80}, "these keys may be of TensorRT-LLM or vLLM; call from_trtllm"),
+    ],
+)  # fmt: skip
+def test_refused(source: Any, message: str) -> None:
+    with pytest.raises(HelixError) as caught:
+        HelixOptions.from_file(source)
+    assert message in str(caught.value)
+
+
+def test_lenient_leaves_out_and_says_so(tiny: CapturedGraph, caplog: pytest.LogCaptureFixture) -> None:
+    text = "vllm serve X -tp 8 -dcp 8 --zzz 3 4 --kv-cache-dtype fp8_e4m3 -q modelopt -sc '{}' --spec-model Y --spec-tokens 3"
+    with pytest.raises(HelixError):
+        HelixOptions.from_vllm(text)
+    options = HelixOptions.from_vllm(text, lenient=True)
+    plan = planned(tiny, options)
+    notes = "\n".join(plan.notes)
+    assert "zzz is unknown, and was ignored; the nearest is " in notes
+    assert "left out: quantization='modelopt': a checkpoint says itself" in notes
+    assert "left out: spec_model='Y', spec_tokens='3': drafts belong" in notes  # once, for one reason
+    # bfloat16 takes two bytes an element, fp8 one: half of what the plan counts
+    here, there = float(plan.kv_bytes_per_token_per_rank), float(plan.kv_bytes_per_token_per_rank) / 2
+    assert f"bfloat16: {here:g} bytes a token and rank in place of {there:g}" in notes
+    assert plan.notes == HelixPlan.from_json(plan.to_json()).notes
+    # notes are no part of what options are, and survive a change of them
+    assert options == HelixOptions(cp=8, ep=1, merge="ag_rs", tokens_per_block=1)
+    assert planned(tiny, replace(options, max_batch_size=2)).notes == plan.notes
+
+
+@pytest.mark.parametrize(
+    ("source", "note"),
+    [
+        ("--tp-size 32 --ep-size 32 --dp-size 4 --enable-dp-attention --dcp-size 8",
+         "dp_size: one of 4 data-parallel replicas of attention is planned, on its 8 ranks; experts lie over ep=8 of these "
+         "ranks, in the engine over ep=32 of all 32"),
+        ("vllm serve X -tp 2 -dcp 2 -dp 4 -ep --dcp-q-replicate", "data_parallel_size: one of 4 data-parallel replicas"),
+        ("vllm serve X -tp 2 -dcp 2", "dcp_q_replicate is not said"),
+        ("--tp-size 2 --dcp-size 2 --dcp-comm-backend fi_a2a --dcp-replicate-q-proj", "over FlashInfer's transport"),
+        ("--tp-size 8 --dcp-size 8 --ep-size 2 --moe-a2a-backend deepep", "ep_size=2: SGLang makes it tp_size, 8"),
+        ({"context_parallel_size": 2, "cp_config": {"cp_type": "HELIX"}}, "cp_config.tokens_per_block is not said"),
+    ],
+)  # fmt: skip
+def test_noted(source: Any, note: str) -> None:
+    notes = fields_of_file(source).recipe.notes
+    assert len(notes) == 1 and note in notes[0]
+
+
+def test_our_own_file_leniently() -> None:
+    assert HelixOptions.from_file({"cp": 4, "megre": "a2a"}, lenient=True) == HelixOptions(cp=4)
+    (note,) = fields_of_file({"cp": 4, "megre": "a2a"}, lenient=True).recipe.notes
+    assert note == "megre is unknown, and was ignored; did you mean merge?"
+    assert fields_of_file({"tensor-parallel-size": 8, "model": "x"}).dialect == "vLLM"
+
+
+def test_launchers_of_several_servers() -> None:
+    decode = {"tp-size": 8, "dcp-size": 4, "served-model-name": "x"}
+    launcher = {
+        "name": "job",
+        "backend": {"type": "sglang", "sglang_config": {"prefill": {"tp-size": 2}, "decode": decode}},
+    }
+    assert held(HelixOptions.from_file(launcher), {"cp": 4, "tpa": 2}) == {"cp": 4, "tpa": 2}
+    assert fields_of_file(launcher).dialect == "SGLang"
+    decode = {"tensor-parallel-size": 8, "decode-context-parallel-size": 8, "dcp-kv-cache-interleave-size": 1}
+    launcher = {"backend": {"decode_environment": {"VLLM_DCP_Q_REPLICATE": 0}, "vllm_config": {"decode": decode}}}
+    assert HelixOptions.from_file(launcher) == HelixOptions.from_vllm({**decode, "dcp_q_replicate": False})
+
+
+@pytest.mark.parametrize("dialect", ["vLLM", "SGLang", "TensorRT-LLM"])
+def test_every_key_without_effect_is_taken(dialect: str) -> None:
+    """As a file has it and, for those that have one, on a command line; also its null."""
+    keys = ENGINES[dialect]
+    value = {"int": 3, "number": 0.5, "bool": True, "str": "x", "mapping": {"a": 1}, "list": [1], "any": "x"}
+    read = {
+        "vLLM": HelixOptions.from_vllm,
+        "SGLang": HelixOptions.from_sglang,
+        "TensorRT-LLM": HelixOptions.from_trtllm,
+    }[dialect]
+    given = {k: value[kind.split(" or ")[0].replace("scalar", "str")] for k, kind in keys.without_effect.items()}
+    plain = {"tensor_parallel_size": 2} if dialect != "SGLang" else {"tp_size": 2}
+    assert read({**given, **plain}) == read({**dict.fromkeys(given), **plain}) == read(plain)
+    if dialect != "TensorRT-LLM":
+        flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in given.items()]
+        ranks = "--tp-size 2" if dialect == "SGLang" else "-tp 2"
+        assert read(" ".join((ranks, *flags))) == read(plain)
+
+
+def test_no_key_is_in_two_tables() -> None:
+    for keys in ENGINES.values():
+        tables = [*keys.applied, *keys.without_effect, *keys.refused, *keys.beside]
+        assert len(tables) == len({*tables}), sorted({k for k in tables if tables.count(k) > 1})
+        assert not {*keys.short} & {*tables}
