@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
@@ -29,6 +30,7 @@ from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
 
+TESTED = (5, 24)  # the newest transformers
 CAPTURING = threading.RLock()  # torch.export patches what all threads share
 
 
@@ -105,8 +107,16 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": embedding.num_embeddings,
         "model_name": type(model).__name__,
         "model": model,
-        "notes": (*getattr(model, "notes_of_release", ()), *_mtp_notes(model.config)),
+        "notes": (*_version_notes(), *getattr(model, "notes_of_release", ()), *_mtp_notes(model.config)),
     }
+
+
+def _version_notes() -> tuple[str, ...]:
+    """A newer transformers than any that was tested is no reason to refuse."""
+    major, minor = (int(n) for n in transformers.__version__.split(".")[:2])
+    if (major, minor) <= TESTED:
+        return ()
+    return (f"transformers {transformers.__version__} is newer than what was tested (up to {TESTED[0]}.{TESTED[1]})",)
 
 
 def _mtp_notes(config: Any) -> tuple[str, ...]:
