@@ -120,6 +120,34 @@ def test_a_branch_on_two_sizes_together_is_refused(change: Change, where: str) -
         capture(branching(change))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out, length: out * (3 if out.shape[1] == 1 else 2),
+        lambda out, length: out - length if out.shape[1] == 1 else length - out,
+        lambda out, length: out.roll(1 if out.shape[1] == 1 else 2, -1),
+        lambda out, length: out * torch.tensor([3.0 if out.shape[1] == 1 else 2.0]).double(),
+    ],
+    ids=["an int", "the order", "an argument", "a constant"],
+)
+def test_numbers_and_order_are_part_of_a_path(change: Change) -> None:
+    with pytest.raises(CaptureError, match=r"takes another path at B=2, T=1|made from a size|holds for some sizes"):
+        capture(branching(change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out, length: out * 0.5 if out.shape[0] * out.shape[1] > 30 else out,
+        lambda out, length: out * 0.5 if out.shape[1] >= 4 * out.shape[0] else out,
+    ],
+    ids=["B * T", "T against B"],
+)
+def test_a_threshold_of_several_sizes_is_refused(change: Change) -> None:
+    with pytest.raises(CaptureError, match="takes another path at B=1, T=67, S=0"):
+        capture(branching(change))
+
+
 @pytest.fixture
 def scaled_mlp(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any, Tensor], float]], None]:
     """Every LlamaMLP multiplies its result by what a function of itself and its input says."""

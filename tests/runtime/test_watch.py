@@ -176,3 +176,82 @@ def test_another_way_to_call_a_module_is_named(edit: Callable[[Any], None]) -> N
     edit(model)
     with pytest.raises(RuntimeFault, match=r"the model changed since compile: .* given other hooks, functions"):
         compiled(random_ids(model, 1, 3))
+
+
+def through_data_in_another_dtype(model: Any) -> None:
+    projections(model)[-1].data += 1.0
+
+
+def item_of_a_list(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].mlp.held[0].add_(1.0)
+
+
+class Scaled(nn.Module):
+    """An FFN with a factor in a list."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner, self.held = inner, [torch.full((1,), 1.5, dtype=torch.float64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.held[0].to(x.dtype)
+
+
+def with_a_list() -> Any:
+    model = padded()
+    model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp).eval()
+    return model
+
+
+@pytest.mark.fresh_capture
+@pytest.mark.parametrize("edit", [through_data_in_another_dtype, item_of_a_list])
+def test_a_converted_copy_is_told_of_every_edit(edit: Callable[[Any], None]) -> None:
+    model = with_a_list()
+    compiled = helix_compile(model, cp=2, dtype=torch.float32, max_seq_len=64, max_batch_size=2)
+    compiled(torch.ones(1, 2, dtype=torch.int64))
+    edit(model)
+    with pytest.raises(RuntimeFault, match="edited in place, and the ranks hold copies"):
+        compiled(torch.ones(1, 1, dtype=torch.int64))
+
+
+def replaced_in_a_list(model: Any) -> None:
+    model.model.layers[0].mlp.held[0] = torch.ones(1, dtype=torch.float64)
+
+
+def one_more_module(model: Any) -> None:
+    model.model.layers[0].mlp.adapter = nn.Identity()
+
+
+@pytest.mark.fresh_capture
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [(replaced_in_a_list, r"mlp\.held was replaced"), (one_more_module, "given or lost a module, parameter or buffer")],
+)
+def test_what_is_put_into_a_module_is_named(edit: Callable[[Any], None], said: str) -> None:
+    model = with_a_list()
+    compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=2)
+    edit(model)
+    with pytest.raises(RuntimeFault, match=said):
+        compiled(torch.ones(1, 1, dtype=torch.int64))
+
+
+def test_a_hook_for_every_module_is_seen_at_a_step() -> None:
+    compiled = helix_compile(padded(), cp=2, max_seq_len=64, max_batch_size=2)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        with pytest.raises(RuntimeFault, match="for every module were registered since compile"):
+            compiled(torch.ones(1, 1, dtype=torch.int64))
+    finally:
+        handle.remove()
+
+
+def test_save_and_verify_follow_an_edit(tmp_path: Any) -> None:
+    model = padded()
+    compiled = helix_compile(model, cp=4, max_seq_len=64, max_batch_size=2)
+    in_place(model)
+    compiled.save(tmp_path / "saved")
+    loaded = type(compiled).load(tmp_path / "saved")
+    assert deviation(model, loaded) <= LIMIT
+    in_place(model)
+    assert verify(compiled, model).ok

@@ -1,0 +1,101 @@
+"""How the model calls its layers, and what stands around a layer's forward: captured as it is, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helix_compile import CaptureError, HelixError, helix_compile
+from helix_compile.ir.leaves import record_call
+from tests.support.driver import prompt_deviation
+from tests.support.families import fresh_family
+from tests.support.models import fresh_model
+
+pytestmark = pytest.mark.fresh_capture
+
+
+def test_hooks_for_every_module_are_refused() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        with pytest.raises(CaptureError, match=r"1 hook\(s\) for every module"):
+            helix_compile(fresh_model("short"), cp=2)
+    finally:
+        handle.remove()
+
+
+def test_a_call_of_its_own_around_a_forward_is_refused() -> None:
+    model = fresh_model("short")
+    layer = model.model.layers[0]
+
+    class Doubled(type(layer)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs) * 2
+
+    layer.__class__ = Doubled
+    with pytest.raises(CaptureError, match=r"`model\.layers\.0` \(Doubled\) has a __call__ of its own"):
+        helix_compile(model, cp=2)
+
+
+def test_a_layer_that_is_called_twice_is_refused() -> None:
+    model = fresh_family("llama")
+    stack = model.model.layers
+    model.model.layers = Twice(stack)
+    with pytest.raises(CaptureError, match="layer 0 is called a second time in one step"):
+        helix_compile(model, cp=2)
+
+
+class Twice(nn.ModuleList):
+    """A list whose layers run twice over."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return [*self, *self] if isinstance(index, slice) else super().__getitem__(index)
+
+
+def test_arguments_of_one_name_are_told_apart() -> None:
+    given = {"extra": (torch.ones(2), torch.zeros(2)), "extra_1": torch.ones(3)}
+    names = record_call((torch.zeros(1, 2, 3),), given).names
+    assert len(set(names)) == len(names) == 3
+
+
+def test_what_a_forward_makes_at_its_first_call_does_not_stay() -> None:
+    model = fresh_model("short")
+    mlp = model.model.layers[0].mlp
+    inner = mlp.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if getattr(mlp, "scale", None) is None:
+            mlp.scale = x.new_full((), 1.5)
+        return inner(x) * 1.5
+
+    mlp.forward = forward
+    helix_compile(model, cp=2)
+    assert "scale" not in vars(mlp)
+
+
+def test_a_forward_with_fewer_logits_is_refused() -> None:
+    model = fresh_model("short")
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: head(hidden[:, -1:])
+    with pytest.raises(CaptureError, match="gives logits of 1 column"):
+        helix_compile(model, cp=2)
+
+
+def test_the_length_after_an_update_is_the_new_one() -> None:
+    model = fresh_model("short")
+    attention = model.model.layers[0].self_attn
+    inner = attention.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out, weights = inner(*args, **kwargs)
+        length = kwargs["past_key_values"].get_seq_length(0)
+        return out * (1 + out.new_ones(length).sum() / 100), weights
+
+    attention.forward = forward
+    try:
+        compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=2, tokens_per_block=2)
+    except HelixError:
+        return  # a length that is made into numbers may be refused, but not be another one
+    assert prompt_deviation(model, compiled) <= 1e-10
