@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ class StepRecorder:
         for rank, values in self._done.items():
             stem = file_stem(rank, self._step)
             head = {"version": VERSION, "rank": rank, "step": self._step, "mask": self._mask.tolist()}
-            text = json.dumps({**head, "values": [asdict(entry) for entry, _ in values]}, separators=(",", ":"))
+            text = json.dumps({**head, "values": [vars(entry) for entry, _ in values]}, separators=(",", ":"))
             tensors = {f"{entry.place}.{entry.name}": kept for entry, kept in values}
             with StagedFiles(self._folder, stem) as files:
                 files.write(f"{stem}.safetensors", partial(save_file, tensors))

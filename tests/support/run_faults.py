@@ -46,7 +46,7 @@ def swapped_shards(compiled: Any) -> None:
     """Two ranks have each other's part of o_proj of layer 1."""
     held = {rank.rank: rank.params[SPLIT] for rank in compiled.ranks}
     if len(held) == 1:
-        ((number, mine),) = held.items()
+        (mine,) = held.values()
         everyone = [torch.empty_like(mine) for _ in range(compiled.plan.layout.world_size)]
         dist.all_gather(everyone, mine.contiguous())
         held = dict(enumerate(everyone))
@@ -56,7 +56,9 @@ def swapped_shards(compiled: Any) -> None:
 
 
 def off_by_one(compiled: Any) -> None:
-    """One rank turns its queries and keys by the position after the right one."""
+    """One rank turns its queries and keys by the position after the right one. On real ranks its graph alone is edited."""
+    if FAULTY not in [rank.rank for rank in compiled.ranks]:
+        return
     graph = compiled.graph.graph
     first = next(n for n in graph.nodes if str(n.target) == "aten.unsqueeze.default")
     rank = next(n for n in graph.nodes if n.name == "kvp_rank")
@@ -69,6 +71,8 @@ def off_by_one(compiled: Any) -> None:
 
 def sees_less(compiled: Any) -> None:
     """One rank attends to one token fewer than it has."""
+    if FAULTY not in [rank.rank for rank in compiled.ranks]:
+        return
     graph = compiled.graph.graph
     visible, rank = (next(n for n in graph.nodes if n.name == name) for name in ("visible", "kvp_rank"))
     users = list(visible.users)

@@ -14,7 +14,6 @@ from helix_compile.layout.placement import Layout, parse_layout
 from helix_compile.runtime.values import sampled_places, token_dims
 from helix_compile.verifier.compare.dumps import Value
 
-
 SHAPE = "shape"  # what differs where nothing else can be compared
 
 
