@@ -210,7 +210,7 @@ class StepRecorder:
         shape = tuple(value.shape)
         places = sampled_places(shape).to(value.device)
         kept = value.reshape(-1) if len(places) == value.numel() else value[torch.unravel_index(places, shape)]
-        is_call = node.op == "call_module"
+        is_call = node.op == "call_module" and node in self._outer  # in a body it is a part that is no graph
         parameter = is_param(node)
         norm, largest, nonfinite = _figures(value if parameter else self._unpadded(value))
         entry = ValueEntry(

@@ -1,4 +1,5 @@
-"""Attention outputs of another engine: a folder of .safetensors with tensors named layer_{i}.attn_out.
+"""Attention outputs of another engine: a folder of .safetensors with tensors named layer_{i}.attn_out (a layer's second
+attention: layer_{i}.attn_out_1).
 
 A tensor is [B, T, D], [B * T, D], or [tokens, D] without padding. A file whose name has step_S in it is of that step, all
 others of step 0.
@@ -17,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helix_compile.errors import HelixError
-from helix_compile.runtime.values import ATTENTION_OUTPUT, ValueEntry, layer_name, sampled_places
+from helix_compile.runtime.values import ValueEntry, layer_name, sampled_places
 from helix_compile.verifier.compare.dumps import Key, Step, Value
 
-_NAME = re.compile(r"layer_(\d+)\.attn_out")
+_NAME = re.compile(r"layer_(\d+)\.(attn_out(?:_\d+)?)")
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -47,19 +48,21 @@ class EngineFolder:
             HelixError: a file that can't be read, a name twice, or no tensor layer_{i}.attn_out in a step.
         """
         for number in self.numbers:
-            found: dict[int, Tensor] = {}
+            found: dict[tuple[int, str], Tensor] = {}
             for path in self.files[number]:
                 for name, tensor in _load(path).items():
                     match = _NAME.fullmatch(name)
                     if match is None:
                         self.notes.append(f"{path.name}: {name} is not compared: only layer_{{i}}.attn_out is")
-                    elif int(match[1]) in found:
+                    elif (at := (int(match[1]), match[2])) in found:
                         raise HelixError(f"{path}: {name} is in step {number} twice; name files step_0..., step_1...")
                     else:
-                        found[int(match[1])] = tensor
+                        found[at] = tensor
             if not found:
                 raise HelixError(f"{self.folder}: step {number} has no tensor named layer_{{i}}.attn_out")
-            values = {Key(layer_name(i), ATTENTION_OUTPUT): as_value(layer_name(i), found[i]) for i in sorted(found)}
+            values = {
+                Key(layer_name(i), role): as_value(layer_name(i), role, found[i, role]) for i, role in sorted(found)
+            }
             yield Step(number, None, [values])
 
 
@@ -72,15 +75,15 @@ def open_engine_folder(folder: Path) -> EngineFolder:
     return EngineFolder(folder, files)
 
 
-def as_value(place: str, tensor: Tensor) -> Value:
+def as_value(place: str, role: str, tensor: Tensor) -> Value:
     """A whole tensor as a dump would have it."""
     shape = tuple(tensor.shape)
     wide = tensor.double()
     finite = wide[wide.isfinite()]
     entry = ValueEntry(
         place=place,
-        name=ATTENTION_OUTPUT,
-        role=ATTENTION_OUTPUT,
+        name=role,
+        role=role,
         op="",
         shape=list(shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
@@ -105,12 +108,12 @@ def as_shaped(value: Value, shape: tuple[int, ...], mask: Tensor | None) -> Valu
         kept = tensor.reshape(shape)
         if mask is not None and shape[:2] == tuple(mask.shape):
             kept = torch.where(mask.bool()[..., None], kept, 0)  # a dump's norm is that of tokens
-        return as_value(value.entry.place, kept)
+        return as_value(value.entry.place, value.entry.role, kept)
     if mask is None or len(shape) != 3 or tensor.numel() != int(mask.sum()) * shape[-1]:
         return None
     whole = tensor.new_zeros(shape)
     whole[mask.bool()] = tensor.reshape(-1, shape[-1])
-    return as_value(value.entry.place, whole)
+    return as_value(value.entry.place, value.entry.role, whole)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

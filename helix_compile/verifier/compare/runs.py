@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor.placement_types import Shard
 
 from helix_compile.errors import HelixError
+from helix_compile.ir.stage import OUTER
 from helix_compile.layout.degrees import HelixLayout, HelixMesh
 from helix_compile.runtime.values import ATTENTION_OUTPUT, LAYER_OUTPUT, LOGITS, PARAMETER, ValueEntry
 from helix_compile.verifier.bisect.replay import alike
@@ -23,7 +24,8 @@ from helix_compile.verifier.compare.dumps import Dump, Key, Step, Value
 from helix_compile.verifier.compare.engine import EngineFolder, as_shaped
 from helix_compile.verifier.compare.whole import SHAPE, Deviation, Whole, deviation, fitted, layout_of, own, wholes
 
-# how far the largest deviation may be, over the largest element: what other orders of summing leave after many layers
+# how far the largest deviation may be, over the largest element: what other orders of summing leave after many layers;
+# logits of two layers in bfloat16 were 8e-3 apart between cp=2 and cp=4
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 FIGURE_NOISE = 1e-6
 OUTER_SITE = HelixMesh(HelixLayout(kvp=1, tpa=1, ep=1, tpf=1))
@@ -111,7 +113,8 @@ def compare_runs(a: Run, b: Run, tolerance: float | None = None) -> RunsCompared
     Raises:
         HelixError: runs that have no step in common, or were given other tokens.
     """
-    found = RunsCompared(isinstance(a, Dump) and isinstance(b, Dump) and alike(a.plan, b.plan))
+    same_plan = isinstance(a, Dump) and isinstance(b, Dump) and alike(a.plan, b.plan)
+    found = RunsCompared(same_plan)
     if a.numbers != b.numbers:
         found.notes.append(f"A has steps {a.numbers}, B {b.numbers}: those of both are compared")
     for first, second in _together(a, b):
@@ -120,6 +123,7 @@ def compare_runs(a: Run, b: Run, tolerance: float | None = None) -> RunsCompared
                 f"compare: step {first.number}: A has tokens {_tokens(first.mask)}, B {_tokens(second.mask)}: the runs were not "
                 "given the same batch (the mask differs)"
             )
+        found.by_rank = same_plan and _kernels(first) == _kernels(second)
         pair = _StepPair(a, b, first, second, tolerance, found)
         pair.by_rank() if found.by_rank else pair.by_meaning()
         found.steps += 1
@@ -152,6 +156,9 @@ class _StepPair:
     found: RunsCompared
     verdicts: dict[Key, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.limits = [_limits(step, run) for step, run in ((self.first, self.a), (self.second, self.b))]
+
     @property
     def mask(self) -> Tensor | None:
         return self.first.mask if self.first.mask is not None else self.second.mask
@@ -170,7 +177,7 @@ class _StepPair:
             pairs = [(r, x, y) for r, (x, y) in enumerate(zip(mine, theirs, strict=True)) if x and y]
             if not pairs or _is_transport(pairs[0][1].entry):
                 continue
-            limit = self._tolerance(pairs[0][1].entry, pairs[0][2].entry)
+            limit = self._tolerance(key, key)
             found = [(_apart(own(x, r), own(y, r), self._mask_of(x.entry)), r) for r, x, y in pairs if not _same(x, y)]
             self._count(key, (pairs[0][1].entry, pairs[0][2].entry), [(d, (r,)) for d, r in found], limit)
             for name, run, values in (("A", self.first, mine), ("B", self.second, theirs)):
@@ -190,7 +197,7 @@ class _StepPair:
                 continue  # an edit of one rank's graph
             values = self._fitting([[rank[k] for rank in run.ranks] for run, k in sides])
             entry = values[0][0].entry
-            limit = self._tolerance(entry, values[1][0].entry)
+            limit = self._tolerance(here[meaning], there[meaning])
             for name, run, side, mesh in zip("AB", (self.first, self.second), values, meshes, strict=True):
                 self._contradiction(name, run, key, side, mesh)
             if _same_parts(*values):  # though the rest of the layouts is not: a rank has what the same rank has
@@ -222,7 +229,7 @@ class _StepPair:
                 if shaped is None:
                     wanted = values[other][0].entry.shape
                     raise HelixError(
-                        f"compare: step {self.first.number}: {entry.place}.{ATTENTION_OUTPUT} of {'AB'[i]} is {entry.shape}, "
+                        f"compare: step {self.first.number}: {entry.place}.{entry.role} of {'AB'[i]} is {entry.shape}, "
                         f"of {'AB'[other]} {wanted}: expected that, [B * T, D], or its tokens without padding"
                     )
                 values[i] = [shaped]
@@ -231,12 +238,12 @@ class _StepPair:
     def _mask_of(self, entry: ValueEntry) -> Tensor | None:
         return None if entry.role == PARAMETER else self.mask
 
-    def _tolerance(self, mine: ValueEntry, theirs: ValueEntry) -> float:
+    def _tolerance(self, mine: Key, theirs: Key) -> float:
         """Of the coarser dtype; integers must be equal."""
-        known = [TOLERANCE.get(e.dtype) for e in (mine, theirs)]
-        if None in known:
+        known = [limits.get(key, 0.0) for limits, key in zip(self.limits, (mine, theirs), strict=True)]
+        if 0.0 in known:
             return 0.0
-        return self.asked if self.asked is not None else max(t for t in known if t is not None)
+        return self.asked if self.asked is not None else max(known)
 
     def _count(
         self,
@@ -306,7 +313,9 @@ class _StepPair:
         entry = values[0].entry
         if layout_of(entry.layout) != {} or all(_same(v, values[0]) for v in values[1:]):
             return
-        limit = self._tolerance(entry, entry)
+        limit = self.limits["AB".index(name)].get(key, 0.0)
+        if limit and self.asked is not None:
+            limit = self.asked
         copies = wholes(values, mesh)
         if not copies:
             return
@@ -322,6 +331,39 @@ class _StepPair:
 def _parameter_limit(apart: Deviation) -> float:
     """Weights are equal or not; but the norm of equal ones depends on how their parts lie in memory."""
     return FIGURE_NOISE if apart.what == "norm" else 0.0
+
+
+def _kernels(step: Step) -> set[str]:
+    """What computes the ops of ours: kernels fuse several, so their nodes are others."""
+    ops = {value.entry.op for value in step.ranks[0].values()}
+    return {op for op in ops if op.startswith("helix")}
+
+
+def _limits(step: Step, run: Run) -> dict[Key, float]:
+    """Tolerance of each floating-point value: of the coarsest dtype that it was computed through.
+
+    In a layer that is the coarsest so far, since each value comes from the hidden states; around the layers it follows
+    what a value reads.
+    """
+    floor = TOLERANCE.get(run.plan.dtype, 0.0) if isinstance(run, Dump) else 0.0
+    layers: dict[str, float] = {}
+    behind = 0.0  # the layers that came before
+    limits: dict[Key, float] = {}
+    exact: set[Key] = set()
+    for key, value in step.ranks[0].items():
+        entry = value.entry
+        own = TOLERANCE.get(entry.dtype, 0.0)
+        if entry.role == PARAMETER or not own:
+            limits[key] = own
+            exact.add(key)
+        elif entry.place == OUTER:
+            read = [Key(OUTER, name) for name in entry.reads]
+            limits[key] = max([own, *(limits.get(k, behind) for k in read if k not in exact)])
+        else:
+            limits[key] = layers[key.place] = max(own, floor, behind, layers.get(key.place, 0.0))
+            if entry.role == LAYER_OUTPUT:
+                behind = max(behind, limits[key])
+    return limits
 
 
 def _ordered(ranks: list[dict[Key, Value]]) -> list[Key]:
@@ -381,7 +423,7 @@ def _meanings(step: Step) -> dict[tuple[str, ...], Key]:
         entry = value.entry
         if entry.role in (ATTENTION_OUTPUT, LAYER_OUTPUT, LOGITS) or entry.role.startswith(f"{ATTENTION_OUTPUT}_"):
             found[("role", key.place, entry.role)] = key
-        elif entry.role == PARAMETER or (key.place == "outer" and not entry.op and entry.layout == "R"):
+        elif entry.role == PARAMETER or (key.place == OUTER and not entry.op and entry.layout == "R"):
             if key.name != "page_table":  # as long as the shards of a layout
                 found[("input", key.place, key.name)] = key
         elif entry.captured and entry.origin == [key.name] and TOLERANCE.get(entry.dtype) is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helix_compile import HelixError, HelixModule, compare, helix_compile
+from helix_compile import HelixError, HelixModule, capture, compare, helix_compile
 from tests.distributed.steps import OPTIONS
 from tests.support.command import run_here
 from tests.support.models import tiny_model
@@ -19,10 +19,10 @@ from tests.support.models import tiny_model
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, HelixModule, HelixModule]:
     root = tmp_path_factory.mktemp("plans")
-    model = tiny_model("short", torch.float32)
-    first = helix_compile(model, cp=2, **OPTIONS)
+    captured = capture(tiny_model("short", torch.float32))
+    first = helix_compile(captured, cp=2, **OPTIONS)
     first.save(root / "saved")
-    second = helix_compile(model, cp=4, **OPTIONS)
+    second = helix_compile(captured, cp=4, **OPTIONS)
     (root / "plan.json").write_text(second.plan.to_json())
     return root, first, second
 

@@ -187,3 +187,24 @@ def test_shards_are_joined_and_sums_summed(shape: tuple[int, ...], is_whole: boo
     assert summed.elements is not None and summed.figures is None
     torch.testing.assert_close(summed.elements, 10 * x.flatten()[summed.places], rtol=1e-13, atol=0)
     assert wholes([value(x, "kvp:PS")] * 4, mesh) == [] == wholes([value(x, "-")] * 4, mesh)
+
+
+@pytest.mark.slow
+def test_kernels_and_sixteen_bits(tmp_path: Path) -> None:
+    """Kernels fuse nodes, so runs of one plan are compared by meaning; what comes from bfloat16 is no more exact than it."""
+    cases: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+        "reference": (torch.float32, {"cp": 2, "lower": "reference"}),
+        "triton": (torch.float32, {"cp": 2, "lower": "triton"}),
+        "half_2": (torch.bfloat16, {"cp": 2}),
+        "half_4": (torch.bfloat16, {"cp": 4}),
+    }
+    for name, (dtype, options) in cases.items():
+        compiled = helix_compile(fresh_model("short", dtype), **options, **OPTIONS)
+        dump_run(compiled, tmp_path / name, nothing)
+        if name == "half_4":
+            dump_run(compiled, tmp_path / "half_wrong", wrong_norm)
+    for a, b in (("reference", "triton"), ("half_2", "half_4")):
+        comparison = compare(tmp_path / a, tmp_path / b)
+        assert comparison.equal and not comparison.found.by_rank, str(comparison)
+    first = compare(tmp_path / "half_2", tmp_path / "half_wrong").found.first
+    assert first is not None and (first.place, first.ranks) == ("layer_1", (FAULTY,))
