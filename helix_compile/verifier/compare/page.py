@@ -11,11 +11,11 @@ from helix_compile.verifier.compare.runs import LayerDeviation, RunsCompared
 from helix_compile.verifier.compare.words import cell_of, growth_rows, title_of
 from helix_compile.views.report import page_style
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 300, 64, 16, 14, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 300, 64, 40, 14, 40
 FLOOR = -17  # log10 of what is drawn as equal: below float64's own rounding
 STYLE = """
 pre { font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto; background: var(--band); padding: 12px; }
-.growth { display: block; width: 100%; max-width: 900px; height: auto; }
+.growth { display: block; width: 100%; min-width: 560px; max-width: 900px; height: auto; }
 .growth text { font-size: 11px; fill: var(--muted); } .growth .grid { stroke: var(--rule); }
 .growth .limit { stroke: var(--ink); stroke-dasharray: 4 3; }
 .growth polyline { fill: none; stroke-width: 2; }
@@ -58,7 +58,7 @@ def _picture(growth: list[LayerDeviation]) -> str:
     layers = [(place, row) for place, row in rows if place != LOGITS]
     heights = [_log(d.off) for _, row in layers for d in row.values()]
     limit = max(d.tolerance for d in growth)
-    top = math.ceil(max([*heights, _log(limit), -1]))
+    top = math.ceil(max([*heights, _log(limit)])) + 1
     bottom = max(FLOOR, math.floor(min([*(h for h in heights if h > FLOOR), _log(limit)])) - 1)
 
     def x(number: int) -> float:
@@ -78,7 +78,7 @@ def _picture(growth: list[LayerDeviation]) -> str:
         )
     at = y(_log(limit))
     parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{at - 5:.1f}" text-anchor="end">tolerance {limit:.0e}</text>')
+    parts.append(f'<text x="{LEFT + 6}" y="{at - 5:.1f}">tolerance {limit:.0e}</text>')
     for number, role in enumerate(roles):
         points = [(x(i), y(_log(row[role].off)), row[role]) for i, (_, row) in enumerate(layers) if role in row]
         line = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in points)
@@ -95,8 +95,8 @@ def _picture(growth: list[LayerDeviation]) -> str:
         )
     label = "largest deviation of each layer, over its largest element, logarithmic"
     return (
-        f'<svg class="growth" viewBox="0 0 {WIDTH} {HEIGHT + 6}" role="img" aria-label="{label}"><title>{label}</title>'
-        f"{''.join(parts)}</svg>"
+        f'<div class="scroll"><svg class="growth" viewBox="0 0 {WIDTH} {HEIGHT + 6}" role="img" aria-label="{label}"><title>{label}</title>'
+        f"{''.join(parts)}</svg></div>"
     )
 
 

@@ -86,12 +86,11 @@ def said_values(d: Difference) -> str:
 
 def _of_difference(d: Difference) -> list[str]:
     made = ", ".join(filter(None, (d.role, d.op, d.source)))
+    limit = f"tolerance {d.tolerance:.0e}" if d.tolerance else "they must be equal"
     lines = [
         f"  step {d.step}, {place_of(d)} {list(d.shape)}, {said_ranks(d.ranks)}",
         f"  {made}" if made else "",
-        f"  {said_values(d)}; tolerance {d.tolerance:.0e}"
-        if not d.run
-        else f"  {_said_of_run(d)}; tolerance {d.tolerance:.0e}",
+        f"  {_said_of_run(d) if d.run else said_values(d)}; {limit}",
     ]
     reads = [f"{name} {verdict}" for name, verdict in d.reads if verdict]
     if reads:
