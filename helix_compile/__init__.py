@@ -34,6 +34,7 @@ from helix_compile.moved import MovedModules
 from helix_compile.passes.typing.aten_rules import elementwise
 from helix_compile.passes.typing.check_layouts import typing_rule
 from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.verifier.compare.compare import Comparison, compare
 from helix_compile.verifier.report import Finding, VerificationReport
 from helix_compile.verifier.verify import assert_equivalent, verify
 
@@ -45,6 +46,7 @@ __all__ = [
     "CaptureError",
     "CapturedGraph",
     "CheckpointError",
+    "Comparison",
     "Finding",
     "HelixError",
     "HelixModule",
@@ -60,6 +62,7 @@ __all__ = [
     "VerificationReport",
     "assert_equivalent",
     "capture",
+    "compare",
     "elementwise",
     "helix_compile",
     "load_deepseek_v3",

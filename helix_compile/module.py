@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from transformers.cache_utils import DynamicCache
 from helix_compile.cache.pages import Ledger
 from helix_compile.cache.shards import CacheEntries, CacheShard
 from helix_compile.cache.transfer import entries_to_export, sequences_to_import, shards_to_export
-from helix_compile.errors import HelixError, RuntimeFault
+from helix_compile.errors import HelixError, PassError, RuntimeFault
+from helix_compile.ir.stage import bodies_of
 from helix_compile.passes.pipeline import STAGES, lowered_copy
+from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
 from helix_compile.runtime.step import checked_lengths, checked_rows, run_step
+from helix_compile.runtime.values import ValueDump
 from helix_compile.saving.module_folder import load_parts, save_module
 from helix_compile.views.explain import NodeExplanation, explain_node
 from helix_compile.views.graph_python import stage_diff
@@ -65,6 +68,14 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _infer_layouts(graph: fx.GraphModule, plan: HelixPlan) -> None:
+    """Type the bodies of a reloaded graph: dumped values are joined by their layouts, which no file of a module holds."""
+    for name, body in bodies_of(graph).items():
+        if not any("layout" in node.meta for node in body.graph.nodes):
+            with suppress(PassError):  # an edit that has no layout: its values are compared rank by rank
+                check_layouts(body, plan=plan.body(name), degrees=plan.layout)
+
+
 class HelixModule(nn.Module):
     """A model's decode step, rewritten for Helix parallelism. Made by helix_compile() or load().
 
@@ -92,6 +103,9 @@ class HelixModule(nn.Module):
         object.__setattr__(self, "_lock", threading.RLock())
         self.device = facts.device
         self._ledger = Ledger(plan.options, plan.layout.kvp, facts.device)
+        self._value_dump = ValueDump.from_environment(plan)
+        if self._value_dump is not None:
+            _infer_layouts(self.graph, plan)
         self.train(False)
 
     @property
@@ -103,6 +117,11 @@ class HelixModule(nn.Module):
     def facts(self) -> ModelFacts:
         """What is known of the original model."""
         return self._facts
+
+    @property
+    def value_dump(self) -> ValueDump | None:
+        """Where its steps write what they compute; None unless HELIX_DUMP_VALUES was set when it was made."""
+        return self._value_dump
 
     @property
     def page_table(self) -> Tensor:

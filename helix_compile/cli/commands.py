@@ -1,4 +1,4 @@
-"""The console script: helix-compile inspect | verify | generate | kernels | recipe. JSON goes to stdout alone, progress to stderr.
+"""The console script: helix-compile inspect | verify | compare | generate | kernels | recipe. JSON goes to stdout alone, progress to stderr.
 
 Exit status: 0 fine, 1 a check failed, 2 wrong use.
 """
@@ -30,6 +30,10 @@ app = typer.Typer(
 )
 
 _MODEL_HELP = "checkpoint folder, a config.json (random weights), a .pt2 of torch.export.save, or a preset: tiny, deepseek-v3-lite, deepseek-v3"
+_SIDE_HELP = (
+    "a plan.json or a folder with one, a folder of save(), a folder that HELIX_DUMP_VALUES named, or .safetensors with "
+    "another engine's layer_{i}.attn_out"
+)
 Model = Annotated[str, typer.Argument(help=_MODEL_HELP)]
 Cp = Annotated[int | None, typer.Option(help=f"{OPTIONS['cp'].cli_help}; required, here or in --config")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64")]
@@ -167,6 +171,28 @@ def verify(
     else:
         print("\n\n".join(text for *_, text in results))
     raise typer.Exit(0 if all(ok for ok, *_ in results) else 1)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help=_SIDE_HELP)],
+    b: Annotated[str, typer.Argument(help="as A")],
+    html: Annotated[
+        Path | None, typer.Option(help="file for a page with the picture of how the deviation grows")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="of runs: largest deviation over a value's largest element; default: by dtype")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what differs between two plans, saved modules or runs: which value first, on which rank. Exit status 1 if any does."""
+    from helix_compile.verifier.compare.compare import compare as compared
+
+    comparison = compared(a, b, tolerance=tolerance)
+    if html is not None:
+        comparison.write_html(html)
+    print(comparison.to_json() if as_json else comparison)
+    raise typer.Exit(0 if comparison.equal else 1)
 
 
 def _verified(built: Any, asked: dict[str, Any], float64_too: bool, seed: int) -> tuple[bool, str, str]:

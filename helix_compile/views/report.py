@@ -44,7 +44,7 @@ def format_html_report(plan: HelixPlan, stages: Mapping[str, fx.GraphModule], fa
         _schedule(bodies, facts["predicted"]),
         _decisions(facts),
     )
-    style = (_HERE / "report.css").read_text(encoding="utf-8")
+    style = page_style()
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     embedded = json.dumps(_embedded(plan, bodies), separators=(",", ":"))
     embedded = embedded.replace("<", "\\u003c")  # "</script" in a name would end the element
@@ -58,6 +58,11 @@ def format_html_report(plan: HelixPlan, stages: Mapping[str, fx.GraphModule], fa
         f'<script id="facts" type="application/json">{embedded}</script>\n'
         f"<script>{script}</script>\n</body></html>\n"
     )
+
+
+def page_style() -> str:
+    """The style sheet of every page, light and dark."""
+    return (_HERE / "report.css").read_text(encoding="utf-8")
 
 
 def _embedded(plan: HelixPlan, bodies: list[BodyViews]) -> dict[str, Any]:

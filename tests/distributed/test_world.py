@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helix_compile import HelixModule, helix_compile
+from helix_compile import HelixModule, compare, helix_compile
 from tests.distributed.steps import MIXED, OPTIONS, TOKENS, grouped_model, hybrid_model, prompts, run_steps, torchrun
 from tests.support.disk import REASON
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
+from tests.support.run_faults import FAULTS, check_found, dump_run
 
 pytestmark = pytest.mark.multi_process
 LIMIT = 1e-5
@@ -81,6 +82,19 @@ def test_all_ranks_have_the_same_bits(launch: Launch) -> None:
     for seen in launch.seen[1:]:
         # a replica of two ranks is compared with the other one too: same kernels, same order
         assert [n for n in first if not torch.equal(first[n], seen[n])] == []
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_compared_runs_name_the_first_wrong_node_and_rank(launch: Launch, name: str) -> None:
+    comparison = compare(launch.folder / "runs" / "plain", launch.folder / "runs" / name)
+    assert comparison.found.by_rank
+    check_found(name, comparison.found)
+
+
+def test_a_run_on_real_ranks_is_that_of_the_virtual_world(launch: Launch) -> None:
+    dump_run(launch.virtual, launch.folder / "runs" / "virtual", FAULTS["plain"])
+    comparison = compare(launch.folder / "runs" / "plain", launch.folder / "runs" / "virtual")
+    assert comparison.equal and comparison.found.by_rank, str(comparison)
 
 
 def test_two_models_take_turns_and_keep_their_caches(launch: Launch) -> None:

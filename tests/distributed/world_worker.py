@@ -27,6 +27,7 @@ from tests.support import captures
 from tests.support.disk import full_after
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
+from tests.support.run_faults import FAULTS, dump_run
 
 
 class Wire(TorchDispatchMode):
@@ -141,6 +142,10 @@ def main(folder: Path) -> None:
     version = "2.0.0" if rank == 1 else torch.__version__
     with patch("torch.__version__", version):
         said["plan"] = refusal(lambda: helix_compile(model, cp=4, **odd_plan))
+
+    # runs to be compared: the values of two equal ones, and of faults of one rank
+    for name, fault in FAULTS.items():
+        dump_run(four, folder / "runs" / name, fault)
 
     # the disk of rank 2 is full
     with full_after(1000) if rank == 2 else nullcontext():

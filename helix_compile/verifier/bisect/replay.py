@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.ir.graph import input_ref, placeholders
-from helix_compile.module import HelixModule
+from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.verifier.bisect.walk import (
     Compare,
     Located,
@@ -54,9 +54,8 @@ class Side:
         return self.scratch.graph
 
 
-def alike(first: HelixModule, second: HelixModule) -> bool:
+def alike(mine: HelixPlan, theirs: HelixPlan) -> bool:
     """Whether a rank of one holds what the same rank of the other holds, edits aside."""
-    mine, theirs = first.plan, second.plan
     return (
         mine.layout == theirs.layout
         and mine.options.tokens_per_block == theirs.options.tokens_per_block
@@ -80,7 +79,7 @@ def bisect_pair(first: Side, second: Side, steps: list[Batch], failing: int) -> 
             side.scratch.step(batch.ids, batch.mask)
     mine, theirs = (_recorded(side.scratch, steps[failing]) for side in (first, second))
     dtype = getattr(torch, first.scratch.compiled.plan.dtype)
-    same = alike(first.scratch.compiled, second.scratch.compiled)
+    same = alike(first.scratch.compiled.plan, second.scratch.compiled.plan)
     parts = _bodies_too if same else _outer_only
     for place, nodes, compare in parts(first, second, mine, theirs, steps[failing].mask):
         located = walk(nodes, compare, dtype)

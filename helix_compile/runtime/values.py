@@ -1,0 +1,301 @@
+"""HELIX_DUMP_VALUES=dir: what each node of each rank computes in the first steps, for `helix-compile compare`.
+
+    plan.json                     the plan of the module
+    rank_R_step_S.safetensors     of each value a sample of SAMPLE elements at fixed places, or all of it up to WHOLE elements
+    rank_R_step_S.json            of each value: node, layer, shape, dtype, layout, norm, largest element; written last
+
+A step's files come both or not at all. Values in layers are named by layer; parameters are written in step 0 alone, and
+caches never: what is written to them is. The first module of a process that takes a step writes to dir, later ones to dir/module_2, ...
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from helix_compile.errors import HelixError
+from helix_compile.files import StagedFiles
+from helix_compile.ir.graph import input_ref, is_param, placeholders
+from helix_compile.ir.origin import CAPTURED, ORIGIN, SOURCE, STAGE
+from helix_compile.ir.sizes import layout_text
+from helix_compile.ir.stage import OUTER, body_of
+from helix_compile.plan.helix_plan import HelixPlan
+
+FOLDER, STEPS = "HELIX_DUMP_VALUES", "HELIX_DUMP_VALUES_STEPS"
+DEFAULT_STEPS = 4
+WHOLE, SAMPLE = 1024, 64
+VERSION = 1
+ATTENTION_OUTPUT, LAYER_OUTPUT, LOGITS, PARAMETER = "attn_out", "output", "logits", "parameter"
+
+
+def layer_name(index: int) -> str:
+    """How the values of a layer are named: "layer_3"."""
+    return f"layer_{index}"
+
+
+def file_stem(rank: int | str, step: int | str) -> str:
+    """Name of a step's two files without their ends."""
+    return f"rank_{rank}_step_{step}"
+
+
+@cache
+def sampled_places(shape: tuple[int, ...]) -> Tensor:
+    """Flat indices of the elements that are kept of a value: the same for the same shape, in any run."""
+    count = math.prod(shape)
+    if count <= WHOLE:
+        return torch.arange(count)
+    # multiples of the golden ratio: spread evenly, and in step with no dim
+    return torch.tensor(sorted((i * 0x9E3779B97F4A7C15 % 2**64) * count >> 64 for i in range(1, SAMPLE + 1)))
+
+
+def token_dims(shape: tuple[int, ...], batch: int, tokens: int) -> tuple[int, ...]:
+    """Where a value has its tokens: dims of B and T, the one dim of B * T, or () where it has a row for none."""
+    for dims in ((0, 1), (0, 2), (1, 2)):
+        enough = len(shape) > dims[1] and (dims == (0, 1) or len(shape) >= 4)
+        if enough and (shape[dims[0]], shape[dims[1]]) == (batch, tokens):
+            return dims
+    return (0,) if len(shape) > 1 and shape[0] == batch * tokens else ()
+
+
+@dataclass(frozen=True)
+class ValueEntry:
+    """What JSON says of a value; `place` is "outer" or a layer.
+
+    Attributes:
+        role: "attn_out" (its site in the layer behind it, from the second on), "output" of a layer, "logits", "parameter", or "".
+        layout: how it lies over the ranks, as layout_text() has it; "-" where that is not known.
+        norm: 2-norm of the finite elements; as `largest`, padding aside.
+        largest: of the finite elements by magnitude.
+        nonfinite: elements that are inf or NaN.
+        reads: parameters and values of its graph that it is computed from.
+    """
+
+    place: str
+    name: str
+    role: str
+    op: str
+    shape: list[int]
+    dtype: str
+    layout: str
+    norm: float
+    largest: float
+    nonfinite: int
+    origin: list[str]
+    source: str
+    captured: bool
+    reads: list[str]
+
+
+_CLAIMED: dict[Path, int] = {}  # modules of this process that write below a folder: not another run's files
+
+
+class ValueDump:
+    """Where one module writes what it computes; recorder() once a step."""
+
+    def __init__(self, folder: Path, steps: int, plan: HelixPlan):
+        self._root, self._steps, self._plan = folder, steps, plan
+        self._folder: Path | None = None
+        self._taken = 0
+
+    @classmethod
+    def from_environment(cls, plan: HelixPlan) -> ValueDump | None:
+        """None where HELIX_DUMP_VALUES is not set.
+
+        Raises:
+            HelixError: it is no folder, or has another run's values; HELIX_DUMP_VALUES_STEPS is no number of steps.
+        """
+        folder, text = os.environ.get(FOLDER), os.environ.get(STEPS, str(DEFAULT_STEPS))
+        if not folder:
+            return None
+        if not text.isdecimal() or int(text) < 1:
+            raise HelixError(f"{STEPS} must be a number of steps >= 1, got {text!r}")
+        root = Path(folder).absolute()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HelixError(f"{FOLDER}={folder}: can't be made a folder of values: {error}") from error
+        if root not in _CLAIMED and any(root.glob(f"{file_stem('*', '*')}.json")):
+            raise HelixError(f"{FOLDER}={folder}: holds the values of another run; choose another folder, or delete it")
+        return cls(root, int(text), plan)
+
+    def recorder(self, graph: fx.GraphModule, caches: list[Tensor], mask: Tensor, leads: bool) -> StepRecorder | None:
+        """What the world calls after every node of the next step; None when enough steps are written.
+
+        Args:
+            graph: the outer graph that runs.
+            caches: of all ranks in this process; nothing that lies in them is written.
+            mask: [B, T], 1 = token.
+            leads: this process writes the plan.
+        """
+        if self._taken >= self._steps:
+            return None
+        if self._folder is None:
+            number = _CLAIMED[self._root] = _CLAIMED.get(self._root, 0) + 1
+            self._folder = self._root if number == 1 else self._root / f"module_{number}"
+            if leads:
+                with StagedFiles(self._folder, "plan") as files:
+                    files.write_text("plan.json", self._plan.to_json())
+                    files.move()
+        self._taken += 1
+        return StepRecorder(self._folder, self._taken - 1, graph, self._plan, caches, mask)
+
+
+class StepRecorder:
+    """A hook of World.run: keeps a few elements of each value; write() when the step is done."""
+
+    def __init__(
+        self, folder: Path, step: int, graph: fx.GraphModule, plan: HelixPlan, caches: list[Tensor], mask: Tensor
+    ):
+        self._folder, self._step, self._mask = folder, step, mask
+        self._padded = not bool(mask.bool().all())
+        self._caches = {cache.untyped_storage().data_ptr() for cache in caches}
+        self._outer = set(graph.graph.nodes)
+        self._roles = _roles(graph, plan)
+        self._per_rank = _per_rank(graph.graph)
+        # a layer's nodes come before its call in the outer graph
+        self._open: dict[int, list[tuple[fx.Node, ValueEntry, Tensor]]] = {}
+        self._done: dict[int, list[tuple[ValueEntry, Tensor]]] = {}
+
+    def __call__(self, rank: int, node: fx.Node, value: Any) -> None:
+        """Keep what compare needs of one value."""
+        done, body = self._done.setdefault(rank, []), self._open.setdefault(rank, [])
+        if node in self._outer and node.op == "call_module":
+            place = layer_name(node.meta["layer"])
+            done += [(_placed(entry, place), kept) for _, entry, kept in body]
+            body.clear()
+        if not isinstance(value, Tensor) or not self._is_told(node, value):
+            return
+        entry, kept = self._summary(node, value)
+        if node in self._outer:
+            done.append((entry, kept))
+        else:
+            body.append((node, entry, kept))
+
+    def write(self) -> None:
+        """The files of every rank in this process.
+
+        Raises:
+            HelixError: the disk refuses; names the file.
+        """
+        for rank, values in self._done.items():
+            stem = file_stem(rank, self._step)
+            head = {"version": VERSION, "rank": rank, "step": self._step, "mask": self._mask.tolist()}
+            text = json.dumps({**head, "values": [vars(entry) for entry, _ in values]}, separators=(",", ":"))
+            tensors = {f"{entry.place}.{entry.name}": kept for entry, kept in values}
+            with StagedFiles(self._folder, stem) as files:
+                files.write(f"{stem}.safetensors", partial(save_file, tensors))
+                files.write_text(f"{stem}.json", text)
+                files.move()
+
+    def _is_told(self, node: fx.Node, value: Tensor) -> bool:
+        if node.op != "placeholder":
+            return value.untyped_storage().data_ptr() not in self._caches
+        if is_param(node):  # in the graph that computes with it
+            reads = any(user.op != "call_module" for user in node.users)
+            return self._step == 0 and reads
+        return input_ref(node).kind == "input"
+
+    def _summary(self, node: fx.Node, value: Tensor) -> tuple[ValueEntry, Tensor]:
+        value = value.detach()
+        value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+        shape = tuple(value.shape)
+        places = sampled_places(shape).to(value.device)
+        kept = value.reshape(-1) if len(places) == value.numel() else value[torch.unravel_index(places, shape)]
+        is_call = node.op == "call_module" and node in self._outer  # in a body it is a part that is no graph
+        parameter = is_param(node)
+        norm, largest, nonfinite = _figures(value if parameter else self._unpadded(value))
+        entry = ValueEntry(
+            place=layer_name(node.meta["layer"]) if is_call else OUTER,
+            name=LAYER_OUTPUT if is_call else node.name,
+            role=LAYER_OUTPUT if is_call else PARAMETER if parameter else self._roles.get(node, ""),
+            op="" if node.op == "placeholder" else str(node.target),
+            shape=list(shape),
+            dtype=str(value.dtype).removeprefix("torch."),
+            layout=self._layout(node),
+            norm=norm,
+            largest=largest,
+            nonfinite=nonfinite,
+            origin=list(node.meta.get(ORIGIN, [])),
+            source=node.meta.get(SOURCE, ""),
+            captured=node.meta.get(STAGE) == CAPTURED,
+            reads=[n.name for n in node.all_input_nodes] if not is_call else [],
+        )
+        return entry, kept.to("cpu", copy=True).contiguous()
+
+    def _layout(self, node: fx.Node) -> str:
+        if node not in self._outer:
+            return layout_text(node)
+        return "kvp:L" if node in self._per_rank else "R"
+
+    def _unpadded(self, value: Tensor) -> Tensor:
+        dims = token_dims(tuple(value.shape), *self._mask.shape) if self._padded else ()
+        if not dims:
+            return value
+        kept = self._mask.bool().to(value.device)
+        return value.movedim(dims, (0, 1))[kept] if len(dims) == 2 else value[kept.flatten()]
+
+
+def _placed(entry: ValueEntry, place: str) -> ValueEntry:
+    return ValueEntry(**{**vars(entry), "place": place})
+
+
+def _figures(value: Tensor) -> tuple[float, float, int]:
+    """2-norm and largest magnitude of the finite elements, and how many are not."""
+    if value.numel() == 0:
+        return 0.0, 0.0, 0
+    if not value.is_floating_point():
+        value = value.double()
+    elif value.dtype.itemsize == 1:  # float8 has no arithmetic
+        value = value.float()
+    largest, nonfinite = _largest(value), 0
+    if not math.isfinite(largest):
+        finite = value.isfinite()
+        nonfinite = value.numel() - int(finite.sum())
+        value = value[finite]
+        largest = _largest(value) if value.numel() else 0.0
+    # a large weight is not copied for the sake of its norm's last digits
+    wide = torch.float64 if value.dtype == torch.float64 or value.numel() <= 2**24 else torch.float32
+    return float(torch.linalg.vector_norm(value, dtype=wide)), largest, nonfinite
+
+
+def _largest(value: Tensor) -> float:
+    low, high = torch.aminmax(value)
+    return float(torch.maximum(low.abs(), high.abs()))
+
+
+def _roles(graph: fx.GraphModule, plan: HelixPlan) -> dict[fx.Node, str]:
+    """Values that mean the same in every layout: attention outputs of the bodies, logits of the outer graph."""
+    roles: dict[fx.Node, str] = {}
+    output = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+    if isinstance(output, fx.Node):
+        roles[output] = LOGITS
+    targets = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
+    for body in (b for b in plan.bodies if b.name in targets):
+        nodes = body_of(graph, body.name).graph
+        for number, attention in enumerate(body.attentions):
+            weight = next((n for n in placeholders(nodes) if input_ref(n).name == attention.output_weight), None)
+            product = next(iter(weight.users), None) if weight is not None else None
+            if product is not None and ORIGIN in product.meta:
+                # the sum over ranks and the bias behind it stand for the same captured node
+                last = [n for n in nodes.nodes if n.meta.get(ORIGIN) == product.meta[ORIGIN]][-1]
+                roles[last] = ATTENTION_OUTPUT + (f"_{number}" if number else "")
+    return roles
+
+
+def _per_rank(outer: fx.Graph) -> set[fx.Node]:
+    """Nodes around the layers that differ on each rank: what is computed from a rank's own number."""
+    found: set[fx.Node] = set()
+    for node in outer.nodes:
+        own = node.op == "placeholder" and input_ref(node).name in ("kvp_rank", "ep_rank")
+        if own or (node.op == "call_function" and any(n in found for n in node.all_input_nodes)):
+            found.add(node)
+    return found
