@@ -1,0 +1,48 @@
+"""Published configurations at their published sizes, on meta: each plans for eight ranks, or is refused by the sentence here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helix_compile import HelixError, helix_compile
+from helix_compile.checkpoint.named import named_model
+
+RELEASES = Path(__file__).resolve().parents[1] / "data" / "releases"
+SPARSE = "sparse attention: at node `update_indexer`"
+
+# release -> layers that are planned, or what the refusal says
+EXPECTED: dict[str, int | str] = {
+    "Kimi-K2-Instruct": 61,
+    "Kimi-K2.5": 61,
+    "LongCat-Flash-Chat": 28,
+    "MiniCPM3-4B": 62,
+    "Mistral-Small-4-119B-text": 36,
+    "Moonlight-16B-A3B": 27,
+    "nvidia-DeepSeek-V3.1-NVFP4": 61,
+    "GLM-4.7-Flash": "20 heads can't be divided over N = cp*tpa = 8",
+    "DeepSeek-V3.2": SPARSE,
+    "GLM-5-FP8": SPARSE,
+    "GLM-5.2": SPARSE,
+    "dots3-note-text": SPARSE,
+    "Mistral-Large-4-text": "transformers has no causal language model of model_type 'mistral_large4_text' alone",
+    "Kimi-K3": "model_type 'kimi_k3' is not in transformers: its MLA without rope and with an output gate",
+    "openPangu-Ultra-MoE-718B": "model_type 'pangu_ultra_moe' is not in transformers",
+}
+
+
+def test_the_table_is_whole() -> None:
+    assert {path.stem for path in RELEASES.glob("*.json")} == set(EXPECTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", EXPECTED)
+def test_a_release_plans_or_says_why_not(release: str) -> None:
+    expected = EXPECTED[release]
+    try:
+        compiled = helix_compile(named_model(str(RELEASES / f"{release}.json"), meta=True), cp=8)
+    except HelixError as error:
+        assert isinstance(expected, str) and expected in str(error)
+        return
+    assert sum(len(body.layers) for body in compiled.plan.bodies) == expected
