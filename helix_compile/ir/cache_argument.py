@@ -6,6 +6,7 @@ transformers calls it `past_key_values` up to 5.23 and `cache` from 5.24 on; a m
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def cache_of_output(output: Any) -> Any:
 
 def _is_cache(annotation: Any) -> bool:
     if isinstance(annotation, str):
-        return "Cache" in annotation.replace("|", " ").replace("[", " ").replace("]", " ").split()
+        return any(word.endswith("Cache") for word in re.findall(r"[\w.]+", annotation))
     if isinstance(annotation, type):
         return issubclass(annotation, Cache)
     return any(_is_cache(part) for part in getattr(annotation, "__args__", ()))
