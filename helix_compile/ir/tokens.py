@@ -106,17 +106,31 @@ _ALONG: dict[Any, tuple[int, Any]] = {
 }
 
 
+_REDUCING = (
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.amax.default,
+    aten.amin.default,
+    aten.cumsum.default,
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.logsumexp.default,
+    aten.var.correction,
+    aten.linalg_vector_norm.default,
+)
+
+
 def mixing_node(stage: fx.GraphModule, padding: bool = False) -> fx.Node | None:
     """The first node of a lowered stage that is not shown to treat every token of a call alone; None: all are.
 
-    `padding`: what padding can't change is let pass: the largest position of a call.
+    `padding`: the first that is shown to mix tokens instead: padding would be mixed in.
     """
     for _, graph in graphs_of(stage):
         tokens = _token_symbols(graph.graph)
         for node in graph.graph.nodes:
             if node.op == "call_module" and "leaf" in node.meta:
                 return node  # the user's own code: nothing is shown
-            if padding and is_call(node, aten.max.default) and not node.meta["val"].is_floating_point():
+            if padding and not (is_call(node, *_REDUCING) and node.args[0].meta["val"].is_floating_point()):
                 continue
             if node.op == "call_function" and not _is_alone(node, tokens):
                 return node
