@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile.errors import CaptureError
 
-
 # one product of rows by the matrices of their experts: transformers takes either, by dtype and by whether it is compiled
 _ALIKE = {"transformers.grouped_mm_fallback.default": "aten._grouped_mm.default"}
 
