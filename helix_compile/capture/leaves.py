@@ -55,6 +55,7 @@ class Probe:
         leaf: why the whole layer stays a leaf, or "".
         part: dotted name, in the layer, of the child that stays a leaf, or "".
         part_reason: what export said of it.
+        shared: of a layer with such a part, its signature but for the part, which is each layer's own.
     """
 
     signature: str
@@ -62,6 +63,7 @@ class Probe:
     leaf: str = ""
     part: str = ""
     part_reason: str = ""
+    shared: str = ""
 
 
 def probe(layer: nn.Module, call: LayerCall, config: Any, index: int) -> Probe:
@@ -79,7 +81,7 @@ def probe(layer: nn.Module, call: LayerCall, config: Any, index: int) -> Probe:
         with opaque_part(layer, found):
             signature, sites = probe_layer(layer, call, config)
         # a body with a leaf is one layer's alone
-        return Probe(f"{signature} {index}", sites, part=found, part_reason=str(error))
+        return Probe(f"{signature} {index}", sites, part=found, part_reason=str(error), shared=signature)
     if not sites:
         return Probe(signature, sites, leaf="no cached attention: it keeps a state of its own")
     return Probe(signature, sites)

@@ -23,12 +23,13 @@ from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_g
 from helix_compile.capture.checks import check_model, check_surroundings
 from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_around, export_whole, find_layers
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
-from helix_compile.capture.paths import check_paths, check_paths_by_numbers, dataflow_elsewhere
+from helix_compile.capture.paths import Sizes, check_paths, check_paths_by_numbers, dataflow_elsewhere
 from helix_compile.capture.rope import tables_by_position
 from helix_compile.capture.structure import attributes_kept, tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
+from helix_compile.ir.stage import copy_module
 
 TESTED = (5, 24)  # the newest transformers
 CAPTURING = threading.RLock()  # torch.export patches what all threads share
@@ -139,6 +140,7 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
         raise CaptureError(f"capture: {len(layers)} layers in {name!r} but the forward calls {len(calls)}")
     by_signature: dict[tuple, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
+    alike: Alike = {}
     captured, leaves, caches = [], dict[int, str](), 0
     around = normalised_module(program, [*OUTER_INPUTS, ("past", "past_shape")], prefix="model.")
     facts = _facts(model)
@@ -150,7 +152,7 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
             signature = (found.signature, *map(id, calls[i].masks))
             if not found.leaf and signature not in by_signature:
                 number = f"body_{len(bodies)}"
-                bodies[number] = _capture_body(model, layer, calls[i], found, f"{name}.{i}", notes)
+                bodies[number] = _capture_body(model, layer, calls[i], found, f"{name}.{i}", notes, alike)
                 by_signature[signature] = number
         except HelixError as error:
             if not keep_failing:
@@ -212,22 +214,44 @@ def _probe(model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep
 def _run_on_fakes(model: nn.Module, layer: nn.Module, call: LayerCall, index: int) -> Probe:
     with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
         found = probe(layer, call, model.config, index)
-        if found.leaf or found.part:
+        if found.leaf:
             return found
+        if found.part:
+            with opaque_part(layer, found.part):
+                return replace(found, shared=found.shared + dataflow_elsewhere(layer, call, model.config))
         return replace(found, signature=found.signature + dataflow_elsewhere(layer, call, model.config))
 
 
+# (signature around the part, its masks) -> body without the part, how the part is called
+Alike = dict[tuple, tuple[fx.GraphModule, list[LayerCall]]]
+
+
 def _capture_body(
-    model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, name: str, notes: list[str]
+    model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, name: str, notes: list[str], alike: Alike
 ) -> fx.GraphModule:
+    """A layer's graph; around a part it is captured once for all layers that are the same there, and tried with each one's part."""
+    key = (found.shared, found.part, *map(id, call.masks))
+    if found.part and key in alike:
+        first, recorded = alike[key]
+        body = _copied(first)
+        notes += check_paths_by_numbers(layer, call, model.config, body, found.part, recorded, (Sizes(B=1, T=1),))
+        insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
+        return body
     with opaque_part(layer, found.part) as recorded:
         body = capture_body(layer, call, model.config, found.sites)
     if not found.part:
         notes += check_paths(layer, call, model.config, body)
     else:
         notes += check_paths_by_numbers(layer, call, model.config, body, found.part, recorded)
+        alike[key] = _copied(body), recorded
         insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
     return body
+
+
+def _copied(body: fx.GraphModule) -> fx.GraphModule:
+    copy = copy_module(body)
+    copy.meta[CONSTANTS] = body.meta[CONSTANTS]
+    return copy
 
 
 def _capture_whole(model: nn.Module) -> CapturedGraph:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,11 @@ def traced(what: str, module: nn.Module, run: Callable[[_Calls], None]) -> Lines
 
 
 def compare_paths(
-    what: str, calls: Callable[[Sizes], Lines], gap: Callable[[Sizes], float], same: Callable[[Sizes], bool]
+    what: str,
+    calls: Callable[[Sizes], Lines],
+    gap: Callable[[Sizes], float],
+    same: Callable[[Sizes], bool],
+    at: Iterable[Sizes] = (*SPECIAL, *LARGE),
 ) -> list[str]:
     """Compare the module with its graph at every special size, and at large ones.
 
@@ -114,6 +118,7 @@ def compare_paths(
         calls: what is called at some sizes, for messages.
         gap: how far what is computed there is from the graph, 0.0: not at all.
         same: is every value there the graph's?
+        at: the sizes.
 
     Returns:
         A note for each size at which values differ and numbers could not be had.
@@ -122,7 +127,7 @@ def compare_paths(
         CaptureError: the module computes something else at one of the sizes.
     """
     notes = []
-    for sizes in (*SPECIAL, *LARGE):
+    for sizes in at:
         if _surely(same, sizes):
             continue
         where = _first_difference(calls(Sizes()), calls(sizes))
@@ -161,7 +166,13 @@ def _first_difference(usual: Lines, found: Lines) -> str:
 
 
 def check_paths_by_numbers(
-    layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule, part: str, calls: list[LayerCall]
+    layer: nn.Module,
+    call: LayerCall,
+    config: Any,
+    body: fx.GraphModule,
+    part: str,
+    calls: list[LayerCall],
+    at: Iterable[Sizes] = (*SPECIAL, *LARGE),
 ) -> list[str]:
     """The same of a layer whose child `part`, called as in `calls`, can't be run on fake tensors: numbers alone decide."""
     trial = functools.cache(lambda: Trial.of(layer, body.meta[CONSTANTS]))
@@ -178,7 +189,7 @@ def check_paths_by_numbers(
         return _layer_gap(layer, call, config, body, sizes, trial(), {PART_OP: run_child})
 
     everywhere = lambda sizes: [(str(sizes), f"{type(child).__name__}, which branches on data")]  # noqa: E731
-    return compare_paths(type(layer).__name__, everywhere, gap, lambda sizes: False)
+    return compare_paths(type(layer).__name__, everywhere, gap, lambda sizes: False, at)
 
 
 def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule) -> list[str]:

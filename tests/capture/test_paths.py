@@ -261,3 +261,40 @@ def test_a_layer_with_a_part_that_no_graph_holds_is_compared_by_numbers(where: s
     else:
         with pytest.raises(CaptureError, match=r"takes another path at B=2, T=1, S=5.*OnData, which branches on data"):
             capture(model)
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [lambda x: False, lambda x: x.shape[1] == 1, lambda x: x.shape[0] > 30],
+    ids=["in nothing", "for one token", "for many sequences"],
+)
+def test_layers_share_what_is_around_their_own_parts(differs: Callable[[Tensor], bool]) -> None:
+    class OnData(nn.Module):
+        def __init__(self, factor: float):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor if bool(x.abs().sum() >= 0) else x
+
+    class Around(nn.Module):
+        def __init__(self, inner: nn.Module, number: int):
+            super().__init__()
+            self.inner, self.part, self.number = inner, OnData(1.0 + number), number
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.part(self.inner(x))
+            return out * 50.0 if self.number and differs(x) else out
+
+    model = fresh_gqa("llama", num_hidden_layers=2)
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp = Around(layer.mlp, number).eval()
+    try:
+        compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=3, tokens_per_block=2)
+    except CaptureError as error:
+        assert (differs(torch.zeros(40, 1)) and "takes another path" in str(error)) or "holds for some sizes" in str(
+            error
+        )
+        return
+    assert not differs(torch.zeros(40, 1))
+    assert worst_deviation(model, compiled, [6, 1, 9]) <= 1e-10
