@@ -106,9 +106,9 @@ class OpTrace(TorchDispatchMode):
         if not isinstance(leaf, Tensor):
             return repr(leaf)
         name = self.names.get(id(leaf))
-        if name is None and not isinstance(leaf, FakeTensor) and leaf.is_meta:
-            raise NoValue("a tensor that nobody made")
-        if name is None and not isinstance(leaf, FakeTensor) and leaf.device.type != "meta":
+        if name is None and not isinstance(leaf, FakeTensor):
+            if leaf.is_meta:
+                raise NoValue("a tensor that nobody made")
             with unset_fake_temporarily():
                 stored: Any = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             name = hashlib.sha256(stored).hexdigest() + ("" if fresh else f" {id(leaf)}")

@@ -117,10 +117,7 @@ class _Rewriter:
         if self._aliased(node):
             return source
         kept = {k: given.pop(k) for k in ("dtype", "device") if given.get(k) is not None}
-        given.pop("other", None)
-        if any(v not in (None, False, torch.strided, torch.preserve_format) for v in given.values()):
-            raise _NoRule
-        if not kept:
+        if not kept or any(v not in (None, False, torch.strided, torch.preserve_format) for v in given.values()):
             raise _NoRule
         return self._call(node, aten._to_copy.default, (source,), kept)
 

@@ -25,6 +25,7 @@ from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
 from helix_compile.capture.paths import Sizes, check_paths, check_paths_by_numbers, dataflow_elsewhere
 from helix_compile.capture.rope import tables_by_position
+from helix_compile.capture.same_values import EXPORTED
 from helix_compile.capture.structure import attributes_kept, tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
@@ -245,6 +246,7 @@ def _capture_body(
         notes += check_paths_by_numbers(layer, call, model.config, body, found.part, recorded)
         alike[key] = _copied(body), recorded
         insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
+    del body.meta[EXPORTED]  # compared
     return body
 
 

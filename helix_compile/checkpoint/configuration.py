@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,17 +214,24 @@ def _respell(file: Path, values: dict[str, Any], cls: type[PretrainedConfig]) ->
     read = {*cls().to_dict(), *cls.attribute_map}
     for names in SPELLINGS:
         given = {name: values[name] for name in names if values.get(name) is not None}
-        if len({_text(v) for v in given.values()}) > 1:
-            told = ", ".join(f"{k}={_text(v)}" for k, v in given.items())
+        if any(not _alike(one, other) for one, other in itertools.combinations(given.values(), 2)):
+            told = ", ".join(f"{k}={json.dumps(_plain(v), sort_keys=True)}" for k, v in given.items())
             raise CheckpointError(f"{file}: {told}: of one meaning, but not the same")
-        unread = [name for name in given if name not in read]
         own = next((name for name in names if name in read), None)
-        if given and len(unread) == len(given) and own is not None and names[-1] not in ("torch_dtype", "rope_scaling"):
-            values[own] = values.pop(unread[0])
+        # transformers reads both names of rope and dtype itself
+        if own in (None, "rope_parameters", "dtype") or any(name in read for name in given):
+            continue
+        if given:
+            values[own] = values.pop(next(iter(given)))
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        value = {("rope_type" if k == "type" else k): v for k, v in value.items()}
-        value = {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in value.items()}
-    return json.dumps(value, sort_keys=True, default=str)
+def _alike(one: Any, other: Any) -> bool:
+    """The same value; of two tables what both state is the same (rope_theta may stand in one of them alone)."""
+    one, other = _plain(one), _plain(other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(one[key] == other[key] for key in one.keys() & other.keys())
+    return one == other
+
+
+def _plain(value: Any) -> Any:
+    return {"rope_type" if k == "type" else k: v for k, v in value.items()} if isinstance(value, dict) else value

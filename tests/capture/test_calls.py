@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helix_compile import CaptureError, HelixError, helix_compile
+from helix_compile import CaptureError, helix_compile
+from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.ir.leaves import record_call
 from tests.support.driver import prompt_deviation
 from tests.support.families import fresh_family
@@ -84,18 +85,26 @@ def test_a_forward_with_fewer_logits_is_refused() -> None:
 
 
 def test_the_length_after_an_update_is_the_new_one() -> None:
-    model = fresh_model("short")
-    attention = model.model.layers[0].self_attn
-    inner = attention.forward
+    config, past = fresh_model("short").config, torch.zeros(2, 1, 5, 4)
+    cache = ConcatenatingCache(config, None, past)
+    assert cache.get_seq_length(0) == 5
+    cache.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 2), 0)
+    assert cache.get_seq_length(0) == 8 and cache.get_seq_length(1) == 5
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        out, weights = inner(*args, **kwargs)
-        length = kwargs["past_key_values"].get_seq_length(0)
-        return out * (1 + out.new_ones(length).sum() / 100), weights
 
-    attention.forward = forward
-    try:
-        compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=2, tokens_per_block=2)
-    except HelixError:
-        return  # a length that is made into numbers may be refused, but not be another one
+def test_experts_of_a_registered_function_are_refused() -> None:
+    model = fresh_family("deepseek_v3")
+    model.config._experts_implementation = "mine"
+    with pytest.raises(CaptureError, match="the experts are computed by 'mine'"):
+        helix_compile(model, cp=2)
+
+
+def test_layers_with_other_index_lists_share_no_body() -> None:
+    model = fresh_family("llama")
+    width = model.config.hidden_size
+    for number, layer in enumerate(model.model.layers):
+        inner, order = layer.mlp.forward, [*range(number, width), *range(number)]
+        layer.mlp.forward = lambda x, inner=inner, order=order: inner(x)[..., order]
+    compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=3, tokens_per_block=2)
+    assert len(compiled.plan.bodies) == len(model.model.layers) > 1
     assert prompt_deviation(model, compiled) <= 1e-10

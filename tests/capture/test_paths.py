@@ -12,6 +12,7 @@ import transformers.models.llama.modeling_llama as modeling_llama
 from torch import Tensor, nn
 
 from helix_compile import CaptureError, helix_compile, verify
+from helix_compile.capture import model as model_capture
 from helix_compile.capture import trial
 from helix_compile.capture.model import capture
 from tests.support.driver import worst_deviation
@@ -268,7 +269,9 @@ def test_a_layer_with_a_part_that_no_graph_holds_is_compared_by_numbers(where: s
     [lambda x: False, lambda x: x.shape[1] == 1, lambda x: x.shape[0] > 30],
     ids=["in nothing", "for one token", "for many sequences"],
 )
-def test_layers_share_what_is_around_their_own_parts(differs: Callable[[Tensor], bool]) -> None:
+def test_layers_share_what_is_around_their_own_parts(
+    differs: Callable[[Tensor], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class OnData(nn.Module):
         def __init__(self, factor: float):
             super().__init__()
@@ -289,6 +292,11 @@ def test_layers_share_what_is_around_their_own_parts(differs: Callable[[Tensor],
     model = fresh_gqa("llama", num_hidden_layers=2)
     for number, layer in enumerate(model.model.layers):
         layer.mlp = Around(layer.mlp, number).eval()
+    exported: list[Any] = []
+    once = model_capture.capture_body
+    monkeypatch.setattr(
+        model_capture, "capture_body", lambda layer, *given: (exported.append(layer), once(layer, *given))[1]
+    )
     try:
         compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=3, tokens_per_block=2)
     except CaptureError as error:
@@ -296,5 +304,5 @@ def test_layers_share_what_is_around_their_own_parts(differs: Callable[[Tensor],
             error
         )
         return
-    assert not differs(torch.zeros(40, 1))
+    assert not differs(torch.zeros(40, 1)) and len(exported) == 1
     assert worst_deviation(model, compiled, [6, 1, 9]) <= 1e-10

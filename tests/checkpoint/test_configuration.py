@@ -154,6 +154,7 @@ ROPES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "yarn", **YARN_BARE},
         "rope_parameters": {"rope_type": "yarn", **YARN_BARE, "factor": 4},
     },
+    "base_in_one_of_them": {"rope_scaling": {"type": "yarn", **YARN_BARE}, "rope_parameters": YARN},
 }
 
 
