@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helix_compile import HelixModule, helix_compile
+from helix_compile import HelixModule, RuntimeFault, helix_compile
 from helix_compile.ir.tokens import mixing_node
 from helix_compile.runtime import step
 from tests.support.driver import random_ids
@@ -146,3 +146,24 @@ def test_experts_of_a_fixed_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", [{"cp": 4}, {"cp": 2, "tpa": 2, "merge": "ag_rs", "q_proj": "gather"}], ids=str)
 def test_the_usual_models_are_cut(options: dict[str, Any]) -> None:
     assert mixing_node(helix_compile(tiny_model(), max_seq_len=64, **options).graph) is None
+
+
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "padded to T": lambda x: x + F.pad(x.new_ones(1, x.shape[2]), (0, 0, 0, x.shape[1] - 1)),
+    "as many as T": lambda x: x + torch.eye(x.shape[1], x.shape[2], dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_dim_of_tokens_made_out_of_nothing_is_not_alone(name: str) -> None:
+    compiled = helix_compile(changed(MADE[name]), cp=2, tokens_per_block=2, max_seq_len=64)
+    assert mixing_node(compiled.graph) is not None
+
+
+def test_padding_is_refused_where_it_would_be_mixed_in() -> None:
+    compiled = helix_compile(changed(MIXING["mean over tokens"]), cp=2, tokens_per_block=2, max_seq_len=64)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(RuntimeFault, match=r"`mean.*padding"):
+        compiled(torch.ones(2, 3, dtype=torch.int64), mask)
+    assert compiled.lengths.tolist() == []
+    compiled(torch.ones(2, 3, dtype=torch.int64))

@@ -178,3 +178,15 @@ def test_a_saved_plan_and_its_graph_must_agree(
     path.write_text(json.dumps(document))
     with pytest.raises(HelixError, match=message):
         HelixModule.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        (torch.ones(1, 2, dtype=torch.int64, device="meta"), "input_ids is on meta"),
+        (torch.ones(1, 2, dtype=torch.int64).to_sparse(), "input_ids is sparse"),
+    ],
+)
+def test_a_tensor_without_plain_values_is_refused(odd: torch.Tensor, said: str) -> None:
+    with pytest.raises(RuntimeFault, match=said):
+        helix_compile(tiny_model(), **OPTIONS)(odd)

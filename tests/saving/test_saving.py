@@ -13,7 +13,7 @@ import torch
 
 from helix_compile import HelixError, HelixModule, RuntimeFault, helix_compile
 from tests.support.driver import random_ids
-from tests.support.models import tiny_model
+from tests.support.models import fresh_model, tiny_model
 
 
 def saved(folder: Path, dtype: torch.dtype = torch.float32, **plan: Any) -> HelixModule:
@@ -288,3 +288,32 @@ def test_what_was_tampered_with_is_refused(
     tamper(tmp_path / "saved")
     with pytest.raises(HelixError, match=message):
         HelixModule.load(tmp_path / "saved")
+
+
+def tanh_for_silu(folder: Path) -> None:
+    text = (folder / "graphs.json").read_text()
+    assert "aten.silu.default" in text
+    (folder / "graphs.json").write_text(text.replace("aten.silu.default", "aten.tanh.default"))
+
+
+def test_a_graph_that_was_changed_after_it_was_saved_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "saved", cp=2)
+    tanh_for_silu(tmp_path / "saved")
+    with pytest.raises(HelixError, match=r"graphs\.json: was changed after save\(\) wrote it"):
+        HelixModule.load(tmp_path / "saved")
+
+
+def test_inspect_replaces_no_file_of_a_saved_module(tmp_path: Path) -> None:
+    compiled = saved(tmp_path / "saved", cp=2)
+    before = (tmp_path / "saved" / "plan.json").read_text()
+    with pytest.raises(HelixError, match=r"inspect: .* holds graphs\.json"):
+        compiled.inspect(tmp_path / "saved")
+    assert (tmp_path / "saved" / "plan.json").read_text() == before
+
+
+def test_a_generation_config_that_can_not_be_written_is_told(tmp_path: Path) -> None:
+    model = fresh_model("short", torch.float32)
+    model.generation_config.temperature = 0.5  # without do_sample: transformers refuses to write it
+    with pytest.raises(HelixError, match="GenerationConfig is invalid"):
+        helix_compile(model, cp=2, max_seq_len=64).save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -207,3 +207,26 @@ def test_verify_sees_a_gate_that_another_rank_holds() -> None:
     params[0][name], params[1][name] = params[1][name], params[0][name]
     report = verify(compiled, model)
     assert not report.ok and any(name in f.where for f in report.findings)
+
+
+def test_a_leaf_that_broke_off_inside_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention has written into its cache by then; a step that begins there again would count the tokens twice."""
+    model = fresh_family(
+        "kimi_linear",
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        mlp_layer_types=["dense"] * 2,
+    )
+    compiled = compiled_family(model, 2, unmatched="keep")
+    compiled(torch.ones(1, 4, dtype=torch.int64))
+    mlp = model.model.layers[0].mlp
+
+    def broken(module: Any, given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(mlp), "forward", broken)
+        with pytest.raises(KeyboardInterrupt):
+            compiled(torch.ones(1, 1, dtype=torch.int64))
+    with pytest.raises(RuntimeFault, match="a step broke off"):
+        compiled(torch.ones(1, 1, dtype=torch.int64))
