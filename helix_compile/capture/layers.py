@@ -30,6 +30,7 @@ from helix_compile.capture.functional import functional
 from helix_compile.capture.same_values import Exported, as_exported
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.cache_argument import CACHE_NAMES, cache_argument, call_with_cache
+from helix_compile.ir.graph import past_dim
 from helix_compile.ir.leaves import LayerCall, record_call
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
 
@@ -52,7 +53,8 @@ Calls = dict[int, LayerCall]
 
 
 class ConcatenatingCache(DynamicCache):
-    """A cache of given pasts [B, heads, S, width], two a site: update() concatenates, keeps what is new, writes nothing.
+    """A cache of given pasts, two [B, heads, S, width] a site, and behind them [B, S, width] where an indexer's keys are
+    cached too: update() and update_indexer() concatenate, keep what is new, write nothing.
 
     Without pasts it is a probe's: any past as long as `past` and of the right width will do.
     """
@@ -62,8 +64,10 @@ class ConcatenatingCache(DynamicCache):
         # a window is read off the mask: a cache layer that forgets would hide it
         layers: list[Any] = vars(self)["layers"]
         layers[:] = [DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in layers]
-        self.pasts, self.length = pasts, past.shape[2]
-        self.new: list[tuple[Tensor, Tensor]] = []
+        self.pasts, self.length = None if pasts is None else by_site(pasts), past.shape[2]
+        self.new: list[list[Tensor]] = []  # of each site
+        self._sites: dict[int, int] = {}  # layer -> its last site
+        self._early: dict[int, Tensor] = {}  # layer -> index keys that came before K and V
         for layer in self.layers:
             layer.keys = layer.values = past
             layer.dtype, layer.device = past.dtype, past.device
@@ -72,26 +76,49 @@ class ConcatenatingCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        site = len(self.new)
-        self.new.append((key_states, value_states))
+        site = self._sites[layer_idx] = len(self.new)
+        self.new.append([key_states, value_states])
+        if layer_idx in self._early:
+            self.new[site].append(self._early.pop(layer_idx))
         if self.pasts is None:
-            keys, values = (t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in self.new[site])
+            keys, values = (t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in (key_states, value_states))
         else:
-            keys, values = self.pasts[2 * site : 2 * site + 2]
+            keys, values = self.pasts[site][:2]
         kept = torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
         if layer_idx < len(self.layers):  # who asks for the length from here on is told the new one
             self.layers[layer_idx].keys, self.layers[layer_idx].values = kept
         return kept
 
-    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any) -> Any:
-        caller = traceback.extract_stack(limit=2)[0]
-        raise MatchError(
-            f"layer {layer_idx}: sparse attention: at node `update_indexer` "
-            f"({Path(caller.filename).name}:{caller.lineno}) the layer caches keys of an indexer, which chooses a top-k "
-            "of the cached tokens for each query.\n"
-            "  Helix merges exact partial results over all cached tokens: a top-k over shards is another algorithm.\n"
-            "  nearest that works: a model of the same family with dense MLA (deepseek_v3, glm4_moe_lite, axk1, ...)"
-        )
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Of keys [B, T, width] that an indexer caches beside K and V of its layer: all of them [B, S + T, width]."""
+        if any(x is not None for x in (*args, *kwargs.values())) or indexer_key_states.dim() != 3:
+            caller = traceback.extract_stack(limit=2)[0]
+            raise MatchError(
+                f"layer {layer_idx}: sparse attention: at node `update_indexer` ({Path(caller.filename).name}:"
+                f"{caller.lineno}) the layer caches more of an indexer than keys [B, T, width] "
+                f"(got {list(indexer_key_states.shape)} and {len(args) + len(kwargs)} more).\n"
+                "  nearest that works: one key a token, of which a top-k is chosen (deepseek_v32, glm_moe_dsa)"
+            )
+        site = self._sites.get(layer_idx)
+        if site is None:
+            site, self._early[layer_idx] = len(self.new), indexer_key_states
+        else:
+            self.new[site].append(indexer_key_states)
+        if self.pasts is None:
+            past = indexer_key_states.new_zeros(indexer_key_states.shape[0], self.length, indexer_key_states.shape[2])
+        else:
+            past = self.pasts[site][2]
+        return torch.cat([past, indexer_key_states], dim=1)
+
+
+def by_site(pasts: list[Tensor]) -> list[list[Tensor]]:
+    """Pasts of all sites in a row -> those of each: K and V have four dims, index keys behind them three."""
+    sites: list[list[Tensor]] = []
+    for past in pasts:
+        if past.dim() == 4 and (not sites or len(sites[-1]) >= 2):
+            sites.append([])
+        sites[-1].append(past)
+    return sites
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -163,10 +190,10 @@ def export_around(
     raise max(failures, key=lambda failure: failure[0])[1]  # what came furthest says most
 
 
-def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> ExportedProgram:
-    """Export the model in one graph, layers inlined; `widths` are those of what each site caches."""
+def export_whole(model: PreTrainedModel, shapes: list[tuple[int, ...]]) -> ExportedProgram:
+    """Export the model in one graph, layers inlined; `shapes` are those of what is cached."""
     device = next(model.parameters()).device
-    pasts = [torch.zeros(HINT_B, 1, HINT_S, w, dtype=model.dtype, device=device) for pair in widths for w in pair]
+    pasts = [torch.zeros(shape, dtype=model.dtype, device=device) for shape in shapes]
     return _export_model(model, lambda p: ConcatenatingCache(model.config, p, p[0]), pasts)[0]
 
 
@@ -186,7 +213,7 @@ def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> tuple
         {0: BATCH, 1: TOKENS},
         {0: BATCH, 1: Dim.AUTO},
         {0: BATCH, 1: TOKENS},
-        [{0: BATCH, 2: PAST} for _ in pasts],
+        [{0: BATCH, past_dim(past): PAST} for past in pasts],
     )
     with explained(f"{type(model).__name__} can't be exported around its layers"):
         return export_functional(Around(model, cache_of), (ids, mask, positions, pasts), shapes, "model.")

@@ -30,6 +30,7 @@ from helix_compile.capture.structure import attributes_kept, tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
+from helix_compile.ir.sizes import HINT_B, HINT_S
 from helix_compile.ir.stage import copy_module
 
 TESTED = (5, 24)  # the newest transformers
@@ -262,8 +263,8 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
         probes = [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
     cached = [site for _, sites in probes for site in sites]
-    program = export_whole(model, [(site.k_width, site.v_width) for site in cached])
-    pasts = [(f"past_{p}_{i}") for i in range(len(cached)) for p in ("latent", "rope")]
+    program = export_whole(model, [shape for site in cached for shape in site.shapes(HINT_B, HINT_S)])
+    pasts = [InputRef.past(p, i).name for i, x in enumerate(cached) for p in PARTS[: len(x.shapes(1, 1))]]
     inputs = [("hidden", "input_ids"), ("tensor", "attention_mask"), ("tensor", "position_ids")]
     body = normalised_module(program, [*inputs, *(("past", p) for p in pasts)], prefix="model.")
     layer = CapturedLayer(0, "", "body_0", tuple(range(len(cached))))

@@ -32,7 +32,7 @@ from helix_compile.capture.same_values import EXPORTED, Exported, same_values
 from helix_compile.capture.structure import tensors_of
 from helix_compile.capture.trial import Replay, Tensors, Trial, relative_gap, widened
 from helix_compile.errors import CaptureError, HelixError
-from helix_compile.ir.graph import input_ref, inputs_of, placeholders
+from helix_compile.ir.graph import input_ref, inputs_of, past_dim, placeholders
 from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, hint_of, size_at
 
@@ -52,6 +52,13 @@ class Sizes:
 
     def __str__(self) -> str:
         return f"B={self.B}, T={self.T}, S={self.S}"
+
+
+def past_shape(example: Tensor, sizes: Sizes) -> tuple[int, ...]:
+    """Of what is cached, an example of which has other sizes."""
+    shape = [*example.shape]
+    shape[0], shape[past_dim(example)] = sizes.B, sizes.S
+    return tuple(shape)
 
 
 # beyond any threshold that a layer may have: a prompt, a batch of decode steps, a long context
@@ -202,8 +209,8 @@ def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphMo
         # shapes alone matter: an example of a large mask holds nothing
         hidden, others = _inputs(call, sizes, torch.empty, torch.device("meta"))
         pasts = [
-            torch.empty(sizes.B, heads, sizes.S, width, dtype=call.hidden.dtype, device="meta")
-            for _, heads, _, width in (x.shape for x in exported.examples[1 + len(others) :])
+            torch.empty(past_shape(x, sizes), dtype=call.hidden.dtype, device="meta")
+            for x in exported.examples[1 + len(others) :]
         ]
 
         def run(own: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -314,8 +321,7 @@ def _layer_gap(
     hidden, others = _inputs(call, sizes, drawn, trial.device, masked=True)
     past = {}
     for n in inputs_of(body.graph, "past"):
-        _, heads, _, width = n.meta["val"].shape
-        past[input_ref(n).name] = drawn((sizes.B, heads, sizes.S, width), hidden.dtype, trial.device)
+        past[input_ref(n).name] = drawn(past_shape(n.meta["val"], sizes), hidden.dtype, trial.device)
     known = {"hidden": hidden, **dict(zip(call.names, others, strict=True)), **past}
     weights = trial.of_graph()
     given = [(weights if input_ref(n).kind == "param" else known)[input_ref(n).name] for n in placeholders(body.graph)]

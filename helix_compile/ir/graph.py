@@ -32,8 +32,14 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder"]
 
 
-# the two parts of a cached attention; where K and V are cached, K goes by the first name and V by the second
-PARTS = ("latent", "rope")
+# the parts of a cached attention; where K and V are cached, K goes by the first name and V by the second. The last one
+# is there where an indexer chooses among the cached tokens
+PARTS = ("latent", "rope", "index")
+
+
+def past_dim(past: Any) -> int:
+    """The dim of S: K and V are cached as [B, heads, S, width], index keys as [B, S, width]."""
+    return past.dim() - 2
 
 
 class InputRef(NamedTuple):
@@ -54,7 +60,7 @@ class InputRef(NamedTuple):
 
     @classmethod
     def past(cls, part: str, site: int) -> InputRef:
-        """One of the two PARTS of what a site has cached, in a captured graph."""
+        """One of the PARTS of what a site has cached, in a captured graph."""
         return cls("past", f"past_{part}_{site}")
 
     @property

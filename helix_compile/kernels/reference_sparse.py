@@ -18,13 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helix_compile.kernels.reference import (
-    Attend,
-    _attend,
-    _each_sequence,
-    _rows_of_sequence,
-    accumulation_dtype,
-)
+from helix_compile.kernels.reference import Attend, _attend, _each_sequence, _rows_of_sequence, accumulation_dtype
 from helix_compile.layout.ledger import position_of_slot
 
 NOWHERE = torch.iinfo(torch.int32).max  # position of a candidate that is none: behind every other

@@ -84,7 +84,8 @@ class AttentionPlan:
     """Decisions for one attention site: `v_up`, "none" where there is no W_UV, and what is cut by heads.
 
     `output_weight` is the parameter whose columns a rank holds for the heads it owns. `kv_heads` are the heads that are
-    cached; 0 where all heads share one latent (MLA).
+    cached; 0 where all heads share one latent (MLA). `top_k` are the keys that an indexer chooses (0: none does), and
+    `topk_exchange` how ranks agree on them; "" where an earlier layer chose.
     """
 
     site: int
@@ -92,6 +93,8 @@ class AttentionPlan:
     heads: int
     output_weight: str
     kv_heads: int = 0
+    top_k: int = 0
+    topk_exchange: str = ""
 
     def head_ranges(self, layout: HelixLayout) -> tuple[tuple[int, int], ...]:
         """The heads [start, stop) that each rank owns after the exchange."""
@@ -112,13 +115,16 @@ class AttentionPlan:
             "tokens_per_block": options.tokens_per_block,
             "output_weight": self.output_weight,
             "cached_heads": self.kv_heads // layout.tpa,
+            "top_k": self.top_k,
+            "topk_exchange": self.topk_exchange,
         }
 
     @classmethod
     def read(cls, fields: dict[str, Any], layout: HelixLayout) -> AttentionPlan:
         """The decisions out of what `written` makes of them."""
         heads, cached = fields["computed_heads"] * layout.tpa, fields.get("cached_heads", 0) * layout.tpa
-        return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached)
+        sparse = (fields.get("top_k", 0), fields.get("topk_exchange", ""))
+        return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached, *sparse)
 
 
 @dataclass(frozen=True)
@@ -325,7 +331,12 @@ def _body_from(fields: dict[str, Any], layout: HelixLayout, options: HelixOption
     )
 
 
-_LATER = {"cached_heads": 0, "experts_per_rank": 0}  # not in every plan that was ever written
+_LATER = {
+    "cached_heads": 0,
+    "experts_per_rank": 0,
+    "top_k": 0,
+    "topk_exchange": "",
+}  # not in every plan that was ever written
 
 
 def _check_follows(where: str, read: list[dict[str, Any]], written: list[dict[str, Any]]) -> None:

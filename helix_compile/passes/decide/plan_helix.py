@@ -27,7 +27,8 @@ from helix_compile.passes.decide.param_shards import (
     replicated_roles,
 )
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan
-from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch
+from helix_compile.passes.decide.selection import candidates_bytes, topk_exchange
+from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch, Selection
 
 HBM_BYTES_PER_S = 8.0e12  # B200-class, the preset behind the default of v_up
 
@@ -55,7 +56,9 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         (("option", options.q_proj),),
         options.q_proj,
     )
-    bodies = tuple(_plan_body(captured, match, layout, options, v_up) for match in matches.values())
+    topk_decision = topk_exchange(attentions, captured.dtype, layout, options)
+    agreed = str(topk_decision.result) if topk_decision else ""
+    bodies = tuple(_plan_body(captured, match, layout, options, v_up, agreed) for match in matches.values())
     cached_width = sum(
         math.prod(a.cache.tail(layout.tpa)) * len(captured.layers_of(name))
         for name, match in matches.items()
@@ -68,7 +71,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         layout=layout,
         options=options,
         bodies=bodies,
-        decisions=(ep_decision, v_up_decision, q_decision),
+        decisions=(ep_decision, v_up_decision, q_decision, *([topk_decision] if topk_decision else [])),
         not_rewritten=replicated_roles(captured, matches, bodies),
         notes=_notes(captured, attentions, layout, options, kv_bytes),
         kv_bytes_per_token_per_rank=kv_bytes,
@@ -169,10 +172,22 @@ def _v_up(sites: list[AttentionMatch], dtype: torch.dtype, options: HelixOptions
 
 
 def _plan_body(
-    captured: CapturedGraph, match: LayerMatch, layout: HelixLayout, options: HelixOptions, v_up: str
+    captured: CapturedGraph,
+    match: LayerMatch,
+    layout: HelixLayout,
+    options: HelixOptions,
+    v_up: str,
+    topk_exchange: str,
 ) -> BodyPlan:
     attentions = tuple(
-        AttentionPlan(i, v_up if a.kind.v_up else "none", a.num_heads, a.o_weight, a.cache.heads)
+        AttentionPlan(
+            i,
+            v_up if a.kind.v_up else "none",
+            a.num_heads,
+            a.o_weight,
+            a.cache.heads,
+            *((a.selection.top_k, topk_exchange) if isinstance(a.selection, Selection) else ()),
+        )
         for i, a in enumerate(match.attentions)
     )
     shared = {m.shared for m in match.moes}
@@ -204,6 +219,9 @@ def _exchange(
 ) -> Iterable[Collective]:
     H, codec, statistic = match.num_heads // layout.tpa, codec_of(options), accumulation_dtype(dtype)
     asked, query_width = match.kind.query
+    if isinstance(match.selection, Selection):
+        nbytes = candidates_bytes(match.selection, options, layout, dtype)
+        yield _planned(ALL_GATHER, "kvp", "top-k candidates", nbytes, layout)
     width = match.v_head_dim if v_up == "before" else match.kind.partial_width
     if options.q_proj == "gather":
         owned = match.num_heads // layout.world_size

@@ -12,6 +12,7 @@ from helix_compile.passes.match.attention import find_attention
 from helix_compile.passes.match.context import check_context
 from helix_compile.passes.match.ffn import find_dense_ffns, find_moes
 from helix_compile.passes.match.mask import check_mask
+from helix_compile.passes.match.selection import check_scores
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch, UpWeight
 
 
@@ -52,6 +53,7 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
         raise MatchError(f"layer {layers[0].index}: {cached} cached attentions but {len(matched)} sites found")
     for match in matched:
         check_mask(captured, body, match, max_seq_len)
+        check_scores(captured, body, match, max_seq_len)
     check_context(captured, body, matched)
     _name_pasts(graph, matched)
     moes = find_moes(graph)
@@ -71,7 +73,7 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
 def _name_pasts(graph: fx.Graph, matched: list[AttentionMatch]) -> None:
     """past_latent_0, past_rope_0, ...: in a saved program only a match tells which past is which, and of which site."""
     for site, match in enumerate(matched):
-        for part, name in zip(PARTS, match.past, strict=True):
+        for part, name in zip(PARTS, match.past, strict=False):
             set_input(node_named(graph, name), InputRef.past(part, site))
 
 

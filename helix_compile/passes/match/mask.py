@@ -1,12 +1,13 @@
 """Accept a mask by what it does: evaluate it whole at the first positions and at strips further on; causal + padding passes.
 
-A window of 4096 looks causal near 0, a top-k mask needs the hidden states: neither can pass here. Every layer that a body
-computes is looked at: layers of one body may be given different masks.
+A window of 4096 looks causal near 0: it can't pass here. Where an indexer chooses keys (selection.py), other indices are
+put in place of the chosen ones: causal + padding + "is one of them" passes. Every layer that a body computes is looked
+at: layers of one body may be given different masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor, fx
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.errors import MatchError, PlanError
 from helix_compile.ir.dataflow import NotRun, ancestors, evaluate
-from helix_compile.ir.graph import input_ref, node_named, placeholders, source_line
-from helix_compile.plan.matches import AttentionMatch, permuted
+from helix_compile.ir.graph import input_ref, node_named, past_dim, placeholders, source_line
+from helix_compile.plan.matches import AttentionMatch, Selection, permuted
 
 ROWS = 4  # sequences of the square at the first positions; two of them padded on the left
 
@@ -32,7 +33,7 @@ LONGEST = 2**24  # tokens; the mask of one query over them takes a few hundred M
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
     """The mask of one site, as one layer's call gives it."""
 
     captured: CapturedGraph
@@ -51,23 +52,34 @@ def check_mask(captured: CapturedGraph, body: str, match: AttentionMatch, max_se
         raise PlanError(
             f"option max_seq_len={max_seq_len}: got more than masks can be evaluated for, expected at most {LONGEST}"
         )
-    for subject in _subjects(captured, body, match):
-        side = min(max_seq_len, SQUARE)
-        mask = torch.ones(ROWS, side, dtype=torch.int64)
-        mask[0, : min(2, side - 1)] = 0
-        mask[1, : side // 3] = 0
-        _compare(subject, mask, side)
-        total = max_seq_len
-        while total > side:
-            strip = min(STRIP, total, max(1, STRIP_ELEMENTS // total))
-            _compare(subject, torch.ones(1, total, dtype=torch.int64), strip)
-            total = max(side, total // 2)
+    chosen = [match.selection.indices] if match.selection else []
+    for subject in subjects_of(captured, body, match, match.mask, chosen):
+        for mask, T in tried_masks(max_seq_len):
+            _compare(subject, mask, T)
 
 
-def _subjects(captured: CapturedGraph, body: str, match: AttentionMatch) -> Iterator[_Subject]:
-    """One for each set of outer values that layers of this body give to what the mask is computed from."""
+def tried_masks(max_seq_len: int) -> Iterator[tuple[Tensor, int]]:
+    """Padding masks [B, S + T] that a site is tried with, and T: the whole square at the first positions, then strips."""
+    side = min(max_seq_len, SQUARE)
+    mask = torch.ones(ROWS, side, dtype=torch.int64)
+    mask[0, : min(2, side - 1)] = 0
+    mask[1, : side // 3] = 0
+    yield mask, side
+    total = max_seq_len
+    while total > side:
+        yield torch.ones(1, total, dtype=torch.int64), min(STRIP, total, max(1, STRIP_ELEMENTS // total))
+        total = max(side, total // 2)
+
+
+def subjects_of(
+    captured: CapturedGraph, body: str, match: AttentionMatch, name: str, given: Collection[str] = ()
+) -> Iterator[Subject]:
+    """One for each set of outer values that layers of this body give to what node `name` is computed from.
+
+    `given` are nodes whose values come from elsewhere.
+    """
     graph = captured.bodies[body].graph
-    read = ancestors([node_named(graph, match.mask)], until=[])
+    read = ancestors([node_named(graph, name)], until=[node_named(graph, n) for n in given])
     read_arguments = [i for i, p in enumerate(placeholders(graph)) if p in read]
     seen = set()
     for node in captured.graph.graph.nodes:
@@ -75,7 +87,7 @@ def _subjects(captured: CapturedGraph, body: str, match: AttentionMatch) -> Iter
             key = tuple(node.args[i] for i in read_arguments if not _is_past(node.args[i]))
             if key not in seen:
                 seen.add(key)
-                yield _Subject(captured, body, match, node)
+                yield Subject(captured, body, match, node)
 
 
 def _is_past(node: Any) -> bool:
@@ -83,13 +95,16 @@ def _is_past(node: Any) -> bool:
     return node.op == "placeholder" and input_ref(node).kind == "past"
 
 
-def _compare(subject: _Subject, mask: Tensor, T: int) -> None:
+def _compare(subject: Subject, mask: Tensor, T: int) -> None:
     """The last T queries against all keys, for a padding mask [B, S + T]; queries that are padding may see anything."""
     total = mask.shape[1]
-    got = _allowed(subject, mask, T)
     keys = torch.arange(total)
     causal = keys <= torch.arange(total - T, total)[:, None]
     expected = causal & (mask[:, None, None] > 0)
+    handed, chosen = handed_indices(subject, mask.shape[0], T, total)
+    got = _allowed(subject, mask, T, handed)
+    if chosen is not None:
+        expected &= chosen
     different = (got != expected) & (mask[:, None, -T:, None] > 0)
     if count := int(different.sum()):
         *_, query, key = (int(x) for x in different.nonzero()[0])
@@ -99,14 +114,14 @@ def _compare(subject: _Subject, mask: Tensor, T: int) -> None:
             if on_padding
             else "sliding window, chunked or bidirectional attention?"
         )
-        raise _mask_error(
+        raise mask_error(
             subject,
             f"it differs from causal + padding at {count:,} of {different.numel():,} places, first for the query at "
             f"{total - T + query} and the key at {key} of {total:,} ({guess})",
         )
 
 
-def _mask_error(subject: _Subject, why: str) -> MatchError:
+def mask_error(subject: Subject, why: str) -> MatchError:
     node = node_named(subject.captured.bodies[subject.body].graph, subject.match.anchor)
     return MatchError(
         f"layer {subject.call.meta['layer']}: attention at node `{node.name}` ({source_line(node)}) has a mask that Helix "
@@ -115,8 +130,22 @@ def _mask_error(subject: _Subject, why: str) -> MatchError:
     )
 
 
-def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
-    """Mask of the site [B, 1 or H, T, S + T], True = visible, for a 2-D padding mask [B, S + T]."""
+def handed_indices(subject: Subject, B: int, T: int, total: int) -> tuple[dict[fx.Node, Any], Tensor | None]:
+    """Of a site that attends to chosen keys: random ones in place of those, and which these are [B, 1, T, S + T]."""
+    selection = subject.match.selection
+    if selection is None:
+        return {}, None
+    node = node_named(subject.captured.bodies[subject.body].graph, selection.indices)
+    count = min(selection.top_k, total) if isinstance(selection, Selection) else max(1, total // 3)
+    generator = torch.Generator().manual_seed(0)
+    # any indices will do, some twice: the mask must show them and no others
+    indices = torch.randint(0, total, (B, T, count), generator=generator)
+    chosen = torch.zeros(B, T, total, dtype=torch.bool).scatter_(2, indices, True)
+    return {node: indices.to(node.meta["val"].dtype)}, chosen[:, None]
+
+
+def evaluated(subject: Subject, name: str, mask: Tensor, T: int, handed: dict[fx.Node, Any]) -> Tensor:
+    """Value of a node of the body for a 2-D padding mask [B, S + T], given values of some others (`handed`)."""
     B, total = mask.shape
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
     inputs = {"input_ids": torch.zeros(B, T, dtype=torch.int64), "attention_mask": mask, "position_ids": positions}
@@ -130,25 +159,33 @@ def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
         if kind == "input":
             return inputs[name]
         if kind == "past":
-            _, heads, _, width = node.meta["val"].shape
-            return torch.zeros(1).expand(B, heads, total - T, width)
+            shape = [*node.meta["val"].shape]
+            shape[0], shape[past_dim(node.meta["val"])] = B, total - T
+            return torch.zeros(1).expand(shape)
         raise KeyError(name)
 
     known: dict[fx.Node, Any] = {}
+    inside = dict(handed)
     outer_size = _size_reader(captured.graph.graph, *sizes)
     try:
-        value = evaluate(
-            node_named(graph, subject.match.mask),
-            {},
+        value: Tensor = evaluate(
+            node_named(graph, name),
+            inside,
             lambda n: evaluate(outer_args[n], known, outer_input, given=outer_size),
             given=_size_reader(graph, *sizes),
         )
     except KeyError as missing:
-        raise _mask_error(
+        raise mask_error(
             subject, f"it is computed from {missing} (sparse attention over a top-k of keys?)"
         ) from missing
     except NotRun as stopped:
-        raise _mask_error(subject, f"it does not run for B={B}, T={T}, S={total - T}: {stopped}") from stopped
+        raise mask_error(subject, f"it does not run for B={B}, T={T}, S={total - T}: {stopped}") from stopped
+    return value
+
+
+def _allowed(subject: Subject, mask: Tensor, T: int, handed: dict[fx.Node, Any]) -> Tensor:
+    """Mask of the site [B, 1 or H, T, S + T], True = visible."""
+    value = evaluated(subject, subject.match.mask, mask, T, handed)
     value = value[(None,) * (4 - value.dim())]
     if subject.match.mask_form != "BHTS":
         value = permuted(value, subject.match.mask_form, "BHTS")
@@ -156,7 +193,7 @@ def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
         return value
     seen = value > torch.finfo(value.dtype).min / 2
     if bool((value[seen] != 0).any()):
-        raise _mask_error(subject, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)")
+        raise mask_error(subject, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)")
     return seen
 
 
@@ -166,7 +203,9 @@ def _size_reader(graph: fx.Graph, B: int, T: int, S: int) -> Callable[[fx.Node],
     for node in placeholders(graph):
         kind, name = input_ref(node)
         shape = getattr(node.meta["val"], "shape", ())
-        dims = {0: B, 1: T} if kind == "hidden" or name == "input_ids" else {2: S} if kind == "past" else {}
+        dims = {0: B, 1: T} if kind == "hidden" or name == "input_ids" else {}
+        if kind == "past":
+            dims = {past_dim(node.meta["val"]): S}
         for dim, number in dims.items():
             if isinstance(shape[dim], torch.SymInt):
                 numbers[shape[dim].node.expr] = number

@@ -33,6 +33,7 @@ from helix_compile.passes.runner import PassContext
 from helix_compile.plan.helix_plan import HelixPlan
 
 STEP_INPUTS = ("slots", "visible", "page_table")
+KVP_RANK = InputRef("step", "kvp_rank")
 
 
 def rewire_outer_pass(gm: fx.GraphModule, context: PassContext) -> None:
@@ -103,10 +104,12 @@ def _argument(
 ) -> fx.Node:
     ref = input_ref(placeholder)
     kind, name = ref
+    if ref == KVP_RANK:
+        return input_named(graph, "input", "kvp_rank")
     if kind == "step":
         return next(n for n in graph.nodes if n.meta.get("step") == name)
     if kind == "cache":
-        past = [old[InputRef.past(part, ref.site)] for part in PARTS]
+        past = [old[ref_] for part in PARTS if (ref_ := InputRef.past(part, ref.site)) in old]
         with made_from(graph, *past):
             return add_input(graph, *InputRef.cache(layer.caches[ref.site]), placeholder.meta["val"])
     if kind == "param" and ref not in old:  # cut out of another one

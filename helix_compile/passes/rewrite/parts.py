@@ -35,13 +35,19 @@ def open_views(graph: fx.Graph, names: tuple[str, ...], heads: int) -> None:
 def append_to_cache(
     graph: fx.Graph, match: AttentionMatch, site: int, laid_out: Any, *args: int
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Append what the new tokens leave, each part by `laid_out(part, *args)`: (cache, page table, what is visible then)."""
+    """Append what the new tokens leave, K and V or latents by `laid_out(part, *args)`: (cache, page table, what is visible then).
+
+    An index key goes behind the rope part, into the same row.
+    """
     slots, visible, page_table = (input_named(graph, "step", n) for n in ("slots", "visible", "page_table"))
     cache = input_named(graph, "cache", f"cache_{site}")
     parts = []
-    for part in (node_named(graph, n) for n in match.new):
+    for part in (node_named(graph, n) for n in match.new[:2]):
         with made_from(graph, part):
             parts.append(graph.call_function(laid_out, (part, *args)))
+    for key in (node_named(graph, n) for n in match.new[2:]):
+        with made_from(graph, key):
+            parts[1] = named(graph, "rope_and_index_key", aten.cat.default, [parts[1], key], -1)
     with made_from(graph, *(node_named(graph, n) for n in match.past)):
         written = named(graph, "visible_now", helix.cache_append.default, cache, page_table, slots, visible, *parts)
     return cache, page_table, written
