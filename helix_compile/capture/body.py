@@ -69,9 +69,8 @@ class _Body(nn.Module):
     def forward(self, hidden: Tensor, others: list[Tensor], pasts: list[Tensor]) -> Any:
         cache = ConcatenatingCache(self._config, pasts, pasts[0] if pasts else hidden)
         args, kwargs = self._call.rebuild(hidden, others, cache)
-        out = self.layer(*args, **kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        return out, [t for pair in cache.new for t in pair]
+        out, *results = self._call.results(self.layer(*args, **kwargs))
+        return out, [t for new in cache.new for t in new], results
 
 
 class NoValue(RuntimeError):
@@ -189,8 +188,7 @@ def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, li
             f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; expected [B, heads, T, width]"
         )
     sites = [CachedSite.of(new) for new in cache.new]
-    hidden_out = out[0] if isinstance(out, tuple) else out
-    ends = [trace.text(t) for t in (hidden_out, *(t for pair in cache.new for t in pair))]
+    ends = [trace.text(t) for t in (*call.results(out), *(t for new in cache.new for t in new))]
     text = "\n".join([call.constants(), str(sites), *trace.lines, *ends])
     return hashlib.sha256(text.encode()).hexdigest(), sites
 

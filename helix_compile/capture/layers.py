@@ -10,9 +10,10 @@ import inspect
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,11 +28,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from helix_compile.capture.checks import explained
 from helix_compile.capture.functional import functional
+from helix_compile.capture.returned import returned_by
 from helix_compile.capture.same_values import Exported, as_exported
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.cache_argument import CACHE_NAMES, cache_argument, call_with_cache
 from helix_compile.ir.graph import past_dim
-from helix_compile.ir.leaves import LayerCall, record_call
+from helix_compile.ir.leaves import LayerCall, Returned, TensorLike, record_call
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
 
 BATCH, TOKENS, PAST = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
@@ -48,7 +50,21 @@ def _(hidden: Tensor, others: list[Tensor], index: int) -> Tensor:
     return torch.empty_like(hidden)
 
 
+@torch.library.custom_op("helix_capture::layer_result", mutates_args=())
+def _layer_result(
+    hidden: Tensor, others: list[Tensor], index: int, number: int, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """Stand-in for what a layer returns besides hidden states: its `number`-th tensor."""
+    raise RuntimeError("helix_capture::layer_result has no implementation: it only marks a layer's place")
+
+
+@_layer_result.register_fake
+def _(hidden: Tensor, others: list[Tensor], index: int, number: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return hidden.new_empty(shape, dtype=dtype)
+
+
 LAYER_OP = torch.ops.helix_capture.layer.default
+RESULT_OP = torch.ops.helix_capture.layer_result.default
 Calls = dict[int, LayerCall]
 
 
@@ -170,24 +186,44 @@ class Around(nn.Module):
 
 def export_around(
     model: PreTrainedModel, layers: nn.ModuleList
-) -> tuple[ExportedProgram, Exported, Calls, tuple[bool, ...]]:
-    """Export everything around the layers; returns the program, the same as exported, calls of layers, which return tuples."""
+) -> tuple[ExportedProgram, Exported, Calls, tuple[Returned, ...]]:
+    """Export everything around the layers; returns the program, the same as exported, calls of layers, what they return."""
     past = next(model.parameters()).new_zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype)
     cache_of = lambda pasts: ConcatenatingCache(model.config, None, pasts[0])  # noqa: E731
     returned = (str(inspect.signature(type(x).forward).return_annotation) for x in layers)
     # an annotation may be wrong about a tuple: then what the model around the layer takes decides
-    annotated = tuple("tuple" in text.lower() for text in returned)
+    annotated = tuple(Returned("tuple" in text.lower()) for text in returned)
     failures: list[tuple[int, CaptureError]] = []
-    for tuples in dict.fromkeys((annotated, (False,) * len(layers), (True,) * len(layers))):
+    forms: Iterable[tuple[Returned, ...]] = chain(
+        dict.fromkeys((annotated, (Returned(),) * len(layers), (Returned(True),) * len(layers))),
+        _as_they_return(model, layers),
+    )
+    for form in forms:
         calls: Calls = {}
         try:
-            with layers_as(layers, partial(recorder, calls, tuples)):
-                return *_export_model(model, cache_of, [past]), calls, tuples
+            with layers_as(layers, partial(recorder, calls, form)):
+                return *_export_model(model, cache_of, [past]), calls, form
         except CaptureError as error:
             failures.append((len(calls), error))
             if not calls:
                 break
     raise max(failures, key=lambda failure: failure[0])[1]  # what came furthest says most
+
+
+def _as_they_return(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[tuple[Returned, ...]]:
+    """What the layers return in the model itself; nothing where it can't be run, or where they return hidden states alone."""
+
+    def run(device: torch.device, B: int, T: int, S: int) -> None:
+        past = torch.zeros(B, 1, S, 1, dtype=model.dtype, device=device)
+        cache = ConcatenatingCache(model.config.get_text_config(), None, past)
+        Around(model, lambda pasts: cache)(*model_inputs(device, B, T, S), [past])
+
+    try:
+        found = returned_by(model, layers, run)
+    except Exception:  # the errors so far say why
+        return
+    if any(form.tensors for form in found):
+        yield found
 
 
 def export_whole(model: PreTrainedModel, shapes: list[tuple[int, ...]]) -> ExportedProgram:
@@ -256,19 +292,32 @@ def layers_as(layers: nn.ModuleList, forward_of: Callable[[int], Any]) -> Iterat
         yield
 
 
-def recorder(calls: Calls, tuples: tuple[bool, ...], index: int) -> Any:
-    """A forward of layer `index` that is one opaque op, and writes down how it is called."""
+def recorder(calls: Calls, returned: tuple[Returned, ...], index: int) -> Any:
+    """A forward of layer `index` that is one opaque op for each result, and writes down how it is called."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if index in calls:
             raise CaptureError(
                 f"capture: layer {index} is called a second time in one step; a layer has one cache and one call"
             )
-        call = calls[index] = record_call(args, kwargs)
-        out = LAYER_OP(call.hidden, call.others, index)
-        return (out,) if tuples[index] else out
+        call = calls[index] = record_call(args, kwargs, returned[index])
+        hidden, others = call.hidden, call.others
+        results = [
+            RESULT_OP(hidden, others, index, number, shape, like.dtype)
+            for number, (like, shape) in enumerate(result_shapes(call, args, kwargs))
+        ]
+        return call.as_returned([LAYER_OP(hidden, others, index), *results])
 
     return forward
+
+
+def result_shapes(call: LayerCall, args: tuple, kwargs: dict) -> list[tuple[TensorLike, list[Any]]]:
+    """What a layer returns besides hidden states when it is called so, each with its shape."""
+    if not call.returned.tensors:
+        return []
+    cache = next(x for x in (*args, *kwargs.values()) if isinstance(x, ConcatenatingCache))
+    sizes = (*call.hidden.shape[:2], cache.length)
+    return [(like, like.shape(*sizes)) for like in call.returned.tensors]
 
 
 def explain_by_whole_run(model: PreTrainedModel, index: int | None, error: CaptureError) -> HelixError:

@@ -214,8 +214,8 @@ def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphMo
         ]
 
         def run(own: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
-            out, new = _run(layer, call, config, own, inputs[0], inputs[1 : 1 + len(others)], inputs[1 + len(others) :])
-            return [out, *new]
+            given, pasts = inputs[1 : 1 + len(others)], inputs[1 + len(others) :]
+            return _run(layer, call, config, own, inputs[0], given, pasts)
 
         device = next(layer.parameters()).device
         return same_values(exported, tensors, [hidden, *others, *pasts], device, run, nullcontext())
@@ -240,7 +240,7 @@ def dataflow_elsewhere(layer: nn.Module, call: LayerCall, config: Any) -> str:
                 cache = ConcatenatingCache(config, None, hidden.new_zeros(sizes.B, 1, sizes.S, 1))
                 args, kwargs = call.rebuild(hidden, others, cache)
                 out = layer(*args, **kwargs)
-                ends = [out[0] if isinstance(out, tuple) else out, *(t for pair in cache.new for t in pair)]
+                ends = [*call.results(out), *(t for new in cache.new for t in new)]
             trace.lines += map(trace.text, ends)
 
         lines += without_values(f"{type(layer).__name__} can't be run at {sizes}", layer, OpTrace, run).lines
@@ -326,16 +326,12 @@ def _layer_gap(
     weights = trial.of_graph()
     given = [(weights if input_ref(n).kind == "param" else known)[input_ref(n).name] for n in placeholders(body.graph)]
     with torch.no_grad():
-        got, *got_new = Replay(body, trial.device, opaque).run(*given)
-        own, own_new = _run(layer, call, config, trial.weights(), hidden, others, list(past.values()))
-        wide, wide_new = own, own_new
+        got = Replay(body, trial.device, opaque).run(*given)
+        own = wide = _run(layer, call, config, trial.weights(), hidden, others, list(past.values()))
         if widened(hidden).dtype != hidden.dtype:
             wide_others, wide_past = ([widened(t) for t in x] for x in (others, past.values()))
-            wide, wide_new = _run(
-                layer, call, config, trial.weights(wide=True), widened(hidden), wide_others, wide_past
-            )
-    pairs = zip((got, *got_new), (own, *own_new), (wide, *wide_new), strict=True)
-    return max(relative_gap(*each) for each in pairs)
+            wide = _run(layer, call, config, trial.weights(wide=True), widened(hidden), wide_others, wide_past)
+    return max(relative_gap(*each) for each in zip(got, own, wide, strict=True))
 
 
 def _run(
@@ -346,13 +342,13 @@ def _run(
     hidden: Tensor,
     others: list[Tensor],
     pasts: list[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """What the layer itself gives for these weights, inputs and past, and what it caches."""
+) -> list[Tensor]:
+    """What the layer itself gives for these weights, inputs and past, what it caches, and what else it returns."""
     cache = ConcatenatingCache(config, pasts, pasts[0])
     args, kwargs = call.rebuild(hidden, others, cache)
     # on the modules themselves, not on a copy: someone may have patched a forward of theirs
-    out = functional_call(layer, registered(layer, weights), args, kwargs)
-    return out[0] if isinstance(out, tuple) else out, [t for pair in cache.new for t in pair]
+    out, *results = call.results(functional_call(layer, registered(layer, weights), args, kwargs))
+    return [out, *(t for new in cache.new for t in new), *results]
 
 
 def registered(module: nn.Module, weights: Mapping[str, Tensor]) -> Tensors:

@@ -46,7 +46,8 @@ class InputRef(NamedTuple):
     """What a graph's input is: meta["input"] of its placeholder, read.
 
     Attributes:
-        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden" and "tensor". "" is no input.
+        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor" and "chosen"
+            (slots that an earlier layer chose). "" is no input.
         name: of a parameter its full name, relative to the layer in a body; of a past or cache its site is in it.
     """
 

@@ -40,7 +40,7 @@ def index_scores_reference(
     Returns:
         [B, T, n] in float32 or wider, n = pages of a sequence * page_size; -inf from `visible` on.
     """
-    B, T, J, width = q.shape
+    B, T = q.shape[:2]
     dtype = accumulation_dtype(q.dtype)
     scores = q.new_full((B, T, page_table.shape[1] * index_cache.shape[1]), -torch.inf, dtype=dtype)
     for b, longest in enumerate(visible.amax(dim=1).tolist() if T else [0] * B):
@@ -147,7 +147,14 @@ def select_slots_reference(
 
 
 def mla_decode_slots_reference(
-    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, slots: Tensor, count: Tensor, scale: float
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    slots: Tensor,
+    count: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """mla_decode over chosen slots alone.
 
@@ -156,6 +163,7 @@ def mla_decode_slots_reference(
         q_rope: [B, T, H, r].
         cache: [pages, page_size, R + r]; may be a part of wider rows.
         page_table: [B, pages of a sequence] int64.
+        visible: [B, T] int32, as cache_append returned it: what is chosen was written before. Every chosen slot is below it.
         slots: [B, T, m] int32, local; see select_slots.
         count: [B, T] int32: how many of them count. The others are not read.
         scale: of the scores.

@@ -335,9 +335,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class HandedSelection:
-    """The query sees what an earlier layer chose; `indices` is the input that brings it."""
+    """The query sees the top_k keys that an earlier layer chose; `indices` is the input that brings them."""
 
     indices: str
+    top_k: int = 0
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from helix_compile.passes.decide.param_shards import (
     params_bytes_per_rank,
     replicated_roles,
 )
-from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan
 from helix_compile.passes.decide.selection import candidates_bytes, topk_exchange
+from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch, Selection
 
 HBM_BYTES_PER_S = 8.0e12  # B200-class, the preset behind the default of v_up

@@ -11,6 +11,7 @@ from helix_compile.ir.graph import PARTS, InputRef, input_ref, is_param, node_na
 from helix_compile.passes.match.attention import find_attention
 from helix_compile.passes.match.context import check_context
 from helix_compile.passes.match.ffn import find_dense_ffns, find_moes
+from helix_compile.passes.match.handed import with_source
 from helix_compile.passes.match.mask import check_mask
 from helix_compile.passes.match.selection import check_scores
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch, UpWeight
@@ -34,7 +35,7 @@ def match_bodies(captured: CapturedGraph, max_seq_len: int) -> tuple[dict[str, L
     failures: dict[str, MatchError] = {}
     for name in captured.bodies:
         try:
-            matches[name] = _match_body(captured, name, max_seq_len)
+            matches[name] = with_source(captured, _match_body(captured, name, max_seq_len), matches)
         except MatchError as error:
             failures[name] = error
     return matches, failures

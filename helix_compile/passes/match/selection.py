@@ -116,7 +116,7 @@ def _last_of_indices(indices: fx.Node, cone: set[fx.Node]) -> fx.Node:
 
 
 def _top_k(topk: fx.Node) -> int:
-    """k of min(k, S + T).
+    """K of min(k, S + T).
 
     Raises:
         Reject: another number of keys, or the smallest, or along another dim.
@@ -261,7 +261,7 @@ def _upwards(node: fx.Node, behind: set[fx.Node]) -> tuple[fx.Node, float]:
         (user,) = users
         scaled = is_call(user, aten.mul.Tensor, aten.div.Tensor) and isinstance(user.args[1], (int, float))
         if scaled:
-            number = float(user.args[1])  # type: ignore[arg-type]
+            number = float(user.args[1])
             factor = factor * number if user.target is aten.mul.Tensor else factor / number
         elif not (is_layout_op(user) or is_call(user, aten._to_copy.default)):
             return node, factor

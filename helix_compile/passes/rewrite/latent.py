@@ -27,7 +27,7 @@ def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: He
         query = _absorbed_query(graph, match, kind, plan)
     cache, page_table, written = append_to_cache(graph, match, site, aten.squeeze.dim, 1)
     if match.selection:
-        slots, count = chosen_slots(graph, match, cache, page_table, written, plan)
+        slots, count = chosen_slots(graph, match, site, cache, page_table, written, plan)
         if match.cache.index:
             with made_from(graph, *(node_named(graph, n) for n in match.past[:2])):
                 width = match.cache.first + match.cache.second
@@ -39,6 +39,7 @@ def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: He
             *query,
             cache,
             page_table,
+            written,
             slots,
             count,
             match.scale,

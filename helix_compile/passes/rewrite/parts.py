@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from helix_compile.config.options import PAGE_SIZE
 from helix_compile.ir.graph import aten, input_named, is_call, named, node_named, placeholders
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
@@ -14,7 +15,7 @@ from helix_compile.ir.shapes import fake_mode_of, open_view
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.cache_row import cache_shape, pages_per_sequence
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
-from helix_compile.plan.matches import AttentionMatch
+from helix_compile.plan.matches import AttentionMatch, HandedSelection
 
 
 def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
@@ -93,6 +94,19 @@ def step_examples(graph: fx.Graph, plan: HelixPlan) -> dict[str, Tensor]:
         "visible": _example(graph, (B, T), torch.int32),
         "page_table": _example(graph, (B, pages), torch.int64),
     }
+
+
+def handed_examples(graph: fx.Graph, selection: HandedSelection, plan: HelixPlan) -> dict[str, Tensor]:
+    """The same for the slots that an earlier layer chose, and how many there are."""
+    B, T = placeholders(graph)[0].meta["val"].shape[:2]
+    most = min(selection.top_k, pages_per_sequence(plan.options, plan.layout.kvp) * PAGE_SIZE)
+    slots, count = handed_names(selection)
+    return {slots: _example(graph, (B, T, most), torch.int32), count: _example(graph, (B, T), torch.int32)}
+
+
+def handed_names(selection: HandedSelection) -> tuple[str, str]:
+    """What the inputs are called in which slots and count come."""
+    return f"{selection.indices}_slots", f"{selection.indices}_count"
 
 
 def cache_example(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> Tensor:

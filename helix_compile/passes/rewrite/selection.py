@@ -16,18 +16,24 @@ from torch import fx
 from helix_compile.ir.graph import add_input, aten, getitems, input_named, named, node_named
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
-from helix_compile.passes.rewrite.parts import rank_example
+from helix_compile.passes.rewrite.parts import handed_names, rank_example
 from helix_compile.plan.helix_plan import HelixPlan
-from helix_compile.plan.matches import AttentionMatch, HandedSelection, Selection
+from helix_compile.plan.matches import AttentionMatch, HandedSelection
 
 
 def chosen_slots(
-    graph: fx.Graph, match: AttentionMatch, cache: fx.Node, page_table: fx.Node, visible: fx.Node, plan: HelixPlan
+    graph: fx.Graph,
+    match: AttentionMatch,
+    site: int,
+    cache: fx.Node,
+    page_table: fx.Node,
+    visible: fx.Node,
+    plan: HelixPlan,
 ) -> list[fx.Node]:
     """(slots [B, T, m], count [B, T]) of one site."""
     selection = match.selection
     if isinstance(selection, HandedSelection):
-        return [input_named(graph, "tensor", f"{selection.indices}_{part}") for part in ("slots", "count")]
+        return [input_named(graph, "chosen", name) for name in handed_names(selection)]
     assert selection is not None
     cp, tokens_per_block = plan.layout.kvp, plan.options.tokens_per_block
     with made_from(graph, node_named(graph, selection.past)):
@@ -48,7 +54,7 @@ def chosen_slots(
         kth = named(graph, "kth_candidate", helix.kth_candidate.default, best, selection.top_k)
         bound = getitems(graph, kth, "kth_score", "kth_position")
         chosen = named(graph, "select_slots", helix.select_slots.default, scores, visible, *bound, *ledger)
-        return getitems(graph, chosen, "chosen_slots", "chosen_count")
+        return getitems(graph, chosen, f"chosen_slots_{site}", f"chosen_count_{site}")
 
 
 def _in_order(graph: fx.Graph, name: str, source: str, form: str, wanted: str) -> fx.Node:

@@ -102,12 +102,12 @@ def _select_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
 
 
 def _mla_decode_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    q_latent, q_rope, cache, table, slots, count = (of(a) for a in node.args[:6])
+    q_latent, q_rope, cache, table, visible, slots, count = (of(a) for a in node.args[:7])
     heads = _heads(degrees)
     require(q_latent == q_rope == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
     per_rank: Layout = {"kvp": PerRank()} if degrees.kvp > 1 else {}
     chosen: Layout = {"kvp": Chosen()} if degrees.kvp > 1 else {}
-    require(cache == per_rank and not table, "the cache is not that of one rank")
+    require(cache == visible == per_rank and not table, "cache and visible are not of one rank")
     require(
         slots == count == chosen,
         f"slots are {format_layout(slots)}, count {format_layout(count)}, expected chosen ones",
