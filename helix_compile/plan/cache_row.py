@@ -33,10 +33,12 @@ def rows_of_rank(entries: Tensor, row: CacheRow, layout: HelixLayout, rank: int)
     return by_head.chunk(layout.tpa, dim=-2)[layout.index("tpa", rank)]
 
 
-def parts_of_rows(rows: Tensor, row: CacheRow) -> tuple[Tensor, ...]:
-    """The parts of cached rows of all heads [..., R + r (+ I)] or [..., K, Dk + Dv]: [..., first], [..., second] and the index key."""
-    parts = rows.split([row.first, row.second, *([row.index] if row.index else [])], dim=-1)
-    return tuple((part.flatten(-2) if row.heads else part).contiguous() for part in parts)
+def parts_of_rows(rows: Tensor, row: CacheRow) -> tuple[Tensor, Tensor]:
+    """Both parts of cached rows of all heads [..., R + r + I] or [..., K, Dk + Dv]: [..., first] and [..., the rest]."""
+    first, second = rows.split([row.first, row.second + row.index], dim=-1)
+    if row.heads:
+        first, second = first.flatten(-2), second.flatten(-2)
+    return first.contiguous(), second.contiguous()
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class CacheRow:
     """What one token leaves in the cache: a latent and a rope part, or K and V of `heads` KV heads.
 
     `first` and `second` are the widths: R and r, or Dk and Dv of one head. `heads` is 0 where all heads share the row.
-    `index` is the width of an indexer's key, which lies behind the rope part; 0: there is none.
+    `index` is the width I of an indexer's key, which lies behind the rope part and goes with it; 0: there is none.
     """
 
     first: int
@@ -53,10 +55,9 @@ class CacheRow:
     index: int = 0
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Numbers of each part, all heads together."""
-        index = (self.index,) if self.index else ()
-        return self.first * (self.heads or 1), self.second * (self.heads or 1), *index
+    def widths(self) -> tuple[int, int]:
+        """Numbers of both parts, all heads together."""
+        return self.first * (self.heads or 1), (self.second + self.index) * (self.heads or 1)
 
     def tail(self, tpa: int) -> tuple[int, ...]:
         """Trailing sizes of a rank's cache: (R + r + I), or (K / tpa, Dk + Dv)."""

@@ -81,7 +81,7 @@ def rewire_outer_pass(gm: fx.GraphModule, context: PassContext) -> None:
 def _results(body: fx.Graph) -> tuple[fx.Node, ...]:
     """What a rewritten body returns besides hidden states."""
     (returned,) = next(n for n in body.nodes if n.op == "output").args
-    return returned[1:] if isinstance(returned, tuple) else ()
+    return tuple(returned[1:]) if isinstance(returned, (tuple, list)) else ()
 
 
 def _hand_on(graph: fx.Graph, context: PassContext, call: fx.Node, handed: dict[fx.Node, list[fx.Node]]) -> None:

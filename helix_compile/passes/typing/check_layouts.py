@@ -106,7 +106,7 @@ def _infer(
         raise Violation(f"reads {started} before wait_tensor", "pending")
     if node.op == "output":
         returned = node.args[0]
-        hidden, *others = returned if isinstance(returned, tuple) else (returned,)
+        hidden, *others = returned if isinstance(returned, (tuple, list)) else (returned,)
         result = of(hidden)
         if degrees.kvp > 1 and any(of(n) != {"kvp": Chosen()} for n in others):
             texts = ", ".join(f"`{n.name}` {format_layout(of(n))}" for n in others)
