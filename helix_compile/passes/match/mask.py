@@ -80,7 +80,9 @@ def subjects_of(
     """
     graph = captured.bodies[body].graph
     read = ancestors([node_named(graph, name)], until=[node_named(graph, n) for n in given])
-    read_arguments = [i for i, p in enumerate(placeholders(graph)) if p in read]
+    # of hidden states only sizes can be read: who asks for a value is told that there is none
+    inputs = enumerate(placeholders(graph))
+    read_arguments = [i for i, p in inputs if p in read and input_ref(p).kind != "hidden"]
     seen = set()
     for node in captured.graph.graph.nodes:
         if node.op == "call_module" and node.target == body:
