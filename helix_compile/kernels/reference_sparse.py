@@ -96,8 +96,7 @@ def kth_candidate_reference(candidates_P: Tensor, top_k: int) -> tuple[Tensor, T
         score [B, T], float32 (float64 of int64 candidates), and position [B, T] int64 of the k-th in the total order;
         -inf and NOWHERE where fewer than top_k are visible: then all are chosen.
     """
-    dtype = torch.float64 if candidates_P.dtype is torch.int64 else torch.float32
-    score = candidates_P[..., 0].contiguous().view(dtype).movedim(0, -2).flatten(-2)
+    score = candidates_P[..., 0].contiguous().view(_scores_of(candidates_P.dtype)).movedim(0, -2).flatten(-2)
     position = candidates_P[..., 1].long().movedim(0, -2).flatten(-2)
     position, by_position = torch.sort(position, dim=-1, stable=True)
     score, by_score = _ordered(score.gather(-1, by_position))
@@ -105,6 +104,36 @@ def kth_candidate_reference(candidates_P: Tensor, top_k: int) -> tuple[Tensor, T
     if score.shape[-1] < top_k:
         return score.new_full(score.shape[:-1], -torch.inf), position.new_full(score.shape[:-1], NOWHERE)
     return score[..., top_k - 1].clone(), position[..., top_k - 1].clone()
+
+
+def rows_for_owners_reference(candidates: Tensor, peers: int) -> Tensor:
+    """Candidates [B, T, m, 2] by the rank that decides on their query: [P, ceil(B * T / P), m, 2], rows dealt in order.
+
+    Behind the last query are rows without a candidate (-inf, NOWHERE).
+    """
+    rows = candidates.flatten(0, 1)
+    each = -(-rows.shape[0] // peers)
+    none = torch.tensor(-torch.inf, dtype=_scores_of(candidates.dtype)).view(candidates.dtype)
+    spare = rows.new_empty((peers * each - rows.shape[0], *rows.shape[1:]))
+    spare[..., 0], spare[..., 1] = none.to(rows.device), NOWHERE
+    return torch.cat([rows, spare]).unflatten(0, (peers, each))
+
+
+def _scores_of(bits: torch.dtype) -> torch.dtype:
+    return torch.float64 if bits is torch.int64 else torch.float32
+
+
+def pack_kth_reference(score: Tensor, position: Tensor) -> Tensor:
+    """The k-th keys that an owner found, score and position [n, 1], as one buffer [n, 2]."""
+    bits = score.view(_bits(score.dtype))
+    return torch.cat([bits, position.to(bits.dtype)], dim=1)
+
+
+def unpack_kth_reference(buffer: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of all owners [P * n, 2] as score and position [B, T], the sizes of `visible`."""
+    rows = buffer[: visible.numel()]
+    score = rows[:, 0].contiguous().view(_scores_of(buffer.dtype))
+    return score.view(visible.shape), rows[:, 1].long().view(visible.shape)
 
 
 def select_slots_reference(

@@ -229,6 +229,11 @@ class HelixPlan:
         parts = (b.egress_bytes_per_rank_per_token * len(b.layers) for b in self.bodies)
         return sum(parts, Fraction(0))
 
+    @property
+    def topk_exchange(self) -> str:
+        """How ranks agree on the keys that indexers choose; "" where none does."""
+        return next((a.topk_exchange for b in self.bodies for a in b.attentions if a.topk_exchange), "")
+
     def to_json(self) -> str:
         """JSON text; from_json is its inverse."""
         fields = asdict(self)

@@ -149,11 +149,18 @@ FAMILIES: dict[str, Family] = {
             "head_dim": 6,
         },
     ),
-    "deepseek_v32": Family("DeepseekV32ForCausalLM", "DeepseekV32Config", {**SPARSE, **GROUPS, "first_k_dense_replace": 1}),
+    "deepseek_v32": Family(
+        "DeepseekV32ForCausalLM", "DeepseekV32Config", {**SPARSE, **GROUPS, "first_k_dense_replace": 1}
+    ),
     "glm_moe_dsa": Family(
         "GlmMoeDsaForCausalLM",
         "GlmMoeDsaConfig",
-        {**SPARSE, "num_hidden_layers": 4, "first_k_dense_replace": 2, "indexer_types": ["full", "shared", "shared", "full"]},
+        {
+            **SPARSE,
+            "num_hidden_layers": 4,
+            "first_k_dense_replace": 2,
+            "indexer_types": ["full", "shared", "shared", "full"],
+        },
     ),
     "axk2": Family("AXK2ForCausalLM", "AXK2Config", SPARSE, "sparse"),
     "hy_v4": Family("HYV4ForCausalLM", "HYV4Config", SPARSE, "sparse"),

@@ -11,6 +11,7 @@ import torch
 from helix_compile import HelixModule, helix_compile
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
+from helix_compile.errors import PlanError
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids
 from tests.support.families import fresh_family
@@ -40,20 +41,26 @@ def compiled_sparse(graph: CapturedGraph, **plan: Any) -> HelixModule:
 
 
 # cp, tpa, tokens_per_block, prompt lengths; top_k is 7: below, at and above it, empty shards
-PLANS = [
-    (3, 2, 3, [7, 1, 41]),
-    (4, 1, 1, [6, 8, 7]),
-    (8, 1, 32, [41, 3, 6]),
+PLANS = [(3, 2, 3, [7, 1, 41]), (4, 1, 1, [6, 8, 7]), (8, 1, 32, [41, 3, 6])]
+MORE = [
+    (1, 1, 32, [5, 2, 41]),
+    (2, 2, 1, [5, 2, 17]),
+    (8, 3, 1, [3, 1, 2]),
+    (3, 1, 2, [6, 7, 8]),
+    (2, 1, 3, [40, 1, 7]),
 ]
-MORE = [(1, 1, 32, [5, 2, 41]), (2, 2, 1, [5, 2, 17]), (8, 3, 1, [3, 1, 2]), (3, 1, 2, [6, 7, 8]), (2, 1, 3, [40, 1, 7])]
-CASES = [(name, plan) for name in ("deepseek_v32", "glm_moe_dsa") for plan in PLANS]
+CASES = [
+    ("deepseek_v32", PLANS[0], "owner"),
+    ("glm_moe_dsa", PLANS[1], "gather"),
+    ("deepseek_v32", PLANS[2], "owner"),
+]
 
 
-@pytest.mark.parametrize(("name", "plan"), [CASES[0], CASES[4], CASES[2]], ids=str)
-def test_exact(name: str, plan: tuple[int, int, int, list[int]]) -> None:
+@pytest.mark.parametrize(("name", "plan", "exchange"), CASES, ids=str)
+def test_exact(name: str, plan: tuple[int, int, int, list[int]], exchange: str) -> None:
     cp, tpa, tokens_per_block, lengths = plan
     model, graph = captured_model(name, 7)
-    compiled = compiled_sparse(graph, cp=cp, tpa=tpa, tokens_per_block=tokens_per_block)
+    compiled = compiled_sparse(graph, cp=cp, tpa=tpa, tokens_per_block=tokens_per_block, topk_exchange=exchange)
     assert sparse_deviation(model, compiled, lengths, STEPS) <= LIMIT
 
 
@@ -64,8 +71,8 @@ def test_exact(name: str, plan: tuple[int, int, int, list[int]]) -> None:
 def test_every_plan(name: str, plan: tuple[int, int, int, list[int]], top_k: int) -> None:
     cp, tpa, tokens_per_block, lengths = plan
     model, graph = captured_model(name, top_k, ties=top_k == 16)
-    merge = "ag_rs" if cp == 3 else "a2a"
-    compiled = compiled_sparse(graph, cp=cp, tpa=tpa, tokens_per_block=tokens_per_block, merge=merge)
+    exchange = {"merge": "ag_rs" if cp == 3 else "a2a", "topk_exchange": "gather" if tpa == 1 else "owner"} if cp > 1 else {}
+    compiled = compiled_sparse(graph, cp=cp, tpa=tpa, tokens_per_block=tokens_per_block, **exchange)
     assert sparse_deviation(model, compiled, lengths, STEPS) <= LIMIT
 
 
@@ -163,6 +170,24 @@ def test_the_plan_says_what_is_cached_and_sent() -> None:
     # latents, roped keys, and index keys of two layers of four; float64
     assert plan.kv_bytes_per_token_per_rank * 4 == 8 * (4 * (20 + 6) + 2 * 16)
     candidates = [c for body in plan.bodies for c in body.collectives if c.what == "top-k candidates"]
-    assert [c.egress_bytes_per_rank_per_token for c in candidates] == [3 * 7 * 16] * 2  # score and position, to 3 others
+    assert [c.egress_bytes_per_rank_per_token for c in candidates] == [
+        3 * 7 * 16
+    ] * 2  # score and position, to 3 others
     assert [a.top_k for body in plan.bodies for a in body.attentions] == [7, 0, 0, 7]
     assert type(plan).from_json(plan.to_json()) == plan
+
+
+def test_owners_send_less_and_are_chosen_where_that_pays() -> None:
+    _, graph = captured_model("deepseek_v32", 7)
+    plan = compiled_sparse(graph, cp=4, tokens_per_block=3, topk_exchange="owner").plan
+    exchange = [c for c in plan.bodies[0].collectives if c.what in ("top-k candidates", "k-th keys")]
+    # three of four owners are others, and each tells its share of the answers to three others
+    assert [c.egress_bytes_per_rank_per_token for c in exchange] == [7 * 16 * 3 / 4, 16 / 4 * 3]
+    assert compiled_sparse(graph, cp=4).plan.topk_exchange == "gather"
+    many = compiled_sparse(graph, cp=8, max_batch_size=2**15, max_seq_len=8).plan
+    assert many.topk_exchange == "owner"
+
+
+def test_an_exchange_without_choices_has_no_effect() -> None:
+    with pytest.raises(PlanError, match="topk_exchange='owner' has no effect: no layer of this model chooses"):
+        helix_compile(capture(fresh_family("youtu")), cp=2, topk_exchange="owner")

@@ -26,7 +26,7 @@ from helix_compile.passes.decide.param_shards import (
     params_bytes_per_rank,
     replicated_roles,
 )
-from helix_compile.passes.decide.selection import candidates_bytes, topk_exchange
+from helix_compile.passes.decide.selection import candidates_exchange, topk_exchange
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch, Selection
 
@@ -172,12 +172,7 @@ def _v_up(sites: list[AttentionMatch], dtype: torch.dtype, options: HelixOptions
 
 
 def _plan_body(
-    captured: CapturedGraph,
-    match: LayerMatch,
-    layout: HelixLayout,
-    options: HelixOptions,
-    v_up: str,
-    topk_exchange: str,
+    captured: CapturedGraph, match: LayerMatch, layout: HelixLayout, options: HelixOptions, v_up: str, agreed: str
 ) -> BodyPlan:
     attentions = tuple(
         AttentionPlan(
@@ -186,7 +181,7 @@ def _plan_body(
             a.num_heads,
             a.o_weight,
             a.cache.heads,
-            *((a.selection.top_k, topk_exchange) if isinstance(a.selection, Selection) else ()),
+            *((a.selection.top_k, agreed) if isinstance(a.selection, Selection) else ()),
         )
         for i, a in enumerate(match.attentions)
     )
@@ -201,7 +196,7 @@ def _plan_body(
     ]
     dtype = captured.dtype
     collectives = [
-        *(c for a, p in pairs for c in _exchange(a, p.v_up, options, layout, dtype)),
+        *(c for a, p in pairs for c in _exchange(a, p, options, layout, dtype)),
         *(_planned(ALL_REDUCE, "world", "FFN output", D * dtype.itemsize, layout) for D in _ffn_outputs(match)),
     ]
     return BodyPlan(
@@ -215,14 +210,14 @@ def _plan_body(
 
 
 def _exchange(
-    match: AttentionMatch, v_up: str, options: HelixOptions, layout: HelixLayout, dtype: torch.dtype
+    match: AttentionMatch, plan: AttentionPlan, options: HelixOptions, layout: HelixLayout, dtype: torch.dtype
 ) -> Iterable[Collective]:
     H, codec, statistic = match.num_heads // layout.tpa, codec_of(options), accumulation_dtype(dtype)
     asked, query_width = match.kind.query
     if isinstance(match.selection, Selection):
-        nbytes = candidates_bytes(match.selection, options, layout, dtype)
-        yield _planned(ALL_GATHER, "kvp", "top-k candidates", nbytes, layout)
-    width = match.v_head_dim if v_up == "before" else match.kind.partial_width
+        for op, what, nbytes in candidates_exchange(match.selection, plan.topk_exchange, options, layout, dtype):
+            yield _planned(op, "kvp", what, nbytes, layout)
+    width = match.v_head_dim if plan.v_up == "before" else match.kind.partial_width
     if options.q_proj == "gather":
         owned = match.num_heads // layout.world_size
         yield _planned(ALL_GATHER, "kvp", asked, owned * query_width * dtype.itemsize, layout)
@@ -235,9 +230,9 @@ def _exchange(
     yield _planned(ALL_REDUCE, "world", "attention output", match.hidden_size * dtype.itemsize, layout)
 
 
-def _planned(op: CollectiveOp, axis: str, what: str, nbytes: int, layout: HelixLayout) -> Collective:
+def _planned(op: CollectiveOp, axis: str, what: str, nbytes: int | Fraction, layout: HelixLayout) -> Collective:
     """`nbytes`: what a rank passes to the collective for each token."""
-    return Collective(op.name, axis, what, op.egress(layout.size(axis), nbytes))
+    return Collective(op.name, axis, what, op.egress(layout.size(axis), 1) * nbytes)
 
 
 def _ffn_outputs(match: LayerMatch) -> list[int]:

@@ -4,6 +4,7 @@
     candidates = topk_candidates(scores)                                top-k partial over kvp
     candidates_P = reshard(candidates, stacked kvp:S(0) -> R)
     kth_score, kth_position = kth_candidate(candidates_P)               the same on every rank
+                              kth_by_owners(candidates)                 or so, where the plan says "owner"
     slots, count = select_slots(scores, kth_score, kth_position)
 
 A layer that attends to what an earlier one chose gets that one's slots and count: both caches share the ledger.
@@ -48,10 +49,13 @@ def chosen_slots(
         )
         ledger = (rank, selection.top_k, cp, tokens_per_block)
         best = named(graph, "candidates", helix.topk_candidates.default, scores, visible, *ledger)
-        best = graph.call_function(aten.unsqueeze.default, (best, 0))
-        if cp > 1:
-            best = named(graph, "candidates_P", helix.reshard.default, best, "kvp:S(0)", "R", cp)
-        kth = named(graph, "kth_candidate", helix.kth_candidate.default, best, selection.top_k)
+        if cp > 1 and plan.topk_exchange == "owner":
+            kth = named(graph, "kth", helix.kth_by_owners.default, best, visible, "kvp", cp, selection.top_k)
+        else:
+            best = graph.call_function(aten.unsqueeze.default, (best, 0))
+            if cp > 1:
+                best = named(graph, "candidates_P", helix.reshard.default, best, "kvp:S(0)", "R", cp)
+            kth = named(graph, "kth_candidate", helix.kth_candidate.default, best, selection.top_k)
         bound = getitems(graph, kth, "kth_score", "kth_position")
         chosen = named(graph, "select_slots", helix.select_slots.default, scores, visible, *bound, *ledger)
         return getitems(graph, chosen, f"chosen_slots_{site}", f"chosen_count_{site}")

@@ -85,11 +85,44 @@ def _ranks_scores(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
 
 
 def _kth_candidate(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    """One rank's candidates alone say nothing: the union of local top-ks is another algorithm."""
+    """One rank's candidates alone say nothing: the union of local top-ks is another algorithm.
+
+    All ranks' candidates are the same on every rank, or each has those of its own queries (dim 1).
+    """
     candidates = of(node.args[0])
-    require(not candidates, f"candidates are {format_layout(candidates)}, expected those of all ranks")
+    owned = candidates == normal_form({"kvp": Shard(1)}, degrees)
+    require(not candidates or owned, f"candidates are {format_layout(candidates)}, expected those of all ranks")
     peers = shape_of(node.args[0])[0]
     require(peers == degrees.kvp, f"candidates of {peers} ranks, kvp has {degrees.kvp}")
+    found: Layout = {"kvp": Shard(0)} if candidates else {}
+    return (found, dict(found))
+
+
+def _kth_by_owners(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    candidates, visible = of(node.args[0]), of(node.args[1])
+    require(candidates == {"kvp": PartialTopK()}, f"candidates are {format_layout(candidates)}")
+    require(visible == {"kvp": PerRank()}, f"visible is {format_layout(visible)}")
+    require(node.args[2:4] == ("kvp", degrees.kvp), f"owners over {node.args[2:4]}")
+    return ({}, {})
+
+
+def _rows_for_owners(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    candidates = of(node.args[0])
+    require(candidates == {"kvp": PartialTopK()}, f"candidates are {format_layout(candidates)}")
+    require(node.args[1] == degrees.kvp, f"rows for {node.args[1]} owners, kvp has {degrees.kvp}")
+    return dict(candidates)
+
+
+def _pack_kth(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    score, position = (of(a) for a in node.args)
+    owned = normal_form({"kvp": Shard(0)}, degrees)
+    require(score == position == owned, f"k-th keys are {format_layout(score)}, expected {format_layout(owned)}")
+    return dict(score)
+
+
+def _unpack_kth(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Of `visible` the sizes alone are read."""
+    require(not of(node.args[0]), f"k-th keys are {format_layout(of(node.args[0]))}, expected those of all owners")
     return ({}, {})
 
 
@@ -212,6 +245,10 @@ HELIX_RULES: dict[Any, Rule] = {
     helix.index_scores.default: _index_scores,
     helix.topk_candidates.default: _ranks_scores,
     helix.kth_candidate.default: _kth_candidate,
+    helix.kth_by_owners.default: _kth_by_owners,
+    helix.rows_for_owners.default: _rows_for_owners,
+    helix.pack_kth.default: _pack_kth,
+    helix.unpack_kth.default: _unpack_kth,
     helix.select_slots.default: _select_slots,
     helix.mla_decode_slots.default: _mla_decode_slots,
     helix.all_to_all_heads.default: _all_to_all_heads,
@@ -271,6 +308,8 @@ def _reduce_scatter(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLa
 
 def _all_to_all(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x, axis = of(node.args[0]), node.args[3]
+    if x == {axis: PartialTopK()} and len(node.args[1]) == degrees.size(axis):
+        return _start({axis: Shard(1)})  # all peers' candidates for the queries that this rank owns
     if x.get(axis) != PartialSoftmax() or len(node.args[1]) != degrees.size(axis):
         raise Violation(f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts", "collective")
     return _start({"world": Packed()})
