@@ -49,11 +49,7 @@ MORE = [
     (3, 1, 2, [6, 7, 8]),
     (2, 1, 3, [40, 1, 7]),
 ]
-CASES = [
-    ("deepseek_v32", PLANS[0], "owner"),
-    ("glm_moe_dsa", PLANS[1], "gather"),
-    ("deepseek_v32", PLANS[2], "owner"),
-]
+CASES = [("deepseek_v32", PLANS[0], "owner"), ("glm_moe_dsa", PLANS[1], "gather"), ("deepseek_v32", PLANS[2], "owner")]
 
 
 @pytest.mark.parametrize(("name", "plan", "exchange"), CASES, ids=str)
@@ -71,7 +67,9 @@ def test_exact(name: str, plan: tuple[int, int, int, list[int]], exchange: str) 
 def test_every_plan(name: str, plan: tuple[int, int, int, list[int]], top_k: int) -> None:
     cp, tpa, tokens_per_block, lengths = plan
     model, graph = captured_model(name, top_k, ties=top_k == 16)
-    exchange = {"merge": "ag_rs" if cp == 3 else "a2a", "topk_exchange": "gather" if tpa == 1 else "owner"} if cp > 1 else {}
+    exchange = (
+        {"merge": "ag_rs" if cp == 3 else "a2a", "topk_exchange": "gather" if tpa == 1 else "owner"} if cp > 1 else {}
+    )
     compiled = compiled_sparse(graph, cp=cp, tpa=tpa, tokens_per_block=tokens_per_block, **exchange)
     assert sparse_deviation(model, compiled, lengths, STEPS) <= LIMIT
 
