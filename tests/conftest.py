@@ -20,19 +20,23 @@ gc.set_threshold(
 
 from helix_compile.capture import model as capture_model  # noqa: E402  Triton reads its variable before
 from tests.support.captures import FOLDER, remembered  # noqa: E402
+from tests.support.interpreter import without_bookkeeping  # noqa: E402
+
+without_bookkeeping()
 
 _IS_FIRST = FOLDER not in os.environ  # workers of xdist, and what tests launch, use the folder of the first process
 if _IS_FIRST:
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="helix-captures-")
 
-_REMEMBERED = remembered(capture_model._captured)
+_ANEW = capture_model._captured
+capture_model._captured = remembered(_ANEW)  # at once: fixtures of a module are made before those of a test
 
 
 @pytest.fixture(autouse=True)
 def shared_captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of one structure are captured once a process."""
-    if request.node.get_closest_marker("fresh_capture") is None:
-        monkeypatch.setattr(capture_model, "_captured", _REMEMBERED)
+    """Models of one structure are captured once a run, but for tests that ask otherwise."""
+    if request.node.get_closest_marker("fresh_capture") is not None:
+        monkeypatch.setattr(capture_model, "_captured", _ANEW)
 
 
 @pytest.fixture(autouse=True)
