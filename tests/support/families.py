@@ -158,8 +158,8 @@ FAMILIES: dict[str, Family] = {
         {
             **SPARSE,
             "num_hidden_layers": 4,
-            "first_k_dense_replace": 2,
-            "indexer_types": ["full", "shared", "shared", "full"],
+            "first_k_dense_replace": 1,
+            "indexer_types": ["full", "shared", "full", "shared"],
         },
     ),
     "axk2": Family("AXK2ForCausalLM", "AXK2Config", SPARSE, "sparse"),

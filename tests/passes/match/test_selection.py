@@ -157,5 +157,5 @@ def test_the_graph_itself_matches() -> None:
 def test_what_an_earlier_layer_chose_is_handed_on() -> None:
     matches = match_layers(_captured("glm_moe_dsa"), 64)
     kinds = [type(m.attentions[0].selection) for m in matches.values()]
-    assert kinds == [Selection, HandedSelection, HandedSelection, Selection]
+    assert kinds == [Selection, HandedSelection, Selection]  # layers 1 and 3 share a body, whose sources are two
     assert all(m.attentions[0].selection.top_k == 4 for m in matches.values())
