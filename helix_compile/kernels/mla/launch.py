@@ -22,6 +22,9 @@ from helix_compile.kernels.reference_fused import FP8
 from helix_compile.kernels.registry import CompileCase, launch
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
+TMA_BYTES = 16  # alignment of a tensor's base and of its rows
+
+
 CACHE_TYPE = {**TRITON_TYPE, FP8: "fp8e4nv"}
 
 
@@ -38,6 +41,8 @@ def decode_case(
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
     *,
+    strides: tuple[int, int] | None = None,
+    chosen: bool = False,
     tokens_per_scale: int = 0,
     direct: bool = False,
     interpreted: bool = False,
@@ -54,6 +59,8 @@ def decode_case(
         page_size: slots of a page.
         dtype: of q.
         cache_dtype: of the cache.
+        strides: elements from a page of the cache to the next, from a slot to the next; None: nothing lies between.
+        chosen: each query has a list of slots (pointer form only): mla_decode_slots.
         tokens_per_scale: slots that share a scale; 0: the cache has no scales.
         direct: there is one split, and it writes the op's output: q's dtype, and 0 where nothing was seen.
         interpreted: whether Triton's interpreter runs it.
@@ -81,13 +88,15 @@ def decode_case(
         "STORE_DEAD": direct,
         "WIDE_DOT": interpreted and dtype == torch.bfloat16,
     }
-    if tokens_per_scale:
-        typed["cache_scale_ptr"] = "*fp32"
-    else:
-        constexprs["cache_scale_ptr"] = None
     if config.form == POINTER:
-        typed["cache_ptr"] = f"*{cache_element}"
+        row = R + r if strides is None else strides[1]
+        constexprs |= {"PAGE_STRIDE": page_size * row if strides is None else strides[0], "ROW_STRIDE": row}
         constexprs |= {"BLOCK_R": _padded(R), "BLOCK_ROPE": _padded(r)}
+        typed["cache_ptr"] = f"*{cache_element}"
+        if chosen:
+            typed["slots_ptr"] = "*i32"
+        else:
+            constexprs["slots_ptr"] = None
     else:
         constexprs |= {
             "PARTS": config.parts,
@@ -95,13 +104,19 @@ def decode_case(
             "PACKED": config.packed,
             "TRANSPOSED": config.form == TRANSPOSED,
         }
+    if tokens_per_scale:
+        typed["cache_scale_ptr"] = "*fp32"
+    else:
+        constexprs["cache_scale_ptr"] = None
     descriptors = {
         name: f"tensordesc<{cache_element}[{block[0]},{block[1]}]>" for name, block in _tma_blocks(config, R, r).items()
     }
+    lists = {"queries": "i32", "stride_slots": "i32"} if config.form == POINTER else {}
+    name = "mla_decode_slots" if chosen else "mla_pointer_decode" if config.form == POINTER else "mla_decode"
     return CompileCase(
-        kernel="mla_pointer_decode" if config.form == POINTER else "mla_decode",
+        kernel=name,
         function=mla_pointer_kernel if config.form == POINTER else mla_tma_kernel,
-        signature={**typed, **descriptors, "scale_log2": "fp32", "T": "i32", "stride_table": "i32"},
+        signature={**typed, **descriptors, **lists, "scale_log2": "fp32", "T": "i32", "stride_table": "i32"},
         constexprs=constexprs,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         divisible_by_16=tuple(typed),
@@ -135,11 +150,13 @@ def decode_parts(
     *,
     splits: int,
     direct: bool,
+    slots: Tensor | None = None,
     case: CompileCase | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run one form: parts [B, T, H, splits, R] (q's dtype if direct, else float32) and lse [B, T, H, splits].
 
-    `case` stands in for the one that the config gives: an edited kernel, say.
+    `slots` [B, T, m]: each query sees the first `visible` of its own list, by the pointer form. `case` stands in for the one
+    that the config gives: an edited kernel, say.
     """
     B, T, H, R = q_latent.shape
     page_size, r = cache.shape[1], q_rope.shape[3]
@@ -157,6 +174,8 @@ def decode_parts(
         page_size,
         q_latent.dtype,
         cache.dtype,
+        strides=(cache.stride(0), cache.stride(1)),
+        chosen=slots is not None,
         tokens_per_scale=0 if cache_scale is None else page_size // cache_scale.shape[1],
         direct=direct,
         interpreted=not q_latent.is_cuda,
@@ -179,12 +198,24 @@ def decode_parts(
     if cache_scale is not None:
         arguments["cache_scale_ptr"] = cache_scale
     if config.form == POINTER:
-        arguments["cache_ptr"] = cache
-    slots = cache.view(-1, R + r)
-    for name, block in _tma_blocks(config, R, r).items():
-        arguments[name] = TensorDescriptor.from_tensor(slots, block)
-    launch(case, (triton.cdiv(T * H, config.block_h), B, splits), arguments)
+        arguments |= {"cache_ptr": cache, "queries": 1, "stride_slots": 0}
+    else:
+        rows = cache.as_strided((cache.shape[0] * page_size, R + r), (cache.stride(1), 1))
+        for name, block in _tma_blocks(config, R, r).items():
+            arguments[name] = TensorDescriptor.from_tensor(rows, block)
+    tokens, sequences = T, B
+    if slots is not None:  # a query is a sequence of one token
+        slots = slots.contiguous()
+        tokens, sequences = 1, B * T
+        arguments |= {"slots_ptr": slots, "T": tokens, "queries": T, "stride_slots": slots.stride(1)}
+    launch(case, (triton.cdiv(tokens * H, config.block_h), sequences, splits), arguments)
     return o, lse
+
+
+def is_for_tma(cache: Tensor, itemsize: int = 0) -> bool:
+    """A cache [pages, page_size, R + r] whose slots all lie at one stride, aligned to 16 bytes; itemsize: if not its own."""
+    pages, slots, channels = cache.stride()
+    return channels == 1 and pages == cache.shape[1] * slots and slots * (itemsize or cache.itemsize) % TMA_BYTES == 0
 
 
 def _one_token_stride(q: Tensor) -> Tensor:

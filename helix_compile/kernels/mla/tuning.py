@@ -148,6 +148,11 @@ def pointer_config(shape: MlaShape, target: KernelTarget, scaled: bool = False) 
     )
 
 
+def slots_config(shape: MlaShape, target: KernelTarget) -> MlaConfig:
+    """How mla_decode_slots is built: its rows lie anywhere, so it loads by pointers."""
+    return pointer_config(shape, target)
+
+
 def _applies(entry: MlaEntry, shape: MlaShape, target: KernelTarget, scaled: bool) -> bool:
     return (
         entry.arch in ("", family(target))
