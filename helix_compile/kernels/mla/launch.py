@@ -28,6 +28,9 @@ TMA_BYTES = 16  # alignment of a tensor's base and of its rows
 CACHE_TYPE = {**TRITON_TYPE, FP8: "fp8e4nv"}
 
 
+SIZES = ("T", "queries", "stride_table", "stride_slots")
+
+
 STRIDES = ("stride_q_token", "stride_q_head", "stride_q_rope_token", "stride_q_rope_head")
 
 
@@ -60,7 +63,7 @@ def decode_case(
         dtype: of q.
         cache_dtype: of the cache.
         strides: elements from a page of the cache to the next, from a slot to the next; None: nothing lies between.
-        chosen: each query has a list of slots (pointer form only): mla_decode_slots.
+        chosen: each query has a list of slots: mla_decode_slots.
         tokens_per_scale: slots that share a scale; 0: the cache has no scales.
         direct: there is one split, and it writes the op's output: q's dtype, and 0 where nothing was seen.
         interpreted: whether Triton's interpreter runs it.
@@ -93,10 +96,6 @@ def decode_case(
         constexprs |= {"PAGE_STRIDE": page_size * row if strides is None else strides[0], "ROW_STRIDE": row}
         constexprs |= {"BLOCK_R": _padded(R), "BLOCK_ROPE": _padded(r)}
         typed["cache_ptr"] = f"*{cache_element}"
-        if chosen:
-            typed["slots_ptr"] = "*i32"
-        else:
-            constexprs["slots_ptr"] = None
     else:
         constexprs |= {
             "PARTS": config.parts,
@@ -104,19 +103,23 @@ def decode_case(
             "PACKED": config.packed,
             "TRANSPOSED": config.form == TRANSPOSED,
         }
+    if chosen:
+        typed["slots_ptr"] = "*i32"
+    else:
+        constexprs["slots_ptr"] = None
     if tokens_per_scale:
         typed["cache_scale_ptr"] = "*fp32"
     else:
         constexprs["cache_scale_ptr"] = None
     descriptors = {
-        name: f"tensordesc<{cache_element}[{block[0]},{block[1]}]>" for name, block in _tma_blocks(config, R, r).items()
+        name: f"tensordesc<{cache_element}[{block[0]},{block[1]}]>"
+        for name, block in _tma_blocks(config, R, r, chosen).items()
     }
-    lists = {"queries": "i32", "stride_slots": "i32"} if config.form == POINTER else {}
     name = "mla_decode_slots" if chosen else "mla_pointer_decode" if config.form == POINTER else "mla_decode"
     return CompileCase(
         kernel=name,
         function=mla_pointer_kernel if config.form == POINTER else mla_tma_kernel,
-        signature={**typed, **descriptors, **lists, "scale_log2": "fp32", "T": "i32", "stride_table": "i32"},
+        signature={**typed, **descriptors, "scale_log2": "fp32", **dict.fromkeys(SIZES, "i32")},
         constexprs=constexprs,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         divisible_by_16=tuple(typed),
@@ -131,11 +134,12 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))  # a dot takes no less than 16
 
 
-def _tma_blocks(config: MlaConfig, R: int, r: int) -> dict[str, list[int]]:
-    """Descriptors over the cache [slots, R + r]: each loads one tile of latent, or of rope, channels."""
+def _tma_blocks(config: MlaConfig, R: int, r: int, chosen: bool = False) -> dict[str, list[int]]:
+    """Descriptors over the cache [slots, R + r]: each loads one tile of latent, or of rope, channels; chosen: by rows."""
     if config.form == POINTER:
         return {}
-    return {"k_desc": [config.block_n, R // config.parts], "k_rope_desc": [config.block_n, r]}
+    rows = 1 if chosen else config.block_n
+    return {"k_desc": [rows, R // config.parts], "k_rope_desc": [rows, r]}
 
 
 def decode_parts(
@@ -155,7 +159,7 @@ def decode_parts(
 ) -> tuple[Tensor, Tensor]:
     """Run one form: parts [B, T, H, splits, R] (q's dtype if direct, else float32) and lse [B, T, H, splits].
 
-    `slots` [B, T, m]: each query sees the first `visible` of its own list, by the pointer form. `case` stands in for the one
+    `slots` [B, T, m]: each query sees the first `visible` of its own list. `case` stands in for the one
     that the config gives: an edited kernel, say.
     """
     B, T, H, R = q_latent.shape
@@ -189,7 +193,9 @@ def decode_parts(
         "lse_ptr": lse,
         "scale_log2": scale * LOG2E.value,
         "T": T,
+        "queries": 1,
         "stride_table": page_table.stride(0),
+        "stride_slots": 0,
         "stride_q_token": q_latent.stride(1),
         "stride_q_head": q_latent.stride(2),
         "stride_q_rope_token": q_rope.stride(1),
@@ -198,10 +204,10 @@ def decode_parts(
     if cache_scale is not None:
         arguments["cache_scale_ptr"] = cache_scale
     if config.form == POINTER:
-        arguments |= {"cache_ptr": cache, "queries": 1, "stride_slots": 0}
+        arguments["cache_ptr"] = cache
     else:
         rows = cache.as_strided((cache.shape[0] * page_size, R + r), (cache.stride(1), 1))
-        for name, block in _tma_blocks(config, R, r).items():
+        for name, block in _tma_blocks(config, R, r, slots is not None).items():
             arguments[name] = TensorDescriptor.from_tensor(rows, block)
     tokens, sequences = T, B
     if slots is not None:  # a query is a sequence of one token

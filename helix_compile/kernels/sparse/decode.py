@@ -5,20 +5,19 @@
     merge_splits then merges the parts (not launched where a list is not split)
 
 Each query has rows of its own, so the T queries of a sequence share nothing but the page table. Places behind `count` are not
-read; a list of none gives o = 0 and lse = -inf. The cache may be a part of wider rows. The loop is the pointer form of
-mla_decode (kernels/mla/pointer.py). The spec is mla_decode_slots_reference.
+read; a list of none gives o = 0 and lse = -inf. The cache may be a part of wider rows. The loops are those of mla_decode
+(kernels/mla): its TMA forms where TMA can gather rows (sm_100), else the pointer form. The spec is mla_decode_slots_reference.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from helix_compile.kernels.merge import merge_splits, merge_splits_case
-from helix_compile.kernels.mla.launch import decode_case, decode_parts
-from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, slots_config, split_count
+from helix_compile.kernels.mla.launch import TMA_BYTES, decode_case, decode_parts, is_for_tma
+from helix_compile.kernels.mla.probe import specialises_halves
+from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, pointer_config, slots_config, split_count
 from helix_compile.kernels.ops import OPS
 from helix_compile.kernels.registry import CompileCase, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
@@ -30,37 +29,38 @@ def mla_decode_slots_triton(
     q_rope: Tensor,
     cache: Tensor,
     page_table: Tensor,
+    visible: Tensor,
     slots: Tensor,
     count: Tensor,
     scale: float,
     num_splits: int | None = None,
+    config: MlaConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See mla_decode_slots_reference; float32, bfloat16 or float16, scale > 0. `num_splits`: parts of a list."""
+    """See mla_decode_slots_reference; float32, bfloat16 or float16, scale > 0.
+
+    `visible` is not read: it says that the cache was written before. `num_splits`: parts of a list. `config` stands in for
+    the table's.
+    """
     target = device_target(q_latent.device)
     B, T, H, R = q_latent.shape
-    config = slots_config(_shape(q_latent, q_rope, cache), target)
+    if config is None:
+        config = _config(_shape(q_latent, q_rope, cache, cache.data_ptr() % TMA_BYTES == 0), target)
     splits = num_splits or _splits(B * T, H, slots.shape[2], target, config)
     parts, lse = decode_parts(
-        config,
-        q_latent,
-        q_rope,
-        cache,
-        page_table,
-        count,
-        scale,
-        None,
-        splits=splits,
-        direct=splits == 1,
-        slots=slots,
+        config, q_latent, q_rope, cache, page_table, count, scale, None, splits=splits, direct=splits == 1, slots=slots
     )
     if splits == 1:
         return parts.view(B, T, H, R), lse.view(B, T, H)
     return merge_splits(parts, lse, q_latent.dtype)
 
 
-def _shape(q_latent: Tensor, q_rope: Tensor, cache: Tensor) -> MlaShape:
-    _, _, H, R = q_latent.shape
-    return MlaShape(int(H), int(R), int(q_rope.shape[3]), int(cache.shape[1]), q_latent.dtype.itemsize, tma=False)
+def _config(shape: MlaShape, target: KernelTarget) -> MlaConfig:
+    return slots_config(shape, target, specialises_halves(target.capability))
+
+
+def _shape(q_latent: Tensor, q_rope: Tensor, cache: Tensor, aligned: bool = True) -> MlaShape:
+    (_, _, H, R), r, page_size = q_latent.shape, q_rope.shape[3], cache.shape[1]
+    return MlaShape(H, R, r, page_size, q_latent.dtype.itemsize, tma=aligned and is_for_tma(cache))
 
 
 def _splits(queries: int, H: int, m: int, target: KernelTarget, config: MlaConfig) -> int:
@@ -68,7 +68,7 @@ def _splits(queries: int, H: int, m: int, target: KernelTarget, config: MlaConfi
 
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
-    q_latent, q_rope, cache, page_table, slots, count, scale = site.args
+    q_latent, q_rope, cache, page_table, _, slots, count, scale = site.args
     dtypes = {q_latent.dtype, q_rope.dtype, cache.dtype}
     if len(dtypes) > 1 or q_latent.dtype not in TRITON_TYPE:
         return (
@@ -88,16 +88,17 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    """The kernel, and the merge of each number of splits that a batch can get."""
-    q_latent, q_rope, cache, _, slots = site.args[:5]
+    """The kernel, once a way to store, the pointer form behind it, and the merge of each number of splits."""
+    q_latent, q_rope, cache, _, _, slots = site.args[:6]
     shape = _shape(q_latent, q_rope, cache)
-    config = slots_config(shape, target)
+    config, behind = _config(shape, target), pointer_config(shape, target)
     T = q_latent.shape[1] if isinstance(q_latent.shape[1], int) else 1
     counts = {
         _splits(B * T, shape.rows, slots.shape[2], target, config) for B in range(1, site.capacity.max_batch_size + 1)
     }
-    cases = [
-        decode_case(
+
+    def case(config: MlaConfig, direct: bool, fallback: bool = False) -> CompileCase:
+        return decode_case(
             config,
             shape.rows,
             shape.R,
@@ -110,10 +111,12 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
             direct=direct,
             interpreted=target.arch == INTERPRETER,
             kv_ctas=-(-shape.rows // config.block_h),
+            fallback=fallback,
         )
-        for direct in sorted({splits == 1 for splits in counts})
-    ]
-    cases = [replace(c, config=f"{c.config}, {'one part' if c.constexprs['STORE_DEAD'] else 'parts'}") for c in cases]
+
+    cases = [case(config, direct) for direct in sorted({splits == 1 for splits in counts})]
+    if config != behind:
+        cases.append(case(behind, direct=False, fallback=True))
     return cases + [merge_splits_case(n, shape.R, q_latent.dtype) for n in sorted(counts - {1})]
 
 

@@ -85,7 +85,7 @@ def _prepare(candidates_P: Tensor, top_k: int, *, target: KernelTarget) -> Prepa
     entries = candidates_P.contiguous()
     entries = entries if entries.storage_offset() % 2 == 0 else entries.clone()
     entries = entries.view(torch.int64)
-    block, num_warps = selection_tile(target)
+    block, num_warps = selection_tile(target, bits=64)
     step = launch_of(
         "kth_candidate",
         _kth_kernel,
@@ -107,7 +107,9 @@ def kth_candidate_triton(candidates_P: Tensor, top_k: int) -> tuple[Tensor, Tens
 def _supports(site: Site, target: KernelTarget) -> str | None:
     candidates_P = site.args[0]
     if candidates_P.dtype != torch.int32:
-        return f"candidates of {candidates_P.dtype}, which hold float64 scores; the kernel takes int32, of float32 scores"
+        return (
+            f"candidates of {candidates_P.dtype}, which hold float64 scores; the kernel takes int32, of float32 scores"
+        )
     return None
 
 

@@ -98,9 +98,11 @@ def narrow(counts, low, shift, wanted):  # type: ignore[no-untyped-def] # Triton
 
 
 @cache
-def selection_tile(target: KernelTarget) -> tuple[int, int]:
-    """Elements of a step of one program, and its warps."""
-    return (32, 4) if target.arch == INTERPRETER else (4096, 16)
+def selection_tile(target: KernelTarget, bits: int = 32) -> tuple[int, int]:
+    """Elements of a step of one program, and its warps: 32 bytes of keys a thread, which none of the kernels spills."""
+    if target.arch == INTERPRETER:  # short test rows take several steps
+        return 32, 4
+    return 4096 * 32 // bits, 16
 
 
 @cache

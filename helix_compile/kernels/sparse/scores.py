@@ -11,6 +11,7 @@ its slot lies, so ranks agree. The keys may be a part of wider rows. The spec is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -142,7 +143,8 @@ def _prepare(
         num_warps=4,
         num_stages=3,
     )
-    return out, [step]
+    case = replace(step.case, kv_tokens_per_step=block_n)
+    return out, [step._replace(case=case)]
 
 
 def index_scores_triton(

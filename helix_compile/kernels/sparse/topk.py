@@ -165,13 +165,7 @@ def _prepare(
 
 
 def topk_candidates_triton(
-    scores: Tensor,
-    visible: Tensor,
-    rank: Tensor,
-    top_k: int,
-    cp: int,
-    tokens_per_block: int,
-    parts: int | None = None,
+    scores: Tensor, visible: Tensor, rank: Tensor, top_k: int, cp: int, tokens_per_block: int, parts: int | None = None
 ) -> Any:
     """See topk_candidates_reference; float32 scores. `parts`: programs that share a row, by default as many as pay."""
     target = device_target(scores.device)
