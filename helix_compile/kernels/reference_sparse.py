@@ -116,9 +116,9 @@ def rows_for_owners_reference(candidates: Tensor, peers: int) -> Tensor:
     """
     rows = candidates.flatten(0, 1)
     each = -(-rows.shape[0] // peers)
-    none = torch.tensor(-torch.inf, dtype=_scores_of(candidates.dtype)).view(candidates.dtype)
-    spare = rows.new_empty((peers * each - rows.shape[0], *rows.shape[1:]))
-    spare[..., 0], spare[..., 1] = none.to(rows.device), NOWHERE
+    spare = rows.new_full((peers * each - rows.shape[0], *rows.shape[1:]), NOWHERE)
+    # a number, not a tensor of the host: a copy to the device can't be recorded in a CUDA graph
+    spare[..., 0] = int(torch.tensor(-torch.inf, dtype=_scores_of(candidates.dtype)).view(candidates.dtype))
     return torch.cat([rows, spare]).unflatten(0, (peers, each))
 
 
