@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from helix_compile.compile import PlannedModel, rewrite_model
 from helix_compile.errors import LoweringUnavailable
-from helix_compile.ir.graph import inputs_of
+from helix_compile.ir.graph import helix_op, inputs_of
 from helix_compile.ir.sizes import size_at
 from helix_compile.ir.stage import body_of
 from helix_compile.kernels.registry import CompileCase, Site, kernel_of
@@ -65,7 +65,7 @@ def attention_site(model: PlannedModel, target: KernelTarget) -> Site:
         LoweringUnavailable: no node of the graph is one.
     """
     for _, node in _selected_nodes(model, target):
-        if ATTENTION in str(node.target):
+        if helix_op(node) == ATTENTION:
             return _concrete_site(node, model.plan)
     raise LoweringUnavailable(f"{ATTENTION}: no layer of the model is lowered to it; --tune measures {ATTENTION} alone")
 

@@ -165,7 +165,7 @@ def _prepare(
             "R": R,
             "r": r,
             "BLOCK_R": triton.next_power_of_2(R),
-            "BLOCK_ROPE": triton.next_power_of_2(r),
+            "BLOCK_ROPE": max(2, triton.next_power_of_2(r)),  # r may be 0
         },
         config=f"{form}, {R} + {r} channels",
         num_warps=1,

@@ -9,4 +9,9 @@ import helix_compile.kernels.mla.decode
 import helix_compile.kernels.moe.experts
 import helix_compile.kernels.moe.router
 import helix_compile.kernels.pack_heads
-import helix_compile.kernels.rope_heads  # noqa: F401
+import helix_compile.kernels.rope_heads
+import helix_compile.kernels.sparse.decode
+import helix_compile.kernels.sparse.kth
+import helix_compile.kernels.sparse.scores
+import helix_compile.kernels.sparse.select
+import helix_compile.kernels.sparse.topk  # noqa: F401

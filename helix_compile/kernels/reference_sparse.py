@@ -74,15 +74,18 @@ def topk_candidates_reference(
         tokens_per_block: round-robin unit.
 
     Returns:
-        [B, T, m, 2], m = min(top_k, n), best first: the bits of the score and the absolute position; int32 of float32
-        scores, int64 of float64. Behind the last visible key the score is -inf and the position NOWHERE.
+        [B, T, m, 2], m = min(top_k, n), positions ascending: the bits of the score and the absolute position; int32 of
+        float32 scores, int64 of float64. A NaN has the bits of torch.nan. Behind the visible keys the score is -inf and
+        the position NOWHERE.
     """
     best, slot = (x[..., :top_k] for x in _ordered(scores))
-    position = position_of_slot(slot, rank, cp, tokens_per_block)
     # one rank alone may hold all k: m is not k / cp
     alive = torch.arange(best.shape[-1], device=scores.device) < visible[..., None]
-    bits = torch.where(alive, best, -torch.inf).contiguous().view(_bits(scores.dtype))
-    return torch.stack([bits, torch.where(alive, position, NOWHERE).to(bits.dtype)], dim=-1)
+    position = torch.where(alive, position_of_slot(slot, rank, cp, tokens_per_block), NOWHERE)
+    best = torch.where(best.isnan(), torch.nan, best).masked_fill(~alive, -torch.inf)
+    position, by_position = torch.sort(position, dim=-1)  # only what is no candidate is at the same place
+    bits = best.gather(-1, by_position).view(_bits(scores.dtype))
+    return torch.stack([bits, position.to(bits.dtype)], dim=-1)
 
 
 def _bits(dtype: torch.dtype) -> torch.dtype:
@@ -90,7 +93,7 @@ def _bits(dtype: torch.dtype) -> torch.dtype:
 
 
 def kth_candidate_reference(candidates_P: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The last key that is chosen, out of all ranks' candidates [P, B, T, m, 2].
+    """The last key that is chosen, out of all ranks' candidates [P, B, T, m, 2], in any order.
 
     Returns:
         score [B, T], float32 (float64 of int64 candidates), and position [B, T] int64 of the k-th in the total order;
@@ -113,9 +116,9 @@ def rows_for_owners_reference(candidates: Tensor, peers: int) -> Tensor:
     """
     rows = candidates.flatten(0, 1)
     each = -(-rows.shape[0] // peers)
-    none = torch.tensor(-torch.inf, dtype=_scores_of(candidates.dtype)).view(candidates.dtype)
-    spare = rows.new_empty((peers * each - rows.shape[0], *rows.shape[1:]))
-    spare[..., 0], spare[..., 1] = none.to(rows.device), NOWHERE
+    spare = rows.new_full((peers * each - rows.shape[0], *rows.shape[1:]), NOWHERE)
+    # a number, not a tensor of the host: a copy to the device can't be recorded in a CUDA graph
+    spare[..., 0] = int(torch.tensor(-torch.inf, dtype=_scores_of(candidates.dtype)).view(candidates.dtype))
     return torch.cat([rows, spare]).unflatten(0, (peers, each))
 
 

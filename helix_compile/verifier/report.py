@@ -71,6 +71,7 @@ FAMILIES: dict[int, str] = {
     13: "duplicated work",
     14: "mask or padding",
     15: "one workspace for several groups",
+    16: "which keys are chosen",
 }
 
 

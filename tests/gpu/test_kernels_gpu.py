@@ -11,18 +11,21 @@ from torch import Tensor
 import helix_compile.kernels.catalog
 from helix_compile import helix_compile
 from helix_compile.kernels.reference_fused import mla_decode_scaled_reference, quantize_cache_reference
+from helix_compile.kernels.reference_sparse import kth_candidate_reference
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import device_target
 from tests.support.driver import STEPS, Reference, deviation, left_padded, random_ids
 from tests.support.gqa import GqaStep
 from tests.support.kernel_cases import CASES, KernelCase, expected_results, on_device, results, worst_deviation
 from tests.support.models import fresh_model
+from tests.support.sparse_steps import candidates_of_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 # against float64 from the same inputs: the output and the weights p are rounded to the dtype
 LIMIT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-CAPTURED = ("mla_decode", "cache_append", "merge_lse", "moe_experts", "gqa_decode")
+SELECTION = ("index_scores", "topk_candidates", "kth_candidate", "select_slots", "mla_decode_slots")
+CAPTURED = ("mla_decode", "cache_append", "merge_lse", "moe_experts", "gqa_decode", *SELECTION)
 
 
 def triton_op(op: str) -> Any:
@@ -91,6 +94,27 @@ def test_mla_decode_of_an_fp8_cache(heads: int, T: int) -> None:
     expected = mla_decode_scaled_reference(q.double(), q_rope.double(), *args[2:])
     got = torch.ops.helix_triton.mla_decode.scaled(*on_device(args, "cuda"))
     assert worst_deviation(list(got), list(expected)) <= LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", ["random", "few", "same", "hard"])
+def test_selection_at_the_real_size(kind: str) -> None:
+    """131,072 tokens on four ranks, top 2,048: rows in parts, thousands of ties; the same bits each time."""
+    check_selection("cuda", kind, [[131072, 90001], [2047, 0]], 32768, 2048)
+
+
+def check_selection(device: str, kind: str, lengths: list[list[int]], n: int, top_k: int) -> None:
+    cp, tokens_per_block = 4, 64
+    ranks, found = candidates_of_ranks(kind, lengths, n, top_k, cp, tokens_per_block, seed=0)
+    bound = kth_candidate_reference(found, top_k)
+    calls = [("kth_candidate", (found, top_k))]
+    for rank, (scores, visible) in enumerate(ranks):
+        ledger = (torch.tensor(rank), top_k, cp, tokens_per_block)
+        calls += [("topk_candidates", (scores, visible, *ledger)), ("select_slots", (scores, visible, *bound, *ledger))]
+    for op, arguments in calls:
+        case = KernelCase(op, "real", lambda dtype, seed, arguments=arguments: arguments, exact=True)
+        for _ in range(2):
+            got = results(triton_op(op), on_device(arguments, device))
+            assert worst_deviation(got, expected_results(case, arguments), exact=True) == 0
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.op in CAPTURED], ids=str)

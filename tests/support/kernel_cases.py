@@ -7,14 +7,17 @@ nobody may read is poisoned.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from helix_compile.kernels.exchange import pack_heads_reference
+from helix_compile.kernels.reference_sparse import kth_candidate_reference
+from helix_compile.layout.ledger import owner_rank
 from tests.support.gqa import STALE, GqaStep
+from tests.support.sparse_steps import SparseStep, candidates_of_ranks, shard_scores
 
 Arguments = tuple[Any, ...]
 
@@ -89,13 +92,14 @@ def _rolled(lengths: tuple[int, ...], seed: int) -> tuple[int, ...]:
     return lengths[seed % len(lengths) :] + lengths[: seed % len(lengths)]
 
 
-def _mla(H: int, R: int, r: int, page: int, T: int, lengths: tuple[int, ...]) -> Callable:
-    """One KV head of width R + r whose first R channels are the values."""
+def _mla(H: int, R: int, r: int, page: int, T: int, lengths: tuple[int, ...], beside: int = 0) -> Callable:
+    """One KV head of width R + r whose first R channels are the values; `beside`: channels of the rows that are no part."""
 
     def arguments(dtype: torch.dtype, seed: int) -> Arguments:
         step = GqaStep(_rolled(lengths, seed), T, 1, H, R + r, 1, page, dtype)
         q, cache, _, table, visible, scale = step.arguments(seed)
-        return (q[..., :R].contiguous(), q[..., R:].contiguous(), cache[:, :, 0], table, visible, scale)
+        rows = torch.nn.functional.pad(cache[:, :, 0], (0, beside), value=torch.nan)[..., : R + r]
+        return (q[..., :R].contiguous(), q[..., R:].contiguous(), rows, table, visible, scale)
 
     return arguments
 
@@ -137,13 +141,14 @@ def _unpack(H: int, W: int, peers: int) -> Callable:
     return arguments
 
 
-def _append(R: int, r: int, page: int, heads: tuple[int, ...] = ()) -> Callable:
-    """`heads` (K,): K and V of K KV heads, else a latent and a rope part."""
+def _append(R: int, r: int, page: int, heads: tuple[int, ...] = (), beside: int = 0) -> Callable:
+    """`heads` (K,): K and V of K KV heads, else a latent and a rope part; `beside`: channels before and behind these."""
 
     def arguments(dtype: torch.dtype, seed: int) -> Arguments:
         draw = torch.Generator().manual_seed(seed)
         B, T, pages = 3, 4, 3
-        cache = torch.full((B * pages, page, *heads, R + r), STALE, dtype=dtype)
+        cache = torch.full((B * pages, page, *heads, beside + R + r + beside), STALE, dtype=dtype)
+        cache = cache[..., beside : beside + R + r]
         slots = torch.randint(0, page * pages - T, (B, 1), generator=draw) + torch.arange(T)
         slots[torch.rand(B, T, generator=draw) < 0.4] = -1
         new = (torch.randn(B, T, *heads, w, generator=draw).to(dtype) for w in (R, r))
@@ -187,9 +192,43 @@ def _rope(H: int, r: int) -> Callable:
     return arguments
 
 
+def _index(step: SparseStep) -> Callable:
+    return lambda dtype, seed: replace(step, dtype=dtype, lengths=_rolled(step.lengths, seed)).indexer(seed)
+
+
+def _slots(step: SparseStep) -> Callable:
+    return lambda dtype, seed: replace(step, dtype=dtype, lengths=_rolled(step.lengths, seed)).attention(seed)
+
+
+# scores are chosen from a grid or near each other; half of the hard ones are above 0.0 and -0.0, where a top_k then ends
+def _candidates(kind: str, visible: list[list[int]], n: int, top_k: int) -> Callable:
+    """Rank 1 of 3 with blocks of 4. Scores are float32 whatever the dtype."""
+
+    def arguments(dtype: torch.dtype, seed: int) -> Arguments:
+        scores, seen = shard_scores(kind, visible[seed % 2 :] + visible[: seed % 2], n, seed)
+        return scores, seen, torch.tensor(1), top_k, 3, 4
+
+    return arguments
+
+
+def _kth(kind: str, lengths: list[list[int]], n: int, top_k: int) -> Callable:
+    return lambda dtype, seed: (candidates_of_ranks(kind, lengths, n, top_k, 3, 4, seed)[1], top_k)
+
+
+def _select(kind: str, lengths: list[list[int]], n: int, top_k: int) -> Callable:
+    def arguments(dtype: torch.dtype, seed: int) -> Arguments:
+        ranks, found = candidates_of_ranks(kind, lengths, n, top_k, 3, 4, seed)
+        score, position = kth_candidate_reference(found, top_k)
+        rank = owner_rank(int(position[0, 0]), 3, 4)  # the k-th key of the first query is its own
+        return (*ranks[rank], score, position, torch.tensor(rank), top_k, 3, 4)
+
+    return arguments
+
+
 CASES = [
     KernelCase("mla_decode", "tiny", _mla(5, 20, 6, 5, 2, (0, 4, 6, 11))),
     KernelCase("mla_decode", "16-heads", _mla(16, 512, 64, 128, 1, (127, 0, 129))),
+    KernelCase("mla_decode", "part-of-rows", _mla(5, 32, 16, 16, 2, (17, 0, 33), beside=16)),
     KernelCase("mla_decode", "mtp", _mla(20, 64, 16, 64, 5, (65, 1, 200))),
     KernelCase("merge_lse", "4-peers", _merge(4, 5, 20)),
     KernelCase("merge_lse", "wide", _merge(3, 2, 512)),
@@ -198,6 +237,8 @@ CASES = [
     KernelCase("unpack_heads", "wide", _unpack(16, 512, 4), exact=True),
     KernelCase("cache_append", "odd", _append(20, 6, 5), exact=True),
     KernelCase("cache_append", "kv-heads", _append(10, 6, 5, heads=(3,)), exact=True),
+    KernelCase("cache_append", "part-of-rows", _append(20, 6, 5, beside=3), exact=True),
+    KernelCase("cache_append", "no-rope", _append(12, 0, 5), exact=True),
     KernelCase("cache_append", "wide", _append(512, 64, 128), exact=True),
     KernelCase("moe_experts", "odd", _experts(7, 72, 40, 4)),
     KernelCase("moe_experts", "one-token", _experts(1, 128, 64, 8)),
@@ -207,4 +248,21 @@ CASES = [
     KernelCase("gqa_decode", "tiny", _gqa(2, 2, 3, 20, 5, (0, 4, 6, 11))),
     KernelCase("gqa_decode", "group-of-8", _gqa(1, 2, 8, 128, 128, (127, 0, 129))),
     KernelCase("gqa_decode", "mha", _gqa(5, 3, 1, 64, 64, (65, 1, 200))),
+    KernelCase("index_scores", "tiny", _index(SparseStep((0, 4, 11), T=3))),
+    KernelCase("index_scores", "page-borders", _index(SparseStep((15, 16, 33), J=8, index_width=16, page_size=16))),
+    KernelCase("topk_candidates", "few-values", _candidates("few", [[0, 70], [69, 5]], 75, 33), exact=True),
+    KernelCase("topk_candidates", "all-tied", _candidates("same", [[100], [40]], 100, 7), exact=True),
+    KernelCase("topk_candidates", "hard", _candidates("hard", [[90], [3]], 100, 54), exact=True),
+    KernelCase("topk_candidates", "near", _candidates("near", [[70], [69]], 75, 11), exact=True),
+    KernelCase("topk_candidates", "k-beyond", _candidates("random", [[9], [0]], 10, 64), exact=True),
+    KernelCase("kth_candidate", "hard", _kth("hard", [[70], [18]], 30, 42), exact=True),
+    KernelCase("kth_candidate", "all-tied", _kth("same", [[5, 6, 60]], 30, 7), exact=True),
+    KernelCase("kth_candidate", "near", _kth("near", [[70], [12]], 30, 12), exact=True),
+    KernelCase("select_slots", "few-values", _select("few", [[70, 4], [200, 0]], 75, 33), exact=True),
+    KernelCase("select_slots", "all-tied", _select("same", [[200], [9]], 75, 40), exact=True),
+    KernelCase("select_slots", "hard", _select("hard", [[200], [30]], 75, 120), exact=True),
+    KernelCase("mla_decode_slots", "tiny", _slots(SparseStep((0, 4, 11), T=3))),
+    KernelCase("mla_decode_slots", "several-tiles", _slots(SparseStep((5, 16, 47), m=40, R=32, r=16, page_size=16))),
+    KernelCase("mla_decode_slots", "16-heads", _slots(SparseStep((127, 0, 33), 1, 64, 16, 512, 64, 3, 128, 128))),
+    KernelCase("mla_decode_slots", "no-rope", _slots(SparseStep((0, 30), m=17, H=16, R=32, r=0, page_size=16))),
 ]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from helix_compile.kernels.merge import merge_splits, merge_splits_case
-from helix_compile.kernels.mla.launch import decode_case, decode_parts
+from helix_compile.kernels.mla.launch import TMA_BYTES, decode_case, decode_parts, is_for_tma
 from helix_compile.kernels.mla.probe import specialises_halves
 from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, mla_config, pointer_config, split_count
 from helix_compile.kernels.ops import OPS, Op
@@ -27,9 +27,6 @@ from helix_compile.kernels.reference_fused import FP8
 from helix_compile.kernels.registry import CompileCase, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
-
-TMA_BYTES = 16  # alignment of a tensor's base and of its rows
-
 
 TABLE_TOKENS_PER_SCALE = 16  # of the FP8 form that `kernels --all` compiles beside a 16-bit one
 
@@ -58,7 +55,7 @@ def mla_decode_triton(
     B, T, H, R = q_latent.shape
     if config is None:
         r = q_rope.shape[3]
-        tma = (R + r) * cache.dtype.itemsize % TMA_BYTES == 0 and cache.data_ptr() % TMA_BYTES == 0
+        tma = is_for_tma(cache) and cache.data_ptr() % TMA_BYTES == 0
         shape = MlaShape(T * H, R, r, cache.shape[1], q_latent.dtype.itemsize, tma)
         config = _config(shape, target, scaled=cache.dtype == FP8)
     max_slots = page_table.shape[1] * cache.shape[1]
@@ -95,8 +92,8 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
         )
     if page_table.dtype != torch.int64 or visible.dtype != torch.int32:
         return f"page_table {page_table.dtype}, visible {visible.dtype}; the kernel takes int64 and int32"
-    if not cache.is_contiguous():
-        return f"the cache has strides {cache.stride()}; the kernel takes a contiguous one"
+    if cache.stride(2) != 1:
+        return f"channels of the cache have stride {cache.stride(2)}; the kernel reads rows"
     if not scale > 0:
         return f"scale {scale}; the kernel takes the maximum before it scales, so it needs scale > 0"
     return None
@@ -106,9 +103,8 @@ def _site_shape(site: Site) -> MlaShape:
     """Sizes of a site. T that a graph leaves open stands for plain decode, one token a sequence."""
     q_latent, q_rope, cache = site.args[:3]
     _, tokens, H, R = q_latent.shape
-    tma = cache.shape[2] * cache.dtype.itemsize % TMA_BYTES == 0
     rows = (tokens if isinstance(tokens, int) else 1) * H
-    return MlaShape(rows, R, q_rope.shape[3], cache.shape[1], q_latent.dtype.itemsize, tma)
+    return MlaShape(rows, R, q_rope.shape[3], cache.shape[1], q_latent.dtype.itemsize, is_for_tma(cache))
 
 
 def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[CompileCase]:
@@ -124,6 +120,7 @@ def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[C
             shape.page_size,
             q_latent.dtype,
             cache_dtype,
+            strides=(cache.stride(0), cache.stride(1)),
             interpreted=target.arch == INTERPRETER,
             kv_ctas=-(-shape.rows // config.block_h),
             **options,
@@ -134,8 +131,7 @@ def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[C
     if config != behind:
         cases.append(case(behind, fallback=True))
     if shape.itemsize == 2 and shape.page_size % TABLE_TOKENS_PER_SCALE == 0:
-        tma = cache.shape[2] * FP8.itemsize % TMA_BYTES == 0
-        config = _config(dataclasses.replace(shape, tma=tma), target, scaled=True)
+        config = _config(dataclasses.replace(shape, tma=is_for_tma(cache, FP8.itemsize)), target, scaled=True)
         scaled = case(config, FP8, tokens_per_scale=TABLE_TOKENS_PER_SCALE, fallback=True)  # leaves each split's parts
         cases.append(dataclasses.replace(scaled, kernel="mla_decode.scaled", config=f"FP8 cache, {config}"))
     return cases

@@ -22,7 +22,13 @@ from helix_compile.kernels.reference_fused import FP8
 from helix_compile.kernels.registry import CompileCase, launch
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
+TMA_BYTES = 16  # alignment of a tensor's base and of its rows
+
+
 CACHE_TYPE = {**TRITON_TYPE, FP8: "fp8e4nv"}
+
+
+SIZES = ("T", "queries", "stride_table", "stride_slots")
 
 
 STRIDES = ("stride_q_token", "stride_q_head", "stride_q_rope_token", "stride_q_rope_head")
@@ -38,6 +44,8 @@ def decode_case(
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
     *,
+    strides: tuple[int, int] | None = None,
+    chosen: bool = False,
     tokens_per_scale: int = 0,
     direct: bool = False,
     interpreted: bool = False,
@@ -54,6 +62,8 @@ def decode_case(
         page_size: slots of a page.
         dtype: of q.
         cache_dtype: of the cache.
+        strides: elements from a page of the cache to the next, from a slot to the next; None: nothing lies between.
+        chosen: each query has a list of slots: mla_decode_slots.
         tokens_per_scale: slots that share a scale; 0: the cache has no scales.
         direct: there is one split, and it writes the op's output: q's dtype, and 0 where nothing was seen.
         interpreted: whether Triton's interpreter runs it.
@@ -81,13 +91,11 @@ def decode_case(
         "STORE_DEAD": direct,
         "WIDE_DOT": interpreted and dtype == torch.bfloat16,
     }
-    if tokens_per_scale:
-        typed["cache_scale_ptr"] = "*fp32"
-    else:
-        constexprs["cache_scale_ptr"] = None
     if config.form == POINTER:
-        typed["cache_ptr"] = f"*{cache_element}"
+        row = R + r if strides is None else strides[1]
+        constexprs |= {"PAGE_STRIDE": page_size * row if strides is None else strides[0], "ROW_STRIDE": row}
         constexprs |= {"BLOCK_R": _padded(R), "BLOCK_ROPE": _padded(r)}
+        typed["cache_ptr"] = f"*{cache_element}"
     else:
         constexprs |= {
             "PARTS": config.parts,
@@ -95,13 +103,23 @@ def decode_case(
             "PACKED": config.packed,
             "TRANSPOSED": config.form == TRANSPOSED,
         }
+    if chosen:
+        typed["slots_ptr"] = "*i32"
+    else:
+        constexprs["slots_ptr"] = None
+    if tokens_per_scale:
+        typed["cache_scale_ptr"] = "*fp32"
+    else:
+        constexprs["cache_scale_ptr"] = None
     descriptors = {
-        name: f"tensordesc<{cache_element}[{block[0]},{block[1]}]>" for name, block in _tma_blocks(config, R, r).items()
+        name: f"tensordesc<{cache_element}[{block[0]},{block[1]}]>"
+        for name, block in _tma_blocks(config, R, r, chosen).items()
     }
+    name = "mla_decode_slots" if chosen else "mla_pointer_decode" if config.form == POINTER else "mla_decode"
     return CompileCase(
-        kernel="mla_pointer_decode" if config.form == POINTER else "mla_decode",
+        kernel=name,
         function=mla_pointer_kernel if config.form == POINTER else mla_tma_kernel,
-        signature={**typed, **descriptors, "scale_log2": "fp32", "T": "i32", "stride_table": "i32"},
+        signature={**typed, **descriptors, "scale_log2": "fp32", **dict.fromkeys(SIZES, "i32")},
         constexprs=constexprs,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         divisible_by_16=tuple(typed),
@@ -116,11 +134,12 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))  # a dot takes no less than 16
 
 
-def _tma_blocks(config: MlaConfig, R: int, r: int) -> dict[str, list[int]]:
-    """Descriptors over the cache [slots, R + r]: each loads one tile of latent, or of rope, channels."""
+def _tma_blocks(config: MlaConfig, R: int, r: int, chosen: bool = False) -> dict[str, list[int]]:
+    """Descriptors over the cache [slots, R + r]: each loads one tile of latent, or of rope, channels; chosen: by rows."""
     if config.form == POINTER:
         return {}
-    return {"k_desc": [config.block_n, R // config.parts], "k_rope_desc": [config.block_n, r]}
+    rows = 1 if chosen else config.block_n
+    return {"k_desc": [rows, R // config.parts], "k_rope_desc": [rows, r]}
 
 
 def decode_parts(
@@ -135,11 +154,13 @@ def decode_parts(
     *,
     splits: int,
     direct: bool,
+    slots: Tensor | None = None,
     case: CompileCase | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run one form: parts [B, T, H, splits, R] (q's dtype if direct, else float32) and lse [B, T, H, splits].
 
-    `case` stands in for the one that the config gives: an edited kernel, say.
+    `slots` [B, T, m]: each query sees the first `visible` of its own list. `case` stands in for the one
+    that the config gives: an edited kernel, say.
     """
     B, T, H, R = q_latent.shape
     page_size, r = cache.shape[1], q_rope.shape[3]
@@ -157,6 +178,8 @@ def decode_parts(
         page_size,
         q_latent.dtype,
         cache.dtype,
+        strides=(cache.stride(0), cache.stride(1)),
+        chosen=slots is not None,
         tokens_per_scale=0 if cache_scale is None else page_size // cache_scale.shape[1],
         direct=direct,
         interpreted=not q_latent.is_cuda,
@@ -170,7 +193,9 @@ def decode_parts(
         "lse_ptr": lse,
         "scale_log2": scale * LOG2E.value,
         "T": T,
+        "queries": 1,
         "stride_table": page_table.stride(0),
+        "stride_slots": 0,
         "stride_q_token": q_latent.stride(1),
         "stride_q_head": q_latent.stride(2),
         "stride_q_rope_token": q_rope.stride(1),
@@ -180,11 +205,23 @@ def decode_parts(
         arguments["cache_scale_ptr"] = cache_scale
     if config.form == POINTER:
         arguments["cache_ptr"] = cache
-    slots = cache.view(-1, R + r)
-    for name, block in _tma_blocks(config, R, r).items():
-        arguments[name] = TensorDescriptor.from_tensor(slots, block)
-    launch(case, (triton.cdiv(T * H, config.block_h), B, splits), arguments)
+    else:
+        rows = cache.as_strided((cache.shape[0] * page_size, R + r), (cache.stride(1), 1))
+        for name, block in _tma_blocks(config, R, r, slots is not None).items():
+            arguments[name] = TensorDescriptor.from_tensor(rows, block)
+    tokens, sequences = T, B
+    if slots is not None:  # a query is a sequence of one token
+        slots = slots.contiguous()
+        tokens, sequences = 1, B * T
+        arguments |= {"slots_ptr": slots, "T": tokens, "queries": T, "stride_slots": slots.stride(1)}
+    launch(case, (triton.cdiv(tokens * H, config.block_h), sequences, splits), arguments)
     return o, lse
+
+
+def is_for_tma(cache: Tensor, itemsize: int = 0) -> bool:
+    """A cache [pages, page_size, R + r] whose slots all lie at one stride, aligned to 16 bytes; itemsize: if not its own."""
+    pages, slots, channels = cache.stride()
+    return channels == 1 and pages == cache.shape[1] * slots and slots * (itemsize or cache.itemsize) % TMA_BYTES == 0
 
 
 def _one_token_stride(q: Tensor) -> Tensor:

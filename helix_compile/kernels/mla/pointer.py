@@ -3,7 +3,11 @@
     q [rows, R] and [rows, r] stay; per tile of BLOCK_N slots: page of each slot -> k [N, R], k_rope [N, r]
     raw = q k^T + q_rope k_rope^T -> p -> acc [rows, R] += p k     (the values are the keys' first R channels)
 
-R and r are padded to powers of two in the tile and masked. Rows of the cache past kv_len are not read at all.
+R and r are padded to powers of two in the tile and masked. Rows of the cache past kv_len are not read at all. The cache
+may be a part of wider rows.
+
+With a list of slots (mla_decode_slots) kv_len counts places of the list, and each query is a sequence of one token with a
+list of its own; QUERIES of them share a page table.
 """
 
 from __future__ import annotations
@@ -23,19 +27,22 @@ from helix_compile.kernels.mla.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "stride_table"])
+@triton.jit(do_not_specialize=["T", "queries", "stride_table", "stride_slots"])
 def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     q_ptr,
     q_rope_ptr,
     cache_ptr,
     page_table_ptr,
+    slots_ptr,
     visible_ptr,
     cache_scale_ptr,
     o_ptr,
     lse_ptr,
     scale_log2,
     T,
+    queries,
     stride_table,
+    stride_slots,
     stride_q_token,
     stride_q_head,
     stride_q_rope_token,
@@ -44,6 +51,8 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     R: tl.constexpr,
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     TOKENS_PER_SCALE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,23 +81,28 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     m = tl.full([BLOCK_H], START, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
+    page_table_ptr += (b // queries).to(tl.int64) * stride_table
     for first in tl.range(start, end, BLOCK_N):
         slots = first + tl.arange(0, BLOCK_N)
         used = slots < kv_len
-        page = tl.load(page_table_ptr + b.to(tl.int64) * stride_table + slots // PAGE, mask=used, other=0)
+        at = slots
+        if slots_ptr is not None:
+            at = tl.load(slots_ptr + b.to(tl.int64) * stride_slots + slots, mask=used, other=0)
+        page = tl.load(page_table_ptr + at // PAGE, mask=used, other=0)
         # int64, as the table. Page and slot are multiplied one by one: Triton 3.6 takes page * PAGE + slot for a multiple
         # of what its first slot is one of, reads a row of 26 in pieces of 4, and that is "misaligned address"
-        k_ptrs = cache_ptr + (page * (PAGE * (R + ROPE)) + slots % PAGE * (R + ROPE))[:, None]
+        k_ptrs = cache_ptr + (page * PAGE_STRIDE + at % PAGE * ROW_STRIDE)[:, None]
         k = tl.load(k_ptrs + channels[None, :], mask=used[:, None] & (channels < R)[None, :], other=0.0)
-        k_rope = tl.load(
-            k_ptrs + R + rope_channels[None, :], mask=used[:, None] & (rope_channels < ROPE)[None, :], other=0.0
-        )
         k = k.to(q.dtype)
         raw = tl.dot(q, k.T, input_precision="ieee")
-        raw = tl.dot(q_rope, k_rope.to(q.dtype).T, raw, input_precision="ieee")
+        if ROPE > 0:
+            k_rope = tl.load(
+                k_ptrs + R + rope_channels[None, :], mask=used[:, None] & (rope_channels < ROPE)[None, :], other=0.0
+            )
+            raw = tl.dot(q_rope, k_rope.to(q.dtype).T, raw, input_precision="ieee")
         if TOKENS_PER_SCALE > 0:
             k_scale = tl.load(
-                cache_scale_ptr + page * (PAGE // TOKENS_PER_SCALE) + slots % PAGE // TOKENS_PER_SCALE,
+                cache_scale_ptr + page * (PAGE // TOKENS_PER_SCALE) + at % PAGE // TOKENS_PER_SCALE,
                 mask=used,
                 other=0.0,
             )

@@ -15,6 +15,9 @@ that rescale the accumulators have few registers, half an accumulator fits and a
 with one part.
 
 A tile lies in one page. Rows past kv_len in it are read, finite (the cache is zeroed when it is allocated), and masked.
+
+With a list of slots (mla_decode_slots, as in pointer.py) rows are gathered, four an instruction, which Blackwell's TMA can:
+they may lie in any page. Places past kv_len name the last chosen row once more.
 """
 
 from __future__ import annotations
@@ -36,20 +39,23 @@ from helix_compile.kernels.mla.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "stride_table"])
+@triton.jit(do_not_specialize=["T", "queries", "stride_table", "stride_slots"])
 def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     q_ptr,
     q_rope_ptr,
     k_desc,
     k_rope_desc,
     page_table_ptr,
+    slots_ptr,
     visible_ptr,
     cache_scale_ptr,
     o_ptr,
     lse_ptr,
     scale_log2,
     T,
+    queries,
     stride_table,
+    stride_slots,
     stride_q_token,
     stride_q_head,
     stride_q_rope_token,
@@ -68,7 +74,7 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     PACKED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    tl.static_assert(PAGE % BLOCK_N == 0)
+    tl.static_assert(slots_ptr is not None or PAGE % BLOCK_N == 0)
     WIDTH: tl.constexpr = R // PARTS
     SLOT_AXIS: tl.constexpr = 0 if TRANSPOSED else 1  # of scores; q, acc and o have channels there
     ROW_AXIS: tl.constexpr = 1 - SLOT_AXIS
@@ -98,12 +104,23 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     m = tl.full([BLOCK_H], START, tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_H] if TRANSPOSED else [BLOCK_H], tl.float32)
     for first in tl.range(start, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
-        row = tile_row(page_table_ptr, b, stride_table, first, PAGE)
-        k = k_desc.load([row, 0]).to(q.dtype)
-        k_rope = k_rope_desc.load([row, R]).to(q.dtype)
+        if slots_ptr is None:
+            row = tile_row(page_table_ptr, b, stride_table, first, PAGE)
+            k = k_desc.load([row, 0]).to(q.dtype)
+            k_rope = k_rope_desc.load([row, R]).to(q.dtype)
+        else:
+            place = tl.minimum(first + tl.arange(0, BLOCK_N), kv_len - 1)
+            slot = tl.load(slots_ptr + b.to(tl.int64) * stride_slots + place)
+            page = tl.load(page_table_ptr + (b // queries).to(tl.int64) * stride_table + slot // PAGE)
+            row = page.to(tl.int32) * PAGE + slot % PAGE
+            k = k_desc.gather(row, 0).to(q.dtype)
+            k_rope = k_rope_desc.gather(row, R).to(q.dtype)
         raw = tl.dot(k, q) if TRANSPOSED else tl.dot(q, k.T)
         if PARTS == 2:
-            k_1 = k_desc.load([row, WIDTH]).to(q.dtype)
+            if slots_ptr is None:
+                k_1 = k_desc.load([row, WIDTH]).to(q.dtype)
+            else:
+                k_1 = k_desc.gather(row, WIDTH).to(q.dtype)
             raw = tl.dot(k_1, q_1, raw) if TRANSPOSED else tl.dot(q_1, k_1.T, raw)
         raw = tl.dot(k_rope, q_rope, raw) if TRANSPOSED else tl.dot(q_rope, k_rope.T, raw)
         slots = first + tl.arange(0, BLOCK_N)

@@ -9,7 +9,7 @@ captured. An entry's evidence says what chose it: a static table, or a measureme
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helix_compile.kernels.target import INTERPRETER, KernelTarget
 
@@ -22,6 +22,9 @@ H200 = (
 
 
 MAX_SPLITS = 64  # the merge holds one part of each split
+
+
+GATHERED = 64  # rows of a gathered tile lie in any page, so the page size asks for nothing: as if every tile filled one
 
 
 ROWS, TRANSPOSED, POINTER = "rows", "transposed", "pointer"  # by TMA, by TMA, by loads
@@ -146,6 +149,13 @@ def pointer_config(shape: MlaShape, target: KernelTarget, scaled: bool = False) 
     return next(
         entry.config for entry in MLA_DECODE if entry.config.form == POINTER and _applies(entry, shape, target, scaled)
     )
+
+
+def slots_config(shape: MlaShape, target: KernelTarget, halves: bool = True) -> MlaConfig:
+    """How mla_decode_slots is built: as mla_decode where TMA gathers rows (Blackwell), else by pointers. See mla_config."""
+    if family(target) not in ("sm_100", INTERPRETER):
+        return pointer_config(shape, target)
+    return mla_config(replace(shape, page_size=GATHERED), target, halves=halves)
 
 
 def _applies(entry: MlaEntry, shape: MlaShape, target: KernelTarget, scaled: bool) -> bool:

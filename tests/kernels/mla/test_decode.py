@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_compile.kernels.mla.decode import MLA_DECODE
+from helix_compile.kernels.mla.launch import is_for_tma
 from helix_compile.kernels.mla.tuning import POINTER, ROWS, TRANSPOSED, MlaConfig, split_count
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import device_target, offline_target
@@ -129,12 +130,40 @@ def test_deepseek_v3_widths(config: MlaConfig) -> None:
     assert mismatch(run_form(config, inputs, 2), helix.mla_decode(*inputs.args), channels=512 + 64) is None
 
 
+@pytest.mark.parametrize("config", FORMS, ids=str)
+def test_a_cache_that_is_a_part_of_wider_rows(config: MlaConfig) -> None:
+    """Index keys lie beside the latents; what is beside holds NaN, and rows of 16 bytes' multiple go by TMA."""
+    inputs = mla_inputs([40, 0, 17], T=2, H=5)
+    wide = torch.nn.functional.pad(inputs.cache, (0, 12), value=torch.nan)[..., :48]
+    assert is_for_tma(wide) and not wide.is_contiguous()
+    got = run_form(config, replace(inputs, cache=wide), 2)
+    assert mismatch(got, helix.mla_decode(*inputs.args)) is None
+
+
+def test_rows_that_tma_cannot_describe_go_by_pointers() -> None:
+    inputs = mla_inputs([40, 0, 17], T=2, H=5)
+    odd = torch.nn.functional.pad(inputs.cache, (0, 5), value=torch.nan)[..., :48]
+    gaps = torch.nn.functional.pad(inputs.cache, (0, 0, 0, 3), value=torch.nan)[:, :16]  # between pages
+    wanted = helix.mla_decode(*inputs.args)
+    for cache in (odd, gaps):
+        assert not is_for_tma(cache)
+        site = Site("mla_decode", replace(inputs, cache=cache).args, Capacity(4, 64))
+        assert select_kernel(site, offline_target("sm_90")).kernel is not None
+        assert all(case.kernel == "mla_pointer_decode" for case in MLA_DECODE.cases(site, offline_target("sm_90"))[:1])
+        assert mismatch(helix_triton.mla_decode(*site.args), wanted) is None
+
+
 @pytest.mark.parametrize("H", [1, 20, 128])
 @pytest.mark.parametrize("page_size", [5, 16])
 def test_op_agrees_with_reference(H: int, page_size: int) -> None:
     inputs = mla_inputs([0, 1, 40], T=2, H=H, page_size=page_size)
     wanted = helix.mla_decode(*inputs.args)
     assert mismatch(helix_triton.mla_decode(*inputs.args), wanted) is None
+
+
+def test_no_rope_part() -> None:
+    inputs = mla_inputs([0, 1, 40], T=2, H=5, r=0)
+    assert mismatch(helix_triton.mla_decode(*inputs.args), helix.mla_decode(*inputs.args)) is None
 
 
 def test_split_parts_merge_to_the_result() -> None:
@@ -161,7 +190,7 @@ def test_fakes_say_what_kernels_return() -> None:
     [
         ({"q_latent": torch.zeros(1, 1, 5, 32, dtype=torch.float64)}, "float64"),
         ({"page_table": torch.zeros(1, 2, dtype=torch.int32)}, "int64"),
-        ({"cache": torch.zeros(48, 16, 2).permute(2, 1, 0)}, "contiguous"),
+        ({"cache": torch.zeros(48, 16, 2).permute(2, 1, 0)}, "stride 32"),
         ({"scale": 0.0}, "scale"),
     ],
 )

@@ -6,9 +6,6 @@ needs TRITON_INTERPRET=1 before Python starts, which the command can't ask for. 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +19,7 @@ from helix_compile.kernels.mla import tiles as mla_tiles
 from helix_compile.kernels.mla import tma as mla_tma
 from helix_compile.kernels.mla.launch import decode_case
 from helix_compile.kernels.mla.tuning import POINTER, ROWS, TRANSPOSED, MlaConfig
+from tests.support.edited import Load, source_loader, source_of
 from tests.support.mla import mismatch, mla_inputs, run_form
 
 TILES = "mla_tiles"  # edits of what all forms share; "" edits the form's own file
@@ -80,29 +78,9 @@ FORMS: dict[str, tuple[MlaConfig, ModuleType, str]] = {
 }
 
 
-Load = Callable[[str, str], ModuleType]
-
-
 @pytest.fixture
 def load_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Import a text as a module of the given name: Triton reads a function's source from its file."""
-
-    def load(name: str, text: str) -> ModuleType:
-        path = tmp_path / f"{name}.py"
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
-def source_of(module: ModuleType) -> str:
-    assert module.__file__ is not None
-    return Path(module.__file__).read_text()
+    return source_loader(tmp_path, monkeypatch)
 
 
 def edited_kernel(form: str, mutant: KernelMutant | None, load: Load) -> Any:

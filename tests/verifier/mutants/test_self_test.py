@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helix_compile import VerificationReport, helix_compile, verify
-from helix_compile.verifier.mutants.mutant import A2A, CATALOGUE, GQA_CATALOGUE, MIXED, Mutant
+from helix_compile.verifier.mutants.mutant import A2A, CATALOGUE, GQA_CATALOGUE, MIXED, SPARSE_CATALOGUE, Mutant
 from helix_compile.verifier.mutants.self_test import _Rule, awkward_gqa, awkward_model
 from helix_compile.verifier.report import CODES, FAMILIES
 from tests.support.models import tiny_model
@@ -68,9 +68,10 @@ def report_of(name: str) -> VerificationReport:
 
 
 def test_the_catalogue_is_wide() -> None:
-    assert len({m.name for m in CATALOGUE + GQA_CATALOGUE}) == len(CATALOGUE + GQA_CATALOGUE)
+    every = CATALOGUE + GQA_CATALOGUE + SPARSE_CATALOGUE
+    assert len({m.name for m in every}) == len(every)
     assert len(MUTANTS) == len(CATALOGUE) >= 40
-    assert {m.family for m in CATALOGUE} == set(FAMILIES) - {0}
+    assert {m.family for m in CATALOGUE + SPARSE_CATALOGUE} == set(FAMILIES) - {0}
     kinds = {"graph", "parameters", "cache", "positions", "plan", "kernel"}
     assert {m.kind for m in CATALOGUE} == kinds
 
