@@ -32,8 +32,9 @@ def lower_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> i
 
 
 def lower_moves(gm: fx.GraphModule, codec: ExchangeCodec = NATIVE) -> int:
-    """Expand every move, heads exchanged by `codec`; how many there were."""
+    """Expand every move, heads exchanged by `codec`; how many collectives that makes."""
     moves = calls(gm.graph, *MOVES)
+    started = sum(2 if node.target is helix.kth_by_owners.default else 1 for node in moves)
     for node in moves:
         with made_from(gm.graph, node), gm.graph.inserting_before(node):
             if node.target is helix.all_to_all_heads.default:
@@ -46,7 +47,7 @@ def lower_moves(gm: fx.GraphModule, codec: ExchangeCodec = NATIVE) -> int:
         node.replace_all_uses_with(lowered)
         gm.graph.erase_node(node)
     propagate_shapes(gm.graph)
-    return len(moves)
+    return started
 
 
 def no_moves_left(gm: fx.GraphModule) -> None:
