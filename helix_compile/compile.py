@@ -51,6 +51,7 @@ def helix_compile(
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
     unmatched: str = "error",
+    pad_heads: bool = False,
     pp: int = 1,
     stage: int = 0,
     pp_split: str = "first",

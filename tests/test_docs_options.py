@@ -35,7 +35,8 @@ def options_table() -> str:
     for field in fields(HelixOptions):
         option = OPTIONS[field.name]
         default = "required" if field.default is MISSING else "" if field.default is None else f"`{field.default}`"
-        values = ", ".join(f"`{c}`" for c in option.offered) or f"int >= {option.least}"
+        choices = (False, True) if option.flag else option.offered
+        values = ", ".join(f"`{c}`" for c in choices) or f"int >= {option.least}"
         lines.append(f"| `{field.name}` | {default} | {values} | {option.meaning} |")
     return "\n".join(lines)
 

@@ -28,6 +28,7 @@ _WHY = {
     "stage": "the stage that is planned; the engine runs all of them",
     "pp_split": "how layers that pp does not divide are dealt here; the engine deals them otherwise",
     "lower": "how the graph runs here",
+    "pad_heads": "heads and experts that do not divide are padded with zeros here; the engine decides for itself",
     "unmatched": "what happens here to layers that are not recognised",
 }
 
@@ -50,9 +51,8 @@ def engine_recipe(options: HelixOptions, ep: int, engine: str, model: str) -> st
     for field in OPTIONS:
         value = getattr(options, field)
         if value != getattr(back, field):
-            head.append(
-                f"# not in {name}: {field}={'none' if value is None else value}: {_why(field, value, ep, options)}"
-            )
+            said = str(value).lower() if value is None or isinstance(value, bool) else value
+            head.append(f"# not in {name}: {field}={said}: {_why(field, value, ep, options)}")
     return "\n".join((*head, text))
 
 

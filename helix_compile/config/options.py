@@ -36,7 +36,8 @@ class Option:
     Attributes:
         meaning: one sentence, for help(helix_compile) and docs/configuration.md.
         cli: for --help; of an option with choices, what stands behind them.
-        choices: allowed strings, the default first; a field without any is an int >= 1.
+        choices: allowed strings, the default first; a field without any is an int >= 1, or True or False.
+        flag: True or False.
         later: choices that this version refuses -> why.
         of_exchange: at cp = 1 nothing is exchanged, so there it can have no effect.
         of_stages: at pp = 1 there is one stage, so there it can have no effect.
@@ -50,6 +51,7 @@ class Option:
     of_exchange: bool = False
     of_stages: bool = False
     least: int = 1
+    flag: bool = False
 
     @property
     def offered(self) -> tuple[str, ...]:
@@ -133,6 +135,14 @@ class HelixOptions:
         "whole on every rank, listed in the report. Some layer must be rewritten.",
         "leave what is not recognised as it is",
     )
+    pad_heads: bool = field(
+        default=False,
+        metadata=_says(
+            "heads that do not divide over the ranks, and experts over ep, are padded with zeros",
+            " instead of refused; exact, what it costs is in the plan",
+            flag=True,
+        ),
+    )
     pp: int = field(
         default=1,
         metadata=_says(
@@ -157,7 +167,10 @@ class HelixOptions:
             value = getattr(self, name)
             if name == "ep" and value is None:  # the largest that divides
                 continue
-            if not option.choices:
+            if option.flag:
+                if not isinstance(value, bool):
+                    raise PlanError(f"option {name}={value!r} ({type(value).__name__}); expected True or False")
+            elif not option.choices:
                 check_count(name, value, option.least)
             elif value not in option.choices:
                 raise PlanError(
@@ -179,6 +192,10 @@ class HelixOptions:
                 f"stage={self.stage} is none of the pp={self.pp} stages; choose one of 0 to {self.pp - 1}"
             )
         world_size = self.cp * self.tpa
+        if self.pad_heads and world_size == 1:
+            raise PlanError(
+                "option pad_heads=True has no effect at cp*tpa = 1: one rank has all heads and experts; drop it or use more ranks"
+            )
         if self.ep is not None and world_size % self.ep:
             fits = [e for e in range(1, min(world_size, 4096) + 1) if world_size % e == 0]
             raise LayoutError(
@@ -350,7 +367,9 @@ def own_fields(section: ConfigSection) -> dict[str, Any]:
         PlanError: key path, got, expected.
     """
     for name, option in OPTIONS.items():
-        if option.choices:
+        if option.flag:
+            section.flag(name)
+        elif option.choices:
             section.choice(name, option.choices, option.choices[0])
         else:
             section.count(name, least=option.least)

@@ -181,7 +181,8 @@ def _unsaid(found: Source, own_fields: OwnReader) -> dict[str, Any]:
     """What comments of to_engine() say, where an engine has no argument for it."""
     if not (said := UNSAID.findall(found.text)):
         return {}
-    values = {name: int(value) if value.isdigit() else None if value == "none" else value for name, value in said}
+    words = {"none": None, "true": True, "false": False}
+    values = {name: int(value) if value.isdigit() else words.get(value, value) for name, value in said}
     nothing = {name: value for name, value in values.items() if value is None}
     stated = {name: value for name, value in values.items() if value is not None}
     return {**nothing, **(own_fields(ConfigSection(stated, found.where)) if stated else {})}

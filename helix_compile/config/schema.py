@@ -19,11 +19,13 @@ def options_schema() -> dict[str, Any]:
     for field in fields(HelixOptions):
         choices = OPTIONS[field.name].offered
         count = {"type": "integer", "minimum": OPTIONS[field.name].least, "maximum": MAX_COUNT}
-        properties[field.name] = {"enum": [*choices]} if choices else count
+        number = {"type": "boolean"} if OPTIONS[field.name].flag else count
+        properties[field.name] = {"enum": [*choices]} if choices else number
         if field.default is not MISSING and field.default is not None:
             properties[field.name]["default"] = field.default
     alone = {name: {"const": o.choices[0]} for name, o in OPTIONS.items() if o.of_exchange}
     one_stage = {"properties": {"pp": {"const": 1}}}
+    one_rank = {"properties": {"cp": {"const": 1}, "tpa": {"const": 1}}}
     staged = {f.name: {"const": f.default} for f in fields(HelixOptions) if OPTIONS[f.name].of_stages}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -36,6 +38,7 @@ def options_schema() -> dict[str, Any]:
         "allOf": [
             {"if": {"properties": {"cp": {"const": 1}}}, "then": {"properties": alone}},
             {"if": one_stage, "then": {"properties": staged}},
+            {"if": one_rank, "then": {"properties": {"pad_heads": {"const": False}}}},
         ],
     }
 

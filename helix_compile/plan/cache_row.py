@@ -30,11 +30,20 @@ def rows_of_rank(entries: Tensor, row: CacheRow, layout: HelixLayout, rank: int)
         return entries
     parts = entries.split(row.widths, dim=-1)
     by_head = torch.cat([p.unflatten(-1, (row.heads, -1)) for p in parts], dim=-1)
-    return by_head.chunk(layout.tpa, dim=-2)[layout.index("tpa", rank)]
+    local = row.tail(layout.tpa)[0]
+    missing = local * layout.tpa - row.heads
+    if missing:
+        by_head = torch.cat([by_head, by_head.new_zeros(*by_head.shape[:-2], missing, by_head.shape[-1])], dim=-2)
+    return by_head.narrow(-2, layout.index("tpa", rank) * local, local)
 
 
 def parts_of_rows(rows: Tensor, row: CacheRow) -> tuple[Tensor, Tensor]:
-    """Both parts of cached rows of all heads [..., R + r + I] or [..., K, Dk + Dv]: [..., first] and [..., the rest]."""
+    """Both parts of cached rows of all heads [..., R + r + I] or [..., K, Dk + Dv]: [..., first] and [..., the rest].
+
+    Rows may have zero heads behind the K of the model.
+    """
+    if row.heads:
+        rows = rows.narrow(-2, 0, row.heads)
     first, second = rows.split([row.first, row.second + row.index], dim=-1)
     if row.heads:
         first, second = first.flatten(-2), second.flatten(-2)
@@ -60,6 +69,6 @@ class CacheRow:
         return self.first * (self.heads or 1), (self.second + self.index) * (self.heads or 1)
 
     def tail(self, tpa: int) -> tuple[int, ...]:
-        """Trailing sizes of a rank's cache: (R + r + I), or (K / tpa, Dk + Dv)."""
+        """Trailing sizes of a rank's cache: (R + r + I), or (ceil(K / tpa), Dk + Dv)."""
         width = self.first + self.second + self.index
-        return (self.heads // tpa, width) if self.heads else (width,)
+        return (-(-self.heads // tpa), width) if self.heads else (width,)

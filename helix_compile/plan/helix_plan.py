@@ -15,27 +15,46 @@ from helix_compile.config.engines import engine_recipe
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import PlanError
 from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.heads import HeadPadding, head_padding
 
 PLAN_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One dim that is cut over an axis. Each part is ceil(total / parts) wide; the last ones are zero-padded."""
+    """One dim that is cut over an axis. Each part is ceil(total / parts) wide; the last ones are zero-padded.
+
+    `padding` says it of heads between which zeros lie: then their places are what is cut.
+    """
 
     dim: int
     axis: str
     total: int
+    padding: HeadPadding | None = None
 
     def width(self, layout: HelixLayout) -> int:
         """Size of every rank's part, padding included."""
-        return -(-self.total // layout.size(self.axis))
+        return -(-(self.padding.places if self.padding else self.total) // layout.size(self.axis))
 
     def bounds(self, layout: HelixLayout, rank: int) -> tuple[int, int]:
         """[start, stop) of `rank`'s part in the whole, without padding."""
         width = self.width(layout)
-        start = min(layout.index(self.axis, rank) * width, self.total)
-        return start, min(start + width, self.total)
+        start = layout.index(self.axis, rank) * width
+        if self.padding:
+            return self.padding.before(start), self.padding.before(start + width)
+        return min(start, self.total), min(start + width, self.total)
+
+    def runs(self, layout: HelixLayout, rank: int) -> tuple[tuple[int, int, int], ...]:
+        """(start, stop, where it begins in `rank`'s part) of what a part holds in a row; zeros lie between."""
+        if self.padding:
+            start = layout.index(self.axis, rank) * self.width(layout)
+            return self.padding.runs(start, start + self.width(layout))
+        start, stop = self.bounds(layout, rank)
+        return ((start, stop, 0),) if start < stop else ()
+
+    def share_of_zeros(self, layout: HelixLayout) -> Fraction:
+        """How much of all ranks' parts together is padding."""
+        return 1 - Fraction(self.total, self.width(layout) * layout.size(self.axis))
 
 
 @dataclass(frozen=True)
@@ -84,8 +103,8 @@ class AttentionPlan:
     """Decisions for one attention site: `v_up`, "none" where there is no W_UV, and what is cut by heads.
 
     `output_weight` is the parameter whose columns a rank holds for the heads it owns. `kv_heads` are the heads that are
-    cached; 0 where all heads share one latent (MLA). `top_k` are the keys that an indexer chooses (0: none does), and
-    `topk_exchange` how ranks agree on them; "" where an earlier layer chose.
+    cached; 0 where all heads share one latent (MLA). Both count the model's own heads, without zero heads. `top_k` are the
+    keys that an indexer chooses (0: none does), and `topk_exchange` how ranks agree on them; "" where an earlier layer chose.
     """
 
     site: int
@@ -97,24 +116,36 @@ class AttentionPlan:
     topk_exchange: str = ""
 
     def head_ranges(self, layout: HelixLayout) -> tuple[tuple[int, int], ...]:
-        """The heads [start, stop) that each rank owns after the exchange."""
-        owned = self.heads // layout.world_size
-        return tuple((r * owned, (r + 1) * owned) for r in range(layout.world_size))
+        """The model's heads [start, stop) that each rank owns after the exchange; none where all it owns are zeros."""
+        padding = self.padding(layout)
+        owned = padding.places // layout.world_size
+        return tuple((padding.before(r * owned), padding.before((r + 1) * owned)) for r in range(layout.world_size))
+
+    def padding(self, layout: HelixLayout) -> HeadPadding:
+        """Where the heads lie."""
+        return head_padding(self.heads, self.kv_heads, layout)
+
+    def cached_heads(self, layout: HelixLayout) -> int:
+        """KV heads that a rank caches, zero heads included; 0 of a latent."""
+        return -(-self.kv_heads // layout.tpa)
 
     def written(self, layout: HelixLayout, options: HelixOptions) -> dict[str, Any]:
         """As in JSON: what follows from layout and options stands beside the decisions, for readers."""
+        places = self.padding(layout).places
         return {
             "site": self.site,
             "kvp": layout.kvp,
             "merge": options.merge,
             "q_proj": options.q_proj,
             "v_up": self.v_up,
-            "computed_heads": self.heads // layout.tpa,
-            "owned_heads": self.heads // layout.world_size,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "computed_heads": places // layout.tpa,
+            "owned_heads": places // layout.world_size,
             "head_ranges": self.head_ranges(layout),
             "tokens_per_block": options.tokens_per_block,
             "output_weight": self.output_weight,
-            "cached_heads": self.kv_heads // layout.tpa,
+            "cached_heads": self.cached_heads(layout),
             "top_k": self.top_k,
             "topk_exchange": self.topk_exchange,
         }
@@ -122,7 +153,8 @@ class AttentionPlan:
     @classmethod
     def read(cls, fields: dict[str, Any], layout: HelixLayout) -> AttentionPlan:
         """The decisions out of what `written` makes of them."""
-        heads, cached = fields["computed_heads"] * layout.tpa, fields.get("cached_heads", 0) * layout.tpa
+        heads = fields.get("heads", fields["computed_heads"] * layout.tpa)
+        cached = fields.get("kv_heads", fields.get("cached_heads", 0) * layout.tpa)
         sparse = (fields.get("top_k", 0), fields.get("topk_exchange", ""))
         return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached, *sparse)
 
@@ -151,6 +183,14 @@ class FFNPlan:
         bounds = (cut.bounds(layout, rank) for rank in range(layout.world_size))
         return tuple(cut.width(layout) - (stop - start) for start, stop in bounds)
 
+    def experts_per_rank(self, layout: HelixLayout) -> int:
+        """Experts that a rank of ep holds, those that no token chooses included."""
+        return -(-self.experts // layout.ep)
+
+    def experts_of(self, layout: HelixLayout, rank: int) -> tuple[int, int]:
+        """The model's experts [start, stop) that `rank` holds."""
+        return Cut(0, "ep", self.experts).bounds(layout, rank)
+
     def written(self, layout: HelixLayout) -> dict[str, Any]:
         """As in JSON; see AttentionPlan.written."""
         return {
@@ -160,13 +200,15 @@ class FFNPlan:
             "width": self.width,
             "shard_width": self.shard_width(layout),
             "padding": list(self.padding(layout)),
-            "experts_per_rank": self.experts // layout.ep,
+            "experts": self.experts,
+            "experts_per_rank": self.experts_per_rank(layout),
         }
 
     @classmethod
     def read(cls, fields: dict[str, Any], layout: HelixLayout) -> FFNPlan:
         """The decisions out of what `written` makes of them."""
-        return cls(fields["kind"], fields["site"], fields["width"], fields.get("experts_per_rank", 0) * layout.ep)
+        experts = fields.get("experts", fields.get("experts_per_rank", 0) * layout.ep)
+        return cls(fields["kind"], fields["site"], fields["width"], experts)
 
 
 @dataclass(frozen=True)
@@ -330,25 +372,24 @@ def _body_from(fields: dict[str, Any], layout: HelixLayout, options: HelixOption
         attentions=attentions,
         ffns=ffns,
         param_shards=tuple(
-            ParamShard(**{**_fields(s), "cuts": tuple(Cut(**c) for c in s["cuts"])}) for s in fields["param_shards"]
+            ParamShard(**{**_fields(s), "cuts": tuple(map(_cut_from, s["cuts"]))}) for s in fields["param_shards"]
         ),
         collectives=tuple(Collective(**{**c, _EGRESS: _fraction(c[_EGRESS])}) for c in fields["collectives"]),
     )
 
 
-_LATER = {
-    "cached_heads": 0,
-    "experts_per_rank": 0,
-    "top_k": 0,
-    "topk_exchange": "",
-}  # not in every plan that was ever written
+def _cut_from(fields: dict[str, Any]) -> Cut:
+    padding = fields.get("padding")
+    return Cut(**{**fields, "padding": padding and HeadPadding(**padding)})
+
+
+# not in every plan that was ever written
+_LATER = ("cached_heads", "experts_per_rank", "heads", "kv_heads", "experts", "top_k", "topk_exchange")
 
 
 def _check_follows(where: str, read: list[dict[str, Any]], written: list[dict[str, Any]]) -> None:
     """What is written beside the decisions must be what follows from them."""
-    complete = [
-        {**{k: v for k, v in _LATER.items() if k in own}, **got} for got, own in zip(read, written, strict=True)
-    ]
+    complete = [{**{k: own[k] for k in _LATER if k in own}, **got} for got, own in zip(read, written, strict=True)]
     for line in _differences(where, complete, _plain(written)):
         raise PlanError(f"plan: it contradicts itself (got -> what follows from its layout, options and sizes): {line}")
 

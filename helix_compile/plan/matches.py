@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.heads import HeadPadding
 from helix_compile.plan.cache_row import CacheRow
 from helix_compile.plan.helix_plan import Cut, ParamShard
 
@@ -60,16 +61,17 @@ class HeadRows:
         """The parameter that it is cut out of."""
         return self.name
 
-    def shard(self, axis: str, layout: HelixLayout) -> ParamShard:
-        """Its heads, cut over `axis`."""
-        H, local = self.heads, self.heads // layout.size(axis) * self.width
+    def shard(self, axis: str, layout: HelixLayout, padding: HeadPadding | None = None) -> ParamShard:
+        """Its heads, cut over `axis`; `padding` says where zero heads lie between them."""
+        H = self.heads
+        cut = Cut(0, axis, H, padding)
         return ParamShard(
             self.name,
             self.name,
             (H * self.width, *self.tail),
             (H, self.width, *self.tail),
-            (Cut(0, axis, H),),
-            (local, *self.tail),
+            (cut,),
+            (cut.width(layout) * self.width, *self.tail),
             f"{axis}:S(0)",
         )
 
@@ -154,24 +156,16 @@ class UpWeight:
             return (H, numel // (H * self.step), self.step), window
         return (numel // self.step, H, self.step // H), window
 
-    def shard(self, axis: str, layout: HelixLayout) -> ParamShard:
-        """Its heads, cut over `axis`."""
+    def shard(self, axis: str, layout: HelixLayout, padding: HeadPadding | None = None) -> ParamShard:
+        """Its heads, cut over `axis`; `padding` says where zero heads lie between them."""
         view, window, index = self._picked()
         H, dim = len(self.at), self.order.index("h")
-        kept = list(view)
+        cut, kept = Cut(dim, axis, H, padding), list(view)
         if window is not None:
             kept[window[0]] = window[2]
-        kept[dim] = H // layout.size(axis)
+        kept[dim] = cut.width(layout)
         return ParamShard(
-            self.name,
-            self.param,
-            self.shape,
-            view,
-            (Cut(dim, axis, H),),
-            tuple(kept),
-            f"{axis}:S({dim})",
-            window,
-            index,
+            self.name, self.param, self.shape, view, (cut,), tuple(kept), f"{axis}:S({dim})", window, index
         )
 
     def _picked(self) -> tuple[tuple[int, ...], tuple[int, int, int] | None, tuple[int, ...] | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helix_compile.errors import PlanError
 from helix_compile.layout.degrees import HelixLayout
-from helix_compile.plan.helix_plan import ParamShard
+from helix_compile.plan.helix_plan import Cut, ParamShard
 
 Range = tuple[int, int]
 
@@ -42,29 +42,44 @@ class ShardBoxes:
 
 def shard_boxes(shard: ParamShard, layout: HelixLayout, rank: int) -> ShardBoxes:
     """What `rank` reads for `shard`, the very elements that cut_param takes."""
-    kept: list[Range] = [(0, size) for size in shard.view]
+    whole: list[Range] = [(0, size) for size in shard.view]
     local = list(shard.view)
     if shard.window is not None:
         dim, start, length = shard.window
-        kept[dim], local[dim] = (start, start + length), length
+        whole[dim], local[dim] = (start, start + length), length
+    # of each cut dim the ranges that a rank takes, and where each begins in its shard
+    taken = []
     for cut in shard.cuts:
-        start, stop = cut.bounds(layout, rank)
-        first = kept[cut.dim][0]
-        kept[cut.dim], local[cut.dim] = (first + start, first + stop), cut.width(layout)
+        local[cut.dim] = cut.width(layout)
+        taken.append([(cut.dim, *run) for run in cut.runs(layout, rank)])
+    found: list[Box] = []
+    for runs in product(*taken):
+        kept, at = list(whole), [0] * len(whole)
+        for dim, start, stop, place in runs:
+            first = whole[dim][0]
+            kept[dim], at[dim] = (first + start, first + stop), place
+        found += _boxes(shard, kept, at)
+    sizes = (math.prod(stop - start for start, stop in box.local) for box in found)
+    return ShardBoxes(tuple(found), tuple(local), padded=sum(sizes) != math.prod(local))
+
+
+def _boxes(shard: ParamShard, kept: list[Range], at: list[int]) -> Iterator[Box]:
+    """Of one range of each dim of the view, which begins at `at` in the shard."""
     source_shape = list(shard.source_shape)
     if shard.index is not None:
         source_shape[0] = len(shard.index)
-    runs, at = [], 0
+    runs, dim = [], 0
     for axis, size in enumerate(source_shape):
-        dims = _dims_of(size, shard.view, at, last=axis == len(source_shape) - 1)
+        dims = _dims_of(size, shard.view, dim, last=axis == len(source_shape) - 1)
         index = shard.index if axis == 0 else None
-        runs.append(list(_runs(shard.view[at : at + dims], kept[at : at + dims], index)))
-        at += dims
-    boxes = tuple(
-        Box(tuple(source for source, _ in one), tuple(r for _, parts in one for r in parts)) for one in product(*runs)
-    )
-    real = [stop - start for start, stop in kept]
-    return ShardBoxes(boxes, tuple(local), padded=real != local)
+        runs.append(list(_runs(shard.view[dim : dim + dims], kept[dim : dim + dims], index)))
+        dim += dims
+    for one in product(*runs):
+        places = (r for _, parts in one for r in parts)
+        yield Box(
+            tuple(source for source, _ in one),
+            tuple((start + p, stop + p) for (start, stop), p in zip(places, at, strict=True)),
+        )
 
 
 def _dims_of(size: int, view: tuple[int, ...], at: int, last: bool) -> int:
@@ -129,10 +144,16 @@ def cut_param(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) 
     if shard.window is not None:
         part = part.narrow(*shard.window)
     for cut in shard.cuts:
-        start, stop = cut.bounds(layout, rank)
-        part = part.narrow(cut.dim, start, stop - start)
-        missing = cut.width(layout) - (stop - start)
-        if missing:
-            zeros = part.new_zeros([missing if d == cut.dim else s for d, s in enumerate(part.shape)])
-            part = torch.cat([part, zeros], dim=cut.dim)
+        part = _cut(part, cut, layout, rank)
     return part.view(shard.shape)
+
+
+def _cut(whole: Tensor, cut: Cut, layout: HelixLayout, rank: int) -> Tensor:
+    """`rank`'s part along one dim: a view where no zeros lie in it."""
+    runs, width = cut.runs(layout, rank), cut.width(layout)
+    if runs and runs[0][1] - runs[0][0] == width:
+        return whole.narrow(cut.dim, runs[0][0], width)
+    part = whole.new_zeros([width if d == cut.dim else size for d, size in enumerate(whole.shape)])
+    for start, stop, at in runs:
+        part.narrow(cut.dim, at, stop - start).copy_(whole.narrow(cut.dim, start, stop - start))
+    return part

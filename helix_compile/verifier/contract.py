@@ -13,6 +13,28 @@ def deal(length: int, cp: int, tokens_per_block: int) -> list[list[int]]:
     return hands
 
 
+def head_places(heads: int, kv_heads: int, layout: HelixLayout) -> list[int | None]:
+    """Which head of the model lies on each place of all ranks together, None where a zero head does; in order.
+
+    As many KV heads as tpa can share; then the fewest query heads in each group with which every rank owns as many.
+    """
+    groups, ranks = max(kv_heads, 1), layout.kvp * layout.tpa
+    there = groups
+    while kv_heads and there % layout.tpa:
+        there += 1
+    size = heads // groups
+    room = size
+    while there * room % ranks:
+        room += 1
+    return places_of(groups, size, there, room)
+
+
+def places_of(groups: int, size: int, there: int, room: int) -> list[int | None]:
+    """Heads in `groups` of `size`, dealt onto `there` groups of `room` places; None: a zero head."""
+    numbers = iter(range(groups * size))
+    return [next(numbers) if g < groups and j < size else None for g in range(there) for j in range(room)]
+
+
 # the two axes of each view: ranks that agree on one differ in the other
 OTHER_AXIS = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}
 

@@ -129,7 +129,7 @@ def check_layer(
         found = _output(run, expected, mine, limit_of(plan), turned, outcome, where)
     graph = scratch.graph.get_submodule(body).graph
     outcome.locate = lambda: first_deviation(
-        graph.nodes, run.values, body_twins(graph, match, expected), layouts, plan.layout, dtype, mask
+        graph.nodes, run.values, body_twins(graph, match, expected), layouts, plan.layout, dtype, mask, match
     )
     if found:
         first = outcome.locate()

@@ -189,12 +189,14 @@ def _layer_facts(whole: HelixPlan, plan: BodyPlan, first: fx.GraphModule, last: 
     for ffn in plan.ffns:
         roles[names[ffn.kind]] = roles.get(names[ffn.kind], 0) + 1
     before, after = (body_of(stage, plan.name) for stage in (first, last))
+    padding = plan.attentions[0].padding(whole.layout)
     return {
         "body": plan.name,
         "layers": list(plan.layers),
         "count": len(plan.layers),
         "roles": roles,
         "head_ranges": [list(r) for r in plan.attentions[0].head_ranges(whole.layout)],
+        "zero_heads": padding.places - padding.heads,
         "ffn": [{k: v for k, v in f.written(whole.layout).items() if k != "site"} for f in plan.ffns],
         "nodes_before": len(before.graph.nodes),
         "nodes_after": len(after.graph.nodes),
@@ -249,10 +251,11 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
 
 
 def _rewrite(layer: dict[str, Any]) -> tuple[str, ...]:
-    start, stop = layer["head_ranges"][0]
+    (start, stop), zeros = layer["head_ranges"][0], layer["zero_heads"]
+    heads = f"{stop - start}" + (f" (+{zeros} zero heads)" if zeros else "")
     ffn = "; ".join(_ffn_text(f) for f in layer["ffn"])
     nodes = f"{layer['nodes_before']} -> {layer['nodes_after']}"
-    return layer["body"], ranges_text(layer["layers"]), ", ".join(layer["roles"]), str(stop - start), ffn, nodes
+    return layer["body"], ranges_text(layer["layers"]), ", ".join(layer["roles"]), heads, ffn, nodes
 
 
 def _ffn_text(ffn: dict[str, Any]) -> str:

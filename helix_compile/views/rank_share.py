@@ -79,13 +79,12 @@ def share_of_rank(plan: HelixPlan, held: Rank, mesh: HelixMesh) -> RankShare:
 
 def _body(plan: HelixPlan, body: BodyPlan, rank: int) -> dict[str, Any]:
     layout = plan.layout
-    ep = layout.index("ep", rank)
     routed = [f for f in body.ffns if f.kind == "routed"]
     return {
         "body": body.name,
         "layers": list(body.layers),
         "heads": [list(a.head_ranges(layout)[rank]) for a in body.attentions],
-        "experts": [[ep * n, (ep + 1) * n] for n in (f.experts // layout.ep for f in routed)],
+        "experts": [list(f.experts_of(layout, rank)) for f in routed],
         "exchanges": [
             {
                 "op": c.op,
@@ -123,15 +122,21 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"parameters: {facts['params_bytes']:,} bytes"
     for body in facts["bodies"]:
         layers = body["layers"]
-        experts = "".join(f", experts {a} to {b - 1}" for a, b in body["experts"])
-        heads = ", ".join(f"heads {a} to {b - 1}" for a, b in body["heads"])
+        experts = "".join(f", {_span('expert', *e)}" for e in body["experts"])
+        heads = ", ".join(_span("head", *h) for h in body["heads"])
         yield f"{body['body']} ({len(layers)} layers from {layers[0]}): {heads}{experts}"
         for x in body["exchanges"]:
             yield f"  {x['op']} over {x['axis']}, {x['what']}: {x['bytes_sent_per_token']:,.1f} bytes a token"
         for s in body["shards"]:
-            cuts = "; ".join(f"dim {c['dim']}: {c['rows'][0]} to {c['rows'][1] - 1} of {c['of']}" for c in s["cuts"])
+            cuts = "; ".join(f"dim {c['dim']}: {_span('', *c['rows'])} of {c['of']}" for c in s["cuts"])
             padding = f", {s['padding']} zeros" if s["padding"] else ""
             yield f"  {s['name']} {s['shape']}: {cuts or 'whole'}{padding}"
+
+
+def _span(what: str, start: int, stop: int) -> str:
+    if start == stop:
+        return f"no {what} of the model" if what else "none"
+    return f"{what}s {start} to {stop - 1}" if what else f"{start} to {stop - 1}"
 
 
 def _ranks(members: list[int]) -> str:

@@ -48,6 +48,7 @@ def asked(draw: st.DrawFn) -> HelixOptions:
         max_seq_len=draw(st.integers(1, 2**31 - 1)),
         lower=draw(st.sampled_from(["auto", "reference", "triton"])),
         unmatched=draw(st.sampled_from(["error", "keep"])),
+        pad_heads=draw(st.booleans()) if cp * tpa > 1 else False,
         **exchange,
     )
 

@@ -333,6 +333,9 @@ GOOD: list[dict[str, Any]] = [
     {"cp": 1, "merge": "a2a", "v_up": "auto", "lower": "reference"},
     {"cp": 2, "pp": 4, "stage": 3, "pp_split": "middle"},
     {"cp": 2, "stage": 0, "pp_split": "first"},
+    {"cp": 2, "pad_heads": True},
+    {"cp": 1, "tpa": 2, "pad_heads": True},
+    {"cp": 1, "pad_heads": False},
 ]
 BAD: list[Any] = [
     {"cp": 4, "max_seq_len": 2**31},
@@ -360,6 +363,9 @@ BAD: list[Any] = [
     {"cp": 4, "stage": 1},
     {"cp": 4, "pp_split": "last"},
     {"cp": 4, "pp": 2, "stage": -1},
+    {"cp": 4, "pad_heads": 1},
+    {"cp": 4, "pad_heads": "yes"},
+    {"cp": 1, "pad_heads": True},
 ]
 
 

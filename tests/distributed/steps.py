@@ -30,6 +30,11 @@ def grouped_model() -> Any:
     return fresh_gqa("qwen3", torch.float32)
 
 
+def padded_model() -> Any:
+    """6 query heads in groups of 3 KV heads, on four ranks, two of tpa: both are padded."""
+    return fresh_gqa("qwen3", torch.float32, num_attention_heads=6, num_key_value_heads=3)
+
+
 def hybrid_model() -> Any:
     """A leaf layer, which every rank computes with a state of its own, and one of MLA."""
     kinds = ["linear_attention", "full_attention"]

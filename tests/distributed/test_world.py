@@ -17,7 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helix_compile import HelixModule, compare, helix_compile
-from tests.distributed.steps import MIXED, OPTIONS, TOKENS, grouped_model, hybrid_model, prompts, run_steps, torchrun
+from tests.distributed.steps import (
+    MIXED,
+    OPTIONS,
+    TOKENS,
+    grouped_model,
+    hybrid_model,
+    padded_model,
+    prompts,
+    run_steps,
+    torchrun,
+)
 from tests.support.disk import REASON
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
@@ -66,14 +76,15 @@ def test_logits_are_those_of_the_virtual_world(launch: Launch) -> None:
 
 
 def test_other_kinds_of_site_are_those_of_the_virtual_world_too(launch: Launch) -> None:
-    """Grouped-query attention with its KV heads cut over tpa, and a hybrid whose other layer is a leaf."""
+    """Grouped-query attention with its KV heads cut over tpa, the same with zero heads, and a hybrid whose other layer is a leaf."""
     grouped = helix_compile(grouped_model(), world="virtual", **MIXED)
     hybrid = helix_compile(hybrid_model(), cp=4, world="virtual", **OPTIONS)
+    padded = helix_compile(padded_model(), world="virtual", **MIXED, pad_heads=True)
     assert hybrid.plan.leaves and not grouped.plan.leaves
-    for name, virtual in (("grouped", grouped), ("hybrid", hybrid)):
+    for name, virtual in (("grouped", grouped), ("hybrid", hybrid), ("padded", padded)):
         assert close(launch.seen[0][name], run_steps(virtual)), name
     for said in launch.said:
-        assert said["kinds_texts"] == [stage_text(c.graph) for c in (grouped, hybrid)]
+        assert said["kinds_texts"] == [stage_text(c.graph) for c in (grouped, hybrid, padded)]
 
 
 def test_all_ranks_have_the_same_bits(launch: Launch) -> None:
@@ -169,7 +180,7 @@ def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:
 def test_c10d_was_asked_to_move_what_the_plan_says(launch: Launch) -> None:
     run_steps(launch.virtual)
     for rank, said in enumerate(launch.said):
-        for wire, counted, per_token in (said["wire"], said["wire_mixed"], said["wire_grouped"]):
+        for wire, counted, per_token in (said["wire"], said["wire_mixed"], said["wire_grouped"], said["wire_padded"]):
             assert wire == counted == per_token * TOKENS > 0
         assert said["wire"][1] == launch.virtual.world.sent_bytes[rank]
         assert said["groups_used"] == 2  # in the mixed world: kvp of two ranks, and the world

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
-from tests.distributed.steps import MIXED, OPTIONS, grouped_model, hybrid_model, prompts, run_steps
+from tests.distributed.steps import MIXED, OPTIONS, grouped_model, hybrid_model, padded_model, prompts, run_steps
 from tests.support import captures
 from tests.support.disk import full_after
 from tests.support.graphs import stage_text
@@ -93,7 +93,11 @@ def main(folder: Path) -> None:
     said["wire_grouped"] = moved(wire, grouped)
     hybrid = helix_compile(hybrid_model(), cp=4, **OPTIONS)
     seen["hybrid"] = run_steps(hybrid)
-    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid)]
+    padded = helix_compile(padded_model(), **MIXED, pad_heads=True)
+    with Wire() as wire:
+        seen["padded"] = run_steps(padded)
+    said["wire_padded"] = moved(wire, padded)
+    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves
     held = loaded.ranks[0].params.values()

@@ -21,7 +21,15 @@ from tests.support.models import fresh_model, tiny_model
 from tests.support.quantisers import Case
 
 Tensors = dict[str, Tensor]
-LAYOUTS = ({"cp": 1}, {"cp": 2}, {"cp": 4}, {"cp": 3}, {"cp": 2, "tpa": 2}, {"cp": 3, "tpa": 2, "ep": 2})
+LAYOUTS = (
+    {"cp": 1},
+    {"cp": 2},
+    {"cp": 4},
+    {"cp": 3},
+    {"cp": 2, "tpa": 2},
+    {"cp": 3, "tpa": 2, "ep": 2},
+    {"cp": 5, "ep": 5, "pad_heads": True},
+)
 
 
 def write(folder: Path, variant: str = "short", dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -13,6 +13,7 @@ from helix_compile.ir.dataflow import follow
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
 from helix_compile.ir.leaves import leaf_bytes
 from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.heads import HeadPadding, head_padding
 from helix_compile.passes.match.heads import linears_before
 from helix_compile.passes.match.reject import is_quantised
 from helix_compile.plan.helix_plan import BodyPlan, Cut, ParamShard
@@ -22,19 +23,33 @@ from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, LayerMatch
 def attention_shards(match: AttentionMatch, v_up: str, q_proj: str, layout: HelixLayout) -> Iterable[ParamShard]:
     """What makes the query by query heads, what makes K and V by theirs; gate and o_proj by the heads a rank owns."""
     H, V, D = match.num_heads, match.v_head_dim, match.hidden_size
+    padding = needed_padding(match, layout)
     axes = {"q": "world" if q_proj == "gather" else "tpa", "kv": "tpa", "v_up": "world" if v_up == "after" else "tpa"}
-    yield from (part.shard(axes[side], layout) for side, part in match.cuts)
+    # KV heads are padded at the end, as any cut is
+    yield from (part.shard(axes[side], layout, padding if side != "kv" else None) for side, part in match.cuts)
     if match.gate and match.gate.linear:
-        yield from (rows.shard("world", layout) for rows in match.gate.linear.params)
-    yield _cut(match.o_weight, (D, H * V), 1, "world", layout, V)
+        yield from (rows.shard("world", layout, padding) for rows in match.gate.linear.params)
+    yield _cut(match.o_weight, (D, H * V), 1, "world", layout, V, padding)
+
+
+def needed_padding(match: AttentionMatch, layout: HelixLayout) -> HeadPadding | None:
+    """Where zero heads lie between the query heads; None where these divide."""
+    padding = head_padding(match.num_heads, match.cache.heads, layout)
+    return padding if padding.places > padding.heads else None
 
 
 def _cut(
-    name: str, shape: tuple[int, ...], dim: int, axis: str, layout: HelixLayout, width: int | None = None
+    name: str,
+    shape: tuple[int, ...],
+    dim: int,
+    axis: str,
+    layout: HelixLayout,
+    width: int | None = None,
+    padding: HeadPadding | None = None,
 ) -> ParamShard:
     """A parameter cut along one dim: between heads of `width`, or (None) anywhere."""
     head = () if width is None else (width,)
-    cut = Cut(dim, axis, shape[dim] // (width or 1))
+    cut = Cut(dim, axis, shape[dim] // (width or 1), padding)
     before, after, local = shape[:dim], shape[dim + 1 :], cut.width(layout) * (width or 1)
     view = (*before, cut.total, *head, *after)
     return ParamShard(name, name, shape, view, (cut,), (*before, local, *after), f"{axis}:S({dim})")
@@ -52,9 +67,9 @@ def dense_shards(match: DenseFFNMatch, layout: HelixLayout) -> Iterable[ParamSha
 
 
 def moe_shards(match: MoEMatch, layout: HelixLayout) -> Iterable[ParamShard]:
-    """Experts over ep; within an expert each half of gate_up by rows and down by columns over tpf."""
+    """Experts over ep, behind the last such that no token chooses; within an expert each half of gate_up by rows and down by columns over tpf."""
     E, F, D = match.num_experts, match.width, match.hidden_size
-    e, f = E // layout.ep, -(-F // layout.tpf)
+    e, f = -(-E // layout.ep), -(-F // layout.tpf)
     cuts, cut = (Cut(0, "ep", E), Cut(2, "tpf", F)), "ep:S(0), tpf:S(2)"
     yield ParamShard(match.gate_up, match.gate_up, (E, 2 * F, D), (E, 2, F, D), cuts, (e, 2, f, D), cut)
     yield ParamShard(match.down, match.down, (E, D, F), (E, D, F), cuts, (e, D, f), cut)

@@ -14,11 +14,13 @@ import torch
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.config.options import HelixOptions, default_ep
-from helix_compile.errors import LayoutError, PlanError
+from helix_compile.errors import PlanError
 from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, CollectiveOp
 from helix_compile.kernels.exchange import codec_of
 from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.heads import head_padding
+from helix_compile.passes.decide.padding import check_heads, experts_refusal, padding_decision
 from helix_compile.passes.decide.param_shards import (
     attention_shards,
     dense_shards,
@@ -45,7 +47,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
     """
     moes = [m for match in matches.values() for m in match.moes]
     layout, ep_decision = _layout(options, moes)
-    _check_divisible(captured, matches, layout)
+    check_heads(captured, matches, layout, options)
     _check_cut_heads(captured, matches, options)
     attentions = [a for match in matches.values() for a in match.attentions]
     v_up_decision = _v_up(attentions, captured.dtype, options)
@@ -65,15 +67,22 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         for a in match.attentions
     )
     kv_bytes = Fraction(cached_width * captured.dtype.itemsize, layout.kvp)
+    decisions, notes = [ep_decision, v_up_decision, q_decision], _notes(captured, attentions, layout, options, kv_bytes)
+    if topk_decision:
+        decisions.append(topk_decision)
+    if options.pad_heads:
+        pad_decision, said = padding_decision(captured, matches, bodies, layout)
+        decisions.append(pad_decision)
+        notes += said
     return HelixPlan(
         model=captured.model_name,
         dtype=str(captured.dtype).removeprefix("torch."),
         layout=layout,
         options=options,
         bodies=bodies,
-        decisions=(ep_decision, v_up_decision, q_decision, *([topk_decision] if topk_decision else [])),
+        decisions=tuple(decisions),
         not_rewritten=replicated_roles(captured, matches, bodies),
-        notes=_notes(captured, attentions, layout, options, kv_bytes),
+        notes=tuple(notes),
         kv_bytes_per_token_per_rank=kv_bytes,
         params_bytes_per_rank=params_bytes_per_rank(captured, bodies),
         leaves=tuple((leaf.name, leaf.reason) for leaf in captured.leaves),
@@ -87,36 +96,11 @@ def _layout(options: HelixOptions, moes: list[MoEMatch]) -> tuple[HelixLayout, D
         raise PlanError(f"option ep={options.ep} has no effect: the model has no routed experts")
     ep = default_ep(world_size, experts) if options.ep is None else options.ep
     for moe in moes:
-        if moe.num_experts % ep:
-            raise LayoutError(
-                f"{moe.num_experts} routed experts can't be divided over ep={ep} "
-                f"({moe.num_experts} % {ep} = {moe.num_experts % ep}); "
-                f"use an ep that divides both {moe.num_experts} and {world_size}"
-            )
+        if moe.num_experts % ep and not options.pad_heads:
+            raise experts_refusal(moe.num_experts, ep, world_size)
     rule = "as asked" if options.ep else "largest e with N % e == 0 and E % e == 0; 1 without experts"
     decision = Decision("ep", rule, (("N", world_size), ("E", experts), ("option", options.ep)), ep)
     return HelixLayout(kvp=options.cp, tpa=options.tpa, ep=ep, tpf=world_size // ep), decision
-
-
-def _check_divisible(captured: CapturedGraph, matches: dict[str, LayerMatch], layout: HelixLayout) -> None:
-    N = layout.world_size
-    for name, match in matches.items():
-        for a in match.attentions:
-            if a.num_heads % N:
-                fits = [n for n in range(1, a.num_heads + 1) if a.num_heads % n == 0]
-                raise LayoutError(
-                    f"layer {captured.layers_of(name)[0].index}: {a.num_heads} heads can't be divided over "
-                    f"N = cp*tpa = {layout.kvp}*{layout.tpa} = {N} ranks ({a.num_heads} % {N} = "
-                    f"{a.num_heads % N}); choose cp*tpa from {fits}"
-                )
-            K = a.cache.heads
-            if K and K % layout.tpa:
-                fits = [n for n in range(1, K + 1) if K % n == 0]
-                raise PlanError(
-                    f"layer {captured.layers_of(name)[0].index}: {K} KV heads can't be divided over tpa={layout.tpa} "
-                    f"({K} % {layout.tpa} = {K % layout.tpa}): each rank of tpa caches whole KV heads; choose tpa from "
-                    f"{fits} and cp*tpa from the divisors of {a.num_heads} query heads"
-                )
 
 
 def _check_cut_heads(captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions) -> None:
@@ -212,14 +196,15 @@ def _plan_body(
 def _exchange(
     match: AttentionMatch, plan: AttentionPlan, options: HelixOptions, layout: HelixLayout, dtype: torch.dtype
 ) -> Iterable[Collective]:
-    H, codec, statistic = match.num_heads // layout.tpa, codec_of(options), accumulation_dtype(dtype)
+    places = head_padding(match.num_heads, match.cache.heads, layout).places
+    H, codec, statistic = places // layout.tpa, codec_of(options), accumulation_dtype(dtype)
     asked, query_width = match.kind.query
     if isinstance(match.selection, Selection):
         for op, what, nbytes in candidates_exchange(match.selection, plan.topk_exchange, options, layout, dtype):
             yield _planned(op, "kvp", what, nbytes, layout)
     width = match.v_head_dim if plan.v_up == "before" else match.kind.partial_width
     if options.q_proj == "gather":
-        owned = match.num_heads // layout.world_size
+        owned = places // layout.world_size
         yield _planned(ALL_GATHER, "kvp", asked, owned * query_width * dtype.itemsize, layout)
     if options.merge == "a2a":
         head_bytes = codec.head_bytes(width, dtype, statistic)
@@ -248,11 +233,11 @@ def _notes(
     layout: HelixLayout,
     options: HelixOptions,
     kv_bytes: Fraction,
-) -> tuple[str, ...]:
+) -> list[str]:
     dtype = str(captured.dtype).removeprefix("torch.")
     notes = [*captured.notes, *options.notes_of_plan(kv_bytes, captured.dtype.itemsize, dtype)]
     if layout.tpa > 1 and not all(a.cache.heads for a in attentions):
         notes.append(f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)")
     if captured.max_positions and options.max_seq_len > captured.max_positions:
         notes.append(f"max_seq_len={options.max_seq_len} is beyond the model's own maximum of {captured.max_positions}")
-    return tuple(notes)
+    return notes

@@ -18,6 +18,7 @@ from helix_compile.plan.matches import AttentionMatch, Selection
 
 # of the machine that v_up is decided for (plan_helix.py); the latency is that of predict/costs.py
 LINK_BYTES_PER_S, COLLECTIVE_LATENCY_S = 900e9, 10.7e-6
+OF_CANDIDATES = ("top-k candidates", "k-th keys")  # what a plan calls what ranks send of them
 
 
 def candidates_exchange(
@@ -30,9 +31,10 @@ def candidates_exchange(
     candidate = 2 * accumulation_dtype(dtype).itemsize  # score and position, as wide as the scores
     nbytes = min(selection.top_k, pages_per_sequence(options, layout.kvp) * PAGE_SIZE) * candidate
     if agreed == "gather":
-        return [(ALL_GATHER, "top-k candidates", nbytes)]
+        return [(ALL_GATHER, OF_CANDIDATES[0], nbytes)]
     # the buffer has a row a query, rounded up to a multiple of cp: a token's share, without the rounding
-    return [(ALL_TO_ALL, "top-k candidates", nbytes), (ALL_GATHER, "k-th keys", Fraction(candidate, layout.kvp))]
+    answers = Fraction(candidate, layout.kvp)
+    return [(ALL_TO_ALL, OF_CANDIDATES[0], nbytes), (ALL_GATHER, OF_CANDIDATES[1], answers)]
 
 
 def topk_exchange(

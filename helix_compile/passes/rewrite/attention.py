@@ -34,7 +34,14 @@ from helix_compile.ir.shapes import propagate_shapes
 from helix_compile.passes.match.heads import gate_by_head
 from helix_compile.passes.rewrite.grouped import grouped_attention
 from helix_compile.passes.rewrite.latent import latent_attention
-from helix_compile.passes.rewrite.parts import cache_example, cut_input, handed_examples, open_views, step_examples
+from helix_compile.passes.rewrite.parts import (
+    cache_example,
+    cut_input,
+    handed_examples,
+    open_views,
+    step_examples,
+    without_zero_heads,
+)
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, HelixPlan
 from helix_compile.plan.matches import (
@@ -96,6 +103,7 @@ def _rewrite_site(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan, b
             o = _raised(graph, match, "o_up", o)
         if N > 1:
             o = named(graph, "o_whole", helix.reshard.default, o, "world:S(2)", "R", N)
+            o = without_zero_heads(graph, o, site.padding(plan.layout))
     # a gate may be computed behind attention: what reads it stands at its place
     reader = node_named(graph, match.gate.product) if match.gate else anchor
     with graph.inserting_before(reader), made_from(graph, anchor):

@@ -63,7 +63,7 @@ def _experts(graph: fx.Graph, match: MoEMatch, plan: BodyPlan, layout: HelixLayo
     x, ids, probabilities = (node_named(graph, n) for n in (match.x, match.expert_ids, match.weights))
     rank = add_input(graph, "step", "ep_rank", rank_example(graph))
     with made_from(graph, output), graph.inserting_before(output):
-        first = named(graph, "first_expert", aten.mul.Tensor, rank, match.num_experts // layout.ep)
+        first = named(graph, "first_expert", aten.mul.Tensor, rank, -(-match.num_experts // layout.ep))
         routed = named(graph, "routed", helix.moe_experts.default, x, ids, probabilities, *weights, first)
     output.replace_all_uses_with(routed)
     return routed

@@ -13,6 +13,7 @@ from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import fake_mode_of, open_view
 from helix_compile.layout.degrees import HelixLayout
+from helix_compile.layout.heads import HeadPadding
 from helix_compile.plan.cache_row import cache_shape, pages_per_sequence
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
 from helix_compile.plan.matches import AttentionMatch, HandedSelection
@@ -58,6 +59,25 @@ def gathered_query(graph: fx.Graph, q: fx.Node, layout: HelixLayout) -> fx.Node:
     """Q [B, T, h, *] of the heads that a rank owns -> of all the heads that it computes."""
     source, target = ("world:S(2)", "tpa:S(2)") if layout.tpa > 1 else ("kvp:S(2)", "R")
     return named(graph, "q_gathered", helix.reshard.default, q, source, target, layout.kvp)
+
+
+def without_zero_heads(graph: fx.Graph, o: fx.Node, padding: HeadPadding) -> fx.Node:
+    """O [B, T, places, *] of all ranks -> [B, T, H, *] of the model's heads, in front of an o_proj that is still whole."""
+    if padding.places == padding.heads:
+        return o
+    if padding.groups == padding.padded_groups == 1:
+        return named(graph, "o_heads", aten.slice.Tensor, o, 2, 0, padding.heads)
+    o = graph.call_function(aten.unflatten.int, (o, 2, [padding.padded_groups, padding.padded_group]))
+    o = graph.call_function(aten.slice.Tensor, (o, 2, 0, padding.groups))
+    o = graph.call_function(aten.slice.Tensor, (o, 3, 0, padding.group))
+    return named(graph, "o_heads", aten.flatten.using_ints, o, 2, 3)
+
+
+def behind_zero_heads(o: Any) -> Any:
+    """What `without_zero_heads` took them from."""
+    while is_call(o, aten.slice.Tensor, aten.unflatten.int, aten.flatten.using_ints):
+        o = o.args[0]
+    return o
 
 
 def fake_shard(node: fx.Node, shard: ParamShard) -> Tensor:

@@ -3,7 +3,7 @@
     reshard(o, heads -> R) -> o_proj                      before
     o -> o_proj (this rank's columns) -> reshard(P -> R)  after: the heads a rank owns are the columns it holds
 
-A bias is added once, behind the sum.
+Zero heads go on to o_proj, whose columns for them are zero. A bias is added once, behind the sum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import fx
 from helix_compile.ir.graph import erase_unused, is_call, node_named, placeholders
 from helix_compile.ir.ops import helix
 from helix_compile.ir.shapes import propagate_shapes
-from helix_compile.passes.rewrite.parts import cut_input, sum_over_world
+from helix_compile.passes.rewrite.parts import behind_zero_heads, cut_input, sum_over_world
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.matches import LayerMatch
 
@@ -27,7 +27,7 @@ def reshard_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) ->
         assert isinstance(flat, fx.Node)
         reader = flat.args[0] if attention.gate else flat
         assert isinstance(reader, fx.Node)
-        gathered = reader.args[0]
+        gathered = behind_zero_heads(reader.args[0])
         if is_call(gathered, helix.reshard.default):
             reader.args = (gathered.args[0], *reader.args[1:])
         cut_input(gm.graph, attention.o_weight, plan)

@@ -230,7 +230,9 @@ def bisect_step(
     dtype = getattr(torch, plan.dtype)
     for layer, nodes, values, twins, name in parts():
         layouts = typed.layouts.get(name, {})
-        located = first_deviation(nodes, values, twins, layouts, plan.layout, dtype, batch.mask)
+        located = first_deviation(
+            nodes, values, twins, layouts, plan.layout, dtype, batch.mask, captured.matches.get(name)
+        )
         if located is not None:
             return located, layer, gap
     return None, None, gap

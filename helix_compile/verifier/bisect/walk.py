@@ -7,7 +7,7 @@ first that does not are the suspects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from helix_compile.ir.dataflow import ancestors
 from helix_compile.ir.graph import helix_op, input_ref
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.matches import LayerMatch, permuted
+from helix_compile.verifier.contract import head_places
 from helix_compile.verifier.numeric.layer_run import attention_output, fitted, replicas
 from helix_compile.verifier.report import Finding
 
@@ -56,6 +57,7 @@ def first_deviation(
     degrees: HelixLayout,
     dtype: torch.dtype,
     mask: Tensor,
+    match: LayerMatch | None = None,
 ) -> Located | None:
     """Walk a graph in order.
 
@@ -65,8 +67,19 @@ def first_deviation(
         twins: node name -> what it should be.
         layouts: node name -> inferred layout; nodes without one are not compared.
         mask: [B, T] of the step's tokens; values at padding are not compared.
+        match: of the body, if it is one: where zero heads lie among the ranks' own.
     """
-    compare = partial(_off, values=values, twins=twins, layouts=layouts, degrees=degrees, mask=mask)
+    sites = match.attentions if match is not None else ()
+    places = {tuple(head_places(a.num_heads, a.cache.heads, degrees)) for a in sites}
+    compare = partial(
+        _off,
+        values=values,
+        twins=twins,
+        layouts=layouts,
+        degrees=degrees,
+        mask=mask,
+        padded=[p for p in places if None in p],
+    )
     return walk(nodes, compare, dtype)
 
 
@@ -123,6 +136,7 @@ def _off(
     layouts: dict[str, Any],
     degrees: HelixLayout,
     mask: Tensor,
+    padded: list[tuple[int | None, ...]],
 ) -> tuple[float, int] | None:
     twin, layout = twins.get(node.name), layouts.get(node.name)
     parts = [v.get(node.name) for v in values]
@@ -137,13 +151,25 @@ def _off(
     found = []
     for number, value in enumerate(whole):
         value = value.double()
-        fit = fitted(value, twin)
-        if fit is None and value.numel() == twin.numel():
-            fit = value.reshape(twin.shape)
-        if fit is None:
+        same = value.shape == twin.shape
+        read = (value,) if same else (fitted(value, twin), *_of_heads(value, padded), value)
+        fits = [fit.reshape(twin.shape) for fit in read if fit is not None and fit.numel() == twin.numel()]
+        if not fits:
             return None
-        found.append((rel_rmse(fit, twin, mask), number if not layout else 0))
+        # widths that are padded look like heads that are: the reading that is right is the one that fits
+        off = min(rel_rmse(fit, twin, mask) for fit in fits)
+        found.append((off, number if not layout else 0))
     return worst(found)
+
+
+def _of_heads(value: Tensor, padded: list[tuple[int | None, ...]]) -> Iterator[Tensor]:
+    """The value without its zero heads, for each dim that may hold heads."""
+    for places in padded:
+        kept = torch.tensor([place for place, head in enumerate(places) if head is not None])
+        for dim, size in enumerate(value.shape):
+            if size and size % len(places) == 0:
+                by_head = value.unflatten(dim, (len(places), -1))
+                yield by_head.index_select(dim, kept).flatten(dim, dim + 1)
 
 
 def worst(found: list[tuple[float, int]]) -> tuple[float, int] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +18,23 @@ from torch.distributed.tensor.placement_types import Shard
 from helix_compile.errors import HelixError
 from helix_compile.ir.stage import OUTER
 from helix_compile.layout.degrees import HelixLayout, HelixMesh
+from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.values import ATTENTION_OUTPUT, LAYER_OUTPUT, LOGITS, PARAMETER, ValueEntry
 from helix_compile.verifier.bisect.replay import alike
 from helix_compile.verifier.compare.dumps import Dump, Key, Step, Value
 from helix_compile.verifier.compare.engine import EngineFolder, as_shaped
-from helix_compile.verifier.compare.whole import SHAPE, Deviation, Whole, deviation, fitted, layout_of, own, wholes
+from helix_compile.verifier.compare.whole import (
+    SHAPE,
+    Deviation,
+    Places,
+    Whole,
+    deviation,
+    fitted,
+    layout_of,
+    own,
+    wholes,
+)
+from helix_compile.verifier.contract import head_places
 
 # how far the largest deviation may be, over the largest element: what other orders of summing leave after many layers;
 # logits of two layers in bfloat16 were 8e-3 apart between cp=2 and cp=4
@@ -186,6 +198,7 @@ class _StepPair:
     def by_meaning(self) -> None:
         """What means the same in both, joined over the ranks."""
         meshes = [HelixMesh(run.plan.layout) if isinstance(run, Dump) else OUTER_SITE for run in (self.a, self.b)]
+        padded = [_padded(run.plan) if isinstance(run, Dump) else [] for run in (self.a, self.b)]
         here, there = _meanings(self.first), _meanings(self.second)
         ordered = here if isinstance(self.a, Dump) else there
         for meaning in ordered:
@@ -213,7 +226,7 @@ class _StepPair:
             usual = [_usual(c, limit, self._mask_of(entry)) for c in copies]
             apart = []
             for whole in copies[1]:
-                pair = fitted(usual[0], whole)
+                pair = fitted(usual[0], whole, padded, zeros=entry.role == PARAMETER)
                 if pair is None and not entry.role:
                     continue  # captured nodes whose shapes do not meet are not the same
                 off = Deviation(math.inf, SHAPE) if pair is None else _apart(*pair, self._mask_of(entry))
@@ -326,6 +339,16 @@ class _StepPair:
             worst = max(over, key=lambda x: x[0].off)[0]
             ranks = tuple(rank for _, rank in over)
             self.found.contradictions.append(self._difference(key, (entry, entry), worst, limit, ranks, name))
+
+
+def _padded(plan: HelixPlan) -> list[Places]:
+    """How heads lie, and KV heads, of each kind of site that has zero heads."""
+    sites = [a for body in plan.bodies for a in body.attentions]
+    found = {tuple(head_places(a.heads, a.kv_heads, plan.layout)) for a in sites}
+    # a KV head lies as the only query head of its group would
+    tpa = replace(plan.layout, kvp=1, ep=1, tpf=plan.layout.tpa)
+    found |= {tuple(head_places(a.kv_heads, a.kv_heads, tpa)) for a in sites if a.kv_heads}
+    return sorted((p for p in found if None in p), key=len)
 
 
 def _parameter_limit(apart: Deviation) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +35,7 @@ class Whole:
         elements: [n] float64 at flat indices `places` of `shape`; None where only figures can be joined.
         figures: None where they can't be: the norm of a sum is not the sum of norms.
         ranks: the group. Of a joined value each has one part, `part` wide, of `cut`, the dim that is split.
+        rows: where padding was left out of that dim, the places of those that are left.
     """
 
     shape: tuple[int, ...]
@@ -43,12 +45,14 @@ class Whole:
     ranks: tuple[int, ...]
     cut: int | None = None
     part: int = 0
+    rows: Tensor | None = None
 
     def owner(self, at: tuple[int, ...]) -> tuple[int, ...]:
         """The ranks that an element at these coordinates comes from; without coordinates the group."""
         if self.cut is None or not at:
             return self.ranks
-        return (self.ranks[at[self.cut] // self.part],)
+        row = at[self.cut] if self.rows is None else int(self.rows[at[self.cut]])
+        return (self.ranks[row // self.part],)
 
 
 @dataclass(frozen=True)
@@ -131,26 +135,70 @@ def _summed(parts: list[Whole], ranks: tuple[int, ...]) -> Whole:
     return Whole(parts[0].shape, parts[0].places, elements, None, ranks)
 
 
-def fitted(a: Whole, b: Whole) -> tuple[Whole, Whole] | None:
-    """Both without the zeros that pad the last shards of one; None if their shapes do not meet."""
+Places = tuple[int | None, ...]  # which head of the model lies on each place of all ranks, None: a zero head
+
+
+def fitted(
+    a: Whole, b: Whole, padded: Sequence[Sequence[Places]] = ((), ()), zeros: bool = True
+) -> tuple[Whole, Whole] | None:
+    """Both without the zeros that pad the last shards of one, or without zero heads; None if their shapes do not meet.
+
+    Args:
+        padded: of each side, how heads lie at sites with zero heads.
+        zeros: what zero heads have is zero too (weights), so that figures are those of the model's heads; a value may be
+            what a zero head has attended to.
+    """
     if a.shape == b.shape:
         return a, b
     if len(a.shape) != len(b.shape):
         return None
     other = [d for d, (x, y) in enumerate(zip(a.shape, b.shape, strict=True)) if x != y]
-    longer = a if a.shape[other[0]] > b.shape[other[0]] else b
-    if len(other) > 1 or longer.cut != other[0]:
+    if len(other) > 1:
         return None
-    shape = (b if longer is a else a).shape
-    return _narrowed(a, shape), _narrowed(b, shape)
+    dim = other[0]
+    by_tail = (_tail_cut(a, dim, b.shape[dim]), _tail_cut(b, dim, a.shape[dim]))
+    sides = [[w, *_without_zero_heads(w, dim, places, zeros)] for w, places in zip((a, b), padded, strict=True)]
+    by_heads = next(((x, y) for x in sides[0] for y in sides[1] if x.shape == y.shape), None)
+    if by_tail[0] is None or by_tail[1] is None:
+        return by_heads
+    # a width that is padded looks like heads that are; what is dropped of a width is zero
+    if by_heads and not (_lost_zeros(a, by_tail[0]) and _lost_zeros(b, by_tail[1])):
+        return by_heads
+    return by_tail[0], by_tail[1]
 
 
-def _narrowed(whole: Whole, shape: tuple[int, ...]) -> Whole:
-    """The leading part; the zeros behind it are in no figure."""
+def _lost_zeros(before: Whole, after: Whole) -> bool:
+    """All elements are known, and those that were dropped are zero."""
+    if before.elements is None or after.elements is None:
+        return False
+    return int((before.elements != 0).sum()) == int((after.elements != 0).sum())
+
+
+def _tail_cut(whole: Whole, dim: int, size: int) -> Whole | None:
+    """The leading `size` of a dim that is split; the zeros behind it are in no figure."""
+    if size >= whole.shape[dim]:
+        return whole
+    return _kept_rows(whole, dim, torch.arange(size), figures=True) if whole.cut == dim else None
+
+
+def _without_zero_heads(whole: Whole, dim: int, padded: Sequence[Places], zeros: bool) -> Iterator[Whole]:
+    """For each way in which the dim may hold heads."""
+    for places in padded:
+        width, rest = divmod(whole.shape[dim], len(places))
+        if width and not rest:
+            first = torch.tensor([place for place, head in enumerate(places) if head is not None]) * width
+            yield _kept_rows(whole, dim, (first[:, None] + torch.arange(width)).flatten(), figures=zeros)
+
+
+def _kept_rows(whole: Whole, dim: int, rows: Tensor, figures: bool) -> Whole:
+    """`figures`: what is left out is zero, so they are still true."""
+    shape = tuple(len(rows) if d == dim else size for d, size in enumerate(whole.shape))
+    known = whole.figures if figures else None
+    left = replace(whole, shape=shape, figures=known, rows=rows if whole.cut == dim else None)
     if whole.elements is None or len(whole.elements) < math.prod(whole.shape):
-        return replace(whole, shape=shape, places=torch.arange(0), elements=None)
-    elements = whole.elements.reshape(whole.shape)[tuple(slice(0, size) for size in shape)].flatten()
-    return replace(whole, shape=shape, places=torch.arange(len(elements)), elements=elements)
+        return replace(left, places=torch.arange(0), elements=None)
+    elements = whole.elements.reshape(whole.shape).index_select(dim, rows).flatten()
+    return replace(left, places=torch.arange(len(elements)), elements=elements)
 
 
 def deviation(a: Whole, b: Whole, mask: Tensor | None) -> Deviation:

@@ -25,7 +25,13 @@ from helix_compile.module import HelixModule
 from helix_compile.passes.match.layers import match_layers
 from helix_compile.runtime.rank import originals
 from helix_compile.verifier.layer_check import LayerCase
-from helix_compile.verifier.mutants import graph_mutants, kernel_mutants, param_mutants, selection_mutants  # noqa: F401  importing registers them
+from helix_compile.verifier.mutants import (  # noqa: F401  importing registers them
+    graph_mutants,
+    kernel_mutants,
+    padding_mutants,
+    param_mutants,
+    selection_mutants,
+)
 from helix_compile.verifier.mutants.mutant import CATALOGUE, GQA_CATALOGUE, Mutant
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, run_layer
 from helix_compile.verifier.numeric.reference import apply_edits, edited, wide_copy

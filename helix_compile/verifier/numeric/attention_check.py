@@ -8,8 +8,9 @@ from torch import Tensor, fx
 from helix_compile.ir.graph import helix_op
 from helix_compile.ir.stage import body_of
 from helix_compile.kernels.exchange import codec_of
+from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.matches import AttentionMatch
-from helix_compile.verifier.contract import deal
+from helix_compile.verifier.contract import deal, head_places
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerRun, attention_output
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.site_terms import terms_of
@@ -39,20 +40,23 @@ def check_attention(
     if attention.kind.v_up is not None:
         whole = reference.tensors[reference.prefix(layer) + attention.kind.v_up.param]
         w_uv = attention.kind.v_up.of(whole.double())
+    places = head_places(attention.num_heads, attention.cache.heads, layout)
     owned = [v[attention_output(o_proj, attention).name] for v in run.values]
-    queries = [terms_of(attention).local_query(decode, v) for v in run.values]
-    heads = attention.num_heads // layout.world_size
+    queries = [terms_of(attention, layout).local_query(decode, v) for v in run.values]
+    heads = len(places) // layout.world_size
     pooled, norm, worst = 0.0, 0.0, (0.0, 0, 0, 0)
     limit = ATTENTION[dtype] + codec_of(scratch.compiled.plan.options).noise
     for rank, o in enumerate(owned):
         tpa = rank // layout.kvp
         first = rank * heads - tpa * layout.kvp * heads
+        mine = places[rank * heads : (rank + 1) * heads]
         for row, length in enumerate(scratch.lengths):
             entries = scratch.gathered(site, row, length, tpa).double()
             q = queries[rank][row, :, first : first + heads]
-            v = _dense(q, entries, attention, length, first)
+            v = _dense(q, entries, attention, length, first, layout)
             if w_uv is not None:
-                v = torch.einsum("thr,hvr->thv", v, w_uv[rank * heads : (rank + 1) * heads])
+                raised_by = [w_uv.new_zeros(w_uv.shape[1:]) if h is None else w_uv[h] for h in mine]
+                v = torch.einsum("thr,hvr->thv", v, torch.stack(raised_by))
             got = o[row].reshape(*v.shape).double()
             error = (got - v).square().sum(dim=(1, 2))
             pooled, norm = pooled + float(error.sum()), norm + float(v.square().sum())
@@ -75,7 +79,7 @@ def _blame(
     """Which half is wrong: a rank's own attention over its shard, or what is made of the ranks' parts."""
     layout, options = scratch.compiled.plan.layout, scratch.compiled.plan.options
     for rank, values in enumerate(run.values):
-        q = terms_of(attention).local_query(decode, values)
+        q = terms_of(attention, layout).local_query(decode, values)
         o, lse = _merged(*(x.double() for x in values[decode.name]))
         for row, length in enumerate(scratch.lengths):
             T = q.shape[1]
@@ -88,7 +92,7 @@ def _blame(
             alive = expected > -torch.inf
             if not torch.equal(alive, lse[row] > -torch.inf) or bool(lse[row].isnan().any()):
                 return f"{at} says the wrong shards are empty", 5
-            wanted = terms_of(attention).weighted(s.softmax(-1).nan_to_num(0), held)
+            wanted = terms_of(attention, layout).weighted(s.softmax(-1).nan_to_num(0), held)
             norm = max(float(wanted.square().sum()), 1e-300)
             off = (float((o[row] - wanted)[alive].square().sum()) / norm) ** 0.5
             apart = float((lse[row] - expected)[alive].abs().max()) if bool(alive.any()) else 0.0
@@ -111,10 +115,13 @@ def _merged(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(shares[..., None] > 0, o, 0.0).mul(shares[..., None]).sum(dim=3), whole
 
 
-def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int, first_head: int) -> Tensor:
+def _dense(
+    q: Tensor, entries: Tensor, attention: AttentionMatch, length: int, first_head: int, layout: HelixLayout
+) -> Tensor:
     """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own."""
     seen = torch.arange(length) <= torch.arange(length - q.shape[0], length)[:, None]
-    return terms_of(attention).weighted(_scores(q, entries, attention, seen).softmax(-1), entries, first_head)
+    weights = _scores(q, entries, attention, seen).softmax(-1)
+    return terms_of(attention, layout).weighted(weights, entries, first_head)
 
 
 def _scores(q: Tensor, entries: Tensor, attention: AttentionMatch, seen: Tensor) -> Tensor:

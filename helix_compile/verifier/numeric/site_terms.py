@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.cache_row import CacheRow
 from helix_compile.plan.matches import AttentionMatch, Grouped, Latent, permuted
+from helix_compile.verifier.contract import head_places
 
 Parts = tuple[Tensor, Tensor]
 
@@ -51,10 +53,14 @@ class LatentTerms:
 
 @dataclass(frozen=True)
 class GroupedTerms:
-    """Grouped-query attention: an entry is [K of all KV heads | V of all]. As LatentTerms."""
+    """Grouped-query attention: an entry is [K of all KV heads | V of all]. As LatentTerms.
+
+    `group` query heads read one KV head; on ranks zero heads may be among them.
+    """
 
     match: AttentionMatch
     kind: Grouped
+    group: int
 
     def query_parts(self, values: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Parts:
         """Q at its KV head's channels of K; V has no part in the scores."""
@@ -65,7 +71,7 @@ class GroupedTerms:
     def local_query(self, decode: fx.Node, values: dict[str, Any]) -> Tensor:
         """As query_parts, against the KV heads that the rank caches."""
         q = values[decode.args[0].name].double()
-        kv_heads = q.shape[2] // self._group
+        kv_heads = q.shape[2] // self.group
         k = self._spread_over_heads(q, kv_heads)
         return torch.cat([k, k.new_zeros(*k.shape[:3], kv_heads * self.kind.v_proj.width)], dim=-1)
 
@@ -74,33 +80,35 @@ class GroupedTerms:
         K_width, V_width = self.kind.k_proj.width, self.kind.v_proj.width
         kv_heads = entries.shape[1] // (K_width + V_width)
         v = entries[:, kv_heads * K_width :].reshape(len(entries), kv_heads, V_width)
-        read = torch.tensor([(first_head + j) // self._group for j in range(weights.shape[1])])
+        read = torch.tensor([(first_head + j) // self.group for j in range(weights.shape[1])])
         return torch.einsum("ths,shv->thv", weights, v[:, read])
 
     def roped(self) -> slice:
         """K."""
         return slice(0, self.kind.kv_heads * self.kind.k_proj.width)
 
-    @property
-    def _group(self) -> int:
-        return self.match.num_heads // self.kind.kv_heads
-
     def _spread_over_heads(self, q: Tensor, kv_heads: int) -> Tensor:
         """Q [..., h, Dk] -> [..., h, K * Dk], each at its KV head's channels."""
         wide = q.new_zeros(*q.shape[:-1], kv_heads, q.shape[-1])
         for j in range(q.shape[-2]):
-            wide[..., j, j // self._group, :] = q[..., j, :]
+            wide[..., j, j // self.group, :] = q[..., j, :]
         return wide.flatten(-2)
 
 
 Terms = LatentTerms | GroupedTerms
-_TERMS: dict[type, Any] = {Latent: LatentTerms, Grouped: GroupedTerms}
 
 
-def terms_of(match: AttentionMatch) -> Terms:
-    """A site in these terms."""
-    terms: Terms = _TERMS[type(match.kind)](match, match.kind)
-    return terms
+def terms_of(match: AttentionMatch, layout: HelixLayout | None = None) -> Terms:
+    """A site in these terms: the original's own, or with a layout what its ranks compute, zero heads included."""
+    kind = match.kind
+    if isinstance(kind, Latent):
+        return LatentTerms(match, kind)
+    assert isinstance(kind, Grouped)
+    heads, groups = match.num_heads, kind.kv_heads
+    if layout is not None:
+        heads = len(head_places(heads, groups, layout))
+        groups = -(-groups // layout.tpa) * layout.tpa
+    return GroupedTerms(match, kind, heads // groups)
 
 
 def past_of(match: AttentionMatch, first: Tensor, second: Tensor) -> Parts:
@@ -131,13 +139,16 @@ def new_entries(match: AttentionMatch, values: dict[str, Any]) -> Parts:
     return entries_of((first, second))
 
 
-def on_rank(entries: Tensor, row: CacheRow, tpa_rank: int, tpa: int) -> Tensor:
+def on_rank(entries: Tensor, row: CacheRow, tpa_rank: int, tpa: int, of_zero_heads: float = 0.0) -> Tensor:
     """Whole entries [..., first + second] -> a rank's rows as its cache holds them."""
     if not row.heads:
         return entries
-    local = row.heads // tpa
+    local = -(-row.heads // tpa)
     rows = []
     for head in range(tpa_rank * local, (tpa_rank + 1) * local):
+        if head >= row.heads:  # a zero head
+            rows.append(entries.new_full((*entries.shape[:-1], row.first + row.second), of_zero_heads))
+            continue
         k = entries[..., head * row.first : (head + 1) * row.first]
         start = row.widths[0] + head * row.second
         rows.append(torch.cat([k, entries[..., start : start + row.second]], dim=-1))

@@ -15,27 +15,37 @@ from torch import Tensor
 
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout, normal_form, parse_layout
-from helix_compile.plan.helix_plan import ParamShard
-from helix_compile.verifier.contract import coordinate
+from helix_compile.plan.helix_plan import Cut, ParamShard
+from helix_compile.verifier.contract import coordinate, places_of
 from helix_compile.verifier.report import Finding
 
 ID_ELEMENTS = 5 * 10**7  # larger weights are checked for holes by size alone
 
 
 def part(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) -> Tensor:
-    """What `rank` must hold of a whole weight: ceil(total / parts) wide, zeros behind the end."""
+    """What `rank` must hold of a whole weight: ceil(total / parts) wide, zeros behind the end (of each group of heads)."""
     value = _windowed(whole, shard)
     for cut in shard.cuts:
-        parts = layout.size(cut.axis)
-        width = (value.shape[cut.dim] + parts - 1) // parts
+        parts, places = layout.size(cut.axis), _places(value.shape[cut.dim], cut)
+        width = (len(places) + parts - 1) // parts
         start = coordinate(cut.axis, rank, layout) * width
-        rows = torch.arange(start, start + width, device=value.device)
-        inside = rows < value.shape[cut.dim]
-        value = value.index_select(cut.dim, rows.clamp(max=value.shape[cut.dim] - 1))
+        mine = places[start : start + width].to(value.device)
+        rows = torch.cat([mine, mine.new_full((width - len(mine),), -1)])
+        inside = rows >= 0
+        value = value.index_select(cut.dim, rows.clamp(min=0))
         if not bool(inside.all()):
             shape = [width if d == cut.dim else 1 for d in range(value.dim())]
             value = torch.where(inside.view(shape), value, torch.zeros_like(value))
     return value.reshape(shard.shape)
+
+
+def _places(size: int, cut: Cut) -> Tensor:
+    """Which row lies on each place that is cut, -1 where zeros do."""
+    if cut.padding is None:
+        return torch.arange(size)
+    p = cut.padding
+    places = places_of(p.groups, p.group, p.padded_groups, p.padded_group)
+    return torch.tensor([-1 if row is None else row for row in places])
 
 
 def _windowed(whole: Tensor, shard: ParamShard) -> Tensor:
@@ -158,7 +168,7 @@ def _sharded(
     rank = wrong[0]
     count = _different(local[rank], expected[rank])
     got = f"rank {rank}: {count} of {expected[rank].numel()} values differ (wrong on ranks {wrong})"
-    return [Finding("HX202", where, got, "the original's values, zeros behind their end", 2)]
+    return [Finding("HX202", where, got, "the original's values, zeros where the plan pads", 2)]
 
 
 def _different(a: Tensor, b: Tensor) -> int:

@@ -6,6 +6,7 @@ What is expected is computed from the matches of the original model and from the
 from __future__ import annotations
 
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,8 @@ from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_param, p
 from helix_compile.ir.sizes import hint_of
 from helix_compile.ir.stage import bodies_of, body_of
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
-from helix_compile.plan.matches import LayerMatch
+from helix_compile.plan.matches import AttentionMatch, LayerMatch
+from helix_compile.verifier.contract import head_places, places_of
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static.graph import COLLECTIVES
 
@@ -45,16 +47,37 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
         for site, (attention, found) in enumerate(zip(body.attentions, match.attentions, strict=False)):
             where = f"plan, {body.name}, attention {site}"
             expect(f"{where}: heads", attention.heads, found.num_heads, 1)
-            expect(f"{where}: heads % ranks", attention.heads % layout.world_size, 0, 12)
+            expect(f"{where}: KV heads", attention.kv_heads, found.cache.heads, 1)
+            places = head_places(found.num_heads, found.cache.heads, layout)
+            if not options.pad_heads:
+                expect(f"{where}: zero heads without pad_heads", places.count(None), 0, 12)
+            findings += _zero_heads(body, found, places, where)
             if options.v_up != "auto":
                 expect(f"{where}: v_up", attention.v_up, options.v_up, 9)
         for ffn in body.ffns:
             if ffn.kind == "routed":
                 where, experts = f"plan, {body.name}, {ffn.kind} FFN", match.moes[ffn.site].num_experts
                 expect(f"{where}: experts", ffn.experts, experts, 12)
-                expect(f"{where}: experts % ep", experts % layout.ep, 0, 12)
+                if not options.pad_heads:
+                    expect(f"{where}: experts % ep", experts % layout.ep, 0, 12)
         findings += _cuts(body)
         findings += _shard_axes(body, match, plan)
+    return findings
+
+
+def _zero_heads(body: BodyPlan, found: AttentionMatch, places: list[int | None], where: str) -> list[Finding]:
+    """What is cut by query heads has its zero heads where the contract puts them."""
+    findings = []
+    names = [part.name for side, part in found.cuts if side != "kv"] + [found.o_weight]
+    if found.gate and found.gate.linear:
+        names += [rows.name for rows in found.gate.linear.params]
+    for shard in filter(None, map(body.shard, names)):
+        for cut in shard.cuts:
+            p = cut.padding
+            got = places_of(p.groups, p.group, p.padded_groups, p.padded_group) if p else list(range(cut.total))
+            if got != places:
+                text, wanted = (reprlib.repr(["-" if h is None else h for h in x]) for x in (got, places))
+                findings.append(Finding("HX302", f"{where}: heads of {shard.name}", text, wanted, 2))
     return findings
 
 
@@ -153,7 +176,9 @@ def check_work(
             for n in body.graph.nodes
             if helix_op(n) in ("mla_decode", "gqa_decode") and "val" in n.args[0].meta
         )
-        heads = sum(a.num_heads // plan.layout.tpa for a in match.attentions)
+        heads = (
+            sum(len(head_places(a.num_heads, a.cache.heads, plan.layout)) for a in match.attentions) // plan.layout.tpa
+        )
         if attended != heads:
             got_text = f"attention over the cache for {attended} heads a rank"
             findings.append(Finding("HX107", name, got_text, f"{heads}", 13))

@@ -14,7 +14,7 @@ from helix_compile.ir.graph import helix_op
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import LayerMatch
-from helix_compile.verifier.contract import OTHER_AXIS, coordinate, deal
+from helix_compile.verifier.contract import OTHER_AXIS, coordinate, deal, head_places
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static.plan import matched_bodies
 
@@ -76,8 +76,9 @@ def check_rank_order(
                 got = "no unpack_heads and merge_lse behind it"
                 findings.append(Finding("HX106", f"{name}, `{pack.name}`", got, "them", 1))
                 continue
+            places = len(head_places(found.num_heads, found.cache.heads, plan.layout))
             run = partial(_run_on, device, world, exchange)
-            findings += _owned_heads(name, exchange, found.num_heads, plan.layout, run)
+            findings += _owned_heads(name, exchange, places, plan.layout, run)
     return findings
 
 

@@ -30,6 +30,7 @@ BY_NUMBERS = {
     "a token is also written one slot further": "HX404",
     "query and key positions one too large": "HX404",
     "only the first token of a step is written": "HX404",
+    "ranks of ep count experts without those that are padded": "HX401",
     "padding is written to slot 0": "HX401",
     "attention reads the cache before the new token is written": "HX402",
 }
@@ -39,12 +40,17 @@ BY_TYPES = {
     "a projection is computed twice and averaged": "HX107",
     "attention over the cache is computed twice": "HX107",
     "merge option accepted and ignored": "HX105",
+    "the plan has no word of zero heads": "HX302",
     "v_up option accepted and ignored": "HX302",
     "two sequences share a page": "HX404",
     "a cache is imported in the order of the sender, not dealt block by block": "HX404",
     "a collective is waited for twice": "HX104",
     "o_proj rows in (kvp, tpa) order": "HX201",
     "FFN shards overlap by one row": "HX202",
+    "o_proj's columns for a zero head are those of the head before": "HX202",
+    "a zero head stands before the others of its rank": "HX202",
+    "the expert that no token chooses holds weights": "HX202",
+    "rows of a zero head are not zero": "HX202",
     "one rank has an older router bias": "HX204",
     "kvp groups run through in reverse": "HX106",
     "blocks start one token late": "HX301",
@@ -123,6 +129,8 @@ GROUPED = {
     "an empty shard of K/V says lse = 0": "HX402",
     "statistics of a group are those of its first query head": "HX402",
     "grouped attention over the cache is computed twice": "HX107",
+    "zero heads behind all groups in place of behind each": "HX403",
+    "the plan pads groups at the end of all": "HX302",
 }
 IN_CI = ("HX201", "HX202", "HX204", "HX107", "HX404")
 
