@@ -15,6 +15,7 @@ from tests.slow.test_releases import RELEASES
 from tests.support.families import fresh_family
 from tests.support.gqa_models import SIZES
 from tests.support.padding import check_bytes, check_exact, gqa_of, mla_of, padded
+from tests.support.sparse import sparse_deviation
 
 pytestmark = pytest.mark.slow
 LAYOUTS = [(cp, tpa) for cp in (2, 4, 8) for tpa in (1, 2)]
@@ -109,3 +110,10 @@ def test_a_gate_behind_grouped_query_attention() -> None:
     assert any(s.name.endswith("gate_proj.weight") and s.cuts[0].padding for s in compiled.plan.bodies[0].param_shards)
     check_exact(model, compiled)
     check_bytes(model, compiled)
+
+
+def test_sparse_attention() -> None:
+    """An indexer's heads are whole on every rank; those of attention are padded."""
+    model = fresh_family("deepseek_v32", num_attention_heads=5, num_key_value_heads=5)
+    compiled = padded(model, cp=4)
+    assert sparse_deviation(model, compiled, [5, 2, 9], (1, 1, 3, 1)) <= 1e-10
