@@ -84,7 +84,8 @@ class AttentionPlan:
     """Decisions for one attention site: `v_up`, "none" where there is no W_UV, and what is cut by heads.
 
     `output_weight` is the parameter whose columns a rank holds for the heads it owns. `kv_heads` are the heads that are
-    cached; 0 where all heads share one latent (MLA).
+    cached; 0 where all heads share one latent (MLA). A query at p sees `window` tokens up to itself, or those of its
+    `chunk`; 0: all.
     """
 
     site: int
@@ -92,6 +93,8 @@ class AttentionPlan:
     heads: int
     output_weight: str
     kv_heads: int = 0
+    window: int = 0
+    chunk: int = 0
 
     def head_ranges(self, layout: HelixLayout) -> tuple[tuple[int, int], ...]:
         """The heads [start, stop) that each rank owns after the exchange."""
@@ -112,13 +115,16 @@ class AttentionPlan:
             "tokens_per_block": options.tokens_per_block,
             "output_weight": self.output_weight,
             "cached_heads": self.kv_heads // layout.tpa,
+            "window": self.window,
+            "chunk": self.chunk,
         }
 
     @classmethod
     def read(cls, fields: dict[str, Any], layout: HelixLayout) -> AttentionPlan:
         """The decisions out of what `written` makes of them."""
         heads, cached = fields["computed_heads"] * layout.tpa, fields.get("cached_heads", 0) * layout.tpa
-        return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached)
+        reach = fields.get("window", 0), fields.get("chunk", 0)
+        return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached, *reach)
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,12 @@ class HelixPlan:
     def body(self, name: str) -> BodyPlan:
         """The plan of one body."""
         return next(b for b in self.bodies if b.name == name)
+
+    @property
+    def shortest_reach(self) -> int:
+        """Tokens that the most forgetful attention sees, its own included; 0 where all see all."""
+        sites = [site for body in self.bodies for site in body.attentions]
+        return min((reach for site in sites if (reach := site.window or site.chunk)), default=0)
 
     @property
     def egress_bytes_per_rank_per_token(self) -> Fraction:
@@ -325,7 +337,7 @@ def _body_from(fields: dict[str, Any], layout: HelixLayout, options: HelixOption
     )
 
 
-_LATER = {"cached_heads": 0, "experts_per_rank": 0}  # not in every plan that was ever written
+_LATER = {"cached_heads": 0, "experts_per_rank": 0, "window": 0, "chunk": 0}  # not in every plan that was ever written
 
 
 def _check_follows(where: str, read: list[dict[str, Any]], written: list[dict[str, Any]]) -> None:

@@ -39,6 +39,7 @@ def decode_case(
     cache_dtype: torch.dtype,
     *,
     tokens_per_scale: int = 0,
+    windowed: bool = False,
     direct: bool = False,
     interpreted: bool = False,
     kv_ctas: int = 1,
@@ -55,6 +56,7 @@ def decode_case(
         dtype: of q.
         cache_dtype: of the cache.
         tokens_per_scale: slots that share a scale; 0: the cache has no scales.
+        windowed: rows have a first slot.
         direct: there is one split, and it writes the op's output: q's dtype, and 0 where nothing was seen.
         interpreted: whether Triton's interpreter runs it.
         kv_ctas: for tables, CTAs that visit each KV token.
@@ -80,7 +82,12 @@ def decode_case(
         "BLOCK_N": config.block_n,
         "STORE_DEAD": direct,
         "WIDE_DOT": interpreted and dtype == torch.bfloat16,
+        "WINDOWED": windowed,
     }
+    if windowed:
+        typed["first_ptr"] = "*i32"
+    else:
+        constexprs["first_ptr"] = None
     if tokens_per_scale:
         typed["cache_scale_ptr"] = "*fp32"
     else:
@@ -105,7 +112,7 @@ def decode_case(
         constexprs=constexprs,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         divisible_by_16=tuple(typed),
-        config=str(config),
+        config=f"{config}, windowed" if windowed else str(config),
         kv_tokens_per_step=config.block_n,
         ctas_per_kv_token=kv_ctas,
         fallback=fallback,
@@ -133,6 +140,7 @@ def decode_parts(
     scale: float,
     cache_scale: Tensor | None,
     *,
+    first: Tensor | None = None,
     splits: int,
     direct: bool,
     case: CompileCase | None = None,
@@ -158,6 +166,7 @@ def decode_parts(
         q_latent.dtype,
         cache.dtype,
         tokens_per_scale=0 if cache_scale is None else page_size // cache_scale.shape[1],
+        windowed=first is not None,
         direct=direct,
         interpreted=not q_latent.is_cuda,
     )
@@ -176,6 +185,8 @@ def decode_parts(
         "stride_q_rope_token": q_rope.stride(1),
         "stride_q_rope_head": q_rope.stride(2),
     }
+    if first is not None:
+        arguments["first_ptr"] = first.contiguous()
     if cache_scale is not None:
         arguments["cache_scale_ptr"] = cache_scale
     if config.form == POINTER:

@@ -68,7 +68,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         layout=layout,
         options=options,
         bodies=bodies,
-        decisions=(ep_decision, v_up_decision, q_decision),
+        decisions=(ep_decision, v_up_decision, q_decision, *_windows(attentions, layout, options)),
         not_rewritten=replicated_roles(captured, matches, bodies),
         notes=_notes(captured, attentions, layout, options, kv_bytes),
         kv_bytes_per_token_per_rank=kv_bytes,
@@ -168,11 +168,26 @@ def _v_up(sites: list[AttentionMatch], dtype: torch.dtype, options: HelixOptions
     return Decision("v_up", rule, inputs, "after" if options.max_batch_size <= even else "before")
 
 
+def _windows(sites: list[AttentionMatch], layout: HelixLayout, options: HelixOptions) -> Iterable[Decision]:
+    """What sharding costs a window or chunks: of tokens in a row, blocks and with them ranks, hold few."""
+    cp, block = layout.kvp, options.tokens_per_block
+    for window, chunk in dict.fromkeys((a.window, a.chunk) for a in sites if a.window or a.chunk):
+        reach = window or chunk
+        blocks = min(-(-(reach - 1) // block) + 1, max(1, -(-options.max_seq_len // block)))
+        yield Decision(
+            f"window {window}" if window else f"chunk {chunk}",
+            "sharded as all tokens are; a query's visible tokens lie in at most ceil((W - 1) / tokens_per_block) + 1 blocks, "
+            "each on one rank, and the other ranks only exchange",
+            (("W", reach), ("tokens_per_block", block), ("cp", cp)),
+            f"at most {min(cp, blocks)} of {cp} ranks hold what a query sees",
+        )
+
+
 def _plan_body(
     captured: CapturedGraph, match: LayerMatch, layout: HelixLayout, options: HelixOptions, v_up: str
 ) -> BodyPlan:
     attentions = tuple(
-        AttentionPlan(i, v_up if a.kind.v_up else "none", a.num_heads, a.o_weight, a.cache.heads)
+        AttentionPlan(i, v_up if a.kind.v_up else "none", a.num_heads, a.o_weight, a.cache.heads, a.window, a.chunk)
         for i, a in enumerate(match.attentions)
     )
     shared = {m.shared for m in match.moes}

@@ -11,7 +11,7 @@ from helix_compile.ir.graph import PARTS, InputRef, input_ref, is_param, node_na
 from helix_compile.passes.match.attention import find_attention
 from helix_compile.passes.match.context import check_context
 from helix_compile.passes.match.ffn import find_dense_ffns, find_moes
-from helix_compile.passes.match.mask import check_mask
+from helix_compile.passes.match.mask import with_reach
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch, UpWeight
 
 
@@ -50,8 +50,7 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
     cached = len(layers[0].caches)
     if len(matched) != cached:
         raise MatchError(f"layer {layers[0].index}: {cached} cached attentions but {len(matched)} sites found")
-    for match in matched:
-        check_mask(captured, body, match, max_seq_len)
+    matched = [with_reach(captured, body, match, max_seq_len) for match in matched]
     check_context(captured, body, matched)
     _name_pasts(graph, matched)
     moes = find_moes(graph)

@@ -1,13 +1,15 @@
-"""Accept a mask by what it does: evaluate it whole at the first positions and at strips further on; causal + padding passes.
+"""Learn what a mask does: evaluate it whole at the first positions and at strips further on. Causal + padding passes, and
+with it a window (a query at p sees keys in (p - W, p]) or chunks (keys in [p // C * C, p]).
 
-A window of 4096 looks causal near 0, a top-k mask needs the hidden states: neither can pass here. Every layer that a body
-computes is looked at: layers of one body may be given different masks.
+W and C are read off the first query that does not see all before it, then the whole mask must be what they say. A window
+of 4096 looks causal near 0, a top-k mask needs the hidden states: neither can pass for what it is not. Every layer that a
+body computes is looked at: layers of one body may be given different masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,27 +43,101 @@ class _Subject:
     call: fx.Node
 
 
-def check_mask(captured: CapturedGraph, body: str, match: AttentionMatch, max_seq_len: int) -> None:
-    """Raise MatchError unless the site's mask is the causal one plus padding, up to `max_seq_len`, in every layer.
+@dataclass(frozen=True)
+class _Reach:
+    """How far back a query sees: a window, chunks, or (both 0) all."""
+
+    window: int = 0
+    chunk: int = 0
+
+    def hidden(self, query: Tensor, key: Tensor) -> Tensor:
+        """Where a key at a position is forgotten by a query at another."""
+        if self.window:
+            return key <= query - self.window
+        return key < query // self.chunk * self.chunk if self.chunk else torch.zeros_like(key <= query)
+
+    def __str__(self) -> str:
+        if self.window:
+            return f"a window of {self.window}"
+        return f"chunks of {self.chunk}" if self.chunk else "causal"
+
+
+def with_reach(captured: CapturedGraph, body: str, match: AttentionMatch, max_seq_len: int) -> AttentionMatch:
+    """The site with its window or chunks, which count tokens: its mask is that and padding, up to `max_seq_len`, in every layer.
 
     Raises:
+        MatchError: a mask that does something else, or that differs between the layers of the body.
         PlanError: a capacity at which no mask can be evaluated.
     """
     if max_seq_len > LONGEST:
         raise PlanError(
             f"option max_seq_len={max_seq_len}: got more than masks can be evaluated for, expected at most {LONGEST}"
         )
+    found: _Reach | None = None
     for subject in _subjects(captured, body, match):
-        side = min(max_seq_len, SQUARE)
-        mask = torch.ones(ROWS, side, dtype=torch.int64)
-        mask[0, : min(2, side - 1)] = 0
-        mask[1, : side // 3] = 0
-        _compare(subject, mask, side)
-        total = max_seq_len
-        while total > side:
-            strip = min(STRIP, total, max(1, STRIP_ELEMENTS // total))
-            _compare(subject, torch.ones(1, total, dtype=torch.int64), strip)
-            total = max(side, total // 2)
+        reach = _reach_of(subject, max_seq_len)
+        if found is not None and reach != found:
+            raise _mask_error(subject, f"it is {reach}, that of another layer with the same graph is {found}")
+        found = reach
+    assert found is not None
+    return replace(match, window=found.window, chunk=found.chunk)
+
+
+def _reach_of(subject: _Subject, max_seq_len: int) -> _Reach:
+    """The window or chunks of one mask, which is compared with them wherever it is looked at."""
+    side = min(max_seq_len, SQUARE)
+    mask = torch.ones(ROWS, side, dtype=torch.int64)
+    mask[0, : min(2, side - 1)] = 0
+    mask[1, : side // 3] = 0
+    square = _allowed(subject, mask, side)
+    reach = _learned(subject, square, side, max_seq_len)
+    _compare(subject, mask, square, reach)
+    for total in _totals(reach, side, max_seq_len):
+        strip = min(STRIP, total, max(1, STRIP_ELEMENTS // total))
+        ones = torch.ones(1, total, dtype=torch.int64)
+        _compare(subject, ones, _allowed(subject, ones, strip), reach)
+    return reach
+
+
+def _totals(reach: _Reach, side: int, max_seq_len: int) -> Iterator[int]:
+    """Where strips of queries are looked at: halfway and halfway again, and where a window or the first chunks end."""
+    total = max_seq_len
+    while total > side:
+        yield total
+        total = max(side, total // 2)
+    starts = [reach.window] if reach.window else [reach.chunk, 2 * reach.chunk] if reach.chunk else []
+    yield from {total for start in starts if side < (total := min(start + STRIP // 2, max_seq_len))}
+
+
+def _learned(subject: _Subject, square: Tensor, side: int, max_seq_len: int) -> _Reach:
+    """What the first query that does not see all before it says, in a sequence without padding."""
+    lost = torch.ones(side, side).tril().bool() & ~square[-1, 0]
+    forgetful = lost.any(dim=1).nonzero().flatten()
+    if len(forgetful):
+        query = int(forgetful[0])
+        seen = square[-1, 0, query]
+    elif max_seq_len > side and _forgets(subject, max_seq_len):
+        query = _first_forgetful(subject, side, max_seq_len) - 1
+        seen = _allowed(subject, torch.ones(1, query + 1, dtype=torch.int64), 1)[0, 0, 0]
+    else:
+        return _Reach()
+    oldest = int(seen.to(torch.int64).argmax())
+    if oldest == 1:
+        return _Reach(window=query)
+    return _Reach(chunk=query) if oldest == query else _Reach()
+
+
+def _forgets(subject: _Subject, total: int) -> bool:
+    """True if the last of `total` tokens does not see all before it."""
+    return not bool(_allowed(subject, torch.ones(1, total, dtype=torch.int64), 1).all())
+
+
+def _first_forgetful(subject: _Subject, low: int, high: int) -> int:
+    """The shortest sequence whose last token does not see all: that of `high` tokens has such a one, of `low` not."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _forgets(subject, middle) else (middle, high)
+    return high
 
 
 def _subjects(captured: CapturedGraph, body: str, match: AttentionMatch) -> Iterator[_Subject]:
@@ -83,26 +159,26 @@ def _is_past(node: Any) -> bool:
     return node.op == "placeholder" and input_ref(node).kind == "past"
 
 
-def _compare(subject: _Subject, mask: Tensor, T: int) -> None:
+def _compare(subject: _Subject, mask: Tensor, got: Tensor, reach: _Reach) -> None:
     """The last T queries against all keys, for a padding mask [B, S + T]; queries that are padding may see anything."""
-    total = mask.shape[1]
-    got = _allowed(subject, mask, T)
-    keys = torch.arange(total)
-    causal = keys <= torch.arange(total - T, total)[:, None]
-    expected = causal & (mask[:, None, None] > 0)
+    total, T = mask.shape[1], got.shape[2]
+    places = mask.cumsum(1) - 1  # of tokens: padding in front does not count
+    query, key = places[:, None, -T:, None], places[:, None, None]
+    seen = torch.arange(total) <= torch.arange(total - T, total)[:, None]
+    expected = seen & ~reach.hidden(query, key) & (mask[:, None, None] > 0)
     different = (got != expected) & (mask[:, None, -T:, None] > 0)
     if count := int(different.sum()):
-        *_, query, key = (int(x) for x in different.nonzero()[0])
+        *_, query_at, key_at = (int(x) for x in different.nonzero()[0])
         on_padding = not bool((different & (mask[:, None, None] > 0)).any())
         guess = (
             "keys of padding are seen: attention_mask is not part of it"
             if on_padding
-            else "sliding window, chunked or bidirectional attention?"
+            else "bidirectional attention, keys that are always or never seen, or a window by columns?"
         )
         raise _mask_error(
             subject,
-            f"it differs from causal + padding at {count:,} of {different.numel():,} places, first for the query at "
-            f"{total - T + query} and the key at {key} of {total:,} ({guess})",
+            f"it differs from {reach} + padding at {count:,} of {different.numel():,} places, first for the query at "
+            f"{total - T + query_at} and the key at {key_at} of {total:,} ({guess})",
         )
 
 
@@ -110,8 +186,9 @@ def _mask_error(subject: _Subject, why: str) -> MatchError:
     node = node_named(subject.captured.bodies[subject.body].graph, subject.match.anchor)
     return MatchError(
         f"layer {subject.call.meta['layer']}: attention at node `{node.name}` ({source_line(node)}) has a mask that Helix "
-        f"can't keep: {why}. Expected: every key at a position <= the query's, except padding. "
-        'nearest that works: full causal attention; unmatched="keep" leaves such layers as they are, if others match'
+        f"can't keep: {why}. Expected: every key at a position <= the query's, or the last W of them, or those of the query's "
+        "chunk of C, except padding. nearest that works: full causal attention, a sliding window, chunks; "
+        'unmatched="keep" leaves such layers as they are, if others match'
     )
 
 

@@ -50,6 +50,8 @@ def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassCon
     graph, plan = gm.graph, context.plan.body(match.body)
     for name, value in step_examples(graph, context.plan).items():
         add_input(graph, "step", name, value)
+    for name in dict.fromkeys(a.first_visible for a in match.attentions if a.first_visible):
+        add_input(graph, "step", name, input_named(graph, "step", "visible").meta["val"])
     caches = [cache_example(graph, attention, context.plan) for attention in match.attentions]
     for site, (attention, attention_plan) in enumerate(zip(match.attentions, plan.attentions, strict=True)):
         add_input(graph, *InputRef.cache(site), caches[site])

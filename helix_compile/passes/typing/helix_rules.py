@@ -35,6 +35,12 @@ def _shard_index(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayou
     return (dict(rank), dict(rank))
 
 
+def _first_visible(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    of_slots = _shard_index(node, of, degrees)
+    assert isinstance(of_slots, tuple)
+    return of_slots[0]
+
+
 def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     cache, _, slots, visible = (of(a) for a in node.args[:4])
     # a cache with heads holds those of the rank's tpa, and so does what is appended
@@ -59,6 +65,7 @@ def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
     heads = _heads(degrees)
     require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
     require(cache == visible and not table, "cache and visible are not of one rank")
+    _check_first(node, of, visible)
     return _partials(heads, degrees)
 
 
@@ -72,7 +79,14 @@ def _gqa_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
         f"caches are {format_layout(k_cache)}, {format_layout(v_cache)}, visible {format_layout(visible)}",
     )
     require(not table, "the page table must be whole on every rank")
+    _check_first(node, of, visible)
     return _partials(heads, degrees)
+
+
+def _check_first(node: fx.Node, of: Callable[[Any], Layout], visible: Layout) -> None:
+    """What a query sees on a rank has both its ends from that rank."""
+    first = node.kwargs.get("first")
+    require(first is None or of(first) == visible, "the first visible slots and the visible ones are not of one rank")
 
 
 def _heads(degrees: HelixLayout) -> Layout:
@@ -153,6 +167,7 @@ def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -
 
 HELIX_RULES: dict[Any, Rule] = {
     helix.shard_index.default: _shard_index,
+    helix.first_visible.default: _first_visible,
     helix.cache_append.default: _cache_append,
     helix.mla_decode.default: _mla_decode,
     helix.gqa_decode.default: _gqa_decode,

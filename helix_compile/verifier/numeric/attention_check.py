@@ -12,7 +12,7 @@ from helix_compile.plan.matches import AttentionMatch
 from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerRun, attention_output
 from helix_compile.verifier.numeric.scratch import Scratch
-from helix_compile.verifier.numeric.site_terms import terms_of
+from helix_compile.verifier.numeric.site_terms import seen_by, terms_of
 from helix_compile.verifier.report import Finding, numeric_finding
 
 # rel-RMSE of one attention output on identical inputs; bf16: correct runs reach 0.0018, the weakest fault 0.0117
@@ -81,7 +81,7 @@ def _blame(
             T = q.shape[1]
             mine = deal(length, layout.kvp, options.tokens_per_block)[rank % layout.kvp]
             held = scratch.shard(site, row, rank, len(mine)).double()
-            seen = torch.tensor(mine)[None] <= torch.arange(length - T, length)[:, None]
+            seen = seen_by(attention, torch.arange(length - T, length), torch.tensor(mine, dtype=torch.int64))
             s = _scores(q[row], held, attention, seen)
             expected = torch.logsumexp(s, dim=-1)
             at = f"`{decode.name}` on rank {rank}, sequence {row} ({len(mine)} local keys)"
@@ -113,7 +113,7 @@ def _merged(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int, first_head: int) -> Tensor:
     """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own."""
-    seen = torch.arange(length) <= torch.arange(length - q.shape[0], length)[:, None]
+    seen = seen_by(attention, torch.arange(length - q.shape[0], length), torch.arange(length))
     return terms_of(attention).weighted(_scores(q, entries, attention, seen).softmax(-1), entries, first_head)
 
 

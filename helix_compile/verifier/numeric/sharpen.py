@@ -205,6 +205,10 @@ def plant(
         if n < 5:
             continue
         places = [first, S - 1, first + n // 2, first + 1, S - 2]
+        query_at = n + query[0].shape[1] - 1
+        if match.window or match.chunk:  # what is just forgotten, and what is just seen
+            oldest = query_at + 1 - match.window if match.window else query_at // match.chunk * match.chunk
+            places = [first + at for at in (oldest - 1, oldest) if 0 <= at < n] + places
         for h, place in enumerate(places[: max(1, match.num_heads - 2)]):
             by_rope = h >= 3 and bool(q_rope.any())
             part, keys = (q_rope, k_rope) if by_rope else (q_latent, latent)

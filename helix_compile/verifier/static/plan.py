@@ -45,6 +45,7 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
         for site, (attention, found) in enumerate(zip(body.attentions, match.attentions, strict=False)):
             where = f"plan, {body.name}, attention {site}"
             expect(f"{where}: heads", attention.heads, found.num_heads, 1)
+            expect(f"{where}: window and chunk", (attention.window, attention.chunk), (found.window, found.chunk), 7)
             expect(f"{where}: heads % ranks", attention.heads % layout.world_size, 0, 12)
             if options.v_up != "auto":
                 expect(f"{where}: v_up", attention.v_up, options.v_up, 9)
