@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from functools import cache
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ BOTH = ("sliding_attention", "full_attention")
 CHUNKS = {"moe_layers": [], "attn_temperature_tuning": False, "no_rope_layers": [1, 0], "intermediate_size_mlp": 40}
 
 
-@cache
+@functools.cache
 def windowed(name: str, reach: int) -> Any:
     if name == "llama4":
         return fresh_gqa(name, attention_chunk_size=reach, **CHUNKS)

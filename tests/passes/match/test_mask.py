@@ -80,7 +80,7 @@ def placed(seen: Callable[..., Tensor]) -> Edit:
     """The mask, causal and padding, where `seen(q, k)` says so too: places among a row's own tokens."""
 
     def masked(mask: Tensor) -> Tensor:
-        T, total = mask.shape[2:]
+        T = mask.shape[2]
         kept = mask.any(dim=2, keepdim=True)  # [B, 1, 1, S + T]
         places = kept.to(torch.int64).cumsum(-1) - 1
         return mask & seen(places.mT[:, :, -T:], places)
@@ -147,7 +147,7 @@ def test_each_layer_of_a_body_is_looked_at() -> None:
     captured = with_mask(placed(lambda q, k: k > q - 3), layers=slice(3, None))
     assert [x.body for x in captured.layers][2:] == ["body_1", "body_1"]
     with pytest.raises(
-        MatchError, match="layer 3: attention .* it is a window of 3, that of another layer .* is causal"
+        MatchError, match=r"layer 3: attention .* it is a window of 3, that of another layer .* is causal"
     ):
         match_layers(captured, 4096)
 
