@@ -181,6 +181,21 @@ def merge_lse_reference(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
     return (merged / torch.where(total > 0, total, 1.0)[..., None]).to(partial_o_P.dtype)
 
 
+def total_lse_reference(lse_P: Tensor) -> Tensor:
+    """Lse of all keys [B, T, h] of what each peer has of its own, lse_P [P, B, T, h]; -inf where no peer has seen any."""
+    return torch.logsumexp(lse_P, dim=0)
+
+
+def apply_sinks_reference(o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention whose softmax has one more logit a head, `sinks` [h], that stands for no value.
+
+    o [B, T, h, *] is attention without it (or one part of a sum that is), lse [B, T, h] that of all keys: what is left
+    of the weights is sigmoid(lse - sinks) of them. The sinks are not scaled as scores are.
+    """
+    left = torch.sigmoid(lse - sinks.to(lse.dtype))
+    return (o.to(lse.dtype) * left[..., None]).to(o.dtype)
+
+
 def rescale_by_lse_reference(partial_o: Tensor, lse: Tensor, lse_P: Tensor) -> Tensor:
     """This rank's partial_o [B, T, H, *] times its merge weight, so that a plain sum over peers is the merge."""
     dtype = lse.dtype

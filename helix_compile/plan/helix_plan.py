@@ -85,7 +85,7 @@ class AttentionPlan:
 
     `output_weight` is the parameter whose columns a rank holds for the heads it owns. `kv_heads` are the heads that are
     cached; 0 where all heads share one latent (MLA). A query at p sees `window` tokens up to itself, or those of its
-    `chunk`; 0: all.
+    `chunk`; 0: all. `sinks` is the parameter of a logit a head that takes part in the softmax, "" where there is none.
     """
 
     site: int
@@ -95,6 +95,7 @@ class AttentionPlan:
     kv_heads: int = 0
     window: int = 0
     chunk: int = 0
+    sinks: str = ""
 
     def head_ranges(self, layout: HelixLayout) -> tuple[tuple[int, int], ...]:
         """The heads [start, stop) that each rank owns after the exchange."""
@@ -117,14 +118,15 @@ class AttentionPlan:
             "cached_heads": self.kv_heads // layout.tpa,
             "window": self.window,
             "chunk": self.chunk,
+            "sinks": self.sinks,
         }
 
     @classmethod
     def read(cls, fields: dict[str, Any], layout: HelixLayout) -> AttentionPlan:
         """The decisions out of what `written` makes of them."""
         heads, cached = fields["computed_heads"] * layout.tpa, fields.get("cached_heads", 0) * layout.tpa
-        reach = fields.get("window", 0), fields.get("chunk", 0)
-        return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached, *reach)
+        later = {name: fields.get(name, absent) for name, absent in _LATER_OF_ATTENTION.items()}
+        return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached, **later)
 
 
 @dataclass(frozen=True)
@@ -337,7 +339,8 @@ def _body_from(fields: dict[str, Any], layout: HelixLayout, options: HelixOption
     )
 
 
-_LATER = {"cached_heads": 0, "experts_per_rank": 0, "window": 0, "chunk": 0}  # not in every plan that was ever written
+_LATER_OF_ATTENTION: dict[str, Any] = {"window": 0, "chunk": 0, "sinks": ""}
+_LATER = {"cached_heads": 0, "experts_per_rank": 0, **_LATER_OF_ATTENTION}  # not in every plan that was ever written
 
 
 def _check_follows(where: str, read: list[dict[str, Any]], written: list[dict[str, Any]]) -> None:

@@ -331,7 +331,8 @@ class AttentionMatch:
     Forms are orders of dims where the model has another one: of the anchor, of q, of the scores that the mask is added
     to (for sdpa, all heads before tokens).
 
-    A query at p sees keys in (p - window, p], or in [p // chunk * chunk, p]; 0: all up to itself.
+    A query at p sees keys in (p - window, p], or in [p // chunk * chunk, p]; 0: all up to itself. `sinks`: one logit a head
+    that takes part in the softmax.
     """
 
     kind: AttentionKind
@@ -353,6 +354,7 @@ class AttentionMatch:
     mask_form: str = "BHTS"
     window: int = 0
     chunk: int = 0
+    sinks: HeadRows | None = None
 
     @property
     def first_visible(self) -> str:

@@ -197,6 +197,7 @@ def _layer_facts(whole: HelixPlan, plan: BodyPlan, first: fx.GraphModule, last: 
         "head_ranges": [list(r) for r in plan.attentions[0].head_ranges(whole.layout)],
         "windows": [a.window for a in plan.attentions],
         "chunks": [a.chunk for a in plan.attentions],
+        "sinks": [bool(a.sinks) for a in plan.attentions],
         "ffn": [{k: v for k, v in f.written(whole.layout).items() if k != "site"} for f in plan.ffns],
         "nodes_before": len(before.graph.nodes),
         "nodes_after": len(after.graph.nodes),
@@ -259,10 +260,11 @@ def _rewrite(layer: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _role_text(role: str, layer: dict[str, Any]) -> str:
-    """Of attention also what it forgets."""
+    """Of attention also what it forgets, and whether it has sinks."""
     if role != "attention":
         return role
     reaches = [*_each("window of", layer["windows"]), *_each("chunks of", layer["chunks"])]
+    reaches += ["sinks"] if any(layer["sinks"]) else []
     return f"{role} ({', '.join(reaches)})" if reaches else role
 
 

@@ -187,7 +187,16 @@ def _plan_body(
     captured: CapturedGraph, match: LayerMatch, layout: HelixLayout, options: HelixOptions, v_up: str
 ) -> BodyPlan:
     attentions = tuple(
-        AttentionPlan(i, v_up if a.kind.v_up else "none", a.num_heads, a.o_weight, a.cache.heads, a.window, a.chunk)
+        AttentionPlan(
+            i,
+            v_up if a.kind.v_up else "none",
+            a.num_heads,
+            a.o_weight,
+            a.cache.heads,
+            a.window,
+            a.chunk,
+            a.sinks.name if a.sinks else "",
+        )
         for i, a in enumerate(match.attentions)
     )
     shared = {m.shared for m in match.moes}
@@ -195,7 +204,7 @@ def _plan_body(
     routed = (FFNPlan("routed", i, m.width, m.num_experts) for i, m in enumerate(match.moes))
     pairs = list(zip(match.attentions, attentions, strict=True))
     shards = [
-        *(s for a, p in pairs for s in attention_shards(a, p.v_up, options.q_proj, layout)),
+        *(s for a, p in pairs for s in attention_shards(a, p.v_up, options, layout)),
         *(s for f in match.dense_ffns for s in dense_shards(f, layout)),
         *(s for m in match.moes for s in moe_shards(m, layout)),
     ]

@@ -123,6 +123,25 @@ def _merge_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout)
     return {"world": Shard(2)}
 
 
+def _total_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    lse_P, peers = of(node.args[0]), shape_of(node.args[0])[0]
+    require(all(p == Shard(3) for p in lse_P.values()), f"lse of all peers is {format_layout(lse_P)}")
+    require(peers == degrees.kvp, f"lse of {peers} peers, kvp has {degrees.kvp}")
+    return {axis: Shard(2) for axis in lse_P}
+
+
+def _apply_sinks(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """On what is merged, or on the summands of what will be: never on a part of a softmax."""
+    o, lse, sinks = (of(a) for a in node.args)
+    heads = {axis: p for axis, p in o.items() if p != Partial("sum")}
+    require(all(p == Shard(2) for p in heads.values()), f"sinks on {format_layout(o)}, expected merged heads")
+    require(lse == heads, f"o is {format_layout(o)}, the lse of all keys {format_layout(lse)}")
+    require(
+        sinks == {axis: Shard(0) for axis in heads}, f"heads are {format_layout(heads)}, sinks {format_layout(sinks)}"
+    )
+    return dict(o)
+
+
 def _rescale_by_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     partial_o, lse, lse_P = (of(a) for a in node.args)
     rest = {a: p for a, p in lse.items() if a != "kvp"}
@@ -173,6 +192,8 @@ HELIX_RULES: dict[Any, Rule] = {
     helix.gqa_decode.default: _gqa_decode,
     helix.all_to_all_heads.default: _all_to_all_heads,
     helix.merge_lse.default: _merge_lse,
+    helix.total_lse.default: _total_lse,
+    helix.apply_sinks.default: _apply_sinks,
     helix.rescale_by_lse.default: _rescale_by_lse,
     helix.moe_experts.default: _moe_experts,
     helix.moe_router.default: _moe_router,

@@ -44,6 +44,8 @@ class Mutant:
 CATALOGUE: list[Mutant] = []  # made on a model with MLA
 # faults that only grouped-query attention can have, made on a model with it
 GQA_CATALOGUE: list[Mutant] = []
+# faults of windows and sinks, made on a model with both
+WINDOW_CATALOGUE: list[Mutant] = []
 
 
 def mutant(

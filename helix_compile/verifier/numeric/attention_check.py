@@ -39,6 +39,9 @@ def check_attention(
     if attention.kind.v_up is not None:
         whole = reference.tensors[reference.prefix(layer) + attention.kind.v_up.param]
         w_uv = attention.kind.v_up.of(whole.double())
+    sinks = None
+    if attention.sinks is not None:
+        sinks = reference.tensors[reference.prefix(layer) + attention.sinks.name].double()
     owned = [v[attention_output(o_proj, attention).name] for v in run.values]
     queries = [terms_of(attention).local_query(decode, v) for v in run.values]
     heads = attention.num_heads // layout.world_size
@@ -50,7 +53,8 @@ def check_attention(
         for row, length in enumerate(scratch.lengths):
             entries = scratch.gathered(site, row, length, tpa).double()
             q = queries[rank][row, :, first : first + heads]
-            v = _dense(q, entries, attention, length, first)
+            mine = None if sinks is None else sinks[rank * heads : (rank + 1) * heads]
+            v = _dense(q, entries, attention, length, first, mine)
             if w_uv is not None:
                 v = torch.einsum("thr,hvr->thv", v, w_uv[rank * heads : (rank + 1) * heads])
             got = o[row].reshape(*v.shape).double()
@@ -111,10 +115,15 @@ def _merged(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(shares[..., None] > 0, o, 0.0).mul(shares[..., None]).sum(dim=3), whole
 
 
-def _dense(q: Tensor, entries: Tensor, attention: AttentionMatch, length: int, first_head: int) -> Tensor:
-    """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own."""
+def _dense(
+    q: Tensor, entries: Tensor, attention: AttentionMatch, length: int, first_head: int, sinks: Tensor | None
+) -> Tensor:
+    """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own; sinks [h] beside the keys."""
     seen = seen_by(attention, torch.arange(length - q.shape[0], length), torch.arange(length))
-    return terms_of(attention).weighted(_scores(q, entries, attention, seen).softmax(-1), entries, first_head)
+    scores = _scores(q, entries, attention, seen)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None].expand(*scores.shape[:2], 1)], dim=-1)
+    return terms_of(attention).weighted(scores.softmax(-1)[..., :length], entries, first_head)
 
 
 def _scores(q: Tensor, entries: Tensor, attention: AttentionMatch, seen: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
             where = f"plan, {body.name}, attention {site}"
             expect(f"{where}: heads", attention.heads, found.num_heads, 1)
             expect(f"{where}: window and chunk", (attention.window, attention.chunk), (found.window, found.chunk), 7)
+            expect(f"{where}: sinks", attention.sinks, found.sinks.name if found.sinks else "", 6)
             expect(f"{where}: heads % ranks", attention.heads % layout.world_size, 0, 12)
             if options.v_up != "auto":
                 expect(f"{where}: v_up", attention.v_up, options.v_up, 9)
@@ -66,6 +67,8 @@ def _shard_axes(body: BodyPlan, match: LayerMatch, plan: HelixPlan) -> list[Find
         moved = {"q": plan.options.q_proj == "gather", "v_up": site.v_up == "after"}
         wanted = {part.name: "world" if moved.get(side) else "tpa" for side, part in found.cuts}
         wanted[found.o_weight] = "world"
+        if found.sinks:
+            wanted[found.sinks.name] = "tpa" if plan.options.merge == "ag_rs" else "world"
         for name, axis in wanted.items():
             shard = body.shard(name)
             axes = None if shard is None else tuple(c.axis for c in shard.cuts)
