@@ -15,6 +15,7 @@ from helix_compile import HelixModule, RuntimeFault, helix_compile, verify
 from helix_compile.ir.graph import node_named
 from helix_compile.ir.stage import bodies_of
 from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.predict.costs import Workload, predict_costs
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids, worst_deviation
 from tests.support.gqa_models import fresh_gqa, tiny_gqa
@@ -150,6 +151,21 @@ def test_a_sound_one_is_accepted_and_told() -> None:
     )
     assert [x["windows"] for x in compiled.inspect().facts["layers"]] == [[7], [0]]
     assert HelixPlan.from_json(compiled.plan.to_json()) == compiled.plan
+    check_costs(compiled, context=1000)
+
+
+def check_costs(compiled: HelixModule, context: int) -> None:
+    """A decode step of the layer with the window reads the slots of 7 tokens, of the other all."""
+    (windowed, whole), plan = bodies_of(compiled.graph).values(), compiled.plan
+    for rank in range(4):
+        costs = []
+        for body in (windowed, whole):
+            predicted = predict_costs(body.graph, Workload(2, 1, context), plan.layout, 3, rank)
+            costs.append(predicted["gqa_decode"])
+        seen, held = (sum(p // 3 % 4 == rank for p in range(start, context + 1)) for start in (context - 6, 0))
+        a_token = 2 * 4 * (10 + 10) * 8  # sequences, KV heads, K and V, float64
+        assert costs[1].hbm_bytes - costs[0].hbm_bytes == (held - seen) * a_token
+        assert costs[0].flops * held == costs[1].flops * seen
 
 
 def test_plans_of_before_there_were_windows_are_read() -> None:

@@ -177,7 +177,7 @@ FORGETFUL = {
     "sinks are applied twice": "HX402",
     "sinks weigh against the keys of one rank": "HX402",
     "sinks of a rank are those of the heads beside its own": "HX202",
-    "sinks act on a rank's part before the exchange": "HX101",
+    "sinks act on a rank's part before the exchange": "HX102",
 }
 IN_CI_TOO = ("a window begins one slot late", "a sink stands in every rank's part")
 
