@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import wraps
 from pathlib import Path
@@ -195,6 +195,7 @@ class HelixModule(nn.Module):
         mask: Tensor | None = None,
         *,
         append: bool = False,
+        index_keys: Sequence[Tensor | None] | None = None,
     ) -> None:
         """Start a batch from a cache that was prefilled elsewhere (disaggregated prefill), or append to the batch.
 
@@ -205,13 +206,16 @@ class HelixModule(nn.Module):
             mask: [B, S], 1 = token; drops padding columns. Without it a row's first `lengths` columns are its tokens.
             append: go on after the tokens that are here: tensors are the next chunk of each sequence; a DynamicCache
                 holds each sequence from its first token, and what is here already is skipped.
+            index_keys: of sparse attention [B, S, I] per cached attention, None where one has no indexer, if k_ropes do
+                not hold them already ([B, S, r + I], as export_cache() gives them).
 
         Raises:
             RuntimeFault: counts or shapes that do not fit; nothing is written then.
         """
         refuse_leaves(self.ranks, self.graph, "import_cache")
         held = list(self._ledger.lengths) if append else []
-        entries = sequences_to_import(latents, k_ropes, lengths, mask, self._facts.caches, self.plan.options, held)
+        kinds, options = self._facts.caches, self.plan.options
+        entries = sequences_to_import(latents, k_ropes, lengths, mask, kinds, options, held, index_keys)
         held = held or [0] * len(entries[0])
         if not append:
             self.reset()  # an interrupt while writing must not leave lengths that promise the old entries

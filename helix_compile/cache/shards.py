@@ -28,7 +28,8 @@ class CacheEntries(NamedTuple):
 
     Attributes:
         latents: per cached attention [B, S, R]; 0 behind a row's tokens.
-        k_ropes: per cached attention [B, S, r], rotated at absolute positions; 0 behind a row's tokens.
+        k_ropes: per cached attention [B, S, r], rotated at absolute positions; of sparse attention [B, S, r + I], with its
+            index key; 0 behind a row's tokens.
         lengths: [B] int64.
     """
 

@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+try:  # of sparse attention; transformers 5.17 has none
+    from transformers.cache_utils import DynamicIndexedLayer
+except ImportError:
+    DynamicIndexedLayer = DynamicLayer
+
 from helix_compile.cache.pages import Ledger
 from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards
 from helix_compile.config.options import HelixOptions
@@ -19,13 +24,13 @@ from helix_compile.layout.ledger import positions_on_rank
 from helix_compile.plan.cache_row import CacheRow, parts_of_rows
 
 
-def parts_of_dynamic_cache(cache: DynamicCache, heads: Sequence[int] = ()) -> tuple[list[Tensor], list[Tensor]]:
+def parts_of_dynamic_cache(cache: DynamicCache, kinds: Sequence[CacheRow] = ()) -> tuple[list[Tensor], list[Tensor]]:
     """([B, S, R] latents, [B, S, r] roped keys), one of each a layer; columns include the sender's padding.
 
     In transformers' own cache of an unmodified MLA model the keys are the latents, the values the roped keys.
 
-    `heads` are the KV heads of each cached attention (none given: latents); where that is not 0, K and V of all heads
-    side by side, [B, S, K Dk] and [B, S, K Dv].
+    `kinds` are the rows of each cached attention (none given: latents); where they have heads, K and V of all heads side
+    by side, [B, S, K Dk] and [B, S, K Dv]; where they have an index key, it goes behind the roped one, [B, S, r + I].
 
     Raises:
         RuntimeFault: a layer of another kind (sliding, quantised, static), an empty one, or one that holds full heads.
@@ -34,7 +39,7 @@ def parts_of_dynamic_cache(cache: DynamicCache, heads: Sequence[int] = ()) -> tu
     if not cache.layers:
         raise RuntimeFault("import_cache: the DynamicCache is empty; expected a prefilled one")
     for i, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
+        if type(layer) not in (DynamicLayer, DynamicIndexedLayer):
             raise RuntimeFault(
                 f"import_cache: layer {i} of the cache is a {type(layer).__name__}, expected a DynamicLayer: other kinds "
                 "keep other columns than all tokens; prefill with past_key_values=DynamicCache(), which without a config keeps "
@@ -43,7 +48,7 @@ def parts_of_dynamic_cache(cache: DynamicCache, heads: Sequence[int] = ()) -> tu
         if layer.keys is None or layer.values is None:
             raise RuntimeFault(f"import_cache: layer {i} of the DynamicCache is empty; expected a prefilled one")
         for part, tensor in zip(parts, (layer.keys, layer.values), strict=True):
-            K = heads[i] if i < len(heads) else 0
+            K = kinds[i].heads if i < len(kinds) else 0
             if tensor.dim() != 4 or tensor.shape[1] != (K or 1):
                 what = f"{K} KV heads" if K else "one latent and one roped key for all heads"
                 raise RuntimeFault(
@@ -51,6 +56,14 @@ def parts_of_dynamic_cache(cache: DynamicCache, heads: Sequence[int] = ()) -> tu
                     f"[B, {K or 1}, S, width]: {what}"
                 )
             part.append(tensor.transpose(1, 2).flatten(2) if K else tensor.squeeze(1))
+        keys, width = getattr(layer, "indexer_keys", None), kinds[i].index if i < len(kinds) else 0
+        if (0 if keys is None else keys.shape[-1]) != width:
+            raise RuntimeFault(
+                f"import_cache: layer {i} of the DynamicCache holds {'no' if keys is None else list(keys.shape)} index keys, "
+                f"expected {f'[B, S, {width}]' if width else 'none'}"
+            )
+        if width:
+            parts[1][i] = torch.cat([parts[1][i], layer.indexer_keys], dim=-1)
     return parts
 
 
@@ -129,20 +142,21 @@ def sequences_to_import(
     kinds: Sequence[CacheRow],
     options: HelixOptions,
     held: list[int],
+    index_keys: Sequence[Tensor | None] | None = None,
 ) -> list[list[Tensor]]:
     """entries[site][row] = [length, R + r], or [length, K Dk + K Dv], in order of position, of the tokens that come after the first `held`.
 
     A DynamicCache holds its sequences from their first token, so the `held` tokens are dropped from it; tensors hold
-    what is new.
+    what is new. `index_keys` [B, S, I] go behind the k_ropes, None where an attention has none.
 
     Raises:
         RuntimeFault: another number of sites, shapes, lengths or mask that do not fit each other.
     """
     skipped: list[int] = []
     if isinstance(latents, DynamicCache):
-        if k_ropes is not None:
-            raise RuntimeFault("import_cache: a DynamicCache holds the k_ropes too; leave k_ropes out")
-        latents, k_ropes = parts_of_dynamic_cache(latents, [row.heads for row in kinds])
+        if k_ropes is not None or index_keys is not None:
+            raise RuntimeFault("import_cache: a DynamicCache holds k_ropes and index keys too; leave them out")
+        latents, k_ropes = parts_of_dynamic_cache(latents, kinds)
         if lengths is None:  # tokens of each row: what the mask keeps, else every column
             lengths = torch.full((latents[0].shape[0],), latents[0].shape[1])
             if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -155,6 +169,8 @@ def sequences_to_import(
             f"import_cache: {len(latents)} latents and {len(k_ropes)} k_ropes for {len(kinds)} cached attentions"
         )
     counts = _counts(lengths)
+    if index_keys is not None:
+        k_ropes = _with_index_keys(k_ropes, index_keys, kinds)
     if latents[0].dim() != 3:
         raise RuntimeFault(f"import_cache: latents must be [B, S, R], got {tuple(latents[0].shape)}")
     B, S = latents[0].shape[:2]
@@ -189,6 +205,23 @@ def sequences_to_import(
     ]
 
 
+def _with_index_keys(
+    k_ropes: list[Tensor], index_keys: Sequence[Tensor | None], kinds: Sequence[CacheRow]
+) -> list[Tensor]:
+    """Each roped key with its index key behind it."""
+    if len(index_keys) != len(kinds):
+        raise RuntimeFault(f"import_cache: {len(index_keys)} index keys for {len(kinds)} cached attentions")
+    joined = []
+    for site, (k_rope, key, kind) in enumerate(zip(k_ropes, index_keys, kinds, strict=True)):
+        expected = (*k_rope.shape[:2], kind.index) if kind.index else None
+        if (None if key is None else tuple(key.shape)) != expected:
+            raise RuntimeFault(
+                f"import_cache: attention {site}: index keys {'None' if key is None else tuple(key.shape)}, expected {expected}"
+            )
+        joined.append(k_rope if key is None else torch.cat([k_rope, key], dim=-1))
+    return joined
+
+
 def _tensors(name: str, letter: str, given: list[Tensor] | None) -> list[Tensor]:
     """A list of tensors, one a cached attention."""
     got = type(given).__name__
@@ -219,7 +252,7 @@ def _check_site(site: int, latent: Tensor, k_rope: Tensor, sizes: tuple[int, int
     if not (latent.dim() == k_rope.dim() == 3 and latent.shape[:2] == k_rope.shape[:2] == (B, S)):
         raise RuntimeFault(
             f"import_cache: attention {site}: latent {tuple(latent.shape)} and k_rope {tuple(k_rope.shape)}; "
-            f"expected [{B}, {S}, R] and [{B}, {S}, r] with R = {R} and r = {r} (of a transformers cache "
+            f"expected [{B}, {S}, R] and [{B}, {S}, r] with R = {R} and r = {r} (of sparse attention with its index key; of a transformers cache "
             "squeeze the head dim, or of K and V put all heads side by side: x.transpose(1, 2).flatten(2))"
         )
     got = (latent.shape[2], k_rope.shape[2])

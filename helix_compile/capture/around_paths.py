@@ -15,13 +15,22 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from helix_compile.capture.body import CONSTANTS
-from helix_compile.capture.layers import LAYER_OP, Around, ConcatenatingCache, layers_as, model_inputs, recorder
+from helix_compile.capture.layers import (
+    LAYER_OP,
+    RESULT_OP,
+    Around,
+    ConcatenatingCache,
+    layers_as,
+    model_inputs,
+    recorder,
+    result_shapes,
+)
 from helix_compile.capture.paths import COMPILING, Lines, Sizes, compare_paths, registered, traced
 from helix_compile.capture.same_values import Exported, same_values
 from helix_compile.capture.structure import tensors_of
 from helix_compile.capture.trial import Replay, Trial, relative_gap, widened
 from helix_compile.ir.graph import input_ref, placeholders
-from helix_compile.ir.leaves import record_call
+from helix_compile.ir.leaves import Returned, record_call
 
 _LARGEST = 1e4  # a mask's "large negative number" would leave nothing else to see
 
@@ -37,21 +46,30 @@ class _Stations:
         self.reached.append({"hidden": hidden, **others})
         return hidden.roll(index + 1, dims=-1)
 
-    def forward_of(self, index: int, returns_tuple: bool) -> Any:
+    def forward_of(self, index: int, returned: Returned) -> Any:
         """A layer's forward."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = record_call(args, kwargs)
+            call = record_call(args, kwargs, returned)
             out = self.pass_on(call.hidden, dict(zip(call.names, call.others, strict=True)), index)
-            return (out,) if returns_tuple else out
+            shapes = result_shapes(call, args, kwargs)
+            others = [_result(out, [], index, i, shape, like.dtype) for i, (like, shape) in enumerate(shapes)]
+            return call.as_returned([out, *others])
 
         return forward
+
+
+def _result(
+    hidden: Tensor, others: list[Tensor], index: int, number: int, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """What a stand-in returns besides hidden states: whose it is shows by its value."""
+    return hidden.new_full(shape, (7 * index + number) % 2 if dtype is torch.bool else 7 * index + number, dtype=dtype)
 
 
 def check_around(
     model: nn.Module,
     layers: nn.ModuleList,
-    tuples: tuple[bool, ...],
+    returned: tuple[Returned, ...],
     outer: fx.GraphModule,
     exported: Exported,
     names: Mapping[int, list[str]],
@@ -60,7 +78,7 @@ def check_around(
     """Of a model and its graph around the layers; see compare_paths().
 
     Args:
-        tuples: of each layer, does it return a tuple?
+        returned: what each layer returns.
         names: of each layer, those of the tensors that it is given beside hidden.
         exported: the same graph as torch.export wrote it.
         outer: with a LAYER_OP for each layer; its inputs are input_ids, attention_mask, position_ids, the past, parameters.
@@ -71,7 +89,7 @@ def check_around(
 
     def run(weights: dict[str, Tensor] | None, sizes: Sizes, device: torch.device) -> list[dict[str, Tensor]]:
         stations = _Stations()
-        with layers_as(layers, lambda i: stations.forward_of(i, tuples[i])):
+        with layers_as(layers, lambda i: stations.forward_of(i, returned[i])):
             given = _inputs(model, sizes, vocab_size, device, padded=weights is not None)
             around_it = Around(model, lambda pasts: ConcatenatingCache(model.config, None, pasts[0]))
             named = {f"model.{n}": t for n, t in registered(model, weights).items()} if weights is not None else {}
@@ -102,7 +120,7 @@ def check_around(
             kind, name = input_ref(node)
             values.append((weights if kind == "param" else known)[name])
         with torch.no_grad():
-            logits = Replay(outer, numbers.device, {LAYER_OP: stand_in}).run(*values)[0]
+            logits = Replay(outer, numbers.device, {LAYER_OP: stand_in, RESULT_OP: _result}).run(*values)[0]
             got = [{"logits": logits}, *stations.reached]
             with COMPILING:
                 own = wide = run(numbers.weights(), sizes, numbers.device)
@@ -112,7 +130,7 @@ def check_around(
 
     def same(sizes: Sizes) -> bool:
         def compute(own: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
-            with layers_as(layers, partial(recorder, {}, tuples)):
+            with layers_as(layers, partial(recorder, {}, returned)):
                 around_it = Around(model, lambda pasts: ConcatenatingCache(model.config, None, pasts[0]))
                 named = {f"model.{n}": t for n, t in registered(model, own).items()}
                 logits, _ = functional_call(around_it, named, (*inputs[:3], inputs[3:]))

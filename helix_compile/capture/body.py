@@ -25,7 +25,7 @@ from helix_compile.capture.layers import BATCH, PAST, TOKENS, ConcatenatingCache
 from helix_compile.capture.same_values import EXPORTED
 from helix_compile.capture.structure import on_meta, tensors_of
 from helix_compile.errors import CaptureError
-from helix_compile.ir.graph import InputRef, aten, set_input, source_line
+from helix_compile.ir.graph import PARTS, InputRef, aten, past_dim, set_input, source_line
 from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.shapes import trust_shapes
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, hint_of
@@ -41,12 +41,24 @@ def example_like(fake: Tensor, device: torch.device) -> Tensor:
 
 
 class CachedSite(NamedTuple):
-    """What one attention site caches: two tensors [B, heads, T, width]."""
+    """What one attention site caches: two tensors [B, heads, T, width], and [B, T, index_width] where an indexer has keys."""
 
     k_heads: int
     k_width: int
     v_heads: int
     v_width: int
+    index_width: int = 0
+
+    @classmethod
+    def of(cls, new: list[Tensor]) -> CachedSite:
+        """By what a step leaves."""
+        k, v, *index = new
+        return cls(k.shape[1], k.shape[3], v.shape[1], v.shape[3], *(x.shape[2] for x in index))
+
+    def shapes(self, B: int, S: int) -> list[tuple[int, ...]]:
+        """Of what is cached of B sequences of S tokens, in the order of PARTS."""
+        index = [(B, S, self.index_width)] if self.index_width else []
+        return [(B, self.k_heads, S, self.k_width), (B, self.v_heads, S, self.v_width), *index]
 
 
 class _Body(nn.Module):
@@ -57,9 +69,8 @@ class _Body(nn.Module):
     def forward(self, hidden: Tensor, others: list[Tensor], pasts: list[Tensor]) -> Any:
         cache = ConcatenatingCache(self._config, pasts, pasts[0] if pasts else hidden)
         args, kwargs = self._call.rebuild(hidden, others, cache)
-        out = self.layer(*args, **kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        return out, [t for pair in cache.new for t in pair]
+        out, *results = self._call.results(self.layer(*args, **kwargs))
+        return out, [t for new in cache.new for t in new], results
 
 
 class NoValue(RuntimeError):
@@ -170,14 +181,14 @@ def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, li
             out = layer(*args, **kwargs)
 
     trace = without_values(f"{type(layer).__name__} can't be traced", layer, OpTrace, run)
-    bad = [tuple(t.shape) for pair in cache.new for t in pair if t.dim() != 4]
+    bad = [tuple(t.shape) for new in cache.new for t in new[:2] if t.dim() != 4]
+    bad += [tuple(t.shape) for new in cache.new for t in new[3:]]
     if bad:
         raise CaptureError(
             f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; expected [B, heads, T, width]"
         )
-    sites = [CachedSite(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in cache.new]
-    hidden_out = out[0] if isinstance(out, tuple) else out
-    ends = [trace.text(t) for t in (hidden_out, *(t for pair in cache.new for t in pair))]
+    sites = [CachedSite.of(new) for new in cache.new]
+    ends = [trace.text(t) for t in (*call.results(out), *(t for new in cache.new for t in new))]
     text = "\n".join([call.constants(), str(sites), *trace.lines, *ends])
     return hashlib.sha256(text.encode()).hexdigest(), sites
 
@@ -189,20 +200,20 @@ def capture_body(layer: nn.Module, call: LayerCall, config: Any, cached: list[Ca
     hidden = example_like(call.hidden, device)
     others = [example_like(t, device) for t in call.others]
     pasts = [
-        torch.zeros(HINT_B, heads, HINT_S, width, dtype=call.hidden.dtype, device=device)
+        torch.zeros(shape, dtype=call.hidden.dtype, device=device)
         for site in cached
-        for heads, width in (site[:2], site[2:])
+        for shape in site.shapes(HINT_B, HINT_S)
     ]
     shapes = (
         {0: BATCH, 1: TOKENS},
         [_dims(t, batch, tokens) for t in call.others],
-        [{0: BATCH, 2: PAST} for _ in pasts],
+        [{0: BATCH, past_dim(past): PAST} for past in pasts],
     )
     sizes = f"(B={HINT_B}, T={HINT_T}, S={HINT_S})"
     with explained(f"torch.export failed on {type(layer).__name__} {sizes}"):
         program, exported = export_functional(_Body(layer, call, config), (hidden, others, pasts), shapes, "layer.")
     names = ["hidden", *call.names]
-    names += [f"past_{part}_{i}" for i in range(len(cached)) for part in ("latent", "rope")]
+    names += [InputRef.past(p, i).name for i, site in enumerate(cached) for p in PARTS[: len(site.shapes(1, 1))]]
     kinds = ["hidden"] + ["tensor"] * len(others) + ["past"] * len(pasts)
     body = normalised_module(program, list(zip(kinds, names, strict=True)), prefix="layer.")
     body.meta[EXPORTED] = exported

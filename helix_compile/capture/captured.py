@@ -66,6 +66,30 @@ class CapturedGraph:
         return [layer for layer in self.layers if layer.body == body]
 
 
+def results_of(body: fx.Graph) -> list[fx.Node]:
+    """What a captured layer returns besides hidden states and what it caches."""
+    output = next(n for n in body.nodes if n.op == "output")
+    cached = sum(input_ref(n).kind == "past" for n in placeholders(body))
+    return list(output.args[0][1 + cached :])
+
+
+def handed_on(captured: CapturedGraph, body: str) -> list[int]:
+    """Which of results_of() some later layer reads, of any layer that `body` computes."""
+    read = set()
+    for node in captured.graph.graph.nodes:
+        if node.target is operator.getitem and node.args[1] >= 2 and node.args[0].target == body:
+            read.add(node.args[1] - 2)
+    return sorted(read)
+
+
+def source_of(captured: CapturedGraph, argument: fx.Node) -> tuple[str, int] | None:
+    """(body, number among its results) of what an outer value is, where it is a result of a layer."""
+    if argument.target is not operator.getitem or argument.args[1] < 2:
+        return None
+    call, number = argument.args
+    return str(call.target), number - 2
+
+
 def whole_graph(body: fx.GraphModule) -> fx.GraphModule:
     """The outer graph of a model that is one body: its inputs, one call, logits and what is cached."""
     outer = fx.Graph()

@@ -10,9 +10,10 @@ import inspect
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,10 +28,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from helix_compile.capture.checks import explained
 from helix_compile.capture.functional import functional
+from helix_compile.capture.returned import returned_by
 from helix_compile.capture.same_values import Exported, as_exported
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.cache_argument import CACHE_NAMES, cache_argument, call_with_cache
-from helix_compile.ir.leaves import LayerCall, record_call
+from helix_compile.ir.graph import past_dim
+from helix_compile.ir.leaves import LayerCall, Returned, TensorLike, record_call
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
 
 BATCH, TOKENS, PAST = Dim("batch", min=1), Dim("tokens", min=1), Dim("past", min=2)
@@ -47,12 +50,27 @@ def _(hidden: Tensor, others: list[Tensor], index: int) -> Tensor:
     return torch.empty_like(hidden)
 
 
+@torch.library.custom_op("helix_capture::layer_result", mutates_args=())
+def _layer_result(
+    hidden: Tensor, others: list[Tensor], index: int, number: int, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """Stand-in for what a layer returns besides hidden states: its `number`-th tensor."""
+    raise RuntimeError("helix_capture::layer_result has no implementation: it only marks a layer's place")
+
+
+@_layer_result.register_fake
+def _(hidden: Tensor, others: list[Tensor], index: int, number: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return hidden.new_empty(shape, dtype=dtype)
+
+
 LAYER_OP = torch.ops.helix_capture.layer.default
+RESULT_OP = torch.ops.helix_capture.layer_result.default
 Calls = dict[int, LayerCall]
 
 
 class ConcatenatingCache(DynamicCache):
-    """A cache of given pasts [B, heads, S, width], two a site: update() concatenates, keeps what is new, writes nothing.
+    """A cache of given pasts, two [B, heads, S, width] a site, and behind them [B, S, width] where an indexer's keys are
+    cached too: update() and update_indexer() concatenate, keep what is new, write nothing.
 
     Without pasts it is a probe's: any past as long as `past` and of the right width will do.
     """
@@ -62,8 +80,10 @@ class ConcatenatingCache(DynamicCache):
         # a window is read off the mask: a cache layer that forgets would hide it
         layers: list[Any] = vars(self)["layers"]
         layers[:] = [DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in layers]
-        self.pasts, self.length = pasts, past.shape[2]
-        self.new: list[tuple[Tensor, Tensor]] = []
+        self.pasts, self.length = None if pasts is None else by_site(pasts), past.shape[2]
+        self.new: list[list[Tensor]] = []  # of each site
+        self._sites: dict[int, int] = {}  # layer -> its last site
+        self._early: dict[int, Tensor] = {}  # layer -> index keys that came before K and V
         for layer in self.layers:
             layer.keys = layer.values = past
             layer.dtype, layer.device = past.dtype, past.device
@@ -72,26 +92,49 @@ class ConcatenatingCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        site = len(self.new)
-        self.new.append((key_states, value_states))
+        site = self._sites[layer_idx] = len(self.new)
+        self.new.append([key_states, value_states])
+        if layer_idx in self._early:
+            self.new[site].append(self._early.pop(layer_idx))
         if self.pasts is None:
-            keys, values = (t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in self.new[site])
+            keys, values = (t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in (key_states, value_states))
         else:
-            keys, values = self.pasts[2 * site : 2 * site + 2]
+            keys, values = self.pasts[site][:2]
         kept = torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
         if layer_idx < len(self.layers):  # who asks for the length from here on is told the new one
             self.layers[layer_idx].keys, self.layers[layer_idx].values = kept
         return kept
 
-    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any) -> Any:
-        caller = traceback.extract_stack(limit=2)[0]
-        raise MatchError(
-            f"layer {layer_idx}: sparse attention: at node `update_indexer` "
-            f"({Path(caller.filename).name}:{caller.lineno}) the layer caches keys of an indexer, which chooses a top-k "
-            "of the cached tokens for each query.\n"
-            "  Helix merges exact partial results over all cached tokens: a top-k over shards is another algorithm.\n"
-            "  nearest that works: a model of the same family with dense MLA (deepseek_v3, glm4_moe_lite, axk1, ...)"
-        )
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Of keys [B, T, width] that an indexer caches beside K and V of its layer: all of them [B, S + T, width]."""
+        if any(x is not None for x in (*args, *kwargs.values())) or indexer_key_states.dim() != 3:
+            caller = traceback.extract_stack(limit=2)[0]
+            raise MatchError(
+                f"layer {layer_idx}: sparse attention: at node `update_indexer` ({Path(caller.filename).name}:"
+                f"{caller.lineno}) the layer caches more of an indexer than keys [B, T, width] "
+                f"(got {list(indexer_key_states.shape)} and {len(args) + len(kwargs)} more).\n"
+                "  nearest that works: one key a token, of which a top-k is chosen (deepseek_v32, glm_moe_dsa)"
+            )
+        site = self._sites.get(layer_idx)
+        if site is None:
+            site, self._early[layer_idx] = len(self.new), indexer_key_states
+        else:
+            self.new[site].append(indexer_key_states)
+        if self.pasts is None:
+            past = indexer_key_states.new_zeros(indexer_key_states.shape[0], self.length, indexer_key_states.shape[2])
+        else:
+            past = self.pasts[site][2]
+        return torch.cat([past, indexer_key_states], dim=1)
+
+
+def by_site(pasts: list[Tensor]) -> list[list[Tensor]]:
+    """Pasts of all sites in a row -> those of each: K and V have four dims, index keys behind them three."""
+    sites: list[list[Tensor]] = []
+    for past in pasts:
+        if past.dim() == 4 and (not sites or len(sites[-1]) >= 2):
+            sites.append([])
+        sites[-1].append(past)
+    return sites
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -143,19 +186,23 @@ class Around(nn.Module):
 
 def export_around(
     model: PreTrainedModel, layers: nn.ModuleList
-) -> tuple[ExportedProgram, Exported, Calls, tuple[bool, ...]]:
-    """Export everything around the layers; returns the program, the same as exported, calls of layers, which return tuples."""
+) -> tuple[ExportedProgram, Exported, Calls, tuple[Returned, ...]]:
+    """Export everything around the layers; returns the program, the same as exported, calls of layers, what they return."""
     past = next(model.parameters()).new_zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype)
     cache_of = lambda pasts: ConcatenatingCache(model.config, None, pasts[0])  # noqa: E731
     returned = (str(inspect.signature(type(x).forward).return_annotation) for x in layers)
     # an annotation may be wrong about a tuple: then what the model around the layer takes decides
-    annotated = tuple("tuple" in text.lower() for text in returned)
+    annotated = tuple(Returned("tuple" in text.lower()) for text in returned)
     failures: list[tuple[int, CaptureError]] = []
-    for tuples in dict.fromkeys((annotated, (False,) * len(layers), (True,) * len(layers))):
+    forms: Iterable[tuple[Returned, ...]] = chain(
+        dict.fromkeys((annotated, (Returned(),) * len(layers), (Returned(True),) * len(layers))),
+        _as_they_return(model, layers),
+    )
+    for form in forms:
         calls: Calls = {}
         try:
-            with layers_as(layers, partial(recorder, calls, tuples)):
-                return *_export_model(model, cache_of, [past]), calls, tuples
+            with layers_as(layers, partial(recorder, calls, form)):
+                return *_export_model(model, cache_of, [past]), calls, form
         except CaptureError as error:
             failures.append((len(calls), error))
             if not calls:
@@ -163,10 +210,26 @@ def export_around(
     raise max(failures, key=lambda failure: failure[0])[1]  # what came furthest says most
 
 
-def export_whole(model: PreTrainedModel, widths: list[tuple[int, int]]) -> ExportedProgram:
-    """Export the model in one graph, layers inlined; `widths` are those of what each site caches."""
+def _as_they_return(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[tuple[Returned, ...]]:
+    """What the layers return in the model itself; nothing where it can't be run, or where they return hidden states alone."""
+
+    def run(device: torch.device, B: int, T: int, S: int) -> None:
+        past = torch.zeros(B, 1, S, 1, dtype=model.dtype, device=device)
+        cache = ConcatenatingCache(model.config.get_text_config(), None, past)
+        Around(model, lambda pasts: cache)(*model_inputs(device, B, T, S), [past])
+
+    try:
+        found = returned_by(model, layers, run)
+    except Exception:  # the errors so far say why
+        return
+    if any(form.tensors for form in found):
+        yield found
+
+
+def export_whole(model: PreTrainedModel, shapes: list[tuple[int, ...]]) -> ExportedProgram:
+    """Export the model in one graph, layers inlined; `shapes` are those of what is cached."""
     device = next(model.parameters()).device
-    pasts = [torch.zeros(HINT_B, 1, HINT_S, w, dtype=model.dtype, device=device) for pair in widths for w in pair]
+    pasts = [torch.zeros(shape, dtype=model.dtype, device=device) for shape in shapes]
     return _export_model(model, lambda p: ConcatenatingCache(model.config, p, p[0]), pasts)[0]
 
 
@@ -186,7 +249,7 @@ def _export_model(model: nn.Module, cache_of: Any, pasts: list[Tensor]) -> tuple
         {0: BATCH, 1: TOKENS},
         {0: BATCH, 1: Dim.AUTO},
         {0: BATCH, 1: TOKENS},
-        [{0: BATCH, 2: PAST} for _ in pasts],
+        [{0: BATCH, past_dim(past): PAST} for past in pasts],
     )
     with explained(f"{type(model).__name__} can't be exported around its layers"):
         return export_functional(Around(model, cache_of), (ids, mask, positions, pasts), shapes, "model.")
@@ -229,19 +292,32 @@ def layers_as(layers: nn.ModuleList, forward_of: Callable[[int], Any]) -> Iterat
         yield
 
 
-def recorder(calls: Calls, tuples: tuple[bool, ...], index: int) -> Any:
-    """A forward of layer `index` that is one opaque op, and writes down how it is called."""
+def recorder(calls: Calls, returned: tuple[Returned, ...], index: int) -> Any:
+    """A forward of layer `index` that is one opaque op for each result, and writes down how it is called."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if index in calls:
             raise CaptureError(
                 f"capture: layer {index} is called a second time in one step; a layer has one cache and one call"
             )
-        call = calls[index] = record_call(args, kwargs)
-        out = LAYER_OP(call.hidden, call.others, index)
-        return (out,) if tuples[index] else out
+        call = calls[index] = record_call(args, kwargs, returned[index])
+        hidden, others = call.hidden, call.others
+        results = [
+            RESULT_OP(hidden, others, index, number, shape, like.dtype)
+            for number, (like, shape) in enumerate(result_shapes(call, args, kwargs))
+        ]
+        return call.as_returned([LAYER_OP(hidden, others, index), *results])
 
     return forward
+
+
+def result_shapes(call: LayerCall, args: tuple, kwargs: dict) -> list[tuple[TensorLike, list[Any]]]:
+    """What a layer returns besides hidden states when it is called so, each with its shape."""
+    if not call.returned.tensors:
+        return []
+    cache = next(x for x in (*args, *kwargs.values()) if isinstance(x, ConcatenatingCache))
+    sizes = (*call.hidden.shape[:2], cache.length)
+    return [(like, like.shape(*sizes)) for like in call.returned.tensors]
 
 
 def explain_by_whole_run(model: PreTrainedModel, index: int | None, error: CaptureError) -> HelixError:

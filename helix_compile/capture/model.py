@@ -19,9 +19,16 @@ from transformers import PreTrainedModel
 
 from helix_compile.capture.around_paths import check_around
 from helix_compile.capture.body import CONSTANTS, capture_body, normalised_module, probe_layer
-from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
+from helix_compile.capture.captured import CapturedGraph, CapturedLayer, results_of, whole_graph
 from helix_compile.capture.checks import check_model, check_surroundings
-from helix_compile.capture.layers import LAYER_OP, explain_by_whole_run, export_around, export_whole, find_layers
+from helix_compile.capture.layers import (
+    LAYER_OP,
+    RESULT_OP,
+    explain_by_whole_run,
+    export_around,
+    export_whole,
+    find_layers,
+)
 from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
 from helix_compile.capture.paths import Sizes, check_paths, check_paths_by_numbers, dataflow_elsewhere
 from helix_compile.capture.rope import tables_by_position
@@ -30,6 +37,7 @@ from helix_compile.capture.structure import attributes_kept, tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
 from helix_compile.ir.leaves import LayerCall
+from helix_compile.ir.sizes import HINT_B, HINT_S
 from helix_compile.ir.stage import copy_module
 
 TESTED = (5, 24)  # the newest transformers
@@ -134,7 +142,7 @@ def _mtp_notes(config: Any) -> tuple[str, ...]:
 def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) -> CapturedGraph:
     name, layers = find_layers(model)
     try:
-        program, exported, calls, tuples = export_around(model, layers)
+        program, exported, calls, returned = export_around(model, layers)
     except CaptureError as error:
         raise explain_by_whole_run(model, None, error) from error.__cause__
     if len(calls) != len(layers):
@@ -146,7 +154,7 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
     around = normalised_module(program, [*OUTER_INPUTS, ("past", "past_shape")], prefix="model.")
     facts = _facts(model)
     named = {i: call.names for i, call in calls.items()}
-    notes = [*facts.pop("notes"), *check_around(model, layers, tuples, around, exported, named, facts["vocab_size"])]
+    notes = [*facts.pop("notes"), *check_around(model, layers, returned, around, exported, named, facts["vocab_size"])]
     for i, layer in enumerate(layers):
         try:
             found = _probe(model, layer, calls[i], i, keep)
@@ -262,8 +270,8 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
         probes = [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
     cached = [site for _, sites in probes for site in sites]
-    program = export_whole(model, [(site.k_width, site.v_width) for site in cached])
-    pasts = [(f"past_{p}_{i}") for i in range(len(cached)) for p in ("latent", "rope")]
+    program = export_whole(model, [shape for site in cached for shape in site.shapes(HINT_B, HINT_S)])
+    pasts = [InputRef.past(p, i).name for i, x in enumerate(cached) for p in PARTS[: len(x.shapes(1, 1))]]
     inputs = [("hidden", "input_ids"), ("tensor", "attention_mask"), ("tensor", "position_ids")]
     body = normalised_module(program, [*inputs, *(("past", p) for p in pasts)], prefix="model.")
     layer = CapturedLayer(0, "", "body_0", tuple(range(len(cached))))
@@ -286,6 +294,7 @@ def build_outer(
     for name, body in bodies.items():
         module.add_submodule(name, body)
     graph, new_states = module.graph, []
+    results: dict[int, fx.Node] = {}  # layer -> its call, where it returns more than hidden states
     layers = {layer.index: layer for layer in captured}
     for node in [n for n in graph.nodes if n.target is LAYER_OP]:
         hidden, others, index = node.args
@@ -317,8 +326,10 @@ def build_outer(
             states = graph.call_function(operator.getitem, (call, 1))
         out.meta.update({"val": node.meta["val"], "layer": index})
         new_states.append(states)
+        results[index] = call
         node.replace_all_uses_with(out)
         graph.erase_node(node)
+    _connect_results(graph, results, bodies)
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = ((output.args[0][0], new_states),)
     graph.eliminate_dead_code()
@@ -327,3 +338,31 @@ def build_outer(
     graph.lint()
     module.recompile()
     return module
+
+
+def _connect_results(graph: fx.Graph, layers: dict[int, fx.Node], bodies: dict[str, fx.GraphModule]) -> None:
+    """What a layer returns besides hidden states comes from its call; what it only passes on, from where it had it.
+
+    Raises:
+        CaptureError: a leaf returns something that another layer reads.
+    """
+    for node in [n for n in graph.nodes if n.target is RESULT_OP]:
+        *_, index, number = node.args[:4]
+        if node.users and index not in layers:
+            raise CaptureError(
+                f"capture: layer {index} can't stay a leaf: what it returns besides hidden states is read by "
+                f"{', '.join(f'`{u.name}`' for u in node.users)}"
+            )
+        if node.users:
+            call = layers[index]
+            body = bodies[str(call.target)].graph
+            result = results_of(body)[number]
+            if result.op == "placeholder":
+                value = call.args[placeholders(body).index(result)]
+                assert isinstance(value, fx.Node)
+            else:
+                with graph.inserting_after(call):
+                    value = graph.call_function(operator.getitem, (call, 2 + number))
+                value.meta = {"val": node.meta["val"], "layer": index}
+            node.replace_all_uses_with(value)
+        graph.erase_node(node)

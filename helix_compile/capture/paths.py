@@ -32,7 +32,7 @@ from helix_compile.capture.same_values import EXPORTED, Exported, same_values
 from helix_compile.capture.structure import tensors_of
 from helix_compile.capture.trial import Replay, Tensors, Trial, relative_gap, widened
 from helix_compile.errors import CaptureError, HelixError
-from helix_compile.ir.graph import input_ref, inputs_of, placeholders
+from helix_compile.ir.graph import input_ref, inputs_of, past_dim, placeholders
 from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, hint_of, size_at
 
@@ -52,6 +52,13 @@ class Sizes:
 
     def __str__(self) -> str:
         return f"B={self.B}, T={self.T}, S={self.S}"
+
+
+def past_shape(example: Tensor, sizes: Sizes) -> tuple[int, ...]:
+    """Of what is cached, an example of which has other sizes."""
+    shape = [*example.shape]
+    shape[0], shape[past_dim(example)] = sizes.B, sizes.S
+    return tuple(shape)
 
 
 # beyond any threshold that a layer may have: a prompt, a batch of decode steps, a long context
@@ -202,13 +209,13 @@ def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphMo
         # shapes alone matter: an example of a large mask holds nothing
         hidden, others = _inputs(call, sizes, torch.empty, torch.device("meta"))
         pasts = [
-            torch.empty(sizes.B, heads, sizes.S, width, dtype=call.hidden.dtype, device="meta")
-            for _, heads, _, width in (x.shape for x in exported.examples[1 + len(others) :])
+            torch.empty(past_shape(x, sizes), dtype=call.hidden.dtype, device="meta")
+            for x in exported.examples[1 + len(others) :]
         ]
 
         def run(own: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
-            out, new = _run(layer, call, config, own, inputs[0], inputs[1 : 1 + len(others)], inputs[1 + len(others) :])
-            return [out, *new]
+            given, pasts = inputs[1 : 1 + len(others)], inputs[1 + len(others) :]
+            return _run(layer, call, config, own, inputs[0], given, pasts)
 
         device = next(layer.parameters()).device
         return same_values(exported, tensors, [hidden, *others, *pasts], device, run, nullcontext())
@@ -233,7 +240,7 @@ def dataflow_elsewhere(layer: nn.Module, call: LayerCall, config: Any) -> str:
                 cache = ConcatenatingCache(config, None, hidden.new_zeros(sizes.B, 1, sizes.S, 1))
                 args, kwargs = call.rebuild(hidden, others, cache)
                 out = layer(*args, **kwargs)
-                ends = [out[0] if isinstance(out, tuple) else out, *(t for pair in cache.new for t in pair)]
+                ends = [*call.results(out), *(t for new in cache.new for t in new)]
             trace.lines += map(trace.text, ends)
 
         lines += without_values(f"{type(layer).__name__} can't be run at {sizes}", layer, OpTrace, run).lines
@@ -314,22 +321,17 @@ def _layer_gap(
     hidden, others = _inputs(call, sizes, drawn, trial.device, masked=True)
     past = {}
     for n in inputs_of(body.graph, "past"):
-        _, heads, _, width = n.meta["val"].shape
-        past[input_ref(n).name] = drawn((sizes.B, heads, sizes.S, width), hidden.dtype, trial.device)
+        past[input_ref(n).name] = drawn(past_shape(n.meta["val"], sizes), hidden.dtype, trial.device)
     known = {"hidden": hidden, **dict(zip(call.names, others, strict=True)), **past}
     weights = trial.of_graph()
     given = [(weights if input_ref(n).kind == "param" else known)[input_ref(n).name] for n in placeholders(body.graph)]
     with torch.no_grad():
-        got, *got_new = Replay(body, trial.device, opaque).run(*given)
-        own, own_new = _run(layer, call, config, trial.weights(), hidden, others, list(past.values()))
-        wide, wide_new = own, own_new
+        got = Replay(body, trial.device, opaque).run(*given)
+        own = wide = _run(layer, call, config, trial.weights(), hidden, others, list(past.values()))
         if widened(hidden).dtype != hidden.dtype:
             wide_others, wide_past = ([widened(t) for t in x] for x in (others, past.values()))
-            wide, wide_new = _run(
-                layer, call, config, trial.weights(wide=True), widened(hidden), wide_others, wide_past
-            )
-    pairs = zip((got, *got_new), (own, *own_new), (wide, *wide_new), strict=True)
-    return max(relative_gap(*each) for each in pairs)
+            wide = _run(layer, call, config, trial.weights(wide=True), widened(hidden), wide_others, wide_past)
+    return max(relative_gap(*each) for each in zip(got, own, wide, strict=True))
 
 
 def _run(
@@ -340,13 +342,13 @@ def _run(
     hidden: Tensor,
     others: list[Tensor],
     pasts: list[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """What the layer itself gives for these weights, inputs and past, and what it caches."""
+) -> list[Tensor]:
+    """What the layer itself gives for these weights, inputs and past, what it caches, and what else it returns."""
     cache = ConcatenatingCache(config, pasts, pasts[0])
     args, kwargs = call.rebuild(hidden, others, cache)
     # on the modules themselves, not on a copy: someone may have patched a forward of theirs
-    out = functional_call(layer, registered(layer, weights), args, kwargs)
-    return out[0] if isinstance(out, tuple) else out, [t for pair in cache.new for t in pair]
+    out, *results = call.results(functional_call(layer, registered(layer, weights), args, kwargs))
+    return [out, *(t for new in cache.new for t in new), *results]
 
 
 def registered(module: nn.Module, weights: Mapping[str, Tensor]) -> Tensors:

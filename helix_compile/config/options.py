@@ -104,6 +104,13 @@ class HelixOptions:
         'W_UV "before" or "after" the exchange, or "auto" by bytes; grouped-query attention has none.',
         of_exchange=True,
     )
+    topk_exchange: str = _choice(
+        ("auto", "gather", "owner"),
+        'sparse attention: every rank gets all candidates ("gather", one collective), or each query has one rank that gets '
+        'them and says which is the k-th ("owner", two collectives, fewer bytes), or "auto" by bytes and rounds.',
+        "how ranks agree on the keys that an indexer chooses",
+        of_exchange=True,
+    )
     overlap: str = _choice(
         ("none", "hopb"),
         '"none".',

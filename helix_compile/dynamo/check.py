@@ -28,12 +28,12 @@ from helix_compile.dynamo.frame import (
     named_weights,
     tensors_of_cache,
 )
-from helix_compile.dynamo.user_state import LATENTS, STATES
+from helix_compile.dynamo.user_state import INDEX_KEYS, LATENTS, STATES
 from helix_compile.errors import CaptureError
 from helix_compile.ir.cache_argument import cache_of_output
 from helix_compile.ir.graph import source_line
 
-_FIELDS = (*LATENTS, "cumulative_length")
+_FIELDS = (*LATENTS, INDEX_KEYS, "cumulative_length")
 _WINDOW = "_sliding_window_tensor"  # the window of a DynamicSlidingWindowLayer once more
 
 

@@ -12,7 +12,16 @@ from helix_compile.capture.structure import structure_key
 from helix_compile.compile import helix_compile
 from helix_compile.dynamo.check import GraphOutput, compared_outputs
 from helix_compile.dynamo.frame import CAPACITY, LENGTHS, Frame, layers_of_cache
-from helix_compile.dynamo.user_state import LATENTS, STATES, Key, ModelState, UserCache, check_countable, stand_in
+from helix_compile.dynamo.user_state import (
+    INDEX_KEYS,
+    LATENTS,
+    STATES,
+    Key,
+    ModelState,
+    UserCache,
+    check_countable,
+    stand_in,
+)
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.dataflow import follow
 from helix_compile.ir.graph import aten, input_named, is_call
@@ -216,6 +225,9 @@ class CompiledGraph:
         if output.field.startswith(STATES):
             # models write it in place, and Dynamo traces that before we are asked: a view of one number can't be written
             return stand_in((B, *output.shape[1:]), output.dtype, logits.device).contiguous()
+        if output.field == INDEX_KEYS:
+            shape = (B, _room(output, rooms) or columns, output.shape[2])
+            return stand_in(shape, output.dtype, logits.device)
         if output.field not in LATENTS:
             number = columns if output.field == "cumulative_length" else output.room.window
             return torch.tensor(number, dtype=output.dtype, device=logits.device)

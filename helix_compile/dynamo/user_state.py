@@ -18,13 +18,14 @@ from helix_compile.errors import RuntimeFault
 
 Key = tuple[int, str]  # layer, field
 LATENTS = ("keys", "values")  # the fields that a step fills
+INDEX_KEYS = "indexer_keys"  # [B, S, I]; likewise, where an indexer chooses keys
 STATES = ("conv_states", "recurrent_states")  # of linear attention, which stays a leaf: its own states are on the ranks
 _START_OVER = "to start over pass a new cache"
 
 
 def is_held(field: str) -> bool:
     """True if a stand-in is left there: what it stands for is on the ranks."""
-    return field in LATENTS or field.startswith(STATES)
+    return field in (*LATENTS, INDEX_KEYS) or field.startswith(STATES)
 
 
 @dataclass

@@ -32,15 +32,22 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder"]
 
 
-# the two parts of a cached attention; where K and V are cached, K goes by the first name and V by the second
-PARTS = ("latent", "rope")
+# the parts of a cached attention; where K and V are cached, K goes by the first name and V by the second. The last one
+# is there where an indexer chooses among the cached tokens
+PARTS = ("latent", "rope", "index")
+
+
+def past_dim(past: Any) -> int:
+    """The dim of S: K and V are cached as [B, heads, S, width], index keys as [B, S, width]."""
+    return past.dim() - 2
 
 
 class InputRef(NamedTuple):
     """What a graph's input is: meta["input"] of its placeholder, read.
 
     Attributes:
-        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden" and "tensor". "" is no input.
+        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor" and "chosen"
+            (slots that an earlier layer chose). "" is no input.
         name: of a parameter its full name, relative to the layer in a body; of a past or cache its site is in it.
     """
 
@@ -54,7 +61,7 @@ class InputRef(NamedTuple):
 
     @classmethod
     def past(cls, part: str, site: int) -> InputRef:
-        """One of the two PARTS of what a site has cached, in a captured graph."""
+        """One of the PARTS of what a site has cached, in a captured graph."""
         return cls("past", f"past_{part}_{site}")
 
     @property

@@ -195,6 +195,50 @@ def leaf_bytes(module: fx.GraphModule) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class Size:
+    """A dim as the sum of sizes of a step ("B", "T", "S", "ST"; "" is no size), and at most `most`."""
+
+    letters: str
+    most: int | None = None
+
+    def at(self, B: Any, T: Any, S: Any) -> Any:
+        """In such a step; sizes may be symbols."""
+        sizes = {"B": B, "T": T, "S": S}
+        total = sum(sizes[letter] for letter in self.letters)
+        if self.most is None or not self.letters:
+            return total if self.letters else self.most
+        return torch.sym_min(total, self.most)
+
+
+@dataclass(frozen=True)
+class TensorLike:
+    """Shape and dtype of a tensor in a step."""
+
+    sizes: tuple[Size, ...]
+    dtype: torch.dtype
+
+    def shape(self, B: Any, T: Any, S: Any) -> list[Any]:
+        """In such a step."""
+        return [size.at(B, T, S) for size in self.sizes]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a layer returns: hidden states, or a tuple of them and others, None for what is no tensor."""
+
+    is_tuple: bool = False
+    others: tuple[TensorLike | None, ...] = ()
+
+    @property
+    def tensors(self) -> list[TensorLike]:
+        """Those besides hidden states."""
+        return [x for x in self.others if x is not None]
+
+
+HIDDEN_ALONE = Returned()
+
+
 @dataclass
 class LayerCall:
     """How the model calls one layer: the pytree of its arguments, tensors and the cache marked by place.
@@ -202,6 +246,7 @@ class LayerCall:
     Attributes:
         others: example tensors after `hidden`, FakeTensors with the symbols of the outer export.
         names: readable name of each of them.
+        returned: what it gives.
     """
 
     hidden: Tensor
@@ -209,6 +254,13 @@ class LayerCall:
     leaves: list[Any]
     others: list[Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    returned: Returned = field(default_factory=Returned)
+
+    def results(self, out: Any) -> list[Tensor]:
+        """Hidden states out of what the layer returned, and behind them what else is a tensor and may be read."""
+        if not isinstance(out, tuple):
+            return [out]
+        return [out[0], *(t for like, t in zip(self.returned.others, out[1:], strict=False) if like is not None)]
 
     def rebuild(self, hidden: Tensor, others: list[Tensor], cache: Any) -> tuple[tuple, dict]:
         """The layer's (args, kwargs) with these tensors in their places."""
@@ -226,6 +278,13 @@ class LayerCall:
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
         return args, kwargs
 
+    def as_returned(self, results: list[Tensor]) -> Any:
+        """What the layer returns, given its results()."""
+        if not self.returned.is_tuple:
+            return results[0]
+        rest = iter(results[1:])
+        return results[0], *(None if like is None else next(rest) for like in self.returned.others)
+
     @property
     def masks(self) -> list[Tensor]:
         """What may be a mask: the other tensors that are as wide as the sequence. Layers with different ones are apart."""
@@ -238,7 +297,7 @@ class LayerCall:
         return f"{self.spec} {self.leaves!r}"
 
 
-def record_call(args: tuple, kwargs: dict) -> LayerCall:
+def record_call(args: tuple, kwargs: dict, returned: Returned = HIDDEN_ALONE) -> LayerCall:
     """How a module is called: which of its arguments are tensors, which the cache, which constants."""
     is_cache = lambda leaf: isinstance(leaf, DynamicCache)  # noqa: E731
     paths, spec = pytree.tree_flatten_with_path((args, kwargs), is_leaf=is_cache)
@@ -271,4 +330,4 @@ def record_call(args: tuple, kwargs: dict) -> LayerCall:
             leaves.append(("constant", leaf))
     if hidden is None:
         raise CaptureError("capture: a layer is called without a tensor")
-    return LayerCall(hidden, spec, leaves, others, names)
+    return LayerCall(hidden, spec, leaves, others, names, returned)

@@ -36,6 +36,12 @@ def _reshard(x: Tensor, source: str, target: str, size: int) -> Tensor:
     return x.new_empty(shape)
 
 
+def _kth_by_owners(candidates: Tensor, visible: Tensor, axis: str, peers: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """Each query's k-th key, found by one rank of the axis that gets all ranks' candidates for it, and told to all."""
+    dtype = torch.float64 if candidates.dtype is torch.int64 else torch.float32
+    return candidates.new_empty(visible.shape, dtype=dtype), candidates.new_empty(visible.shape, dtype=torch.int64)
+
+
 def _define(op: Op) -> None:
     _LIBRARY.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"helix::{op.name}", op.fake, lib=_LIBRARY)
@@ -44,7 +50,7 @@ def _define(op: Op) -> None:
 for _op in HELIX_OPS:
     _define(_op)
     _LIBRARY.impl(_op.name, _op.function, "CompositeExplicitAutograd")
-for _move in (_all_to_all_heads, _reshard):
+for _move in (_all_to_all_heads, _reshard, _kth_by_owners):
     _define(Op(_move.__name__.removeprefix("_"), _move, _move))
 
 
@@ -58,7 +64,7 @@ def overload(name: str) -> torch._ops.OpOverload:
     return found
 
 
-MOVES = (helix.all_to_all_heads.default, helix.reshard.default)
+MOVES = (helix.all_to_all_heads.default, helix.reshard.default, helix.kth_by_owners.default)
 
 
 UNPACKS = tuple(overload(codec.op("unpack_heads")) for codec in CODECS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -13,8 +14,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from helix_compile.errors import PassError
-from helix_compile.ir.graph import aten, is_call
+from helix_compile.ir.graph import aten, inputs_of, is_call
 from helix_compile.ir.sizes import concrete, shape_of
+from helix_compile.ir.stage import body_of
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
@@ -26,11 +28,12 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv())
 
 
-def propagate_shapes(graph: fx.Graph) -> None:
+def propagate_shapes(graph: fx.Graph, bodies: Mapping[str, fx.GraphModule] | None = None) -> None:
     """Bring meta["val"] of every node up to date with the placeholders'.
 
     A value is a function of the op and of its arguments' shapes, so only nodes where these differ from what their
-    value was computed from (meta["val_key"]) are run: a few dozen a stage, instead of all.
+    value was computed from (meta["val_key"]) are run: a few dozen a stage, instead of all. `bodies` are what it calls, where
+    it is no graph of a module yet.
 
     Raises:
         PassError: an op does not take the shapes it gets; names node, op and shapes.
@@ -43,7 +46,8 @@ def propagate_shapes(graph: fx.Graph) -> None:
         for node in graph.nodes:
             # a rewritten layer returns a hidden state like the one it gets; a leaf's value never changes
             if node.op == "call_module" and "leaf" not in node.meta:
-                node.meta["val"] = node.args[0].meta["val"]
+                body = bodies[str(node.target)] if bodies else body_of(graph.owning_module, node.target)
+                node.meta["val"] = _returned(node.args[0].meta["val"], body.graph)
             if node.op != "call_function":
                 continue
             key = _val_key(node)
@@ -57,6 +61,16 @@ def propagate_shapes(graph: fx.Graph) -> None:
                 shapes = [_shape(n.meta["val"]) for n in node.all_input_nodes]
                 raise PassError(f"node `{node.name}` ({node.target}) does not take {shapes}: {error}") from error
             node.meta["val_key"] = key
+
+
+def _returned(hidden: Tensor, body: fx.Graph) -> Any:
+    """What a body returns for such hidden states: a captured one what it caches too, and either what it hands on."""
+    (values,) = next(n for n in body.nodes if n.op == "output").args
+    if not isinstance(values, (tuple, list)):
+        return hidden
+    others = [n.meta.get("val") for n in values[1:]]
+    cached = len(inputs_of(body, "past"))
+    return (hidden, others[:cached], *others[cached:]) if cached else (hidden, *others)
 
 
 def trust_shapes(graph: fx.Graph) -> None:

@@ -35,6 +35,16 @@ from helix_compile.kernels.reference_fused import (
     pack_splits_reference,
     rope_heads_reference,
 )
+from helix_compile.kernels.reference_sparse import (
+    index_scores_reference,
+    kth_candidate_reference,
+    mla_decode_slots_reference,
+    pack_kth_reference,
+    rows_for_owners_reference,
+    select_slots_reference,
+    topk_candidates_reference,
+    unpack_kth_reference,
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,28 @@ def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor,
     return torch.empty_like(visible, memory_format=torch.contiguous_format)
 
 
+def _bits_like(scores: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return scores.new_empty(shape, dtype=torch.int64 if scores.dtype.itemsize == 8 else torch.int32)
+
+
+def _candidates(scores: Tensor, visible: Tensor, rank: Tensor, top_k: int, *_: Any) -> Tensor:
+    m = min(top_k, int(scores.shape[-1]))
+    return _bits_like(scores, (*visible.shape, m, 2))
+
+
+def _kth(candidates_P: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    rows, wide = candidates_P.shape[1:3], candidates_P.dtype is torch.int64
+    score = candidates_P.new_empty(rows, dtype=torch.float64 if wide else torch.float32)
+    return score, candidates_P.new_empty(rows, dtype=torch.int64)
+
+
+def _selected(
+    scores: Tensor, visible: Tensor, kth_score: Tensor, kth_position: Tensor, rank: Tensor, top_k: int, *_: Any
+) -> tuple[Tensor, Tensor]:
+    m = min(top_k, int(scores.shape[-1]))
+    return visible.new_empty((*visible.shape, m), dtype=torch.int32), torch.empty_like(visible)
+
+
 HELIX_OPS = (
     Op(
         "shard_index",
@@ -110,6 +142,33 @@ HELIX_OPS = (
     Op(
         "rope_heads", rope_heads_reference, lambda q_rope, *_: q_rope.new_empty([q_rope.shape[d] for d in (0, 2, 1, 3)])
     ),
+    Op(
+        "index_scores",
+        index_scores_reference,
+        lambda q, w, index_cache, page_table, *_: q.new_empty(
+            (*q.shape[:2], page_table.shape[1] * index_cache.shape[1]), dtype=accumulation_dtype(q.dtype)
+        ),
+    ),
+    Op("topk_candidates", topk_candidates_reference, _candidates),
+    Op("kth_candidate", kth_candidate_reference, _kth),
+    Op(
+        "rows_for_owners",
+        rows_for_owners_reference,
+        lambda candidates, peers: candidates.new_empty(
+            (peers, -(-candidates.shape[0] * candidates.shape[1] // peers), *candidates.shape[2:])
+        ),
+    ),
+    Op("pack_kth", pack_kth_reference, lambda score, position: _bits_like(score, (score.shape[0], 2))),
+    Op(
+        "unpack_kth",
+        unpack_kth_reference,
+        lambda buffer, visible: (
+            visible.new_empty(visible.shape, dtype=torch.float64 if buffer.dtype is torch.int64 else torch.float32),
+            visible.new_empty(visible.shape, dtype=torch.int64),
+        ),
+    ),
+    Op("select_slots", select_slots_reference, _selected),
+    Op("mla_decode_slots", mla_decode_slots_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
     *(op for codec in CODECS for op in _exchange(codec)),
 )
 

@@ -38,8 +38,8 @@ def local_length(length: int | Tensor, rank: int | Tensor, cp: int, tokens_per_b
     return full_turns + min(max(rest, 0), tokens_per_block)
 
 
-def position_of_slot(slot: IntOrTensor, rank: int, cp: int, tokens_per_block: int) -> IntOrTensor:
-    """Absolute position of local slot `slot` of CP rank `rank`; the inverse of owner_rank and local_slot."""
+def position_of_slot(slot: int | Tensor, rank: int | Tensor, cp: int, tokens_per_block: int) -> Any:
+    """Absolute position of local slot `slot` of CP rank `rank`; the inverse of owner_rank and local_slot. A Tensor if either is."""
     return ((slot // tokens_per_block) * cp + rank) * tokens_per_block + slot % tokens_per_block
 
 

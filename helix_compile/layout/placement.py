@@ -1,8 +1,9 @@
 """Placements: how a value lies over each axis of the mesh.
 
-torch.distributed.tensor's Replicate, Shard(dim) and Partial("sum"), plus two of ours: PartialSoftmax for the pair
-(partial_o, lse), which is neither a sum nor a shard (it needs the merge by log-sum-exp), and PerRank for what differs
-on each rank by construction.
+torch.distributed.tensor's Replicate, Shard(dim) and Partial("sum"), plus four of ours: PartialSoftmax for the pair
+(partial_o, lse), which is neither a sum nor a shard (it needs the merge by log-sum-exp), PartialTopK for scores and
+candidates of a rank's own keys, Chosen for the slots that are left of them, and PerRank for what differs on each rank
+by construction.
 
 A layout is a dict axis -> placement. An axis that is not named is Replicate. Layouts are kept in normal form:
 a value that is cut or summed over every rank is written over "world", not over two axes.
@@ -45,6 +46,20 @@ class PartialSoftmax(Mark):
         return "PS"
 
 
+class PartialTopK(Mark):
+    """Scores or best keys of a part of the keys: which are chosen is known only after a look at all ranks' candidates."""
+
+    def __str__(self) -> str:
+        return "PK"
+
+
+class Chosen(Mark):
+    """A rank's slots that are chosen among the keys of all ranks, and how many there are."""
+
+    def __str__(self) -> str:
+        return "C"
+
+
 class PerRank(Mark):
     """Another value on each rank by construction: slots, visible lengths, a cache shard, a rank index.
 
@@ -53,6 +68,9 @@ class PerRank(Mark):
 
     def __str__(self) -> str:
         return "L"
+
+
+_MARKS: dict[str, type[Mark]] = {str(mark()): mark for mark in (PartialSoftmax, PartialTopK, Chosen, PerRank)}
 
 
 def normal_form(layout: Layout, degrees: HelixLayout) -> Layout:
@@ -73,8 +91,8 @@ def normal_form(layout: Layout, degrees: HelixLayout) -> Layout:
 
 
 def format_placement(placement: Placement) -> str:
-    """Short text of one placement: "R", "S(2)", "P(sum)", "PS", "L"."""
-    if isinstance(placement, (PerRank, PartialSoftmax)):
+    """Short text of one placement: "R", "S(2)", "P(sum)", "PS", "PK", "C", "L"."""
+    if isinstance(placement, Mark):
         return str(placement)
     if isinstance(placement, Shard):
         return f"S({placement.dim})"
@@ -99,8 +117,8 @@ def parse_layout(text: str) -> Layout:
             layout[axis] = Shard(int(shard[1]))
         elif partial := re.fullmatch(r"P\((\w+)\)", placement):
             layout[axis] = Partial(partial[1])
-        elif placement in ("PS", "L"):
-            layout[axis] = PartialSoftmax() if placement == "PS" else PerRank()
+        elif placement in _MARKS:
+            layout[axis] = _MARKS[placement]()
         else:
             raise ValueError(f"unknown placement {placement!r} in layout {text!r}")
     return layout

@@ -34,8 +34,8 @@ def rows_of_rank(entries: Tensor, row: CacheRow, layout: HelixLayout, rank: int)
 
 
 def parts_of_rows(rows: Tensor, row: CacheRow) -> tuple[Tensor, Tensor]:
-    """Both parts of cached rows of all heads [..., R + r] or [..., K, Dk + Dv]: [..., first] and [..., second]."""
-    first, second = rows.split([row.first, row.second], dim=-1)
+    """Both parts of cached rows of all heads [..., R + r + I] or [..., K, Dk + Dv]: [..., first] and [..., the rest]."""
+    first, second = rows.split([row.first, row.second + row.index], dim=-1)
     if row.heads:
         first, second = first.flatten(-2), second.flatten(-2)
     return first.contiguous(), second.contiguous()
@@ -46,18 +46,20 @@ class CacheRow:
     """What one token leaves in the cache: a latent and a rope part, or K and V of `heads` KV heads.
 
     `first` and `second` are the widths: R and r, or Dk and Dv of one head. `heads` is 0 where all heads share the row.
+    `index` is the width I of an indexer's key, which lies behind the rope part and goes with it; 0: there is none.
     """
 
     first: int
     second: int
     heads: int = 0
+    index: int = 0
 
     @property
     def widths(self) -> tuple[int, int]:
         """Numbers of both parts, all heads together."""
-        return self.first * (self.heads or 1), self.second * (self.heads or 1)
+        return self.first * (self.heads or 1), (self.second + self.index) * (self.heads or 1)
 
     def tail(self, tpa: int) -> tuple[int, ...]:
-        """Trailing sizes of a rank's cache: (R + r), or (K / tpa, Dk + Dv)."""
-        width = self.first + self.second
+        """Trailing sizes of a rank's cache: (R + r + I), or (K / tpa, Dk + Dv)."""
+        width = self.first + self.second + self.index
         return (self.heads // tpa, width) if self.heads else (width,)

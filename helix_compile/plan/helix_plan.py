@@ -84,8 +84,9 @@ class AttentionPlan:
     """Decisions for one attention site: `v_up`, "none" where there is no W_UV, and what is cut by heads.
 
     `output_weight` is the parameter whose columns a rank holds for the heads it owns. `kv_heads` are the heads that are
-    cached; 0 where all heads share one latent (MLA). A query at p sees `window` tokens up to itself, or those of its
-    `chunk`; 0: all. `sinks` is the parameter of a logit a head that takes part in the softmax, "" where there is none.
+    cached; 0 where all heads share one latent (MLA). `top_k` are the keys that an indexer chooses (0: none does), and
+    `topk_exchange` how ranks agree on them; "" where an earlier layer chose. A query at p sees `window` tokens up to
+    itself, or those of its `chunk`; 0: all. `sinks` is the parameter of a logit a head that takes part in the softmax.
     """
 
     site: int
@@ -93,6 +94,8 @@ class AttentionPlan:
     heads: int
     output_weight: str
     kv_heads: int = 0
+    top_k: int = 0
+    topk_exchange: str = ""
     window: int = 0
     chunk: int = 0
     sinks: str = ""
@@ -116,6 +119,8 @@ class AttentionPlan:
             "tokens_per_block": options.tokens_per_block,
             "output_weight": self.output_weight,
             "cached_heads": self.kv_heads // layout.tpa,
+            "top_k": self.top_k,
+            "topk_exchange": self.topk_exchange,
             "window": self.window,
             "chunk": self.chunk,
             "sinks": self.sinks,
@@ -237,6 +242,11 @@ class HelixPlan:
         parts = (b.egress_bytes_per_rank_per_token * len(b.layers) for b in self.bodies)
         return sum(parts, Fraction(0))
 
+    @property
+    def topk_exchange(self) -> str:
+        """How ranks agree on the keys that indexers choose; "" where none does."""
+        return next((a.topk_exchange for b in self.bodies for a in b.attentions if a.topk_exchange), "")
+
     def to_json(self) -> str:
         """JSON text; from_json is its inverse."""
         fields = asdict(self)
@@ -339,7 +349,7 @@ def _body_from(fields: dict[str, Any], layout: HelixLayout, options: HelixOption
     )
 
 
-_LATER_OF_ATTENTION: dict[str, Any] = {"window": 0, "chunk": 0, "sinks": ""}
+_LATER_OF_ATTENTION: dict[str, Any] = {"top_k": 0, "topk_exchange": "", "window": 0, "chunk": 0, "sinks": ""}
 _LATER = {"cached_heads": 0, "experts_per_rank": 0, **_LATER_OF_ATTENTION}  # not in every plan that was ever written
 
 

@@ -7,7 +7,7 @@ channel is which; they are read off the graph, not assumed (capture-and-match, s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -321,11 +321,48 @@ def reach_of_input(name: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which cached tokens a query sees: the top_k of them by the sum over index heads of w * relu(scale * q . key).
+
+    Attributes:
+        top_k: how many; all that are visible where they are fewer.
+        heads: index heads J.
+        width: channels I of an index key, which is cached, one head.
+        query: node of q, its dims as `query_form` says ("BTJI").
+        weights: node of w, its dims as `weights_form` says ("BTJ", 1 for a dim of one).
+        scale: of the products.
+        new: node of the keys of the new tokens [B, T, I].
+        past: placeholder of those before.
+        indices: node of the indices that were chosen [B, T, k], which the layer may hand to later ones.
+    """
+
+    top_k: int
+    heads: int
+    width: int
+    query: str
+    query_form: str
+    weights: str
+    weights_form: str
+    scale: float
+    new: str
+    past: str
+    indices: str
+
+
+@dataclass(frozen=True)
+class HandedSelection:
+    """The query sees the top_k keys that an earlier layer chose; `indices` is the input that brings them."""
+
+    indices: str
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
 class AttentionMatch:
     """One attention site, whatever its kind.
 
-    Node names: `anchor` (attention output [B, H, T, V]), `q` [B, H, T, Dk], `o_proj` (a linear), `new` and `past` (both
-    parts of what is cached, of the new tokens and of those before), `mask`. Parameters are names relative to the layer.
+    Node names: `anchor` (attention output [B, H, T, V]), `q` [B, H, T, Dk], `o_proj` (a linear), `new` and `past` (the
+    parts of what is cached, in the order of PARTS, of the new tokens and of those before), `mask`. Parameters are names relative to the layer.
     `scale` multiplies the scores. Input column h * V + v of o_proj reads channel v of head h.
 
     Forms are orders of dims where the model has another one: of the anchor, of q, of the scores that the mask is added
@@ -340,8 +377,8 @@ class AttentionMatch:
     q: str
     q_proj: HeadLinear
     o_proj: str
-    new: tuple[str, str]
-    past: tuple[str, str]
+    new: tuple[str, ...]
+    past: tuple[str, ...]
     mask: str
     o_weight: str
     o_bias: str | None
@@ -352,6 +389,7 @@ class AttentionMatch:
     form: str = "BHTV"
     q_form: str = "BHTC"
     mask_form: str = "BHTS"
+    selection: Selection | HandedSelection | None = None
     window: int = 0
     chunk: int = 0
     sinks: HeadRows | None = None
@@ -379,7 +417,16 @@ class AttentionMatch:
     @property
     def cache(self) -> CacheRow:
         """What a token leaves in the cache."""
-        return self.kind.cache
+        own = self.selection
+        return replace(self.kind.cache, index=own.width) if isinstance(own, Selection) else self.kind.cache
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Nodes that are read once it is rewritten, besides o_proj's own."""
+        own = self.selection
+        chooses = (own.query, own.weights) if isinstance(own, Selection) else ()
+        gate = (self.gate.value,) if self.gate else ()
+        return self.q, *self.new, *self.kind.reads, *chooses, *gate
 
     @property
     def cuts(self) -> tuple[tuple[str, HeadRows | UpWeight], ...]:

@@ -90,7 +90,11 @@ def saved_caches(document: Mapping[str, Any]) -> tuple[CacheRow, ...]:
         K >= 0 and a % (K or 1) == w % (K or 1) == 0 for K, a, w in zip(heads, first, whole, strict=True)
     ):
         raise HelixError(f"graphs.json: kv_heads {heads} do not divide widths {first} of {whole}")
-    return tuple(CacheRow(a // (K or 1), (w - a) // (K or 1), K) for K, a, w in zip(heads, first, whole, strict=True))
+    index = document.get("index_widths", [0] * len(whole))
+    if len(index) != len(whole) or not all(0 <= i < w - a for i, a, w in zip(index, first, whole, strict=True)):
+        raise HelixError(f"graphs.json: index_widths {index} are not parts of cache_widths {whole} besides {first}")
+    rows = zip(heads, first, whole, index, strict=True)
+    return tuple(CacheRow(a // (K or 1), (w - a - i) // (K or 1), K, i) for K, a, w, i in rows)
 
 
 def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFacts) -> None:

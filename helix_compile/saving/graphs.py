@@ -107,7 +107,7 @@ def graph_from_json(
             node.meta["val"] = _fake_input(mode, entry, device)
         nodes[entry["name"]] = node
     graph.lint()
-    propagate_shapes(graph)
+    propagate_shapes(graph, bodies)
     return fx.GraphModule(dict(bodies), graph)
 
 

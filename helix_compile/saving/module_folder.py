@@ -97,6 +97,7 @@ def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
         "vocab_size": compiled.facts.vocab_size,
         "cache_widths": list(compiled.facts.cache_widths),
         "latent_widths": list(compiled.facts.latent_widths),
+        "index_widths": [row.index for row in compiled.facts.caches],
         "kv_heads": [row.heads for row in compiled.facts.caches],
         "configured": compiled.facts.config is not None,
         "limits": {letter: list(limit) for letter, limit in compiled.facts.limits.items()},

@@ -45,7 +45,8 @@ EXPERTS: dict[str, Any] = {
 }
 GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
 HYBRID_EXPERTS = {**EXPERTS, **GROUPS, "num_local_experts": 8}
-SPARSE: dict[str, Any] = {**EXPERTS, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "num_hidden_layers": 2}
+# with few index heads relu makes exact zeros of many scores, and at a tie the model itself is not defined
+SPARSE: dict[str, Any] = {**EXPERTS, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 8, "num_hidden_layers": 2}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -150,8 +151,19 @@ FAMILIES: dict[str, Family] = {
             "head_dim": 6,
         },
     ),
-    "deepseek_v32": Family("DeepseekV32ForCausalLM", "DeepseekV32Config", SPARSE, "sparse"),
-    "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", SPARSE, "sparse"),
+    "deepseek_v32": Family(
+        "DeepseekV32ForCausalLM", "DeepseekV32Config", {**SPARSE, **GROUPS, "first_k_dense_replace": 1}
+    ),
+    "glm_moe_dsa": Family(
+        "GlmMoeDsaForCausalLM",
+        "GlmMoeDsaConfig",
+        {
+            **SPARSE,
+            "num_hidden_layers": 4,
+            "first_k_dense_replace": 2,
+            "indexer_types": ["full", "shared", "shared", "full"],
+        },
+    ),
     "axk2": Family("AXK2ForCausalLM", "AXK2Config", SPARSE, "sparse"),
     "hy_v4": Family("HYV4ForCausalLM", "HYV4Config", SPARSE, "sparse"),
     "glm5_next": Family("Glm5NextForConditionalGeneration", "Glm5NextConfig", SPARSE, "sparse"),

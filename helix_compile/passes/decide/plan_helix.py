@@ -26,8 +26,9 @@ from helix_compile.passes.decide.param_shards import (
     params_bytes_per_rank,
     replicated_roles,
 )
+from helix_compile.passes.decide.selection import candidates_exchange, topk_exchange
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan
-from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch
+from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch, Selection
 
 HBM_BYTES_PER_S = 8.0e12  # B200-class, the preset behind the default of v_up
 
@@ -55,7 +56,9 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         (("option", options.q_proj),),
         options.q_proj,
     )
-    bodies = tuple(_plan_body(captured, match, layout, options, v_up) for match in matches.values())
+    topk_decision = topk_exchange(attentions, captured.dtype, layout, options)
+    agreed = str(topk_decision.result) if topk_decision else ""
+    bodies = tuple(_plan_body(captured, match, layout, options, v_up, agreed) for match in matches.values())
     cached_width = sum(
         math.prod(a.cache.tail(layout.tpa)) * len(captured.layers_of(name))
         for name, match in matches.items()
@@ -68,7 +71,13 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         layout=layout,
         options=options,
         bodies=bodies,
-        decisions=(ep_decision, v_up_decision, q_decision, *_windows(attentions, layout, options)),
+        decisions=(
+            ep_decision,
+            v_up_decision,
+            q_decision,
+            *([topk_decision] if topk_decision else []),
+            *_windows(attentions, layout, options),
+        ),
         not_rewritten=replicated_roles(captured, matches, bodies),
         notes=_notes(captured, attentions, layout, options, kv_bytes),
         kv_bytes_per_token_per_rank=kv_bytes,
@@ -184,7 +193,7 @@ def _windows(sites: list[AttentionMatch], layout: HelixLayout, options: HelixOpt
 
 
 def _plan_body(
-    captured: CapturedGraph, match: LayerMatch, layout: HelixLayout, options: HelixOptions, v_up: str
+    captured: CapturedGraph, match: LayerMatch, layout: HelixLayout, options: HelixOptions, v_up: str, agreed: str
 ) -> BodyPlan:
     attentions = tuple(
         AttentionPlan(
@@ -193,6 +202,7 @@ def _plan_body(
             a.num_heads,
             a.o_weight,
             a.cache.heads,
+            *((a.selection.top_k, agreed) if isinstance(a.selection, Selection) else (0, "")),
             a.window,
             a.chunk,
             a.sinks.name if a.sinks else "",
@@ -210,7 +220,7 @@ def _plan_body(
     ]
     dtype = captured.dtype
     collectives = [
-        *(c for a, p in pairs for c in _exchange(a, p.v_up, options, layout, dtype)),
+        *(c for a, p in pairs for c in _exchange(a, p, options, layout, dtype)),
         *(_planned(ALL_REDUCE, "world", "FFN output", D * dtype.itemsize, layout) for D in _ffn_outputs(match)),
     ]
     return BodyPlan(
@@ -224,11 +234,14 @@ def _plan_body(
 
 
 def _exchange(
-    match: AttentionMatch, v_up: str, options: HelixOptions, layout: HelixLayout, dtype: torch.dtype
+    match: AttentionMatch, plan: AttentionPlan, options: HelixOptions, layout: HelixLayout, dtype: torch.dtype
 ) -> Iterable[Collective]:
     H, codec, statistic = match.num_heads // layout.tpa, codec_of(options), accumulation_dtype(dtype)
     asked, query_width = match.kind.query
-    width = match.v_head_dim if v_up == "before" else match.kind.partial_width
+    if isinstance(match.selection, Selection):
+        for op, what, nbytes in candidates_exchange(match.selection, plan.topk_exchange, options, layout, dtype):
+            yield _planned(op, "kvp", what, nbytes, layout)
+    width = match.v_head_dim if plan.v_up == "before" else match.kind.partial_width
     if options.q_proj == "gather":
         owned = match.num_heads // layout.world_size
         yield _planned(ALL_GATHER, "kvp", asked, owned * query_width * dtype.itemsize, layout)
@@ -241,9 +254,9 @@ def _exchange(
     yield _planned(ALL_REDUCE, "world", "attention output", match.hidden_size * dtype.itemsize, layout)
 
 
-def _planned(op: CollectiveOp, axis: str, what: str, nbytes: int, layout: HelixLayout) -> Collective:
+def _planned(op: CollectiveOp, axis: str, what: str, nbytes: int | Fraction, layout: HelixLayout) -> Collective:
     """`nbytes`: what a rank passes to the collective for each token."""
-    return Collective(op.name, axis, what, op.egress(layout.size(axis), nbytes))
+    return Collective(op.name, axis, what, op.egress(layout.size(axis), 1) * nbytes)
 
 
 def _ffn_outputs(match: LayerMatch) -> list[int]:

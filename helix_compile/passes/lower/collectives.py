@@ -3,6 +3,7 @@
     all_to_all_heads(o, lse)      pack_heads -> all_to_all_single -> wait_tensor -> unpack_heads
     reshard(P -> R)               all_reduce -> wait_tensor
     reshard(S(d) -> R)            all_gather_into_tensor -> wait_tensor -> peers of dim 0 moved to dim d
+    kth_by_owners(candidates)     rows_for_owners -> all_to_all_single -> kth_candidate -> pack_kth -> all_gather -> unpack_kth
     reshard(P -> S(d))            dim d moved to 0 -> reduce_scatter_tensor -> wait_tensor -> moved back
 
 Group arguments are axis names, so the graphs of all ranks are the same text.
@@ -15,7 +16,7 @@ from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.errors import LoweringError
 from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, run_collective
-from helix_compile.ir.graph import aten, calls, named
+from helix_compile.ir.graph import aten, calls, getitems, named
 from helix_compile.ir.ops import MOVES, helix, overload
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
@@ -37,6 +38,8 @@ def lower_moves(gm: fx.GraphModule, codec: ExchangeCodec = NATIVE) -> int:
         with made_from(gm.graph, node), gm.graph.inserting_before(node):
             if node.target is helix.all_to_all_heads.default:
                 lowered = _all_to_all_heads(gm.graph, codec, *node.args)
+            elif node.target is helix.kth_by_owners.default:
+                lowered = _kth_by_owners(gm.graph, *node.args)
             else:
                 lowered = _reshard(gm.graph, *node.args)
         lowered.meta = {**node.meta, **lowered.meta}
@@ -60,6 +63,18 @@ def _all_to_all_heads(
     splits = [1] * peers
     buffer = run_collective(graph, ALL_TO_ALL, buffer, splits, splits, axis)
     return named(graph, "unpacked", overload(codec.op("unpack_heads")), buffer, partial_o, lse)
+
+
+def _kth_by_owners(
+    graph: fx.Graph, candidates: fx.Node, visible: fx.Node, axis: str, peers: int, top_k: int
+) -> fx.Node:
+    rows = named(graph, "rows_of_owners", helix.rows_for_owners.default, candidates, peers)
+    rows = run_collective(graph, ALL_TO_ALL, rows, [1] * peers, [1] * peers, axis)
+    one_query_a_row = graph.call_function(aten.unsqueeze.default, (rows, 2))
+    kth = named(graph, "kth_candidate", helix.kth_candidate.default, one_query_a_row, top_k)
+    found = named(graph, "kth_found", helix.pack_kth.default, *getitems(graph, kth, "owner_score", "owner_position"))
+    found = run_collective(graph, ALL_GATHER, found, peers, axis)
+    return named(graph, "kth", helix.unpack_kth.default, found, visible)
 
 
 def _reshard(graph: fx.Graph, x: fx.Node, source: str, target: str, size: int) -> fx.Node:

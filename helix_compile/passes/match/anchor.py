@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from helix_compile.ir.elements import is_cache_update
-from helix_compile.ir.graph import aten, input_ref, is_call
+from helix_compile.ir.graph import aten, input_ref, is_call, past_dim
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.contractions import Product, product_of
 from helix_compile.passes.match.reject import Reject, unknown_in_scores
@@ -295,10 +295,11 @@ def _symbols(size: Any) -> set[Any]:
 
 
 def cache_parts(update: fx.Node, what: str, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """(new, past) of a cache update cat([past, new], dim=2)."""
+    """(new, past) of a cache update cat([past, new]) along the tokens: dim 2 of K, V and latents, dim 1 of index keys."""
     if not is_cache_update(update):
         raise Reject(f"the {what} (`{update.name}`) is not cached", node, 5)
     parts, dim = update.args[0], update.args[1] if len(update.args) > 1 else 0
-    if len(parts) != 2 or dim not in (2, -2) or input_ref(parts[0]).kind != "past":
-        raise Reject(f"{what}: the cache is not extended as cat([past, new], dim=2)", update, 5)
+    tokens = past_dim(update.meta["val"])
+    if len(parts) != 2 or dim not in (tokens, -2) or input_ref(parts[0]).kind != "past":
+        raise Reject(f"{what}: the cache is not extended as cat([past, new], dim={tokens})", update, 5)
     return parts[1], parts[0]

@@ -15,6 +15,7 @@ from helix_compile.passes.match.anchor import Anchor, anchor_of, ends_attention
 from helix_compile.passes.match.gqa import match_gqa_site
 from helix_compile.passes.match.mla import in_order, match_absorbed_site, match_mla_site, match_split_site
 from helix_compile.passes.match.reject import Reject
+from helix_compile.passes.match.selection import with_selection
 from helix_compile.plan.matches import AttentionMatch, MatchFailure
 
 _PLAIN = ("BHTC", "BHSC", "BHSC", "BHTV", "BHTS")
@@ -26,7 +27,7 @@ def find_attention(graph: fx.Graph) -> list[AttentionMatch | MatchFailure]:
     for node in graph.nodes:
         if ends_attention(node):
             try:
-                results.append(_match_site(anchor_of(node)))
+                results.append(with_selection(graph, _match_site(anchor_of(node))))
             except Reject as rejection:
                 results.append(rejection.failure)
     return results

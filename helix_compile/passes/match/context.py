@@ -48,10 +48,7 @@ def check_context(captured: CapturedGraph, body: str, sites: Sequence[AttentionM
 
 
 def _still_read(graph: fx.Graph, site: AttentionMatch) -> Iterable[fx.Node]:
-    names = [site.q, *site.new, *site.kind.reads]
-    if site.gate:
-        names.append(site.gate.value)
-    yield from (node_named(graph, name) for name in names)
+    yield from (node_named(graph, name) for name in site.reads)
     yield from (n for n in node_named(graph, site.o_proj).args[1:] if isinstance(n, fx.Node))
 
 

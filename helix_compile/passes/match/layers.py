@@ -11,7 +11,9 @@ from helix_compile.ir.graph import PARTS, InputRef, input_ref, is_param, node_na
 from helix_compile.passes.match.attention import find_attention
 from helix_compile.passes.match.context import check_context
 from helix_compile.passes.match.ffn import find_dense_ffns, find_moes
+from helix_compile.passes.match.handed import with_source
 from helix_compile.passes.match.mask import with_reach
+from helix_compile.passes.match.selection import check_scores
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch, UpWeight
 
 
@@ -35,7 +37,7 @@ def match_bodies(
     failures: dict[str, MatchError] = {}
     for name in captured.bodies:
         try:
-            matches[name] = _match_body(captured, name, max_seq_len, keep_experts)
+            matches[name] = with_source(captured, _match_body(captured, name, max_seq_len, keep_experts), matches)
         except MatchError as error:
             failures[name] = error
     return matches, failures
@@ -53,6 +55,8 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int, keep_exper
     if len(matched) != cached:
         raise MatchError(f"layer {layers[0].index}: {cached} cached attentions but {len(matched)} sites found")
     matched = [with_reach(captured, body, match, max_seq_len) for match in matched]
+    for match in matched:
+        check_scores(captured, body, match, max_seq_len)
     check_context(captured, body, matched)
     _name_pasts(graph, matched)
     moes = find_moes(graph)
@@ -73,7 +77,7 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int, keep_exper
 def _name_pasts(graph: fx.Graph, matched: list[AttentionMatch]) -> None:
     """past_latent_0, past_rope_0, ...: in a saved program only a match tells which past is which, and of which site."""
     for site, match in enumerate(matched):
-        for part, name in zip(PARTS, match.past, strict=True):
+        for part, name in zip(PARTS, match.past, strict=False):
             set_input(node_named(graph, name), InputRef.past(part, site))
 
 

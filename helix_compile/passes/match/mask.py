@@ -2,13 +2,14 @@
 with it a window (a query at p sees keys in (p - W, p]) or chunks (keys in [p // C * C, p]).
 
 W and C are read off the first query that does not see all before it, then the whole mask must be what they say. A window
-of 4096 looks causal near 0, a top-k mask needs the hidden states: neither can pass for what it is not. Every layer that a
-body computes is looked at: layers of one body may be given different masks.
+of 4096 looks causal near 0: it can't pass for that. Where an indexer chooses keys (selection.py), other indices are put in
+place of the chosen ones: causal + padding + "is one of them" passes. Every layer that a body computes is looked at: layers
+of one body may be given different masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor, fx
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.errors import MatchError, PlanError
 from helix_compile.ir.dataflow import NotRun, ancestors, evaluate
-from helix_compile.ir.graph import input_ref, node_named, placeholders, source_line
-from helix_compile.plan.matches import AttentionMatch, permuted
+from helix_compile.ir.graph import input_ref, node_named, past_dim, placeholders, source_line
+from helix_compile.plan.matches import AttentionMatch, Selection, permuted
 
 ROWS = 4  # sequences of the square at the first positions; two of them padded on the left
 
@@ -34,7 +35,7 @@ LONGEST = 2**24  # tokens; the mask of one query over them takes a few hundred M
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
     """The mask of one site, as one layer's call gives it."""
 
     captured: CapturedGraph
@@ -74,51 +75,44 @@ def with_reach(captured: CapturedGraph, body: str, match: AttentionMatch, max_se
             f"option max_seq_len={max_seq_len}: got more than masks can be evaluated for, expected at most {LONGEST}"
         )
     found: _Reach | None = None
-    for subject in _subjects(captured, body, match):
+    chosen = [match.selection.indices] if match.selection else []
+    for subject in subjects_of(captured, body, match, match.mask, chosen):
         reach = _reach_of(subject, max_seq_len)
         if found is not None and reach != found:
-            raise _mask_error(subject, f"it is {reach}, that of another layer with the same graph is {found}")
+            raise mask_error(subject, f"it is {reach}, that of another layer with the same graph is {found}")
         found = reach
     assert found is not None
     return replace(match, window=found.window, chunk=found.chunk)
 
 
-def _reach_of(subject: _Subject, max_seq_len: int) -> _Reach:
+def _reach_of(subject: Subject, max_seq_len: int) -> _Reach:
     """The window or chunks of one mask, which is compared with them wherever it is looked at."""
-    side = min(max_seq_len, SQUARE)
-    mask = torch.ones(ROWS, side, dtype=torch.int64)
-    mask[0, : min(2, side - 1)] = 0
-    mask[1, : side // 3] = 0
-    square = _allowed(subject, mask, side)
-    reach = _learned(subject, square, side, max_seq_len)
-    _compare(subject, mask, square, reach)
-    for total in _totals(reach, side, max_seq_len):
-        strip = min(STRIP, total, max(1, STRIP_ELEMENTS // total))
-        ones = torch.ones(1, total, dtype=torch.int64)
-        _compare(subject, ones, _allowed(subject, ones, strip), reach)
+    # an indexer chooses among all keys: with a window too, the comparison finds it
+    reach = _Reach() if subject.match.selection else _learned(subject, max_seq_len)
+    for mask, T in (*tried_masks(max_seq_len), *_at_the_start_of(reach, max_seq_len)):
+        _compare(subject, mask, T, reach)
     return reach
 
 
-def _totals(reach: _Reach, side: int, max_seq_len: int) -> Iterator[int]:
-    """Where strips of queries are looked at: halfway and halfway again, and where a window or the first chunks end."""
-    total = max_seq_len
-    while total > side:
-        yield total
-        total = max(side, total // 2)
+def _at_the_start_of(reach: _Reach, max_seq_len: int) -> Iterator[tuple[Tensor, int]]:
+    """As tried_masks: where a window, or the first and the second chunk, end beyond the square."""
     starts = [reach.window] if reach.window else [reach.chunk, 2 * reach.chunk] if reach.chunk else []
-    yield from {total for start in starts if side < (total := min(start + STRIP // 2, max_seq_len))}
+    for total in dict.fromkeys(min(start + STRIP // 2, max_seq_len) for start in starts):
+        if total > SQUARE:
+            yield torch.ones(1, total, dtype=torch.int64), min(STRIP, max(1, STRIP_ELEMENTS // total))
 
 
-def _learned(subject: _Subject, square: Tensor, side: int, max_seq_len: int) -> _Reach:
+def _learned(subject: Subject, max_seq_len: int) -> _Reach:
     """What the first query that does not see all before it says, in a sequence without padding."""
-    lost = torch.ones(side, side).tril().bool() & ~square[-1, 0]
-    forgetful = lost.any(dim=1).nonzero().flatten()
+    mask, side = next(tried_masks(max_seq_len))
+    square = _allowed(subject, mask, side, {})[-1, 0]
+    forgetful = (torch.ones(side, side).tril().bool() & ~square).any(dim=1).nonzero().flatten()
     if len(forgetful):
         query = int(forgetful[0])
-        seen = square[-1, 0, query]
+        seen = square[query]
     elif max_seq_len > side and _forgets(subject, max_seq_len):
         query = _first_forgetful(subject, side, max_seq_len) - 1
-        seen = _allowed(subject, torch.ones(1, query + 1, dtype=torch.int64), 1)[0, 0, 0]
+        seen = _allowed(subject, torch.ones(1, query + 1, dtype=torch.int64), 1, {})[0, 0, 0]
     else:
         return _Reach()
     oldest = int(seen.to(torch.int64).argmax())
@@ -127,12 +121,12 @@ def _learned(subject: _Subject, square: Tensor, side: int, max_seq_len: int) -> 
     return _Reach(chunk=query) if oldest == query else _Reach()
 
 
-def _forgets(subject: _Subject, total: int) -> bool:
+def _forgets(subject: Subject, total: int) -> bool:
     """True if the last of `total` tokens does not see all before it."""
-    return not bool(_allowed(subject, torch.ones(1, total, dtype=torch.int64), 1).all())
+    return not bool(_allowed(subject, torch.ones(1, total, dtype=torch.int64), 1, {}).all())
 
 
-def _first_forgetful(subject: _Subject, low: int, high: int) -> int:
+def _first_forgetful(subject: Subject, low: int, high: int) -> int:
     """The shortest sequence whose last token does not see all: that of `high` tokens has such a one, of `low` not."""
     while high - low > 1:
         middle = (low + high) // 2
@@ -140,18 +134,38 @@ def _first_forgetful(subject: _Subject, low: int, high: int) -> int:
     return high
 
 
-def _subjects(captured: CapturedGraph, body: str, match: AttentionMatch) -> Iterator[_Subject]:
-    """One for each set of outer values that layers of this body give to what the mask is computed from."""
+def tried_masks(max_seq_len: int) -> Iterator[tuple[Tensor, int]]:
+    """Padding masks [B, S + T] that a site is tried with, and T: the whole square at the first positions, then strips."""
+    side = min(max_seq_len, SQUARE)
+    mask = torch.ones(ROWS, side, dtype=torch.int64)
+    mask[0, : min(2, side - 1)] = 0
+    mask[1, : side // 3] = 0
+    yield mask, side
+    total = max_seq_len
+    while total > side:
+        yield torch.ones(1, total, dtype=torch.int64), min(STRIP, total, max(1, STRIP_ELEMENTS // total))
+        total = max(side, total // 2)
+
+
+def subjects_of(
+    captured: CapturedGraph, body: str, match: AttentionMatch, name: str, given: Collection[str] = ()
+) -> Iterator[Subject]:
+    """One for each set of outer values that layers of this body give to what node `name` is computed from.
+
+    `given` are nodes whose values come from elsewhere.
+    """
     graph = captured.bodies[body].graph
-    read = ancestors([node_named(graph, match.mask)], until=[])
-    read_arguments = [i for i, p in enumerate(placeholders(graph)) if p in read]
+    read = ancestors([node_named(graph, name)], until=[node_named(graph, n) for n in given])
+    # of hidden states only sizes can be read: who asks for a value is told that there is none
+    inputs = enumerate(placeholders(graph))
+    read_arguments = [i for i, p in inputs if p in read and input_ref(p).kind != "hidden"]
     seen = set()
     for node in captured.graph.graph.nodes:
         if node.op == "call_module" and node.target == body:
             key = tuple(node.args[i] for i in read_arguments if not _is_past(node.args[i]))
             if key not in seen:
                 seen.add(key)
-                yield _Subject(captured, body, match, node)
+                yield Subject(captured, body, match, node)
 
 
 def _is_past(node: Any) -> bool:
@@ -159,13 +173,17 @@ def _is_past(node: Any) -> bool:
     return node.op == "placeholder" and input_ref(node).kind == "past"
 
 
-def _compare(subject: _Subject, mask: Tensor, got: Tensor, reach: _Reach) -> None:
+def _compare(subject: Subject, mask: Tensor, T: int, reach: _Reach) -> None:
     """The last T queries against all keys, for a padding mask [B, S + T]; queries that are padding may see anything."""
-    total, T = mask.shape[1], got.shape[2]
+    total = mask.shape[1]
     places = mask.cumsum(1) - 1  # of tokens: padding in front does not count
     query, key = places[:, None, -T:, None], places[:, None, None]
     seen = torch.arange(total) <= torch.arange(total - T, total)[:, None]
     expected = seen & ~reach.hidden(query, key) & (mask[:, None, None] > 0)
+    handed, chosen = handed_indices(subject, mask.shape[0], T, total)
+    got = _allowed(subject, mask, T, handed)
+    if chosen is not None:
+        expected &= chosen
     different = (got != expected) & (mask[:, None, -T:, None] > 0)
     if count := int(different.sum()):
         *_, query_at, key_at = (int(x) for x in different.nonzero()[0])
@@ -175,14 +193,14 @@ def _compare(subject: _Subject, mask: Tensor, got: Tensor, reach: _Reach) -> Non
             if on_padding
             else "bidirectional attention, keys that are always or never seen, or a window by columns?"
         )
-        raise _mask_error(
+        raise mask_error(
             subject,
             f"it differs from {reach} + padding at {count:,} of {different.numel():,} places, first for the query at "
             f"{total - T + query_at} and the key at {key_at} of {total:,} ({guess})",
         )
 
 
-def _mask_error(subject: _Subject, why: str) -> MatchError:
+def mask_error(subject: Subject, why: str) -> MatchError:
     node = node_named(subject.captured.bodies[subject.body].graph, subject.match.anchor)
     return MatchError(
         f"layer {subject.call.meta['layer']}: attention at node `{node.name}` ({source_line(node)}) has a mask that Helix "
@@ -192,8 +210,22 @@ def _mask_error(subject: _Subject, why: str) -> MatchError:
     )
 
 
-def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
-    """Mask of the site [B, 1 or H, T, S + T], True = visible, for a 2-D padding mask [B, S + T]."""
+def handed_indices(subject: Subject, B: int, T: int, total: int) -> tuple[dict[fx.Node, Any], Tensor | None]:
+    """Of a site that attends to chosen keys: random ones in place of those, and which these are [B, 1, T, S + T]."""
+    selection = subject.match.selection
+    if selection is None:
+        return {}, None
+    node = node_named(subject.captured.bodies[subject.body].graph, selection.indices)
+    count = min(selection.top_k, total) if isinstance(selection, Selection) else max(1, total // 3)
+    generator = torch.Generator().manual_seed(0)
+    # any indices will do, some twice: the mask must show them and no others
+    indices = torch.randint(0, total, (B, T, count), generator=generator)
+    chosen = torch.zeros(B, T, total, dtype=torch.bool).scatter_(2, indices, True)
+    return {node: indices.to(node.meta["val"].dtype)}, chosen[:, None]
+
+
+def evaluated(subject: Subject, name: str, mask: Tensor, T: int, handed: dict[fx.Node, Any]) -> Tensor:
+    """Value of a node of the body for a 2-D padding mask [B, S + T], given values of some others (`handed`)."""
     B, total = mask.shape
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
     inputs = {"input_ids": torch.zeros(B, T, dtype=torch.int64), "attention_mask": mask, "position_ids": positions}
@@ -207,25 +239,33 @@ def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
         if kind == "input":
             return inputs[name]
         if kind == "past":
-            _, heads, _, width = node.meta["val"].shape
-            return torch.zeros(1).expand(B, heads, total - T, width)
+            shape = [*node.meta["val"].shape]
+            shape[0], shape[past_dim(node.meta["val"])] = B, total - T
+            return torch.zeros(1).expand(shape)
         raise KeyError(name)
 
     known: dict[fx.Node, Any] = {}
+    inside = dict(handed)
     outer_size = _size_reader(captured.graph.graph, *sizes)
     try:
-        value = evaluate(
-            node_named(graph, subject.match.mask),
-            {},
+        value: Tensor = evaluate(
+            node_named(graph, name),
+            inside,
             lambda n: evaluate(outer_args[n], known, outer_input, given=outer_size),
             given=_size_reader(graph, *sizes),
         )
     except KeyError as missing:
-        raise _mask_error(
+        raise mask_error(
             subject, f"it is computed from {missing} (sparse attention over a top-k of keys?)"
         ) from missing
     except NotRun as stopped:
-        raise _mask_error(subject, f"it does not run for B={B}, T={T}, S={total - T}: {stopped}") from stopped
+        raise mask_error(subject, f"it does not run for B={B}, T={T}, S={total - T}: {stopped}") from stopped
+    return value
+
+
+def _allowed(subject: Subject, mask: Tensor, T: int, handed: dict[fx.Node, Any]) -> Tensor:
+    """Mask of the site [B, 1 or H, T, S + T], True = visible."""
+    value = evaluated(subject, subject.match.mask, mask, T, handed)
     value = value[(None,) * (4 - value.dim())]
     if subject.match.mask_form != "BHTS":
         value = permuted(value, subject.match.mask_form, "BHTS")
@@ -233,7 +273,7 @@ def _allowed(subject: _Subject, mask: Tensor, T: int) -> Tensor:
         return value
     seen = value > torch.finfo(value.dtype).min / 2
     if bool((value[seen] != 0).any()):
-        raise _mask_error(subject, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)")
+        raise mask_error(subject, "it adds other numbers than 0 to scores of visible keys (a bias by distance?)")
     return seen
 
 
@@ -243,7 +283,9 @@ def _size_reader(graph: fx.Graph, B: int, T: int, S: int) -> Callable[[fx.Node],
     for node in placeholders(graph):
         kind, name = input_ref(node)
         shape = getattr(node.meta["val"], "shape", ())
-        dims = {0: B, 1: T} if kind == "hidden" or name == "input_ids" else {2: S} if kind == "past" else {}
+        dims = {0: B, 1: T} if kind == "hidden" or name == "input_ids" else {}
+        if kind == "past":
+            dims = {past_dim(node.meta["val"]): S}
         for dim, number in dims.items():
             if isinstance(shape[dim], torch.SymInt):
                 numbers[shape[dim].node.expr] = number

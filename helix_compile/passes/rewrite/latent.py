@@ -3,6 +3,7 @@
 q -> [q_nope | q_rope];  q_latent = q_nope W_UK
 cache_append(latent, k_rope) at this rank's slots
 partial_o, lse = mla_decode(q_latent, q_rope, cache)
+                 mla_decode_slots(q_latent, q_rope, cache, slots, count)   where an indexer chooses (selection.py)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from helix_compile.ir.graph import aten, getitems, input_named, named, node_name
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.passes.rewrite.parts import append_to_cache, gathered_query, reach_of
+from helix_compile.passes.rewrite.selection import chosen_slots
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import AttentionMatch, Latent
 
@@ -24,13 +26,32 @@ def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: He
     with made_from(graph, node_named(graph, match.q)):
         query = _absorbed_query(graph, match, kind, plan)
     cache, page_table, written = append_to_cache(graph, match, site, aten.squeeze.dim, 1)
-    attended = named(
-        graph,
-        "mla_decode",
-        helix.mla_decode.default,
-        *(*query, cache, page_table, written, match.scale),
-        **reach_of(graph, match),
-    )
+    if match.selection:
+        slots, count = chosen_slots(graph, match, site, cache, page_table, written, plan)
+        if match.cache.index:
+            with made_from(graph, *(node_named(graph, n) for n in match.past[:2])):
+                width = match.cache.first + match.cache.second
+                cache = named(graph, "latent_cache", aten.slice.Tensor, cache, 2, 0, width)
+        attended = named(
+            graph,
+            "mla_decode_slots",
+            helix.mla_decode_slots.default,
+            *query,
+            cache,
+            page_table,
+            written,
+            slots,
+            count,
+            match.scale,
+        )
+    else:
+        attended = named(
+            graph,
+            "mla_decode",
+            helix.mla_decode.default,
+            *(*query, cache, page_table, written, match.scale),
+            **reach_of(graph, match),
+        )
     return getitems(graph, attended, "partial_o", "lse")
 
 

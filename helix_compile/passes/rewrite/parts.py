@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from helix_compile.config.options import PAGE_SIZE
 from helix_compile.ir.graph import aten, input_named, is_call, named, node_named, placeholders
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
@@ -14,7 +15,7 @@ from helix_compile.ir.shapes import fake_mode_of, open_view
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.cache_row import cache_shape, pages_per_sequence
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
-from helix_compile.plan.matches import AttentionMatch
+from helix_compile.plan.matches import AttentionMatch, HandedSelection
 
 
 def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
@@ -35,13 +36,19 @@ def open_views(graph: fx.Graph, names: tuple[str, ...], heads: int) -> None:
 def append_to_cache(
     graph: fx.Graph, match: AttentionMatch, site: int, laid_out: Any, *args: int
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Append what the new tokens leave, each part by `laid_out(part, *args)`: (cache, page table, what is visible then)."""
+    """Append what the new tokens leave, K and V or latents by `laid_out(part, *args)`: (cache, page table, what is visible then).
+
+    An index key goes behind the rope part, into the same row.
+    """
     slots, visible, page_table = (input_named(graph, "step", n) for n in ("slots", "visible", "page_table"))
     cache = input_named(graph, "cache", f"cache_{site}")
     parts = []
-    for part in (node_named(graph, n) for n in match.new):
+    for part in (node_named(graph, n) for n in match.new[:2]):
         with made_from(graph, part):
             parts.append(graph.call_function(laid_out, (part, *args)))
+    for key in (node_named(graph, n) for n in match.new[2:]):
+        with made_from(graph, key):
+            parts[1] = named(graph, "rope_and_index_key", aten.cat.default, [parts[1], key], -1)
     with made_from(graph, *(node_named(graph, n) for n in match.past)):
         written = named(graph, "visible_now", helix.cache_append.default, cache, page_table, slots, visible, *parts)
     return cache, page_table, written
@@ -92,6 +99,19 @@ def step_examples(graph: fx.Graph, plan: HelixPlan) -> dict[str, Tensor]:
         "visible": _example(graph, (B, T), torch.int32),
         "page_table": _example(graph, (B, pages), torch.int64),
     }
+
+
+def handed_examples(graph: fx.Graph, selection: HandedSelection, plan: HelixPlan) -> dict[str, Tensor]:
+    """The same for the slots that an earlier layer chose, and how many there are."""
+    B, T = placeholders(graph)[0].meta["val"].shape[:2]
+    most = min(selection.top_k, pages_per_sequence(plan.options, plan.layout.kvp) * PAGE_SIZE)
+    slots, count = handed_names(selection)
+    return {slots: _example(graph, (B, T, most), torch.int32), count: _example(graph, (B, T), torch.int32)}
+
+
+def handed_names(selection: HandedSelection) -> tuple[str, str]:
+    """What the inputs are called in which slots and count come."""
+    return f"{selection.indices}_slots", f"{selection.indices}_count"
 
 
 def cache_example(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> Tensor:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import Partial, Placement, Shard
 from helix_compile.ir.graph import aten
 from helix_compile.ir.sizes import shape_of
 from helix_compile.layout.degrees import HelixLayout
-from helix_compile.layout.placement import Layout, PartialSoftmax, PerRank, format_layout
+from helix_compile.layout.placement import Layout, PartialSoftmax, PartialTopK, PerRank, format_layout
 
 Result = Layout | tuple[Layout, ...]
 
@@ -46,10 +46,10 @@ def require(condition: bool, reason: str, kind: str = "layout") -> None:
 
 
 def is_partial(layout: Any) -> bool:
-    """True if a layout (or one of a tuple of them) has a partial sum or a partial softmax."""
+    """True if a layout (or one of a tuple of them) has a partial sum, softmax or top-k."""
     if isinstance(layout, tuple):
         return any(is_partial(x) for x in layout)
-    return any(isinstance(p, (Partial, PartialSoftmax)) for p in layout.values())
+    return any(isinstance(p, (Partial, PartialSoftmax, PartialTopK)) for p in layout.values())
 
 
 def _map_dims(layout: Layout, new_dim: Callable[[int], int | None], what: str) -> Layout:

@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import Shard
 from helix_compile.errors import PassError
 from helix_compile.ir.graph import input_ref, source_line
 from helix_compile.layout.degrees import HelixLayout
-from helix_compile.layout.placement import Layout, PerRank, format_layout, normal_form, parse_layout
+from helix_compile.layout.placement import Chosen, Layout, PerRank, format_layout, normal_form, parse_layout
 from helix_compile.passes.typing.aten_rules import RULES, Rule, Violation, is_partial
 from helix_compile.passes.typing.helix_rules import HELIX_RULES, LOWERED_RULES, PENDING, WAIT
 from helix_compile.plan.helix_plan import BodyPlan
@@ -90,6 +90,8 @@ def step_layout(node: fx.Node) -> Layout:
         return {_PER_RANK[name]: PerRank()}
     if kind == "step" and name.startswith(FIRST_VISIBLE):
         return {"kvp": PerRank()}
+    if kind == "chosen":
+        return {"kvp": Chosen()}
     return {}
 
 
@@ -106,7 +108,12 @@ def _infer(
     if started and node.target is not WAIT:
         raise Violation(f"reads {started} before wait_tensor", "pending")
     if node.op == "output":
-        result = of(node.args[0])
+        returned = node.args[0]
+        hidden, *others = returned if isinstance(returned, (tuple, list)) else (returned,)
+        result = of(hidden)
+        if degrees.kvp > 1 and any(of(n) != {"kvp": Chosen()} for n in others):
+            texts = ", ".join(f"`{n.name}` {format_layout(of(n))}" for n in others)
+            raise Violation(f"the graph returns {texts} beside hidden states, expected chosen slots")
         if result:
             raise Violation(
                 f"the graph returns {format_layout(result)}, expected the same value on every rank",

@@ -16,9 +16,11 @@ from helix_compile.ir.ops import helix
 from helix_compile.ir.sizes import shape_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import (
+    Chosen,
     Layout,
     Mark,
     PartialSoftmax,
+    PartialTopK,
     PerRank,
     format_layout,
     normal_form,
@@ -66,6 +68,90 @@ def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
     require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
     require(cache == visible and not table, "cache and visible are not of one rank")
     _check_first(node, of, visible)
+    return _partials(heads, degrees)
+
+
+def _index_scores(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    q, w, cache, table, visible = (of(a) for a in node.args[:5])
+    require(
+        not (q or w), "q and the weights of the indexer must be whole on every rank: all must choose by the same scores"
+    )
+    require(cache == visible and not table, "index cache and visible are not of one rank")
+    return {"kvp": PartialTopK()} if degrees.kvp > 1 else {}
+
+
+def _ranks_scores(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Layout:
+    """Scores, what is visible of them, and behind these the rank and the ledger's numbers."""
+    scores, visible, rank = of(node.args[0]), of(node.args[1]), of(node.args[-4])
+    own: Layout = {"kvp": PartialTopK()} if degrees.kvp > 1 else {}
+    require(scores == own, f"scores are {format_layout(scores)}, expected {format_layout(own)}")
+    per_rank: Layout = {"kvp": PerRank()} if degrees.kvp > 1 else {}
+    require(visible == rank == per_rank, f"visible is {format_layout(visible)}, the rank {format_layout(rank)}")
+    require(node.args[-2] == degrees.kvp, f"cp is {node.args[-2]}, the mesh has {degrees.kvp}")
+    return own
+
+
+def _kth_candidate(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """One rank's candidates alone say nothing: the union of local top-ks is another algorithm.
+
+    All ranks' candidates are the same on every rank, or each has those of its own queries (dim 1).
+    """
+    candidates = of(node.args[0])
+    owned = candidates == normal_form({"kvp": Shard(1)}, degrees)
+    require(not candidates or owned, f"candidates are {format_layout(candidates)}, expected those of all ranks")
+    peers = shape_of(node.args[0])[0]
+    require(peers == degrees.kvp, f"candidates of {peers} ranks, kvp has {degrees.kvp}")
+    found: Layout = {"kvp": Shard(0)} if candidates else {}
+    return (found, dict(found))
+
+
+def _kth_by_owners(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    candidates, visible = of(node.args[0]), of(node.args[1])
+    require(candidates == {"kvp": PartialTopK()}, f"candidates are {format_layout(candidates)}")
+    require(visible == {"kvp": PerRank()}, f"visible is {format_layout(visible)}")
+    require(node.args[2:4] == ("kvp", degrees.kvp), f"owners over {node.args[2:4]}")
+    return ({}, {})
+
+
+def _rows_for_owners(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    candidates = of(node.args[0])
+    require(candidates == {"kvp": PartialTopK()}, f"candidates are {format_layout(candidates)}")
+    require(node.args[1] == degrees.kvp, f"rows for {node.args[1]} owners, kvp has {degrees.kvp}")
+    return dict(candidates)
+
+
+def _pack_kth(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    score, position = (of(a) for a in node.args)
+    owned = normal_form({"kvp": Shard(0)}, degrees)
+    require(score == position == owned, f"k-th keys are {format_layout(score)}, expected {format_layout(owned)}")
+    return dict(score)
+
+
+def _unpack_kth(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Of `visible` the sizes alone are read."""
+    require(not of(node.args[0]), f"k-th keys are {format_layout(of(node.args[0]))}, expected those of all owners")
+    return ({}, {})
+
+
+def _select_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    scores = _ranks_scores(node, of, degrees)
+    score, position = (of(a) for a in node.args[2:4])
+    require(not (score or position), "the k-th key must be the same on every rank")
+    out: Layout = {"kvp": Chosen()} if scores else {}
+    return (out, dict(out))
+
+
+def _mla_decode_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    q_latent, q_rope, cache, table, visible, slots, count = (of(a) for a in node.args[:7])
+    heads = _heads(degrees)
+    require(q_latent == q_rope == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
+    per_rank: Layout = {"kvp": PerRank()} if degrees.kvp > 1 else {}
+    chosen: Layout = {"kvp": Chosen()} if degrees.kvp > 1 else {}
+    require(cache == visible == per_rank and not table, "cache and visible are not of one rank")
+    require(
+        slots == count == chosen,
+        f"slots are {format_layout(slots)}, count {format_layout(count)}, expected chosen ones",
+    )
     return _partials(heads, degrees)
 
 
@@ -175,8 +261,8 @@ def _rope_heads(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
 
 def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     got, source = of(node.args[0]), normal_form(parse_layout(node.args[1]), degrees)
-    stacked = got.get("kvp") == PartialSoftmax() and node.args[1] == "kvp:S(0)"
-    if stacked:  # lse of every rank, stacked: shard_attention's ag_rs form
+    stacked = got.get("kvp") in (PartialSoftmax(), PartialTopK()) and node.args[1] == "kvp:S(0)"
+    if stacked:  # lse (ag_rs) or candidates of every rank, stacked
         return {a: p for a, p in got.items() if a != "kvp"}
     expected = {**{a: p for a, p in got.items() if a not in source}, **source}
     require(got == expected, f"the value is {format_layout(got)}, the reshard takes {node.args[1]}")
@@ -190,6 +276,15 @@ HELIX_RULES: dict[Any, Rule] = {
     helix.cache_append.default: _cache_append,
     helix.mla_decode.default: _mla_decode,
     helix.gqa_decode.default: _gqa_decode,
+    helix.index_scores.default: _index_scores,
+    helix.topk_candidates.default: _ranks_scores,
+    helix.kth_candidate.default: _kth_candidate,
+    helix.kth_by_owners.default: _kth_by_owners,
+    helix.rows_for_owners.default: _rows_for_owners,
+    helix.pack_kth.default: _pack_kth,
+    helix.unpack_kth.default: _unpack_kth,
+    helix.select_slots.default: _select_slots,
+    helix.mla_decode_slots.default: _mla_decode_slots,
     helix.all_to_all_heads.default: _all_to_all_heads,
     helix.merge_lse.default: _merge_lse,
     helix.total_lse.default: _total_lse,
@@ -234,7 +329,7 @@ def _all_gather(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
         rest: Layout = {"tpa": Shard(0)}
     else:
         shard, rest = x.get(axis), {a: p for a, p in x.items() if a != axis}  # type: ignore[assignment]
-    if not isinstance(shard, (Shard, PartialSoftmax)):
+    if not isinstance(shard, (Shard, PartialSoftmax, PartialTopK)):
         raise Violation(f"all_gather over {axis} of {format_layout(x)}", "collective")
     return _start(rest)
 
@@ -249,6 +344,8 @@ def _reduce_scatter(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLa
 
 def _all_to_all(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     x, axis = of(node.args[0]), node.args[3]
+    if x == {axis: PartialTopK()} and len(node.args[1]) == degrees.size(axis):
+        return _start({axis: Shard(1)})  # all peers' candidates for the queries that this rank owns
     if x.get(axis) != PartialSoftmax() or len(node.args[1]) != degrees.size(axis):
         raise Violation(f"all_to_all over {axis} of {format_layout(x)} in {len(node.args[1])} parts", "collective")
     return _start({"world": Packed()})

@@ -20,7 +20,7 @@ from helix_compile.ir.shapes import fake_mode_of, propagate_shapes
 from helix_compile.ir.stage import bodies_of, body_of, copy_module
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout, format_layout
-from helix_compile.passes.typing.aten_rules import Rule, require
+from helix_compile.passes.typing.aten_rules import Result, Rule, require
 from helix_compile.passes.typing.check_layouts import Untyped, infer_layouts, step_layout, whole_on_whole
 from helix_compile.passes.typing.helix_rules import LOWERED_RULES
 from helix_compile.verifier.report import Finding
@@ -114,8 +114,8 @@ def malformed(graph: fx.GraphModule) -> list[Finding]:
     return findings
 
 
-def _call(typed: TypedGraph, node: fx.Node, of: Any, degrees: HelixLayout) -> Layout:
-    """A layer takes what its body was typed for, and returns the hidden state, whole."""
+def _call(typed: TypedGraph, node: fx.Node, of: Any, degrees: HelixLayout) -> Result:
+    """A layer takes what its body was typed for, and returns the hidden state, whole, and what it hands on."""
     body = typed.module.get_submodule(str(node.target))
     if isinstance(body, Leaf):
         return whole_on_whole(node, of, degrees)
@@ -127,6 +127,9 @@ def _call(typed: TypedGraph, node: fx.Node, of: Any, degrees: HelixLayout) -> La
                 f"`{argument.name}` is {format_layout(of(argument))}, the body takes "
                 f"{format_layout(inside[taken.name])} as `{taken.name}`",
             )
+    (returned,) = next(n for n in body.graph.nodes if n.op == "output").args
+    if isinstance(returned, (tuple, list)):
+        return ({}, *(inside.get(n.name, {}) for n in returned[1:]))
     return {}
 
 

@@ -48,12 +48,15 @@ def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
     return []
 
 
+_ATTENTION = ("mla_decode", "mla_decode_slots", "gqa_decode")
+
+
 def check_reach(graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch]) -> list[Finding]:
     """What each body is told of windows and chunks: the first slot that a query sees, against keys counted one by one."""
     cp, tpb, findings = plan.layout.kvp, plan.options.tokens_per_block, []
     for call in [n for n in graph.graph.nodes if n.op == "call_module" and n.target in matches]:
         given = dict(zip(placeholders(body_of(graph, call.target).graph), call.args, strict=True))
-        decodes = [n for n in body_of(graph, call.target).graph.nodes if helix_op(n) in ("mla_decode", "gqa_decode")]
+        decodes = [n for n in body_of(graph, call.target).graph.nodes if helix_op(n) in _ATTENTION]
         for decode, site in zip(decodes, matches[call.target].attentions, strict=False):
             first, where = decode.kwargs.get("first"), f"`{decode.name}` of layer {call.meta['layer']}"
             reach = site.window or site.chunk
