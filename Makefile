@@ -24,9 +24,10 @@ lint: $(STAMP)
 	$(BIN)/python tools/lint_imports.py
 	$(BIN)/codespell helix_compile tests examples benchmarks docs *.md
 
-test: lint
-	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --dist loadfile
-	$(MAKE) test-newest-transformers
+# the first two keep one core busy each, side by side
+test: $(STAMP)
+	$(MAKE) --jobs 2 --output-sync=target lint test-newest-transformers
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 # The newest transformers beside the environment's own: a few tests that go through capture, generate() and torch.compile.
 NEWEST := $(VENV)/newest-transformers

@@ -44,6 +44,7 @@ def helix_compile(
     merge: str = "a2a",
     q_proj: str = "replicate",
     v_up: str = "auto",
+    topk_exchange: str = "auto",
     overlap: str = "none",
     lower: str = "auto",
     world: Any = "auto",

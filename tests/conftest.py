@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,19 +21,56 @@ gc.set_threshold(
 
 from helix_compile.capture import model as capture_model  # noqa: E402  Triton reads its variable before
 from tests.support.captures import FOLDER, remembered  # noqa: E402
+from tests.support.interpreter import without_bookkeeping  # noqa: E402
+
+without_bookkeeping()
 
 _IS_FIRST = FOLDER not in os.environ  # workers of xdist, and what tests launch, use the folder of the first process
 if _IS_FIRST:
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="helix-captures-")
 
-_REMEMBERED = remembered(capture_model._captured)
+_ANEW = capture_model._captured
+capture_model._captured = remembered(_ANEW)  # at once: fixtures of a module are made before those of a test
+
+
+# dealt out file by file: what takes longest goes first, or one worker ends on it alone. By seconds, in steps of ten or so
+LONGEST = (
+    "distributed/test_world.py",
+    "verifier/test_verify.py",
+    "whole/test_exact.py",
+    "cli/test_commands.py",
+    "cli/test_kernels.py",
+    "verifier/mutants/test_self_test.py",
+    "whole/test_gqa.py",
+    "capture/test_constants.py",
+    "capture/test_paths.py",
+    "whole/test_other_styles.py",
+    "kernels/lab/test_offline.py",
+    "whole/test_refusals.py",
+    "runtime/test_generation.py",
+    "test_readme.py",
+    "verifier/test_pair.py",
+    "dynamo/test_backend.py",
+    "saving/test_saving.py",
+    "distributed/test_command.py",
+    "distributed/test_faults.py",
+    "kernels/lab/test_tune.py",
+    "verifier/test_no_false_alarm.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; within a file nothing moves. Needs --no-loadscope-reorder of xdist, which sorts by number."""
+    tests = Path(__file__).parent
+    place = {tests / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(autouse=True)
 def shared_captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of one structure are captured once a process."""
-    if request.node.get_closest_marker("fresh_capture") is None:
-        monkeypatch.setattr(capture_model, "_captured", _REMEMBERED)
+    """Models of one structure are captured once a run, but for tests that ask otherwise."""
+    if request.node.get_closest_marker("fresh_capture") is not None:
+        monkeypatch.setattr(capture_model, "_captured", _ANEW)
 
 
 @pytest.fixture(autouse=True)

@@ -201,7 +201,7 @@ def export_around(
     for form in forms:
         calls: Calls = {}
         try:
-            with layers_as(layers, partial(recorder, calls, form)):
+            with layers_as(layers, partial(recorder, calls, form, made=[])):
                 return *_export_model(model, cache_of, [past]), calls, form
         except CaptureError as error:
             failures.append((len(calls), error))
@@ -292,8 +292,12 @@ def layers_as(layers: nn.ModuleList, forward_of: Callable[[int], Any]) -> Iterat
         yield
 
 
-def recorder(calls: Calls, returned: tuple[Returned, ...], index: int) -> Any:
-    """A forward of layer `index` that is one opaque op for each result, and writes down how it is called."""
+def recorder(calls: Calls, returned: tuple[Returned, ...], index: int, made: list[Tensor] | None = None) -> Any:
+    """A forward of layer `index` that is one opaque op for each result, and writes down how it is called.
+
+    `made` is shared by all layers of a run: what they return besides hidden states.
+    """
+    made = [] if made is None else made
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if index in calls:
@@ -301,11 +305,13 @@ def recorder(calls: Calls, returned: tuple[Returned, ...], index: int) -> Any:
                 f"capture: layer {index} is called a second time in one step; a layer has one cache and one call"
             )
         call = calls[index] = record_call(args, kwargs, returned[index])
+        call.handed = [t for t in call.others if any(t is x for x in made)]
         hidden, others = call.hidden, call.others
         results = [
             RESULT_OP(hidden, others, index, number, shape, like.dtype)
             for number, (like, shape) in enumerate(result_shapes(call, args, kwargs))
         ]
+        made.extend(results)
         return call.as_returned([LAYER_OP(hidden, others, index), *results])
 
     return forward

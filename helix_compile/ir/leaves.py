@@ -247,6 +247,7 @@ class LayerCall:
         others: example tensors after `hidden`, FakeTensors with the symbols of the outer export.
         names: readable name of each of them.
         returned: what it gives.
+        handed: those of `others` that an earlier layer made.
     """
 
     hidden: Tensor
@@ -255,6 +256,7 @@ class LayerCall:
     others: list[Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     returned: Returned = field(default_factory=Returned)
+    handed: list[Tensor] = field(default_factory=list)
 
     def results(self, out: Any) -> list[Tensor]:
         """Hidden states out of what the layer returned, and behind them what else is a tensor and may be read."""
@@ -289,7 +291,8 @@ class LayerCall:
     def masks(self) -> list[Tensor]:
         """What may be a mask: the other tensors that are as wide as the sequence. Layers with different ones are apart."""
         steps = [str(size) for size in self.hidden.shape[:2]]
-        wide = [t for t in self.others if t.dim() > 1 and isinstance(t.shape[-1], torch.SymInt)]
+        given = [t for t in self.others if not any(t is x for x in self.handed)]
+        wide = [t for t in given if t.dim() > 1 and isinstance(t.shape[-1], torch.SymInt)]
         return [t for t in wide if str(t.shape[-1]) not in steps]
 
     def constants(self) -> str:

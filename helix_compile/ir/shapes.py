@@ -32,13 +32,15 @@ def propagate_shapes(graph: fx.Graph, bodies: Mapping[str, fx.GraphModule] | Non
     """Bring meta["val"] of every node up to date with the placeholders'.
 
     A value is a function of the op and of its arguments' shapes, so only nodes where these differ from what their
-    value was computed from (meta["val_key"]) are run: a few dozen a stage, instead of all. `bodies` are what it calls, where
-    it is no graph of a module yet.
+    value was computed from (meta["val_key"]) are run: a few dozen a stage, instead of all. What the same op gave for
+    the same shapes before, in another body, stage or plan of the same capture, is not computed again. `bodies` are what it
+    calls, where it is no graph of a module yet.
 
     Raises:
         PassError: an op does not take the shapes it gets; names node, op and shapes.
     """
     mode = fake_mode_of(graph)
+    known = _known_values(mode)
     # by Python: torch 2.11 computes aten.linear in C++ there, which takes no symbolic sizes
     # where sizes are symbols, looking results up costs more than computing them
     uncached = patch.object(mode, "cache_enabled", False)
@@ -53,14 +55,26 @@ def propagate_shapes(graph: fx.Graph, bodies: Mapping[str, fx.GraphModule] | Non
             key = _val_key(node)
             if node.meta.get("val_key") == key:
                 continue
-            args = fx.map_arg(node.args, lambda n: n.meta["val"])
-            kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
-            try:
-                node.meta["val"] = node.target(*args, **kwargs)
-            except Exception as error:
-                shapes = [_shape(n.meta["val"]) for n in node.all_input_nodes]
-                raise PassError(f"node `{node.name}` ({node.target}) does not take {shapes}: {error}") from error
-            node.meta["val_key"] = key
+            if key not in known:
+                known[key] = _computed(node)
+            node.meta["val"], node.meta["val_key"] = known[key], key
+
+
+def _computed(node: fx.Node) -> Any:
+    args = fx.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+    assert callable(node.target)
+    try:
+        return node.target(*args, **kwargs)
+    except Exception as error:
+        shapes = [_shape(n.meta["val"]) for n in node.all_input_nodes]
+        raise PassError(f"node `{node.name}` ({node.target}) does not take {shapes}: {error}") from error
+
+
+def _known_values(mode: FakeTensorMode) -> dict[tuple, Any]:
+    """Key of a node -> its value. Kept with the mode, whose symbols the values speak of, and gone when it goes."""
+    known: dict[tuple, Any] = vars(mode).setdefault("helix_values", {})
+    return known
 
 
 def _returned(hidden: Tensor, body: fx.Graph) -> Any:
@@ -94,6 +108,8 @@ def _leaf_key(leaf: Any) -> Any:
         return "tensor", leaf.dtype, leaf.device, *sizes
     if isinstance(leaf, (list, tuple)):
         return tuple(_leaf_key(item) for item in leaf)
+    if isinstance(leaf, slice):  # has no hash
+        return "slice", *(_leaf_key(part) for part in (leaf.start, leaf.stop, leaf.step))
     if isinstance(leaf, torch.SymInt):
         return "size", leaf.node.expr
     return type(leaf), leaf  # the type too: 2 == 2.0, and they promote differently

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from helix_compile.ir.leaves import Leaf
 
@@ -36,15 +37,18 @@ def nodes_of(stage: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of an outer graph and its bodies; node names and meta are kept, parameters are not held at all."""
+    """A copy of an outer graph and its bodies; node names and meta are kept, parameters are not held at all.
+
+    Graphs are run node by node: their Python text is made when someone reads or calls it, which is half of a compile.
+    """
     root = nn.Module()
     for name, body in module.named_children():
         if isinstance(body, Leaf):  # the user's own module: never copied
             root.add_module(name, body)
             continue
         assert isinstance(body, fx.GraphModule)
-        root.add_module(name, fx.GraphModule(body, copy_graph(body.graph)))
-    return fx.GraphModule(root, copy_graph(module.graph))
+        root.add_module(name, _LazyGraphModule(body, copy_graph(body.graph)))
+    return _LazyGraphModule(root, copy_graph(module.graph))
 
 
 def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.Graph:

@@ -88,13 +88,21 @@ def _encode(value: Any) -> Any:
     raise HelixError(f"an argument of type {type(value).__name__} can't be saved: {value!r}")
 
 
+def values_of_graphs() -> FakeTensorMode:
+    """What the values of the graphs of one folder live in: they share their symbols, and what is known of equal ops."""
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
 def graph_from_json(
-    entries: list[dict[str, Any]], where: str, bodies: dict[str, fx.GraphModule], device: torch.device
+    entries: list[dict[str, Any]],
+    where: str,
+    bodies: dict[str, fx.GraphModule],
+    device: torch.device,
+    mode: FakeTensorMode,
 ) -> fx.GraphModule:
-    """Rebuild a graph; `where` names it in errors, `bodies` are its submodules."""
+    """Rebuild a graph; `where` names it in errors, `bodies` are its submodules, `mode` is of values_of_graphs()."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
-    mode = FakeTensorMode(shape_env=ShapeEnv())
     for entry in entries:
         try:
             node = _node_from_json(graph, entry, nodes, bodies, device)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, GenerationConfig
 
 from helix_compile.cache.pages import allocate_caches
@@ -37,7 +38,7 @@ from helix_compile.runtime.claims import claims_of
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import ModelFacts, Rank, follow_edits
 from helix_compile.saving.checks import check_saved_graphs, check_saved_inputs, check_saved_params, saved_caches
-from helix_compile.saving.graphs import graph_from_json, graph_to_json
+from helix_compile.saving.graphs import graph_from_json, graph_to_json, values_of_graphs
 from helix_compile.saving.weights import SavedWeights, files_digest, gather_weights, read_params
 from helix_compile.worlds.world import World, device_for, open_world
 
@@ -89,7 +90,7 @@ def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
         for name in SAVED_STAGES
     }
     try:  # as load() will: an edit that it would refuse is said before anything is written
-        check_saved_graphs({n: _stage(g, f"stage {n}", torch.device("cpu")) for n, g in graphs.items()}, compiled.plan)
+        check_saved_graphs(_stages(graphs, "", torch.device("cpu")), compiled.plan)
     except (HelixError, *_DAMAGE) as error:
         raise HelixError(f"this graph could not be loaded again, nothing is saved: {error}") from error
     return {
@@ -157,7 +158,7 @@ def load_parts(
             raise HelixError(f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}")
         if _uses_kernels(document["stages"]):
             device_target(there)
-        stages = {n: _stage(document["stages"][n], f"graphs.json, stage {n}", there) for n in SAVED_STAGES}
+        stages = _stages(document["stages"], "graphs.json, ", there)
         check_saved_graphs(stages, plan)
         facts = ModelFacts(
             vocab_size=document["vocab_size"],
@@ -240,8 +241,15 @@ def _uses_kernels(stages: dict[str, Any]) -> bool:
     return any(node["target"].startswith(f"{PROVIDER}.") for body in bodies for node in body)
 
 
-def _stage(entry: dict[str, Any], where: str, device: torch.device) -> fx.GraphModule:
+def _stages(entries: dict[str, Any], where: str, device: torch.device) -> dict[str, fx.GraphModule]:
+    mode = values_of_graphs()
+    return {name: _stage(entries[name], f"{where}stage {name}", device, mode) for name in SAVED_STAGES}
+
+
+def _stage(entry: dict[str, Any], where: str, device: torch.device, mode: FakeTensorMode) -> fx.GraphModule:
     if _uses_kernels({"": entry}):
         import helix_compile.kernels.catalog  # noqa: F401  registers the ops that the graph names
-    bodies = {name: graph_from_json(nodes, f"{where}, {name}", {}, device) for name, nodes in entry["bodies"].items()}
-    return graph_from_json(entry["outer"], f"{where}, outer graph", bodies, device)
+    bodies = {
+        name: graph_from_json(nodes, f"{where}, {name}", {}, device, mode) for name, nodes in entry["bodies"].items()
+    }
+    return graph_from_json(entry["outer"], f"{where}, outer graph", bodies, device, mode)

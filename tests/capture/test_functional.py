@@ -209,9 +209,10 @@ def drawn(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
     return function
 
 
-def test_drawn_functions_are_the_same_by_rules_or_by_run_decompositions() -> None:
+@pytest.mark.parametrize(("seeds", "least"), [(15, 2), pytest.param(40, 6, marks=pytest.mark.slow)])
+def test_drawn_functions_are_the_same_by_rules_or_by_run_decompositions(seeds: int, least: int) -> None:
     ways = Counter[str]()
-    for seed in range(40):
+    for seed in range(seeds):
         program = exported(drawn(seed))
         try:
             made = functional(program)
@@ -221,4 +222,4 @@ def test_drawn_functions_are_the_same_by_rules_or_by_run_decompositions() -> Non
         assert not changes_in_place(made), seed
         assert deviation(made, drawn(seed)) < 1e-9, seed
         ways["rules" if made is program else "decomposed"] += 1
-    assert ways["rules"] > 5 and ways["decomposed"] > 5, ways
+    assert ways["rules"] >= least and ways["decomposed"] >= least, ways

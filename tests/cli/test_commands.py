@@ -204,7 +204,7 @@ def test_random_weights_that_do_not_fit_in_memory(
 
 
 def test_verify_is_exit_status_0_and_json() -> None:
-    done = run_process("verify", "tiny", "--cp", "4", "--tokens-per-block", "8", "--json")
+    done = run_here("verify", "tiny", "--cp", "4", "--tokens-per-block", "8", "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["ok"] is True and facts["findings"] == []

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 from transformers import DeepseekV3Config
 
+from tests.support.command import run_here
 from tests.support.models import SIZES
 
 LIMITS = {"sm_100": (124, "tcgen05"), "sm_90": (194, "wgmma")}  # Triton 3.7.0, 128 heads
 
 
-def run(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: compiled kernels and interpreted ones can't share one."""
-    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "helix_compile", "kernels", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -75,9 +76,9 @@ def test_no_copy_is_wider_than_a_row_is_aligned_to(tmp_path: Path) -> None:
 
 
 def test_wrong_use(tmp_path: Path) -> None:
-    unknown = run("tiny", "--arch", "sm_42", "--out", str(tmp_path))
+    unknown = run_here("kernels", "tiny", "--arch", "sm_42", "--out", str(tmp_path))
     assert unknown.returncode == 2 and "sm_100" in unknown.stderr and unknown.stdout == ""
-    interpreted = run("tiny", "--out", str(tmp_path / "out"), interpret="1")
+    interpreted = run_here("kernels", "tiny", "--out", str(tmp_path / "out"))
     assert interpreted.returncode == 2 and "TRITON_INTERPRET" in interpreted.stderr
     assert run("tiny", "--tune", "--out", str(tmp_path)).returncode == 2
     assert not any(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from helix_compile import helix_compile
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
 from helix_compile.runtime.claims import graph_digest
-from helix_compile.saving.graphs import graph_from_json, graph_to_json
+from helix_compile.saving.graphs import graph_from_json, graph_to_json, values_of_graphs
 from helix_compile.verifier.static.graph import type_graph
 from tests.support.models import fresh_model
 
@@ -60,7 +60,7 @@ def test_a_saved_graph_runs_where_it_is_read(here: str) -> None:
     positions.meta["val"] = torch.arange(4)
     written = json.dumps(graph_to_json(fx.GraphModule({}, graph)))
     assert "cuda" in written
-    read = graph_from_json(json.loads(written), "a file", {}, torch.device(here))
+    read = graph_from_json(json.loads(written), "a file", {}, torch.device(here), values_of_graphs())
     assert devices(read) == {here}
     # no part of what a graph is: each rank names a card of its own
     assert graph_digest(read) == graph_digest(fx.GraphModule({}, graph))

@@ -11,7 +11,7 @@ FIXED = st.sampled_from([ModelCase(), ModelCase(heads=8, q_lora=None, dense=0, s
 
 
 @settings(
-    max_examples=8,
+    max_examples=5,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),

@@ -27,8 +27,13 @@ PLANS: list[dict[str, Any]] = [
 ]
 
 
-def compiled_tiny(dtype: torch.dtype = torch.float64, **options: Any) -> HelixModule:
-    return helix_compile(tiny_model(dtype=dtype), **{"cp": 4, "tokens_per_block": 4, **options})
+def short_model(dtype: torch.dtype = torch.float64) -> Any:
+    """One layer of each kind; where a finding names one of several layers the model has four."""
+    return tiny_model("short", dtype)
+
+
+def compiled_short(dtype: torch.dtype = torch.float64, variant: str = "short") -> HelixModule:
+    return helix_compile(tiny_model(variant, dtype), cp=4, tokens_per_block=4)
 
 
 @pytest.mark.parametrize(
@@ -55,20 +60,20 @@ def test_a_clean_module_is_ok(options: dict[str, Any], dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("options", PLANS[2:], ids=str)
 def test_other_plans_are_ok(options: dict[str, Any]) -> None:
-    report = verify(helix_compile(tiny_model(), **options), tiny_model())
+    report = verify(helix_compile(short_model(), **options), short_model())
     assert report.ok, report
 
 
 def test_float64_too_recompiles_the_plan() -> None:
-    model = tiny_model(dtype=torch.float32)
+    model = short_model(torch.float32)
     report = verify(helix_compile(model, cp=4, tokens_per_block=4), model, dtype=torch.float64)
     assert report.ok and report.dtype == "float32 and float64", report
 
 
 def test_nothing_of_the_user_changes() -> None:
-    model = tiny_model()
+    model = short_model()
     weights = copy.deepcopy(model.state_dict())
-    compiled, other = compiled_tiny(), compiled_tiny()
+    compiled, other = compiled_short(), compiled_short()
     prompt, more = random_ids(model, 2, 9), random_ids(model, 2, 1)
     compiled(prompt), other(prompt)
     before = [c.clone() for rank in compiled.ranks for c in rank.cache]
@@ -82,7 +87,7 @@ def test_nothing_of_the_user_changes() -> None:
 
 
 def test_a_parameter_edit_is_followed_to_its_layer_node_and_rank() -> None:
-    compiled = compiled_tiny()
+    compiled = compiled_short(variant="plain")
     name = "model.layers.3.input_layernorm.weight"
     compiled.ranks[2].params[name] = compiled.ranks[2].params[name] * 1.01
     report = verify(compiled, tiny_model())
@@ -95,7 +100,7 @@ def test_a_parameter_edit_is_followed_to_its_layer_node_and_rank() -> None:
 
 
 def test_an_edit_of_an_earlier_stage_is_named_as_the_first() -> None:
-    compiled = compiled_tiny()
+    compiled = compiled_short(variant="plain")
     body = compiled.stages["reshard"].get_submodule("body_1")
     assert isinstance(body, fx.GraphModule)
     silu = calls(body.graph, aten.silu.default)[-1]
@@ -109,7 +114,7 @@ def test_an_edit_of_an_earlier_stage_is_named_as_the_first() -> None:
 
 def test_a_capture_that_is_not_the_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is another model's: that is said, and not that the ranks are wrong."""
-    model = fresh_model()
+    model = fresh_model("short")
     compiled = helix_compile(model, cp=2)
     captured = capture(model)
     monkeypatch.setattr(verification, "capture", lambda *args, **kwargs: captured)
@@ -152,29 +157,29 @@ BROKEN = [_raise_in_the_middle, _lose_a_parameter, _wrong_shape, _no_output, _na
 
 @pytest.mark.parametrize("break_it", BROKEN, ids=lambda f: f.__name__.strip("_"))
 def test_whatever_breaks_is_a_finding(break_it: Any) -> None:
-    compiled = compiled_tiny()
+    compiled = compiled_short()
     break_it(compiled)
-    report = verify(compiled, tiny_model())
+    report = verify(compiled, short_model())
     assert not report.ok
     json.loads(report.to_json())
 
 
 def test_a_reloaded_module(tmp_path: Path) -> None:
-    compiled_tiny().save(tmp_path / "saved")
+    compiled_short().save(tmp_path / "saved")
     loaded = HelixModule.load(tmp_path / "saved")
-    report = verify(loaded, tiny_model())
+    report = verify(loaded, short_model())
     assert report.ok and report.coverage.stages == ["lowered"], report
     assert any("reloaded" in note for note in report.notes)
-    assert verify(loaded, compiled_tiny()).ok
+    assert verify(loaded, compiled_short()).ok
     name = "model.layers.0.mlp.up_proj.weight"
     held = [rank.params[name] for rank in loaded.ranks]
     loaded.ranks[0].params[name], loaded.ranks[1].params[name] = held[1], held[0]
-    assert "HX201" in {f.code for f in verify(loaded, tiny_model()).findings}
+    assert "HX201" in {f.code for f in verify(loaded, short_model()).findings}
 
 
 def test_two_compiled_modules() -> None:
-    one = compiled_tiny()
-    other = helix_compile(tiny_model(), cp=2, tpa=2, merge="ag_rs", tokens_per_block=8)
+    one = compiled_short()
+    other = helix_compile(short_model(), cp=2, tpa=2, merge="ag_rs", tokens_per_block=8)
     report = verify(one, other)
     assert report.ok and 0 < report.coverage.largest_deviation < 1e-10, report
     name = "model.norm.weight"
@@ -182,31 +187,31 @@ def test_two_compiled_modules() -> None:
         rank.params[name] = rank.params[name] * 1.001
     assert "HX409" in {f.code for f in verify(one, other).findings}
     with pytest.raises(HelixError, match=r"two modules in float64 and float32"):
-        verify(one, compiled_tiny(torch.float32))
+        verify(one, compiled_short(torch.float32))
 
 
 def test_assert_equivalent() -> None:
-    compiled = compiled_tiny()
-    assert_equivalent(compiled, tiny_model())
+    compiled = compiled_short()
+    assert_equivalent(compiled, short_model())
     _lose_a_parameter(compiled)
     with pytest.raises(AssertionError, match=r"HX203 .*\n  at parameter model.norm.weight"):
-        assert_equivalent(compiled, tiny_model())
+        assert_equivalent(compiled, short_model())
 
 
 def test_wrong_use_is_refused() -> None:
-    compiled = compiled_tiny()
+    compiled = compiled_short()
     with pytest.raises(HelixError, match="must be a HelixModule, got DeepseekV3ForCausalLM"):
-        verify(tiny_model(), compiled)  # type: ignore[arg-type] # the order is wrong
+        verify(short_model(), compiled)  # type: ignore[arg-type] # the order is wrong
     with pytest.raises(HelixError, match=r"torch\.float64, got torch\.float16"):
-        verify(compiled, tiny_model(), dtype=torch.float16)
+        verify(compiled, short_model(), dtype=torch.float16)
     with pytest.raises(HelixError, match="original model or another HelixModule, got int"):
         verify(compiled, 3)  # type: ignore[arg-type] # not a model
 
 
 def test_the_report_as_json_holds_what_is_printed() -> None:
-    compiled = compiled_tiny()
+    compiled = compiled_short()
     _nan(compiled)
-    report = verify(compiled, tiny_model())
+    report = verify(compiled, short_model())
     facts = json.loads(report.to_json())
     assert facts["ok"] is False and facts["coverage"]["ranks"] == 4
     for finding in facts["findings"]:
@@ -215,8 +220,8 @@ def test_the_report_as_json_holds_what_is_printed() -> None:
 
 def test_a_parameter_in_another_dtype_is_named() -> None:
     """Its values may be equal after a cast: the graph was captured for one dtype."""
-    compiled = compiled_tiny(torch.float32)
+    compiled = compiled_short(torch.float32)
     name = "model.layers.0.input_layernorm.weight"  # ones: equal in any dtype
     compiled.ranks[1].params[name] = compiled.ranks[1].params[name].double()
-    report = verify(compiled, tiny_model(dtype=torch.float32))
+    report = verify(compiled, short_model(torch.float32))
     assert any(f.code == "HX203" and "float64" in f.got for f in report.findings), report

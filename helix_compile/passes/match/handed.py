@@ -12,13 +12,13 @@ from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.plan.matches import HandedSelection, LayerMatch, Selection
 
 
-def with_source(captured: CapturedGraph, match: LayerMatch, earlier: dict[str, LayerMatch]) -> LayerMatch:
+def with_source(captured: CapturedGraph, match: LayerMatch, others: dict[str, LayerMatch]) -> LayerMatch:
     """The match of a body whose handed selections know how many keys were chosen.
 
     Args:
         captured: the model.
         match: of one body.
-        earlier: matches of the bodies before it.
+        others: matches of all bodies.
 
     Raises:
         MatchError: something else than chosen keys is handed on, or what is handed comes from a layer that chose none.
@@ -40,7 +40,7 @@ def with_source(captured: CapturedGraph, match: LayerMatch, earlier: dict[str, L
         for placeholder, argument in zip(placeholders(graph), call.args, strict=True):
             source = source_of(captured, argument) if isinstance(argument, fx.Node) else None
             if placeholder.name in handed:
-                count = _chosen_by(captured, source, earlier)
+                count = _chosen_by(captured, source, others)
                 if count is None or top_k.setdefault(placeholder.name, count) != count:
                     raise MatchError(
                         f"layer {call.meta['layer']}: `{placeholder.name}` says which keys are seen; expected the top-k of "
@@ -63,11 +63,11 @@ def with_source(captured: CapturedGraph, match: LayerMatch, earlier: dict[str, L
     )
 
 
-def _chosen_by(captured: CapturedGraph, source: tuple[str, int] | None, earlier: dict[str, LayerMatch]) -> int | None:
+def _chosen_by(captured: CapturedGraph, source: tuple[str, int] | None, others: dict[str, LayerMatch]) -> int | None:
     """K of the selection that made a result of a layer."""
-    if source is None or source[0] not in earlier:
+    if source is None or source[0] not in others:
         return None
     body, number = source
     name = results_of(captured.bodies[body].graph)[number].name
-    found = (a.selection for a in earlier[body].attentions if isinstance(a.selection, Selection))
+    found = (a.selection for a in others[body].attentions if isinstance(a.selection, Selection))
     return next((s.top_k for s in found if s.indices == name), None)

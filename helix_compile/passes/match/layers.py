@@ -37,9 +37,16 @@ def match_bodies(
     failures: dict[str, MatchError] = {}
     for name in captured.bodies:
         try:
-            matches[name] = with_source(captured, _match_body(captured, name, max_seq_len, keep_experts), matches)
+            matches[name] = _match_body(captured, name, max_seq_len, keep_experts)
         except MatchError as error:
             failures[name] = error
+    # a body may compute layers before and behind those whose choice it is handed
+    for name, match in list(matches.items()):
+        try:
+            matches[name] = with_source(captured, match, matches)
+        except MatchError as error:
+            failures[name] = error
+            del matches[name]
     return matches, failures
 
 

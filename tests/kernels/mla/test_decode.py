@@ -51,16 +51,27 @@ def drawn_inputs(draw: st.DrawFn, widths: list[tuple[int, int]], page_sizes: lis
     return mla_inputs(lengths, T, H, R, r, page_size, seed=draw(st.integers(0, 99)))
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.sampled_from(TMA_FORMS), drawn_inputs([(32, 16), (64, 32)], [16, 32, 48]), st.sampled_from([1, 2, 4]))
-def test_tma_forms_agree_with_reference(config: MlaConfig, inputs: MlaInputs, splits: int) -> None:
-    assert mismatch(run_form(config, inputs, splits), helix.mla_decode(*inputs.args)) is None
+EXAMPLES = pytest.mark.parametrize("examples", [20, pytest.param(100, marks=pytest.mark.slow)])
 
 
-@settings(max_examples=50, deadline=None)
-@given(drawn_inputs([(32, 16), (24, 8), (7, 3), (1, 1)], [1, 3, 16, 20]), st.sampled_from([1, 2, 4]))
-def test_pointer_form_takes_any_widths_and_pages(inputs: MlaInputs, splits: int) -> None:
-    assert mismatch(run_form(POINTER_FORM, inputs, splits), helix.mla_decode(*inputs.args)) is None
+@EXAMPLES
+def test_tma_forms_agree_with_reference(examples: int) -> None:
+    @settings(max_examples=examples, deadline=None)
+    @given(st.sampled_from(TMA_FORMS), drawn_inputs([(32, 16), (64, 32)], [16, 32, 48]), st.sampled_from([1, 2, 4]))
+    def agrees(config: MlaConfig, inputs: MlaInputs, splits: int) -> None:
+        assert mismatch(run_form(config, inputs, splits), helix.mla_decode(*inputs.args)) is None
+
+    agrees()
+
+
+@EXAMPLES
+def test_pointer_form_takes_any_widths_and_pages(examples: int) -> None:
+    @settings(max_examples=examples, deadline=None)
+    @given(drawn_inputs([(32, 16), (24, 8), (7, 3), (1, 1)], [1, 3, 16, 20]), st.sampled_from([1, 2, 4]))
+    def agrees(inputs: MlaInputs, splits: int) -> None:
+        assert mismatch(run_form(POINTER_FORM, inputs, splits), helix.mla_decode(*inputs.args)) is None
+
+    agrees()
 
 
 @pytest.mark.parametrize("config", FORMS, ids=str)

@@ -135,7 +135,7 @@ NEAR_MISSES = [
     (_biased_scores, "hidden elsewhere than where causal"),
     (_not_causal, "it differs from causal"),
     (_scaled_keys, "not the sum over heads of w"),
-    (_chosen_read_elsewhere, "reads what is cached"),
+    (_chosen_read_elsewhere, "amax_default.* outside of attention"),
 ]
 
 
