@@ -133,17 +133,21 @@ def plan_model(captured: CapturedGraph, options: HelixOptions) -> PlannedModel:
 
 
 def match_model(captured: CapturedGraph, options: HelixOptions) -> tuple[CapturedGraph, dict[str, LayerMatch]]:
-    """The matches; with unmatched="keep" of the same model with every layer that no matcher recognises as a leaf."""
-    matches, failures = match_bodies(captured, options.max_seq_len)
+    """The matches; with unmatched="keep" of the same model with every layer that no matcher recognises as a leaf.
+
+    Experts that none recognises then stay whole on every rank, in a layer whose attention is rewritten.
+    """
+    keeps = options.unmatched == "keep"
+    matches, failures = match_bodies(captured, options.max_seq_len, keeps)
     if not failures:
         return captured, matches
-    if options.unmatched != "keep":
+    if not keeps:
         raise next(iter(failures.values()))
     keep = {layer.index: str(error) for name, error in failures.items() for layer in captured.layers_of(name)}
     assert captured.model is not None
     again = capture(captured.model, keep=keep, unmatched="keep")
     kept = replace(again, weights=captured.weights, notes=captured.notes)
-    return kept, match_layers(kept, options.max_seq_len)
+    return kept, match_layers(kept, options.max_seq_len, keeps)
 
 
 def rewrite_model(

@@ -179,10 +179,11 @@ class HelixModule(nn.Module):
         """Empty the cache; with `rows`, only these sequences, and the others go on."""
         if rows is None:
             self._ledger.lengths = []
+            self._ledger.gaps, self._ledger.tails = ([0] * self.plan.options.max_batch_size for _ in range(2))
             return clear_leaves(self.ranks, None)
         rows = checked_rows(rows, self._ledger)
         for row in rows:
-            self._ledger.lengths[row] = 0
+            self._ledger.lengths[row] = self._ledger.gaps[row] = self._ledger.tails[row] = 0
         clear_leaves(self.ranks, rows)
 
     @_alone
@@ -227,6 +228,8 @@ class HelixModule(nn.Module):
                 for row, tokens in enumerate(rows):
                     mine = rows_of_rank(tokens, kind, layout, rank.rank)
                     self._ledger.write_sequence(cache, row, mine, kvp_rank, held[row])
+        if mask is not None:
+            self._ledger.count_padding(mask, whole=isinstance(latents, DynamicCache))
         self._ledger.advance([len(tokens) for tokens in entries[0]])
 
     @_alone
@@ -313,6 +316,7 @@ class HelixModule(nn.Module):
         """
         refuse_leaves(self.ranks, self.graph, "truncate")
         self._ledger.lengths = checked_lengths(lengths, self._ledger.lengths)
+        self._ledger.forget_tails()
 
     def __deepcopy__(self, memo: Any) -> HelixModule:
         """Refused: a copy would share ranks, world and cache in ways that nobody asked for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,7 @@ class Ledger:
         lengths: tokens of each sequence of the current batch; empty before the first step.
         page_table: [max_batch_size, pages of a sequence] int64.
         written: positions of each row up to which something may lie in the caches, max_batch_size of them.
+        gaps, tails: columns of padding that were fed between each row's tokens, and behind its last one.
     """
 
     options: HelixOptions
@@ -60,11 +61,13 @@ class Ledger:
     lengths: list[int] = field(default_factory=list)
     page_table: Tensor = field(init=False)
     written: list[int] = field(init=False)
+    gaps: list[int] = field(init=False)
+    tails: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         rows, pages = self.options.max_batch_size, pages_per_sequence(self.options, self.kvp)
         self.page_table = torch.arange(rows * pages, device=self.device).view(rows, pages)
-        self.written = [0] * rows
+        self.written, self.gaps, self.tails = ([0] * rows for _ in range(3))
 
     @property
     def batch_size(self) -> int:
@@ -80,6 +83,45 @@ class Ledger:
                     f"sequence {row} is full: {length} tokens + {new} new = {length + new} > "
                     f"max_seq_len={self.options.max_seq_len}; compile with a larger max_seq_len or reset()"
                 )
+
+    def check_columns(self, mask: Tensor, reach: int) -> None:
+        """Raise RuntimeFault if padding stands between tokens that a window or chunks of `reach` tokens would tell apart.
+
+        The model's own mask counts columns: behind such padding it forgets a token earlier than the row alone would.
+        """
+        for row, (before, new, _) in enumerate(self._padding(mask)):
+            tokens, gap = (self.lengths[row] if self.lengths else 0) + new, self.gaps[row] + before
+            if new and gap and tokens + gap > reach:
+                raise RuntimeFault(
+                    f"row {row}: {gap} columns of padding stand between its {tokens} tokens, and attention of this model "
+                    f"forgets what is {reach} columns back (a sliding window or chunks), padding included: the row would "
+                    "see other tokens than by itself. nearest that works: padding before a row's first token alone; "
+                    "truncate() takes back what stands behind its last"
+                )
+
+    def count_padding(self, mask: Tensor, whole: bool = False) -> None:
+        """Count a step's columns of padding behind rows' first tokens; before advance(). `whole`: the mask is of all columns so far."""
+        for row, (before, new, behind) in enumerate(self._padding(mask, whole)):
+            if new:
+                self.gaps[row] = before + (0 if whole else self.gaps[row])
+            self.tails[row] = behind
+
+    def _padding(self, mask: Tensor, whole: bool = False) -> Iterator[tuple[int, int, int]]:
+        """For each row of a step's mask [B, T]: padding between its last token and these, these, padding behind its last one then."""
+        for row, kept in enumerate(mask.bool().tolist()):
+            begun, tail = bool(self.lengths and self.lengths[row]) and not whole, 0 if whole else self.tails[row]
+            if not any(kept):
+                yield 0, 0, tail + len(kept) if begun else 0
+                continue
+            first, last = kept.index(True), len(kept) - kept[::-1].index(True)
+            inside = kept[first:last].count(False)
+            yield inside + (tail + first if begun else 0), kept.count(True), len(kept) - last
+
+    def forget_tails(self) -> None:
+        """Padding behind the last tokens was taken back; of an empty row all."""
+        self.tails = [0] * len(self.tails)
+        for row, length in enumerate(self.lengths):
+            self.gaps[row] = self.gaps[row] if length else 0
 
     def promise(self, new_tokens: list[int]) -> None:
         """Say before they are written that these tokens will be: an interrupt leaves what clear_tails() must find."""

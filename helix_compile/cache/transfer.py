@@ -42,7 +42,8 @@ def parts_of_dynamic_cache(cache: DynamicCache, kinds: Sequence[CacheRow] = ()) 
         if type(layer) not in (DynamicLayer, DynamicIndexedLayer):
             raise RuntimeFault(
                 f"import_cache: layer {i} of the cache is a {type(layer).__name__}, expected a DynamicLayer: other kinds "
-                "keep other columns than all tokens; give latents and k_ropes as tensors"
+                "keep other columns than all tokens; prefill with past_key_values=DynamicCache(), which without a config keeps "
+                "all tokens of layers with windows too, or give latents and k_ropes as tensors"
             )
         if layer.keys is None or layer.values is None:
             raise RuntimeFault(f"import_cache: layer {i} of the DynamicCache is empty; expected a prefilled one")

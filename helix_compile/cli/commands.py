@@ -161,7 +161,7 @@ def verify(
     if self_test:
         from helix_compile.verifier.mutants import self_test as tester
 
-        verdicts = tester.self_test_of_both_kinds(_say)
+        verdicts = tester.self_test_of_all_kinds(_say)
         text, table = tester.to_json(verdicts), tester.format_table(verdicts)
         results.append((all(v.caught for v in verdicts), text, table))
     if as_json:

@@ -83,7 +83,8 @@ def _concrete_site(node: fx.Node, plan: HelixPlan) -> Site:
     hidden = inputs_of(node.graph, "hidden")[0].meta["val"]
     known = zip(hidden.shape, (plan.options.max_batch_size, 1), strict=False)
     sizes = {size.node.expr: value for size, value in known if isinstance(size, torch.SymInt)}
-    return Site(site.op, tuple(concrete(a, sizes) for a in site.args), site.capacity)
+    keywords = {name: concrete(a, sizes) for name, a in site.keywords.items()}
+    return Site(site.op, tuple(concrete(a, sizes) for a in site.args), site.capacity, keywords)
 
 
 def concrete(value: Any, sizes: dict[Any, int]) -> Any:

@@ -103,8 +103,8 @@ BESIDE = {
 }
 
 CACHE_REFUSED = {
-    "max_attention_window": "sliding windows are not supported",
-    "sink_token_length": "attention sinks are not supported",
+    "max_attention_window": "windows are the model's own, read off its mask; the cache keeps all tokens",
+    "sink_token_length": "a prefix that stays visible behind a window is not supported; sinks that are parameters are the model's own",
 }
 
 MARKERS = (

@@ -85,7 +85,7 @@ REFUSED = {
     "model_class_overrides": "the model that is planned is given beside the file",
     "rope_scaling": "give a checkpoint folder whose config.json says it",
     "rope_theta": "give a checkpoint folder whose config.json says it",
-    "disable_sliding_window": "sliding windows are not supported",
+    "disable_sliding_window": "windows are the model's own, read off its mask: nothing switches them off",
     "diffusion_config": "diffusion models are not supported",
     "config": "it names another file; give that one",
 }

@@ -141,9 +141,9 @@ def getitems(graph: fx.Graph, node: fx.Node, *names: str) -> list[fx.Node]:
     return [named(graph, name, operator.getitem, node, i) for i, name in enumerate(names)]
 
 
-def named(graph: fx.Graph, name: str, target: Callable, *args: Any) -> fx.Node:
+def named(graph: fx.Graph, name: str, target: Callable, *args: Any, **keywords: Any) -> fx.Node:
     """A call_function node under a name that a reader of the graph understands."""
-    return graph.create_node("call_function", target, args, name=name)
+    return graph.create_node("call_function", target, args, keywords, name=name)
 
 
 def erase_unused(graph: fx.Graph, keep: Iterable[fx.Node] = ()) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor
 from helix_compile.kernels.exchange import CODECS, NATIVE, ExchangeCodec
 from helix_compile.kernels.reference import (
     accumulation_dtype,
+    apply_sinks_reference,
     cache_append_reference,
+    first_visible_reference,
     gqa_decode_reference,
     merge_lse_reference,
     mla_decode_reference,
@@ -25,6 +27,7 @@ from helix_compile.kernels.reference import (
     moe_router_reference,
     rescale_by_lse_reference,
     shard_index_reference,
+    total_lse_reference,
 )
 from helix_compile.kernels.reference_fused import (
     cache_append_norm_rope_reference,
@@ -119,10 +122,13 @@ HELIX_OPS = (
         shard_index_reference,
         lambda positions, *_: (torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)),
     ),
+    Op("first_visible", first_visible_reference, lambda positions, *_: torch.empty_like(positions, dtype=torch.int32)),
     Op("cache_append", cache_append_reference, _appended, mutates=("cache",)),
-    Op("mla_decode", mla_decode_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
-    Op("gqa_decode", gqa_decode_reference, lambda q, k_cache, v_cache, *_: _partials(q, v_cache.shape[3])),
+    Op("mla_decode", mla_decode_reference, lambda q_latent, *_, **__: _partials(q_latent, q_latent.shape[3])),
+    Op("gqa_decode", gqa_decode_reference, lambda q, k_cache, v_cache, *_, **__: _partials(q, v_cache.shape[3])),
     Op("merge_lse", merge_lse_reference, lambda partial_o_P, lse_P: partial_o_P.new_empty(partial_o_P.shape[1:])),
+    Op("total_lse", total_lse_reference, lambda lse_P: lse_P.new_empty(lse_P.shape[1:])),
+    Op("apply_sinks", apply_sinks_reference, lambda o, *_: torch.empty_like(o)),
     Op("rescale_by_lse", rescale_by_lse_reference, lambda partial_o, *_: torch.empty_like(partial_o)),
     Op("moe_experts", moe_experts_reference, lambda x, *_: x.new_empty(x.shape)),
     Op(

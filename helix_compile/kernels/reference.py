@@ -47,6 +47,24 @@ def shard_index_reference(positions: Tensor, rank: Tensor, cp: int, tokens_per_b
     return slots, visible
 
 
+def first_visible_reference(
+    positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int, window: int, chunk: int
+) -> Tensor:
+    """The first slot of this rank's shard that each query sees, where attention forgets: [B, T] int32.
+
+    Args:
+        positions: [B, T] int64, absolute; -1 = padding.
+        rank: 0-d int64, this rank's place on the kvp axis.
+        cp: ranks that share the sequence.
+        tokens_per_block: round-robin unit.
+        window: a query at p sees keys in (p - window, p]; 0: no window.
+        chunk: a query at p sees keys in [p // chunk * chunk, p]; 0: no chunks. One of both is not 0.
+    """
+    oldest = positions + 1 - window if window else positions // chunk * chunk
+    first: Tensor = local_length(oldest.clamp(min=0), rank, cp, tokens_per_block)
+    return first.to(torch.int32)
+
+
 def cache_append_reference(
     cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
 ) -> Tensor:
@@ -65,70 +83,84 @@ def cache_append_reference(
 
 
 def mla_decode_reference(
-    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+    *,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Absorbed attention of q_latent [B, T, H, R] and q_rope [B, T, H, r] over this rank's shard.
 
     One KV head of width R + r; the values are its first R channels. A row sees slots < visible: local slots
-    ascend in position, so that is exactly the causal mask. Returns partial_o [B, T, H, R] in the dtype of
-    q_latent and lse [B, T, H].
+    ascend in position, so that is exactly the causal mask; and none below `first` [B, T] int32, where that is given.
+    Returns partial_o [B, T, H, R] in the dtype of q_latent and lse [B, T, H].
     """
     dtype, R = accumulation_dtype(q_latent.dtype), q_latent.shape[3]
 
-    def attend_to(b: int, length: int) -> Attend:
-        kv_SW = _rows_of_sequence(cache, page_table[b], length).to(dtype)
-        return lambda q_THW, visible_T: _attend(q_THW, kv_SW, visible_T, scale, R)
+    def attend_to(b: int, start: int, length: int) -> Attend:
+        kv_SW = _rows_of_sequence(cache, page_table[b], start, length).to(dtype)
+        return lambda q_THW, hidden_TS: _attend(q_THW, kv_SW, hidden_TS, scale, R)
 
-    return _each_sequence(torch.cat([q_latent, q_rope], dim=-1), R, visible, attend_to)
+    return _each_sequence(torch.cat([q_latent, q_rope], dim=-1), R, visible, first, attend_to)
 
 
-# (q [T, H, *], visible [T]) -> o [T, H, *], lse [T, H]
+# (q [T, H, *], hidden [T, S]) -> o [T, H, *], lse [T, H]
 Attend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _each_sequence(
-    q: Tensor, width: int, visible: Tensor, attend_to: Callable[[int, int], Attend]
+    q: Tensor, width: int, visible: Tensor, first: Tensor | None, attend_to: Callable[[int, int, int], Attend]
 ) -> tuple[Tensor, Tensor]:
-    """partial_o [B, T, H, width] and lse [B, T, H]; attend_to(b, length) is attention to sequence b's first slots."""
+    """partial_o [B, T, H, width] and lse [B, T, H]; attend_to(b, start, length) is attention to slots [start, length) of b.
+
+    Slots that no query of a sequence sees are not read at all.
+    """
     B, T, H, _ = q.shape
     dtype = accumulation_dtype(q.dtype)
     partial_o = q.new_zeros((B, T, H, width))
     lse = q.new_full((B, T, H), -torch.inf, dtype=dtype)
-    longest = visible.amax(dim=1).tolist() if T else [0] * B
-    for b in range(B):
-        if longest[b] == 0:
+    oldest = torch.zeros_like(visible) if first is None else first
+    lengths = visible.amax(dim=1).tolist() if T else [0] * B
+    starts = torch.where(visible > oldest, oldest, visible.max()).amin(dim=1).tolist() if T else [0] * B
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        if start >= length:
             continue  # an empty shard: o = 0 and lse = -inf stand
-        attend = attend_to(b, longest[b])
-        step = max(1, SCORE_BYTES // (H * longest[b] * dtype.itemsize))
+        attend = attend_to(b, start, length)
+        step = max(1, SCORE_BYTES // (H * (length - start) * dtype.itemsize))
+        slots = torch.arange(start, length, device=q.device)
         for t in range(0, T, step):
             part = slice(t, t + step)
-            o, lse[b, part] = attend(q[b, part].to(dtype), visible[b, part])
+            hidden = (slots >= visible[b, part, None]) | (slots < oldest[b, part, None])
+            o, lse[b, part] = attend(q[b, part].to(dtype), hidden)
             partial_o[b, part] = o.to(partial_o.dtype)
     return partial_o, lse
 
 
-def _rows_of_sequence(cache: Tensor, pages: Tensor, length: int) -> Tensor:
-    """The first `length` slots [length, R + r] of a sequence; a view where its pages lie in a row."""
+def _rows_of_sequence(cache: Tensor, pages: Tensor, start: int, length: int) -> Tensor:
+    """Slots [start, length) of a sequence [length - start, R + r]; a view where its pages lie in a row."""
     page_size = cache.shape[1]
-    used = pages[: -(-length // page_size)]
-    first = int(used[0])
+    skipped = start // page_size
+    used = pages[skipped : -(-length // page_size)]
+    first, wanted = int(used[0]), slice(start - skipped * page_size, length - skipped * page_size)
     if torch.equal(used, torch.arange(first, first + len(used), device=used.device)):
-        return cache[first : first + len(used)].reshape(-1, cache.shape[2])[:length]
-    return cache[used].reshape(-1, cache.shape[2])[:length]
+        return cache[first : first + len(used)].reshape(-1, cache.shape[2])[wanted]
+    return cache[used].reshape(-1, cache.shape[2])[wanted]
 
 
-def _attend(q_THW: Tensor, kv_SW: Tensor, visible_T: Tensor, scale: float, R: int) -> tuple[Tensor, Tensor]:
+def _attend(q_THW: Tensor, kv_SW: Tensor, hidden_TS: Tensor, scale: float, R: int) -> tuple[Tensor, Tensor]:
     T, H, W = q_THW.shape
     scores = (q_THW.reshape(T * H, W) @ kv_SW.T).mul_(scale).view(T, H, -1)
-    weights, lse = _softmax(scores, visible_T)
+    weights, lse = _softmax(scores, hidden_TS)
     o = (weights.view(T * H, -1) @ kv_SW[:, :R]).view(T, H, R)
     return o, lse
 
 
-def _softmax(scores: Tensor, visible_T: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(scores: Tensor, hidden_TS: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and lse of scores [.., T, *, S], which are overwritten."""
-    hidden = torch.arange(scores.shape[-1], device=scores.device) >= visible_T[:, None]
-    scores.masked_fill_(hidden[:, None, :], -torch.inf)
+    scores.masked_fill_(hidden_TS[:, None, :], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     alive = lse != -torch.inf  # not >: a NaN must reach the output
     return scores.sub_(torch.where(alive, lse, 0.0)[..., None]).exp_(), lse
@@ -147,6 +179,21 @@ def merge_lse_reference(partial_o_P: Tensor, lse_P: Tensor) -> Tensor:
     parts = torch.where(alive[..., None], partial_o_P.to(dtype), 0.0)
     merged = (parts * weights[..., None]).sum(dim=0)
     return (merged / torch.where(total > 0, total, 1.0)[..., None]).to(partial_o_P.dtype)
+
+
+def total_lse_reference(lse_P: Tensor) -> Tensor:
+    """Lse of all keys [B, T, h] of what each peer has of its own, lse_P [P, B, T, h]; -inf where no peer has seen any."""
+    return torch.logsumexp(lse_P, dim=0)
+
+
+def apply_sinks_reference(o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention whose softmax has one more logit a head, `sinks` [h], that stands for no value.
+
+    o [B, T, h, *] is attention without it (or one part of a sum that is), lse [B, T, h] that of all keys: what is left
+    of the weights is sigmoid(lse - sinks) of them. The sinks are not scaled as scores are.
+    """
+    left = torch.sigmoid(lse - sinks.to(lse.dtype))
+    return (o.to(lse.dtype) * left[..., None]).to(o.dtype)
 
 
 def rescale_by_lse_reference(partial_o: Tensor, lse: Tensor, lse_P: Tensor) -> Tensor:
@@ -189,7 +236,14 @@ def moe_experts_reference(
 
 
 def gqa_decode_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, visible: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+    *,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention of q [B, T, H, Dk] over this rank's shard of the cache.
 
@@ -200,32 +254,37 @@ def gqa_decode_reference(
         page_table: [B, pages of a sequence] int64.
         visible: [B, T] int32. A row sees slots < visible: local slots ascend in position, so that is the causal mask.
         scale: of the scores.
+        first: [B, T] int32. A row sees no slot below it; None: all from the first on.
 
     Returns:
         partial_o [B, T, H, Dv] in the dtype of q and lse [B, T, H].
     """
     dtype = accumulation_dtype(q.dtype)
 
-    def attend_to(b: int, length: int) -> Attend:
-        k_KSD, v_KSD = (_heads_of_sequence(cache, page_table[b], length).to(dtype) for cache in (k_cache, v_cache))
-        return lambda q_THD, visible_T: _attend_grouped(q_THD, k_KSD, v_KSD, visible_T, scale)
+    def attend_to(b: int, start: int, length: int) -> Attend:
+        k_KSD, v_KSD = (
+            _heads_of_sequence(cache, page_table[b], start, length).to(dtype) for cache in (k_cache, v_cache)
+        )
+        return lambda q_THD, hidden_TS: _attend_grouped(q_THD, k_KSD, v_KSD, hidden_TS, scale)
 
-    return _each_sequence(q, v_cache.shape[3], visible, attend_to)
+    return _each_sequence(q, v_cache.shape[3], visible, first, attend_to)
 
 
-def _heads_of_sequence(cache: Tensor, pages: Tensor, length: int) -> Tensor:
-    """The first `length` slots of a sequence, heads first: [K, length, D]."""
-    used = pages[: -(-length // cache.shape[1])]
-    return cache[used].flatten(0, 1)[:length].movedim(1, 0)
+def _heads_of_sequence(cache: Tensor, pages: Tensor, start: int, length: int) -> Tensor:
+    """Slots [start, length) of a sequence, heads first: [K, length - start, D]."""
+    page_size = cache.shape[1]
+    skipped = start // page_size
+    used = pages[skipped : -(-length // page_size)]
+    return cache[used].flatten(0, 1)[start - skipped * page_size : length - skipped * page_size].movedim(1, 0)
 
 
 def _attend_grouped(
-    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, visible_T: Tensor, scale: float
+    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, hidden_TS: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     (T, H, Dk), (K, S, Dv) = q_THD.shape, v_KSD.shape
     q_KRD = q_THD.view(T, K, H // K, Dk).movedim(1, 0).reshape(K, -1, Dk)  # rows: T * G
     scores = (q_KRD @ k_KSD.mT).mul_(scale).view(K, T, H // K, S)
-    weights, lse = _softmax(scores, visible_T)
+    weights, lse = _softmax(scores, hidden_TS)
     o = (weights.view(K, -1, S) @ v_KSD).view(K, T, H // K, Dv)
     return o.movedim(0, 1).reshape(T, H, Dv), lse.movedim(0, 1).reshape(T, H)
 

@@ -46,7 +46,7 @@ def index_scores_reference(
     for b, longest in enumerate(visible.amax(dim=1).tolist() if T else [0] * B):
         if not longest:
             continue
-        keys = _rows_of_sequence(index_cache, page_table[b], longest).to(dtype)
+        keys = _rows_of_sequence(index_cache, page_table[b], 0, longest).to(dtype)
         for t in range(T):
             by_head = (q[b, t].to(dtype) @ keys.T).mul_(scale).relu_()
             scores[b, t, :longest] = w[b, t].to(dtype) @ by_head
@@ -208,14 +208,14 @@ def mla_decode_slots_reference(
     outputs = []
     for t in range(q.shape[1]):  # each query has rows of its own
 
-        def attend_to(b: int, length: int, t: int = t) -> Attend:
-            chosen = slots[b, t, :length].long()
+        def attend_to(b: int, start: int, length: int, t: int = t) -> Attend:
+            chosen = slots[b, t, start:length].long()
             page = page_table[b, chosen // cache.shape[1]]
             rows = cache[page, chosen % cache.shape[1]].to(dtype)
-            return lambda q_THW, visible_T: _attend(q_THW, rows, visible_T, scale, R)
+            return lambda q_THW, hidden_TS: _attend(q_THW, rows, hidden_TS, scale, R)
 
-        outputs.append(_each_sequence(q[:, t : t + 1], R, count[:, t : t + 1], attend_to))
+        outputs.append(_each_sequence(q[:, t : t + 1], R, count[:, t : t + 1], None, attend_to))
     if not outputs:
-        return _each_sequence(q, R, count, lambda b, length: lambda q_THW, visible_T: (q_THW, q_THW[..., 0]))
+        return _each_sequence(q, R, count, None, lambda *_: lambda q_THW, hidden_TS: (q_THW, q_THW[..., 0]))
     o, lse = zip(*outputs, strict=True)
     return torch.cat(o, dim=1), torch.cat(lse, dim=1)

@@ -12,8 +12,8 @@ Nothing here imports Triton; kernels/catalog.py does, by importing the kernel fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -82,11 +82,13 @@ class Site:
         op: base name, such as "mla_decode".
         args: example values: fake tensors (symbolic in B and T), numbers.
         capacity: of the plan.
+        keywords: the same for what is given by its name.
     """
 
     op: str
     args: tuple[Any, ...]
     capacity: Capacity
+    keywords: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ def register_kernel(
         raise TypeError(f"a kernel for {op.name} is registered already")
     base = OPS[op.name.partition(".")[0]]
     wanted, own = (o.schema.removeprefix(o.name).split(") -> ") for o in (base, op))
-    if not own[0].startswith(wanted[0]) or own[1] != wanted[1]:
+    positional = wanted[0].partition(", *, ")[0]
+    if not own[0].startswith(positional) or own[1] != wanted[1]:
         raise TypeError(f"{op.schema} does not begin like {base.schema}")
     kernel = _KERNELS[op.name] = Kernel(op.name, define_triton_op(op, launcher), supports, cases)
     return kernel

@@ -49,8 +49,8 @@ def _interpreted(launcher: Callable[..., Any]) -> Callable[..., Any]:
     """The launcher where Triton interprets; else LoweringUnavailable instead of Triton's "0 active drivers"."""
 
     @functools.wraps(launcher)
-    def launch(*args: Any) -> Any:
+    def launch(*args: Any, **keywords: Any) -> Any:
         device_target(torch.device("cpu"))
-        return launcher(*args)
+        return launcher(*args, **keywords)
 
     return launch

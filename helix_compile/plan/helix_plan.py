@@ -105,6 +105,8 @@ class AttentionPlan:
     `output_weight` is the parameter whose columns a rank holds for the heads it owns. `kv_heads` are the heads that are
     cached; 0 where all heads share one latent (MLA). Both count the model's own heads, without zero heads. `top_k` are the
     keys that an indexer chooses (0: none does), and `topk_exchange` how ranks agree on them; "" where an earlier layer chose.
+    A query at p sees `window` tokens up to itself, or those of its `chunk`; 0: all. `sinks` is the parameter of a logit a head
+    that takes part in the softmax.
     """
 
     site: int
@@ -114,6 +116,9 @@ class AttentionPlan:
     kv_heads: int = 0
     top_k: int = 0
     topk_exchange: str = ""
+    window: int = 0
+    chunk: int = 0
+    sinks: str = ""
 
     def head_ranges(self, layout: HelixLayout) -> tuple[tuple[int, int], ...]:
         """The model's heads [start, stop) that each rank owns after the exchange; none where all it owns are zeros."""
@@ -148,6 +153,9 @@ class AttentionPlan:
             "cached_heads": self.cached_heads(layout),
             "top_k": self.top_k,
             "topk_exchange": self.topk_exchange,
+            "window": self.window,
+            "chunk": self.chunk,
+            "sinks": self.sinks,
         }
 
     @classmethod
@@ -155,8 +163,8 @@ class AttentionPlan:
         """The decisions out of what `written` makes of them."""
         heads = fields.get("heads", fields["computed_heads"] * layout.tpa)
         cached = fields.get("kv_heads", fields.get("cached_heads", 0) * layout.tpa)
-        sparse = (fields.get("top_k", 0), fields.get("topk_exchange", ""))
-        return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached, *sparse)
+        later = {name: fields.get(name, absent) for name, absent in _LATER_OF_ATTENTION.items()}
+        return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached, **later)
 
 
 @dataclass(frozen=True)
@@ -264,6 +272,12 @@ class HelixPlan:
     def body(self, name: str) -> BodyPlan:
         """The plan of one body."""
         return next(b for b in self.bodies if b.name == name)
+
+    @property
+    def shortest_reach(self) -> int:
+        """Tokens that the most forgetful attention sees, its own included; 0 where all see all."""
+        sites = [site for body in self.bodies for site in body.attentions]
+        return min((reach for site in sites if (reach := site.window or site.chunk)), default=0)
 
     @property
     def egress_bytes_per_rank_per_token(self) -> Fraction:
@@ -383,8 +397,9 @@ def _cut_from(fields: dict[str, Any]) -> Cut:
     return Cut(**{**fields, "padding": padding and HeadPadding(**padding)})
 
 
+_LATER_OF_ATTENTION: dict[str, Any] = {"top_k": 0, "topk_exchange": "", "window": 0, "chunk": 0, "sinks": ""}
 # not in every plan that was ever written
-_LATER = ("cached_heads", "experts_per_rank", "heads", "kv_heads", "experts", "top_k", "topk_exchange")
+_LATER = ("cached_heads", "experts_per_rank", "heads", "kv_heads", "experts", *_LATER_OF_ATTENTION)
 
 
 def _check_follows(where: str, read: list[dict[str, Any]], written: list[dict[str, Any]]) -> None:

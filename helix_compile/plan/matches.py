@@ -298,6 +298,22 @@ class Grouped(AttentionKind):
         return self.k_proj, self.v_proj
 
 
+FIRST_VISIBLE = "first_visible"
+
+
+def first_visible_input(window: int, chunk: int) -> str:
+    """What a body calls the first visible slots of a window or of chunks; "" where nothing is forgotten."""
+    if not window and not chunk:
+        return ""
+    return f"{FIRST_VISIBLE}_{f'window_{window}' if window else f'chunk_{chunk}'}"
+
+
+def reach_of_input(name: str) -> tuple[int, int]:
+    """(window, chunk) of first_visible_input()'s name."""
+    kind, _, number = name.removeprefix(f"{FIRST_VISIBLE}_").partition("_")
+    return (int(number), 0) if kind == "window" else (0, int(number))
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which cached tokens a query sees: the top_k of them by the sum over index heads of w * relu(scale * q . key).
@@ -345,6 +361,9 @@ class AttentionMatch:
 
     Forms are orders of dims where the model has another one: of the anchor, of q, of the scores that the mask is added
     to (for sdpa, all heads before tokens).
+
+    A query at p sees keys in (p - window, p], or in [p // chunk * chunk, p]; 0: all up to itself. `sinks`: one logit a head
+    that takes part in the softmax.
     """
 
     kind: AttentionKind
@@ -365,6 +384,14 @@ class AttentionMatch:
     q_form: str = "BHTC"
     mask_form: str = "BHTS"
     selection: Selection | HandedSelection | None = None
+    window: int = 0
+    chunk: int = 0
+    sinks: HeadRows | None = None
+
+    @property
+    def first_visible(self) -> str:
+        """Name of the step's input that says which slot is the first a query sees; "" where it is slot 0."""
+        return first_visible_input(self.window, self.chunk)
 
     @property
     def num_heads(self) -> int:

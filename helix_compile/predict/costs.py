@@ -17,11 +17,12 @@ from torch import Tensor, fx
 from helix_compile.errors import HelixError, LayoutError
 from helix_compile.ir.collectives import COLLECTIVE_OF, WAIT, is_collective
 from helix_compile.ir.elements import is_layout_op
-from helix_compile.ir.graph import aten, helix_op
+from helix_compile.ir.graph import aten, helix_op, input_ref
 from helix_compile.ir.ops import MOVES
 from helix_compile.ir.sizes import size_at_step
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.ledger import local_length
+from helix_compile.plan.matches import reach_of_input
 
 _COPIES = frozenset(
     {
@@ -126,9 +127,15 @@ class _Sizes:
     def number(self, size: int | torch.SymInt) -> int:
         return size_at_step(size, self.workload.batch, self.workload.tokens, self.workload.context)
 
-    def local_context(self) -> int:
-        """Cached tokens of a sequence on this rank, the new ones included."""
-        length = self.workload.context + self.workload.tokens
+    def local_context(self, decode: fx.Node) -> int:
+        """Cached tokens of a sequence on this rank that some new token sees, the new ones included."""
+        oldest, context = 0, self.workload.context
+        if (first := decode.kwargs.get("first")) is not None:
+            window, chunk = reach_of_input(input_ref(first).name)
+            oldest = max(0, context + 1 - window) if window else context // chunk * chunk
+        return self._held(context + self.workload.tokens) - self._held(oldest)
+
+    def _held(self, length: int) -> int:
         kvp_rank = self.layout.index("kvp", self.rank)
         return int(local_length(length, kvp_rank, self.layout.kvp, self.tokens_per_block))
 
@@ -182,7 +189,7 @@ def _mla_decode(node: fx.Node, sizes: _Sizes) -> NodeCost:
     """Every new token against this rank's part of the context: scores over R + r channels, values over R."""
     B, T, H, R = sizes.of(node.args[0])
     width, item = sizes.of(node.args[2])[-1], node.args[2].meta["val"].dtype.itemsize
-    local = sizes.local_context()
+    local = sizes.local_context(node)
     moved = sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.args[:2])
     return NodeCost(2.0 * B * T * H * local * (width + R), moved + B * local * width * item)
 
@@ -190,7 +197,7 @@ def _mla_decode(node: fx.Node, sizes: _Sizes) -> NodeCost:
 def _gqa_decode(node: fx.Node, sizes: _Sizes) -> NodeCost:
     """Every new token against this rank's part of the context: K and V of a KV head are read once for its group."""
     (B, T, H, Dk), (*_, K, Dv) = sizes.of(node.args[0]), sizes.of(node.args[2])
-    local, item = sizes.local_context(), node.args[2].meta["val"].dtype.itemsize
+    local, item = sizes.local_context(node), node.args[2].meta["val"].dtype.itemsize
     moved = sizes.nbytes(node) + sizes.nbytes(node.args[0])
     return NodeCost(2.0 * B * T * H * local * (Dk + Dv), moved + B * local * K * (Dk + Dv) * item)
 

@@ -72,6 +72,8 @@ def run_step(
         raise RuntimeFault(f"logits_to_keep must be an int >= 0 (0: all), got {logits_to_keep!r}")
     first = max(0, T - logits_to_keep) if logits_to_keep else 0
     ledger.check_room(mask.sum(dim=1).tolist())
+    if reach := module.plan.shortest_reach:
+        ledger.check_columns(mask, reach)
     chunks = chunks_of(T, B, max(ledger.lengths, default=0) + T)
     if len(chunks) > 1 and mixing_node(graph) is not None:
         chunks = [slice(0, T)]  # what a token gets depends on the call's other tokens: a cut would change it
@@ -92,18 +94,19 @@ def run_step(
             logits = module.world.run(graph, inputs, recorder)[0]
         if recorder is not None:
             recorder.write()
+        ledger.count_padding(mask[:, c])
         ledger.advance(mask[:, c].sum(dim=1).tolist())
         return logits
 
     shown = None if module.world.is_leader else True
     bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
-    before = list(ledger.lengths)
+    before = list(ledger.lengths), list(ledger.gaps), list(ledger.tails)
     try:
         logits = kept_logits(run_chunk, bar, first, T)
         _check_range(module, logits, mask[:, first:])
         return logits
     except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
-        ledger.lengths = before
+        ledger.lengths, ledger.gaps, ledger.tails = before
         raise
 
 

@@ -57,6 +57,11 @@ def cases(compiled: Any, match: LayerMatch) -> list[LayerCase]:
     if bound > turn + 8 or not found:
         far = max(0, min(bound, room) - 3) if bound > 4 else 0
         found.append(LayerCase(_rows(options, (far, max(1, far // 2) if far else 0)), min(3, room - far)))
+    # where a window or chunks begin to forget, and a block or so further on
+    for reach in sorted({a.window or a.chunk for a in match.attentions} - {0}):
+        behind = min(reach + tpb + 1, room - 3)
+        if reach <= behind <= EXPANDED_BYTES // (a_key * 2):
+            found.append(LayerCase(_rows(options, (behind, reach - 1)), 3))
     return found
 
 

@@ -231,7 +231,7 @@ def shared_edits(modules: tuple[HelixModule, HelixModule], seed: int) -> Edits |
         return None
     captured = captured_of(source)
     whole = {n: _wide(t) for n, t in source.facts.originals.items()}
-    matches = match_layers(captured, source.plan.options.max_seq_len)
+    matches = match_layers(captured, source.plan.options.max_seq_len, source.plan.options.unmatched == "keep")
     spread = PAIR_SPREAD if captured.dtype.itemsize == 2 else None
     return sharpening(CapturedReference(captured, matches, whole), seed, spread)
 

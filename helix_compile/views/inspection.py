@@ -197,6 +197,9 @@ def _layer_facts(whole: HelixPlan, plan: BodyPlan, first: fx.GraphModule, last: 
         "roles": roles,
         "head_ranges": [list(r) for r in plan.attentions[0].head_ranges(whole.layout)],
         "zero_heads": padding.places - padding.heads,
+        "windows": [a.window for a in plan.attentions],
+        "chunks": [a.chunk for a in plan.attentions],
+        "sinks": [bool(a.sinks) for a in plan.attentions],
         "ffn": [{k: v for k, v in f.written(whole.layout).items() if k != "site"} for f in plan.ffns],
         "nodes_before": len(before.graph.nodes),
         "nodes_after": len(after.graph.nodes),
@@ -255,7 +258,21 @@ def _rewrite(layer: dict[str, Any]) -> tuple[str, ...]:
     heads = f"{stop - start}" + (f" (+{zeros} zero heads)" if zeros else "")
     ffn = "; ".join(_ffn_text(f) for f in layer["ffn"])
     nodes = f"{layer['nodes_before']} -> {layer['nodes_after']}"
-    return layer["body"], ranges_text(layer["layers"]), ", ".join(layer["roles"]), heads, ffn, nodes
+    rewritten = ", ".join(_role_text(role, layer) for role in layer["roles"])
+    return layer["body"], ranges_text(layer["layers"]), rewritten, heads, ffn, nodes
+
+
+def _role_text(role: str, layer: dict[str, Any]) -> str:
+    """Of attention also what it forgets, and whether it has sinks."""
+    if role != "attention":
+        return role
+    reaches = [*_each("window of", layer["windows"]), *_each("chunks of", layer["chunks"])]
+    reaches += ["sinks"] if any(layer["sinks"]) else []
+    return f"{role} ({', '.join(reaches)})" if reaches else role
+
+
+def _each(what: str, sizes: list[int]) -> list[str]:
+    return [f"{what} {size:,}" for size in dict.fromkeys(sizes) if size]
 
 
 def _ffn_text(ffn: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ def test_case_on_the_interpreter(case: KernelCase) -> None:
     for seed in (0, 1):
         arguments = case.arguments(torch.float32, seed)
         expected = expected_results(case, arguments)
-        got = results(getattr(torch.ops.helix_triton, case.op), on_device(arguments, "cpu"))
+        got = results(getattr(torch.ops.helix_triton, case.op), on_device(arguments, "cpu"), case)
         assert worst_deviation(got, expected, case.exact) <= 5e-6
 
 

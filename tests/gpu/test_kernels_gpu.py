@@ -46,7 +46,7 @@ def test_case_on_the_device(case: KernelCase, dtype: torch.dtype) -> None:
         arguments = case.arguments(dtype, seed)
         on_card = on_device(arguments, "cuda")
         skip_unless_supported(case, on_card)
-        got = results(triton_op(case.op), on_card)
+        got = results(triton_op(case.op), on_card, case)
         assert worst_deviation(got, expected_results(case, arguments), case.exact) <= LIMIT[dtype]
 
 
@@ -124,15 +124,15 @@ def test_replay_of_a_captured_launch_is_the_eager_launch(case: KernelCase) -> No
     static, fresh = (on_device(case.arguments(dtype, seed), "cuda") for seed in (0, 1))
     skip_unless_supported(case, static)
     op = triton_op(case.op)
-    eager = results(op, on_device(fresh, "cuda"))
+    eager = results(op, on_device(fresh, "cuda"), case)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles before the capture
-        op(*on_device(static, "cuda"))
+        results(op, on_device(static, "cuda"), case)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed = results(op, static)
+        replayed = results(op, static, case)
     for _ in range(2):
         _overwrite(static, fresh)
         graph.replay()

@@ -55,6 +55,46 @@ def test_mla_decode_in_chunks_of_queries(step: dict[str, Tensor], monkeypatch: p
     assert all(torch.allclose(a, b, rtol=1e-14) for a, b in zip(whole, parts, strict=True))
 
 
+def windowed_by_hand(step: dict[str, Tensor], first: Tensor) -> list[Tensor]:
+    """mla_decode, row by row."""
+    rows = []
+    for b in range(B):
+        flat = step["cache"][step["page_table"][b]].reshape(-1, R + r)
+        for t in range(T):
+            start, stop = int(first[b, t]), int(step["visible"][b, t])
+            rows.append(
+                attention_by_hand(step["q"][b, t], flat[start:stop], R)[0] if stop > start else torch.zeros(H, R)
+            )
+    return rows
+
+
+def test_rows_with_a_first_slot(step: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No slot below the lowest of a sequence is read; rows that see nothing are 0; in chunks of queries too."""
+    q, cache, table, visible = (step[k] for k in ("q", "cache", "page_table", "visible"))
+    first = torch.tensor([[6, 8], [0, 1], [0, 0]], dtype=torch.int32)
+    cache[table[0, 0]] = torch.nan
+    cache[table[0, 1], 0] = torch.nan
+    args = (q[..., :R], q[..., R:], cache, table, visible, SCALE)
+    for budget in (reference.SCORE_BYTES, 1):
+        monkeypatch.setattr(reference, "SCORE_BYTES", budget)
+        o, lse = helix.mla_decode(*args, first=first)
+        for got, wanted in zip(o.flatten(0, 1), windowed_by_hand(step, first), strict=True):
+            torch.testing.assert_close(got, wanted.to(got), rtol=1e-12, atol=1e-12)
+        assert torch.equal(lse[..., 0] == -torch.inf, visible <= first)
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(1, 0), (5, 0), (40, 0), (0, 1), (0, 6), (0, 64)])
+@pytest.mark.parametrize(("cp", "tokens_per_block"), [(1, 4), (3, 1), (4, 5)])
+def test_first_visible_against_keys_counted_one_by_one(window: int, chunk: int, cp: int, tokens_per_block: int) -> None:
+    positions = torch.arange(-1, 150)[None]
+    for rank in range(cp):
+        got = helix.first_visible(positions, torch.tensor(rank), cp, tokens_per_block, window, chunk)
+        held = [p for p in range(150) if p // tokens_per_block % cp == rank]
+        for p, first in zip(positions[0].tolist(), got[0].tolist(), strict=True):
+            forgotten = [k for k in held if (k <= p - window if window else k < p // chunk * chunk)] if p >= 0 else []
+            assert first == len(forgotten)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_statistics_are_float32_or_wider(step: dict[str, Tensor], dtype: torch.dtype) -> None:
     q, cache = step["q"].to(dtype), step["cache"].to(dtype)

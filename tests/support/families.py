@@ -71,6 +71,7 @@ class Family:
         refused: part of the message it is refused with, or "" where it is rewritten.
         variants: other configurations of the same family, name -> what differs again.
         common: what `sizes` differ from.
+        options: of helix_compile, without which it is refused.
     """
 
     model: str
@@ -79,6 +80,7 @@ class Family:
     refused: str = ""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     common: dict[str, Any] = field(default_factory=lambda: COMMON)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
@@ -200,11 +202,45 @@ GROUPED = {
     "glm4": Family("Glm4ForCausalLM", "Glm4Config", {}, common=SIZES),
     "cohere": Family("CohereForCausalLM", "CohereConfig", {}, common=SIZES),
     "ernie4_5": Family("Ernie4_5ForCausalLM", "Ernie4_5Config", {"use_bias": True}, common=SIZES),
-    "mistral": Family("MistralForCausalLM", "MistralConfig", {"sliding_window": None}, common=SIZES),
+    "mistral": Family(
+        "MistralForCausalLM",
+        "MistralConfig",
+        {"sliding_window": None},
+        variants={"window": {"sliding_window": 5}},
+        common=SIZES,
+    ),
     "mixtral": Family(
         "MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 3}, common=SIZES
     ),
 }
+WINDOW: dict[str, Any] = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOWED = {
+    "gemma3": Family("Gemma3ForCausalLM", "Gemma3TextConfig", WINDOW, common=SIZES),
+    "olmo3": Family("Olmo3ForCausalLM", "Olmo3Config", WINDOW, common=SIZES),
+    # its NoPE layers scale q by the column that a token stands in, its experts take all tokens: refused; else chunks
+    "llama4": Family(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {"attention_chunk_size": 5, "no_rope_layers": [1, 0], "num_local_experts": 4, "intermediate_size_mlp": 40},
+        "routed experts",
+        variants={"dense": {"moe_layers": [], "attn_temperature_tuning": False}},
+        common=SIZES,
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {
+            **WINDOW,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        common=SIZES,
+        options={"unmatched": "keep"},  # its experts (biases, a clamp) are in no pattern, and stay whole
+    ),
+    "granite_swa": Family("GraniteSWAForCausalLM", "GraniteSWAConfig", WINDOW, common=SIZES),
+}
+GROUPED |= WINDOWED
 FAMILIES |= GROUPED
 
 # models for images too: what differs in the text part, and a small other part (1.6 billion parameters by default)
@@ -255,7 +291,7 @@ def fresh_family(
 ) -> nn.Module:
     """A new model in eval mode: random biases, weights large enough that softmax is not flat."""
     config = config_of(name, variant, **changes)
-    config._attn_implementation = "eager" if name == "hy_v4" else "sdpa"
+    config._attn_implementation = "eager" if name in ("hy_v4", "gpt_oss", "granite_swa") else "sdpa"
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     torch.manual_seed(seed)
     model = getattr(module, FAMILIES[name].model)(config)
@@ -263,6 +299,8 @@ def fresh_family(
         for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor_name.endswith("bias"):
                 tensor.normal_(std=0.3)
+            elif tensor_name.endswith("sinks"):
+                tensor.normal_(std=2.0)
             elif "proj" in tensor_name and "mlp" not in tensor_name:
                 tensor.mul_(4.0)
     model = model.to(dtype).eval()

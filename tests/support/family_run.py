@@ -11,7 +11,7 @@ import torch
 from helix_compile import HelixError, helix_compile
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids
-from tests.support.families import tiny_family
+from tests.support.families import FAMILIES, tiny_family
 
 PROMPT = [5, 2, 9]
 STEPS = (1, 3, 1, 1, 3, 1)
@@ -66,7 +66,7 @@ def measured_row(name: str, variant: str = "", degrees: tuple[int, ...] = (2, 4)
     model, deviations, facts = tiny_family(name, variant), [], None
     for cp in degrees:
         try:
-            compiled = compiled_family(model, cp)
+            compiled = compiled_family(model, cp, **FAMILIES[name].options)
         except HelixError as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             if facts is None:

@@ -55,3 +55,20 @@ class GqaStep:
         visible = (torch.tensor(self.lengths)[:, None] - behind).clamp(min=0).int()
         scale = self.size / self.Dk**0.5
         return q.to(self.dtype), caches[0], caches[1], table, visible, scale
+
+
+def first_slots(visible: Tensor, reach: int) -> Tensor:
+    """First slots [B, T] of rows that see `reach` slots, one or two fewer, or none of them."""
+    spread = torch.arange(visible.numel()).view(visible.shape) % 3
+    first = (visible - reach + spread).clamp(min=0).minimum(visible)
+    first.view(-1)[::5] = visible.view(-1)[::5]
+    return first.int()
+
+
+def poison_below(cache: Tensor, table: Tensor, visible: Tensor, first: Tensor, tile: int) -> None:
+    """NaN in every slot of `cache` below the tile of the first one that a row of the sequence sees, in place."""
+    page = cache.shape[1]
+    for b in range(len(table)):
+        seen = first[b][first[b] < visible[b]]
+        slots = torch.arange(int(seen.min()) // tile * tile if len(seen) else 0)
+        cache[table[b, slots // page], slots % page] = torch.nan

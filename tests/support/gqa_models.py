@@ -32,6 +32,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie": ("Ernie4_5", {"use_bias": True, "num_key_value_heads": 2}),
     "glm4": ("Glm4", {}),
     "gemma3": ("Gemma3", {"layer_types": ["full_attention"] * 2, "sliding_window": 8}),
+    "mistral": ("Mistral", {}),
+    "olmo3": ("Olmo3", {}),
     "llama4": ("Llama4", {"num_local_experts": 4, "attention_chunk_size": 8}),
     "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 6}),
 }

@@ -31,12 +31,22 @@ class KernelCase:
         name: of the case.
         arguments: of the op, for a dtype and a seed.
         exact: a copy, which is judged bit by bit; else the reference runs in float64.
+        reach: of attention with a window: how many local slots a row sees at most; rows that see fewer are among them.
     """
 
     op: str
     name: str
     arguments: Callable[[torch.dtype, int], Arguments]
     exact: bool = False
+    reach: int = 0
+
+    def keywords(self, arguments: Arguments) -> dict[str, Tensor]:
+        """What the op is given by name, where these are its arguments."""
+        if not self.reach:
+            return {}
+        visible = arguments[4]
+        spread = torch.arange(visible.numel(), device=visible.device).view(visible.shape) % 3
+        return {"first": (visible - self.reach + spread).clamp(min=0).minimum(visible).int()}
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -50,9 +60,9 @@ def on_device(arguments: Arguments, device: str | torch.device) -> Arguments:
     )
 
 
-def results(op: Any, arguments: Arguments) -> list[Tensor]:
-    """What a call leaves: its results, then the arguments that its schema says it writes."""
-    out = op(*arguments)
+def results(op: Any, arguments: Arguments, case: KernelCase | None = None) -> list[Tensor]:
+    """What a call leaves, of a case with what it is given by name: its results, then the arguments that its schema says it writes."""
+    out = op(*arguments, **(case.keywords(arguments) if case else {}))
     written = [
         a
         for a, spec in zip(arguments, op.default._schema.arguments, strict=False)
@@ -66,7 +76,7 @@ def expected_results(case: KernelCase, arguments: Arguments) -> list[Tensor]:
     copies = on_device(arguments, "cpu")
     if not case.exact:
         copies = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in copies)
-    return results(getattr(torch.ops.helix, case.op), copies)
+    return results(getattr(torch.ops.helix, case.op), copies, case)
 
 
 def worst_deviation(got: list[Tensor], expected: list[Tensor], exact: bool = False) -> float:
@@ -230,6 +240,8 @@ CASES = [
     KernelCase("mla_decode", "16-heads", _mla(16, 512, 64, 128, 1, (127, 0, 129))),
     KernelCase("mla_decode", "part-of-rows", _mla(5, 32, 16, 16, 2, (17, 0, 33), beside=16)),
     KernelCase("mla_decode", "mtp", _mla(20, 64, 16, 64, 5, (65, 1, 200))),
+    KernelCase("mla_decode", "tiny-window", _mla(5, 20, 6, 5, 2, (0, 4, 6, 11)), reach=4),
+    KernelCase("mla_decode", "window", _mla(16, 512, 64, 128, 3, (127, 0, 300)), reach=100),
     KernelCase("merge_lse", "4-peers", _merge(4, 5, 20)),
     KernelCase("merge_lse", "wide", _merge(3, 2, 512)),
     KernelCase("pack_heads", "odd", _pack(6, 5, 2), exact=True),
@@ -248,6 +260,8 @@ CASES = [
     KernelCase("gqa_decode", "tiny", _gqa(2, 2, 3, 20, 5, (0, 4, 6, 11))),
     KernelCase("gqa_decode", "group-of-8", _gqa(1, 2, 8, 128, 128, (127, 0, 129))),
     KernelCase("gqa_decode", "mha", _gqa(5, 3, 1, 64, 64, (65, 1, 200))),
+    KernelCase("gqa_decode", "tiny-window", _gqa(2, 2, 3, 20, 5, (0, 4, 6, 11)), reach=4),
+    KernelCase("gqa_decode", "window", _gqa(3, 2, 8, 128, 128, (127, 0, 300)), reach=100),
     KernelCase("index_scores", "tiny", _index(SparseStep((0, 4, 11), T=3))),
     KernelCase("index_scores", "page-borders", _index(SparseStep((15, 16, 33), J=8, index_width=16, page_size=16))),
     KernelCase("topk_candidates", "few-values", _candidates("few", [[0, 70], [69, 5]], 75, 33), exact=True),

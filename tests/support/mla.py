@@ -77,9 +77,10 @@ def run_form(
     splits: int = 1,
     cache_scale: Tensor | None = None,
     case: CompileCase | None = None,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """partial_o and lse by one form of the kernel under the interpreter, splits merged."""
-    o, lse = decode_parts(config, *inputs.args, cache_scale, splits=splits, direct=splits == 1, case=case)
+    o, lse = decode_parts(config, *inputs.args, cache_scale, first=first, splits=splits, direct=splits == 1, case=case)
     if splits == 1:
         return o[:, :, :, 0], lse[..., 0]
     return merge_splits(o, lse, inputs.q_latent.dtype)

@@ -16,7 +16,7 @@ H, K, DK, DV, D = 12, 4, 10, 14, 36
 
 
 class ToyGQA(nn.Module):
-    """Styles: "repeat", "enable_gqa", "eager", "interleave". Misses: see `_missed` and `_attended`."""
+    """Styles: "repeat", "enable_gqa", "eager", "interleave", "sinks", "sinks behind". Misses: see `_missed` and `_attended`."""
 
     def __init__(self, style: str, miss: str = ""):
         super().__init__()
@@ -91,16 +91,43 @@ class ToyGQA(nn.Module):
         if self.style == "enable_gqa":
             return sdpa(q, k, v, attn_mask=mask, scale=0.25, enable_gqa=True)
         k, v = self._repeated(k), self._repeated(v)
-        if self.style != "eager":
+        if self.style not in ("eager", "sinks", "sinks behind"):
             return sdpa(q, k, v, attn_mask=mask, scale=0.25)
         scores = q @ k.transpose(2, 3) * 0.25
         if self.miss == "score scaled per key":
             scores = scores * (1.0 + k[..., 0].abs()[:, :, None])
         scores = scores + mask
-        if self.miss == "sinks":
-            sink = self.sink.view(1, H, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
-            return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1] @ v
+        if self.style == "sinks":
+            return self._with_sinks(scores, self.sink.view(1, H, 1, 1)) @ v
+        if self.style == "sinks behind":
+            return self._scaled(scores.softmax(-1) @ v, scores)
         return scores.softmax(-1) @ v
+
+    def _with_sinks(self, scores: Tensor, sink: Tensor) -> Tensor:
+        """Softmax of scores and a logit a head."""
+        if self.miss == "sinks of other heads":
+            sink = _swapped(sink, 1)
+        if self.miss == "sinks from the scores":
+            sink = sink * scores[..., :1]
+        if self.miss == "sinks scaled":
+            sink = sink * 0.5
+        both = torch.cat(
+            [scores, sink.expand(scores.shape[0], -1, scores.shape[2], 2 if self.miss == "two sinks" else 1)], -1
+        )
+        if self.miss == "both scaled":
+            both = both * 0.5
+        if self.miss != "no maximum":
+            both = both - both.max(dim=-1, keepdim=True).values
+        weights = both.softmax(-1)
+        if self.miss == "first key cut off":
+            return weights[..., 1:]
+        return weights[..., :-2] if self.miss == "two sinks" else weights[..., :-1]
+
+    def _scaled(self, out: Tensor, scores: Tensor) -> Tensor:
+        """Attention times what is left of its weights beside sinks."""
+        sink = _swapped(self.sink, 0) if self.miss == "sinks of other heads" else self.sink
+        lse = torch.logsumexp(scores * 0.5 if self.miss == "lse of other scores" else scores, dim=-1)
+        return out * (lse - sink.view(1, H, 1)).float().sigmoid()[..., None].to(out.dtype)
 
 
 def _swapped(x: Tensor, dim: int) -> Tensor:

@@ -12,6 +12,9 @@ from tests.support.families import fresh_family
 H, R, NOPE, ROPE, V, D = 12, 20, 10, 6, 14, 72
 
 
+SINKS = {"sinks": 1, "two_sinks": 2}  # columns of a head; one of them is no miss
+
+
 class ToyMLA(nn.Module):
     """Every style of expanding a cached latent; `miss` breaks one condition of the rewrite.
 
@@ -20,7 +23,7 @@ class ToyMLA(nn.Module):
             "flat" (W [R, H * D]), "chain" (DeepSeek's own scores, heads behind tokens), "absorbed" (its own absorbed
             form), "absorbed_stacked" (the same with parameters of their own, [H, R, D] and [H, D, R]), "split" (one score
             product over K's nope part and one over the shared rope part), "split_einsum".
-        miss: "", "rope_per_head", "v_elsewhere", "scaled_keys", "sinks", "softmax_axis", "v_uncached", "v_heads"
+        miss: "", "rope_per_head", "v_elsewhere", "scaled_keys", "two_sinks", "softmax_axis", "v_uncached", "v_heads"
             (W_UV of the heads in another order), "shifted" (V from the latent of another position), "bias" (a penalty
             by distance is added to the mask), "cache_out", "length_out", "mask_out" (the result reads the cache, how much
             there is, or the mask besides), "one_scaled" (one of the two score products is scaled), "mixed_parts" (the
@@ -138,9 +141,9 @@ class ToyMLA(nn.Module):
         if mask.dtype is torch.bool:
             mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, torch.finfo(scores.dtype).min)
         scores = scores + mask.transpose(1, 2)
-        if self.miss == "sinks":
-            sink = self.sink.view(1, 1, H, 1).expand(scores.shape[0], scores.shape[1], -1, 1)
-            return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+        if self.miss in SINKS:
+            sink = self.sink.view(1, 1, H, 1).expand(scores.shape[0], scores.shape[1], -1, SINKS[self.miss])
+            return torch.cat([scores, sink], dim=-1).softmax(-1)[..., : -SINKS[self.miss]]
         return scores.softmax(2 if self.miss == "softmax_axis" else -1)
 
     def _compressed(self, hidden: Tensor) -> Tensor:
@@ -187,7 +190,7 @@ class ToyMLA(nn.Module):
         return (q[..., :cut] @ k_nope.transpose(2, 3) + by_rope) * 0.25
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        spelled = ("scaled_keys", "sinks", "softmax_axis", "fill_mask", "where_mask")
+        spelled = ("scaled_keys", *SINKS, "softmax_axis", "fill_mask", "where_mask")
         if self.style != "eager" and self.miss not in spelled:
             return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.25)
         return self._weighted(q @ k.transpose(2, 3) * 0.25, k, v, mask)
@@ -203,9 +206,9 @@ class ToyMLA(nn.Module):
         if mask.dtype is torch.bool:
             mask = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask, torch.finfo(v.dtype).min)
         scores = scores + mask
-        if self.miss == "sinks":
-            sink = self.sink.view(1, H, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
-            return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1] @ v
+        if self.miss in SINKS:
+            sink = self.sink.view(1, H, 1, 1).expand(scores.shape[0], -1, scores.shape[2], SINKS[self.miss])
+            return torch.cat([scores, sink], dim=-1).softmax(-1)[..., : -SINKS[self.miss]] @ v
         weights = scores.softmax(1 if self.miss == "softmax_axis" else -1)
         if self.style == "split_einsum":
             return torch.einsum("bhts,bhsd->bhtd", weights, v)

@@ -36,7 +36,13 @@ _IN_OTHER_TESTS = (
     "ernie4_5",
     "mistral",
     "mixtral",
+    "gemma3",
+    "olmo3",
+    "llama4",
+    "gpt_oss",
+    "granite_swa",
 )
+_WHOLE_HEADS = ("olmo3",)  # its norms of q and k mix the heads: tpa=1 and q_proj="replicate" alone
 
 
 def test_no_shipped_family_is_forgotten() -> None:
@@ -65,10 +71,10 @@ def test_a_family_does_what_the_table_says(name: str, variant: str) -> None:
     for text in (*row.deviations, *_NUMBER.findall(written)):
         if _NUMBER.fullmatch(text):
             assert float(text) <= LIMIT[torch.float64]
-    if FAMILIES[name].refused:
-        assert re.search(r"MatchError: layer \d+: ", row.refused)
+    if row.refused:
+        assert FAMILIES[name].refused and re.search(r"MatchError: layer \d+: ", row.refused)
     else:
-        assert not row.refused and not any("tokens" in d for d in row.deviations)
+        assert (variant or not FAMILIES[name].refused) and not any("tokens" in d for d in row.deviations)
 
 
 def test_the_table_has_a_row_for_each_case_and_no_other() -> None:
@@ -77,7 +83,7 @@ def test_the_table_has_a_row_for_each_case_and_no_other() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if not f.refused])
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if not f.refused and n not in _WHOLE_HEADS])
 @pytest.mark.parametrize(
     "options",
     [{"cp": 1}, {"cp": 2, "tpa": 2}, {"cp": 2, "q_proj": "gather"}, {"cp": 4, "merge": "ag_rs", "v_up": "before"}],
@@ -89,5 +95,5 @@ def test_a_family_with_other_options(name: str, options: dict) -> None:
         kv_heads = model.config.num_key_value_heads
         if kv_heads % options.get("tpa", 1):  # three heads can't be halved
             options["tpa"] = kv_heads
-    run = run_family(model, compiled_family(model, **options))
+    run = run_family(model, compiled_family(model, **options, **FAMILIES[name].options))
     assert run.worst <= LIMIT[torch.float64] and run.same_tokens

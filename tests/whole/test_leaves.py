@@ -167,7 +167,7 @@ def test_a_python_loop_of_experts_is_a_leaf_inside_a_rewritten_body() -> None:
 def test_keep_leaves_what_is_not_recognised_and_rewrites_the_rest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = toy_model("cat", "sinks", layers=2)
+    model = toy_model("cat", "two_sinks", layers=2)
     monkeypatch.setattr(named, "named_model", lambda *a: model)
     command = ["helix-compile", "inspect", "it", "--cp", "2", "--json", "--unmatched"]
     monkeypatch.setattr(sys, "argv", [*command, "keep"])
@@ -187,7 +187,7 @@ def test_keep_leaves_what_is_not_recognised_and_rewrites_the_rest(
     run = run_family(model, compiled)
     assert run.worst <= LIMIT[torch.float64] and run.same_tokens
     with pytest.raises(MatchError, match="no layer with cached attention that could be rewritten"):
-        compiled_family(toy_model("cat", "sinks"), 2, unmatched="keep")
+        compiled_family(toy_model("cat", "two_sinks"), 2, unmatched="keep")
 
 
 @pytest.mark.slow

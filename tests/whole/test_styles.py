@@ -27,7 +27,7 @@ def test_a_style_that_matches_computes_the_same(style: str) -> None:
         ("rope_per_head", "the rope part differs per head"),
         ("v_elsewhere", "the input of the linear that makes V is not what the layer caches|no part of K derives"),
         ("scaled_keys", "the score chain holds"),
-        ("sinks", r"score chain holds `aten\.cat\.default` \(sinks"),
+        ("two_sinks", r"score chain holds `aten\.cat\.default` \(sinks"),
     ],
 )
 def test_a_near_miss_is_refused(style: str, miss: str, reason: str) -> None:

@@ -5,7 +5,8 @@
     merge_splits then merges the parts of a row (not launched where a sequence is not split)
 
 Dots are transposed: the tile of BLOCK_N slots is the M side and the group, padded in the tile, the N side, so that
-tensor cores of sm_90 and sm_100 take groups of any size without padding anything in memory:
+tensor cores of sm_90 and sm_100 take groups of any size without padding anything in memory; slots below the tile of the
+first one that a row sees (a window) are not read:
 
     s [N, ROWS] = k [N, Dk] . q^T;  acc [Dv, ROWS] += v^T [Dv, N] . p
 
@@ -44,6 +45,7 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     v_src,
     table_ptr,
     visible_ptr,
+    first_ptr,
     o_ptr,
     lse_ptr,
     stride_q_B,
@@ -72,6 +74,7 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr,
     WIDE_DOT: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     split = tl.program_id(1)
     b = (tl.program_id(2) // K).to(tl.int64)
@@ -80,7 +83,8 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     row_t = rows // G
     row_h = head * G + rows % G
     live = row_t < T
-    limit = tl.load(visible_ptr + b * stride_visible_B + row_t * stride_visible_T, mask=live, other=0)
+    of_row = b * stride_visible_B + row_t * stride_visible_T
+    limit = tl.load(visible_ptr + of_row, mask=live, other=0)
     k_columns = tl.arange(0, BLOCK_DK)
     v_columns = tl.arange(0, BLOCK_DV)
     q = tl.load(
@@ -95,8 +99,13 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     if WIDE_DOT:
         q = q.to(tl.float32)
     longest = tl.max(limit, 0)
-    part = tl.cdiv(tl.cdiv(longest, BLOCK_N), splits) * BLOCK_N
-    start = split * part
+    base = 0
+    if WINDOWED:  # a row that sees nothing keeps no tile from being skipped
+        low = tl.load(first_ptr + of_row, mask=live, other=0)
+        oldest = tl.min(tl.where(low < limit, low, longest), 0)
+        base = oldest // BLOCK_N * BLOCK_N
+    part = tl.cdiv(tl.cdiv(longest - base, BLOCK_N), splits) * BLOCK_N
+    start = base + split * part
     end = tl.minimum(start + part, longest)  # an empty part: start >= end
 
     top = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
@@ -114,6 +123,8 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
             v = v_src.load([row, head * stride_v_K])
         else:
             inside = slots < end
+            if WINDOWED:
+                inside = inside & (slots >= oldest)
             page = tl.load(table_ptr + b * stride_table_B + slots // PAGE, mask=inside, other=0)
             slot = slots % PAGE
             k_rows = page * stride_k_page + slot * stride_k_slot + head * stride_k_K
@@ -132,7 +143,10 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
             k = k.to(tl.float32)
             v = v.to(tl.float32)
         s = tl.dot(k, q, input_precision="ieee") * (scale * LOG2E)
-        s = tl.where(slots[:, None] < limit[None, :], s, float("-inf"))
+        seen = slots[:, None] < limit[None, :]
+        if WINDOWED:
+            seen = seen & (slots[:, None] >= low[None, :])
+        s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 0))
         p = tl.exp2(s - new_top[None, :])
         shrink = tl.exp2(top - new_top)
@@ -154,8 +168,10 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     )
 
 
-def _decode_case(sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool, split: bool) -> CompileCase:
-    """The attention kernel; `split`: it leaves float32 parts for the merge."""
+def _decode_case(
+    sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool, split: bool, windowed: bool
+) -> CompileCase:
+    """The attention kernel; `split`: it leaves float32 parts for the merge; `windowed`: rows have a first slot."""
     element = TRITON_TYPE[sizes.dtype]
     block_dk, block_dv = (max(16, triton.next_power_of_2(D)) for D in (sizes.Dk, sizes.Dv))
     k_type, v_type = (
@@ -164,6 +180,7 @@ def _decode_case(sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool
     strides = [name for name in _gqa_decode_kernel.arg_names if name.startswith("stride_")]
     pointers = ["q_ptr", "table_ptr", "visible_ptr", "o_ptr", "lse_ptr"]
     pointers += [] if tma else ["k_src", "v_src"]
+    pointers += ["first_ptr"] if windowed else []
     aligned = [name for name in strides if name.startswith(("stride_q", "stride_k", "stride_v_"))]
     return CompileCase(
         kernel="gqa_decode",
@@ -174,6 +191,7 @@ def _decode_case(sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool
             "v_src": v_type,
             "table_ptr": "*i64",
             "visible_ptr": "*i32",
+            **({"first_ptr": "*i32"} if windowed else {}),
             "o_ptr": "*fp32" if split else f"*{element}",
             "lse_ptr": "*fp32",
             **dict.fromkeys(strides, "i32"),
@@ -193,10 +211,13 @@ def _decode_case(sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool
             "BLOCK_DV": block_dv,
             "TMA": tma,
             "WIDE_DOT": target.arch == INTERPRETER,
+            "WINDOWED": windowed,
+            **({} if windowed else {"first_ptr": None}),
         },
         options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         divisible_by_16=(*pointers, *(aligned if sizes.Dk % 16 == sizes.Dv % 16 == 0 else ())),
-        config=f"D {sizes.Dk}/{sizes.Dv}, {tile.rows} rows, BLOCK_N {tile.slots}, {'TMA' if tma else 'pointers'}",
+        config=f"D {sizes.Dk}/{sizes.Dv}, {tile.rows} rows, BLOCK_N {tile.slots}, {'TMA' if tma else 'pointers'}"
+        + (", windowed" if windowed else ""),
         kv_tokens_per_step=tile.slots,
         ctas_per_kv_token=sizes.K * triton.cdiv(sizes.G, tile.rows),
     )
@@ -211,11 +232,13 @@ def gqa_decode_triton(
     scale: float,
     splits: int | None = None,
     tma: bool | None = None,
+    *,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See gqa_decode_reference; float32, bfloat16 or float16, statistics in float32.
 
     Args:
-        q, k_cache, v_cache, page_table, visible, scale: of the op. The last dims must be contiguous.
+        q, k_cache, v_cache, page_table, visible, scale, first: of the op. The last dims must be contiguous.
         splits: parts of a sequence, a power of two; default: by the number of multiprocessors.
         tma: load K and V by TMA; default: where the device and the layout allow it.
     """
@@ -232,7 +255,9 @@ def gqa_decode_triton(
     dtype = torch.float32 if splits > 1 else q.dtype
     parts = q.new_empty((B, T, H, splits, sizes.Dv), dtype=dtype)
     part_lse = q.new_empty((B, T, H, splits), dtype=torch.float32)
-    case = _decode_case(sizes, target, tile, tma, splits > 1)
+    case = _decode_case(sizes, target, tile, tma, splits > 1, first is not None)
+    if first is not None:  # both by the same strides
+        visible, first = visible.contiguous(), first.contiguous()
     blocks = case.constexprs["BLOCK_DK"], case.constexprs["BLOCK_DV"]
     k_src, v_src = (
         TensorDescriptor.from_tensor(_slots_by_channels(cache), [tile.slots, block]) if tma else cache
@@ -247,6 +272,7 @@ def gqa_decode_triton(
             "v_src": v_src,
             "table_ptr": page_table,
             "visible_ptr": visible,
+            **({} if first is None else {"first_ptr": first}),
             "o_ptr": parts,
             "lse_ptr": part_lse,
             "stride_q_B": q.stride(0),
@@ -308,11 +334,12 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     programs = B * sizes.K * triton.cdiv(sizes.G, tiles[0].rows)
     steps = triton.cdiv(site.capacity.max_slots, tiles[0].slots)
     splits = split_count(programs, steps, target.sm_count)
-    cases = [_decode_case(sizes, target, tile, tma, splits > 1) for tile in tiles]
+    windowed = site.keywords.get("first") is not None
+    cases = [_decode_case(sizes, target, tile, tma, splits > 1, windowed) for tile in tiles]
     if splits > 1:
         cases.append(merge_splits_case(splits, sizes.Dv, sizes.dtype))
     if tma:
-        by_pointers = _decode_case(sizes, target, sizes.tile(B, 1, target, False), False, splits > 1)
+        by_pointers = _decode_case(sizes, target, sizes.tile(B, 1, target, False), False, splits > 1, windowed)
         cases.append(replace(by_pointers, kernel="gqa_pointer_decode", fallback=True))
     return cases
 

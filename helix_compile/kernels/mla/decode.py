@@ -45,6 +45,8 @@ def mla_decode_triton(
     cache_scale: Tensor | None = None,
     num_splits: int | None = None,
     config: MlaConfig | None = None,
+    *,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See mla_decode_reference, or with scales mla_decode_scaled_reference; float32, bfloat16 or float16, scale > 0.
 
@@ -62,7 +64,11 @@ def mla_decode_triton(
     splits = num_splits or split_count(B, T, H, max_slots, target, config.block_h, config.block_n)
     direct = num_splits is None and splits == 1
     parts, lse_S = decode_parts(
-        config, q_latent, q_rope, cache, page_table, visible, scale, cache_scale, splits=splits, direct=direct
+        config,
+        *(q_latent, q_rope, cache, page_table, visible, scale, cache_scale),
+        first=first,
+        splits=splits,
+        direct=direct,
     )
     if direct:
         return parts.view(B, T, H, R), lse_S.view(B, T, H)
@@ -70,13 +76,21 @@ def mla_decode_triton(
 
 
 def mla_decode_splits_triton(
-    q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, visible: Tensor, scale: float, num_splits: int
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    visible: Tensor,
+    scale: float,
+    num_splits: int,
+    *,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Float32 parts of each split; a split that saw nothing has lse = -inf, and its part is not written."""
-    return mla_decode_triton(q_latent, q_rope, cache, page_table, visible, scale, None, num_splits)
+    return mla_decode_triton(q_latent, q_rope, cache, page_table, visible, scale, None, num_splits, first=first)
 
 
-def _mla_decode_splits_fake(q_latent: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _mla_decode_splits_fake(q_latent: Tensor, *others: Any, **_: Any) -> tuple[Tensor, Tensor]:
     *rows, R = q_latent.shape
     lse = q_latent.new_empty((*rows, others[-1]), dtype=torch.float32)
     return lse.new_empty((*rows, others[-1], R)), lse
@@ -123,6 +137,7 @@ def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[C
             strides=(cache.stride(0), cache.stride(1)),
             interpreted=target.arch == INTERPRETER,
             kv_ctas=-(-shape.rows // config.block_h),
+            windowed=site.keywords.get("first") is not None,
             **options,
         )
 

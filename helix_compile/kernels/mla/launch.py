@@ -47,6 +47,7 @@ def decode_case(
     strides: tuple[int, int] | None = None,
     chosen: bool = False,
     tokens_per_scale: int = 0,
+    windowed: bool = False,
     direct: bool = False,
     interpreted: bool = False,
     kv_ctas: int = 1,
@@ -65,6 +66,7 @@ def decode_case(
         strides: elements from a page of the cache to the next, from a slot to the next; None: nothing lies between.
         chosen: each query has a list of slots: mla_decode_slots.
         tokens_per_scale: slots that share a scale; 0: the cache has no scales.
+        windowed: rows have a first slot.
         direct: there is one split, and it writes the op's output: q's dtype, and 0 where nothing was seen.
         interpreted: whether Triton's interpreter runs it.
         kv_ctas: for tables, CTAs that visit each KV token.
@@ -90,7 +92,12 @@ def decode_case(
         "BLOCK_N": config.block_n,
         "STORE_DEAD": direct,
         "WIDE_DOT": interpreted and dtype == torch.bfloat16,
+        "WINDOWED": windowed,
     }
+    if windowed:
+        typed["first_ptr"] = "*i32"
+    else:
+        constexprs["first_ptr"] = None
     if config.form == POINTER:
         row = R + r if strides is None else strides[1]
         constexprs |= {"PAGE_STRIDE": page_size * row if strides is None else strides[0], "ROW_STRIDE": row}
@@ -123,7 +130,7 @@ def decode_case(
         constexprs=constexprs,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         divisible_by_16=tuple(typed),
-        config=str(config),
+        config=f"{config}, windowed" if windowed else str(config),
         kv_tokens_per_step=config.block_n,
         ctas_per_kv_token=kv_ctas,
         fallback=fallback,
@@ -152,6 +159,7 @@ def decode_parts(
     scale: float,
     cache_scale: Tensor | None,
     *,
+    first: Tensor | None = None,
     splits: int,
     direct: bool,
     slots: Tensor | None = None,
@@ -181,6 +189,7 @@ def decode_parts(
         strides=(cache.stride(0), cache.stride(1)),
         chosen=slots is not None,
         tokens_per_scale=0 if cache_scale is None else page_size // cache_scale.shape[1],
+        windowed=first is not None,
         direct=direct,
         interpreted=not q_latent.is_cuda,
     )
@@ -201,6 +210,8 @@ def decode_parts(
         "stride_q_rope_token": q_rope.stride(1),
         "stride_q_rope_head": q_rope.stride(2),
     }
+    if first is not None:
+        arguments["first_ptr"] = first.contiguous()
     if cache_scale is not None:
         arguments["cache_scale_ptr"] = cache_scale
     if config.form == POINTER:

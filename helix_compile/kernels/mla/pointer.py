@@ -22,6 +22,7 @@ from helix_compile.kernels.mla.tiles import (
     query_offsets,
     row_limits,
     sequence_length,
+    sequence_start,
     softmax_step,
     split_range,
 )
@@ -35,6 +36,7 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     page_table_ptr,
     slots_ptr,
     visible_ptr,
+    first_ptr,
     cache_scale_ptr,
     o_ptr,
     lse_ptr,
@@ -60,6 +62,7 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     BLOCK_ROPE: tl.constexpr,
     STORE_DEAD: tl.constexpr,
     WIDE_DOT: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     b = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -67,7 +70,12 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     rope_channels = tl.arange(0, BLOCK_ROPE)
     limit = row_limits(visible_ptr, rows, b, T, H)
     kv_len = sequence_length(visible_ptr, b, T)
-    start, end = split_range(kv_len, BLOCK_N)
+    base = 0
+    if WINDOWED:
+        low = row_limits(first_ptr, rows, b, T, H)
+        oldest = sequence_start(first_ptr, visible_ptr, b, T, kv_len)
+        base = oldest // BLOCK_N * BLOCK_N
+    start, end = split_range(base, kv_len, BLOCK_N)
 
     inside = (rows < T * H)[:, None]
     q_offsets = query_offsets(rows, b, T, H, stride_q_token, stride_q_head)[:, None] + channels[None, :]
@@ -85,6 +93,8 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     for first in tl.range(start, end, BLOCK_N):
         slots = first + tl.arange(0, BLOCK_N)
         used = slots < kv_len
+        if WINDOWED:
+            used = used & (slots >= oldest)
         at = slots
         if slots_ptr is not None:
             at = tl.load(slots_ptr + b.to(tl.int64) * stride_slots + slots, mask=used, other=0)
@@ -107,7 +117,10 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
                 other=0.0,
             )
             raw *= k_scale[None, :]
-        raw = tl.where(slots[None, :] < limit[:, None], raw, float("-inf"))
+        seen = slots[None, :] < limit[:, None]
+        if WINDOWED:
+            seen = seen & (slots[None, :] >= low[:, None])
+        raw = tl.where(seen, raw, float("-inf"))
         p, shrink, m = softmax_step(raw, m, scale_log2, 1)
         total = total * shrink + tl.sum(p, 1)
         if TOKENS_PER_SCALE > 0:

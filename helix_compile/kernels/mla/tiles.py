@@ -45,11 +45,23 @@ def sequence_length(visible_ptr, b, T):  # type: ignore[no-untyped-def] # Triton
 
 
 @triton.jit
-def split_range(kv_len, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
-    """First slot of this program's split and the end of it."""
-    tiles = tl.cdiv(kv_len, BLOCK_N)
+def sequence_start(first_ptr, visible_ptr, b, T, kv_len):  # type: ignore[no-untyped-def] # Triton types its arguments
+    """First slot that any row of sequence b sees; kv_len where none sees any. Scalar loads, as in sequence_length."""
+    first_ptr += b.to(tl.int64) * T
+    visible_ptr += b.to(tl.int64) * T
+    oldest = kv_len
+    for t in range(0, T):
+        first = tl.load(first_ptr + t)
+        oldest = tl.where(first < tl.load(visible_ptr + t), tl.minimum(oldest, first), oldest)
+    return oldest
+
+
+@triton.jit
+def split_range(base, kv_len, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def] # Triton types its arguments
+    """First slot of this program's split and the end of it; the tiles begin at slot `base`."""
+    tiles = tl.cdiv(kv_len - base, BLOCK_N)
     per_split = tl.cdiv(tiles, tl.num_programs(2))
-    start = tl.program_id(2) * per_split * BLOCK_N
+    start = base + tl.program_id(2) * per_split * BLOCK_N
     return start, tl.minimum(start + per_split * BLOCK_N, kv_len)
 
 

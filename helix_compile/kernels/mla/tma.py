@@ -33,6 +33,7 @@ from helix_compile.kernels.mla.tiles import (
     rescale,
     row_limits,
     sequence_length,
+    sequence_start,
     softmax_step,
     split_range,
     tile_row,
@@ -48,6 +49,7 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     page_table_ptr,
     slots_ptr,
     visible_ptr,
+    first_ptr,
     cache_scale_ptr,
     o_ptr,
     lse_ptr,
@@ -70,6 +72,7 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     PARTS: tl.constexpr,
     STORE_DEAD: tl.constexpr,
     WIDE_DOT: tl.constexpr,
+    WINDOWED: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     PACKED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -84,7 +87,12 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     inside = rows < T * H
     limit = row_limits(visible_ptr, rows, b, T, H)
     kv_len = sequence_length(visible_ptr, b, T)
-    start, end = split_range(kv_len, BLOCK_N)
+    base = 0
+    if WINDOWED:
+        low = row_limits(first_ptr, rows, b, T, H)
+        oldest = sequence_start(first_ptr, visible_ptr, b, T, kv_len)
+        base = oldest // BLOCK_N * BLOCK_N
+    start, end = split_range(base, kv_len, BLOCK_N)
 
     q_rows = query_offsets(rows, b, T, H, stride_q_token, stride_q_head)
     q_ptrs = q_ptr + tl.expand_dims(q_rows, SLOT_AXIS) + tl.expand_dims(channels, ROW_AXIS)
@@ -128,7 +136,9 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
             block = (row + slots - first) // TOKENS_PER_SCALE
             k_scale = tl.load(cache_scale_ptr + block, mask=slots < kv_len, other=0.0)
             raw *= tl.expand_dims(k_scale, ROW_AXIS)
-        seen = slots[:, None] < limit[None, :] if TRANSPOSED else slots[None, :] < limit[:, None]
+        seen = tl.expand_dims(slots, ROW_AXIS) < tl.expand_dims(limit, SLOT_AXIS)
+        if WINDOWED:
+            seen = seen & (tl.expand_dims(slots, ROW_AXIS) >= tl.expand_dims(low, SLOT_AXIS))
         p, shrink, m = softmax_step(tl.where(seen, raw, float("-inf")), m, scale_log2, SLOT_AXIS)
         total = total * shrink[None, :] + p if TRANSPOSED else total * shrink + tl.sum(p, 1)
         if TOKENS_PER_SCALE > 0:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from helix_compile.capture.captured import CapturedGraph
+from helix_compile.config.options import HelixOptions
 from helix_compile.ir.dataflow import follow
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
 from helix_compile.ir.leaves import leaf_bytes
@@ -20,13 +21,24 @@ from helix_compile.plan.helix_plan import BodyPlan, Cut, ParamShard
 from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch
 
 
-def attention_shards(match: AttentionMatch, v_up: str, q_proj: str, layout: HelixLayout) -> Iterable[ParamShard]:
-    """What makes the query by query heads, what makes K and V by theirs; gate and o_proj by the heads a rank owns."""
+def attention_shards(
+    match: AttentionMatch, v_up: str, options: HelixOptions, layout: HelixLayout
+) -> Iterable[ParamShard]:
+    """What makes the query by query heads, what makes K and V by theirs; gate and o_proj by the heads a rank owns.
+
+    Sinks act on what is merged: on the heads that a rank owns, or before parts are summed on those that it computes.
+    """
     H, V, D = match.num_heads, match.v_head_dim, match.hidden_size
     padding = needed_padding(match, layout)
-    axes = {"q": "world" if q_proj == "gather" else "tpa", "kv": "tpa", "v_up": "world" if v_up == "after" else "tpa"}
+    axes = {
+        "q": "world" if options.q_proj == "gather" else "tpa",
+        "kv": "tpa",
+        "v_up": "world" if v_up == "after" else "tpa",
+    }
     # KV heads are padded at the end, as any cut is
     yield from (part.shard(axes[side], layout, padding if side != "kv" else None) for side, part in match.cuts)
+    if match.sinks:
+        yield match.sinks.shard("tpa" if options.merge == "ag_rs" else "world", layout, padding)
     if match.gate and match.gate.linear:
         yield from (rows.shard("world", layout, padding) for rows in match.gate.linear.params)
     yield _cut(match.o_weight, (D, H * V), 1, "world", layout, V, padding)
@@ -116,6 +128,9 @@ def replicated_roles(
                 dtype = str(node.meta["val"].dtype).removeprefix("torch.")
                 role = "quantised " + re.sub(r"\d+", "*", name)
                 found[role] = f"{dtype}, made wide in the forward: every rank computes it whole"
+            elif name not in cut and node.meta["val"].dim() == 3:
+                role = "experts " + re.sub(r"\d+", "*", name)
+                found[role] = "in no pattern that is rewritten: every rank holds and computes all of them"
             elif name not in cut:
                 for user in node.users:
                     _classify(node, user, latents, found)

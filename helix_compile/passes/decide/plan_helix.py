@@ -80,7 +80,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         layout=layout,
         options=options,
         bodies=bodies,
-        decisions=tuple(decisions),
+        decisions=(*decisions, *_windows(attentions, layout, options)),
         not_rewritten=replicated_roles(captured, matches, bodies),
         notes=tuple(notes),
         kv_bytes_per_token_per_rank=kv_bytes,
@@ -155,6 +155,21 @@ def _v_up(sites: list[AttentionMatch], dtype: torch.dtype, options: HelixOptions
     return Decision("v_up", rule, inputs, "after" if options.max_batch_size <= even else "before")
 
 
+def _windows(sites: list[AttentionMatch], layout: HelixLayout, options: HelixOptions) -> Iterable[Decision]:
+    """What sharding costs a window or chunks: of tokens in a row, blocks and with them ranks, hold few."""
+    cp, block = layout.kvp, options.tokens_per_block
+    for window, chunk in dict.fromkeys((a.window, a.chunk) for a in sites if a.window or a.chunk):
+        reach = window or chunk
+        blocks = min(-(-(reach - 1) // block) + 1, max(1, -(-options.max_seq_len // block)))
+        yield Decision(
+            f"window {window}" if window else f"chunk {chunk}",
+            "sharded as all tokens are; a query's visible tokens lie in at most ceil((W - 1) / tokens_per_block) + 1 blocks, "
+            "each on one rank, and the other ranks only exchange",
+            (("W", reach), ("tokens_per_block", block), ("cp", cp)),
+            f"at most {min(cp, blocks)} of {cp} ranks hold what a query sees",
+        )
+
+
 def _plan_body(
     captured: CapturedGraph, match: LayerMatch, layout: HelixLayout, options: HelixOptions, v_up: str, agreed: str
 ) -> BodyPlan:
@@ -165,7 +180,10 @@ def _plan_body(
             a.num_heads,
             a.o_weight,
             a.cache.heads,
-            *((a.selection.top_k, agreed) if isinstance(a.selection, Selection) else ()),
+            *((a.selection.top_k, agreed) if isinstance(a.selection, Selection) else (0, "")),
+            a.window,
+            a.chunk,
+            a.sinks.name if a.sinks else "",
         )
         for i, a in enumerate(match.attentions)
     )
@@ -174,7 +192,7 @@ def _plan_body(
     routed = (FFNPlan("routed", i, m.width, m.num_experts) for i, m in enumerate(match.moes))
     pairs = list(zip(match.attentions, attentions, strict=True))
     shards = [
-        *(s for a, p in pairs for s in attention_shards(a, p.v_up, options.q_proj, layout)),
+        *(s for a, p in pairs for s in attention_shards(a, p.v_up, options, layout)),
         *(s for f in match.dense_ffns for s in dense_shards(f, layout)),
         *(s for m in match.moes for s in moe_shards(m, layout)),
     ]

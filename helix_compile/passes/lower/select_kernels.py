@@ -51,9 +51,9 @@ def choose(node: fx.Node, target: KernelTarget, capacity: Capacity) -> bool:
 
 def site_of(node: fx.Node, capacity: Capacity) -> Site:
     """What selection sees of a node."""
-    args: tuple[Any, ...] = fx.map_arg(node.args, lambda n: n.meta["val"])
+    args, keywords = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     name = str(node.target).removeprefix("helix_triton.").removeprefix("helix.")
-    return Site(name.removesuffix(".default"), args, capacity)
+    return Site(name.removesuffix(".default"), args, capacity, keywords)
 
 
 def is_kernel(node: Any, op: str) -> bool:

@@ -2,6 +2,7 @@
 
     scaled_dot_product_attention(q, k, v, mask)                      fused
     softmax(q @ k.transpose(2, 3) * scale + mask, -1) @ v            eager
+    softmax(cat([scores, sinks], -1), -1)[..., :-1] @ v              the same with sinks, their maximum taken off or not
     s = einsum("bthd,bshd->bths", q, k) * scale + mask               dims in any order; one product, or a sum of two:
     s = (einsum("bthc,bsc->bths", q_latent, latent) + einsum("bthr,bsr->bths", q_rope, rope)) * scale + mask
     o = einsum("bths,bshd->bthd", softmax(s, -1), v)
@@ -24,6 +25,8 @@ from helix_compile.ir.graph import aten, input_ref, is_call, past_dim
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.contractions import Product, product_of
 from helix_compile.passes.match.reject import Reject, unknown_in_scores
+from helix_compile.passes.match.sinks import cat_sinks, is_maximum_of
+from helix_compile.plan.matches import HeadRows
 
 SDPA = aten.scaled_dot_product_attention.default
 _MATMUL = (aten.matmul.default, aten.bmm.default)
@@ -51,7 +54,8 @@ class Anchor:
     """One attention. `pairs` are the (q, k) of each product that makes the scores; one, where it is not a sum.
 
     `form` is the order of dims of the node's own value, `mask_form` that of the scores that the mask is added to.
-    `shared_heads`: k and v have fewer heads than q, and the op repeats each one.
+    `shared_heads`: k and v have fewer heads than q, and the op repeats each one. `sinks`: a parameter that takes part in
+    the softmax; `scores`: what the softmax is of, where it is spelled out.
     """
 
     node: fx.Node
@@ -62,6 +66,8 @@ class Anchor:
     form: str = "BHTV"
     mask_form: str = "BHTS"
     shared_heads: bool = False
+    sinks: HeadRows | None = None
+    scores: fx.Node | None = None
 
 
 def ends_attention(node: fx.Node) -> bool:
@@ -109,7 +115,7 @@ def _spelled_anchor(node: fx.Node) -> Anchor:
         raise Reject("softmax times V is no sum over one letter", node, 1)
     chain = _Chain()
     _walk(softmax.args[0], 1.0, chain)
-    _refuse_cuts(last.a, softmax)
+    _refuse_cuts(last.a, softmax, bool(chain.sinks))
     axes = _Axes(node.graph)
     found = [axes.scores(product) for product, _ in chain.products]
     scales, forms = {factor for _, factor in chain.products}, {form for *_, form in found}
@@ -125,7 +131,9 @@ def _spelled_anchor(node: fx.Node) -> Anchor:
         raise Reject(f"{len(chain.masks)} values are added to the scores (a bias?)", softmax, 1)
     v, out_form = axes.values(last, form)
     mask = chain.masks[0] if chain.masks else None
-    return Anchor(node, tuple((q, k) for q, k, _ in found), v, mask, scale, out_form, form)
+    sinks = cat_sinks(chain.sinks[0], form) if chain.sinks else None
+    pairs = tuple((q, k) for q, k, _ in found)
+    return Anchor(node, pairs, v, mask, scale, out_form, form, sinks=sinks, scores=softmax.args[0])
 
 
 @dataclass
@@ -134,13 +142,22 @@ class _Chain:
 
     products: list[tuple[Product, float]] = field(default_factory=list)
     masks: list[fx.Node] = field(default_factory=list)
+    sinks: list[fx.Node] = field(default_factory=list)
 
 
-def _refuse_cuts(source: Any, softmax: fx.Node) -> None:
+def _refuse_cuts(source: Any, softmax: fx.Node, sinks: bool) -> None:
+    """Between the softmax and V nothing is cut off but the last column, where that is one of sinks."""
+    cuts = []
     while source is not softmax:
-        if shape_of(source) != shape_of(source.args[0]):
-            raise Reject("part of the softmax is cut off before it meets V (sinks?)", source, 1)
+        before, after = shape_of(source.args[0]), shape_of(source)
+        if before != after:
+            cuts.append(source)
+            last = is_call(source, aten.slice.Tensor) and after == (*before[:-1], before[-1] - 1)
+            if not (sinks and last and source.args[2] in (None, 0)):
+                raise Reject("part of the softmax is cut off before it meets V (sinks?)", source, 1)
         source = source.args[0]
+    if sinks and len(cuts) != 1:
+        raise Reject("a column beside the scores is not cut off before the softmax meets V", softmax, 1)
 
 
 def _reaches_product(step: Any) -> bool:
@@ -165,10 +182,24 @@ def _walk(step: Any, factor: float, chain: _Chain) -> None:
             raise Reject("the scores are scaled after the mask is added", step, 1)
         else:
             chain.masks.append(step.args[1])
-    elif is_call(step, *_SAME_ELEMENTS):
+    elif is_call(step, *_SAME_ELEMENTS) or (
+        is_call(step, aten.sub.Tensor) and not step.kwargs and is_maximum_of(step.args[1], step.args[0])
+    ):
         _walk(step.args[0], factor, chain)
+    elif _is_beside_sinks(step) and not (chain.sinks or chain.masks or chain.products):
+        if factor != 1.0:
+            raise Reject("the scores are scaled after sinks are put beside them", step, 1)
+        chain.sinks.append(step.args[0][1])
+        _walk(step.args[0][0], factor, chain)
     else:
         raise Reject(unknown_in_scores(step), step, 1)
+
+
+def _is_beside_sinks(step: Any) -> bool:
+    """cat([scores, one column], -1)."""
+    if not is_call(step, aten.cat.default) or len(step.args) != 2 or len(step.args[0]) != 2:
+        return False
+    return step.args[1] in (-1, 3) and _reaches_product(step.args[0][0]) and shape_of(step.args[0][1])[-1] == 1
 
 
 class _Axes:

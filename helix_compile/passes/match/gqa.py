@@ -18,6 +18,7 @@ from helix_compile.passes.match.expansion import check_grid
 from helix_compile.passes.match.head_cuts import cut_or_whole
 from helix_compile.passes.match.heads import bias_of, head_linear, one_linear, output_projection, param_of
 from helix_compile.passes.match.reject import Reject
+from helix_compile.passes.match.sinks import scaled_by_sinks
 from helix_compile.plan.matches import AttentionMatch, Grouped
 
 
@@ -44,7 +45,8 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
         _check_repeated(what, source, update, H, anchor.shared_heads, node)
     new_k, past_k = cache_parts(k_update, "K", node)
     new_v, past_v = cache_parts(v_update, "V", node)
-    o_proj, gate = output_projection(node)
+    behind, scaling = scaled_by_sinks(node, anchor.scores, "BHTV")
+    o_proj, gate = output_projection(behind)
     values = (("q", q), ("K", new_k), ("V", new_v))
     linears = [one_linear(value, what) for what, value in values]
     if len(set(linears)) < 3:
@@ -75,6 +77,7 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
         hidden_size=shape_of(o_proj)[-1],
         gate=gate,
         uncut=tuple(u for _, uncut in cuts for u in uncut),
+        sinks=anchor.sinks or scaling,
     )
 
 

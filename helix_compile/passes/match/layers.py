@@ -12,30 +12,32 @@ from helix_compile.passes.match.attention import find_attention
 from helix_compile.passes.match.context import check_context
 from helix_compile.passes.match.ffn import find_dense_ffns, find_moes
 from helix_compile.passes.match.handed import with_source
-from helix_compile.passes.match.mask import check_mask
+from helix_compile.passes.match.mask import with_reach
 from helix_compile.passes.match.selection import check_scores
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MatchFailure, MoEMatch, UpWeight
 
 
-def match_layers(captured: CapturedGraph, max_seq_len: int) -> dict[str, LayerMatch]:
-    """Body name -> what was found in it.
+def match_layers(captured: CapturedGraph, max_seq_len: int, keep_experts: bool = False) -> dict[str, LayerMatch]:
+    """Body name -> what was found in it; with `keep_experts`, experts that no matcher takes stay whole on every rank.
 
     Raises:
         MatchError: a body whose attention is neither MLA nor grouped-query, with the layer, node, source line and closest reason.
     """
-    matches, failures = match_bodies(captured, max_seq_len)
+    matches, failures = match_bodies(captured, max_seq_len, keep_experts)
     for error in failures.values():
         raise error
     return matches
 
 
-def match_bodies(captured: CapturedGraph, max_seq_len: int) -> tuple[dict[str, LayerMatch], dict[str, MatchError]]:
+def match_bodies(
+    captured: CapturedGraph, max_seq_len: int, keep_experts: bool = False
+) -> tuple[dict[str, LayerMatch], dict[str, MatchError]]:
     """Body name -> what was found in it, or why it is not recognised."""
     matches: dict[str, LayerMatch] = {}
     failures: dict[str, MatchError] = {}
     for name in captured.bodies:
         try:
-            matches[name] = _match_body(captured, name, max_seq_len)
+            matches[name] = _match_body(captured, name, max_seq_len, keep_experts)
         except MatchError as error:
             failures[name] = error
     # a body may compute layers before and behind those whose choice it is handed
@@ -48,7 +50,7 @@ def match_bodies(captured: CapturedGraph, max_seq_len: int) -> tuple[dict[str, L
     return matches, failures
 
 
-def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMatch:
+def _match_body(captured: CapturedGraph, body: str, max_seq_len: int, keep_experts: bool) -> LayerMatch:
     graph = captured.bodies[body].graph
     attentions = find_attention(graph)
     matched = [a for a in attentions if not isinstance(a, MatchFailure)]
@@ -59,8 +61,8 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
     cached = len(layers[0].caches)
     if len(matched) != cached:
         raise MatchError(f"layer {layers[0].index}: {cached} cached attentions but {len(matched)} sites found")
+    matched = [with_reach(captured, body, match, max_seq_len) for match in matched]
     for match in matched:
-        check_mask(captured, body, match, max_seq_len)
         check_scores(captured, body, match, max_seq_len)
     check_context(captured, body, matched)
     _name_pasts(graph, matched)
@@ -74,7 +76,8 @@ def _match_body(captured: CapturedGraph, body: str, max_seq_len: int) -> LayerMa
     found = tuple(m for m in moes if isinstance(m, MoEMatch))
     layer_match = LayerMatch(body, tuple(matched), tuple(find_dense_ffns(graph)), found)
     _check_disjoint(layer_match, graph)
-    _check_complete(layer_match, graph, layers[0].index)
+    if not keep_experts:
+        _check_complete(layer_match, graph, layers[0].index)
     return layer_match
 
 
@@ -113,6 +116,7 @@ def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     ups = [part for a in match.attentions for _, part in a.cuts if isinstance(part, UpWeight)]
     of_ups = dict.fromkeys(up.param for up in ups)
     names = [n for a in match.attentions for n in a.cut_weights]
+    names += [a.sinks.name for a in match.attentions if a.sinks]
     names += [a.gate.linear.weight for a in match.attentions if a.gate and a.gate.linear]
     names += [n for f in match.dense_ffns for n in (f.gate_weight, f.up_weight, f.down_weight)]
     names += [n for m in match.moes for n in (m.gate_up, m.down)]
@@ -149,5 +153,5 @@ def _check_complete(match: LayerMatch, graph: fx.Graph, layer: int) -> None:
             raise MatchError(
                 f"layer {layer}: {node.meta['input'][1]} {list(node.meta['val'].shape)} looks like expert weights, "
                 f"but no routed experts were recognised around {users}; expected transformers' grouped_mm or "
-                "batched_mm form with silu"
+                'batched_mm form with silu. nearest that works: unmatched="keep", which leaves them whole on every rank'
             )

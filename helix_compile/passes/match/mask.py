@@ -1,14 +1,16 @@
-"""Accept a mask by what it does: evaluate it whole at the first positions and at strips further on; causal + padding passes.
+"""Learn what a mask does: evaluate it whole at the first positions and at strips further on. Causal + padding passes, and
+with it a window (a query at p sees keys in (p - W, p]) or chunks (keys in [p // C * C, p]).
 
-A window of 4096 looks causal near 0: it can't pass here. Where an indexer chooses keys (selection.py), other indices are
-put in place of the chosen ones: causal + padding + "is one of them" passes. Every layer that a body computes is looked
-at: layers of one body may be given different masks.
+W and C are read off the first query that does not see all before it, then the whole mask must be what they say. A window
+of 4096 looks causal near 0: it can't pass for that. Where an indexer chooses keys (selection.py), other indices are put in
+place of the chosen ones: causal + padding + "is one of them" passes. Every layer that a body computes is looked at: layers
+of one body may be given different masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,20 +44,94 @@ class Subject:
     call: fx.Node
 
 
-def check_mask(captured: CapturedGraph, body: str, match: AttentionMatch, max_seq_len: int) -> None:
-    """Raise MatchError unless the site's mask is the causal one plus padding, up to `max_seq_len`, in every layer.
+@dataclass(frozen=True)
+class _Reach:
+    """How far back a query sees: a window, chunks, or (both 0) all."""
+
+    window: int = 0
+    chunk: int = 0
+
+    def hidden(self, query: Tensor, key: Tensor) -> Tensor:
+        """Where a key at a position is forgotten by a query at another."""
+        if self.window:
+            return key <= query - self.window
+        return key < query // self.chunk * self.chunk if self.chunk else torch.zeros_like(key <= query)
+
+    def __str__(self) -> str:
+        if self.window:
+            return f"a window of {self.window}"
+        return f"chunks of {self.chunk}" if self.chunk else "causal"
+
+
+def with_reach(captured: CapturedGraph, body: str, match: AttentionMatch, max_seq_len: int) -> AttentionMatch:
+    """The site with its window or chunks, which count tokens: its mask is that and padding, up to `max_seq_len`, in every layer.
 
     Raises:
+        MatchError: a mask that does something else, or that differs between the layers of the body.
         PlanError: a capacity at which no mask can be evaluated.
     """
     if max_seq_len > LONGEST:
         raise PlanError(
             f"option max_seq_len={max_seq_len}: got more than masks can be evaluated for, expected at most {LONGEST}"
         )
+    found: _Reach | None = None
     chosen = [match.selection.indices] if match.selection else []
     for subject in subjects_of(captured, body, match, match.mask, chosen):
-        for mask, T in tried_masks(max_seq_len):
-            _compare(subject, mask, T)
+        reach = _reach_of(subject, max_seq_len)
+        if found is not None and reach != found:
+            raise mask_error(subject, f"it is {reach}, that of another layer with the same graph is {found}")
+        found = reach
+    assert found is not None
+    return replace(match, window=found.window, chunk=found.chunk)
+
+
+def _reach_of(subject: Subject, max_seq_len: int) -> _Reach:
+    """The window or chunks of one mask, which is compared with them wherever it is looked at."""
+    # an indexer chooses among all keys: with a window too, the comparison finds it
+    reach = _Reach() if subject.match.selection else _learned(subject, max_seq_len)
+    for mask, T in (*tried_masks(max_seq_len), *_at_the_start_of(reach, max_seq_len)):
+        _compare(subject, mask, T, reach)
+    return reach
+
+
+def _at_the_start_of(reach: _Reach, max_seq_len: int) -> Iterator[tuple[Tensor, int]]:
+    """As tried_masks: where a window, or the first and the second chunk, end beyond the square."""
+    starts = [reach.window] if reach.window else [reach.chunk, 2 * reach.chunk] if reach.chunk else []
+    for total in dict.fromkeys(min(start + STRIP // 2, max_seq_len) for start in starts):
+        if total > SQUARE:
+            yield torch.ones(1, total, dtype=torch.int64), min(STRIP, max(1, STRIP_ELEMENTS // total))
+
+
+def _learned(subject: Subject, max_seq_len: int) -> _Reach:
+    """What the first query that does not see all before it says, in a sequence without padding."""
+    mask, side = next(tried_masks(max_seq_len))
+    square = _allowed(subject, mask, side, {})[-1, 0]
+    forgetful = (torch.ones(side, side).tril().bool() & ~square).any(dim=1).nonzero().flatten()
+    if len(forgetful):
+        query = int(forgetful[0])
+        seen = square[query]
+    elif max_seq_len > side and _forgets(subject, max_seq_len):
+        query = _first_forgetful(subject, side, max_seq_len) - 1
+        seen = _allowed(subject, torch.ones(1, query + 1, dtype=torch.int64), 1, {})[0, 0, 0]
+    else:
+        return _Reach()
+    oldest = int(seen.to(torch.int64).argmax())
+    if oldest == 1:
+        return _Reach(window=query)
+    return _Reach(chunk=query) if oldest == query else _Reach()
+
+
+def _forgets(subject: Subject, total: int) -> bool:
+    """True if the last of `total` tokens does not see all before it."""
+    return not bool(_allowed(subject, torch.ones(1, total, dtype=torch.int64), 1, {}).all())
+
+
+def _first_forgetful(subject: Subject, low: int, high: int) -> int:
+    """The shortest sequence whose last token does not see all: that of `high` tokens has such a one, of `low` not."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _forgets(subject, middle) else (middle, high)
+    return high
 
 
 def tried_masks(max_seq_len: int) -> Iterator[tuple[Tensor, int]]:
@@ -97,29 +173,30 @@ def _is_past(node: Any) -> bool:
     return node.op == "placeholder" and input_ref(node).kind == "past"
 
 
-def _compare(subject: Subject, mask: Tensor, T: int) -> None:
+def _compare(subject: Subject, mask: Tensor, T: int, reach: _Reach) -> None:
     """The last T queries against all keys, for a padding mask [B, S + T]; queries that are padding may see anything."""
     total = mask.shape[1]
-    keys = torch.arange(total)
-    causal = keys <= torch.arange(total - T, total)[:, None]
-    expected = causal & (mask[:, None, None] > 0)
+    places = mask.cumsum(1) - 1  # of tokens: padding in front does not count
+    query, key = places[:, None, -T:, None], places[:, None, None]
+    seen = torch.arange(total) <= torch.arange(total - T, total)[:, None]
+    expected = seen & ~reach.hidden(query, key) & (mask[:, None, None] > 0)
     handed, chosen = handed_indices(subject, mask.shape[0], T, total)
     got = _allowed(subject, mask, T, handed)
     if chosen is not None:
         expected &= chosen
     different = (got != expected) & (mask[:, None, -T:, None] > 0)
     if count := int(different.sum()):
-        *_, query, key = (int(x) for x in different.nonzero()[0])
+        *_, query_at, key_at = (int(x) for x in different.nonzero()[0])
         on_padding = not bool((different & (mask[:, None, None] > 0)).any())
         guess = (
             "keys of padding are seen: attention_mask is not part of it"
             if on_padding
-            else "sliding window, chunked or bidirectional attention?"
+            else "bidirectional attention, keys that are always or never seen, or a window by columns?"
         )
         raise mask_error(
             subject,
-            f"it differs from causal + padding at {count:,} of {different.numel():,} places, first for the query at "
-            f"{total - T + query} and the key at {key} of {total:,} ({guess})",
+            f"it differs from {reach} + padding at {count:,} of {different.numel():,} places, first for the query at "
+            f"{total - T + query_at} and the key at {key_at} of {total:,} ({guess})",
         )
 
 
@@ -127,8 +204,9 @@ def mask_error(subject: Subject, why: str) -> MatchError:
     node = node_named(subject.captured.bodies[subject.body].graph, subject.match.anchor)
     return MatchError(
         f"layer {subject.call.meta['layer']}: attention at node `{node.name}` ({source_line(node)}) has a mask that Helix "
-        f"can't keep: {why}. Expected: every key at a position <= the query's, except padding. "
-        'nearest that works: full causal attention; unmatched="keep" leaves such layers as they are, if others match'
+        f"can't keep: {why}. Expected: every key at a position <= the query's, or the last W of them, or those of the query's "
+        "chunk of C, except padding. nearest that works: full causal attention, a sliding window, chunks; "
+        'unmatched="keep" leaves such layers as they are, if others match'
     )
 
 

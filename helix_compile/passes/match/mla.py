@@ -155,6 +155,7 @@ def _site(
         form=anchor.form,
         q_form=q.form,
         mask_form=anchor.mask_form,
+        sinks=anchor.sinks,
     )
 
 

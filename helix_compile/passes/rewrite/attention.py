@@ -3,6 +3,7 @@
     partial_o, lse = <the kind's own>                            PartialSoftmax over kvp
     partial_o_P, lse_P = all_to_all_heads(partial_o, lse)        each rank owns H/N heads now
     o = merge_lse(partial_o_P, lse_P);  o = o W_UV               where there is a W_UV; or before the exchange
+    o = apply_sinks(o, total_lse(lse_P), sinks)                  where there are sinks: once, on what is merged
     reshard(o, heads over world -> R) -> o_proj, still whole
 
 How a kind makes its query and attends to its shard is in a file of its own: KINDS says where.
@@ -67,6 +68,8 @@ def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassCon
     graph, plan = gm.graph, context.plan.body(match.body)
     for name, value in step_examples(graph, context.plan).items():
         add_input(graph, "step", name, value)
+    for name in dict.fromkeys(a.first_visible for a in match.attentions if a.first_visible):
+        add_input(graph, "step", name, input_named(graph, "step", "visible").meta["val"])
     caches = [cache_example(graph, attention, context.plan) for attention in match.attentions]
     for attention in match.attentions:
         if isinstance(attention.selection, HandedSelection):
@@ -92,13 +95,16 @@ def _rewrite_site(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan, b
         if isinstance(part, UpWeight):
             _up_input(graph, part)
         cut_input(graph, part.name, body)
+    if match.sinks:
+        cut_input(graph, match.sinks.name, body)
     anchor, o_proj = node_named(graph, match.anchor), node_named(graph, match.o_proj)
     N = plan.layout.world_size
     with graph.inserting_before(anchor), made_from(graph, anchor):
         partial_o, lse = KINDS[type(match.kind)](graph, match, site.site, plan)
         if site.v_up == "before":
             partial_o = _raised(graph, match, "partial_o_up", partial_o)
-        o = _merge(graph, plan, partial_o, lse)
+        sinks = input_named(graph, "param", match.sinks.name) if match.sinks else None
+        o = _merge(graph, plan, partial_o, lse, sinks)
         if site.v_up == "after":
             o = _raised(graph, match, "o_up", o)
         if N > 1:
@@ -142,18 +148,25 @@ def _gated(graph: fx.Graph, match: AttentionMatch, gate: GateMatch, o: fx.Node) 
         return named(graph, "o_gated", aten.mul.Tensor, o, value)
 
 
-def _merge(graph: fx.Graph, plan: HelixPlan, partial_o: fx.Node, lse: fx.Node) -> fx.Node:
+def _merge(graph: fx.Graph, plan: HelixPlan, partial_o: fx.Node, lse: fx.Node, sinks: fx.Node | None) -> fx.Node:
     """Exact output [B, T, h, *] of the heads that this rank owns."""
     cp = plan.layout.kvp
     if cp == 1:
-        return partial_o
+        return partial_o if sinks is None else named(graph, "o", helix.apply_sinks.default, partial_o, lse, sinks)
     if plan.options.merge == "a2a":
         exchanged = named(graph, "exchanged", helix.all_to_all_heads.default, partial_o, lse, "kvp", cp)
-        parts = getitems(graph, exchanged, "partial_o_P", "lse_P")
-        return named(graph, "o", helix.merge_lse.default, *parts)
+        parts, lse_P = getitems(graph, exchanged, "partial_o_P", "lse_P")
+        merged = named(graph, "o" if sinks is None else "o_merged", helix.merge_lse.default, parts, lse_P)
+        if sinks is None:
+            return merged
+        total = named(graph, "lse_total", helix.total_lse.default, lse_P)
+        return named(graph, "o", helix.apply_sinks.default, merged, total, sinks)
     stacked = graph.call_function(aten.unsqueeze.default, (lse, 0))
     lse_P = named(graph, "lse_P", helix.reshard.default, stacked, "kvp:S(0)", "R", cp)
     rescaled = named(graph, "rescaled_o", helix.rescale_by_lse.default, partial_o, lse, lse_P)
+    if sinks is not None:  # one factor for all parts of a sum is a factor of the sum
+        total = named(graph, "lse_total", helix.total_lse.default, lse_P)
+        rescaled = named(graph, "rescaled_o_sinks", helix.apply_sinks.default, rescaled, total, sinks)
     return named(graph, "o", helix.reshard.default, rescaled, "kvp:P(sum)", "kvp:S(2)", cp)
 
 

@@ -13,7 +13,7 @@ from torch import fx
 from helix_compile.ir.graph import aten, getitems, input_named, named, node_named
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
-from helix_compile.passes.rewrite.parts import append_to_cache, gathered_query
+from helix_compile.passes.rewrite.parts import append_to_cache, gathered_query, reach_of
 from helix_compile.passes.rewrite.selection import chosen_slots
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import AttentionMatch, Latent
@@ -45,7 +45,13 @@ def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: He
             match.scale,
         )
     else:
-        attended = named(graph, "mla_decode", helix.mla_decode.default, *query, cache, page_table, written, match.scale)
+        attended = named(
+            graph,
+            "mla_decode",
+            helix.mla_decode.default,
+            *(*query, cache, page_table, written, match.scale),
+            **reach_of(graph, match),
+        )
     return getitems(graph, attended, "partial_o", "lse")
 
 

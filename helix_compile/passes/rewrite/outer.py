@@ -1,6 +1,7 @@
 """The graph around the layers after the attention pass: positions, slots and caches instead of mask and pasts.
 
 positions -> shard_index(kvp_rank) -> slots, visible        the only place that knows ranks and blocks
+positions -> first_visible(kvp_rank, window or chunk)       once for each window and each size of chunks
 positions clamped to 0 -> rotary tables                     padding is position -1
 layer_i = body(hidden, ..., slots, visible, page_table, cache_i, parameters)
 """
@@ -24,6 +25,7 @@ from helix_compile.ir.graph import (
     getitems,
     input_named,
     input_ref,
+    named,
     placeholders,
 )
 from helix_compile.ir.leaves import is_leaf_call
@@ -34,7 +36,7 @@ from helix_compile.ir.stage import body_of
 from helix_compile.passes.rewrite.parts import handed_names
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.helix_plan import HelixPlan
-from helix_compile.plan.matches import HandedSelection
+from helix_compile.plan.matches import HandedSelection, first_visible_input
 
 STEP_INPUTS = ("slots", "visible", "page_table")
 KVP_RANK = InputRef("step", "kvp_rank")
@@ -136,9 +138,20 @@ def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
             helix.shard_index.default, (positions, kvp_rank, plan.layout.kvp, plan.options.tokens_per_block)
         )
         slots, visible = getitems(graph, indexed, "slots", "visible")
+        for window, chunk in _reaches(plan):
+            name = first_visible_input(window, chunk)
+            mapped = (positions, kvp_rank, plan.layout.kvp, plan.options.tokens_per_block)
+            first = named(graph, name, helix.first_visible.default, *mapped, window, chunk)
+            first.meta["step"] = name
     slots.meta["step"], visible.meta["step"], page_table.meta["step"] = STEP_INPUTS
     if old is not None:
         old.replace_all_uses_with(clamped)
+
+
+def _reaches(plan: HelixPlan) -> list[tuple[int, int]]:
+    """(window, chunk) of every site that forgets, each once."""
+    sites = (site for body in plan.bodies for site in body.attentions)
+    return list(dict.fromkeys((site.window, site.chunk) for site in sites if site.window or site.chunk))
 
 
 def _argument(

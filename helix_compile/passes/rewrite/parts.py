@@ -55,6 +55,11 @@ def append_to_cache(
     return cache, page_table, written
 
 
+def reach_of(graph: fx.Graph, match: AttentionMatch) -> dict[str, fx.Node]:
+    """The first slots that the queries of a site see, as the attention op takes them; nothing where that is slot 0."""
+    return {"first": input_named(graph, "step", match.first_visible)} if match.first_visible else {}
+
+
 def gathered_query(graph: fx.Graph, q: fx.Node, layout: HelixLayout) -> fx.Node:
     """Q [B, T, h, *] of the heads that a rank owns -> of all the heads that it computes."""
     source, target = ("world:S(2)", "tpa:S(2)") if layout.tpa > 1 else ("kvp:S(2)", "R")

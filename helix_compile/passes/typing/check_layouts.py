@@ -20,6 +20,7 @@ from helix_compile.layout.placement import Chosen, Layout, PerRank, format_layou
 from helix_compile.passes.typing.aten_rules import RULES, Rule, Violation, is_partial
 from helix_compile.passes.typing.helix_rules import HELIX_RULES, LOWERED_RULES, PENDING, WAIT
 from helix_compile.plan.helix_plan import BodyPlan
+from helix_compile.plan.matches import FIRST_VISIBLE
 
 _RULES = {**RULES, **HELIX_RULES, **LOWERED_RULES}
 
@@ -87,6 +88,8 @@ def step_layout(node: fx.Node) -> Layout:
         return {"kvp": PerRank(), **heads}
     if kind in ("step", "input") and name in _PER_RANK:
         return {_PER_RANK[name]: PerRank()}
+    if kind == "step" and name.startswith(FIRST_VISIBLE):
+        return {"kvp": PerRank()}
     if kind == "chosen":
         return {"kvp": Chosen()}
     return {}

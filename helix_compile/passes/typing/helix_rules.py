@@ -37,6 +37,12 @@ def _shard_index(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayou
     return (dict(rank), dict(rank))
 
 
+def _first_visible(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    of_slots = _shard_index(node, of, degrees)
+    assert isinstance(of_slots, tuple)
+    return of_slots[0]
+
+
 def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     cache, _, slots, visible = (of(a) for a in node.args[:4])
     # a cache with heads holds those of the rank's tpa, and so does what is appended
@@ -61,6 +67,7 @@ def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
     heads = _heads(degrees)
     require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
     require(cache == visible and not table, "cache and visible are not of one rank")
+    _check_first(node, of, visible)
     return _partials(heads, degrees)
 
 
@@ -158,7 +165,14 @@ def _gqa_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
         f"caches are {format_layout(k_cache)}, {format_layout(v_cache)}, visible {format_layout(visible)}",
     )
     require(not table, "the page table must be whole on every rank")
+    _check_first(node, of, visible)
     return _partials(heads, degrees)
+
+
+def _check_first(node: fx.Node, of: Callable[[Any], Layout], visible: Layout) -> None:
+    """What a query sees on a rank has both its ends from that rank."""
+    first = node.kwargs.get("first")
+    require(first is None or of(first) == visible, "the first visible slots and the visible ones are not of one rank")
 
 
 def _heads(degrees: HelixLayout) -> Layout:
@@ -193,6 +207,25 @@ def _merge_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout)
     peers = shape_of(node.args[0])[0]
     require(peers == degrees.kvp, f"merge of {peers} parts, kvp has {degrees.kvp}")
     return {"world": Shard(2)}
+
+
+def _total_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    lse_P, peers = of(node.args[0]), shape_of(node.args[0])[0]
+    require(all(p == Shard(3) for p in lse_P.values()), f"lse of all peers is {format_layout(lse_P)}")
+    require(peers == degrees.kvp, f"lse of {peers} peers, kvp has {degrees.kvp}")
+    return {axis: Shard(2) for axis in lse_P}
+
+
+def _apply_sinks(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """On what is merged, or on the summands of what will be: never on a part of a softmax."""
+    o, lse, sinks = (of(a) for a in node.args)
+    heads = {axis: p for axis, p in o.items() if p != Partial("sum")}
+    require(all(p == Shard(2) for p in heads.values()), f"sinks on {format_layout(o)}, expected merged heads")
+    require(lse == heads, f"o is {format_layout(o)}, the lse of all keys {format_layout(lse)}")
+    require(
+        sinks == {axis: Shard(0) for axis in heads}, f"heads are {format_layout(heads)}, sinks {format_layout(sinks)}"
+    )
+    return dict(o)
 
 
 def _rescale_by_lse(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
@@ -239,6 +272,7 @@ def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -
 
 HELIX_RULES: dict[Any, Rule] = {
     helix.shard_index.default: _shard_index,
+    helix.first_visible.default: _first_visible,
     helix.cache_append.default: _cache_append,
     helix.mla_decode.default: _mla_decode,
     helix.gqa_decode.default: _gqa_decode,
@@ -253,6 +287,8 @@ HELIX_RULES: dict[Any, Rule] = {
     helix.mla_decode_slots.default: _mla_decode_slots,
     helix.all_to_all_heads.default: _all_to_all_heads,
     helix.merge_lse.default: _merge_lse,
+    helix.total_lse.default: _total_lse,
+    helix.apply_sinks.default: _apply_sinks,
     helix.rescale_by_lse.default: _rescale_by_lse,
     helix.moe_experts.default: _moe_experts,
     helix.moe_router.default: _moe_router,

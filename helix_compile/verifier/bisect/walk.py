@@ -208,7 +208,15 @@ def _between(node: fx.Node, good: set[fx.Node]) -> list[fx.Node]:
     return [n for n in node.graph.nodes if n in found][-8:]
 
 
-_FAMILY = {"mla_decode": 4, "gqa_decode": 4, "merge_lse": 6, "rescale_by_lse": 6, "unpack_heads": 1, "moe_experts": 2}
+_FAMILY = {
+    "mla_decode": 4,
+    "gqa_decode": 4,
+    "apply_sinks": 6,
+    "merge_lse": 6,
+    "rescale_by_lse": 6,
+    "unpack_heads": 1,
+    "moe_experts": 2,
+}
 
 
 def _family(suspects: list[fx.Node], off: float) -> int:

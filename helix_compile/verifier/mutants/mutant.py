@@ -46,6 +46,8 @@ CATALOGUE: list[Mutant] = []  # made on a model with MLA
 GQA_CATALOGUE: list[Mutant] = []
 # faults that only sparse attention can have
 SPARSE_CATALOGUE: list[Mutant] = []
+# faults of windows and sinks, made on a model with both
+WINDOW_CATALOGUE: list[Mutant] = []
 
 
 def mutant(

@@ -31,8 +31,9 @@ from helix_compile.verifier.mutants import (  # noqa: F401  importing registers 
     padding_mutants,
     param_mutants,
     selection_mutants,
+    window_mutants,
 )
-from helix_compile.verifier.mutants.mutant import CATALOGUE, GQA_CATALOGUE, Mutant
+from helix_compile.verifier.mutants.mutant import CATALOGUE, GQA_CATALOGUE, WINDOW_CATALOGUE, Mutant
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, run_layer
 from helix_compile.verifier.numeric.reference import apply_edits, edited, wide_copy
 from helix_compile.verifier.numeric.scratch import Scratch
@@ -121,6 +122,39 @@ def awkward_gqa(dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
+def awkward_windows(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A GPT-OSS with 12 query heads in 4 groups, a window of 21 in one of two layers, sinks that differ from head to head."""
+    from transformers import GptOssConfig
+
+    config = GptOssConfig(
+        vocab_size=97,
+        hidden_size=36,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=21,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=14,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    config._attn_implementation = "eager"
+    model: Any = build_model(config, dtype=dtype)
+    model.set_experts_implementation("batched_mm")  # grouped_mm takes no 16-bit rows of 36
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("sinks"):
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+    return model
+
+
 def self_test(
     model: nn.Module, mutants: list[Mutant] | None = None, progress: Callable[[str], None] | None = None
 ) -> list[Verdict]:
@@ -128,7 +162,7 @@ def self_test(
 
     Args:
         model: a DeepSeek-V3 in transformers' names with dense and MoE layers, 24 heads, 8 experts: awkward_model();
-            for GQA_CATALOGUE awkward_gqa().
+            for GQA_CATALOGUE awkward_gqa(), for WINDOW_CATALOGUE awkward_windows().
         mutants: by default the whole CATALOGUE.
         progress: called with the name of each mutant when its turn comes.
     """
@@ -152,10 +186,11 @@ def self_test(
     return verdicts
 
 
-def self_test_of_both_kinds(progress: Callable[[str], None] | None = None) -> list[Verdict]:
-    """The catalogue on a model with MLA, then the faults of grouped-query attention on a model with it."""
-    grouped = self_test(awkward_gqa(), GQA_CATALOGUE, progress)
-    return self_test(awkward_model(), CATALOGUE, progress) + grouped
+def self_test_of_all_kinds(progress: Callable[[str], None] | None = None) -> list[Verdict]:
+    """The catalogue on a model with MLA, then the faults of grouped-query attention, and of windows and sinks, on models with them."""
+    others = self_test(awkward_gqa(), GQA_CATALOGUE, progress)
+    others += self_test(awkward_windows(), WINDOW_CATALOGUE, progress)
+    return self_test(awkward_model(), CATALOGUE, progress) + others
 
 
 class _Rule:
@@ -163,7 +198,7 @@ class _Rule:
 
     def __init__(self, model: nn.Module):
         captured = capture(model)
-        matches = match_layers(captured, 1024)
+        matches = match_layers(captured, 1024, keep_experts=True)
         twin = wide_copy(model)
         weights = dict(originals(twin))
         self.reference = CapturedReference(captured, matches, weights)

@@ -13,7 +13,7 @@ from helix_compile.plan.matches import AttentionMatch
 from helix_compile.verifier.contract import deal, head_places
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerRun, attention_output
 from helix_compile.verifier.numeric.scratch import Scratch
-from helix_compile.verifier.numeric.site_terms import terms_of
+from helix_compile.verifier.numeric.site_terms import seen_by, terms_of
 from helix_compile.verifier.report import Finding, numeric_finding
 
 # rel-RMSE of one attention output on identical inputs; bf16: correct runs reach 0.0018, the weakest fault 0.0117
@@ -41,6 +41,10 @@ def check_attention(
         whole = reference.tensors[reference.prefix(layer) + attention.kind.v_up.param]
         w_uv = attention.kind.v_up.of(whole.double())
     places = head_places(attention.num_heads, attention.cache.heads, layout)
+    sinks = None
+    if attention.sinks is not None:
+        whole = reference.tensors[reference.prefix(layer) + attention.sinks.name].double()
+        sinks = torch.stack([whole.new_zeros(()) if h is None else whole[h] for h in places])
     owned = [v[attention_output(o_proj, attention).name] for v in run.values]
     queries = [terms_of(attention, layout).local_query(decode, v) for v in run.values]
     heads = len(places) // layout.world_size
@@ -53,7 +57,8 @@ def check_attention(
         for row, length in enumerate(scratch.lengths):
             entries = scratch.gathered(site, row, length, tpa).double()
             q = queries[rank][row, :, first : first + heads]
-            v = _dense(q, entries, attention, length, first, layout)
+            own = None if sinks is None else sinks[rank * heads : (rank + 1) * heads]
+            v = _dense(q, entries, attention, length, first, layout, own)
             if w_uv is not None:
                 raised_by = [w_uv.new_zeros(w_uv.shape[1:]) if h is None else w_uv[h] for h in mine]
                 v = torch.einsum("thr,hvr->thv", v, torch.stack(raised_by))
@@ -85,7 +90,7 @@ def _blame(
             T = q.shape[1]
             mine = deal(length, layout.kvp, options.tokens_per_block)[rank % layout.kvp]
             held = scratch.shard(site, row, rank, len(mine)).double()
-            seen = torch.tensor(mine)[None] <= torch.arange(length - T, length)[:, None]
+            seen = seen_by(attention, torch.arange(length - T, length), torch.tensor(mine, dtype=torch.int64))
             s = _scores(q[row], held, attention, seen)
             expected = torch.logsumexp(s, dim=-1)
             at = f"`{decode.name}` on rank {rank}, sequence {row} ({len(mine)} local keys)"
@@ -116,12 +121,20 @@ def _merged(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dense(
-    q: Tensor, entries: Tensor, attention: AttentionMatch, length: int, first_head: int, layout: HelixLayout
+    q: Tensor,
+    entries: Tensor,
+    attention: AttentionMatch,
+    length: int,
+    first_head: int,
+    layout: HelixLayout,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own."""
-    seen = torch.arange(length) <= torch.arange(length - q.shape[0], length)[:, None]
-    weights = _scores(q, entries, attention, seen).softmax(-1)
-    return terms_of(attention, layout).weighted(weights, entries, first_head)
+    """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own; sinks [h] beside the keys."""
+    seen = seen_by(attention, torch.arange(length - q.shape[0], length), torch.arange(length))
+    scores = _scores(q, entries, attention, seen)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None].expand(*scores.shape[:2], 1)], dim=-1)
+    return terms_of(attention, layout).weighted(scores.softmax(-1)[..., :length], entries, first_head)
 
 
 def _scores(q: Tensor, entries: Tensor, attention: AttentionMatch, seen: Tensor) -> Tensor:

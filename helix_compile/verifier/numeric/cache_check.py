@@ -98,7 +98,7 @@ def _entry_fault(got: Tensor, wanted: Tensor, attention: AttentionMatch, limit: 
 def _stand_in_caches(compiled: HelixModule) -> Iterator[None]:
     """Empty caches and an empty batch; the module's own come back afterwards, untouched."""
     caches, ledger = [rank.cache for rank in compiled.ranks], compiled._ledger
-    lengths, written = ledger.lengths, ledger.written
+    lengths, written, gaps, tails = ledger.lengths, ledger.written, ledger.gaps, ledger.tails
     for rank in compiled.ranks:
         # not filled: memory that nobody writes is never really taken
         rank.cache = [torch.empty_like(cache) for cache in rank.cache]
@@ -108,7 +108,7 @@ def _stand_in_caches(compiled: HelixModule) -> Iterator[None]:
     finally:
         for rank, cache in zip(compiled.ranks, caches, strict=True):
             rank.cache = cache
-        ledger.lengths, ledger.written = lengths, written
+        ledger.lengths, ledger.written, ledger.gaps, ledger.tails = lengths, written, gaps, tails
 
 
 def check_import(compiled: HelixModule) -> list[Finding]:

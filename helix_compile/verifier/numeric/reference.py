@@ -68,13 +68,14 @@ def blaming_the_original(what: str) -> Iterator[None]:
 
 
 def wide_copy(model: Any) -> Any:
-    """A deep copy in fp64 with sdpa attention; `model` is left alone.
+    """A deep copy in fp64 with sdpa attention, where the model has it (with sinks it would lose them); `model` is left alone.
 
     Experts run one by one ("eager"): fp64 has no grouped matmul, and batched_mm gathers three matrices a choice, which
     at real widths is more than the model itself.
     """
     twin: Any = converted_copy(model, torch.float64).eval()
-    twin.config._attn_implementation = "sdpa"
+    if getattr(twin, "_supports_sdpa", True):
+        twin.config._attn_implementation = "sdpa"
     if getattr(twin.config, "_experts_implementation", None) is not None:
         twin.set_experts_implementation("eager")
     return twin

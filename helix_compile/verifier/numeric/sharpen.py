@@ -63,6 +63,9 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
                 factor = max(1.0, spread / max(float(seen.std()), 1e-6))
                 for rows in attention.q_proj.params:
                     edits[layer.prefix + rows.name] = partial(_scaled, factor=factor)
+                if attention.sinks:
+                    name = layer.prefix + attention.sinks.name
+                    edits[name] = _as_heavy_as_keys(reference.tensors[name], torch.logsumexp(seen * factor, dim=-1))
             for name, rms in _contributions(match, values):
                 factor = max(1.0, 1.0 / max(rms, 1e-6))  # the hidden state has an RMS of one
                 edits[layer.prefix + name] = partial(_scaled, factor=factor)
@@ -82,6 +85,7 @@ def _vectors(graph: fx.Graph, prefix: str, match: LayerMatch | None, seed: int, 
     cut: set[str | None] = set()
     if match is not None:
         cut |= {part.param for a in match.attentions for _, part in a.cuts}
+        cut |= {a.sinks.name for a in match.attentions if a.sinks}
         cut |= {b for f in match.dense_ffns for b in (f.gate_bias, f.up_bias)}
     edits: dict[str, Edit] = {}
     for node in placeholders(graph):
@@ -119,6 +123,17 @@ def _contributions(match: LayerMatch, values: dict[str, Any]) -> Iterator[tuple[
             yield ffn.down_bias, rms(ffn.down)
     for moe in match.moes:
         yield moe.down, rms(moe.output)
+
+
+def _as_heavy_as_keys(sinks: Tensor, lse: Tensor) -> Edit:
+    """Sinks that differ by about one and take about half of the weights; else one that is lost would not show."""
+    spread = float(sinks.double().std())
+    factor = max(1.0, 1.0 / spread) if spread > 1e-6 else 1.0
+    return partial(_moved, factor=factor, shift=float(lse.mean()) - factor * float(sinks.double().mean()))
+
+
+def _moved(sinks: Tensor, factor: float, shift: float) -> Tensor:
+    return sinks * factor + shift
 
 
 def _scaled(weight: Tensor, factor: float) -> Tensor:
@@ -205,6 +220,10 @@ def plant(
         if n < 5:
             continue
         places = [first, S - 1, first + n // 2, first + 1, S - 2]
+        query_at = n + query[0].shape[1] - 1
+        if match.window or match.chunk:  # what is just forgotten, and what is just seen
+            oldest = query_at + 1 - match.window if match.window else query_at // match.chunk * match.chunk
+            places = [first + at for at in (oldest - 1, oldest) if 0 <= at < n] + places
         for h, place in enumerate(places[: max(1, match.num_heads - 2)]):
             by_rope = h >= 3 and bool(q_rope.any())
             part, keys = (q_rope, k_rope) if by_rope else (q_latent, latent)

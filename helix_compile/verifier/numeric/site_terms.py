@@ -111,6 +111,17 @@ def terms_of(match: AttentionMatch, layout: HelixLayout | None = None) -> Terms:
     return GroupedTerms(match, kind, heads // groups)
 
 
+def seen_by(match: AttentionMatch, queries: Tensor, keys: Tensor) -> Tensor:
+    """[T, S]: which keys at these positions a query at each of those sees."""
+    back = queries[:, None] - keys[None]
+    seen = back >= 0
+    if match.window:
+        seen = seen & (back < match.window)
+    if match.chunk:
+        seen = seen & (queries[:, None] // match.chunk == keys[None] // match.chunk)
+    return seen
+
+
 def past_of(match: AttentionMatch, first: Tensor, second: Tensor) -> Parts:
     """Entries [B, S, *] as the original caches them: [B, heads, S, width]."""
     K = match.cache.heads or 1

@@ -67,7 +67,9 @@ def scenarios(compiled: Any, parameters: int) -> tuple[list[Scenario], list[str]
         steps = (1,) * max(0, min(sum(decode), options.max_seq_len - 1))
         return [Scenario("short", (1,), steps, options.max_seq_len)], notes
     lengths = tuple(min(n, room) for n in wanted)
-    found = [Scenario("ragged", lengths, decode, options.max_seq_len, idle=len(lengths) > 1)]
+    reach = compiled.plan.shortest_reach
+    # a row that sits out is padding between its tokens, which a window would count
+    found = [Scenario("ragged", lengths, decode, options.max_seq_len, idle=len(lengths) > 1 and not reach)]
     # longer than a page on every rank, and then to the last slot
     full = min(options.max_seq_len, cp * PAGE_SIZE + turn + 1)
     if full > affordable:
@@ -75,6 +77,11 @@ def scenarios(compiled: Any, parameters: int) -> tuple[list[Scenario], list[str]
     elif full > 9:
         rows = (full - 8, 2)[: min(2, options.max_batch_size)]
         found.append(Scenario("full", rows, (3, 1, 4), full))
+    longest = max(max(s.lengths) + sum(s.steps) for s in found)
+    if reach >= longest:
+        notes.append(
+            f"whole steps were run to {longest} tokens: windows of {reach} begin later, and were checked layer by layer"
+        )
     return found, notes
 
 

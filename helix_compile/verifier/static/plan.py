@@ -48,6 +48,8 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
             where = f"plan, {body.name}, attention {site}"
             expect(f"{where}: heads", attention.heads, found.num_heads, 1)
             expect(f"{where}: KV heads", attention.kv_heads, found.cache.heads, 1)
+            expect(f"{where}: window and chunk", (attention.window, attention.chunk), (found.window, found.chunk), 7)
+            expect(f"{where}: sinks", attention.sinks, found.sinks.name if found.sinks else "", 6)
             places = head_places(found.num_heads, found.cache.heads, layout)
             if not options.pad_heads:
                 expect(f"{where}: zero heads without pad_heads", places.count(None), 0, 12)
@@ -88,6 +90,8 @@ def _shard_axes(body: BodyPlan, match: LayerMatch, plan: HelixPlan) -> list[Find
         moved = {"q": plan.options.q_proj == "gather", "v_up": site.v_up == "after"}
         wanted = {part.name: "world" if moved.get(side) else "tpa" for side, part in found.cuts}
         wanted[found.o_weight] = "world"
+        if found.sinks:
+            wanted[found.sinks.name] = "tpa" if plan.options.merge == "ag_rs" else "world"
         for name, axis in wanted.items():
             shard = body.shard(name)
             axes = None if shard is None else tuple(c.axis for c in shard.cuts)

@@ -10,11 +10,13 @@ import torch
 from torch import fx
 
 from helix_compile.ir.dataflow import ancestors, follow
-from helix_compile.ir.graph import helix_op
+from helix_compile.ir.graph import helix_op, placeholders
+from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import HelixPlan
-from helix_compile.plan.matches import LayerMatch
+from helix_compile.plan.matches import AttentionMatch, LayerMatch
 from helix_compile.verifier.contract import OTHER_AXIS, coordinate, deal, head_places
+from helix_compile.verifier.numeric.site_terms import seen_by
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static.plan import matched_bodies
 
@@ -43,6 +45,58 @@ def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
                 column = int(wrong[0, 1])
                 where = f"`{node.name}`, CP rank {rank}, position {column - 1}: {what}"
                 return [Finding("HX301", where, str(int(got[0, column])), str(int(expected[0, column])), 7)]
+    return []
+
+
+_ATTENTION = ("mla_decode", "mla_decode_slots", "gqa_decode")
+
+
+def check_reach(graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch]) -> list[Finding]:
+    """What each body is told of windows and chunks: the first slot that a query sees, against keys counted one by one."""
+    cp, tpb, findings = plan.layout.kvp, plan.options.tokens_per_block, []
+    for call in [n for n in graph.graph.nodes if n.op == "call_module" and n.target in matches]:
+        given = dict(zip(placeholders(body_of(graph, call.target).graph), call.args, strict=True))
+        decodes = [n for n in body_of(graph, call.target).graph.nodes if helix_op(n) in _ATTENTION]
+        for decode, site in zip(decodes, matches[call.target].attentions, strict=False):
+            first, where = decode.kwargs.get("first"), f"`{decode.name}` of layer {call.meta['layer']}"
+            reach = site.window or site.chunk
+            if not reach or first is None:
+                if reach or first is not None:
+                    findings.append(
+                        Finding("HX301", where, "no bound" if reach else "a bound", str(reach or "none"), 7)
+                    )
+                continue
+            node = given.get(first)
+            if node is None or helix_op(node) != "first_visible":
+                findings.append(Finding("HX301", where, f"`{node}` as first visible slots", "first_visible", 7))
+                continue
+            findings += _first_slots(node, site, where, cp, tpb, 2 * reach + 2 * cp * tpb + 1)
+    return findings
+
+
+def _first_slots(node: fx.Node, site: AttentionMatch, where: str, cp: int, tpb: int, length: int) -> list[Finding]:
+    """Run the graph's own op at the first positions, and around two windows or two chunks."""
+    reach = site.window or site.chunk
+    near = {
+        *range(-1, min(length, 64)),
+        *range(max(0, reach - 3), reach + 4),
+        *range(length - 2 * cp * tpb - 4, length),
+    }
+    queries = sorted(p for p in near if p >= -1)
+    for rank, mine in enumerate(deal(length, cp, tpb)):
+        held = torch.tensor(mine, dtype=torch.int64)
+        expected = [
+            0 if p < 0 else int((seen_by(site, torch.tensor([p]), held)[0] | (held > p)).logical_not().sum())
+            for p in queries
+        ]
+        try:
+            got = node.target(torch.tensor([queries]), torch.tensor(rank), *node.args[2:])[0].tolist()
+        except Exception as error:  # an op under test may do anything
+            return [Finding("HX301", f"{where}, `{node.name}`", str(error), "first visible slots", 7)]
+        for query, found, wanted in zip(queries, got, expected, strict=True):
+            if found != wanted:
+                at = f"{where}, `{node.name}`, CP rank {rank}, position {query}: first visible slot"
+                return [Finding("HX301", at, str(found), str(wanted), 7)]
     return []
 
 

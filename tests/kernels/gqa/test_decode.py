@@ -19,7 +19,7 @@ from helix_compile.kernels.gqa.decode import gqa_decode_triton, is_for_tma
 from helix_compile.kernels.gqa.tiles import split_count
 from helix_compile.kernels.registry import Capacity, Site, kernel_of, select_kernel
 from helix_compile.kernels.target import KernelTarget, offline_target
-from tests.support.gqa import GqaStep
+from tests.support.gqa import GqaStep, first_slots, poison_below
 
 PAGES = (1, 5, 16, 24)
 GROUPS = ((1, 1), (4, 1), (1, 4), (2, 3), (1, 5), (1, 8), (1, 20))  # K KV heads, G query heads each
@@ -91,6 +91,21 @@ def test_tma_form_agrees_with_reference(splits: int, widths: tuple[int, int], jo
     assert is_for_tma(k_cache) and is_for_tma(v_cache)
     got = gqa_decode_triton(q, k_cache, v_cache, *rest, splits=splits, tma=True)
     assert deviation(got, expected) <= 2e-6
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("reach", [1, 7, 40, 500])
+def test_windows(splits: int, tma: bool, reach: int) -> None:
+    """What lies below the first slot that a row sees (by TMA: below its tile) is NaN; rows that see nothing are among them."""
+    args = GqaStep((0, 1, 31, 65, 170), T=3, K=2, G=5, Dk=16, Dv=32, page_size=32).arguments()
+    first = first_slots(args[4], reach)
+    for cache in args[1:3]:
+        poison_below(cache, args[3], args[4], first, 32 if tma else 1)
+    expected = helix.gqa_decode(*args, first=first)
+    assert deviation(gqa_decode_triton(*args, splits=splits, tma=tma, first=first), expected) <= 2e-6
+    whole = helix.gqa_decode(*args, first=torch.zeros_like(first))
+    assert reach < 500 or torch.equal(whole[0][:, 1], helix.gqa_decode(*args)[0][:, 1])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from helix_compile.kernels.mla.launch import is_for_tma
 from helix_compile.kernels.mla.tuning import POINTER, ROWS, TRANSPOSED, MlaConfig, split_count
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import device_target, offline_target
+from tests.support.gqa import first_slots, poison_below
 from tests.support.mla import MlaInputs, mismatch, mla_inputs, run_form
 
 helix, helix_triton = torch.ops.helix, torch.ops.helix_triton
@@ -79,6 +80,17 @@ class TestEachForm:
     def test_all_splits_but_one_are_empty(self, config: MlaConfig) -> None:
         inputs = mla_inputs([16, 3, 0], H=5, page_size=16)
         assert mismatch(run_form(config, inputs, 8), helix.mla_decode(*inputs.args)) is None
+
+    @pytest.mark.parametrize("reach", [1, 7, 40])
+    def test_windows(self, config: MlaConfig, reach: int) -> None:
+        """What lies below the first slot that a row sees (by TMA: below its tile) is NaN."""
+        inputs = mla_inputs([0, 1, 31, 65, 170], T=3)
+        first = first_slots(inputs.visible, reach)
+        tile = 1 if config.form == POINTER else config.block_n
+        poison_below(inputs.cache, inputs.page_table, inputs.visible, first, tile)
+        wanted = helix.mla_decode(*inputs.args, first=first)
+        for splits in (1, 4):
+            assert mismatch(run_form(config, inputs, splits, first=first), wanted) is None
 
     def test_empty_shard_gives_zero_and_minus_infinity(self, config: MlaConfig) -> None:
         o, lse = run_form(config, mla_inputs([0, 0], T=2))

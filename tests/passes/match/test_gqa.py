@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helix_compile.kernels.reference import gqa_decode_reference
+from helix_compile.kernels.reference import apply_sinks_reference, gqa_decode_reference
 from helix_compile.passes.match.attention import find_attention
 from helix_compile.plan.matches import AttentionMatch, Grouped, MatchFailure
 from tests.support.graphs import BodyValues
@@ -49,6 +49,27 @@ def test_the_match_says_what_the_graph_computes(style: str) -> None:
     torch.testing.assert_close(o, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("style", "miss"), [("sinks", ""), ("sinks", "no maximum"), ("sinks behind", "")])
+def test_sinks_in_both_spellings(style: str, miss: str) -> None:
+    """What o_proj reads is attention without them, scaled by what is left of the weights."""
+    (match,) = find_attention(toy_graph(style, miss))
+    assert isinstance(match, AttentionMatch) and match.sinks is not None, match
+    assert (match.sinks.name, match.sinks.heads, match.sinks.width, match.gate) == ("sink", H, 1, None)
+    values = BodyValues(toy_graph(style, miss))
+    seen = torch.arange(8) < torch.tensor([[6, 7, 8]] * 2)[..., None]
+    values.set(match.mask, torch.where(seen, 0.0, -torch.inf).double()[:, None])
+    q = values[match.q].double().transpose(1, 2)
+    cached = []
+    for past, new in zip(match.past, match.new, strict=True):
+        cached.append(torch.cat([values[past], values[new]], dim=2).transpose(1, 2).contiguous())
+    visible = torch.tensor([[6, 7, 8]] * 2, dtype=torch.int32)
+    o, lse = gqa_decode_reference(q, *cached, torch.tensor([[0], [1]]), visible, match.scale)
+    read = next(n for n in toy_graph(style, miss).nodes if n.name == match.o_proj).args[0]
+    got = apply_sinks_reference(o, lse, values.param("sink"))
+    limit = 1e-6 if style == "sinks behind" else 1e-12  # that one is scaled in float32
+    torch.testing.assert_close(got.flatten(2), values[read.name], rtol=limit, atol=limit)
+
+
 MISSES: list[tuple[str, str, str]] = [
     ("repeat", "tiled", "K: query head 1 reads KV head 1, expected 0 (the heads are tiled as a whole; repeat each one"),
     ("repeat", "other heads", "K: query head 0 reads KV head 1, expected 0"),
@@ -58,7 +79,14 @@ MISSES: list[tuple[str, str, str]] = [
     ("repeat", "k scaled", "V is what the layer caches, K is not: it comes from `mul"),
     ("repeat", "window by slice", "K: attention sees 7 positions of 8 that are cached (a window?)"),
     ("eager", "score scaled per key", "the score chain holds `aten.mul.Tensor` (sinks, a cap or a bias?)"),
-    ("eager", "sinks", "the score chain holds `aten.cat.default` (sinks, a cap or a bias?)"),
+    ("sinks", "two sinks", "the score chain holds `aten.cat.default` (sinks, a cap or a bias?)"),
+    ("sinks", "sinks of other heads", "sinks: `sink` is not one number a head in their order"),
+    ("sinks", "sinks from the scores", "sinks must be a parameter of one number a head, they are"),
+    ("sinks", "sinks scaled", "sinks must be a parameter of one number a head, they are"),
+    ("sinks", "both scaled", "the scores are scaled after sinks are put beside them"),
+    ("sinks", "first key cut off", "part of the softmax is cut off before it meets V"),
+    ("sinks behind", "sinks of other heads", "sinks: `sink` is not one number a head in their order"),
+    ("sinks behind", "lse of other scores", "the gate must come from one linear, it comes from 2"),
     ("repeat", "one linear", "q, K and V come from fewer than three linears"),
     ("repeat", "q and more", f"the linear of q has {H * (DK + 1)} rows, expected {H} heads x {DK} channels = {H * DK}"),
     (

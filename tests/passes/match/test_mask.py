@@ -1,4 +1,4 @@
-"""A mask is accepted by what it does: causal + padding, at the first positions and up to the end of the capacity."""
+"""A mask is accepted by what it does: causal + padding, a window or chunks, at the first positions and up to the end of the capacity."""
 
 from __future__ import annotations
 
@@ -76,8 +76,51 @@ def by_positions(seen: Callable[..., Tensor]) -> Edit:
     return lambda graph, mask: graph.call_function(masked, (mask,))
 
 
+def placed(seen: Callable[..., Tensor]) -> Edit:
+    """The mask, causal and padding, where `seen(q, k)` says so too: places among a row's own tokens."""
+
+    def masked(mask: Tensor) -> Tensor:
+        T = mask.shape[2]
+        kept = mask.any(dim=2, keepdim=True)  # [B, 1, 1, S + T]
+        places = kept.to(torch.int64).cumsum(-1) - 1
+        return mask & seen(places.mT[:, :, -T:], places)
+
+    return lambda graph, mask: graph.call_function(masked, (mask,))
+
+
+REACHES: dict[str, tuple[Callable[..., Tensor], int, tuple[int, int]]] = {
+    "window of 1": (lambda q, k: k > q - 1, 64, (1, 0)),
+    "window of 3": (lambda q, k: k > q - 3, 64, (3, 0)),
+    "window of 511": (lambda q, k: k > q - 511, 4096, (511, 0)),
+    "window of 512": (lambda q, k: k > q - 512, 4096, (512, 0)),
+    "window of 1500": (lambda q, k: k > q - 1500, 4096, (1500, 0)),
+    "window that the capacity just reaches": (lambda q, k: k > q - 1500, 1501, (1500, 0)),
+    "window beyond the capacity": (lambda q, k: k > q - 1500, 1500, (0, 0)),
+    "chunks of 2": (lambda q, k: q // 2 == k // 2, 64, (0, 2)),
+    "chunks of 7": (lambda q, k: q // 7 == k // 7, 64, (0, 7)),
+    "chunks of 700": (lambda q, k: q // 700 == k // 700, 4096, (0, 700)),
+    "chunks that the capacity just reaches": (lambda q, k: q // 700 == k // 700, 701, (0, 700)),
+}
+
+
+@pytest.mark.parametrize("name", REACHES)
+def test_windows_and_chunks_are_learned(name: str) -> None:
+    """They count tokens of a row: two rows of the square are padded on the left."""
+    seen, capacity, reach = REACHES[name]
+    matches = match_layers(with_mask(placed(seen)), capacity)
+    assert {(a.window, a.chunk) for m in matches.values() for a in m.attentions} == {reach}
+
+
 # none of these shows at the first 8 positions and for the last query at once
 SUBTLE: dict[str, Callable[..., Tensor]] = {
+    "window and 4 first tokens": lambda b, q, k, causal: causal & ((q - k < 20) | (k < 4)),
+    "window with a hole": lambda b, q, k, causal: causal & (q - k < 30) & (q - k != 12),
+    "window of half the row": lambda b, q, k, causal: causal & (q - k < 30 + q // 2),
+    "window and chunks": lambda b, q, k, causal: causal & (q - k < 30) & (q // 64 == k // 64),
+    "chunks that grow": lambda b, q, k, causal: causal & ((q < 90) == (k < 90)) & ((q < 30) == (k < 30)),
+    "a window in long rows, a larger one in short ones": lambda b, q, k, causal: (
+        causal & (q - k < (700 if len(k) > 2000 else 800))
+    ),
     "prefix of 4": lambda b, q, k, causal: causal | ((k < 4) & (q < 4)),
     "window until 40": lambda b, q, k, causal: causal & ((q - k < 9) | (q >= 40)),
     "chunks until 48": lambda b, q, k, causal: causal & ((q // 16 == k // 16) | (q >= 48)),
@@ -90,7 +133,7 @@ SUBTLE: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("name", SUBTLE)
 def test_masks_that_differ_at_few_places_are_refused(name: str) -> None:
-    with pytest.raises(MatchError, match=r"differs from causal \+ padding at [\d,]+ of"):
+    with pytest.raises(MatchError, match=r"differs from (causal|a window|chunks)[ofa-z\d ]* \+ padding at [\d,]+ of"):
         match_layers(with_mask(by_positions(SUBTLE[name])), 4096)
 
 
@@ -101,9 +144,11 @@ def test_the_same_edit_that_changes_nothing_is_accepted() -> None:
 
 def test_each_layer_of_a_body_is_looked_at() -> None:
     """Layers 2 and 3 share a body; only the last one has a window."""
-    captured = with_mask(window(3), layers=slice(3, None))
+    captured = with_mask(placed(lambda q, k: k > q - 3), layers=slice(3, None))
     assert [x.body for x in captured.layers][2:] == ["body_1", "body_1"]
-    with pytest.raises(MatchError, match="layer 3: attention"):
+    with pytest.raises(
+        MatchError, match=r"layer 3: attention .* it is a window of 3, that of another layer .* is causal"
+    ):
         match_layers(captured, 4096)
 
 
@@ -156,12 +201,10 @@ def mixed_windows(first: str, second: str) -> Any:
 
 def test_equal_layers_with_other_masks_are_apart() -> None:
     """Qwen2's own: the layers compute the same, some with a window."""
-    model = mixed_windows("full_attention", "sliding_attention")
-    with pytest.raises(MatchError, match=r"layer 1: attention .* has a mask that Helix can't keep"):
-        helix_compile(model, cp=2, max_seq_len=64)
     model = mixed_windows("sliding_attention", "full_attention")
-    compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=3, tokens_per_block=2, unmatched="keep")
-    assert [name for name, _ in compiled.plan.leaves] == ["model.layers.0", "model.layers.2"]
+    compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=3, tokens_per_block=2)
+    windows = {layer: a.window for body in compiled.plan.bodies for layer in body.layers for a in body.attentions}
+    assert windows == {0: 8, 1: 0, 2: 8}
     assert worst_deviation(model, compiled, [20, 3, 12]) <= 1e-10
 
 
@@ -173,7 +216,8 @@ def test_a_mask_that_is_computed_but_changes_nothing_is_accepted() -> None:
     assert set(match_layers(with_mask(window(10**6)), 4096)) == {"body_0", "body_1"}
 
 
-def test_a_window_is_found_only_beyond_its_width() -> None:
+def test_a_window_that_counts_other_than_a_rows_tokens_is_refused() -> None:
+    """Of the last query of a step alone: all queries of a step are cut where the last one's window begins."""
     captured = with_mask(window(100))
     with pytest.raises(MatchError, match="of 1,048,576 places, first for the query at 2"):
         match_layers(captured, 4096)

@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from helix_compile import VerificationReport, helix_compile, verify
-from helix_compile.verifier.mutants.mutant import A2A, CATALOGUE, GQA_CATALOGUE, MIXED, SPARSE_CATALOGUE, Mutant
-from helix_compile.verifier.mutants.self_test import _Rule, awkward_gqa, awkward_model
+from helix_compile.verifier.mutants.mutant import (
+    A2A,
+    CATALOGUE,
+    GQA_CATALOGUE,
+    MIXED,
+    SPARSE_CATALOGUE,
+    WINDOW_CATALOGUE,
+    Mutant,
+)
+from helix_compile.verifier.mutants.self_test import _Rule, awkward_gqa, awkward_model, awkward_windows
 from helix_compile.verifier.report import CODES, FAMILIES
 from tests.support.models import tiny_model
 
@@ -74,7 +82,7 @@ def report_of(name: str) -> VerificationReport:
 
 
 def test_the_catalogue_is_wide() -> None:
-    every = CATALOGUE + GQA_CATALOGUE + SPARSE_CATALOGUE
+    every = CATALOGUE + GQA_CATALOGUE + SPARSE_CATALOGUE + WINDOW_CATALOGUE
     assert len({m.name for m in every}) == len(every)
     assert len(MUTANTS) == len(CATALOGUE) >= 40
     assert {m.family for m in CATALOGUE + SPARSE_CATALOGUE} == set(FAMILIES) - {0}
@@ -170,6 +178,63 @@ def test_grouped_query_attention_without_a_fault_is_fine(dtype: torch.dtype, opt
     model = grouped_model(dtype)
     report = verify(helix_compile(model, **options), model)
     assert report.ok, report
+
+
+# of windows and sinks
+FORGETFUL = {
+    "a window begins one slot late": "HX301",
+    "a window begins one slot early": "HX301",
+    "a query's own token is not counted in its window": "HX301",
+    "where a window begins is a position, used as a slot": "HX301",
+    "T > 1: all queries of a step have the first one's window": "HX301",
+    "the layer with a window sees all": "HX301",
+    "the plan says another window than the model has": "HX302",
+    "a sink stands in every rank's part": "HX402",
+    "sinks are scaled as scores are": "HX402",
+    "sinks are left out": "HX402",
+    "sinks are applied twice": "HX402",
+    "sinks weigh against the keys of one rank": "HX402",
+    "sinks of a rank are those of the heads beside its own": "HX202",
+    "sinks act on a rank's part before the exchange": "HX102",
+}
+IN_CI_TOO = ("a window begins one slot late", "a sink stands in every rank's part")
+
+
+@cache
+def forgetful_model(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    return awkward_windows(dtype)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(m, marks=() if m.name in IN_CI_TOO else pytest.mark.slow) for m in WINDOW_CATALOGUE],
+    ids=lambda m: m.name,
+)
+def test_caught_on_windows_and_sinks(mutant: Mutant) -> None:
+    """By numbers too, wherever they change."""
+    compiled = helix_compile(forgetful_model(), **mutant.options)
+    mutant.apply(compiled)
+    report = verify(compiled, forgetful_model())
+    assert FORGETFUL[mutant.name] in {f.code for f in report.findings}
+    assert mutant.kind == "plan" or "numeric" in {f.check for f in report.findings}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [A2A, MIXED], ids=str)
+def test_windows_and_sinks_without_a_fault_are_fine(dtype: torch.dtype, options: dict) -> None:
+    model = forgetful_model(dtype)
+    report = verify(helix_compile(model, **options, unmatched="keep"), model)
+    assert report.ok, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", WINDOW_CATALOGUE, ids=lambda m: m.name)
+def test_caught_on_windows_and_sinks_in_bfloat16(mutant: Mutant) -> None:
+    model = forgetful_model(torch.bfloat16)
+    compiled = helix_compile(model, **mutant.options)
+    mutant.apply(compiled)
+    assert not verify(compiled, model).ok
 
 
 @pytest.mark.parametrize("build", [awkward_model, awkward_gqa])
