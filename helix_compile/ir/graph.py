@@ -46,8 +46,9 @@ class InputRef(NamedTuple):
     """What a graph's input is: meta["input"] of its placeholder, read.
 
     Attributes:
-        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor" and "chosen"
-            (slots that an earlier layer chose). "" is no input.
+        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor", "chosen" (slots
+            that an earlier layer chose) and "layer" (the number of the layer that calls it, where parts of its own are called).
+            "" is no input.
         name: of a parameter its full name, relative to the layer in a body; of a past or cache its site is in it.
     """
 
@@ -76,6 +77,7 @@ class InputRef(NamedTuple):
 
 
 NO_INPUT = InputRef("", "")
+LAYER_NUMBER = InputRef("layer", "layer")
 ATTENTION_MASK, POSITION_IDS = InputRef("input", "attention_mask"), InputRef("input", "position_ids")
 
 
