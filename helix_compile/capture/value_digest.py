@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helix_compile.capture.results import result_of
 from helix_compile.errors import CaptureError
 
 # one product of rows by the matrices of their experts: transformers takes either, by dtype and by whether it is compiled
@@ -112,7 +113,7 @@ class DigestMode(TorchDispatchMode):
         flat = [self._enter(x) if isinstance(x, Tensor) else x for x in flat]
         args, kwargs = pytree.tree_unflatten(flat, spec)
         changed = list(_written(func, args, kwargs))
-        out = _run(func, args, kwargs)
+        out = _run(func, args, kwargs, self.fake)
         for number, tensor in enumerate(changed):
             self._name(tensor, _hash(made, "written", number))
         for number, leaf in enumerate(pytree.tree_leaves(out)):
@@ -140,9 +141,9 @@ class DigestMode(TorchDispatchMode):
         return func in (torch.ops.aten.arange.default, torch.ops.aten.arange.start)
 
 
-def _run(func: Any, args: tuple, kwargs: dict) -> Any:
+def _run(func: Any, args: tuple, kwargs: dict, mode: FakeTensorMode) -> Any:
     if func is not torch.ops.aten._grouped_mm.default:
-        return func(*args, **kwargs)
+        return result_of(func, args, kwargs, mode)
     rows, weights = args[:2]  # its fake takes fewer dtypes and widths than the op
     return rows.new_empty(rows.shape[0], weights.shape[-1])
 
