@@ -24,7 +24,7 @@ from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.capture.structure import alike_but_values
 from helix_compile.errors import CaptureError
 from helix_compile.ir.dataflow import ancestors
-from helix_compile.ir.graph import LAYER_NUMBER, add_input, calls, input_named, input_ref
+from helix_compile.ir.graph import LAYER_NUMBER, Inputs, add_input, calls, input_named, input_ref
 from helix_compile.ir.leaves import LayerCall, Leaf, LeafLayer, LeafPart, leaves_of, record_call
 from helix_compile.ir.sizes import HINT_B, HINT_S, hint_of
 from helix_compile.ir.stage import copy_module, graphs_of
@@ -197,7 +197,7 @@ def insert_part(
 
 
 def insert_layer(
-    module: fx.GraphModule, node: fx.Node, name: str, reason: str, call: LayerCall, config: Any
+    module: fx.GraphModule, inputs: Inputs, node: fx.Node, name: str, reason: str, call: LayerCall, config: Any
 ) -> fx.Node:
     """The opaque op `node` of the outer graph becomes a call_module of a leaf layer; returns it."""
     hidden, others, index = node.args
@@ -206,8 +206,8 @@ def insert_layer(
     target = f"leaf_{index}"
     module.add_submodule(target, LeafLayer(name, reason, call, arguments, config))
     ids = input_named(graph, "input", "input_ids")
-    state = add_input(graph, "leaf", target)
-    positions = add_input(graph, "input", "positions", ids.meta["val"])
+    state = inputs.add("leaf", target)
+    positions = inputs.add("input", "positions", ids.meta["val"])
     with graph.inserting_before(node):
         leaf = graph.create_node(
             "call_module", target, (hidden, state, positions, ids, *weights), name=f"layer_{index}"

@@ -41,7 +41,7 @@ from helix_compile.ir.graph import (
     PARTS,
     POSITION_IDS,
     InputRef,
-    add_input,
+    Inputs,
     input_ref,
     placeholders,
 )
@@ -158,15 +158,16 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
     by_signature: dict[tuple, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
     parts: dict[str, _Parts] = {}
-    choked: Choked = []
     captured, leaves, caches = [], dict[int, str](), 0
     around = normalised_module(program, [*OUTER_INPUTS, ("past", "past_shape")], prefix="model.")
     facts = _facts(model)
     named = {i: call.names for i, call in calls.items()}
     notes = [*facts.pop("notes"), *check_around(model, layers, returned, around, exported, named, facts["vocab_size"])]
+    probes = _probes(model, layers, calls, keep, keep_failing)
     for i, layer in enumerate(layers):
         try:
-            found = _probe(model, layer, calls[i], i, keep, choked)
+            if isinstance(found := probes[i], HelixError):
+                raise found
             signature = (found.signature, *map(id, calls[i].masks))
             if not found.leaf and signature not in by_signature:
                 number = f"body_{len(bodies)}"
@@ -228,24 +229,36 @@ def _nothing_captured(model: nn.Module, leaves: dict[int, str]) -> MatchError:
     )
 
 
+def _probes(
+    model: nn.Module, layers: nn.ModuleList, calls: Mapping[int, LayerCall], keep: Mapping[int, str], keep_failing: bool
+) -> list[Probe | HelixError]:
+    """Of each layer what is known before it is captured, or why it can't be; unless these are kept, up to the first of them."""
+    choked: Choked = []
+    found: list[Probe | HelixError] = []
+    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+        for i, layer in enumerate(layers):
+            try:
+                found.append(_probe(model, layer, calls[i], i, keep, choked))
+            except HelixError as error:
+                found.append(error)
+                if not keep_failing:
+                    break
+    return found
+
+
 def _probe(
-    model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep: dict[int, str], choked: Choked
+    model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep: Mapping[int, str], choked: Choked
 ) -> Probe:
     if index in keep:
         return Probe("", [], leaf=keep[index])
     try:
-        return _run_on_fakes(model, layer, call, choked)
-    except CaptureError as error:
-        raise explain_by_whole_run(model, index, error) from error.__cause__
-
-
-def _run_on_fakes(model: nn.Module, layer: nn.Module, call: LayerCall, choked: Choked) -> Probe:
-    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
         found = probe(layer, call, model.config, choked)
         if found.leaf:
             return found
         with opaque_part(layer, found.part):
             return replace(found, signature=found.signature + dataflow_elsewhere(layer, call, model.config))
+    except CaptureError as error:
+        raise explain_by_whole_run(model, index, error) from error.__cause__
 
 
 @dataclass(frozen=True)
@@ -316,12 +329,13 @@ def build_outer(
     for name, body in bodies.items():
         module.add_submodule(name, body)
     graph, new_states = module.graph, []
+    inputs = Inputs(graph)
     results: dict[int, fx.Node] = {}  # layer -> its call, where it returns more than hidden states
     layers = {layer.index: layer for layer in captured}
     for node in [n for n in graph.nodes if n.target is LAYER_OP]:
         hidden, others, index = node.args
         if index in leaves:
-            leaf = insert_layer(module, node, *leaves[index], calls[index], config)
+            leaf = insert_layer(module, inputs, node, *leaves[index], calls[index], config)
             node.replace_all_uses_with(leaf)
             graph.erase_node(node)
             continue
@@ -342,7 +356,7 @@ def build_outer(
                     of_model = InputRef("param", f"{layer.prefix}{ref.name}")
                 else:  # sites are numbered over all layers
                     of_model = InputRef.past(PARTS[ref.part], layer.caches[ref.site])
-                args.append(add_input(graph, *of_model, placeholder.meta["val"]))
+                args.append(inputs.add(*of_model, placeholder.meta["val"]))
         with graph.inserting_before(node):
             call = graph.create_node("call_module", layer.body, tuple(args), name=f"layer_{index}")
             call.meta.update({"layer": index, "stack_trace": node.meta.get("stack_trace")})

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +62,16 @@ def on_meta(module: nn.Module) -> Iterator[None]:
             return value
         return metas.setdefault(id(value), torch.empty_like(value, device="meta", requires_grad=False))
 
-    with ExitStack() as stack:
-        for part in module.modules():
-            own = vars(part)
-            kept = {n: {k: meta(v) for k, v in own[n].items()} for n in ("_parameters", "_buffers")}
-            kept |= {k: meta(v) for k, v in own.items() if isinstance(v, Tensor)}
-            stack.enter_context(patch.dict(own, kept))
+    before = [(vars(part), dict(vars(part))) for part in module.modules()]
+    try:
+        for own, kept in before:
+            own.update({k: meta(v) for k, v in kept.items() if isinstance(v, Tensor)})
+            own.update({n: {k: meta(v) for k, v in kept[n].items()} for n in ("_parameters", "_buffers")})
         yield
+    finally:
+        for own, kept in before:
+            own.clear()
+            own.update(kept)
 
 
 @contextmanager
