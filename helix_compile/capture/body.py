@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helix_compile.capture.checks import explained
 from helix_compile.capture.choices import drop_idle_guards
 from helix_compile.capture.layers import BATCH, PAST, TOKENS, ConcatenatingCache, export_functional
+from helix_compile.capture.results import result_of
 from helix_compile.capture.same_values import EXPORTED
 from helix_compile.capture.structure import on_meta, tensors_of
 from helix_compile.errors import CaptureError
@@ -78,11 +79,14 @@ class NoValue(RuntimeError):
 
 
 class OpTrace(TorchDispatchMode):
-    """Writes down every aten op: where each input comes from, shapes, constants by value, parameters by name."""
+    """Writes down every aten op: where each input comes from, shapes, constants by value, parameters by name.
 
-    def __init__(self, names: dict[int, str]):
+    `mode`: the fake mode that is open below; None: everything is on meta.
+    """
+
+    def __init__(self, names: dict[int, str], mode: FakeTensorMode | None):
         super().__init__()
-        self.names = names
+        self.names, self._mode = names, mode
         self.lines: list[str] = []
         self._made: list[Tensor] = []  # held, or the id of one that is gone would be given to another
 
@@ -90,7 +94,7 @@ class OpTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         fresh = func is torch.ops.aten.lift_fresh.default  # torch.tensor(...) in a forward: made anew in every call
         self.lines.append(f"{func.name()}{self._shown(args, fresh)}{self._shown(kwargs, fresh)}")
-        out = func(*args, **kwargs)
+        out = result_of(func, args, kwargs, self._mode)
         for leaf in (out,) if isinstance(out, Tensor) else pytree.tree_leaves(out):
             if isinstance(leaf, Tensor) and id(leaf) not in self.names:
                 self.names[id(leaf)] = f"%{len(self._made)} "
@@ -126,21 +130,12 @@ class OpTrace(TorchDispatchMode):
         return f"{name}{tuple(leaf.shape)}{leaf.dtype}"
 
 
-Trace = TypeVar("Trace")
-
-
-def without_values(
-    what: str,
-    module: nn.Module,
-    trace_of: Callable[[dict[int, str]], Trace],
-    run: Callable[[Trace, torch.device], None],
-) -> Trace:
+def without_values(what: str, module: nn.Module, run: Callable[[OpTrace, torch.device], None]) -> OpTrace:
     """A trace of a module that is run on meta, or where it can't be (it makes tensors on its own device) on fake tensors.
 
     Args:
         what: said where it can't be run at all.
         module: whose tensors are told by name.
-        trace_of: makes a trace, given the names by id.
         run: runs the module, writes the trace.
 
     Raises:
@@ -148,14 +143,14 @@ def without_values(
     """
     try:
         with torch.no_grad(), on_meta(module):
-            trace = trace_of({id(t): n for n, t in tensors_of(module).items()})
+            trace = OpTrace({id(t): n for n, t in tensors_of(module).items()}, None)
             run(trace, torch.device("meta"))
             return trace
     except Exception:  # told by the run on fake tensors, if it is the module's own
         pass
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with explained(what), torch.no_grad(), fake:
-        trace = trace_of({id(t): n for n, t in tensors_of(module).items()})
+        trace = OpTrace({id(t): n for n, t in tensors_of(module).items()}, fake)
         run(trace, next(module.parameters()).device)
         return trace
 
@@ -180,7 +175,7 @@ def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, li
             args, kwargs = call.rebuild(hidden, others, cache)
             out = layer(*args, **kwargs)
 
-    trace = without_values(f"{type(layer).__name__} can't be traced", layer, OpTrace, run)
+    trace = without_values(f"{type(layer).__name__} can't be traced", layer, run)
     bad = [tuple(t.shape) for new in cache.new for t in new[:2] if t.dim() != 4]
     bad += [tuple(t.shape) for new in cache.new for t in new[3:]]
     if bad:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from helix_compile.ir.graph import input_ref, placeholders
-from helix_compile.ir.leaves import Leaf, leaves_of
+from helix_compile.ir.leaves import KeptModule, leaves_of
 from helix_compile.ir.stage import bodies_of
 
 
@@ -47,7 +47,7 @@ class CapturedGraph:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def leaves(self) -> list[Leaf]:
+    def leaves(self) -> list[KeptModule]:
         """What stays the user's own module: whole layers and parts of layers."""
         return leaves_of(self.graph)
 

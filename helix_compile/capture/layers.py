@@ -11,12 +11,11 @@ import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -283,13 +282,17 @@ def layers_as(layers: nn.ModuleList, forward_of: Callable[[int], Any]) -> Iterat
     A layer's hooks are part of what it computes: they are captured with its body, and kept away from the graph around.
     So are its tensors: torch.export's bookkeeping is quadratic in the number of parameters, used or not.
     """
-    with ExitStack() as stack:
+    before = [(vars(module), dict(vars(module))) for module in layers.modules()]
+    try:
         for i, layer in enumerate(layers):
-            forward, pre, post = forward_of(i), OrderedDict[Any, Any](), OrderedDict[Any, Any]()
-            stack.enter_context(patch.multiple(layer, forward=forward, _forward_pre_hooks=pre, _forward_hooks=post))
-        for module in list(layers.modules()):
-            stack.enter_context(patch.multiple(module, _parameters={}, _buffers={}))
+            vars(layer).update(forward=forward_of(i), _forward_pre_hooks=OrderedDict(), _forward_hooks=OrderedDict())
+        for own, _ in before:
+            own.update(_parameters={}, _buffers={})
         yield
+    finally:
+        for own, kept in before:
+            own.clear()
+            own.update(kept)
 
 
 def recorder(calls: Calls, returned: tuple[Returned, ...], index: int, made: list[Tensor] | None = None) -> Any:

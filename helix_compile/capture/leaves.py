@@ -2,13 +2,13 @@
 
 A leaf is a whole layer without cached attention (linear attention keeps a state that branches on T), or the innermost
 module that export chokes on (experts in a Python loop), made opaque while the rest of its layer is captured: it never
-hides an attention site that could match.
+hides an attention site that could match. Layers that are the same around their parts share a body, whatever these are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -21,9 +21,10 @@ from torch.utils import _pytree as pytree
 from helix_compile.capture.body import CachedSite, example_like, probe_layer
 from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import ConcatenatingCache
+from helix_compile.capture.structure import alike_but_values
 from helix_compile.errors import CaptureError
 from helix_compile.ir.dataflow import ancestors
-from helix_compile.ir.graph import add_input, calls, input_named, input_ref
+from helix_compile.ir.graph import LAYER_NUMBER, Inputs, add_input, calls, input_named, input_ref
 from helix_compile.ir.leaves import LayerCall, Leaf, LeafLayer, LeafPart, leaves_of, record_call
 from helix_compile.ir.sizes import HINT_B, HINT_S, hint_of
 from helix_compile.ir.stage import copy_module, graphs_of
@@ -50,12 +51,11 @@ class Probe:
     """What is known of a layer before it is captured.
 
     Attributes:
-        signature: layers of one signature share a body.
+        signature: layers of one signature share a body. Of a layer with a part: all but what is inside of the part.
         sites: what it caches.
         leaf: why the whole layer stays a leaf, or "".
         part: dotted name, in the layer, of the child that stays a leaf, or "".
         part_reason: what export said of it.
-        shared: of a layer with such a part, its signature but for the part, which is each layer's own.
     """
 
     signature: str
@@ -63,28 +63,48 @@ class Probe:
     leaf: str = ""
     part: str = ""
     part_reason: str = ""
-    shared: str = ""
 
 
-def probe(layer: nn.Module, call: LayerCall, config: Any, index: int) -> Probe:
+Choked = list[tuple[str, str, nn.Module]]  # parts that were found so far: name in the layer, reason, module
+
+
+def probe(layer: nn.Module, call: LayerCall, config: Any, choked: Choked) -> Probe:
     """Run a layer on fake tensors.
+
+    Args:
+        choked: a child like one of these is not run again to hear that it can't be; a new one is put there.
 
     Raises:
         CaptureError: it can't be run so, and no child of it can be held responsible.
     """
+    for part, reason, module in choked:
+        own = dict(layer.named_modules()).get(part)
+        if own is None or not alike_but_values(own, module):
+            continue
+        with suppress(CaptureError):  # the whole layer is run then, and says what is wrong
+            if (found := _probe_around(layer, call, config, part)) is not None:
+                return Probe(*found, part=part, part_reason=reason)
     try:
         signature, sites = probe_layer(layer, call, config)
     except CaptureError as error:
-        found = _choking_child(layer, call, config)
-        if found is None:
+        part = _choking_child(layer, call, config) or ""
+        around = _probe_around(layer, call, config, part) if part else None
+        if around is None:
             raise
-        with opaque_part(layer, found):
-            signature, sites = probe_layer(layer, call, config)
-        # a body with a leaf is one layer's alone
-        return Probe(f"{signature} {index}", sites, part=found, part_reason=str(error), shared=signature)
+        choked.append((part, str(error), layer.get_submodule(part)))
+        return Probe(*around, part=part, part_reason=str(error))
     if not sites:
         return Probe(signature, sites, leaf="no cached attention: it keeps a state of its own")
     return Probe(signature, sites)
+
+
+def _probe_around(layer: nn.Module, call: LayerCall, config: Any, part: str) -> tuple[str, list[CachedSite]] | None:
+    """Signature and sites of a layer around its part and how the part is called; None: it is not called at all."""
+    with opaque_part(layer, part) as recorded:
+        signature, sites = probe_layer(layer, call, config)
+    if not recorded:
+        return None
+    return " ".join([signature, part, *(given.constants() for given in recorded)]), sites
 
 
 def _choking_child(layer: nn.Module, call: LayerCall, config: Any) -> str | None:
@@ -160,21 +180,24 @@ def _like(child: nn.Module, original: Any, call: LayerCall, part: str) -> int:
     )
 
 
-def insert_part(body: fx.GraphModule, name: str, reason: str, recorded: list[LayerCall]) -> None:
-    """The opaque op of a body becomes a call_module of the leaf."""
+def insert_part(
+    body: fx.GraphModule, part: str, names: Mapping[int, str], reason: str, recorded: list[LayerCall]
+) -> None:
+    """The opaque op of a body becomes a call_module of the leaf, which is told the layer; `names`: layer -> full name."""
+    layer = add_input(body.graph, *LAYER_NUMBER)
     for number, node in enumerate(calls(body.graph, PART_OP)):
         target = f"leaf_{number}"
-        body.add_submodule(target, LeafPart(name, reason, recorded[number]))
+        body.add_submodule(target, LeafPart(part, reason, recorded[number], names))
         with body.graph.inserting_before(node):
-            call = body.graph.create_node("call_module", target, tuple(node.args[0]), name=f"{target}_out")
-        call.meta = {**node.meta, "leaf": name}
+            call = body.graph.create_node("call_module", target, (layer, *node.args[0]), name=f"{target}_out")
+        call.meta = {**node.meta, "leaf": part}
         node.replace_all_uses_with(call)
         body.graph.erase_node(node)
     body.recompile()
 
 
 def insert_layer(
-    module: fx.GraphModule, node: fx.Node, name: str, reason: str, call: LayerCall, config: Any
+    module: fx.GraphModule, inputs: Inputs, node: fx.Node, name: str, reason: str, call: LayerCall, config: Any
 ) -> fx.Node:
     """The opaque op `node` of the outer graph becomes a call_module of a leaf layer; returns it."""
     hidden, others, index = node.args
@@ -183,8 +206,8 @@ def insert_layer(
     target = f"leaf_{index}"
     module.add_submodule(target, LeafLayer(name, reason, call, arguments, config))
     ids = input_named(graph, "input", "input_ids")
-    state = add_input(graph, "leaf", target)
-    positions = add_input(graph, "input", "positions", ids.meta["val"])
+    state = inputs.add("leaf", target)
+    positions = inputs.add("input", "positions", ids.meta["val"])
     with graph.inserting_before(node):
         leaf = graph.create_node(
             "call_module", target, (hidden, state, positions, ids, *weights), name=f"layer_{index}"

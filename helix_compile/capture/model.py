@@ -9,7 +9,7 @@ import operator
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,16 +29,24 @@ from helix_compile.capture.layers import (
     export_whole,
     find_layers,
 )
-from helix_compile.capture.leaves import Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
+from helix_compile.capture.leaves import Choked, Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
 from helix_compile.capture.paths import Sizes, check_paths, check_paths_by_numbers, dataflow_elsewhere
 from helix_compile.capture.rope import tables_by_position
 from helix_compile.capture.same_values import EXPORTED
-from helix_compile.capture.structure import attributes_kept, tensors_of
+from helix_compile.capture.structure import alike_but_values, attributes_kept, tensors_of
 from helix_compile.errors import CaptureError, HelixError, MatchError
-from helix_compile.ir.graph import ATTENTION_MASK, PARTS, POSITION_IDS, InputRef, add_input, input_ref, placeholders
+from helix_compile.ir.graph import (
+    ATTENTION_MASK,
+    LAYER_NUMBER,
+    PARTS,
+    POSITION_IDS,
+    InputRef,
+    Inputs,
+    input_ref,
+    placeholders,
+)
 from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.sizes import HINT_B, HINT_S
-from helix_compile.ir.stage import copy_module
 
 TESTED = (5, 24)  # the newest transformers
 CAPTURING = threading.RLock()  # torch.export patches what all threads share
@@ -149,20 +157,27 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
         raise CaptureError(f"capture: {len(layers)} layers in {name!r} but the forward calls {len(calls)}")
     by_signature: dict[tuple, str] = {}
     bodies: dict[str, fx.GraphModule] = {}
-    alike: Alike = {}
+    parts: dict[str, _Parts] = {}
     captured, leaves, caches = [], dict[int, str](), 0
     around = normalised_module(program, [*OUTER_INPUTS, ("past", "past_shape")], prefix="model.")
     facts = _facts(model)
     named = {i: call.names for i, call in calls.items()}
     notes = [*facts.pop("notes"), *check_around(model, layers, returned, around, exported, named, facts["vocab_size"])]
+    probes = _probes(model, layers, calls, keep, keep_failing)
     for i, layer in enumerate(layers):
         try:
-            found = _probe(model, layer, calls[i], i, keep)
+            if isinstance(found := probes[i], HelixError):
+                raise found
             signature = (found.signature, *map(id, calls[i].masks))
             if not found.leaf and signature not in by_signature:
                 number = f"body_{len(bodies)}"
-                bodies[number] = _capture_body(model, layer, calls[i], found, f"{name}.{i}", notes, alike)
+                bodies[number], recorded = _capture_body(model, layer, calls[i], found, notes)
                 by_signature[signature] = number
+                if found.part:
+                    parts[number] = _Parts(found, recorded, [layer.get_submodule(found.part)])
+            elif found.part:
+                number = by_signature[signature]
+                parts[number].try_with(layer, calls[i], model, bodies[number], notes)
         except HelixError as error:
             if not keep_failing:
                 raise
@@ -175,6 +190,9 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
         captured.append(CapturedLayer(i, f"{name}.{i}.", by_signature[signature], own))
     if not bodies:
         raise _nothing_captured(model, leaves)
+    for number, part in parts.items():
+        names = {x.index: f"{x.prefix}{part.found.part}" for x in captured if x.body == number}
+        insert_part(bodies[number], part.found.part, names, part.found.part_reason, part.recorded)
     constants = _constants(model, program.constants, [(x.prefix, bodies[x.body].meta[CONSTANTS]) for x in captured])
     kept = {i: (f"{name}.{i}", why) for i, why in leaves.items()}
     outer = build_outer(around, bodies, captured, calls, kept, model.config)
@@ -211,57 +229,74 @@ def _nothing_captured(model: nn.Module, leaves: dict[int, str]) -> MatchError:
     )
 
 
-def _probe(model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep: dict[int, str]) -> Probe:
+def _probes(
+    model: nn.Module, layers: nn.ModuleList, calls: Mapping[int, LayerCall], keep: Mapping[int, str], keep_failing: bool
+) -> list[Probe | HelixError]:
+    """Of each layer what is known before it is captured, or why it can't be; unless these are kept, up to the first of them."""
+    choked: Choked = []
+    found: list[Probe | HelixError] = []
+    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+        for i, layer in enumerate(layers):
+            try:
+                found.append(_probe(model, layer, calls[i], i, keep, choked))
+            except HelixError as error:
+                found.append(error)
+                if not keep_failing:
+                    break
+    return found
+
+
+def _probe(
+    model: nn.Module, layer: nn.Module, call: LayerCall, index: int, keep: Mapping[int, str], choked: Choked
+) -> Probe:
     if index in keep:
         return Probe("", [], leaf=keep[index])
     try:
-        return _run_on_fakes(model, layer, call, index)
+        found = probe(layer, call, model.config, choked)
+        if found.leaf:
+            return found
+        with opaque_part(layer, found.part):
+            return replace(found, signature=found.signature + dataflow_elsewhere(layer, call, model.config))
     except CaptureError as error:
         raise explain_by_whole_run(model, index, error) from error.__cause__
 
 
-def _run_on_fakes(model: nn.Module, layer: nn.Module, call: LayerCall, index: int) -> Probe:
-    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
-        found = probe(layer, call, model.config, index)
-        if found.leaf:
-            return found
-        if found.part:
-            with opaque_part(layer, found.part):
-                return replace(found, shared=found.shared + dataflow_elsewhere(layer, call, model.config))
-        return replace(found, signature=found.signature + dataflow_elsewhere(layer, call, model.config))
+@dataclass(frozen=True)
+class _Parts:
+    """Parts of the layers of one body.
 
+    Attributes:
+        recorded: how the body calls the part.
+        tried: parts that the body was tried with.
+    """
 
-# (signature around the part, its masks) -> body without the part, how the part is called
-Alike = dict[tuple, tuple[fx.GraphModule, list[LayerCall]]]
+    found: Probe
+    recorded: list[LayerCall]
+    tried: list[nn.Module]
+
+    def try_with(
+        self, layer: nn.Module, call: LayerCall, model: nn.Module, body: fx.GraphModule, notes: list[str]
+    ) -> None:
+        """The body stands for another layer: by numbers, unless its part runs the same code as one that was tried."""
+        part = layer.get_submodule(self.found.part)
+        if not any(alike_but_values(part, other) for other in self.tried):
+            name, sizes = self.found.part, (Sizes(B=1, T=1),)
+            notes += check_paths_by_numbers(layer, call, model.config, body, name, self.recorded, sizes)
+            self.tried.append(part)
 
 
 def _capture_body(
-    model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, name: str, notes: list[str], alike: Alike
-) -> fx.GraphModule:
-    """A layer's graph; around a part it is captured once for all layers that are the same there, and tried with each one's part."""
-    key = (found.shared, found.part, *map(id, call.masks))
-    if found.part and key in alike:
-        first, recorded = alike[key]
-        body = _copied(first)
-        notes += check_paths_by_numbers(layer, call, model.config, body, found.part, recorded, (Sizes(B=1, T=1),))
-        insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
-        return body
+    model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, notes: list[str]
+) -> tuple[fx.GraphModule, list[LayerCall]]:
+    """A layer's graph, compared with the layer, and how it calls its part."""
     with opaque_part(layer, found.part) as recorded:
         body = capture_body(layer, call, model.config, found.sites)
-    if not found.part:
-        notes += check_paths(layer, call, model.config, body)
-    else:
+    if found.part:
         notes += check_paths_by_numbers(layer, call, model.config, body, found.part, recorded)
-        alike[key] = _copied(body), recorded
-        insert_part(body, f"{name}.{found.part}", found.part_reason, recorded)
+    else:
+        notes += check_paths(layer, call, model.config, body)
     del body.meta[EXPORTED]  # compared
-    return body
-
-
-def _copied(body: fx.GraphModule) -> fx.GraphModule:
-    copy = copy_module(body)
-    copy.meta[CONSTANTS] = body.meta[CONSTANTS]
-    return copy
+    return body, recorded
 
 
 def _capture_whole(model: nn.Module) -> CapturedGraph:
@@ -294,12 +329,13 @@ def build_outer(
     for name, body in bodies.items():
         module.add_submodule(name, body)
     graph, new_states = module.graph, []
+    inputs = Inputs(graph)
     results: dict[int, fx.Node] = {}  # layer -> its call, where it returns more than hidden states
     layers = {layer.index: layer for layer in captured}
     for node in [n for n in graph.nodes if n.target is LAYER_OP]:
         hidden, others, index = node.args
         if index in leaves:
-            leaf = insert_layer(module, node, *leaves[index], calls[index], config)
+            leaf = insert_layer(module, inputs, node, *leaves[index], calls[index], config)
             node.replace_all_uses_with(leaf)
             graph.erase_node(node)
             continue
@@ -313,12 +349,14 @@ def build_outer(
                 args.append(hidden)
             elif ref.kind == "tensor":
                 args.append(values[ref.name])
+            elif ref == LAYER_NUMBER:
+                args.append(index)
             else:
                 if ref.kind == "param":
                     of_model = InputRef("param", f"{layer.prefix}{ref.name}")
                 else:  # sites are numbered over all layers
                     of_model = InputRef.past(PARTS[ref.part], layer.caches[ref.site])
-                args.append(add_input(graph, *of_model, placeholder.meta["val"]))
+                args.append(inputs.add(*of_model, placeholder.meta["val"]))
         with graph.inserting_before(node):
             call = graph.create_node("call_module", layer.body, tuple(args), name=f"layer_{index}")
             call.meta.update({"layer": index, "stack_trace": node.meta.get("stack_trace")})

@@ -243,7 +243,7 @@ def dataflow_elsewhere(layer: nn.Module, call: LayerCall, config: Any) -> str:
                 ends = [*call.results(out), *(t for new in cache.new for t in new)]
             trace.lines += map(trace.text, ends)
 
-        lines += without_values(f"{type(layer).__name__} can't be run at {sizes}", layer, OpTrace, run).lines
+        lines += without_values(f"{type(layer).__name__} can't be run at {sizes}", layer, run).lines
     return "\n".join(lines)
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +62,16 @@ def on_meta(module: nn.Module) -> Iterator[None]:
             return value
         return metas.setdefault(id(value), torch.empty_like(value, device="meta", requires_grad=False))
 
-    with ExitStack() as stack:
-        for part in module.modules():
-            own = vars(part)
-            kept = {n: {k: meta(v) for k, v in own[n].items()} for n in ("_parameters", "_buffers")}
-            kept |= {k: meta(v) for k, v in own.items() if isinstance(v, Tensor)}
-            stack.enter_context(patch.dict(own, kept))
+    before = [(vars(part), dict(vars(part))) for part in module.modules()]
+    try:
+        for own, kept in before:
+            own.update({k: meta(v) for k, v in kept.items() if isinstance(v, Tensor)})
+            own.update({n: {k: meta(v) for k, v in kept[n].items()} for n in ("_parameters", "_buffers")})
         yield
+    finally:
+        for own, kept in before:
+            own.clear()
+            own.update(kept)
 
 
 @contextmanager
@@ -95,6 +97,35 @@ def code_of(module: nn.Module) -> tuple:
     # a bound method's function alone: the method would keep the model alive
     patched = [(k, getattr(v, "__func__", v)) for k, v in vars(module).items() if inspect.isroutine(v)]
     return type(module), hooks, tuple(patched)
+
+
+def alike_but_values(one: nn.Module, other: nn.Module) -> bool:
+    """Do two modules run the same code on tensors of the same kind? Values of tensors may differ, and nothing else.
+
+    What can't be told from its text is the same only if it is one object. False is always safe to say.
+    """
+    if type(one) is not type(other) or list(one._modules) != list(other._modules):
+        return False
+    pairs = ((child, other._modules[name]) for name, child in one._modules.items())
+    own, others = ({k: v for k, v in vars(m).items() if k != "_modules"} for m in (one, other))
+    return _alike(own, others) and all(
+        mine is its or (mine is not None and its is not None and alike_but_values(mine, its)) for mine, its in pairs
+    )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        kinds = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in (one, other)]
+        return kinds[0] == kinds[1]
+    if isinstance(one, dict):
+        return [*map(repr, one)] == [*map(repr, other)] and all(_alike(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return _is_plain(one) and repr(one) == repr(other)
 
 
 def _is_plain(value: Any) -> bool:

@@ -46,8 +46,9 @@ class InputRef(NamedTuple):
     """What a graph's input is: meta["input"] of its placeholder, read.
 
     Attributes:
-        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor" and "chosen"
-            (slots that an earlier layer chose). "" is no input.
+        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor", "chosen" (slots
+            that an earlier layer chose) and "layer" (the number of the layer that calls it, where parts of its own are called).
+            "" is no input.
         name: of a parameter its full name, relative to the layer in a body; of a past or cache its site is in it.
     """
 
@@ -76,6 +77,7 @@ class InputRef(NamedTuple):
 
 
 NO_INPUT = InputRef("", "")
+LAYER_NUMBER = InputRef("layer", "layer")
 ATTENTION_MASK, POSITION_IDS = InputRef("input", "attention_mask"), InputRef("input", "position_ids")
 
 
@@ -102,15 +104,27 @@ def input_named(graph: fx.Graph, kind: str, name: str) -> fx.Node:
     raise KeyError(f"no input {kind} {name!r} in the graph")
 
 
+class Inputs:
+    """The placeholders of a graph by what they are, for one who adds many: looking through all for each is quadratic."""
+
+    def __init__(self, graph: fx.Graph):
+        self._graph = graph
+        self._known = {input_ref(node): node for node in reversed(placeholders(graph))}
+        self._last = placeholders(graph)[-1]
+
+    def add(self, kind: str, name: str, val: Any = None) -> fx.Node:
+        """A new placeholder behind the last one (or the one that is there already)."""
+        ref = InputRef(kind, name)
+        if ref not in self._known:
+            with self._graph.inserting_after(self._last):
+                self._last = self._known[ref] = self._graph.placeholder(name.replace(".", "_"))
+            self._last.meta = {"input": [kind, name], "val": val}
+        return self._known[ref]
+
+
 def add_input(graph: fx.Graph, kind: str, name: str, val: Any = None) -> fx.Node:
     """A new placeholder behind the last one (or the one that is there already)."""
-    for node in placeholders(graph):
-        if input_ref(node) == (kind, name):
-            return node
-    with graph.inserting_after(placeholders(graph)[-1]):
-        node = graph.placeholder(name.replace(".", "_"))
-    node.meta = {"input": [kind, name], "val": val}
-    return node
+    return Inputs(graph).add(kind, name, val)
 
 
 def calls(graph: fx.Graph, *targets: Callable) -> list[fx.Node]:

@@ -1,7 +1,9 @@
 """What can't be captured stays the user's own module: a leaf, whole on every rank, with its own state there.
 
     layer_i = leaf_i(hidden, state, positions, input_ids, *weights)   a layer without cached latent attention
-    experts = leaf_0(hidden, ids, weights)                            a part of a layer that export chokes on
+    experts = leaf_0(layer, hidden, ids, weights)                     a part of a layer that export chokes on
+
+Layers that are the same around their own parts share a body: it is told the number of the layer, and calls that layer's.
 
 A leaf layer is run one sequence at a time, on its tokens only. So padding, idle rows and reset(rows=...) can't touch its
 state (linear attention forgets at padding), and T = 1 and T > 1 may take the branches that they take in the model.
@@ -10,9 +12,9 @@ state (linear attention forgets at padding), and T = 1 and T > 1 may take the br
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,38 +37,75 @@ class LeafState:
             self.rows.pop(row, None)
 
 
-class Leaf(nn.Module, abc.ABC):
-    """A module of the user's model in a graph; `module` is that very object.
+class KeptModule(NamedTuple):
+    """A module of the model that a leaf calls.
 
     Attributes:
         name: its dotted name in the model.
         reason: why it is not captured.
+        module: that very object; None before the leaf is bound to a model.
     """
 
-    def __init__(self, name: str, reason: str, module: nn.Module | None = None):
+    name: str
+    reason: str
+    module: nn.Module | None
+
+
+class Leaf(nn.Module, abc.ABC):
+    """What of the user's model stands in a graph as it is.
+
+    Attributes:
+        name: what it is called in messages.
+        reason: why it is not captured.
+    """
+
+    def __init__(self, name: str, reason: str):
         super().__init__()
-        self.name, self.reason, self.module = name, reason, module
+        self.name, self.reason = name, reason
 
     @abc.abstractmethod
     def bound(self, model: nn.Module) -> Leaf:
         """The same leaf of `model`: of an export the graphs alone are kept, not the model they were made from."""
 
+    @property
+    @abc.abstractmethod
+    def kept(self) -> list[KeptModule]:
+        """The modules that it calls."""
+
 
 class LeafPart(Leaf):
-    """A child module of a layer; a function of tensors, without a state."""
+    """A child module of the layers of one body, each layer's own; a function of tensors, without a state.
 
-    def __init__(self, name: str, reason: str, call: Any, module: nn.Module | None = None):
-        super().__init__(name, reason, module)
-        self.call = call
+    Attributes:
+        names: layer -> dotted name of its child in the model.
+        modules_of: layer (as text) -> the child.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reason: str,
+        call: Any,
+        names: Mapping[int, str],
+        modules: Mapping[int, nn.Module] | None = None,
+    ):
+        super().__init__(name, reason)
+        self.call, self.names = call, dict(names)
+        self.modules_of = nn.ModuleDict({str(layer): module for layer, module in (modules or {}).items()})
 
     def bound(self, model: nn.Module) -> LeafPart:
-        return LeafPart(self.name, self.reason, self.call, model.get_submodule(self.name))
+        modules = {layer: model.get_submodule(name) for layer, name in self.names.items()}
+        return LeafPart(self.name, self.reason, self.call, self.names, modules)
 
-    def forward(self, hidden: Tensor, *others: Tensor) -> Tensor:
-        """Call the module as the model does."""
-        assert self.module is not None
+    @property
+    def kept(self) -> list[KeptModule]:
+        of = dict(self.modules_of.items())
+        return [KeptModule(name, self.reason, of.get(str(layer))) for layer, name in self.names.items()]
+
+    def forward(self, layer: int, hidden: Tensor, *others: Tensor) -> Tensor:
+        """Call the module of this layer as the model does."""
         args, kwargs = self.call.rebuild(hidden, list(others), None)
-        return self.module(*args, **kwargs)
+        return self.modules_of[str(layer)](*args, **kwargs)
 
 
 class LeafLayer(Leaf):
@@ -80,8 +119,8 @@ class LeafLayer(Leaf):
     def __init__(
         self, name: str, reason: str, call: Any, arguments: fx.GraphModule, config: Any, module: nn.Module | None = None
     ):
-        super().__init__(name, reason, module)
-        self.call, self.config = call, config
+        super().__init__(name, reason)
+        self.module, self.call, self.config = module, call, config
         # in a list: the graph is no part of the user's module
         self._arguments = [arguments]
 
@@ -93,6 +132,10 @@ class LeafLayer(Leaf):
     def bound(self, model: nn.Module) -> LeafLayer:
         module = model.get_submodule(self.name)
         return LeafLayer(self.name, self.reason, self.call, self.arguments, self.config, module)
+
+    @property
+    def kept(self) -> list[KeptModule]:
+        return [KeptModule(self.name, self.reason, self.module)]
 
     def forward(
         self, hidden: Tensor, state: LeafState, positions: Tensor, input_ids: Tensor, *weights: Tensor
@@ -164,12 +207,12 @@ def _whole_cache(config: Any) -> Any:
     return cache
 
 
-def leaves_of(module: fx.GraphModule) -> list[Leaf]:
-    """Every leaf of an outer graph and its bodies, in order."""
-    found: list[Leaf] = []
+def leaves_of(module: fx.GraphModule) -> list[KeptModule]:
+    """What the leaves of an outer graph and its bodies call, in order; a module that is called twice in a body, once."""
+    found: list[KeptModule] = []
     for _, child in module.named_children():
         if isinstance(child, Leaf):
-            found.append(child)
+            found += [kept for kept in child.kept if kept not in found]
         elif isinstance(child, fx.GraphModule):
             found += leaves_of(child)
     return found

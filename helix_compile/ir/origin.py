@@ -11,8 +11,9 @@ stands for, where dataflow can't tell: `with made_from(graph, old): ...`. All is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import fx
 
@@ -38,13 +39,24 @@ def mark_captured(graph: fx.Graph) -> None:
 @contextmanager
 def made_from(graph: fx.Graph, *old: fx.Node) -> Iterator[None]:
     """What is added to `graph` inside stands for `old`, which may be erased afterwards. An inner block wins."""
-    origins, via = _union(n.meta.get(ORIGIN, [n.name]) for n in old), _chain(old)
-    source = _first(_sources(old)) or _first(map(source_line, old))
+    made = _origin_of(old)
     before = set(graph.nodes)
     yield
     for node in graph.nodes:
         if node not in before and ORIGIN not in node.meta:
-            node.meta.update({ORIGIN: origins, VIA: via, SOURCE: source})
+            node.meta.update(made)
+
+
+def stands_for(node: fx.Node, *old: fx.Node) -> fx.Node:
+    """The same of one node that was added, unless it is said already; returns it."""
+    if ORIGIN not in node.meta:
+        node.meta.update(_origin_of(old))
+    return node
+
+
+def _origin_of(old: Sequence[fx.Node]) -> dict[str, Any]:
+    source = _first(_sources(old)) or _first(map(source_line, old))
+    return {ORIGIN: _union(n.meta.get(ORIGIN, [n.name]) for n in old), VIA: _chain(old), SOURCE: source}
 
 
 def mark_pass(graph: fx.Graph, before: set[fx.Node], stage: str) -> None:

@@ -260,8 +260,7 @@ def _layer(graph: fx.GraphModule, call: fx.Node) -> CapturedLayer:
     body = body_of(graph, call.target)
     prefix, sites = "", []
     for node, argument in zip(placeholders(body.graph), call.args, strict=True):
-        assert isinstance(argument, fx.Node)
-        kind, name = input_ref(argument)
+        kind, name = input_ref(argument)  # a layer's number is none
         if is_param(node):
             prefix = name.removesuffix(input_ref(node).name)
         elif kind == "past":

@@ -58,9 +58,8 @@ def _calls(stage: fx.GraphModule, bodies: list[str]) -> dict[str, _Call]:
     found: dict[str, _Call] = {}
     for node in stage.graph.nodes:
         if node.op == "call_module" and node.target in bodies:
-            names = [p.name for p in placeholders(body_of(stage, node.target).graph)]
-            roots = [folded.root(a).name for a in node.args]
-            inputs = dict(zip(names, roots, strict=True))
+            given = zip(placeholders(body_of(stage, node.target).graph), node.args, strict=True)
+            inputs = {p.name: folded.root(a).name for p, a in given if isinstance(a, fx.Node)}
             found[node.name] = _Call(len(found), str(node.target), inputs)
     return found
 

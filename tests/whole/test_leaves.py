@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import helix_compile.cli.commands as cli
 from helix_compile import HelixError, MatchError, verify
@@ -151,17 +151,57 @@ def test_a_leaf_takes_whole_values_only() -> None:
     assert [f.code for f in found if f.where.startswith("outer graph")] == ["HX102"]
 
 
-def test_a_python_loop_of_experts_is_a_leaf_inside_a_rewritten_body() -> None:
-    model = fresh_family("longcat_flash", num_hidden_layers=2)
+def test_python_loops_of_experts_are_leaves_inside_the_one_rewritten_body_of_their_layers(tmp_path: Path) -> None:
+    model = fresh_family("longcat_flash")
     compiled = compiled_family(model, 2)
     (plan,) = compiled.plan.bodies
-    assert len(plan.attentions) == 2 and [name for name, _ in compiled.plan.leaves] == ["model.layers.0.mlp.experts"]
+    names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    assert len(plan.attentions) == 2 and [name for name, _ in compiled.plan.leaves] == names
     body: Any = compiled.graph.get_submodule(plan.name)
     (call,) = [n for n in body.graph.nodes if n.op == "call_module"]
-    assert body.get_submodule(call.target).module is model.model.layers[0].mlp.experts
+    kept = body.get_submodule(call.target).kept
+    assert all(x.module is layer.mlp.experts for x, layer in zip(kept, model.model.layers, strict=True))
     run = run_family(model, compiled)
     assert run.worst <= LIMIT[torch.float64] and run.same_tokens
-    assert "forward" not in vars(model.model.layers[0].mlp.experts)
+    assert all("forward" not in vars(layer.mlp.experts) for layer in model.model.layers)
+    assert compiled.inspect(tmp_path).facts["leaves"][1]["module"] == names[1]  # every picture and page is drawn
+    # the experts of another layer: verify() is told, and the numbers are others
+    second = next(n for n in compiled.graph.graph.nodes if n.op == "call_module" and n.meta["layer"] == 1)
+    assert [a for a in second.args if isinstance(a, int)] == [1]
+    second.args = tuple(0 if isinstance(a, int) else a for a in second.args)
+    compiled.reset()
+    assert run_family(model, compiled).worst > 1e-3
+    found = type_graph(compiled.graph, dict(compiled.ranks[0].params), {}, compiled.plan.layout).findings
+    assert [(f.where, f.got) for f in found if f.code == "HX109"] == [("layer 1, parts of a layer", "those of layer 0")]
+
+
+def test_one_module_with_several_calls_is_one_leaf() -> None:
+    class Twice(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner, self.part = inner, OnData()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(self.part(self.inner(x)))
+
+    class OnData(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.full((1,), 0.5, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor if bool(x.abs().sum() >= 0) else x
+
+    model = fresh_family("llama", num_hidden_layers=2)
+    for layer in model.model.layers:
+        layer.mlp = Twice(layer.mlp).eval()
+    with torch.no_grad():
+        model.model.layers[1].mlp.part.factor.mul_(3.0)
+    compiled = compiled_family(model, 2)
+    assert [name for name, _ in compiled.plan.leaves] == [f"model.layers.{i}.mlp.part" for i in range(2)]
+    assert len(compiled.plan.bodies) == 1
+    run = run_family(model, compiled)
+    assert run.worst <= LIMIT[torch.float64] and run.same_tokens
 
 
 def test_keep_leaves_what_is_not_recognised_and_rewrites_the_rest(

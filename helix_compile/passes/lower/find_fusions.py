@@ -77,7 +77,7 @@ def find_rope(graph: fx.Graph, result: fx.Node) -> RopeMatch | str:
     tables = [
         n
         for n in placeholders(graph)
-        if input_ref(n).kind not in ("param", "hidden", "step", "cache")
+        if input_ref(n).kind not in ("param", "hidden", "step", "cache", "layer")
         and shape_of_value(n)[1:] == (shape_of(result)[-2], r)
     ]
     for source in single_inputs(graph, [result], besides=tables):

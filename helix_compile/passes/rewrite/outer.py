@@ -9,6 +9,7 @@ layer_i = body(hidden, ..., slots, visible, page_table, cache_i, parameters)
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -19,6 +20,7 @@ from helix_compile.ir.graph import (
     PARTS,
     POSITION_IDS,
     InputRef,
+    Inputs,
     add_input,
     aten,
     erase_unused,
@@ -30,7 +32,7 @@ from helix_compile.ir.graph import (
 )
 from helix_compile.ir.leaves import is_leaf_call
 from helix_compile.ir.ops import helix
-from helix_compile.ir.origin import made_from
+from helix_compile.ir.origin import made_from, stands_for
 from helix_compile.ir.shapes import fake_mode_of
 from helix_compile.ir.stage import body_of
 from helix_compile.passes.rewrite.parts import handed_names
@@ -50,14 +52,18 @@ def rewire_outer_pass(gm: fx.GraphModule, context: PassContext) -> None:
     before = {n: [input_ref(p) for p in placeholders(b.graph)] for n, b in context.captured.bodies.items()}
     _index_tokens(graph, plan)
     handed: dict[fx.Node, list[fx.Node]] = {}  # what a layer chose -> (slots, count)
+    inputs = Inputs(graph)
+    steps = {n.meta["step"]: n for n in reversed(graph.nodes) if "step" in n.meta}
     for call in _layer_calls(gm):
         layer = layers[call.meta["layer"]]
         old = dict(zip(before[call.target], call.args, strict=True))
         body = body_of(gm, call.target)
         sources = {s.name: s.source for s in plan.body(call.target).param_shards}
-        inputs = placeholders(body.graph)
         slots_of = _handed(context, call, handed)
-        call.args = tuple(slots_of.get(input_ref(p)) or _argument(graph, p, old, layer, sources) for p in inputs)
+        call.args = tuple(
+            slots_of.get(input_ref(p)) or _argument(inputs, steps, p, old, layer, sources)
+            for p in placeholders(body.graph)
+        )
         results = _results(body.graph)
         for user in list(call.users):
             if user.args[1] == 0:
@@ -155,21 +161,25 @@ def _reaches(plan: HelixPlan) -> list[tuple[int, int]]:
 
 
 def _argument(
-    graph: fx.Graph, placeholder: fx.Node, old: dict[InputRef, fx.Node], layer: CapturedLayer, sources: dict[str, str]
-) -> fx.Node:
+    inputs: Inputs,
+    steps: dict[str, fx.Node],
+    placeholder: fx.Node,
+    old: dict[InputRef, Any],
+    layer: CapturedLayer,
+    sources: dict[str, str],
+) -> Any:
     ref = input_ref(placeholder)
     kind, name = ref
     if ref == KVP_RANK:
-        return input_named(graph, "input", "kvp_rank")
+        return inputs.add("input", "kvp_rank")
     if kind == "step":
-        return next(n for n in graph.nodes if n.meta.get("step") == name)
+        return steps[name]
     if kind == "cache":
         past = [old[ref_] for part in PARTS if (ref_ := InputRef.past(part, ref.site)) in old]
-        with made_from(graph, *past):
-            return add_input(graph, *InputRef.cache(layer.caches[ref.site]), placeholder.meta["val"])
+        return stands_for(inputs.add(*InputRef.cache(layer.caches[ref.site]), placeholder.meta["val"]), *past)
     if kind == "param" and ref not in old:  # cut out of another one
-        with made_from(graph, old[InputRef("param", sources[name])]):
-            return add_input(graph, "param", f"{layer.prefix}{name}", placeholder.meta["val"])
+        source = old[InputRef("param", sources[name])]
+        return stands_for(inputs.add("param", f"{layer.prefix}{name}", placeholder.meta["val"]), source)
     return old[ref]
 
 

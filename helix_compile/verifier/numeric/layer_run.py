@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer
 from helix_compile.ir.dataflow import evaluate
-from helix_compile.ir.graph import aten, calls, input_ref, placeholders
+from helix_compile.ir.graph import LAYER_NUMBER, aten, calls, input_ref, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout
@@ -96,6 +96,8 @@ class CapturedReference:
                     inputs.append(given.pasts[ref.site][ref.part])
                 elif ref.kind == "param":
                     inputs.append(self._param(argument))
+                elif ref == LAYER_NUMBER:
+                    inputs.append(argument)
                 else:
                     inputs.append(evaluate(argument, known, self._param))
             values: dict[str, Any] = {}

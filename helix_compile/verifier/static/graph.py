@@ -203,6 +203,8 @@ def _fits(call: fx.Node, first: fx.Node, module: fx.GraphModule, params: dict[st
                 findings.append(Finding("HX109", f"{where}, input {name}", lies, expected, 2))
         elif kind == "cache" and given.kind != "cache":
             findings.append(Finding("HX109", f"{where}, input {name}", given.name, "a cache"))
+        elif kind == "layer" and argument != call.meta.get("layer"):
+            findings.append(Finding("HX109", f"{where}, parts of a layer", f"those of layer {argument}", "its own", 2))
     return findings + _own_layer(call, where)
 
 
