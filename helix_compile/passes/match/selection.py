@@ -128,6 +128,8 @@ def _top_k(topk: fx.Node) -> int:
         raise Reject(f"the top-k takes the {'largest' if largest else 'smallest'} along dim {dim}", topk, 7)
     keys = scores.meta["val"].shape[-1]
     size = k.meta["val"] if isinstance(k, fx.Node) else k
+    if size == 1 and isinstance(size, int):  # there is always a key: min(1, S + T)
+        return 1
     if isinstance(size, torch.SymInt) and isinstance(keys, torch.SymInt):
         n = sympy.Symbol("n", integer=True, positive=True)
         expr = size.node.expr.subs(keys.node.expr, n)
