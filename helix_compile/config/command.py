@@ -1,26 +1,23 @@
-"""The text of a launch command as keys and values: environment, line breaks, short flags, --no-x, key=value, a.b=c.
+"""The text of a launch command as keys and values: environment, short flags, --no-x, key=value, a.b=c.
 
-It is split as a shell splits it, and nothing of it runs. $NAME is replaced where the text says what it is, ${NAME:-x} else
-by x; where output goes is no part of it.
+What the words of a text stand for is config/shell.py's; what it leaves open (a variable that only a run knows) may be the
+value of a key without effect here, and is refused elsewhere, with its line.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from string import Template
 from typing import Any
 
 from helix_compile.config.recipe import EngineKeys, in_kind
+from helix_compile.config.shell import OpenWord, ShellCommand, shell_commands
+from helix_compile.config.shell_tokens import ShellError
 from helix_compile.errors import PlanError
 
-_DEFAULT = re.compile(r"\$\{(\w+):?-([^{}]*)\}")
-_REDIRECTION = re.compile(r"(?<=\s)(\d?>&\d|\d(?=>))")
-_SEPARATORS = "\n;&|"
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
 _MODULES = {
     "vllm.entrypoints.openai.api_server": "vLLM",
@@ -28,6 +25,17 @@ _MODULES = {
     "tensorrt_llm.commands.serve": "TensorRT-LLM",
 }
 _SERVE = {"vllm": "vLLM", "sglang": "SGLang"}
+_NO_LAUNCH = (
+    "echo",
+    "printf",
+    "pkill",
+    "pgrep",
+    "grep",
+    "kill",
+    "killall",
+    "ps",
+)  # they name a program, and start none
+_PREFIXES = ("VLLM_", "SGLANG_", "SGL_", "TRTLLM_", "TLLM_")
 
 
 @dataclass(frozen=True)
@@ -37,76 +45,60 @@ class Command:
     Attributes:
         engine: whose it is; "" where the text is flags alone.
         words: its arguments.
-        environment: variables that the text sets.
+        environment: variables that it sees of those that the text sets.
+        files: path -> text of files that the text writes before.
+        model_first: one word that no flag takes is the model.
     """
 
     engine: str
     words: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    model_first: bool = True
 
 
 def read_command(text: str, where: str) -> Command:
     """The one command of an engine in a text.
 
     Raises:
-        PlanError: quotes that don't close, no command of an engine, or several.
+        PlanError: text that can't be parsed, no command of an engine, several, or a variable for it that is not exported.
     """
-    environment: dict[str, str] = {}
-    found: list[Command] = []
-    commands = _commands(text, where)
-    for words in commands:
-        words = [_filled(w, environment) for w in words]
-        engine, at = _engine(words)
-        before = words[:at] if engine else words
-        environment |= dict(w.split("=", 1) for w in before if _ASSIGNMENT.fullmatch(w))
-        if engine:
-            found.append(Command(engine, tuple(words[at:]), environment))
-    flags = [words for words in commands if words[0].startswith("-")]
+    try:
+        commands = shell_commands(text)
+    except ShellError as error:
+        raise PlanError(f"{where}: can't be parsed: {error}") from error
+    except RecursionError as error:
+        raise PlanError(f"{where}: can't be parsed: brackets too deep in one another") from error
+    found = [(c, *_engine(list(c.words))) for c in commands if PurePosixPath(c.words[0]).name not in _NO_LAUNCH]
+    found = [line for line in found if line[1]]
+    flags = [c for c in commands if c.words[0].startswith("-")]
     if not found and len(flags) == 1:
-        return Command("", tuple(_filled(w, environment) for w in flags[0]), environment)
+        return Command("", flags[0].words, flags[0].environment, flags[0].files, model_first=False)
     if len(found) == 1 and flags:
         raise PlanError(
-            f"{where}: got flags apart from the command ({flags[0][0]} ...), expected them behind it; a line that goes on "
-            "ends in a backslash"
+            f"{where}: got flags apart from the command ({flags[0].words[0]} ..., line {flags[0].line}), expected them behind "
+            "it; a line that goes on ends in a backslash"
         )
     if len(found) != 1:
-        what = f"{len(found)} commands" if found else "no command"
+        lines = ", ".join(str(c.line) for c, *_ in found)
+        what = f"{len(found)} commands of an engine (lines {lines})" if found else "no command of an engine"
         raise PlanError(
-            f"{where}: got {what} of an engine, expected one: `vllm serve MODEL --flags`, `python -m sglang.launch_server "
-            "--flags`, or its flags alone"
+            f"{where}: got {what}, expected one: `vllm serve MODEL --flags`, `python -m sglang.launch_server --flags`, "
+            "`trtllm-serve MODEL --flags`, or its flags alone"
         )
-    return found[0]
+    command, engine, at = found[0]
+    _check_seen(command, where)
+    before = dict(w.split("=", 1) for w in command.words[:at] if _ASSIGNMENT.fullmatch(w))  # env A=B, docker -e A=B
+    module = command.words[at - 1] in _MODULES
+    return Command(engine, command.words[at:], {**command.environment, **before}, command.files, not module)
 
 
-def _filled(word: str, environment: Mapping[str, str]) -> str:
-    word = _DEFAULT.sub(lambda found: environment.get(found[1]) or found[2], word)
-    return Template(word).safe_substitute(environment)
-
-
-def _commands(text: str, where: str) -> list[list[str]]:
-    joined = _REDIRECTION.sub(" ", re.sub(r"\\[ \t]*\r?\n", " ", text))
-    lines = "\n\n".join(line for line in joined.splitlines() if not line.lstrip().startswith("#"))
-    lexer = shlex.shlex(lines, posix=True, punctuation_chars=_SEPARATORS + "<>")
-    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
-    try:
-        tokens = list(lexer)
-    except ValueError as error:
-        raise PlanError(f"{where}: can't be parsed: {error}") from error
-    commands: list[list[str]] = [[]]
-    comment = redirected = False
-    for token in tokens:
-        if set(token) <= set(_SEPARATORS + "<>"):
-            redirected = bool({*token} & {*"<>"})
-            if not redirected:
-                commands.append([])
-                comment = comment and "\n" not in token
-        elif token.startswith("#"):
-            comment = True
-        elif not comment and not redirected:
-            commands[-1].append(token)
-        else:
-            redirected = False
-    return [words for words in commands if words]
+def _check_seen(command: ShellCommand, where: str) -> None:
+    for name, line in command.unexported.items():
+        if name.startswith(_PREFIXES):
+            raise PlanError(
+                f"{where}: line {line}: {name} is set but not exported, expected `export {name}=...`: the engine does not see it"
+            )
 
 
 def _engine(words: list[str]) -> tuple[str, int]:
@@ -118,27 +110,38 @@ def _engine(words: list[str]) -> tuple[str, int]:
         if name in _SERVE and following == ["serve"]:
             return _SERVE[name], i + 2
         if name == "trtllm-serve":
-            return "TensorRT-LLM", i + 1
+            return "TensorRT-LLM", i + 1 + (following == ["serve"])
     image = next((i for i, word in enumerate(words) if word.startswith("vllm/vllm-openai")), None)
-    return ("", 0) if image is None else ("vLLM", image + 1)  # its entry point is the server
+    if image is None or PurePosixPath(next(iter(words[image + 1 :]), "")).name in ("bash", "sh"):
+        return "", 0
+    return "vLLM", image + 1  # its entry point is the server
 
 
 def arguments(command: Command, keys: EngineKeys, where: str) -> dict[str, Any]:
     """Key -> value, underscored, each as the kind of value that its key has.
 
+    The value of a key without effect may be open: it is as it is written then, an OpenWord.
+
     Raises:
-        PlanError: a flag without its value, a word that belongs to none, a key written twice.
+        PlanError: a flag without its value, a word that belongs to none, a key written twice, a value that the text does not
+            say.
     """
     kinds, values = keys.kinds, dict[str, Any]()
     words, i, model = command.words, 0, False
     while i < len(words):
         word, i = words[i], i + 1
         if not _is_flag(word):
+            if isinstance(word, OpenWord) and (i > 1 or not command.model_first):
+                raise _unsaid(word, where)
             if model or not command.engine:
                 raise PlanError(f"{where}: got {word!r}, which no flag takes; expected flags")
             model = True  # `vllm serve MODEL`: what is planned is said beside the file
             continue
         name, equals, joined = word.lstrip("-").partition("=")
+        if isinstance(word, OpenWord):
+            if not equals or "$" in name or "`" in name:
+                raise _unsaid(word, where)
+            joined = OpenWord(joined, word.why)
         if compact := re.fullmatch(r"O(\d)", name):
             name, equals, joined = "O", "=", compact[1]
         head, dot, tail = name.partition(".")
@@ -161,6 +164,7 @@ def arguments(command: Command, keys: EngineKeys, where: str) -> dict[str, Any]:
         else:
             raise PlanError(f"{where}: {key}: got no value, expected one after {word}")
         i += taken
+        unsaid = _open_value(value, f"{where}: {key}", key in keys.without_effect)
         if dot:
             values.setdefault(key, {})
             if isinstance(values[key], dict):
@@ -168,8 +172,24 @@ def arguments(command: Command, keys: EngineKeys, where: str) -> dict[str, Any]:
                 continue
         if key in values:
             raise PlanError(f"{where}: {key}: got it twice, expected it once")
-        values[key] = in_kind(value, kinds.get(key, "any"))
+        values[key] = unsaid if unsaid is not None else in_kind(value, kinds.get(key, "any"))
     return values
+
+
+def _open_value(value: Any, where: str, without_effect: bool) -> OpenWord | None:
+    """What of a value the text does not say; PlanError where that is more than one value without effect."""
+    said = value if isinstance(value, list) else [value]
+    for word in said:
+        if isinstance(word, OpenWord):
+            may_be_flags = word.several and (len(said) > 1 or re.search(r"[@*]", word))
+            if may_be_flags or not without_effect:
+                raise _unsaid(word, where)
+            return word
+    return None
+
+
+def _unsaid(word: OpenWord, where: str) -> PlanError:
+    return PlanError(f"{where}: got {str(word)!r}, expected a text that says it; {word.why}")
 
 
 def _is_flag(word: str) -> bool:

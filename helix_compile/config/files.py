@@ -65,11 +65,13 @@ class Source:
         where: what messages call it.
         values: of a mapping; None where it is the text of a command.
         text: as it is written; of a YAML or JSON file that holds one string, that string. "" of a mapping in memory.
+        folder: where a relative path in it begins: beside the file, or where this process works.
     """
 
     where: str
     values: Mapping[str, Any] | None
     text: str = ""
+    folder: Path = Path()
 
 
 def read_source(source: Mapping[str, Any] | str | Path) -> Source:
@@ -84,9 +86,9 @@ def read_source(source: Mapping[str, Any] | str | Path) -> Source:
         raise PlanError(f"configuration: expected a mapping or the path of a file, got {type(source).__name__}")
     if isinstance(source, str) and _is_command(source) and not _is_file(source):
         return Source("command", None, source)
-    suffix = Path(source).suffix.lower()
+    suffix, folder = Path(source).suffix.lower(), Path(source).parent
     if suffix in COMMANDS:
-        return Source(str(source), None, _text(source))
+        return Source(str(source), None, _text(source), folder)
     parse = PARSERS.get(suffix)
     if parse is None:
         raise PlanError(
@@ -94,16 +96,40 @@ def read_source(source: Mapping[str, Any] | str | Path) -> Source:
             f"{', '.join(filter(None, COMMANDS))}"
         )
     text = _text(source)
+    content = _parsed(text, parse, str(source))
+    if isinstance(content, str) and _is_command(content):
+        return Source(str(source), None, content, folder)
+    return Source(str(source), _mapping(content, str(source)), text, folder)
+
+
+def read_options(path: Path, text: str | None = None) -> dict[str, Any]:
+    """The mapping in a file of an engine's options, YAML unless its suffix says another format.
+
+    Args:
+        path: of the file.
+        text: of it, where it is not on the disk.
+
+    Raises:
+        PlanError: no such file, no mapping, a key written twice.
+    """
+    if text is None and not path.is_file():  # a device or a pipe may wait for ever
+        raise PlanError(f"{path}: no such file")
+    parse = PARSERS.get(path.suffix.lower(), _yaml)
+    return _mapping(_parsed(_text(path) if text is None else text, parse, str(path)), str(path))
+
+
+def _parsed(text: str, parse: Callable[[str], Any], where: str) -> Any:
     try:
-        content = parse(text)
+        return parse(text)
     except _PARSE_ERRORS as error:
         reason = str(error) or type(error).__name__
-        raise PlanError(f"{source}: can't be parsed: {reason}") from error
-    if isinstance(content, str) and _is_command(content):
-        return Source(str(source), None, content)
+        raise PlanError(f"{where}: can't be parsed: {reason}") from error
+
+
+def _mapping(content: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise PlanError(f"{source}: expected a mapping of options at the top, got {type(content).__name__}")
-    return Source(str(source), content, text)
+        raise PlanError(f"{where}: expected a mapping of options at the top, got {type(content).__name__}")
+    return content
 
 
 def _is_command(text: str) -> bool:

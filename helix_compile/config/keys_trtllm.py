@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from helix_compile.config.files import of_kinds
 from helix_compile.config.recipe import EngineKeys
 
@@ -128,3 +130,38 @@ TRTLLM = EngineKeys(
         "max_batch_size", "max_seq_len", "max_beam_width", "pp_partition",
     ),
 )  # fmt: skip
+
+# what `trtllm-serve MODEL` takes besides: these have no effect here, and options of a file have other names
+COMMAND_ONLY = of_kinds(
+    {
+        "str": "media_io_kwargs disagg_cluster_uri",
+        "list": "custom_module_dirs",
+        "number": "video_pruning_rate",
+        "bool": "grpc",
+    }
+)
+COMMAND_FILE, COMMAND_CACHE = "extra_llm_api_options", "kv_cache_dtype"
+TRTLLM_COMMAND = replace(
+    TRTLLM,
+    applied={**APPLIED, COMMAND_FILE: "str", COMMAND_CACHE: "str"},
+    without_effect={**WITHOUT_EFFECT, **COMMAND_ONLY},
+    refused={**REFUSED, "extra_visual_gen_options": "diffusion models are not supported"},
+    short={
+        "tp_size": "tensor_parallel_size",
+        "pp_size": "pipeline_parallel_size",
+        "cp_size": "context_parallel_size",
+        "ep_size": "moe_expert_parallel_size",
+        "cluster_size": "moe_cluster_parallel_size",
+        "kv_cache_free_gpu_memory_fraction": "free_gpu_memory_fraction",
+        "hf_revision": "revision",
+        "config": COMMAND_FILE,
+    },
+)
+# `trtllm-serve disaggregated`: the file says all
+TRTLLM_DISAGGREGATED = EngineKeys(
+    "TensorRT-LLM", (), {"config_file": "str"},
+    of_kinds({"int": "server_start_timeout request_timeout metrics_log_interval", "str": "log_level metadata_server_config_file"}),
+    {}, {}, short={"c": "config_file", "t": "server_start_timeout", "r": "request_timeout", "l": "log_level",
+                   "m": "metadata_server_config_file"},
+)  # fmt: skip
+TRTLLM_OTHER_SERVERS = ("mm_embedding_serve", "embeddings", "visual_gen")

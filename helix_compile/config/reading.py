@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from helix_compile.config.command import arguments, as_mapping, read_command
-from helix_compile.config.files import ConfigSection, Source, read_source
+from helix_compile.config.command import Command, arguments, as_mapping, read_command
+from helix_compile.config.files import ConfigSection, Source, read_options, read_source
 from helix_compile.config.keys_sglang import SGLANG
-from helix_compile.config.keys_trtllm import TRTLLM
+from helix_compile.config.keys_trtllm import (
+    COMMAND_CACHE,
+    COMMAND_FILE,
+    COMMAND_ONLY,
+    TRTLLM,
+    TRTLLM_COMMAND,
+    TRTLLM_DISAGGREGATED,
+    TRTLLM_OTHER_SERVERS,
+)
 from helix_compile.config.keys_vllm import VLLM
 from helix_compile.config.recipe import ConfigFields, EngineKeys, Recipe, in_kind
 from helix_compile.config.sglang import sglang_fields
+from helix_compile.config.shell import OpenWord
 from helix_compile.config.trtllm import trtllm_fields
 from helix_compile.config.vllm import vllm_fields
 from helix_compile.errors import PlanError
@@ -71,27 +81,100 @@ def _read_command(found: Source, engine: str | None, lenient: bool) -> ConfigFie
     if command.engine and name != command.engine:
         raise PlanError(f"{found.where}: got a command of {command.engine}, expected one of {name}")
     if name == TRTLLM.name:
-        raise PlanError(
-            f"{found.where}: got a command of TensorRT-LLM, expected its YAML file (--extra_llm_api_options, --config): its "
-            "layout is said there"
-        )
+        return _read_trtllm_serve(command, found, lenient)
     keys = ENGINES[name]
+    values, idle = _said(command, keys, found)
+    notes: tuple[str, ...] = ()
+    if (path := values.pop("config", None)) is not None:
+        filed = _named(_file_of_command(path, "config", command, found), keys, str(path))
+        overridden = [k for k in values if k in filed and filed[k] != values[k] and k in keys.applied]
+        notes = tuple(
+            f"{k}={values[k]}: {name} takes the command line's, not the {filed[k]} of {path}" for k in overridden
+        )
+        values = {**filed, **values}
+    read = (vllm_fields if keys is VLLM else sglang_fields)(values, found.where, lenient, command.environment)
+    recipe = replace(read.recipe, notes=(*notes, *read.recipe.notes))
+    return replace(read, without_effect=(*read.without_effect, *idle), recipe=recipe)
+
+
+def _said(command: Command, keys: EngineKeys, found: Source) -> tuple[dict[str, Any], list[str]]:
+    """(what the flags say, keys without effect whose value the text leaves open)."""
     values = arguments(command, keys, found.where)
     if not values:
-        raise PlanError(f"{found.where}: got no flags of {name}, expected options")
-    read = vllm_fields if keys is VLLM else sglang_fields
-    return read(values, found.where, lenient, command.environment)
+        raise PlanError(f"{found.where}: got no flags of {keys.name}, expected options")
+    idle = [key for key, value in values.items() if isinstance(value, OpenWord)]
+    return {key: value for key, value in values.items() if key not in idle}, idle
+
+
+def _file_of_command(path: Any, key: str, command: Command, found: Source) -> dict[str, Any]:
+    """The options in a file that a command names: one that the text writes, or one beside it."""
+    if not isinstance(path, str):
+        raise PlanError(f"{found.where}: {key}: got {path!r}, expected the path of a file")
+    written = command.files.get(path)
+    if isinstance(written, OpenWord):
+        raise PlanError(f"{found.where}: {key}: got {path!r}, expected a file whose text is said; {written.why}")
+    if written is not None:
+        return read_options(Path(path), written)
+    if not (there := found.folder / path).is_file():
+        raise PlanError(
+            f"{found.where}: {key}: got {path!r}, expected a file that the text writes (cat << EOF > {path}) or that lies "
+            f"beside it; there is none at {there}"
+        )
+    return read_options(there)
+
+
+def _read_trtllm_serve(command: Command, found: Source, lenient: bool) -> ConfigFields:
+    """trtllm-serve: its flags and the file that it names are one set of options."""
+    server = command.words[0] if command.words else ""
+    if server in TRTLLM_OTHER_SERVERS:
+        raise PlanError(f"{found.where}: got trtllm-serve {server}, expected a server that decodes")
+    if server.startswith("disaggregated"):
+        rest = replace(command, words=command.words[1:], model_first=False)
+        values, idle = _said(rest, TRTLLM_DISAGGREGATED, found)
+        if "config_file" not in values:
+            raise PlanError(
+                f"{found.where}: trtllm-serve {server}: got no --config_file, expected the servers' options"
+            )
+        given = _file_of_command(values.pop("config_file"), "config_file", command, found)
+        read = trtllm_fields(_named(given, TRTLLM, found.where), found.where, lenient)
+        return replace(read, without_effect=(*read.without_effect, *values, *idle))
+    values, idle = _said(command, TRTLLM_COMMAND, found)
+    if values.get("server_role", "").upper() == "CONTEXT":
+        raise PlanError(
+            f"{found.where}: server_role: got {values['server_role']!r}, expected the generation server's recipe"
+        )
+    path, cache = values.pop(COMMAND_FILE, None), values.pop(COMMAND_CACHE, None)
+    filed = {} if path is None else _named(_file_of_command(path, COMMAND_FILE, command, found), TRTLLM, str(path))
+    if cache is not None:
+        theirs = filed.get("kv_cache_config")
+        theirs = theirs if isinstance(theirs, Mapping) else {}
+        _agree(COMMAND_CACHE, cache, theirs.get("dtype", cache), path, found)
+        values["kv_cache_config"] = {**theirs, "dtype": cache}
+    for key in values.keys() & filed.keys() & TRTLLM.applied.keys() - {"kv_cache_config"}:
+        _agree(key, values[key], filed[key], path, found)
+    idle += [key for key in values if key in COMMAND_ONLY]
+    merged = {**filed, **{k: v for k, v in values.items() if k not in COMMAND_ONLY}}
+    read = trtllm_fields(merged, found.where, lenient)
+    return replace(read, without_effect=(*read.without_effect, *idle))
+
+
+def _agree(key: str, flag: Any, filed: Any, path: Any, found: Source) -> None:
+    if flag != filed:
+        raise PlanError(
+            f"{found.where}: {key}: got {flag!r} on the command line and {filed!r} in {path}, expected one of them: older "
+            "TensorRT-LLM takes the file's, newer the command line's"
+        )
 
 
 def _engine_of_flags(words: tuple[str, ...], where: str) -> str:
     """Whose flags these are, where no program is named."""
     names = [w.lstrip("-").split("=")[0].replace("-", "_") for w in words if w.startswith("-")]
-    scores = {keys.name: _score(names, keys) for keys in (VLLM, SGLANG)}
+    scores = {keys.name: _score(names, keys) for keys in (VLLM, SGLANG, TRTLLM_COMMAND)}
     best = [name for name, score in scores.items() if score == max(scores.values())]
     if len(best) > 1:
         raise PlanError(
-            f"{where}: these flags may be of {' or '.join(best)}; begin with `vllm serve` or `python -m sglang.launch_server`, "
-            "or call from_vllm or from_sglang"
+            f"{where}: these flags may be of {' or '.join(best)}; begin with `vllm serve`, `python -m sglang.launch_server` or "
+            "`trtllm-serve`, or call from_vllm, from_sglang or from_trtllm"
         )
     return best[0]
 

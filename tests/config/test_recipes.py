@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,13 @@ def held(options: HelixOptions, expected: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in expected}
 
 
-def written(folder: Path, source: Any) -> Any:
-    """A mapping as the YAML file it is published as."""
+def written(folder: Path, source: Any, files: Mapping[str, str]) -> Any:
+    """A mapping as the YAML file it is published as; a text with files as a script beside them."""
+    for name, content in files.items():
+        (folder / name).write_text(content)
     if isinstance(source, str):
-        return source
+        (folder / "run.sh").write_text(source)
+        return folder / "run.sh" if files else source
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(source, sort_keys=False))
     return file
@@ -43,7 +47,7 @@ def written(folder: Path, source: Any) -> Any:
 
 @pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda r: r.name)
 def test_published(recipe: PublishedRecipe, tmp_path: Path, tiny: CapturedGraph) -> None:
-    source = written(tmp_path, recipe.source)
+    source = written(tmp_path, recipe.source, recipe.files)
     if isinstance(recipe.strict, str):
         with pytest.raises(HelixError) as caught:
             HelixOptions.from_file(source)
@@ -118,6 +122,38 @@ def test_command_lines(text: str, expected: dict[str, Any], dialect: str, tmp_pa
         other(text)
 
 
+def test_a_command_and_its_file_are_one_set_of_options(tmp_path: Path) -> None:
+    """Where both say a thing: the command line has it in vLLM and SGLang, TensorRT-LLM's versions differ."""
+    (tmp_path / "c.yaml").write_text("tensor_parallel_size: 4\nmax_batch_size: 32\nkv_cache_config:\n  dtype: fp8\n")
+    script = tmp_path / "run.sh"
+
+    def refused(text: str) -> str:
+        script.write_text(text)
+        with pytest.raises(HelixError) as caught:
+            HelixOptions.from_file(script)
+        return str(caught.value)
+
+    both = refused("trtllm-serve X --tp_size 8 --config c.yaml")
+    assert "tensor_parallel_size: got 8 on the command line and 4 in c.yaml" in both
+    assert "kv_cache_dtype: got 'auto' on the command line and 'fp8'" in refused(
+        "trtllm-serve X --config c.yaml --kv_cache_dtype auto"
+    )
+    assert "kv_cache_config.dtype: got 'fp8'" in refused("trtllm-serve X --tp_size 4 --config c.yaml")
+    script.write_text("trtllm-serve X --tp_size 4 --port $PORT --extra_llm_api_options c.yaml --grpc --revision main")
+    read = fields_of_file(script, lenient=True)
+    assert (read.fields["tpa"], read.fields["max_batch_size"]) == (4, 32) and {"port", "grpc", "revision"} <= {
+        *read.without_effect
+    }
+    (tmp_path / "d.yaml").write_text("tp-size: 8\ndcp-size: 8\nport: 80\n")
+    script.write_text("sglang serve X --config d.yaml --dcp-size 4 --port 90")
+    read = fields_of_file(script)
+    assert (read.fields["cp"], read.fields["tpa"]) == (4, 2)
+    assert read.recipe.notes == ("dcp_size=4: SGLang takes the command line's, not the 8 of d.yaml",)
+    (tmp_path / "e.yaml").write_text("- 1\n")
+    assert "e.yaml: expected a mapping" in refused("vllm serve X --config e.yaml")
+    assert "lies beside it; there is none at" in refused("vllm serve X --config /dev/stdin")
+
+
 def test_the_script_says_what_has_no_effect() -> None:
     idle = fields_of_file(SCRIPT).without_effect
     assert {"enable_prefix_caching", "served_model_name", "compilation_config", "kv_transfer_config", "seed"} <= {*idle}
@@ -133,12 +169,32 @@ def test_the_script_says_what_has_no_effect() -> None:
         ("vllm serve X -tp 8 -tp 4", "tensor_parallel_size: got it twice"),
         ("vllm serve X -tp eight", "tensor_parallel_size: got 'eight' (str), expected an int >= 1"),
         ("vllm serve X -tp", "tensor_parallel_size: got no value, expected one after -tp"),
-        ("vllm serve X -tp 8 'unclosed", "can't be parsed: No closing quotation"),
+        ("vllm serve X -tp 8 'unclosed", "can't be parsed: line 1: No closing quotation"),
         ("vllm serve X Y -tp 8", "got 'Y', which no flag takes"),
-        ("vllm serve X -tp 8\nvllm serve Y -tp 4", "got 2 commands of an engine, expected one"),
-        ("vllm serve X -tp 8\n  -dcp 8", "got flags apart from the command (-dcp ...)"),
+        ("vllm serve X -tp 8\nvllm serve Y -tp 4", "got 2 commands of an engine (lines 1, 2), expected one"),
+        ("vllm serve X -tp 8\n  -dcp 8", "got flags apart from the command (-dcp ..., line 2)"),
         ("ls -l\ncd -", "got no command of an engine"),
-        ("trtllm-serve X --tp_size 8", "got a command of TensorRT-LLM, expected its YAML file"),
+        ("trtllm-serve X --cp_size 8", "cp_config: got none, expected {cp_type: HELIX, tokens_per_block: N}"),
+        ("trtllm-serve X --tensor_parallel_sise 8", "got an unknown key, expected one that is understood; did you mean tensor_parallel_size"),
+        ("trtllm-serve X --tp_size 8 --config no.yaml", "extra_llm_api_options: got 'no.yaml', expected a file that the text writes"),
+        ("trtllm-serve X --tp_size 8 --server_role CONTEXT", "expected the generation server's recipe"),
+        ("trtllm-serve X --tp_size 8 --kv_cache_dtype fp8", "kv_cache_config.dtype: got 'fp8'"),
+        ("trtllm-serve mm_embedding_serve X --port 80", "expected a server that decodes"),
+        ("trtllm-serve disaggregated -l info", "got no --config_file"),
+        ("vllm serve X -tp $TP", "tensor_parallel_size: got '$TP', expected a text that says it; line 1: TP is not set in this text"),
+        ("vllm serve X -tp 8 $MORE", "got '$MORE', expected a text that says it; line 1: MORE is not set"),
+        ("vllm serve X -tp 8 --served-model-name a $MORE", "served_model_name: got '$MORE', expected a text"),
+        ('vllm serve X -tp 8 "$@"', "line 1: $@ is what the script is called with"),
+        ("TP=$(nvidia-smi -L | wc -l)\nvllm serve X -tp $TP", "line 1: $(nvidia-smi -L | wc -l) is known only when it runs"),
+        ("TP=8\nif [ -n \"$A\" ]; then\n  TP=4\nfi\nvllm serve X -tp $TP", "line 3: TP is set behind the if of line 2"),
+        ("A=(-tp 8)\n[[ $B ]] && A+=(-dcp 8)\nvllm serve X ${A[@]}", "line 2: A is set behind the && of line 2"),
+        ("for t in 4 8; do\nvllm serve X -tp $t\ndone", "line 1: t runs through a loop"),
+        ("T=4\nrun() {\nvllm serve X -tp $T\n}\nT=8\nrun", "line 5: T is set again behind the function of line 2"),
+        ("T=4\n. ./env.sh\nvllm serve X -tp $T", "line 2: `. ./env.sh` may set it"),
+        ("VLLM_DCP_Q_REPLICATE=0\nvllm serve X -tp 2 -dcp 2", "line 1: VLLM_DCP_Q_REPLICATE is set but not exported"),
+        ("vllm serve X -tp 8 \\\n# a note\n  -dcp 8", "got flags apart from the command (-dcp ..., line 3)"),
+        ("A=(-tp 8\nvllm serve X", "line 1: an array is not closed"),
+        ("cat << EOF > f\na: 1\n", "line 2: the here-document does not end"),
         ("--host a --port 80", "these flags may be of "),
         ("vllm serve X -tp 8 -dcp 8 --kv-cache-dtype fp8", "kv_cache_dtype: got 'fp8' (str), expected 'auto'"),
         ("vllm serve X -tp 8 -dcp 8 -sc '{\"method\": \"mtp\"}'", "speculative_config: got '{\"method\": \"mtp\"}', expected no such key: drafts"),

@@ -1,11 +1,13 @@
 """Published recipes of decode context parallelism (values only), and what must come of them.
 
-A line: name, what is published, fields of HelixOptions or the sentence of the refusal, and the same read leniently
-(None: as before).
+A line: name, what is published, fields of HelixOptions or the sentence of the refusal, the same read leniently (None: as
+before), and the files beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 CACHE = "the cache has the dtype of the model; --lenient (lenient=True) plans it so and says what changes"
@@ -19,6 +21,7 @@ class PublishedRecipe(NamedTuple):
     source: Any
     strict: dict[str, Any] | str
     lenient: dict[str, Any] | None = None
+    files: Mapping[str, str] = MappingProxyType({})
 
 
 _CACHE = {"enable_block_reuse": False, "enable_partial_reuse": False}
@@ -59,7 +62,115 @@ _K3 = {
     "prefix-match-unit": 128,
 }
 
+# launch scripts as they are written: arrays, defaults, files beside them or written on the way
+_GENERATION = """
+cuda_graph_config: null
+cp_config:
+  cp_type: HELIX
+  tokens_per_block: 32
+kv_cache_config:
+  enable_block_reuse: false
+  tokens_per_block: 32
+cache_transceiver_config:
+  backend: UCX
+"""
+_SERVE = r"""#!/bin/bash
+trtllm-llmapi-launch trtllm-serve serve ${model_path} \
+    --backend pytorch --max_batch_size 1024 --max_seq_len 8192 \
+    --kv_cache_free_gpu_memory_fraction 0.9 \
+    --tp_size 2 --cp_size 4 --ep_size 8 --trust_remote_code \
+    --extra_llm_api_options extra-llm-api-config.yml 2>&1 | tee server.log
+"""
+_SERVE_HERE = (
+    r"""
+model_path=/models/DeepSeek-R1
+extra_llm_api_file=/tmp/extra-llm-api-config.yml
+CP=${CP:-4}
+cat << EOF > ${extra_llm_api_file}
+"""
+    + _GENERATION.lstrip()
+    + r"""EOF
+if [ -z "$HF_TOKEN" ]; then
+    echo "no token" >&2
+    exit 1
+fi
+export TRTLLM_SERVER_DISABLE_GC=1
+mpirun -n 1 --oversubscribe trtllm-serve "$model_path" --port="${PORT:-8000}" \
+    --cp_size=$CP --ep_size=$((CP)) --config=${extra_llm_api_file} &
+SERVER_PID=$!
+"""
+)
+_DISAGGREGATED = """
+hostname: localhost
+port: 8000
+backend: pytorch
+context_servers:
+  num_instances: 1
+  tensor_parallel_size: 2
+generation_servers:
+  num_instances: 1
+  tensor_parallel_size: 1
+  context_parallel_size: 2
+  cp_config: {cp_type: HELIX, tokens_per_block: 32}
+"""
+_ARRAYS = r"""#!/usr/bin/env bash
+set -euo pipefail
+MODEL_PATH="${MODEL_ID:-moonshotai/Kimi-K2-Instruct}"
+TP_SIZE=${TP_SIZE:-8}
+export SGLANG_ENABLE_UNIFIED_RADIX_TREE=1
+COMMON=(
+  --model-path "${MODEL_PATH}"
+  --host 0.0.0.0 --port "${SGLANG_PORT}"
+## [decode]
+#  --disaggregation-mode decode
+)
+ARGS=( "${COMMON[@]}" --tp "$TP_SIZE" --dcp-size $((TP_SIZE / 2)) )
+ARGS+=(--dcp-comm-backend a2a --dcp-replicate-q-proj)
+mkdir -p logs
+nohup python3 -m sglang.launch_server "${ARGS[@]}" > logs/server.log 2>&1 &
+child=$!
+wait "$child"
+"""
+_DOCKER = r"""docker run --rm --gpus all --ipc=host -p 8000:8000 -e HF_HUB_OFFLINE=1 \
+  nvcr.io/nvidia/tensorrt-llm/release:1.2.0 \
+  bash -lc "trtllm-serve serve /data/model --tp_size 8 --ep_size 8 --max_batch_size 1 --max_seq_len 4096"
+"""
+_VLLM_CONFIG = "tensor-parallel-size: 4\ndecode-context-parallel-size: 4\nmax-num-seqs: 32\nport: 8000\n"
+_HELIX = {"tokens_per_block": 32, "merge": "a2a"}
+
 PUBLISHED = [
+    PublishedRecipe(
+        "trtllm-serve and its file",
+        _SERVE,
+        {"cp": 4, "tpa": 2, "ep": 8, "max_batch_size": 1024, "max_seq_len": 8192, **_HELIX},
+        files={"extra-llm-api-config.yml": _GENERATION},
+    ),
+    PublishedRecipe("trtllm-serve and a file it writes", _SERVE_HERE, {"cp": 4, "tpa": 1, "ep": 4, **_HELIX}),
+    PublishedRecipe(
+        "trtllm-serve disaggregated",
+        "trtllm-serve disaggregated -c disagg_config.yaml -t 3600",
+        {"cp": 2, "tpa": 1, "ep": 1, "tokens_per_block": 32},
+        files={"disagg_config.yaml": _DISAGGREGATED},
+    ),
+    PublishedRecipe(
+        "trtllm-serve in a container", _DOCKER, {"cp": 1, "tpa": 8, "ep": 8, "max_batch_size": 1, "max_seq_len": 4096}
+    ),
+    PublishedRecipe(
+        "sglang with arrays",
+        _ARRAYS,
+        {"cp": 4, "tpa": 2, "ep": 1, "tokens_per_block": 1, "merge": "a2a", "q_proj": "replicate"},
+    ),
+    PublishedRecipe(
+        "sglang with an array under a condition",
+        _ARRAYS.replace("mkdir -p logs", 'if [[ -n "${RATIO:-}" ]]; then\n  ARGS+=(--hicache-ratio "$RATIO")\nfi'),
+        "line 15: ARGS is set behind the if of line 14",
+    ),
+    PublishedRecipe(
+        "vllm and its file",
+        'vllm serve "${MODEL:?}" --config config.yaml --max-num-seqs 16 --port ${PORT}',
+        {"cp": 4, "tpa": 1, "ep": 1, "max_batch_size": 16},
+        files={"config.yaml": _VLLM_CONFIG},
+    ),
     PublishedRecipe(
         "trtllm blog21",
         {
