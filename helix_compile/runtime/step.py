@@ -6,6 +6,7 @@ Every refusal names what, got, expected and what to do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def run_step(
         if module.value_dump is not None and graph is module.graph:
             caches = [cache for rank in module.ranks for cache in rank.cache]
             recorder = module.value_dump.recorder(graph, caches, mask[:, c], module.world.is_leader)
-        with torch.no_grad():
+        with torch.no_grad(), recorder or nullcontext():
             logits = module.world.run(graph, inputs, recorder)[0]
         if recorder is not None:
             recorder.write()

@@ -1,7 +1,8 @@
 """HELIX_DUMP_VALUES=dir: what each node of each rank computes in the first steps, for `helix-compile compare`.
 
     plan.json                     the plan of the module
-    rank_R_step_S.safetensors     of each value a sample of SAMPLE elements at fixed places, or all of it up to WHOLE elements
+    rank_R_step_S.safetensors     of each value up to WHOLE elements all; of a larger one SAMPLE at places that follow from its
+                                  shape, and what lies on the rank of about SHARED of the whole value, which no layout changes
     rank_R_step_S.json            of each value: node, layer, shape, dtype, layout, norm, largest element; written last
 
 A step's files come both or not at all. Values in layers are named by layer; parameters are written in step 0 alone, and
@@ -13,27 +14,33 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx
+from torch.distributed.tensor.placement_types import Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
 from helix_compile.ir.graph import input_ref, is_param, placeholders
+from helix_compile.ir.leaves import Leaf
 from helix_compile.ir.origin import CAPTURED, ORIGIN, SOURCE, STAGE
 from helix_compile.ir.sizes import layout_text
 from helix_compile.ir.stage import OUTER, body_of
+from helix_compile.layout.degrees import HelixMesh
+from helix_compile.layout.placement import parse_layout
 from helix_compile.plan.helix_plan import HelixPlan
 
 FOLDER, STEPS = "HELIX_DUMP_VALUES", "HELIX_DUMP_VALUES_STEPS"
 DEFAULT_STEPS = 4
-WHOLE, SAMPLE = 1024, 64
-VERSION = 1
+WHOLE, SAMPLE, SHARED = 1024, 64, 128
+VERSION = 2
 ATTENTION_OUTPUT, LAYER_OUTPUT, LOGITS, PARAMETER = "attn_out", "output", "logits", "parameter"
 
 
@@ -57,6 +64,73 @@ def sampled_places(shape: tuple[int, ...]) -> Tensor:
     return torch.tensor(sorted((i * 0x9E3779B97F4A7C15 % 2**64) * count >> 64 for i in range(1, SAMPLE + 1)))
 
 
+@cache
+def shared_places(shape: tuple[int, ...]) -> Tensor:
+    """Coordinates [n, dims] of elements of a whole value that are kept however it is cut and padded; n is about SHARED.
+
+    Drawn in a cube whose sides are powers of two, one after the other: a shape that padding makes longer has the same
+    places where both have elements, also where a side doubles (a coordinate there is the one here, or beyond).
+    """
+    bits = [(size - 1).bit_length() for size in shape]
+    draws = math.ceil(SHARED * 2 ** sum(bits) / max(1, math.prod(shape)))
+    drawn = ([_mixed(k, d) % 2**b for d, b in enumerate(bits)] for k in range(draws))
+    kept = [at for at in drawn if all(c < size for c, size in zip(at, shape, strict=True))]
+    return torch.tensor(kept, dtype=torch.int64).reshape(-1, len(shape))
+
+
+def _mixed(k: int, dim: int) -> int:
+    """64 bits that look drawn (splitmix64): another 64 for each draw and dim, the same in every run."""
+    z = ((k << 8 | dim) + 1) * 0x9E3779B97F4A7C15 % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+class Cut(NamedTuple):
+    """Which part of a value a rank has: the `place`-th of `parts` along `dim`."""
+
+    dim: int
+    parts: int
+    place: int
+
+
+def cut_of(layout: str, rank: int, mesh: HelixMesh) -> Cut | None:
+    """The part that a rank has of a value of this layout; None where the rank has all of it, or parts are no shards."""
+    try:
+        placements = parse_layout(layout)
+    except ValueError:  # "-", or a packed buffer
+        return None
+    if len(placements) != 1:
+        return None
+    ((axis, placement),) = placements.items()
+    if type(placement) is not Shard or axis not in mesh.groups:
+        return None
+    group = next(group for group in mesh.groups[axis] if rank in group)
+    return Cut(placement.dim, len(group), group.index(rank))
+
+
+@cache
+def kept_places(shape: tuple[int, ...], cut: Cut | None) -> Tensor:
+    """Flat indices, ascending, of the elements that are kept of a rank's part of a value."""
+    own = sampled_places(shape)
+    if len(own) == math.prod(shape):
+        return own
+    dim, parts, place = cut or (0, 1, 0)
+    at = shared_places(tuple(size * parts if d == dim else size for d, size in enumerate(shape)))
+    first = torch.tensor([place * size if d == dim else 0 for d, size in enumerate(shape)])
+    mine = at - first
+    mine = mine[((mine >= 0) & (mine < torch.tensor(shape))).all(1)]
+    return torch.cat([own, flat_places(mine, shape)]).unique()
+
+
+def flat_places(at: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Flat indices [n] of coordinates [n, dims]."""
+    flat = torch.zeros(len(at), dtype=torch.int64)
+    for d, size in enumerate(shape):
+        flat = flat * size + at[:, d]
+    return flat
+
+
 def token_dims(shape: tuple[int, ...], batch: int, tokens: int) -> tuple[int, ...]:
     """Where a value has its tokens: dims of B and T, the one dim of B * T, or () where it has a row for none."""
     for dims in ((0, 1), (0, 2), (1, 2)):
@@ -77,6 +151,7 @@ class ValueEntry:
         largest: of the finite elements by magnitude.
         nonfinite: elements that are inf or NaN.
         reads: parameters and values of its graph that it is computed from.
+        through: of a part that is no graph the narrowest dtype that it computes in, where that is not its own; else "".
     """
 
     place: str
@@ -93,6 +168,7 @@ class ValueEntry:
     source: str
     captured: bool
     reads: list[str]
+    through: str = ""
 
 
 _CLAIMED: dict[Path, int] = {}  # modules of this process that write below a folder: not another run's files
@@ -159,14 +235,32 @@ class StepRecorder:
         self._padded = not bool(mask.bool().all())
         self._caches = {cache.untyped_storage().data_ptr() for cache in caches}
         self._outer = set(graph.graph.nodes)
-        self._roles = _roles(graph, plan)
+        self._roles, self._mesh = _roles(graph, plan), HelixMesh(plan.layout)
+        leaves = [body for body in graph.modules() if isinstance(body, Leaf)]
+        self._inside = _Narrowest() if leaves else None
         self._per_rank = _per_rank(graph.graph)
         # a layer's nodes come before its call in the outer graph
         self._open: dict[int, list[tuple[fx.Node, ValueEntry, Tensor]]] = {}
         self._done: dict[int, list[tuple[ValueEntry, Tensor]]] = {}
 
+    def __enter__(self) -> StepRecorder:
+        """Around the step: what the user's own modules compute in is seen as they run."""
+        if self._inside is not None:
+            self._inside.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._inside is not None:
+            self._inside.__exit__(*raised)
+
     def __call__(self, rank: int, node: fx.Node, value: Any) -> None:
         """Keep what compare needs of one value."""
+        through = self._inside.taken() if self._inside is not None and node.op == "call_module" else None
+        self._keep(rank, node, value, through)
+        if self._inside is not None:
+            self._inside.taken()  # what was computed here
+
+    def _keep(self, rank: int, node: fx.Node, value: Any, through: torch.dtype | None) -> None:
         done, body = self._done.setdefault(rank, []), self._open.setdefault(rank, [])
         if node in self._outer and node.op == "call_module":
             place = layer_name(node.meta["layer"])
@@ -174,7 +268,9 @@ class StepRecorder:
             body.clear()
         if not isinstance(value, Tensor) or not self._is_told(node, value):
             return
-        entry, kept = self._summary(node, value)
+        entry, kept = self._summary(rank, node, value)
+        if through is not None and through.itemsize < value.dtype.itemsize:
+            entry = replace(entry, through=str(through).removeprefix("torch."))
         if node in self._outer:
             done.append((entry, kept))
         else:
@@ -204,11 +300,11 @@ class StepRecorder:
             return self._step == 0 and reads
         return input_ref(node).kind == "input"
 
-    def _summary(self, node: fx.Node, value: Tensor) -> tuple[ValueEntry, Tensor]:
+    def _summary(self, rank: int, node: fx.Node, value: Tensor) -> tuple[ValueEntry, Tensor]:
         value = value.detach()
         value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-        shape = tuple(value.shape)
-        places = sampled_places(shape).to(value.device)
+        shape, layout = tuple(value.shape), self._layout(node)
+        places = kept_places(shape, cut_of(layout, rank, self._mesh)).to(value.device)
         kept = value.reshape(-1) if len(places) == value.numel() else value[torch.unravel_index(places, shape)]
         is_call = node.op == "call_module" and node in self._outer  # in a body it is a part that is no graph
         parameter = is_param(node)
@@ -220,7 +316,7 @@ class StepRecorder:
             op="" if node.op == "placeholder" else str(node.target),
             shape=list(shape),
             dtype=str(value.dtype).removeprefix("torch."),
-            layout=self._layout(node),
+            layout=layout,
             norm=norm,
             largest=largest,
             nonfinite=nonfinite,
@@ -245,7 +341,28 @@ class StepRecorder:
 
 
 def _placed(entry: ValueEntry, place: str) -> ValueEntry:
-    return ValueEntry(**{**vars(entry), "place": place})
+    return replace(entry, place=place)
+
+
+class _Narrowest(TorchDispatchMode):
+    """The narrowest floating-point dtype that operators gave since it was asked last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._dtype: torch.dtype | None = None
+
+    def taken(self) -> torch.dtype | None:
+        """None where there was none."""
+        dtype, self._dtype = self._dtype, None
+        return dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                known = self._dtype
+                self._dtype = tensor.dtype if known is None or tensor.dtype.itemsize < known.itemsize else known
+        return out
 
 
 def _figures(value: Tensor) -> tuple[float, float, int]:

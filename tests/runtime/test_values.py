@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, fx
 
 from helix_compile import HelixError, HelixModule, HelixPlan, helix_compile
-from helix_compile.runtime.values import SAMPLE, WHOLE, ValueDump, sampled_places
+from helix_compile.layout.degrees import HelixMesh
+from helix_compile.runtime.values import SAMPLE, SHARED, WHOLE, ValueDump, cut_of, kept_places, sampled_places
 from tests.distributed.steps import OPTIONS, prompts
 from tests.support.disk import full_after
 from tests.support.models import tiny_model
@@ -49,6 +50,7 @@ def test_what_is_written_is_what_was_computed(tmp_path: Path, monkeypatch: pytes
     with patch.object(compiled.world, "run", run):
         compiled(ids, mask)
     assert HelixPlan.from_json((tmp_path / "run" / "plan.json").read_text()) == compiled.plan
+    mesh = HelixMesh(compiled.plan.layout)
     for rank in range(2):
         told = json.loads((tmp_path / "run" / f"rank_{rank}_step_0.json").read_text())
         kept = load_file(tmp_path / "run" / f"rank_{rank}_step_0.safetensors")
@@ -63,13 +65,16 @@ def test_what_is_written_is_what_was_computed(tmp_path: Path, monkeypatch: pytes
                     v
                     for v in seen[rank, name]
                     if list(v.shape) == entry["shape"]
-                    and torch.equal(v.flatten()[sampled_places(tuple(v.shape))], elements)
+                    and torch.equal(
+                        v.flatten()[kept_places(tuple(v.shape), cut_of(entry["layout"], rank, mesh))], elements
+                    )
                 ),
                 None,
             )
             assert value is not None, name
             assert entry["dtype"] == str(value.dtype).removeprefix("torch.")
-            assert len(elements) == (value.numel() if value.numel() <= WHOLE else SAMPLE)
+            assert value.numel() > WHOLE or len(elements) == value.numel()
+            assert value.numel() <= WHOLE or SAMPLE <= len(elements) <= SAMPLE + 2 * SHARED
             tokens = value[mask.bool()] if value.shape[:2] == mask.shape else value
             if value.is_floating_point() and value.dim() == 3 and len(value) != mask.numel():
                 assert entry["nonfinite"] == int((~tokens.isfinite()).sum())

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helix_compile.errors import HelixError
+from helix_compile.layout.degrees import HelixMesh
 from helix_compile.plan.helix_plan import HelixPlan
-from helix_compile.runtime.values import VERSION, ValueEntry, file_stem, sampled_places
+from helix_compile.runtime.values import VERSION, ValueEntry, cut_of, file_stem, kept_places, sampled_places
 
 
 class Key(NamedTuple):
@@ -32,12 +33,14 @@ class Value:
 
     Attributes:
         entry: its node, shape, norm and so on.
-        elements: [n], those at sampled_places(shape).
+        elements: [n] at `places`.
+        places: [n] flat indices, ascending; those of kept_places().
         tensor: all of it, where it is of another engine.
     """
 
     entry: ValueEntry
     elements: Tensor
+    places: Tensor
     tensor: Tensor | None = None
 
 
@@ -78,9 +81,9 @@ class Dump:
             HelixError: names the file that is damaged or missing, or ranks that say different masks.
         """
         for number in self.numbers:
-            heads, ranks = [], []
+            heads, ranks, mesh = [], [], HelixMesh(self.plan.layout)
             for rank in range(self.plan.layout.world_size):
-                head, values = _read(self.folder / file_stem(rank, number))
+                head, values = _read(self.folder / file_stem(rank, number), rank, mesh)
                 heads.append(head["mask"])
                 ranks.append(values)
             if odd := [rank for rank, mask in enumerate(heads) if mask != heads[0]]:
@@ -123,20 +126,25 @@ def open_dump(folder: Path) -> Dump:
     return Dump(folder, plan, numbers, notes)
 
 
-def _read(stem: Path) -> tuple[Mapping[str, Any], dict[Key, Value]]:
+def _read(stem: Path, rank: int, mesh: HelixMesh) -> tuple[Mapping[str, Any], dict[Key, Value]]:
     text, tensors = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
     try:
         head = json.loads(text.read_text())
-        if head["version"] != VERSION:
-            raise HelixError(f"{text}: version {head['version']!r}, expected {VERSION}")
-        entries = [ValueEntry(**{f.name: entry[f.name] for f in fields(ValueEntry)}) for entry in head["values"]]
+        if head["version"] not in (1, VERSION):
+            raise HelixError(f"{text}: version {head['version']!r}, expected {VERSION} or 1")
+        names = {f.name for f in fields(ValueEntry)} - ({"through"} if head["version"] == 1 else set())
+        entries = [ValueEntry(**{name: entry[name] for name in names}) for entry in head["values"]]
         elements = load_file(tensors)
         values = {}
         for entry in entries:
             kept = elements[f"{entry.place}.{entry.name}"]
-            if len(kept) != len(sampled_places(tuple(entry.shape))):
+            shape = tuple(entry.shape)
+            places = sampled_places(shape)
+            if head["version"] > 1:
+                places = kept_places(shape, cut_of(entry.layout, rank, mesh))
+            if len(kept) != len(places):
                 raise ValueError(f"{entry.place}.{entry.name} has {len(kept)} elements")
-            values[Key(entry.place, entry.name)] = Value(entry, kept)
+            values[Key(entry.place, entry.name)] = Value(entry, kept, places)
         return head, values
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise HelixError(f"{stem}: damaged, or not of one dump: {type(error).__name__}: {error}") from error

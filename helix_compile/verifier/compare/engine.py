@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helix_compile.errors import HelixError
-from helix_compile.runtime.values import ValueEntry, layer_name, sampled_places
+from helix_compile.runtime.values import ValueEntry, layer_name
 from helix_compile.verifier.compare.dumps import Key, Step, Value
 
 _NAME = re.compile(r"layer_(\d+)\.(attn_out(?:_\d+)?)")
@@ -96,7 +96,7 @@ def as_value(place: str, role: str, tensor: Tensor) -> Value:
         captured=False,
         reads=[],
     )
-    return Value(entry, tensor.flatten()[sampled_places(shape)], tensor)
+    return Value(entry, tensor.flatten(), torch.arange(tensor.numel()), tensor)
 
 
 def as_shaped(value: Value, shape: tuple[int, ...], mask: Tensor | None) -> Value | None:

@@ -54,6 +54,7 @@ class Difference:
         run: "A" or "B" where copies in that run contradict each other and the other run's do not, else "".
         off: over the largest element; inf where a value is not finite, or has another shape.
         what, at, values: see Deviation; of A and B.
+        narrowest: the dtype on its path that the tolerance is of; "" where another was asked for, or none is allowed.
         reads: what the node is computed from, each with whether that differs too ("" where it was not compared).
     """
 
@@ -71,6 +72,7 @@ class Difference:
     what: str
     at: tuple[int, ...]
     values: tuple[float, float]
+    narrowest: str = ""
     reads: tuple[tuple[str, str], ...] = ()
 
 
@@ -309,8 +311,14 @@ class _StepPair:
             what=apart.what,
             at=apart.at,
             values=apart.values,
+            narrowest=self._narrowest(entry, limit),
             reads=tuple((n, self._verdict(Key(key.place, n))) for n in read),
         )
+
+    def _narrowest(self, entry: ValueEntry, limit: float) -> str:
+        if self.asked is not None or entry.role == PARAMETER:
+            return ""
+        return next((dtype for dtype, known in TOLERANCE.items() if known == limit), "")
 
     def _verdict(self, key: Key) -> str:
         """Of what a node reads."""
@@ -376,6 +384,7 @@ def _limits(step: Step, run: Run) -> dict[Key, float]:
     for key, value in step.ranks[0].items():
         entry = value.entry
         own = TOLERANCE.get(entry.dtype, 0.0)
+        own = max(own, TOLERANCE.get(entry.through, 0.0)) if own else own
         if entry.role == PARAMETER or not own:
             limits[key] = own
             exact.add(key)

@@ -12,7 +12,7 @@ from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.layout.placement import Layout, parse_layout
-from helix_compile.runtime.values import sampled_places, token_dims
+from helix_compile.runtime.values import flat_places, token_dims
 from helix_compile.verifier.compare.dumps import Value
 
 SHAPE = "shape"  # what differs where nothing else can be compared
@@ -32,7 +32,7 @@ class Whole:
     """A value as a group of ranks has it.
 
     Attributes:
-        elements: [n] float64 at flat indices `places` of `shape`; None where only figures can be joined.
+        elements: [n] float64 at flat indices `places` of `shape`, ascending.
         figures: None where they can't be: the norm of a sum is not the sum of norms.
         ranks: the group. Of a joined value each has one part, `part` wide, of `cut`, the dim that is split.
         rows: where padding was left out of that dim, the places of those that are left.
@@ -40,7 +40,7 @@ class Whole:
 
     shape: tuple[int, ...]
     places: Tensor
-    elements: Tensor | None
+    elements: Tensor
     figures: Figures | None
     ranks: tuple[int, ...]
     cut: int | None = None
@@ -77,7 +77,7 @@ def own(value: Value, rank: int) -> Whole:
     entry = value.entry
     figures = Figures(entry.norm, entry.largest, entry.nonfinite)
     shape = tuple(entry.shape)
-    return Whole(shape, sampled_places(shape), value.elements.double(), figures, (rank,))
+    return Whole(shape, value.places, value.elements.double(), figures, (rank,))
 
 
 def layout_of(text: str) -> Layout | None:
@@ -100,10 +100,7 @@ def wholes(values: list[Value], mesh: HelixMesh) -> list[Whole]:
         return []
     if not layout:
         first = parts[0]
-        alike = all(
-            part.figures == first.figures and torch.equal(part.elements, first.elements)  # type: ignore[arg-type]
-            for part in parts[1:]
-        )
+        alike = all(p.figures == first.figures and torch.equal(p.elements, first.elements) for p in parts[1:])
         return [replace(first, ranks=tuple(range(len(parts))))] if alike else parts
     if len(layout) > 1:
         return []
@@ -123,15 +120,18 @@ def _joined(parts: list[Whole], dim: int, ranks: tuple[int, ...]) -> Whole:
     figures = Figures(
         math.hypot(*(f.norm for f in known)), max(f.largest for f in known), sum(f.nonfinite for f in known)
     )
-    kept = [p.elements for p in parts if p.elements is not None and len(p.elements) == math.prod(first.shape)]
-    if len(kept) < len(parts):  # samples of parts are no sample of the whole
-        return Whole(shape, torch.arange(0), None, figures, ranks, dim, first.shape[dim])
-    elements = torch.cat([e.reshape(first.shape) for e in kept], dim).flatten()
-    return Whole(shape, torch.arange(len(elements)), elements, figures, ranks, dim, first.shape[dim])
+    places, size = [], first.shape[dim]
+    for i, part in enumerate(parts):
+        at = torch.stack(torch.unravel_index(part.places, part.shape), 1)
+        at[:, dim] += i * size
+        places.append(flat_places(at, shape))
+    order = torch.cat(places).argsort()
+    elements = torch.cat([p.elements for p in parts])[order]
+    return Whole(shape, torch.cat(places)[order], elements, figures, ranks, dim, size)
 
 
 def _summed(parts: list[Whole], ranks: tuple[int, ...]) -> Whole:
-    elements = torch.stack([p.elements for p in parts if p.elements is not None]).sum(0)
+    elements = torch.stack([p.elements for p in parts]).sum(0)
     return Whole(parts[0].shape, parts[0].places, elements, None, ranks)
 
 
@@ -169,7 +169,7 @@ def fitted(
 
 def _lost_zeros(before: Whole, after: Whole) -> bool:
     """All elements are known, and those that were dropped are zero."""
-    if before.elements is None or after.elements is None:
+    if len(before.elements) < math.prod(before.shape):
         return False
     return int((before.elements != 0).sum()) == int((after.elements != 0).sum())
 
@@ -195,10 +195,14 @@ def _kept_rows(whole: Whole, dim: int, rows: Tensor, figures: bool) -> Whole:
     shape = tuple(len(rows) if d == dim else size for d, size in enumerate(whole.shape))
     known = whole.figures if figures else None
     left = replace(whole, shape=shape, figures=known, rows=rows if whole.cut == dim else None)
-    if whole.elements is None or len(whole.elements) < math.prod(whole.shape):
-        return replace(left, places=torch.arange(0), elements=None)
-    elements = whole.elements.reshape(whole.shape).index_select(dim, rows).flatten()
-    return replace(left, places=torch.arange(len(elements)), elements=elements)
+    at = torch.stack(torch.unravel_index(whole.places, whole.shape), 1)
+    now = torch.full((whole.shape[dim],), -1)
+    now[rows] = torch.arange(len(rows))
+    at[:, dim] = now[at[:, dim]]
+    kept = at[:, dim] >= 0
+    places = flat_places(at[kept], shape)
+    order = places.argsort()
+    return replace(left, places=places[order], elements=whole.elements[kept][order])
 
 
 def deviation(a: Whole, b: Whole, mask: Tensor | None) -> Deviation:
@@ -223,9 +227,7 @@ def deviation(a: Whole, b: Whole, mask: Tensor | None) -> Deviation:
 
 
 def _of_elements(a: Whole, b: Whole, mask: Tensor | None) -> Deviation:
-    if a.elements is None or b.elements is None:
-        return Deviation(0.0)
-    places = a.places if len(a.places) < len(b.places) else b.places  # all of one, a sample of the other
+    places = a.places[torch.isin(a.places, b.places, assume_unique=True)]
     places = places[_kept(a.shape, places, mask)]
     if not len(places):
         return Deviation(0.0)
@@ -245,7 +247,6 @@ def _of_elements(a: Whole, b: Whole, mask: Tensor | None) -> Deviation:
 
 
 def _at(whole: Whole, places: Tensor) -> Tensor:
-    assert whole.elements is not None
     if torch.equal(whole.places, places):
         return whole.elements
     return whole.elements[torch.searchsorted(whole.places, places)]

@@ -87,6 +87,7 @@ def said_values(d: Difference) -> str:
 def _of_difference(d: Difference) -> list[str]:
     made = ", ".join(filter(None, (d.role, d.op, d.source)))
     limit = f"tolerance {d.tolerance:.0e}" if d.tolerance else "they must be equal"
+    limit += f" ({d.narrowest} is the narrowest on its path)" if d.narrowest else ""
     lines = [
         f"  step {d.step}, {place_of(d)} {list(d.shape)}, {said_ranks(d.ranks)}",
         f"  {made}" if made else "",

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from helix_compile import HelixError, HelixModule, capture, compare, helix_compile
+from helix_compile import HelixError, HelixModule, HelixPlan, capture, compare, helix_compile
 from helix_compile.layout.degrees import HelixLayout, HelixMesh
-from helix_compile.runtime.values import ValueEntry, sampled_places
+from helix_compile.runtime.values import ValueEntry, cut_of, kept_places, sampled_places, shared_places
 from helix_compile.verifier.compare.dumps import Value
-from helix_compile.verifier.compare.whole import wholes
+from helix_compile.verifier.compare.whole import deviation, fitted, own, wholes
 from tests.distributed.steps import OPTIONS, prompts
+from tests.support.gqa_models import fresh_gqa
 from tests.support.models import fresh_model
 from tests.support.run_faults import FAULTS, FAULTY, check_found, dump_run, nothing, swapped_shards, wrong_norm
 
@@ -144,6 +146,70 @@ def test_damage_is_named(dumps: Path, tmp_path: Path) -> None:
         compare(dumps / "plain", mixed)
 
 
+def test_an_older_dump_is_read(dumps: Path, tmp_path: Path) -> None:
+    """Version 1 had 64 elements of a large value and no `through`."""
+    older = copied(dumps / "plain", tmp_path / "older")
+    mesh = HelixMesh(HelixPlan.from_json((older / "plan.json").read_text()).layout)
+    for path in older.glob("rank_*_step_*.json"):
+        told, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+        for entry in told["values"]:
+            name, shape = f"{entry['place']}.{entry['name']}", tuple(entry["shape"])
+            kept = kept_places(shape, cut_of(entry["layout"], told["rank"], mesh))
+            tensors[name] = tensors[name][torch.isin(kept, sampled_places(shape))].contiguous()
+            del entry["through"]
+        path.write_text(json.dumps({**told, "version": 1}))
+        save_file(tensors, path.with_suffix(".safetensors"))
+    for other in ("plain", "alone"):
+        assert compare(older, dumps / other).equal
+    assert not compare(older, dumps / "mixed_swapped").equal
+    (path,) = older.glob("rank_0_step_0.json")
+    path.write_text(path.read_text().replace('"version": 1', '"version": 3'))
+    with pytest.raises(HelixError, match="version 3, expected 2 or 1"):
+        compare(older, older)
+
+
+class OwnCast(nn.Module):
+    """An FFN that no graph holds (it looks at a number of its input) and that computes in float32 whatever it is given."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.mlp(x)
+        return out if out.abs().max().item() < 0 else torch.softmax(out.float(), -1).to(x.dtype)
+
+
+def wrong_first_norm(compiled: Any) -> None:
+    """A millionth off: within what float32 leaves, beyond what float64 does."""
+    name = "model.layers.0.input_layernorm.weight"
+    compiled.ranks[FAULTY].params[name] = compiled.ranks[FAULTY].params[name] * (1 + 1e-6)
+
+
+def test_a_part_that_is_no_graph_has_the_tolerance_of_what_it_computes_in(tmp_path: Path) -> None:
+    """In float64: what float32 casts inside of it leave between two layouts is no fault; a fault before it is."""
+    model = fresh_gqa("llama", num_hidden_layers=3)
+    width = model.config.hidden_size
+    for owner in (*model.model.layers, model.model):  # transformers' own norms cast too
+        for name in ("input_layernorm", "post_attention_layernorm", "norm"):
+            if hasattr(owner, name):
+                setattr(owner, name, nn.RMSNorm(width, dtype=torch.float64))
+    model.model.layers[1].mlp = OwnCast(model.model.layers[1].mlp)
+    for name, cp in (("one", 1), ("four", 4)):
+        compiled = helix_compile(model.eval(), cp=cp, tokens_per_block=4, max_seq_len=32, unmatched="keep")
+        dump_run(compiled, tmp_path / name, nothing)
+    dump_run(compiled, tmp_path / "wrong", wrong_first_norm)
+    found = compare(tmp_path / "one", tmp_path / "four").found
+    limits = {(g.place, g.role): g.tolerance for g in found.growth}
+    assert found.equal
+    assert limits["layer_0", "attn_out"] == limits["layer_0", "output"] == 1e-10
+    assert limits["layer_1", "output"] == limits["layer_2", "attn_out"] == limits["outer", "logits"] == 1e-5
+    comparison = compare(tmp_path / "one", tmp_path / "wrong")
+    first = comparison.found.first
+    assert first is not None and (first.place, first.narrowest) == ("layer_0", "float64")
+    assert "tolerance 1e-10 (float64 is the narrowest on its path)" in str(comparison)
+
+
 def test_other_tokens_are_refused(dumps: Path, tmp_path: Path) -> None:
     other = copied(dumps / "plain", tmp_path / "other")
     for path in other.glob("rank_*_step_0.json"):
@@ -154,39 +220,76 @@ def test_other_tokens_are_refused(dumps: Path, tmp_path: Path) -> None:
         compare(dumps / "plain", other)
 
 
-def value(part: Tensor, layout: str) -> Value:
+MESH = HelixMesh(HelixLayout(kvp=2, tpa=2, ep=2, tpf=2))
+
+
+def value(part: Tensor, layout: str, rank: int = 0, mesh: HelixMesh = MESH) -> Value:
     shape = tuple(part.shape)
+    places = kept_places(shape, cut_of(layout, rank, mesh))
     figures = (float(part.norm()), float(part.abs().max()), 0)
     entry = ValueEntry("outer", "x", "", "", [*shape], "float64", layout, *figures, [], "", False, [])
-    return Value(entry, part.flatten()[sampled_places(shape)])
+    return Value(entry, part.flatten()[places], places)
 
 
-@pytest.mark.parametrize(("shape", "is_whole"), [((3, 8, 5), True), ((40, 80, 7), False)])
+@pytest.mark.parametrize(("shape", "is_whole"), [((3, 8, 5), True), ((40, 80, 7), False), ((1, 1, 4096), False)])
 def test_shards_are_joined_and_sums_summed(shape: tuple[int, ...], is_whole: bool) -> None:
     """Against plain chunks: cp 2 x tpa 2, where ranks of one kvp group are neighbours."""
-    mesh = HelixMesh(HelixLayout(kvp=2, tpa=2, ep=2, tpf=2))
+    mesh, dim = MESH, max(range(3), key=lambda d: shape[d] if shape[d] % 4 == 0 else 0)
     x = torch.randn(shape, dtype=torch.float64)
-    halves, quarters = x.chunk(2, 1), x.chunk(4, 1)
+    halves, quarters = x.chunk(2, dim), x.chunk(4, dim)
     cases = {
-        "world:S(1)": (list(quarters), [(0, 1, 2, 3)]),
-        "kvp:S(1)": ([halves[0], halves[1]] * 2, [(0, 1), (2, 3)]),
-        "tpa:S(1)": ([halves[0], halves[0], halves[1], halves[1]], [(0, 2), (1, 3)]),
+        f"world:S({dim})": (list(quarters), [(0, 1, 2, 3)]),
+        f"kvp:S({dim})": ([halves[0], halves[1]] * 2, [(0, 1), (2, 3)]),
+        f"tpa:S({dim})": ([halves[0], halves[0], halves[1], halves[1]], [(0, 2), (1, 3)]),
     }
+    alone, same = own(value(x, "R"), 0), set(range(x.numel()))
     for layout, (parts, groups) in cases.items():
-        joined = wholes([value(part, layout) for part in parts], mesh)
+        joined = wholes([value(part, layout, rank) for rank, part in enumerate(parts)], mesh)
         assert [w.ranks for w in joined] == groups
         for whole in joined:
             assert whole.shape == shape and whole.figures is not None
             assert whole.figures.norm == pytest.approx(float(x.norm()), rel=1e-12)
             assert whole.figures.largest == float(x.abs().max())
-            assert (whole.elements is not None) == is_whole
-            if is_whole:
-                assert torch.equal(whole.elements, x.flatten())
-        assert joined[0].owner((0, shape[1] - 1, 0)) == groups[0][-1:]
-    (summed,) = wholes([value(x * (r + 1), "world:P(sum)") for r in range(4)], mesh)
-    assert summed.elements is not None and summed.figures is None
+            assert (len(whole.places) == x.numel()) == is_whole or shape[0] == 1
+            assert torch.equal(whole.elements, x.flatten()[whole.places]) and bool((whole.places.diff() > 0).all())
+            same &= set(whole.places.tolist())
+        last = tuple(size - 1 if d == dim else 0 for d, size in enumerate(shape))
+        assert joined[0].owner(last) == groups[0][-1:]
+    # however it is cut, the same elements are kept
+    assert len(same & set(alone.places.tolist())) >= min(x.numel(), 100)
+    (summed,) = wholes([value(x * (r + 1), "world:P(sum)", r) for r in range(4)], mesh)
+    assert summed.figures is None
     torch.testing.assert_close(summed.elements, 10 * x.flatten()[summed.places], rtol=1e-13, atol=0)
     assert wholes([value(x, "kvp:PS")] * 4, mesh) == [] == wholes([value(x, "-")] * 4, mesh)
+
+
+@pytest.mark.parametrize("size", [1500, 2046, 2050, 4097])
+def test_padding_and_layouts_keep_the_same_elements(size: int) -> None:
+    """Alone, and padded to eight parts, where the padded side may be twice a power of two longer."""
+    x = torch.randn(3, 2, size, dtype=torch.float64)
+    part = -(-size // 8)
+    padded = torch.nn.functional.pad(x, (0, 8 * part - size))
+    eight = HelixMesh(HelixLayout(kvp=8, tpa=1, ep=8, tpf=1))
+    values = [value(p.contiguous(), "world:S(2)", r, eight) for r, p in enumerate(padded.chunk(8, 2))]
+    assert len({len(v.places) for v in values}) > 1 or part * 6 <= 1024
+    for broken in (False, True):
+        y = x.clone()
+        if broken:  # two heads have each other's place: the same norm, the same largest element
+            y[..., 256:512], y[..., 1024:1280] = x[..., 1024:1280], x[..., 256:512]
+        (whole,) = wholes(values, eight)
+        pair = fitted(own(value(y, "R", 0, eight), 0), whole)
+        assert pair is not None and len(set(pair[0].places.tolist()) & set(pair[1].places.tolist())) >= 40
+        found = deviation(*pair, None)
+        assert (found.off > 0.01 and found.what == "element") == broken and (broken or found.off < 1e-12)
+
+
+def test_shared_places_do_not_hang_on_the_length() -> None:
+    for shape in ((7168,), (64, 576), (3, 5, 1000), (2, 2, 2, 2, 2, 129)):
+        places = shared_places(shape)
+        assert len(places) >= 100
+        assert (places < torch.tensor(shape)).all() and len(places) <= 256
+        longer = {tuple(at) for at in shared_places((*shape[:-1], shape[-1] + 7)).tolist()}
+        assert len(longer & {tuple(at) for at in places.tolist()}) >= min(len(places), 40)
 
 
 @pytest.mark.slow
