@@ -11,11 +11,12 @@ import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -137,19 +138,47 @@ def by_site(pasts: list[Tensor]) -> list[list[Tensor]]:
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The longest ModuleList whose items take a cache and that is in no other such list, with its dotted name."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and cache_argument(type(module[0]).forward) is not None
-    ]
+    """The longest ModuleList whose items take a cache and that is in no other such list, with its dotted name.
+
+    Whether they do is read off their forward; where no list's has an argument for it by annotation or name, the model is run
+    on fake tensors, and what is handed its cache takes one.
+    """
+    lists = [(n, module) for n, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    found = [(n, items) for n, items in lists if cache_argument(type(items[0]).forward) is not None]
+    if not found:
+        handed = _handed_the_cache(model, lists)
+        found = [(n, items) for n, items in lists if n in handed]
     if not found:
         raise CaptureError(
             f"capture: {type(model).__name__} has no list of layers whose forward takes a cache "
-            f"({' or '.join(CACHE_NAMES[:2])}); expected a transformers causal language model"
+            f"({' or '.join(CACHE_NAMES[:2])}, an argument annotated as Cache, or one that the model's call fills with its cache); "
+            "expected a transformers causal language model"
         )
     inner = [n for n, _ in found if any(n.startswith(f"{other}.") for other, _ in found)]
     return max((x for x in found if x[0] not in inner), key=lambda item: len(item[1]))
+
+
+def _handed_the_cache(model: nn.Module, lists: list[tuple[str, nn.ModuleList]]) -> set[str]:
+    """Names of the lists with an item that the model calls with its cache."""
+    first, handed = next(model.parameters(), None), set[str]()
+    if first is None or not hasattr(model, "config"):
+        return handed
+
+    def watched(name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(value is cache for value in (*args, *kwargs.values())):
+            handed.add(name)
+        return forward(*args, **kwargs)
+
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
+        for name, items in lists:
+            for item in items:
+                stack.enter_context(patch.object(item, "forward", partial(watched, name, item.forward)))
+        past = first.new_zeros(HINT_B, 1, HINT_S, 1)
+        cache = ConcatenatingCache(model.config.get_text_config(), None, past)
+        # what a graph can't hold stops it: the layers before it were called
+        with suppress(Exception):
+            Around(model, lambda pasts: cache)(*model_inputs(first.device), [past])
+    return handed
 
 
 class Around(nn.Module):
