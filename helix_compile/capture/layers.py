@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helix_compile.capture.checks import explained
@@ -160,8 +160,8 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _handed_the_cache(model: nn.Module, lists: list[tuple[str, nn.ModuleList]]) -> set[str]:
     """Names of the lists with an item that the model calls with its cache."""
-    first, handed = next(model.parameters(), None), set[str]()
-    if first is None or not hasattr(model, "config"):
+    first, handed, config = next(model.parameters(), None), set[str](), getattr(model, "config", None)
+    if first is None or not isinstance(config, PretrainedConfig):
         return handed
 
     def watched(name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -174,7 +174,7 @@ def _handed_the_cache(model: nn.Module, lists: list[tuple[str, nn.ModuleList]]) 
             for item in items:
                 stack.enter_context(patch.object(item, "forward", partial(watched, name, item.forward)))
         past = first.new_zeros(HINT_B, 1, HINT_S, 1)
-        cache = ConcatenatingCache(model.config.get_text_config(), None, past)
+        cache = ConcatenatingCache(config.get_text_config(), None, past)
         # what a graph can't hold stops it: the layers before it were called
         with suppress(Exception):
             Around(model, lambda pasts: cache)(*model_inputs(first.device), [past])
