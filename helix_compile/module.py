@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.cache_utils import DynamicCache
 
 from helix_compile.cache.pages import Ledger
@@ -31,6 +35,7 @@ from helix_compile.views.graph_python import stage_diff
 from helix_compile.views.inspection import Inspection, inspect_module
 from helix_compile.worlds.world import World
 
+_TRACING = (FakeTensorMode, ProxyTorchDispatchMode, FunctionalTensorMode)
 _FIXED = (
     "is refused: the graphs were captured for one dtype and device; "
     "call helix_compile(model, ..., dtype=..., device=...) instead"
@@ -38,11 +43,21 @@ _FIXED = (
 
 
 def _refuse_tracing() -> None:
-    """A step reads and moves the ledger on the host: a trace of it would hold one step's numbers."""
+    """A step reads and moves the ledger on the host: a trace of it would hold one step's numbers, and none has its own."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise HelixError(
             "a HelixModule can't be traced or exported (torch.jit.trace, torch.export, torch.onnx.export): its step keeps a "
             "cache and lengths that a trace would freeze; compiled.graph and its bodies are the graphs, save() keeps them"
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise HelixError(
+            "a HelixModule can't be transformed (torch.func.vmap, grad, jvp, functionalize): its step keeps one cache and reads "
+            "token ids on the host; a batch is a dim of input_ids [B, T]"
+        )
+    if modes := [type(mode).__name__ for mode in _get_current_dispatch_mode_stack() if isinstance(mode, _TRACING)]:
+        raise HelixError(
+            f"a HelixModule can't be traced or run without values (make_fx, {modes[-1]}): its step reads token ids on the host and "
+            "moves its cache; compiled.graph and its bodies are the graphs, run them for shapes alone"
         )
 
 

@@ -30,7 +30,13 @@ from helix_compile.capture.layers import (
     find_layers,
 )
 from helix_compile.capture.leaves import Choked, Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
-from helix_compile.capture.paths import Sizes, check_paths, check_paths_by_numbers, dataflow_elsewhere
+from helix_compile.capture.paths import (
+    Sizes,
+    check_eager_experts,
+    check_paths,
+    check_paths_by_numbers,
+    dataflow_elsewhere,
+)
 from helix_compile.capture.rope import tables_by_position
 from helix_compile.capture.same_values import EXPORTED
 from helix_compile.capture.structure import alike_but_values, attributes_kept, tensors_of
@@ -87,8 +93,10 @@ def capture(
 
 def _captured(model: nn.Module, whole: bool, keep: dict[int, str], unmatched: str) -> CapturedGraph:
     """Nothing is remembered: what a model computes may hang on things that no key of ours would see."""
-    with _experts_as(model, _capturable_experts(model)):
-        return _capture_whole(model) if whole else _capture_layers(model, keep, unmatched == "keep")
+    form, now = _capturable_experts(model), getattr(model.config, "_experts_implementation", None)
+    eager = "eager" if form and now == "eager" else ""
+    with _experts_as(model, form):
+        return _capture_whole(model) if whole else _capture_layers(model, keep, unmatched == "keep", eager)
 
 
 @contextmanager
@@ -118,11 +126,19 @@ def _capturable_experts(model: PreTrainedModel) -> str | None:
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
-    embedding = model.get_input_embeddings()
+    embedding, config = model.get_input_embeddings(), model.config.get_text_config()
+    words = getattr(
+        embedding, "num_embeddings", getattr(config, "vocab_size", None)
+    )  # a wrapper has no count of its own
+    if not isinstance(words, int):
+        raise CaptureError(
+            f"capture: how many token ids {type(model).__name__} knows can't be read: its input embedding "
+            f"({type(embedding).__name__}) has no num_embeddings, its configuration no vocab_size"
+        )
     return {
         "dtype": model.dtype,
         "max_positions": getattr(model.config, "max_position_embeddings", None),
-        "vocab_size": embedding.num_embeddings,
+        "vocab_size": words,
         "model_name": type(model).__name__,
         "model": model,
         "notes": (*_version_notes(), *getattr(model, "notes_of_release", ()), *_mtp_notes(model.config)),
@@ -147,7 +163,15 @@ def _mtp_notes(config: Any) -> tuple[str, ...]:
     return (f"{count} multi-token-prediction layer(s) in the configuration: ignored, the model class has none",)
 
 
-def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) -> CapturedGraph:
+def _has_own_experts(layer: nn.Module) -> bool:
+    """A class under transformers' use_experts_implementation that is not one of transformers'."""
+    return any(
+        hasattr(m, "is_transposed") and hasattr(m, "has_bias") and not type(m).__module__.startswith("transformers.")
+        for m in layer.modules()
+    )
+
+
+def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool, eager: str) -> CapturedGraph:
     name, layers = find_layers(model)
     try:
         program, exported, calls, returned = export_around(model, layers)
@@ -178,6 +202,9 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool) 
             elif found.part:
                 number = by_signature[signature]
                 parts[number].try_with(layer, calls[i], model, bodies[number], notes)
+            if not found.leaf and not found.part and eager and _has_own_experts(layer):
+                with _experts_as(model, eager):
+                    check_eager_experts(layer, calls[i], model.config, bodies[by_signature[signature]])
         except HelixError as error:
             if not keep_failing:
                 raise

@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import transformers
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -37,8 +38,25 @@ from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, hint_of, size_at
 
 Lines = list[tuple[str, str]]
-# what a model skips while it is compiled (masks that hide nothing) is skipped here too
-COMPILING = patch.object(torch.compiler, "is_compiling", lambda: True)
+_IS_COMPILING = torch.compiler.is_compiling
+_TRANSFORMERS = str(Path(transformers.__file__).parent)
+_MASKS = tuple(str(Path(_TRANSFORMERS) / name) for name in ("masking_utils.py", "modeling_attn_mask_utils.py"))
+_ASKING = str(Path(_TRANSFORMERS) / "utils")  # is_torchdynamo_compiling() and the like
+
+
+def _is_compiling() -> bool:
+    """torch.compiler.is_compiling() as the one who asks is to see it.
+
+    transformers' masks: true, as in the export (eager drops masks that hide nothing). Everyone else: as it is in eager, which
+    is what the graph must compute.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((_ASKING, __file__)):
+        frame = frame.f_back
+    return _IS_COMPILING() or (frame is not None and frame.f_code.co_filename in _MASKS)
+
+
+COMPILING = patch.object(torch.compiler, "is_compiling", _is_compiling)
 NOT_COMPARED = "not compared: "  # what a note begins with that verify() must find
 
 
@@ -150,7 +168,8 @@ def compare_paths(
         if error:
             raise CaptureError(
                 f"capture: {what} takes another path at {sizes} than at {Sizes()}, at {where}, and computes something else "
-                f"there (relative RMS error {error:.2g}); a graph holds one path: write it without a branch on a size of 0 or 1"
+                f"there (relative RMS error {error:.2g}); a graph holds one path: write it without a branch on a size of 0 or 1, or "
+                "on torch.compiler.is_compiling() or is_exporting()"
             )
     return notes
 
@@ -167,7 +186,7 @@ def _first_difference(usual: Lines, found: Lines) -> str:
         if one[0] != other[0]:
             return f"{other[1]} (`{other[0]}`, there `{one[0]}`)"
     if len(usual) == len(found):
-        return "a number that is made from a size, or an order of operands"
+        return "a number that is made from a size, an order of operands, or what is asked of torch.compiler"
     more = max(usual, found, key=len)[min(len(usual), len(found))]
     return f"{more[1]} (`{more[0]}`)"
 
@@ -226,6 +245,21 @@ def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphMo
         lambda sizes: _layer_gap(layer, call, config, body, sizes, trial()),
         same,
     )
+
+
+def check_eager_experts(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphModule) -> None:
+    """A layer whose experts' class is not transformers' own, as the model runs it, against its graph of another form.
+
+    Raises:
+        CaptureError: its eager form computes something else.
+    """
+    error = _layer_gap(layer, call, config, body, Sizes(), Trial.of(layer, body.meta[CONSTANTS]))
+    if error:
+        raise CaptureError(
+            f"capture: the experts of {type(layer).__name__} compute in their own eager form something else than "
+            f"'batched_mm' does (relative RMS error {error:.2g}), and that form, a loop, is not captured; move what they compute "
+            "besides out of the class, or leave use_experts_implementation off"
+        )
 
 
 def dataflow_elsewhere(layer: nn.Module, call: LayerCall, config: Any) -> str:

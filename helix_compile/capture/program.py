@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from helix_compile.capture.body import CONSTANTS, normalised_module
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
 from helix_compile.capture.checks import explained
+from helix_compile.capture.conditions import check_conditions
 from helix_compile.capture.structure import tensors_of
 from helix_compile.errors import CaptureError
 from helix_compile.ir.graph import aten, calls, input_ref, inputs_of, is_call, placeholders
@@ -63,6 +64,11 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
     body = normalised_module(functional, roles, prefix="")
     vocab_size = _returns_logits_and_new(body)
     pasts = inputs_of(body.graph, "past")
+    limits = _limits(functional, users, pasts)
+    shapes = [u.meta["val"].shape if isinstance(u.meta.get("val"), torch.Tensor) else torch.Size() for u in users]
+    of_step = [name if kind in ("hidden", "tensor") else kind for kind, name in roles]
+    names = [s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    check_conditions(program, {n: (role, shape) for n, role, shape in zip(names, of_step, shapes, strict=True)}, limits)
     layer = CapturedLayer(0, "", "body_0", tuple(range(len(pasts) // 2)))
     return CapturedGraph(
         graph=whole_graph(body),
@@ -72,7 +78,7 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
         vocab_size=vocab_size,
         model_name="ExportedProgram",
         model=weights,
-        limits=_limits(functional, users, pasts),
+        limits=limits,
         constants={n: t for n, t in body.meta[CONSTANTS].items() if n not in tensors_of(weights)},
     )
 

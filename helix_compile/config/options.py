@@ -10,13 +10,13 @@ import inspect
 import logging
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
-from helix_compile.config.files import ConfigSection
+from helix_compile.config.files import ConfigSection, nearest
 from helix_compile.config.reading import OURS, read_recipe
 from helix_compile.config.recipe import ConfigFields, Recipe
 from helix_compile.errors import HelixError, LayoutError, LoweringUnavailable, PlanError
@@ -161,6 +161,11 @@ class HelixOptions:
     )
     recipe: InitVar[Recipe] = NO_RECIPE  # where the options come from: not an option, and no part of equality
 
+    def __new__(cls, *args: Any, **keywords: Any) -> HelixOptions:
+        """Before dataclass's own __init__, which has no words for a keyword that it does not know."""
+        check_keywords("HelixOptions", keywords, [*OPTIONS, "recipe"])
+        return super().__new__(cls)
+
     def __post_init__(self, recipe: Recipe) -> None:
         object.__setattr__(self, "recipe", recipe)
         for name, option in OPTIONS.items():
@@ -299,7 +304,11 @@ def takes_options(compiling: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(compiling)
     def call(*args: P.args, **keywords: P.kwargs) -> R:
-        given = signature.bind(*args, **keywords).arguments
+        check_keywords(compiling.__name__, keywords, signature.parameters)
+        try:
+            given = signature.bind(*args, **keywords).arguments
+        except TypeError as error:
+            raise PlanError(f"{compiling.__name__}: {error}; expected {compiling.__name__}(model, cp=N, ...)") from None
         stated = {name: given.pop(name) for name in OPTIONS if name in given}
         given["options"] = _stated_once(stated, given.get("options"))
         return run(**given)
@@ -309,6 +318,15 @@ def takes_options(compiling: Callable[P, R]) -> Callable[P, R]:
         "        {fields of HelixOptions}", textwrap.indent("\n".join(lines), " " * 8)
     )
     return call
+
+
+def check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise PlanError for a keyword that is not known: the nearest one, and all."""
+    for name in given:
+        if name not in (names := list(known)):
+            raise PlanError(
+                f"{what}: got an unknown keyword {name!r}, expected one of {', '.join(names)}; the nearest is {nearest(name, names)}"
+            )
 
 
 def _stated_once(stated: dict[str, Any], options: HelixOptions | None) -> HelixOptions:

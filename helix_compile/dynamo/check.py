@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from helix_compile.capture.value_digest import DigestMode
 from helix_compile.dynamo.frame import (
@@ -84,7 +85,13 @@ def _outputs_of(gm: fx.GraphModule, frame: Frame, args: tuple[Any, ...], expecte
     stand_ins = [_enter(mode, role, value) for role, value in zip(frame.inputs, args, strict=True)]
     with torch.no_grad(), mode.fake, mode:
         run = _Recorder(gm, mode)
-        results = run.run(*stand_ins)
+        try:
+            results = run.run(*stand_ins)
+        except DataDependentOutputException:
+            raise CaptureError(
+                "torch.compile: the graph reads a value on the host (.item()): a number of the model that Dynamo made an input "
+                "because it was changed between calls, or a branch on data; call torch._dynamo.reset() and torch.compile it again"
+            ) from None
         results = results if isinstance(results, (list, tuple)) else (results,)
         digests = [mode.digest(r) for r in results]
         after = [mode.digest(s) if isinstance(s, Tensor) else "" for s in stand_ins]

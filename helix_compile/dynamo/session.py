@@ -76,11 +76,16 @@ class Session:
                 self._rotary = _positions_rotate_only(self._module)
                 self.state.remember_hooks(model)
                 self._structure = structure_key(model)
-            elif structure_key(model) != self._structure:
-                raise RuntimeFault(
-                    "the model (a constant, a hook, a method or its configuration) was changed since it was compiled; "
-                    "call torch._dynamo.reset() and torch.compile it again"
-                )
+            else:
+                self.check_unchanged(model)
+
+    def check_unchanged(self, model: nn.Module) -> None:
+        """Raise RuntimeFault where the model is not what it was when it was rewritten."""
+        if self._module is not None and structure_key(model) != self._structure:
+            raise RuntimeFault(
+                "the model (a constant, a hook, a method or its configuration) was changed since it was compiled; "
+                "call torch._dynamo.reset() and torch.compile it again"
+            )
 
     def step(
         self,
@@ -181,6 +186,8 @@ class CompiledGraph:
         if self._first is not None:
             # after model.compile() the model's own call goes through Dynamo, which would give up on what traces it here
             with torch.compiler.set_stance("force_eager"):
+                # a number that was changed is an input of Dynamo's next graph, which says less
+                self.session.check_unchanged(self._first[1].model)
                 self._outputs = compared_outputs(*self._first, args)
                 self.session.compile(self._first[1].model)
             self.session.state.remember_weights(weights)

@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import use_experts_implementation
+from transformers.utils import is_torchdynamo_compiling
 
 from helix_compile import CaptureError, helix_compile
 from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.ir.leaves import record_call
 from tests.support.driver import prompt_deviation
 from tests.support.families import fresh_family
+from tests.support.gqa_models import fresh_gqa
 from tests.support.models import fresh_model
 
 pytestmark = pytest.mark.fresh_capture
+SMALL: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 3, "tokens_per_block": 2}
 
 
 def test_hooks_for_every_module_are_refused() -> None:
@@ -97,6 +101,80 @@ def test_experts_of_a_registered_function_are_refused() -> None:
     model.config._experts_implementation = "mine"
     with pytest.raises(CaptureError, match="the experts are computed by 'mine'"):
         helix_compile(model, cp=2)
+
+
+@use_experts_implementation
+class OwnExperts(nn.Module):
+    """A user's own experts; what the eager form gives is `more` times what the other forms do."""
+
+    def __init__(self, config: Any, inner: Any, more: float):
+        super().__init__()
+        self.num_experts, self.act_fn, self.more = inner.num_experts, inner.act_fn, more
+        self.gate_up_proj, self.down_proj = inner.gate_up_proj, inner.down_proj
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            rows, k = (top_k_index == expert).nonzero(as_tuple=True)
+            gate, up = nn.functional.linear(hidden_states[rows], self.gate_up_proj[expert]).chunk(2, -1)
+            down = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            out.index_add_(0, rows, down * top_k_weights[rows, k, None])
+        return out * self.more
+
+
+@pytest.mark.parametrize(("more", "form"), [(1.0, "eager"), (1.25, "eager"), (1.25, "batched_mm")])
+def test_experts_of_ones_own_compute_what_their_eager_form_does(more: float, form: str) -> None:
+    model = fresh_gqa("mixtral", num_hidden_layers=1)
+    block = model.model.layers[0].mlp
+    block.experts = OwnExperts(model.config, block.experts, more).eval()
+    model.set_experts_implementation(form)
+    if more != 1.0 and form == "eager":
+        with pytest.raises(CaptureError, match="in their own eager form something else than 'batched_mm' does"):
+            helix_compile(model, cp=2, **SMALL)
+    else:  # in its other forms transformers does not call the class's own forward
+        assert prompt_deviation(model, helix_compile(model, cp=2, **SMALL)) <= 1e-7
+
+
+class Asks(nn.Module):
+    """A norm that asks whether it is compiled or exported."""
+
+    def __init__(self, norm: nn.Module, asked: Any, factor: float = 1.5):
+        super().__init__()
+        self.norm, self.asked, self.factor = norm, asked, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * (self.factor if self.asked() else 1.0)
+
+
+ASKED = {
+    "compiling": lambda: torch.compiler.is_compiling(),
+    "exporting": lambda: torch.compiler.is_exporting(),
+    "dynamo": lambda: torch._dynamo.is_compiling(),
+    "transformers": is_torchdynamo_compiling,
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("around", [True, False])
+def test_the_graph_is_that_of_eager(asked: str, around: bool) -> None:
+    model = fresh_gqa("llama", num_hidden_layers=1)
+    owner = model.model if around else model.model.layers[0]
+    name = "norm" if around else "input_layernorm"
+    setattr(owner, name, Asks(getattr(owner, name), ASKED[asked]).eval())
+    with pytest.raises(CaptureError, match=r"computes something else there .* or on torch.compiler.is_compiling"):
+        helix_compile(model, cp=2, **SMALL)
+
+
+def test_who_asks_and_computes_the_same_is_captured() -> None:
+    model = fresh_gqa("llama", num_hidden_layers=1)
+    model.model.norm = Asks(model.model.norm, torch.compiler.is_compiling, 1.0).eval()
+    assert prompt_deviation(model, helix_compile(model, cp=2, **SMALL)) <= 1e-10
+
+
+def test_a_wrapped_embedding_is_captured() -> None:
+    model = fresh_gqa("llama", num_hidden_layers=1)
+    model.model.embed_tokens = Asks(model.model.embed_tokens, lambda: False).eval()
+    assert prompt_deviation(model, helix_compile(model, cp=2, **SMALL)) <= 1e-10
 
 
 def test_layers_with_other_index_lists_share_no_body() -> None:

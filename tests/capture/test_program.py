@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,44 @@ def test_the_range_of_a_dim_is_a_limit_of_a_step() -> None:
     with torch.no_grad():
         expected = model(ids[:, :8]).logits
     assert (compiled(ids[:, :8]) - expected).abs().max() <= 1e-7 * expected.abs().max()
+
+
+class Bound(nn.Module):
+    """A branch on two sizes: the export holds one side."""
+
+    def __init__(self, norm: nn.Module, apart: Any):
+        super().__init__()
+        self.norm, self.apart = norm, apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * (2.0 if self.apart(x.shape[0], x.shape[1]) else 1.0)
+
+
+@pytest.mark.parametrize("apart", [lambda B, T: B * T > 16, lambda B, T: B > T, lambda B, T: T % 2 == 0])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_condition_on_several_sizes_is_refused(apart: Any, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a guard where Dims are AUTO, as an assertion in the graph where they have names."""
+    model = fresh_model("short")
+    model.model.norm = Bound(model.model.norm, apart)
+    export = torch.export.export
+    if named:
+        deferred = partial(export, prefer_deferred_runtime_asserts_over_guards=True)
+        monkeypatch.setattr(torch.export, "export", deferred)
+    else:
+        monkeypatch.setattr("tests.capture.test_program.Dim", _Automatic)
+    program = exported(model)
+    monkeypatch.undo()
+    with pytest.raises(CaptureError, match=r"binds its sizes together, .* sequences, .* new tokens"):
+        helix_compile(program, **OPTIONS)
+
+
+class _Automatic:
+    """Dim, but that every size is found out."""
+
+    AUTO = Dim.AUTO
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return Dim.AUTO
 
 
 def test_so_are_those_of_batch_and_past() -> None:

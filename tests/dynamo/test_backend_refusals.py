@@ -192,6 +192,43 @@ def test_a_hook_that_comes_later_is_refused(where: str) -> None:
         assert (compiled(IDS).logits - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
+class Factor:
+    """An object with a number that a layer reads."""
+
+    value = 1.0
+
+
+@pytest.mark.parametrize("where", ["module", "object"])
+def test_a_number_that_was_changed_is_refused(where: str) -> None:
+    """Dynamo makes a float that changed an input of its next graph."""
+    model, factor = fresh_gqa(num_hidden_layers=1), Factor()
+    norm = model.model.layers[0].input_layernorm
+    if where == "object":
+        model.model.layers[0].mlp.act_fn = ReadsFactor(factor).eval()
+    compiled = torch.compile(model, backend="helix", options={"cp": 4, "max_seq_len": 64})
+    with torch.no_grad():
+        compiled(IDS)
+        norm.variance_epsilon, factor.value = (0.1, 1.0) if where == "module" else (norm.variance_epsilon, 1.5)
+        said = (
+            "was changed since it was compiled"
+            if where == "module"
+            else r"reads a value on the host|not what the model"
+        )
+        with pytest.raises(HelixError, match=said):
+            compiled(IDS)
+
+
+class ReadsFactor(nn.Module):
+    """An activation with a number of an object."""
+
+    def __init__(self, factor: Factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Any) -> Any:
+        return nn.functional.silu(x) * self.factor.value
+
+
 @pytest.mark.slow
 def test_a_hook_that_goes_is_refused() -> None:
     model = fresh_gqa()

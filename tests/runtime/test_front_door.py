@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from helix_compile import CaptureError, HelixError, HelixModule, PlanError, RuntimeFault, helix_compile
+from helix_compile import CaptureError, HelixError, HelixModule, HelixOptions, PlanError, RuntimeFault, helix_compile
 from tests.capture.test_program import exported
 from tests.support.driver import random_ids
 from tests.support.models import tiny_model
@@ -45,6 +47,36 @@ class Wrapper(nn.Module):
 def test_what_cannot_be_compiled(act: Callable[[Any], Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         act(tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: helix_compile(tiny_model(), cp=2, tokens_per_blok=4), r"keyword 'tokens_per_blok', expected one of model, cp, .*; the nearest is tokens_per_block"),
+        (lambda: helix_compile(tiny_model(), 2, 3), r"too many positional arguments; expected helix_compile\(model, cp=N"),
+        (lambda: helix_compile(cp=2), r"missing a required argument: 'model'"),
+        (lambda: HelixOptions(cp=2, tpaa=1), "HelixOptions: got an unknown keyword 'tpaa', .*; the nearest is tpa"),
+        (lambda: HelixOptions.from_file(None), "expected a mapping or the path of a file, got NoneType"),
+        (lambda: HelixOptions.from_vllm(3), "expected a mapping or the path of a file, got int"),
+    ],
+)  # fmt: skip
+def test_keywords_that_nobody_knows(act: Callable[[], Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        act()
+
+
+def test_a_module_is_not_transformed_or_traced() -> None:
+    compiled, ids = helix_compile(tiny_model(), **OPTIONS), random_ids(tiny_model(), 2, 5)
+    with pytest.raises(HelixError, match="can't be transformed"):
+        torch.func.vmap(compiled)(ids[:, None])
+    with pytest.raises(HelixError, match="can't be transformed"):
+        torch.func.functionalize(compiled)(ids)
+    for mode in ("real", "fake", "symbolic"):
+        with pytest.raises(HelixError, match="can't be traced or run without values"):
+            make_fx(compiled, tracing_mode=mode)(ids)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(HelixError, match="FakeTensorMode"):
+        compiled(ids)
+    assert compiled.lengths.tolist() == [] and compiled(ids).shape[:2] == (2, 5)
 
 
 def test_a_step_takes_ids_and_mask_alone() -> None:
