@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from helix_compile.capture.body import OpTrace, without_values
 from helix_compile.capture.checks import check_surroundings
+from helix_compile.capture.layers import Around, ConcatenatingCache, model_inputs
 from helix_compile.capture.structure import structure_key
 from helix_compile.compile import helix_compile
 from helix_compile.dynamo.check import GraphOutput, compared_outputs
@@ -25,6 +28,7 @@ from helix_compile.dynamo.user_state import (
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.dataflow import follow
 from helix_compile.ir.graph import aten, input_named, is_call
+from helix_compile.ir.sizes import HINT_B, HINT_S
 from helix_compile.module import HelixModule
 from helix_compile.runtime.step import check_ids, checked_mask
 
@@ -75,13 +79,13 @@ class Session:
                 self._module = helix_compile(model, **self.options)
                 self._rotary = _positions_rotate_only(self._module)
                 self.state.remember_hooks(model)
-                self._structure = structure_key(model)
+                self._structure = structure_key(model), _dataflow(model)
             else:
                 self.check_unchanged(model)
 
     def check_unchanged(self, model: nn.Module) -> None:
         """Raise RuntimeFault where the model is not what it was when it was rewritten."""
-        if self._module is not None and structure_key(model) != self._structure:
+        if self._module is not None and (structure_key(model), _dataflow(model)) != self._structure:
             raise RuntimeFault(
                 "the model (a constant, a hook, a method or its configuration) was changed since it was compiled; "
                 "call torch._dynamo.reset() and torch.compile it again"
@@ -164,6 +168,26 @@ class Session:
                 )
             shifts[row] = found.pop() if found else None
         return shifts
+
+
+def _dataflow(model: Any) -> str:
+    """A digest of every op and number of the model's forward, at one size; "" where it can't be run without values.
+
+    It sees what no structure shows: a number in an object that code looks up, a global, a closure.
+    """
+
+    def run(trace: OpTrace, device: torch.device) -> None:
+        past = torch.zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype, device=device)
+        inputs = model_inputs(device)
+        trace.name_inputs([*inputs, past])
+        with trace:
+            Around(model, lambda pasts: ConcatenatingCache(model.config, None, pasts[0]))(*inputs, [past])
+
+    try:
+        lines = without_values(type(model).__name__, model, OpTrace, run).lines
+    except Exception:  # a part that branches on data: structure alone tells
+        return ""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class CompiledGraph:

@@ -200,7 +200,7 @@ class Factor:
 
 @pytest.mark.parametrize("where", ["module", "object"])
 def test_a_number_that_was_changed_is_refused(where: str) -> None:
-    """Dynamo makes a float that changed an input of its next graph."""
+    """Dynamo makes a float that changed an input of its next graph; what no module holds shows in what the forward computes."""
     model, factor = fresh_gqa(num_hidden_layers=1), Factor()
     norm = model.model.layers[0].input_layernorm
     if where == "object":
@@ -209,12 +209,7 @@ def test_a_number_that_was_changed_is_refused(where: str) -> None:
     with torch.no_grad():
         compiled(IDS)
         norm.variance_epsilon, factor.value = (0.1, 1.0) if where == "module" else (norm.variance_epsilon, 1.5)
-        said = (
-            "was changed since it was compiled"
-            if where == "module"
-            else r"reads a value on the host|not what the model"
-        )
-        with pytest.raises(HelixError, match=said):
+        with pytest.raises(RuntimeFault, match="was changed since it was compiled"):
             compiled(IDS)
 
 
