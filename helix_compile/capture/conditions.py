@@ -38,7 +38,8 @@ _ALLOWED = (
 )  # fmt: skip
 _SIZE_OPS = {
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.eq, operator.ne,
-    operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_, operator.not_,
+    operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_, operator.not_, operator.truediv,
+    torch.sym_not, torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_ite,
 }  # fmt: skip
 Holds = Callable[[_Step], bool]
 
