@@ -191,22 +191,18 @@ def _without_zero_heads(whole: Whole, dim: int, padded: Sequence[Places], zeros:
 
 
 def _kept_rows(whole: Whole, dim: int, rows: Tensor, figures: bool) -> Whole:
-    """Rows in ascending order; `figures`: what is left out is zero, so they are still true."""
+    """`figures`: what is left out is zero, so they are still true."""
     shape = tuple(len(rows) if d == dim else size for d, size in enumerate(whole.shape))
     known = whole.figures if figures else None
-    number = torch.full((whole.shape[dim],), -1)
-    number[rows] = torch.arange(len(rows))
+    left = replace(whole, shape=shape, figures=known, rows=rows if whole.cut == dim else None)
     at = torch.stack(torch.unravel_index(whole.places, whole.shape), 1)
-    at[:, dim] = number[at[:, dim]]
+    now = torch.full((whole.shape[dim],), -1)
+    now[rows] = torch.arange(len(rows))
+    at[:, dim] = now[at[:, dim]]
     kept = at[:, dim] >= 0
-    return replace(
-        whole,
-        shape=shape,
-        figures=known,
-        rows=rows if whole.cut == dim else None,
-        places=flat_places(at[kept], shape),
-        elements=whole.elements[kept],
-    )
+    places = flat_places(at[kept], shape)
+    order = places.argsort()
+    return replace(left, places=places[order], elements=whole.elements[kept][order])
 
 
 def deviation(a: Whole, b: Whole, mask: Tensor | None) -> Deviation:
