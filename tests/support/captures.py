@@ -56,6 +56,7 @@ def remembered(capture: Callable[..., CapturedGraph]) -> Callable[..., CapturedG
             memo.popitem(last=False)
         return memo[key]
 
+    captured.remembers = True  # type: ignore[attr-defined]
     return captured
 
 
@@ -157,5 +158,6 @@ def _is_library(thing: Any) -> bool:
 
 
 def share() -> None:
-    """For a worker process, which no fixture reaches."""
-    capture_model._captured = remembered(capture_model._captured)
+    """For a worker process, which no fixture reaches; once, where it has imported a conftest too."""
+    if not getattr(capture_model._captured, "remembers", False):
+        capture_model._captured = remembered(capture_model._captured)
