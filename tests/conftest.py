@@ -20,7 +20,7 @@ gc.set_threshold(
 )  # graphs are many small objects: looking through them again and again is a fifth of the time
 
 from helix_compile.capture import model as capture_model  # noqa: E402  Triton reads its variable before
-from tests.support.captures import FOLDER, remembered  # noqa: E402
+from tests.support.captures import FOLDER, share  # noqa: E402
 from tests.support.interpreter import without_bookkeeping  # noqa: E402
 
 without_bookkeeping()
@@ -30,7 +30,7 @@ if _IS_FIRST:
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="helix-captures-")
 
 _ANEW = capture_model._captured
-capture_model._captured = remembered(_ANEW)  # at once: fixtures of a module are made before those of a test
+share()  # at once: fixtures of a module are made before those of a test
 
 
 # dealt out file by file: what takes longest goes first, or one worker ends on it alone. By seconds, in steps of ten or so
