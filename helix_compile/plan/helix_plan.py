@@ -88,6 +88,9 @@ class ParamShard:
         return elements - elements // padded * real
 
 
+OF_CANDIDATES = ("top-k candidates", "k-th keys")  # what a plan calls what ranks send of an indexer's best keys
+
+
 @dataclass(frozen=True)
 class Collective:
     """One collective of a body: torch's name, mesh axis, and bytes that leave a rank for each token."""

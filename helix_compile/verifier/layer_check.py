@@ -1,27 +1,32 @@
 """One layer at a time on identical inputs, with needle keys and unequal shards: attention, layer output, cache.
 
-Three comparisons, each by a reference of its own:
+Four comparisons, each by a reference of its own:
 
-    attention   dense attention in fp64 over what the ranks' caches hold, with the ranks' own q     (HX402)
-    layer       the captured layer of the original in fp64, on the same hidden state and past      (HX403)
-    cache       past entries bit by bit, new ones against the original's latent and k_rope         (HX404)
+    choice      where an indexer chooses: the ranks' keys by the contract, and the original's choice      (HX410)
+    attention   dense attention in fp64 over what the ranks' caches hold, with the ranks' own q and keys     (HX402)
+    layer       the captured layer of the original in fp64, on the same hidden state, past and keys      (HX403)
+    cache       past entries bit by bit, new ones against the original's latent, k_rope and index key     (HX404)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from helix_compile.ir.graph import placeholders
-from helix_compile.plan.matches import LayerMatch
+from helix_compile.plan.matches import HandedSelection, LayerMatch, Selection
 from helix_compile.verifier.bisect.walk import Located, body_twins, first_deviation
 from helix_compile.verifier.contract import deal
+from helix_compile.verifier.numeric import choice_check
 from helix_compile.verifier.numeric.attention_check import check_attention
 from helix_compile.verifier.numeric.cache_check import check_cache
+from helix_compile.verifier.numeric.handed import drawn_keys
+from helix_compile.verifier.numeric.index_needles import index_keys, score_sizes
+from helix_compile.verifier.numeric.indexers import Indexers, by_position
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, LayerRun, run_layer
 from helix_compile.verifier.numeric.routing import NEAR_TIE, Choices, RecordTopK
 from helix_compile.verifier.numeric.scratch import Scratch
@@ -102,7 +107,7 @@ def check_layer(
     body = str(reference.call(layer).target)
     match = reference.matches[body]
     where = f"layer {layer} ({body}), context {list(case.lengths)} + {case.T}"
-    given = _inputs(reference, match, layer, case, dtype, seed, coverage)
+    given = _inputs(scratch, reference, match, layer, case, seed, coverage)
     mask = torch.ones(len(case.lengths), case.T, dtype=torch.int64)
     sites = reference.sites(layer)
     for site, past in zip(sites, given.pasts, strict=True):
@@ -110,17 +115,24 @@ def check_layer(
         for row, n in enumerate(case.lengths):
             scratch.fill(site, row, entries[row, entries.shape[1] - n :])
     before = [[c.clone() for c in caches] for caches in scratch.caches]
-    choices = Choices()
+    choices, own_choice = Choices(), Indexers(given.mask)
     with RecordTopK(choices):
-        expected = reference.layer(layer, _as(given, torch.float64))
+        expected = reference.layer(layer, _as(given, torch.float64), own_choice)
     try:
         run = run_layer(scratch, layer, given, mask)
     except Exception as error:  # whatever breaks in the module under test is a finding
         outcome.findings.append(fault(error, where))
         return
-    found = []
+    chosen = _chosen(run, match, scratch, given, case, own_choice, expected, where, coverage)
+    found = chosen.findings
+    outcome.notes += chosen.notes
+    if chosen.turned and not found:  # near ties: what follows is compared given the ranks' keys
+        choices = Choices()
+        with RecordTopK(choices):
+            expected = reference.layer(layer, _as(given, torch.float64), Indexers(given.mask, chosen.told))
     for number, attention in enumerate(match.attentions):
-        found += check_attention(run, attention, scratch, sites[number], reference, layer, where)
+        keys = chosen.keys.get(number)
+        found += check_attention(run, attention, scratch, sites[number], reference, layer, where, keys)
         found += check_cache(attention, scratch, sites[number], expected, before, case.lengths, case.T, where)
     turned = _turned(run, match, expected)
     near = _near_ties(choices, turned, dtype)
@@ -130,11 +142,12 @@ def check_layer(
     elif bool(turned.any()):
         outcome.notes.append(f"{where}: {int(turned.sum())} of {len(turned)} near-tied router choices turned")
     if not found:
-        mine = own.layer(layer, given) if own is not None else None
+        mine = own.layer(layer, given, Indexers(given.mask, chosen.told)) if own is not None else None
         found = _output(run, expected, mine, limit_of(plan), turned, outcome, where)
     graph = scratch.graph.get_submodule(body).graph
+    joined = choice_check.joined_values(chosen.results)
     outcome.locate = lambda: first_deviation(
-        graph.nodes, run.values, body_twins(graph, match, expected), layouts, plan.layout, dtype, mask, match
+        graph.nodes, run.values, body_twins(graph, match, expected), layouts, plan.layout, dtype, mask, match, joined
     )
     if found:
         first = outcome.locate()
@@ -145,21 +158,94 @@ def check_layer(
         coverage.count_shards([len(h) for h in deal(n, plan.layout.kvp, plan.options.tokens_per_block)])
 
 
+@dataclass
+class _Choice:
+    """What became of a layer's choices of keys.
+
+    Attributes:
+        keys: number of the attention -> the ranks' keys [B, T, n].
+        told: those of the sites that choose, in order.
+        turned: some are not the original's own.
+        results: (nodes, the ranks' choice, its comparison with the original) of each site that chooses.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    told: list[Tensor] = field(default_factory=list)
+    turned: bool = False
+    results: list[tuple[choice_check.ChoiceNodes, choice_check.Chosen, choice_check.Compared]] = field(
+        default_factory=list
+    )
+
+
+def _chosen(
+    run: LayerRun,
+    match: LayerMatch,
+    scratch: Scratch,
+    given: LayerInputs,
+    case: LayerCase,
+    own: Indexers,
+    expected: dict[str, Any],
+    where: str,
+    coverage: Coverage,
+) -> _Choice:
+    """Which keys the ranks chose, and whether these are the original's."""
+    plan, outcome = scratch.compiled.plan, _Choice()
+    dtype = getattr(torch, plan.dtype)
+    mask = torch.ones(len(case.lengths), case.T, dtype=torch.int64)
+    queries = choice_check.Queries(case.lengths, mask, plan.layout, plan.options.tokens_per_block)
+    found = choice_check.choice_nodes(scratch.graph.get_submodule(match.body).graph)
+    originals = iter(own.choices)
+    for number, attention in enumerate(match.attentions):
+        selection, nodes = attention.selection, found.get(number)
+        if selection is None:
+            continue
+        if nodes is None or nodes.chooses != isinstance(selection, Selection):
+            what = "attends to all keys" if nodes is None else f"`{nodes.name}` says which keys are seen"
+            wanted = "attention to the keys that an indexer chose"
+            outcome.findings.append(numeric_finding("HX410", f"{where}, attention {number}", what, wanted))
+            continue
+        chosen = choice_check.ranks_choice(nodes, run.values, queries, selection.top_k)
+        outcome.findings += chosen.finding(where)
+        outcome.keys[number] = chosen.keys
+        if isinstance(selection, HandedSelection):
+            handed = given.handed[selection.indices]
+            outcome.findings += choice_check.handed_finding(
+                chosen.keys, handed, nodes, queries, where, "were handed to the layer"
+            )
+            continue
+        sizes = by_position(score_sizes(attention, expected, given.pasts[number][2]), given.mask, 0.0)
+        original = replace(next(originals), sizes=sizes)
+        compared = choice_check.compare_with_original(chosen, original, queries, dtype)
+        outcome.told.append(chosen.keys)
+        outcome.turned |= bool(compared.turned.any())
+        outcome.results.append((nodes, chosen, compared))
+        outcome.findings += choice_check.scores_finding(compared, nodes, queries, where)
+        outcome.findings += choice_check.turned_finding(compared, nodes, queries, where)
+        coverage.choices += int(mask.sum())
+    if not outcome.findings:
+        outcome.notes += choice_check.near_tie_note(where, [compared for *_, compared in outcome.results])
+    return outcome
+
+
 def _as(given: LayerInputs, dtype: torch.dtype) -> LayerInputs:
-    pasts = tuple((a.to(dtype), b.to(dtype)) for a, b in given.pasts)
-    return LayerInputs(given.hidden.to(dtype), given.mask, given.positions, pasts)
+    pasts = tuple(tuple(part.to(dtype) for part in past) for past in given.pasts)
+    return replace(given, hidden=given.hidden.to(dtype), pasts=pasts)
 
 
 def _inputs(
+    scratch: Scratch,
     reference: CapturedReference,
     match: LayerMatch,
     layer: int,
     case: LayerCase,
-    dtype: torch.dtype,
     seed: int,
     coverage: Coverage,
 ) -> LayerInputs:
     """Hidden states, and pasts with needles for the queries that these hidden states make."""
+    plan = scratch.compiled.plan
+    dtype, kvp, tpb = getattr(torch, plan.dtype), plan.layout.kvp, plan.options.tokens_per_block
     generator = torch.Generator().manual_seed(seed)
     B, S, T = len(case.lengths), max(case.lengths), case.T
     body = reference.captured.bodies[match.body].graph
@@ -168,7 +254,8 @@ def _inputs(
     mask = torch.tensor([[0] * (S - n) + [1] * (n + T) for n in case.lengths])
     positions = torch.stack([torch.arange(n, n + T) for n in case.lengths])
     empty = tuple(empty_past(a, B, S) for a in match.attentions)
-    probe = _as(LayerInputs(hidden, mask, positions, empty), torch.float64)
+    handed = drawn_keys(match, list(case.lengths), T, torch.Generator().manual_seed(seed))
+    probe = _as(LayerInputs(hidden, mask, positions, empty, handed), torch.float64)
     values = reference.layer(layer, probe)
     prefix = reference.prefix(layer)
     pasts = []
@@ -179,8 +266,14 @@ def _inputs(
             new = new_entries(attention, values)
             coverage.needles += need_the_new_token(attention, query, new, latent, list(case.lengths))
             coverage.needles += plant(attention, query, latent, k_rope, list(case.lengths))
-        pasts.append(past_of(attention, latent.to(dtype), k_rope.to(dtype)))
-    return LayerInputs(hidden, mask, positions, tuple(pasts))
+        parts = [latent, k_rope]
+        if isinstance(attention.selection, Selection):
+            hands = [deal(n, kvp, tpb) for n in case.lengths]
+            index, ties = index_keys(attention, values, list(case.lengths), S, hands, generator)
+            coverage.tied_choices += ties
+            parts.append(index)
+        pasts.append(past_of(attention, *(part.to(dtype) for part in parts)))
+    return LayerInputs(hidden, mask, positions, tuple(pasts), handed)
 
 
 def _turned(run: LayerRun, match: LayerMatch, expected: dict[str, Any]) -> Tensor:

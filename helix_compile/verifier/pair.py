@@ -5,8 +5,10 @@ The weights of either get the same edits that make faults matter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +22,8 @@ from helix_compile.module import HelixModule
 from helix_compile.passes.match.layers import match_layers
 from helix_compile.passes.pipeline import STAGES
 from helix_compile.verifier.bisect.replay import Side, bisect_pair
+from helix_compile.verifier.numeric import choice_check
+from helix_compile.verifier.numeric.indexers import SiteChoice
 from helix_compile.verifier.numeric.layer_run import CapturedReference
 from helix_compile.verifier.numeric.reference import edited
 from helix_compile.verifier.numeric.routing import Choices, topk_hook
@@ -31,6 +35,7 @@ from helix_compile.verifier.numeric.steps import (
     Pool,
     Scenario,
     batches,
+    both,
     check_ranks,
     run_scenario,
     scenarios,
@@ -52,20 +57,25 @@ class _SecondFails(Exception):
 class _ModuleReference:
     """The second module in the place of the original; what is wrong with itself goes to `findings`."""
 
+    follows: ClassVar[bool] = False  # it chooses keys itself
     scratch: Scratch
     where: str
     findings: list[Finding] = field(default_factory=list)
+    selections: list[SiteChoice] = field(default_factory=list)
     number: int = -1
 
-    def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None) -> Tensor:
+    def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None, told: Sequence[Tensor] = ()) -> Tensor:
         self.number += 1
-        hook = topk_hook(choices, with_scores=True) if choices is not None else None
+        recorder = choice_check.ChoiceRecorder(self.scratch.graph, len(self.scratch.params))
+        hook = both(recorder, topk_hook(Choices() if choices is None else choices, with_scores=True))
+        before = tuple(self.scratch.lengths)
         where, kept = f"{SECOND}, {self.where}", mask.bool()
         try:
             logits = self.scratch.step(ids, mask, hook)
         except Exception as error:  # whatever breaks in a module under test is a finding
             self.findings.append(fault(error, f"{where}, step {self.number}"))
             raise _SecondFails from error
+        self._choose(recorder, before, mask, f"{where}, step {self.number}")
         self.findings += check_ranks(logits, kept, where, self.number, self.scratch.params)
         if not torch.isfinite(logits[0][kept]).all():
             at = f"{where}, step {self.number}"
@@ -73,6 +83,19 @@ class _ModuleReference:
         if self.findings:
             raise _SecondFails
         return logits[0].double()
+
+    def _choose(self, recorder: choice_check.ChoiceRecorder, before: tuple[int, ...], mask: Tensor, where: str) -> None:
+        """Which keys its own ranks chose."""
+        plan = self.scratch.compiled.plan
+        queries = choice_check.Queries(before, mask, plan.layout, plan.options.tokens_per_block)
+        results = choice_check.step_choices(recorder.sites, recorder.layers, queries, plan, {})
+        self.findings += choice_check.step_findings(results, queries, {}, where)
+        self.selections = [
+            # without scores nothing is a near tie
+            SiteChoice(c.keys.double() if c.scores is None else c.scores, c.keys)
+            for site, c in results
+            if site.nodes.chooses
+        ]
 
 
 @dataclass
@@ -196,7 +219,7 @@ def _spoken(finding: Finding) -> Finding:
         got = finding.got.replace("logits off", "the first module's logits are off")
         got += " of the second module's"
         return replace(finding, code="HX409", got=got)
-    if finding.code == "HX408":
+    if finding.code == "HX408" or (finding.code == "HX410" and "original" in finding.expected):
         got = f"{FIRST}: {finding.got}"
         return replace(finding, got=got, expected="the second module's choice")
     return replace(finding, where=f"{FIRST}, {finding.where}")

@@ -38,6 +38,7 @@ CODES: dict[str, str] = {
     "HX204": "a replicated parameter that differs",
     "HX301": "the ledger of who owns which token is not the round robin",
     "HX302": "a plan that contradicts itself or the model",
+    "HX303": "the ranks' own top-k is not that over all of them",
     "HX401": "logits deviate from the original model",
     "HX402": "an attention output deviates on identical inputs",
     "HX403": "a layer's output deviates",
@@ -47,6 +48,7 @@ CODES: dict[str, str] = {
     "HX407": "the captured graph deviates from the model",
     "HX408": "the router chooses other experts",
     "HX409": "logits of the two modules deviate from each other",
+    "HX410": "a query attends to other keys than the indexer chooses",
     "HX501": "the module faults while it runs",
     "HX502": "a deadlock, or ranks that disagree on a collective",
     "HX503": "the original model can't run",
@@ -128,6 +130,8 @@ class Coverage:
     padded_rows: int = 0
     idle_rows: int = 0
     needles: int = 0
+    choices: int = 0
+    tied_choices: int = 0
     conditioned: bool = False
     full_cache: bool = False
     largest_deviation: float = 0.0
@@ -227,7 +231,7 @@ class Check:
         self.dtypes += other.dtypes
         self.findings += [replace(f, where=f"{other.dtypes[0]}: {f.where}") for f in other.findings]
         self.notes += [f"in {other.dtypes[0]}: {n}" for n in other.notes]
-        for name in ("steps", "tokens", "needles", "empty_shards", "unequal_shards"):
+        for name in ("steps", "tokens", "needles", "choices", "tied_choices", "empty_shards", "unequal_shards"):
             total = getattr(self.coverage, name) + getattr(other.coverage, name)
             setattr(self.coverage, name, total)
 

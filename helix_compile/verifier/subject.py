@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
-from helix_compile.capture.captured import CapturedGraph
+from helix_compile.capture.captured import CapturedGraph, source_of
 from helix_compile.capture.leaves import bind_leaves
 from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.layout.placement import normal_form, parse_layout
 from helix_compile.module import HelixModule
 from helix_compile.passes.pipeline import STAGES, lowered_copy
-from helix_compile.plan.matches import LayerMatch
+from helix_compile.plan.matches import HandedSelection, LayerMatch
 from helix_compile.runtime.rank import originals
 from helix_compile.verifier.bisect.replay import bisect_step
 from helix_compile.verifier.layer_check import LayerOutcome, cases, check_layer, layers_to_check, pooled_finding
@@ -75,6 +75,24 @@ class Subject:
             own_weights = {**originals(self.own_model), **captured.constants}
             apply_edits(own_weights, self.edits)
             self.own = CapturedReference(_of(captured, self.own_model), matches, own_weights, wide=False)
+
+    @property
+    def sources(self) -> dict[int, int]:
+        """Layer -> the layer that chooses the keys that it attends to, where an earlier one does."""
+        captured, found = self.reference.captured, {}
+        for call in captured.graph.graph.nodes:
+            match = self.reference.matches.get(str(call.target)) if call.op == "call_module" else None
+            if match is None:
+                continue
+            handed = {a.selection.indices for a in match.attentions if isinstance(a.selection, HandedSelection)}
+            for node, argument in zip(placeholders(captured.bodies[match.body].graph), call.args, strict=True):
+                if node.name in handed and source_of(captured, argument) is not None:
+                    found[call.meta["layer"]] = argument.args[0].meta["layer"]
+        return found
+
+    def eager(self, model: nn.Module) -> EagerReference:
+        """A copy of the original with an empty cache."""
+        return EagerReference(model, [leaf.name for leaf in self.reference.captured.leaves])
 
     def params(self, graph: fx.GraphModule, stage: str) -> list[dict[str, Tensor]]:
         """Each rank's parameters with the edits made on copies of its own tensors: a wrong shard stays wrong."""
@@ -155,8 +173,9 @@ def _stage(subject: Subject, stage: str, scenario: Scenario) -> list[Finding]:
         seed = subject.seed + draw
         steps = batches(scenario, compiled.facts.vocab_size, seed)[: None if last else 3]
         scratch = Scratch(compiled, graph, params, rows, scenario.capacity, seed)
-        own = EagerReference(subject.own_model) if subject.own is not None else None
-        outcome = run_scenario(scratch, EagerReference(subject.plain), own, steps, where, check.coverage, pool)
+        own = subject.eager(subject.own_model) if subject.own_model is not None else None
+        eager, sources = subject.eager(subject.plain), subject.sources
+        outcome = run_scenario(scratch, eager, own, steps, where, check.coverage, pool, sources=sources)
         check.notes += outcome.notes
         check.coverage.largest_deviation = max(check.coverage.largest_deviation, outcome.worst)
         if outcome.findings:
@@ -184,7 +203,13 @@ def _located(
     scratch = Scratch(subject.compiled, graph, params, len(scenario.lengths), scenario.capacity, seed)
     try:
         located, layer, gap = bisect_step(
-            scratch, EagerReference(subject.plain), subject.reference, typed, steps, outcome.failing_step
+            scratch,
+            subject.eager(subject.plain),
+            subject.reference,
+            typed,
+            steps,
+            outcome.failing_step,
+            subject.sources,
         )
     except Exception:
         return outcome.findings

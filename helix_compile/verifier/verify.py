@@ -33,6 +33,7 @@ from helix_compile.runtime.rank import follow_edits, originals, shard_of_name
 from helix_compile.verifier.numeric.cache_check import check_import
 from helix_compile.verifier.pair import check_pair
 from helix_compile.verifier.report import Check, Finding, Progress, VerificationReport, grouped
+from helix_compile.verifier.static import choice as static_choice
 from helix_compile.verifier.static import plan as static_plan
 from helix_compile.verifier.static import ranks as static_ranks
 from helix_compile.verifier.static.graph import TypedGraph, every_layer_is_called, malformed, type_graph
@@ -170,6 +171,7 @@ def _static(
         lambda: static_ranks.check_reach(graph, plan, matches),
         lambda: static_ranks.check_mesh(compiled.world.mesh.groups, plan.layout),
         lambda: static_ranks.check_rank_order(graph, plan, matches, compiled.world, compiled.device),
+        lambda: static_choice.check_choices(graph, plan, matches, compiled.world, compiled.device),
     ]
     if not compiled.ranks[0].leaves:  # with leaf layers a prefix can't be imported, and is refused
         checks.append(lambda: check_import(compiled))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from torch import fx
 
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
-from helix_compile.ir.graph import inputs_of
+from helix_compile.ir.graph import helix_op, inputs_of
 from helix_compile.ir.stage import OUTER, body_of, graphs_of
 from helix_compile.passes.lower.select_kernels import KERNEL
 from helix_compile.passes.pipeline import STAGES
-from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, number
+from helix_compile.plan.helix_plan import OF_CANDIDATES, BodyPlan, HelixPlan, number
 from helix_compile.predict.schedule import chrome_trace, predict_schedule, predicted_facts
 from helix_compile.views.bodies import body_views
 from helix_compile.views.graph_python import format_python, stage_diff
@@ -139,6 +140,7 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
             for c in body.collectives
         ],
         "egress_bytes_per_rank_per_token": number(plan.egress_bytes_per_rank_per_token),
+        "sparse": [facts for body in plan.bodies for facts in _sparse_facts(plan, body, last)],
         "not_rewritten": [{"what": w, "reason": r} for w, r in plan.not_rewritten],
         "leaves": [{"module": name, "reason": why} for name, why in plan.leaves],
         "kv_bytes_per_token_per_rank": number(plan.kv_bytes_per_token_per_rank),
@@ -168,6 +170,30 @@ def _kernel_facts(plan: HelixPlan, last: fx.GraphModule) -> list[dict[str, Any]]
         for node in last.get_submodule(body.name).graph.nodes
         if KERNEL in node.meta
     ]
+
+
+def _sparse_facts(whole: HelixPlan, plan: BodyPlan, last: fx.GraphModule) -> list[dict[str, Any]]:
+    """Of each attention of a body that sees chosen keys: how many, who chooses, and what that costs a rank in each layer."""
+    scored = [n for n in body_of(last, plan.name).graph.nodes if helix_op(n) == "index_scores"]
+    sites = [site for site in plan.attentions if site.top_k]
+    sent = [c.egress_bytes_per_rank_per_token for c in plan.collectives if c.what in OF_CANDIDATES]
+    moves = len(sent) // max(1, len(sites))  # of a site
+    rows = []
+    for place, (site, scores) in enumerate(zip(sites, scored, strict=False)):
+        keys = scores.args[2].meta["val"]
+        rows.append(
+            {
+                "body": plan.name,
+                "site": site.site,
+                "top_k": site.top_k,
+                "exchange": site.topk_exchange,
+                "index_bytes_per_token_per_rank": number(Fraction(keys.shape[-1] * keys.itemsize, whole.layout.kvp)),
+                "candidate_bytes_per_rank_per_token": number(
+                    sum(sent[place * moves : (place + 1) * moves], Fraction())
+                ),
+            }
+        )
+    return rows
 
 
 def _memory(plan: HelixPlan, last: fx.GraphModule) -> dict[str, int]:
@@ -225,6 +251,16 @@ def format_report(facts: dict[str, Any]) -> str:
     )
     console.print(per_rank, markup=False, soft_wrap=True)
     console.print(_memory_text(facts["memory_per_rank"]), markup=False, soft_wrap=True)
+    if facts["sparse"]:
+        console.print(
+            _table(
+                ("indexer of", "keys a query sees", "index keys: bytes", "candidates: bytes"),
+                map(_sparse, facts["sparse"]),
+            )
+        )
+        console.print(
+            "index keys: of a token on a rank, on average; candidates: that leave a rank for a token", markup=False
+        )
     console.print(_predicted(facts["predicted"]))
     console.print(_two_columns("not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])))
     if facts["leaves"]:
@@ -251,6 +287,12 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _sparse(site: dict[str, Any]) -> tuple[str, ...]:
+    index, sent = site["index_bytes_per_token_per_rank"], site["candidate_bytes_per_rank_per_token"]
+    exchange = f" ({site['exchange']})" if sent else ""
+    return site["body"], f"{site['top_k']:,}", _count(index), f"{_count(sent)}{exchange}"
 
 
 def _rewrite(layer: dict[str, Any]) -> tuple[str, ...]:

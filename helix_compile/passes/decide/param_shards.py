@@ -18,7 +18,7 @@ from helix_compile.layout.heads import HeadPadding, head_padding
 from helix_compile.passes.match.heads import linears_before
 from helix_compile.passes.match.reject import is_quantised
 from helix_compile.plan.helix_plan import BodyPlan, Cut, ParamShard
-from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch
+from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch, Selection
 
 
 def attention_shards(
@@ -122,6 +122,7 @@ def replicated_roles(
         graph = captured.bodies[plan.name].graph
         cut = {s.source for s in plan.param_shards}
         latents = _latent_projections(graph, matches[plan.name])
+        indexers = _indexer_projections(graph, matches[plan.name])
         for node in (n for n in placeholders(graph) if is_param(n)):
             name = input_ref(node).name
             if is_quantised(node):
@@ -133,7 +134,7 @@ def replicated_roles(
                 found[role] = "in no pattern that is rewritten: every rank holds and computes all of them"
             elif name not in cut:
                 for user in node.users:
-                    _classify(node, user, latents, found)
+                    _classify(node, user, latents, indexers, found)
     return tuple(found.items())
 
 
@@ -145,18 +146,29 @@ def _latent_projections(graph: fx.Graph, match: LayerMatch) -> set[fx.Node]:
     by_name = {n.name: n for n in graph.nodes}
     found: set[fx.Node] = set()
     for site in match.attentions:
-        found.update(linears_before([by_name[site.q_proj.node].args[0], *(by_name[name] for name in site.new)]))
+        found.update(linears_before([by_name[site.q_proj.node].args[0], *(by_name[name] for name in site.new[:2])]))
     return found
 
 
-def _classify(param: fx.Node, user: fx.Node, latents: set[fx.Node], found: dict[str, str]) -> None:
+def _indexer_projections(graph: fx.Graph, match: LayerMatch) -> set[fx.Node]:
+    """The linears that an indexer's q, weights and keys come from."""
+    own = [a.selection for a in match.attentions if isinstance(a.selection, Selection)]
+    names = {name for selection in own for name in (selection.query, selection.weights, selection.new)}
+    return set(linears_before([n for n in graph.nodes if n.name in names]))
+
+
+def _classify(
+    param: fx.Node, user: fx.Node, latents: set[fx.Node], indexers: set[fx.Node], found: dict[str, str]
+) -> None:
     if is_call(user, aten._to_copy.default):
         for next_user in user.users:
-            _classify(param, next_user, latents, found)
+            _classify(param, next_user, latents, indexers, found)
     elif is_call(user, aten.mul.Tensor):
         found["norms"] = _NORMS
     elif is_call(user, aten.linear.default) and user in latents:
         found["latent projections"] = "q_a and kv_a: every rank needs the whole latent"
+    elif is_call(user, aten.linear.default) and user in indexers:
+        found["indexer"] = "q, weights and keys: every rank must choose by the same scores"
     elif is_call(user, aten.linear.default) and _feeds_topk(user):
         found["router"] = "every rank needs every token's choice, exactly as the original makes it"
     elif is_call(user, aten.linear.default) and user.args[1] is not param:

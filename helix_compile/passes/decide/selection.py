@@ -13,12 +13,11 @@ from helix_compile.ir.collectives import ALL_GATHER, ALL_TO_ALL, CollectiveOp
 from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.cache_row import pages_per_sequence
-from helix_compile.plan.helix_plan import Decision
+from helix_compile.plan.helix_plan import OF_CANDIDATES, Decision
 from helix_compile.plan.matches import AttentionMatch, Selection
 
 # of the machine that v_up is decided for (plan_helix.py); the latency is that of predict/costs.py
 LINK_BYTES_PER_S, COLLECTIVE_LATENCY_S = 900e9, 10.7e-6
-OF_CANDIDATES = ("top-k candidates", "k-th keys")  # what a plan calls what ranks send of them
 
 
 def candidates_exchange(

@@ -9,7 +9,7 @@ output, last norm, logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.graph import InputRef, input_ref, placeholders
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.verifier.bisect.walk import (
     Compare,
@@ -31,6 +31,8 @@ from helix_compile.verifier.bisect.walk import (
     walk,
     worst,
 )
+from helix_compile.verifier.numeric import choice_check
+from helix_compile.verifier.numeric.indexers import Indexers, SiteChoice
 from helix_compile.verifier.numeric.layer_run import CapturedReference
 from helix_compile.verifier.numeric.reference import EagerReference, RecordingInterpreter
 from helix_compile.verifier.numeric.scratch import Scratch
@@ -194,28 +196,48 @@ def bisect_step(
     typed: TypedGraph,
     steps: list[Batch],
     failing: int,
+    sources: Mapping[int, int],
 ) -> tuple[Located | None, int | None, float]:
-    """Replay steps[:failing], then compare every value of the failing one.
+    """Replay steps[:failing], then compare every value of the failing one. The original attends to the keys that the
+    ranks chose.
 
     Args:
         scratch, reference: fresh.
         captured: the original's graph with the weights of `reference`, in fp64.
         typed: layouts of the stage that failed.
+        sources: layer -> the layer that chose keys for it.
 
     Returns:
         the first value that deviates, its layer (None: in the outer graph), and how far the captured graph's own
         logits are from the model's, over the largest: the graph can only tell the place if this is nothing.
     """
+    plan, outer = scratch.compiled.plan, scratch.graph.graph
+    sites = choice_check.sites_in_order(scratch.graph)
+
+    def choices(values: Mapping[int, Values], mask: Tensor, before: Sequence[int]) -> _Choices:
+        queries = choice_check.Queries(tuple(before), mask, plan.layout, plan.options.tokens_per_block)
+        return queries, choice_check.step_choices(sites, values, queries, plan, sources)
+
     for batch in steps[:failing]:
-        scratch.step(batch.ids, batch.mask)
-        reference.step(batch.ids, batch.mask)
-    batch = steps[failing]
-    expected_layers, expected_outer, graph_logits = _captured_step(captured, reference, batch)
-    logits = reference.step(batch.ids, batch.mask)
+        before, recorder_of_choices = (
+            list(scratch.lengths),
+            choice_check.ChoiceRecorder(scratch.graph, len(scratch.params)),
+        )
+        scratch.step(batch.ids, batch.mask, recorder_of_choices)
+        reference.step(batch.ids, batch.mask, told=_told(choices(recorder_of_choices.layers, batch.mask, before)[1]))
+    batch, before = steps[failing], list(scratch.lengths)
+    recorder = _recorded(scratch, batch)
+    queries, results = choices(recorder.layers, batch.mask, before)
+    expected_layers, expected_outer, graph_logits, chosen = _captured_step(captured, reference, batch, _told(results))
+    logits = reference.step(batch.ids, batch.mask, told=_told(results))
     kept = batch.mask.bool()
     gap = float((graph_logits - logits)[kept].abs().max() / logits[kept].abs().max())
-    recorder = _recorded(scratch, batch)
-    plan, outer = scratch.compiled.plan, scratch.graph.graph
+    dtype = getattr(torch, plan.dtype)
+    joined: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+    own = [(site, c) for site, c in results if site.nodes.chooses]
+    for (site, c), original in zip(own, chosen, strict=False):
+        compared = choice_check.compare_with_original(c, original, queries, dtype)
+        joined.setdefault(site.layer, {}).update(choice_check.joined_values([(site.nodes, c, compared)]))
 
     def parts() -> Iterator[tuple[int | None, Iterable[fx.Node], Values, dict[str, Tensor], str]]:
         yield None, outer_part(outer, before_layers=True), recorder.outer, outer_twins(expected_outer), ""
@@ -227,21 +249,28 @@ def bisect_step(
                 yield layer, graph.nodes, values, twins, name
         yield None, outer_part(outer, before_layers=False), recorder.outer, outer_twins(expected_outer), ""
 
-    dtype = getattr(torch, plan.dtype)
     for layer, nodes, values, twins, name in parts():
         layouts = typed.layouts.get(name, {})
-        located = first_deviation(
-            nodes, values, twins, layouts, plan.layout, dtype, batch.mask, captured.matches.get(name)
-        )
+        known = joined.get(layer, {}) if layer is not None else {}
+        match = captured.matches.get(name)
+        located = first_deviation(nodes, values, twins, layouts, plan.layout, dtype, batch.mask, match, known)
         if located is not None:
             return located, layer, gap
     return None, None, gap
 
 
+_Choices = tuple[choice_check.Queries, list[tuple[choice_check.Site, choice_check.Chosen]]]
+
+
+def _told(results: Sequence[tuple[choice_check.Site, choice_check.Chosen]]) -> list[Tensor]:
+    """The keys that the original is told to attend to."""
+    return [chosen.keys for site, chosen in results if site.nodes.chooses]
+
+
 def _captured_step(
-    captured: CapturedReference, reference: EagerReference, batch: Batch
-) -> tuple[dict[int, dict[str, Any]], dict[str, Any], Tensor]:
-    """Every value of the original's captured graph for a step, on the past that the eager copy has."""
+    captured: CapturedReference, reference: EagerReference, batch: Batch, told: list[Tensor]
+) -> tuple[dict[int, dict[str, Any]], dict[str, Any], Tensor, list[SiteChoice]]:
+    """Every value of the original's captured graph for a step, on the past that the eager copy has; and its own choices."""
     graph = captured.graph
     B, T = batch.ids.shape
     mask = batch.mask if reference.mask is None else torch.cat([reference.mask, batch.mask], dim=1)
@@ -264,19 +293,20 @@ def _captured_step(
         target = layers[names[path[:-1]]] if path else outer
         target[node.name] = value
 
-    with captured.evaluating():
-        out = RecordingInterpreter(graph, record).run(*inputs)
-    return layers, outer, out[0]
+    indexers = Indexers(mask, told)
+    with captured.evaluating(indexers):
+        out = RecordingInterpreter(graph, record, indexers=indexers).run(*inputs)
+    return layers, outer, out[0], indexers.choices
 
 
 def _past(captured: CapturedReference, reference: EagerReference, name: str, B: int, S: int) -> Tensor:
     if name == "past_shape":
         return torch.zeros(B, 1, S, 1, dtype=torch.float64)
-    part, _, number = name.rpartition("_")
-    site = int(number)
+    ref = InputRef("past", name)
     if S == 0:
-        layer = next(x for x in captured.captured.layers if site in x.caches)
-        match = captured.matches[layer.body].attentions[layer.caches.index(site)]
-        return empty_past(match, B, 0)[part.endswith("rope")].double()
-    entry = reference.cache.layers[site]
-    return entry.values if part.endswith("rope") else entry.keys
+        layer = next(x for x in captured.captured.layers if ref.site in x.caches)
+        match = captured.matches[layer.body].attentions[layer.caches.index(ref.site)]
+        return empty_past(match, B, 0)[ref.part].double()
+    entry = reference.cache.layers[ref.site]
+    part: Tensor = (entry.keys, entry.values, *([entry.indexer_keys] if ref.part == 2 else []))[ref.part]
+    return part

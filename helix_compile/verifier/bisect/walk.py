@@ -7,7 +7,7 @@ first that does not are the suspects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -58,6 +58,7 @@ def first_deviation(
     dtype: torch.dtype,
     mask: Tensor,
     match: LayerMatch | None = None,
+    joined: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Located | None:
     """Walk a graph in order.
 
@@ -68,8 +69,9 @@ def first_deviation(
         layouts: node name -> inferred layout; nodes without one are not compared.
         mask: [B, T] of the step's tokens; values at padding are not compared.
         match: of the body, if it is one: where zero heads lie among the ranks' own.
+        joined: node name -> (value of all ranks together, what it should be), where no layout says how they join.
     """
-    sites = match.attentions if match is not None else ()
+    sites, known = match.attentions if match is not None else (), joined or {}
     places = {tuple(head_places(a.num_heads, a.cache.heads, degrees)) for a in sites}
     compare = partial(
         _off,
@@ -80,7 +82,7 @@ def first_deviation(
         mask=mask,
         padded=[p for p in places if None in p],
     )
-    return walk(nodes, compare, dtype)
+    return walk(nodes, lambda n: (rel_rmse(*known[n.name], mask), 0) if n.name in known else compare(n), dtype)
 
 
 def outer_part(graph: fx.Graph, *, before_layers: bool) -> list[fx.Node]:
@@ -212,6 +214,8 @@ _FAMILY = {
     "mla_decode": 4,
     "gqa_decode": 4,
     "apply_sinks": 6,
+    "mla_decode_slots": 4,
+    "select_slots": 4,
     "merge_lse": 6,
     "rescale_by_lse": 6,
     "unpack_heads": 1,
@@ -228,7 +232,7 @@ def _family(suspects: list[fx.Node], off: float) -> int:
     names = [helix_op(n) for n in suspects]
     for name, family in _FAMILY.items():
         if name in names:
-            return 6 if name.endswith("a_decode") and "merge_lse" in names else family
+            return 6 if "_decode" in name and "merge_lse" in names else family
     texts = " ".join(str(n.target) for n in suspects)
     if "all_reduce" in texts or "all_gather" in texts or "reduce_scatter" in texts:
         return 10

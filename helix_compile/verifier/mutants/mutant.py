@@ -44,7 +44,7 @@ class Mutant:
 CATALOGUE: list[Mutant] = []  # made on a model with MLA
 # faults that only grouped-query attention can have, made on a model with it
 GQA_CATALOGUE: list[Mutant] = []
-# faults that only sparse attention can have
+# faults that only sparse attention can have, made on a model with an indexer and a layer that attends to what it chose
 SPARSE_CATALOGUE: list[Mutant] = []
 # faults of windows and sinks, made on a model with both
 WINDOW_CATALOGUE: list[Mutant] = []

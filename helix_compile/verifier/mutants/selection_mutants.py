@@ -18,9 +18,15 @@ Pair = tuple[Tensor, Tensor]
 FAULTY_OPS: dict[str, tuple[str, Callable[..., Any]]] = {}
 
 
-def _fault(name: str, base: str, family: int = SELECTION) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _fault(
+    name: str, base: str, family: int = SELECTION, *, of_the_op_alone: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`of_the_op_alone`: the op's result is wrong, and no choice of keys follows from it."""
+
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         FAULTY_OPS[name] = (base, kernel)
+        if of_the_op_alone:
+            return kernel
         return kernel_mutant(name, family, base, catalogue=SPARSE_CATALOGUE)(kernel)
 
     return register
@@ -83,7 +89,8 @@ def slots_for_positions(
     return _reference("topk_candidates", scores, visible, torch.zeros_like(rank), top_k, 1, tokens_per_block)
 
 
-@_fault("a slot past the visible ones is a candidate", "topk_candidates", 7)
+# its score is -inf and its position behind every one that the query sees
+@_fault("a slot past the visible ones is a candidate", "topk_candidates", 7, of_the_op_alone=True)
 def offers_one_more(
     scores: Tensor, visible: Tensor, rank: Tensor, top_k: int, cp: int, tokens_per_block: int
 ) -> Tensor:

@@ -31,9 +31,11 @@ from helix_compile.verifier.mutants import (  # noqa: F401  importing registers 
     padding_mutants,
     param_mutants,
     selection_mutants,
+    sparse_mutants,
     window_mutants,
 )
-from helix_compile.verifier.mutants.mutant import CATALOGUE, GQA_CATALOGUE, WINDOW_CATALOGUE, Mutant
+from helix_compile.verifier.mutants.mutant import CATALOGUE, GQA_CATALOGUE, SPARSE_CATALOGUE, WINDOW_CATALOGUE, Mutant
+from helix_compile.verifier.numeric.handed import drawn_keys
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, run_layer
 from helix_compile.verifier.numeric.reference import apply_edits, edited, wide_copy
 from helix_compile.verifier.numeric.scratch import Scratch
@@ -155,6 +157,37 @@ def awkward_windows(dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
+def awkward_sparse(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A GLM-5 whose middle layer attends to the keys that the first one chose; k = 7 divides by nothing. 8 index heads: of
+    fewer, more than one key in a hundred ties.
+    """
+    from transformers import GlmMoeDsaConfig
+
+    config = GlmMoeDsaConfig(
+        vocab_size=97,
+        hidden_size=72,
+        intermediate_size=58,
+        num_hidden_layers=3,
+        indexer_types=["full", "shared", "full"],
+        mlp_layer_types=["dense"] * 3,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        q_lora_rank=28,
+        kv_lora_rank=20,
+        qk_rope_head_dim=6,
+        qk_nope_head_dim=10,
+        v_head_dim=14,
+        index_topk=7,
+        index_head_dim=16,
+        index_n_heads=8,
+        max_position_embeddings=2048,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return build_model(config, dtype=dtype)
+
+
 def self_test(
     model: nn.Module, mutants: list[Mutant] | None = None, progress: Callable[[str], None] | None = None
 ) -> list[Verdict]:
@@ -162,7 +195,7 @@ def self_test(
 
     Args:
         model: a DeepSeek-V3 in transformers' names with dense and MoE layers, 24 heads, 8 experts: awkward_model();
-            for GQA_CATALOGUE awkward_gqa(), for WINDOW_CATALOGUE awkward_windows().
+            for GQA_CATALOGUE awkward_gqa(), for WINDOW_CATALOGUE awkward_windows(), for SPARSE_CATALOGUE awkward_sparse().
         mutants: by default the whole CATALOGUE.
         progress: called with the name of each mutant when its turn comes.
     """
@@ -187,10 +220,11 @@ def self_test(
 
 
 def self_test_of_all_kinds(progress: Callable[[str], None] | None = None) -> list[Verdict]:
-    """The catalogue on a model with MLA, then the faults of grouped-query attention, and of windows and sinks, on models with them."""
-    others = self_test(awkward_gqa(), GQA_CATALOGUE, progress)
-    others += self_test(awkward_windows(), WINDOW_CATALOGUE, progress)
-    return self_test(awkward_model(), CATALOGUE, progress) + others
+    """The catalogue on a model with MLA, then the faults that only other kinds of attention can have, on models with these."""
+    found = self_test(awkward_model(), CATALOGUE, progress)
+    found += self_test(awkward_gqa(), GQA_CATALOGUE, progress)
+    found += self_test(awkward_windows(), WINDOW_CATALOGUE, progress)
+    return found + self_test(awkward_sparse(), SPARSE_CATALOGUE, progress)
 
 
 class _Rule:
@@ -216,16 +250,18 @@ class _Rule:
             mask = torch.ones(1, CONTEXT + 1, dtype=torch.int64)
             positions = torch.tensor([[CONTEXT]])
             zero = tuple(x.double() for x in empty_past(attention, 1, CONTEXT))
-            probe = LayerInputs(wide, mask, positions, ((zero[0], zero[1]),))
+            handed = drawn_keys(match, [CONTEXT], 1, generator)
+            probe = LayerInputs(wide, mask, positions, (zero,), handed)
             prefix = self.reference.captured.layers_of(body)[0].prefix
             values = self.reference.layer(layer, probe)
             query = terms_of(attention).query_parts(values, self.reference.tensors, prefix)
-            entries = (x.to(dtype) for x in background(attention, query, CONTEXT, generator))
+            entries = [x.to(dtype) for x in background(attention, query, CONTEXT, generator)]
+            if attention.cache.index:
+                entries.append(torch.randn(1, CONTEXT, attention.cache.index, generator=generator).to(dtype))
             past = past_of(attention, *entries)
-            expected = self.reference.layer(
-                layer, LayerInputs(wide, mask, positions, ((past[0].double(), past[1].double()),))
-            )["output"]
-            yield layer, (LayerInputs(hidden, mask, positions, (past,)), expected)
+            exact = LayerInputs(wide, mask, positions, (tuple(x.double() for x in past),), handed)
+            expected = self.reference.layer(layer, exact)["output"]
+            yield layer, (LayerInputs(hidden, mask, positions, (past,), handed), expected)
 
     def share_off(self, compiled: HelixModule) -> float | None:
         """Largest share of elements outside the tolerance, over the layers; None if a layer does not run."""

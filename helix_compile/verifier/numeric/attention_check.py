@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.graph import helix_op
 from helix_compile.ir.stage import body_of
 from helix_compile.kernels.exchange import codec_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.matches import AttentionMatch
 from helix_compile.verifier.contract import deal, head_places
+from helix_compile.verifier.numeric.choice_check import decode_nodes
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerRun, attention_output
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.site_terms import seen_by, terms_of
@@ -28,8 +28,13 @@ def check_attention(
     reference: CapturedReference,
     layer: int,
     where: str,
+    keys: Tensor | None = None,
 ) -> list[Finding]:
-    """What reaches o_proj against dense attention over the gathered caches with the module's own q, in fp64."""
+    """What reaches o_proj against dense attention over the gathered caches with the module's own q, in fp64.
+
+    Args:
+        keys: [B, T, n] by position, what the ranks chose; None: a query sees all keys before it.
+    """
     body = body_of(scratch.graph, reference.call(layer).target)
     decode = _decode_node(body.graph, reference.sites(layer).index(site))
     o_proj = next((n for n in body.graph.nodes if n.name == attention.o_proj), None)
@@ -58,7 +63,8 @@ def check_attention(
             entries = scratch.gathered(site, row, length, tpa).double()
             q = queries[rank][row, :, first : first + heads]
             own = None if sinks is None else sinks[rank * heads : (rank + 1) * heads]
-            v = _dense(q, entries, attention, length, first, layout, own)
+            seen = _seen(attention, q.shape[0], torch.arange(length), length, keys, row)
+            v = _dense(q, entries, attention, seen, first, layout, own)
             if w_uv is not None:
                 raised_by = [w_uv.new_zeros(w_uv.shape[1:]) if h is None else w_uv[h] for h in mine]
                 v = torch.einsum("thr,hvr->thv", v, torch.stack(raised_by))
@@ -72,14 +78,20 @@ def check_attention(
     rel = (pooled / norm) ** 0.5 if norm and pooled == pooled else float("inf")
     if rel <= limit:
         return []
-    culprit, family = _blame(run, attention, scratch, site, decode, ATTENTION[dtype])
+    culprit, family = _blame(run, attention, scratch, site, decode, ATTENTION[dtype], keys)
     at = f"{where}, rank {worst[1]}, sequence {worst[2]}, position {worst[3]}, node `{decode.name}`"
     got = f"rel-RMSE {rel:.2e} (worst token {worst[0]:.2e}); {culprit}"
     return [numeric_finding("HX402", at, got, f"at most {limit:.0e}", family)]
 
 
 def _blame(
-    run: LayerRun, attention: AttentionMatch, scratch: Scratch, site: int, decode: fx.Node, limit: float
+    run: LayerRun,
+    attention: AttentionMatch,
+    scratch: Scratch,
+    site: int,
+    decode: fx.Node,
+    limit: float,
+    keys: Tensor | None,
 ) -> tuple[str, int]:
     """Which half is wrong: a rank's own attention over its shard, or what is made of the ranks' parts."""
     layout, options = scratch.compiled.plan.layout, scratch.compiled.plan.options
@@ -90,7 +102,7 @@ def _blame(
             T = q.shape[1]
             mine = deal(length, layout.kvp, options.tokens_per_block)[rank % layout.kvp]
             held = scratch.shard(site, row, rank, len(mine)).double()
-            seen = seen_by(attention, torch.arange(length - T, length), torch.tensor(mine, dtype=torch.int64))
+            seen = _seen(attention, T, torch.tensor(mine, dtype=torch.int64), length, keys, row)
             s = _scores(q[row], held, attention, seen)
             expected = torch.logsumexp(s, dim=-1)
             at = f"`{decode.name}` on rank {rank}, sequence {row} ({len(mine)} local keys)"
@@ -124,26 +136,32 @@ def _dense(
     q: Tensor,
     entries: Tensor,
     attention: AttentionMatch,
-    length: int,
+    seen: Tensor,
     first_head: int,
     layout: HelixLayout,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Causal attention of q [T, h, *] over entries [length, *]; the last T of them are the queries' own; sinks [h] beside the keys."""
-    seen = seen_by(attention, torch.arange(length - q.shape[0], length), torch.arange(length))
-    scores = _scores(q, entries, attention, seen)
+    """Attention of q [T, h, *] over the entries [length, *] that each of T tokens sees; sinks [h] beside the keys."""
+    scores, length = _scores(q, entries, attention, seen), len(entries)
     if sinks is not None:
         scores = torch.cat([scores, sinks[None, :, None].expand(*scores.shape[:2], 1)], dim=-1)
     return terms_of(attention, layout).weighted(scores.softmax(-1)[..., :length], entries, first_head)
 
 
+def _seen(attention: AttentionMatch, T: int, positions: Tensor, length: int, keys: Tensor | None, row: int) -> Tensor:
+    """[T, n]: which of the keys at these positions [n] each of a sequence's last T tokens sees."""
+    if keys is not None:
+        return keys[row, -T:][:, positions]
+    return seen_by(attention, torch.arange(length - T, length), positions)
+
+
 def _scores(q: Tensor, entries: Tensor, attention: AttentionMatch, seen: Tensor) -> Tensor:
-    """[T, h, S]; -inf where seen [T, S] is False."""
-    s = torch.einsum("thw,sw->ths", q, entries) * attention.scale
+    """[T, h, S]; -inf where seen [T, S] is False. An index key behind an entry has no part in them."""
+    s = torch.einsum("thw,sw->ths", q, entries[:, : q.shape[-1]]) * attention.scale
     return s.masked_fill(~seen[:, None], -torch.inf)
 
 
 def _decode_node(graph: fx.Graph, number: int) -> fx.Node | None:
     """The decode op of a body's `number`-th attention."""
-    nodes = [n for n in graph.nodes if helix_op(n) in ("mla_decode", "gqa_decode")]
+    nodes = decode_nodes(graph)
     return nodes[number] if number < len(nodes) else None

@@ -40,6 +40,7 @@ def check_cache(
     row_of, tpa = attention.cache, plan.layout.tpa
     new = torch.cat(new_entries(attention, expected), dim=-1)
     scale, limit = float(new.abs().max()), ENTRY[dtype]
+    largest = _largest(attention, new)
     for rank, caches in enumerate(scratch.caches):
         cache, old = caches[site].cpu(), before[rank][site].cpu()
         untouched = torch.ones(cache.shape[:2], dtype=torch.bool)
@@ -53,12 +54,13 @@ def check_cache(
                 got = cache[page, slot % PAGE_SIZE].double()
                 wanted = on_rank(new[row, position - past], row_of, rank // cp, tpa)
                 # a zero head may cache the bias of its norm: it is in no result, and only has to be finite
-                allowed = on_rank(_allowed(position, attention, dtype) * scale, row_of, rank // cp, tpa, 1e300)
+                allowed = on_rank(_allowed(position, attention, dtype) * largest, row_of, rank // cp, tpa, 1e300)
                 off = (got - wanted).abs().nan_to_num(torch.inf)
                 if bool((off > allowed).any()):
                     at = f"{where}, rank {rank}, sequence {row}, position {position}"
                     text, family = _entry_fault(got, wanted, attention, limit * scale)
-                    what = "K and V" if row_of.heads else "latent and k_rope"
+                    what = "latent, k_rope and index key" if row_of.index else "latent and k_rope"
+                    what = "K and V" if row_of.heads else what
                     return [numeric_finding("HX404", at, text, f"the original's {what} to {limit:.0e}", family)]
         changed = (cache != old) & ~(cache.isnan() & old.isnan())
         wrong = (changed.flatten(2).any(dim=-1) & untouched).nonzero()
@@ -81,14 +83,25 @@ def _allowed(position: int, attention: AttentionMatch, dtype: torch.dtype) -> Te
     return allowed
 
 
+def _largest(attention: AttentionMatch, new: Tensor) -> Tensor:
+    """What the limit of each channel of an entry is a part of: the largest number; of an index key, which is normed by
+    itself, its own.
+    """
+    own, index = new.split([new.shape[-1] - attention.cache.index, attention.cache.index], dim=-1)
+    return torch.cat([part.abs().max().expand(part.shape[-1]) for part in (own, index) if part.shape[-1]])
+
+
 def _entry_fault(got: Tensor, wanted: Tensor, attention: AttentionMatch, limit: float) -> tuple[str, int]:
     if bool((got == STALE).all()):
         return "never written", 7
     error = (got - wanted).abs().nan_to_num(torch.inf)
     first = attention.cache.first
-    latent, rope = error[..., :first], error[..., first:]
+    stop = first + attention.cache.second
+    latent, rope, index = error[..., :first], error[..., first:stop], error[..., stop:]
     if attention.cache.heads:
         return f"K off by {float(latent.max()):.2e}, V by {float(rope.max()):.2e}", 4
+    if attention.cache.index and max(float(x.max()) for x in (latent, rope) if x.numel()) <= limit:
+        return f"the index key is off by {float(index.max()):.2e}, latent and k_rope are right", 8
     if float(latent.max()) <= limit:
         return f"k_rope off by {float(rope.max()):.2e}, the latent is right", 8
     return f"another entry: the latent is off by {float(latent.max()):.2e}", 4

@@ -12,32 +12,38 @@ from torch import Tensor, fx
 from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer
-from helix_compile.ir.dataflow import evaluate
-from helix_compile.ir.graph import LAYER_NUMBER, aten, calls, input_ref, placeholders
+from helix_compile.ir.dataflow import ancestors, evaluate
+from helix_compile.ir.graph import LAYER_NUMBER, aten, calls, input_ref, is_call, node_named, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout
-from helix_compile.plan.matches import AttentionMatch, LayerMatch
+from helix_compile.plan.matches import AttentionMatch, LayerMatch, Selection
 from helix_compile.verifier.contract import OTHER_AXIS, coordinate
+from helix_compile.verifier.numeric.handed import columns_of, local_slots
+from helix_compile.verifier.numeric.indexers import Indexers
 from helix_compile.verifier.numeric.reference import (
+    INDEXER,
     RecordingInterpreter,
     WidenedIslands,
     blaming_the_original,
     with_textbook_experts,
 )
+from helix_compile.verifier.numeric.routing import RecordTopK
 from helix_compile.verifier.numeric.scratch import Scratch, running
 
 
 @dataclass(frozen=True)
 class LayerInputs:
     """What a layer reads: hidden [B, T, D], mask [B, S + T] and positions [B, T] with padding in front, and per
-    site the past (latent [B, 1, S, R] and k_rope [B, 1, S, r], or K and V [B, K, S, *]).
+    site the past (latent [B, 1, S, R] and k_rope [B, 1, S, r], or K and V [B, K, S, *]; an index key [B, S, I] behind
+    them). `handed` are keys [B, T, n] by position that an earlier layer chose, by the name of the input that brings them.
     """
 
     hidden: Tensor
     mask: Tensor
     positions: Tensor
-    pasts: tuple[tuple[Tensor, Tensor], ...]
+    pasts: tuple[tuple[Tensor, ...], ...]
+    handed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,11 +62,16 @@ class CapturedReference:
 
     def __post_init__(self) -> None:
         self.graph = with_textbook_experts(self.captured.graph, self.matches)
+        for name, match in self.matches.items():
+            for attention in match.attentions:
+                if isinstance(attention.selection, Selection):
+                    topk_of(body_of(self.graph, name).graph, attention.selection).meta[INDEXER] = True
 
-    def evaluating(self) -> AbstractContextManager[Any]:
-        """The modes that the graph is evaluated in."""
+    def evaluating(self, indexers: Indexers) -> AbstractContextManager[Any]:
+        """The modes that the graph is evaluated in; `indexers` choose the keys."""
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
+        stack.enter_context(RecordTopK(None, indexers))
         if self.wide:
             stack.enter_context(WidenedIslands(self.captured.dtype))
         return stack
@@ -81,13 +92,18 @@ class CapturedReference:
         nodes = self.graph.graph.nodes
         return next(n for n in nodes if n.op == "call_module" and n.meta["layer"] == layer)
 
-    def layer(self, layer: int, given: LayerInputs) -> dict[str, Any]:
-        """Values of every node of a layer, by name; "output" is the new hidden state."""
+    def layer(self, layer: int, given: LayerInputs, indexers: Indexers | None = None) -> dict[str, Any]:
+        """Values of every node of a layer, by name; "output" is the new hidden state.
+
+        Args:
+            indexers: of the layer's choices of keys; by default its own.
+        """
         call = self.call(layer)
         body = body_of(self.graph, call.target)
         known = self._known(given)
         inputs = []
-        with self.evaluating():
+        indexers = Indexers(given.mask) if indexers is None else indexers
+        with self.evaluating(indexers):
             for node, argument in zip(placeholders(body.graph), call.args, strict=True):
                 ref = input_ref(node)
                 if ref.kind == "hidden":
@@ -98,6 +114,8 @@ class CapturedReference:
                     inputs.append(self._param(argument))
                 elif ref == LAYER_NUMBER:
                     inputs.append(argument)
+                elif node.name in given.handed:
+                    inputs.append(columns_of(given.handed[node.name], given.mask).to(node.meta["val"].dtype))
                 else:
                     inputs.append(evaluate(argument, known, self._param))
             values: dict[str, Any] = {}
@@ -106,7 +124,7 @@ class CapturedReference:
                 values[node.name] = value
 
             with blaming_the_original(f"the original's captured layer {layer}, run by itself"):
-                out = RecordingInterpreter(body, record).run(*inputs)
+                out = RecordingInterpreter(body, record, indexers=indexers).run(*inputs)
         values["output"] = out[0]
         return values
 
@@ -134,6 +152,13 @@ class CapturedReference:
             if node.target is torch.ops.aten.embedding.default:
                 known[node] = given.hidden  # the tables ask it for its dtype and size only
         return known
+
+
+def topk_of(graph: fx.Graph, selection: Selection) -> fx.Node:
+    """The top-k that makes the indices of a selection."""
+    indices = node_named(graph, selection.indices)
+    found = ancestors([indices], until=[])
+    return next(n for n in reversed(graph.nodes) if n in found and is_call(n, aten.topk.default))
 
 
 @dataclass
@@ -168,10 +193,24 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
         for rank in range(len(scratch.params)):
             placed = dict(zip(placeholders(outer), scratch.inputs_of(rank, step), strict=True))
             known = dict.fromkeys([call.args[0], *calls(outer, aten.embedding.default)], given.hidden)
+            for node, argument in zip(placeholders(body.graph), call.args, strict=True):
+                kind, name = input_ref(node)
+                if kind == "chosen":
+                    known[argument] = _chosen(scratch, rank, name, given.handed)
             inputs.append([_argument(a, placed, known) for a in call.args])
-        outputs = scratch.run(body, inputs, record)
+        returned = scratch.run(body, inputs, record)
+    # the hidden state, and behind it what the layer hands on
+    outputs = [out[0] if isinstance(out, (tuple, list)) else out for out in returned]
     scratch.lengths = [n + int(k) for n, k in zip(scratch.lengths, mask.sum(dim=1), strict=True)]
     return LayerRun(values, outputs)
+
+
+def _chosen(scratch: Scratch, rank: int, name: str, handed: Mapping[str, Tensor]) -> Tensor:
+    """A rank's slots, or how many there are, of the keys that are handed in."""
+    source, _, what = name.rpartition("_")
+    layout, options = scratch.compiled.plan.layout, scratch.compiled.plan.options
+    slots, count = local_slots(handed[source], rank % layout.kvp, layout.kvp, options.tokens_per_block, scratch.slots)
+    return slots if what == "slots" else count
 
 
 def _argument(argument: Any, placed: dict[fx.Node, Any], known: dict[fx.Node, Any]) -> Any:

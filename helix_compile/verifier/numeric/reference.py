@@ -9,10 +9,10 @@ The eager copy decides. The graph only says *where* a deviation starts, and is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +25,7 @@ from helix_compile.ir.graph import erase_unused, input_named, node_named, placeh
 from helix_compile.ir.leaves import Leaf
 from helix_compile.ir.stage import body_of, copy_module
 from helix_compile.plan.matches import LayerMatch
+from helix_compile.verifier.numeric.indexers import Indexers, SiteChoice
 from helix_compile.verifier.numeric.routing import Choices, RecordTopK
 from helix_compile.verifier.report import OriginalFails
 
@@ -96,28 +97,80 @@ def edited(params: Mapping[str, Tensor], edits: Edits) -> dict[str, Tensor]:
 
 @dataclass
 class EagerReference:
-    """The copy with its own DynamicCache. Padding is a column there and never a position."""
+    """The copy with its own DynamicCache. Padding is a column there and never a position.
 
+    Attributes:
+        leaves: names of modules whose top-ks are not looked at: the module under test runs them as they are.
+        selections: what the indexers would have chosen in the last step.
+    """
+
+    follows: ClassVar[bool] = True
     model: Any
+    leaves: Sequence[str] = ()
     mask: Tensor | None = None
+    selections: list[SiteChoice] = field(default_factory=list)
     cache: Any = field(init=False)
+    recorder: RecordTopK | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.cache = DynamicCache(config=self.model.config)
+        append = getattr(self.cache, "update_indexer", None)
+        if append is None:  # transformers 5.17
+            return
 
-    def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None) -> Tensor:
-        """Logits [B, T, vocab] of ids [B, T] with mask [B, T]; every top-k goes to `choices`."""
-        logits, recorded = [], []
+        def appended(*args: Any, **kwargs: Any) -> Tensor:
+            keys: Tensor = append(*args, **kwargs)
+            if self.recorder is not None and self.recorder.indexers is not None and not self.recorder.paused:
+                self.recorder.indexers.arm()
+            return keys
+
+        self.cache.update_indexer = appended
+
+    def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None, told: Sequence[Tensor] = ()) -> Tensor:
+        """Logits [B, T, vocab] of ids [B, T] with mask [B, T].
+
+        Args:
+            choices: every router's top-k goes there.
+            told: keys [B, T, n] by position that each indexer takes, in order; none: its own choice.
+        """
+        logits, recorded, chosen, start = [], [], [], 0
         for part, kept in zip(ids.split(CHUNK_TOKENS, 1), mask.split(CHUNK_TOKENS, 1), strict=True):
+            self.mask = kept if self.mask is None else torch.cat([self.mask, kept], dim=1)
+            longest, stop = int(self.mask.sum(dim=1).max()), start + part.shape[1]
             recorded.append(Choices())
-            with RecordTopK(recorded[-1]):
-                logits.append(self._chunk_logits(part, kept))
+            chosen.append(Indexers(self.mask, [keys[:, start:stop, :longest] for keys in told]))
+            with self._recording(RecordTopK(recorded[-1], chosen[-1])):
+                logits.append(self._chunk_logits(part))
+            start = stop
         if choices is not None:
             choices.join(recorded, len(ids))
+        assert self.mask is not None
+        whole = Indexers(self.mask)
+        whole.join(chosen)
+        self.selections = whole.choices
         return torch.cat(logits, dim=1)
 
-    def _chunk_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+    @contextmanager
+    def _recording(self, recorder: RecordTopK) -> Iterator[None]:
+        """The recorder looks at top-ks, but for those inside of leaves."""
+
+        def pause(paused: bool) -> None:
+            recorder.paused = paused
+
+        self.recorder, hooks = recorder, []
+        for leaf in map(self.model.get_submodule, self.leaves):
+            hooks.append(leaf.register_forward_pre_hook(lambda *_: pause(True)))
+            hooks.append(leaf.register_forward_hook(lambda *_: pause(False)))
+        try:
+            with recorder:
+                yield
+        finally:
+            self.recorder = None
+            for hook in hooks:
+                hook.remove()
+
+    def _chunk_logits(self, ids: Tensor) -> Tensor:
+        assert self.mask is not None
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         device = next(self.model.parameters()).device
         what = f"the original model, run by itself in {self.model.dtype}".replace("torch.", "")
@@ -133,18 +186,21 @@ class EagerReference:
 
 
 Record = Callable[[str, fx.Node, Any], None]
+INDEXER = "indexer"  # meta of a captured graph's top-k that chooses keys
 
 
 class RecordingInterpreter(fx.Interpreter):
     """Runs a graph, its layers node by node, and calls record(path, node, value) after each node."""
 
-    def __init__(self, module: fx.GraphModule, record: Record, path: str = ""):
+    def __init__(self, module: fx.GraphModule, record: Record, path: str = "", indexers: Indexers | None = None):
         super().__init__(module)
-        self.record, self.path, self.calling = record, path, ""
+        self.record, self.path, self.calling, self.indexers = record, path, "", indexers
 
     def run_node(self, n: fx.Node) -> Any:
         """Run and record."""
         self.calling = n.name
+        if self.indexers is not None and INDEXER in n.meta:
+            self.indexers.arm()
         value = super().run_node(n)
         self.record(self.path, n, value)
         return value
@@ -154,7 +210,7 @@ class RecordingInterpreter(fx.Interpreter):
         body = self.module.get_submodule(str(target))
         if isinstance(body, Leaf):
             return super().call_module(target, args, kwargs)
-        inner = RecordingInterpreter(body, self.record, f"{self.path}{self.calling}.")
+        inner = RecordingInterpreter(body, self.record, f"{self.path}{self.calling}.", self.indexers)
         return inner.run(*args, **kwargs)
 
 

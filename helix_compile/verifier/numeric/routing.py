@@ -2,6 +2,7 @@
 
 Every top-k of a model is recorded in order, on both sides alike: a TorchDispatchMode on the eager copy, a hook on the
 graph. A token whose choice differs is excluded if the reference's own margin is within rounding, else it is a finding.
+The top-ks of indexers are not among them (indexers.py), nor those inside of leaves, which both sides run alike.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile.ir.graph import helix_op
+from helix_compile.verifier.numeric.indexers import Indexers
 
 _TOPK = torch.ops.aten.topk.default
 # a margin below this part of the largest score may turn by rounding of the layers before the router
@@ -56,16 +58,23 @@ def _joined(parts: Sequence[Tensor], batch: int) -> Tensor:
 
 
 class RecordTopK(TorchDispatchMode):
-    """Record every top-k of an eager run in `choices`."""
+    """Record every router's top-k of an eager run in `choices`; an indexer's is taken by `indexers`.
 
-    def __init__(self, choices: Choices):
+    Attributes:
+        paused: leave top-ks alone, as inside of a leaf.
+    """
+
+    def __init__(self, choices: Choices | None, indexers: Indexers | None = None):
         super().__init__()
-        self.choices = choices
+        self.choices, self.indexers, self.paused = choices, indexers, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` and look."""
+        looked_at = func is _TOPK and not self.paused
+        if looked_at and self.indexers is not None and self.indexers.armed:
+            return self.indexers.topk(*args[:2])
         result = func(*args, **(kwargs or {}))
-        if func is _TOPK:
+        if looked_at and self.choices is not None:
             self.choices.add(args[0], result[1])
         return result
 
@@ -107,20 +116,27 @@ def _add_router(choices: Choices, logits: Tensor, bias: Tensor, node: fx.Node, i
 
 @dataclass(frozen=True)
 class Routing:
-    """Per token of a step [B, T]: chosen alike; and if not, whether it was a near tie."""
+    """Per token of a step [B, T]: chosen alike; and if not, whether it was a near tie.
+
+    `unpaired` says why the two runs' choices can't be compared at all; "" where they can.
+    """
 
     alike: Tensor
     near_tie: Tensor
+    unpaired: str = ""
 
 
 def compare_choices(got: Choices, expected: Choices, B: int, T: int, dtype: torch.dtype) -> Routing:
-    """Compare two runs of one step. Choices that can't be paired (another number of top-ks) count as alike."""
+    """Compare two runs of one step."""
     alike, near = torch.ones(B * T, dtype=torch.bool), torch.zeros(B * T, dtype=torch.bool)
-    if len(got.indices) != len(expected.indices):
-        return Routing(alike.view(B, T), near.view(B, T))
+    shapes = [[tuple(x.shape) for x in side.indices] for side in (got, expected)]
+    if shapes[0] != shapes[1]:
+        first = next((i for i, (a, b) in enumerate(zip(*shapes, strict=False)) if a != b), min(map(len, shapes)))
+        told = [f"{len(side)}, #{first} of {side[first] if first < len(side) else 'none'}" for side in shapes]
+        return Routing(alike.view(B, T), near.view(B, T), f"top-ks of routers: {told[0]}; of the original {told[1]}")
     for mine, theirs, margin in zip(got.indices, expected.indices, expected.margins, strict=True):
-        if mine.shape != theirs.shape or len(mine) % (B * T):
-            continue
+        if len(mine) % (B * T):
+            continue  # not of tokens
         same = (mine == theirs).all(dim=-1).view(B * T, -1).all(dim=-1).cpu()
         close = margin.view(B * T, -1).amin(dim=-1).cpu() < NEAR_TIE[dtype]
         near |= alike & ~same & close  # the first difference of a token decides: later ones follow from it

@@ -90,6 +90,11 @@ class Scratch:
                 mine.append(cache)
             self.caches.append(mine)
 
+    @property
+    def slots(self) -> int:
+        """Slots of a sequence on one rank."""
+        return self.page_table.shape[1] * PAGE_SIZE
+
     def fill(self, site: int, row: int, entries: Tensor) -> None:
         """Lay out a whole sequence's entries [length, first + second] of one site on every rank."""
         layout, options = self.compiled.plan.layout, self.compiled.plan.options

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
 from helix_compile.plan.matches import AttentionMatch, LayerMatch
+from helix_compile.verifier.numeric.handed import drawn_keys
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs
 from helix_compile.verifier.numeric.site_terms import empty_past, new_entries, terms_of
 
@@ -54,12 +55,13 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
                 torch.randn(B, T, int(hidden.shape[-1]), generator=generator, dtype=torch.float64),
                 torch.ones(B, T, dtype=torch.int64),
                 torch.arange(T).expand(B, T).contiguous(),
-                tuple((a.double(), b.double()) for a, b in (empty_past(site, B, 0) for site in match.attentions)),
+                tuple(tuple(part.double() for part in empty_past(site, B, 0)) for site in match.attentions),
+                drawn_keys(match, [0] * B, T, generator),
             )
             values = reference.layer(layer.index, given)
             for attention in match.attentions:
                 query = terms_of(attention).query_parts(values, reference.tensors, layer.prefix)
-                seen = scores(attention, query, *new_entries(attention, values))
+                seen = scores(attention, query, *new_entries(attention, values)[:2])
                 factor = max(1.0, spread / max(float(seen.std()), 1e-6))
                 for rows in attention.q_proj.params:
                     edits[layer.prefix + rows.name] = partial(_scaled, factor=factor)
@@ -95,6 +97,7 @@ def _vectors(graph: fx.Graph, prefix: str, match: LayerMatch | None, seed: int, 
         if len(shape) != 1 or input_ref(node).name in cut or not readers:
             continue
         is_bias = any(is_call(u, aten.linear.default) and node in u.args[2:] for u in readers)
+        is_bias |= any(is_call(u, aten.layer_norm.default) and node in u.args[3:] for u in readers)
         if shape[0] in experts:
             edits[name] = partial(_biased, seed=seed)
         elif is_bias:
@@ -170,7 +173,7 @@ def background(
     """Random entries [B, S, R], [B, S, r] whose scores have a spread of about one."""
     B = query[0].shape[0]
     parts = []
-    for part, width in zip(query, match.cache.widths, strict=True):
+    for part, width in zip(query, match.kind.cache.widths, strict=True):
         keys = torch.randn(B, S, width, generator=generator, dtype=torch.float64)
         norm = float(part.square().sum(-1).mean().sqrt()) if width else 1.0
         # V has no part in the scores: values of about one
@@ -179,7 +182,7 @@ def background(
 
 
 def need_the_new_token(
-    match: AttentionMatch, query: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], latent: Tensor, lengths: list[int]
+    match: AttentionMatch, query: tuple[Tensor, Tensor], new: tuple[Tensor, ...], latent: Tensor, lengths: list[int]
 ) -> int:
     """Shift all past keys so that the last query's own token outweighs them in the last heads; in place.
 
@@ -203,6 +206,19 @@ def need_the_new_token(
     return B * len(heads)
 
 
+def needle_places(match: AttentionMatch, n: int, T: int) -> list[int]:
+    """Positions of plant()'s needles among n cached tokens, in order of the heads that must find them; of T new tokens the
+    last one's.
+    """
+    if n < 5:
+        return []
+    places, query_at = [0, n - 1, n // 2, 1, n - 2], n + T - 1
+    if match.window or match.chunk:  # what is just forgotten, and what is just seen
+        oldest = query_at + 1 - match.window if match.window else query_at // match.chunk * match.chunk
+        places = [at for at in (oldest - 1, oldest) if 0 <= at < n] + places
+    return places[: max(1, match.num_heads - 2)]
+
+
 def plant(
     match: AttentionMatch, query: tuple[Tensor, Tensor], latent: Tensor, k_rope: Tensor, lengths: list[int]
 ) -> int:
@@ -217,14 +233,8 @@ def plant(
     planted = 0
     for b in range(B):
         first, n = S - lengths[b], lengths[b]
-        if n < 5:
-            continue
-        places = [first, S - 1, first + n // 2, first + 1, S - 2]
-        query_at = n + query[0].shape[1] - 1
-        if match.window or match.chunk:  # what is just forgotten, and what is just seen
-            oldest = query_at + 1 - match.window if match.window else query_at // match.chunk * match.chunk
-            places = [first + at for at in (oldest - 1, oldest) if 0 <= at < n] + places
-        for h, place in enumerate(places[: max(1, match.num_heads - 2)]):
+        places = needle_places(match, n, query[0].shape[1])
+        for h, place in enumerate(first + p for p in places):
             by_rope = h >= 3 and bool(q_rope.any())
             part, keys = (q_rope, k_rope) if by_rope else (q_latent, latent)
             direction = part[b, h]

@@ -2,7 +2,8 @@
 
 An entry is [first | second]: latent and rope part (MLA), or K and V of all KV heads side by side (grouped-query). A query
 has the widths of an entry: of grouped-query attention it is 0 but at its KV head's channels of K. Scores are then
-scale * query . entry for every kind. This file shares no code with the runtime, which it is there to check.
+scale * query . entry for every kind. Where an indexer chooses, its key [I] lies behind; attention does not read it. This
+file shares no code with the runtime, which it is there to check.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from helix_compile.plan.matches import AttentionMatch, Grouped, Latent, permuted
 from helix_compile.verifier.contract import head_places
 
 Parts = tuple[Tensor, Tensor]
+Past = tuple[Tensor, ...]  # both parts, and the index key where there is one
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class LatentTerms:
         return torch.einsum("ths,sr->thr", weights, entries[:, : self.kind.kv_lora_rank])
 
     def roped(self) -> slice:
-        """Channels of an entry that are turned by its position."""
+        """Channels of an entry that are turned by its position; of an index key some are."""
         return slice(self.kind.kv_lora_rank, None)
 
 
@@ -122,32 +124,30 @@ def seen_by(match: AttentionMatch, queries: Tensor, keys: Tensor) -> Tensor:
     return seen
 
 
-def past_of(match: AttentionMatch, first: Tensor, second: Tensor) -> Parts:
-    """Entries [B, S, *] as the original caches them: [B, heads, S, width]."""
+def past_of(match: AttentionMatch, *parts: Tensor) -> Past:
+    """Entries [B, S, *] as the original caches them: [B, heads, S, width]; index keys as they are."""
     K = match.cache.heads or 1
-    B, S = first.shape[:2]
-    return (
-        first.reshape(B, S, K, -1).permute(0, 2, 1, 3).contiguous(),
-        second.reshape(B, S, K, -1).permute(0, 2, 1, 3).contiguous(),
-    )
+    B, S = parts[0].shape[:2]
+    split = tuple(part.reshape(B, S, K, -1).permute(0, 2, 1, 3).contiguous() for part in parts[:2])
+    return (*split, *(part.contiguous() for part in parts[2:]))
 
 
-def empty_past(match: AttentionMatch, B: int, S: int) -> Parts:
+def empty_past(match: AttentionMatch, B: int, S: int) -> Past:
     """A past of zeros, as the original caches it."""
     row = match.cache
-    return torch.zeros(B, row.heads or 1, S, row.first), torch.zeros(B, row.heads or 1, S, row.second)
+    index = (torch.zeros(B, S, row.index),) if row.index else ()
+    return (torch.zeros(B, row.heads or 1, S, row.first), torch.zeros(B, row.heads or 1, S, row.second), *index)
 
 
-def entries_of(parts: Parts) -> Parts:
-    """What the original caches, [B, heads, S, width] -> [B, S, heads * width]."""
-    a, b = (x.permute(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1) for x in parts)
-    return a, b
+def entries_of(parts: Past) -> Past:
+    """What the original caches, [B, heads, S, width] -> [B, S, heads * width]; index keys as they are."""
+    flat = (x.permute(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1) for x in parts[:2])
+    return (*flat, *parts[2:])
 
 
-def new_entries(match: AttentionMatch, values: dict[str, Any]) -> Parts:
+def new_entries(match: AttentionMatch, values: dict[str, Any]) -> Past:
     """The entries [B, T, *] of the new tokens, by the original."""
-    first, second = (values[name].double() for name in match.new)
-    return entries_of((first, second))
+    return entries_of(tuple(values[name].double() for name in match.new))
 
 
 def on_rank(entries: Tensor, row: CacheRow, tpa_rank: int, tpa: int, of_zero_heads: float = 0.0) -> Tensor:

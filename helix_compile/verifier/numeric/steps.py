@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +16,8 @@ from helix_compile.passes.pipeline import STAGES
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.rank import params_of_stage
 from helix_compile.verifier.contract import deal
+from helix_compile.verifier.numeric import choice_check
+from helix_compile.verifier.numeric.indexers import SiteChoice
 from helix_compile.verifier.numeric.reference import EagerReference
 from helix_compile.verifier.numeric.routing import Choices, compare_choices, topk_hook
 from helix_compile.verifier.numeric.scratch import Scratch
@@ -149,11 +152,29 @@ def batches(scenario: Scenario, vocab_size: int, seed: int) -> list[Batch]:
 
 
 class Stepper(Protocol):
-    """The original, or what stands for it: logits [B, T, vocab] in fp64 of a step, its top-ks recorded."""
+    """The original, or what stands for it: logits [B, T, vocab] in fp64 of a step, its top-ks recorded.
 
-    def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None) -> Tensor:
-        """Append ids [B, T] with mask [B, T]."""
+    Attributes:
+        selections: what its indexers chose, or would have chosen, in the last step.
+        follows: it attends to the keys that it is told.
+    """
+
+    selections: list[SiteChoice]
+    follows: ClassVar[bool]
+
+    def step(self, ids: Tensor, mask: Tensor, choices: Choices | None = None, told: Sequence[Tensor] = ()) -> Tensor:
+        """Append ids [B, T] with mask [B, T]; attend to the keys `told` [B, T, n], one of each indexer."""
         ...
+
+
+def both(*hooks: Callable[[int, fx.Node, Any], None]) -> Callable[[int, fx.Node, Any], None]:
+    """One hook that calls them in order."""
+
+    def hook(rank: int, node: fx.Node, value: Any) -> None:
+        for each in hooks:
+            each(rank, node, value)
+
+    return hook
 
 
 def run_scenario(
@@ -165,6 +186,7 @@ def run_scenario(
     coverage: Coverage,
     pool: Pool,
     limit: float | None = None,
+    sources: Mapping[int, int] | None = None,
 ) -> Outcome:
     """Run a scenario on the module and on the reference, step by step, until something is wrong.
 
@@ -172,26 +194,56 @@ def run_scenario(
         own: the original in the module's own dtype, needed where the limit is a ratio.
         where: stage and scenario, for findings.
         limit: largest deviation over the largest logit; by default that of the dtype.
+        sources: layer -> the layer that chose keys for it.
     """
-    outcome = Outcome()
+    outcome, sources = Outcome(), sources or {}
+    plan = scratch.compiled.plan
     dtype = getattr(torch, scratch.compiled.plan.dtype)
     excluded = torch.zeros(scratch.rows, dtype=torch.bool)
     flips, own_flips, tokens = 0, 0, 0
+    turned_keys, own_turned, queries_seen = 0, 0, 0
     for number, batch in enumerate(steps):
         B, T = batch.ids.shape
         expected_choices, choices, own_choices = Choices(), Choices(), Choices()
         before = list(scratch.lengths)
+        recorder = choice_check.ChoiceRecorder(scratch.graph, len(scratch.params))
+        at = f"{where}, step {number}"
         try:
-            logits = scratch.step(batch.ids, batch.mask, topk_hook(choices))
+            logits = scratch.step(batch.ids, batch.mask, both(topk_hook(choices), recorder))
         except Exception as error:
-            outcome.findings.append(fault(error, f"{where}, step {number}"))
+            outcome.findings.append(fault(error, at))
             outcome.failing_step = number
             return outcome
-        expected = reference.step(batch.ids, batch.mask, expected_choices)
+        queries = choice_check.Queries(tuple(before), batch.mask, plan.layout, plan.options.tokens_per_block)
+        results = choice_check.step_choices(recorder.sites, recorder.layers, queries, plan, sources)
+        if wrong := choice_check.step_findings(results, queries, sources, at):
+            outcome.findings += wrong  # another choice: all that follows is other than the original's
+            outcome.failing_step = number
+            return outcome
+        chosen = [(site, c) for site, c in results if site.nodes.chooses]
+        told = [c.keys for _, c in chosen]
+        expected = reference.step(batch.ids, batch.mask, expected_choices, told)
+        if len(reference.selections) != len(chosen):
+            got, as_many = f"{len(chosen)} choices of keys in the step", f"{len(reference.selections)}, as the original"
+            outcome.findings.append(numeric_finding("HX410", at, got, as_many))
+            outcome.failing_step = number
+            return outcome
+        compared = [
+            choice_check.compare_with_original(c, original, queries, dtype)
+            for (_, c), original in zip(chosen, reference.selections, strict=True)
+        ]
+        coverage.choices += len(compared) * int(batch.mask.sum())
         routing = compare_choices(choices, expected_choices, B, T, dtype)
         kept = batch.mask.bool()
         if own is not None:
-            own_logits = own.step(batch.ids, batch.mask, own_choices)
+            own_logits = own.step(batch.ids, batch.mask, own_choices, told)
+            for mine, theirs, original in zip(compared, own.selections, reference.selections, strict=True):
+                by_own = choice_check.compare_with_original(
+                    choice_check.Chosen(theirs.keys, None), original, queries, dtype
+                )
+                turned_keys += int((mine.turned & ~by_own.turned).sum())
+                own_turned += int((by_own.turned & ~mine.turned).sum())
+                queries_seen += int(batch.mask.sum())
             own_routing = compare_choices(own_choices, expected_choices, B, T, dtype)
             flips += int((~routing.alike & own_routing.alike & kept).sum())
             own_flips += int((routing.alike & ~own_routing.alike & kept).sum())
@@ -200,7 +252,14 @@ def run_scenario(
             pool.add(logits[0][alike], own_logits[alike], expected[alike])
         _count(coverage, scratch, before, batch)
         found = check_ranks(logits, kept, where, number, scratch.params)
+        if routing.unpaired:
+            found.append(numeric_finding("HX408", at, routing.unpaired, "the same top-ks on both sides"))
         if own is None:
+            for (site, _), mine in zip(chosen, compared, strict=True):
+                found += choice_check.turned_finding(mine, site.nodes, queries, f"{at}, layer {site.layer}")
+            outcome.notes += choice_check.near_tie_note(at, compared) if not found else []
+            if not reference.follows:
+                excluded |= sum((c.turned for c in compared), torch.zeros_like(kept)).any(dim=1)
             turned = ~routing.alike & kept
             if bool((turned & ~routing.near_tie).any()):
                 found.append(_router_finding(turned & ~routing.near_tie, before, where, number))
@@ -224,6 +283,16 @@ def run_scenario(
             outcome.findings += found
             outcome.failing_step = number
             return outcome
+    if own is not None and turned_keys > 3 * own_turned + max(1, FLIPS * queries_seen):
+        got = f"{turned_keys} of {queries_seen} queries choose other keys than in fp64 by the module alone"
+        usual_text = f"about {own_turned}, as by the original in its own dtype"
+        outcome.findings.append(numeric_finding("HX410", where, got, usual_text))
+        outcome.failing_step = 0
+    elif turned_keys or own_turned:
+        outcome.notes.append(
+            f"{where}: near ties of the k-th score: {turned_keys} of {queries_seen} queries choose other keys than in fp64 "
+            f"by the module alone, {own_turned} by the original alone; both are compared given the module's keys"
+        )
     if own is not None and flips > 3 * own_flips + max(1, FLIPS * tokens):
         got = f"{flips} of {tokens} tokens are routed otherwise than in fp64 by the module alone"
         usual = f"about {own_flips}, as by the original in its own dtype"

@@ -17,7 +17,7 @@ from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_param, p
 from helix_compile.ir.sizes import hint_of
 from helix_compile.ir.stage import bodies_of, body_of
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
-from helix_compile.plan.matches import AttentionMatch, LayerMatch
+from helix_compile.plan.matches import AttentionMatch, LayerMatch, Selection
 from helix_compile.verifier.contract import head_places, places_of
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static.graph import COLLECTIVES
@@ -54,6 +54,9 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
             if not options.pad_heads:
                 expect(f"{where}: zero heads without pad_heads", places.count(None), 0, 12)
             findings += _zero_heads(body, found, places, where)
+            expect(f"{where}: top_k", attention.top_k, _top_k(found), 16)
+            if attention.top_k and options.topk_exchange != "auto":
+                expect(f"{where}: topk_exchange", attention.topk_exchange, options.topk_exchange, 9)
             if options.v_up != "auto":
                 expect(f"{where}: v_up", attention.v_up, options.v_up, 9)
         for ffn in body.ffns:
@@ -81,6 +84,11 @@ def _zero_heads(body: BodyPlan, found: AttentionMatch, places: list[int | None],
                 text, wanted = (reprlib.repr(["-" if h is None else h for h in x]) for x in (got, places))
                 findings.append(Finding("HX302", f"{where}: heads of {shard.name}", text, wanted, 2))
     return findings
+
+
+def _top_k(match: AttentionMatch) -> int:
+    """Keys that a site chooses for each query; 0 where it chooses none."""
+    return match.selection.top_k if isinstance(match.selection, Selection) else 0
 
 
 def _shard_axes(body: BodyPlan, match: LayerMatch, plan: HelixPlan) -> list[Finding]:
@@ -136,6 +144,11 @@ def expected_collectives(match: LayerMatch, plan: HelixPlan) -> Counter[tuple[st
             count[("reduce_scatter_tensor", "kvp")] += sites
         if options.q_proj == "gather":
             count[("all_gather_into_tensor", "kvp")] += sites
+        for attention, site in zip(match.attentions, plan.body(match.body).attentions, strict=False):
+            if _top_k(attention):  # every rank gets the candidates of all, or an owner does and tells the k-th
+                count[("all_to_all_single", "kvp")] += site.topk_exchange == "owner"
+                count[("all_gather_into_tensor", "kvp")] += 1
+        count = +count
     if layout.world_size > 1:
         shared = {m.shared for m in match.moes}
         sums = sum(f.down not in shared for f in match.dense_ffns) + len(match.moes)
@@ -178,7 +191,7 @@ def check_work(
         attended = sum(
             int(hint_of(n.args[0].meta["val"].shape[2]))
             for n in body.graph.nodes
-            if helix_op(n) in ("mla_decode", "gqa_decode") and "val" in n.args[0].meta
+            if helix_op(n) in ("mla_decode", "gqa_decode", "mla_decode_slots") and "val" in n.args[0].meta
         )
         heads = (
             sum(len(head_places(a.num_heads, a.cache.heads, plan.layout)) for a in match.attentions) // plan.layout.tpa
@@ -186,6 +199,10 @@ def check_work(
         if attended != heads:
             got_text = f"attention over the cache for {attended} heads a rank"
             findings.append(Finding("HX107", name, got_text, f"{heads}", 13))
+        scored = sum(helix_op(n) == "index_scores" for n in body.graph.nodes)
+        sites = sum(map(bool, map(_top_k, match.attentions)))
+        if scored != sites:
+            findings.append(Finding("HX107", name, f"keys are scored {scored} times", f"{sites}", 13))
     return findings
 
 
