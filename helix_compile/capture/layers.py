@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from transformers import PretrainedConfig, PreTrainedModel
@@ -358,6 +358,13 @@ def result_shapes(call: LayerCall, args: tuple, kwargs: dict) -> list[tuple[Tens
     return [(like, like.shape(*sizes)) for like in call.returned.tensors]
 
 
+def _line_of_model(error: Exception) -> str:
+    """file:line of the innermost frame that is neither torch's nor ours."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown line"
+
+
 def explain_by_whole_run(model: PreTrainedModel, index: int | None, error: CaptureError) -> HelixError:
     """Why capture failed, by running the whole model on fake tensors, layers in place.
 
@@ -365,6 +372,11 @@ def explain_by_whole_run(model: PreTrainedModel, index: int | None, error: Captu
     """
     device = next(model.parameters()).device
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    begun: list[int] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args, i=i: begun.append(i))
+        for i, layer in enumerate(find_layers(model)[1])
+    ]
     try:
         with torch.no_grad(), fake:
             past = torch.zeros(HINT_B, 1, HINT_S, 1, dtype=model.dtype, device=device)
@@ -372,8 +384,19 @@ def explain_by_whole_run(model: PreTrainedModel, index: int | None, error: Captu
             Around(model, lambda pasts: cache)(*model_inputs(device), [past])
     except HelixError as reason:
         return reason
+    except DynamicOutputShapeException as reason:
+        if index is None and begun:  # nothing is known of what the layers return
+            return MatchError(
+                f"layer {begun[-1]}: at {_line_of_model(reason)} the size of a value depends on data ({reason.func}), so that no "
+                "graph holds it, and the layer returns more than hidden states, so that it can't stay a leaf (pooled scores "
+                "of an indexer?).\n  nearest that works: an indexer with one key a token (deepseek_v32, glm_moe_dsa)"
+            )
+        return error
     except Exception:  # no more is learnt: the first error stands
         return error
+    finally:
+        for handle in handles:
+            handle.remove()
     if index is None:
         return error
     return MatchError(

@@ -43,7 +43,7 @@ def left_padded(lengths: list[int]) -> Tensor:
 
 
 def random_ids(model: nn.Module, batch: int, tokens: int) -> Tensor:
-    return torch.randint(0, model.config.vocab_size, (batch, tokens))
+    return torch.randint(0, model.config.get_text_config().vocab_size, (batch, tokens))
 
 
 def deviation(got: Tensor, expected: Tensor, mask: Tensor) -> float:

@@ -165,13 +165,17 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "axk2": Family("AXK2ForCausalLM", "AXK2Config", SPARSE, "sparse"),
-    "hy_v4": Family("HYV4ForCausalLM", "HYV4Config", SPARSE, "sparse"),
+    "hy_v4": Family(
+        "HYV4ForCausalLM",
+        "HYV4Config",
+        SPARSE,
+        options={"unmatched": "keep"},  # its experts clamp what they gate: in no pattern, they stay whole
+    ),
     "glm5_next": Family("Glm5NextForConditionalGeneration", "Glm5NextConfig", SPARSE, "sparse"),
     "dots3_note": Family(
         "Dots3NoteForCausalLM",
         "Dots3NoteTextConfig",
         {**SPARSE, "sliding_window": 16, "num_hidden_layers": 3},
-        "sparse",
         variants={"sliding": {"layer_types": ["sliding_attention"] * 3}},
     ),
     "mistral_large4": Family("MistralLarge4ForConditionalGeneration", "MistralLarge4Config", SPARSE, "sparse"),
