@@ -20,7 +20,7 @@ _TEXT = """# Model families
 
 Every family of transformers {version} whose configuration has a `kv_lora_rank` (MLA), and behind them some with
 grouped-query attention (llama to mixtral; from gemma3 on with windows of 5, chunks of 5 or sinks), as tiny models of awkward
-sizes in float64 (`tests/support/families.py`), compiled as they are, gpt_oss with `unmatched="keep"`: its experts stay whole. Made by `python -m benchmarks.families`; a test holds the table
+sizes in float64 (`tests/support/families.py`), compiled as they are, gpt_oss and hy_v4 with `unmatched="keep"`: their experts stay whole. Made by `python -m benchmarks.families`; a test holds the table
 to a fresh run.
 
 - *sites* are what was rewritten, over all layers; *leaves* stay the model's own modules, whole on every rank.

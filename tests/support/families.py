@@ -164,21 +164,21 @@ FAMILIES: dict[str, Family] = {
             "indexer_types": ["full", "shared", "full", "shared"],
         },
     ),
-    "axk2": Family("AXK2ForCausalLM", "AXK2Config", SPARSE, "sparse"),
+    "axk2": Family("AXK2ForCausalLM", "AXK2Config", SPARSE, "the gate and what attention reads come from one linear"),
     "hy_v4": Family(
         "HYV4ForCausalLM",
         "HYV4Config",
         SPARSE,
         options={"unmatched": "keep"},  # its experts clamp what they gate: in no pattern, they stay whole
     ),
-    "glm5_next": Family("Glm5NextForConditionalGeneration", "Glm5NextConfig", SPARSE, "sparse"),
+    "glm5_next": Family("Glm5NextForConditionalGeneration", "Glm5NextConfig", SPARSE, "the size of a value depends on data"),
     "dots3_note": Family(
         "Dots3NoteForCausalLM",
         "Dots3NoteTextConfig",
         {**SPARSE, "sliding_window": 16, "num_hidden_layers": 3},
         variants={"sliding": {"layer_types": ["sliding_attention"] * 3}},
     ),
-    "mistral_large4": Family("MistralLarge4ForConditionalGeneration", "MistralLarge4Config", SPARSE, "sparse"),
+    "mistral_large4": Family("MistralLarge4ForConditionalGeneration", "MistralLarge4Config", SPARSE),
 }
 
 GROUPED = {
