@@ -154,8 +154,9 @@ def sequences_to_import(
     """
     skipped: list[int] = []
     if isinstance(latents, DynamicCache):
-        if k_ropes is not None or index_keys is not None:
-            raise RuntimeFault("import_cache: a DynamicCache holds k_ropes and index keys too; leave them out")
+        given = "k_ropes" if k_ropes is not None else "index_keys" if index_keys is not None else ""
+        if given:
+            raise RuntimeFault(f"import_cache: a DynamicCache holds the {given} too; leave {given} out")
         latents, k_ropes = parts_of_dynamic_cache(latents, kinds)
         if lengths is None:  # tokens of each row: what the mask keeps, else every column
             lengths = torch.full((latents[0].shape[0],), latents[0].shape[1])

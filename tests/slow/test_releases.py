@@ -24,7 +24,7 @@ EXPECTED: dict[str, int | str] = {
     "DeepSeek-V3.2": 61,
     "GLM-5-FP8": 78,
     "GLM-5.2": 78,
-    "dots3-note-text": "sliding window",
+    "dots3-note-text": 46,
     "Mistral-Large-4-text": "transformers has no causal language model of model_type 'mistral_large4_text' alone",
     "Kimi-K3": "model_type 'kimi_k3' is not in transformers: its MLA without rope and with an output gate",
     "openPangu-Ultra-MoE-718B": "model_type 'pangu_ultra_moe' is not in transformers",
