@@ -47,3 +47,7 @@ class LoweringUnavailable(LoweringError):
 
 class RuntimeFault(HelixError):
     """A step, a cache call or a rank failed or was refused while running."""
+
+
+class KeywordError(PlanError, TypeError):
+    """A call with keywords that a function does not take; Python's own TypeError, too."""

@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from helix_compile.config.files import ConfigSection, nearest
 from helix_compile.config.reading import OURS, read_recipe
 from helix_compile.config.recipe import ConfigFields, Recipe
-from helix_compile.errors import HelixError, LayoutError, LoweringUnavailable, PlanError
+from helix_compile.errors import HelixError, KeywordError, LayoutError, LoweringUnavailable, PlanError
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -308,7 +308,9 @@ def takes_options(compiling: Callable[P, R]) -> Callable[P, R]:
         try:
             given = signature.bind(*args, **keywords).arguments
         except TypeError as error:
-            raise PlanError(f"{compiling.__name__}: {error}; expected {compiling.__name__}(model, cp=N, ...)") from None
+            raise KeywordError(
+                f"{compiling.__name__}: {error}; expected {compiling.__name__}(model, cp=N, ...)"
+            ) from None
         stated = {name: given.pop(name) for name in OPTIONS if name in given}
         given["options"] = _stated_once(stated, given.get("options"))
         return run(**given)
@@ -321,10 +323,10 @@ def takes_options(compiling: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise PlanError for a keyword that is not known: the nearest one, and all."""
+    """Raise KeywordError for a keyword that is not known: the nearest one, and all."""
     for name in given:
         if name not in (names := list(known)):
-            raise PlanError(
+            raise KeywordError(
                 f"{what}: got an unknown keyword {name!r}, expected one of {', '.join(names)}; the nearest is {nearest(name, names)}"
             )
 

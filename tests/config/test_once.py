@@ -74,6 +74,7 @@ def test_refusals(asked: dict[str, Any], message: str) -> None:
         helix_compile("nowhere", **asked)
 
 
-def test_an_unknown_keyword_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="mrege"):
+@pytest.mark.parametrize("kind", [TypeError, HelixError])
+def test_an_unknown_keyword_is_a_type_error(kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"unknown keyword 'mrege'.* the nearest is merge"):
         helix_compile("nowhere", cp=2, mrege="a2a")  # type: ignore[call-arg]

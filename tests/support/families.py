@@ -171,7 +171,9 @@ FAMILIES: dict[str, Family] = {
         SPARSE,
         options={"unmatched": "keep"},  # its experts clamp what they gate: in no pattern, they stay whole
     ),
-    "glm5_next": Family("Glm5NextForConditionalGeneration", "Glm5NextConfig", SPARSE, "the size of a value depends on data"),
+    "glm5_next": Family(
+        "Glm5NextForConditionalGeneration", "Glm5NextConfig", SPARSE, "the size of a value depends on data"
+    ),
     "dots3_note": Family(
         "Dots3NoteForCausalLM",
         "Dots3NoteTextConfig",
