@@ -91,15 +91,28 @@ def _guards(program: ExportedProgram, roles: Mapping[str, tuple[str, torch.Size]
     for text in getattr(program, "_guards_code", None) or []:
         reader = _Sizes()
         tree = ast.fix_missing_locations(reader.visit(ast.parse(text, mode="eval")))
-        known = all(isinstance(node, _ALLOWED) for node in ast.walk(tree)) and all(n in roles for n, _ in reader.read)
+        known = all(map(_is_allowed, ast.walk(tree))) and all(n in roles for n, _ in reader.read)
         if not known:
             raise CaptureError(f"capture: the program was exported under a condition that can't be read here: `{text}`")
         code = compile(tree, "<condition>", "eval")
 
         def holds(step: _Step, code: Any = code, read: list[tuple[str, int]] = reader.read) -> bool:
-            return bool(eval(code, {"__builtins__": {}}, {"sizes": [_size(roles, n, d, step) for n, d in read]}))
+            return bool(
+                eval(
+                    code,
+                    {"__builtins__": {}, "min": min, "max": max},
+                    {"sizes": [_size(roles, n, d, step) for n, d in read]},
+                )
+            )
 
         yield text, holds
+
+
+def _is_allowed(node: ast.AST) -> bool:
+    """Sums and comparisons, and the lesser or larger of some."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in ("min", "max") and not node.keywords
+    return isinstance(node, _ALLOWED)
 
 
 class _Sizes(ast.NodeTransformer):

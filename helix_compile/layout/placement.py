@@ -92,7 +92,7 @@ def normal_form(layout: Layout, degrees: HelixLayout) -> Layout:
 
 def format_placement(placement: Placement) -> str:
     """Short text of one placement: "R", "S(2)", "P(sum)", "PS", "PK", "C", "L"."""
-    if isinstance(placement, Mark):
+    if isinstance(placement, tuple(_MARKS.values())):
         return str(placement)
     if isinstance(placement, Shard):
         return f"S({placement.dim})"

@@ -27,7 +27,9 @@ TILES = "mla_tiles"  # edits of what all forms share; "" edits the form's own fi
 
 @dataclass(frozen=True)
 class KernelMutant:
-    """A textual edit of one line of a kernel file; `transposed` is the line where KV slots are the rows."""
+    """A textual edit of one line of a kernel file; `transposed` is the line where KV slots are the rows, `pointer` that of
+    the form without descriptors.
+    """
 
     name: str
     file: str
@@ -36,8 +38,12 @@ class KernelMutant:
     before_transposed: str = ""
     after_transposed: str = ""
     caught_by: str = "partial_o differs"
+    before_pointer: str = ""
+    after_pointer: str = ""
 
     def edit(self, form: str) -> tuple[str, str]:
+        if form == POINTER and self.before_pointer:
+            return self.before_pointer, self.after_pointer
         if form == TRANSPOSED and self.before_transposed:
             return self.before_transposed, self.after_transposed
         return self.before, self.after
@@ -47,10 +53,10 @@ MUTANTS = [
     KernelMutant(
         "mask off by one",
         "",
-        "slots[None, :] < limit[:, None]",
-        "slots[None, :] <= limit[:, None]",
-        "slots[:, None] < limit[None, :]",
-        "slots[:, None] <= limit[None, :]",
+        "tl.expand_dims(slots, ROW_AXIS) < tl.expand_dims(limit, SLOT_AXIS)",
+        "tl.expand_dims(slots, ROW_AXIS) <= tl.expand_dims(limit, SLOT_AXIS)",
+        before_pointer="slots[None, :] < limit[:, None]",
+        after_pointer="slots[None, :] <= limit[:, None]",
     ),
     KernelMutant("exp for exp2", TILES, "p = tl.exp2(", "p = tl.exp("),
     KernelMutant("stale max", TILES, "return p, tl.exp2(m - top), top", "return p, tl.exp2(m - top), m"),
