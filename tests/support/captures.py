@@ -72,7 +72,12 @@ def _between_processes(path: Path, make: Callable[[], CapturedGraph]) -> Capture
         made = make()
         if not made.leaves:  # what stays the user's own module stays in its process
             copy, facts = _in_one_environment(made)
-            path.write_bytes(pickle.dumps((facts, GraphPickler.dumps(copy, Options(ops_filter=None)))))
+            options = Options(ops_filter=None)
+            if hasattr(
+                options, "node_metadata_key_filter"
+            ):  # of newer torch: views name norms by the modules they come from
+                options = replace(options, node_metadata_key_filter=lambda key: key != "source_fn_stack")
+            path.write_bytes(pickle.dumps((facts, GraphPickler.dumps(copy, options))))
         return made
 
 
