@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -67,10 +67,9 @@ def size_text(size: int | torch.SymInt) -> str:
         return str(size)
     if hint_of(size) in LETTERS:
         return LETTERS[hint_of(size)]
-    text = str(size.node.expr)
-    for symbol, hint in symbol_hints(size).items():
-        text = re.sub(rf"\b{symbol}\b", LETTERS.get(hint, str(symbol)), text)
-    return text
+    # by letters, not by torch's names: those are sorted otherwise in each capture
+    letters = {symbol: LETTERS.get(hint, str(symbol)) for symbol, hint in symbol_hints(size).items()}
+    return str(size.node.expr.xreplace({s: sympy.Symbol(letter, **s.assumptions0) for s, letter in letters.items()}))
 
 
 def concrete(value: Any) -> Any:
