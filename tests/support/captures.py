@@ -110,7 +110,8 @@ def _in_one_environment(captured: CapturedGraph) -> tuple[CapturedGraph, list[tu
         expression = value.node.shape_env.replace(value.node.expr)
         free = sorted(expression.free_symbols, key=str)
         hints = [int(value.node.shape_env.backed_var_to_val[symbol]) for symbol in free]
-        return sympy.lambdify(free, expression)(*[symbols[hint] for hint in hints])
+        lesser = {"Min": torch.sym_min, "Max": torch.sym_max}  # Python's own would decide here which of two sizes it is
+        return sympy.lambdify(free, expression, modules=[lesser, "math"])(*[symbols[hint] for hint in hints])
 
     def there(value: Any) -> Any:
         if isinstance(value, FakeTensor):
