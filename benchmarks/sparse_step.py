@@ -13,6 +13,8 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from decode_step import GEOMETRY as DENSE
+from decode_step import SPARE
 from measuring import format_machine, median_ms, print_table
 from torch import Tensor, nn
 from transformers import DeepseekV32Config
@@ -22,25 +24,13 @@ from helix_compile import HelixModule, helix_compile
 from helix_compile.models.presets import build_model
 
 GEOMETRY = {
-    "vocab_size": 1024,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 1,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
+    **DENSE,
     "q_lora_rank": 512,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
     "index_n_heads": 64,
     "index_head_dim": 128,
     "index_topk": 2048,
     "max_position_embeddings": 2**18,
-    "attn_implementation": "sdpa",
 }
-SPARE = 128  # tokens of room behind the context, for the steps that are measured
 INDEXER = ("index_scores", "topk_candidates", "kth_candidate", "select_slots")
 
 

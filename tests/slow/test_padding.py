@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
-from helix_compile import helix_compile
+from helix_compile import assert_equivalent, helix_compile
 from helix_compile.checkpoint.named import named_model
 from tests.slow.test_releases import RELEASES
-from tests.support.families import fresh_family
+from tests.support.families import FAMILIES, fresh_family
+from tests.support.family_run import compiled_family, run_family
 from tests.support.gqa_models import SIZES
 from tests.support.padding import check_bytes, check_exact, gqa_of, mla_of, padded
 from tests.support.sparse import sparse_deviation
@@ -110,6 +111,18 @@ def test_a_gate_behind_grouped_query_attention() -> None:
     assert any(s.name.endswith("gate_proj.weight") and s.cuts[0].padding for s in compiled.plan.bodies[0].param_shards)
     check_exact(model, compiled)
     check_bytes(model, compiled)
+
+
+@pytest.mark.parametrize("merge", ["a2a", "ag_rs"])
+@pytest.mark.parametrize("name", ["gpt_oss", "mistral", "dots3_note"])
+def test_windows_and_sinks(name: str, merge: str) -> None:
+    """12 heads on 8 ranks, beside sinks of a head each, windows, and chosen keys."""
+    model = fresh_family(name)
+    compiled = compiled_family(model, 8, pad_heads=True, merge=merge, **FAMILIES[name].options)
+    run = run_family(model, compiled)
+    assert run.worst <= 1e-10 and run.same_tokens
+    if name == "gpt_oss":
+        assert_equivalent(compiled, model)
 
 
 def test_sparse_attention() -> None:

@@ -216,7 +216,8 @@ def handed_indices(subject: Subject, B: int, T: int, total: int) -> tuple[dict[f
     if selection is None:
         return {}, None
     node = node_named(subject.captured.bodies[subject.body].graph, selection.indices)
-    count = min(selection.top_k, total) if isinstance(selection, Selection) else max(1, total // 3)
+    # as many as an earlier layer may hand: one that takes some of them alone would be seen
+    count = min(selection.top_k, total) if isinstance(selection, Selection) else total
     generator = torch.Generator().manual_seed(0)
     # any indices will do, some twice: the mask must show them and no others
     indices = torch.randint(0, total, (B, T, count), generator=generator)

@@ -164,7 +164,8 @@ def _raw(scores: fx.Node, topk: fx.Node) -> _Raw:
     key_side, q = (product.b, product.a) if updates[0] in ancestors([product.b], until=[]) else (product.a, product.b)
     if updates[0] in ancestors([q], until=[]):
         raise Reject("q of the indexer depends on what is cached", relu, 7)
-    sum_over_heads = next((p for n in behind if (p := product_of(n)) and n is not inner), None)
+    in_order = [n for n in relu.graph.nodes if n in behind and n is not inner]
+    sum_over_heads = next((p for n in in_order if (p := product_of(n))), None)
     if sum_over_heads is None:
         raise Reject("the scores of the index heads are not summed with weights", relu, 7)
     rectified_side, w = sum_over_heads.a, sum_over_heads.b
@@ -176,21 +177,15 @@ def _raw(scores: fx.Node, topk: fx.Node) -> _Raw:
     if peeled is not relu:
         raise Reject(f"between relu and the weights stands `{peeled.name}` ({peeled.target})", relu, 7)
     roles = _roles(product, key_side)
-    out = {product.out[i]: role for i, role in enumerate(roles[c] for c in product.out)}
-    q_letters = "".join(roles.get(c, "1") for c in product.letters_of(q))
-    heads = sum_over_heads.summed
-    place = sum_over_heads.letters_of(rectified_side).index(heads)
-    if [*out.values()][place] != "J":
-        raise Reject("the weighted sum of the scores is not over the index heads", relu, 7)
     end, after = _upwards(sum_over_heads.node, behind)
     if between * after <= 0:
         raise Reject(f"the scores are scaled by {between * after}, expected a positive number", relu, 7)
     return _Raw(
         node=end,
         q=_narrow(q),
-        q_form=q_letters,
+        q_form="".join(roles.get(c, "1") for c in product.letters_of(q)),
         w=w,
-        w_form=_weights_form(w, heads, sum_over_heads),
+        w_form=_weights_form(w, sum_over_heads),
         keys=updates[0],
         scale=before * between * after,
     )
@@ -225,13 +220,13 @@ def _is_size(size: Any) -> bool:
     return isinstance(size, torch.SymInt)
 
 
-def _weights_form(w: fx.Node, heads: str, product: Product) -> str:
+def _weights_form(w: fx.Node, product: Product) -> str:
     """Order of the dims of w: B, T, J, and 1."""
     hidden = next(iter(w.graph.nodes)).meta["val"]
     names = {str(hidden.shape[0]): "B", str(hidden.shape[1]): "T"}
     letters = product.letters_of(w)
     form = "".join(
-        "J" if c == heads else "1" if str(size) == "1" else names.get(str(size), "?")
+        "J" if c == product.summed else "1" if str(size) == "1" else names.get(str(size), "?")
         for c, size in zip(letters, w.meta["val"].shape, strict=True)
     )
     if sorted(form.replace("1", "")) != sorted("BTJ"):
@@ -299,8 +294,12 @@ def _check_formula(raw: _Raw, topk: fx.Node) -> None:
         ) from error
     q = in_form(q.double(), raw.q_form, "BTJI")
     w = in_form(w.double(), raw.w_form, "BTJ")
-    expected = torch.einsum("btj,btjs->bts", w, (torch.einsum("btji,bsi->btjs", q, keys.double()) * raw.scale).relu())
-    if not close(got, expected):
+    try:
+        by_head = (torch.einsum("btji,bsi->btjs", q, keys.double()) * raw.scale).relu()
+        same = close(got, torch.einsum("btj,btjs->bts", w, by_head))
+    except RuntimeError:  # the sum is over another dim than the index heads
+        same = False
+    if not same:
         raise Reject("the indexer's scores are not the sum over heads of w * relu(scale * q . key)", topk, 7)
 
 

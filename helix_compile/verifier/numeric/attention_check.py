@@ -68,7 +68,9 @@ def check_attention(
             if w_uv is not None:
                 raised_by = [w_uv.new_zeros(w_uv.shape[1:]) if h is None else w_uv[h] for h in mine]
                 v = torch.einsum("thr,hvr->thv", v, torch.stack(raised_by))
-            got = o[row].reshape(*v.shape).double()
+            # what a zero head attends to meets zeros of o_proj; a sink of it is none of the model's
+            own_heads = [place for place, head in enumerate(mine) if head is not None]
+            got, v = o[row].reshape(*v.shape).double()[:, own_heads], v[:, own_heads]
             error = (got - v).square().sum(dim=(1, 2))
             pooled, norm = pooled + float(error.sum()), norm + float(v.square().sum())
             relative = (error / v.square().sum(dim=(1, 2)).clamp(min=1e-300)).sqrt().nan_to_num(torch.inf)

@@ -145,6 +145,23 @@ def test_a_near_miss_says_why(edit: Callable[[fx.Graph], None], reason: str) -> 
         match_layers(_edited(edit), 64)
 
 
+def test_a_layer_that_takes_some_of_what_it_is_handed_is_refused() -> None:
+    """Fewer columns than an earlier layer chose: wide enough a slice would look whole to a check of few indices."""
+    captured = _captured("glm_moe_dsa")
+    graph = copy_module(captured.graph)
+    body = graph.get_submodule("body_1")
+    handed = next(n for n in body.graph.nodes if n.op == "placeholder" and "topk" in n.name)
+    users = list(handed.users)
+    with body.graph.inserting_before(users[0]):
+        some = body.graph.call_function(aten.slice.Tensor, (handed, 2, 0, 30))
+    some.meta = {"val": handed.meta["val"]}
+    for user in users:
+        user.replace_input_with(handed, some)
+    body.recompile()
+    with pytest.raises(HelixError, match="it differs from causal"):
+        match_layers(replace(captured, graph=graph), 64)
+
+
 def test_the_graph_itself_matches() -> None:
     """What the near misses are near to."""
     (site,) = match_layers(_edited(lambda graph: None), 64)["body_0"].attentions
