@@ -136,7 +136,7 @@ def _as_heavy_as_keys(sinks: Tensor, lse: Tensor) -> Edit:
 
 
 def _moved(sinks: Tensor, factor: float, shift: float) -> Tensor:
-    return sinks * factor + shift
+    return (sinks.double() * factor + shift).to(sinks)  # rounded once
 
 
 def _scaled(weight: Tensor, factor: float) -> Tensor:
