@@ -27,6 +27,7 @@ from helix_compile.passes.runner import Dump, PassContext, run_passes
 from helix_compile.plan.helix_plan import HelixPlan, trace_plan
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.runtime.claims import claims_of
+from helix_compile.runtime.inductor import check_inductor
 from helix_compile.runtime.rank import build_ranks, facts_of
 from helix_compile.runtime.watch import ModelWatch
 from helix_compile.views.graph_python import dump_to
@@ -87,6 +88,8 @@ def helix_compile(
         asked = device_for(device, world)
         with errors_told(world, options.cp, options.tpa, asked or device_of_input(model)):
             target = target_for(options.lower, asked or device_of_input(model))
+            if options.compiles_segments:
+                check_inductor(asked or device_of_input(model))
             captured = captured_from(stage_model(model, options), dtype, asked, options.unmatched)
             planned = plan_model(captured, options)
         opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured))
@@ -155,4 +158,4 @@ def rewrite_model(
 ) -> dict[str, fx.GraphModule]:
     """Every stage, by the passes of passes/pipeline.py."""
     context = PassContext(planned.captured, planned.matches, planned.plan, target)
-    return run_passes(helix_passes(target), context, dump)
+    return run_passes(helix_passes(target, planned.plan.options.compiles_segments), context, dump)

@@ -21,18 +21,21 @@ from helix_compile.cache.pages import Ledger
 from helix_compile.cache.shards import CacheEntries, CacheShard
 from helix_compile.cache.transfer import entries_to_export, sequences_to_import, shards_to_export
 from helix_compile.errors import HelixError, PassError, RuntimeFault
-from helix_compile.ir.stage import bodies_of
+from helix_compile.ir.stage import SEGMENTS, bodies_of
+from helix_compile.passes.lower.segments import segments_of
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
+from helix_compile.runtime.segments import CompiledSegments
 from helix_compile.runtime.step import checked_lengths, checked_rows, run_step
 from helix_compile.runtime.values import ValueDump
 from helix_compile.saving.module_folder import load_parts, save_module
 from helix_compile.views.explain import NodeExplanation, explain_node
 from helix_compile.views.graph_python import stage_diff
 from helix_compile.views.inspection import Inspection, inspect_module
+from helix_compile.worlds.program import Program
 from helix_compile.worlds.world import World
 
 _TRACING = (FakeTensorMode, ProxyTorchDispatchMode, FunctionalTensorMode)
@@ -121,6 +124,12 @@ class HelixModule(nn.Module):
         self._value_dump = ValueDump.from_environment(plan)
         if self._value_dump is not None:
             _infer_layouts(self.graph, plan)
+        self._segments = CompiledSegments(segments_of, stages, plan.layout, world) if plan.options.compiles_segments else None
+        if self._segments is not None:
+            if SEGMENTS not in stages:  # of a reloaded module
+                stages[SEGMENTS] = segments_of(self.graph)
+            if facts.device.type != "meta":
+                self.programs()
         self.train(False)
 
     @property
@@ -132,6 +141,14 @@ class HelixModule(nn.Module):
     def facts(self) -> ModelFacts:
         """What is known of the original model."""
         return self._facts
+
+    def programs(self) -> list[Program] | None:
+        """What runs a step where segments are compiled, one a rank; made again after an edit. None: graphs are walked.
+
+        Raises:
+            LoweringError: Inductor can't compile a segment.
+        """
+        return None if self._segments is None else self._segments.programs(self.graph, self.ranks, self.device)
 
     @property
     def value_dump(self) -> ValueDump | None:

@@ -120,12 +120,10 @@ class HelixOptions:
         of_exchange=True,
     )
     lower: str = _choice(
-        ("auto", "reference", "triton", "inductor", "tensorrt"),
-        '"reference" (torch), "triton" (on a CPU by Triton\'s interpreter) or "auto": Triton on CUDA >= 9.0.',
-        later={
-            "inductor": "lowering to Inductor is not in this version",
-            "tensorrt": "lowering to TensorRT is not in this version",
-        },
+        ("auto", "reference", "triton", "inductor", "triton+inductor", "tensorrt"),
+        '"reference" (torch), "triton" (on a CPU by Triton\'s interpreter), "inductor" (what lies between two collectives is '
+        'compiled by Inductor and is one call), "triton+inductor" (both) or "auto": Triton on CUDA >= 9.0, else reference.',
+        later={"tensorrt": "lowering to TensorRT is not in this version"},
     )
     max_batch_size: int = field(default=8, metadata=_says("capacity in sequences"))
     max_seq_len: int = field(default=4096, metadata=_says("capacity in tokens a sequence", ", prompt included"))
@@ -207,6 +205,11 @@ class HelixOptions:
                 f"ep={self.ep} does not divide the world of cp*tpa = {self.cp}*{self.tpa} = {world_size} "
                 f"ranks; use one of {fits}"
             )
+
+    @property
+    def compiles_segments(self) -> bool:
+        """Are segments compiled by Inductor?"""
+        return "inductor" in self.lower
 
     def notes_of_plan(self, kv_bytes: Fraction, itemsize: int, dtype: str) -> tuple[str, ...]:
         """What the recipe that they come from wants to be noted; the cache of the plan has these bytes a token and rank."""

@@ -11,6 +11,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from helix_compile.ir.leaves import Leaf
 
 OUTER = "outer"
+SEGMENTS = "segments"  # the stage behind the lowered one, where segments are compiled
 
 
 def bodies_of(stage: fx.GraphModule) -> dict[str, fx.GraphModule]:

@@ -5,6 +5,8 @@
 - ffn: dense, shared and routed experts on the same ranks; one all-reduce
 - collectives, where kernels compute: moves become collectives
 - lowered: the same where none do; else each compute op has its kernel, or says why its reference stays
+- segments, where Inductor compiles: what lies between two collectives is one call. Made of `lowered`, which stays what is edited,
+  typed and verified node by node
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from helix_compile.ir.stage import bodies_of, copy_module
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.passes.lower.collectives import lower_moves, lower_pass, no_moves_left
 from helix_compile.passes.lower.fuse_kernels import kernels_pass
+from helix_compile.passes.lower.segments import SegmentsPass
 from helix_compile.passes.rewrite.attention import shard_attention_pass
 from helix_compile.passes.rewrite.ffn import shard_ffn_pass
 from helix_compile.passes.rewrite.outer import rewire_outer_pass, update_calls_pass
@@ -29,9 +32,10 @@ STAGES = ("captured", "attention", "reshard", "ffn", "lowered")
 COLLECTIVES = "collectives"  # between ffn and lowered, where kernels compute
 
 
-def helix_passes(target: KernelTarget | None = None) -> tuple[Pass, ...]:
+def helix_passes(target: KernelTarget | None = None, segments: bool = False) -> tuple[Pass, ...]:
     """The passes that make the stages; without a target compute ops keep their references."""
-    return (*REWRITES, LOWERED) if target is None else (*REWRITES, replace(LOWERED, stage=COLLECTIVES), KERNELS)
+    lowered = (LOWERED,) if target is None else (replace(LOWERED, stage=COLLECTIVES), KERNELS)
+    return (*REWRITES, *lowered, *((SegmentsPass(),) if segments else ()))
 
 
 def lowered_copy(stage: fx.GraphModule) -> fx.GraphModule:

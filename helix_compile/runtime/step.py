@@ -85,14 +85,19 @@ def run_step(
 
     def run_chunk(c: slice) -> Tensor:
         step = {"input_ids": ids[:, c], "positions": ledger.positions(mask[:, c]), "page_table": ledger.pages_of(B)}
-        inputs = [_inputs_of(module, graph, rank, own, step) for rank, own in zip(module.ranks, params, strict=True)]
         ledger.promise(mask[:, c].sum(dim=1).tolist())
         recorder = None
         if module.value_dump is not None and graph is module.graph:
             caches = [cache for rank in module.ranks for cache in rank.cache]
             recorder = module.value_dump.recorder(graph, caches, mask[:, c], module.world.is_leader)
         with torch.no_grad(), recorder or nullcontext():
-            logits = module.world.run(graph, inputs, recorder)[0]
+            if recorder is None and graph is module.graph and (programs := module.programs()) is not None:
+                logits = module.world.run_programs(programs, step)[0]
+            else:
+                inputs = [
+                    _inputs_of(module, graph, rank, own, step) for rank, own in zip(module.ranks, params, strict=True)
+                ]
+                logits = module.world.run(graph, inputs, recorder)[0]
         if recorder is not None:
             recorder.write()
         ledger.count_padding(mask[:, c])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any
@@ -25,7 +25,10 @@ from helix_compile.layout.degrees import HelixMesh
 from helix_compile.worlds.groups import axis_groups, next_world
 from helix_compile.worlds.guard import RankGuard, is_transport_error
 from helix_compile.worlds.virtual import check_axis
-from helix_compile.worlds.walk import Graphs, Hook, Pending, Walk
+from helix_compile.worlds.program import Program
+from helix_compile.worlds.walk import Graphs, Hook, Pending, Post, Walk, rank_fault
+
+_Walking = Generator[tuple[Pending, str], Tensor | None, Any]
 
 
 class DistributedWorld:
@@ -89,14 +92,24 @@ class DistributedWorld:
                 stuck; a fault of the graph. After the last two the ranks no longer agree on where they are, and every
                 later run is refused.
         """
+        graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[0]
+        step = _step_inputs(graph, inputs[0])
+        return self._agreed(step, lambda post: Walk(self.rank, post, {}, hook).graph(graph, inputs[0], ""))
+
+    def run_programs(self, programs: Sequence[Program], step: Mapping[str, Tensor]) -> list[Any]:
+        """Run a step that is prepared: this rank's program on the inputs `step`; returns and raises as run()."""
+        (program,) = programs
+        return self._agreed(step, lambda post: program.walk(step, post))
+
+    def _agreed(self, step: Mapping[str, Any], walk: Callable[[Post], _Walking]) -> list[Any]:
+        """Walk when all ranks have the same step."""
         if self._broken:
             raise RuntimeFault(f"these ranks can't go on, start them again; what happened: {self._broken}")
-        graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[0]
         self.guard.begin_step()
         try:
-            said = self._agreement.differing(_input_claims(graph, inputs[0]), "input_ids")
+            said = self._agreement.differing(_input_claims(step), "input_ids")
             if not said:
-                return [self._walk(graph, inputs[0], hook)]
+                return [self._walk(walk)]
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             self.guard.raised(error)
@@ -130,7 +143,7 @@ class DistributedWorld:
         self._gathers += 1
         return texts
 
-    def _walk(self, graph: fx.GraphModule, inputs: Sequence[Any], hook: Hook | None) -> Any:
+    def _walk(self, walk: Callable[[Post], _Walking]) -> Any:
         started: dict[int, tuple[Tensor, str]] = {}
 
         def post(op: str, args: tuple, where: str) -> Pending:
@@ -140,20 +153,19 @@ class DistributedWorld:
             return Pending(op, ticket)
 
         tickets: list[str] = []
-        walk = Walk(self.rank, post, {}, hook)
-        steps = walk.graph(graph, inputs, "")
+        steps = walk(post)
         value = None
         try:
             while True:
                 pending, where = steps.send(value)
                 if pending.ticket not in started:
                     number = f"collective #{pending.ticket}"
-                    raise walk.fault(where, f"{pending.op} ({number}) is waited for twice")
+                    raise rank_fault(self.rank, where, f"{pending.op} ({number}) is waited for twice")
                 value = self._guarded(where, WAIT, started.pop(pending.ticket)[0])
         except StopIteration as stop:
             if started:
                 left = ", ".join(where for _, where in started.values())
-                raise walk.fault(left, "started, but never waited for") from None
+                raise rank_fault(self.rank, left, "started, but never waited for") from None
             return stop.value
 
     def _start(self, op: str, args: tuple, where: str) -> Tensor:
@@ -181,12 +193,17 @@ class DistributedWorld:
             raise RuntimeFault(f"rank {self.rank}, node {where}: {type(error).__name__}: {error}") from error
 
 
-def _input_claims(graph: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, str]:
+def _step_inputs(graph: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, Any]:
+    """What a step gives every rank alike, by name."""
+    named = {input_ref(node): value for node, value in zip(placeholders(graph.graph), inputs, strict=True)}
+    return {ref.name: v for ref, v in named.items() if ref.kind == "input" and not ref.name.endswith("_rank")}
+
+
+def _input_claims(step: Mapping[str, Any]) -> dict[str, str]:
     """Shape and digest of what a step gives every rank alike: ids, positions (so lengths and mask too), pages."""
     claims = {}
-    for node, value in zip(placeholders(graph.graph), inputs, strict=True):
-        kind, name = input_ref(node)
-        if kind == "input" and not name.endswith("_rank") and isinstance(value, Tensor):
+    for name, value in step.items():
+        if isinstance(value, Tensor):
             stored = value.detach().cpu().contiguous().numpy().tobytes()
             claims[name] = f"{list(value.shape)} (digest {hashlib.blake2b(stored, digest_size=4).hexdigest()})"
     return claims

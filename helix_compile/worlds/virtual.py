@@ -8,7 +8,7 @@ groups do, not by node name; so a fault is reported with rank, node and what is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.collectives import ALL_TO_ALL, COLLECTIVES, CollectiveOp
 from helix_compile.layout.degrees import HelixMesh
+from helix_compile.worlds.program import Program
 from helix_compile.worlds.walk import Graphs, Hook, Pending, Walk
 
 Key = tuple[str, tuple[int, ...], int]  # axis, members of the group, sequence number
@@ -164,8 +165,18 @@ class VirtualWorld:
         walks = {}
         for rank in self.ranks:
             graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[rank]
-            walk = Walk(rank, self._post_of(rank, mailbox), steps, hook)
-            walks[rank] = walk.graph(graph, inputs[rank], "")
+            walks[rank] = Walk(rank, self._post_of(rank, mailbox), steps, hook).graph(graph, inputs[rank], "")
+        return self._take_turns(walks, mailbox)
+
+    def run_programs(self, programs: Sequence[Program], step: Mapping[str, Tensor]) -> list[Any]:
+        """Run a step that is prepared: one program a rank, all on the inputs `step`; returns and raises as run()."""
+        mailbox: dict[Key, Exchange] = {}
+        walks = {program.rank: program.walk(step, self._post_of(program.rank, mailbox)) for program in programs}
+        return self._take_turns(walks, mailbox)
+
+    def _take_turns(
+        self, walks: dict[int, Generator[tuple[Pending, str], Tensor | None, Any]], mailbox: dict[Key, Exchange]
+    ) -> list[Any]:
         waiting: dict[int, tuple[Key, str] | None] = dict.fromkeys(walks)
         outputs: dict[int, Any] = {}
         while walks:

@@ -12,11 +12,13 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from helix_compile.errors import HelixError, PlanError
 from helix_compile.layout.degrees import HelixLayout, HelixMesh
 from helix_compile.worlds.distributed import DistributedWorld
 from helix_compile.worlds.groups import early_store, local_device, open_parent
+from helix_compile.worlds.program import Program
 from helix_compile.worlds.virtual import VirtualWorld
 from helix_compile.worlds.walk import Graphs, Hook
 
@@ -43,6 +45,9 @@ class World(Protocol):
 
     def run(self, graphs: Graphs, inputs: Sequence[Sequence[Any]], hook: Hook | None = None) -> list[Any]:
         """Outputs of the ranks in this process, whose inputs are given in the order of `ranks`."""
+
+    def run_programs(self, programs: Sequence[Program], step: Mapping[str, Tensor]) -> list[Any]:
+        """The same of a step that is prepared."""
 
     def share_random_state(self, device: torch.device) -> None:
         """All processes go on with rank 0's random state."""

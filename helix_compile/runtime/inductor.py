@@ -1,0 +1,152 @@
+"""Code for segments, by torch's Inductor: once for each that differs, whatever rank, layer, module or world calls it.
+
+What is packed, merged and scaled around the exchange is written out in torch's own ops first, so that it is fused with its
+neighbours; attention, append and experts stay calls of their ops. Code for any B and T: no guard is left that would ask at a step,
+so what tracing assumed of the sizes is tried here with others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from helix_compile.errors import LoweringError, LoweringUnavailable
+from helix_compile.ir.fakes import FreshSizes
+from helix_compile.ir.graph import placeholders
+from helix_compile.ir.ops import overload
+from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, size_text
+from helix_compile.kernels.ops import HELIX_OPS
+
+Code = Callable[..., Sequence[Any]]
+
+# fused with what is around them: none is worth a call
+_WRITTEN_OUT = ("shard_index", "first_visible", "pack_heads", "unpack_heads", "merge_lse", "total_lse", "apply_sinks", "rescale_by_lse")
+# bfloat16 and float16 rounded where the ops alone would round: what is compiled and what is interpreted are equal bit for bit
+_OPTIONS = {"emulate_precision_casts": True, "compile_threads": 1}
+_TRIED = ((1, 1, 0), (1, 5, 3), (3, 1, 7), (3, 4, 1), (8, 1, 4096), (2, 512, 0))  # B, T, S
+_KEPT = 512
+_CODE: OrderedDict[str, Code] = OrderedDict()
+
+
+def check_inductor(device: torch.device) -> None:
+    """Raise LoweringUnavailable where Inductor can't compile: before anything is captured."""
+    if device.type in ("cpu", "meta"):
+        from torch._inductor import config, exc
+
+        known = config.cpp.cxx
+        names = [n for n in (known if isinstance(known, (tuple, list)) else [known]) if n]
+        try:
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            found = shutil.which(get_cpp_compiler()) is not None
+        except (exc.InvalidCxxCompiler, OSError):
+            found = False
+        if not found:
+            raise LoweringUnavailable(
+                f"lower='inductor' compiles C++ on a CPU and finds no compiler (looked for {', '.join(names) or 'g++'}); install "
+                "g++, or set CXX, or use lower='reference'"
+            )
+
+
+def code_of(segment: fx.GraphModule, bound: Mapping[int, Any], name: str) -> Code:
+    """What computes `segment`; compiled unless one like it is known.
+
+    Args:
+        segment: takes and returns tensors alone.
+        bound: arguments that are known already, by place: their strides are relied on.
+        name: for messages.
+
+    Raises:
+        LoweringError: Inductor can't compile it, or code for any B and T would differ from the graph.
+    """
+    key = segment_key(segment, bound)
+    if key not in _CODE:
+        _CODE[key] = _compile(segment, bound, name)
+        if len(_CODE) > _KEPT:
+            _CODE.popitem(last=False)
+    _CODE.move_to_end(key)
+    return _CODE[key]
+
+
+def is_known(segment: fx.GraphModule, bound: Mapping[int, Any]) -> bool:
+    """Is there code for it already?"""
+    return segment_key(segment, bound) in _CODE
+
+
+def segment_key(segment: fx.GraphModule, bound: Mapping[int, Any]) -> str:
+    """Equal for segments that compute the same on tensors of one layout. Nodes go by their place, not by name."""
+    number: dict[fx.Node, int] = {}
+    lines = []
+    for node in segment.graph.nodes:
+        number[node] = len(number)
+        if node.op == "placeholder":
+            value = bound.get(len(lines), node.meta["val"])
+            lines.append(_tensor_text(value, node.meta["val"]))
+        else:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Place(number[n]))
+            lines.append(f"{node.op} {node.target} {args} {kwargs}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class _Place(int):
+    """A node, as text."""
+
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+def _tensor_text(value: Tensor, like: Tensor) -> str:
+    shape, strides = map(size_text, like.shape), map(size_text, value.stride())
+    return f"{value.dtype} {value.device} [{', '.join(shape)}] [{', '.join(strides)}]"
+
+
+def _references() -> dict[Any, Any]:
+    return {overload(op.name): op.function for op in HELIX_OPS if op.name.split(".")[0] in _WRITTEN_OUT}
+
+
+def _compile(segment: fx.GraphModule, bound: Mapping[int, Any], name: str) -> Code:
+    import torch._inductor
+
+    sizes = FreshSizes()
+    fakes = [
+        sizes.tensor(p.meta["val"], bound[i].stride() if i in bound else None)
+        for i, p in enumerate(placeholders(segment.graph))
+    ]
+    try:
+        with torch.no_grad():
+            traced = make_fx(segment, decomposition_table=_references(), tracing_mode="symbolic")(*fakes)
+            examples = [n.meta["val"] for n in placeholders(traced.graph)]
+            code = torch._inductor.standalone_compile(
+                traced, examples, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}
+            )
+    except Exception as error:  # Inductor's own classes are many
+        first = str(error).strip().split("\n")[0]
+        raise LoweringError(
+            f"{name}: Inductor does not compile this segment: {type(error).__name__}: {first}; lower='reference' computes it as it is"
+        ) from error
+    _check_sizes(examples, sizes, name)
+    return code
+
+
+def _check_sizes(examples: Sequence[Tensor], sizes: FreshSizes, name: str) -> None:
+    """What was assumed of B, T and S must hold for all."""
+    environment = next((e.fake_mode.shape_env for e in examples if hasattr(e, "fake_mode")), sizes.environment)
+    hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # torch 2.13 renamed it
+    letters = {HINT_B: 0, HINT_T: 1, HINT_S: 2}
+    symbols = {symbol: letters[int(hint)] for symbol, hint in hints.items() if int(hint) in letters}
+    if fixed := [str(symbol) for symbol in environment.replacements if symbol in symbols]:
+        raise LoweringError(f"{name}: Inductor's code would hold for one size alone ({', '.join(fixed)}); use lower='reference'")
+    for guard in environment.guards:
+        for tried in _TRIED:
+            held = guard.expr.subs({symbol: max(2, tried[place]) for symbol, place in symbols.items()})
+            if held == False:  # noqa: E712  sympy's own false
+                raise LoweringError(
+                    f"{name}: Inductor's code assumes {guard.expr}, which B, T, S = {tried} does not meet; use lower='reference'"
+                )

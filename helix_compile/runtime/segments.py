@@ -1,0 +1,117 @@
+"""A compiled step: each rank's program over the segments of the lowered graph, made again when something that it holds changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from helix_compile.errors import RuntimeFault
+from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.stage import SEGMENTS, graphs_of
+from helix_compile.layout.degrees import HelixLayout
+from helix_compile.runtime.inductor import code_of, is_known
+from helix_compile.runtime.rank import Rank
+from helix_compile.worlds.program import Program, SegmentCall
+from helix_compile.worlds.world import World
+
+Cut = Callable[[fx.GraphModule], fx.GraphModule]
+
+
+class CompiledSegments:
+    """The programs of the ranks in this process.
+
+    Args:
+        cut: a lowered stage -> its segments.
+        stages: of the module; what the graph was edited to is cut again, and is the stage `segments` from then on.
+    """
+
+    def __init__(self, cut: Cut, stages: dict[str, fx.GraphModule], layout: HelixLayout, world: World):
+        self._cut, self._stages, self._layout, self._world = cut, stages, layout, world
+        self._programs: list[Program] = []
+        self._seen: list[tuple[Any, ...]] = []
+        self._held: list[list[Any]] = []
+
+    def programs(self, lowered: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
+        """One for each rank; compiles what is not known, with a progress bar.
+
+        Raises:
+            LoweringError: a segment that can't be compiled.
+            RuntimeFault: a rank lacks a parameter.
+        """
+        edited = bool(self._seen) and not _is_as_seen(lowered, self._seen)
+        if edited:
+            self._stages[SEGMENTS] = self._cut(lowered)
+        held = [_held_by(rank) for rank in ranks]
+        if edited or not self._programs or not _same_objects(held, self._held):
+            self._programs = self._made(self._stages[SEGMENTS], ranks, device)
+            self._seen, self._held = _seen(lowered), held
+        return self._programs
+
+    def _made(self, stage: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
+        bound = [_bound(stage, rank, self._layout, device) for rank in ranks]
+        wanted: dict[int, SegmentCall] = {}
+
+        def ask(call: SegmentCall) -> Callable[..., Any]:
+            wanted[len(wanted)] = call
+            return _not_compiled
+
+        for rank, values in zip(ranks, bound, strict=True):
+            Program(rank.rank, stage, values, ask)
+        left = [call for call in wanted.values() if not is_known(call.segment, call.bound)]
+        shown = None if self._world.is_leader else True
+        for call in tqdm(left, desc="compile", unit="segment", disable=shown, delay=2):
+            code_of(call.segment, call.bound, call.where)
+        return [
+            Program(rank.rank, stage, values, lambda call: code_of(call.segment, call.bound, call.where))
+            for rank, values in zip(ranks, bound, strict=True)
+        ]
+
+
+def _not_compiled(*_: Any) -> Any:
+    raise AssertionError("a program that asks for code is never run")
+
+
+def _bound(stage: fx.GraphModule, rank: Rank, layout: HelixLayout, device: torch.device) -> dict[fx.Node, Any]:
+    """What an outer graph takes at every step alike."""
+    found: dict[fx.Node, Any] = {}
+    for node in placeholders(stage.graph):
+        kind, name = ref = input_ref(node)
+        if kind == "param":
+            if name not in rank.params:
+                raise RuntimeFault(f"rank {rank.rank} has no parameter {name!r}")
+            found[node] = rank.params[name]
+        elif kind == "cache":
+            found[node] = rank.cache[ref.site]
+        elif kind == "leaf":
+            found[node] = rank.leaves[name]
+        elif name.endswith("_rank"):
+            found[node] = torch.tensor(layout.index(name.removesuffix("_rank"), rank.rank), device=device)
+    return found
+
+
+def _held_by(rank: Rank) -> list[Any]:
+    return [*rank.params.values(), *rank.cache, *rank.leaves.values()]
+
+
+def _same_objects(now: list[list[Any]], before: list[list[Any]]) -> bool:
+    pairs = zip(now, before, strict=True)
+    return all(len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)) for a, b in pairs)
+
+
+def _seen(stage: fx.GraphModule) -> list[tuple[Any, ...]]:
+    """What a graph says, as the very objects: an edit puts others there."""
+    return [(n, n.op, n.target, n.args, n.kwargs) for _, graph in graphs_of(stage) for n in graph.graph.nodes]
+
+
+def _is_as_seen(stage: fx.GraphModule, seen: list[tuple[Any, ...]]) -> bool:
+    nodes = (n for _, graph in graphs_of(stage) for n in graph.graph.nodes)
+    count = 0
+    for node, (same, op, target, args, kwargs) in zip(nodes, seen, strict=False):
+        if node is not same or node.target is not target or node.args is not args or node.kwargs is not kwargs:
+            return False
+        count += 1
+    return count == len(seen) == sum(len(graph.graph.nodes) for _, graph in graphs_of(stage))
