@@ -124,7 +124,9 @@ class HelixModule(nn.Module):
         self._value_dump = ValueDump.from_environment(plan)
         if self._value_dump is not None:
             _infer_layouts(self.graph, plan)
-        self._segments = CompiledSegments(segments_of, stages, plan.layout, world) if plan.options.compiles_segments else None
+        self._segments = (
+            CompiledSegments(segments_of, stages, plan.layout, world) if plan.options.compiles_segments else None
+        )
         if self._segments is not None:
             if SEGMENTS not in stages:  # of a reloaded module
                 stages[SEGMENTS] = segments_of(self.graph)

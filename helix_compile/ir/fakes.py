@@ -30,6 +30,7 @@ class FreshSizes:
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
         sizes = torch.empty(HINT_B, HINT_T, HINT_S, device="meta")
         B, T, S = self.mode.from_tensor(sizes, source=ConstantSource("sizes"), symbolic_context=context).shape
+        self._others = 0
         self.symbols: dict[int, Any] = {HINT_B: B, HINT_T: T, HINT_S: S, HINT_S + HINT_T: S + T}
 
     @property
@@ -49,8 +50,22 @@ class FreshSizes:
         lesser = {"Min": torch.sym_min, "Max": torch.sym_max}  # Python's own would decide here which of two sizes it is
         return sympy.lambdify(free, expression, modules=[lesser, "math"])(*[self.symbols[hints[s]] for s in free])
 
-    def tensor(self, like: Tensor, strides: Sequence[Any] | None = None) -> Tensor:
-        """A fake tensor of this shape, dtype and device; `strides` in place of its own."""
+    def other(self, hint: int) -> Any:
+        """A size that is none of these, nor equal to another."""
+        self._others += 1
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        source = ConstantSource(f"other_{self._others}")
+        like = torch.empty(hint, device="meta")
+        return self.mode.from_tensor(like, source=source, symbolic_context=context).shape[0]
+
+    def tensor(self, like: Tensor, strides: Sequence[Any] | None = None, open_dim: int | None = None) -> Tensor:
+        """A fake tensor of this shape, dtype and device; `strides` in place of its own, `open_dim` of any size then (contiguous)."""
         with self.mode:
-            shape, own = map(self.size, like.shape), map(self.size, like.stride())
-            return torch.empty_strided(tuple(shape), tuple(strides or own), dtype=like.dtype, device=like.device)
+            shape = [self.size(n) for n in like.shape]
+            if open_dim is not None:
+                shape[open_dim] = self.other(int(like.shape[open_dim]))
+                return torch.empty(shape, dtype=like.dtype, device=like.device)
+            own = [self.size(n) for n in like.stride()]
+            return torch.empty_strided(
+                tuple(shape), tuple(own if strides is None else strides), dtype=like.dtype, device=like.device
+            )

@@ -27,8 +27,9 @@ def body_of(stage: fx.GraphModule, name: Any) -> fx.GraphModule:
 
 
 def graphs_of(stage: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
-    """("outer", graph) and (name, graph) of each body of a stage."""
-    return [(OUTER, stage), *bodies_of(stage).items()]
+    """("outer", graph) and (name, graph) of each body of a stage; where it is cut, ("body_0.segment_1", graph) of each segment."""
+    inner = [(name, graph) for name, graph in stage.named_modules() if name and isinstance(graph, fx.GraphModule)]
+    return [(OUTER, stage), *inner]
 
 
 def nodes_of(stage: fx.GraphModule) -> Iterator[fx.Node]:

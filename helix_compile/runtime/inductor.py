@@ -11,15 +11,17 @@ import hashlib
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 from helix_compile.errors import LoweringError, LoweringUnavailable
 from helix_compile.ir.fakes import FreshSizes
-from helix_compile.ir.graph import placeholders
+from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.ir.ops import overload
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, size_text
 from helix_compile.kernels.ops import HELIX_OPS
@@ -27,7 +29,16 @@ from helix_compile.kernels.ops import HELIX_OPS
 Code = Callable[..., Sequence[Any]]
 
 # fused with what is around them: none is worth a call
-_WRITTEN_OUT = ("shard_index", "first_visible", "pack_heads", "unpack_heads", "merge_lse", "total_lse", "apply_sinks", "rescale_by_lse")
+_WRITTEN_OUT = (
+    "shard_index",
+    "first_visible",
+    "pack_heads",
+    "unpack_heads",
+    "merge_lse",
+    "total_lse",
+    "apply_sinks",
+    "rescale_by_lse",
+)
 # bfloat16 and float16 rounded where the ops alone would round: what is compiled and what is interpreted are equal bit for bit
 _OPTIONS = {"emulate_precision_casts": True, "compile_threads": 1}
 _TRIED = ((1, 1, 0), (1, 5, 3), (3, 1, 7), (3, 4, 1), (8, 1, 4096), (2, 512, 0))  # B, T, S
@@ -58,6 +69,8 @@ def check_inductor(device: torch.device) -> None:
 def code_of(segment: fx.GraphModule, bound: Mapping[int, Any], name: str) -> Code:
     """What computes `segment`; compiled unless one like it is known.
 
+    Dispatch modes that are open now are part of it: what they would change of an op is changed in the code.
+
     Args:
         segment: takes and returns tensors alone.
         bound: arguments that are known already, by place: their strides are relied on.
@@ -68,11 +81,21 @@ def code_of(segment: fx.GraphModule, bound: Mapping[int, Any], name: str) -> Cod
     """
     key = segment_key(segment, bound)
     if key not in _CODE:
-        _CODE[key] = _compile(segment, bound, name)
+        modes = list(_get_current_dispatch_mode_stack())
+        with _disable_current_modes():
+            _CODE[key] = _compile(segment, bound, name, modes)
         if len(_CODE) > _KEPT:
             _CODE.popitem(last=False)
     _CODE.move_to_end(key)
     return _CODE[key]
+
+
+def open_modes() -> tuple[str, ...]:
+    """The dispatch modes around the caller, with what they were told: code is made for these."""
+    return tuple(
+        f"{type(mode).__qualname__} {sorted((k, repr(v)) for k, v in vars(mode).items() if not k.startswith(('_', 'old_')))}"
+        for mode in _get_current_dispatch_mode_stack()
+    )
 
 
 def is_known(segment: fx.GraphModule, bound: Mapping[int, Any]) -> bool:
@@ -83,12 +106,13 @@ def is_known(segment: fx.GraphModule, bound: Mapping[int, Any]) -> bool:
 def segment_key(segment: fx.GraphModule, bound: Mapping[int, Any]) -> str:
     """Equal for segments that compute the same on tensors of one layout. Nodes go by their place, not by name."""
     number: dict[fx.Node, int] = {}
-    lines = []
+    lines = list(open_modes())
+    places = iter(range(len(segment.graph.nodes)))
     for node in segment.graph.nodes:
         number[node] = len(number)
         if node.op == "placeholder":
-            value = bound.get(len(lines), node.meta["val"])
-            lines.append(_tensor_text(value, node.meta["val"]))
+            value = bound.get(next(places), node.meta["val"])
+            lines.append(_tensor_text(node, value))
         else:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Place(number[n]))
             lines.append(f"{node.op} {node.target} {args} {kwargs}")
@@ -102,26 +126,41 @@ class _Place(int):
         return f"%{int(self)}"
 
 
-def _tensor_text(value: Tensor, like: Tensor) -> str:
-    shape, strides = map(size_text, like.shape), map(size_text, value.stride())
-    return f"{value.dtype} {value.device} [{', '.join(shape)}] [{', '.join(strides)}]"
+def _tensor_text(node: fx.Node, value: Tensor) -> str:
+    shape, strides = map(size_text, node.meta["val"].shape), map(size_text, value.stride())
+    return f"{value.dtype} {value.device} [{', '.join(shape)}] [{', '.join(strides)}] {_open_dim(node)}"
+
+
+def _open_dim(node: fx.Node) -> int | None:
+    """Of a cache the pages, of a page table those of a sequence: a capacity, which the code does not rely on."""
+    ref = input_ref(node)
+    if ref.kind == "cache":
+        return 0
+    return 1 if ref.name == "page_table" else None
 
 
 def _references() -> dict[Any, Any]:
     return {overload(op.name): op.function for op in HELIX_OPS if op.name.split(".")[0] in _WRITTEN_OUT}
 
 
-def _compile(segment: fx.GraphModule, bound: Mapping[int, Any], name: str) -> Code:
+def _compile(segment: fx.GraphModule, bound: Mapping[int, Any], name: str, modes: Sequence[TorchDispatchMode]) -> Code:
     import torch._inductor
 
     sizes = FreshSizes()
     fakes = [
-        sizes.tensor(p.meta["val"], bound[i].stride() if i in bound else None)
+        sizes.tensor(p.meta["val"], bound[i].stride() if i in bound else None, _open_dim(p))
         for i, p in enumerate(placeholders(segment.graph))
     ]
+
+    def computed(*tensors: Tensor) -> Any:
+        with ExitStack() as inside:  # nearer than the trace: what is recorded is what they make of an op
+            for mode in modes:
+                inside.enter_context(mode)
+            return segment(*tensors)
+
     try:
         with torch.no_grad():
-            traced = make_fx(segment, decomposition_table=_references(), tracing_mode="symbolic")(*fakes)
+            traced = make_fx(computed, decomposition_table=_references(), tracing_mode="symbolic")(*fakes)
             examples = [n.meta["val"] for n in placeholders(traced.graph)]
             code = torch._inductor.standalone_compile(
                 traced, examples, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}
@@ -142,7 +181,9 @@ def _check_sizes(examples: Sequence[Tensor], sizes: FreshSizes, name: str) -> No
     letters = {HINT_B: 0, HINT_T: 1, HINT_S: 2}
     symbols = {symbol: letters[int(hint)] for symbol, hint in hints.items() if int(hint) in letters}
     if fixed := [str(symbol) for symbol in environment.replacements if symbol in symbols]:
-        raise LoweringError(f"{name}: Inductor's code would hold for one size alone ({', '.join(fixed)}); use lower='reference'")
+        raise LoweringError(
+            f"{name}: Inductor's code would hold for one size alone ({', '.join(fixed)}); use lower='reference'"
+        )
     for guard in environment.guards:
         for tried in _TRIED:
             held = guard.expr.subs({symbol: max(2, tried[place]) for symbol, place in symbols.items()})

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from tqdm import tqdm
 
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.ir.stage import SEGMENTS, graphs_of
 from helix_compile.layout.degrees import HelixLayout
-from helix_compile.runtime.inductor import code_of, is_known
+from helix_compile.runtime.inductor import code_of, is_known, open_modes
 from helix_compile.runtime.rank import Rank
 from helix_compile.worlds.program import Program, SegmentCall
 from helix_compile.worlds.world import World
@@ -34,6 +34,7 @@ class CompiledSegments:
         self._programs: list[Program] = []
         self._seen: list[tuple[Any, ...]] = []
         self._held: list[list[Any]] = []
+        self._modes: tuple[str, ...] = ()
 
     def programs(self, lowered: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
         """One for each rank; compiles what is not known, with a progress bar.
@@ -45,10 +46,10 @@ class CompiledSegments:
         edited = bool(self._seen) and not _is_as_seen(lowered, self._seen)
         if edited:
             self._stages[SEGMENTS] = self._cut(lowered)
-        held = [_held_by(rank) for rank in ranks]
-        if edited or not self._programs or not _same_objects(held, self._held):
+        held, modes = [_held_by(rank) for rank in ranks], open_modes()
+        if edited or not self._programs or modes != self._modes or not _same_objects(held, self._held):
             self._programs = self._made(self._stages[SEGMENTS], ranks, device)
-            self._seen, self._held = _seen(lowered), held
+            self._seen, self._held, self._modes = _seen(lowered), held, modes
         return self._programs
 
     def _made(self, stage: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
@@ -104,14 +105,12 @@ def _same_objects(now: list[list[Any]], before: list[list[Any]]) -> bool:
 
 def _seen(stage: fx.GraphModule) -> list[tuple[Any, ...]]:
     """What a graph says, as the very objects: an edit puts others there."""
-    return [(n, n.op, n.target, n.args, n.kwargs) for _, graph in graphs_of(stage) for n in graph.graph.nodes]
+    return [(n, n.target, n.args, n.kwargs) for _, graph in graphs_of(stage) for n in graph.graph.nodes]
 
 
 def _is_as_seen(stage: fx.GraphModule, seen: list[tuple[Any, ...]]) -> bool:
-    nodes = (n for _, graph in graphs_of(stage) for n in graph.graph.nodes)
-    count = 0
-    for node, (same, op, target, args, kwargs) in zip(nodes, seen, strict=False):
-        if node is not same or node.target is not target or node.args is not args or node.kwargs is not kwargs:
-            return False
-        count += 1
-    return count == len(seen) == sum(len(graph.graph.nodes) for _, graph in graphs_of(stage))
+    nodes = [n for _, graph in graphs_of(stage) for n in graph.graph.nodes]
+    return len(nodes) == len(seen) and all(
+        node is same and node.target is target and node.args is args and node.kwargs is kwargs
+        for node, (same, target, args, kwargs) in zip(nodes, seen, strict=True)
+    )

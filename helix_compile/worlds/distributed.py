@@ -24,8 +24,8 @@ from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.worlds.groups import axis_groups, next_world
 from helix_compile.worlds.guard import RankGuard, is_transport_error
-from helix_compile.worlds.virtual import check_axis
 from helix_compile.worlds.program import Program
+from helix_compile.worlds.virtual import check_axis
 from helix_compile.worlds.walk import Graphs, Hook, Pending, Post, Walk, rank_fault
 
 _Walking = Generator[tuple[Pending, str], Tensor | None, Any]

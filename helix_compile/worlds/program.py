@@ -102,11 +102,13 @@ class Program:
             registers[register] = step[name]
         for call, takes, gives, dead, where in self._steps:
             arguments = [registers[i] for i in takes]
+            result: Any
             if call is None:
                 (pending,) = arguments
                 if not isinstance(pending, Pending):
                     raise rank_fault(self.rank, where, "wait_tensor on a value that no collective is computing")
-                result = yield pending, where
+                received = yield pending, where
+                result = received
             elif isinstance(call, str):
                 result = post(call, tuple(arguments), where)
             else:

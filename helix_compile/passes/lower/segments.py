@@ -107,7 +107,9 @@ def _know_shapes(stage: fx.GraphModule) -> None:
     for node in placeholders(graph):
         if node.meta.get("input") == ["input", "page_table"]:
             bodies = [placeholders(b.graph) for b in bodies_of(stage).values()]
-            pages = {p.meta["val"].shape[1] for body in bodies for p in body if p.meta["input"] == ["step", "page_table"]}
+            pages = {
+                p.meta["val"].shape[1] for body in bodies for p in body if p.meta["input"] == ["step", "page_table"]
+            }
             if len(pages) == 1:
                 ids = placeholders(graph)[0].meta["val"]
                 node.meta["val"] = ids.new_empty((ids.shape[0], pages.pop()))
