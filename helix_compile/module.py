@@ -21,7 +21,7 @@ from helix_compile.cache.pages import Ledger
 from helix_compile.cache.shards import CacheEntries, CacheShard
 from helix_compile.cache.transfer import entries_to_export, sequences_to_import, shards_to_export
 from helix_compile.errors import HelixError, PassError, RuntimeFault
-from helix_compile.ir.stage import SEGMENTS, bodies_of
+from helix_compile.ir.stage import SEGMENTS, bodies_of, uncut
 from helix_compile.passes.lower.segments import segments_of
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.passes.typing.check_layouts import check_layouts
@@ -192,12 +192,15 @@ class HelixModule(nn.Module):
 
     @_alone
     def run_stage(self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """A step by an earlier stage ("attention" and later) on the same cache; see forward().
+        """A step by an earlier stage ("attention" and later) on the same cache; see forward(). Node by node, but for "segments".
 
         Earlier stages take their weights from the original model: an edit of ranks[r].params shows in "lowered" only.
         """
-        if name == STAGES[-1]:
+        if name == (STAGES[-1] if self._segments is None else SEGMENTS):
             return self(input_ids, attention_mask)
+        if name == STAGES[-1]:
+            held = [dict(rank.params) for rank in self.ranks]
+            return run_step(self, self._ledger, self.graph, held, input_ids, attention_mask, prepared=False)
         if name not in (*STAGES[1:], *self.stages) or name == STAGES[0]:
             raise RuntimeFault(f"stage {name!r} can't be run; expected one of {', '.join(STAGES[1:])}")
         if name not in self.stages or not self._facts.originals:
@@ -312,7 +315,7 @@ class HelixModule(nn.Module):
         Raises:
             HelixError: no such node (close names are listed), or one that several graphs have.
         """
-        return explain_node(self.stages, name, body)
+        return explain_node(uncut(self.stages), name, body)
 
     def stage_diff(self, before: str, after: str) -> str:
         """Unified text diff of two stages, one graph after the other: what the passes between them did.

@@ -16,6 +16,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, symbol_hints
 
+_OTHER = 10_007  # no size of a model
+
 
 class FreshSizes:
     """Symbols for B, T and S with the hints of a capture, and values like those of its graphs that speak of them.
@@ -50,9 +52,10 @@ class FreshSizes:
         lesser = {"Min": torch.sym_min, "Max": torch.sym_max}  # Python's own would decide here which of two sizes it is
         return sympy.lambdify(free, expression, modules=[lesser, "math"])(*[self.symbols[hints[s]] for s in free])
 
-    def other(self, hint: int) -> Any:
+    def other(self) -> Any:
         """A size that is none of these, nor equal to another."""
         self._others += 1
+        hint = _OTHER + self._others
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         source = ConstantSource(f"other_{self._others}")
         like = torch.empty(hint, device="meta")
@@ -60,12 +63,12 @@ class FreshSizes:
 
     def tensor(self, like: Tensor, strides: Sequence[Any] | None = None, open_dim: int | None = None) -> Tensor:
         """A fake tensor of this shape, dtype and device; `strides` in place of its own, `open_dim` of any size then (contiguous)."""
+        shape = [self.size(n) for n in like.shape]
+        own = [self.size(n) for n in like.stride()]
+        if open_dim is not None:
+            shape[open_dim] = self.other()
         with self.mode:
-            shape = [self.size(n) for n in like.shape]
             if open_dim is not None:
-                shape[open_dim] = self.other(int(like.shape[open_dim]))
                 return torch.empty(shape, dtype=like.dtype, device=like.device)
-            own = [self.size(n) for n in like.stride()]
-            return torch.empty_strided(
-                tuple(shape), tuple(own if strides is None else strides), dtype=like.dtype, device=like.device
-            )
+            wanted = tuple(own if strides is None else strides)
+            return torch.empty_strided(tuple(shape), wanted, dtype=like.dtype, device=like.device)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 from helix_compile.errors import LoweringError, LoweringUnavailable
@@ -170,24 +171,23 @@ def _compile(segment: fx.GraphModule, bound: Mapping[int, Any], name: str, modes
         raise LoweringError(
             f"{name}: Inductor does not compile this segment: {type(error).__name__}: {first}; lower='reference' computes it as it is"
         ) from error
-    _check_sizes(examples, sizes, name)
+    _check_sizes(sizes.environment, name)
     return code
 
 
-def _check_sizes(examples: Sequence[Tensor], sizes: FreshSizes, name: str) -> None:
-    """What was assumed of B, T and S must hold for all."""
-    environment = next((e.fake_mode.shape_env for e in examples if hasattr(e, "fake_mode")), sizes.environment)
+def _check_sizes(environment: ShapeEnv, name: str) -> None:
+    """What was assumed of sizes that the graph leaves open must hold for all."""
     hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # torch 2.13 renamed it
-    letters = {HINT_B: 0, HINT_T: 1, HINT_S: 2}
-    symbols = {symbol: letters[int(hint)] for symbol, hint in hints.items() if int(hint) in letters}
-    if fixed := [str(symbol) for symbol in environment.replacements if symbol in symbols]:
+    if fixed := [f"{s} = {known}" for s, known in environment.replacements.items() if s in hints]:
         raise LoweringError(
-            f"{name}: Inductor's code would hold for one size alone ({', '.join(fixed)}); use lower='reference'"
+            f"{name}: Inductor's code would hold for some sizes alone ({', '.join(fixed)}); use lower='reference'"
         )
+    place = {HINT_B: 0, HINT_T: 1, HINT_S: 2}
     for guard in environment.guards:
         for tried in _TRIED:
-            held = guard.expr.subs({symbol: max(2, tried[place]) for symbol, place in symbols.items()})
-            if held == False:  # noqa: E712  sympy's own false
+            # code is made for sizes >= 2, and computes 1 too: nothing in it is broadcast by a size
+            numbers = {s: max(2, tried[place[int(h)]]) if int(h) in place else int(h) for s, h in hints.items()}
+            if guard.expr.subs(numbers) == False:  # noqa: E712  sympy's own false
                 raise LoweringError(
                     f"{name}: Inductor's code assumes {guard.expr}, which B, T, S = {tried} does not meet; use lower='reference'"
                 )

@@ -34,6 +34,7 @@ def run_step(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     logits_to_keep: int = 0,
+    prepared: bool = True,
 ) -> Tensor:
     """Append input_ids [B, T] to each sequence's cache; logits [B, T or logits_to_keep, vocab].
 
@@ -43,6 +44,7 @@ def run_step(
         graph: a stage whose moves are lowered.
         params: each rank's parameters of that stage.
         input_ids: see HelixModule.forward(), as for the next two.
+        prepared: run the programs of compiled segments, where there are some; False: node by node.
 
     Raises:
         RuntimeFault: what a step may not be.
@@ -91,7 +93,7 @@ def run_step(
             caches = [cache for rank in module.ranks for cache in rank.cache]
             recorder = module.value_dump.recorder(graph, caches, mask[:, c], module.world.is_leader)
         with torch.no_grad(), recorder or nullcontext():
-            if recorder is None and graph is module.graph and (programs := module.programs()) is not None:
+            if prepared and recorder is None and graph is module.graph and (programs := module.programs()) is not None:
                 logits = module.world.run_programs(programs, step)[0]
             else:
                 inputs = [

@@ -50,7 +50,7 @@ class SegmentsPass:
     def ensures(self, stage: fx.GraphModule, context: PassContext) -> None:
         """No segment holds a collective."""
         for name, graph in graphs_of(stage):
-            if ".segment_" in f".{name}" and (inside := [n for n in graph.graph.nodes if is_boundary(n, inside=True)]):
+            if "_segment_" in name and (inside := [n for n in graph.graph.nodes if is_boundary(n, inside=True)]):
                 raise PassError(f"{name}: {', '.join(n.name for n in inside)} inside a segment")
 
 
@@ -64,8 +64,8 @@ def segments_of(lowered: fx.GraphModule) -> fx.GraphModule:
 def cut_stage(stage: fx.GraphModule) -> None:
     """Cut the outer graph of a lowered stage and every body, in place."""
     _know_shapes(stage)
-    for body in (*bodies_of(stage).values(), stage):
-        cut_graph(body)
+    for name, graph in graphs_of(stage):
+        cut_graph(graph, name)
 
 
 def is_boundary(node: fx.Node, inside: bool = False) -> bool:
@@ -75,8 +75,8 @@ def is_boundary(node: fx.Node, inside: bool = False) -> bool:
     return node.op in ("placeholder", "output") and not inside
 
 
-def cut_graph(gm: fx.GraphModule) -> None:
-    """Put every run of computing nodes of `gm` into a submodule segment_0, segment_1, ... and call that."""
+def cut_graph(gm: fx.GraphModule, of: str) -> None:
+    """Put every run of computing nodes of `gm` into a submodule OF_segment_0, OF_segment_1, ... and call that."""
     runs = [run for run in _runs(gm.graph) if sum(map(_computes, run)) > 1]
     run_of = {node: number for number, run in enumerate(runs) for node in run}
     needed = [_outputs(run) for run in runs]
@@ -90,9 +90,9 @@ def cut_graph(gm: fx.GraphModule) -> None:
         if node in last:
             number = last[node]
             segment, inputs = _segment(gm, runs[number], needed[number])
-            name = f"segment_{number}"
-            gm.add_submodule(name, segment)
-            call = graph.create_node("call_module", name, tuple(new[i] for i in inputs), name=name)
+            gm.add_submodule(f"{of}_segment_{number}", segment)
+            given = tuple(new[i] for i in inputs)
+            call = graph.create_node("call_module", f"{of}_segment_{number}", given, name=f"segment_{number}")
             call.meta = {"val": tuple(n.meta.get("val") for n in needed[number]), "segment": number}
             for place, value in enumerate(needed[number]):
                 new[value] = graph.create_node("call_function", operator.getitem, (call, place), name=value.name)
