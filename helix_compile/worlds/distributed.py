@@ -35,8 +35,6 @@ class DistributedWorld:
     """This process's rank of `mesh`; its peers are the other members of the parent group.
 
     Attributes:
-        sent_bytes: one entry, the bytes that left this rank since the last reset_counters(), as the virtual world
-            counts them.
         num_collectives: collectives that this rank took part in, by (op, axis).
     """
 
@@ -64,9 +62,14 @@ class DistributedWorld:
         """True on rank 0, which prints and writes what all ranks have in common."""
         return self.rank == 0
 
+    @property
+    def sent_bytes(self) -> list[Fraction]:
+        """One entry, the bytes that left this rank since the last reset_counters(), as the virtual world counts them."""
+        return [sum((n * COLLECTIVES[op].egress(peers, b) for (op, peers, b), n in self._sent.items()), Fraction(0))]
+
     def reset_counters(self) -> None:
         """Start counting bytes and collectives again."""
-        self.sent_bytes = [Fraction(0)]
+        self._sent = Counter[tuple[str, int, int]]()  # (op, peers, bytes of its argument)
         self.num_collectives: dict[tuple[str, str], int] = {}
 
     def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
@@ -172,7 +175,7 @@ class DistributedWorld:
         tensor, axis = args[0], args[-1]
         check_axis(self.mesh, axis, self.rank, where)
         members = self.mesh.members(axis, self.rank)
-        self.sent_bytes[0] += COLLECTIVES[op].egress(len(members), tensor.nbytes)
+        self._sent[op, len(members), tensor.nbytes] += 1
         self.num_collectives[(op, axis)] = self.num_collectives.get((op, axis), 0) + 1
         if len(members) == 1:
             return tensor.clone()

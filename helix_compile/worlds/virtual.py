@@ -118,7 +118,6 @@ class VirtualWorld:
     """Runs one graph per rank to completion, ranks taking turns.
 
     Attributes:
-        sent_bytes: bytes that left each rank since the last reset_counters().
         num_collectives: collectives by (op, axis), counted once for a group.
     """
 
@@ -146,9 +145,18 @@ class VirtualWorld:
         """[mine]."""
         return [mine]
 
+    @property
+    def sent_bytes(self) -> list[Fraction]:
+        """Bytes that left each rank since the last reset_counters()."""
+        sent = [Fraction(0)] * self.mesh.world_size
+        for (op, members, nbytes), count in self._sent.items():
+            for rank in members:
+                sent[rank] += count * COLLECTIVES[op].egress(len(members), nbytes)
+        return sent
+
     def reset_counters(self) -> None:
         """Start counting bytes and collectives again."""
-        self.sent_bytes = [Fraction(0)] * self.mesh.world_size
+        self._sent = Counter[tuple[str, tuple[int, ...], int]]()  # (op, members, bytes of an argument)
         self.num_collectives: dict[tuple[str, str], int] = {}
 
     def run(self, graphs: Graphs, inputs: Sequence[Sequence[Any]], hook: Hook | None = None) -> list[Any]:
@@ -220,9 +228,7 @@ class VirtualWorld:
             op = _agreed_op(key, exchange)
             tensors = [exchange.posts[rank].tensor for rank in members]
             exchange.results = dict(zip(members, op.outcome(tensors), strict=True))
-            sent = op.egress(len(members), tensors[0].nbytes)  # all alike
-            for rank in members:
-                self.sent_bytes[rank] += sent
+            self._sent[op.name, members, tensors[0].nbytes] += 1  # all alike
             # who posted what and where is kept, not the tensors
             exchange.posts = {r: p._replace(tensor=p.tensor.new_empty(0)) for r, p in exchange.posts.items()}
             self.num_collectives[(op.name, axis)] = self.num_collectives.get((op.name, axis), 0) + 1

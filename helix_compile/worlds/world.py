@@ -29,8 +29,11 @@ class World(Protocol):
     """Runs the lowered graphs of the ranks that live in this process."""
 
     mesh: HelixMesh
-    sent_bytes: list[Fraction]
     num_collectives: dict[tuple[str, str], int]
+
+    @property
+    def sent_bytes(self) -> list[Fraction]:
+        """Bytes that left each rank in this process."""
 
     @property
     def ranks(self) -> Sequence[int]:
