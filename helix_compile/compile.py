@@ -56,6 +56,7 @@ def helix_compile(
     pp: int = 1,
     stage: int = 0,
     pp_split: str = "first",
+    check: str = "deferred",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     options: HelixOptions | None = None,
@@ -73,7 +74,7 @@ def helix_compile(
         device: where shards and caches live; default: where the model is (a folder: CPU). "cuda" under torchrun:
             cuda:LOCAL_RANK.
         dtype: convert a copy of the weights first (a folder: as they are read); the model itself keeps its own.
-        options: all from `cp` to `pp_split` in one, in place of these keywords.
+        options: all from `cp` to `check` in one, in place of these keywords.
 
     Returns:
         HelixModule: `compiled(input_ids)` is one step; `.plan`, `.stages`, `.graph`, `.ranks` can be inspected.
@@ -92,7 +93,7 @@ def helix_compile(
                 check_inductor(asked or device_of_input(model))
             captured = captured_from(stage_model(model, options), dtype, asked, options.unmatched)
             planned = plan_model(captured, options)
-        opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured))
+        opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured), options.check)
         trace_plan(planned.plan)
         facts = facts_of(planned.captured, planned.matches, planned.plan, asked, opened)
         if isinstance(model, nn.Module):

@@ -27,6 +27,7 @@ from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.runtime.prepared import PreparedSteps
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
 from helix_compile.runtime.segments import CompiledSegments
 from helix_compile.runtime.step import checked_lengths, checked_rows, run_step
@@ -121,6 +122,7 @@ class HelixModule(nn.Module):
         object.__setattr__(self, "_lock", threading.RLock())
         self.device = facts.device
         self._ledger = Ledger(plan.options, plan.layout.kvp, facts.device)
+        self._tables = PreparedSteps(plan.layout, facts.device)
         self._value_dump = ValueDump.from_environment(plan)
         if self._value_dump is not None:
             _infer_layouts(self.graph, plan)
@@ -187,8 +189,8 @@ class HelixModule(nn.Module):
                 f"a step takes input_ids, attention_mask and logits_to_keep, got {', '.join(given)}: positions follow from the "
                 "tokens that each sequence has, and the cache is the module's own (reset(), truncate(), import_cache())"
             )
-        params = [dict(r.params) for r in self.ranks]
-        return run_step(self, self._ledger, self.graph, params, input_ids, attention_mask, logits_to_keep)
+        params = [rank.params for rank in self.ranks]
+        return run_step(self, self._ledger, self.graph, params, self._tables, input_ids, attention_mask, logits_to_keep)
 
     @_alone
     def run_stage(self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -199,8 +201,10 @@ class HelixModule(nn.Module):
         if name == (STAGES[-1] if self._segments is None else SEGMENTS):
             return self(input_ids, attention_mask)
         if name == STAGES[-1]:
-            held = [dict(rank.params) for rank in self.ranks]
-            return run_step(self, self._ledger, self.graph, held, input_ids, attention_mask, prepared=False)
+            own = [rank.params for rank in self.ranks]
+            return run_step(
+                self, self._ledger, self.graph, own, self._tables, input_ids, attention_mask, prepared=False
+            )
         if name not in (*STAGES[1:], *self.stages) or name == STAGES[0]:
             raise RuntimeFault(f"stage {name!r} can't be run; expected one of {', '.join(STAGES[1:])}")
         if name not in self.stages or not self._facts.originals:
@@ -209,7 +213,8 @@ class HelixModule(nn.Module):
             )
         stage = self.stages[name]
         params = [params_of_rank(self.plan, stage, self._facts, self.world, r.rank) for r in self.ranks]
-        return run_step(self, self._ledger, lowered_copy(stage), params, input_ids, attention_mask)
+        tables = PreparedSteps(self.plan.layout, self.device)
+        return run_step(self, self._ledger, lowered_copy(stage), params, tables, input_ids, attention_mask)
 
     @_alone
     def reset(self, rows: list[int] | None = None) -> None:
@@ -274,14 +279,17 @@ class HelixModule(nn.Module):
         """The batch's cache, gathered from the shards: (latents, k_ropes, lengths), which import_cache(*...) takes.
 
         Raises:
-            RuntimeFault: no batch, or cp ranks that live in other processes (then export_shards()).
+            RuntimeFault: no batch, cp ranks that live in other processes (then export_shards()), or real ranks that took
+                the last step with different inputs.
         """
+        self.world.settle()
         refuse_leaves(self.ranks, self.graph, "export_cache")
         return entries_to_export(self._ledger, self._caches(), self.plan.layout, self._facts.caches)
 
     @_alone
     def export_shards(self) -> list[CacheShard]:
         """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them."""
+        self.world.settle()
         refuse_leaves(self.ranks, self.graph, "export_shards")
         return shards_to_export(self._ledger, self._caches(), self.plan.layout, self._facts.caches)
 
@@ -334,6 +342,7 @@ class HelixModule(nn.Module):
 
         On real ranks every rank calls it, with one folder that all see: each writes its own weights.
         """
+        self.world.settle()
         save_module(self, Path(folder))
 
     @staticmethod

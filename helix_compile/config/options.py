@@ -41,6 +41,7 @@ class Option:
         later: choices that this version refuses -> why.
         of_exchange: at cp = 1 nothing is exchanged, so there it can have no effect.
         of_stages: at pp = 1 there is one stage, so there it can have no effect.
+        of_ranks: a world of one rank has nobody to ask, so there it can have no effect.
         least: of an int.
     """
 
@@ -50,6 +51,7 @@ class Option:
     later: Mapping[str, str] = field(default_factory=dict)
     of_exchange: bool = False
     of_stages: bool = False
+    of_ranks: bool = False
     least: int = 1
     flag: bool = False
 
@@ -157,6 +159,13 @@ class HelixOptions:
         "which stages have one layer more",
         of_stages=True,
     )
+    check: str = _choice(
+        ("deferred", "every", "off"),
+        "whether ranks of their own process were given the same ids, lengths and mask is compared when the next step begins "
+        '("deferred": no step waits for it), before each step ("every"), or never ("off"); the virtual world has one input.',
+        "when real ranks compare what they were given for a step",
+        of_ranks=True,
+    )
     recipe: InitVar[Recipe] = NO_RECIPE  # where the options come from: not an option, and no part of equality
 
     def __new__(cls, *args: Any, **keywords: Any) -> HelixOptions:
@@ -189,6 +198,10 @@ class HelixOptions:
             if self.pp == 1 and option.of_stages and value != getattr(type(self), name):
                 raise PlanError(
                     f"option {name}={value!r} has no effect at pp=1: there is one stage; drop it or use pp >= 2"
+                )
+            if self.cp * self.tpa == 1 and option.of_ranks and value != getattr(type(self), name):
+                raise PlanError(
+                    f"option {name}={value!r} has no effect at cp*tpa = 1: there is one rank; drop it or use more ranks"
                 )
         if self.stage >= self.pp:
             raise LayoutError(

@@ -27,6 +27,7 @@ def options_schema() -> dict[str, Any]:
     one_stage = {"properties": {"pp": {"const": 1}}}
     one_rank = {"properties": {"cp": {"const": 1}, "tpa": {"const": 1}}}
     staged = {f.name: {"const": f.default} for f in fields(HelixOptions) if OPTIONS[f.name].of_stages}
+    lonely = {f.name: {"const": f.default} for f in fields(HelixOptions) if OPTIONS[f.name].of_ranks}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "helix_compile options",
@@ -38,7 +39,7 @@ def options_schema() -> dict[str, Any]:
         "allOf": [
             {"if": {"properties": {"cp": {"const": 1}}}, "then": {"properties": alone}},
             {"if": one_stage, "then": {"properties": staged}},
-            {"if": one_rank, "then": {"properties": {"pad_heads": {"const": False}}}},
+            {"if": one_rank, "then": {"properties": {"pad_heads": {"const": False}, **lonely}}},
         ],
     }
 

@@ -96,9 +96,11 @@ def generate(
     compiled.reset()
     adapter: Any = _Adapter(compiled, padding=int((attention_mask == 0).sum()))
     with torch.no_grad():
-        return adapter.generate(
+        tokens = adapter.generate(
             input_ids.to(compiled.device), attention_mask=attention_mask.to(compiled.device), **options
         )
+    compiled.world.settle()
+    return tokens
 
 
 def _checked_prompts(

@@ -170,7 +170,7 @@ def load_parts(
         )
         lowered = stages[SAVED_STAGES[-1]]
         check_saved_inputs(lowered, plan, facts)
-    opened = open_world(HelixMesh(plan.layout), world, there)
+    opened = open_world(HelixMesh(plan.layout), world, there, plan.options.check)
     with _reading(folder / "views.json"):
         params = read_params(folder, _json(folder / "views.json"), there, opened)
         check_saved_params(lowered, params)

@@ -138,6 +138,9 @@ class VirtualWorld:
     def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
         """Nothing to compare: all ranks come from one model."""
 
+    def settle(self) -> None:
+        """Nothing to compare: every rank was given the same tensors."""
+
     def share_random_state(self, device: torch.device) -> None:
         """Nothing to share: one process samples."""
 
@@ -159,11 +162,18 @@ class VirtualWorld:
         self._sent = Counter[tuple[str, tuple[int, ...], int]]()  # (op, members, bytes of an argument)
         self.num_collectives: dict[tuple[str, str], int] = {}
 
-    def run(self, graphs: Graphs, inputs: Sequence[Sequence[Any]], hook: Hook | None = None) -> list[Any]:
+    def run(
+        self,
+        graphs: Graphs,
+        inputs: Sequence[Sequence[Any]],
+        hook: Hook | None = None,
+        agreed: Mapping[str, Tensor] | None = None,
+    ) -> list[Any]:
         """Run `graphs` (one for all, or one a rank) on `inputs[rank]`; returns the outputs by rank.
 
         Args:
             hook: called with (rank, node, value) after every node; a call_module's nodes come before it.
+            agreed: not read: one process gives what all ranks must have alike.
 
         Raises:
             RuntimeFault: deadlock, ranks that disagree, a pending value that is used, split sizes that do not fit.
@@ -176,7 +186,9 @@ class VirtualWorld:
             walks[rank] = Walk(rank, self._post_of(rank, mailbox), steps, hook).graph(graph, inputs[rank], "")
         return self._take_turns(walks, mailbox)
 
-    def run_programs(self, programs: Sequence[Program], step: Mapping[str, Tensor]) -> list[Any]:
+    def run_programs(
+        self, programs: Sequence[Program], step: Mapping[str, Tensor], agreed: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
         """Run a step that is prepared: one program a rank, all on the inputs `step`; returns and raises as run()."""
         mailbox: dict[Key, Exchange] = {}
         walks = {program.rank: program.walk(step, self._post_of(program.rank, mailbox)) for program in programs}

@@ -46,10 +46,21 @@ class World(Protocol):
     def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
         """Before the first run: what the ranks must have in common is compared."""
 
-    def run(self, graphs: Graphs, inputs: Sequence[Sequence[Any]], hook: Hook | None = None) -> list[Any]:
-        """Outputs of the ranks in this process, whose inputs are given in the order of `ranks`."""
+    def run(
+        self,
+        graphs: Graphs,
+        inputs: Sequence[Sequence[Any]],
+        hook: Hook | None = None,
+        agreed: Mapping[str, Tensor] | None = None,
+    ) -> list[Any]:
+        """Outputs of the ranks in this process, whose inputs are given in the order of `ranks`; see DistributedWorld.run()."""
 
-    def run_programs(self, programs: Sequence[Program], step: Mapping[str, Tensor]) -> list[Any]:
+    def settle(self) -> None:
+        """After a last step: what of it the ranks have not compared yet is compared."""
+
+    def run_programs(
+        self, programs: Sequence[Program], step: Mapping[str, Tensor], agreed: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
         """The same of a step that is prepared."""
 
     def share_random_state(self, device: torch.device) -> None:
@@ -64,12 +75,13 @@ def is_distributed(world: object) -> bool:
     return "WORLD_SIZE" in os.environ if world == "auto" else world != "virtual"
 
 
-def open_world(mesh: HelixMesh, world: object, device: torch.device) -> World:
+def open_world(mesh: HelixMesh, world: object, device: torch.device, check: str = "deferred") -> World:
     """The world that `world` names.
 
     Args:
         world: "virtual", "distributed", "auto", a ProcessGroup or a DeviceMesh.
         device: where the ranks compute.
+        check: when real ranks compare what they were given for a step; see StepAgreement.
 
     Raises:
         HelixError: as open_parent() and HELIX_TIMEOUT say.
@@ -80,7 +92,7 @@ def open_world(mesh: HelixMesh, world: object, device: torch.device) -> World:
     name = "distributed" if isinstance(world, str) and world == "auto" else world
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where nccl looks for this process's GPU
-    return DistributedWorld(mesh, open_parent(name, mesh, device, timeout), timeout)
+    return DistributedWorld(mesh, open_parent(name, mesh, device, timeout), timeout, check)
 
 
 @contextmanager

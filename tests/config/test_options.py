@@ -336,6 +336,8 @@ GOOD: list[dict[str, Any]] = [
     {"cp": 2, "pad_heads": True},
     {"cp": 1, "tpa": 2, "pad_heads": True},
     {"cp": 1, "pad_heads": False},
+    {"cp": 1, "tpa": 2, "check": "off"},
+    {"cp": 1, "check": "deferred"},
 ]
 BAD: list[Any] = [
     {"cp": 4, "max_seq_len": 2**31},
@@ -366,6 +368,8 @@ BAD: list[Any] = [
     {"cp": 4, "pad_heads": 1},
     {"cp": 4, "pad_heads": "yes"},
     {"cp": 1, "pad_heads": True},
+    {"cp": 1, "check": "every"},
+    {"cp": 4, "check": False},
 ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,13 @@ def test_ranks_that_disagree_are_all_told_who_and_what(launch: Launch) -> None:
         assert version + "rank 2 has option tokens_per_block 8, rank 0 has 4" in said["plan"]
         assert "before the first step: rank 3 has weights" in said["weights"]
         assert "plan" not in said["weights"]
+
+
+def test_other_ids_in_the_last_step_are_found_before_its_cache_leaves(launch: Launch) -> None:
+    for said in launch.said:
+        found = re.fullmatch(
+            r"RuntimeFault: (ranks disagree in step \d+: rank 1 has input_ids \[3, 1\].*); it was run .*",
+            said["last_step"],
+        )
+        assert found and found[1] in said["after_last_step"]
+        assert said["after_last_step"].startswith("RuntimeFault: these ranks can't go on")

@@ -168,6 +168,14 @@ def main(folder: Path) -> None:
     said["damaged_for_all"] = refusal(lambda: helix_compile(source, cp=4, **OPTIONS))
     seen["after_damage"] = run_steps(helix_compile(model, cp=4, **OPTIONS))
 
+    # what a rank was given for the last step is compared when something leaves the module
+    four.reset()
+    four(ids, mask)
+    four(ids[:, :1])
+    four(ids[:, :1] if rank != 1 else ids[:, :1] + 1)
+    said["last_step"] = refusal(four.export_shards)
+    said["after_last_step"] = refusal(lambda: four(ids[:, :1]))
+
     with torch.no_grad():
         model.lm_head.weight[5, 7] += 0.5 if rank == 3 else 0.0
     said["weights"] = refusal(lambda: helix_compile(model, cp=4, **OPTIONS))
