@@ -53,8 +53,8 @@ class PreparedSteps:
 
     def mixing(self, graph: fx.GraphModule, padding: bool = False) -> fx.Node | None:
         """See mixing_node()."""
-        nodes = [part for _, g in graphs_of(graph) for n in g.graph.nodes for part in (n, n.target, n.args, n.kwargs)]
-        if not _same(nodes, self._nodes):
+        nodes = parts_of(graph)
+        if not same_objects(nodes, self._nodes):
             self._nodes = nodes
             self._mixing.clear()
         if padding not in self._mixing:
@@ -64,7 +64,7 @@ class PreparedSteps:
     def _of_rank(self, rank: Rank, params: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> list[Any]:
         held = [*params.values(), *rank.cache, *rank.leaves.values()]
         known = self._lists.get(rank.rank)
-        if known is None or known.names != [*params] or not _same(known.held, held):
+        if known is None or known.names != [*params] or not same_objects(known.held, held):
             known = self._lists[rank.rank] = self._arguments(rank, params, held)
         values = known.values.copy()
         for place, name in known.of_step:
@@ -110,6 +110,11 @@ class _Arguments:
         self.of_step: list[tuple[int, str]] = []
 
 
-def _same(a: list[Any], b: list[Any]) -> bool:
+def parts_of(stage: fx.GraphModule) -> list[Any]:
+    """What a stage says, as the very objects: an edit puts others there."""
+    return [part for _, g in graphs_of(stage) for n in g.graph.nodes for part in (n, n.target, n.args, n.kwargs)]
+
+
+def same_objects(a: list[Any], b: list[Any]) -> bool:
     """Item by item the same objects."""
     return len(a) == len(b) and all(map(is_, a, b))

@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.graph import input_ref, placeholders
-from helix_compile.ir.stage import SEGMENTS, graphs_of
+from helix_compile.ir.stage import SEGMENTS
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.runtime.inductor import code_of, is_known, open_modes
+from helix_compile.runtime.prepared import parts_of, same_objects
 from helix_compile.runtime.rank import Rank
 from helix_compile.worlds.program import Program, SegmentCall
 from helix_compile.worlds.world import World
@@ -32,8 +33,8 @@ class CompiledSegments:
     def __init__(self, cut: Cut, stages: dict[str, fx.GraphModule], layout: HelixLayout, world: World):
         self._cut, self._stages, self._layout, self._world = cut, stages, layout, world
         self._programs: list[Program] = []
-        self._seen: list[tuple[Any, ...]] = []
-        self._held: list[list[Any]] = []
+        self._seen: list[Any] = []
+        self._held: list[Any] = []
         self._modes: tuple[str, ...] = ()
 
     def programs(self, lowered: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
@@ -43,13 +44,14 @@ class CompiledSegments:
             LoweringError: a segment that can't be compiled.
             RuntimeFault: a rank lacks a parameter.
         """
-        edited = bool(self._seen) and not _is_as_seen(lowered, self._seen)
+        seen = parts_of(lowered)
+        edited = bool(self._seen) and not same_objects(seen, self._seen)
         if edited:
             self._stages[SEGMENTS] = self._cut(lowered)
-        held, modes = [_held_by(rank) for rank in ranks], open_modes()
-        if edited or not self._programs or modes != self._modes or not _same_objects(held, self._held):
+        held, modes = [thing for rank in ranks for thing in _held_by(rank)], open_modes()
+        if edited or not self._programs or modes != self._modes or not same_objects(held, self._held):
             self._programs = self._made(self._stages[SEGMENTS], ranks, device)
-            self._seen, self._held, self._modes = _seen(lowered), held, modes
+            self._seen, self._held, self._modes = seen, held, modes
         return self._programs
 
     def _made(self, stage: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
@@ -96,21 +98,3 @@ def _bound(stage: fx.GraphModule, rank: Rank, layout: HelixLayout, device: torch
 
 def _held_by(rank: Rank) -> list[Any]:
     return [*rank.params.values(), *rank.cache, *rank.leaves.values()]
-
-
-def _same_objects(now: list[list[Any]], before: list[list[Any]]) -> bool:
-    pairs = zip(now, before, strict=True)
-    return all(len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)) for a, b in pairs)
-
-
-def _seen(stage: fx.GraphModule) -> list[tuple[Any, ...]]:
-    """What a graph says, as the very objects: an edit puts others there."""
-    return [(n, n.target, n.args, n.kwargs) for _, graph in graphs_of(stage) for n in graph.graph.nodes]
-
-
-def _is_as_seen(stage: fx.GraphModule, seen: list[tuple[Any, ...]]) -> bool:
-    nodes = [n for _, graph in graphs_of(stage) for n in graph.graph.nodes]
-    return len(nodes) == len(seen) and all(
-        node is same and node.target is target and node.args is args and node.kwargs is kwargs
-        for node, (same, target, args, kwargs) in zip(nodes, seen, strict=True)
-    )

@@ -7,6 +7,7 @@ _c10d_functional op with the group's name, and wait_tensor waits for it. What th
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
 from fractions import Fraction
