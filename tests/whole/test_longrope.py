@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,3 +66,14 @@ def test_dynamic_rope_is_refused_with_what_works() -> None:
     model = fresh_family("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     with pytest.raises(CaptureError, match=r"`model\.rotary_emb` has rope_type 'dynamic'(.|\n)*what works:.*'yarn'"):
         helix_compile(model, cp=2)
+
+
+def test_a_folder_computes_its_tables_too(tmp_path: Path) -> None:
+    """The two tables are in no checkpoint: of a folder they are what the model makes of its configuration."""
+    model = model_with(LONGROPE, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    ids = random_ids(model, 1, SWITCH + 5)
+    compiled = helix_compile(tmp_path, cp=2, max_seq_len=48)
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert deviation(compiled(ids), expected, torch.ones_like(ids)) < 1e-5
