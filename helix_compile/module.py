@@ -356,8 +356,19 @@ class HelixModule(nn.Module):
         save_module(self, Path(folder))
 
     @staticmethod
-    def load(folder: str | Path, device: str | torch.device | None = None, world: Any = "auto") -> HelixModule:
-        """Read what save() wrote, in any world; `device` and `world` as in helix_compile()."""
+    def load(
+        folder: str | Path, device: str | torch.device | None = None, world: Any = "auto", **unknown: Any
+    ) -> HelixModule:
+        """Read what save() wrote, in any world; `device` and `world` as in helix_compile().
+
+        Raises:
+            HelixError: what is no saved module, or was changed; a keyword of another kind: a module stays as it was saved.
+        """
+        if unknown:
+            raise HelixError(
+                f"HelixModule.load takes folder, device and world, got {', '.join(unknown)}: a saved module stays in the dtype and "
+                "layout that it was compiled for; helix_compile(model, ...) makes another"
+            )
         return HelixModule(*load_parts(Path(folder), device, world))
 
     @_alone

@@ -63,7 +63,8 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         weights: Any = program.module()
-        functional = _of_flat_inputs(program).run_decompositions({})
+        with explained(f"the program can't be made functional; {_HOW}"):
+            functional = _of_flat_inputs(program).run_decompositions({})
     weights.config = None
     changed = [s for s in functional.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if changed:

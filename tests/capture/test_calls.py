@@ -205,9 +205,8 @@ def other_rotation(model: Any, patch: pytest.MonkeyPatch) -> None:
 def other_attention(model: Any, patch: pytest.MonkeyPatch) -> None:
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        out, weights = attend(*args, **kwargs)
-        return out * 0.7, weights
+    def patched(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return attend(module, query * 0.7, *args, **kwargs)
 
     patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", patched)
 
@@ -227,5 +226,5 @@ def test_a_second_compile_sees_what_the_first_did_not(change: Any, monkeypatch: 
     first = helix_compile(model, cp=2, **SMALL)
     assert prompt_deviation(model, first) <= 1e-10
     change(model, monkeypatch)
-    assert prompt_deviation(model, first) > 1e-3
+    assert prompt_deviation(model, first) > 1e-6
     assert prompt_deviation(model, helix_compile(model, cp=2, **SMALL)) <= 1e-10

@@ -214,3 +214,9 @@ def test_no_configuration(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         read_configuration(tmp_path)
+
+
+def test_a_value_that_no_class_can_be_built_with_is_told_in_one_line(tmp_path: Path) -> None:
+    folder = write(tmp_path, {**RELEASE, "rope_scaling": {**RELEASE["rope_scaling"], "factor": "40"}})
+    with pytest.raises(CheckpointError, match=r"transformers can't build this model: TypeError: .*of another kind"):
+        named_model(str(folder), meta=True)
