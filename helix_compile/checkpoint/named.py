@@ -46,7 +46,8 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
         read = read_configuration(path)
         config, model_class, notes = read.config, read.model_class, read.notes
     else:
-        raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name")
+        hub = "; a model of a hub is downloaded first, nothing is fetched here" if name.count("/") == 1 else ""
+        raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name{hub}")
     stated = getattr(config, "dtype", None)
     default = stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
     with _built_of(name):
