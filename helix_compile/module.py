@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.cache_utils import DynamicCache
@@ -62,6 +63,15 @@ def _refuse_tracing() -> None:
         raise HelixError(
             f"a HelixModule can't be traced or run without values (make_fx, {modes[-1]}): its step reads token ids on the host and "
             "moves its cache; compiled.graph and its bodies are the graphs, run them for shapes alone"
+        )
+    _refuse_symbolic_trace()
+
+
+def _refuse_symbolic_trace() -> None:
+    if is_fx_symbolic_tracing():
+        raise HelixError(
+            "a HelixModule can't be traced (torch.fx.symbolic_trace): it holds fx graphs already: compiled.graph and its bodies, "
+            "one for each of compiled.stages"
         )
 
 
@@ -346,8 +356,19 @@ class HelixModule(nn.Module):
         save_module(self, Path(folder))
 
     @staticmethod
-    def load(folder: str | Path, device: str | torch.device | None = None, world: Any = "auto") -> HelixModule:
-        """Read what save() wrote, in any world; `device` and `world` as in helix_compile()."""
+    def load(
+        folder: str | Path, device: str | torch.device | None = None, world: Any = "auto", **unknown: Any
+    ) -> HelixModule:
+        """Read what save() wrote, in any world; `device` and `world` as in helix_compile().
+
+        Raises:
+            HelixError: what is no saved module, or was changed; a keyword of another kind: a module stays as it was saved.
+        """
+        if unknown:
+            raise HelixError(
+                f"HelixModule.load takes folder, device and world, got {', '.join(unknown)}: a saved module stays in the dtype and "
+                "layout that it was compiled for; helix_compile(model, ...) makes another"
+            )
         return HelixModule(*load_parts(Path(folder), device, world))
 
     @_alone
@@ -370,6 +391,11 @@ class HelixModule(nn.Module):
             "copy.deepcopy of a HelixModule is refused; helix_compile(model, ...) again makes one with a cache of its own on "
             "the same weights, save() and HelixModule.load() one with its own weights"
         )
+
+    def _get_name(self) -> str:
+        """The class's name, for repr(); torch.fx asks for it before it looks into a forward."""
+        _refuse_symbolic_trace()
+        return super()._get_name()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: pickle, torch.save and copy.copy end here."""

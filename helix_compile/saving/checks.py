@@ -115,7 +115,9 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
     for node in lowered.graph.nodes:
         looked_up = is_call(node, aten.embedding.default) and node.args[1] in inputs_of(lowered.graph, "input")
         if looked_up and (words := _shape(node.args[0])[0]) != facts.vocab_size:
-            raise HelixError(f"graphs.json: vocab_size is {facts.vocab_size}, its embedding `{node.name}` has {words}")
+            raise HelixError(
+                f"graphs.json: vocab_size is {facts.vocab_size!r}, its embedding `{node.name}` has {words}"
+            )
 
 
 def check_saved_params(lowered: fx.GraphModule, params: Mapping[int, Mapping[str, Tensor]]) -> None:
