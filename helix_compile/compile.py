@@ -56,6 +56,7 @@ def helix_compile(
     pp: int = 1,
     stage: int = 0,
     pp_split: str = "first",
+    head: str = "replicate",
     check: str = "deferred",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -159,4 +160,4 @@ def rewrite_model(
 ) -> dict[str, fx.GraphModule]:
     """Every stage, by the passes of passes/pipeline.py."""
     context = PassContext(planned.captured, planned.matches, planned.plan, target)
-    return run_passes(helix_passes(target, planned.plan.options.compiles_segments), context, dump)
+    return run_passes(helix_passes(planned.plan.options, target), context, dump)

@@ -29,6 +29,7 @@ _WHY = {
     "pp_split": "how layers that pp does not divide are dealt here; the engine deals them otherwise",
     "lower": "how the graph runs here",
     "pad_heads": "heads and experts that do not divide are padded with zeros here; the engine decides for itself",
+    "head": "embedding and output head are {value}ed here; the engine decides for itself",
     "check": "when ranks compare what they were given for a step here",
     "unmatched": "what happens here to layers that are not recognised",
 }

@@ -159,6 +159,13 @@ class HelixOptions:
         "which stages have one layer more",
         of_stages=True,
     )
+    head: str = _choice(
+        ("replicate", "shard"),
+        'token embedding and output head whole on every rank ("replicate"), or cut by rows of the vocabulary over all ranks '
+        '("shard"): one all-reduce of the embeddings and one all-gather of the logits a step.',
+        "the embedding and the output head",
+        of_ranks=True,
+    )
     check: str = _choice(
         ("deferred", "every", "off"),
         "whether ranks of their own process were given the same ids, lengths and mask is compared when the next step begins "

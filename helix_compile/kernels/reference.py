@@ -47,6 +47,22 @@ def shard_index_reference(positions: Tensor, rank: Tensor, cp: int, tokens_per_b
     return slots, visible
 
 
+def embed_rows_reference(ids: Tensor, rows: Tensor, first: Tensor) -> Tensor:
+    """This rank's summand of the token embeddings: of a token whose row it holds that row, of any other zeros.
+
+    Args:
+        ids: [B, T] int64.
+        rows: [v, D], rows of the table from `first` on.
+        first: 0-d int64.
+
+    Returns:
+        [B, T, D]; over all ranks one summand of each token is not zero.
+    """
+    local = ids - first
+    mine = (local >= 0) & (local < rows.shape[0])
+    return torch.where(mine[..., None], rows[local.clamp(0, rows.shape[0] - 1)], 0)
+
+
 def first_visible_reference(
     positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int, window: int, chunk: int
 ) -> Tensor:

@@ -477,6 +477,26 @@ class MoEMatch:
 
 
 @dataclass(frozen=True)
+class VocabularyMatch:
+    """The two ends of the model, in the outer graph.
+
+    Attributes:
+        embedding, linear: nodes that look tokens up, and that make the logits.
+        rows, weight: their parameters, [V, D] each; one name where it is one parameter.
+        bias: of the linear, [V], or "".
+        embedding_shape, weight_shape: of the parameters.
+    """
+
+    embedding: str
+    rows: str
+    embedding_shape: tuple[int, ...]
+    linear: str
+    weight: str
+    weight_shape: tuple[int, ...]
+    bias: str = ""
+
+
+@dataclass(frozen=True)
 class LayerMatch:
     """Everything found in one body. A normal layer has one attention and one FFN; a whole graph has them all."""
 

@@ -74,7 +74,7 @@ class PreparedSteps:
     def _arguments(self, rank: Rank, params: Mapping[str, Tensor], held: list[Any]) -> _Arguments:
         coordinates = {
             f"{axis}_rank": torch.tensor(self._layout.index(axis, rank.rank), device=self._device)
-            for axis in ("kvp", "ep")
+            for axis in ("kvp", "ep", "world")
         }
         found = _Arguments([*params], held)
         for place, ref in enumerate(self._table.refs):

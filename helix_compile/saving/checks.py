@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.errors import HelixError, PassError, RuntimeFault
-from helix_compile.ir.graph import aten, input_ref, inputs_of, is_call, placeholders
+from helix_compile.ir.graph import aten, helix_op, input_ref, inputs_of, is_call, placeholders
 from helix_compile.ir.stage import bodies_of
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import CacheRow, cache_shape
@@ -114,10 +114,13 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
         raise HelixError(f"graphs.json takes caches {got}, the plan makes {wanted}")
     for node in lowered.graph.nodes:
         looked_up = is_call(node, aten.embedding.default) and node.args[1] in inputs_of(lowered.graph, "input")
-        if looked_up and (words := _shape(node.args[0])[0]) != facts.vocab_size:
-            raise HelixError(
-                f"graphs.json: vocab_size is {facts.vocab_size!r}, its embedding `{node.name}` has {words}"
-            )
+        if not looked_up and helix_op(node) != "embed_rows":
+            continue
+        table = node.args[0] if looked_up else node.args[1]
+        shard = plan.outer.shard(input_ref(table).name)
+        words = _shape(table)[0] if shard is None else shard.source_shape[0]
+        if words != facts.vocab_size or (shard is not None and _shape(table) != shard.shape):
+            raise HelixError(f"graphs.json: vocab_size is {facts.vocab_size!r}, its embedding `{node.name}` has {words}")
 
 
 def check_saved_params(lowered: fx.GraphModule, params: Mapping[int, Mapping[str, Tensor]]) -> None:

@@ -337,6 +337,7 @@ GOOD: list[dict[str, Any]] = [
     {"cp": 1, "tpa": 2, "pad_heads": True},
     {"cp": 1, "pad_heads": False},
     {"cp": 1, "tpa": 2, "check": "off"},
+    {"cp": 2, "head": "shard"},
     {"cp": 1, "check": "deferred"},
 ]
 BAD: list[Any] = [
@@ -369,6 +370,7 @@ BAD: list[Any] = [
     {"cp": 4, "pad_heads": "yes"},
     {"cp": 1, "pad_heads": True},
     {"cp": 1, "check": "every"},
+    {"cp": 1, "head": "shard"},
     {"cp": 4, "check": False},
 ]
 

@@ -15,11 +15,11 @@ from helix_compile.ir.shapes import fake_mode_of, open_view
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import HeadPadding
 from helix_compile.plan.cache_row import cache_shape, pages_per_sequence
-from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
+from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, OuterPlan, ParamShard
 from helix_compile.plan.matches import AttentionMatch, HandedSelection
 
 
-def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
+def cut_input(graph: fx.Graph, name: str, body: BodyPlan | OuterPlan) -> None:
     """From here on this parameter is the rank's shard: its shape and its layout."""
     node, shard = input_named(graph, "param", name), body.shard(name)
     assert shard is not None, name
