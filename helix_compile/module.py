@@ -24,10 +24,12 @@ from helix_compile.cache.transfer import entries_to_export, sequences_to_import,
 from helix_compile.errors import HelixError, PassError, RuntimeFault
 from helix_compile.ir.stage import SEGMENTS, bodies_of, uncut
 from helix_compile.passes.lower.segments import segments_of
+from helix_compile.passes.lower.short_ends import BEST, TOP, gather_of, short_end
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.runtime.ends import ShortEnds
 from helix_compile.runtime.prepared import PreparedSteps
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
 from helix_compile.runtime.segments import CompiledSegments
@@ -133,6 +135,8 @@ class HelixModule(nn.Module):
         self.device = facts.device
         self._ledger = Ledger(plan.options, plan.layout.kvp, facts.device)
         self._tables = PreparedSteps(plan.layout, facts.device)
+        self._ends = ShortEnds(lambda lowered, what: short_end(lowered, what, facts.vocab_size))
+        self._end_segments: dict[str, CompiledSegments] = {}
         self._value_dump = ValueDump.from_environment(plan)
         if self._value_dump is not None:
             _infer_layouts(self.graph, plan)
@@ -156,13 +160,29 @@ class HelixModule(nn.Module):
         """What is known of the original model."""
         return self._facts
 
-    def programs(self) -> list[Program] | None:
+    def short_end(self, what: str) -> fx.GraphModule | None:
+        """The graph that runs, ended by "last" or "best" (passes/lower/short_ends.py); None where its head is whole."""
+        return self._ends.graph(self.graph, what) if self.plan.options.head == "shard" else None
+
+    def programs(self, end: str = "") -> list[Program] | None:
         """What runs a step where segments are compiled, one a rank; made again after an edit. None: graphs are walked.
+
+        Args:
+            end: of the graph that short_end() gives; "": of the whole one.
 
         Raises:
             LoweringError: Inductor can't compile a segment.
         """
-        return None if self._segments is None else self._segments.programs(self.graph, self.ranks, self.device)
+        if self._segments is None:
+            return None
+        if not end:
+            return self._segments.programs(self.graph, self.ranks, self.device)
+        graph = self.short_end(end)
+        assert graph is not None  # asked for by run_step(), which has it
+        if end not in self._end_segments:
+            held = {SEGMENTS: segments_of(graph)}
+            self._end_segments[end] = CompiledSegments(segments_of, held, self.plan.layout, self.world)
+        return self._end_segments[end].programs(graph, self.ranks, self.device)
 
     @property
     def value_dump(self) -> ValueDump | None:
@@ -201,6 +221,42 @@ class HelixModule(nn.Module):
             )
         params = [rank.params for rank in self.ranks]
         return run_step(self, self._ledger, self.graph, params, self._tables, input_ids, attention_mask, logits_to_keep)
+
+    @_alone
+    def best_words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
+        """A step as forward(): of its last column the largest logit and its word, [B, 1, 2] float64; no logits are gathered.
+
+        Ties go to the lower id, as torch.argmax has it. None, and no step taken, where the head is whole, or edited.
+        """
+        if self.short_end(BEST) is None or self._value_dump is not None:
+            return None
+        params = [rank.params for rank in self.ranks]
+        return run_step(self, self._ledger, self.graph, params, self._tables, input_ids, attention_mask, 1, end=BEST)
+
+    @_alone
+    def top_words(
+        self, input_ids: Tensor, attention_mask: Tensor | None, count: int
+    ) -> tuple[Tensor, Callable[[], Tensor]] | None:
+        """A step as best_words(), with the `count` largest logits of each rank and their words.
+
+        Returns:
+            [B, 1, N, count, 2] float64 (fewer than `count` where a rank has fewer words), and a call that gathers all logits
+            [B, 1, vocab] of this step, which every rank makes or none. None as of best_words().
+        """
+        end, outputs = f"{TOP}{count}", list[Any]()
+        if self.short_end(end) is None or self._value_dump is not None:
+            return None
+        params = [rank.params for rank in self.ranks]
+        step = (self, self._ledger, self.graph, params, self._tables, input_ids, attention_mask, 1)
+        candidates = run_step(*step, end=end, outputs=outputs)
+        N = self.plan.layout.world_size
+
+        def whole() -> Tensor:
+            graph = gather_of(outputs[0][1], N, self._facts.vocab_size)
+            gathered: Tensor = self.world.run(graph, [[own] for _, own in outputs])[0]
+            return gathered
+
+        return candidates.unflatten(2, (N, -1)), whole
 
     @_alone
     def run_stage(self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

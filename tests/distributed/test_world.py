@@ -81,11 +81,16 @@ def test_other_kinds_of_site_are_those_of_the_virtual_world_too(launch: Launch) 
     grouped = helix_compile(grouped_model(), world="virtual", **MIXED)
     hybrid = helix_compile(hybrid_model(), cp=4, world="virtual", **OPTIONS)
     padded = helix_compile(padded_model(), world="virtual", **MIXED, pad_heads=True)
+    cut = helix_compile(grouped_model(), world="virtual", **MIXED, head="shard", pad_heads=True)
     assert hybrid.plan.leaves and not grouped.plan.leaves
-    for name, virtual in (("grouped", grouped), ("hybrid", hybrid), ("padded", padded)):
+    every = (("grouped", grouped), ("hybrid", hybrid), ("padded", padded), ("cut_vocabulary", cut))
+    for name, virtual in every:
         assert close(launch.seen[0][name], run_steps(virtual)), name
     for said in launch.said:
-        assert said["kinds_texts"] == [stage_text(c.graph) for c in (grouped, hybrid, padded)]
+        assert said["kinds_texts"] == [stage_text(c.graph) for _, c in every]
+    ids, mask = prompts()
+    greedy = grouped_model().generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert [seen["cut_vocabulary_greedy"].tolist() for seen in launch.seen] == [greedy.tolist()] * 4
 
 
 def test_all_ranks_have_the_same_bits(launch: Launch) -> None:
@@ -181,7 +186,13 @@ def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:
 def test_c10d_was_asked_to_move_what_the_plan_says(launch: Launch) -> None:
     run_steps(launch.virtual)
     for rank, said in enumerate(launch.said):
-        for wire, counted, per_token in (said["wire"], said["wire_mixed"], said["wire_grouped"], said["wire_padded"]):
+        for wire, counted, per_token in (
+            said["wire"],
+            said["wire_mixed"],
+            said["wire_grouped"],
+            said["wire_padded"],
+            said["wire_cut_vocabulary"],
+        ):
             assert wire == counted == per_token * TOKENS > 0
         assert said["wire"][1] == launch.virtual.world.sent_bytes[rank]
         assert said["groups_used"] == 2  # in the mixed world: kvp of two ranks, and the world

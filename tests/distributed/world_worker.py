@@ -42,7 +42,9 @@ class Wire(TorchDispatchMode):
         name = func._schema.name
         if name.startswith("_c10d_functional::") and "wait" not in name:
             members = dist.get_world_size(dist.distributed_c10d._resolve_process_group(args[-1]))
-            share = {"all_reduce": 2 / members, "all_to_all_single": 1 / members}[name.split("::")[1]]
+            share = {"all_reduce": 2 / members, "all_to_all_single": 1 / members, "all_gather_into_tensor": 1}[
+                name.split("::")[1]
+            ]
             self.sent += (members - 1) * share * args[0].numel() * args[0].element_size()
             self.groups.add(args[-1])
         return func(*args, **(kwargs or {}))
@@ -97,7 +99,13 @@ def main(folder: Path) -> None:
     with Wire() as wire:
         seen["padded"] = run_steps(padded)
     said["wire_padded"] = moved(wire, padded)
-    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded)]
+    # embedding and head cut by rows of the vocabulary: 97 words on four ranks
+    cut = helix_compile(grouped_model(), **MIXED, head="shard", pad_heads=True)
+    with Wire() as wire:
+        seen["cut_vocabulary"] = run_steps(cut)
+    said["wire_cut_vocabulary"] = moved(wire, cut)
+    seen["cut_vocabulary_greedy"] = cut.generate(*prompts(), max_new_tokens=6, do_sample=False)
+    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded, cut)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves
     held = loaded.ranks[0].params.values()

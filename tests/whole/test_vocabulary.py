@@ -143,3 +143,104 @@ def test_a_table_that_is_read_elsewhere_is_named() -> None:
             helix_compile(captured, **SHARD, cp=2)
     finally:
         graph.erase_node(extra)
+
+
+# shorter ends: of a prompt the last column's logits alone are gathered, and for greedy search none
+
+
+def test_of_a_prompt_only_the_last_column_is_gathered() -> None:
+    compiled = helix_compile(_gemma(), **SHARD, cp=2, tpa=2)
+    ids = torch.randint(0, 97, (3, 7), generator=torch.Generator().manual_seed(3))
+    whole = compiled(ids)
+    compiled.reset()
+    compiled.world.reset_counters()
+    last = compiled(ids, logits_to_keep=1)
+    assert (last - whole[:, -1:]).abs().max() <= 1e-14 and last.shape == (3, 1, 97)
+    _, logits = compiled.plan.outer.collectives
+    unsent = logits.egress_bytes_per_rank_per_token * 3 * (7 - 1)
+    assert compiled.world.sent_bytes == [compiled.plan.egress_bytes_per_rank_per_token * 3 * 7 - unsent] * 4
+
+
+def test_greedy_search_exchanges_one_candidate_a_rank() -> None:
+    """Through scale, softcap and padding; the bytes say that no logits were gathered."""
+    model, compiled = _gemma(), helix_compile(_gemma(), **SHARD, cp=2, tpa=2)
+    ids = torch.randint(0, 97, (3, 7), generator=torch.Generator().manual_seed(3))
+    greedy: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
+    compiled.world.reset_counters()
+    assert torch.equal(compiled.generate(ids, **greedy), model.generate(ids, **greedy))
+    _, logits = compiled.plan.outer.collectives
+    tokens, candidates = 3 * (7 + 8), 3 * 9 * 16 * 3  # rows x (prompt + new), and steps x rows x bytes x peers
+    layers = compiled.plan.egress_bytes_per_rank_per_token - logits.egress_bytes_per_rank_per_token
+    assert compiled.world.sent_bytes == [layers * tokens + candidates] * 4
+    # what reads other logits gets them
+    for more in ({"repetition_penalty": 1.3}, {"output_logits": True, "return_dict_in_generate": True}):
+        got, expected = (m.generate(ids, **greedy, **more) for m in (compiled, model))
+        if isinstance(got, Tensor):
+            assert torch.equal(got, expected)
+        else:
+            assert torch.equal(got.sequences, expected.sequences)
+            assert all((a - b).abs().max() <= 1e-6 for a, b in zip(got.logits, expected.logits, strict=True))
+
+
+def test_ties_go_to_the_lowest_word_and_rows_of_zeros_are_never_chosen() -> None:
+    """All real logits are equal and below 0, which is what a row of zeros has."""
+    model = fresh_gqa("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+    compiled = helix_compile(model, **SHARD, cp=4)
+    ids = torch.randint(0, 97, (2, 5), generator=torch.Generator().manual_seed(3))
+    assert compiled.best_words(ids).tolist() == [[[0.0, 0.0]]] * 2
+    with torch.no_grad():  # of the words 30 and 60, on two ranks, 30 is the one
+        model.lm_head.weight[[60, 30]] = torch.randn(36, generator=torch.Generator().manual_seed(1)).double()
+    compiled.reset()
+    logits = compiled(ids)[:, -1]
+    compiled.reset()
+    best = compiled.best_words(ids)
+    assert best[:, 0, 1].tolist() == logits.argmax(-1).tolist() and (logits[:, 30] == logits[:, 60]).all()
+    with torch.no_grad():  # every logit below the 0 of a row of zeros
+        hidden = model.model(ids).last_hidden_state[:, -1].mean(0)
+        model.lm_head.weight[:] = -hidden * torch.linspace(2, 1, 97)[:, None].double()
+    compiled.reset()
+    logits = compiled(ids[:1])[:, -1]
+    compiled.reset()
+    best = compiled.best_words(ids[:1])
+    assert logits.max() < 0 and best[:, 0].tolist() == [[float(logits.max()), float(logits.argmax())]]
+
+
+def test_an_edit_of_the_graph_shows_in_its_shorter_ends() -> None:
+    compiled = helix_compile(_gemma(), **SHARD, cp=2)
+    ids = torch.randint(0, 97, (2, 5), generator=torch.Generator().manual_seed(3))
+    before = compiled.best_words(ids)
+    cap = [n for n in compiled.graph.graph.nodes if n.target is torch.ops.aten.mul.Tensor][-1]
+    cap.args = (cap.args[0], -1.0)  # behind the softcap: the least logit is the largest
+    compiled.reset()
+    after = compiled.best_words(ids)
+    compiled.reset()
+    assert not torch.equal(before, after)
+    assert after[:, 0, 1].tolist() == compiled(ids)[:, -1].argmax(-1).tolist()
+    with compiled.graph.graph.inserting_after(cap):  # what mixes logits ends them as a whole
+        mixed = compiled.graph.graph.call_function(torch.ops.aten.softmax.int, (cap, -1))
+    cap.replace_all_uses_with(mixed, delete_user_cb=lambda user: user is not mixed)
+    assert compiled.best_words(ids) is None and compiled.short_end("last") is None
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "ties"])
+def test_top_k_sampling_exchanges_the_top_of_each_rank(tied: bool) -> None:
+    """The same tokens as of the unmodified model. Of words that share the k-th logit, more than a rank sends, all may be drawn."""
+    model = fresh_gqa("llama", vocab_size=800)
+    if tied:
+        with torch.no_grad():
+            model.lm_head.weight[:] = model.lm_head.weight[:40].repeat_interleave(20, 0)
+    compiled = helix_compile(model, **{**SHARD, "cp": 4})
+    ids = torch.randint(0, 97, (3, 7), generator=torch.Generator().manual_seed(3))
+    drawn: dict[str, Any] = {"max_new_tokens": 9, "do_sample": True, "top_k": 5, "top_p": 0.9, "temperature": 3.0}
+    torch.manual_seed(4)
+    expected = model.generate(ids, **drawn)
+    torch.manual_seed(4)
+    compiled.world.reset_counters()
+    assert torch.equal(compiled.generate(ids, **drawn), expected)
+    _, logits = compiled.plan.outer.collectives
+    rows, layers = 3, compiled.plan.egress_bytes_per_rank_per_token - logits.egress_bytes_per_rank_per_token
+    sent = layers * rows * (7 + 8) + 9 * rows * (5 + 8) * 16 * 3
+    assert compiled.world.sent_bytes == [sent + tied * 9 * rows * logits.egress_bytes_per_rank_per_token] * 4
