@@ -104,7 +104,7 @@ def run_step(
             "page_table": ledger.pages_on_host(B),
         }
         step = {
-            "input_ids": ids[:, c],
+            "input_ids": ids[:, c].contiguous(),  # compiled segments know its strides
             "positions": agreed["positions"].to(module.device),
             "page_table": ledger.pages_of(B),
         }

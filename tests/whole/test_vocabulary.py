@@ -244,3 +244,20 @@ def test_top_k_sampling_exchanges_the_top_of_each_rank(tied: bool) -> None:
     rows, layers = 3, compiled.plan.egress_bytes_per_rank_per_token - logits.egress_bytes_per_rank_per_token
     sent = layers * rows * (7 + 8) + 9 * rows * (5 + 8) * 16 * 3
     assert compiled.world.sent_bytes == [sent + tied * 9 * rows * logits.egress_bytes_per_rank_per_token] * 4
+
+
+@pytest.mark.slow
+def test_compiled_segments_and_a_module_of_its_own_folder(tmp_path: Path) -> None:
+    """lower="inductor": whole steps, shorter ends, and the same of what was saved, without the model."""
+    model = fresh_gqa("gemma3", torch.float32, final_logit_softcapping=0.5)
+    compiled = helix_compile(model, **SHARD, cp=2, lower="inductor")
+    ids = torch.randint(0, 97, (3, 7), generator=torch.Generator().manual_seed(3))
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    whole = compiled(ids)
+    with torch.no_grad():
+        assert (whole - model(ids).logits).abs().max() <= 1e-5
+    compiled.save(tmp_path / "m")
+    for module in (compiled, HelixModule.load(tmp_path / "m", world="virtual")):
+        module.reset()
+        assert (module(ids, logits_to_keep=1) - whole[:, -1:]).abs().max() <= 1e-6
+        assert torch.equal(module.generate(ids, max_new_tokens=6, do_sample=False), expected)
