@@ -101,6 +101,14 @@ def test_bytes_are_those_of_the_plan() -> None:
     assert HelixPlan.from_json(compiled.plan.to_json()) == compiled.plan
     saved = whole.plan.params_bytes_per_rank - compiled.plan.params_bytes_per_rank
     assert saved == 2 * (97 - 25) * hidden * item
+    note = next(n for n in compiled.plan.notes if n.startswith("pad_heads: "))
+    zeros = (
+        Fraction(3, 4) * hidden * item * 2,
+        Fraction(3, 100) * 3 * 25 * item,
+    )  # of two tables; of the logits that are sent
+    assert note.startswith("pad_heads: 97 -> 100 words; ") and all(f"{float(z):,.10g} bytes" in note for z in zeros), (
+        note
+    )
     held = sum(math.prod(t.shape) * t.itemsize for t in compiled.ranks[0].params.values())
     assert compiled.plan.params_bytes_per_rank == held
 

@@ -77,7 +77,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         outer, head_decision = plan_vocabulary(find_vocabulary(captured), options, layout, captured.dtype)
         decisions.append(head_decision)
     if options.pad_heads:
-        pad_decision, said = padding_decision(captured, matches, bodies, layout)
+        pad_decision, said = padding_decision(captured, matches, bodies, outer, layout)
         decisions.append(pad_decision)
         notes += said
     return HelixPlan(

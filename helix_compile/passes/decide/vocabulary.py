@@ -15,6 +15,8 @@ from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import Collective, Cut, Decision, OuterPlan, ParamShard
 from helix_compile.plan.matches import VocabularyMatch
 
+LOGITS = "logits"  # what a plan calls what ranks gather of the head
+
 
 def plan_vocabulary(
     match: VocabularyMatch, options: HelixOptions, layout: HelixLayout, dtype: torch.dtype
@@ -40,7 +42,7 @@ def plan_vocabulary(
     width = -(-V // N)
     collectives = (
         Collective(ALL_REDUCE.name, "world", "token embeddings", ALL_REDUCE.egress(N, D * dtype.itemsize)),
-        Collective(ALL_GATHER.name, "world", "logits", ALL_GATHER.egress(N, width * dtype.itemsize)),
+        Collective(ALL_GATHER.name, "world", LOGITS, ALL_GATHER.egress(N, width * dtype.itemsize)),
     )
     decision = Decision(
         "head",
