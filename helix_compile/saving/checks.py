@@ -120,7 +120,9 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
         shard = plan.outer.shard(input_ref(table).name)
         words = _shape(table)[0] if shard is None else shard.source_shape[0]
         if words != facts.vocab_size or (shard is not None and _shape(table) != shard.shape):
-            raise HelixError(f"graphs.json: vocab_size is {facts.vocab_size!r}, its embedding `{node.name}` has {words}")
+            raise HelixError(
+                f"graphs.json: vocab_size is {facts.vocab_size!r}, its embedding `{node.name}` has {words}"
+            )
 
 
 def check_saved_params(lowered: fx.GraphModule, params: Mapping[int, Mapping[str, Tensor]]) -> None:

@@ -22,7 +22,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
-from tests.distributed.steps import MIXED, OPTIONS, grouped_model, hybrid_model, padded_model, prompts, run_steps
+from tests.distributed.steps import (
+    MIXED,
+    OPTIONS,
+    grouped_model,
+    hybrid_model,
+    padded_model,
+    prompts,
+    run_steps,
+    sparse_model,
+)
 from tests.support import captures
 from tests.support.disk import full_after
 from tests.support.graphs import stage_text
@@ -42,9 +51,8 @@ class Wire(TorchDispatchMode):
         name = func._schema.name
         if name.startswith("_c10d_functional::") and "wait" not in name:
             members = dist.get_world_size(dist.distributed_c10d._resolve_process_group(args[-1]))
-            share = {"all_reduce": 2 / members, "all_to_all_single": 1 / members, "all_gather_into_tensor": 1}[
-                name.split("::")[1]
-            ]
+            shares = {"all_reduce": 2 / members, "all_to_all_single": 1 / members, "all_gather_into_tensor": 1.0}
+            share = shares[name.split("::")[1]]
             self.sent += (members - 1) * share * args[0].numel() * args[0].element_size()
             self.groups.add(args[-1])
         return func(*args, **(kwargs or {}))
@@ -105,7 +113,17 @@ def main(folder: Path) -> None:
         seen["cut_vocabulary"] = run_steps(cut)
     said["wire_cut_vocabulary"] = moved(wire, cut)
     seen["cut_vocabulary_greedy"] = cut.generate(*prompts(), max_new_tokens=6, do_sample=False)
-    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded, cut)]
+    chooses = sparse_model()
+    # two collectives that the others have not: both ways to agree on a choice
+    gathers = helix_compile(chooses, cp=4, **OPTIONS)
+    with Wire() as wire:
+        seen["sparse"] = run_steps(gathers)
+    said["wire_sparse"] = moved(wire, gathers)
+    owners = helix_compile(chooses, **MIXED, topk_exchange="owner")
+    with Wire() as wire:
+        seen["sparse_owner"] = run_steps(owners)
+    said["wire_sparse_owner"] = moved(wire, owners)
+    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded, cut, gathers, owners)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves
     held = loaded.ranks[0].params.values()

@@ -257,7 +257,7 @@ def attention_output(o_proj: fx.Node, attention: AttentionMatch) -> fx.Node:
     """The node whose value is attention alone: what o_proj reads, or what its gate multiplies."""
     node = o_proj.args[0]
     assert isinstance(node, fx.Node)
-    for _ in range(2 if attention.gate else 0):  # o_flat(o_gated(o, gate))
+    for _ in range(2 + attention.gate.cast if attention.gate else 0):  # o_flat(o_cast(o_gated(o, gate)))
         source = node.args[0]
         node = source if isinstance(source, fx.Node) else node
     return node
