@@ -90,7 +90,7 @@ def _exchange(codec: ExchangeCodec) -> Iterator[Op]:
     yield Op(codec.op("unpack_heads"), codec.unpack, _parts, views=views)
 
 
-def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, *_: Any) -> Tensor:
+def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(visible, memory_format=torch.contiguous_format)
 
 
@@ -168,7 +168,11 @@ HELIX_OPS = (
         ),
     ),
     Op("select_slots", select_slots_reference, _selected),
-    Op("mla_decode_slots", mla_decode_slots_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
+    Op(
+        "mla_decode_slots",
+        mla_decode_slots_reference,
+        lambda q_latent, *_, **__: _partials(q_latent, q_latent.shape[3]),
+    ),
     *(op for codec in CODECS for op in _exchange(codec)),
 )
 

@@ -138,6 +138,8 @@ def _inputs_of(
             values.append(params[ref.name])
         elif ref.kind == "cache":
             values.append(rank.cache[ref.site])
+        elif ref.kind == "scale":
+            values.append(rank.scales[ref.site])
         elif ref.kind == "leaf":
             values.append(rank.leaves[ref.name])
         else:
