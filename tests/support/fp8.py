@@ -88,17 +88,19 @@ class CacheRounding:
     Attributes:
         scales: of fp8_e4m3, one for all layers or one each; None: fp8_ds_mla.
         rounding: to_nearest, or a wrong one.
+        block: of fp8_ds_mla, latent values that share a scale.
     """
 
     scales: float | tuple[float, ...] | None = 1.0
     rounding: Rounding = to_nearest
+    block: int = 128
 
     def __call__(self, layer: int, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Float64 keys and values [B, heads, T, width] of a layer."""
         assert first.dtype == torch.float64
         a, b = first.numpy(), second.numpy()
         if self.scales is None:
-            parts = ds_mla_latent(a, self.rounding), to_bfloat16(b)
+            parts = ds_mla_latent(a, self.rounding, self.block), to_bfloat16(b)
         else:
             scale = self.scales[layer] if isinstance(self.scales, tuple) else self.scales
             parts = e4m3(a, scale, self.rounding), e4m3(b, scale, self.rounding)

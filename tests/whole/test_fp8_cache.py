@@ -9,9 +9,10 @@ import torch
 
 from helix_compile import helix_compile
 from helix_compile.errors import PlanError
+from helix_compile.verifier.mutants.self_test import awkward_sparse, awkward_windows
 from tests.support.driver import worst_deviation
 from tests.support.fp8 import CacheRounding, Rounding, poison, rounded_reference, to_nearest, toward_zero, without_clamp
-from tests.support.models import tiny_model
+from tests.support.models import fresh_model, tiny_model
 from tests.support.numerics import LIMIT
 
 RAGGED = [6, 11, 9]
@@ -67,3 +68,45 @@ def test_what_has_no_effect_or_does_not_fit_is_refused() -> None:
     for wrong in (0, -1.0, float("nan"), float("inf"), True, "1", []):
         with pytest.raises(PlanError, match="option cache_scale="):
             helix_compile(model, cp=2, cache_dtype="fp8_e4m3", cache_scale=wrong)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [{"cp": 2}, pytest.param({"cp": 4, "tokens_per_block": 3}, marks=slow)],
+    ids=str,
+)
+def test_mla_in_fp8_ds_mla(plan: dict[str, Any]) -> None:
+    """150 latent values: a block of 128, and one of 22, which in the last layer is 0."""
+    model: Any = fresh_model("wide_latent")
+    with torch.no_grad():
+        model.model.layers[-1].self_attn.kv_a_layernorm.weight[128:] = 0
+    plan = {**plan, "cache_dtype": "fp8_ds_mla"}
+    assert deviation(model, plan, CacheRounding(None)) <= LIMIT[torch.float64]
+    assert deviation(model, plan, CacheRounding(None, toward_zero), (1,)) > 1e-4
+    assert deviation(model, plan, CacheRounding(None, block=64), (1,)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "plan", [{"cp": 3}, pytest.param({"cp": 2, "tpa": 2, "tokens_per_block": 2}, marks=slow)], ids=str
+)
+def test_grouped_query_attention_in_fp8_e4m3(plan: dict[str, Any]) -> None:
+    """Heads of K and V, a window, sinks."""
+    model = awkward_windows(torch.float64)
+    scales = (0.01, 0.002)
+    plan = {**plan, "cache_dtype": "fp8_e4m3", "cache_scale": scales, "unmatched": "keep"}  # its experts
+    assert deviation(model, plan, CacheRounding(scales), (1, 2, 5, 14, 1)) <= LIMIT[torch.float64]
+
+
+def test_sparse_attention_keeps_its_index_keys() -> None:
+    """In the model's dtype, behind the FP8 values: an indexer that read rounded keys would choose others."""
+    model = awkward_sparse(torch.float64)
+    for plan, rounding in (
+        ({"cache_dtype": "fp8_e4m3", "cache_scale": 0.01}, CacheRounding(0.01)),
+        ({"cache_dtype": "fp8_ds_mla"}, CacheRounding(None)),
+    ):
+        assert deviation(model, {"cp": 2, "tokens_per_block": 2, **plan}, rounding) <= LIMIT[torch.float64]
+
+
+def test_k_and_v_have_no_ds_mla() -> None:
+    with pytest.raises(PlanError, match=r"layer 0: cache_dtype='fp8_ds_mla' .* nearest that works: .*'fp8_e4m3'"):
+        helix_compile(awkward_windows(torch.float64), cp=2, cache_dtype="fp8_ds_mla", unmatched="keep")
