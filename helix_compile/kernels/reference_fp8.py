@@ -35,7 +35,7 @@ def rounded_once(x: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize(x: Tensor, cache_scale: Tensor) -> Tensor:
     """Entries as float8_e4m3fn of this scale. A NaN stays one."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return rounded_once((wide / cache_scale.to(wide.dtype)).clamp(-LARGEST, LARGEST), FP8)
+    return rounded_once((wide / cache_scale.to(wide)).clamp(-LARGEST, LARGEST), FP8)
 
 
 def pack_ds_mla(latent: Tensor, k_rope: Tensor) -> Tensor:

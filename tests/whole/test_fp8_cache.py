@@ -70,11 +70,7 @@ def test_what_has_no_effect_or_does_not_fit_is_refused() -> None:
             helix_compile(model, cp=2, cache_dtype="fp8_e4m3", cache_scale=wrong)
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [{"cp": 2}, pytest.param({"cp": 4, "tokens_per_block": 3}, marks=slow)],
-    ids=str,
-)
+@pytest.mark.parametrize("plan", [{"cp": 2}, pytest.param({"cp": 4, "tokens_per_block": 3}, marks=slow)], ids=str)
 def test_mla_in_fp8_ds_mla(plan: dict[str, Any]) -> None:
     """150 latent values: a block of 128, and one of 22, which in the last layer is 0."""
     model: Any = fresh_model("wide_latent")
