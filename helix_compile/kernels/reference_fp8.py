@@ -55,6 +55,12 @@ def pack_ds_mla(latent: Tensor, k_rope: Tensor) -> Tensor:
     return rows
 
 
+def scales_and_rope(rows: Tensor, R: int, r: int) -> tuple[Tensor, Tensor]:
+    """The scales [.., R / 128] and rope parts [.., r] of rows of fp8_ds_mla [.., bytes], as views."""
+    start = rope_at(R)
+    return rows[..., scales_at(R) : start].view(torch.float32), rows[..., start : start + 2 * r].view(torch.bfloat16)
+
+
 def unpack_ds_mla(rows: Tensor, R: int, r: int, dtype: torch.dtype) -> Tensor:
     """What rows [n, bytes] of fp8_ds_mla stand for: [n, R + r] in dtype."""
     scales = rows[:, scales_at(R) : rope_at(R)].contiguous().view(torch.float32).to(dtype)

@@ -9,8 +9,9 @@ import torch
 
 from helix_compile import helix_compile
 from helix_compile.errors import PlanError
+from helix_compile.ir.stage import bodies_of
 from helix_compile.verifier.mutants.self_test import awkward_sparse, awkward_windows
-from tests.support.driver import worst_deviation
+from tests.support.driver import random_ids, worst_deviation
 from tests.support.fp8 import CacheRounding, Rounding, poison, rounded_reference, to_nearest, toward_zero, without_clamp
 from tests.support.models import fresh_model, tiny_model
 from tests.support.numerics import LIMIT
@@ -106,3 +107,17 @@ def test_sparse_attention_keeps_its_index_keys() -> None:
 def test_k_and_v_have_no_ds_mla() -> None:
     with pytest.raises(PlanError, match=r"layer 0: cache_dtype='fp8_ds_mla' .* nearest that works: .*'fp8_e4m3'"):
         helix_compile(awkward_windows(torch.float64), cp=2, cache_dtype="fp8_ds_mla", unmatched="keep")
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_ds_mla"])
+def test_kernels_are_selected_and_agree(name: str) -> None:
+    """In the interpreter. An entry near a tie of e4m3 may fall to the other side where a norm is summed otherwise."""
+    model = tiny_model("short", torch.float32)
+    plan: dict[str, Any] = {"cp": 2, "max_seq_len": 256, "cache_dtype": name}
+    kernels, reference = (helix_compile(model, lower=how, **plan) for how in ("triton", "reference"))
+    wanted = {"cache_append.norm_rope", "mla_decode.splits"}
+    for body in bodies_of(kernels.graph).values():
+        assert wanted <= {str(n.target).removeprefix("helix_triton.") for n in body.graph.nodes}
+    ids = random_ids(model, 2, 5)
+    got, expected = kernels(ids), reference(ids)
+    assert float((got - expected).norm() / expected.norm()) <= 1e-2
