@@ -38,7 +38,11 @@ def asked(draw: st.DrawFn) -> HelixOptions:
             "stage": draw(st.integers(0, pp - 1)),
             "pp_split": draw(st.sampled_from(["first", "middle", "last"])),
         }
+    cache_dtype = draw(st.sampled_from(["auto", "fp8_e4m3", "fp8_ds_mla"]))
+    if cache_dtype == "fp8_e4m3":
+        exchange["cache_scale"] = draw(st.sampled_from([1.0, 0.5, 3e-5, (0.25, 2.0, 1.0)]))
     return HelixOptions(
+        cache_dtype=cache_dtype,
         cp=cp,
         tpa=tpa,
         pp=pp,
