@@ -151,11 +151,6 @@ def check_cache_dtype(section: ConfigSection, key: str, fields: dict[str, Any]) 
         return ""
     if given.lower() in FP8_CACHE:
         fields["cache_dtype"] = FP8_CACHE[given.lower()]
-        if fields["cache_dtype"] == FP8_CACHE["fp8"]:
-            section.notes.append(
-                f"{section.prefix}{key}={given}: planned with cache_scale=1; an engine takes the scales of a checkpoint that has some: "
-                "give them as cache_scale"
-            )
         return ""
     if given.lower() in HALF_CACHE:
         section.notes.append(f"{section.prefix}{key}={given}: the cache is planned in the model's dtype")

@@ -107,6 +107,10 @@ def test_the_arguments_alone_say_the_layout() -> None:
         ({"merge": "ag_rs", "q_proj": "gather"}, "sglang", set()),
         ({"tokens_per_block": 24, "ep": 4}, "trtllm", set()),
         ({"merge": "ag_rs", "q_proj": "gather"}, "trtllm", {"merge", "q_proj"}),
+        ({"cache_dtype": "fp8_e4m3"}, "trtllm", set()),
+        ({"cache_dtype": "fp8_e4m3", "cache_scale": 0.5}, "vllm", {"cache_scale"}),
+        ({"cache_dtype": "fp8_ds_mla"}, "vllm", set()),
+        ({"cache_dtype": "fp8_ds_mla"}, "sglang", {"cache_dtype"}),
         ({"ep": None}, "trtllm", {"ep"}),
     ],
 )

@@ -248,7 +248,6 @@ def test_lenient_leaves_out_and_says_so(tiny: CapturedGraph, caplog: pytest.LogC
          "ranks, in the engine over ep=32 of all 32"),
         ("vllm serve X -tp 2 -dcp 2 -dp 4 -ep --dcp-q-replicate", "data_parallel_size: one of 4 data-parallel replicas"),
         ("vllm serve X -tp 2 -dcp 2", "dcp_q_replicate is not said"),
-        ("vllm serve X -tp 2 --kv-cache-dtype fp8", "kv_cache_dtype=fp8: planned with cache_scale=1"),
         ("--tp-size 2 --dcp-size 2 --dcp-comm-backend fi_a2a --dcp-replicate-q-proj", "over FlashInfer's transport"),
         ("--tp-size 8 --dcp-size 8 --ep-size 2 --moe-a2a-backend deepep", "ep_size=2: SGLang makes it tp_size, 8"),
         ({"context_parallel_size": 2, "cp_config": {"cp_type": "HELIX"}}, "cp_config.tokens_per_block is not said"),

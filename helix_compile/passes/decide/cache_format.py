@@ -56,6 +56,8 @@ def cache_decision(
         *((("scale", scales),) if asked == FP8_E4M3 else ()),
     ]
     rule = _RULES[asked]
+    if asked == FP8_E4M3 and options.cache_scale == HelixOptions.cache_scale:
+        rule += "; scale 1, the default: those that a checkpoint may hold are not read, cache_scale takes them"
     if any(a.cache.index for a in sites):
         rule += "; index keys stay in the model's dtype"
     return Decision("cache_dtype", rule, tuple(inputs), asked)
