@@ -22,7 +22,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
-from tests.distributed.steps import MIXED, OPTIONS, grouped_model, hybrid_model, padded_model, prompts, run_steps
+from tests.distributed.steps import (
+    FP8_HEADS,
+    FP8_LATENTS,
+    MIXED,
+    OPTIONS,
+    grouped_model,
+    hybrid_model,
+    padded_model,
+    prompts,
+    run_steps,
+)
 from tests.support import captures
 from tests.support.disk import full_after
 from tests.support.graphs import stage_text
@@ -97,6 +107,8 @@ def main(folder: Path) -> None:
     with Wire() as wire:
         seen["padded"] = run_steps(padded)
     said["wire_padded"] = moved(wire, padded)
+    seen["fp8 latents"] = run_steps(helix_compile(model, cp=4, **OPTIONS, **FP8_LATENTS))
+    seen["fp8 heads"] = run_steps(helix_compile(grouped_model(), **MIXED, **FP8_HEADS))
     said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves
