@@ -51,6 +51,8 @@ def helix_compile(
     world: Any = "auto",
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
+    cache_dtype: str = "auto",
+    cache_scale: float | tuple[float, ...] = 1.0,
     unmatched: str = "error",
     pad_heads: bool = False,
     pp: int = 1,

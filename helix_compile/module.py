@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.cache_utils import DynamicCache
 
 from helix_compile.cache.pages import Ledger
+from helix_compile.cache.rows import RowCodec
 from helix_compile.cache.shards import CacheEntries, CacheShard
 from helix_compile.cache.transfer import entries_to_export, sequences_to_import, shards_to_export
 from helix_compile.errors import HelixError, PassError, RuntimeFault
@@ -317,13 +318,16 @@ class HelixModule(nn.Module):
             index_keys: of sparse attention [B, S, I] per cached attention, None where one has no indexer, if k_ropes do
                 not hold them already ([B, S, r + I], as export_cache() gives them).
 
+        A cache in FP8 takes entries in any wider float, rounded once, here; or what export_cache(raw=True) gives, bit for bit:
+        float8_e4m3fn values of the plan's cache_scale, or rows of bytes (uint8) as latents, without k_ropes.
+
         Raises:
             RuntimeFault: counts or shapes that do not fit; nothing is written then.
         """
         refuse_leaves(self.ranks, self.graph, "import_cache")
         held = list(self._ledger.lengths) if append else []
-        kinds, options = self._facts.caches, self.plan.options
-        entries = sequences_to_import(latents, k_ropes, lengths, mask, kinds, options, held, index_keys)
+        codecs, options = self._codecs(), self.plan.options
+        entries = sequences_to_import(latents, k_ropes, lengths, mask, codecs, options, held, index_keys)
         held = held or [0] * len(entries[0])
         if not append:
             self.reset()  # an interrupt while writing must not leave lengths that promise the old entries
@@ -341,23 +345,35 @@ class HelixModule(nn.Module):
         self._ledger.advance([len(tokens) for tokens in entries[0]])
 
     @_alone
-    def export_cache(self) -> CacheEntries:
+    def export_cache(self, raw: bool = False) -> CacheEntries:
         """The batch's cache, gathered from the shards: (latents, k_ropes, lengths), which import_cache(*...) takes.
 
+        Args:
+            raw: of a cache in FP8 what lies in it, not its values in the model's dtype; see CacheEntries.
+
         Raises:
-            RuntimeFault: no batch, cp ranks that live in other processes (then export_shards()), or real ranks that took
-                the last step with different inputs.
+            RuntimeFault: no batch, cp ranks that live in other processes (then export_shards()), real ranks that took
+                the last step with different inputs, or `raw` without FP8.
         """
         self.world.settle()
         refuse_leaves(self.ranks, self.graph, "export_cache")
-        return entries_to_export(self._ledger, self._caches(), self.plan.layout, self._facts.caches)
+        return entries_to_export(self._ledger, self._caches(), self.plan.layout, self._codecs(), raw)
 
     @_alone
-    def export_shards(self) -> list[CacheShard]:
-        """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them."""
+    def export_shards(self, raw: bool = False) -> list[CacheShard]:
+        """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them. `raw` as in export_cache()."""
         self.world.settle()
         refuse_leaves(self.ranks, self.graph, "export_shards")
-        return shards_to_export(self._ledger, self._caches(), self.plan.layout, self._facts.caches)
+        return shards_to_export(self._ledger, self._caches(), self.plan.layout, self._codecs(), raw)
+
+    def _codecs(self) -> list[RowCodec]:
+        """How entries become rows of the caches, and back."""
+        plan, dtype = self.plan, getattr(torch, self.plan.dtype)
+        scales, found = self.ranks[0].scales, []
+        for site, row in enumerate(self._facts.caches):
+            stored = row.stored(plan.options.cache_dtype, dtype, plan.layout.tpa)
+            found.append(RowCodec(row, stored, dtype, scales[site] if scales else None))
+        return found
 
     def _caches(self) -> dict[int, list[Tensor]]:
         """Rank -> its caches, for export; RuntimeFault where they have no values."""

@@ -73,7 +73,7 @@ def _stated(said: Said, file: Path) -> Stated:
             f"{file}: {error}. Dequantise the checkpoint first; docs/checkpoints.md lists what is read"
         ) from error
     cache = next((said[key] for key in ("kv_cache_quant_algo", "kv_cache_scheme") if said.get(key)), None)
-    note = f"{file.name} wants a quantised cache ({cache}): no effect here, the cache is in the model's dtype"
+    note = f"{file.name} wants a quantised cache ({cache}): no effect here, the cache is in what cache_dtype says"
     return Stated(form, method, file, (note,) if cache else ())
 
 

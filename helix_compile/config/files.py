@@ -254,6 +254,13 @@ class ConfigSection:
         """A string."""
         return str(self._of_kind(key, "str", default))
 
+    def numbers(self, key: str) -> None:
+        """A number, or a list of them."""
+        self.taken.add(key)
+        value = self.values.get(key, 1.0)
+        if not all(type(n) in (int, float) for n in (value if isinstance(value, list) and value else [value])):
+            self.wrong(key, "a number, or a list of them")
+
     def _of_kind(self, key: str, kind: str, default: Any) -> Any:
         self.taken.add(key)
         if key in self.values:

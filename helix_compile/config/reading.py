@@ -272,12 +272,21 @@ def _named(values: Mapping[Any, Any], keys: EngineKeys, where: str) -> dict[Any,
     return named
 
 
+def _numbers(text: str) -> Any:
+    """0.5, or 0.5,0.25 as a list; None of what is neither."""
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        return None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def _unsaid(found: Source, own_fields: OwnReader) -> dict[str, Any]:
     """What comments of to_engine() say, where an engine has no argument for it."""
     if not (said := UNSAID.findall(found.text)):
         return {}
     words = {"none": None, "true": True, "false": False}
-    values = {name: int(value) if value.isdigit() else words.get(value, value) for name, value in said}
+    values = {name: int(v) if v.isdigit() else _numbers(v) or words.get(v, v) for name, v in said}
     nothing = {name: value for name, value in values.items() if value is None}
     stated = {name: value for name, value in values.items() if value is not None}
     return {**nothing, **(own_fields(ConfigSection(stated, found.where)) if stated else {})}

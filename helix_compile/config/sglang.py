@@ -71,7 +71,7 @@ def sglang_fields(
     if shared and "max_batch_size" in fields:
         fields["max_batch_size"] = max(1, fields["max_batch_size"] // replicas)
     check_dtype(top)
-    cache_dtype = check_cache_dtype(top, "kv_cache_dtype")
+    cache_dtype = check_cache_dtype(top, "kv_cache_dtype", fields)
     if environment.get("SGLANG_PP_LAYER_PARTITION"):
         top.refuse(
             "SGLANG_PP_LAYER_PARTITION",

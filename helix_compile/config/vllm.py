@@ -82,7 +82,7 @@ def vllm_fields(
         elif theirs in values:
             fields[ours] = top.count(theirs)
     check_dtype(top)
-    cache_dtype = check_cache_dtype(top, "kv_cache_dtype")
+    cache_dtype = check_cache_dtype(top, "kv_cache_dtype", fields)
     _partition(top, environment)
     idle += top.finish(VLLM.without_effect, VLLM.refused, VLLM.beside)
     idle += [name for name in environment if name not in _ENVIRONMENT]

@@ -46,7 +46,7 @@ class InputRef(NamedTuple):
     """What a graph's input is: meta["input"] of its placeholder, read.
 
     Attributes:
-        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor", "chosen" (slots
+        kind: "param", "past", "cache", "scale" (of a cache in FP8), "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor", "chosen" (slots
             that an earlier layer chose) and "layer" (the number of the layer that calls it, where parts of its own are called).
             "" is no input.
         name: of a parameter its full name, relative to the layer in a body; of a past or cache its site is in it.
@@ -61,13 +61,18 @@ class InputRef(NamedTuple):
         return cls("cache", f"cache_{site}")
 
     @classmethod
+    def scale(cls, site: int) -> InputRef:
+        """What the FP8 values of a site's cache are times."""
+        return cls("scale", f"cache_scale_{site}")
+
+    @classmethod
     def past(cls, part: str, site: int) -> InputRef:
         """One of the PARTS of what a site has cached, in a captured graph."""
         return cls("past", f"past_{part}_{site}")
 
     @property
     def site(self) -> int:
-        """Number of the cached attention that a past or cache belongs to."""
+        """Number of the cached attention that a past, a cache or its scale belongs to."""
         return int(self.name.rpartition("_")[2])
 
     @property

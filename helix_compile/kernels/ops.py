@@ -2,7 +2,7 @@
 
 OPS["mla_decode"]            ir/ops.py registers it as helix::mla_decode, with the reference;
                              a kernel file its launcher as helix_triton::mla_decode, with the same schema and fake
-OPS["mla_decode.scaled"]     a form of mla_decode, with more arguments behind its own: exists as a kernel only
+OPS["cache_append.norm_rope"]  a form of cache_append, with more arguments behind its own: exists as a kernel only
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from helix_compile.kernels.reference import (
 )
 from helix_compile.kernels.reference_fused import (
     cache_append_norm_rope_reference,
-    mla_decode_scaled_reference,
     pack_splits_reference,
     rope_heads_reference,
 )
@@ -56,7 +55,7 @@ class Op:
     """One op.
 
     Attributes:
-        name: "mla_decode"; of a form "mla_decode.scaled".
+        name: "mla_decode"; of a form "cache_append.norm_rope".
         function: the torch reference; its typed signature is the op's.
         fake: of the op's arguments, empty tensors such as its results.
         mutates: arguments that it writes.
@@ -94,7 +93,7 @@ def _exchange(codec: ExchangeCodec) -> Iterator[Op]:
     yield Op(codec.op("unpack_heads"), codec.unpack, _parts, views=views)
 
 
-def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, *_: Any) -> Tensor:
+def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(visible, memory_format=torch.contiguous_format)
 
 
@@ -184,7 +183,11 @@ HELIX_OPS = (
         ),
     ),
     Op("select_slots", select_slots_reference, _selected),
-    Op("mla_decode_slots", mla_decode_slots_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
+    Op(
+        "mla_decode_slots",
+        mla_decode_slots_reference,
+        lambda q_latent, *_, **__: _partials(q_latent, q_latent.shape[3]),
+    ),
     *(op for codec in CODECS for op in _exchange(codec)),
 )
 
@@ -192,7 +195,6 @@ HELIX_OPS = (
 # forms of these with more arguments, of which there are kernels only
 FORMS = (
     Op("cache_append.norm_rope", cache_append_norm_rope_reference, _appended, mutates=("cache",)),
-    Op("mla_decode.scaled", mla_decode_scaled_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
     Op("pack_heads.splits", pack_splits_reference, NATIVE.buffer),
 )
 

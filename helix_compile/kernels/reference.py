@@ -7,6 +7,9 @@
 lse is natural log, float32 or wider. lse = -inf means "no key seen", and then the partial output is 0. A dead
 part may hold anything, NaN included: it is never multiplied by 0, it is not read.
 
+A cache may be in FP8 (reference_fp8.py): then its dtype says the format, and of fp8_e4m3 `cache_scale`, a float32 scalar,
+the scale. Attention is that to what the rows stand for.
+
 torch.topk leaves ties open; in the router (biased grouped top-k as in DeepSeek-V3) the lower index wins, among groups and
 among experts.
 """
@@ -18,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from helix_compile.kernels.reference_fp8 import cached_rows, entries_of_rows
 from helix_compile.layout.ledger import local_length, local_slot, owner_rank
 
 SCORE_BYTES = 64 * 2**20  # scores [T, H, S] are built in chunks of T below this, so long steps stay small
@@ -117,19 +121,29 @@ def first_visible_reference(
 
 
 def cache_append_reference(
-    cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    *,
+    cache_scale: Tensor | None = None,
+    index_key: Tensor | None = None,
 ) -> Tensor:
     """Write latent [B, T, R] and k_rope [B, T, r] at this rank's slots; return a copy of `visible`.
 
     The copy is what mla_decode consumes: "write before read" is a data edge that nothing can reorder.
     cache is [pages, page_size, R + r], page_table [B, pages of a sequence] int64. Of grouped-query attention latent is
-    K [B, T, K, Dk], k_rope is V [B, T, K, Dv], and cache [pages, page_size, K, Dk + Dv].
+    K [B, T, K, Dk], k_rope is V [B, T, K, Dv], and cache [pages, page_size, K, Dk + Dv]. `index_key` [B, T, I] lies behind
+    FP8 values, in its own dtype; elsewhere it is a part of k_rope.
     """
     page_size = cache.shape[1]
     row, column = torch.nonzero(slots >= 0, as_tuple=True)
     slot = slots[row, column]
     page = page_table[row, slot // page_size]
-    cache[page, slot % page_size] = torch.cat([latent[row, column], k_rope[row, column]], dim=-1).to(cache.dtype)
+    key = None if index_key is None else index_key[row, column]
+    cache[page, slot % page_size] = cached_rows(latent[row, column], k_rope[row, column], cache, cache_scale, key)
     return visible.clone()
 
 
@@ -142,6 +156,7 @@ def mla_decode_reference(
     scale: float,
     *,
     first: Tensor | None = None,
+    cache_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Absorbed attention of q_latent [B, T, H, R] and q_rope [B, T, H, r] over this rank's shard.
 
@@ -149,10 +164,11 @@ def mla_decode_reference(
     ascend in position, so that is exactly the causal mask; and none below `first` [B, T] int32, where that is given.
     Returns partial_o [B, T, H, R] in the dtype of q_latent and lse [B, T, H].
     """
-    dtype, R = accumulation_dtype(q_latent.dtype), q_latent.shape[3]
+    dtype, R, r = accumulation_dtype(q_latent.dtype), q_latent.shape[3], q_rope.shape[3]
 
     def attend_to(b: int, start: int, length: int) -> Attend:
-        kv_SW = _rows_of_sequence(cache, page_table[b], start, length).to(dtype)
+        rows = _rows_of_sequence(cache, page_table[b], start, length)
+        kv_SW = entries_of_rows(rows, R, r, dtype, cache_scale)
         return lambda q_THW, hidden_TS: _attend(q_THW, kv_SW, hidden_TS, scale, R)
 
     return _each_sequence(torch.cat([q_latent, q_rope], dim=-1), R, visible, first, attend_to)
@@ -191,7 +207,7 @@ def _each_sequence(
 
 
 def _rows_of_sequence(cache: Tensor, pages: Tensor, start: int, length: int) -> Tensor:
-    """Slots [start, length) of a sequence [length - start, R + r]; a view where its pages lie in a row."""
+    """Slots [start, length) of a sequence [length - start, *]; a view where its pages lie in a row."""
     page_size = cache.shape[1]
     skipped = start // page_size
     used = pages[skipped : -(-length // page_size)]
@@ -295,6 +311,7 @@ def gqa_decode_reference(
     scale: float,
     *,
     first: Tensor | None = None,
+    cache_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention of q [B, T, H, Dk] over this rank's shard of the cache.
 
@@ -306,6 +323,7 @@ def gqa_decode_reference(
         visible: [B, T] int32. A row sees slots < visible: local slots ascend in position, so that is the causal mask.
         scale: of the scores.
         first: [B, T] int32. A row sees no slot below it; None: all from the first on.
+        cache_scale: of a cache in FP8.
 
     Returns:
         partial_o [B, T, H, Dv] in the dtype of q and lse [B, T, H].
@@ -314,7 +332,8 @@ def gqa_decode_reference(
 
     def attend_to(b: int, start: int, length: int) -> Attend:
         k_KSD, v_KSD = (
-            _heads_of_sequence(cache, page_table[b], start, length).to(dtype) for cache in (k_cache, v_cache)
+            entries_of_rows(_heads_of_sequence(cache, page_table[b], start, length), 0, 0, dtype, cache_scale)
+            for cache in (k_cache, v_cache)
         )
         return lambda q_THD, hidden_TS: _attend_grouped(q_THD, k_KSD, v_KSD, hidden_TS, scale)
 

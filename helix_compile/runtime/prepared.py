@@ -62,7 +62,7 @@ class PreparedSteps:
         return self._mixing[padding]
 
     def _of_rank(self, rank: Rank, params: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> list[Any]:
-        held = [*params.values(), *rank.cache, *rank.leaves.values()]
+        held = [*params.values(), *rank.cache, *rank.scales, *rank.leaves.values()]
         known = self._lists.get(rank.rank)
         if known is None or known.names != [*params] or not same_objects(known.held, held):
             known = self._lists[rank.rank] = self._arguments(rank, params, held)
@@ -85,6 +85,8 @@ class PreparedSteps:
                 value = params[ref.name]
             elif ref.kind == "cache":
                 value = rank.cache[ref.site]
+            elif ref.kind == "scale":
+                value = rank.scales[ref.site]
             elif ref.kind == "leaf":
                 value = rank.leaves[ref.name]
             elif ref.name in coordinates:

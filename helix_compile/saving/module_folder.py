@@ -25,7 +25,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, GenerationConfig
 
-from helix_compile.cache.pages import allocate_caches
+from helix_compile.cache.pages import allocate_caches, scales_of_caches
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
 from helix_compile.ir.leaves import leaves_of
@@ -176,9 +176,10 @@ def load_parts(
         check_saved_params(lowered, params)
     _check_digests(folder)
     opened.start({**claims_of(plan, lowered, facts), "weights": partial(files_digest, folder)})
-    dtype = getattr(torch, plan.dtype)
+    dtype, scales = getattr(torch, plan.dtype), scales_of_caches(len(facts.caches), plan.options, there)
     ranks = [
-        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, there)) for r in opened.ranks
+        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, there), scales)
+        for r in opened.ranks
     ]
     return plan, stages, ranks, opened, facts
 

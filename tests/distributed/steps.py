@@ -23,6 +23,8 @@ TOKENS = 3 * 13 + 3 + 3  # of run_steps, padding included: it is computed and ex
 
 
 MIXED = {**OPTIONS, "cp": 2, "tpa": 2}
+FP8_LATENTS: dict[str, Any] = {"cache_dtype": "fp8_ds_mla"}
+FP8_HEADS: dict[str, Any] = {"cache_dtype": "fp8_e4m3", "cache_scale": 0.02}
 
 
 def grouped_model() -> Any:

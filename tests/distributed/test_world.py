@@ -19,6 +19,8 @@ from torch import Tensor
 
 from helix_compile import HelixModule, compare, helix_compile
 from tests.distributed.steps import (
+    FP8_HEADS,
+    FP8_LATENTS,
     MIXED,
     OPTIONS,
     TOKENS,
@@ -98,6 +100,15 @@ def test_other_kinds_of_site_are_those_of_the_virtual_world_too(launch: Launch) 
     ids, mask = prompts()
     greedy = grouped_model().generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
     assert [seen["cut_vocabulary_greedy"].tolist() for seen in launch.seen] == [greedy.tolist()] * 4
+
+
+def test_fp8_caches_are_those_of_the_virtual_world(launch: Launch) -> None:
+    latents = helix_compile(fresh_model("short", torch.float32), cp=4, world="virtual", **OPTIONS, **FP8_LATENTS)
+    heads = helix_compile(grouped_model(), world="virtual", **MIXED, **FP8_HEADS)
+    for name, virtual, exact in (("latents", latents, launch.virtual), ("heads", heads, None)):
+        expected = run_steps(virtual)
+        assert close(launch.seen[0][f"fp8 {name}"], expected), name
+        assert exact is None or not close(expected, run_steps(exact))
 
 
 def test_all_ranks_have_the_same_bits(launch: Launch) -> None:

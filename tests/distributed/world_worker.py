@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
 from tests.distributed.steps import (
+    FP8_HEADS,
+    FP8_LATENTS,
     MIXED,
     OPTIONS,
     grouped_model,
@@ -123,6 +125,8 @@ def main(folder: Path) -> None:
     with Wire() as wire:
         seen["sparse_owner"] = run_steps(owners)
     said["wire_sparse_owner"] = moved(wire, owners)
+    seen["fp8 latents"] = run_steps(helix_compile(model, cp=4, **OPTIONS, **FP8_LATENTS))
+    seen["fp8 heads"] = run_steps(helix_compile(grouped_model(), **MIXED, **FP8_HEADS))
     said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded, cut, gathers, owners)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves

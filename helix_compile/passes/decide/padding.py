@@ -132,12 +132,13 @@ def padding_decision(
     bodies: tuple[BodyPlan, ...],
     outer: OuterPlan,
     layout: HelixLayout,
+    cache_dtype: str,
 ) -> tuple[Decision, list[str]]:
     """What is padded and what it costs, and the same in words."""
     cost, grown, idle = PaddingCost(), dict[str, None](), set[int]()
     for body in bodies:
         match = matches[body.name]
-        cost += _cost(captured, match, body, layout)
+        cost += _cost(captured, match, body, layout, cache_dtype)
         for plan in body.attentions:
             padding = plan.padding(layout)
             if padding.places > padding.heads:
@@ -185,7 +186,9 @@ def _figures_text(figures: dict[str, Any]) -> str:
     return ", ".join(f"{figures[name]:,.10g} {text}" for name, text in said if figures[name])
 
 
-def _cost(captured: CapturedGraph, match: LayerMatch, body: BodyPlan, layout: HelixLayout) -> PaddingCost:
+def _cost(
+    captured: CapturedGraph, match: LayerMatch, body: BodyPlan, layout: HelixLayout, cache_dtype: str
+) -> PaddingCost:
     itemsizes = {
         input_ref(n).name: n.meta["val"].dtype.itemsize
         for n in placeholders(captured.bodies[body.name].graph)
@@ -205,7 +208,7 @@ def _cost(captured: CapturedGraph, match: LayerMatch, body: BodyPlan, layout: He
         width = attention.kind.query[1] + attention.kind.partial_width
         attended += Fraction(2 * (padding.places - padding.heads) * width, layout.tpa)
         more_kv = Fraction(padding.padded_groups - padding.groups, layout.world_size)
-        kv += more_kv * (row.first + row.second) * captured.dtype.itemsize
+        kv += more_kv * (row.first + row.second) * row.stored(cache_dtype, captured.dtype, layout.tpa).dtype.itemsize
         exchange += sum(sent[site * each : (site + 1) * each]) * (1 - Fraction(padding.heads, padding.places))
     one = (params, exchange, kv, flops, attended)
     return PaddingCost(*(value * len(body.layers) for value in one))

@@ -20,6 +20,7 @@ from helix_compile.kernels.exchange import codec_of
 from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import head_padding
+from helix_compile.passes.decide.cache_format import cache_decision, kv_bytes_per_token
 from helix_compile.passes.decide.padding import check_heads, experts_refusal, padding_decision
 from helix_compile.passes.decide.param_shards import (
     attention_shards,
@@ -63,21 +64,16 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
     topk_decision = topk_exchange(attentions, captured.dtype, layout, options)
     agreed = str(topk_decision.result) if topk_decision else ""
     bodies = tuple(_plan_body(captured, match, layout, options, v_up, agreed) for match in matches.values())
-    cached_width = sum(
-        math.prod(a.cache.tail(layout.tpa)) * len(captured.layers_of(name))
-        for name, match in matches.items()
-        for a in match.attentions
-    )
-    kv_bytes = Fraction(cached_width * captured.dtype.itemsize, layout.kvp)
+    cached_in = cache_decision(captured, matches, options, layout)
+    kv_bytes = kv_bytes_per_token(captured, matches, options, layout)
     decisions, notes = [ep_decision, v_up_decision, q_decision], _notes(captured, attentions, layout, options, kv_bytes)
-    if topk_decision:
-        decisions.append(topk_decision)
+    decisions += [d for d in (topk_decision, cached_in) if d]
     outer = OuterPlan()
     if options.head == "shard":
         outer, head_decision = plan_vocabulary(find_vocabulary(captured), options, layout, captured.dtype)
         decisions.append(head_decision)
     if options.pad_heads:
-        pad_decision, said = padding_decision(captured, matches, bodies, outer, layout)
+        pad_decision, said = padding_decision(captured, matches, bodies, outer, layout, options.cache_dtype)
         decisions.append(pad_decision)
         notes += said
     return HelixPlan(

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from torch import fx
 
 from helix_compile.capture.captured import handed_on, results_of
+from helix_compile.config.options import FP8_E4M3
 from helix_compile.ir.graph import (
     InputRef,
     add_input,
@@ -42,6 +43,7 @@ from helix_compile.passes.rewrite.parts import (
     handed_examples,
     open_views,
     own_linear,
+    scale_example,
     step_examples,
     without_zero_heads,
 )
@@ -78,6 +80,8 @@ def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassCon
                 add_input(graph, "chosen", name, value)
     for site, (attention, attention_plan) in enumerate(zip(match.attentions, plan.attentions, strict=True)):
         add_input(graph, *InputRef.cache(site), caches[site])
+        if context.plan.options.cache_dtype == FP8_E4M3:
+            add_input(graph, *InputRef.scale(site), scale_example(graph))
         _rewrite_site(graph, attention, attention_plan, plan, context.plan)
     output = next(n for n in graph.nodes if n.op == "output")
     hidden = output.args[0][0]

@@ -177,6 +177,8 @@ def _argument(
     if kind == "cache":
         past = [old[ref_] for part in PARTS if (ref_ := InputRef.past(part, ref.site)) in old]
         return stands_for(inputs.add(*InputRef.cache(layer.caches[ref.site]), placeholder.meta["val"]), *past)
+    if kind == "scale":
+        return inputs.add(*InputRef.scale(layer.caches[ref.site]), placeholder.meta["val"])
     if kind == "param" and ref not in old:  # cut out of another one
         source = old[InputRef("param", sources[name])]
         return stands_for(inputs.add("param", f"{layer.prefix}{name}", placeholder.meta["val"]), source)

@@ -9,13 +9,24 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.config.options import PAGE_SIZE
-from helix_compile.ir.graph import add_input, aten, input_named, is_call, named, node_named, placeholders
+from helix_compile.ir.graph import (
+    InputRef,
+    add_input,
+    aten,
+    input_named,
+    input_ref,
+    inputs_of,
+    is_call,
+    named,
+    node_named,
+    placeholders,
+)
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import fake_mode_of, open_view
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import HeadPadding
-from helix_compile.plan.cache_row import cache_shape, pages_per_sequence
+from helix_compile.plan.cache_row import StoredRow, cache_shape, pages_per_sequence
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, OuterPlan, ParamShard
 from helix_compile.plan.matches import AttentionMatch, HandedSelection, HeadLinear, HeadRows, LinearPart, UpWeight
 
@@ -82,6 +93,7 @@ def append_to_cache(
 
     An index key goes behind the rope part, into the same row.
     """
+    keywords = scale_of(graph, site)
     slots, visible, page_table = (input_named(graph, "step", n) for n in ("slots", "visible", "page_table"))
     cache = input_named(graph, "cache", f"cache_{site}")
     parts = []
@@ -89,11 +101,21 @@ def append_to_cache(
         with made_from(graph, part):
             parts.append(graph.call_function(laid_out, (part, *args)))
     for key in (node_named(graph, n) for n in match.new[2:]):
+        if cache.meta["val"].dtype is torch.uint8:  # it is not rounded as they are
+            keywords["index_key"] = key
+            continue
         with made_from(graph, key):
             parts[1] = named(graph, "rope_and_index_key", aten.cat.default, [parts[1], key], -1)
     with made_from(graph, *(node_named(graph, n) for n in match.past)):
-        written = named(graph, "visible_now", helix.cache_append.default, cache, page_table, slots, visible, *parts)
+        row = (cache, page_table, slots, visible, *parts)
+        written = named(graph, "visible_now", helix.cache_append.default, *row, **keywords)
     return cache, page_table, written
+
+
+def scale_of(graph: fx.Graph, site: int) -> dict[str, fx.Node]:
+    """The scale of a site's cache, as the ops take it; nothing where it has none."""
+    found = [n for n in inputs_of(graph, "scale") if input_ref(n) == InputRef.scale(site)]
+    return {"cache_scale": found[0]} if found else {}
 
 
 def reach_of(graph: fx.Graph, match: AttentionMatch) -> dict[str, fx.Node]:
@@ -175,10 +197,21 @@ def handed_names(selection: HandedSelection) -> tuple[str, str]:
     return f"{selection.indices}_slots", f"{selection.indices}_count"
 
 
+def stored_row(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> StoredRow:
+    """How a site's cache holds a token."""
+    dtype = node_named(graph, match.new[0]).meta["val"].dtype
+    return match.cache.stored(plan.options.cache_dtype, dtype, plan.layout.tpa)
+
+
 def cache_example(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> Tensor:
     """The same for one site's cache."""
-    dtype = node_named(graph, match.new[0]).meta["val"].dtype
-    return _example(graph, cache_shape(match.cache, plan.options, plan.layout), dtype)
+    stored = stored_row(graph, match, plan)
+    return _example(graph, cache_shape(stored, plan.options, plan.layout), stored.dtype)
+
+
+def scale_example(graph: fx.Graph) -> Tensor:
+    """The same for the scale of a cache in fp8_e4m3."""
+    return _example(graph, (), torch.float32)
 
 
 def rank_example(graph: fx.Graph) -> Tensor:

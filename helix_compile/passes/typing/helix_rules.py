@@ -55,7 +55,7 @@ def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
     # a fused form takes the norm's weight and RoPE's tables besides
     require(
         all(of(a) == heads for a in node.args[4:6])
-        and not any(of(a) for a in (node.args[1], *node.args[6:]) if isinstance(a, fx.Node)),
+        and not any(of(a) for a in (node.args[1], *node.args[6:], *node.kwargs.values()) if isinstance(a, fx.Node)),
         "what is appended must be whole on every rank (K and V: the rank's heads)",
     )
     return dict(visible)
@@ -67,7 +67,7 @@ def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
     heads = _heads(degrees)
     require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
     require(cache == visible and not table, "cache and visible are not of one rank")
-    _check_first(node, of, visible)
+    _check_keywords(node, of, visible)
     return _partials(heads, degrees)
 
 
@@ -179,6 +179,7 @@ def _mla_decode_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: Helix
         slots == count == chosen,
         f"slots are {format_layout(slots)}, count {format_layout(count)}, expected chosen ones",
     )
+    _check_keywords(node, of, visible)
     return _partials(heads, degrees)
 
 
@@ -192,14 +193,15 @@ def _gqa_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
         f"caches are {format_layout(k_cache)}, {format_layout(v_cache)}, visible {format_layout(visible)}",
     )
     require(not table, "the page table must be whole on every rank")
-    _check_first(node, of, visible)
+    _check_keywords(node, of, visible)
     return _partials(heads, degrees)
 
 
-def _check_first(node: fx.Node, of: Callable[[Any], Layout], visible: Layout) -> None:
-    """What a query sees on a rank has both its ends from that rank."""
-    first = node.kwargs.get("first")
+def _check_keywords(node: fx.Node, of: Callable[[Any], Layout], visible: Layout) -> None:
+    """What a query sees on a rank has both its ends from that rank; a scale is the same on all."""
+    first, scale = node.kwargs.get("first"), node.kwargs.get("cache_scale")
     require(first is None or of(first) == visible, "the first visible slots and the visible ones are not of one rank")
+    require(scale is None or not of(scale), "the scale of the cache must be whole on every rank")
 
 
 def _heads(degrees: HelixLayout) -> Layout:

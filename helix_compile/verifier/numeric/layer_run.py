@@ -93,11 +93,18 @@ class CapturedReference:
         nodes = self.graph.graph.nodes
         return next(n for n in nodes if n.op == "call_module" and n.meta["layer"] == layer)
 
-    def layer(self, layer: int, given: LayerInputs, indexers: Indexers | None = None) -> dict[str, Any]:
+    def layer(
+        self,
+        layer: int,
+        given: LayerInputs,
+        indexers: Indexers | None = None,
+        cached: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Any]:
         """Values of every node of a layer, by name; "output" is the new hidden state.
 
         Args:
             indexers: of the layer's choices of keys; by default its own.
+            cached: node -> what is cached in place of its value.
         """
         call = self.call(layer)
         body = body_of(self.graph, call.target)
@@ -125,7 +132,7 @@ class CapturedReference:
                 values[node.name] = value
 
             with blaming_the_original(f"the original's captured layer {layer}, run by itself"):
-                out = RecordingInterpreter(body, record, indexers=indexers).run(*inputs)
+                out = RecordingInterpreter(body, record, indexers=indexers, given=cached).run(*inputs)
         values["output"] = out[0]
         return values
 

@@ -145,6 +145,13 @@ def entries_of(parts: Past) -> Past:
     return (*flat, *parts[2:])
 
 
+def given_as(match: AttentionMatch, entries: Tensor) -> dict[str, Tensor]:
+    """Entries [B, T, first + second] in the form of the nodes that make both parts: name -> value. The inverse of new_entries."""
+    first, second = entries.split([match.cache.widths[0], entries.shape[-1] - match.cache.widths[0]], dim=-1)
+    own = second[..., : match.cache.second * (match.cache.heads or 1)]
+    return dict(zip(match.new[:2], past_of(match, first, own), strict=True))
+
+
 def new_entries(match: AttentionMatch, values: dict[str, Any]) -> Past:
     """The entries [B, T, *] of the new tokens, by the original."""
     return entries_of(tuple(values[name].double() for name in match.new))
