@@ -62,7 +62,7 @@ def test_a_cut_step_is_the_step(case: str, monkeypatch: pytest.MonkeyPatch) -> N
     for name, body in bodies_of(whole.graph).items():
         assert wire(stage.get_submodule(name).graph) == wire(body.graph)
     programs = uncompiled(cut)
-    monkeypatch.setattr(cut, "programs", lambda: programs)
+    monkeypatch.setattr(cut, "programs", lambda *_: programs)
     mask = left_padded([5, 2, 7])
     for tokens in (7, 1, 3):
         ids = random_ids(model, 3, tokens)
