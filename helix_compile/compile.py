@@ -27,6 +27,7 @@ from helix_compile.passes.runner import Dump, PassContext, run_passes
 from helix_compile.plan.helix_plan import HelixPlan, trace_plan
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.runtime.claims import claims_of
+from helix_compile.runtime.inductor import check_inductor
 from helix_compile.runtime.rank import build_ranks, facts_of
 from helix_compile.runtime.watch import ModelWatch
 from helix_compile.views.graph_python import dump_to
@@ -57,6 +58,8 @@ def helix_compile(
     pp: int = 1,
     stage: int = 0,
     pp_split: str = "first",
+    head: str = "replicate",
+    check: str = "deferred",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     options: HelixOptions | None = None,
@@ -74,7 +77,7 @@ def helix_compile(
         device: where shards and caches live; default: where the model is (a folder: CPU). "cuda" under torchrun:
             cuda:LOCAL_RANK.
         dtype: convert a copy of the weights first (a folder: as they are read); the model itself keeps its own.
-        options: all from `cp` to `pp_split` in one, in place of these keywords.
+        options: all from `cp` to `check` in one, in place of these keywords.
 
     Returns:
         HelixModule: `compiled(input_ids)` is one step; `.plan`, `.stages`, `.graph`, `.ranks` can be inspected.
@@ -89,9 +92,11 @@ def helix_compile(
         asked = device_for(device, world)
         with errors_told(world, options.cp, options.tpa, asked or device_of_input(model)):
             target = target_for(options.lower, asked or device_of_input(model))
+            if options.compiles_segments:
+                check_inductor(asked or device_of_input(model))
             captured = captured_from(stage_model(model, options), dtype, asked, options.unmatched)
             planned = plan_model(captured, options)
-        opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured))
+        opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured), options.check)
         trace_plan(planned.plan)
         facts = facts_of(planned.captured, planned.matches, planned.plan, asked, opened)
         if isinstance(model, nn.Module):
@@ -157,4 +162,4 @@ def rewrite_model(
 ) -> dict[str, fx.GraphModule]:
     """Every stage, by the passes of passes/pipeline.py."""
     context = PassContext(planned.captured, planned.matches, planned.plan, target)
-    return run_passes(helix_passes(target), context, dump)
+    return run_passes(helix_passes(planned.plan.options, target), context, dump)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.cache_utils import DynamicCache
@@ -22,18 +23,24 @@ from helix_compile.cache.rows import RowCodec
 from helix_compile.cache.shards import CacheEntries, CacheShard
 from helix_compile.cache.transfer import entries_to_export, sequences_to_import, shards_to_export
 from helix_compile.errors import HelixError, PassError, RuntimeFault
-from helix_compile.ir.stage import bodies_of
+from helix_compile.ir.stage import SEGMENTS, bodies_of, uncut
+from helix_compile.passes.lower.segments import segments_of
+from helix_compile.passes.lower.short_ends import BEST, TOP, gather_of, short_end
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.runtime.ends import ShortEnds
+from helix_compile.runtime.prepared import PreparedSteps
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
+from helix_compile.runtime.segments import CompiledSegments
 from helix_compile.runtime.step import checked_lengths, checked_rows, run_step
 from helix_compile.runtime.values import ValueDump
 from helix_compile.saving.module_folder import load_parts, save_module
 from helix_compile.views.explain import NodeExplanation, explain_node
 from helix_compile.views.graph_python import stage_diff
 from helix_compile.views.inspection import Inspection, inspect_module
+from helix_compile.worlds.program import Program
 from helix_compile.worlds.world import World
 
 _TRACING = (FakeTensorMode, ProxyTorchDispatchMode, FunctionalTensorMode)
@@ -59,6 +66,15 @@ def _refuse_tracing() -> None:
         raise HelixError(
             f"a HelixModule can't be traced or run without values (make_fx, {modes[-1]}): its step reads token ids on the host and "
             "moves its cache; compiled.graph and its bodies are the graphs, run them for shapes alone"
+        )
+    _refuse_symbolic_trace()
+
+
+def _refuse_symbolic_trace() -> None:
+    if is_fx_symbolic_tracing():
+        raise HelixError(
+            "a HelixModule can't be traced (torch.fx.symbolic_trace): it holds fx graphs already: compiled.graph and its bodies, "
+            "one for each of compiled.stages"
         )
 
 
@@ -119,9 +135,20 @@ class HelixModule(nn.Module):
         object.__setattr__(self, "_lock", threading.RLock())
         self.device = facts.device
         self._ledger = Ledger(plan.options, plan.layout.kvp, facts.device)
+        self._tables = PreparedSteps(plan.layout, facts.device)
+        self._ends = ShortEnds(lambda lowered, what: short_end(lowered, what, facts.vocab_size))
+        self._end_segments: dict[str, CompiledSegments] = {}
         self._value_dump = ValueDump.from_environment(plan)
         if self._value_dump is not None:
             _infer_layouts(self.graph, plan)
+        self._segments = (
+            CompiledSegments(segments_of, stages, plan.layout, world) if plan.options.compiles_segments else None
+        )
+        if self._segments is not None:
+            if SEGMENTS not in stages:  # of a reloaded module
+                stages[SEGMENTS] = segments_of(self.graph)
+            if facts.device.type != "meta":
+                self.programs()
         self.train(False)
 
     @property
@@ -133,6 +160,30 @@ class HelixModule(nn.Module):
     def facts(self) -> ModelFacts:
         """What is known of the original model."""
         return self._facts
+
+    def short_end(self, what: str) -> fx.GraphModule | None:
+        """The graph that runs, ended by "last" or "best" (passes/lower/short_ends.py); None where its head is whole."""
+        return self._ends.graph(self.graph, what) if self.plan.options.head == "shard" else None
+
+    def programs(self, end: str = "") -> list[Program] | None:
+        """What runs a step where segments are compiled, one a rank; made again after an edit. None: graphs are walked.
+
+        Args:
+            end: of the graph that short_end() gives; "": of the whole one.
+
+        Raises:
+            LoweringError: Inductor can't compile a segment.
+        """
+        if self._segments is None:
+            return None
+        if not end:
+            return self._segments.programs(self.graph, self.ranks, self.device)
+        graph = self.short_end(end)
+        assert graph is not None  # asked for by run_step(), which has it
+        if end not in self._end_segments:
+            held = {SEGMENTS: segments_of(graph)}
+            self._end_segments[end] = CompiledSegments(segments_of, held, self.plan.layout, self.world)
+        return self._end_segments[end].programs(graph, self.ranks, self.device)
 
     @property
     def value_dump(self) -> ValueDump | None:
@@ -169,17 +220,58 @@ class HelixModule(nn.Module):
                 f"a step takes input_ids, attention_mask and logits_to_keep, got {', '.join(given)}: positions follow from the "
                 "tokens that each sequence has, and the cache is the module's own (reset(), truncate(), import_cache())"
             )
-        params = [dict(r.params) for r in self.ranks]
-        return run_step(self, self._ledger, self.graph, params, input_ids, attention_mask, logits_to_keep)
+        params = [rank.params for rank in self.ranks]
+        return run_step(self, self._ledger, self.graph, params, self._tables, input_ids, attention_mask, logits_to_keep)
+
+    @_alone
+    def best_words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
+        """A step as forward(): of its last column the largest logit and its word, [B, 1, 2] float64; no logits are gathered.
+
+        Ties go to the lower id, as torch.argmax has it. None, and no step taken, where the head is whole, or edited.
+        """
+        if self.short_end(BEST) is None or self._value_dump is not None:
+            return None
+        params = [rank.params for rank in self.ranks]
+        return run_step(self, self._ledger, self.graph, params, self._tables, input_ids, attention_mask, 1, end=BEST)
+
+    @_alone
+    def top_words(
+        self, input_ids: Tensor, attention_mask: Tensor | None, count: int
+    ) -> tuple[Tensor, Callable[[], Tensor]] | None:
+        """A step as best_words(), with the `count` largest logits of each rank and their words.
+
+        Returns:
+            [B, 1, N, count, 2] float64 (fewer than `count` where a rank has fewer words), and a call that gathers all logits
+            [B, 1, vocab] of this step, which every rank makes or none. None as of best_words().
+        """
+        end, outputs = f"{TOP}{count}", list[Any]()
+        if self.short_end(end) is None or self._value_dump is not None:
+            return None
+        params = [rank.params for rank in self.ranks]
+        step = (self, self._ledger, self.graph, params, self._tables, input_ids, attention_mask, 1)
+        candidates = run_step(*step, end=end, outputs=outputs)
+        N = self.plan.layout.world_size
+
+        def whole() -> Tensor:
+            graph = gather_of(outputs[0][1], N, self._facts.vocab_size)
+            gathered: Tensor = self.world.run(graph, [[own] for _, own in outputs])[0]
+            return gathered
+
+        return candidates.unflatten(2, (N, -1)), whole
 
     @_alone
     def run_stage(self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """A step by an earlier stage ("attention" and later) on the same cache; see forward().
+        """A step by an earlier stage ("attention" and later) on the same cache; see forward(). Node by node, but for "segments".
 
         Earlier stages take their weights from the original model: an edit of ranks[r].params shows in "lowered" only.
         """
-        if name == STAGES[-1]:
+        if name == (STAGES[-1] if self._segments is None else SEGMENTS):
             return self(input_ids, attention_mask)
+        if name == STAGES[-1]:
+            own = [rank.params for rank in self.ranks]
+            return run_step(
+                self, self._ledger, self.graph, own, self._tables, input_ids, attention_mask, prepared=False
+            )
         if name not in (*STAGES[1:], *self.stages) or name == STAGES[0]:
             raise RuntimeFault(f"stage {name!r} can't be run; expected one of {', '.join(STAGES[1:])}")
         if name not in self.stages or not self._facts.originals:
@@ -188,7 +280,8 @@ class HelixModule(nn.Module):
             )
         stage = self.stages[name]
         params = [params_of_rank(self.plan, stage, self._facts, self.world, r.rank) for r in self.ranks]
-        return run_step(self, self._ledger, lowered_copy(stage), params, input_ids, attention_mask)
+        tables = PreparedSteps(self.plan.layout, self.device)
+        return run_step(self, self._ledger, lowered_copy(stage), params, tables, input_ids, attention_mask)
 
     @_alone
     def reset(self, rows: list[int] | None = None) -> None:
@@ -259,14 +352,17 @@ class HelixModule(nn.Module):
             raw: of a cache in FP8 what lies in it, not its values in the model's dtype; see CacheEntries.
 
         Raises:
-            RuntimeFault: no batch, or cp ranks that live in other processes (then export_shards()); `raw` without FP8.
+            RuntimeFault: no batch, cp ranks that live in other processes (then export_shards()), or real ranks that took
+                the last step with different inputs; `raw` without FP8.
         """
+        self.world.settle()
         refuse_leaves(self.ranks, self.graph, "export_cache")
         return entries_to_export(self._ledger, self._caches(), self.plan.layout, self._codecs(), raw)
 
     @_alone
     def export_shards(self, raw: bool = False) -> list[CacheShard]:
         """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them. `raw` as in export_cache()."""
+        self.world.settle()
         refuse_leaves(self.ranks, self.graph, "export_shards")
         return shards_to_export(self._ledger, self._caches(), self.plan.layout, self._codecs(), raw)
 
@@ -309,7 +405,7 @@ class HelixModule(nn.Module):
         Raises:
             HelixError: no such node (close names are listed), or one that several graphs have.
         """
-        return explain_node(self.stages, name, body)
+        return explain_node(uncut(self.stages), name, body)
 
     def stage_diff(self, before: str, after: str) -> str:
         """Unified text diff of two stages, one graph after the other: what the passes between them did.
@@ -328,11 +424,23 @@ class HelixModule(nn.Module):
 
         On real ranks every rank calls it, with one folder that all see: each writes its own weights.
         """
+        self.world.settle()
         save_module(self, Path(folder))
 
     @staticmethod
-    def load(folder: str | Path, device: str | torch.device | None = None, world: Any = "auto") -> HelixModule:
-        """Read what save() wrote, in any world; `device` and `world` as in helix_compile()."""
+    def load(
+        folder: str | Path, device: str | torch.device | None = None, world: Any = "auto", **unknown: Any
+    ) -> HelixModule:
+        """Read what save() wrote, in any world; `device` and `world` as in helix_compile().
+
+        Raises:
+            HelixError: what is no saved module, or was changed; a keyword of another kind: a module stays as it was saved.
+        """
+        if unknown:
+            raise HelixError(
+                f"HelixModule.load takes folder, device and world, got {', '.join(unknown)}: a saved module stays in the dtype and "
+                "layout that it was compiled for; helix_compile(model, ...) makes another"
+            )
         return HelixModule(*load_parts(Path(folder), device, world))
 
     @_alone
@@ -355,6 +463,11 @@ class HelixModule(nn.Module):
             "copy.deepcopy of a HelixModule is refused; helix_compile(model, ...) again makes one with a cache of its own on "
             "the same weights, save() and HelixModule.load() one with its own weights"
         )
+
+    def _get_name(self) -> str:
+        """The class's name, for repr(); torch.fx asks for it before it looks into a forward."""
+        _refuse_symbolic_trace()
+        return super()._get_name()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: pickle, torch.save and copy.copy end here."""

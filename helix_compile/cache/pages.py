@@ -77,7 +77,9 @@ class Ledger:
 
     def __post_init__(self) -> None:
         rows, pages = self.options.max_batch_size, pages_per_sequence(self.options, self.kvp)
-        self.page_table = torch.arange(rows * pages, device=self.device).view(rows, pages)
+        self._host_table = torch.arange(rows * pages, device="cpu").view(rows, pages)
+        self._host_pages: dict[int, Tensor] = {}
+        self.page_table = self._host_table.to(self.device)
         self.written, self.gaps, self.tails = ([0] * rows for _ in range(3))
 
     @property
@@ -161,14 +163,18 @@ class Ledger:
         self.lengths = [a + b for a, b in zip(lengths, new_tokens, strict=True)]
 
     def positions(self, mask: Tensor) -> Tensor:
-        """Absolute positions [B, T] int64 of a step's tokens, -1 where mask [B, T] is 0; padding never counts."""
+        """Absolute positions [B, T] int64 on the host of a step's tokens, -1 where mask [B, T] is 0; padding never counts."""
         lengths = torch.tensor(self.lengths or [0] * mask.shape[0], dtype=torch.int64)
         counted = mask.to(torch.int64).cumsum(dim=1) - 1 + lengths[:, None]
-        return torch.where(mask > 0, counted, -1).to(self.device)
+        return torch.where(mask > 0, counted, -1)
 
     def pages_of(self, batch_size: int) -> Tensor:
         """Page table [B, pages] of the current batch."""
         return self.page_table[:batch_size]
+
+    def pages_on_host(self, batch_size: int) -> Tensor:
+        """The same on the host, and the same object in every step: who compares it need not read it again."""
+        return self._host_pages.setdefault(batch_size, self._host_table[:batch_size])
 
     def write_sequence(self, cache: Tensor, row: int, entries: Tensor, kvp_rank: int, start: int = 0) -> None:
         """Lay out entries [length, *] of a sequence's tokens, as `cache` holds them, from position `start` in this rank's shard."""

@@ -88,10 +88,13 @@ class OpTrace(TorchDispatchMode):
         super().__init__()
         self.names, self._mode = names, mode
         self.lines: list[str] = []
+        self.paused = False  # what another trace writes down
         self._made: list[Tensor] = []  # held, or the id of one that is gone would be given to another
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         fresh = func is torch.ops.aten.lift_fresh.default  # torch.tensor(...) in a forward: made anew in every call
         self.lines.append(f"{func.name()}{self._shown(args, fresh)}{self._shown(kwargs, fresh)}")
         out = result_of(func, args, kwargs, self._mode)
@@ -101,10 +104,10 @@ class OpTrace(TorchDispatchMode):
                 self._made.append(leaf)
         return out
 
-    def name_inputs(self, tensors: list[Tensor]) -> None:
+    def name_inputs(self, tensors: list[Tensor], what: str = "input") -> None:
         """Call them by their numbers."""
         self._made += tensors
-        self.names |= {id(t): f"input {i} " for i, t in enumerate(tensors)}
+        self.names |= {id(t): f"{what} {i} " for i, t in enumerate(tensors)}
 
     def _shown(self, value: Any, fresh: bool) -> str:
         """An argument with what is inside of it; pytree takes twice the time of the whole trace."""
@@ -155,6 +158,21 @@ def without_values(what: str, module: nn.Module, run: Callable[[OpTrace, torch.d
         return trace
 
 
+def sites_of(layer: nn.Module, cached: list[list[Tensor]]) -> list[CachedSite]:
+    """By what a step of a layer leaves in the cache.
+
+    Raises:
+        CaptureError: tensors that are no keys, values or index keys.
+    """
+    bad = [tuple(t.shape) for new in cached for t in new[:2] if t.dim() != 4]
+    bad += [tuple(t.shape) for new in cached for t in new[3:]]
+    if bad:
+        raise CaptureError(
+            f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; expected [B, heads, T, width]"
+        )
+    return [CachedSite.of(new) for new in cached]
+
+
 def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, list[CachedSite]]:
     """Run `layer` once without values: its signature, and what each attention site caches.
 
@@ -176,13 +194,7 @@ def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, li
             out = layer(*args, **kwargs)
 
     trace = without_values(f"{type(layer).__name__} can't be traced", layer, run)
-    bad = [tuple(t.shape) for new in cache.new for t in new[:2] if t.dim() != 4]
-    bad += [tuple(t.shape) for new in cache.new for t in new[3:]]
-    if bad:
-        raise CaptureError(
-            f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; expected [B, heads, T, width]"
-        )
-    sites = [CachedSite.of(new) for new in cache.new]
+    sites = sites_of(layer, cache.new)
     ends = [trace.text(t) for t in (*call.results(out), *(t for new in cache.new for t in new))]
     text = "\n".join([call.constants(), str(sites), *trace.lines, *ends])
     return hashlib.sha256(text.encode()).hexdigest(), sites

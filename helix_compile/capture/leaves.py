@@ -93,9 +93,12 @@ def probe(layer: nn.Module, call: LayerCall, config: Any, choked: Choked) -> Pro
             raise
         choked.append((part, str(error), layer.get_submodule(part)))
         return Probe(*around, part=part, part_reason=str(error))
-    if not sites:
-        return Probe(signature, sites, leaf="no cached attention: it keeps a state of its own")
-    return Probe(signature, sites)
+    return probe_of(signature, sites)
+
+
+def probe_of(signature: str, sites: list[CachedSite]) -> Probe:
+    """Of a layer that can be run: a leaf where it caches nothing."""
+    return Probe(signature, sites, leaf="" if sites else "no cached attention: it keeps a state of its own")
 
 
 def _probe_around(layer: nn.Module, call: LayerCall, config: Any, part: str) -> tuple[str, list[CachedSite]] | None:

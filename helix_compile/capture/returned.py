@@ -1,6 +1,6 @@
 """What each layer of a model returns besides hidden states: tensors that a later layer may read (chosen keys, say).
 
-Found by running the whole model without values at two sizes; each dim is then B, T, S, S + T, a number, or min(S + T, a
+Found by running the whole model without values at a few sizes; each dim is then B, T, S, S + T, a number, or min(S + T, a
 number). Only asked where the model does not take hidden states alone from its layers.
 """
 
@@ -18,8 +18,8 @@ from helix_compile.capture.structure import on_meta
 from helix_compile.errors import CaptureError
 from helix_compile.ir.leaves import Returned, Size, TensorLike
 
-# B, T and S: all of them apart, and a context that no fixed number of keys reaches
-_SIZES = ((3, 5, 11), (7, 13, 2**20))
+# B, T and S: all of them apart; a context that no fixed number of keys reaches; and so few that even one of 2 tells them apart
+_SIZES = ((3, 5, 11), (7, 13, 2**20), (5, 1, 2), (5, 1, 0))
 
 
 def returned_by(
@@ -45,7 +45,7 @@ def returned_by(
             for handle in handles:
                 handle.remove()
         outputs.append([kept[i] for i in range(len(layers))])
-    return tuple(_returned(i, *pair) for i, pair in enumerate(zip(*outputs, strict=True)))
+    return tuple(_returned(i, *each) for i, each in enumerate(zip(*outputs, strict=True)))
 
 
 def _keep(kept: dict[int, Any], index: int, module: nn.Module, args: Any, out: Any) -> None:
@@ -61,26 +61,27 @@ def _run_without_values(model: nn.Module, run: Callable[..., None], sizes: tuple
             run(next(model.parameters()).device, *sizes)
 
 
-def _returned(index: int, first: Any, second: Any) -> Returned:
-    if not isinstance(first, tuple):
+def _returned(index: int, *found: Any) -> Returned:
+    """By what one layer returned at each of the sizes."""
+    if not isinstance(found[0], tuple):
         return Returned()
-    others = [_tensor_like(index, a, b) for a, b in zip(first[1:], second[1:], strict=True)]
+    others = [_tensor_like(index, *each) for each in zip(*(out[1:] for out in found), strict=True)]
     return Returned(True, tuple(others))
 
 
-def _tensor_like(index: int, first: Any, second: Any) -> TensorLike | None:
-    if not isinstance(first, Tensor):
+def _tensor_like(index: int, *found: Any) -> TensorLike | None:
+    if not isinstance(found[0], Tensor):
         return None
-    sizes = tuple(_size(index, *pair) for pair in zip(first.shape, second.shape, strict=True))
-    return TensorLike(sizes, first.dtype)
+    sizes = tuple(_size(index, *each) for each in zip(*(tensor.shape for tensor in found), strict=True))
+    return TensorLike(sizes, found[0].dtype)
 
 
-def _size(index: int, first: int, second: int) -> Size:
+def _size(index: int, *found: int) -> Size:
     for letters in ("B", "T", "S", "ST", ""):
-        for size in (Size(letters), Size(letters, second)):
-            if (letters or size.most is not None) and [size.at(*s) for s in _SIZES] == [first, second]:
+        for size in (Size(letters), Size(letters, found[1])):
+            if (letters or size.most is not None) and [size.at(*s) for s in _SIZES] == [*found]:
                 return size
     raise CaptureError(
-        f"capture: layer {index} returns a tensor besides hidden states with a dim of {first} at B, T, S = {_SIZES[0]} and "
-        f"{second} at {_SIZES[1]}; expected B, T, S, S + T, a number, or the lesser of S + T and a number"
+        f"capture: layer {index} returns a tensor besides hidden states with a dim of {', '.join(map(str, found))} at B, T, S = "
+        f"{', '.join(map(str, _SIZES))}; expected B, T, S, S + T, a number, or the lesser of S + T and a number"
     )

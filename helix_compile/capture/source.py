@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.checks import check_model, check_surroundings, raised_not_logged
-from helix_compile.capture.model import capture
+from helix_compile.capture.model import capture, check_values
 from helix_compile.capture.program import capture_program, load_program
 from helix_compile.checkpoint.configuration import TEXT_PREFIXES, read_configuration
 from helix_compile.checkpoint.model import load_whole, open_checkpoint
 from helix_compile.errors import CaptureError
+from helix_compile.ir.graph import input_ref, inputs_of
 from helix_compile.ir.stage import copy_module
 
 COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -111,6 +112,9 @@ def _captured_folder(folder: Path, dtype: torch.dtype | None, device: torch.devi
     check_model(checkpoint.model)
     captured = capture(checkpoint.model, unmatched=unmatched)
     _place(captured, device)
+    read = [input_ref(n).name for n in inputs_of(captured.graph.graph, "param")]
+    check_values(name for name in read if name not in checkpoint.weights and name not in captured.constants)
+    check_values(name for name, tensor in captured.constants.items() if tensor.is_meta)
     checkpoint.weights.hold(captured.constants)
     return replace(captured, weights=checkpoint.weights, notes=(*captured.notes, *checkpoint.notes))
 

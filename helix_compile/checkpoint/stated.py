@@ -90,9 +90,17 @@ def _fp8(said: Said) -> Format:
     if said.get("expert_dtype", "fp8") != "fp8":
         raise _NotReadError(f"fp8 with expert_dtype={said['expert_dtype']!r} is not read")
     block = said.get("weight_block_size")
-    if block is None:
-        return fp8_of(FP8_PER_TENSOR | FP8_PER_CHANNEL, tails)
-    return fp8_blocks(*_two(block, "fp8: weight_block_size"), tails, exponents=said.get("scale_fmt") == "ue8m0")
+    form = (
+        fp8_of(FP8_PER_TENSOR | FP8_PER_CHANNEL, tails)
+        if block is None
+        else fp8_blocks(*_two(block, "fp8: weight_block_size"), tails, exponents=said.get("scale_fmt") == "ue8m0")
+    )
+    stated = str(said.get("fmt") or "").upper()
+    if not stated:
+        return form
+    if (values := f"F8_{stated}") not in form.values:
+        raise _NotReadError(f"fp8 with fmt={said['fmt']!r} is not read")
+    return replace(form, values=(values,))
 
 
 def _two(block: Any, what: str) -> tuple[int, int]:

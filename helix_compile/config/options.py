@@ -44,6 +44,7 @@ class Option:
         later: choices that this version refuses -> why.
         of_exchange: at cp = 1 nothing is exchanged, so there it can have no effect.
         of_stages: at pp = 1 there is one stage, so there it can have no effect.
+        of_ranks: a world of one rank has nobody to ask, so there it can have no effect.
         least: of an int.
         numbers: a number > 0, or several.
     """
@@ -54,6 +55,7 @@ class Option:
     later: Mapping[str, str] = field(default_factory=dict)
     of_exchange: bool = False
     of_stages: bool = False
+    of_ranks: bool = False
     least: int = 1
     flag: bool = False
     numbers: bool = False
@@ -125,12 +127,10 @@ class HelixOptions:
         of_exchange=True,
     )
     lower: str = _choice(
-        ("auto", "reference", "triton", "inductor", "tensorrt"),
-        '"reference" (torch), "triton" (on a CPU by Triton\'s interpreter) or "auto": Triton on CUDA >= 9.0.',
-        later={
-            "inductor": "lowering to Inductor is not in this version",
-            "tensorrt": "lowering to TensorRT is not in this version",
-        },
+        ("auto", "reference", "triton", "inductor", "triton+inductor", "tensorrt"),
+        '"reference" (torch), "triton" (on a CPU by Triton\'s interpreter), "inductor" (what lies between two collectives is '
+        'compiled by Inductor and is one call), "triton+inductor" (both) or "auto": Triton on CUDA >= 9.0, else reference.',
+        later={"tensorrt": "lowering to TensorRT is not in this version"},
     )
     max_batch_size: int = field(default=8, metadata=_says("capacity in sequences"))
     max_seq_len: int = field(default=4096, metadata=_says("capacity in tokens a sequence", ", prompt included"))
@@ -178,6 +178,20 @@ class HelixOptions:
         "which stages have one layer more",
         of_stages=True,
     )
+    head: str = _choice(
+        ("replicate", "shard"),
+        'token embedding and output head whole on every rank ("replicate"), or cut by rows of the vocabulary over all ranks '
+        '("shard"): one all-reduce of the embeddings and one all-gather of the logits a step.',
+        "the embedding and the output head",
+        of_ranks=True,
+    )
+    check: str = _choice(
+        ("deferred", "every", "off"),
+        "whether ranks of their own process were given the same ids, lengths and mask is compared when the next step begins "
+        '("deferred": no step waits for it), before each step ("every"), or never ("off"); the virtual world has one input.',
+        "when real ranks compare what they were given for a step",
+        of_ranks=True,
+    )
     recipe: InitVar[Recipe] = NO_RECIPE  # where the options come from: not an option, and no part of equality
 
     def __new__(cls, *args: Any, **keywords: Any) -> HelixOptions:
@@ -213,6 +227,10 @@ class HelixOptions:
                 raise PlanError(
                     f"option {name}={value!r} has no effect at pp=1: there is one stage; drop it or use pp >= 2"
                 )
+            if self.cp * self.tpa == 1 and option.of_ranks and value != getattr(type(self), name):
+                raise PlanError(
+                    f"option {name}={value!r} has no effect at cp*tpa = 1: there is one rank; drop it or use more ranks"
+                )
         if self.cache_dtype != FP8_E4M3 and self.cache_scale != type(self).cache_scale:
             raise PlanError(
                 f"option cache_scale={self.cache_scale!r} has no effect at cache_dtype={self.cache_dtype!r}, which has no scale "
@@ -233,6 +251,11 @@ class HelixOptions:
                 f"ep={self.ep} does not divide the world of cp*tpa = {self.cp}*{self.tpa} = {world_size} "
                 f"ranks; use one of {fits}"
             )
+
+    @property
+    def compiles_segments(self) -> bool:
+        """Are segments compiled by Inductor?"""
+        return "inductor" in self.lower
 
     def notes_of_plan(self, kv_bytes: Fraction, itemsize: int, dtype: str) -> tuple[str, ...]:
         """What the recipe that they come from wants to be noted; the cache of the plan has these bytes a token and rank."""

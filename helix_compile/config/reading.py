@@ -43,6 +43,7 @@ _NESTED = {
 }
 # what to_engine() writes for what an engine has no argument for
 UNSAID = re.compile(r"^[ \t]*# not in (?:TensorRT-LLM|vLLM|SGLang): (\w+)=([^\s:]+)", re.MULTILINE)
+_MANIFESTS = {"Kubernetes": {"apiVersion", "kind"}, "Docker Compose": {"services"}}
 OwnReader = Callable[[ConfigSection], dict[str, Any]]
 
 
@@ -188,11 +189,22 @@ def _read_mapping(
             read = _read_engine(inner, where, name, lenient, {k: str(v) for k, v in environment.items()})
             idle = (*(k for k in values if k != path[0]), *read.without_effect)
             return ConfigFields(read.dialect, read.fields, idle, read.recipe, where)
+    _refuse_manifest(values, where)
     dialect = engine or _dialect(values, where, own_names)
     if dialect == OURS:
         section = ConfigSection(values, where, lenient=lenient)
         return ConfigFields(OURS, own_fields(section), recipe=Recipe(section.said()), where=where)
     return _read_engine(values, where, dialect, lenient, {})
+
+
+def _refuse_manifest(values: Mapping[str, Any], where: str) -> None:
+    """Files around a launch: which of their containers decodes, and what runs there, no key says."""
+    kind = next((name for name, keys in _MANIFESTS.items() if keys <= values.keys()), "")
+    if kind:
+        raise PlanError(
+            f"{where}: got a file of {kind}, expected the options of an engine; give the command of the container that decodes "
+            'as text, in a .sh file or in quotes: --config "vllm serve MODEL --flags"'
+        )
 
 
 def _read_engine(

@@ -30,6 +30,7 @@ def options_schema() -> dict[str, Any]:
     one_rank = {"properties": {"cp": {"const": 1}, "tpa": {"const": 1}}}
     staged = {f.name: {"const": f.default} for f in fields(HelixOptions) if OPTIONS[f.name].of_stages}
     scaled = {"properties": {"cache_dtype": {"const": FP8_E4M3}}, "required": ["cache_dtype"]}
+    lonely = {f.name: {"const": f.default} for f in fields(HelixOptions) if OPTIONS[f.name].of_ranks}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "helix_compile options",
@@ -42,7 +43,7 @@ def options_schema() -> dict[str, Any]:
             {"if": {"properties": {"cp": {"const": 1}}}, "then": {"properties": alone}},
             {"if": one_stage, "then": {"properties": staged}},
             {"if": {"not": scaled}, "then": {"properties": {"cache_scale": {"const": 1.0}}}},
-            {"if": one_rank, "then": {"properties": {"pad_heads": {"const": False}}}},
+            {"if": one_rank, "then": {"properties": {"pad_heads": {"const": False}, **lonely}}},
         ],
     }
 

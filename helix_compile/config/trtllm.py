@@ -38,6 +38,7 @@ def trtllm_fields(values: Mapping[str, Any], where: str, lenient: bool = False) 
     values, nulls = without_nulls(values, known, TRTLLM.nullable, prefix)
     idle += nulls
     top = ConfigSection(values, where, prefix, lenient)
+    top.check_names(TRTLLM.kinds)
     fields: dict[str, Any] = {"cp": top.count("context_parallel_size"), "tpa": top.count("tensor_parallel_size")}
     top.only("max_beam_width", 1, "beam search is not supported")
     _stages(top, fields)

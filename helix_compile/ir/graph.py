@@ -127,6 +127,26 @@ class Inputs:
         return self._known[ref]
 
 
+class InputTable:
+    """What each input of a graph is, for one who asks before every step: read again where the inputs changed.
+
+    Attributes:
+        refs: in the order of the placeholders.
+    """
+
+    def __init__(self) -> None:
+        self.refs: tuple[InputRef, ...] = ()
+        self._read: list[tuple[str, ...]] | None = None
+
+    def read(self, graph: fx.Graph) -> bool:
+        """True if they are not what they were at the last call, or there was none."""
+        now = [tuple(node.meta.get("input", NO_INPUT)) for node in placeholders(graph)]
+        if now == self._read:
+            return False
+        self._read, self.refs = now, tuple(InputRef(*ref) for ref in now)
+        return True
+
+
 def add_input(graph: fx.Graph, kind: str, name: str, val: Any = None) -> fx.Node:
     """A new placeholder behind the last one (or the one that is there already)."""
     return Inputs(graph).add(kind, name, val)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -11,6 +11,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from helix_compile.ir.leaves import Leaf
 
 OUTER = "outer"
+SEGMENTS = "segments"  # the stage behind the lowered one, where segments are compiled
 
 
 def bodies_of(stage: fx.GraphModule) -> dict[str, fx.GraphModule]:
@@ -26,8 +27,14 @@ def body_of(stage: fx.GraphModule, name: Any) -> fx.GraphModule:
 
 
 def graphs_of(stage: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
-    """("outer", graph) and (name, graph) of each body of a stage."""
-    return [(OUTER, stage), *bodies_of(stage).items()]
+    """("outer", graph) and (name, graph) of each body of a stage; where it is cut, ("body_0_segment_1", graph) of each segment."""
+    inner = [(name, graph) for name, graph in stage.named_modules() if name and isinstance(graph, fx.GraphModule)]
+    return [(OUTER, stage), *((name.rpartition(".")[2], graph) for name, graph in inner)]
+
+
+def uncut(stages: Mapping[str, fx.GraphModule]) -> dict[str, fx.GraphModule]:
+    """The stages whose bodies are whole: what is drawn, explained and counted node by node."""
+    return {name: stage for name, stage in stages.items() if name != SEGMENTS}
 
 
 def nodes_of(stage: fx.GraphModule) -> Iterator[fx.Node]:

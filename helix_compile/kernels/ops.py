@@ -18,7 +18,10 @@ from helix_compile.kernels.exchange import CODECS, NATIVE, ExchangeCodec
 from helix_compile.kernels.reference import (
     accumulation_dtype,
     apply_sinks_reference,
+    best_of_words_reference,
+    best_word_reference,
     cache_append_reference,
+    embed_rows_reference,
     first_visible_reference,
     gqa_decode_reference,
     merge_lse_reference,
@@ -27,6 +30,7 @@ from helix_compile.kernels.reference import (
     moe_router_reference,
     rescale_by_lse_reference,
     shard_index_reference,
+    top_words_reference,
     total_lse_reference,
 )
 from helix_compile.kernels.reference_fused import (
@@ -93,6 +97,10 @@ def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor,
     return torch.empty_like(visible, memory_format=torch.contiguous_format)
 
 
+def _top_words(logits: Tensor, first: Tensor, words: int, count: int) -> Tensor:
+    return logits.new_empty((*logits.shape[:2], min(count, int(logits.shape[-1])), 2), dtype=torch.float64)
+
+
 def _bits_like(scores: Tensor, shape: tuple[int, ...]) -> Tensor:
     return scores.new_empty(shape, dtype=torch.int64 if scores.dtype.itemsize == 8 else torch.int32)
 
@@ -122,6 +130,14 @@ HELIX_OPS = (
         lambda positions, *_: (torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)),
     ),
     Op("first_visible", first_visible_reference, lambda positions, *_: torch.empty_like(positions, dtype=torch.int32)),
+    Op("embed_rows", embed_rows_reference, lambda ids, rows, _: rows.new_empty((*ids.shape, rows.shape[1]))),
+    Op(
+        "best_word",
+        best_word_reference,
+        lambda logits, *_: logits.new_empty((*logits.shape[:2], 1, 2), dtype=torch.float64),
+    ),
+    Op("top_words", top_words_reference, _top_words),
+    Op("best_of_words", best_of_words_reference, lambda candidates: candidates.new_empty((*candidates.shape[:2], 2))),
     Op("cache_append", cache_append_reference, _appended, mutates=("cache",)),
     Op("mla_decode", mla_decode_reference, lambda q_latent, *_, **__: _partials(q_latent, q_latent.shape[3])),
     Op("gqa_decode", gqa_decode_reference, lambda q, k_cache, v_cache, *_, **__: _partials(q, v_cache.shape[3])),

@@ -51,6 +51,57 @@ def shard_index_reference(positions: Tensor, rank: Tensor, cp: int, tokens_per_b
     return slots, visible
 
 
+def embed_rows_reference(ids: Tensor, rows: Tensor, first: Tensor) -> Tensor:
+    """This rank's summand of the token embeddings: of a token whose row it holds that row, of any other zeros.
+
+    Args:
+        ids: [B, T] int64.
+        rows: [v, D], rows of the table from `first` on.
+        first: 0-d int64.
+
+    Returns:
+        [B, T, D]; over all ranks one summand of each token is not zero.
+    """
+    local = ids - first
+    mine = (local >= 0) & (local < rows.shape[0])
+    return torch.where(mine[..., None], rows[local.clamp(0, rows.shape[0] - 1)], 0)
+
+
+def best_word_reference(logits: Tensor, first: Tensor, words: int) -> Tensor:
+    """The largest logit of this rank's words and which word it is, the lowest of those that share it (as torch.argmax).
+
+    Args:
+        logits: [B, T, v], of the words from `first` on; behind the last word lie rows of zeros.
+        first: 0-d int64.
+        words: size of the vocabulary.
+
+    Returns:
+        [B, T, 1, 2] float64, which holds logits of any dtype and word ids exactly.
+    """
+    ids = first + torch.arange(logits.shape[-1], device=logits.device)
+    real = logits.masked_fill(ids >= words, -torch.inf)
+    place = real.argmax(dim=-1, keepdim=True)
+    best = torch.stack([real.gather(-1, place).double(), (place + first).double()], dim=-1)
+    return best
+
+
+def top_words_reference(logits: Tensor, first: Tensor, words: int, count: int) -> Tensor:
+    """The largest `count` logits of this rank's words (all, where it has fewer) and which they are, in any order.
+
+    Args and result as of best_word_reference(), the result [B, T, count, 2]. Which of equal ones are among them is open.
+    """
+    ids = first + torch.arange(logits.shape[-1], device=logits.device)
+    real = logits.masked_fill(ids >= words, -torch.inf)
+    values, places = real.topk(min(count, logits.shape[-1]), dim=-1)
+    return torch.stack([values.double(), (places + first).double()], dim=-1)
+
+
+def best_of_words_reference(candidates: Tensor) -> Tensor:
+    """The first of the largest: candidates [B, T, N, 2] in the order of the ranks, so of their words -> [B, T, 2]."""
+    place = candidates[..., 0].argmax(dim=-1)
+    return candidates.gather(2, place[..., None, None].expand(*place.shape, 1, 2)).squeeze(2)
+
+
 def first_visible_reference(
     positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int, window: int, chunk: int
 ) -> Tensor:

@@ -80,7 +80,7 @@ def target_for(lower: str, device: torch.device) -> KernelTarget | None:
     Raises:
         LoweringUnavailable: "triton" where it can't run.
     """
-    if lower == "triton":
+    if lower in ("triton", "triton+inductor"):
         return device_target(device)
     if lower == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return device_target(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.rank import ModelFacts, Rank
 from helix_compile.runtime.values import ValueDump
+from helix_compile.worlds.program import Program
 from helix_compile.worlds.world import World
 
 
@@ -35,6 +36,12 @@ class CompiledModule(Protocol):
     def lengths(self) -> Tensor: ...
     @property
     def value_dump(self) -> ValueDump | None: ...
+    def programs(self, end: str = "") -> list[Program] | None: ...
+    def short_end(self, what: str) -> fx.GraphModule | None: ...
+    def best_words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None: ...
+    def top_words(
+        self, input_ids: Tensor, attention_mask: Tensor | None, count: int
+    ) -> tuple[Tensor, Callable[[], Tensor]] | None: ...
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0) -> Any: ...
     def reset(self, rows: list[int] | None = None) -> None: ...
     def truncate(self, lengths: int | list[int] | Tensor) -> None: ...

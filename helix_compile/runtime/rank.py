@@ -42,7 +42,7 @@ def shard_of_name(plan: HelixPlan, prefixes: list[tuple[str, str]]) -> dict[str,
         prefix + shard.name: (prefix + shard.source, shard)
         for prefix, body in prefixes
         for shard in plan.body(body).param_shards
-    }
+    } | {shard.name: (shard.source, shard) for shard in plan.outer.param_shards}
 
 
 def params_of_stage(

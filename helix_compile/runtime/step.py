@@ -5,7 +5,7 @@ Every refusal names what, got, expected and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,11 +16,11 @@ from tqdm import tqdm
 from helix_compile.cache.pages import Ledger
 from helix_compile.capture.checks import autocast_device
 from helix_compile.errors import RuntimeFault
-from helix_compile.ir.graph import input_ref, placeholders, source_line
-from helix_compile.ir.tokens import mixing_node
+from helix_compile.ir.graph import source_line
 from helix_compile.layout.integers import plain_ints
 from helix_compile.runtime.compiled import CompiledModule
-from helix_compile.runtime.rank import Rank, follow_edits
+from helix_compile.runtime.prepared import PreparedSteps
+from helix_compile.runtime.rank import follow_edits
 
 SCORE_TOKENS = 2**22  # (sequences x tokens x context) of one chunk; bounds what a long step holds at a time
 MAX_CHUNK = 512
@@ -30,10 +30,14 @@ def run_step(
     module: CompiledModule,
     ledger: Ledger,
     graph: fx.GraphModule,
-    params: list[dict[str, Tensor]],
+    params: Sequence[Mapping[str, Tensor]],
+    tables: PreparedSteps,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     logits_to_keep: int = 0,
+    prepared: bool = True,
+    end: str = "",
+    outputs: list[Any] | None = None,
 ) -> Tensor:
     """Append input_ids [B, T] to each sequence's cache; logits [B, T or logits_to_keep, vocab].
 
@@ -42,7 +46,12 @@ def run_step(
         ledger: lengths and pages of its batch; they go on only when the whole step is done.
         graph: a stage whose moves are lowered.
         params: each rank's parameters of that stage.
+        tables: what steps of that stage need, kept from one to the next.
         input_ids: see HelixModule.forward(), as for the next two.
+        prepared: run the programs of compiled segments, where there are some; False: node by node.
+        end: "best": the shorter end of the graph that gives, in place of logits, the best word of the last column; "topM": the M
+            best of each rank, and its own logits.
+        outputs: gets what every rank in this process computed in the last chunk.
 
     Raises:
         RuntimeFault: what a step may not be.
@@ -55,7 +64,7 @@ def run_step(
             "computed in others; step outside of it, and helix_compile(model, dtype=...) for another dtype"
         )
     follow_edits(module.plan, module.graph, module.ranks, module.facts)
-    check_ids(input_ids, module.facts.vocab_size, module.plan.options.max_batch_size)
+    host_ids = check_ids(input_ids, module.facts.vocab_size, module.plan.options.max_batch_size)
     B, T = input_ids.shape
     if ledger.batch_size and ledger.batch_size != B:
         raise RuntimeFault(
@@ -64,7 +73,7 @@ def run_step(
         )
     mask = checked_mask(attention_mask, input_ids)
     padded = not bool(mask.all())
-    if padded and (mixing := mixing_node(graph, padding=True)) is not None and "leaf" not in mixing.meta:
+    if padded and (mixing := tables.mixing(graph, padding=True)) is not None and "leaf" not in mixing.meta:
         raise RuntimeFault(
             f"node `{mixing.name}` ({source_line(mixing) or 'no source'}) is not shown to treat each token of a call alone: padding "
             "(zeros of attention_mask) would be mixed into the tokens; give sequences of one length, without idle rows"
@@ -76,34 +85,58 @@ def run_step(
     if reach := module.plan.shortest_reach:
         ledger.check_columns(mask, reach)
     chunks = chunks_of(T, B, max(ledger.lengths, default=0) + T)
-    if len(chunks) > 1 and mixing_node(graph) is not None:
+    if len(chunks) > 1 and tables.mixing(graph) is not None:
         chunks = [slice(0, T)]  # what a token gets depends on the call's other tokens: a cut would change it
     past = max(ledger.lengths, default=0) + chunks[-1].start
     check_limits({"B": (B, B), "T": (T - chunks[-1].start, T), "S": (past, past)}, module.facts.limits)
     ledger.clear_tails({rank.rank: rank.cache for rank in module.ranks}, module.plan.layout)
     ids = input_ids.to(module.device, torch.int64)
+    if not end and logits_to_keep == 1 < T and graph is module.graph and module.value_dump is None:
+        end = "last" if module.short_end("last") is not None else ""
+    ended = module.short_end(end) if end else graph
+    assert ended is not None  # who asks for an end has seen that there is one
 
     def run_chunk(c: slice) -> Tensor:
-        step = {"input_ids": ids[:, c], "positions": ledger.positions(mask[:, c]), "page_table": ledger.pages_of(B)}
-        inputs = [_inputs_of(module, graph, rank, own, step) for rank, own in zip(module.ranks, params, strict=True)]
+        # on the host: ranks compare it, and a card need not be waited for
+        agreed = {
+            "input_ids": host_ids[:, c],
+            "positions": ledger.positions(mask[:, c]),
+            "page_table": ledger.pages_on_host(B),
+        }
+        step = {
+            "input_ids": ids[:, c].contiguous(),  # compiled segments know its strides
+            "positions": agreed["positions"].to(module.device),
+            "page_table": ledger.pages_of(B),
+        }
         ledger.promise(mask[:, c].sum(dim=1).tolist())
         recorder = None
         if module.value_dump is not None and graph is module.graph:
             caches = [cache for rank in module.ranks for cache in rank.cache]
             recorder = module.value_dump.recorder(graph, caches, mask[:, c], module.world.is_leader)
         with torch.no_grad(), recorder or nullcontext():
-            logits = module.world.run(graph, inputs, recorder)[0]
+            if (
+                prepared
+                and recorder is None
+                and graph is module.graph
+                and (programs := module.programs(end)) is not None
+            ):
+                given = module.world.run_programs(programs, step, agreed)
+            else:
+                inputs = tables.inputs(ended, module.ranks, params, step)
+                given = module.world.run(ended, inputs, recorder, agreed)
         if recorder is not None:
             recorder.write()
         ledger.count_padding(mask[:, c])
         ledger.advance(mask[:, c].sum(dim=1).tolist())
-        return logits
+        if outputs is not None:
+            outputs[:] = given
+        return given[0][0] if isinstance(given[0], tuple) else given[0]
 
     shown = None if module.world.is_leader else True
     bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
     before = list(ledger.lengths), list(ledger.gaps), list(ledger.tails)
     try:
-        logits = kept_logits(run_chunk, bar, first, T)
+        logits = [run_chunk(c) for c in bar][-1] if end else kept_logits(run_chunk, bar, first, T)
         _check_range(module, logits, mask[:, first:])
         return logits
     except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
@@ -120,31 +153,6 @@ def _check_range(module: CompiledModule, logits: Tensor, mask: Tensor) -> None:
             "float16: logits that are not finite: a value exceeded 65504, in the model itself or in one rank's part of a sum "
             "(docs/limits.md); the step was not taken. Compile with dtype=torch.bfloat16 or torch.float32"
         )
-
-
-def _inputs_of(
-    module: CompiledModule, graph: fx.GraphModule, rank: Rank, params: dict[str, Tensor], step: dict[str, Tensor]
-) -> list[Any]:
-    layout = module.plan.layout
-    coordinates = {
-        f"{axis}_rank": torch.tensor(layout.index(axis, rank.rank), device=module.device) for axis in ("kvp", "ep")
-    }
-    values: list[Any] = []
-    for node in placeholders(graph.graph):
-        ref = input_ref(node)
-        if ref.kind == "param":
-            if ref.name not in params:
-                raise RuntimeFault(f"rank {rank.rank} has no parameter {ref.name!r}")
-            values.append(params[ref.name])
-        elif ref.kind == "cache":
-            values.append(rank.cache[ref.site])
-        elif ref.kind == "scale":
-            values.append(rank.scales[ref.site])
-        elif ref.kind == "leaf":
-            values.append(rank.leaves[ref.name])
-        else:
-            values.append(step[ref.name] if ref.name in step else coordinates[ref.name])
-    return values
 
 
 _WHAT = {"B": "sequences", "T": "new tokens", "S": "cached tokens"}
@@ -177,8 +185,8 @@ def _refuse_odd(name: str, tensor: Tensor) -> None:
         raise RuntimeFault(f"{name} is {kind}; expected a plain tensor with values")
 
 
-def check_ids(input_ids: Tensor, vocab_size: int, max_batch_size: int) -> None:
-    """input_ids must be [B, T] int, 1 <= B <= max_batch_size, T >= 1, ids in the vocabulary."""
+def check_ids(input_ids: Tensor, vocab_size: int, max_batch_size: int) -> Tensor:
+    """input_ids as int64 on the host. Must be [B, T] int, 1 <= B <= max_batch_size, T >= 1, ids in the vocabulary."""
     if not isinstance(input_ids, Tensor):
         raise RuntimeFault(f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}")
     if input_ids.dtype not in (torch.int64, torch.int32):
@@ -193,9 +201,11 @@ def check_ids(input_ids: Tensor, vocab_size: int, max_batch_size: int) -> None:
         raise RuntimeFault(
             f"{B} sequences > max_batch_size={max_batch_size}; compile with max_batch_size={B} or split the batch"
         )
-    low, high = int(input_ids.min()), int(input_ids.max())
+    host = input_ids.to("cpu", torch.int64)  # from a card once; all that follows reads the copy
+    low, high = int(host.min()), int(host.max())
     if low < 0 or high >= vocab_size:
         raise RuntimeFault(f"token ids must be in [0, {vocab_size}), got ids from {low} to {high}")
+    return host
 
 
 def checked_mask(mask: Tensor | None, input_ids: Tensor) -> Tensor:

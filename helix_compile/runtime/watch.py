@@ -11,6 +11,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import attrgetter, call, getitem, is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ class ModelWatch:
     _containers: list[tuple[str, Any, list[Any]]] = field(default_factory=list)
     _children: list[tuple[str, Mapping[str, Any], int]] = field(default_factory=list)
     _model: Callable[[], nn.Module | None] = lambda: None
+    _marks: _Marks | None = None
 
     @classmethod
     def of(cls, model: nn.Module, constants: Mapping[str, Tensor]) -> ModelWatch:
@@ -60,6 +63,7 @@ class ModelWatch:
                     watch._hold_container(f"{prefix}.{key}" if prefix else key, container)
         for name, value in constants.items():
             watch._tensors[name] = (value, state_of(value))
+        watch._marks = _Marks(watch)
         return watch
 
     def _hold_container(self, name: str, container: Any) -> None:
@@ -97,6 +101,18 @@ class ModelWatch:
         Raises:
             RuntimeFault: names what was replaced, or given another hook or forward.
         """
+        found = [] if self._is_untouched() else self._touched()
+        seen = set(found)
+        return found + [
+            n for n, (t, old) in self._samples.items() if n not in seen and not torch.equal(_values(t), old)
+        ]
+
+    def _is_untouched(self) -> bool:
+        """Everything is the object and has the version that it was: asked in C, a deep model has thousands."""
+        return self._marks is not None and self._marks.hold() and not global_hooks()
+
+    def _touched(self) -> list[str]:
+        """As edited(), of what shows without looking at values; one by one, to say what it was."""
         if changed := [name or "the model" for name, own, calls in self._calls if _calls_of(own) != calls]:
             raise _other_code(changed)
         if more := [name or "the model" for name, kept, count in self._children if len(kept) != count]:
@@ -126,8 +142,6 @@ class ModelWatch:
                 f"the model changed since compile: {_listed(gone)} replaced (another dtype or device, another parameter or "
                 f"module); the ranks hold what was there before: {_AGAIN}"
             )
-        seen = set(found)
-        found += [n for n, (t, old) in self._samples.items() if n not in seen and not torch.equal(_values(t), old)]
         return found
 
     def is_live(self, name: str, original: Tensor) -> bool:
@@ -142,6 +156,50 @@ class ModelWatch:
             tensor = self._tensors[name][0]
             self._tensors[name] = (tensor, state_of(tensor))
         self.sample(n for n in names if n in self._samples)
+        self._marks = _Marks(self)
+
+
+class _Marks:
+    """What a watch holds, laid out so that one pass in C says that nothing of it changed. What changed it can't say."""
+
+    def __init__(self, watch: ModelWatch):
+        self._watch = watch
+        self._getters: list[Callable[[str], Any]] = [kept.get for _, kept, _, _ in watch._held]
+        self._keys = [key for _, _, key, _ in watch._held]
+        self._values = [value for _, _, _, value in watch._held]
+        self._children = [kept for _, kept, _ in watch._children]
+        self._counts = [count for _, _, count in watch._children]
+        own = [attributes for _, attributes, _ in watch._calls]
+        self._own = own
+        self._forwards = [attributes.get("forward") for attributes in own]
+        # modules that had hooks when they were captured are few
+        self._hooked = [(a, calls) for a, (_, _, calls) in zip(own, watch._calls, strict=True) if _has_hooks(a)]
+        self._hookless = [a for a in own if not _has_hooks(a)]
+        self._tensors = [tensor for tensor, _ in watch._tensors.values()]
+        self._places = [place for _, (place, _) in watch._tensors.values()]
+        counted = [(t, state) for t, state in watch._tensors.values() if not t.is_inference()]
+        self._counted, self._versions = [t for t, _ in counted], [version for _, (_, version) in counted]
+
+    def hold(self) -> bool:
+        """True if nothing changed, as far as identities, counts, storages and versions say."""
+        hooks = (map(getitem, self._hookless, repeat(name)) for name in ("_forward_hooks", "_forward_pre_hooks"))
+        return (
+            all(map(is_, map(call, self._getters, self._keys), self._values))
+            and [*map(len, self._children)] == self._counts
+            and all(map(is_, map(dict.get, self._own, repeat("forward")), self._forwards))
+            and not any(map(any, hooks))
+            and all(_calls_of(attributes) == calls for attributes, calls in self._hooked)
+            and [*map(methodcaller("data_ptr"), self._tensors)] == self._places
+            and [*map(attrgetter("_version"), self._counted)] == self._versions
+            and all(
+                [*map(id, map(itemgetter(1), _items(container)))] == [*map(id, held)]
+                for _, container, held in self._watch._containers
+            )
+        )
+
+
+def _has_hooks(own: dict[str, Any]) -> bool:
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:

@@ -119,8 +119,15 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
     _check_scaled(lowered, bool(scales))
     for node in lowered.graph.nodes:
         looked_up = is_call(node, aten.embedding.default) and node.args[1] in inputs_of(lowered.graph, "input")
-        if looked_up and (words := _shape(node.args[0])[0]) != facts.vocab_size:
-            raise HelixError(f"graphs.json: vocab_size is {facts.vocab_size}, its embedding `{node.name}` has {words}")
+        if not looked_up and helix_op(node) != "embed_rows":
+            continue
+        table = node.args[0] if looked_up else node.args[1]
+        shard = plan.outer.shard(input_ref(table).name)
+        words = _shape(table)[0] if shard is None else shard.source_shape[0]
+        if words != facts.vocab_size or (shard is not None and _shape(table) != shard.shape):
+            raise HelixError(
+                f"graphs.json: vocab_size is {facts.vocab_size!r}, its embedding `{node.name}` has {words}"
+            )
 
 
 def _check_scaled(lowered: fx.GraphModule, scaled: bool) -> None:

@@ -170,7 +170,7 @@ def load_parts(
         )
         lowered = stages[SAVED_STAGES[-1]]
         check_saved_inputs(lowered, plan, facts)
-    opened = open_world(HelixMesh(plan.layout), world, there)
+    opened = open_world(HelixMesh(plan.layout), world, there, plan.options.check)
     with _reading(folder / "views.json"):
         params = read_params(folder, _json(folder / "views.json"), there, opened)
         check_saved_params(lowered, params)
@@ -219,7 +219,10 @@ def _configurations(folder: Path) -> dict[str, Any]:
             "generation_config": GenerationConfig.from_pretrained(folder) if generation.exists() else None,
         }
     except Exception as error:  # transformers checks a config by many exception classes of its own
-        raise HelixError(f"{folder / 'config.json'}: can't be read: {error}") from error
+        reason: object = error
+        if "trust_remote_code" in str(error):
+            reason = "its model_type is none of transformers', and code that an auto_map names is never run"
+        raise HelixError(f"{folder / 'config.json'}: can't be read: {reason}") from error
 
 
 def _read(path: Path) -> str:

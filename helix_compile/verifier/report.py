@@ -49,6 +49,7 @@ CODES: dict[str, str] = {
     "HX408": "the router chooses other experts",
     "HX409": "logits of the two modules deviate from each other",
     "HX410": "a query attends to other keys than the indexer chooses",
+    "HX411": "a compiled segment computes something else than its graph",
     "HX501": "the module faults while it runs",
     "HX502": "a deadlock, or ranks that disagree on a collective",
     "HX503": "the original model can't run",

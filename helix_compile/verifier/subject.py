@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from helix_compile.capture.captured import CapturedGraph, source_of
 from helix_compile.capture.leaves import bind_leaves
 from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.stage import uncut
 from helix_compile.layout.placement import normal_form, parse_layout
 from helix_compile.module import HelixModule
 from helix_compile.passes.pipeline import STAGES, lowered_copy
@@ -150,7 +151,7 @@ def check_steps(subject: Subject) -> None:
         check.notes.append(
             "no sequence sits out a step: the original's own layers with a state take padding behind a prompt as tokens"
         )
-    stages = [n for n in compiled.stages if n != STAGES[0] and (n == STAGES[-1] or compiled.facts.originals)]
+    stages = [n for n in uncut(compiled.stages) if n != STAGES[0] and (n == STAGES[-1] or compiled.facts.originals)]
     if len(stages) < len(STAGES) - 1:
         check.notes.append(f"a reloaded module holds the weights of {STAGES[-1]!r} only: the other stages were not run")
     for stage in stages:

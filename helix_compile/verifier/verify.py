@@ -31,6 +31,7 @@ from helix_compile.module import HelixModule
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.runtime.rank import follow_edits, originals, shard_of_name
 from helix_compile.verifier.numeric.cache_check import check_import
+from helix_compile.verifier.numeric.segments_check import check_segments
 from helix_compile.verifier.pair import check_pair
 from helix_compile.verifier.report import Check, Finding, Progress, VerificationReport, grouped
 from helix_compile.verifier.static import choice as static_choice
@@ -139,6 +140,9 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     subject = Subject(compiled, same, captured, matches, typed, seed, say, check)
     check.guarded("layers", partial(check_layers, subject))
     check.guarded("steps", partial(check_steps, subject))
+    if compiled.plan.options.compiles_segments:
+        say("numeric: compiled segments against their graphs")
+        check.guarded("segments", partial(check_segments, compiled, seed, check))
     return check
 
 
@@ -166,6 +170,7 @@ def _static(
     found += every_layer_is_called(graph, captured.all_layers)
     checks: list[Callable[[], list[Finding]]] = [
         lambda: static_plan.check_collectives(graph, plan, matches),
+        lambda: static_plan.check_vocabulary(graph, plan, captured),
         lambda: static_plan.check_work(typed.module, plan, matches, whole),
         lambda: static_ranks.check_ledger(graph, plan),
         lambda: static_ranks.check_scales(compiled.ranks, plan, len(compiled.facts.caches)),

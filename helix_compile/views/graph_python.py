@@ -28,7 +28,7 @@ from torch._logging import trace_structured
 from helix_compile.errors import HelixError
 from helix_compile.ir.origin import CAPTURED, ORIGIN, SOURCE, STAGE
 from helix_compile.ir.sizes import layout_text, shape_text
-from helix_compile.ir.stage import bodies_of
+from helix_compile.ir.stage import graphs_of
 
 _WIDTH = 100
 
@@ -55,9 +55,14 @@ _KERNELS = "import helix_compile.kernels.catalog  # registers torch.ops.helix_tr
 
 def format_python(gm: fx.GraphModule, name: str, title: str = "") -> str:
     """A graph, and the bodies that it calls, as a module with one function each."""
-    functions = [format_function(g.graph, n) for n, g in (*bodies_of(gm).items(), (name, gm))]
+    called = [(n, g) for n, g in reversed(graphs_of(gm)) if g is not gm]  # a segment before the body that calls it
+    functions = [format_function(g.graph, n) for n, g in (*sorted(called, key=_is_body), (name, gm))]
     kernels = _KERNELS if any("torch.ops.helix_triton." in f for f in functions) else ""
     return "\n\n".join([_HEADER.format(title=title or name, kernels=kernels), *functions])
+
+
+def _is_body(named: tuple[str, fx.GraphModule]) -> bool:
+    return "_segment_" not in named[0]
 
 
 def format_function(graph: fx.Graph, name: str, layouts: bool = True) -> str:
@@ -152,11 +157,14 @@ def stage_diff(stages: dict[str, fx.GraphModule], before: str, after: str, conte
     Layouts are compared where both stages have them: nobody infers those of a captured graph.
     """
     parts: list[str] = []
-    for name in (*bodies_of(stages[before]), ""):
-        pair = [stages[stage].get_submodule(name).graph for stage in (before, after)]
+    held = [{n: g.graph for n, g in graphs_of(stages[stage])} for stage in (before, after)]
+    names = list(dict.fromkeys(name for graphs in held for name in graphs))
+    for shown in (*names[1:], names[0]):  # what is around the bodies last
+        pair = [graphs[shown] for graphs in held if shown in graphs]
         typed = all(any("layout" in n.meta for n in graph.nodes) for graph in pair)
-        shown = name or "outer"
-        old, new = (format_function(graph, shown, typed).splitlines() for graph in pair)
+        old, new = (
+            format_function(graphs[shown], shown, typed).splitlines() if shown in graphs else [] for graphs in held
+        )
         parts += difflib.unified_diff(old, new, f"{before}/{shown}", f"{after}/{shown}", n=context, lineterm="")
     return "\n".join(parts) + ("\n" if parts else "")
 

@@ -18,7 +18,7 @@ from torch import fx
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
 from helix_compile.ir.graph import helix_op, inputs_of
-from helix_compile.ir.stage import OUTER, body_of, graphs_of
+from helix_compile.ir.stage import OUTER, body_of, graphs_of, uncut
 from helix_compile.passes.lower.select_kernels import KERNEL
 from helix_compile.passes.pipeline import STAGES
 from helix_compile.plan.helix_plan import OF_CANDIDATES, BodyPlan, HelixPlan, number
@@ -80,16 +80,16 @@ class Inspection:
 
     def _trace(self) -> str:
         """The predicted schedule of one layer of each body; opens in Perfetto."""
-        lowered = list(self.stages.values())[-1]
+        lowered = list(uncut(self.stages).values())[-1]
         return json.dumps(chrome_trace(predict_schedule(self.plan, lowered), self.plan))
 
     def _pictures(self) -> dict[str, str]:
         """report.html, model_explorer.json, and NAME.svg of each body."""
         files = {
-            "report.html": format_html_report(self.plan, self.stages, self.facts),
-            "model_explorer.json": format_model_explorer(self.plan, self.stages),
+            "report.html": format_html_report(self.plan, uncut(self.stages), self.facts),
+            "model_explorer.json": format_model_explorer(self.plan, uncut(self.stages)),
         }
-        for views in body_views(self.plan, self.stages):
+        for views in body_views(self.plan, uncut(self.stages)):
             layers = ranges_text(list(views.plan.layers))
             title = f"{self.plan.model}, {views.plan.name} (layers {layers})"
             files[f"{views.plan.name}.svg"] = format_layer_svg(title, views.before, views.after)
@@ -98,7 +98,7 @@ class Inspection:
     def _graph_files(self) -> dict[str, str]:
         """NAME.before.py and NAME.after.py of each body and the outer graph: Python that runs."""
         files = {}
-        names = list(self.stages)
+        names = list(uncut(self.stages))
         for moment, stage in (("before", names[0]), ("after", names[-1])):
             for name, gm in graphs_of(self.stages[stage]):
                 title = f"{name} of {self.plan.model}, stage {stage}."
@@ -120,7 +120,7 @@ class Inspection:
 
 def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspection:
     """Collect the facts of a plan and its stages."""
-    first, last = next(iter(stages.values())), list(stages.values())[-1]
+    first, last = next(iter(stages.values())), list(uncut(stages).values())[-1]
     facts = {
         "model": plan.model,
         "dtype": plan.dtype,
@@ -130,14 +130,14 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
         "layers": [_layer_facts(plan, b, first, last) for b in plan.bodies],
         "collectives": [
             {
-                "body": body.name,
+                "body": name,
                 "op": c.op,
                 "axis": c.axis,
                 "what": c.what,
                 "egress_bytes_per_rank_per_token": number(c.egress_bytes_per_rank_per_token),
             }
-            for body in plan.bodies
-            for c in body.collectives
+            for name, collectives in (*((b.name, b.collectives) for b in plan.bodies), (OUTER, plan.outer.collectives))
+            for c in collectives
         ],
         "egress_bytes_per_rank_per_token": number(plan.egress_bytes_per_rank_per_token),
         "sparse": [facts for body in plan.bodies for facts in _sparse_facts(plan, body, last)],

@@ -1,15 +1,14 @@
 """One rank a process: the graphs of the virtual world, text for text, over torch.distributed.
 
 Axis names become process groups only here, while a graph runs. Nothing replaces c10d: a collective node calls its
-_c10d_functional op with the group's name, and wait_tensor waits for it. Before a step the ranks agree on what they run.
+_c10d_functional op with the group's name, and wait_tensor waits for it. What the ranks must agree on: agreement.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any
@@ -20,24 +19,25 @@ from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.collectives import COLLECTIVES, WAIT
-from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.layout.degrees import HelixMesh
+from helix_compile.worlds.agreement import AgreedInputs, StartAgreement, StepAgreement
 from helix_compile.worlds.groups import axis_groups, next_world
 from helix_compile.worlds.guard import RankGuard, is_transport_error
+from helix_compile.worlds.program import Program
 from helix_compile.worlds.virtual import check_axis
-from helix_compile.worlds.walk import Graphs, Hook, Pending, Walk
+from helix_compile.worlds.walk import Graphs, Hook, Pending, Post, Walk, rank_fault
+
+_Walking = Generator[tuple[Pending, str], Tensor | None, Any]
 
 
 class DistributedWorld:
     """This process's rank of `mesh`; its peers are the other members of the parent group.
 
     Attributes:
-        sent_bytes: one entry, the bytes that left this rank since the last reset_counters(), as the virtual world
-            counts them.
         num_collectives: collectives that this rank took part in, by (op, axis).
     """
 
-    def __init__(self, mesh: HelixMesh, parent: Any, timeout: timedelta):
+    def __init__(self, mesh: HelixMesh, parent: Any, timeout: timedelta, check: str):
         self.mesh, self._timeout = mesh, timeout
         self._parent: Any = parent  # until start(): who holds a group keeps its threads alive
         self.rank = parent.rank()
@@ -49,7 +49,8 @@ class DistributedWorld:
         store = dist.PrefixStore(f"helix/{next_world(parent)}", parent.get_group_store())
         fake = dist.get_backend(parent) == "fake"
         self.guard = RankGuard(store, self.rank, 1 if fake else mesh.world_size, timeout)
-        self._agreement = RankAgreement(self.guard)
+        self._start_agreement = StartAgreement(self.guard)
+        self._agreement, self._agreed_inputs = StepAgreement(self.guard, check), AgreedInputs()
 
     @property
     def ranks(self) -> Sequence[int]:
@@ -61,9 +62,14 @@ class DistributedWorld:
         """True on rank 0, which prints and writes what all ranks have in common."""
         return self.rank == 0
 
+    @property
+    def sent_bytes(self) -> list[Fraction]:
+        """One entry, the bytes that left this rank since the last reset_counters(), as the virtual world counts them."""
+        return [sum((n * COLLECTIVES[op].egress(peers, b) for (op, peers, b), n in self._sent.items()), Fraction(0))]
+
     def reset_counters(self) -> None:
         """Start counting bytes and collectives again."""
-        self.sent_bytes = [Fraction(0)]
+        self._sent = Counter[tuple[str, int, int]]()  # (op, peers, bytes of its argument)
         self.num_collectives: dict[tuple[str, str], int] = {}
 
     def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
@@ -72,31 +78,51 @@ class DistributedWorld:
         Raises:
             RuntimeFault: names the rank that differs, and in what.
         """
-        said = self._agreement.differing({name: claim() for name, claim in claims.items()}, "start")
+        said = self._start_agreement.differing({name: claim() for name, claim in claims.items()}, "start")
         if said:
             raise RuntimeFault(said)
         self._groups = axis_groups(self._parent, self.mesh, self._timeout)
         self._parent = None
 
-    def run(self, graphs: Graphs, inputs: Sequence[Sequence[Any]], hook: Hook | None = None) -> list[Any]:
+    def run(
+        self,
+        graphs: Graphs,
+        inputs: Sequence[Sequence[Any]],
+        hook: Hook | None = None,
+        agreed: Mapping[str, Tensor] | None = None,
+    ) -> list[Any]:
         """Run this rank's graph (`graphs`, or its one item) on inputs[0]; returns [output]. Every rank calls it.
 
         Args:
             hook: called with (rank, node, value) after every node.
+            agreed: what all ranks must give alike, on the host; default: read from the inputs.
 
         Raises:
-            RuntimeFault: ranks that differ in the step's inputs (nothing was run then); a peer that raised, died or is
-                stuck; a fault of the graph. After the last two the ranks no longer agree on where they are, and every
-                later run is refused.
+            RuntimeFault: ranks that differ in the step's inputs (nothing was run then), or differed in those of the step
+                before; a peer that raised, died or is stuck; a fault of the graph. After all but the first the ranks no
+                longer agree on where they are, and every later run is refused.
         """
+        graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[0]
+        if agreed is None:
+            agreed = self._agreed_inputs.of(graph.graph, inputs[0])
+        return self._agreed(agreed, lambda post: Walk(self.rank, post, {}, hook).graph(graph, inputs[0], ""))
+
+    def run_programs(
+        self, programs: Sequence[Program], step: Mapping[str, Tensor], agreed: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
+        """Run a step that is prepared: this rank's program on the inputs `step`; takes, returns and raises as run()."""
+        (program,) = programs
+        return self._agreed(step if agreed is None else agreed, lambda post: program.walk(step, post))
+
+    def _agreed(self, agreed: Mapping[str, Tensor], walk: Callable[[Post], _Walking]) -> list[Any]:
+        """Walk when all ranks have the same step."""
         if self._broken:
             raise RuntimeFault(f"these ranks can't go on, start them again; what happened: {self._broken}")
-        graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[0]
         self.guard.begin_step()
         try:
-            said = self._agreement.differing(_input_claims(graph, inputs[0]), "input_ids")
+            said = self._agreement.begin(agreed, "input_ids")
             if not said:
-                return [self._walk(graph, inputs[0], hook)]
+                return [self._walk(walk)]
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             self.guard.raised(error)
@@ -104,6 +130,18 @@ class DistributedWorld:
         finally:
             self.guard.end_step()
         raise RuntimeFault(said)
+
+    def settle(self) -> None:
+        """Compare what of the last step is not compared yet. Every rank calls it; nobody waits long.
+
+        Raises:
+            RuntimeFault: the ranks took it with different inputs; every later run is refused.
+        """
+        try:
+            self._agreement.settle("between steps")
+        except RuntimeFault as error:
+            self._broken = self._broken or f"{type(error).__name__}: {error}"
+            raise
 
     def share_random_state(self, device: torch.device) -> None:
         """Every rank goes on with rank 0's random state, so that sampling gives the same tokens. Collective."""
@@ -130,7 +168,7 @@ class DistributedWorld:
         self._gathers += 1
         return texts
 
-    def _walk(self, graph: fx.GraphModule, inputs: Sequence[Any], hook: Hook | None) -> Any:
+    def _walk(self, walk: Callable[[Post], _Walking]) -> Any:
         started: dict[int, tuple[Tensor, str]] = {}
 
         def post(op: str, args: tuple, where: str) -> Pending:
@@ -140,27 +178,26 @@ class DistributedWorld:
             return Pending(op, ticket)
 
         tickets: list[str] = []
-        walk = Walk(self.rank, post, {}, hook)
-        steps = walk.graph(graph, inputs, "")
+        steps = walk(post)
         value = None
         try:
             while True:
                 pending, where = steps.send(value)
                 if pending.ticket not in started:
                     number = f"collective #{pending.ticket}"
-                    raise walk.fault(where, f"{pending.op} ({number}) is waited for twice")
+                    raise rank_fault(self.rank, where, f"{pending.op} ({number}) is waited for twice")
                 value = self._guarded(where, WAIT, started.pop(pending.ticket)[0])
         except StopIteration as stop:
             if started:
                 left = ", ".join(where for _, where in started.values())
-                raise walk.fault(left, "started, but never waited for") from None
+                raise rank_fault(self.rank, left, "started, but never waited for") from None
             return stop.value
 
     def _start(self, op: str, args: tuple, where: str) -> Tensor:
         tensor, axis = args[0], args[-1]
         check_axis(self.mesh, axis, self.rank, where)
         members = self.mesh.members(axis, self.rank)
-        self.sent_bytes[0] += COLLECTIVES[op].egress(len(members), tensor.nbytes)
+        self._sent[op, len(members), tensor.nbytes] += 1
         self.num_collectives[(op, axis)] = self.num_collectives.get((op, axis), 0) + 1
         if len(members) == 1:
             return tensor.clone()
@@ -179,74 +216,3 @@ class DistributedWorld:
             if is_transport_error(error):
                 raise self.guard.lost_peers(where, error) from error
             raise RuntimeFault(f"rank {self.rank}, node {where}: {type(error).__name__}: {error}") from error
-
-
-def _input_claims(graph: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, str]:
-    """Shape and digest of what a step gives every rank alike: ids, positions (so lengths and mask too), pages."""
-    claims = {}
-    for node, value in zip(placeholders(graph.graph), inputs, strict=True):
-        kind, name = input_ref(node)
-        if kind == "input" and not name.endswith("_rank") and isinstance(value, Tensor):
-            stored = value.detach().cpu().contiguous().numpy().tobytes()
-            claims[name] = f"{list(value.shape)} (digest {hashlib.blake2b(stored, digest_size=4).hexdigest()})"
-    return claims
-
-
-_EQUAL = "equal"
-
-
-class RankAgreement:
-    """Do all ranks mean the same? Each says what it has, rank 0 compares, everyone hears the verdict.
-
-    It goes through the store, not through a collective: ranks that disagree may not be able to run one together. One
-    round is a set, a wait and a get for a rank, and one multi_get for rank 0, whatever the number of ranks.
-    """
-
-    def __init__(self, guard: RankGuard):
-        self.guard = guard
-        self._round = 0
-
-    def differing(self, claims: Mapping[str, str], node: str) -> str:
-        """Who differs from the others in what, the same text on every rank; "" if all ranks claim the same.
-
-        Args:
-            claims: what -> short text.
-            node: where the step is, for a peer that does not come.
-
-        Raises:
-            RuntimeFault: a peer raised, died or is stuck.
-        """
-        guard, store, rank = self.guard, self.guard.store, self.guard.rank
-        if guard.world_size == 1:
-            return ""
-        verdict = f"verdict/{self._round}/0"
-        keys = [f"claims/{self._round}/{r}" for r in range(guard.world_size)]
-        store.set(keys[rank], json.dumps(dict(claims)))
-        if rank == 0:
-            guard.wait(keys, node)
-            said = difference([json.loads(text) for text in store.multi_get(keys)], guard.step)
-            store.set(verdict, said or _EQUAL)
-            if self._round:
-                store.delete_key(f"verdict/{self._round - 1}/0")  # all ranks are past it
-        else:
-            guard.wait([verdict], node, owed=keys)
-            said = store.get(verdict).decode()
-        store.delete_key(keys[rank])  # rank 0 has read it
-        self._round += 1
-        return "" if said == _EQUAL else said
-
-
-def difference(claims: list[dict[str, str]], step: int) -> str:
-    """Which rank differs in what from most; "" if none does."""
-    found = []
-    for name in dict.fromkeys(name for claim in claims for name in claim):
-        values = [claim.get(name, "nothing") for claim in claims]
-        usual = Counter(values).most_common(1)[0][0]
-        witness = values.index(usual)
-        found += [
-            f"rank {r} has {name} {value}, rank {witness} has {usual}"
-            for r, value in enumerate(values)
-            if value != usual
-        ]
-    when = f"in step {step}" if step else "before the first step"
-    return f"ranks disagree {when}: {'; '.join(found)}" if found else ""

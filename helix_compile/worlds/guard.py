@@ -126,23 +126,26 @@ class RankGuard:
         Raises:
             RuntimeFault: a peer raised or died meanwhile, or the timeout passed; names the rank.
         """
+        # check() in a loop: a wait() that times out logs two lines of C++ each time
+        self.wait_until(lambda: self.store.check(keys), lambda: self._absent(owed) or self._absent(keys), node)
+
+    def wait_until(self, done: Callable[[], bool], late: Callable[[], list[int]], node: str) -> None:
+        """Until `done`; `late` names the ranks that it waits for. Raises as wait()."""
         self.node = node
         started = time.monotonic()
         looked, pause = started, _FIRST_PAUSE_S
         try:
-            # check() in a loop: a wait() that times out logs two lines of C++ each time
-            while not self.store.check(keys):
+            while not done():
                 time.sleep(pause)
                 pause = min(2 * pause, _LOOK_S)
                 now = time.monotonic()
                 if now - started > self.timeout.total_seconds():
-                    missing = self._absent(owed) or self._absent(keys)
-                    records = self._records()
+                    missing, records = late(), self._records()
                     raise self.fault(node, "; ".join(_stuck(r, records[r]) for r in missing))
                 if now - looked > _LOOK_S:
                     looked = now
                     found = self._culprits(self._records())
-                    if found and not self.store.check(keys):  # they may come, and then leave
+                    if found and not done():  # they may come, and then leave
                         raise self.fault(node, found)
         except dist.DistNetworkError as error:
             raise self.fault(node, f"the store of torchrun's agent is gone: {error}") from error

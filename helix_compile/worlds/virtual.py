@@ -8,7 +8,7 @@ groups do, not by node name; so a fault is reported with rank, node and what is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.collectives import ALL_TO_ALL, COLLECTIVES, CollectiveOp
 from helix_compile.layout.degrees import HelixMesh
+from helix_compile.worlds.program import Program
 from helix_compile.worlds.walk import Graphs, Hook, Pending, Walk
 
 Key = tuple[str, tuple[int, ...], int]  # axis, members of the group, sequence number
@@ -117,7 +118,6 @@ class VirtualWorld:
     """Runs one graph per rank to completion, ranks taking turns.
 
     Attributes:
-        sent_bytes: bytes that left each rank since the last reset_counters().
         num_collectives: collectives by (op, axis), counted once for a group.
     """
 
@@ -138,6 +138,9 @@ class VirtualWorld:
     def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
         """Nothing to compare: all ranks come from one model."""
 
+    def settle(self) -> None:
+        """Nothing to compare: every rank was given the same tensors."""
+
     def share_random_state(self, device: torch.device) -> None:
         """Nothing to share: one process samples."""
 
@@ -145,16 +148,32 @@ class VirtualWorld:
         """[mine]."""
         return [mine]
 
+    @property
+    def sent_bytes(self) -> list[Fraction]:
+        """Bytes that left each rank since the last reset_counters()."""
+        sent = [Fraction(0)] * self.mesh.world_size
+        for (op, members, nbytes), count in self._sent.items():
+            for rank in members:
+                sent[rank] += count * COLLECTIVES[op].egress(len(members), nbytes)
+        return sent
+
     def reset_counters(self) -> None:
         """Start counting bytes and collectives again."""
-        self.sent_bytes = [Fraction(0)] * self.mesh.world_size
+        self._sent = Counter[tuple[str, tuple[int, ...], int]]()  # (op, members, bytes of an argument)
         self.num_collectives: dict[tuple[str, str], int] = {}
 
-    def run(self, graphs: Graphs, inputs: Sequence[Sequence[Any]], hook: Hook | None = None) -> list[Any]:
+    def run(
+        self,
+        graphs: Graphs,
+        inputs: Sequence[Sequence[Any]],
+        hook: Hook | None = None,
+        agreed: Mapping[str, Tensor] | None = None,
+    ) -> list[Any]:
         """Run `graphs` (one for all, or one a rank) on `inputs[rank]`; returns the outputs by rank.
 
         Args:
             hook: called with (rank, node, value) after every node; a call_module's nodes come before it.
+            agreed: not read: one process gives what all ranks must have alike.
 
         Raises:
             RuntimeFault: deadlock, ranks that disagree, a pending value that is used, split sizes that do not fit.
@@ -164,8 +183,20 @@ class VirtualWorld:
         walks = {}
         for rank in self.ranks:
             graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[rank]
-            walk = Walk(rank, self._post_of(rank, mailbox), steps, hook)
-            walks[rank] = walk.graph(graph, inputs[rank], "")
+            walks[rank] = Walk(rank, self._post_of(rank, mailbox), steps, hook).graph(graph, inputs[rank], "")
+        return self._take_turns(walks, mailbox)
+
+    def run_programs(
+        self, programs: Sequence[Program], step: Mapping[str, Tensor], agreed: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
+        """Run a step that is prepared: one program a rank, all on the inputs `step`; returns and raises as run()."""
+        mailbox: dict[Key, Exchange] = {}
+        walks = {program.rank: program.walk(step, self._post_of(program.rank, mailbox)) for program in programs}
+        return self._take_turns(walks, mailbox)
+
+    def _take_turns(
+        self, walks: dict[int, Generator[tuple[Pending, str], Tensor | None, Any]], mailbox: dict[Key, Exchange]
+    ) -> list[Any]:
         waiting: dict[int, tuple[Key, str] | None] = dict.fromkeys(walks)
         outputs: dict[int, Any] = {}
         while walks:
@@ -209,9 +240,7 @@ class VirtualWorld:
             op = _agreed_op(key, exchange)
             tensors = [exchange.posts[rank].tensor for rank in members]
             exchange.results = dict(zip(members, op.outcome(tensors), strict=True))
-            sent = op.egress(len(members), tensors[0].nbytes)  # all alike
-            for rank in members:
-                self.sent_bytes[rank] += sent
+            self._sent[op.name, members, tensors[0].nbytes] += 1  # all alike
             # who posted what and where is kept, not the tensors
             exchange.posts = {r: p._replace(tensor=p.tensor.new_empty(0)) for r, p in exchange.posts.items()}
             self.num_collectives[(op.name, axis)] = self.num_collectives.get((op.name, axis), 0) + 1

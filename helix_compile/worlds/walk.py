@@ -123,7 +123,12 @@ class Walk:
 
     def fault(self, where: str, what: str) -> RuntimeFault:
         """An error that says which rank and node."""
-        return RuntimeFault(f"rank {self.rank}, node {where}: {what}")
+        return rank_fault(self.rank, where, what)
+
+
+def rank_fault(rank: int, where: str, what: str) -> RuntimeFault:
+    """An error that says which rank and node."""
+    return RuntimeFault(f"rank {rank}, node {where}: {what}")
 
 
 def _steps(graph: fx.Graph) -> list[_Step]:

@@ -12,11 +12,13 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from helix_compile.errors import HelixError, PlanError
 from helix_compile.layout.degrees import HelixLayout, HelixMesh
 from helix_compile.worlds.distributed import DistributedWorld
 from helix_compile.worlds.groups import early_store, local_device, open_parent
+from helix_compile.worlds.program import Program
 from helix_compile.worlds.virtual import VirtualWorld
 from helix_compile.worlds.walk import Graphs, Hook
 
@@ -27,8 +29,11 @@ class World(Protocol):
     """Runs the lowered graphs of the ranks that live in this process."""
 
     mesh: HelixMesh
-    sent_bytes: list[Fraction]
     num_collectives: dict[tuple[str, str], int]
+
+    @property
+    def sent_bytes(self) -> list[Fraction]:
+        """Bytes that left each rank in this process."""
 
     @property
     def ranks(self) -> Sequence[int]:
@@ -41,8 +46,22 @@ class World(Protocol):
     def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
         """Before the first run: what the ranks must have in common is compared."""
 
-    def run(self, graphs: Graphs, inputs: Sequence[Sequence[Any]], hook: Hook | None = None) -> list[Any]:
-        """Outputs of the ranks in this process, whose inputs are given in the order of `ranks`."""
+    def run(
+        self,
+        graphs: Graphs,
+        inputs: Sequence[Sequence[Any]],
+        hook: Hook | None = None,
+        agreed: Mapping[str, Tensor] | None = None,
+    ) -> list[Any]:
+        """Outputs of the ranks in this process, whose inputs are given in the order of `ranks`; see DistributedWorld.run()."""
+
+    def settle(self) -> None:
+        """After a last step: what of it the ranks have not compared yet is compared."""
+
+    def run_programs(
+        self, programs: Sequence[Program], step: Mapping[str, Tensor], agreed: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
+        """The same of a step that is prepared."""
 
     def share_random_state(self, device: torch.device) -> None:
         """All processes go on with rank 0's random state."""
@@ -56,12 +75,13 @@ def is_distributed(world: object) -> bool:
     return "WORLD_SIZE" in os.environ if world == "auto" else world != "virtual"
 
 
-def open_world(mesh: HelixMesh, world: object, device: torch.device) -> World:
+def open_world(mesh: HelixMesh, world: object, device: torch.device, check: str = "deferred") -> World:
     """The world that `world` names.
 
     Args:
         world: "virtual", "distributed", "auto", a ProcessGroup or a DeviceMesh.
         device: where the ranks compute.
+        check: when real ranks compare what they were given for a step; see StepAgreement.
 
     Raises:
         HelixError: as open_parent() and HELIX_TIMEOUT say.
@@ -72,7 +92,7 @@ def open_world(mesh: HelixMesh, world: object, device: torch.device) -> World:
     name = "distributed" if isinstance(world, str) and world == "auto" else world
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where nccl looks for this process's GPU
-    return DistributedWorld(mesh, open_parent(name, mesh, device, timeout), timeout)
+    return DistributedWorld(mesh, open_parent(name, mesh, device, timeout), timeout, check)
 
 
 @contextmanager

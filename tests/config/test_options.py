@@ -339,6 +339,9 @@ GOOD: list[dict[str, Any]] = [
     {"cp": 2, "pad_heads": True},
     {"cp": 1, "tpa": 2, "pad_heads": True},
     {"cp": 1, "pad_heads": False},
+    {"cp": 1, "tpa": 2, "check": "off"},
+    {"cp": 2, "head": "shard"},
+    {"cp": 1, "check": "deferred"},
 ]
 BAD: list[Any] = [
     {"cp": 4, "max_seq_len": 2**31},
@@ -369,6 +372,9 @@ BAD: list[Any] = [
     {"cp": 4, "pad_heads": 1},
     {"cp": 4, "pad_heads": "yes"},
     {"cp": 1, "pad_heads": True},
+    {"cp": 1, "check": "every"},
+    {"cp": 1, "head": "shard"},
+    {"cp": 4, "check": False},
 ]
 
 

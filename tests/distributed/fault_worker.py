@@ -1,6 +1,6 @@
 """One rank that runs a two-collective graph step after step; a fault happens on rank 2. No model: it starts fast.
 
-torchrun --nproc-per-node 4 fault_worker.py KIND
+torchrun --nproc-per-node 4 fault_worker.py KIND [CHECK]
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ c10d = torch.ops._c10d_functional
 FAULTY, STEP = 2, 3
 
 
-def main(kind: str) -> None:
+def main(kind: str, check: str = "deferred") -> None:
     """Five steps; KIND strikes rank 2 inside its third, or before it."""
     layout = HelixLayout(kvp=2, tpa=2, ep=1, tpf=4)
-    world = open_world(HelixMesh(layout), "distributed", torch.device("cpu"))
+    world = open_world(HelixMesh(layout), "distributed", torch.device("cpu"), check)
     rank = world.ranks[0]
     odd = rank == FAULTY
     world.start(
@@ -98,4 +98,4 @@ def two_collectives(strike: object) -> fx.GraphModule:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -43,6 +43,12 @@ def hybrid_model() -> Any:
     return fresh_family("kimi_linear", num_hidden_layers=2, layer_types=kinds, mlp_layer_types=["dense"] * 2).float()
 
 
+def sparse_model() -> Any:
+    """An indexer chooses 4 tokens, and the layer behind attends to what it chose."""
+    kinds = {"indexer_types": ["full", "shared"], "mlp_layer_types": ["dense"] * 2}
+    return fresh_family("glm_moe_dsa", num_hidden_layers=2, **kinds).float()
+
+
 def prompts() -> tuple[Tensor, Tensor]:
     """Left-padded ids [3, 13] and mask; rows of 13, 5 and 1 tokens: some shards are empty."""
     ids = torch.randint(1, 97, (3, 13), generator=torch.Generator().manual_seed(5))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from helix_compile.worlds.distributed import difference
+from helix_compile.worlds.agreement import difference
 from helix_compile.worlds.guard import RankGuard, is_transport_error
 from helix_compile.worlds.peers import EXIT_STATUS, Life, is_dead, own_life
 from tests.distributed.steps import ROOT, launch_nodes, torchrun
@@ -20,27 +20,33 @@ from tests.distributed.steps import ROOT, launch_nodes, torchrun
 DIED = r"rank 2 died or is stuck without an exception; last sign of life: step {}, \d+\.\ds ago"
 RAISED = r"rank 2 raised at step 3: ValueError: weights of layer 7 are NaN"
 slow = pytest.mark.slow
+FIRST, SECOND = "wait_tensor_default", "wait_tensor_default_1"
 CASES = [
-    ("inside-exception", RAISED, "wait_tensor_default_1"),
-    ("inside-kill", DIED.format(3), "wait_tensor_default_1"),
-    pytest.param("inside-exit", DIED.format(3), "wait_tensor_default_1", marks=slow),
-    pytest.param("inside-hang", DIED.format(3), "wait_tensor_default_1", marks=slow),
-    pytest.param("inside-stop", DIED.format(3), "wait_tensor_default_1", marks=slow),
-    pytest.param("before-exception", RAISED, "input_ids", marks=slow),
-    pytest.param("before-exit", DIED.format(2), "input_ids", marks=slow),
-    pytest.param("before-kill", DIED.format(2), "input_ids", marks=slow),
-    pytest.param("before-hang", DIED.format(2), "input_ids", marks=slow),
-    pytest.param("before-stop", DIED.format(2), "input_ids", marks=slow),
+    ("inside-exception", "deferred", RAISED, SECOND),
+    ("inside-kill", "deferred", DIED.format(3), SECOND),
+    pytest.param("inside-exit", "deferred", DIED.format(3), SECOND, marks=slow),
+    pytest.param("inside-hang", "deferred", DIED.format(3), SECOND, marks=slow),
+    pytest.param("inside-stop", "deferred", DIED.format(3), SECOND, marks=slow),
+    pytest.param("inside-kill", "off", DIED.format(3), SECOND, marks=slow),
+    pytest.param("before-exception", "every", RAISED, "input_ids", marks=slow),
+    pytest.param("before-exit", "every", DIED.format(2), "input_ids", marks=slow),
+    pytest.param("before-kill", "every", DIED.format(2), "input_ids", marks=slow),
+    pytest.param("before-hang", "every", DIED.format(2), "input_ids", marks=slow),
+    pytest.param("before-stop", "every", DIED.format(2), "input_ids", marks=slow),
+    # without a wait before the step the others are at its first collective, or, where it is not theirs, at the next
+    pytest.param("before-exception", "deferred", RAISED, f"{FIRST}|{SECOND}", marks=slow),
+    pytest.param("before-kill", "deferred", DIED.format(2), f"{FIRST}|{SECOND}", marks=slow),
+    pytest.param("before-hang", "deferred", DIED.format(2), f"{FIRST}|{SECOND}", marks=slow),
 ]
 
 
 @pytest.mark.multi_process
-@pytest.mark.parametrize(("kind", "cause", "node"), CASES)
-def test_every_survivor_names_the_rank(kind: str, cause: str, node: str) -> None:
-    result = torchrun("fault_worker.py", kind, HELIX_TIMEOUT="5", seconds=120)
+@pytest.mark.parametrize(("kind", "check", "cause", "node"), CASES)
+def test_every_survivor_names_the_rank(kind: str, check: str, cause: str, node: str) -> None:
+    result = torchrun("fault_worker.py", kind, check, HELIX_TIMEOUT="5", seconds=120)
     assert result.returncode != 0
     for rank in (0, 1, 3):
-        text = rf"helix_compile: rank {rank} lost its peers in step 3 at graph node '{node}': {cause}\n"
+        text = rf"helix_compile: rank {rank} lost its peers in step 3 at graph node '({node})': {cause}\n"
         assert re.search(text, result.stderr), result.stderr
     assert "done" not in result.stdout
 
@@ -50,7 +56,6 @@ def test_every_survivor_names_the_rank(kind: str, cause: str, node: str) -> None
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("shape", "ranks disagree in step 3: rank 2 has input_ids [2, 2]"),
         ("plan", "ranks disagree before the first step: rank 2 has option cp 4, rank 0 has 2"),
         ("weights", "ranks disagree before the first step: rank 2 has weights 0a1b, rank 0 has 77ff"),
     ],
@@ -60,6 +65,29 @@ def test_every_rank_is_told_what_differs(kind: str, text: str) -> None:
     assert result.returncode != 0
     assert result.stderr.count(f"RuntimeFault: {text}") == 4, result.stderr
     assert "lost its peers" not in result.stderr
+
+
+@slow
+@pytest.mark.multi_process
+def test_every_rank_is_told_of_another_shape_before_the_step() -> None:
+    result = torchrun("fault_worker.py", "shape", "every", HELIX_TIMEOUT="20")
+    assert result.stderr.count("RuntimeFault: ranks disagree in step 3: rank 2 has input_ids [2, 2]") == 4, (
+        result.stderr
+    )
+    assert "lost its peers" not in result.stderr
+
+
+@slow
+@pytest.mark.multi_process
+def test_a_rank_whose_shape_alone_changes_says_so_and_the_others_name_it() -> None:
+    """It waits for the others, who run the step: what they compute with would never come together."""
+    result = torchrun("fault_worker.py", "shape", "deferred", HELIX_TIMEOUT="20")
+    assert result.returncode != 0 and "done" not in result.stdout
+    said = "RuntimeFault: ranks disagree in step 3: rank 2 has input_ids [2, 2]"
+    assert said in result.stderr
+    for rank in (0, 1, 3):
+        text = rf"rank {rank} lost its peers in step 3 at graph node '({FIRST}|{SECOND})': rank 2 raised at step 3: {re.escape(said)}"
+        assert re.search(text, result.stderr), result.stderr
 
 
 def nodes(kind: str) -> list[subprocess.CompletedProcess[str]]:

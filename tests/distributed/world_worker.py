@@ -32,6 +32,7 @@ from tests.distributed.steps import (
     padded_model,
     prompts,
     run_steps,
+    sparse_model,
 )
 from tests.support import captures
 from tests.support.disk import full_after
@@ -52,7 +53,8 @@ class Wire(TorchDispatchMode):
         name = func._schema.name
         if name.startswith("_c10d_functional::") and "wait" not in name:
             members = dist.get_world_size(dist.distributed_c10d._resolve_process_group(args[-1]))
-            share = {"all_reduce": 2 / members, "all_to_all_single": 1 / members}[name.split("::")[1]]
+            shares = {"all_reduce": 2 / members, "all_to_all_single": 1 / members, "all_gather_into_tensor": 1.0}
+            share = shares[name.split("::")[1]]
             self.sent += (members - 1) * share * args[0].numel() * args[0].element_size()
             self.groups.add(args[-1])
         return func(*args, **(kwargs or {}))
@@ -109,7 +111,23 @@ def main(folder: Path) -> None:
     said["wire_padded"] = moved(wire, padded)
     seen["fp8 latents"] = run_steps(helix_compile(model, cp=4, **OPTIONS, **FP8_LATENTS))
     seen["fp8 heads"] = run_steps(helix_compile(grouped_model(), **MIXED, **FP8_HEADS))
-    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded)]
+    # embedding and head cut by rows of the vocabulary: 97 words on four ranks
+    cut = helix_compile(grouped_model(), **MIXED, head="shard", pad_heads=True)
+    with Wire() as wire:
+        seen["cut_vocabulary"] = run_steps(cut)
+    said["wire_cut_vocabulary"] = moved(wire, cut)
+    seen["cut_vocabulary_greedy"] = cut.generate(*prompts(), max_new_tokens=6, do_sample=False)
+    chooses = sparse_model()
+    # two collectives that the others have not: both ways to agree on a choice
+    gathers = helix_compile(chooses, cp=4, **OPTIONS)
+    with Wire() as wire:
+        seen["sparse"] = run_steps(gathers)
+    said["wire_sparse"] = moved(wire, gathers)
+    owners = helix_compile(chooses, **MIXED, topk_exchange="owner")
+    with Wire() as wire:
+        seen["sparse_owner"] = run_steps(owners)
+    said["wire_sparse_owner"] = moved(wire, owners)
+    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded, cut, gathers, owners)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves
     held = loaded.ranks[0].params.values()
@@ -179,6 +197,14 @@ def main(folder: Path) -> None:
     source = folder / ("damaged_for_all" if rank != 1 else "damaged_for_1")
     said["damaged_for_all"] = refusal(lambda: helix_compile(source, cp=4, **OPTIONS))
     seen["after_damage"] = run_steps(helix_compile(model, cp=4, **OPTIONS))
+
+    # what a rank was given for the last step is compared when something leaves the module
+    four.reset()
+    four(ids, mask)
+    four(ids[:, :1])
+    four(ids[:, :1] if rank != 1 else ids[:, :1] + 1)
+    said["last_step"] = refusal(four.export_shards)
+    said["after_last_step"] = refusal(lambda: four(ids[:, :1]))
 
     with torch.no_grad():
         model.lm_head.weight[5, 7] += 0.5 if rank == 3 else 0.0

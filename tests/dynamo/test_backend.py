@@ -260,3 +260,12 @@ def test_both_front_doors_run_the_same_graph(compiled: Any, model: Any) -> None:
     assert module.plan == other.plan
     different = helix_compile(twin, **{**OPTIONS, "merge": "ag_rs"})
     assert graph_digest(module.graph) != graph_digest(different.graph)
+
+
+@pytest.mark.slow
+def test_a_head_that_is_cut(model: Any) -> None:
+    """The logits that a loop of the user's own reads are those of all words, gathered."""
+    torch._dynamo.reset()
+    cut = torch.compile(model, backend="helix", fullgraph=True, options={**OPTIONS, "head": "shard", "pad_heads": True})
+    started(cut, model)
+    torch._dynamo.reset()

@@ -25,8 +25,8 @@ LOOPS = ("longcat_flash",)  # over the experts that were hit, in Python
 def test_torch_compile_is_helix_compile(name: str) -> None:
     torch._dynamo.reset()
     model, mask = tiny_family(name), left_padded([5, 2, 9])
-    compiled = torch.compile(model, backend="helix", fullgraph=True, options=dict(OPTIONS))
-    other = helix_compile(model, **OPTIONS)
+    compiled = torch.compile(model, backend="helix", fullgraph=True, options={**OPTIONS, **FAMILIES[name].options})
+    other = helix_compile(model, **OPTIONS, **FAMILIES[name].options)
     mine, reference = DynamicCache(config=model.config), DynamicCache(config=model.config)
     torch.manual_seed(1)
     ids, whole = random_ids(model, *mask.shape), mask

@@ -22,16 +22,15 @@ import sympy
 import torch
 from filelock import FileLock
 from torch import nn
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._graph_pickler import GraphPickler, Options
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves, tree_map
 
 from helix_compile.capture import model as capture_model
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.structure import structure_key
-from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
+from helix_compile.ir.fakes import FreshSizes
 from helix_compile.ir.stage import bodies_of, copy_module
 
 KEPT = 64
@@ -89,36 +88,12 @@ def _environment(facts: list[tuple[Any, Any, int]]) -> ShapeEnv:
     return made
 
 
-def _sizes() -> tuple[FakeTensorMode, dict[int, Any]]:
-    """An environment of its own: hint -> B, T, S or S + T."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
-    fake = mode.from_tensor(
-        torch.empty(HINT_B, HINT_T, HINT_S, device="meta"), source=ConstantSource("sizes"), symbolic_context=context
-    )
-    B, T, S = fake.shape
-    return mode, {HINT_B: B, HINT_T: T, HINT_S: S, HINT_S + HINT_T: S + T}
-
-
 def _in_one_environment(captured: CapturedGraph) -> tuple[CapturedGraph, list[tuple[Any, Any, int]]]:
     """A copy whose graphs share their symbols (each capture numbers its own, a file holds one environment), and these."""
-    mode, symbols = _sizes()
-
-    def size(value: Any) -> Any:
-        if not isinstance(value, torch.SymInt):
-            return value
-        expression = value.node.shape_env.replace(value.node.expr)
-        free = sorted(expression.free_symbols, key=str)
-        hints = [int(value.node.shape_env.backed_var_to_val[symbol]) for symbol in free]
-        lesser = {"Min": torch.sym_min, "Max": torch.sym_max}  # Python's own would decide here which of two sizes it is
-        return sympy.lambdify(free, expression, modules=[lesser, "math"])(*[symbols[hint] for hint in hints])
+    fresh = FreshSizes()
 
     def there(value: Any) -> Any:
-        if isinstance(value, FakeTensor):
-            with mode:
-                shape, strides = map(size, value.shape), map(size, value.stride())
-                return torch.empty_strided(tuple(shape), tuple(strides), dtype=value.dtype, device=value.device)
-        return size(value)
+        return fresh.tensor(value) if isinstance(value, FakeTensor) else fresh.size(value)
 
     copy = copy_module(captured.graph)
     for module in (copy, *bodies_of(copy).values()):
@@ -128,7 +103,7 @@ def _in_one_environment(captured: CapturedGraph) -> tuple[CapturedGraph, list[tu
             node.meta = {k: v for k, v in node.meta.items() if not any(isinstance(x, _SIZED) for x in tree_leaves(v))}
             if value is not None:
                 node.meta["val"] = tree_map(there, value)
-    environment = symbols[HINT_B].node.shape_env
+    environment = fresh.environment
     facts = [(s, environment.var_to_range[s], int(environment.backed_var_to_val[s])) for s in environment.var_to_range]
     return replace(captured, graph=copy), facts
 

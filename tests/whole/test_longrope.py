@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,3 +66,10 @@ def test_dynamic_rope_is_refused_with_what_works() -> None:
     model = fresh_family("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     with pytest.raises(CaptureError, match=r"`model\.rotary_emb` has rope_type 'dynamic'(.|\n)*what works:.*'yarn'"):
         helix_compile(model, cp=2)
+
+
+def test_a_folder_is_refused_with_what_works(tmp_path: Path) -> None:
+    """The long table is in no checkpoint, and on meta it has no value."""
+    model_with(LONGROPE, dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(CaptureError, match=r"`model.rotary_emb.long_inv_freq` .* has no value .* load the model first"):
+        helix_compile(tmp_path, cp=2, max_seq_len=48)

@@ -25,7 +25,8 @@ from helix_compile.ir.sizes import shape_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.decide.param_shards import needed_padding
 from helix_compile.passes.decide.selection import OF_CANDIDATES
-from helix_compile.plan.helix_plan import BodyPlan, Decision, ParamShard, number
+from helix_compile.passes.decide.vocabulary import LOGITS
+from helix_compile.plan.helix_plan import BodyPlan, Decision, OuterPlan, ParamShard, number
 from helix_compile.plan.matches import AttentionMatch, Latent, LayerMatch
 
 
@@ -129,6 +130,7 @@ def padding_decision(
     captured: CapturedGraph,
     matches: dict[str, LayerMatch],
     bodies: tuple[BodyPlan, ...],
+    outer: OuterPlan,
     layout: HelixLayout,
     cache_dtype: str,
 ) -> tuple[Decision, list[str]]:
@@ -147,6 +149,13 @@ def padding_decision(
         for ffn in body.ffns:
             if (held := ffn.experts_per_rank(layout) * layout.ep) > ffn.experts:
                 grown[f"{ffn.experts} -> {held} experts"] = None
+    for shard in outer.param_shards:
+        (cut,) = shard.cuts
+        if share := cut.share_of_zeros(layout):
+            grown[f"{cut.total} -> {cut.width(layout) * layout.world_size} words"] = None
+            params = math.prod(shard.shape) * share * captured.dtype.itemsize
+            sent = [c.egress_bytes_per_rank_per_token for c in outer.collectives if c.what == LOGITS]
+            cost += PaddingCost(params, sum(sent, Fraction(0)) * share if shard is _head_of(outer) else Fraction(0))
     what = ", ".join(grown) or "nothing to pad"
     figures = {name: number(value) for name, value in vars(cost).items()}
     rule = "zeros, so that every rank has as many; cost on a rank over an even share" if grown else "everything divides"
@@ -159,6 +168,11 @@ def padding_decision(
     if idle:
         notes.append(f"pad_heads: ranks that own zero heads alone in some layer: {', '.join(map(str, sorted(idle)))}")
     return decision, notes
+
+
+def _head_of(outer: OuterPlan) -> ParamShard:
+    """What makes the logits: of embedding and head the last one, one parameter where they are tied."""
+    return [shard for shard in outer.param_shards if len(shard.shape) > 1][-1]
 
 
 def _figures_text(figures: dict[str, Any]) -> str:

@@ -30,7 +30,9 @@ from helix_compile.passes.decide.param_shards import (
     replicated_roles,
 )
 from helix_compile.passes.decide.selection import candidates_exchange, topk_exchange
-from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan
+from helix_compile.passes.decide.vocabulary import plan_vocabulary
+from helix_compile.passes.match.vocabulary import find_vocabulary
+from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan, OuterPlan
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch, Selection
 
 HBM_BYTES_PER_S = 8.0e12  # B200-class, the preset behind the default of v_up
@@ -66,8 +68,12 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
     kv_bytes = kv_bytes_per_token(captured, matches, options, layout)
     decisions, notes = [ep_decision, v_up_decision, q_decision], _notes(captured, attentions, layout, options, kv_bytes)
     decisions += [d for d in (topk_decision, cached_in) if d]
+    outer = OuterPlan()
+    if options.head == "shard":
+        outer, head_decision = plan_vocabulary(find_vocabulary(captured), options, layout, captured.dtype)
+        decisions.append(head_decision)
     if options.pad_heads:
-        pad_decision, said = padding_decision(captured, matches, bodies, layout, options.cache_dtype)
+        pad_decision, said = padding_decision(captured, matches, bodies, outer, layout, options.cache_dtype)
         decisions.append(pad_decision)
         notes += said
     return HelixPlan(
@@ -77,10 +83,11 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         options=options,
         bodies=bodies,
         decisions=(*decisions, *_windows(attentions, layout, options)),
-        not_rewritten=replicated_roles(captured, matches, bodies),
+        not_rewritten=replicated_roles(captured, matches, bodies, outer),
         notes=tuple(notes),
         kv_bytes_per_token_per_rank=kv_bytes,
-        params_bytes_per_rank=params_bytes_per_rank(captured, bodies),
+        params_bytes_per_rank=params_bytes_per_rank(captured, bodies, outer),
+        outer=outer,
         leaves=tuple((leaf.name, leaf.reason) for leaf in captured.leaves),
     )
 

@@ -15,8 +15,8 @@ from helix_compile.ir.elements import Provenance, is_cache_update, trace_element
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.anchor import Anchor, cache_parts
 from helix_compile.passes.match.expansion import check_grid
-from helix_compile.passes.match.head_cuts import cut_or_whole
-from helix_compile.passes.match.heads import bias_of, head_linear, one_linear, output_projection, param_of
+from helix_compile.passes.match.head_cuts import cut_or_whole, heads_of
+from helix_compile.passes.match.heads import bias_of, head_linear, heads_of_q, one_linear, output_projection, param_of
 from helix_compile.passes.match.reject import Reject
 from helix_compile.passes.match.sinks import scaled_by_sinks
 from helix_compile.plan.matches import AttentionMatch, Grouped
@@ -46,7 +46,7 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     new_k, past_k = cache_parts(k_update, "K", node)
     new_v, past_v = cache_parts(v_update, "V", node)
     behind, scaling = scaled_by_sinks(node, anchor.scores, "BHTV")
-    o_proj, gate = output_projection(behind)
+    o_proj, gate = output_projection(behind, "BHTV", [q])
     values = (("q", q), ("K", new_k), ("V", new_v))
     linears = [one_linear(value, what) for what, value in values]
     if len(set(linears)) < 3:
@@ -56,12 +56,13 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
             linears[0],
             6,
         )
+    made = [heads_of_q(linears[0], [q], H, gate), *map(heads_of, linears[1:])]
     cuts = [
-        cut_or_whole(value, linear, lambda x: x.transpose(1, 2), 1, shape_of(value)[3], what)
-        for (what, value), linear in zip(values, linears, strict=True)
+        cut_or_whole(value, heads, lambda x: x.transpose(1, 2), 1, shape_of(value)[3], what)
+        for (what, value), heads in zip(values, made, strict=True)
     ]
-    heads = (H, kv_heads, kv_heads)
-    q_proj, k_proj, v_proj = (head_linear(n, h, c[0]) for n, h, c in zip(linears, heads, cuts, strict=True))
+    counts = (H, kv_heads, kv_heads)
+    q_proj, k_proj, v_proj = (head_linear(m, h, c[0]) for m, h, c in zip(made, counts, cuts, strict=True))
     return AttentionMatch(
         kind=Grouped(k_proj, v_proj),
         anchor=node.name,

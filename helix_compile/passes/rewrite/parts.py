@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from helix_compile.config.options import PAGE_SIZE
 from helix_compile.ir.graph import (
     InputRef,
+    add_input,
     aten,
     input_named,
     input_ref,
@@ -25,16 +27,56 @@ from helix_compile.ir.shapes import fake_mode_of, open_view
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import HeadPadding
 from helix_compile.plan.cache_row import StoredRow, cache_shape, pages_per_sequence
-from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
-from helix_compile.plan.matches import AttentionMatch, HandedSelection
+from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, OuterPlan, ParamShard
+from helix_compile.plan.matches import AttentionMatch, HandedSelection, HeadLinear, HeadRows, LinearPart, UpWeight
 
 
-def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
+def cut_input(graph: fx.Graph, name: str, body: BodyPlan | OuterPlan) -> None:
     """From here on this parameter is the rank's shard: its shape and its layout."""
     node, shard = input_named(graph, "param", name), body.shard(name)
     assert shard is not None, name
     node.meta["val"] = fake_shard(node, shard)
     node.meta["sharded"] = True
+
+
+def cut_inputs(graph: fx.Graph, parts: Iterable[HeadRows | UpWeight], body: BodyPlan) -> None:
+    """The same for each, with an input of its own where other parts may lie in one parameter."""
+    for part in parts:
+        if part.name != part.param:
+            whole = input_named(graph, "param", part.param)
+            with made_from(graph, whole):
+                add_input(graph, "param", part.name, whole.meta["val"])
+        cut_input(graph, part.name, body)
+
+
+def own_linear(graph: fx.Graph, linear: HeadLinear) -> None:
+    """Where one linear makes q and a gate: a linear for one of them, over this rank's part of its rows."""
+    if not linear.parts:
+        return
+    both = node_named(graph, linear.node)
+    params = [input_named(graph, "param", rows.name) for rows in linear.params]
+    with made_from(graph, both), graph.inserting_before(both):
+        own = named(graph, f"{linear.node}_{linear.role}", aten.linear.default, both.args[0], *params)
+    for part in linear.parts:
+        old = node_named(graph, part.node)
+        with made_from(graph, old), graph.inserting_before(old):
+            new = _in_form(graph, own, linear, part)
+        old.replace_all_uses_with(new)
+
+
+def _in_form(graph: fx.Graph, own: fx.Node, linear: HeadLinear, part: LinearPart) -> fx.Node:
+    """Channels of a part, of what a linear makes [B, T, h * width], in the part's order of dims."""
+    whole = part.stop - part.start == linear.width
+    if part.form == "BT(HC)" and whole:
+        return own
+    heads = graph.call_function(aten.unflatten.int, (own, 2, [-1, linear.width]))
+    if not whole:
+        heads = graph.call_function(aten.slice.Tensor, (heads, 3, part.start, part.stop))
+    if part.form == "BT(HC)":
+        return graph.call_function(aten.flatten.using_ints, (heads, 2, 3))
+    if part.form == "BTHC":
+        return heads
+    return graph.call_function(aten.permute.default, (heads, ["BTHC".index(letter) for letter in part.form]))
 
 
 def open_views(graph: fx.Graph, names: tuple[str, ...], heads: int) -> None:

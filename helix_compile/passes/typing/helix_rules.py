@@ -141,6 +141,33 @@ def _select_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
     return (out, dict(out))
 
 
+def _embed_rows(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Rows of a table that is cut over all ranks, counted from each rank's own first one."""
+    ids, rows, first = (of(a) for a in node.args)
+    cut: Layout = {"world": Shard(0)} if degrees.world_size > 1 else {}
+    own: Layout = {"world": PerRank()} if degrees.world_size > 1 else {}
+    require(not ids, f"ids are {format_layout(ids)}, expected whole")
+    require(rows == cut, f"the table is {format_layout(rows)}, expected {format_layout(cut)}")
+    require(first == own, f"the first row is {format_layout(first)}, expected {format_layout(own)}")
+    return {"world": Partial("sum")} if cut else {}
+
+
+def _best_word(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Candidates of each rank, side by side."""
+    logits, first = (of(a) for a in node.args[:2])
+    own: Layout = {"world": PerRank()} if degrees.world_size > 1 else {}
+    require(
+        set(logits.values()) <= {Shard(2)}, f"logits are {format_layout(logits)}, expected words cut over the ranks"
+    )
+    require(first == own, f"the first word is {format_layout(first)}, expected {format_layout(own)}")
+    return dict(logits)
+
+
+def _best_of_words(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    require(not of(node.args[0]), f"the best of {format_layout(of(node.args[0]))}, expected candidates of all ranks")
+    return {}
+
+
 def _mla_decode_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     q_latent, q_rope, cache, table, visible, slots, count = (of(a) for a in node.args[:7])
     heads = _heads(degrees)
@@ -275,6 +302,10 @@ def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -
 HELIX_RULES: dict[Any, Rule] = {
     helix.shard_index.default: _shard_index,
     helix.first_visible.default: _first_visible,
+    helix.embed_rows.default: _embed_rows,
+    helix.best_word.default: _best_word,
+    helix.top_words.default: _best_word,
+    helix.best_of_words.default: _best_of_words,
     helix.cache_append.default: _cache_append,
     helix.mla_decode.default: _mla_decode,
     helix.gqa_decode.default: _gqa_decode,

@@ -33,6 +33,7 @@ from helix_compile.verifier.mutants import (  # noqa: F401  importing registers 
     param_mutants,
     selection_mutants,
     sparse_mutants,
+    vocabulary_mutants,
     window_mutants,
 )
 from helix_compile.verifier.mutants.mutant import (

@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer
-from helix_compile.ir.dataflow import ancestors, evaluate
-from helix_compile.ir.graph import LAYER_NUMBER, aten, calls, input_ref, is_call, node_named, placeholders
+from helix_compile.ir.collectives import WAIT
+from helix_compile.ir.dataflow import ancestors, evaluate, follow
+from helix_compile.ir.graph import LAYER_NUMBER, aten, calls, helix_op, input_ref, is_call, node_named, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout
@@ -199,7 +200,7 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
         inputs = []
         for rank in range(len(scratch.params)):
             placed = dict(zip(placeholders(outer), scratch.inputs_of(rank, step), strict=True))
-            known = dict.fromkeys([call.args[0], *calls(outer, aten.embedding.default)], given.hidden)
+            known = dict.fromkeys([call.args[0], *_embeddings(outer)], given.hidden)
             for node, argument in zip(placeholders(body.graph), call.args, strict=True):
                 kind, name = input_ref(node)
                 if kind == "chosen":
@@ -210,6 +211,16 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
     outputs = [out[0] if isinstance(out, (tuple, list)) else out for out in returned]
     scratch.lengths = [n + int(k) for n, k in zip(scratch.lengths, mask.sum(dim=1), strict=True)]
     return LayerRun(values, outputs)
+
+
+def _embeddings(outer: fx.Graph) -> list[fx.Node]:
+    """Values that are the token embeddings: looked up whole, or summed over the ranks' rows."""
+    summed = [
+        follow([n], lambda node: [] if is_call(node, WAIT) else node.users)
+        for n in outer.nodes
+        if helix_op(n) == "embed_rows"
+    ]
+    return [*calls(outer, aten.embedding.default), *(n for found in summed for n in found if is_call(n, WAIT))]
 
 
 def _chosen(scratch: Scratch, rank: int, name: str, handed: Mapping[str, Tensor]) -> Tensor:
@@ -253,7 +264,7 @@ def attention_output(o_proj: fx.Node, attention: AttentionMatch) -> fx.Node:
     """The node whose value is attention alone: what o_proj reads, or what its gate multiplies."""
     node = o_proj.args[0]
     assert isinstance(node, fx.Node)
-    for _ in range(2 if attention.gate else 0):  # o_flat(o_gated(o, gate))
+    for _ in range(2 + attention.gate.cast if attention.gate else 0):  # o_flat(o_cast(o_gated(o, gate)))
         source = node.args[0]
         node = source if isinstance(source, fx.Node) else node
     return node

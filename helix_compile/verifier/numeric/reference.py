@@ -29,6 +29,8 @@ from helix_compile.verifier.numeric.indexers import Indexers, SiteChoice
 from helix_compile.verifier.numeric.routing import Choices, RecordTopK
 from helix_compile.verifier.report import OriginalFails
 
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.matmul.default)  # of one dtype alone
+
 
 class WidenedIslands(TorchDispatchMode):
     """While open, a cast of a float64 tensor to float32 is a copy in float64. Use it around both sides.
@@ -51,6 +53,9 @@ class WidenedIslands(TorchDispatchMode):
             return args[0].clone()
         if target is self.captured_dtype:  # not float32: position tables stay as they are
             kwargs["dtype"] = torch.float64
+        if func in _PRODUCTS and any(x.dtype is torch.float64 for x in args if isinstance(x, Tensor)):
+            # positions in float32 times frequencies that were widened (rotary tables of transformers 5.17)
+            args = [x.double() if isinstance(x, Tensor) and x.dtype is torch.float32 else x for x in args]
         return func(*args, **kwargs)
 
 

@@ -177,7 +177,11 @@ class Scratch:
     def inputs_of(self, rank: int, known: dict[str, Any]) -> list[Any]:
         """Values of the outer graph's placeholders on one rank."""
         layout = self.compiled.plan.layout
-        ranks = {"kvp_rank": torch.tensor(rank % layout.kvp), "ep_rank": torch.tensor(rank // layout.tpf)}
+        ranks = {
+            "kvp_rank": torch.tensor(rank % layout.kvp),
+            "ep_rank": torch.tensor(rank // layout.tpf),
+            "world_rank": torch.tensor(rank),
+        }
         values: list[Any] = []
         for node in placeholders(self.graph.graph):
             ref = input_ref(node)

@@ -1,0 +1,74 @@
+"""Fake values in an environment of their own: graphs of one capture number their symbols each for itself, and what traces a
+graph once more would leave guards in the capture's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, symbol_hints
+
+_OTHER = 10_007  # no size of a model
+
+
+class FreshSizes:
+    """Symbols for B, T and S with the hints of a capture, and values like those of its graphs that speak of them.
+
+    Attributes:
+        mode: the fake mode of the new values; its shape_env is new too.
+        symbols: hint -> B, T, S or S + T.
+    """
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
+        sizes = torch.empty(HINT_B, HINT_T, HINT_S, device="meta")
+        B, T, S = self.mode.from_tensor(sizes, source=ConstantSource("sizes"), symbolic_context=context).shape
+        self._others = 0
+        self.symbols: dict[int, Any] = {HINT_B: B, HINT_T: T, HINT_S: S, HINT_S + HINT_T: S + T}
+
+    @property
+    def environment(self) -> ShapeEnv:
+        """Where the symbols live."""
+        environment = self.mode.shape_env
+        assert environment is not None
+        return environment
+
+    def size(self, value: Any) -> Any:
+        """A size in the new symbols; what is no size as it is."""
+        if not isinstance(value, torch.SymInt):
+            return value
+        expression = value.node.shape_env.replace(value.node.expr)
+        hints = symbol_hints(value)
+        free = sorted(expression.free_symbols, key=str)
+        lesser = {"Min": torch.sym_min, "Max": torch.sym_max}  # Python's own would decide here which of two sizes it is
+        return sympy.lambdify(free, expression, modules=[lesser, "math"])(*[self.symbols[hints[s]] for s in free])
+
+    def other(self) -> Any:
+        """A size that is none of these, nor equal to another."""
+        self._others += 1
+        hint = _OTHER + self._others
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        source = ConstantSource(f"other_{self._others}")
+        like = torch.empty(hint, device="meta")
+        return self.mode.from_tensor(like, source=source, symbolic_context=context).shape[0]
+
+    def tensor(self, like: Tensor, strides: Sequence[Any] | None = None, open_dim: int | None = None) -> Tensor:
+        """A fake tensor of this shape, dtype and device; `strides` in place of its own, `open_dim` of any size then (contiguous)."""
+        shape = [self.size(n) for n in like.shape]
+        own = [self.size(n) for n in like.stride()]
+        if open_dim is not None:
+            shape[open_dim] = self.other()
+        with self.mode:
+            if open_dim is not None:
+                return torch.empty(shape, dtype=like.dtype, device=like.device)
+            wanted = tuple(own if strides is None else strides)
+            return torch.empty_strided(tuple(shape), wanted, dtype=like.dtype, device=like.device)

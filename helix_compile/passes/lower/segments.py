@@ -1,0 +1,183 @@
+"""A lowered graph in segments: what lies between two collectives is one call.
+
+    q, append, attend, pack | all_to_all_single | wait | merge, o_proj | all_reduce | wait | norm, FFN | all_reduce | wait | add
+    segment_0                                     segment_1                           segment_2                        segment_3
+
+Segments are runs of neighbours in the order of the graph, so each can be run as a whole. Collectives, calls of bodies and of the
+user's own modules stay where they are: starts and waits keep their order, and no group is named inside a segment. Sizes are
+computed inside from a tensor that the segment gets, so what goes in and out are tensors alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from helix_compile.errors import PassError
+from helix_compile.ir.collectives import WAIT, is_collective
+from helix_compile.ir.graph import aten, is_call, placeholders
+from helix_compile.ir.shapes import propagate_shapes
+from helix_compile.ir.stage import SEGMENTS, bodies_of, copy_module, graphs_of
+from helix_compile.passes.runner import PassContext
+
+# what moves no data: a run of these and one op that computes is no segment, calling it would cost more than the op
+_FREE = {
+    getattr(aten, name)
+    for name in (
+        *("view", "_unsafe_view", "slice", "transpose", "t", "unsqueeze", "squeeze", "permute", "expand", "select"),
+        *("split", "split_with_sizes", "unflatten", "movedim", "detach", "alias"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class SegmentsPass:
+    """The stage behind `lowered` where segments are compiled. See Pass."""
+
+    stage: str = SEGMENTS
+
+    def requires(self, stage: fx.GraphModule, context: PassContext) -> None:
+        """Any lowered stage can be cut."""
+
+    def run(self, stage: fx.GraphModule, context: PassContext) -> None:
+        """Cut the outer graph and every body."""
+        cut_stage(stage)
+
+    def ensures(self, stage: fx.GraphModule, context: PassContext) -> None:
+        """No segment holds a collective."""
+        for name, graph in graphs_of(stage):
+            if "_segment_" in name and (inside := [n for n in graph.graph.nodes if is_boundary(n, inside=True)]):
+                raise PassError(f"{name}: {', '.join(n.name for n in inside)} inside a segment")
+
+
+def segments_of(lowered: fx.GraphModule) -> fx.GraphModule:
+    """The stage `segments` of a lowered one, which is left as it is."""
+    copy = copy_module(lowered)
+    cut_stage(copy)
+    return copy
+
+
+def cut_stage(stage: fx.GraphModule) -> None:
+    """Cut the outer graph of a lowered stage and every body, in place."""
+    _know_shapes(stage)
+    for name, graph in graphs_of(stage):
+        cut_graph(graph, name)
+
+
+def is_boundary(node: fx.Node, inside: bool = False) -> bool:
+    """True for what is in no segment: a collective, its wait, a call of another graph or module, what is read off a module."""
+    if is_collective(node) or is_call(node, WAIT) or node.op in ("call_module", "get_attr"):
+        return True
+    return node.op in ("placeholder", "output") and not inside
+
+
+def cut_graph(gm: fx.GraphModule, of: str) -> None:
+    """Put every run of computing nodes of `gm` into a submodule OF_segment_0, OF_segment_1, ... and call that."""
+    runs = [run for run in _runs(gm.graph) if sum(map(_computes, run)) > 1]
+    run_of = {node: number for number, run in enumerate(runs) for node in run}
+    needed = [_outputs(run) for run in runs]
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    last = {run[-1]: number for number, run in enumerate(runs)}
+    sizes_inside = {n for n in gm.graph.nodes if _is_size(n) and _used_inside_alone(n, run_of)}
+    for node in gm.graph.nodes:
+        if node not in run_of and node not in sizes_inside:
+            new[node] = graph.node_copy(node, new.__getitem__)
+            new[node].meta = dict(node.meta)
+        if node in last:
+            number = last[node]
+            segment, inputs = _segment(gm, runs[number], needed[number])
+            gm.add_submodule(f"{of}_segment_{number}", segment)
+            given = tuple(new[i] for i in inputs)
+            call = graph.create_node("call_module", f"{of}_segment_{number}", given, name=f"segment_{number}")
+            call.meta = {"val": tuple(n.meta.get("val") for n in needed[number]), "segment": number}
+            for place, value in enumerate(needed[number]):
+                new[value] = graph.create_node("call_function", operator.getitem, (call, place), name=value.name)
+                new[value].meta = dict(value.meta)
+    gm.graph = graph
+    gm.recompile()
+
+
+def _know_shapes(stage: fx.GraphModule) -> None:
+    """An outer graph knows few shapes, since no pass looks at them: bring them up to date."""
+    graph = stage.graph
+    for node in placeholders(graph):
+        if node.meta.get("input") == ["input", "page_table"]:
+            bodies = [placeholders(b.graph) for b in bodies_of(stage).values()]
+            pages = {
+                p.meta["val"].shape[1] for body in bodies for p in body if p.meta["input"] == ["step", "page_table"]
+            }
+            if len(pages) == 1:
+                ids = placeholders(graph)[0].meta["val"]
+                node.meta["val"] = ids.new_empty((ids.shape[0], pages.pop()))
+    propagate_shapes(graph)
+
+
+def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Neighbours between boundaries. Sizes are in none; what is taken out of a tuple is where the tuple is."""
+    runs: list[list[fx.Node]] = [[]]
+    run_of: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if is_boundary(node):
+            if runs[-1]:
+                runs.append([])
+        elif is_call(node, operator.getitem):
+            if node.args[0] in run_of:
+                run_of[node.args[0]].append(node)
+                run_of[node] = run_of[node.args[0]]
+        elif not _is_size(node):
+            runs[-1].append(node)
+            run_of[node] = runs[-1]
+    return [run for run in runs if run]
+
+
+def _is_size(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return is_call(node, aten.sym_size.int) or isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat))
+
+
+def _computes(node: fx.Node) -> bool:
+    return not is_call(node, operator.getitem) and getattr(node.target, "overloadpacket", None) not in _FREE
+
+
+def _used_inside_alone(node: fx.Node, run_of: dict[fx.Node, int]) -> bool:
+    """A size that only segments (or other such sizes) read: each computes its own."""
+    return all(u in run_of or (_is_size(u) and _used_inside_alone(u, run_of)) for u in node.users)
+
+
+def _outputs(run: list[fx.Node]) -> list[fx.Node]:
+    """The tensors of a run that are read behind it."""
+    inside = set(run)
+    return [n for n in run if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
+
+
+def _segment(gm: fx.GraphModule, run: list[fx.Node], returned: list[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The graph of a run, and the nodes of `gm` whose values it takes."""
+    inside, wanted = set(run), dict[fx.Node, None]()
+
+    def want(node: fx.Node) -> None:
+        if node in wanted or node in inside:
+            return
+        if _is_size(node):
+            for source in node.all_input_nodes:
+                want(source)
+        wanted[node] = None
+
+    for node in run:
+        for source in node.all_input_nodes:
+            want(source)
+    inputs = [n for n in wanted if not _is_size(n)]
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in inputs:
+        new[node] = graph.placeholder(node.name)
+        new[node].meta = dict(node.meta)
+    sizes = {n for n in wanted if _is_size(n)}
+    for node in gm.graph.nodes:  # in the order of the graph
+        if node in inside or node in sizes:
+            new[node] = graph.node_copy(node, new.__getitem__)
+            new[node].meta = dict(node.meta)
+    graph.output(tuple(new[n] for n in returned))
+    return _LazyGraphModule(torch.nn.Module(), graph), inputs

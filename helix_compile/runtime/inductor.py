@@ -1,0 +1,199 @@
+"""Code for segments, by torch's Inductor: once for each that differs, whatever rank, layer, module or world calls it.
+
+What is packed, merged and scaled around the exchange is written out in torch's own ops first, so that it is fused with its
+neighbours; attention, append and experts stay calls of their ops. Code for any B and T: no guard is left that would ask at a step,
+so what tracing assumed of the sizes is tried here with others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.eval_frame import innermost_fn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
+
+from helix_compile.errors import LoweringError, LoweringUnavailable
+from helix_compile.ir.fakes import FreshSizes
+from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.ops import overload
+from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, size_text
+from helix_compile.kernels.ops import HELIX_OPS
+
+Code = Callable[..., Sequence[Any]]
+
+# fused with what is around them: none is worth a call
+_WRITTEN_OUT = (
+    "shard_index",
+    "first_visible",
+    "embed_rows",
+    "best_word",
+    "best_of_words",
+    "pack_heads",
+    "unpack_heads",
+    "merge_lse",
+    "total_lse",
+    "apply_sinks",
+    "rescale_by_lse",
+)
+# bfloat16 and float16 rounded where the ops alone would round: what is compiled and what is interpreted are equal bit for bit
+_OPTIONS = {"emulate_precision_casts": True, "compile_threads": 1}
+_TRIED = ((1, 1, 0), (1, 5, 3), (3, 1, 7), (3, 4, 1), (8, 1, 4096), (2, 512, 0))  # B, T, S
+_KEPT = 512
+_CODE: OrderedDict[str, Code] = OrderedDict()
+
+
+def check_inductor(device: torch.device) -> None:
+    """Raise LoweringUnavailable where Inductor can't compile: before anything is captured."""
+    if device.type in ("cpu", "meta"):
+        from torch._inductor import config, exc
+
+        known = config.cpp.cxx
+        names = [n for n in (known if isinstance(known, (tuple, list)) else [known]) if n]
+        try:
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            found = shutil.which(get_cpp_compiler()) is not None
+        except (exc.InvalidCxxCompiler, OSError):
+            found = False
+        if not found:
+            raise LoweringUnavailable(
+                f"lower='inductor' compiles C++ on a CPU and finds no compiler (looked for {', '.join(names) or 'g++'}); install "
+                "g++, or set CXX, or use lower='reference'"
+            )
+
+
+def code_of(segment: fx.GraphModule, bound: Mapping[int, Any], name: str) -> Code:
+    """What computes `segment`; compiled unless one like it is known.
+
+    Dispatch modes that are open now are part of it: what they would change of an op is changed in the code.
+
+    Args:
+        segment: takes and returns tensors alone.
+        bound: arguments that are known already, by place: their strides are relied on.
+        name: for messages.
+
+    Raises:
+        LoweringError: Inductor can't compile it, or code for any B and T would differ from the graph.
+    """
+    key = segment_key(segment, bound)
+    if key not in _CODE:
+        modes = list(_get_current_dispatch_mode_stack())
+        with _disable_current_modes():
+            _CODE[key] = _compile(segment, bound, name, modes)
+        if len(_CODE) > _KEPT:
+            _CODE.popitem(last=False)
+    _CODE.move_to_end(key)
+    return _CODE[key]
+
+
+def open_modes() -> tuple[str, ...]:
+    """The dispatch modes around the caller, with what they were told: code is made for these."""
+    return tuple(
+        f"{type(mode).__qualname__} {sorted((k, repr(v)) for k, v in vars(mode).items() if not k.startswith(('_', 'old_')))}"
+        for mode in _get_current_dispatch_mode_stack()
+    )
+
+
+def is_known(segment: fx.GraphModule, bound: Mapping[int, Any]) -> bool:
+    """Is there code for it already?"""
+    return segment_key(segment, bound) in _CODE
+
+
+def segment_key(segment: fx.GraphModule, bound: Mapping[int, Any]) -> str:
+    """Equal for segments that compute the same on tensors of one layout. Nodes go by their place, not by name."""
+    number: dict[fx.Node, int] = {}
+    lines = list(open_modes())
+    places = iter(range(len(segment.graph.nodes)))
+    for node in segment.graph.nodes:
+        number[node] = len(number)
+        if node.op == "placeholder":
+            value = bound.get(next(places), node.meta["val"])
+            lines.append(_tensor_text(node, value))
+        else:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Place(number[n]))
+            lines.append(f"{node.op} {node.target} {args} {kwargs}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class _Place(int):
+    """A node, as text."""
+
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+def _tensor_text(node: fx.Node, value: Tensor) -> str:
+    shape, strides = map(size_text, node.meta["val"].shape), map(size_text, value.stride())
+    return f"{value.dtype} {value.device} [{', '.join(shape)}] [{', '.join(strides)}] {_open_dim(node)}"
+
+
+def _open_dim(node: fx.Node) -> int | None:
+    """Of a cache the pages, of a page table those of a sequence: a capacity, which the code does not rely on."""
+    ref = input_ref(node)
+    if ref.kind == "cache":
+        return 0
+    return 1 if ref.name == "page_table" else None
+
+
+def _references() -> dict[Any, Any]:
+    return {overload(op.name): op.function for op in HELIX_OPS if op.name.split(".")[0] in _WRITTEN_OUT}
+
+
+def _compile(segment: fx.GraphModule, bound: Mapping[int, Any], name: str, modes: Sequence[TorchDispatchMode]) -> Code:
+    import torch._inductor
+
+    sizes = FreshSizes()
+    fakes = [
+        sizes.tensor(p.meta["val"], bound[i].stride() if i in bound else None, _open_dim(p))
+        for i, p in enumerate(placeholders(segment.graph))
+    ]
+
+    def computed(*tensors: Tensor) -> Any:
+        with ExitStack() as inside:  # nearer than the trace: what is recorded is what they make of an op
+            for mode in modes:
+                inside.enter_context(mode)
+            return segment(*tensors)
+
+    try:
+        with torch.no_grad():
+            traced = make_fx(computed, decomposition_table=_references(), tracing_mode="symbolic")(*fakes)
+            examples = [n.meta["val"] for n in placeholders(traced.graph)]
+            code = torch._inductor.standalone_compile(
+                traced, examples, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}
+            )
+    except Exception as error:  # Inductor's own classes are many
+        first = str(error).strip().split("\n")[0]
+        raise LoweringError(
+            f"{name}: Inductor does not compile this segment: {type(error).__name__}: {first}; lower='reference' computes it as it is"
+        ) from error
+    _check_sizes(sizes.environment, name)
+    return innermost_fn(
+        getattr(code, "_compiled_fn", code)
+    )  # without what Dynamo puts around it: a tenth of a ms a call
+
+
+def _check_sizes(environment: ShapeEnv, name: str) -> None:
+    """What was assumed of sizes that the graph leaves open must hold for all."""
+    hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # torch 2.13 renamed it
+    if fixed := [f"{s} = {known}" for s, known in environment.replacements.items() if s in hints]:
+        raise LoweringError(
+            f"{name}: Inductor's code would hold for some sizes alone ({', '.join(fixed)}); use lower='reference'"
+        )
+    place = {HINT_B: 0, HINT_T: 1, HINT_S: 2}
+    for guard in environment.guards:
+        for tried in _TRIED:
+            # code is made for sizes >= 2, and computes 1 too: nothing in it is broadcast by a size
+            numbers = {s: max(2, tried[place[int(h)]]) if int(h) in place else int(h) for s, h in hints.items()}
+            if guard.expr.subs(numbers) == False:  # noqa: E712  sympy's own false
+                raise LoweringError(
+                    f"{name}: Inductor's code assumes {guard.expr}, which B, T, S = {tried} does not meet; use lower='reference'"
+                )

@@ -1,0 +1,234 @@
+"""One rank's step as a flat list of calls: what a walk would look up at every node is looked up once.
+
+Bodies are followed into, parameters and caches are bound, a segment is one call. What is left of a step are calls of segments, of
+the few ops between them, and the collectives, started and waited for in the order of the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx
+
+from helix_compile.errors import RuntimeFault
+from helix_compile.ir.collectives import COLLECTIVE_OF, WAIT
+from helix_compile.ir.graph import input_ref, is_call, placeholders
+from helix_compile.ir.leaves import Leaf
+from helix_compile.worlds.walk import Pending, Post, rank_fault
+
+_STEP = "input"  # the kind of an outer graph's inputs that every step brings anew
+
+
+class SegmentCall(NamedTuple):
+    """A segment where it is called.
+
+    Attributes:
+        where: of the call, as faults name it.
+        segment: its graph.
+        bound: its arguments that never change, by place: parameters, caches, numbers of a rank.
+    """
+
+    where: str
+    segment: fx.GraphModule
+    bound: dict[int, Any]
+
+
+class _Do(NamedTuple):
+    """One call.
+
+    Attributes:
+        call: what is called; of a collective its name, of a wait None.
+        takes: registers of its arguments.
+        gives: registers of what it returns: one, or one for each item of a tuple (0: not read).
+        dead: registers that nobody reads afterwards.
+        where: the node, as faults name it.
+    """
+
+    call: Any
+    takes: tuple[int, ...]
+    gives: tuple[int, ...] | int
+    dead: tuple[int, ...]
+    where: str
+
+
+class Program:
+    """The step of one rank.
+
+    Args:
+        rank: whose.
+        stage: an outer graph whose bodies are cut in segments.
+        bound: its inputs that never change, by node.
+        code: a segment where it is called -> what computes it: takes its tensors, returns a tuple.
+        is_segment: which submodules are segments.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        stage: fx.GraphModule,
+        bound: Mapping[fx.Node, Any],
+        code: Callable[[SegmentCall], Callable[..., Any]],
+    ):
+        self.rank = rank
+        self.inputs: dict[str, int] = {}  # name of a step's input -> register
+        self._registers: list[Any] = [None]
+        self._steps: list[_Do] = []
+        self._code = code
+        self._pending: dict[int, str] = {}  # register of a collective that was started -> which
+        values: list[Any] = []
+        for node in placeholders(stage.graph):
+            if node in bound:
+                values.append(self._constant(bound[node]))
+            else:
+                kind, name = input_ref(node)
+                assert kind == _STEP, (kind, name)
+                self.inputs[name] = self._new()
+                values.append(self.inputs[name])
+        self._output = self._flatten(stage, values, "")
+        self._free_dead()
+
+    @property
+    def calls(self) -> int:
+        """How many calls a step makes, collectives and their waits among them."""
+        return len(self._steps)
+
+    def walk(self, step: Mapping[str, Tensor], post: Post) -> Generator[tuple[Pending, str], Tensor | None, Any]:
+        """One step; yields where it waits, wants the value sent back, and returns the output. As Walk.graph()."""
+        registers = self._registers.copy()
+        for name, register in self.inputs.items():
+            registers[register] = step[name]
+        for call, takes, gives, dead, where in self._steps:
+            arguments = [registers[i] for i in takes]
+            result: Any
+            if call is None:
+                (pending,) = arguments
+                if not isinstance(pending, Pending):
+                    raise rank_fault(self.rank, where, "wait_tensor on a value that no collective is computing")
+                received = yield pending, where
+                result = received
+            elif isinstance(call, str):
+                result = post(call, tuple(arguments), where)
+            else:
+                try:
+                    result = call(*arguments)
+                except RuntimeFault:
+                    raise
+                except Exception as error:
+                    raise rank_fault(self.rank, where, f"{_name(call)}: {type(error).__name__}: {error}") from error
+            if isinstance(gives, int):
+                registers[gives] = result
+            else:
+                for register, value in zip(gives, result, strict=True):
+                    registers[register] = value
+            for register in dead:
+                registers[register] = None
+        return registers[self._output]
+
+    def _new(self) -> int:
+        self._registers.append(None)
+        return len(self._registers) - 1
+
+    def _constant(self, value: Any) -> int:
+        self._registers.append(value)
+        return len(self._registers) - 1
+
+    def _flatten(self, module: fx.GraphModule, inputs: Sequence[Any], path: str) -> Any:
+        """Calls of `module`; its output as a register, or a tuple of them."""
+        at: dict[fx.Node, Any] = dict(zip(placeholders(module.graph), inputs, strict=True))
+        for node in module.graph.nodes:
+            where = f"{path}{node.name}"
+            if node.op == "output":
+                return fx.map_arg(node.args[0], at.__getitem__)
+            if node.op == "get_attr":
+                at[node] = self._constant(attrgetter(str(node.target))(module))
+            elif node.op == "call_module":
+                at[node] = self._call_module(module, node, at, where)
+            elif is_call(node, operator.getitem) and isinstance(at[node.args[0]], (tuple, list)):
+                at[node] = at[node.args[0]][node.args[1]]
+            elif node.op == "call_function":
+                at[node] = self._call_function(node, at, where)
+            elif node.op != "placeholder":
+                raise rank_fault(self.rank, where, f"a {node.op} node can't be run; use call_function")
+        raise rank_fault(self.rank, path, "the graph has no output")
+
+    def _call_module(self, module: fx.GraphModule, node: fx.Node, at: Mapping[fx.Node, Any], where: str) -> Any:
+        called = module.get_submodule(str(node.target))
+        if isinstance(called, Leaf):
+            return self._add(called, node, at, where)
+        assert isinstance(called, fx.GraphModule)
+        if "segment" not in node.meta:
+            return self._flatten(called, [at[n] for n in node.args], f"{where}.")
+        takes = self._not_pending(where, tuple(at[n] for n in node.args))
+        known = {place: self._registers[i] for place, i in enumerate(takes) if self._registers[i] is not None}
+        gives = tuple(self._new() for _ in node.meta["val"])
+        self._steps.append(_Do(self._code(SegmentCall(where, called, known)), takes, gives, (), where))
+        return gives
+
+    def _call_function(self, node: fx.Node, at: Mapping[fx.Node, Any], where: str) -> int:
+        if node.target is WAIT:
+            return self._add(None, node, at, where)
+        if node.target in COLLECTIVE_OF:
+            name = COLLECTIVE_OF[node.target].name
+            register = self._add(name, node, at, where)
+            self._pending[register] = name
+            return register
+        return self._add(node.target, node, at, where)
+
+    def _add(self, call: Any, node: fx.Node, at: Mapping[fx.Node, Any], where: str) -> int:
+        nested = node.kwargs or any(isinstance(a, (list, tuple)) and _has_nodes(a) for a in node.args)
+        if nested:
+            sources = node.all_input_nodes
+            target, args, kwargs = call, node.args, node.kwargs
+
+            def call(*values: Any) -> Any:
+                value_of = dict(zip(sources, values, strict=True)).__getitem__
+                return target(*fx.map_arg(args, value_of), **fx.map_arg(kwargs, value_of))
+
+            call.__name__ = str(target)
+            takes = tuple(at[n] for n in sources)
+        else:
+            takes = tuple(at[a] if isinstance(a, fx.Node) else self._constant(a) for a in node.args)
+        if call is not None:
+            self._not_pending(where, takes)
+        gives = self._new()
+        self._steps.append(_Do(call, takes, gives, (), where))
+        return gives
+
+    def _not_pending(self, where: str, takes: tuple[int, ...]) -> tuple[int, ...]:
+        if early := [self._pending[i] for i in takes if i in self._pending]:
+            raise rank_fault(self.rank, where, f"{early} used before wait_tensor")
+        return takes
+
+    def _free_dead(self) -> None:
+        """A value is dropped behind its last reader; what is bound is the rank's own."""
+        made = {i for step in self._steps for i in _registers_of(step.gives)}
+        kept = set(_registers_of(self._output))
+        last: dict[int, int] = {}
+        for number, step in enumerate(self._steps):
+            last |= dict.fromkeys((*step.takes, *_registers_of(step.gives)), number)
+        dead: dict[int, list[int]] = {}
+        for register, number in last.items():
+            if register in made and register not in kept:
+                dead.setdefault(number, []).append(register)
+        self._steps = [step._replace(dead=tuple(dead.get(n, ()))) for n, step in enumerate(self._steps)]
+
+
+def _registers_of(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    else:
+        for item in value:
+            yield from _registers_of(item)
+
+
+def _has_nodes(value: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.map_arg(value, found.append)
+    return bool(found)
+
+
+def _name(call: Any) -> str:
+    return str(getattr(call, "__name__", call) if not hasattr(call, "_schema") else call)

@@ -1,0 +1,149 @@
+"""lower="inductor": compiled segments are the graph, bit for bit in bfloat16, and follow what is edited."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor import config
+
+from helix_compile import HelixModule, LoweringError, LoweringUnavailable, helix_compile, verify
+from helix_compile.ir.graph import aten, calls
+from helix_compile.ir.stage import bodies_of
+from helix_compile.runtime import inductor
+from tests.support.driver import left_padded, random_ids
+from tests.support.models import fresh_model
+
+OPTIONS: dict[str, Any] = {"cp": 2, "tpa": 2, "tokens_per_block": 2, "max_batch_size": 4, "max_seq_len": 256}
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, HelixModule, HelixModule]:
+    """A model, its interpreted and its compiled step."""
+    torch.manual_seed(0)
+    model = fresh_model("short", torch.bfloat16)
+    return model, helix_compile(model, lower="reference", **OPTIONS), helix_compile(model, lower="inductor", **OPTIONS)
+
+
+@pytest.mark.parametrize("lengths", [[1], [5], [5, 2, 7], [1, 1, 1, 1]], ids=str)
+def test_bfloat16_is_equal_bit_for_bit(pair: Any, lengths: list[int]) -> None:
+    """Ragged prompts, T in {1, 2, 4}, an empty shard, and the caches afterwards."""
+    model, interpreted, compiled = pair
+    for module in (interpreted, compiled):
+        module.reset()
+        for rank in module.ranks:
+            for cache in rank.cache:
+                cache.fill_(torch.nan)
+    prompt = left_padded(lengths)
+    for mask in (prompt, *(torch.ones(len(lengths), tokens, dtype=torch.int64) for tokens in (1, 4, 1, 2))):
+        ids = random_ids(model, *mask.shape)
+        assert torch.equal(compiled(ids, mask)[mask.bool()], interpreted(ids, mask)[mask.bool()])
+    for mine, theirs in zip(compiled.ranks, interpreted.ranks, strict=True):
+        for a, b in zip(mine.cache, theirs.cache, strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+def test_ids_may_lie_anyhow(pair: Any) -> None:
+    """A loop slices the last column off what it has: [B, 1] whose rows are far apart."""
+    model, interpreted, compiled = pair
+    ids = random_ids(model, 3, 9)
+    for module in (interpreted, compiled):
+        module.reset()
+    for part in (ids[:, :6:2], ids[:, -1:], ids.t().contiguous().t()[:, :1]):
+        assert torch.equal(compiled(part), interpreted(part))
+
+
+def test_nothing_is_compiled_after_warm_up(pair: Any) -> None:
+    model, _, compiled = pair
+    compiled.reset()
+    ids = random_ids(model, 2, 3)
+    compiled(ids)
+    known, programs = dict(inductor._CODE), compiled.programs()
+    for tokens in (1, 1, 2, 7, 1):
+        compiled(random_ids(model, 2, tokens))
+    assert inductor._CODE == known and compiled.programs() is programs
+
+
+def test_edits_are_followed(pair: Any) -> None:
+    """Of the graph, of a rank's parameters, and of the model in place: as the interpreted step follows them."""
+    model, interpreted, compiled = pair
+    ids = random_ids(model, 2, 3)
+
+    def logits(module: HelixModule) -> Any:
+        module.reset()
+        return module(ids)
+
+    before = logits(compiled)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    assert not torch.equal(logits(compiled), before) and torch.equal(logits(compiled), logits(interpreted))
+    for module in (interpreted, compiled):
+        name = "model.layers.1.self_attn.o_proj.weight"
+        module.ranks[1].params[name] = module.ranks[1].params[name] * 2
+    assert torch.equal(logits(compiled), logits(interpreted))
+    for module in (interpreted, compiled):
+        body = next(iter(bodies_of(module.graph).values()))
+        silu = calls(body.graph, aten.silu.default)[0]
+        silu.target = aten.relu.default
+        body.recompile()
+    assert torch.equal(logits(compiled), logits(interpreted))
+    assert "aten.relu" in compiled.stage_diff("lowered", "segments")
+
+
+def test_a_reloaded_module_runs_compiled(pair: Any, tmp_path: Path) -> None:
+    model, _, compiled = pair
+    compiled.save(tmp_path / "saved")
+    loaded = HelixModule.load(tmp_path / "saved")
+    known = dict(inductor._CODE)
+    ids = random_ids(model, 2, 5)
+    compiled.reset()
+    assert torch.equal(loaded(ids), compiled(ids)) and loaded.programs() is not None
+    assert inductor._CODE == known  # the same code, in one process
+
+
+def test_stages_can_be_run_and_are_equal(pair: Any) -> None:
+    model, _, compiled = pair
+    ids, found = random_ids(model, 2, 4), []
+    for stage in ("lowered", "segments"):
+        compiled.reset()
+        found.append(compiled.run_stage(stage, ids))
+    assert torch.equal(*found)
+
+
+def test_code_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify names the segment, the layer and the value; with right code it says how many calls were compared."""
+    model = fresh_model("short", torch.bfloat16)
+    compiled = helix_compile(model, lower="inductor", **OPTIONS)
+    report = verify(compiled, model)
+    assert report.ok and any("bit for bit" in note for note in report.notes), report
+    made = inductor.code_of
+
+    def faulty(segment: Any, bound: Any, name: str) -> Any:
+        code = made(segment, bound, name)
+        if name.startswith("layer_0") or not name.endswith(".segment_2"):
+            return code
+        return lambda *tensors: [x * 1.05 for x in code(*tensors)]
+
+    monkeypatch.setattr("helix_compile.verifier.numeric.segments_check.code_of", faulty)
+    (finding,) = verify(compiled, model).findings
+    assert finding.code == "HX411" and ".segment_2" in finding.where and "layer_0" not in finding.where
+
+
+def test_without_a_compiler_it_is_refused() -> None:
+    absent = config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with absent, pytest.raises(LoweringUnavailable, match=r"finds no compiler \(looked for no-such-compiler\)"):
+        helix_compile(fresh_model("short", torch.bfloat16), lower="inductor", **OPTIONS)
+
+
+def test_a_segment_that_inductor_refuses_is_named(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no lowering for this\nmore")
+
+    monkeypatch.setattr("torch._inductor.standalone_compile", fails)
+    monkeypatch.setattr(inductor, "_CODE", type(inductor._CODE)())
+    with pytest.raises(
+        LoweringError, match=r"segment_0: Inductor does not compile .*RuntimeError: no lowering for this; "
+    ):
+        helix_compile(pair[0], lower="inductor", **OPTIONS)
