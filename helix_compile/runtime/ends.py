@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from helix_compile.runtime.prepared import same_objects
+from helix_compile.runtime.prepared import parts_of, same_objects
 
 MakeEnd = Callable[[fx.GraphModule, str], fx.GraphModule | None]
 
@@ -22,7 +22,7 @@ class ShortEnds:
 
     def graph(self, lowered: fx.GraphModule, what: str) -> fx.GraphModule | None:
         """The end `what` of `lowered` as it is now; bodies are shared, so an edit of one shows in either."""
-        nodes = [part for n in lowered.graph.nodes for part in (n, n.target, n.args, n.kwargs)]
+        nodes = parts_of(lowered)
         if not same_objects(nodes, self._seen):
             self._seen = nodes
             self._ends.clear()
