@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers.models.llama.modeling_llama as modeling_llama
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from helix_compile import CaptureError, helix_compile, verify
 from helix_compile.capture import model as model_capture
@@ -29,7 +30,7 @@ def branching(change: Change, dtype: torch.dtype = torch.float64) -> Any:
     inner = attention.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        length = kwargs["past_key_values"].get_seq_length(0)
+        length = next(x for x in kwargs.values() if isinstance(x, DynamicCache)).get_seq_length(0)  # of any name
         out, weights = inner(*args, **kwargs)
         return change(out, length), weights
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers.models.llama.modeling_llama as modeling_llama
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from helix_compile import CaptureError, helix_compile
 from helix_compile.capture.model import capture
@@ -144,7 +145,8 @@ def test_a_number_that_layers_are_called_with(of: str, monkeypatch: pytest.Monke
         return of_layer(self, *args, **kwargs) * factor
 
     def whole(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        special = input_ids.shape[1] == 1 if of == "T" else kwargs["past_key_values"].get_seq_length() == 0
+        cache = next(x for x in kwargs.values() if isinstance(x, DynamicCache))
+        special = input_ids.shape[1] == 1 if of == "T" else cache.get_seq_length() == 0
         return of_model(self, input_ids=input_ids, factor=0.5 if special else 1.0, **kwargs)
 
     monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", layer)
