@@ -105,6 +105,11 @@ class ConcatenatingCache(DynamicCache):
             self.layers[layer_idx].keys, self.layers[layer_idx].values = kept
         return kept
 
+    @property
+    def keys_alone(self) -> list[int]:
+        """Layers that cached keys of an indexer, and no K and V."""
+        return list(self._early)
+
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Of keys [B, T, width] that an indexer caches beside K and V of its layer: all of them [B, S + T, width]."""
         if any(x is not None for x in (*args, *kwargs.values())) or indexer_key_states.dim() != 3:
@@ -230,11 +235,20 @@ def export_around(
         calls: Calls = {}
         try:
             with layers_as(layers, partial(recorder, calls, form, made=[])):
-                return *_export_model(model, cache_of, [past]), calls, form
+                program = _export_model(model, cache_of, [past])
         except CaptureError as error:
             failures.append((len(calls), error))
             if not calls:
                 break
+            continue
+        if any(call.shares for call in calls.values()) and not any(x.stored for x in form):
+            # what layers leave for others is seen where they are run
+            form = next(_as_they_return(model, layers), form)
+            if any(x.stored for x in form):
+                calls = {}
+                with layers_as(layers, partial(recorder, calls, form, made=[])):
+                    program = _export_model(model, cache_of, [past])
+        return *program, calls, form
     raise max(failures, key=lambda failure: failure[0])[1]  # what came furthest says most
 
 
@@ -344,7 +358,7 @@ def recorder(calls: Calls, returned: tuple[Returned, ...], index: int, made: lis
             for number, (like, shape) in enumerate(result_shapes(call, args, kwargs))
         ]
         made.extend(results)
-        return call.as_returned([LAYER_OP(hidden, others, index), *results])
+        return call.as_returned([LAYER_OP(hidden, others, index), *results], args, kwargs)
 
     return forward
 

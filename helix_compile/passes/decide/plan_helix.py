@@ -65,6 +65,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         math.prod(a.cache.tail(layout.tpa)) * len(captured.layers_of(name))
         for name, match in matches.items()
         for a in match.attentions
+        if not a.shared
     )
     kv_bytes = Fraction(cached_width * captured.dtype.itemsize, layout.kvp)
     decisions, notes = [ep_decision, v_up_decision, q_decision], _notes(captured, attentions, layout, options, kv_bytes)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from helix_compile.ir.elements import Provenance, is_cache_update, trace_elements
+from helix_compile.ir.elements import Provenance, is_cached, trace_elements
 from helix_compile.ir.sizes import shape_of
-from helix_compile.passes.match.anchor import Anchor, cache_parts
+from helix_compile.passes.match.anchor import Anchor, cached_by
 from helix_compile.passes.match.expansion import check_grid
 from helix_compile.passes.match.head_cuts import cut_or_whole
 from helix_compile.passes.match.heads import bias_of, head_linear, one_linear, output_projection, param_of
@@ -29,7 +29,7 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     q = anchor.pairs[0][0].node
     k = trace_elements(anchor.pairs[0][1].node)
     used = k.used()
-    if k.undefined() or len(used) != 1 or not is_cache_update(used[0]):
+    if k.undefined() or len(used) != 1 or not is_cached(used[0]):
         names = ", ".join(f"`{s.name}` ({s.target})" for s in used)
         raise Reject(f"V is what the layer caches, K is not: it comes from {names}", node, 3)
     H = shape_of(q)[1]
@@ -43,13 +43,12 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
         )
     for what, source, update in (("K", k, k_update), ("V", v, v_update)):
         _check_repeated(what, source, update, H, anchor.shared_heads, node)
-    new_k, past_k = cache_parts(k_update, "K", node)
-    new_v, past_v = cache_parts(v_update, "V", node)
+    cached = cached_by(((k_update, "K"), (v_update, "V")), node)
     behind, scaling = scaled_by_sinks(node, anchor.scores, "BHTV")
     o_proj, gate = output_projection(behind)
-    values = (("q", q), ("K", new_k), ("V", new_v))
+    values = (("q", q), *zip("KV", cached.new, strict=False))
     linears = [one_linear(value, what) for what, value in values]
-    if len(set(linears)) < 3:
+    if len(set(linears)) < len(values):
         raise Reject(
             "q, K and V come from fewer than three linears, whose rows can't be cut by one rule (nearest that works: three "
             "linears)",
@@ -61,15 +60,15 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
         for (what, value), linear in zip(values, linears, strict=True)
     ]
     heads = (H, kv_heads, kv_heads)
-    q_proj, k_proj, v_proj = (head_linear(n, h, c[0]) for n, h, c in zip(linears, heads, cuts, strict=True))
+    q_proj, *of_kv = (head_linear(n, h, c[0]) for n, h, c in zip(linears, heads, cuts, strict=False))
+    widths = (shape_of(update)[3] for update in (k_update, v_update))
     return AttentionMatch(
-        kind=Grouped(k_proj, v_proj),
+        kind=Grouped(kv_heads, *widths, tuple(of_kv)),
         anchor=node.name,
         q=q.name,
         q_proj=q_proj,
         o_proj=o_proj.name,
-        new=(new_k.name, new_v.name),
-        past=(past_k.name, past_v.name),
+        **cached.names,
         mask=mask.name,
         o_weight=param_of(o_proj, 1),
         o_bias=bias_of(o_proj),

@@ -15,7 +15,7 @@ from torch import fx
 from helix_compile.ir.elements import Provenance, trace_elements
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.absorbed import absorbed_site
-from helix_compile.passes.match.anchor import Anchor, Operand, cache_parts
+from helix_compile.passes.match.anchor import Anchor, Operand, cached_by
 from helix_compile.passes.match.contractions import up_weight
 from helix_compile.passes.match.expansion import Expansion, check_grid, expanded, expansion_of_k, weight_of_v
 from helix_compile.passes.match.head_cuts import cut_or_whole
@@ -114,8 +114,7 @@ def _site(
     """The match, given where W_UK, W_UV and the cached parts are: what is left are q, the mask and the way to o_proj."""
     node, mask = anchor.node, anchor.mask
     assert mask is not None
-    new_latent, past_latent = cache_parts(latent, "latent", node)
-    new_rope, past_rope = cache_parts(rope, "rope part of K", node)
+    cached = cached_by(((latent, "latent"), (rope, "rope part of K")), node)
     o_proj, gate = output_projection(node, anchor.form)
     q_proj = one_linear(q.node, "q")
     width, form = len(q_nope) + len(q_rope), q.form
@@ -143,8 +142,7 @@ def _site(
         q=q.node.name,
         q_proj=head_linear(q_proj, len(w_uv.at), views),
         o_proj=o_proj.name,
-        new=(new_latent.name, new_rope.name),
-        past=(past_latent.name, past_rope.name),
+        **cached.names,
         mask=mask.name,
         o_weight=param_of(o_proj, 1),
         o_bias=bias_of(o_proj),

@@ -29,7 +29,7 @@ def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: He
     if match.selection:
         slots, count = chosen_slots(graph, match, site, cache, page_table, written, plan)
         if match.cache.index:
-            with made_from(graph, *(node_named(graph, n) for n in match.past[:2])):
+            with made_from(graph, *(node_named(graph, n) for n in (*match.past, *match.shared)[:2])):
                 width = match.cache.first + match.cache.second
                 cache = named(graph, "latent_cache", aten.slice.Tensor, cache, 2, 0, width)
         attended = named(

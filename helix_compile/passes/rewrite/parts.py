@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.config.options import PAGE_SIZE
-from helix_compile.ir.graph import aten, input_named, is_call, named, node_named, placeholders
+from helix_compile.ir.graph import InputRef, aten, input_named, is_call, named, node_named, placeholders
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import fake_mode_of, open_view
@@ -39,10 +39,12 @@ def append_to_cache(
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Append what the new tokens leave, K and V or latents by `laid_out(part, *args)`: (cache, page table, what is visible then).
 
-    An index key goes behind the rope part, into the same row.
+    An index key goes behind the rope part, into the same row. Where an earlier layer has appended, nothing is left to do.
     """
     slots, visible, page_table = (input_named(graph, "step", n) for n in ("slots", "visible", "page_table"))
-    cache = input_named(graph, "cache", f"cache_{site}")
+    cache = input_named(graph, *InputRef.cache(site))
+    if match.shared:
+        return cache, page_table, input_named(graph, *InputRef.written(site))
     parts = []
     for part in (node_named(graph, n) for n in match.new[:2]):
         with made_from(graph, part):
@@ -136,7 +138,7 @@ def handed_names(selection: HandedSelection) -> tuple[str, str]:
 
 def cache_example(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> Tensor:
     """The same for one site's cache."""
-    dtype = node_named(graph, match.new[0]).meta["val"].dtype
+    dtype = node_named(graph, (*match.new, *match.shared)[0]).meta["val"].dtype
     return _example(graph, cache_shape(match.cache, plan.options, plan.layout), dtype)
 
 
