@@ -97,9 +97,7 @@ def _returned(index: int, runs: tuple[_Left, ...]) -> Returned:
     if not isinstance(outs[0], tuple):
         return Returned(stored=left)
     others = zip(*(out[1:] for out in outs), strict=True)
-    return Returned(
-        True, tuple(_like(index, each) if isinstance(each[0], Tensor) else None for each in others), left
-    )
+    return Returned(True, tuple(_like(index, each) if isinstance(each[0], Tensor) else None for each in others), left)
 
 
 def _like(index: int, tensors: Sequence[Tensor]) -> TensorLike:

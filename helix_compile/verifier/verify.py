@@ -37,6 +37,7 @@ from helix_compile.verifier.report import Check, Finding, Progress, Verification
 from helix_compile.verifier.static import choice as static_choice
 from helix_compile.verifier.static import plan as static_plan
 from helix_compile.verifier.static import ranks as static_ranks
+from helix_compile.verifier.static import shared as static_shared
 from helix_compile.verifier.static.graph import TypedGraph, every_layer_is_called, malformed, type_graph
 from helix_compile.verifier.static.params import check_params
 from helix_compile.verifier.subject import Subject, check_layers, check_steps
@@ -175,6 +176,7 @@ def _static(
         lambda: static_ranks.check_reach(graph, plan, matches),
         lambda: static_ranks.check_mesh(compiled.world.mesh.groups, plan.layout),
         lambda: static_ranks.check_rank_order(graph, plan, matches, compiled.world, compiled.device),
+        lambda: static_shared.check_caches(graph, captured),
         lambda: static_choice.check_choices(graph, plan, matches, compiled.world, compiled.device),
     ]
     if not compiled.ranks[0].leaves:  # with leaf layers a prefix can't be imported, and is refused

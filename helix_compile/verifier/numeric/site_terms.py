@@ -145,9 +145,16 @@ def entries_of(parts: Past) -> Past:
     return (*flat, *parts[2:])
 
 
+def given_length(match: AttentionMatch, S: int, T: int) -> int:
+    """Tokens that are cached when a layer is run on T new ones behind S: an earlier layer has cached the new ones too."""
+    return S + T if match.shared else S
+
+
 def new_entries(match: AttentionMatch, values: dict[str, Any]) -> Past:
     """The entries [B, T, *] of the new tokens, by the original."""
-    return entries_of(tuple(values[name].double() for name in match.new))
+    T = values[match.o_proj].shape[1]
+    parts = [values[name][:, :, -T:] for name in match.shared] or [values[name] for name in match.new]
+    return entries_of(tuple(part.double() for part in parts))
 
 
 def on_rank(entries: Tensor, row: CacheRow, tpa_rank: int, tpa: int, of_zero_heads: float = 0.0) -> Tensor:
