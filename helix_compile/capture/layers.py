@@ -12,6 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -234,22 +235,34 @@ def export_around(
     for form in forms:
         calls: Calls = {}
         try:
-            with layers_as(layers, partial(recorder, calls, form, made=[])):
-                program = _export_model(model, cache_of, [past])
+            program = _export_layers_as(model, layers, form, calls, cache_of, past)
         except CaptureError as error:
             failures.append((len(calls), error))
             if not calls:
                 break
             continue
-        if any(call.shares for call in calls.values()) and not any(x.stored for x in form):
-            # what layers leave for others is seen where they are run
-            form = next(_as_they_return(model, layers), form)
-            if any(x.stored for x in form):
-                calls = {}
-                with layers_as(layers, partial(recorder, calls, form, made=[])):
-                    program = _export_model(model, cache_of, [past])
+        better = _seen_in_calls(model, layers, form, calls)
+        if better != form:
+            form, calls = better, {}
+            program = _export_layers_as(model, layers, form, calls, cache_of, past)
         return *program, calls, form
     raise max(failures, key=lambda failure: failure[0])[1]  # what came furthest says most
+
+
+def _export_layers_as(
+    model: PreTrainedModel, layers: nn.ModuleList, form: tuple[Returned, ...], calls: Calls, cache_of: Any, past: Tensor
+) -> tuple[ExportedProgram, Exported]:
+    with layers_as(layers, partial(recorder, calls, form, made=[])):
+        return _export_model(model, cache_of, [past])
+
+
+def _seen_in_calls(
+    model: PreTrainedModel, layers: nn.ModuleList, form: tuple[Returned, ...], calls: Calls
+) -> tuple[Returned, ...]:
+    """The form with what only the layers' calls tell: a mapping that all are handed, hidden states with streams in front."""
+    if any(call.shares for call in calls.values()):  # what is left in it is seen where the layers are run
+        form = next(_as_they_return(model, layers), form)
+    return tuple(replace(own, streams_first=i in calls and calls[i].has_streams_first) for i, own in enumerate(form))
 
 
 def _as_they_return(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[tuple[Returned, ...]]:

@@ -284,11 +284,24 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Returned:
-    """What a layer gives: hidden states, or a tuple of them and others (None: no tensor), and what it leaves in mappings."""
+    """What a layer gives: hidden states, or a tuple of them and others (None: no tensor), and what it leaves in mappings.
+
+    Attributes:
+        streams_first: several hidden states a token lie in front, [streams, B, T, D]; captured they are [B, T, streams, D].
+    """
 
     is_tuple: bool = False
     others: tuple[TensorLike | None, ...] = ()
     stored: tuple[Stored, ...] = ()
+    streams_first: bool = False
+
+    def of_model(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the model has them, of captured ones."""
+        return hidden.movedim(2, 0) if self.streams_first else hidden
+
+    def captured(self, hidden: Tensor) -> Tensor:
+        """The inverse."""
+        return hidden.movedim(0, 2) if self.streams_first else hidden
 
     @property
     def tensors(self) -> list[TensorLike]:
@@ -320,9 +333,9 @@ class LayerCall:
 
     def results(self, out: Any, args: tuple, kwargs: dict) -> list[Tensor]:
         """Hidden states out of what the layer returned for these arguments, and behind them what else it leaves to be read."""
-        found = [out]
+        found = [self.returned.captured(out[0] if isinstance(out, tuple) else out)]
         if isinstance(out, tuple):
-            found = [out[0], *(t for like, t in zip(self.returned.others, out[1:], strict=False) if like is not None)]
+            found += [*(t for like, t in zip(self.returned.others, out[1:], strict=False) if like is not None)]
         if self.returned.stored:
             leaves = [leaf for _, leaf in arguments_of(args, kwargs)[0]]
             values = ((leaves[s.leaf][s.key], s.place) for s in self.returned.stored)
@@ -335,7 +348,7 @@ class LayerCall:
         for leaf in self.leaves:
             match leaf:
                 case ("hidden",):
-                    filled.append(hidden)
+                    filled.append(self.returned.of_model(hidden))
                 case ("other", int(index)):
                     filled.append(others[index])
                 case ("cache",):
@@ -360,7 +373,14 @@ class LayerCall:
             for leaf, key, place, _ in self.returned.stored:
                 entries.setdefault((leaf, key), []).append(tensor := next(rest))
                 leaves[leaf][key] = tensor if place < 0 else tuple(entries[leaf, key])
-        return (results[0], *out) if self.returned.is_tuple else results[0]
+        hidden = self.returned.of_model(results[0])
+        return (hidden, *out) if self.returned.is_tuple else hidden
+
+    @property
+    def has_streams_first(self) -> bool:
+        """True if B and T are the second and third dim of hidden states, behind a number."""
+        sizes = self.hidden.shape
+        return len(sizes) == 4 and [isinstance(n, torch.SymInt) for n in sizes] == [False, True, True, False]
 
     @property
     def shares(self) -> bool:
@@ -421,7 +441,7 @@ def record_call(args: tuple, kwargs: dict, returned: Returned = HIDDEN_ALONE) ->
     names: list[str] = []
     for path, leaf in paths:
         if isinstance(leaf, Tensor) and hidden is None:
-            hidden = leaf
+            hidden = returned.captured(leaf)
             leaves.append(("hidden",))
         elif isinstance(leaf, Tensor):
             leaves.append(("other", len(others)))

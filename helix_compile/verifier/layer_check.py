@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_compile.ir.graph import placeholders
 from helix_compile.plan.cache_row import CacheRow
 from helix_compile.plan.matches import HandedSelection, LayerMatch, Selection
 from helix_compile.verifier.bisect.walk import Located, body_twins, first_deviation
@@ -28,7 +27,7 @@ from helix_compile.verifier.numeric.cache_check import check_cache
 from helix_compile.verifier.numeric.handed import drawn_keys
 from helix_compile.verifier.numeric.index_needles import index_keys, score_sizes
 from helix_compile.verifier.numeric.indexers import Indexers, by_position
-from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, LayerRun, run_layer
+from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, LayerRun, hidden_shape, run_layer
 from helix_compile.verifier.numeric.routing import NEAR_TIE, Choices, RecordTopK
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.sharpen import background, need_the_new_token, plant
@@ -267,8 +266,7 @@ def _inputs(
     generator = torch.Generator().manual_seed(seed)
     B, S, T = len(case.lengths), max(case.lengths), case.T
     body = reference.captured.bodies[match.body].graph
-    hidden_size = int(placeholders(body)[0].meta["val"].shape[-1])
-    hidden = torch.randn(B, T, hidden_size, generator=generator, dtype=torch.float64).to(dtype)
+    hidden = torch.randn(hidden_shape(body, B, T), generator=generator, dtype=torch.float64).to(dtype)
     mask = torch.tensor([[0] * (S - n) + [1] * (n + T) for n in case.lengths])
     positions = torch.stack([torch.arange(n, n + T) for n in case.lengths])
     empty = tuple(empty_past(a, B, given_length(a, S, T)) for a in match.attentions)
@@ -334,7 +332,7 @@ def _output(
         if not torch.isfinite(output).all():
             got = "NaN or inf in the layer's output"
             return [numeric_finding("HX406", f"{where}, rank {rank}", got, "finite values", 5)]
-        error = (output.double() - wanted).abs().amax(-1) * kept
+        error = (output.double() - wanted).abs().flatten(2).amax(-1) * kept
         if limit is not None:
             off = float(error.max()) / float(wanted.abs().max())
             if off > limit:

@@ -171,7 +171,7 @@ def _static(
     found += every_layer_is_called(graph, captured.all_layers)
     checks: list[Callable[[], list[Finding]]] = [
         lambda: static_plan.check_collectives(graph, plan, matches),
-        lambda: static_plan.check_work(typed.module, plan, matches, whole),
+        lambda: static_plan.check_work(typed.module, plan, matches, whole, captured),
         lambda: static_ranks.check_ledger(graph, plan),
         lambda: static_ranks.check_reach(graph, plan, matches),
         lambda: static_ranks.check_mesh(compiled.world.mesh.groups, plan.layout),

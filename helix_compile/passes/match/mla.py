@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from helix_compile.ir.elements import Provenance, trace_elements
+from helix_compile.ir.dataflow import ancestors
+from helix_compile.ir.elements import Provenance, is_cached, trace_elements
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.absorbed import absorbed_site
 from helix_compile.passes.match.anchor import Anchor, Operand, cached_by
@@ -41,7 +42,7 @@ def match_split_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     (first, first_k), (second, second_k) = anchor.pairs
     k = _side_by_side(first_k, second_k, v.ids.shape[1], node)
     k_up = expansion_of_k(k, v_up, node)
-    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, node)
+    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, first_k.node, node)
     width = shape_of(first_k.node)[first_k.form.index("C")]
     parts = [{channel < width for channel in channels} for channels in (q_nope, q_rope)]
     if parts not in ([{True}, {False}], [{False}, {True}]):
@@ -88,7 +89,7 @@ def match_mla_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     v_up, w_uv = weight_of_v(v, anchor.node)
     k = in_order(key, "K")
     k_up = expansion_of_k(k, v_up, anchor.node)
-    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, anchor.node)
+    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, key.node, anchor.node)
     return _site(anchor, q, None, v_up.latent, rope, w_uk, w_uv, q_nope, q_rope)
 
 
@@ -157,11 +158,17 @@ def _site(
     )
 
 
+def _empty_rope(key: fx.Node) -> list[fx.Node]:
+    """What a layer without rope caches beside its latent: a part without channels."""
+    before = ancestors([key], until=[])
+    return [n for n in before if is_cached(n) and n.meta["val"].dim() == 4 and shape_of(n)[-1] == 0]
+
+
 def _channels_of_k(
-    k: Provenance, k_up: Expansion, node: fx.Node
+    k: Provenance, k_up: Expansion, key: fx.Node, node: fx.Node
 ) -> tuple[UpWeight, tuple[int, ...], fx.Node, tuple[int, ...]]:
     """(W_UK, nope channels, rope source, rope channels in the order of the rope columns)."""
-    others = [s for s in k.used() if s is not k_up.node]
+    others = [s for s in k.used() if s is not k_up.node] or _empty_rope(key)
     if len(others) != 1:
         names = ", ".join(f"`{s.name}`" for s in others) or "nothing"
         raise Reject(f"the rest of K must be one shared rope part, it is {names}", node, 4)

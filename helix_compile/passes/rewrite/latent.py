@@ -82,6 +82,8 @@ def _as_bthc(graph: fx.Graph, q_rope: fx.Node, form: str) -> fx.Node:
 
 def _channels(graph: fx.Graph, q: fx.Node, channels: tuple[int, ...]) -> fx.Node:
     """Channels of q [*, *, *, Dk] in this order: one slice a run, joined where there are several."""
+    if not channels:
+        return graph.call_function(aten.slice.Tensor, (q, 3, 0, 0))
     runs: list[list[int]] = []
     for channel in channels:
         if runs and channel == runs[-1][-1] + 1:

@@ -151,8 +151,17 @@ class CapturedReference:
             if node.op == "call_module":
                 break
             if _embeds(node, given.hidden):
-                known[node] = given.hidden  # the tables ask it for its dtype and size only
+                known[node] = _one_stream(given.hidden)  # the tables ask it for its dtype and size only
         return known
+
+
+def hidden_shape(body: fx.Graph, B: int, T: int) -> tuple[int, ...]:
+    """Of what a layer reads: [B, T, D], or [B, T, streams, D]."""
+    return (B, T, *map(int, placeholders(body)[0].meta["val"].shape[2:]))
+
+
+def _one_stream(hidden: Tensor) -> Tensor:
+    return hidden if hidden.dim() == 3 else hidden[:, :, 0]
 
 
 def _embeds(node: fx.Node, hidden: Tensor) -> bool:
@@ -198,7 +207,7 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
         inputs = []
         for rank in range(len(scratch.params)):
             placed = dict(zip(placeholders(outer), scratch.inputs_of(rank, step), strict=True))
-            known = dict.fromkeys([n for n in outer.nodes if _embeds(n, given.hidden)], given.hidden)
+            known = dict.fromkeys([n for n in outer.nodes if _embeds(n, given.hidden)], _one_stream(given.hidden))
             for node, argument in zip(placeholders(body.graph), call.args, strict=True):
                 kind, name = input_ref(node)
                 if kind == "chosen":

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
 from helix_compile.plan.matches import AttentionMatch, LayerMatch
 from helix_compile.verifier.numeric.handed import drawn_keys
-from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs
+from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, hidden_shape
 from helix_compile.verifier.numeric.site_terms import Past, empty_past, given_length, new_entries, terms_of
 
 Edit = Callable[[Tensor], Tensor]
@@ -48,11 +48,10 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
     generator = torch.Generator().manual_seed(seed)
     for body, match in reference.matches.items():
         graph = reference.captured.bodies[body].graph
-        hidden = placeholders(graph)[0].meta["val"]
         for layer in reference.captured.layers_of(body):
             B, T = 2, 8
             given = LayerInputs(
-                torch.randn(B, T, int(hidden.shape[-1]), generator=generator, dtype=torch.float64),
+                torch.randn(hidden_shape(graph, B, T), generator=generator, dtype=torch.float64),
                 torch.ones(B, T, dtype=torch.int64),
                 torch.arange(T).expand(B, T).contiguous(),
                 tuple(_given(site, B, T, generator) for site in match.attentions),

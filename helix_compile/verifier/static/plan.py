@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_param, placeholders
+from helix_compile.capture.captured import CapturedGraph
+from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_call, is_param, placeholders
 from helix_compile.ir.sizes import hint_of
 from helix_compile.ir.stage import bodies_of, body_of
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
@@ -175,16 +176,21 @@ def _counts(count: Counter[tuple[str, str]]) -> str:
 
 
 def check_work(
-    typed: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch], originals: dict[str, Tensor]
+    typed: fx.GraphModule,
+    plan: HelixPlan,
+    matches: dict[str, LayerMatch],
+    originals: dict[str, Tensor],
+    captured: CapturedGraph,
 ) -> list[Finding]:
     """Multiplications a rank does for each token against those of the planned shards; attention once for each head.
 
     Args:
         typed: the graph with shapes propagated from what the ranks hold.
+        captured: the model: what reads a weight twice there may do so.
     """
     findings = []
     for name, body, match in matched_bodies(typed, matches):
-        got, expected = _macs(body.graph), _planned_macs(typed, name, plan, originals)
+        got, expected = _macs(body.graph), _planned_macs(typed, name, plan, originals, captured)
         if got > expected * (1 + WORK_SLACK):
             work = f"{got:,.0f} multiplications a token a rank"
             findings.append(Finding("HX107", name, work, f"{expected:,.0f}", 13))
@@ -237,8 +243,11 @@ def _einsum_macs(node: fx.Node) -> int:
     return math.prod(sizes.values())
 
 
-def _planned_macs(typed: fx.GraphModule, name: str, plan: HelixPlan, originals: dict[str, Tensor]) -> float:
-    """One multiplication for each element of the planned shard of each weight matrix."""
+def _planned_macs(
+    typed: fx.GraphModule, name: str, plan: HelixPlan, originals: dict[str, Tensor], captured: CapturedGraph
+) -> float:
+    """One multiplication for each element of the planned shard of each weight matrix, and of a whole one as often as the model has it."""
+    readers = {input_ref(n).name: _linears_of(n) for n in placeholders(captured.bodies[name].graph) if is_param(n)}
     call = next(n for n in typed.graph.nodes if n.op == "call_module" and n.target == name)
     total = 0.0
     for node, argument in zip(placeholders(body_of(typed, name).graph), call.args, strict=False):
@@ -249,5 +258,11 @@ def _planned_macs(typed: fx.GraphModule, name: str, plan: HelixPlan, originals: 
             total += math.prod(shard.shape) if len(shard.shape) > 1 else 0
         else:
             whole = originals.get(input_ref(argument).name)
-            total += whole.numel() if whole is not None and whole.dim() > 1 else 0
+            times = max(1, readers.get(input_ref(node).name, 1))
+            total += times * whole.numel() if whole is not None and whole.dim() > 1 else 0
     return total
+
+
+def _linears_of(weight: fx.Node) -> int:
+    """How many linears read a weight."""
+    return sum(is_call(user, aten.linear.default) for user in weight.users)
