@@ -301,10 +301,10 @@ class Cached(NamedTuple):
     past: tuple[fx.Node, ...]
     shared: tuple[fx.Node, ...] = ()
 
-    @property
-    def names(self) -> dict[str, tuple[str, ...]]:
-        """As a match has them."""
-        return {kind: tuple(n.name for n in nodes) for kind, nodes in self._asdict().items()}
+
+def names(nodes: tuple[fx.Node, ...]) -> tuple[str, ...]:
+    """As a match has them."""
+    return tuple(node.name for node in nodes)
 
 
 def cached_by(parts: tuple[tuple[fx.Node, str], ...], node: fx.Node) -> Cached:

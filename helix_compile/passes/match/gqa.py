@@ -13,7 +13,7 @@ from torch import fx
 
 from helix_compile.ir.elements import Provenance, is_cached, trace_elements
 from helix_compile.ir.sizes import shape_of
-from helix_compile.passes.match.anchor import Anchor, cached_by
+from helix_compile.passes.match.anchor import Anchor, cached_by, names
 from helix_compile.passes.match.expansion import check_grid
 from helix_compile.passes.match.head_cuts import cut_or_whole
 from helix_compile.passes.match.heads import bias_of, head_linear, one_linear, output_projection, param_of
@@ -30,8 +30,8 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     k = trace_elements(anchor.pairs[0][1].node)
     used = k.used()
     if k.undefined() or len(used) != 1 or not is_cached(used[0]):
-        names = ", ".join(f"`{s.name}` ({s.target})" for s in used)
-        raise Reject(f"V is what the layer caches, K is not: it comes from {names}", node, 3)
+        said = ", ".join(f"`{s.name}` ({s.target})" for s in used)
+        raise Reject(f"V is what the layer caches, K is not: it comes from {said}", node, 3)
     H = shape_of(q)[1]
     k_update, v_update = used[0], v.used()[0]
     if k_update is v_update:
@@ -61,14 +61,15 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     ]
     heads = (H, kv_heads, kv_heads)
     q_proj, *of_kv = (head_linear(n, h, c[0]) for n, h, c in zip(linears, heads, cuts, strict=False))
-    widths = (shape_of(update)[3] for update in (k_update, v_update))
     return AttentionMatch(
-        kind=Grouped(kv_heads, *widths, tuple(of_kv)),
+        kind=Grouped(kv_heads, shape_of(k_update)[3], shape_of(v_update)[3], tuple(of_kv)),
         anchor=node.name,
         q=q.name,
         q_proj=q_proj,
         o_proj=o_proj.name,
-        **cached.names,
+        new=names(cached.new),
+        past=names(cached.past),
+        shared=names(cached.shared),
         mask=mask.name,
         o_weight=param_of(o_proj, 1),
         o_bias=bias_of(o_proj),

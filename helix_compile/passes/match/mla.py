@@ -16,7 +16,7 @@ from helix_compile.ir.dataflow import ancestors
 from helix_compile.ir.elements import Provenance, is_cached, trace_elements
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.absorbed import absorbed_site
-from helix_compile.passes.match.anchor import Anchor, Operand, cached_by
+from helix_compile.passes.match.anchor import Anchor, Operand, cached_by, names
 from helix_compile.passes.match.contractions import up_weight
 from helix_compile.passes.match.expansion import Expansion, check_grid, expanded, expansion_of_k, weight_of_v
 from helix_compile.passes.match.head_cuts import cut_or_whole
@@ -60,8 +60,8 @@ def _side_by_side(first: Operand, second: Operand, heads: int, node: fx.Node) ->
     parts = [_with_heads(k, node) for k in (first, second)]
     both = set(parts[0].used()) & set(parts[1].used())
     if both:
-        names = ", ".join(f"`{n.name}`" for n in both)
-        raise Reject(f"both products of the scores read K from {names}", node, 4)
+        said = ", ".join(f"`{n.name}`" for n in both)
+        raise Reject(f"both products of the scores read K from {said}", node, 4)
     behind = int(parts[0].ids.max())
     moved = torch.where(parts[1].ids > 0, parts[1].ids + behind, 0)
     if {x.ids.shape[1] for x in parts} - {1, heads}:
@@ -143,7 +143,9 @@ def _site(
         q=q.node.name,
         q_proj=head_linear(q_proj, len(w_uv.at), views),
         o_proj=o_proj.name,
-        **cached.names,
+        new=names(cached.new),
+        past=names(cached.past),
+        shared=names(cached.shared),
         mask=mask.name,
         o_weight=param_of(o_proj, 1),
         o_bias=bias_of(o_proj),
@@ -170,8 +172,8 @@ def _channels_of_k(
     """(W_UK, nope channels, rope source, rope channels in the order of the rope columns)."""
     others = [s for s in k.used() if s is not k_up.node] or _empty_rope(key)
     if len(others) != 1:
-        names = ", ".join(f"`{s.name}`" for s in others) or "nothing"
-        raise Reject(f"the rest of K must be one shared rope part, it is {names}", node, 4)
+        said = ", ".join(f"`{s.name}`" for s in others) or "nothing"
+        raise Reject(f"the rest of K must be one shared rope part, it is {said}", node, 4)
     rope, columns, nope, rope_of, step = others[0], [], [], {}, 1
     for channel in range(k.ids.shape[3]):
         ids = k.ids[..., channel : channel + 1]
