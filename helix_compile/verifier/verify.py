@@ -167,7 +167,7 @@ def _static(
     params = check_params(names, held, whole, shards, plan.layout, frozenset(heads))
     shapes = {n: t for n, t in held[0].items() if isinstance(t, Tensor)}
     typed = type_graph(graph, shapes, params.layouts, plan.layout)
-    found = [*static_plan.check_plan(plan, matches, len(held)), *params.findings, *typed.findings]
+    found = [*static_plan.check_plan(plan, matches, len(held), layers), *params.findings, *typed.findings]
     found += every_layer_is_called(graph, captured.all_layers)
     checks: list[Callable[[], list[Finding]]] = [
         lambda: static_plan.check_collectives(graph, plan, matches),

@@ -20,6 +20,7 @@ from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
 from helix_compile.ir.graph import helix_op, inputs_of
 from helix_compile.ir.stage import bodies_of
+from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids
 from tests.support.families import fresh_family
@@ -151,3 +152,12 @@ def test_index_keys_alone_are_refused() -> None:
     model = fresh_family("mistral_large4", kv_source_layers=[0, 0], no_rope_layers=[1, 1])
     with pytest.raises(MatchError, match="caches keys of an indexer and no K and V of its own"):
         helix_compile(model, cp=2)
+
+
+def test_the_plan_and_inspect_say_whose_cache_is_read() -> None:
+    _, graph = gemma()
+    compiled = poisoned(graph, cp=2)
+    assert [a.cache_of for body in compiled.plan.bodies for a in body.attentions] == [(), (), (0,), (1,)]
+    assert HelixPlan.from_json(compiled.plan.to_json()) == compiled.plan
+    text = " ".join(str(compiled.inspect()).split())
+    assert "cache of layer 1" in text and "2 of 4 layers cache nothing of their own" in text

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
-from helix_compile.capture.captured import CapturedGraph
+from helix_compile.capture.captured import CapturedGraph, CapturedLayer
 from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_call, is_param, placeholders
 from helix_compile.ir.sizes import hint_of
 from helix_compile.ir.stage import bodies_of, body_of
@@ -26,7 +26,9 @@ from helix_compile.verifier.static.graph import COLLECTIVES
 WORK_SLACK = 1e-9  # counts are exact; this only forgives the division
 
 
-def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> list[Finding]:
+def check_plan(
+    plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int, layers: Sequence[CapturedLayer] = ()
+) -> list[Finding]:
     """The plan's numbers against the model's and against each other."""
     layout, options, findings = plan.layout, plan.options, []
 
@@ -50,6 +52,9 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
             expect(f"{where}: heads", attention.heads, found.num_heads, 1)
             expect(f"{where}: KV heads", attention.kv_heads, found.cache.heads, 1)
             expect(f"{where}: window and chunk", (attention.window, attention.chunk), (found.window, found.chunk), 7)
+            own = tuple(x for x in layers if x.body == body.name)
+            if layers:
+                expect(f"{where}: whose cache it reads", attention.cache_of, _whose(layers, own, site), 4)
             expect(f"{where}: sinks", attention.sinks, found.sinks.name if found.sinks else "", 6)
             places = head_places(found.num_heads, found.cache.heads, layout)
             if not options.pad_heads:
@@ -69,6 +74,12 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
         findings += _cuts(body)
         findings += _shard_axes(body, match, plan)
     return findings
+
+
+def _whose(layers: Sequence[CapturedLayer], own: Sequence[CapturedLayer], site: int) -> tuple[int, ...]:
+    """Of each layer of a body the one that caches what a site reads; none where that is the layer itself."""
+    found = [next(x.index for x in layers if layer.caches[site] in x.own) for layer in own]
+    return () if found == [layer.index for layer in own] else tuple(found)
 
 
 def _zero_heads(body: BodyPlan, found: AttentionMatch, places: list[int | None], where: str) -> list[Finding]:
