@@ -272,6 +272,16 @@ WINDOWED = {
             "global_head_dim": 16,
             "use_double_wide_mlp": True,
         },
+        variants={
+            "k_is_v": {
+                "attention_k_eq_v": True,
+                "num_global_key_value_heads": 2,
+                "num_kv_shared_layers": 0,
+                "num_hidden_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "hidden_size_per_layer_input": 0,
+            }
+        },
         common=SIZES,
     ),
     "gemma3n": Family(

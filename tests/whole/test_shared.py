@@ -18,8 +18,9 @@ from transformers import DynamicCache
 from helix_compile import HelixModule, MatchError, helix_compile
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
-from helix_compile.ir.graph import helix_op, inputs_of
+from helix_compile.ir.graph import helix_op, inputs_of, is_call
 from helix_compile.ir.stage import bodies_of
+from helix_compile.passes.lower.segments import segments_of
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.driver import Reference, deviation, left_padded, random_ids
@@ -161,3 +162,18 @@ def test_the_plan_and_inspect_say_whose_cache_is_read() -> None:
     assert HelixPlan.from_json(compiled.plan.to_json()) == compiled.plan
     text = " ".join(str(compiled.inspect()).split())
     assert "cache of layer 1" in text and "2 of 4 layers cache nothing of their own" in text
+
+
+def test_code_of_segments_is_given_whole_tensors() -> None:
+    """A layer's embeddings of its own are a part of a tensor of all layers: strides that a body was not captured with."""
+    _, graph = gemma()
+    stage = segments_of(poisoned(graph, cp=2).stages["lowered"])
+    calls = [n for n in stage.graph.nodes if n.op == "call_module" and n.meta.get("layer") is not None]
+    copied = [[a for a in call.args if is_call(a, torch.ops.aten.clone.default)] for call in calls]
+    assert [len(x) for x in copied] == [1, 1, 1, 1]
+
+
+@SLOW
+def test_compiled_segments_of_shared_layers() -> None:
+    model, graph = gemma()
+    check_exact(model, poisoned(graph, cp=2, lower="inductor"), [5, 2, 13])

@@ -2,11 +2,13 @@
 
     k = rope(norm(linear_k(x))),  v = linear_v(x)  -> cache [B, K, S, D] -> each head G times -> attention
 
-Norm and rope are optional. No class, module or parameter name is looked at; K = H (plain multi-head attention) is the
+Norm and rope are optional; one linear may make both, the same rows for K and V. No class, module or parameter name is looked at; K = H (plain multi-head attention) is the
 same thing with groups of one.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -48,10 +50,14 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     o_proj, gate = output_projection(behind)
     values = (("q", q), *zip("KV", cached.new, strict=False))
     linears = [one_linear(value, what) for what, value in values]
-    if len(set(linears)) < len(values):
+    widths = shape_of(k_update)[3], shape_of(v_update)[3]
+    one_for_both = (
+        len(linears) == 3 and linears[1] is linears[2] and widths == (shape_of(linears[1])[-1] // kv_heads,) * 2
+    )
+    if len(set(linears)) < len(values) - one_for_both:
         raise Reject(
             "q, K and V come from fewer than three linears, whose rows can't be cut by one rule (nearest that works: three "
-            "linears)",
+            "linears, or one whose rows are both K and V)",
             linears[0],
             6,
         )
@@ -61,8 +67,10 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     ]
     heads = (H, kv_heads, kv_heads)
     q_proj, *of_kv = (head_linear(n, h, c[0]) for n, h, c in zip(linears, heads, cuts, strict=False))
+    if one_for_both:  # V is K before its norm and rope: cut once, but both have views of their own
+        of_kv = [replace(of_kv[0], views=tuple(dict.fromkeys(of_kv[0].views + of_kv[1].views)))]
     return AttentionMatch(
-        kind=Grouped(kv_heads, shape_of(k_update)[3], shape_of(v_update)[3], tuple(of_kv)),
+        kind=Grouped(kv_heads, *widths, tuple(of_kv)),
         anchor=node.name,
         q=q.name,
         q_proj=q_proj,
