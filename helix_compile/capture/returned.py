@@ -1,7 +1,7 @@
 """What each layer of a model gives besides hidden states: tensors that a later layer may read (chosen keys, say).
 
 They are returned, or left in a mapping that all layers are handed (K and V that they share). Found by running the whole model
-without values at three sizes; each dim is then B, T, S, S + T, a number, or min(S + T, a number). Only asked where the model does
+without values at four sizes; each dim is then B, T, S, S + T, a number, or min(S + T, a number). Only asked where the model does
 not take hidden states alone from its layers, or hands them such a mapping.
 """
 
@@ -22,8 +22,8 @@ from helix_compile.ir.leaves import Returned, Size, Stored, TensorLike, argument
 _Entries = dict[tuple[int, Any, int], Tensor]
 _Left = tuple[Any, _Entries]  # what a layer returned, and what it left in mappings
 
-# B, T and S: all of them apart, a context that no fixed number of keys reaches, and one that every number but 1 does
-_SIZES = ((3, 5, 11), (7, 13, 2**20), (2, 1, 0))
+# B, T and S: all of them apart, a context that no fixed number of keys reaches, and two that nearly every number exceeds
+_SIZES = ((3, 5, 11), (7, 13, 2**20), (2, 1, 1), (2, 1, 0))
 
 
 def returned_by(

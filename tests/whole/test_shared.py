@@ -100,6 +100,8 @@ def test_a_shared_layer_caches_nothing() -> None:
     assert len(inputs_of(compiled.graph.graph, "cache")) == 2
     appends = [n for b in bodies_of(compiled.graph).values() for n in b.graph.nodes if helix_op(n) == "cache_append"]
     assert len(appends) == 2
+    compiled(torch.zeros(3, 5, dtype=torch.int64))
+    assert compiled.world.sent_bytes == [compiled.plan.egress_bytes_per_rank_per_token * 15] * 2
 
 
 def test_generation_is_transformers_own() -> None:
