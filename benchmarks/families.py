@@ -1,8 +1,9 @@
-"""Write docs/families.md: what happens to every MLA family of the installed transformers and to some others, measured.
+"""Write docs/families.md: what happens to every MLA family of the installed transformers and to some others, and to every
+decoder that a search of its sources finds, measured.
 
     python -m benchmarks.families
 
-The models are tiny and of awkward sizes (tests/support/families.py). A test compares the table with a fresh run.
+The models are tiny and of awkward sizes (tests/support/families.py, decoders.py). A test compares the tables with a fresh run.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from pathlib import Path
 import torch
 import transformers
 
+from tests.support.decoders import found_decoders, other_decoders
 from tests.support.families import FAMILIES
-from tests.support.family_run import Row, measured_row
+from tests.support.family_run import Row, decoder_row, measured_row
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 _TEXT = """# Model families
@@ -31,6 +33,23 @@ to a fresh run.
 - "refused: heads": the heads don't divide over that many ranks.
 
 {table}
+
+## Decoders with a latent, an indexer, a compressor or a window
+
+Every class of transformers {version} that a search finds (`tests/support/decoders.py`; a test fails where it finds one that is
+not named here): a class of a `modeling_*.py` that names a GenerationMixin among its bases, in a folder where a configuration
+has a field `kv_lora_rank`, `index_topk`, `index_n_heads`, `indexer_*`, `compress*`, `sliding_window*`, `attention_window*`,
+`window_size`, `attention_chunk_size`, `local_attention*` or `*local_attn_chunk_length` (*found by*), or where the modeling has a
+class called an indexer or a compressor, or asks for a sliding or chunked mask. So some are found by a window of their image
+tower alone. Of the table above are: {above}.
+
+The others, each as a tiny model of two layers (of each kind of layer one) with windows and chunks of 5 where
+its configuration has them on, steps of text; models
+for images and sound are run without these. What helix_compile says is said as it says it; *the rest kept*: with `unmatched="keep"`,
+what is refused without it stays whole. *No padding*: blocks of that model fall on columns, padding counted, and a module that is
+kept gets each row alone.
+
+{decoders}
 
 ## Styles of writing MLA
 
@@ -63,23 +82,31 @@ computed (a cast, a flip of heads), a bias on W_UK or W_UV, dims that the graph 
 """
 
 
-def format_page(rows: list[Row]) -> str:
-    """The page with these rows."""
-    head = Row("family", "sites", "leaves", ("cp 2", "cp 4"), "refused with")
-    line = "|---" * 6 + "|"
+def format_page(rows: list[Row], decoders: list[Row]) -> str:
+    """The page with these rows, and those of decoders that have no family's."""
+    head, line = Row("family", "sites", "leaves", ("cp 2", "cp 4"), "refused with"), "|---" * 6 + "|"
     table = "\n".join([str(head), line, *map(str, rows)])
-    return _TEXT.format(version=transformers.__version__, table=table)
+    found = found_decoders()
+    others = [str(Row("class", "found by", "sites", ("leaves", "cp 2"), "refused with")), line]
+    for row in decoders:
+        by = ", ".join(f"`{has}`" for has in found[row.name].has)
+        others.append(str(Row(row.name, by, row.sites, (row.leaves, *row.deviations), row.refused)))
+    above = ", ".join(f"`{name}`" for name in found if name not in other_decoders())
+    return _TEXT.format(version=transformers.__version__, table=table, above=above, decoders="\n".join(others))
 
 
 def main() -> None:
     """Measure and write."""
     torch.set_num_threads(1)
     names = [(n, v) for n, family in FAMILIES.items() for v in ("", *family.variants)]
-    rows = []
+    rows, decoders = [], []
     for name, variant in names:
         rows.append(measured_row(name, variant))
         print(rows[-1], flush=True)
-    PAGE.write_text(format_page(rows), encoding="utf-8")
+    for name in other_decoders():
+        decoders.append(decoder_row(name))
+        print(decoders[-1], flush=True)
+    PAGE.write_text(format_page(rows, decoders), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -51,11 +51,14 @@ def helix_compile(
     world: Any = "auto",
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
+    cache_dtype: str = "auto",
+    cache_scale: float | tuple[float, ...] = 1.0,
     unmatched: str = "error",
     pad_heads: bool = False,
     pp: int = 1,
     stage: int = 0,
     pp_split: str = "first",
+    head: str = "replicate",
     check: str = "deferred",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -159,4 +162,4 @@ def rewrite_model(
 ) -> dict[str, fx.GraphModule]:
     """Every stage, by the passes of passes/pipeline.py."""
     context = PassContext(planned.captured, planned.matches, planned.plan, target)
-    return run_passes(helix_passes(target, planned.plan.options.compiles_segments), context, dump)
+    return run_passes(helix_passes(planned.plan.options, target), context, dump)

@@ -13,20 +13,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.cache_utils import DynamicCache
 
 from helix_compile.cache.pages import Ledger
+from helix_compile.cache.rows import RowCodec
 from helix_compile.cache.shards import CacheEntries, CacheShard
 from helix_compile.cache.transfer import entries_to_export, sequences_to_import, shards_to_export
 from helix_compile.errors import HelixError, PassError, RuntimeFault
 from helix_compile.ir.stage import SEGMENTS, bodies_of, uncut
 from helix_compile.passes.lower.segments import segments_of
+from helix_compile.passes.lower.short_ends import BEST, TOP, gather_of, short_end
 from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.runtime.ends import ShortEnds
 from helix_compile.runtime.prepared import PreparedSteps
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
 from helix_compile.runtime.segments import CompiledSegments
@@ -62,6 +66,15 @@ def _refuse_tracing() -> None:
         raise HelixError(
             f"a HelixModule can't be traced or run without values (make_fx, {modes[-1]}): its step reads token ids on the host and "
             "moves its cache; compiled.graph and its bodies are the graphs, run them for shapes alone"
+        )
+    _refuse_symbolic_trace()
+
+
+def _refuse_symbolic_trace() -> None:
+    if is_fx_symbolic_tracing():
+        raise HelixError(
+            "a HelixModule can't be traced (torch.fx.symbolic_trace): it holds fx graphs already: compiled.graph and its bodies, "
+            "one for each of compiled.stages"
         )
 
 
@@ -123,6 +136,8 @@ class HelixModule(nn.Module):
         self.device = facts.device
         self._ledger = Ledger(plan.options, plan.layout.kvp, facts.device)
         self._tables = PreparedSteps(plan.layout, facts.device)
+        self._ends = ShortEnds(lambda lowered, what: short_end(lowered, what, facts.vocab_size))
+        self._end_segments: dict[str, CompiledSegments] = {}
         self._value_dump = ValueDump.from_environment(plan)
         if self._value_dump is not None:
             _infer_layouts(self.graph, plan)
@@ -146,13 +161,29 @@ class HelixModule(nn.Module):
         """What is known of the original model."""
         return self._facts
 
-    def programs(self) -> list[Program] | None:
+    def short_end(self, what: str) -> fx.GraphModule | None:
+        """The graph that runs, ended by "last" or "best" (passes/lower/short_ends.py); None where its head is whole."""
+        return self._ends.graph(self.graph, what) if self.plan.options.head == "shard" else None
+
+    def programs(self, end: str = "") -> list[Program] | None:
         """What runs a step where segments are compiled, one a rank; made again after an edit. None: graphs are walked.
+
+        Args:
+            end: of the graph that short_end() gives; "": of the whole one.
 
         Raises:
             LoweringError: Inductor can't compile a segment.
         """
-        return None if self._segments is None else self._segments.programs(self.graph, self.ranks, self.device)
+        if self._segments is None:
+            return None
+        if not end:
+            return self._segments.programs(self.graph, self.ranks, self.device)
+        graph = self.short_end(end)
+        assert graph is not None  # asked for by run_step(), which has it
+        if end not in self._end_segments:
+            held = {SEGMENTS: segments_of(graph)}
+            self._end_segments[end] = CompiledSegments(segments_of, held, self.plan.layout, self.world)
+        return self._end_segments[end].programs(graph, self.ranks, self.device)
 
     @property
     def value_dump(self) -> ValueDump | None:
@@ -191,6 +222,42 @@ class HelixModule(nn.Module):
             )
         params = [rank.params for rank in self.ranks]
         return run_step(self, self._ledger, self.graph, params, self._tables, input_ids, attention_mask, logits_to_keep)
+
+    @_alone
+    def best_words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
+        """A step as forward(): of its last column the largest logit and its word, [B, 1, 2] float64; no logits are gathered.
+
+        Ties go to the lower id, as torch.argmax has it. None, and no step taken, where the head is whole, or edited.
+        """
+        if self.short_end(BEST) is None or self._value_dump is not None:
+            return None
+        params = [rank.params for rank in self.ranks]
+        return run_step(self, self._ledger, self.graph, params, self._tables, input_ids, attention_mask, 1, end=BEST)
+
+    @_alone
+    def top_words(
+        self, input_ids: Tensor, attention_mask: Tensor | None, count: int
+    ) -> tuple[Tensor, Callable[[], Tensor]] | None:
+        """A step as best_words(), with the `count` largest logits of each rank and their words.
+
+        Returns:
+            [B, 1, N, count, 2] float64 (fewer than `count` where a rank has fewer words), and a call that gathers all logits
+            [B, 1, vocab] of this step, which every rank makes or none. None as of best_words().
+        """
+        end, outputs = f"{TOP}{count}", list[Any]()
+        if self.short_end(end) is None or self._value_dump is not None:
+            return None
+        params = [rank.params for rank in self.ranks]
+        step = (self, self._ledger, self.graph, params, self._tables, input_ids, attention_mask, 1)
+        candidates = run_step(*step, end=end, outputs=outputs)
+        N = self.plan.layout.world_size
+
+        def whole() -> Tensor:
+            graph = gather_of(outputs[0][1], N, self._facts.vocab_size)
+            gathered: Tensor = self.world.run(graph, [[own] for _, own in outputs])[0]
+            return gathered
+
+        return candidates.unflatten(2, (N, -1)), whole
 
     @_alone
     def run_stage(self, name: str, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -251,13 +318,16 @@ class HelixModule(nn.Module):
             index_keys: of sparse attention [B, S, I] per cached attention, None where one has no indexer, if k_ropes do
                 not hold them already ([B, S, r + I], as export_cache() gives them).
 
+        A cache in FP8 takes entries in any wider float, rounded once, here; or what export_cache(raw=True) gives, bit for bit:
+        float8_e4m3fn values of the plan's cache_scale, or rows of bytes (uint8) as latents, without k_ropes.
+
         Raises:
             RuntimeFault: counts or shapes that do not fit; nothing is written then.
         """
         refuse_leaves(self.ranks, self.graph, "import_cache")
         held = list(self._ledger.lengths) if append else []
-        kinds, options = self._facts.caches, self.plan.options
-        entries = sequences_to_import(latents, k_ropes, lengths, mask, kinds, options, held, index_keys)
+        codecs, options = self._codecs(), self.plan.options
+        entries = sequences_to_import(latents, k_ropes, lengths, mask, codecs, options, held, index_keys)
         held = held or [0] * len(entries[0])
         if not append:
             self.reset()  # an interrupt while writing must not leave lengths that promise the old entries
@@ -275,23 +345,35 @@ class HelixModule(nn.Module):
         self._ledger.advance([len(tokens) for tokens in entries[0]])
 
     @_alone
-    def export_cache(self) -> CacheEntries:
+    def export_cache(self, raw: bool = False) -> CacheEntries:
         """The batch's cache, gathered from the shards: (latents, k_ropes, lengths), which import_cache(*...) takes.
 
+        Args:
+            raw: of a cache in FP8 what lies in it, not its values in the model's dtype; see CacheEntries.
+
         Raises:
-            RuntimeFault: no batch, cp ranks that live in other processes (then export_shards()), or real ranks that took
-                the last step with different inputs.
+            RuntimeFault: no batch, cp ranks that live in other processes (then export_shards()), real ranks that took
+                the last step with different inputs, or `raw` without FP8.
         """
         self.world.settle()
         refuse_leaves(self.ranks, self.graph, "export_cache")
-        return entries_to_export(self._ledger, self._caches(), self.plan.layout, self._facts.caches)
+        return entries_to_export(self._ledger, self._caches(), self.plan.layout, self._codecs(), raw)
 
     @_alone
-    def export_shards(self) -> list[CacheShard]:
-        """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them."""
+    def export_shards(self, raw: bool = False) -> list[CacheShard]:
+        """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them. `raw` as in export_cache()."""
         self.world.settle()
         refuse_leaves(self.ranks, self.graph, "export_shards")
-        return shards_to_export(self._ledger, self._caches(), self.plan.layout, self._facts.caches)
+        return shards_to_export(self._ledger, self._caches(), self.plan.layout, self._codecs(), raw)
+
+    def _codecs(self) -> list[RowCodec]:
+        """How entries become rows of the caches, and back."""
+        plan, dtype = self.plan, getattr(torch, self.plan.dtype)
+        scales, found = self.ranks[0].scales, []
+        for site, row in enumerate(self._facts.caches):
+            stored = row.stored(plan.options.cache_dtype, dtype, plan.layout.tpa)
+            found.append(RowCodec(row, stored, dtype, scales[site] if scales else None))
+        return found
 
     def _caches(self) -> dict[int, list[Tensor]]:
         """Rank -> its caches, for export; RuntimeFault where they have no values."""
@@ -346,8 +428,19 @@ class HelixModule(nn.Module):
         save_module(self, Path(folder))
 
     @staticmethod
-    def load(folder: str | Path, device: str | torch.device | None = None, world: Any = "auto") -> HelixModule:
-        """Read what save() wrote, in any world; `device` and `world` as in helix_compile()."""
+    def load(
+        folder: str | Path, device: str | torch.device | None = None, world: Any = "auto", **unknown: Any
+    ) -> HelixModule:
+        """Read what save() wrote, in any world; `device` and `world` as in helix_compile().
+
+        Raises:
+            HelixError: what is no saved module, or was changed; a keyword of another kind: a module stays as it was saved.
+        """
+        if unknown:
+            raise HelixError(
+                f"HelixModule.load takes folder, device and world, got {', '.join(unknown)}: a saved module stays in the dtype and "
+                "layout that it was compiled for; helix_compile(model, ...) makes another"
+            )
         return HelixModule(*load_parts(Path(folder), device, world))
 
     @_alone
@@ -370,6 +463,11 @@ class HelixModule(nn.Module):
             "copy.deepcopy of a HelixModule is refused; helix_compile(model, ...) again makes one with a cache of its own on "
             "the same weights, save() and HelixModule.load() one with its own weights"
         )
+
+    def _get_name(self) -> str:
+        """The class's name, for repr(); torch.fx asks for it before it looks into a forward."""
+        _refuse_symbolic_trace()
+        return super()._get_name()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: pickle, torch.save and copy.copy end here."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from helix_compile.config.options import PAGE_SIZE, HelixOptions
+from helix_compile.config.options import FP8_E4M3, PAGE_SIZE, HelixOptions
 from helix_compile.errors import PlanError, RuntimeFault
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.ledger import local_slot, positions_on_rank
@@ -24,15 +24,26 @@ from helix_compile.plan.cache_row import CacheRow, cache_shape, pages_per_sequen
 def allocate_caches(
     rows: Sequence[CacheRow], options: HelixOptions, layout: HelixLayout, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """Zeroed caches of one rank: stale NaN in the tail of a page would reach an output as 0 * NaN in a kernel."""
-    shapes = [cache_shape(row, options, layout) for row in rows]
-    size, room = sum(map(math.prod, shapes)) * dtype.itemsize, _memory_of(device)
+    """Zeroed caches of one rank of a model of this dtype: stale NaN in the tail of a page would reach an output as 0 * NaN in a kernel."""
+    stored = [row.stored(options.cache_dtype, dtype, layout.tpa) for row in rows]
+    shapes = [cache_shape(row, options, layout) for row in stored]
+    size = sum(math.prod(shape) * row.dtype.itemsize for shape, row in zip(shapes, stored, strict=True))
+    room = _memory_of(device)
     if room is not None and size > room:
         raise PlanError(
             f"the caches of one rank take {size / 1e9:,.1f} GB (max_batch_size={options.max_batch_size}, "
             f"max_seq_len={options.max_seq_len}), {device} has {room / 1e9:,.1f} GB: make them smaller"
         )
-    return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    return [torch.zeros(shape, dtype=row.dtype, device=device) for shape, row in zip(shapes, stored, strict=True)]
+
+
+def scales_of_caches(sites: int, options: HelixOptions, device: torch.device) -> list[Tensor]:
+    """The scale of each cached attention's FP8 values, a float32 scalar; none where the format has no such scale."""
+    if options.cache_dtype != FP8_E4M3:
+        return []
+    given = options.cache_scale
+    scales = given if isinstance(given, tuple) else (given,) * sites
+    return [torch.tensor(scale, dtype=torch.float32, device=device) for scale in scales]
 
 
 def _memory_of(device: torch.device) -> int | None:
@@ -166,14 +177,14 @@ class Ledger:
         return self._host_pages.setdefault(batch_size, self._host_table[:batch_size])
 
     def write_sequence(self, cache: Tensor, row: int, entries: Tensor, kvp_rank: int, start: int = 0) -> None:
-        """Lay out entries [length, *] of a sequence's tokens from position `start` in this rank's shard of `cache`."""
+        """Lay out entries [length, *] of a sequence's tokens, as `cache` holds them, from position `start` in this rank's shard."""
         tokens_per_block = self.options.tokens_per_block
         mine = positions_on_rank(start + len(entries), kvp_rank, self.kvp, tokens_per_block)
         mine = mine[mine >= start]
         cache[self._places(cache, row, mine)] = entries[(mine - start).to(entries.device)].to(cache)
 
     def read_sequence(self, cache: Tensor, row: int, mine: Tensor) -> Tensor:
-        """Entries [n, *] at a sequence's absolute positions `mine` [n], which this shard of `cache` must own."""
+        """Rows [n, *] at a sequence's absolute positions `mine` [n], which this shard of `cache` must own."""
         return cache[self._places(cache, row, mine)]
 
     def _places(self, cache: Tensor, row: int, positions: Tensor) -> tuple[Tensor, Tensor]:

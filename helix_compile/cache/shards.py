@@ -26,6 +26,9 @@ ROTATIONS = ("global", "restarts_at_decode")
 class CacheEntries(NamedTuple):
     """A whole cache, left-aligned; `module.import_cache(*entries)` takes it.
 
+    Of an FP8 cache these are its values in the model's dtype; with raw=True they are what lies in it: float8_e4m3fn of its
+    scale, or bytes, whole rows as latents and nothing as k_ropes.
+
     Attributes:
         latents: per cached attention [B, S, R]; 0 behind a row's tokens.
         k_ropes: per cached attention [B, S, r], rotated at absolute positions; of sparse attention [B, S, r + I], with its
@@ -205,12 +208,18 @@ def _distinct(shards: Sequence[CacheShard]) -> list[CacheShard]:
             (*shard.latents, *shard.k_ropes, shard.positions),
             strict=True,
         )
-        if twin is not shard and not all(torch.equal(a, b) for a, b in pairs):
+        if twin is not shard and not all(_same_bits(a, b) for a, b in pairs):
             raise RuntimeFault(
                 f"join_shards: two shards of cp rank {shard.cp_rank} differ; ranks that differ in tpa only hold the "
                 "same cache"
             )
     return list(kept.values())
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype is torch.float8_e4m3fn:  # torch has no equal() of these
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return torch.equal(a, b)
 
 
 def _widths(shard: CacheShard) -> list[tuple[int, str]]:

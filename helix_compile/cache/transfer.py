@@ -16,6 +16,7 @@ except ImportError:
     DynamicIndexedLayer = DynamicLayer
 
 from helix_compile.cache.pages import Ledger
+from helix_compile.cache.rows import RowCodec
 from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import RuntimeFault
@@ -75,7 +76,11 @@ def _with_entries(cache: DynamicCache, kinds: Sequence[CacheRow]) -> list[Any]:
 
 
 def shards_to_export(
-    ledger: Ledger, caches: Mapping[int, list[Tensor]], layout: HelixLayout, kinds: Sequence[CacheRow]
+    ledger: Ledger,
+    caches: Mapping[int, list[Tensor]],
+    layout: HelixLayout,
+    codecs: Sequence[RowCodec],
+    raw: bool = False,
 ) -> list[CacheShard]:
     """One shard for each CP rank that lives here (ranks that differ in tpa only hold the same); copies.
 
@@ -83,29 +88,36 @@ def shards_to_export(
         ledger: whose tokens are exported.
         caches: rank -> its caches, of the ranks in this process.
         layout: the degrees.
-        kinds: what a token leaves in each cached attention.
+        codecs: of each cached attention.
+        raw: FP8 rows as they lie there, not what they stand for.
 
     Raises:
-        RuntimeFault: no batch.
+        RuntimeFault: no batch, `raw` where that is the same.
     """
     if not ledger.batch_size:
         raise RuntimeFault(
             "export: there is no batch; expected a step or import_cache() before (reset() empties the cache)"
         )
+    if raw and any(codec.raw is None for codec in codecs):
+        raise RuntimeFault("export: raw=True has no effect: the cache is in the model's dtype; leave it out")
     tokens_per_block = ledger.options.tokens_per_block
     shards: dict[int, CacheShard] = {}
     for cp_rank in sorted({layout.index("kvp", rank) for rank in caches}):
         held = [positions_on_rank(length, cp_rank, layout.kvp, tokens_per_block) for length in ledger.lengths]
         positions = pad_sequence(held, batch_first=True, padding_value=-1)
         latents, k_ropes = [], []
-        for site, kind in enumerate(kinds):
+        for site, codec in enumerate(codecs):
             parts = [
                 pad_sequence(
                     [ledger.read_sequence(cache, row, mine) for row, mine in enumerate(held)], batch_first=True
                 )
-                for cache in _caches_with_all_heads(site, kind, cp_rank, caches, layout)
+                for cache in _caches_with_all_heads(site, codec.row, cp_rank, caches, layout)
             ]
-            first, second = parts_of_rows(torch.cat(parts, dim=2), kind)
+            rows = torch.cat(parts, dim=2)
+            if raw and rows.dtype is torch.uint8:
+                first, second = rows, rows[..., :0]
+            else:
+                first, second = parts_of_rows(rows if raw else codec.entries(rows), codec.row)
             latents.append(first)
             k_ropes.append(second)
         shards[cp_rank] = CacheShard(cp_rank, latents, k_ropes, positions, torch.tensor(ledger.lengths))
@@ -129,7 +141,11 @@ def _caches_with_all_heads(
 
 
 def entries_to_export(
-    ledger: Ledger, caches: Mapping[int, list[Tensor]], layout: HelixLayout, kinds: Sequence[CacheRow]
+    ledger: Ledger,
+    caches: Mapping[int, list[Tensor]],
+    layout: HelixLayout,
+    codecs: Sequence[RowCodec],
+    raw: bool = False,
 ) -> CacheEntries:
     """The whole cache, if every CP rank lives in this process; RuntimeFault otherwise."""
     here = {layout.index("kvp", rank) for rank in caches}
@@ -138,7 +154,7 @@ def entries_to_export(
             f"export_cache: this process holds cp rank {', '.join(map(str, sorted(here)))} of {layout.kvp} alone; "
             "export_shards() gives its part with absolute positions, handover.join_shards() joins the parts of all ranks"
         )
-    return join_shards(shards_to_export(ledger, caches, layout, kinds))
+    return join_shards(shards_to_export(ledger, caches, layout, codecs, raw))
 
 
 def sequences_to_import(
@@ -146,20 +162,22 @@ def sequences_to_import(
     k_ropes: list[Tensor] | None,
     lengths: Tensor | list[int] | None,
     mask: Tensor | None,
-    kinds: Sequence[CacheRow],
+    codecs: Sequence[RowCodec],
     options: HelixOptions,
     held: list[int],
     index_keys: Sequence[Tensor | None] | None = None,
 ) -> list[list[Tensor]]:
-    """entries[site][row] = [length, R + r], or [length, K Dk + K Dv], in order of position, of the tokens that come after the first `held`.
+    """rows[site][row] = [length, R + r], or [length, K Dk + K Dv], as the caches hold them, in order of position, of the tokens that come
+    after the first `held`.
 
-    A DynamicCache holds its sequences from their first token, so the `held` tokens are dropped from it; tensors hold
+    FP8 caches take entries, which are rounded, or rows as they hold them (RowCodec.raw). A DynamicCache holds its sequences from their first token, so the `held` tokens are dropped from it; tensors hold
     what is new. `index_keys` [B, S, I] go behind the k_ropes, None where an attention has none.
 
     Raises:
         RuntimeFault: another number of sites, shapes, lengths or mask that do not fit each other.
     """
     skipped: list[int] = []
+    kinds = [codec.row for codec in codecs]
     if isinstance(latents, DynamicCache):
         given = "k_ropes" if k_ropes is not None else "index_keys" if index_keys is not None else ""
         if given:
@@ -171,6 +189,8 @@ def sequences_to_import(
                 lengths = mask.sum(dim=1).to(torch.int64)
         skipped = held
     latents = _tensors("latents", "R", latents)
+    if k_ropes is None and all(latent.dtype is torch.uint8 for latent in latents):
+        k_ropes = [latent[..., :0] for latent in latents]  # whole rows
     k_ropes = _tensors("k_ropes", "r", k_ropes)
     if not len(latents) == len(k_ropes) == len(kinds):
         raise RuntimeFault(
@@ -183,7 +203,8 @@ def sequences_to_import(
         raise RuntimeFault(f"import_cache: latents must be [B, S, R], got {tuple(latents[0].shape)}")
     B, S = latents[0].shape[:2]
     for site, (latent, k_rope) in enumerate(zip(latents, k_ropes, strict=True)):
-        _check_site(site, latent, k_rope, (B, S, *kinds[site].widths))
+        codecs[site].check_given(site, latent, k_rope)
+        _check_site(site, latent, k_rope, (B, S, *codecs[site].widths(latent)))
     if len(counts) != B or B > options.max_batch_size:
         raise RuntimeFault(
             f"import_cache: {len(counts)} lengths for {B} sequences (max_batch_size={options.max_batch_size})"
@@ -208,8 +229,8 @@ def sequences_to_import(
         )
     columns = [c[h:] for c, h in zip(_columns(mask, counts, B, S), skipped or [0] * B, strict=True)]
     return [
-        [torch.cat([latent[b, c], k_rope[b, c]], dim=-1) for b, c in enumerate(columns)]
-        for latent, k_rope in zip(latents, k_ropes, strict=True)
+        [codec.rows(latent[b, c], k_rope[b, c]) for b, c in enumerate(columns)]
+        for latent, k_rope, codec in zip(latents, k_ropes, codecs, strict=True)
     ]
 
 
@@ -271,7 +292,7 @@ def _check_site(site: int, latent: Tensor, k_rope: Tensor, sizes: tuple[int, int
             f"expected R = {R} and r = {r}{swapped}"
         )
     for name, tensor in (("latents", latent), ("k_ropes", k_rope)):
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and tensor.dtype is not torch.uint8:  # bytes: check_given() has looked
             raise RuntimeFault(f"import_cache: attention {site}: {name} must be floating, got {tensor.dtype}")
 
 

@@ -8,7 +8,7 @@ Matchers get one shape of graph: no asserts, B and T read from one place, no dea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -88,10 +88,13 @@ class OpTrace(TorchDispatchMode):
         super().__init__()
         self.names, self._mode = names, mode
         self.lines: list[str] = []
+        self.paused = False  # what another trace writes down
         self._made: list[Tensor] = []  # held, or the id of one that is gone would be given to another
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         fresh = func is torch.ops.aten.lift_fresh.default  # torch.tensor(...) in a forward: made anew in every call
         self.lines.append(f"{func.name()}{self._shown(args, fresh)}{self._shown(kwargs, fresh)}")
         out = result_of(func, args, kwargs, self._mode)
@@ -101,10 +104,10 @@ class OpTrace(TorchDispatchMode):
                 self._made.append(leaf)
         return out
 
-    def name_inputs(self, tensors: list[Tensor]) -> None:
+    def name_inputs(self, tensors: list[Tensor], what: str = "input") -> None:
         """Call them by their numbers."""
         self._made += tensors
-        self.names |= {id(t): f"input {i} " for i, t in enumerate(tensors)}
+        self.names |= {id(t): f"{what} {i} " for i, t in enumerate(tensors)}
 
     def _shown(self, value: Any, fresh: bool) -> str:
         """An argument with what is inside of it; pytree takes twice the time of the whole trace."""
@@ -155,6 +158,36 @@ def without_values(what: str, module: nn.Module, run: Callable[[OpTrace, torch.d
         return trace
 
 
+def sites_of(layer: nn.Module, cached: list[list[Tensor]]) -> list[CachedSite]:
+    """By what a step of a layer leaves in the cache.
+
+    Raises:
+        CaptureError: tensors that are no keys, values or index keys.
+    """
+    bad = [tuple(t.shape) for new in cached for t in new[:2] if t.dim() != 4]
+    bad += [tuple(t.shape) for new in cached for t in new[3:]]
+    if bad:
+        raise CaptureError(
+            f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; expected [B, heads, T, width]"
+        )
+    return [CachedSite.of(new) for new in cached]
+
+
+def reads_handed(call: LayerCall, lines: Iterable[str]) -> bool:
+    """Does a layer read what one before it made, by the lines of its trace?"""
+    handed = [f"input {i + 1} (" for i, t in enumerate(call.others) if any(t is x for x in call.handed)]
+    return any(name in line for line in lines for name in handed)
+
+
+def check_index_keys(layer: nn.Module, cache: ConcatenatingCache) -> None:
+    """Raise MatchError where keys of an indexer were cached, and no K and V."""
+    if cache.keys_alone:
+        raise MatchError(
+            f"layer {cache.keys_alone[0]}: sparse attention: {type(layer).__name__} caches keys of an indexer and no K and V of its "
+            "own (it attends to another layer's?).\n  nearest that works: a layer that shares K and V shares the choice of keys too"
+        )
+
+
 def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, list[CachedSite], bool]:
     """Run `layer` once without values: its signature, what each attention site caches, does it read what a layer before it made?
 
@@ -176,23 +209,11 @@ def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, li
             results = call.results(layer(*args, **kwargs), args, kwargs)
 
     trace = without_values(f"{type(layer).__name__} can't be traced", layer, run)
-    if cache.keys_alone:
-        raise MatchError(
-            f"layer {cache.keys_alone[0]}: sparse attention: {type(layer).__name__} caches keys of an indexer and no K and V of its "
-            "own (it attends to another layer's?).\n  nearest that works: a layer that shares K and V shares the choice of keys too"
-        )
-    bad = [tuple(t.shape) for new in cache.new for t in new[:2] if t.dim() != 4]
-    bad += [tuple(t.shape) for new in cache.new for t in new[3:]]
-    if bad:
-        raise CaptureError(
-            f"capture: {type(layer).__name__} caches tensors of shape {bad[0]}; expected [B, heads, T, width]"
-        )
-    sites = [CachedSite.of(new) for new in cache.new]
+    check_index_keys(layer, cache)
+    sites = sites_of(layer, cache.new)
     ends = [trace.text(t) for t in (*results, *(t for new in cache.new for t in new))]
     text = "\n".join([call.constants(), str(sites), *trace.lines, *ends])
-    handed = [f"input {i + 1} (" for i, t in enumerate(call.others) if any(t is x for x in call.handed)]
-    reads = any(name in line for line in trace.lines for name in handed)
-    return hashlib.sha256(text.encode()).hexdigest(), sites, reads
+    return hashlib.sha256(text.encode()).hexdigest(), sites, reads_handed(call, trace.lines)
 
 
 def capture_body(layer: nn.Module, call: LayerCall, config: Any, cached: list[CachedSite]) -> fx.GraphModule:

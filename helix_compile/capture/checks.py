@@ -22,6 +22,10 @@ _SIZES = {
     r"L\['(hidden|input_ids)'\]\.size\(\)\[1\]": "T",
     r"L\['pasts'\]\[\d+\]\.size\(\)\[2\]": "S",
 }
+_GROUPED = (
+    "torch's grouped products of experts take rows of multiples of 16 bytes, and the model itself ends so on real weights: "
+    "another width of the experts, or model.set_experts_implementation('batched_mm')"
+)
 _HINTS = {"GuardOnDataDependentSymNode": _BRANCH, "DataDependentOutputException": _BRANCH}
 
 
@@ -105,6 +109,7 @@ def explained(what: str) -> Iterator[None]:
         kind = type(error).__name__
         first = next(iter(str(error).strip().splitlines()), "")
         hint = f" ({_HINTS[kind]})" if kind in _HINTS else ""
+        hint = f" ({_GROUPED})" if "to be multiple of 16 bytes" in first else hint
         if first.startswith("Constraints violated"):
             first, hint = "it holds for some sizes only", f" ({_constraints(str(error))})"
         raise CaptureError(f"capture: {what}: {kind}: {first}{hint}") from None

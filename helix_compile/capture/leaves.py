@@ -93,9 +93,13 @@ def probe(layer: nn.Module, call: LayerCall, config: Any, choked: Choked) -> Pro
             raise
         choked.append((part, str(error), layer.get_submodule(part)))
         return Probe(*around, part=part, part_reason=str(error))
-    if not sites and not reads:
-        return Probe(signature, sites, leaf="no cached attention: it keeps a state of its own")
-    return Probe(signature, sites)
+    return probe_of(signature, sites, reads)
+
+
+def probe_of(signature: str, sites: list[CachedSite], reads: bool) -> Probe:
+    """Of a layer that can be run: a leaf where it caches nothing, and reads nothing that a layer before it made."""
+    kept = "" if sites or reads else "no cached attention: it keeps a state of its own"
+    return Probe(signature, sites, leaf=kept)
 
 
 def _probe_around(layer: nn.Module, call: LayerCall, config: Any, part: str) -> tuple[str, list[CachedSite]] | None:

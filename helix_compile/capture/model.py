@@ -8,7 +8,7 @@ import gc
 import operator
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,16 @@ from helix_compile.capture.layers import (
     export_whole,
     find_layers,
 )
-from helix_compile.capture.leaves import Choked, Probe, bind_leaves, insert_layer, insert_part, opaque_part, probe
+from helix_compile.capture.leaves import (
+    Choked,
+    Probe,
+    bind_leaves,
+    insert_layer,
+    insert_part,
+    opaque_part,
+    probe,
+    probe_of,
+)
 from helix_compile.capture.paths import (
     Sizes,
     check_eager_experts,
@@ -40,7 +49,8 @@ from helix_compile.capture.paths import (
 from helix_compile.capture.rope import tables_by_position
 from helix_compile.capture.same_values import EXPORTED
 from helix_compile.capture.shared import with_shared
-from helix_compile.capture.structure import alike_but_values, attributes_kept, tensors_of
+from helix_compile.capture.structure import alike_but_values, attributes_kept, tensors_forgotten, tensors_of
+from helix_compile.capture.together import CanNotRun, not_compared, run_together
 from helix_compile.errors import CaptureError, HelixError, MatchError
 from helix_compile.ir.graph import (
     ATTENTION_MASK,
@@ -188,7 +198,7 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool, 
     facts = _facts(model)
     named = {i: call.names for i, call in calls.items()}
     notes = [*facts.pop("notes"), *check_around(model, layers, returned, around, exported, named, facts["vocab_size"])]
-    probes = _probes(model, layers, calls, keep, keep_failing)
+    probes = _probes(model, layers, calls, keep, keep_failing, notes)
     for i, layer in enumerate(layers):
         try:
             if isinstance(found := probes[i], HelixError):
@@ -266,19 +276,67 @@ def _nothing_captured(model: nn.Module, leaves: dict[int, str]) -> MatchError:
 
 
 def _probes(
-    model: nn.Module, layers: nn.ModuleList, calls: Mapping[int, LayerCall], keep: Mapping[int, str], keep_failing: bool
+    model: nn.Module,
+    layers: nn.ModuleList,
+    calls: Mapping[int, LayerCall],
+    keep: Mapping[int, str],
+    keep_failing: bool,
+    notes: list[str],
 ) -> list[Probe | HelixError]:
     """Of each layer what is known before it is captured, or why it can't be; unless these are kept, up to the first of them."""
+    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+        try:
+            together = run_together(model, layers, dict(calls))
+        except CanNotRun:
+            found = _probes_one_by_one(model, layers, calls, keep, keep_failing)
+            return _probes_around_parts(model, layers, calls, found, notes)
+        return [
+            Probe("", [], leaf=keep[i])
+            if i in keep
+            else probe_of(together.signatures[i], together.sites[i], together.reads[i])
+            for i in range(len(layers))
+        ]
+
+
+def _probes_around_parts(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    calls: Mapping[int, LayerCall],
+    found: list[Probe | HelixError],
+    notes: list[str],
+) -> list[Probe | HelixError]:
+    """The same of a model that can be run as a whole with stand-ins only: for parts that no graph holds, for layers that failed."""
+    if len(found) < len(layers):  # it is refused
+        return found
+    absent = [i for i, probe in enumerate(found) if isinstance(probe, HelixError) or probe.leaf]
+    with ExitStack() as stack:
+        for layer, probe in zip(layers, found, strict=True):
+            stack.enter_context(opaque_part(layer, "" if isinstance(probe, HelixError) else probe.part))
+        try:
+            signatures = run_together(model, layers, dict(calls), absent).signatures
+        except CanNotRun as error:
+            notes.append(not_compared(error))
+            return found
+    return [
+        replace(probe, signature=probe.signature + signatures[i])
+        if isinstance(probe, Probe) and i in signatures
+        else probe
+        for i, probe in enumerate(found)
+    ]
+
+
+def _probes_one_by_one(
+    model: nn.Module, layers: nn.ModuleList, calls: Mapping[int, LayerCall], keep: Mapping[int, str], keep_failing: bool
+) -> list[Probe | HelixError]:
     choked: Choked = []
     found: list[Probe | HelixError] = []
-    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
-        for i, layer in enumerate(layers):
-            try:
-                found.append(_probe(model, layer, calls[i], i, keep, choked))
-            except HelixError as error:
-                found.append(error)
-                if not keep_failing:
-                    break
+    for i, layer in enumerate(layers):
+        try:
+            found.append(_probe(model, layer, calls[i], i, keep, choked))
+        except HelixError as error:
+            found.append(error)
+            if not keep_failing:
+                break
     return found
 
 
@@ -325,7 +383,7 @@ def _capture_body(
     model: nn.Module, layer: nn.Module, call: LayerCall, found: Probe, notes: list[str]
 ) -> tuple[fx.GraphModule, list[LayerCall]]:
     """A layer's graph, compared with the layer, and how it calls its part."""
-    with opaque_part(layer, found.part) as recorded:
+    with opaque_part(layer, found.part) as recorded, tensors_forgotten(layer):
         body = capture_body(layer, call, model.config, found.sites)
     if found.part:
         notes += check_paths_by_numbers(layer, call, model.config, body, found.part, recorded)

@@ -30,7 +30,7 @@ from helix_compile.capture.checks import explained
 from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.capture.leaves import PART_OP
 from helix_compile.capture.same_values import EXPORTED, Exported, same_values
-from helix_compile.capture.structure import tensors_of
+from helix_compile.capture.structure import tensors_forgotten, tensors_of
 from helix_compile.capture.trial import Replay, Tensors, Trial, relative_gap, widened
 from helix_compile.errors import CaptureError, HelixError
 from helix_compile.ir.graph import input_ref, inputs_of, past_dim, placeholders
@@ -84,7 +84,7 @@ LARGE = (Sizes(1, 521, 0), Sizes(67, 1, 4099), Sizes(19, 37, 1013))
 # with the large ones every mixture of B and T that are 1 or not, and S that is 0 or not; the plainest first, to be named
 SPECIAL = (Sizes(T=1), Sizes(B=1), Sizes(S=0), Sizes(B=1, T=1), Sizes(T=1, S=0), Sizes(B=1, T=1, S=0))
 # with the usual sizes every pair of a B that is 1 or large and a T that is 1 or large
-_APART = (Sizes(1, 1, 1013), Sizes(67, 1, 0), Sizes(1, 521, 1013))
+APART = (Sizes(1, 1, 1013), Sizes(67, 1, 0), Sizes(1, 521, 1013))
 # where numbers must decide, these stand for the large ones: their steps may take gigabytes
 _WITH_NUMBERS = dict(zip(LARGE, (Sizes(1, 67, 0), Sizes(9, 1, 131), Sizes(5, 19, 67)), strict=True))
 
@@ -103,7 +103,7 @@ class _Calls(TorchFunctionMode):
         if "__get__" not in name:
             leaves = pytree.tree_leaves((args, kwargs))
             constants = [text for leaf in leaves if (text := self._text(leaf))]
-            self.lines.append((f"{name}({', '.join(constants)})", _caller()))
+            self.lines.append((f"{name}({', '.join(constants)})", caller()))
         return func(*args, **kwargs)
 
     def _text(self, leaf: Any) -> str:
@@ -112,10 +112,10 @@ class _Calls(TorchFunctionMode):
         return repr(leaf) if isinstance(leaf, (bool, float, str, torch.dtype)) else ""
 
 
-def _caller() -> str:
-    """File and line of the nearest frame that is neither torch's nor this file's."""
+def caller() -> str:
+    """File and line of the nearest frame that is neither torch's nor of a capture."""
     frame: Any = sys._getframe(2)
-    inside = (str(Path(torch.__file__).parent), __file__)
+    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     while frame is not None and frame.f_code.co_filename.startswith(inside):
         frame = frame.f_back
     return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
@@ -234,7 +234,7 @@ def check_paths(layer: nn.Module, call: LayerCall, config: Any, body: fx.GraphMo
 
     def same(sizes: Sizes) -> bool:
         # shapes alone matter: an example of a large mask holds nothing
-        hidden, others = _inputs(call, sizes, torch.empty, torch.device("meta"))
+        hidden, others = inputs_at(call, sizes, torch.empty, torch.device("meta"))
         pasts = [
             torch.empty(past_shape(x, sizes), dtype=call.hidden.dtype, device="meta")
             for x in exported.examples[1 + len(others) :]
@@ -273,10 +273,10 @@ def check_eager_experts(layer: nn.Module, call: LayerCall, config: Any, body: fx
 def dataflow_elsewhere(layer: nn.Module, call: LayerCall, config: Any) -> str:
     """What a layer computes at B = 1 and T = 1, at S = 0, and at large sizes: layers may differ there alone."""
     lines: list[str] = []
-    for sizes in _APART:
+    for sizes in APART:
 
         def run(trace: OpTrace, device: torch.device, sizes: Sizes = sizes) -> None:
-            hidden, others = _inputs(call, sizes, torch.zeros, device)
+            hidden, others = inputs_at(call, sizes, torch.zeros, device)
             trace.name_inputs([hidden, *others])
             with trace:
                 cache = ConcatenatingCache(config, None, hidden.new_zeros(sizes.B, 1, sizes.S, 1))
@@ -298,10 +298,10 @@ def _calls(layer: nn.Module, call: LayerCall, config: Any, sizes: Sizes) -> Line
 def _run_traced(
     layer: nn.Module, call: LayerCall, config: Any, sizes: Sizes, trace: _Calls, device: torch.device
 ) -> None:
-    hidden, others = _inputs(call, sizes, torch.zeros, device)
+    hidden, others = inputs_at(call, sizes, torch.zeros, device)
     cache = ConcatenatingCache(config, None, hidden.new_zeros(sizes.B, 1, sizes.S, 1))
     args, kwargs = call.rebuild(hidden, others, cache)
-    with trace:
+    with tensors_forgotten(layer), trace:
         layer(*args, **kwargs)
 
 
@@ -311,7 +311,7 @@ def _masked(shape: list[int], device: torch.device) -> Tensor:
     return ((columns % 3 != 1) | (columns == shape[-1] - 1)).expand(shape).contiguous()
 
 
-def _inputs(
+def inputs_at(
     call: LayerCall, sizes: Sizes, make: Any, device: torch.device, masked: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """Hidden states and the other tensors at these sizes; `masked`: boolean ones hide something."""
@@ -360,7 +360,7 @@ def _layer_gap(
     def drawn(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    hidden, others = _inputs(call, sizes, drawn, trial.device, masked=True)
+    hidden, others = inputs_at(call, sizes, drawn, trial.device, masked=True)
     past = {}
     for n in inputs_of(body.graph, "past"):
         past[input_ref(n).name] = drawn(past_shape(n.meta["val"], sizes), hidden.dtype, trial.device)
@@ -389,8 +389,9 @@ def _run(
     cache = ConcatenatingCache(config, pasts, pasts[0] if pasts else hidden)
     args, kwargs = call.rebuild(hidden, others, cache)
     # on the modules themselves, not on a copy: someone may have patched a forward of theirs
-    returned = functional_call(layer, registered(layer, weights), args, kwargs)
-    out, *results = call.results(returned, args, kwargs)
+    with tensors_forgotten(layer):
+        returned = functional_call(layer, registered(layer, weights), args, kwargs)
+        out, *results = call.results(returned, args, kwargs)
     return [out, *(t for new in cache.new for t in new), *results]
 
 

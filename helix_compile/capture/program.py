@@ -7,15 +7,19 @@ concatenation along the sequence, the mask is as wide as the cache with the step
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.executorch import register_dynamic_cache_export_support
 
 from helix_compile.capture.body import CONSTANTS, normalised_module
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, whole_graph
@@ -34,8 +38,16 @@ _HOW = (
 
 
 def load_program(path: Path) -> ExportedProgram:
-    """What torch.export.save wrote; CaptureError if it can't be read."""
-    with explained(f"{path} can't be loaded by torch.export.load"):
+    """What torch.export.save wrote, of a step on tensors or on transformers' cache; no object of the file is made but tensors.
+
+    Raises:
+        CaptureError: it can't be read.
+    """
+    register_dynamic_cache_export_support()  # in the process that wrote it, somebody did
+    known = torch.serialization.safe_globals([DynamicCache, DynamicLayer])
+    # where tensors are not all, torch.export.load would unpickle: run what a file says
+    tensors_alone = patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"})
+    with explained(f"{path} can't be loaded by torch.export.load"), known, tensors_alone:
         return torch.export.load(path)
 
 
@@ -51,7 +63,8 @@ def capture_program(program: ExportedProgram) -> CapturedGraph:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         weights: Any = program.module()
-        functional = _of_flat_inputs(program).run_decompositions({})
+        with explained(f"the program can't be made functional; {_HOW}"):
+            functional = _of_flat_inputs(program).run_decompositions({})
     weights.config = None
     changed = [s for s in functional.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if changed:

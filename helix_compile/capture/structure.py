@@ -90,6 +90,25 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
                     now[key] = value
 
 
+@contextmanager
+def tensors_forgotten(module: nn.Module) -> Iterator[None]:
+    """Of tensors that a forward makes for later (a table at its first call) nothing stays.
+
+    A module that made one is as before, in all its attributes; others keep the numbers that they changed, which may be read.
+    """
+    before = [(vars(part), dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for own, kept, buffers in before:
+            made = any(isinstance(value, Tensor) and value is not kept.get(key) for key, value in own.items())
+            if made or any(value is not buffers.get(key) for key, value in own["_buffers"].items()):
+                own.clear()
+                own.update(kept)
+                own["_buffers"].clear()
+                own["_buffers"].update(buffers)
+
+
 def code_of(module: nn.Module) -> tuple:
     """What a module runs, as far as it says so itself: its class, its hooks, functions that someone put on the instance."""
     # handles count up and are never used twice, so they name a set of hooks without holding what hooks close over

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -51,6 +52,8 @@ SPELLINGS = (
     ("rope_parameters", "rope_scaling"),
     ("dtype", "torch_dtype"),
 )
+
+_SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 # keys that the class does not read: these values are what it computes, others would be computed wrongly
 MEANT: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -145,7 +148,7 @@ def causal_class(config: PretrainedConfig, file: Path | str = "the configuration
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
+        stated = json.loads(file.read_text(encoding="utf-8-sig"))  # an editor may have put a mark before it
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file}: can't be read: {error}") from error
     if not isinstance(stated, dict):
@@ -174,11 +177,21 @@ def _refuse_known(file: Path, kind: Any) -> None:
         raise CheckpointError(f"{file}: model_type {kind!r} is not in transformers: {missing} (nearest: {nearest})")
 
 
+def _check_dtype(file: Path, key: str, said: Any) -> None:
+    if not isinstance(said, str) or said == "auto" or isinstance(getattr(torch, said, None), torch.dtype):
+        return
+    names = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype) and value.is_floating_point]
+    likely = _SHORT_DTYPES.get(said.lower()) or difflib.get_close_matches(said, names, n=1, cutoff=0.0)[0]
+    raise CheckpointError(f"{file}: {key} is {said!r}, which is no dtype of torch; did you mean {likely!r}?")
+
+
 def _built(file: Path, stated: dict[str, Any], notes: list[str]) -> PretrainedConfig:
     kind = stated.get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError(f"{file}: model_type is {kind!r}; expected the name of an architecture")
     _refuse_known(file, kind)
+    for key in ("dtype", "torch_dtype"):
+        _check_dtype(file, key, stated.get(key))
     if kind not in CONFIG_MAPPING and kind in RENAMES:
         rename = RENAMES[kind]
         notes.append(f"model_type {kind} is read as {rename.to}: {rename.evidence}")

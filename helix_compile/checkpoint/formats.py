@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from helix_compile.errors import CheckpointError
+
 Reader = Callable[[str, tuple[tuple[int, int], ...]], Tensor]  # stored name, [start, stop) of each dim -> that part
 Grid = tuple[int | None, int | None]  # rows and columns that share a scale; None: all there are
 PER_TENSOR: Grid = (None, None)
@@ -116,6 +118,11 @@ class Quantised:
         if stored.dtype == torch.uint8:
             stored = stored.view(torch.float8_e8m0fnu)
         scales = stored.to(torch.float32)
+        if wrong := int((~scales.isfinite()).sum()):
+            raise CheckpointError(
+                f"{self.scale}: {wrong} of the {scales.numel()} scales that were read are no finite numbers: the file is damaged, or "
+                f"its values are not {self.format.name}"
+            )
         if not self.whole_scale:
             return scales
         whole = read(self.whole_scale, ()).reshape(())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from torch import nn
 
 from helix_compile.checkpoint.configuration import read_configuration
+from helix_compile.errors import CheckpointError
 from helix_compile.models.presets import PRESETS, build_model, preset_config
 
 
@@ -23,7 +27,7 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
 
     Raises:
         KeyError: no preset and no path of that name.
-        CheckpointError: a config.json that can't be read, or of an architecture that transformers does not have.
+        CheckpointError: a config.json that can't be read or built, or of an architecture that transformers does not have.
         ValueError: not a floating dtype, or more random weights than this machine has memory.
     """
     chosen = _dtype(dtype)
@@ -42,14 +46,28 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
         read = read_configuration(path)
         config, model_class, notes = read.config, read.model_class, read.notes
     else:
-        raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name")
+        hub = "; a model of a hub is downloaded first, nothing is fetched here" if name.count("/") == 1 else ""
+        raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name{hub}")
     stated = getattr(config, "dtype", None)
     default = stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
-    if not meta:
-        _check_memory(config, chosen or default, model_class)
-    model = build_model(config, dtype=chosen or default, meta=meta, model_class=model_class)
+    with _built_of(name):
+        if not meta:
+            _check_memory(config, chosen or default, model_class)
+        model = build_model(config, dtype=chosen or default, meta=meta, model_class=model_class)
     vars(model)["notes_of_release"] = notes
     return model
+
+
+@contextmanager
+def _built_of(name: str) -> Iterator[None]:
+    """A value that transformers' class can't be built with ("40" for a factor) is the configuration's fault."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{name}: transformers can't build this model: {type(error).__name__}: {error} "
+            f"(in {Path(traceback.extract_tb(error.__traceback__)[-1].filename).name}); a value of another kind than expected?"
+        ) from error
 
 
 def physical_memory() -> int:

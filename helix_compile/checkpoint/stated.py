@@ -73,7 +73,7 @@ def _stated(said: Said, file: Path) -> Stated:
             f"{file}: {error}. Dequantise the checkpoint first; docs/checkpoints.md lists what is read"
         ) from error
     cache = next((said[key] for key in ("kv_cache_quant_algo", "kv_cache_scheme") if said.get(key)), None)
-    note = f"{file.name} wants a quantised cache ({cache}): no effect here, the cache is in the model's dtype"
+    note = f"{file.name} wants a quantised cache ({cache}): no effect here, the cache is in what cache_dtype says"
     return Stated(form, method, file, (note,) if cache else ())
 
 
@@ -90,9 +90,17 @@ def _fp8(said: Said) -> Format:
     if said.get("expert_dtype", "fp8") != "fp8":
         raise _NotReadError(f"fp8 with expert_dtype={said['expert_dtype']!r} is not read")
     block = said.get("weight_block_size")
-    if block is None:
-        return fp8_of(FP8_PER_TENSOR | FP8_PER_CHANNEL, tails)
-    return fp8_blocks(*_two(block, "fp8: weight_block_size"), tails, exponents=said.get("scale_fmt") == "ue8m0")
+    form = (
+        fp8_of(FP8_PER_TENSOR | FP8_PER_CHANNEL, tails)
+        if block is None
+        else fp8_blocks(*_two(block, "fp8: weight_block_size"), tails, exponents=said.get("scale_fmt") == "ue8m0")
+    )
+    stated = str(said.get("fmt") or "").upper()
+    if not stated:
+        return form
+    if (values := f"F8_{stated}") not in form.values:
+        raise _NotReadError(f"fp8 with fmt={said['fmt']!r} is not read")
+    return replace(form, values=(values,))
 
 
 def _two(block: Any, what: str) -> tuple[int, int]:

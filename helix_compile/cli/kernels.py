@@ -47,6 +47,7 @@ def kernels(
         int, typer.Option("--batch", "--max-batch-size", help=OPTIONS["max_batch_size"].cli_help)
     ] = 8,
     max_seq_len: Annotated[int, typer.Option(help=OPTIONS["max_seq_len"].cli_help)] = 131072,
+    cache_dtype: Annotated[str, typer.Option(help=OPTIONS["cache_dtype"].cli_help)] = "auto",
     dtype: Annotated[str | None, typer.Option(help="default: the config's, else bfloat16")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="may be repeated; default: sm_100 and sm_90")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for PTX, cubin and TTGIR")] = None,

@@ -41,7 +41,9 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     added = []
     for field in fields(HelixOptions):
         if field.name not in own:
-            added.append(_parameter(field.name, types[field.name], field.default, OPTIONS[field.name].cli_help))
+            parser = _numbers if OPTIONS[field.name].numbers else None
+            kind = float if parser else types[field.name]
+            added.append(_parameter(field.name, kind, field.default, OPTIONS[field.name].cli_help, parser))
         if field.name == "lower":  # both say how it runs
             added.append(_parameter("world", str, "auto", "auto | virtual | distributed (under torchrun)"))
     at = list(own).index("dtype")
@@ -51,9 +53,20 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _parameter(name: str, kind: Any, default: Any, text: str) -> inspect.Parameter:
-    option = typer.Option(default, help=text)
+def _parameter(name: str, kind: Any, default: Any, text: str, parser: Any = None) -> inspect.Parameter:
+    option = typer.Option(default, help=text, parser=parser)
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=option, annotation=kind)
+
+
+def _numbers(given: Any) -> Any:
+    """What stands on the command line for numbers: "0.5", or "0.5,0.25"."""
+    if not isinstance(given, str):  # the default
+        return given
+    try:
+        numbers = [float(text) for text in given.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"got {given!r}, expected a number, or several with commas between them") from None
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def asked_options(ctx: typer.Context, idle: tuple[str, ...] = (), notes: bool = True) -> HelixOptions:

@@ -85,6 +85,7 @@ def read_command(text: str, where: str) -> Command:
         raise PlanError(
             f"{where}: got {what}, expected one: `vllm serve MODEL --flags`, `python -m sglang.launch_server --flags`, "
             "`trtllm-serve MODEL --flags`, or its flags alone"
+            f"{'; of servers that share the work, the one that decodes' if len(found) > 1 else ''}"
         )
     command, engine, at = found[0]
     _check_seen(command, where)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from helix_compile.config.options import OPTIONS, OWN_NAMES, HelixOptions, own_fields
+from helix_compile.config.options import FP8_E4M3, OPTIONS, OWN_NAMES, HelixOptions, own_fields
 from helix_compile.config.reading import read_recipe
 from helix_compile.errors import PlanError
 
@@ -28,7 +28,10 @@ _WHY = {
     "stage": "the stage that is planned; the engine runs all of them",
     "pp_split": "how layers that pp does not divide are dealt here; the engine deals them otherwise",
     "lower": "how the graph runs here",
+    "cache_dtype": "what the cache is in here; the engine has no such format",
+    "cache_scale": "what the cache's values are divided by here; the engine takes scales from the checkpoint",
     "pad_heads": "heads and experts that do not divide are padded with zeros here; the engine decides for itself",
+    "head": "embedding and output head are {value}ed here; the engine decides for itself",
     "check": "when ranks compare what they were given for a step here",
     "unmatched": "what happens here to layers that are not recognised",
 }
@@ -53,6 +56,7 @@ def engine_recipe(options: HelixOptions, ep: int, engine: str, model: str) -> st
         value = getattr(options, field)
         if value != getattr(back, field):
             said = str(value).lower() if value is None or isinstance(value, bool) else value
+            said = ",".join(map(str, value)) if isinstance(value, tuple) else said
             head.append(f"# not in {name}: {field}={said}: {_why(field, value, ep, options)}")
     return "\n".join((*head, text))
 
@@ -99,6 +103,8 @@ def _vllm(options: HelixOptions, ep: int, model: str) -> str:
         flags.append("--enable-expert-parallel")
     if options.pp > 1:
         flags.append(f"--pipeline-parallel-size {options.pp}")
+    if options.cache_dtype != "auto":
+        flags.append(f"--kv-cache-dtype {options.cache_dtype}")
     flags += [f"--max-num-seqs {options.max_batch_size}", f"--max-model-len {options.max_seq_len}"]
     return _command(f"vllm serve {shlex.quote(model)}", flags)
 
@@ -113,6 +119,8 @@ def _sglang(options: HelixOptions, ep: int, model: str) -> str:
         flags.append(f"--ep-size {ep}")
     if options.pp > 1:
         flags.append(f"--pp-size {options.pp}")
+    if options.cache_dtype == FP8_E4M3:
+        flags.append(f"--kv-cache-dtype {FP8_E4M3}")
     flags += [f"--max-running-requests {options.max_batch_size}", f"--context-length {options.max_seq_len}"]
     return _command(f"python -m sglang.launch_server --model-path {shlex.quote(model)}", flags)
 
@@ -134,6 +142,8 @@ def _trtllm(options: HelixOptions, ep: int, model: str) -> str:
     if options.cp > 1:
         values["cp_config"] = {"cp_type": "HELIX", "tokens_per_block": options.tokens_per_block}
     values["kv_cache_config"] = {"tokens_per_block": options.tokens_per_block}
+    if options.cache_dtype == FP8_E4M3:
+        values["kv_cache_config"]["dtype"] = "fp8"
     return yaml.safe_dump(values, sort_keys=False)
 
 

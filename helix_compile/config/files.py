@@ -254,6 +254,13 @@ class ConfigSection:
         """A string."""
         return str(self._of_kind(key, "str", default))
 
+    def numbers(self, key: str) -> None:
+        """A number, or a list of them."""
+        self.taken.add(key)
+        value = self.values.get(key, 1.0)
+        if not all(type(n) in (int, float) for n in (value if isinstance(value, list) and value else [value])):
+            self.wrong(key, "a number, or a list of them")
+
     def _of_kind(self, key: str, kind: str, default: Any) -> Any:
         self.taken.add(key)
         if key in self.values:
@@ -332,8 +339,15 @@ class ConfigSection:
             idle.append(f"{self.prefix}{key}")
         return idle
 
+    def check_names(self, known: Iterable[str]) -> None:
+        """Strictly read, a key that nobody knows is told before what follows from the one that it was meant to be."""
+        names = sorted({*known})
+        for key in self.values:
+            if not self.lenient and key not in names:
+                self._unknown(key, names)
+
     def _unknown(self, key: str, names: list[str]) -> None:
-        close = difflib.get_close_matches(key, names, n=3)
+        close = difflib.get_close_matches(str(key).lower(), names, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"the nearest is {nearest(key, names)}"
         if not self.lenient:
             self.refuse(key, f"got an unknown key, expected one that is understood; {hint}")
@@ -342,4 +356,4 @@ class ConfigSection:
 
 def nearest(key: str, names: Iterable[str]) -> str:
     """The name that is most like `key`, however little."""
-    return difflib.get_close_matches(key, list(names), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(key.lower(), list(names), n=1, cutoff=0.0)[0]

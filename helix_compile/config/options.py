@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 import math
+import reprlib
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, asdict, dataclass, field, fields
@@ -26,6 +27,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 MAX_COUNT = 2**31 - 1
 NO_RECIPE = Recipe()
+FP8_E4M3, FP8_DS_MLA = "fp8_e4m3", "fp8_ds_mla"
+LEAST, MOST = 2.0**-100, 2.0**100  # scales that float32 holds, and their values too
 PAGE_SIZE = 128  # local slots a page: the unit of paging inside a rank, independent of tokens_per_block
 
 
@@ -43,6 +46,7 @@ class Option:
         of_stages: at pp = 1 there is one stage, so there it can have no effect.
         of_ranks: a world of one rank has nobody to ask, so there it can have no effect.
         least: of an int.
+        numbers: a number > 0, or several.
     """
 
     meaning: str
@@ -54,6 +58,7 @@ class Option:
     of_ranks: bool = False
     least: int = 1
     flag: bool = False
+    numbers: bool = False
 
     @property
     def offered(self) -> tuple[str, ...]:
@@ -129,6 +134,20 @@ class HelixOptions:
     )
     max_batch_size: int = field(default=8, metadata=_says("capacity in sequences"))
     max_seq_len: int = field(default=4096, metadata=_says("capacity in tokens a sequence", ", prompt included"))
+    cache_dtype: str = _choice(
+        ("auto", FP8_E4M3, FP8_DS_MLA),
+        'the cache in the model\'s dtype ("auto"), in FP8 of one scale ("fp8_e4m3"), or, of latents, in FP8 with a scale '
+        'for each 128 of them and the rope part in bfloat16 ("fp8_ds_mla", 656 bytes a token of 512 + 64).',
+        "what the cache is in",
+    )
+    cache_scale: float | tuple[float, ...] = field(
+        default=1.0,
+        metadata=_says(
+            "what the values of a cache in fp8_e4m3 are divided by",
+            ", rounded to float32: one number, or one for each cached attention",
+            numbers=True,
+        ),
+    )
     unmatched: str = _choice(
         ("error", "keep"),
         'a layer that can\'t be captured or whose attention is not recognised is an "error", or stays as it is ("keep"): '
@@ -159,6 +178,13 @@ class HelixOptions:
         "which stages have one layer more",
         of_stages=True,
     )
+    head: str = _choice(
+        ("replicate", "shard"),
+        'token embedding and output head whole on every rank ("replicate"), or cut by rows of the vocabulary over all ranks '
+        '("shard"): one all-reduce of the embeddings and one all-gather of the logits a step.',
+        "the embedding and the output head",
+        of_ranks=True,
+    )
     check: str = _choice(
         ("deferred", "every", "off"),
         "whether ranks of their own process were given the same ids, lengths and mask is compared when the next step begins "
@@ -182,6 +208,8 @@ class HelixOptions:
             if option.flag:
                 if not isinstance(value, bool):
                     raise PlanError(f"option {name}={value!r} ({type(value).__name__}); expected True or False")
+            elif option.numbers:
+                object.__setattr__(self, name, checked_numbers(name, value))
             elif not option.choices:
                 check_count(name, value, option.least)
             elif value not in option.choices:
@@ -203,6 +231,11 @@ class HelixOptions:
                 raise PlanError(
                     f"option {name}={value!r} has no effect at cp*tpa = 1: there is one rank; drop it or use more ranks"
                 )
+        if self.cache_dtype != FP8_E4M3 and self.cache_scale != type(self).cache_scale:
+            raise PlanError(
+                f"option cache_scale={self.cache_scale!r} has no effect at cache_dtype={self.cache_dtype!r}, which has no scale "
+                f"that is given; drop it or use cache_dtype={FP8_E4M3!r}"
+            )
         if self.stage >= self.pp:
             raise LayoutError(
                 f"stage={self.stage} is none of the pp={self.pp} stages; choose one of 0 to {self.pp - 1}"
@@ -374,6 +407,20 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise LayoutError(f"{name} must be at most {MAX_COUNT:,} (local slots are int32), got {value:,}")
 
 
+def checked_numbers(name: str, value: Any) -> float | tuple[float, ...]:
+    """One number or several, each finite and > 0 in float32; PlanError otherwise."""
+    several = isinstance(value, (list, tuple))
+    for number in value if several else [value]:
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not LEAST <= number <= MOST:
+            raise PlanError(
+                f"option {name}={reprlib.repr(value)}: got {number!r} ({type(number).__name__}), expected a number from {LEAST:g} "
+                f"to {MOST:g}, or a list of them, one for each cached attention"
+            )
+    if several and not value:
+        raise PlanError(f"option {name}={value!r} is empty; expected a number > 0, or one for each cached attention")
+    return tuple(float(n) for n in value) if several else float(value)
+
+
 def default_ep(world_size: int, num_experts: int) -> int:
     """The largest ep that divides both the ranks and the experts (design, section 3)."""
     return math.gcd(world_size, num_experts) if num_experts else 1
@@ -405,6 +452,8 @@ def own_fields(section: ConfigSection) -> dict[str, Any]:
     for name, option in OPTIONS.items():
         if option.flag:
             section.flag(name)
+        elif option.numbers:
+            section.numbers(name)
         elif option.choices:
             section.choice(name, option.choices, option.choices[0])
         else:

@@ -43,6 +43,7 @@ _NESTED = {
 }
 # what to_engine() writes for what an engine has no argument for
 UNSAID = re.compile(r"^[ \t]*# not in (?:TensorRT-LLM|vLLM|SGLang): (\w+)=([^\s:]+)", re.MULTILINE)
+_MANIFESTS = {"Kubernetes": {"apiVersion", "kind"}, "Docker Compose": {"services"}}
 OwnReader = Callable[[ConfigSection], dict[str, Any]]
 
 
@@ -188,11 +189,22 @@ def _read_mapping(
             read = _read_engine(inner, where, name, lenient, {k: str(v) for k, v in environment.items()})
             idle = (*(k for k in values if k != path[0]), *read.without_effect)
             return ConfigFields(read.dialect, read.fields, idle, read.recipe, where)
+    _refuse_manifest(values, where)
     dialect = engine or _dialect(values, where, own_names)
     if dialect == OURS:
         section = ConfigSection(values, where, lenient=lenient)
         return ConfigFields(OURS, own_fields(section), recipe=Recipe(section.said()), where=where)
     return _read_engine(values, where, dialect, lenient, {})
+
+
+def _refuse_manifest(values: Mapping[str, Any], where: str) -> None:
+    """Files around a launch: which of their containers decodes, and what runs there, no key says."""
+    kind = next((name for name, keys in _MANIFESTS.items() if keys <= values.keys()), "")
+    if kind:
+        raise PlanError(
+            f"{where}: got a file of {kind}, expected the options of an engine; give the command of the container that decodes "
+            'as text, in a .sh file or in quotes: --config "vllm serve MODEL --flags"'
+        )
 
 
 def _read_engine(
@@ -260,12 +272,21 @@ def _named(values: Mapping[Any, Any], keys: EngineKeys, where: str) -> dict[Any,
     return named
 
 
+def _numbers(text: str) -> Any:
+    """0.5, or 0.5,0.25 as a list; None of what is neither."""
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        return None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def _unsaid(found: Source, own_fields: OwnReader) -> dict[str, Any]:
     """What comments of to_engine() say, where an engine has no argument for it."""
     if not (said := UNSAID.findall(found.text)):
         return {}
     words = {"none": None, "true": True, "false": False}
-    values = {name: int(value) if value.isdigit() else words.get(value, value) for name, value in said}
+    values = {name: int(v) if v.isdigit() else _numbers(v) or words.get(v, v) for name, v in said}
     nothing = {name: value for name, value in values.items() if value is None}
     stated = {name: value for name, value in values.items() if value is not None}
     return {**nothing, **(own_fields(ConfigSection(stated, found.where)) if stated else {})}

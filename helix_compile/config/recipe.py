@@ -12,7 +12,8 @@ from typing import Any
 from helix_compile.config.files import ConfigSection
 
 # bytes of one element, of caches that hold nothing else; another format's are not said
-CACHE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}
+CACHE_BYTES = {"fp8_e5m2": 1, "int8": 1}
+FP8_CACHE = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_ds_mla": "fp8_ds_mla"}  # ours of theirs
 SAME_CACHE = ("auto",)
 HALF_CACHE = ("bfloat16", "bf16", "float16", "fp16")
 
@@ -141,10 +142,15 @@ def _number(text: str, whole: bool) -> Any:
     return text
 
 
-def check_cache_dtype(section: ConfigSection, key: str) -> str:
-    """What the cache is in; "" where that is the model's dtype. Only a lenient reading takes another."""
+def check_cache_dtype(section: ConfigSection, key: str, fields: dict[str, Any]) -> str:
+    """What the cache is in; "" where that is the model's dtype, or an FP8 of ours, which goes to `fields`. Only a lenient
+    reading takes another.
+    """
     given = section.text(key, "auto")
     if given.lower() in SAME_CACHE:
+        return ""
+    if given.lower() in FP8_CACHE:
+        fields["cache_dtype"] = FP8_CACHE[given.lower()]
         return ""
     if given.lower() in HALF_CACHE:
         section.notes.append(f"{section.prefix}{key}={given}: the cache is planned in the model's dtype")
@@ -152,7 +158,8 @@ def check_cache_dtype(section: ConfigSection, key: str) -> str:
     if not section.lenient:
         section.wrong(
             key,
-            "'auto': the cache has the dtype of the model; --lenient (lenient=True) plans it so and says what changes",
+            f"'auto' (the dtype of the model) or one of {', '.join(map(repr, FP8_CACHE))}; --lenient (lenient=True) plans it in the "
+            "dtype of the model and says what changes",
         )
     return given
 

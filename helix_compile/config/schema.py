@@ -1,7 +1,7 @@
 """JSON Schema of our own configuration file, made from HelixOptions; shipped as options.schema.json for editors.
 
 `python -m helix_compile.config.schema` prints it. What a schema can't say is said by the loader alone: that ep divides
-cp * tpa, that stage is less than pp, and that an int is written as one (4.0 is an integer to JSON Schema).
+cp * tpa, that stage is less than pp, how many scales there are, and that an int is written as one (4.0 is an integer to JSON Schema).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from dataclasses import MISSING, fields
 from typing import Any
 
-from helix_compile.config.options import MAX_COUNT, OPTIONS, HelixOptions
+from helix_compile.config.options import FP8_E4M3, LEAST, MAX_COUNT, MOST, OPTIONS, HelixOptions
 
 
 def options_schema() -> dict[str, Any]:
@@ -18,8 +18,10 @@ def options_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for field in fields(HelixOptions):
         choices = OPTIONS[field.name].offered
-        count = {"type": "integer", "minimum": OPTIONS[field.name].least, "maximum": MAX_COUNT}
-        number = {"type": "boolean"} if OPTIONS[field.name].flag else count
+        count: dict[str, Any] = {"type": "integer", "minimum": OPTIONS[field.name].least, "maximum": MAX_COUNT}
+        number: dict[str, Any] = {"type": "boolean"} if OPTIONS[field.name].flag else count
+        if OPTIONS[field.name].numbers:
+            number = {"anyOf": [one := {"type": "number", "minimum": LEAST, "maximum": MOST}, _several(one)]}
         properties[field.name] = {"enum": [*choices]} if choices else number
         if field.default is not MISSING and field.default is not None:
             properties[field.name]["default"] = field.default
@@ -28,6 +30,7 @@ def options_schema() -> dict[str, Any]:
     one_rank = {"properties": {"cp": {"const": 1}, "tpa": {"const": 1}}}
     staged = {f.name: {"const": f.default} for f in fields(HelixOptions) if OPTIONS[f.name].of_stages}
     lonely = {f.name: {"const": f.default} for f in fields(HelixOptions) if OPTIONS[f.name].of_ranks}
+    scaled = {"properties": {"cache_dtype": {"const": FP8_E4M3}}, "required": ["cache_dtype"]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "helix_compile options",
@@ -39,9 +42,14 @@ def options_schema() -> dict[str, Any]:
         "allOf": [
             {"if": {"properties": {"cp": {"const": 1}}}, "then": {"properties": alone}},
             {"if": one_stage, "then": {"properties": staged}},
+            {"if": {"not": scaled}, "then": {"properties": {"cache_scale": {"const": 1.0}}}},
             {"if": one_rank, "then": {"properties": {"pad_heads": {"const": False}, **lonely}}},
         ],
     }
+
+
+def _several(one: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": one, "minItems": 1}
 
 
 def schema_text() -> str:

@@ -34,6 +34,7 @@ def sglang_fields(
     environment = environment or {}
     values, idle = without_nulls(values, {**SGLANG.without_effect, **SGLANG.refused, **SGLANG.beside}, SGLANG.nullable)
     top = ConfigSection(values, where, lenient=lenient)
+    top.check_names(SGLANG.kinds)
     for key in ("attn_cp_size", "moe_dp_size", "dwdp_size"):
         top.only(key, 1, "this split is not supported; decode context parallelism is dcp_size")
     if top.choice("disaggregation_mode", ("null", "decode", "prefill"), "null") == "prefill":
@@ -70,7 +71,7 @@ def sglang_fields(
     if shared and "max_batch_size" in fields:
         fields["max_batch_size"] = max(1, fields["max_batch_size"] // replicas)
     check_dtype(top)
-    cache_dtype = check_cache_dtype(top, "kv_cache_dtype")
+    cache_dtype = check_cache_dtype(top, "kv_cache_dtype", fields)
     if environment.get("SGLANG_PP_LAYER_PARTITION"):
         top.refuse(
             "SGLANG_PP_LAYER_PARTITION",

@@ -38,6 +38,7 @@ def trtllm_fields(values: Mapping[str, Any], where: str, lenient: bool = False) 
     values, nulls = without_nulls(values, known, TRTLLM.nullable, prefix)
     idle += nulls
     top = ConfigSection(values, where, prefix, lenient)
+    top.check_names(TRTLLM.kinds)
     fields: dict[str, Any] = {"cp": top.count("context_parallel_size"), "tpa": top.count("tensor_parallel_size")}
     top.only("max_beam_width", 1, "beam search is not supported")
     _stages(top, fields)
@@ -66,7 +67,7 @@ def trtllm_fields(values: Mapping[str, Any], where: str, lenient: bool = False) 
             "got none, expected {cp_type: HELIX, tokens_per_block: N}: CP type must be HELIX for MLA, but got ULYSSES, the default",
         )
     if cache is not None:
-        cache_dtype = check_cache_dtype(cache, "dtype")
+        cache_dtype = check_cache_dtype(cache, "dtype", fields)
         idle += cache.finish(CACHE_WITHOUT_EFFECT, CACHE_REFUSED)
     if stated or helix is not None:
         fields["tokens_per_block"] = tokens_per_block

@@ -36,6 +36,7 @@ def vllm_fields(
     environment = environment or {}
     values, idle = without_nulls(values, {**VLLM.without_effect, **VLLM.refused, **VLLM.beside}, VLLM.nullable)
     top = ConfigSection(values, where, lenient=lenient)
+    top.check_names(VLLM.kinds)
     if values.get("dcp_kv_cache_interleave_size") == 1:  # renamed, and its default
         top.kind("dcp_kv_cache_interleave_size", "int")
         idle.append("dcp_kv_cache_interleave_size")
@@ -81,7 +82,7 @@ def vllm_fields(
         elif theirs in values:
             fields[ours] = top.count(theirs)
     check_dtype(top)
-    cache_dtype = check_cache_dtype(top, "kv_cache_dtype")
+    cache_dtype = check_cache_dtype(top, "kv_cache_dtype", fields)
     _partition(top, environment)
     idle += top.finish(VLLM.without_effect, VLLM.refused, VLLM.beside)
     idle += [name for name in environment if name not in _ENVIRONMENT]

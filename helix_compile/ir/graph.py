@@ -46,9 +46,9 @@ class InputRef(NamedTuple):
     """What a graph's input is: meta["input"] of its placeholder, read.
 
     Attributes:
-        kind: "param", "past", "cache", "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor", "shared" (what an
-            earlier layer caches, past and new) or "written" (what is visible once that layer has appended), "chosen" (slots that
-            an earlier layer chose) and "layer" (the number of the layer that calls it, where parts of its own are called).
+        kind: "param", "past", "cache", "scale" (of a cache in FP8), "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor",
+            "shared" (what an earlier layer caches, past and new) or "written" (what is visible once that layer has appended), "chosen"
+            (slots that an earlier layer chose) and "layer" (the number of the layer that calls it, where parts of its own are called).
             "" is no input.
         name: of a parameter its full name, relative to the layer in a body; of a past or cache its site is in it.
     """
@@ -60,6 +60,11 @@ class InputRef(NamedTuple):
     def cache(cls, site: int) -> InputRef:
         """The cache of a site."""
         return cls("cache", f"cache_{site}")
+
+    @classmethod
+    def scale(cls, site: int) -> InputRef:
+        """What the FP8 values of a site's cache are times."""
+        return cls("scale", f"cache_scale_{site}")
 
     @classmethod
     def past(cls, part: str, site: int) -> InputRef:
@@ -78,7 +83,7 @@ class InputRef(NamedTuple):
 
     @property
     def site(self) -> int:
-        """Number of the cached attention that a past, a cache or what is shared belongs to."""
+        """Number of the cached attention that a past, a cache, its scale or what is shared belongs to."""
         return int(self.name.rpartition("_")[2])
 
     @property

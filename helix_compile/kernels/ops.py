@@ -2,7 +2,7 @@
 
 OPS["mla_decode"]            ir/ops.py registers it as helix::mla_decode, with the reference;
                              a kernel file its launcher as helix_triton::mla_decode, with the same schema and fake
-OPS["mla_decode.scaled"]     a form of mla_decode, with more arguments behind its own: exists as a kernel only
+OPS["cache_append.norm_rope"]  a form of cache_append, with more arguments behind its own: exists as a kernel only
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from helix_compile.kernels.exchange import CODECS, NATIVE, ExchangeCodec
 from helix_compile.kernels.reference import (
     accumulation_dtype,
     apply_sinks_reference,
+    best_of_words_reference,
+    best_word_reference,
     cache_append_reference,
+    embed_rows_reference,
     first_visible_reference,
     gqa_decode_reference,
     merge_lse_reference,
@@ -27,11 +30,11 @@ from helix_compile.kernels.reference import (
     moe_router_reference,
     rescale_by_lse_reference,
     shard_index_reference,
+    top_words_reference,
     total_lse_reference,
 )
 from helix_compile.kernels.reference_fused import (
     cache_append_norm_rope_reference,
-    mla_decode_scaled_reference,
     pack_splits_reference,
     rope_heads_reference,
 )
@@ -52,7 +55,7 @@ class Op:
     """One op.
 
     Attributes:
-        name: "mla_decode"; of a form "mla_decode.scaled".
+        name: "mla_decode"; of a form "cache_append.norm_rope".
         function: the torch reference; its typed signature is the op's.
         fake: of the op's arguments, empty tensors such as its results.
         mutates: arguments that it writes.
@@ -90,8 +93,12 @@ def _exchange(codec: ExchangeCodec) -> Iterator[Op]:
     yield Op(codec.op("unpack_heads"), codec.unpack, _parts, views=views)
 
 
-def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, *_: Any) -> Tensor:
+def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(visible, memory_format=torch.contiguous_format)
+
+
+def _top_words(logits: Tensor, first: Tensor, words: int, count: int) -> Tensor:
+    return logits.new_empty((*logits.shape[:2], min(count, int(logits.shape[-1])), 2), dtype=torch.float64)
 
 
 def _bits_like(scores: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -123,6 +130,14 @@ HELIX_OPS = (
         lambda positions, *_: (torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)),
     ),
     Op("first_visible", first_visible_reference, lambda positions, *_: torch.empty_like(positions, dtype=torch.int32)),
+    Op("embed_rows", embed_rows_reference, lambda ids, rows, _: rows.new_empty((*ids.shape, rows.shape[1]))),
+    Op(
+        "best_word",
+        best_word_reference,
+        lambda logits, *_: logits.new_empty((*logits.shape[:2], 1, 2), dtype=torch.float64),
+    ),
+    Op("top_words", top_words_reference, _top_words),
+    Op("best_of_words", best_of_words_reference, lambda candidates: candidates.new_empty((*candidates.shape[:2], 2))),
     Op("cache_append", cache_append_reference, _appended, mutates=("cache",)),
     Op("mla_decode", mla_decode_reference, lambda q_latent, *_, **__: _partials(q_latent, q_latent.shape[3])),
     Op("gqa_decode", gqa_decode_reference, lambda q, k_cache, v_cache, *_, **__: _partials(q, v_cache.shape[3])),
@@ -168,7 +183,11 @@ HELIX_OPS = (
         ),
     ),
     Op("select_slots", select_slots_reference, _selected),
-    Op("mla_decode_slots", mla_decode_slots_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
+    Op(
+        "mla_decode_slots",
+        mla_decode_slots_reference,
+        lambda q_latent, *_, **__: _partials(q_latent, q_latent.shape[3]),
+    ),
     *(op for codec in CODECS for op in _exchange(codec)),
 )
 
@@ -176,7 +195,6 @@ HELIX_OPS = (
 # forms of these with more arguments, of which there are kernels only
 FORMS = (
     Op("cache_append.norm_rope", cache_append_norm_rope_reference, _appended, mutates=("cache",)),
-    Op("mla_decode.scaled", mla_decode_scaled_reference, lambda q_latent, *_: _partials(q_latent, q_latent.shape[3])),
     Op("pack_heads.splits", pack_splits_reference, NATIVE.buffer),
 )
 

@@ -7,6 +7,9 @@
 lse is natural log, float32 or wider. lse = -inf means "no key seen", and then the partial output is 0. A dead
 part may hold anything, NaN included: it is never multiplied by 0, it is not read.
 
+A cache may be in FP8 (reference_fp8.py): then its dtype says the format, and of fp8_e4m3 `cache_scale`, a float32 scalar,
+the scale. Attention is that to what the rows stand for.
+
 torch.topk leaves ties open; in the router (biased grouped top-k as in DeepSeek-V3) the lower index wins, among groups and
 among experts.
 """
@@ -18,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from helix_compile.kernels.reference_fp8 import cached_rows, entries_of_rows
 from helix_compile.layout.ledger import local_length, local_slot, owner_rank
 
 SCORE_BYTES = 64 * 2**20  # scores [T, H, S] are built in chunks of T below this, so long steps stay small
@@ -47,6 +51,57 @@ def shard_index_reference(positions: Tensor, rank: Tensor, cp: int, tokens_per_b
     return slots, visible
 
 
+def embed_rows_reference(ids: Tensor, rows: Tensor, first: Tensor) -> Tensor:
+    """This rank's summand of the token embeddings: of a token whose row it holds that row, of any other zeros.
+
+    Args:
+        ids: [B, T] int64.
+        rows: [v, D], rows of the table from `first` on.
+        first: 0-d int64.
+
+    Returns:
+        [B, T, D]; over all ranks one summand of each token is not zero.
+    """
+    local = ids - first
+    mine = (local >= 0) & (local < rows.shape[0])
+    return torch.where(mine[..., None], rows[local.clamp(0, rows.shape[0] - 1)], 0)
+
+
+def best_word_reference(logits: Tensor, first: Tensor, words: int) -> Tensor:
+    """The largest logit of this rank's words and which word it is, the lowest of those that share it (as torch.argmax).
+
+    Args:
+        logits: [B, T, v], of the words from `first` on; behind the last word lie rows of zeros.
+        first: 0-d int64.
+        words: size of the vocabulary.
+
+    Returns:
+        [B, T, 1, 2] float64, which holds logits of any dtype and word ids exactly.
+    """
+    ids = first + torch.arange(logits.shape[-1], device=logits.device)
+    real = logits.masked_fill(ids >= words, -torch.inf)
+    place = real.argmax(dim=-1, keepdim=True)
+    best = torch.stack([real.gather(-1, place).double(), (place + first).double()], dim=-1)
+    return best
+
+
+def top_words_reference(logits: Tensor, first: Tensor, words: int, count: int) -> Tensor:
+    """The largest `count` logits of this rank's words (all, where it has fewer) and which they are, in any order.
+
+    Args and result as of best_word_reference(), the result [B, T, count, 2]. Which of equal ones are among them is open.
+    """
+    ids = first + torch.arange(logits.shape[-1], device=logits.device)
+    real = logits.masked_fill(ids >= words, -torch.inf)
+    values, places = real.topk(min(count, logits.shape[-1]), dim=-1)
+    return torch.stack([values.double(), (places + first).double()], dim=-1)
+
+
+def best_of_words_reference(candidates: Tensor) -> Tensor:
+    """The first of the largest: candidates [B, T, N, 2] in the order of the ranks, so of their words -> [B, T, 2]."""
+    place = candidates[..., 0].argmax(dim=-1)
+    return candidates.gather(2, place[..., None, None].expand(*place.shape, 1, 2)).squeeze(2)
+
+
 def first_visible_reference(
     positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int, window: int, chunk: int
 ) -> Tensor:
@@ -66,19 +121,29 @@ def first_visible_reference(
 
 
 def cache_append_reference(
-    cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor, latent: Tensor, k_rope: Tensor
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    visible: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    *,
+    cache_scale: Tensor | None = None,
+    index_key: Tensor | None = None,
 ) -> Tensor:
     """Write latent [B, T, R] and k_rope [B, T, r] at this rank's slots; return a copy of `visible`.
 
     The copy is what mla_decode consumes: "write before read" is a data edge that nothing can reorder.
     cache is [pages, page_size, R + r], page_table [B, pages of a sequence] int64. Of grouped-query attention latent is
-    K [B, T, K, Dk], k_rope is V [B, T, K, Dv], and cache [pages, page_size, K, Dk + Dv].
+    K [B, T, K, Dk], k_rope is V [B, T, K, Dv], and cache [pages, page_size, K, Dk + Dv]. `index_key` [B, T, I] lies behind
+    FP8 values, in its own dtype; elsewhere it is a part of k_rope.
     """
     page_size = cache.shape[1]
     row, column = torch.nonzero(slots >= 0, as_tuple=True)
     slot = slots[row, column]
     page = page_table[row, slot // page_size]
-    cache[page, slot % page_size] = torch.cat([latent[row, column], k_rope[row, column]], dim=-1).to(cache.dtype)
+    key = None if index_key is None else index_key[row, column]
+    cache[page, slot % page_size] = cached_rows(latent[row, column], k_rope[row, column], cache, cache_scale, key)
     return visible.clone()
 
 
@@ -91,6 +156,7 @@ def mla_decode_reference(
     scale: float,
     *,
     first: Tensor | None = None,
+    cache_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Absorbed attention of q_latent [B, T, H, R] and q_rope [B, T, H, r] over this rank's shard.
 
@@ -98,10 +164,11 @@ def mla_decode_reference(
     ascend in position, so that is exactly the causal mask; and none below `first` [B, T] int32, where that is given.
     Returns partial_o [B, T, H, R] in the dtype of q_latent and lse [B, T, H].
     """
-    dtype, R = accumulation_dtype(q_latent.dtype), q_latent.shape[3]
+    dtype, R, r = accumulation_dtype(q_latent.dtype), q_latent.shape[3], q_rope.shape[3]
 
     def attend_to(b: int, start: int, length: int) -> Attend:
-        kv_SW = _rows_of_sequence(cache, page_table[b], start, length).to(dtype)
+        rows = _rows_of_sequence(cache, page_table[b], start, length)
+        kv_SW = entries_of_rows(rows, R, r, dtype, cache_scale)
         return lambda q_THW, hidden_TS: _attend(q_THW, kv_SW, hidden_TS, scale, R)
 
     return _each_sequence(torch.cat([q_latent, q_rope], dim=-1), R, visible, first, attend_to)
@@ -140,7 +207,7 @@ def _each_sequence(
 
 
 def _rows_of_sequence(cache: Tensor, pages: Tensor, start: int, length: int) -> Tensor:
-    """Slots [start, length) of a sequence [length - start, R + r]; a view where its pages lie in a row."""
+    """Slots [start, length) of a sequence [length - start, *]; a view where its pages lie in a row."""
     page_size = cache.shape[1]
     skipped = start // page_size
     used = pages[skipped : -(-length // page_size)]
@@ -244,6 +311,7 @@ def gqa_decode_reference(
     scale: float,
     *,
     first: Tensor | None = None,
+    cache_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention of q [B, T, H, Dk] over this rank's shard of the cache.
 
@@ -255,6 +323,7 @@ def gqa_decode_reference(
         visible: [B, T] int32. A row sees slots < visible: local slots ascend in position, so that is the causal mask.
         scale: of the scores.
         first: [B, T] int32. A row sees no slot below it; None: all from the first on.
+        cache_scale: of a cache in FP8.
 
     Returns:
         partial_o [B, T, H, Dv] in the dtype of q and lse [B, T, H].
@@ -263,7 +332,8 @@ def gqa_decode_reference(
 
     def attend_to(b: int, start: int, length: int) -> Attend:
         k_KSD, v_KSD = (
-            _heads_of_sequence(cache, page_table[b], start, length).to(dtype) for cache in (k_cache, v_cache)
+            entries_of_rows(_heads_of_sequence(cache, page_table[b], start, length), 0, 0, dtype, cache_scale)
+            for cache in (k_cache, v_cache)
         )
         return lambda q_THD, hidden_TS: _attend_grouped(q_THD, k_KSD, v_KSD, hidden_TS, scale)
 

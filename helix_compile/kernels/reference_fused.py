@@ -1,8 +1,6 @@
-"""Pure-torch definition of every op that exists as a kernel only: several ops in one, or a cache in FP8.
+"""Pure-torch definition of every op that exists as a kernel only: several ops in one.
 
     B sequences, T new tokens a sequence, H query heads, R kv_lora_rank, r rope width, S splits of one rank's shard
-    FP8 cache [pages, page_size, R + r] e4m3 (3 mantissa bits), cache_scale [pages, page_size / tokens_per_scale] float32:
-    a slot's row is its FP8 values times the scale of its block of tokens
 
 The norm and rope formulas are DeepSeek's as transformers has them: statistics in float32, interleaved channels.
 """
@@ -13,49 +11,7 @@ import torch
 from torch import Tensor
 
 from helix_compile.kernels.exchange import pack_heads_reference
-from helix_compile.kernels.reference import (
-    accumulation_dtype,
-    cache_append_reference,
-    merge_lse_reference,
-    mla_decode_reference,
-)
-
-FP8 = torch.float8_e4m3fn
-
-
-def quantize_cache_reference(cache: Tensor, tokens_per_scale: int) -> tuple[Tensor, Tensor]:
-    """Split cache [pages, page_size, W] into e4m3 values and float32 scales [pages, page_size / tokens_per_scale].
-
-    The largest value of a block becomes the largest that e4m3 holds; a block of zeros keeps scale 1.
-    """
-    pages, page_size, width = cache.shape
-    blocks = cache.float().view(pages, page_size // tokens_per_scale, -1)
-    largest = blocks.abs().amax(dim=2)
-    scale = torch.where(largest > 0, largest / torch.finfo(FP8).max, 1.0)
-    values = (blocks / scale[..., None]).to(FP8)
-    return values.view(pages, page_size, width), scale
-
-
-def dequantize_cache_reference(cache: Tensor, cache_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The cache [pages, page_size, W] that FP8 values and their scales stand for."""
-    pages, page_size, width = cache.shape
-    blocks = cache.to(dtype).view(pages, cache_scale.shape[1], -1)
-    return (blocks * cache_scale[..., None].to(dtype)).view(pages, page_size, width)
-
-
-def mla_decode_scaled_reference(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    visible: Tensor,
-    scale: float,
-    cache_scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """mla_decode_reference over the dequantised cache, kept in float32 or wider."""
-    dtype = accumulation_dtype(q_latent.dtype)
-    wide = dequantize_cache_reference(cache, cache_scale, dtype)
-    return mla_decode_reference(q_latent, q_rope, wide, page_table, visible, scale)
+from helix_compile.kernels.reference import accumulation_dtype, cache_append_reference, merge_lse_reference
 
 
 def pack_splits_reference(partial_o: Tensor, lse: Tensor, peers: int, dtype: torch.dtype) -> Tensor:
@@ -94,11 +50,15 @@ def cache_append_norm_rope_reference(
     cos: Tensor,
     sin: Tensor,
     interleaved: bool,
+    *,
+    cache_scale: Tensor | None = None,
+    index_key: Tensor | None = None,
 ) -> Tensor:
     """cache_append of the normed latent [B, T, R] and the roped k_rope [B, T, r]; cos, sin [B or 1, T, r]."""
     normed = rms_norm_reference(latent, norm_weight, eps)
     roped = rope_reference(k_rope, cos, sin, interleaved)
-    return cache_append_reference(cache, page_table, slots, visible, normed, roped)
+    row = cache, page_table, slots, visible, normed, roped
+    return cache_append_reference(*row, cache_scale=cache_scale, index_key=index_key)
 
 
 def rope_heads_reference(q_rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

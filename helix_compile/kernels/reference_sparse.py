@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from helix_compile.kernels.reference import Attend, _attend, _each_sequence, _rows_of_sequence, accumulation_dtype
+from helix_compile.kernels.reference_fp8 import entries_of_rows
 from helix_compile.layout.ledger import position_of_slot
 
 NOWHERE = torch.iinfo(torch.int32).max  # position of a candidate that is none: behind every other
@@ -187,6 +188,8 @@ def mla_decode_slots_reference(
     slots: Tensor,
     count: Tensor,
     scale: float,
+    *,
+    cache_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """mla_decode over chosen slots alone.
 
@@ -199,11 +202,12 @@ def mla_decode_slots_reference(
         slots: [B, T, m] int32, local; see select_slots.
         count: [B, T] int32: how many of them count. The others are not read.
         scale: of the scores.
+        cache_scale: of a cache in fp8_e4m3.
 
     Returns:
         partial_o [B, T, H, R] in the dtype of q_latent and lse [B, T, H]; 0 and -inf where count is 0.
     """
-    dtype, R = accumulation_dtype(q_latent.dtype), q_latent.shape[3]
+    dtype, R, r = accumulation_dtype(q_latent.dtype), q_latent.shape[3], q_rope.shape[3]
     q = torch.cat([q_latent, q_rope], dim=-1)
     outputs = []
     for t in range(q.shape[1]):  # each query has rows of its own
@@ -211,7 +215,7 @@ def mla_decode_slots_reference(
         def attend_to(b: int, start: int, length: int, t: int = t) -> Attend:
             chosen = slots[b, t, start:length].long()
             page = page_table[b, chosen // cache.shape[1]]
-            rows = cache[page, chosen % cache.shape[1]].to(dtype)
+            rows = entries_of_rows(cache[page, chosen % cache.shape[1]], R, r, dtype, cache_scale)
             return lambda q_THW, hidden_TS: _attend(q_THW, rows, hidden_TS, scale, R)
 
         outputs.append(_each_sequence(q[:, t : t + 1], R, count[:, t : t + 1], None, attend_to))

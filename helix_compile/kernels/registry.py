@@ -219,7 +219,10 @@ def register_launches(
 ) -> Kernel:
     """register_kernel of what `prepare` makes of the op's arguments, on any target."""
     return register_kernel(
-        op, lambda *args: run(prepare(*args)), supports, lambda site, target: cases_of(prepare(*site.args))
+        op,
+        lambda *args, **keywords: run(prepare(*args, **keywords)),
+        supports,
+        lambda site, target: cases_of(prepare(*site.args, **site.keywords)),
     )
 
 

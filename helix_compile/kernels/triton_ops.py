@@ -16,7 +16,7 @@ from helix_compile.kernels.target import device_target
 TRITON_TYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-_POINTED = {**TRITON_TYPE, torch.int64: "i64", torch.int32: "i32", torch.int16: "i16"}
+_POINTED = {**TRITON_TYPE, torch.float8_e4m3fn: "fp8e4nv", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16"}
 
 
 _LIBRARY = torch.library.Library("helix_triton", "DEF")  # kept alive: dropping it unregisters the ops

@@ -3,6 +3,7 @@
 - attention: attention over this rank's part of the cache, one exchange over heads, merge; o_proj still whole
 - reshard: o_proj is cut by rows: its input needs no gather, its output one all-reduce
 - ffn: dense, shared and routed experts on the same ranks; one all-reduce
+- head, where the vocabulary is cut: embedding and output head by rows of it; the layers stay as they are
 - collectives, where kernels compute: moves become collectives
 - lowered: the same where none do; else each compute op has its kernel, or says why its reference stays
 - segments, where Inductor compiles: what lies between two collectives is one call. Made of `lowered`, which stays what is edited,
@@ -15,15 +16,17 @@ from dataclasses import replace
 
 from torch import fx
 
-from helix_compile.ir.stage import bodies_of, copy_module
+from helix_compile.config.options import HelixOptions
+from helix_compile.ir.stage import copy_module, graphs_of
 from helix_compile.kernels.target import KernelTarget
-from helix_compile.passes.lower.collectives import lower_moves, lower_pass, no_moves_left
+from helix_compile.passes.lower.collectives import has_moves, lower_moves, lower_outer_pass, lower_pass, no_moves_left
 from helix_compile.passes.lower.fuse_kernels import kernels_pass
 from helix_compile.passes.lower.segments import SegmentsPass
 from helix_compile.passes.rewrite.attention import shard_attention_pass
 from helix_compile.passes.rewrite.ffn import shard_ffn_pass
 from helix_compile.passes.rewrite.outer import rewire_outer_pass, update_calls_pass
 from helix_compile.passes.rewrite.reshard import reshard_pass
+from helix_compile.passes.rewrite.vocabulary import VocabularyPass
 from helix_compile.passes.runner import BodyPass, Pass, PassContext
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.matches import LayerMatch
@@ -32,18 +35,21 @@ STAGES = ("captured", "attention", "reshard", "ffn", "lowered")
 COLLECTIVES = "collectives"  # between ffn and lowered, where kernels compute
 
 
-def helix_passes(target: KernelTarget | None = None, segments: bool = False) -> tuple[Pass, ...]:
+def helix_passes(options: HelixOptions, target: KernelTarget | None = None) -> tuple[Pass, ...]:
     """The passes that make the stages; without a target compute ops keep their references."""
+    # between rewrites and lowering: it speaks of moves too, and touches nothing that the others do
+    head = (VocabularyPass(),) if options.head == "shard" else ()
     lowered = (LOWERED,) if target is None else (replace(LOWERED, stage=COLLECTIVES), KERNELS)
-    return (*REWRITES, *lowered, *((SegmentsPass(),) if segments else ()))
+    return (*REWRITES, *head, *lowered, *((SegmentsPass(),) if options.compiles_segments else ()))
 
 
 def lowered_copy(stage: fx.GraphModule) -> fx.GraphModule:
     """A runnable copy of an earlier stage: its moves lowered, nothing else changed."""
     copy = copy_module(stage)
-    for body in bodies_of(copy).values():
-        lower_moves(body)
-        body.recompile()
+    for _, graph in graphs_of(copy):
+        if graph is not copy or has_moves(graph):
+            lower_moves(graph)
+        graph.recompile()
     return copy
 
 
@@ -76,6 +82,6 @@ REWRITES = (
     BodyPass("ffn", shard_ffn_pass, _ffns, outer=update_calls_pass, promises=_typed),
 )
 # last: until here graphs speak of moves, so that golden graphs and diffs stay readable
-LOWERED = BodyPass("lowered", lower_pass, _collectives, promises=_lowered)
+LOWERED = BodyPass("lowered", lower_pass, _collectives, outer=lower_outer_pass, promises=_lowered)
 # moves first: only then does an exchange stand where a kernel may write into its buffer
 KERNELS = BodyPass("lowered", kernels_pass, lambda match, context: 1, promises=_lowered)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from helix_compile.config.options import PAGE_SIZE, HelixOptions
+from helix_compile.config.options import FP8_DS_MLA, PAGE_SIZE, HelixOptions
+from helix_compile.layout.cache_bytes import ds_mla_bytes, index_key_at
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.ledger import local_length
 
@@ -18,10 +20,10 @@ def pages_per_sequence(options: HelixOptions, kvp: int) -> int:
     return max(1, -(-slots // PAGE_SIZE))
 
 
-def cache_shape(row: CacheRow, options: HelixOptions, layout: HelixLayout) -> tuple[int, ...]:
+def cache_shape(stored: StoredRow, options: HelixOptions, layout: HelixLayout) -> tuple[int, ...]:
     """[pages, page size, R + r] of one rank's cache of one attention site, or [pages, page size, K / tpa, Dk + Dv]."""
     pages = options.max_batch_size * pages_per_sequence(options, layout.kvp)
-    return pages, PAGE_SIZE, *row.tail(layout.tpa)
+    return pages, PAGE_SIZE, *stored.tail
 
 
 def rows_of_rank(entries: Tensor, row: CacheRow, layout: HelixLayout, rank: int) -> Tensor:
@@ -72,3 +74,39 @@ class CacheRow:
         """Trailing sizes of a rank's cache: (R + r + I), or (ceil(K / tpa), Dk + Dv)."""
         width = self.first + self.second + self.index
         return (-(-self.heads // tpa), width) if self.heads else (width,)
+
+    def stored(self, cache_dtype: str, dtype: torch.dtype, tpa: int) -> StoredRow:
+        """How a rank's cache holds it, for a choice of `cache_dtype` and the dtype of the model."""
+        tail, attended = self.tail(tpa), self.first + self.second
+        if cache_dtype == "auto":
+            return StoredRow(dtype, tail, attended, attended)
+        if cache_dtype == FP8_DS_MLA:
+            attended = ds_mla_bytes(self.first, self.second)
+        start = index_key_at(attended)
+        if self.index:
+            return StoredRow(torch.uint8, (index_key_at(start + self.index * dtype.itemsize),), attended, start)
+        if cache_dtype == FP8_DS_MLA:
+            return StoredRow(torch.uint8, (attended,), attended, attended)
+        return StoredRow(torch.float8_e4m3fn, tail, attended, attended)
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """How a rank's cache holds what a token leaves.
+
+    Attributes:
+        dtype: of the tensor [pages, page size, *tail]; uint8 where a row is of several dtypes (layout/cache_bytes.py).
+        tail: its trailing sizes.
+        attended: elements of it that attention reads.
+        index_at: element at which an index key begins, where there is one.
+    """
+
+    dtype: torch.dtype
+    tail: tuple[int, ...]
+    attended: int
+    index_at: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one token on one rank."""
+        return math.prod(self.tail) * self.dtype.itemsize

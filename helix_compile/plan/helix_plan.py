@@ -248,6 +248,23 @@ class BodyPlan:
 
 
 @dataclass(frozen=True)
+class OuterPlan:
+    """Decisions for the graph around the layers: embedding and head, where they are cut. As of a body."""
+
+    param_shards: tuple[ParamShard, ...] = ()
+    collectives: tuple[Collective, ...] = ()
+
+    def shard(self, name: str) -> ParamShard | None:
+        """The shard of this name, or None if the parameter is replicated."""
+        return next((s for s in self.param_shards if s.name == name), None)
+
+    @property
+    def egress_bytes_per_rank_per_token(self) -> Fraction:
+        """Sum over its collectives."""
+        return sum((c.egress_bytes_per_rank_per_token for c in self.collectives), Fraction(0))
+
+
+@dataclass(frozen=True)
 class Decision:
     """One choice: the rule, what went in, what came out."""
 
@@ -275,6 +292,7 @@ class HelixPlan:
     kv_bytes_per_token_per_rank: Fraction
     params_bytes_per_rank: int
     leaves: tuple[tuple[str, str], ...] = ()
+    outer: OuterPlan = OuterPlan()
 
     def body(self, name: str) -> BodyPlan:
         """The plan of one body."""
@@ -288,9 +306,9 @@ class HelixPlan:
 
     @property
     def egress_bytes_per_rank_per_token(self) -> Fraction:
-        """Bytes that leave a rank for each token of a step, all layers together."""
+        """Bytes that leave a rank for each token of a step, all layers and the graph around them together."""
         parts = (b.egress_bytes_per_rank_per_token * len(b.layers) for b in self.bodies)
-        return sum(parts, Fraction(0))
+        return sum(parts, self.outer.egress_bytes_per_rank_per_token)
 
     @property
     def topk_exchange(self) -> str:
@@ -322,6 +340,7 @@ class HelixPlan:
                 not_rewritten=_tuples(fields.pop("not_rewritten")),
                 notes=tuple(fields.pop("notes")),
                 leaves=_tuples(fields.pop("leaves", [])),
+                outer=OuterPlan(*_shards_and_collectives(fields.pop("outer", {}))),
                 kv_bytes_per_token_per_rank=_fraction(fields.pop("kv_bytes_per_token_per_rank")),
                 **fields,
             )
@@ -387,15 +406,22 @@ def _body_from(fields: dict[str, Any], layout: HelixLayout, options: HelixOption
         f"{tuples['name']}.attentions", fields["attentions"], [a.written(layout, options) for a in attentions]
     )
     _check_follows(f"{tuples['name']}.ffns", fields["ffns"], [f.written(layout) for f in ffns])
+    shards, collectives = _shards_and_collectives(fields)
     return BodyPlan(
         name=tuples["name"],
         layers=tuples["layers"],
         attentions=attentions,
         ffns=ffns,
-        param_shards=tuple(
-            ParamShard(**{**_fields(s), "cuts": tuple(map(_cut_from, s["cuts"]))}) for s in fields["param_shards"]
-        ),
-        collectives=tuple(Collective(**{**c, _EGRESS: _fraction(c[_EGRESS])}) for c in fields["collectives"]),
+        param_shards=shards,
+        collectives=collectives,
+    )
+
+
+def _shards_and_collectives(fields: dict[str, Any]) -> tuple[tuple[ParamShard, ...], tuple[Collective, ...]]:
+    shards, collectives = fields.get("param_shards", []), fields.get("collectives", [])
+    return (
+        tuple(ParamShard(**{**_fields(s), "cuts": tuple(map(_cut_from, s["cuts"]))}) for s in shards),
+        tuple(Collective(**{**c, _EGRESS: _fraction(c[_EGRESS])}) for c in collectives),
     )
 
 

@@ -46,41 +46,75 @@ class Uncut:
     where: str = ""
 
 
+def picked(rows: Table, total: int) -> tuple[tuple[int, ...], tuple[int, int, int] | None, tuple[int, ...] | None]:
+    """(view, window, index) that pick rows[h][d] out of `total`: a view where those of a head lie in a row."""
+    H, width = len(rows), len(rows[0])
+    start, stride = rows[0][0], total // H
+    if total % H == 0 and all(rows[h][d] == h * stride + start + d for h in range(H) for d in range(width)):
+        return (H, stride), (1, start, width), None
+    return (H, width), None, tuple(r for row in rows for r in row)
+
+
 @dataclass(frozen=True)
 class HeadRows:
-    """A parameter [heads * width, *tail] whose rows [h * width, (h + 1) * width) are head h's."""
+    """A parameter [heads * width, *tail] whose rows [h * width, (h + 1) * width) are head h's.
 
-    name: str
+    Where it has rows of something else too, rows[h] are head h's of its `total`, and `role` says what they make.
+    """
+
+    param: str
     heads: int
     width: int
     tail: tuple[int, ...] = ()
     is_bias: bool = False
+    role: str = ""
+    rows: Table = ()
+    total: int = 0
 
     @property
-    def param(self) -> str:
-        """The parameter that it is cut out of."""
-        return self.name
+    def name(self) -> str:
+        """What a rank's part is called: parts of two roles may lie in one parameter."""
+        return f"{self.param}.{self.role}" if self.role else self.param
 
     def shard(self, axis: str, layout: HelixLayout, padding: HeadPadding | None = None) -> ParamShard:
         """Its heads, cut over `axis`; `padding` says where zero heads lie between them."""
-        H = self.heads
+        H, window, index = self.heads, None, None
+        view: tuple[int, ...] = (H, self.width)
+        if self.rows:
+            view, window, index = picked(self.rows, self.total)
         cut = Cut(0, axis, H, padding)
         return ParamShard(
             self.name,
-            self.name,
-            (H * self.width, *self.tail),
-            (H, self.width, *self.tail),
+            self.param,
+            (self.total or H * self.width, *self.tail),
+            (*view, *self.tail),
             (cut,),
             (cut.width(layout) * self.width, *self.tail),
             f"{axis}:S(0)",
+            window,
+            index,
         )
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """A value that holds channels [start, stop) of each head that a linear makes, its dims in the order of `form`.
+
+    Any order of "BTHC", or "BT(HC)".
+    """
+
+    node: str
+    form: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class HeadLinear:
     """A linear whose rows [h * width, (h + 1) * width) make head h.
 
-    `views` are views on the way from it that write the head count as a number.
+    `views` are views on the way from it that write the head count as a number. Where one linear makes q and a gate, each
+    is a linear of its `role`: of rows[h] alone (of `total`), in place of `parts`, where the two have come apart.
     """
 
     node: str
@@ -90,25 +124,35 @@ class HeadLinear:
     width: int
     input_size: int
     views: tuple[str, ...] = ()
+    role: str = ""
+    rows: Table = ()
+    total: int = 0
+    parts: tuple[LinearPart, ...] = ()
 
     @property
     def params(self) -> tuple[HeadRows, ...]:
         """Its weight, and its bias where it has one."""
-        weight = HeadRows(self.weight, self.heads, self.width, (self.input_size,))
-        return (weight, HeadRows(self.bias, self.heads, self.width, is_bias=True)) if self.bias else (weight,)
+        weight = HeadRows(self.weight, self.heads, self.width, (self.input_size,), False, *self._own)
+        return (weight, HeadRows(self.bias, self.heads, self.width, (), True, *self._own)) if self.bias else (weight,)
+
+    @property
+    def _own(self) -> tuple[str, Table, int]:
+        return self.role, self.rows, self.total
 
 
 @dataclass(frozen=True)
 class GateMatch:
     """A gate between attention and o_proj: product = attention * value, both in `form` ("BTHV", "BHTV" or "BT(HV)").
 
-    `linear` is where it comes from, None where one gate serves all heads.
+    `linear` is where it comes from (it may make q too), None where one gate serves all heads. `cast`: the product is wider
+    than attention, and is cast back.
     """
 
     product: str
     value: str
     form: str
     linear: HeadLinear | None = None
+    cast: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,12 +216,8 @@ class UpWeight:
         """(view, window, index) that pick it out of its parameter; a view where rows of a head are in a row."""
         if self.order != "hdr":
             return *self.view(), None
-        rows, R = self.rows, self.shape[-1]
-        H, width = len(rows), len(rows[0])
-        start, stride = rows[0][0], math.prod(self.shape[:-1]) // H
-        if all(rows[h][d] == h * stride + start + d for h in range(H) for d in range(width)):
-            return (H, stride, R), (1, start, width), None
-        return (H, width, R), None, tuple(r for row in rows for r in row)
+        view, window, index = picked(self.rows, math.prod(self.shape[:-1]))
+        return (*view, self.shape[-1]), window, index
 
 
 class AttentionKind(Protocol):
@@ -481,6 +521,26 @@ class MoEMatch:
     hidden_size: int
     seam: str
     shared: str | None
+
+
+@dataclass(frozen=True)
+class VocabularyMatch:
+    """The two ends of the model, in the outer graph.
+
+    Attributes:
+        embedding, linear: nodes that look tokens up, and that make the logits.
+        rows, weight: their parameters, [V, D] each; one name where it is one parameter.
+        bias: of the linear, [V], or "".
+        embedding_shape, weight_shape: of the parameters.
+    """
+
+    embedding: str
+    rows: str
+    embedding_shape: tuple[int, ...]
+    linear: str
+    weight: str
+    weight_shape: tuple[int, ...]
+    bias: str = ""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _consecutive(rows: tuple[int, ...]) -> Iterator[Range]:
 
 
 def cut_param(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) -> Tensor:
-    """`rank`'s part of `whole`, zero-padded to the common width.
+    """`rank`'s part of `whole`, zero-padded to the common width; a view of it where that is possible.
 
     Raises:
         PlanError: `whole` does not have the shape that the plan was made for.
@@ -145,7 +145,7 @@ def cut_param(whole: Tensor, shard: ParamShard, layout: HelixLayout, rank: int) 
         part = part.narrow(*shard.window)
     for cut in shard.cuts:
         part = _cut(part, cut, layout, rank)
-    return part.view(shard.shape)
+    return part.reshape(shard.shape)  # a copy only of rows with others between the heads
 
 
 def _cut(whole: Tensor, cut: Cut, layout: HelixLayout, rank: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -37,6 +39,8 @@ REFUSED_ARGUMENTS = {
     "negative_prompt_ids": _GUIDANCE,
     "synced_gpus": "all ranks take the same steps by construction",
 }
+_SPARE = 8  # candidates beyond the k-th that may equal it, before all logits are gathered
+_CANDIDATE_BYTES = 16
 _INNER = "the compiled step returns logits only"
 REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((None, 1), "beam search reorders sequences between steps; the sharded cache can't follow"),
@@ -200,6 +204,8 @@ class _Adapter(nn.Module, GenerationMixin):
         self.config = compiled.facts.config
         self.generation_config = copy.deepcopy(_own_settings(compiled))
         self._steps = 0
+        self._greedy = self._samples = False
+        self._top: TopOfLogits | None = None  # known when transformers has read the configuration
 
     @property
     def device(self) -> torch.device:
@@ -224,8 +230,17 @@ class _Adapter(nn.Module, GenerationMixin):
         *sizes: int,
     ) -> None:
         """The module brings its own cache; a loop that takes tokens back gets what stands for it."""
+        wants_logits = generation_config.output_scores or generation_config.output_logits
+        self._greedy = generation_mode == GenerationMode.GREEDY_SEARCH and not wants_logits
+        self._samples = generation_mode == GenerationMode.SAMPLE and not wants_logits
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             self._cache = model_kwargs[_OUTPUT_CACHE] = CroppedCache(self._compiled)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        self._greedy = self._greedy and not len(processors)  # a processor reads logits of other words
+        self._top = top_of(processors) if self._samples else None
+        return processors
 
     def _get_candidate_generator(self, **kwargs: Any) -> Any:
         generator = super()._get_candidate_generator(**kwargs)
@@ -250,8 +265,69 @@ class _Adapter(nn.Module, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 1, **kwargs: Any
     ) -> CausalLMOutputWithPast:
         self._steps += 1
+        if logits_to_keep == 1 and (short := self._short_step(input_ids, attention_mask)) is not None:
+            return CausalLMOutputWithPast(logits=short, **{_OUTPUT_CACHE: self._cache})
         logits = self._compiled(input_ids, attention_mask, logits_to_keep=logits_to_keep)
         return CausalLMOutputWithPast(logits=logits, **{_OUTPUT_CACHE: self._cache})
+
+    def _short_step(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """Logits [B, 1, vocab] of a step that exchanges only those that are read, -inf elsewhere; None where all are."""
+        compiled = self._compiled
+        if self._greedy:
+            best = compiled.best_words(input_ids, attention_mask)
+            return None if best is None else self._of_words(best[:, :, None])
+        if self._top is None or (count := _exchanged(compiled, self._top.top_k)) is None:
+            return None
+        found = compiled.top_words(input_ids, attention_mask, count)
+        if found is None:
+            return None
+        candidates, whole = found
+        if not self._top.is_complete(candidates, compiled.facts.vocab_size):
+            return whole()
+        return self._of_words(candidates.flatten(2, 3))
+
+    def _of_words(self, candidates: Tensor) -> Tensor:
+        """Logits [B, 1, vocab] of candidates [B, 1, n, 2]; those of rows of zeros are left out."""
+        vocab = self._compiled.facts.vocab_size
+        values, words = candidates[..., 0], candidates[..., 1].long()
+        logits = values.new_full((*values.shape[:2], vocab + 1), -torch.inf)
+        return logits.scatter_(-1, words.clamp(max=vocab), values)[..., :vocab]
+
+
+@dataclass(frozen=True)
+class TopOfLogits:
+    """That sampling reads the `top_k` largest logits alone, after division by `temperature`."""
+
+    top_k: int
+    temperature: float = 1.0
+
+    def is_complete(self, candidates: Tensor, vocab: int) -> bool:
+        """Do candidates [B, 1, N, m, 2] hold all that sampling keeps? It keeps every logit that equals the k-th, too.
+
+        A rank that sends a candidate as large as the k-th may have more of them; one that sends -inf has sent all.
+        """
+        values = candidates[..., 0].float() / self.temperature  # as transformers computes it
+        kth = values.flatten(2, 3).topk(min(self.top_k, vocab), dim=-1).values[..., -1:]
+        least = values.amin(dim=-1)
+        return bool(((least < kth) | (least == -torch.inf)).all())
+
+
+def top_of(processors: Any) -> TopOfLogits | None:
+    """What the first of transformers' processors leave; what follows them reads -inf for every other word."""
+    left, temperature = list(processors), 1.0
+    if left and type(left[0]) is TemperatureLogitsWarper:
+        temperature = float(left.pop(0).temperature)
+    if not left or type(left[0]) is not TopKLogitsWarper or left[0].filter_value != -torch.inf:
+        return None
+    return TopOfLogits(int(left[0].top_k), temperature)
+
+
+def _exchanged(compiled: CompiledModule, top_k: int) -> int | None:
+    """Candidates that each rank sends, some more than are wanted for ties; None where all its logits are fewer bytes."""
+    head = next((s for s in reversed(compiled.plan.outer.param_shards) if len(s.shape) == 2), None)
+    itemsize = getattr(torch, compiled.plan.dtype).itemsize
+    count = top_k + _SPARE
+    return None if head is None or count * _CANDIDATE_BYTES >= head.shape[0] * itemsize else count
 
 
 class TokenPrinter(BaseStreamer):

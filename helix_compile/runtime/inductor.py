@@ -34,6 +34,9 @@ Code = Callable[..., Sequence[Any]]
 _WRITTEN_OUT = (
     "shard_index",
     "first_visible",
+    "embed_rows",
+    "best_word",
+    "best_of_words",
     "pack_heads",
     "unpack_heads",
     "merge_lse",

@@ -62,7 +62,7 @@ class PreparedSteps:
         return self._mixing[padding]
 
     def _of_rank(self, rank: Rank, params: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> list[Any]:
-        held = [*params.values(), *rank.cache, *rank.leaves.values()]
+        held = [*params.values(), *rank.cache, *rank.scales, *rank.leaves.values()]
         known = self._lists.get(rank.rank)
         if known is None or known.names != [*params] or not same_objects(known.held, held):
             known = self._lists[rank.rank] = self._arguments(rank, params, held)
@@ -74,7 +74,7 @@ class PreparedSteps:
     def _arguments(self, rank: Rank, params: Mapping[str, Tensor], held: list[Any]) -> _Arguments:
         coordinates = {
             f"{axis}_rank": torch.tensor(self._layout.index(axis, rank.rank), device=self._device)
-            for axis in ("kvp", "ep")
+            for axis in ("kvp", "ep", "world")
         }
         found = _Arguments([*params], held)
         for place, ref in enumerate(self._table.refs):
@@ -85,6 +85,8 @@ class PreparedSteps:
                 value = params[ref.name]
             elif ref.kind == "cache":
                 value = rank.cache[ref.site]
+            elif ref.kind == "scale":
+                value = rank.scales[ref.site]
             elif ref.kind == "leaf":
                 value = rank.leaves[ref.name]
             elif ref.name in coordinates:

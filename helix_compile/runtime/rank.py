@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from helix_compile.cache.pages import allocate_caches
+from helix_compile.cache.pages import allocate_caches, scales_of_caches
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.source import device_of
 from helix_compile.capture.structure import tensors_of
@@ -42,7 +42,7 @@ def shard_of_name(plan: HelixPlan, prefixes: list[tuple[str, str]]) -> dict[str,
         prefix + shard.name: (prefix + shard.source, shard)
         for prefix, body in prefixes
         for shard in plan.body(body).param_shards
-    }
+    } | {shard.name: (shard.source, shard) for shard in plan.outer.param_shards}
 
 
 def params_of_stage(
@@ -84,7 +84,8 @@ class Rank:
         rank: its number.
         params: full name -> local tensor; assigning an item changes this rank only.
         cache: one [num_pages, page_size, R + r] tensor per cached attention; where K and V are cached,
-            [num_pages, page_size, K / tpa, Dk + Dv].
+            [num_pages, page_size, K / tpa, Dk + Dv]. In FP8 a token may be bytes (CacheRow.stored).
+        scales: of caches in fp8_e4m3, one float32 scalar each; else none.
         leaves: state of each layer that stays the user's own module.
         cut: what `params` held at birth and its version then: what was assigned or edited since is the user's.
     """
@@ -92,6 +93,7 @@ class Rank:
     rank: int
     params: MutableMapping[str, Tensor]
     cache: list[Tensor]
+    scales: list[Tensor] = field(default_factory=list)
     leaves: dict[str, LeafState] = field(default_factory=dict)
     cut: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
@@ -145,7 +147,8 @@ def build_ranks(plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, wor
             params = params_of_rank(plan, lowered, facts, world, rank)
             cache = allocate_caches(facts.caches, plan.options, plan.layout, dtype, facts.device)
             cut = {n: (t, state_of(t)[1]) for n, t in params.items()} if facts.watch else {}
-            ranks.append(Rank(rank, params, cache, leaf_states(lowered.graph), cut))
+            scales = scales_of_caches(len(facts.caches), plan.options, facts.device)
+            ranks.append(Rank(rank, params, cache, scales, leaf_states(lowered.graph), cut))
     if facts.watch is not None:
         facts.watch.sample({source for rank in ranks for _, source, _, _ in _copies(rank, lowered, facts)})
     return ranks

@@ -89,6 +89,8 @@ def _bound(stage: fx.GraphModule, rank: Rank, layout: HelixLayout, device: torch
             found[node] = rank.params[name]
         elif kind == "cache":
             found[node] = rank.cache[ref.site]
+        elif kind == "scale":
+            found[node] = rank.scales[ref.site]
         elif kind == "leaf":
             found[node] = rank.leaves[name]
         elif name.endswith("_rank"):
@@ -97,4 +99,4 @@ def _bound(stage: fx.GraphModule, rank: Rank, layout: HelixLayout, device: torch
 
 
 def _held_by(rank: Rank) -> list[Any]:
-    return [*rank.params.values(), *rank.cache, *rank.leaves.values()]
+    return [*rank.params.values(), *rank.cache, *rank.scales, *rank.leaves.values()]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -35,6 +36,8 @@ def run_step(
     attention_mask: Tensor | None,
     logits_to_keep: int = 0,
     prepared: bool = True,
+    end: str = "",
+    outputs: list[Any] | None = None,
 ) -> Tensor:
     """Append input_ids [B, T] to each sequence's cache; logits [B, T or logits_to_keep, vocab].
 
@@ -46,6 +49,9 @@ def run_step(
         tables: what steps of that stage need, kept from one to the next.
         input_ids: see HelixModule.forward(), as for the next two.
         prepared: run the programs of compiled segments, where there are some; False: node by node.
+        end: "best": the shorter end of the graph that gives, in place of logits, the best word of the last column; "topM": the M
+            best of each rank, and its own logits.
+        outputs: gets what every rank in this process computed in the last chunk.
 
     Raises:
         RuntimeFault: what a step may not be.
@@ -85,6 +91,10 @@ def run_step(
     check_limits({"B": (B, B), "T": (T - chunks[-1].start, T), "S": (past, past)}, module.facts.limits)
     ledger.clear_tails({rank.rank: rank.cache for rank in module.ranks}, module.plan.layout)
     ids = input_ids.to(module.device, torch.int64)
+    if not end and logits_to_keep == 1 < T and graph is module.graph and module.value_dump is None:
+        end = "last" if module.short_end("last") is not None else ""
+    ended = module.short_end(end) if end else graph
+    assert ended is not None  # who asks for an end has seen that there is one
 
     def run_chunk(c: slice) -> Tensor:
         # on the host: ranks compare it, and a card need not be waited for
@@ -94,7 +104,7 @@ def run_step(
             "page_table": ledger.pages_on_host(B),
         }
         step = {
-            "input_ids": ids[:, c],
+            "input_ids": ids[:, c].contiguous(),  # compiled segments know its strides
             "positions": agreed["positions"].to(module.device),
             "page_table": ledger.pages_of(B),
         }
@@ -104,22 +114,29 @@ def run_step(
             caches = [cache for rank in module.ranks for cache in rank.cache]
             recorder = module.value_dump.recorder(graph, caches, mask[:, c], module.world.is_leader)
         with torch.no_grad(), recorder or nullcontext():
-            if prepared and recorder is None and graph is module.graph and (programs := module.programs()) is not None:
-                logits = module.world.run_programs(programs, step, agreed)[0]
+            if (
+                prepared
+                and recorder is None
+                and graph is module.graph
+                and (programs := module.programs(end)) is not None
+            ):
+                given = module.world.run_programs(programs, step, agreed)
             else:
-                inputs = tables.inputs(graph, module.ranks, params, step)
-                logits = module.world.run(graph, inputs, recorder, agreed)[0]
+                inputs = tables.inputs(ended, module.ranks, params, step)
+                given = module.world.run(ended, inputs, recorder, agreed)
         if recorder is not None:
             recorder.write()
         ledger.count_padding(mask[:, c])
         ledger.advance(mask[:, c].sum(dim=1).tolist())
-        return logits
+        if outputs is not None:
+            outputs[:] = given
+        return given[0][0] if isinstance(given[0], tuple) else given[0]
 
     shown = None if module.world.is_leader else True
     bar = tqdm(chunks, desc="step", unit="chunk", disable=shown, delay=2)
     before = list(ledger.lengths), list(ledger.gaps), list(ledger.tails)
     try:
-        logits = kept_logits(run_chunk, bar, first, T)
+        logits = [run_chunk(c) for c in bar][-1] if end else kept_logits(run_chunk, bar, first, T)
         _check_range(module, logits, mask[:, first:])
         return logits
     except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
+from helix_compile.ir.collectives import WAIT
 from helix_compile.ir.graph import input_ref, is_param, placeholders
 from helix_compile.ir.leaves import Leaf
 from helix_compile.ir.origin import CAPTURED, ORIGIN, SOURCE, STAGE
@@ -412,7 +413,12 @@ def _per_rank(outer: fx.Graph) -> set[fx.Node]:
     """Nodes around the layers that differ on each rank: what is computed from a rank's own number."""
     found: set[fx.Node] = set()
     for node in outer.nodes:
-        own = node.op == "placeholder" and input_ref(node).name in ("kvp_rank", "ep_rank")
-        if own or (node.op == "call_function" and any(n in found for n in node.all_input_nodes)):
+        cut = node.meta.get("sharded") and any(
+            u.op == "call_function" for u in node.users
+        )  # by no layer: embedding, head
+        own = node.op == "placeholder" and (cut or input_ref(node).name.endswith("_rank"))
+        # what a collective gives is the same on every rank: a sum over all, or all parts
+        made = node.op == "call_function" and node.target is not WAIT and any(n in found for n in node.all_input_nodes)
+        if own or made:
             found.add(node)
     return found

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from helix_compile.config.options import FP8_E4M3
 from helix_compile.errors import HelixError, PassError, RuntimeFault
-from helix_compile.ir.graph import aten, input_ref, inputs_of, is_call, placeholders
+from helix_compile.ir.graph import aten, helix_op, input_ref, inputs_of, is_call, placeholders
 from helix_compile.ir.stage import bodies_of
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import CacheRow, cache_shape
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.rank import ModelFacts
+
+SCALED = ("cache_append", "mla_decode", "mla_decode_slots", "gqa_decode")
 
 
 def check_saved_graphs(stages: dict[str, fx.GraphModule], plan: HelixPlan) -> None:
@@ -62,10 +65,10 @@ def _check_call(stage: str, call: fx.Node, inputs: list[fx.Node]) -> None:
         kind, name = input_ref(taken)
         if not isinstance(argument, fx.Node):
             raise HelixError(f"{where}: {argument!r} stands for {kind} {name}")
-        if kind not in ("param", "cache"):
+        if kind not in ("param", "cache", "scale"):
             continue
         given, given_name = input_ref(argument)
-        same_name = kind == "cache" or f".{given_name}".endswith(f".{name}")
+        same_name = kind != "param" or f".{given_name}".endswith(f".{name}")
         if given != kind or not same_name or _shape(argument) != _shape(taken):
             raise HelixError(
                 f"{where}: {given} {given_name} {_shape(argument)} stands for {kind} {name} {_shape(taken)}"
@@ -103,19 +106,39 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
     Raises:
         HelixError: another number, size or dtype of caches, or another vocabulary.
     """
-    wanted = {
-        f"cache_{i}": (cache_shape(row, plan.options, plan.layout), plan.dtype) for i, row in enumerate(facts.caches)
-    }
-    got = {
-        input_ref(n).name: (_shape(n), str(n.meta["val"].dtype).split(".")[1])
-        for n in inputs_of(lowered.graph, "cache")
-    }
+    dtype, wanted = getattr(torch, plan.dtype), {}
+    for i, row in enumerate(facts.caches):
+        stored = row.stored(plan.options.cache_dtype, dtype, plan.layout.tpa)
+        wanted[f"cache_{i}"] = (cache_shape(stored, plan.options, plan.layout), stored.dtype)
+    got = {input_ref(n).name: (_shape(n), n.meta["val"].dtype) for n in inputs_of(lowered.graph, "cache")}
     if got != wanted:
         raise HelixError(f"graphs.json takes caches {got}, the plan makes {wanted}")
+    scales = {f"cache_scale_{i}" for i in range(len(facts.caches)) if plan.options.cache_dtype == FP8_E4M3}
+    if (read := {input_ref(n).name for n in inputs_of(lowered.graph, "scale")}) != scales:
+        raise HelixError(f"graphs.json reads the scales {sorted(read)}, the plan makes {sorted(scales)}")
+    _check_scaled(lowered, bool(scales))
     for node in lowered.graph.nodes:
         looked_up = is_call(node, aten.embedding.default) and node.args[1] in inputs_of(lowered.graph, "input")
-        if looked_up and (words := _shape(node.args[0])[0]) != facts.vocab_size:
-            raise HelixError(f"graphs.json: vocab_size is {facts.vocab_size}, its embedding `{node.name}` has {words}")
+        if not looked_up and helix_op(node) != "embed_rows":
+            continue
+        table = node.args[0] if looked_up else node.args[1]
+        shard = plan.outer.shard(input_ref(table).name)
+        words = _shape(table)[0] if shard is None else shard.source_shape[0]
+        if words != facts.vocab_size or (shard is not None and _shape(table) != shard.shape):
+            raise HelixError(
+                f"graphs.json: vocab_size is {facts.vocab_size!r}, its embedding `{node.name}` has {words}"
+            )
+
+
+def _check_scaled(lowered: fx.GraphModule, scaled: bool) -> None:
+    """What writes or reads a cache in FP8 of one scale gets that scale, everywhere or nowhere."""
+    for name, body in bodies_of(lowered).items():
+        for node in body.graph.nodes:
+            if helix_op(node) in SCALED and ("cache_scale" in node.kwargs) != scaled:
+                wanted = "a cache_scale, by the cache_dtype of plan.json" if scaled else "none: the cache has no scale"
+                raise HelixError(
+                    f"graphs.json, {name}, node `{node.name}`: cache_scale: got {dict(node.kwargs)}, expected {wanted}"
+                )
 
 
 def check_saved_params(lowered: fx.GraphModule, params: Mapping[int, Mapping[str, Tensor]]) -> None:

@@ -25,7 +25,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, GenerationConfig
 
-from helix_compile.cache.pages import allocate_caches
+from helix_compile.cache.pages import allocate_caches, scales_of_caches
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
 from helix_compile.ir.leaves import leaves_of
@@ -176,9 +176,10 @@ def load_parts(
         check_saved_params(lowered, params)
     _check_digests(folder)
     opened.start({**claims_of(plan, lowered, facts), "weights": partial(files_digest, folder)})
-    dtype = getattr(torch, plan.dtype)
+    dtype, scales = getattr(torch, plan.dtype), scales_of_caches(len(facts.caches), plan.options, there)
     ranks = [
-        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, there)) for r in opened.ranks
+        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, there), scales)
+        for r in opened.ranks
     ]
     return plan, stages, ranks, opened, facts
 
@@ -218,7 +219,10 @@ def _configurations(folder: Path) -> dict[str, Any]:
             "generation_config": GenerationConfig.from_pretrained(folder) if generation.exists() else None,
         }
     except Exception as error:  # transformers checks a config by many exception classes of its own
-        raise HelixError(f"{folder / 'config.json'}: can't be read: {error}") from error
+        reason: object = error
+        if "trust_remote_code" in str(error):
+            reason = "its model_type is none of transformers', and code that an auto_map names is never run"
+        raise HelixError(f"{folder / 'config.json'}: can't be read: {reason}") from error
 
 
 def _read(path: Path) -> str:

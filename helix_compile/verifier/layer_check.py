@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from helix_compile.plan.cache_row import CacheRow
-from helix_compile.plan.matches import HandedSelection, LayerMatch, Selection
+from helix_compile.plan.matches import AttentionMatch, HandedSelection, LayerMatch, Selection
 from helix_compile.verifier.bisect.walk import Located, body_twins, first_deviation
 from helix_compile.verifier.contract import deal
 from helix_compile.verifier.numeric import choice_check
@@ -35,6 +35,7 @@ from helix_compile.verifier.numeric.site_terms import (
     Past,
     empty_past,
     entries_of,
+    given_as,
     given_length,
     new_entries,
     past_of,
@@ -117,7 +118,7 @@ def check_layer(
     where = f"layer {layer} ({body}), context {list(case.lengths)} + {case.T}"
     given = _inputs(scratch, reference, match, layer, case, seed, coverage)
     mask = torch.ones(len(case.lengths), case.T, dtype=torch.int64)
-    sites = reference.sites(layer)
+    sites, rounds = reference.sites(layer), scratch.format.rounds
     for site, past in zip(sites, given.pasts, strict=True):
         entries = _rows_of(past, scratch.compiled.facts.caches[site])
         fresh = entries.shape[1] - max(case.lengths)  # tokens that an earlier layer has cached already
@@ -144,6 +145,14 @@ def check_layer(
         keys = chosen.keys.get(number)
         found += check_attention(run, attention, scratch, sites[number], reference, layer, where, keys)
         found += check_cache(attention, scratch, sites[number], expected, before, case.lengths, case.T, where)
+    cached: dict[str, Tensor] = {}
+    if rounds and not found:  # what is cached was compared: what follows from it is, given that
+        for number, attention in enumerate(match.attentions):
+            cached |= _cached(attention, scratch, sites[number], case)
+        choices = Choices()
+        with RecordTopK(choices):
+            told = Indexers(given.mask, chosen.told)
+            expected = reference.layer(layer, _as(given, torch.float64), told, cached)
     turned = _turned(run, match, expected)
     near = _near_ties(choices, turned, dtype)
     if bool((turned & ~near).any()):
@@ -152,7 +161,8 @@ def check_layer(
     elif bool(turned.any()):
         outcome.notes.append(f"{where}: {int(turned.sum())} of {len(turned)} near-tied router choices turned")
     if not found:
-        mine = own.layer(layer, given, Indexers(given.mask, chosen.told)) if own is not None else None
+        narrow = _as(given, dtype)
+        mine = own.layer(layer, narrow, Indexers(given.mask, chosen.told), cached) if own is not None else None
         found = _output(run, expected, mine, limit_of(plan), turned, outcome, where)
     graph = scratch.graph.get_submodule(body).graph
     joined = choice_check.joined_values(chosen.results)
@@ -246,6 +256,12 @@ def _chosen(
     return outcome
 
 
+def _cached(attention: AttentionMatch, scratch: Scratch, site: int, case: LayerCase) -> dict[str, Tensor]:
+    """What the ranks hold of the new tokens, as the original's nodes have it."""
+    held = [scratch.entries(site, row, n + case.T)[n:] for row, n in enumerate(case.lengths)]
+    return given_as(attention, torch.stack(held))
+
+
 def _as(given: LayerInputs, dtype: torch.dtype) -> LayerInputs:
     pasts = tuple(tuple(part.to(dtype) for part in past) for past in given.pasts)
     return replace(given, hidden=given.hidden.to(dtype), pasts=pasts)
@@ -289,7 +305,12 @@ def _inputs(
             index, ties = index_keys(attention, values, list(case.lengths), S, hands, generator)
             coverage.tied_choices += ties
             parts.append(index)
-        pasts.append(past_of(attention, *(part.to(dtype) for part in parts)))
+        parts = [part.to(dtype) for part in parts]
+        if scratch.format.rounds:
+            site = reference.sites(layer)[match.attentions.index(attention)]
+            rounded = scratch.format.rounded(site, torch.cat(parts, dim=-1))
+            parts = [*rounded.split([part.shape[-1] for part in parts], dim=-1)]
+        pasts.append(past_of(attention, *parts))
     return LayerInputs(hidden, mask, positions, tuple(pasts), handed)
 
 

@@ -166,6 +166,12 @@ def _check_comparable(compiled: HelixModule, other: HelixModule) -> None:
         mine, theirs = getattr(compiled.facts, what), getattr(other.facts, what)
         if mine != theirs:
             raise HelixError(f"verify: two modules of different models: {what} is {mine} and {theirs}")
+    formats = [(m.plan.options.cache_dtype, m.plan.options.cache_scale) for m in (compiled, other)]
+    if formats[0] != formats[1]:
+        raise HelixError(
+            f"verify: two modules whose caches round otherwise: (cache_dtype, cache_scale) is {formats[0]} and {formats[1]}; compile "
+            "both with the same, or compare each with the original"
+        )
     if compiled.plan.dtype != other.plan.dtype:
         raise HelixError(
             f"verify: two modules in {compiled.plan.dtype} and {other.plan.dtype}; compile both in one dtype"

@@ -20,6 +20,8 @@ from helix_compile.plan.matches import HandedSelection, LayerMatch
 from helix_compile.runtime.rank import originals
 from helix_compile.verifier.bisect.replay import bisect_step
 from helix_compile.verifier.layer_check import LayerOutcome, cases, check_layer, layers_to_check, pooled_finding
+from helix_compile.verifier.numeric.cache_format import CacheFormat
+from helix_compile.verifier.numeric.held_entries import HeldEntries
 from helix_compile.verifier.numeric.layer_run import CapturedReference
 from helix_compile.verifier.numeric.reference import EagerReference, apply_edits, edited, wide_copy
 from helix_compile.verifier.numeric.scratch import Scratch
@@ -92,9 +94,12 @@ class Subject:
                     found[call.meta["layer"]] = source[0].meta["layer"]
         return found
 
-    def eager(self, model: nn.Module) -> EagerReference:
-        """A copy of the original with an empty cache."""
-        return EagerReference(model, [leaf.name for leaf in self.reference.captured.leaves])
+    def eager(self, model: nn.Module, scratch: Scratch) -> EagerReference:
+        """A copy of the original with an empty cache, beside the ranks that take the same steps on `scratch`."""
+        captured = self.reference.captured
+        sites = {layer.index: layer.caches[0] for layer in captured.layers if layer.caches}
+        held = HeldEntries(scratch, sites) if scratch.format.rounds else None
+        return EagerReference(model, [leaf.name for leaf in captured.leaves], held)
 
     def params(self, graph: fx.GraphModule, stage: str) -> list[dict[str, Tensor]]:
         """Each rank's parameters with the edits made on copies of its own tensors: a wrong shard stays wrong."""
@@ -175,8 +180,8 @@ def _stage(subject: Subject, stage: str, scenario: Scenario) -> list[Finding]:
         seed = subject.seed + draw
         steps = batches(scenario, compiled.facts.vocab_size, seed)[: None if last else 3]
         scratch = Scratch(compiled, graph, params, rows, scenario.capacity, seed)
-        own = subject.eager(subject.own_model) if subject.own_model is not None else None
-        eager, sources = subject.eager(subject.plain), subject.sources
+        own = subject.eager(subject.own_model, scratch) if subject.own_model is not None else None
+        eager, sources = subject.eager(subject.plain, scratch), subject.sources
         outcome = run_scenario(scratch, eager, own, steps, where, check.coverage, pool, sources=sources)
         check.notes += outcome.notes
         check.coverage.largest_deviation = max(check.coverage.largest_deviation, outcome.worst)
@@ -201,12 +206,14 @@ def _located(
 ) -> list[Finding]:
     """The findings of a step with the layer and node where the deviation starts."""
     assert outcome.failing_step is not None
+    if CacheFormat.of(subject.compiled).rounds:
+        return outcome.findings  # the captured graph, which tells nodes apart, caches entries as they are
     typed = subject.typed if stage == STAGES[-1] else _typed_stage(subject.compiled, graph, params)
     scratch = Scratch(subject.compiled, graph, params, len(scenario.lengths), scenario.capacity, seed)
     try:
         located, layer, gap = bisect_step(
             scratch,
-            subject.eager(subject.plain),
+            subject.eager(subject.plain, scratch),
             subject.reference,
             typed,
             steps,

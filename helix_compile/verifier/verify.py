@@ -171,8 +171,10 @@ def _static(
     found += every_layer_is_called(graph, captured.all_layers)
     checks: list[Callable[[], list[Finding]]] = [
         lambda: static_plan.check_collectives(graph, plan, matches),
+        lambda: static_plan.check_vocabulary(graph, plan, captured),
         lambda: static_plan.check_work(typed.module, plan, matches, whole, captured),
         lambda: static_ranks.check_ledger(graph, plan),
+        lambda: static_ranks.check_scales(compiled.ranks, plan, len(compiled.facts.caches)),
         lambda: static_ranks.check_reach(graph, plan, matches),
         lambda: static_ranks.check_mesh(compiled.world.mesh.groups, plan.layout),
         lambda: static_ranks.check_rank_order(graph, plan, matches, compiled.world, compiled.device),

@@ -130,14 +130,14 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
         "layers": [_layer_facts(plan, b, first, last) for b in plan.bodies],
         "collectives": [
             {
-                "body": body.name,
+                "body": name,
                 "op": c.op,
                 "axis": c.axis,
                 "what": c.what,
                 "egress_bytes_per_rank_per_token": number(c.egress_bytes_per_rank_per_token),
             }
-            for body in plan.bodies
-            for c in body.collectives
+            for name, collectives in (*((b.name, b.collectives) for b in plan.bodies), (OUTER, plan.outer.collectives))
+            for c in collectives
         ],
         "egress_bytes_per_rank_per_token": number(plan.egress_bytes_per_rank_per_token),
         "sparse": [facts for body in plan.bodies for facts in _sparse_facts(plan, body, last)],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import transformers.models.llama.modeling_llama as modeling_llama
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torchdynamo_compiling
 
 from helix_compile import CaptureError, helix_compile
@@ -186,3 +189,42 @@ def test_layers_with_other_index_lists_share_no_body() -> None:
     compiled = helix_compile(model, cp=2, max_seq_len=64, max_batch_size=3, tokens_per_block=2)
     assert len(compiled.plan.bodies) == len(model.model.layers) > 1
     assert prompt_deviation(model, compiled) <= 1e-10
+
+
+def other_rotation(model: Any, patch: pytest.MonkeyPatch) -> None:
+    """A function of the model's file is replaced, as kernels that patch a library do."""
+    rotate = modeling_llama.apply_rotary_pos_emb
+
+    def patched(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        q, k = rotate(q, k, *args, **kwargs)
+        return q * 0.7, k
+
+    patch.setattr(modeling_llama, "apply_rotary_pos_emb", patched)
+
+
+def other_attention(model: Any, patch: pytest.MonkeyPatch) -> None:
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def patched(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return attend(module, query * 0.7, *args, **kwargs)
+
+    patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", patched)
+
+
+def other_number_in_a_partial(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.model.layers[0].mlp.forward.keywords["factor"] = 0.7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [other_rotation, *(pytest.param(x, marks=pytest.mark.slow) for x in (other_attention, other_number_in_a_partial))],
+)
+def test_a_second_compile_sees_what_the_first_did_not(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh_gqa("llama", num_hidden_layers=1)
+    mlp = model.model.layers[0].mlp
+    mlp.forward = partial(lambda inner, x, factor: inner(x) * factor, mlp.forward, factor=1.0)
+    first = helix_compile(model, cp=2, **SMALL)
+    assert prompt_deviation(model, first) <= 1e-10
+    change(model, monkeypatch)
+    assert prompt_deviation(model, first) > 1e-6
+    assert prompt_deviation(model, helix_compile(model, cp=2, **SMALL)) <= 1e-10

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
+import zipfile
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,6 +20,7 @@ from transformers.integrations.executorch import register_dynamic_cache_export_s
 from typer.testing import CliRunner
 
 from helix_compile import CaptureError, RuntimeFault, helix_compile
+from helix_compile.capture.program import load_program
 from helix_compile.cli.commands import app
 from tests.support.models import fresh_model, tiny_model
 from tests.support.numerics import LIMIT
@@ -227,3 +232,36 @@ def test_so_are_those_of_batch_and_past() -> None:
     compiled(ids), compiled(ids[:, :2]), compiled(ids[:, :1])
     with pytest.raises(RuntimeFault, match=r"S <= 6 \(cached tokens\), got S = 7"):
         compiled(ids[:, :1])
+
+
+class Touch:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_of_a_file_runs(program: ExportedProgram, tmp_path: Path) -> None:
+    saved, changed, touched = (tmp_path / name for name in ("step.pt2", "changed.pt2", "touched"))
+    torch.export.save(program, saved)
+    examples = io.BytesIO()
+    torch.save((Touch(touched),), examples)
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(changed, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, examples.getvalue() if "sample_inputs" in name else old.read(name))
+    with pytest.raises(CaptureError, match=r"changed\.pt2 can't be loaded by torch\.export\.load"):
+        load_program(changed)
+    assert not touched.exists() and load_program(saved).graph
+
+
+@pytest.mark.slow
+def test_a_step_on_a_cache_is_read_by_a_process_that_knows_no_such_input(tmp_path: Path) -> None:
+    torch.export.save(exported_on_cache(tiny_model("short")), tmp_path / "step.pt2")
+    command = (
+        f"from helix_compile import helix_compile; helix_compile({str(tmp_path / 'step.pt2')!r}, cp=2, max_seq_len=64)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Logging error" not in done.stderr, done.stderr

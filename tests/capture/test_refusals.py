@@ -11,6 +11,7 @@ import torch
 
 from helix_compile import CaptureError, helix_compile
 from helix_compile.models.presets import preset_config
+from tests.support.families import fresh_family
 from tests.support.models import fresh_model, tiny_model
 
 
@@ -96,3 +97,14 @@ def test_a_configuration_alone_has_no_weights(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="is a file; pass the checkpoint folder"):
         (tmp_path / "model.safetensors").touch()
         _compile(tmp_path / "model.safetensors")
+
+
+def test_a_width_that_grouped_products_do_not_take_is_told_with_what_works() -> None:
+    model = fresh_family("deepseek_v3", num_hidden_layers=1, first_k_dense_replace=0, dtype=torch.bfloat16)
+    model.set_experts_implementation("grouped_mm")
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(CaptureError, match=r"multiples of 16 bytes.*set_experts_implementation\('batched_mm'\)"):
+        _compile(model)
+    model.set_experts_implementation("batched_mm")
+    _compile(model)

@@ -174,6 +174,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "every_second": ({"moe_layer_freq": 2}, r"moe_layer_freq=2: .* computes 1"),
     "v2_sigmoid": ({"model_type": "deepseek_v2", "topk_method": "greedy"}, r"scoring_func='sigmoid': transformers' deepseek_v2 .* 'softmax'"),
     "activation": ({"hidden_act": "situ"}, r"hidden_act 'situ' is no activation of transformers"),
+    "dtype": ({"torch_dtype": "bf16"}, r"torch_dtype is 'bf16', which is no dtype of torch; did you mean 'bfloat16'\?"),
+    "dtype of torch": ({"torch_dtype": "torch.bfloat16"}, r"did you mean 'bfloat16'\?"),
     "value": ({"num_attention_heads": "many"}, r"can't be read: "),
     "unknown_mla": ({"model_type": "deepseek_v9"}, r"model_type 'deepseek_v9' is not in transformers \(nearest: deepseek_v3\)"),
     "unknown": ({"model_type": "llamma", "kv_lora_rank": ...}, r"model_type 'llamma' is not in transformers \(nearest: llama\)"),
@@ -214,3 +216,16 @@ def test_no_configuration(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         read_configuration(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_error_and_a_hub_is_not_asked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(RELEASE), encoding="utf-8-sig")
+    assert read_configuration(tmp_path).config.model_type == "deepseek_v3"
+    with pytest.raises(KeyError, match="a model of a hub is downloaded first, nothing is fetched here"):
+        named_model("deepseek-ai/DeepSeek-V3", meta=True)
+
+
+def test_a_value_that_no_class_can_be_built_with_is_told_in_one_line(tmp_path: Path) -> None:
+    folder = write(tmp_path, {**RELEASE, "rope_scaling": {**RELEASE["rope_scaling"], "factor": "40"}})
+    with pytest.raises(CheckpointError, match=r"transformers can't build this model: TypeError: .*of another kind"):
+        named_model(str(folder), meta=True)

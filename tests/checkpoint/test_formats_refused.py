@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from helix_compile import CheckpointError, helix_compile
 from helix_compile.checkpoint.configuration import read_configuration
+from helix_compile.checkpoint.formats import MXFP8, Format, Quantised, fp8_blocks
 from helix_compile.checkpoint.model import open_checkpoint
 from helix_compile.checkpoint.stated import stated_format
 from tests.support.checkpoints import Tensors, quantise, rewrite, set_config, state, write
@@ -154,6 +156,34 @@ def test_what_does_not_belong_together(written: dict[str, Path], tmp_path: Path,
     refused(changed(written, case, tmp_path, change), "nothing was read", *messages)
 
 
+def test_values_of_another_kind_than_stated(written: dict[str, Path], tmp_path: Path) -> None:
+    folder = changed(
+        written, "fp8_blocks_e8m0", tmp_path, lambda t: t.update({UP: t[UP].float().to(torch.float8_e5m2)})
+    )
+    assert open_checkpoint(folder, None, torch.device("cpu"))  # nothing is stated: the file's own word
+    set_config(folder, quantization_config={**CASES["fp8_blocks_e8m0"].said, "fmt": "e4m3"})
+    refused(folder, rf"does not fit: {UP}: dtype F8_E5M2 is not one of")
+
+
+@pytest.mark.parametrize(
+    ("form", "scales"),
+    [
+        (MXFP8, torch.tensor([[127], [255]], dtype=torch.uint8)),  # the exponent of E8M0 that is no number
+        (fp8_blocks(1, 32, ("_scale",)), torch.tensor([[1.0], [math.inf]])),
+        (fp8_blocks(1, 32, ("_scale",)), torch.tensor([[1.0], [math.nan]])),
+    ],
+)
+def test_scales_that_are_no_numbers(form: Format, scales: torch.Tensor) -> None:
+    stored = {"w": torch.ones(2, 32).to(torch.float8_e4m3fn), "w_scale": scales}
+    weight = Quantised(form, "w", "w_scale", 2, (1, 32), "")
+    read = lambda name, ranges: stored[name][ranges[0][0] : ranges[0][1]]  # noqa: E731
+    target = torch.empty(1, 32)
+    weight.copy_part(read, (0, 1), (0, 32), target)
+    assert bool((target == 1).all())
+    with pytest.raises(CheckpointError, match="w_scale: 1 of the 1 scales that were read are no finite numbers"):
+        weight.copy_part(read, (1, 2), (0, 32), target)
+
+
 def test_two_files_that_state_different_formats(written: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(written["modelopt_nvfp4"], tmp_path / "copy"))
     set_config(folder, quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"})
@@ -188,6 +218,7 @@ NOT_READ: dict[str, tuple[dict[str, Any], str]] = {
     "mxfp4": ({"quant_method": "mxfp4"}, "quant_method 'mxfp4'"),
     "nameless": ({"bits": 4}, "quant_method ''"),
     "fp4_experts": ({"quant_method": "fp8", "expert_dtype": "fp4"}, "fp8 with expert_dtype='fp4'"),
+    "fp8_of_another_kind": ({"quant_method": "fp8", "fmt": "e3m4"}, "fp8 with fmt='e3m4' is not read"),
     "fp8_block": (
         {"quant_method": "fp8", "weight_block_size": [128]},
         r"weight_block_size is \[128\], expected \[rows",

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from helix_compile import HelixError, HelixOptions
 from helix_compile.cli import commands as cli
 
-FP8 = "vllm serve X -tp 4 -dcp 4 --dcp-comm-backend a2a --dcp-q-replicate --kv-cache-dtype fp8 --port 80 --zzz 3"
+FP8 = "vllm serve X -tp 4 -dcp 4 --dcp-comm-backend a2a --dcp-q-replicate --kv-cache-dtype fp8_e5m2 --port 80 --zzz 3"
 
 
 def run(*arguments: str) -> Result:
@@ -36,18 +36,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_a_command_in_quotes(asked: dict[str, Any]) -> None:
     done = run("generate", "tiny", "--prompt-ids", "1", "--config", FP8)
-    assert "kv_cache_dtype: got 'fp8'" in str(done.exception) and not asked
+    assert "kv_cache_dtype: got 'fp8_e5m2'" in str(done.exception) and not asked
     done = run("generate", "tiny", "--prompt-ids", "1", "--config", FP8, "--lenient", "--max-batch-size", "3")
     assert asked == asdict(HelixOptions(cp=4, ep=1, tokens_per_block=1, max_batch_size=3))
     assert done.stderr.count("command (vLLM): no effect here: port\n") == 1
     assert done.stderr.count("note: zzz is unknown, and was ignored") == 1
-    assert done.stderr.count("note: the recipe's KV cache is in fp8, here it is in the model's dtype") == 1
+    assert done.stderr.count("note: the recipe's KV cache is in fp8_e5m2, here it is in the model's dtype") == 1
 
 
 def test_the_plan_has_the_notes_once(tmp_path: Path) -> None:
     done = run("inspect", "tiny", "--meta", "--config", FP8, "--lenient")
     assert "note: " not in done.stderr
-    assert done.stdout.count("zzz is unknown") == done.stdout.count("the recipe's KV cache is in fp8") == 1
+    assert done.stdout.count("zzz is unknown") == done.stdout.count("the recipe's KV cache is in fp8_e5m2") == 1
     # 4 layers of 32 + 16 elements over 4 ranks
     assert "bfloat16: 96 bytes a token and rank in place of 48 (scales" in done.stdout
 

@@ -38,7 +38,11 @@ def asked(draw: st.DrawFn) -> HelixOptions:
             "stage": draw(st.integers(0, pp - 1)),
             "pp_split": draw(st.sampled_from(["first", "middle", "last"])),
         }
+    cache_dtype = draw(st.sampled_from(["auto", "fp8_e4m3", "fp8_ds_mla"]))
+    if cache_dtype == "fp8_e4m3":
+        exchange["cache_scale"] = draw(st.sampled_from([1.0, 0.5, 3e-5, (0.25, 2.0, 1.0)]))
     return HelixOptions(
+        cache_dtype=cache_dtype,
         cp=cp,
         tpa=tpa,
         pp=pp,
@@ -49,6 +53,7 @@ def asked(draw: st.DrawFn) -> HelixOptions:
         lower=draw(st.sampled_from(["auto", "reference", "triton"])),
         unmatched=draw(st.sampled_from(["error", "keep"])),
         pad_heads=draw(st.booleans()) if cp * tpa > 1 else False,
+        head=draw(st.sampled_from(["replicate", "shard"])) if cp * tpa > 1 else "replicate",
         check=draw(st.sampled_from(["deferred", "every", "off"])) if cp * tpa > 1 else "deferred",
         **exchange,
     )
@@ -104,6 +109,10 @@ def test_the_arguments_alone_say_the_layout() -> None:
         ({"merge": "ag_rs", "q_proj": "gather"}, "sglang", set()),
         ({"tokens_per_block": 24, "ep": 4}, "trtllm", set()),
         ({"merge": "ag_rs", "q_proj": "gather"}, "trtllm", {"merge", "q_proj"}),
+        ({"cache_dtype": "fp8_e4m3"}, "trtllm", set()),
+        ({"cache_dtype": "fp8_e4m3", "cache_scale": 0.5}, "vllm", {"cache_scale"}),
+        ({"cache_dtype": "fp8_ds_mla"}, "vllm", set()),
+        ({"cache_dtype": "fp8_ds_mla"}, "sglang", {"cache_dtype"}),
         ({"ep": None}, "trtllm", {"ep"}),
     ],
 )

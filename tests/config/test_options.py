@@ -151,7 +151,10 @@ MISMATCH = (
             "speculative_config: got {'decoding_type': 'MTP'}, expected no such key",
         ),
         (trtllm(max_num_tokens="8192"), "max_num_tokens: got '8192' (str), expected int"),
-        (trtllm(kv_cache_config={"dtype": "fp8"}), "kv_cache_config.dtype: got 'fp8' (str), expected 'auto'"),
+        (
+            trtllm(kv_cache_config={"dtype": "nvfp4"}),
+            "kv_cache_config.dtype: got 'nvfp4' (str), expected 'auto' (the dtype",
+        ),
         (trtllm(kv_cache_config=[32]), "kv_cache_config: got [32] (list), expected mapping"),
         (trtllm(kv_cache_config={}), "kv_cache_config is empty"),
         (trtllm(context_parallel_size=None), "context_parallel_size: got None, expected a value"),
@@ -239,7 +242,7 @@ DCP = {"tensor_parallel_size": 4, "decode_context_parallel_size": 4}
         ),
         ({**DCP, "tensor-parallel-size": 4}, "tensor_parallel_size: got it with dashes and with underscores"),
         ({**DCP, "data_parallel_size": 0}, "data_parallel_size: got 0 (int), expected an int >= 1"),
-        ({**DCP, "kv_cache_dtype": "fp8"}, "kv_cache_dtype: got 'fp8'"),
+        ({**DCP, "kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype: got 'fp8_e5m2'"),
         ({**DCP, "enable_expert_parallel": "yes"}, "enable_expert_parallel: got 'yes' (str), expected bool"),
         ({**DCP, "max_model_len": "128k"}, "max_model_len: got '128k' (str), expected an int"),
         ({**DCP, "dcp_com_backend": "a2a"}, "did you mean dcp_comm_backend"),
@@ -337,6 +340,7 @@ GOOD: list[dict[str, Any]] = [
     {"cp": 1, "tpa": 2, "pad_heads": True},
     {"cp": 1, "pad_heads": False},
     {"cp": 1, "tpa": 2, "check": "off"},
+    {"cp": 2, "head": "shard"},
     {"cp": 1, "check": "deferred"},
 ]
 BAD: list[Any] = [
@@ -369,6 +373,7 @@ BAD: list[Any] = [
     {"cp": 4, "pad_heads": "yes"},
     {"cp": 1, "pad_heads": True},
     {"cp": 1, "check": "every"},
+    {"cp": 1, "head": "shard"},
     {"cp": 4, "check": False},
 ]
 

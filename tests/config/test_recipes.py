@@ -124,7 +124,7 @@ def test_command_lines(text: str, expected: dict[str, Any], dialect: str, tmp_pa
 
 def test_a_command_and_its_file_are_one_set_of_options(tmp_path: Path) -> None:
     """Where both say a thing: the command line has it in vLLM and SGLang, TensorRT-LLM's versions differ."""
-    (tmp_path / "c.yaml").write_text("tensor_parallel_size: 4\nmax_batch_size: 32\nkv_cache_config:\n  dtype: fp8\n")
+    (tmp_path / "c.yaml").write_text("tensor_parallel_size: 4\nmax_batch_size: 32\nkv_cache_config:\n  dtype: nvfp4\n")
     script = tmp_path / "run.sh"
 
     def refused(text: str) -> str:
@@ -135,10 +135,10 @@ def test_a_command_and_its_file_are_one_set_of_options(tmp_path: Path) -> None:
 
     both = refused("trtllm-serve X --tp_size 8 --config c.yaml")
     assert "tensor_parallel_size: got 8 on the command line and 4 in c.yaml" in both
-    assert "kv_cache_dtype: got 'auto' on the command line and 'fp8'" in refused(
+    assert "kv_cache_dtype: got 'auto' on the command line and 'nvfp4'" in refused(
         "trtllm-serve X --config c.yaml --kv_cache_dtype auto"
     )
-    assert "kv_cache_config.dtype: got 'fp8'" in refused("trtllm-serve X --tp_size 4 --config c.yaml")
+    assert "kv_cache_config.dtype: got 'nvfp4'" in refused("trtllm-serve X --tp_size 4 --config c.yaml")
     script.write_text("trtllm-serve X --tp_size 4 --port $PORT --extra_llm_api_options c.yaml --grpc --revision main")
     read = fields_of_file(script, lenient=True)
     assert (read.fields["tpa"], read.fields["max_batch_size"]) == (4, 32) and {"port", "grpc", "revision"} <= {
@@ -178,7 +178,7 @@ def test_the_script_says_what_has_no_effect() -> None:
         ("trtllm-serve X --tensor_parallel_sise 8", "got an unknown key, expected one that is understood; did you mean tensor_parallel_size"),
         ("trtllm-serve X --tp_size 8 --config no.yaml", "extra_llm_api_options: got 'no.yaml', expected a file that the text writes"),
         ("trtllm-serve X --tp_size 8 --server_role CONTEXT", "expected the generation server's recipe"),
-        ("trtllm-serve X --tp_size 8 --kv_cache_dtype fp8", "kv_cache_config.dtype: got 'fp8'"),
+        ("trtllm-serve X --tp_size 8 --kv_cache_dtype nvfp4", "kv_cache_config.dtype: got 'nvfp4'"),
         ("trtllm-serve mm_embedding_serve X --port 80", "expected a server that decodes"),
         ("trtllm-serve disaggregated -l info", "got no --config_file"),
         ("vllm serve X -tp $TP", "tensor_parallel_size: got '$TP', expected a text that says it; line 1: TP is not set in this text"),
@@ -196,7 +196,7 @@ def test_the_script_says_what_has_no_effect() -> None:
         ("A=(-tp 8\nvllm serve X", "line 1: an array is not closed"),
         ("cat << EOF > f\na: 1\n", "line 2: the here-document does not end"),
         ("--host a --port 80", "these flags may be of "),
-        ("vllm serve X -tp 8 -dcp 8 --kv-cache-dtype fp8", "kv_cache_dtype: got 'fp8' (str), expected 'auto'"),
+        ("vllm serve X -tp 8 -dcp 8 --kv-cache-dtype fp8_e5m2", "kv_cache_dtype: got 'fp8_e5m2' (str), expected 'auto'"),
         ("vllm serve X -tp 8 -dcp 8 -sc '{\"method\": \"mtp\"}'", "speculative_config: got '{\"method\": \"mtp\"}', expected no such key: drafts"),
         ("vllm serve X -tp 8 --hf-overrides '{\"a\": 1}'", "hf_overrides: got "),
         ("vllm serve X -tp 8 -pcp 2", "prefill_context_parallel_size: got 2 (int), expected 1"),
@@ -211,6 +211,12 @@ def test_the_script_says_what_has_no_effect() -> None:
         ("--tp-size 8 --dcp-size 8 --ep-num-redundant-experts 32", "ep_num_redundant_experts: got "),
         ("--tp-size 8 --attn-cp-size 2", "attn_cp_size: got 2 (int), expected 1"),
         ({"tensor-parallel-size": 8, "decode-context-parallel-size": 8, "dcp-size": 8}, "several dialects"),
+        ("vllm serve X -tp 8\nvllm serve Y -tp 4", "or its flags alone; of servers that share the work, the one that decodes"),
+        ({"tensor_parallel_size": 1, "moe_expert_parallel_size": 8, "contxt_parallel_size": 8, "cp_config": {}}, "contxt_parallel_size: got an unknown key, expected one that is understood; did you mean context_parallel_size"),
+        ("vllm serve X --tensor-paralel-size 8 -dcp 8", "tensor_paralel_size: got an unknown key"),
+        ({"CP": 4}, "CP: got an unknown key, expected one that is understood; did you mean cp?"),
+        ({"apiVersion": "v1", "kind": "Pod", "spec": {}}, "got a file of Kubernetes, expected the options of an engine"),
+        ({"services": {"v": {"command": "vllm serve X -tp 8"}}}, "got a file of Docker Compose, expected"),
         ("no/such/file.yaml", "can't read this configuration"),
         ({"tensor_parallel_size": 8, "port": 80}, "these keys may be of TensorRT-LLM or vLLM; call from_trtllm"),
     ],
@@ -222,7 +228,7 @@ def test_refused(source: Any, message: str) -> None:
 
 
 def test_lenient_leaves_out_and_says_so(tiny: CapturedGraph, caplog: pytest.LogCaptureFixture) -> None:
-    text = "vllm serve X -tp 8 -dcp 8 --zzz 3 4 --kv-cache-dtype fp8_e4m3 -q modelopt -sc '{}' --spec-model Y --spec-tokens 3"
+    text = "vllm serve X -tp 8 -dcp 8 --zzz 3 4 --kv-cache-dtype fp8_e5m2 -q modelopt -sc '{}' --spec-model Y --spec-tokens 3"
     with pytest.raises(HelixError):
         HelixOptions.from_vllm(text)
     options = HelixOptions.from_vllm(text, lenient=True)
@@ -302,3 +308,18 @@ def test_no_key_is_in_two_tables() -> None:
         tables = [*keys.applied, *keys.without_effect, *keys.refused, *keys.beside]
         assert len(tables) == len({*tables}), sorted({k for k in tables if tables.count(k) > 1})
         assert not {*keys.short} & {*tables}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("vllm serve X -tp 2 -dcp 2 --kv-cache-dtype fp8", "fp8_e4m3"),
+        ("vllm serve X -tp 2 -dcp 2 --kv-cache-dtype fp8_ds_mla", "fp8_ds_mla"),
+        ("--tp-size 2 --dcp-size 2 --kv-cache-dtype fp8_e4m3", "fp8_e4m3"),
+        ({"tensor_parallel_size": 2, "moe_expert_parallel_size": 1, "kv_cache_config": {"dtype": "fp8"}}, "fp8_e4m3"),
+        ("vllm serve X -tp 2 -dcp 2 --kv-cache-dtype bfloat16", "auto"),
+    ],
+    ids=str,
+)
+def test_an_fp8_cache_is_an_option(source: Any, expected: str) -> None:
+    assert HelixOptions.from_file(source).cache_dtype == expected

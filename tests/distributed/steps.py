@@ -23,6 +23,8 @@ TOKENS = 3 * 13 + 3 + 3  # of run_steps, padding included: it is computed and ex
 
 
 MIXED = {**OPTIONS, "cp": 2, "tpa": 2}
+FP8_LATENTS: dict[str, Any] = {"cache_dtype": "fp8_ds_mla"}
+FP8_HEADS: dict[str, Any] = {"cache_dtype": "fp8_e4m3", "cache_scale": 0.02}
 
 
 def grouped_model() -> Any:
@@ -39,6 +41,12 @@ def hybrid_model() -> Any:
     """A leaf layer, which every rank computes with a state of its own, and one of MLA."""
     kinds = ["linear_attention", "full_attention"]
     return fresh_family("kimi_linear", num_hidden_layers=2, layer_types=kinds, mlp_layer_types=["dense"] * 2).float()
+
+
+def sparse_model() -> Any:
+    """An indexer chooses 4 tokens, and the layer behind attends to what it chose."""
+    kinds = {"indexer_types": ["full", "shared"], "mlp_layer_types": ["dense"] * 2}
+    return fresh_family("glm_moe_dsa", num_hidden_layers=2, **kinds).float()
 
 
 def prompts() -> tuple[Tensor, Tensor]:

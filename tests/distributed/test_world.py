@@ -19,6 +19,8 @@ from torch import Tensor
 
 from helix_compile import HelixModule, compare, helix_compile
 from tests.distributed.steps import (
+    FP8_HEADS,
+    FP8_LATENTS,
     MIXED,
     OPTIONS,
     TOKENS,
@@ -27,6 +29,7 @@ from tests.distributed.steps import (
     padded_model,
     prompts,
     run_steps,
+    sparse_model,
     torchrun,
 )
 from tests.support.disk import REASON
@@ -77,15 +80,35 @@ def test_logits_are_those_of_the_virtual_world(launch: Launch) -> None:
 
 
 def test_other_kinds_of_site_are_those_of_the_virtual_world_too(launch: Launch) -> None:
-    """Grouped-query attention with its KV heads cut over tpa, the same with zero heads, and a hybrid whose other layer is a leaf."""
+    """Grouped-query attention with its KV heads cut over tpa, the same with zero heads, a hybrid whose other layer is a leaf, and
+    sparse attention, by both exchanges: the choice is a rank's own, of candidates that came over the wire.
+    """
     grouped = helix_compile(grouped_model(), world="virtual", **MIXED)
     hybrid = helix_compile(hybrid_model(), cp=4, world="virtual", **OPTIONS)
     padded = helix_compile(padded_model(), world="virtual", **MIXED, pad_heads=True)
+    cut = helix_compile(grouped_model(), world="virtual", **MIXED, head="shard", pad_heads=True)
     assert hybrid.plan.leaves and not grouped.plan.leaves
-    for name, virtual in (("grouped", grouped), ("hybrid", hybrid), ("padded", padded)):
+    chooses = sparse_model()
+    gathers = helix_compile(chooses, cp=4, world="virtual", **OPTIONS)
+    owners = helix_compile(chooses, world="virtual", **MIXED, topk_exchange="owner")
+    made = {"grouped": grouped, "hybrid": hybrid, "padded": padded, "cut_vocabulary": cut}
+    made |= {"sparse": gathers, "sparse_owner": owners}
+    for name, virtual in made.items():
         assert close(launch.seen[0][name], run_steps(virtual)), name
     for said in launch.said:
-        assert said["kinds_texts"] == [stage_text(c.graph) for c in (grouped, hybrid, padded)]
+        assert said["kinds_texts"] == [stage_text(c.graph) for c in made.values()]
+    ids, mask = prompts()
+    greedy = grouped_model().generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert [seen["cut_vocabulary_greedy"].tolist() for seen in launch.seen] == [greedy.tolist()] * 4
+
+
+def test_fp8_caches_are_those_of_the_virtual_world(launch: Launch) -> None:
+    latents = helix_compile(fresh_model("short", torch.float32), cp=4, world="virtual", **OPTIONS, **FP8_LATENTS)
+    heads = helix_compile(grouped_model(), world="virtual", **MIXED, **FP8_HEADS)
+    for name, virtual, exact in (("latents", latents, launch.virtual), ("heads", heads, None)):
+        expected = run_steps(virtual)
+        assert close(launch.seen[0][f"fp8 {name}"], expected), name
+        assert exact is None or not close(expected, run_steps(exact))
 
 
 def test_all_ranks_have_the_same_bits(launch: Launch) -> None:
@@ -181,7 +204,9 @@ def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:
 def test_c10d_was_asked_to_move_what_the_plan_says(launch: Launch) -> None:
     run_steps(launch.virtual)
     for rank, said in enumerate(launch.said):
-        for wire, counted, per_token in (said["wire"], said["wire_mixed"], said["wire_grouped"], said["wire_padded"]):
+        kinds = ("grouped", "padded", "cut_vocabulary", "sparse", "sparse_owner")
+        for name in ("wire", "wire_mixed", *(f"wire_{kind}" for kind in kinds)):
+            wire, counted, per_token = said[name]
             assert wire == counted == per_token * TOKENS > 0
         assert said["wire"][1] == launch.virtual.world.sent_bytes[rank]
         assert said["groups_used"] == 2  # in the mixed world: kvp of two ranks, and the world

@@ -22,7 +22,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
-from tests.distributed.steps import MIXED, OPTIONS, grouped_model, hybrid_model, padded_model, prompts, run_steps
+from tests.distributed.steps import (
+    FP8_HEADS,
+    FP8_LATENTS,
+    MIXED,
+    OPTIONS,
+    grouped_model,
+    hybrid_model,
+    padded_model,
+    prompts,
+    run_steps,
+    sparse_model,
+)
 from tests.support import captures
 from tests.support.disk import full_after
 from tests.support.graphs import stage_text
@@ -42,7 +53,8 @@ class Wire(TorchDispatchMode):
         name = func._schema.name
         if name.startswith("_c10d_functional::") and "wait" not in name:
             members = dist.get_world_size(dist.distributed_c10d._resolve_process_group(args[-1]))
-            share = {"all_reduce": 2 / members, "all_to_all_single": 1 / members}[name.split("::")[1]]
+            shares = {"all_reduce": 2 / members, "all_to_all_single": 1 / members, "all_gather_into_tensor": 1.0}
+            share = shares[name.split("::")[1]]
             self.sent += (members - 1) * share * args[0].numel() * args[0].element_size()
             self.groups.add(args[-1])
         return func(*args, **(kwargs or {}))
@@ -97,7 +109,25 @@ def main(folder: Path) -> None:
     with Wire() as wire:
         seen["padded"] = run_steps(padded)
     said["wire_padded"] = moved(wire, padded)
-    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded)]
+    # embedding and head cut by rows of the vocabulary: 97 words on four ranks
+    cut = helix_compile(grouped_model(), **MIXED, head="shard", pad_heads=True)
+    with Wire() as wire:
+        seen["cut_vocabulary"] = run_steps(cut)
+    said["wire_cut_vocabulary"] = moved(wire, cut)
+    seen["cut_vocabulary_greedy"] = cut.generate(*prompts(), max_new_tokens=6, do_sample=False)
+    chooses = sparse_model()
+    # two collectives that the others have not: both ways to agree on a choice
+    gathers = helix_compile(chooses, cp=4, **OPTIONS)
+    with Wire() as wire:
+        seen["sparse"] = run_steps(gathers)
+    said["wire_sparse"] = moved(wire, gathers)
+    owners = helix_compile(chooses, **MIXED, topk_exchange="owner")
+    with Wire() as wire:
+        seen["sparse_owner"] = run_steps(owners)
+    said["wire_sparse_owner"] = moved(wire, owners)
+    seen["fp8 latents"] = run_steps(helix_compile(model, cp=4, **OPTIONS, **FP8_LATENTS))
+    seen["fp8 heads"] = run_steps(helix_compile(grouped_model(), **MIXED, **FP8_HEADS))
+    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded, cut, gathers, owners)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves
     held = loaded.ranks[0].params.values()

@@ -75,6 +75,18 @@ def goes_on(compiled: Any, model: Any, cache: Any, reference: Any, ids: Tensor) 
     check(step(compiled, ids, cache), step(model, ids, reference))
 
 
+def test_an_fp8_cache_is_an_option_as_any(model: Any) -> None:
+    """The same logits as helix_compile with it, step by step; not those without."""
+    options = {**OPTIONS, "cache_dtype": "fp8_ds_mla"}
+    torch._dynamo.reset()
+    user = torch.compile(model, backend="helix", fullgraph=True, options=dict(options))
+    own, cache = helix_compile(model, **options), new_cache("dynamic", model)
+    for ids in (prompt(), prompt(1)[:, :1], prompt(2)[:, :3]):
+        assert torch.equal(step(user, ids, cache), own(ids))
+    assert not torch.equal(helix_compile(model, **OPTIONS)(prompt()), step(user, prompt(), new_cache("dynamic", model)))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 def test_forty_greedy_steps(compiled: Any, model: Any, kind: str) -> None:
     counters.clear()
@@ -248,3 +260,12 @@ def test_both_front_doors_run_the_same_graph(compiled: Any, model: Any) -> None:
     assert module.plan == other.plan
     different = helix_compile(twin, **{**OPTIONS, "merge": "ag_rs"})
     assert graph_digest(module.graph) != graph_digest(different.graph)
+
+
+@pytest.mark.slow
+def test_a_head_that_is_cut(model: Any) -> None:
+    """The logits that a loop of the user's own reads are those of all words, gathered."""
+    torch._dynamo.reset()
+    cut = torch.compile(model, backend="helix", fullgraph=True, options={**OPTIONS, "head": "shard", "pad_heads": True})
+    started(cut, model)
+    torch._dynamo.reset()

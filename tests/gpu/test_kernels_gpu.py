@@ -10,10 +10,12 @@ from torch import Tensor
 
 import helix_compile.kernels.catalog
 from helix_compile import helix_compile
-from helix_compile.kernels.reference_fused import mla_decode_scaled_reference, quantize_cache_reference
+from helix_compile.kernels.reference import cache_append_reference, gqa_decode_reference, mla_decode_reference
+from helix_compile.kernels.reference_fp8 import FP8, pack_ds_mla, quantize
 from helix_compile.kernels.reference_sparse import kth_candidate_reference
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import device_target
+from tests.kernels.test_reference_fp8 import hard_values
 from tests.support.driver import STEPS, Reference, deviation, left_padded, random_ids
 from tests.support.gqa import GqaStep
 from tests.support.kernel_cases import CASES, KernelCase, expected_results, on_device, results, worst_deviation
@@ -89,11 +91,40 @@ def test_gqa_decode_at_a_real_shape(T: int, B: int, joint: bool) -> None:
 def test_mla_decode_of_an_fp8_cache(heads: int, T: int) -> None:
     """Against float64 over what the FP8 cache says: its own rounding is no part of the difference."""
     q, q_rope, cache, table, visible, scale = real_shape(heads, T)
-    stored, cache_scale = quantize_cache_reference(cache.nan_to_num(0.0), 16)
-    args = (q, q_rope, stored, table, visible, scale, cache_scale)
-    expected = mla_decode_scaled_reference(q.double(), q_rope.double(), *args[2:])
-    got = torch.ops.helix_triton.mla_decode.scaled(*on_device(args, "cuda"))
+    R, cache_scale = q.shape[3], torch.tensor(0.01)
+    rows = pack_ds_mla(*cache.flatten(0, 1).split([R, cache.shape[2] - R], dim=1)).view(*cache.shape[:2], -1)
+    for stored, own in ((quantize(cache.nan_to_num(0.0), cache_scale), cache_scale), (rows, None)):
+        args = (q, q_rope, stored, table, visible, scale)
+        expected = mla_decode_reference(q.double(), q_rope.double(), *args[2:], cache_scale=own)
+        on_card = None if own is None else own.cuda()
+        got = torch.ops.helix_triton.mla_decode(*on_device(args, "cuda"), cache_scale=on_card)
+        assert worst_deviation(list(got), list(expected)) <= LIMIT[torch.bfloat16]
+
+
+def test_gqa_decode_of_an_fp8_cache() -> None:
+    q, k, v, *rest = GqaStep((0, 1, 64, 129, 1025), 2, 8, 8, 128, 128, 128, torch.bfloat16).arguments()
+    scale = torch.tensor(0.01)
+    args = (q, quantize(k.nan_to_num(0.0), scale), quantize(v.nan_to_num(0.0), scale), *rest)
+    expected = gqa_decode_reference(q.double(), *args[1:], cache_scale=scale)
+    got = torch.ops.helix_triton.gqa_decode(*on_device(args, "cuda"), cache_scale=scale.cuda())
     assert worst_deviation(list(got), list(expected)) <= LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", ["e4m3", "ds_mla"])
+def test_bits_of_an_append_in_fp8(name: str) -> None:
+    """The card rounds as the reference does: every code, ties, zeros, what lies beyond 448."""
+    draw, pages, page, B, T = torch.Generator().manual_seed(0), 8, 128, 4, 64
+    scale = torch.tensor(0.7) if name == "e4m3" else None
+    hard = torch.from_numpy(hard_values()).float()
+    latent, rope = (hard[torch.randint(0, len(hard), (B, T, w), generator=draw)] for w in (512, 64))
+    cache = torch.zeros(pages, page, 576 if name == "e4m3" else 656, dtype=torch.uint8)
+    cache = cache.view(FP8) if name == "e4m3" else cache
+    slots = torch.arange(B * T).view(B, T) % 250
+    args = (cache, torch.arange(pages).view(B, 2), slots, slots.int() + 1, latent, rope)
+    there = on_device(args, "cuda")
+    torch.ops.helix_triton.cache_append(*there, cache_scale=None if scale is None else scale.cuda())
+    cache_append_reference(*args, cache_scale=scale)
+    assert torch.equal(there[0].cpu().view(torch.uint8), cache.view(torch.uint8))
 
 
 @pytest.mark.parametrize("kind", ["random", "few", "same", "hard"])

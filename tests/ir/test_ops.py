@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import helix_compile.kernels.catalog  # noqa: F401  registers the kernels
 import helix_compile.kernels.registry as launch_module
 from helix_compile import LoweringUnavailable
-from helix_compile.kernels.reference_fused import quantize_cache_reference
 from helix_compile.kernels.registry import launch, registered_kernels
 from helix_compile.kernels.target import device_target
 from tests.support.kernel_cases import CASES, Arguments, on_device
@@ -22,16 +21,10 @@ from tests.support.kernel_cases import CASES, Arguments, on_device
 # arguments of the forms that CASES, which is by base op, does not call; each from those of its base op
 FUSED = {
     "mla_decode.splits": lambda a: (*a, 3),
-    "mla_decode.scaled": lambda a: _scaled(*a),
     "pack_heads.splits": lambda a: (*_in_splits(*a[:2]), a[2], a[0].dtype),
     "cache_append.norm_rope": lambda a: (*a, *_norm_and_rope(a[4], a[5]), True),
 }
 READS_A_VALUE = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "masked_select")
-
-
-def _scaled(q: Tensor, q_rope: Tensor, cache: Tensor, *rest: Any) -> Arguments:
-    values, scales = quantize_cache_reference(cache, 1)
-    return q, q_rope, values, *rest, scales
 
 
 def _in_splits(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +47,6 @@ def arguments_of(op: str, seed: int = 0) -> Arguments:
 
 
 OVERLOADS = {kernel.op: kernel.target for kernel in registered_kernels()}
-OVERLOADS["mla_decode.scaled"] = torch.ops.helix_triton.mla_decode.scaled  # no plan selects it
 
 
 class Call(nn.Module):
@@ -126,8 +118,6 @@ def test_torch_compile_keeps_the_node(op: str) -> None:
 def test_schema_and_fake_say_what_the_kernel_does(op: str) -> None:
     """What the schema calls unwritten stays as it is, and the fake's shapes, strides and dtypes are the kernel's."""
     checks = ("test_schema", "test_faketensor")
-    if op == "mla_decode.scaled":
-        checks = checks[1:]  # the schema check multiplies FP8 values, which torch does not do on a CPU
     torch.library.opcheck(OVERLOADS[op], on_device(arguments_of(op), "cpu"), test_utils=checks)
 
 

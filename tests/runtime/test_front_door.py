@@ -76,6 +76,10 @@ def test_a_module_is_not_transformed_or_traced() -> None:
             make_fx(compiled, tracing_mode=mode)(ids)
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(HelixError, match="FakeTensorMode"):
         compiled(ids)
+    for traced in (compiled, torch.nn.Sequential(compiled)):
+        with pytest.raises(HelixError, match=r"can't be traced \(torch\.fx\.symbolic_trace\)"):
+            torch.fx.symbolic_trace(traced)
+    assert repr(compiled).startswith("HelixModule(")
     assert compiled.lengths.tolist() == [] and compiled(ids).shape[:2] == (2, 5)
 
 

@@ -259,6 +259,16 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
         lambda d: _edit(d / "config.json", lambda c: c.update(initializer_range="x")),
         "config.json: can't be read",
     ),
+    (
+        "code in the config",
+        lambda d: _edit(d / "config.json", lambda c: c.update(model_type="zzz", auto_map={"AutoConfig": "evil.Evil"})),
+        "code that an auto_map names is never run",
+    ),
+    (
+        "vocabulary as text",
+        lambda d: _edit(d / "graphs.json", lambda g: g.update(vocab_size=str(g["vocab_size"]))),
+        "vocab_size is '",
+    ),
     ("missing file", lambda d: (d / "plan.json").unlink(), "not a saved module"),
     (
         "truncated",
@@ -314,3 +324,8 @@ def test_a_generation_config_that_can_not_be_written_is_told(tmp_path: Path) -> 
     with pytest.raises(HelixError, match="GenerationConfig is invalid"):
         helix_compile(model, cp=2, max_seq_len=64).save(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_a_saved_module_stays_in_its_dtype(tmp_path: Path) -> None:
+    with pytest.raises(HelixError, match=r"HelixModule\.load takes folder, device and world, got dtype"):
+        HelixModule.load(tmp_path, dtype=torch.float32)

@@ -56,10 +56,17 @@ def deviation(got: Tensor, expected: Tensor, mask: Tensor) -> float:
 
 
 def worst_deviation(
-    model: nn.Module, step: Callable[[Tensor, Tensor], Tensor], lengths: list[int], steps: tuple[int, ...] = STEPS
+    model: nn.Module,
+    step: Callable[[Tensor, Tensor], Tensor],
+    lengths: list[int],
+    steps: tuple[int, ...] = STEPS,
+    reference: Reference | None = None,
 ) -> float:
-    """Over a ragged left-padded prompt and the steps after it, fp32 islands widened on both sides."""
-    reference = Reference(model)
+    """Over a ragged left-padded prompt and the steps after it, fp32 islands widened on both sides.
+
+    `reference`: the model with another cache than its own.
+    """
+    reference = reference or Reference(model)
     mask = left_padded(lengths)
     worst = 0.0
     for tokens in (mask.shape[1], *steps):

@@ -164,7 +164,7 @@ FAMILIES: dict[str, Family] = {
             "indexer_types": ["full", "shared", "full", "shared"],
         },
     ),
-    "axk2": Family("AXK2ForCausalLM", "AXK2Config", SPARSE, "the gate and what attention reads come from one linear"),
+    "axk2": Family("AXK2ForCausalLM", "AXK2Config", {**SPARSE, **GROUPS}),
     "hy_v4": Family(
         "HYV4ForCausalLM",
         "HYV4Config",

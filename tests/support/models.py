@@ -73,7 +73,9 @@ FURTHER: dict[str, dict[str, Any]] = {
         "intermediate_size": 160,
         "q_lora_rank": 32,
         "v_head_dim": 16,
-    }
+    },
+    # more latent values than share a scale in an FP8 cache
+    "wide_latent": {"num_hidden_layers": 2, "first_k_dense_replace": 1, "kv_lora_rank": 150},
 }
 
 

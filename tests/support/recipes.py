@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-CACHE = "the cache has the dtype of the model; --lenient (lenient=True) plans it so and says what changes"
+DRAFTS = "drafts belong to the loop that decodes"
+FP8 = {"cache_dtype": "fp8_e4m3"}
 ULYSSES = "CP type must be HELIX for MLA, but got ULYSSES, the default"
 
 
@@ -268,8 +269,9 @@ PUBLISHED = [
             "speculative-config": '{"model":"Inferact/Kimi-K3-DSpark","num_speculative_tokens":7,"method":"dspark"}',
             "compilation-config": '{"cudagraph_mode":"FULL_AND_PIECEWISE","cudagraph_capture_sizes":[8,16,24]}',
         },
-        CACHE,
+        DRAFTS,
         {
+            **FP8,
             "cp": 8,
             "tpa": 1,
             "ep": 1,
@@ -285,8 +287,7 @@ PUBLISHED = [
     PublishedRecipe(
         "vllm gb300 dcp8",
         {**_K3, "max-num-batched-tokens": 16384, "stream-interval": 10, "max-cudagraph-capture-size": 1024},
-        CACHE,
-        {"cp": 8, "tpa": 1, "ep": 1, "tokens_per_block": 1, "merge": "a2a", "pp": 1},
+        {**FP8, "cp": 8, "tpa": 1, "ep": 1, "tokens_per_block": 1, "merge": "a2a", "pp": 1},
     ),
     PublishedRecipe(
         "vllm glm-5.3",
@@ -298,8 +299,8 @@ PUBLISHED = [
             "kv-cache-dtype": "fp8_e4m3",
             "speculative-config": '{"method":"mtp","num_speculative_tokens":5}',
         },
-        CACHE,
-        {"cp": 4, "tpa": 1, "ep": 1, "tokens_per_block": 1, "merge": "ag_rs"},
+        DRAFTS,
+        {**FP8, "cp": 4, "tpa": 1, "ep": 1, "tokens_per_block": 1, "merge": "ag_rs"},
     ),
     PublishedRecipe(
         "vllm kimi-k3 dcp8",
@@ -327,14 +328,13 @@ PUBLISHED = [
         "sglang glm-5.2 PD",
         "--tp-size 8 --dcp-size 8 --page-size 128 --mem-fraction-static 0.90 --speculative-algorithm EAGLE "
         "--speculative-num-steps 5 --speculative-eagle-topk 1 --kv-cache-dtype fp8_e4m3",
-        CACHE,
-        {"cp": 8, "tpa": 1, "ep": 1, "tokens_per_block": 1, "merge": "ag_rs"},
+        DRAFTS,
+        {**FP8, "cp": 8, "tpa": 1, "ep": 1, "tokens_per_block": 1, "merge": "ag_rs"},
     ),
     PublishedRecipe(
         "sglang kimi-k3 x32",
         "--tp-size 32 --ep-size 32 --enable-dp-attention --dp-size 4 --enable-dp-lm-head --dcp-size 8 "
         "--moe-a2a-backend megamoe --kv-cache-dtype fp8_e4m3",
-        CACHE,
-        {"cp": 8, "tpa": 1, "ep": 8, "tokens_per_block": 1, "merge": "ag_rs"},
+        {**FP8, "cp": 8, "tpa": 1, "ep": 8, "tokens_per_block": 1, "merge": "ag_rs"},
     ),
 ]

@@ -60,13 +60,18 @@ def off_by_one(compiled: Any) -> None:
     if FAULTY not in [rank.rank for rank in compiled.ranks]:
         return
     graph = compiled.graph.graph
-    first = next(n for n in graph.nodes if str(n.target) == "aten.unsqueeze.default")
+    first = next(n for n in graph.nodes if str(n.target) == "aten.unsqueeze.default" and _is_whole(n.args[0]))
     rank = next(n for n in graph.nodes if n.name == "kvp_rank")
     with graph.inserting_before(first):
         more = graph.call_function(torch.ops.aten.eq.Scalar, (rank, FAULTY))
         moved = graph.call_function(torch.ops.aten.add.Tensor, (first.args[0], more))
     first.replace_input_with(first.args[0], moved)
     compiled.graph.recompile()
+
+
+def _is_whole(node: Any) -> bool:
+    """Positions, not the frequencies that older versions of transformers unsqueeze before them."""
+    return node.meta["val"].dtype is torch.int64
 
 
 def sees_less(compiled: Any) -> None:

@@ -13,6 +13,24 @@ from helix_compile.capture.layers import export_functional
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T
 
 H, K, DK, DV, D = 12, 4, 10, 14, 36
+# rows of one linear that makes q and a gate, by how the toy makes them of it
+GATES = {
+    "gate from q's linear": H * (DK + DV),
+    "gate behind all of q": H * (DK + DV),
+    "gate of a row a head": H * (DK + 1),
+    "gate heads last": H * (DK + DV),
+    "gate of rows of q": H * DV,
+    "gate of rows that q reads too": H * (DK + DV - 1),
+    "gate and a row for nothing": H * (DK + DV + 1),
+    "gate of the token before": H * (DK + DV),
+    "gate of a row for some heads": H * DK + 5 * DV + H - 5,
+    "gate and more of the input": H * (DK + DV),
+    "gate scaled with q": H * (DK + DV),
+    "gate by a norm over all rows": H * (DK + DV),
+    "gate and v of q's linear": H * (DK + DV) + K * DV,
+    "gate read elsewhere": H * (DK + DV),
+    "gate's heads in q's place": H * (DK + DV),
+}
 
 
 class ToyGQA(nn.Module):
@@ -24,7 +42,7 @@ class ToyGQA(nn.Module):
         self.q, self.o = nn.Linear(D, H * DK), nn.Linear(H * DV, D, bias=False)
         self.k, self.v = nn.Linear(D, K * DK), nn.Linear(D, K * DV)
         self.qkv = nn.Linear(D, H * DK + K * (DK + DV))
-        self.gate, self.q_gate = nn.Linear(D, H * DV), nn.Linear(D, H * (DK + DV))
+        self.gate, self.q_gate = nn.Linear(D, H * DV), nn.Linear(D, GATES.get(miss, 1))
         self.q_more = nn.Linear(D, H * (DK + 1))
         self.sink = nn.Parameter(torch.randn(H))
 
@@ -44,15 +62,49 @@ class ToyGQA(nn.Module):
         new_k, new_v = k, v
         k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
         k, v, mask = self._missed(k, v, mask)
-        if self.miss == "gate from q's linear":
-            q, gate = self.q_gate(hidden).view(B, T, H, DK + DV).split([DK, DV], dim=-1)
+        if self.miss in GATES:
+            q, gate, v = self._q_and_gate(hidden, past_v, v)
             q = q.transpose(1, 2)
         out = self._attended(q, k, v, mask).transpose(1, 2)
         if self.miss == "gate's heads change places":
             gate = _swapped(self.gate(hidden).view(B, T, H, DV), 2)
         if self.miss.startswith("gate"):
             out = out * gate.sigmoid()
+        if self.miss == "gate read elsewhere":
+            return self.o(out.reshape(B, T, H * DV)) + gate.flatten(2).sum(-1, keepdim=True), [new_k, new_v]
         return self.o(out.reshape(B, T, H * DV)), [new_k, new_v]
+
+    def _q_and_gate(self, hidden: Tensor, past_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q [B, T, H, DK], a gate [B, T, H, DV or 1], and V: of one linear."""
+        made, miss = self.q_gate(hidden), self.miss
+        if miss == "gate behind all of q":
+            q, gate = made.split([H * DK, H * DV], dim=-1)
+            return q.unflatten(-1, (H, DK)), gate.unflatten(-1, (H, DV)), v
+        if miss == "gate heads last":
+            q, gate = made.unflatten(-1, (DK + DV, H)).split([DK, DV], dim=2)
+            return q.transpose(2, 3), gate.transpose(2, 3), v
+        if miss == "gate of a row for some heads":
+            q, gate, single = made.split([H * DK, 5 * DV, H - 5], dim=-1)
+            gates = [gate.unflatten(-1, (5, DV)), single.unsqueeze(-1).expand(-1, -1, -1, DV)]
+            return q.unflatten(-1, (H, DK)), torch.cat(gates, dim=2), v
+        if miss == "gate and v of q's linear":
+            made, more = made.split([H * (DK + DV), K * DV], dim=-1)
+            v = torch.cat([past_v, more.unflatten(-1, (K, DV)).transpose(1, 2)], dim=2)
+        if miss == "gate scaled with q":
+            made = made * 2.0
+        if miss == "gate by a norm over all rows":
+            made = made / made.square().mean(-1, keepdim=True)
+        heads = made.unflatten(-1, (H, -1))
+        if miss == "gate of rows of q":
+            return heads[..., :DK], heads, v
+        if miss == "gate of rows that q reads too":
+            return heads[..., :DK], heads[..., DK - 1 :], v
+        q, gate = heads[..., :DK], heads[..., DK : DK + (1 if miss == "gate of a row a head" else DV)]
+        if miss == "gate of the token before":
+            gate = torch.cat([heads[:, :1], heads[:, :-1]], dim=1)[..., DK:]
+        if miss == "gate and more of the input":
+            gate = gate + self.gate(hidden).unflatten(-1, (H, DV))
+        return (_swapped(q, 2) if miss == "gate's heads in q's place" else q), gate, v
 
     def _missed_q(self, q: Tensor) -> Tensor:
         if self.miss == "q's heads change places":

@@ -29,11 +29,13 @@ class ToyMLA(nn.Module):
             by distance is added to the mask), "cache_out", "length_out", "mask_out" (the result reads the cache, how much
             there is, or the mask besides), "one_scaled" (one of the two score products is scaled), "mixed_parts" (the
             products part K elsewhere than between nope and rope), "fill_mask", "where_mask" (the mask is no sum).
+        gate: "", or how one linear makes q and a gate: "by head" (a head's rows of either), "behind q" (the gate's rows behind
+            all of q's), "one row" (a row a head).
     """
 
-    def __init__(self, style: str, miss: str = "", layer: int = 0):
+    def __init__(self, style: str, miss: str = "", layer: int = 0, gate: str = ""):
         super().__init__()
-        self.style, self.miss, self.layer = style, miss, layer
+        self.style, self.miss, self.layer, self.gate = style, miss, layer, gate
         linear = lambda i, o: nn.Linear(i, o, bias=False)  # noqa: E731
         self.a = linear(D, 28 + R + ROPE)
         self.q = linear(28, H * (NOPE + ROPE))
@@ -46,6 +48,7 @@ class ToyMLA(nn.Module):
         self.k_heads, self.v_side = linear(ROPE, H * ROPE), linear(ROPE, H * V)
         self.sink = nn.Parameter(torch.randn(H))
         self.o = linear(H * V, D)
+        self.q_gate = nn.Linear(28, H * (NOPE + ROPE + (1 if gate == "one row" else V)))
         self.q_nope = linear(28, H * NOPE)
 
     def forward(
@@ -62,7 +65,8 @@ class ToyMLA(nn.Module):
             attention_mask = attention_mask + torch.arange(S, dtype=torch.float64) * 0.01
         q_a, latent, k_rope = self._compressed(hidden_states).split([28, R, ROPE], dim=-1)
         cos, sin = (t[:, None, :, :ROPE] for t in position_embeddings)
-        q = self.q(q_a).view(B, T, H, NOPE + ROPE).transpose(1, 2)
+        q, gate = self._q_and_gate(q_a)
+        q = q.transpose(1, 2)
         q = torch.cat([q[..., :NOPE], _rotated(q[..., NOPE:], cos, sin)], dim=-1)
         k_rope = _rotated(k_rope[:, None], cos, sin)
         if self.style == "no_rope":
@@ -85,7 +89,21 @@ class ToyMLA(nn.Module):
             out = self._weighted(scores, k, v, attention_mask).transpose(1, 2)
         else:
             out = self._attended(q, k, v, attention_mask).transpose(1, 2)
+        if gate is not None:
+            out = out * gate.sigmoid()
         return self._more(self.o(out.reshape(B, T, H * V)), latent, attention_mask), None
+
+    def _q_and_gate(self, q_a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Q [B, T, H, NOPE + ROPE], and a gate [B, T, H, V or 1]."""
+        C = NOPE + ROPE
+        if not self.gate:
+            return self.q(q_a).unflatten(-1, (H, C)), None
+        made = self.q_gate(q_a)
+        if self.gate == "behind q":
+            q, gate = made.split([H * C, H * V], dim=-1)
+            return q.unflatten(-1, (H, C)), gate.unflatten(-1, (H, V))
+        made = made.unflatten(-1, (H, -1))
+        return made[..., :C], made[..., C:]
 
     def _more(self, out: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
         if self.miss == "cache_out":
@@ -234,10 +252,10 @@ def toy_layers(*toys: tuple[str, str]) -> Any:
     return model
 
 
-def toy_model(style: str, miss: str = "", layers: int = 1) -> Any:
+def toy_model(style: str, miss: str = "", layers: int = 1, gate: str = "") -> Any:
     """A dense model whose last layer has this attention, fp64."""
     model: Any = fresh_family("youtu", num_hidden_layers=layers)
     torch.manual_seed(3)
-    toy = ToyMLA(style, miss, layers - 1).to(torch.float64).eval()
+    toy = ToyMLA(style, miss, layers - 1, gate).to(torch.float64).eval()
     model.model.layers[layers - 1].self_attn = toy
     return model

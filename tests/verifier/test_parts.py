@@ -125,3 +125,11 @@ def test_findings_that_differ_in_numbers_are_told_once() -> None:
     many = [Finding("HX201", f"parameter layers.{i}.w", f"rank {i}", "x") for i in range(61)]
     one, other = grouped([*many, Finding("HX202", "parameter layers.0.w", "a", "b")])
     assert one.where == "parameter layers.0.w (and 60 like it)" and other.code == "HX202"
+
+
+def test_a_widened_island_that_meets_numbers_in_float32() -> None:
+    """Frequencies are widened, positions are made in float32: a product takes one dtype alone."""
+    frequencies, positions = torch.rand(2, 3, 1, dtype=torch.float64), torch.arange(4).expand(2, 1, 4)
+    with WidenedIslands():
+        product = frequencies.float() @ positions.float()
+    assert product.dtype is torch.float64 and torch.equal(product, frequencies @ positions.double())

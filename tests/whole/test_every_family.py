@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.families import PAGE
+from tests.support.decoders import found_decoders, other_decoders
 from tests.support.families import FAMILIES, GROUPED, fresh_family, shipped_families
-from tests.support.family_run import compiled_family, measured_row, run_family
+from tests.support.family_run import compiled_family, decoder_row, measured_row, run_family
 from tests.support.numerics import LIMIT
 
 _SLOW = pytest.mark.slow
 _NUMBER = re.compile(r"\d\.\de[+-]\d\d")
-_VARIES = re.compile(_NUMBER.pattern + r"|\.py:\d+")  # and lines of the installed transformers
+_VARIES = re.compile(
+    _NUMBER.pattern + r"|\.py:\d+|\b[su]\d+\b"
+)  # and lines of the installed transformers, torch's names of sizes
 # deepseek_v3 is what most other tests run; the others of the first line differ from it by a norm, a width or a factor,
 # those of the second are refused as deepseek_v32 is, tests/whole/test_gqa.py runs those of the third
 _DEAR = ("bailing_hybrid", "mistral4")  # to the passes what kimi_linear (a hybrid) and deepseek_v2 (MLA, a router) are
@@ -81,7 +85,45 @@ def test_a_family_does_what_the_table_says(name: str, variant: str) -> None:
 
 def test_the_table_has_a_row_for_each_case_and_no_other() -> None:
     names = {f"{n}, {v}" if v else n for n, family in FAMILIES.items() for v in ("", *family.variants)}
-    assert set(_rows()) - {"family"} == names
+    assert set(_rows()) - {"family", "class"} == names | set(other_decoders())
+
+
+def test_every_decoder_that_the_search_finds_is_named() -> None:
+    page, found = PAGE.read_text(encoding="utf-8"), found_decoders()
+    assert len(found) > 100
+    assert [n for n in found if f"| {n} |" not in page and f"`{n}`" not in page] == []
+    for name in other_decoders():  # and why it was found
+        assert all(f"`{has}`" in _rows()[name] for has in found[name].has), name
+
+
+def test_the_search_finds_a_new_decoder(tmp_path: Path) -> None:
+    """By a field of its configuration, or by its modeling; not what can't generate, nor what has neither."""
+    mask = "create_sliding_window_causal_mask"
+    made = {
+        "latent": ("    kv_lora_rank: int = 8", "class LatentForCausalLM(LatentPreTrainedModel, GenerationMixin):"),
+        "slides": ("    vocab_size: int = 8", f"{mask}()\nclass SlidesForCausalLM(X, SlidesGenerationMixin):"),
+        "chooses": ("", "class ChoosesIndexer(nn.Module):\nclass ChoosesForCausalLM(\n    X, GenerationMixin\n):"),
+        "reads": ("    sliding_window: int = 8", "class ReadsModel(ReadsPreTrainedModel):\n# GenerationMixin"),
+        "dense": ("    # kv_lora_rank", "class DenseForCausalLM(X, GenerationMixin):"),
+    }
+    for name, (configuration, modeling) in made.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"configuration_{name}.py").write_text(configuration)
+        (tmp_path / name / f"modeling_{name}.py").write_text(modeling)
+    has = {"LatentForCausalLM": "kv_lora_rank", "SlidesForCausalLM": mask, "ChoosesForCausalLM": "ChoosesIndexer"}
+    assert {n: found.has for n, found in found_decoders(tmp_path).items()} == {n: (h,) for n, h in has.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", other_decoders())
+def test_a_decoder_does_what_the_table_says(name: str) -> None:
+    row = decoder_row(name)
+    cells = [row.name, row.sites, row.leaves, *row.deviations, row.refused]
+    written = [c.strip() for c in _rows()[name].split("|")[1:-1]]
+    assert _VARIES.sub("#", "|".join(cells)) == _VARIES.sub("#", "|".join([written[0], *written[2:]]))
+    for text in (*row.deviations, written[4]):
+        if _NUMBER.fullmatch(text):
+            assert float(text) <= LIMIT[torch.float64]
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ MORE = [
     (3, 1, 2, [6, 7, 8]),
     (2, 1, 3, [40, 1, 7]),
 ]
-CASES = [("deepseek_v32", PLANS[0], "owner"), ("glm_moe_dsa", PLANS[1], "gather"), ("deepseek_v32", PLANS[2], "owner")]
+CASES = [("axk2", PLANS[0], "owner"), ("glm_moe_dsa", PLANS[1], "gather"), ("deepseek_v32", PLANS[2], "owner")]
 
 
 @pytest.mark.parametrize(("name", "plan", "exchange"), CASES, ids=str)
@@ -64,7 +64,7 @@ def test_exact(name: str, plan: tuple[int, int, int, list[int]], exchange: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 7, 16, 64])
 @pytest.mark.parametrize("plan", [*PLANS, *MORE], ids=str)
-@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa", "axk2"])
 def test_every_plan(name: str, plan: tuple[int, int, int, list[int]], top_k: int) -> None:
     cp, tpa, tokens_per_block, lengths = plan
     model, graph = captured_model(name, top_k, ties=top_k == 16)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from helix_compile import HelixModule, RuntimeFault, helix_compile, verify
+from helix_compile import HelixModule, PlanError, RuntimeFault, helix_compile, verify
 from helix_compile.ir.graph import node_named
 from helix_compile.ir.stage import bodies_of
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.predict.costs import Workload, predict_costs
 from helix_compile.verifier.numeric.reference import WidenedIslands
+from tests.support.decoders import tiny_decoder
 from tests.support.driver import Reference, deviation, left_padded, random_ids, worst_deviation
 from tests.support.gqa_models import fresh_gqa, tiny_gqa
 from tests.support.numerics import LIMIT
@@ -291,3 +292,19 @@ def test_a_window_longer_than_a_page_and_a_long_prompt_in_chunks() -> None:
     model = windowed("mistral", 300)
     compiled = helix_compile(model, cp=2, max_batch_size=2, max_seq_len=2048)
     assert worst_deviation(model, compiled, [1400, 900], (1, 3, 1)) <= EXACT
+
+
+def test_a_cache_that_forgets_what_its_mask_shows_is_refused() -> None:
+    """Moshi's window is the cache's alone: a prompt is seen whole, a step the last five tokens. No graph says so."""
+    model = tiny_decoder("MoshiForCausalLM")
+    with pytest.raises(
+        PlanError, match=r"layer 0: .*DynamicSlidingWindowLayer.* forgets tokens behind 5 by itself, while the"
+    ):
+        poisoned(model, cp=2)
+    with pytest.raises(PlanError, match="forgets tokens behind 5"):
+        poisoned(model, cp=2, unmatched="keep")  # a layer that is kept would forget nothing
+    compiled, reference = poisoned(model, cp=2, max_seq_len=5), Reference(model)
+    for tokens in (3, 1, 1):
+        ids, mask = random_ids(model, 2, tokens), torch.ones(2, tokens, dtype=torch.int64)
+        with WidenedIslands():
+            assert deviation(compiled(ids, mask), reference.step(ids, mask), mask) <= EXACT

@@ -11,7 +11,8 @@ first one that a row sees (a window) are not read:
     s [N, ROWS] = k [N, Dk] . q^T;  acc [Dv, ROWS] += v^T [Dv, N] . p
 
 The number of splits follows from shapes alone; each sequence cuts its own length in that many parts. Loads are TMA where
-the target has it and a page is a whole number of tiles, else by pointers. The spec is gqa_decode_reference.
+the target has it and a page is a whole number of tiles, else by pointers. Tiles of a cache in fp8_e4m3 become q's dtype on the way to
+the dots; its one scale is folded into the scores' and the output. The spec is gqa_decode_reference.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from helix_compile.kernels.gqa.tiles import GqaSizes, GqaTile, split_count
 from helix_compile.kernels.merge import LN2, LOG2E, merge_splits, merge_splits_case
 from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.reference_fp8 import FP8
 from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
 from helix_compile.kernels.triton_ops import TRITON_TYPE
@@ -46,6 +48,7 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     table_ptr,
     visible_ptr,
     first_ptr,
+    cache_scale_ptr,
     o_ptr,
     lse_ptr,
     stride_q_B,
@@ -75,6 +78,7 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     TMA: tl.constexpr,
     WIDE_DOT: tl.constexpr,
     WINDOWED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     split = tl.program_id(1)
     b = (tl.program_id(2) // K).to(tl.int64)
@@ -98,6 +102,9 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     )
     if WIDE_DOT:
         q = q.to(tl.float32)
+    if SCALED:
+        cache_scale = tl.load(cache_scale_ptr)
+        scale *= cache_scale
     longest = tl.max(limit, 0)
     base = 0
     if WINDOWED:  # a row that sees nothing keeps no tile from being skipped
@@ -139,9 +146,8 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
                 mask=inside[:, None] & (v_columns < DV)[None, :],
                 other=0.0,
             )
-        if WIDE_DOT:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
+        k = k.to(q.dtype)
+        v = v.to(q.dtype)
         s = tl.dot(k, q, input_precision="ieee") * (scale * LOG2E)
         seen = slots[:, None] < limit[None, :]
         if WINDOWED:
@@ -158,6 +164,8 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
     o = acc / divisor[None, :]
+    if SCALED:
+        o *= cache_scale
     lse = tl.where(empty, float("-inf"), (top + tl.log2(divisor)) * LN2)
     out_rows = ((b * T + row_t) * (K * G) + row_h) * splits + split
     tl.store(lse_ptr + out_rows, lse, mask=live)
@@ -169,18 +177,20 @@ def _gqa_decode_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
 
 
 def _decode_case(
-    sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool, split: bool, windowed: bool
+    sizes: GqaSizes, target: KernelTarget, tile: GqaTile, tma: bool, split: bool, windowed: bool, scaled: bool
 ) -> CompileCase:
-    """The attention kernel; `split`: it leaves float32 parts for the merge; `windowed`: rows have a first slot."""
+    """The attention kernel; `split`: it leaves float32 parts for the merge; `windowed`: rows have a first slot; `scaled`: the cache is FP8."""
     element = TRITON_TYPE[sizes.dtype]
+    cached = "fp8e4nv" if scaled else element
     block_dk, block_dv = (max(16, triton.next_power_of_2(D)) for D in (sizes.Dk, sizes.Dv))
     k_type, v_type = (
-        f"tensordesc<{element}[{tile.slots},{block}]>" if tma else f"*{element}" for block in (block_dk, block_dv)
+        f"tensordesc<{cached}[{tile.slots},{block}]>" if tma else f"*{cached}" for block in (block_dk, block_dv)
     )
     strides = [name for name in _gqa_decode_kernel.arg_names if name.startswith("stride_")]
     pointers = ["q_ptr", "table_ptr", "visible_ptr", "o_ptr", "lse_ptr"]
     pointers += [] if tma else ["k_src", "v_src"]
     pointers += ["first_ptr"] if windowed else []
+    pointers += ["cache_scale_ptr"] if scaled else []
     aligned = [name for name in strides if name.startswith(("stride_q", "stride_k", "stride_v_"))]
     return CompileCase(
         kernel="gqa_decode",
@@ -192,6 +202,7 @@ def _decode_case(
             "table_ptr": "*i64",
             "visible_ptr": "*i32",
             **({"first_ptr": "*i32"} if windowed else {}),
+            **({"cache_scale_ptr": "*fp32"} if scaled else {}),
             "o_ptr": "*fp32" if split else f"*{element}",
             "lse_ptr": "*fp32",
             **dict.fromkeys(strides, "i32"),
@@ -213,11 +224,14 @@ def _decode_case(
             "WIDE_DOT": target.arch == INTERPRETER,
             "WINDOWED": windowed,
             **({} if windowed else {"first_ptr": None}),
+            "SCALED": scaled,
+            **({} if scaled else {"cache_scale_ptr": None}),
         },
         options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         divisible_by_16=(*pointers, *(aligned if sizes.Dk % 16 == sizes.Dv % 16 == 0 else ())),
         config=f"D {sizes.Dk}/{sizes.Dv}, {tile.rows} rows, BLOCK_N {tile.slots}, {'TMA' if tma else 'pointers'}"
-        + (", windowed" if windowed else ""),
+        + (", windowed" if windowed else "")
+        + (", FP8 cache" if scaled else ""),
         kv_tokens_per_step=tile.slots,
         ctas_per_kv_token=sizes.K * triton.cdiv(sizes.G, tile.rows),
     )
@@ -234,11 +248,12 @@ def gqa_decode_triton(
     tma: bool | None = None,
     *,
     first: Tensor | None = None,
+    cache_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See gqa_decode_reference; float32, bfloat16 or float16, statistics in float32.
+    """See gqa_decode_reference; float32, bfloat16 or float16, caches in the same or in FP8, statistics in float32.
 
     Args:
-        q, k_cache, v_cache, page_table, visible, scale, first: of the op. The last dims must be contiguous.
+        q, k_cache, v_cache, page_table, visible, scale, first, cache_scale: of the op. The last dims must be contiguous.
         splits: parts of a sequence, a power of two; default: by the number of multiprocessors.
         tma: load K and V by TMA; default: where the device and the layout allow it.
     """
@@ -255,7 +270,7 @@ def gqa_decode_triton(
     dtype = torch.float32 if splits > 1 else q.dtype
     parts = q.new_empty((B, T, H, splits, sizes.Dv), dtype=dtype)
     part_lse = q.new_empty((B, T, H, splits), dtype=torch.float32)
-    case = _decode_case(sizes, target, tile, tma, splits > 1, first is not None)
+    case = _decode_case(sizes, target, tile, tma, splits > 1, first is not None, cache_scale is not None)
     if first is not None:  # both by the same strides
         visible, first = visible.contiguous(), first.contiguous()
     blocks = case.constexprs["BLOCK_DK"], case.constexprs["BLOCK_DV"]
@@ -273,6 +288,7 @@ def gqa_decode_triton(
             "table_ptr": page_table,
             "visible_ptr": visible,
             **({} if first is None else {"first_ptr": first}),
+            **({} if cache_scale is None else {"cache_scale_ptr": cache_scale}),
             "o_ptr": parts,
             "lse_ptr": part_lse,
             "stride_q_B": q.stride(0),
@@ -314,9 +330,12 @@ def _slots_by_channels(cache: Tensor) -> Tensor:
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
     q, k_cache, v_cache, page_table, visible = site.args[:5]
-    dtypes = {q.dtype, k_cache.dtype, v_cache.dtype}
-    if len(dtypes) > 1 or q.dtype not in TRITON_TYPE:
-        return f"q of {q.dtype}, caches of {k_cache.dtype} and {v_cache.dtype}; the kernel takes one 16- or 32-bit float dtype"
+    scaled = site.keywords.get("cache_scale") is not None
+    if {k_cache.dtype, v_cache.dtype} != {FP8 if scaled else q.dtype} or q.dtype not in TRITON_TYPE:
+        return (
+            f"q of {q.dtype}, caches of {k_cache.dtype} and {v_cache.dtype}; the kernel takes one 16- or 32-bit float dtype, or "
+            "caches in FP8 with a scale"
+        )
     if (page_table.dtype, visible.dtype) != (torch.int64, torch.int32):
         return f"page table of {page_table.dtype}, visible of {visible.dtype}; the kernel takes int64 and int32"
     width = GqaSizes.of(q, k_cache, v_cache).width
@@ -334,12 +353,12 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     programs = B * sizes.K * triton.cdiv(sizes.G, tiles[0].rows)
     steps = triton.cdiv(site.capacity.max_slots, tiles[0].slots)
     splits = split_count(programs, steps, target.sm_count)
-    windowed = site.keywords.get("first") is not None
-    cases = [_decode_case(sizes, target, tile, tma, splits > 1, windowed) for tile in tiles]
+    windowed, scaled = (site.keywords.get(name) is not None for name in ("first", "cache_scale"))
+    cases = [_decode_case(sizes, target, tile, tma, splits > 1, windowed, scaled) for tile in tiles]
     if splits > 1:
         cases.append(merge_splits_case(splits, sizes.Dv, sizes.dtype))
     if tma:
-        by_pointers = _decode_case(sizes, target, sizes.tile(B, 1, target, False), False, splits > 1, windowed)
+        by_pointers = _decode_case(sizes, target, sizes.tile(B, 1, target, False), False, splits > 1, windowed, scaled)
         cases.append(replace(by_pointers, kernel="gqa_pointer_decode", fallback=True))
     return cases
 

@@ -37,14 +37,11 @@ from helix_compile.kernels.mla.tuning import (
     form_runs,
 )
 from helix_compile.kernels.reference import mla_decode_reference
-from helix_compile.kernels.reference_fused import FP8, mla_decode_scaled_reference, quantize_cache_reference
+from helix_compile.kernels.reference_fp8 import FP8, quantize
 from helix_compile.kernels.registry import CompileCase, Site
 from helix_compile.kernels.target import INTERPRETER, KernelTarget
 
 WIDEST_ROWS = 128  # what a class without an upper bound is measured with: all heads of DeepSeek-V3
-
-
-TOKENS_PER_SCALE = 16
 
 
 CHECKED_SLOTS = 512  # of the call that is compared with the reference
@@ -236,7 +233,7 @@ def _case(config: MlaConfig, entry: MlaEntry, sizes: TuneSizes, target: KernelTa
         sizes.page_size,
         sizes.dtype,
         FP8 if scaled else sizes.dtype,
-        tokens_per_scale=TOKENS_PER_SCALE if scaled else 0,
+        scaled=scaled,
         interpreted=target.arch == INTERPRETER,
     )
 
@@ -259,21 +256,18 @@ class _Call:
         self.scale = (sizes.R + sizes.r) ** -0.5
         self.cache_scale: Tensor | None = None
         if entry.scaled:
-            self.cache, self.cache_scale = quantize_cache_reference(self.cache, TOKENS_PER_SCALE)
+            self.cache_scale = torch.tensor(0.01, device=device)
+            self.cache = quantize(self.cache, self.cache_scale)
 
     def __call__(self, config: MlaConfig) -> tuple[Tensor, Tensor]:
-        return mla_decode_triton(
-            self.q, self.q_rope, self.cache, self.table, self.visible, self.scale, self.cache_scale, config=config
-        )
+        step = self.q, self.q_rope, self.cache, self.table, self.visible, self.scale
+        return mla_decode_triton(*step, config=config, cache_scale=self.cache_scale)
 
     def reference(self) -> Tensor:
         """Output in float64, of the same cache."""
         q, q_rope = self.q.double(), self.q_rope.double()
-        if self.cache_scale is not None:
-            step = self.cache, self.table, self.visible, self.scale, self.cache_scale
-            return mla_decode_scaled_reference(q, q_rope, *step)[0]
-        cache = self.cache.double()
-        return mla_decode_reference(q, q_rope, cache, self.table, self.visible, self.scale)[0]
+        step = q, q_rope, self.cache, self.table, self.visible, self.scale
+        return mla_decode_reference(*step, cache_scale=self.cache_scale)[0]
 
 
 def replacement(trials: list[Trial], sizes: TuneSizes, card: str, date: datetime.date) -> list[MlaEntry]:

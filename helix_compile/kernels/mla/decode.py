@@ -3,11 +3,9 @@
     mla_decode          one split: the kernel writes partial_o [B, T, H, R] and lse [B, T, H] itself;
                         more: float32 parts of each split, then merge_splits
     mla_decode.splits   the parts as they are: partial_o_S [B, T, H, S, R], lse_S [B, T, H, S]
-    mla_decode.scaled   mla_decode over an FP8 cache with one scale per block of tokens
 
-The forms of the kernel lie in tma.py and pointer.py; tuning.py chooses, launch.py launches.
-Lengths are read on the device, grids follow from shapes. The specs are mla_decode_reference and
-mla_decode_scaled_reference.
+A cache in fp8_e4m3 (with cache_scale) is read by either form, one in fp8_ds_mla (uint8) by pointers alone. The forms of the kernel lie in tma.py and pointer.py; tuning.py chooses, launch.py launches.
+Lengths are read on the device, grids follow from shapes. The spec is mla_decode_reference.
 """
 
 from __future__ import annotations
@@ -23,12 +21,10 @@ from helix_compile.kernels.mla.launch import TMA_BYTES, decode_case, decode_part
 from helix_compile.kernels.mla.probe import specialises_halves
 from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, mla_config, pointer_config, split_count
 from helix_compile.kernels.ops import OPS, Op
-from helix_compile.kernels.reference_fused import FP8
+from helix_compile.kernels.reference_fp8 import BYTES, FP8
 from helix_compile.kernels.registry import CompileCase, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
-from helix_compile.kernels.triton_ops import TRITON_TYPE, define_triton_op
-
-TABLE_TOKENS_PER_SCALE = 16  # of the FP8 form that `kernels --all` compiles beside a 16-bit one
+from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 
 def _config(shape: MlaShape, target: KernelTarget, scaled: bool = False) -> MlaConfig:
@@ -42,15 +38,15 @@ def mla_decode_triton(
     page_table: Tensor,
     visible: Tensor,
     scale: float,
-    cache_scale: Tensor | None = None,
     num_splits: int | None = None,
     config: MlaConfig | None = None,
     *,
     first: Tensor | None = None,
+    cache_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See mla_decode_reference, or with scales mla_decode_scaled_reference; float32, bfloat16 or float16, scale > 0.
+    """See mla_decode_reference; float32, bfloat16 or float16, scale > 0, cache in the same or in FP8.
 
-    Tiles of an FP8 cache become q's dtype, its scales are folded into scores and weights. With `num_splits` the results
+    Tiles of an FP8 cache become q's dtype. With `num_splits` the results
     are the parts of so many splits. `config` stands in for the table's.
     """
     target = device_target(q_latent.device)
@@ -85,9 +81,11 @@ def mla_decode_splits_triton(
     num_splits: int,
     *,
     first: Tensor | None = None,
+    cache_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Float32 parts of each split; a split that saw nothing has lse = -inf, and its part is not written."""
-    return mla_decode_triton(q_latent, q_rope, cache, page_table, visible, scale, None, num_splits, first=first)
+    step = q_latent, q_rope, cache, page_table, visible, scale, num_splits
+    return mla_decode_triton(*step, first=first, cache_scale=cache_scale)
 
 
 def _mla_decode_splits_fake(q_latent: Tensor, *others: Any, **_: Any) -> tuple[Tensor, Tensor]:
@@ -96,14 +94,23 @@ def _mla_decode_splits_fake(q_latent: Tensor, *others: Any, **_: Any) -> tuple[T
     return lse.new_empty((*rows, others[-1], R)), lse
 
 
-def _supports(site: Site, target: KernelTarget) -> str | None:
-    q_latent, q_rope, cache, page_table, visible, scale = site.args[:6]
-    dtypes = {q_latent.dtype, q_rope.dtype, cache.dtype}
+def mixed_dtypes(site: Site) -> str | None:
+    """Why a kernel does not take these dtypes: q and cache are alike, or the cache is in FP8."""
+    q_latent, q_rope, cache = site.args[:3]
+    own = BYTES if site.keywords.get("cache_scale") is None else FP8
+    dtypes = {q_latent.dtype, q_rope.dtype, *({cache.dtype} - {own})}
     if len(dtypes) > 1 or q_latent.dtype not in TRITON_TYPE:
         return (
             f"q_latent {q_latent.dtype}, q_rope {q_rope.dtype}, cache {cache.dtype}; the kernel takes one of float32, "
-            "bfloat16 and float16 for all three"
+            "bfloat16 and float16 for all three, or a cache in FP8"
         )
+    return None
+
+
+def _supports(site: Site, target: KernelTarget) -> str | None:
+    _, _, cache, page_table, visible, scale = site.args[:6]
+    if reason := mixed_dtypes(site):
+        return reason
     if page_table.dtype != torch.int64 or visible.dtype != torch.int32:
         return f"page_table {page_table.dtype}, visible {visible.dtype}; the kernel takes int64 and int32"
     if cache.stride(2) != 1:
@@ -122,10 +129,10 @@ def _site_shape(site: Site) -> MlaShape:
 
 
 def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[CompileCase]:
-    """The selected form, once a way to store, and the pointer form behind it; mla_decode.scaled, if the cache were FP8."""
+    """The selected form, once a way to store, and the pointer form behind it; the same of a cache in FP8, if this one is not."""
     shape, (q_latent, _, cache) = _site_shape(site), site.args[:3]
 
-    def case(config: MlaConfig, cache_dtype: torch.dtype = q_latent.dtype, **options: Any) -> CompileCase:
+    def case(config: MlaConfig, cache_dtype: torch.dtype = cache.dtype, **options: Any) -> CompileCase:
         return decode_case(
             config,
             q_latent.shape[2],
@@ -135,26 +142,29 @@ def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[C
             q_latent.dtype,
             cache_dtype,
             strides=(cache.stride(0), cache.stride(1)),
+            scaled=cache_dtype is FP8,
             interpreted=target.arch == INTERPRETER,
             kv_ctas=-(-shape.rows // config.block_h),
             windowed=site.keywords.get("first") is not None,
             **options,
         )
 
-    config, behind = _config(shape, target), pointer_config(shape, target)
+    config = _config(shape, target, scaled=cache.dtype is FP8)
+    behind = pointer_config(shape, target, scaled=cache.dtype is FP8)
     cases = [case(config, direct=direct) for direct in directs]
     if config != behind:
         cases.append(case(behind, fallback=True))
-    if shape.itemsize == 2 and shape.page_size % TABLE_TOKENS_PER_SCALE == 0:
+    if shape.itemsize == 2 and cache.dtype is q_latent.dtype:
         config = _config(dataclasses.replace(shape, tma=is_for_tma(cache, FP8.itemsize)), target, scaled=True)
-        scaled = case(config, FP8, tokens_per_scale=TABLE_TOKENS_PER_SCALE, fallback=True)  # leaves each split's parts
-        cases.append(dataclasses.replace(scaled, kernel="mla_decode.scaled", config=f"FP8 cache, {config}"))
+        of_fp8 = case(config, FP8, fallback=True)  # leaves each split's parts
+        cases.append(dataclasses.replace(of_fp8, kernel="mla_decode.fp8", config=f"FP8 cache, {config}"))
     return cases
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
     """The kernel, and the merge of each number of splits that a batch can get."""
-    shape, config = _site_shape(site), _config(_site_shape(site), target)
+    shape = _site_shape(site)
+    config = _config(shape, target, scaled=site.args[2].dtype is FP8)
     H = site.args[0].shape[2]
     counts = {
         split_count(B, shape.rows // H, H, site.capacity.max_slots, target, config.block_h, config.block_n)
@@ -172,7 +182,3 @@ _SPLITS = Op("mla_decode.splits", mla_decode_splits_triton, _mla_decode_splits_f
 MLA_DECODE_SPLITS = register_kernel(
     _SPLITS, mla_decode_splits_triton, _supports, lambda site, target: _form_cases(site, target, [False])
 )
-
-
-# no plan makes an FP8 cache, so nothing selects this one: it is called by its name
-MLA_DECODE_SCALED = define_triton_op(OPS["mla_decode.scaled"], mla_decode_triton)

@@ -18,14 +18,15 @@ from helix_compile.kernels.merge import LOG2E
 from helix_compile.kernels.mla.pointer import mla_pointer_kernel
 from helix_compile.kernels.mla.tma import mla_tma_kernel
 from helix_compile.kernels.mla.tuning import POINTER, TRANSPOSED, MlaConfig
-from helix_compile.kernels.reference_fused import FP8
+from helix_compile.kernels.reference_fp8 import BYTES, FP8, scales_and_rope
 from helix_compile.kernels.registry import CompileCase, launch
 from helix_compile.kernels.triton_ops import TRITON_TYPE
+from helix_compile.layout.cache_bytes import BLOCK
 
 TMA_BYTES = 16  # alignment of a tensor's base and of its rows
 
 
-CACHE_TYPE = {**TRITON_TYPE, FP8: "fp8e4nv"}
+CACHE_TYPE = {**TRITON_TYPE, FP8: "fp8e4nv", BYTES: "fp8e4nv"}
 
 
 SIZES = ("T", "queries", "stride_table", "stride_slots")
@@ -46,7 +47,7 @@ def decode_case(
     *,
     strides: tuple[int, int] | None = None,
     chosen: bool = False,
-    tokens_per_scale: int = 0,
+    scaled: bool = False,
     windowed: bool = False,
     direct: bool = False,
     interpreted: bool = False,
@@ -62,10 +63,10 @@ def decode_case(
         r: rope width.
         page_size: slots of a page.
         dtype: of q.
-        cache_dtype: of the cache.
+        cache_dtype: of the cache; uint8: rows of fp8_ds_mla.
         strides: elements from a page of the cache to the next, from a slot to the next; None: nothing lies between.
         chosen: each query has a list of slots: mla_decode_slots.
-        tokens_per_scale: slots that share a scale; 0: the cache has no scales.
+        scaled: the cache has a scale (fp8_e4m3).
         windowed: rows have a first slot.
         direct: there is one split, and it writes the op's output: q's dtype, and 0 where nothing was seen.
         interpreted: whether Triton's interpreter runs it.
@@ -87,7 +88,7 @@ def decode_case(
         "R": R,
         "ROPE": r,
         "PAGE": page_size,
-        "TOKENS_PER_SCALE": tokens_per_scale,
+        "SCALED": scaled,
         "BLOCK_H": config.block_h,
         "BLOCK_N": config.block_n,
         "STORE_DEAD": direct,
@@ -100,6 +101,10 @@ def decode_case(
         constexprs["first_ptr"] = None
     if config.form == POINTER:
         row = R + r if strides is None else strides[1]
+        constexprs |= {"BLOCKED": cache_dtype is BYTES, "scales_ptr": None, "rope_ptr": None}
+        if cache_dtype is BYTES:
+            del constexprs["scales_ptr"], constexprs["rope_ptr"]
+            typed |= {"scales_ptr": "*fp32", "rope_ptr": "*bf16"}
         constexprs |= {"PAGE_STRIDE": page_size * row if strides is None else strides[0], "ROW_STRIDE": row}
         constexprs |= {"BLOCK_R": _padded(R), "BLOCK_ROPE": _padded(r)}
         typed["cache_ptr"] = f"*{cache_element}"
@@ -116,7 +121,7 @@ def decode_case(
         typed["slots_ptr"] = "*i32"
     else:
         constexprs["slots_ptr"] = None
-    if tokens_per_scale:
+    if scaled:
         typed["cache_scale_ptr"] = "*fp32"
     else:
         constexprs["cache_scale_ptr"] = None
@@ -131,7 +136,8 @@ def decode_case(
         signature={**typed, **descriptors, "scale_log2": "fp32", **dict.fromkeys(SIZES, "i32")},
         constexprs=constexprs,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-        divisible_by_16=tuple(typed),
+        # parts of a row lie wherever the ones before them end
+        divisible_by_16=tuple(name for name in typed if name not in ("scales_ptr", "rope_ptr") or R % BLOCK == 0),
         config=f"{config}, windowed" if windowed else str(config),
         kv_tokens_per_step=config.block_n,
         ctas_per_kv_token=kv_ctas,
@@ -191,7 +197,7 @@ def decode_parts(
         cache.dtype,
         strides=(cache.stride(0), cache.stride(1)),
         chosen=slots is not None,
-        tokens_per_scale=0 if cache_scale is None else page_size // cache_scale.shape[1],
+        scaled=cache_scale is not None,
         windowed=first is not None,
         direct=direct,
         interpreted=not q_latent.is_cuda,
@@ -217,7 +223,10 @@ def decode_parts(
         arguments["first_ptr"] = first.contiguous()
     if cache_scale is not None:
         arguments["cache_scale_ptr"] = cache_scale
-    if config.form == POINTER:
+    if cache.dtype is BYTES:
+        parts = (cache[..., :R].view(FP8), *scales_and_rope(cache, R, r))
+        arguments |= dict(zip(("cache_ptr", "scales_ptr", "rope_ptr"), parts, strict=True))
+    elif config.form == POINTER:
         arguments["cache_ptr"] = cache
     else:
         rows = cache.as_strided((cache.shape[0] * page_size, R + r), (cache.stride(1), 1))
@@ -234,6 +243,8 @@ def decode_parts(
 
 def is_for_tma(cache: Tensor, itemsize: int = 0) -> bool:
     """A cache [pages, page_size, R + r] whose slots all lie at one stride, aligned to 16 bytes; itemsize: if not its own."""
+    if cache.dtype is BYTES:
+        return False
     pages, slots, channels = cache.stride()
     return channels == 1 and pages == cache.shape[1] * slots and slots * (itemsize or cache.itemsize) % TMA_BYTES == 0
 

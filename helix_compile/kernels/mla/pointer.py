@@ -3,6 +3,9 @@
     q [rows, R] and [rows, r] stay; per tile of BLOCK_N slots: page of each slot -> k [N, R], k_rope [N, r]
     raw = q k^T + q_rope k_rope^T -> p -> acc [rows, R] += p k     (the values are the keys' first R channels)
 
+A cache in fp8_e4m3 has one scale, which scores and output are times. In fp8_ds_mla (BLOCKED) a row is values, scales and rope part
+of their own dtypes: each of the latent's values is times its block's scale when it is loaded.
+
 R and r are padded to powers of two in the tile and masked. Rows of the cache past kv_len are not read at all. The cache
 may be a part of wider rows.
 
@@ -33,6 +36,8 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     q_ptr,
     q_rope_ptr,
     cache_ptr,
+    scales_ptr,
+    rope_ptr,
     page_table_ptr,
     slots_ptr,
     visible_ptr,
@@ -55,7 +60,8 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     PAGE: tl.constexpr,
     PAGE_STRIDE: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
-    TOKENS_PER_SCALE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCKED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -80,6 +86,9 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     inside = (rows < T * H)[:, None]
     q_offsets = query_offsets(rows, b, T, H, stride_q_token, stride_q_head)[:, None] + channels[None, :]
     q = tl.load(q_ptr + q_offsets, mask=inside & (channels < R)[None, :], other=0.0)
+    if SCALED:
+        cache_scale = tl.load(cache_scale_ptr)
+        scale_log2 *= cache_scale
     if WIDE_DOT:  # the interpreter's dot takes no bfloat16
         q = q.to(tl.float32)
     if ROPE > 0:
@@ -105,28 +114,27 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
         # of what its first slot is one of, reads a row of 26 in pieces of 4, and that is "misaligned address"
         k_ptrs = cache_ptr + (page * PAGE_STRIDE + at % PAGE * ROW_STRIDE)[:, None]
         k = tl.load(k_ptrs + channels[None, :], mask=used[:, None] & (channels < R)[None, :], other=0.0)
+        rope_ptrs = k_ptrs + R
+        if BLOCKED:  # strides are bytes, of 4 to a scale and 2 to a rope channel
+            blocks = scales_ptr + (page * (PAGE_STRIDE // 4) + at % PAGE * (ROW_STRIDE // 4))[:, None]
+            scales = tl.load(
+                blocks + (channels // 128)[None, :], mask=used[:, None] & (channels < R)[None, :], other=0.0
+            )
+            k = k.to(tl.float32) * scales
+            rope_ptrs = rope_ptr + (page * (PAGE_STRIDE // 2) + at % PAGE * (ROW_STRIDE // 2))[:, None]
         k = k.to(q.dtype)
         raw = tl.dot(q, k.T, input_precision="ieee")
         if ROPE > 0:
             k_rope = tl.load(
-                k_ptrs + R + rope_channels[None, :], mask=used[:, None] & (rope_channels < ROPE)[None, :], other=0.0
+                rope_ptrs + rope_channels[None, :], mask=used[:, None] & (rope_channels < ROPE)[None, :], other=0.0
             )
             raw = tl.dot(q_rope, k_rope.to(q.dtype).T, raw, input_precision="ieee")
-        if TOKENS_PER_SCALE > 0:
-            k_scale = tl.load(
-                cache_scale_ptr + page * (PAGE // TOKENS_PER_SCALE) + at % PAGE // TOKENS_PER_SCALE,
-                mask=used,
-                other=0.0,
-            )
-            raw *= k_scale[None, :]
         seen = slots[None, :] < limit[:, None]
         if WINDOWED:
             seen = seen & (slots[None, :] >= low[:, None])
         raw = tl.where(seen, raw, float("-inf"))
         p, shrink, m = softmax_step(raw, m, scale_log2, 1)
         total = total * shrink + tl.sum(p, 1)
-        if TOKENS_PER_SCALE > 0:
-            p *= k_scale[None, :]
         acc = tl.dot(p.to(q.dtype), k, acc * shrink[:, None], input_precision="ieee")
 
     lse, divisor = natural_lse(m, total)
@@ -136,6 +144,8 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     if not STORE_DEAD:  # the merge doesn't read a dead part
         inside = inside & (total != 0.0)
     o = acc / divisor[:, None]
+    if SCALED:
+        o *= cache_scale
     tl.store(
         o_ptr + (out * R)[:, None] + channels[None, :],
         o.to(o_ptr.dtype.element_ty),

@@ -16,6 +16,8 @@ With PARTS = 2 the channels of k, q and acc come as two halves. Blackwell's warp
 that rescale the accumulators have few registers, half an accumulator fits and a whole one spills. Hopper is better off
 with one part.
 
+A cache in fp8_e4m3 has one scale, which scores and output are times; its tiles become q's dtype on the way to the dot.
+
 A tile lies in one page. Rows past kv_len in it are read, finite (the cache is zeroed when it is allocated), and masked.
 
 With a list of slots (mla_decode_slots, as in pointer.py) rows are gathered, four an instruction, which Blackwell's TMA can:
@@ -68,7 +70,7 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     R: tl.constexpr,
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
-    TOKENS_PER_SCALE: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
@@ -100,6 +102,9 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     q_ptrs = q_ptr + tl.expand_dims(q_rows, SLOT_AXIS) + tl.expand_dims(channels, ROW_AXIS)
     mask = tl.expand_dims(inside, SLOT_AXIS)
     q = tl.load(q_ptrs, mask=mask, other=0.0)
+    if SCALED:
+        cache_scale = tl.load(cache_scale_ptr)
+        scale_log2 *= cache_scale
     if WIDE_DOT:  # the interpreter's dot takes no bfloat16
         q = q.to(tl.float32)
     if ROPE > 0:
@@ -137,17 +142,11 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
         if ROPE > 0:
             raw = tl.dot(k_rope, q_rope, raw) if TRANSPOSED else tl.dot(q_rope, k_rope.T, raw)
         slots = first + tl.arange(0, BLOCK_N)
-        if TOKENS_PER_SCALE > 0:
-            block = (row + slots - first) // TOKENS_PER_SCALE
-            k_scale = tl.load(cache_scale_ptr + block, mask=slots < kv_len, other=0.0)
-            raw *= tl.expand_dims(k_scale, ROW_AXIS)
         seen = tl.expand_dims(slots, ROW_AXIS) < tl.expand_dims(limit, SLOT_AXIS)
         if WINDOWED:
             seen = seen & (tl.expand_dims(slots, ROW_AXIS) >= tl.expand_dims(low, SLOT_AXIS))
         p, shrink, m = softmax_step(tl.where(seen, raw, float("-inf")), m, scale_log2, SLOT_AXIS)
         total = total * shrink[None, :] + p if TRANSPOSED else total * shrink + tl.sum(p, 1)
-        if TOKENS_PER_SCALE > 0:
-            p *= tl.expand_dims(k_scale, ROW_AXIS)
         p = p.to(q.dtype)
         acc = rescale(acc, shrink, SLOT_AXIS, PACKED)
         acc = tl.dot(k.T, p, acc) if TRANSPOSED else tl.dot(p, k, acc)
@@ -162,6 +161,10 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     tl.store(lse_ptr + out, lse, mask=inside)
     if not STORE_DEAD:  # the merge doesn't read a dead part
         inside = inside & (total != 0.0)
+    if SCALED:
+        acc *= cache_scale
+        if PARTS == 2:
+            acc_1 *= cache_scale
     o_ptrs = o_ptr + tl.expand_dims(out, SLOT_AXIS) * R + tl.expand_dims(channels, ROW_AXIS)
     o = (acc / tl.expand_dims(divisor, SLOT_AXIS)).to(o_ptr.dtype.element_ty)
     tl.store(o_ptrs, o, mask=tl.expand_dims(inside, SLOT_AXIS))

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from helix_compile.kernels.merge import merge_splits, merge_splits_case
+from helix_compile.kernels.mla.decode import mixed_dtypes
 from helix_compile.kernels.mla.launch import TMA_BYTES, decode_case, decode_parts, is_for_tma
 from helix_compile.kernels.mla.probe import specialises_halves
 from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, pointer_config, slots_config, split_count
 from helix_compile.kernels.ops import OPS
+from helix_compile.kernels.reference_fp8 import FP8
 from helix_compile.kernels.registry import CompileCase, Site, register_kernel
 from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
-from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 
 def mla_decode_slots_triton(
@@ -35,8 +36,10 @@ def mla_decode_slots_triton(
     scale: float,
     num_splits: int | None = None,
     config: MlaConfig | None = None,
+    *,
+    cache_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See mla_decode_slots_reference; float32, bfloat16 or float16, scale > 0.
+    """See mla_decode_slots_reference; float32, bfloat16 or float16, scale > 0, cache in the same or in FP8.
 
     `visible` is not read: it says that the cache was written before. `num_splits`: parts of a list. `config` stands in for
     the table's.
@@ -46,9 +49,8 @@ def mla_decode_slots_triton(
     if config is None:
         config = _config(_shape(q_latent, q_rope, cache, cache.data_ptr() % TMA_BYTES == 0), target)
     splits = num_splits or _splits(B * T, H, slots.shape[2], target, config)
-    parts, lse = decode_parts(
-        config, q_latent, q_rope, cache, page_table, count, scale, None, splits=splits, direct=splits == 1, slots=slots
-    )
+    step = q_latent, q_rope, cache, page_table, count, scale, cache_scale
+    parts, lse = decode_parts(config, *step, splits=splits, direct=splits == 1, slots=slots)
     if splits == 1:
         return parts.view(B, T, H, R), lse.view(B, T, H)
     return merge_splits(parts, lse, q_latent.dtype)
@@ -60,7 +62,9 @@ def _config(shape: MlaShape, target: KernelTarget) -> MlaConfig:
 
 def _shape(q_latent: Tensor, q_rope: Tensor, cache: Tensor, aligned: bool = True) -> MlaShape:
     (_, _, H, R), r, page_size = q_latent.shape, q_rope.shape[3], cache.shape[1]
-    return MlaShape(H, R, r, page_size, q_latent.dtype.itemsize, tma=aligned and is_for_tma(cache))
+    # rows of FP8 are gathered by pointers: a tile of TMA gathers is of q's dtype
+    alike = cache.dtype is q_latent.dtype
+    return MlaShape(H, R, r, page_size, q_latent.dtype.itemsize, tma=alike and aligned and is_for_tma(cache))
 
 
 def _splits(queries: int, H: int, m: int, target: KernelTarget, config: MlaConfig) -> int:
@@ -68,13 +72,9 @@ def _splits(queries: int, H: int, m: int, target: KernelTarget, config: MlaConfi
 
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
-    q_latent, q_rope, cache, page_table, _, slots, count, scale = site.args
-    dtypes = {q_latent.dtype, q_rope.dtype, cache.dtype}
-    if len(dtypes) > 1 or q_latent.dtype not in TRITON_TYPE:
-        return (
-            f"q_latent {q_latent.dtype}, q_rope {q_rope.dtype}, cache {cache.dtype}; the kernel takes one of float32, "
-            "bfloat16 and float16 for all three"
-        )
+    _, _, cache, page_table, _, slots, count, scale = site.args
+    if reason := mixed_dtypes(site):
+        return reason
     if (page_table.dtype, slots.dtype, count.dtype) != (torch.int64, torch.int32, torch.int32):
         return (
             f"page_table {page_table.dtype}, slots {slots.dtype}, count {count.dtype}; the kernel takes int64, int32 and "
@@ -108,6 +108,7 @@ def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
             cache.dtype,
             strides=(cache.stride(0), cache.stride(1)),
             chosen=True,
+            scaled=cache.dtype is FP8,
             direct=direct,
             interpreted=target.arch == INTERPRETER,
             kv_ctas=-(-shape.rows // config.block_h),

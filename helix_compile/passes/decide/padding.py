@@ -25,7 +25,8 @@ from helix_compile.ir.sizes import shape_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.decide.param_shards import needed_padding
 from helix_compile.passes.decide.selection import OF_CANDIDATES
-from helix_compile.plan.helix_plan import BodyPlan, Decision, ParamShard, number
+from helix_compile.passes.decide.vocabulary import LOGITS
+from helix_compile.plan.helix_plan import BodyPlan, Decision, OuterPlan, ParamShard, number
 from helix_compile.plan.matches import AttentionMatch, Latent, LayerMatch
 
 
@@ -93,7 +94,8 @@ def _made_of_heads(match: AttentionMatch, more_kv: bool) -> Iterator[tuple[str, 
     if match.gate and match.gate.linear:
         yield "the gate", match.gate.value, match.gate.linear.node
     if more_kv:
-        for what, value, linear in zip("KV", match.new[:2], match.kind.linears, strict=True):
+        linears = match.kind.linears * (2 if len(match.kind.linears) == 1 else 1)  # one may make both
+        for what, value, linear in zip("KV", match.new[:2], linears, strict=False):
             yield what, value, linear.node
 
 
@@ -126,13 +128,18 @@ class PaddingCost:
 
 
 def padding_decision(
-    captured: CapturedGraph, matches: dict[str, LayerMatch], bodies: tuple[BodyPlan, ...], layout: HelixLayout
+    captured: CapturedGraph,
+    matches: dict[str, LayerMatch],
+    bodies: tuple[BodyPlan, ...],
+    outer: OuterPlan,
+    layout: HelixLayout,
+    cache_dtype: str,
 ) -> tuple[Decision, list[str]]:
     """What is padded and what it costs, and the same in words."""
     cost, grown, idle = PaddingCost(), dict[str, None](), set[int]()
     for body in bodies:
         match = matches[body.name]
-        cost += _cost(captured, match, body, layout)
+        cost += _cost(captured, match, body, layout, cache_dtype)
         for plan in body.attentions:
             padding = plan.padding(layout)
             if padding.places > padding.heads:
@@ -143,6 +150,13 @@ def padding_decision(
         for ffn in body.ffns:
             if (held := ffn.experts_per_rank(layout) * layout.ep) > ffn.experts:
                 grown[f"{ffn.experts} -> {held} experts"] = None
+    for shard in outer.param_shards:
+        (cut,) = shard.cuts
+        if share := cut.share_of_zeros(layout):
+            grown[f"{cut.total} -> {cut.width(layout) * layout.world_size} words"] = None
+            params = math.prod(shard.shape) * share * captured.dtype.itemsize
+            sent = [c.egress_bytes_per_rank_per_token for c in outer.collectives if c.what == LOGITS]
+            cost += PaddingCost(params, sum(sent, Fraction(0)) * share if shard is _head_of(outer) else Fraction(0))
     what = ", ".join(grown) or "nothing to pad"
     figures = {name: number(value) for name, value in vars(cost).items()}
     rule = "zeros, so that every rank has as many; cost on a rank over an even share" if grown else "everything divides"
@@ -157,6 +171,11 @@ def padding_decision(
     return decision, notes
 
 
+def _head_of(outer: OuterPlan) -> ParamShard:
+    """What makes the logits: of embedding and head the last one, one parameter where they are tied."""
+    return [shard for shard in outer.param_shards if len(shard.shape) > 1][-1]
+
+
 def _figures_text(figures: dict[str, Any]) -> str:
     said = (
         ("params_bytes", "bytes of parameters"),
@@ -168,7 +187,9 @@ def _figures_text(figures: dict[str, Any]) -> str:
     return ", ".join(f"{figures[name]:,.10g} {text}" for name, text in said if figures[name])
 
 
-def _cost(captured: CapturedGraph, match: LayerMatch, body: BodyPlan, layout: HelixLayout) -> PaddingCost:
+def _cost(
+    captured: CapturedGraph, match: LayerMatch, body: BodyPlan, layout: HelixLayout, cache_dtype: str
+) -> PaddingCost:
     itemsizes = {
         input_ref(n).name: n.meta["val"].dtype.itemsize
         for n in placeholders(captured.bodies[body.name].graph)
@@ -188,7 +209,7 @@ def _cost(captured: CapturedGraph, match: LayerMatch, body: BodyPlan, layout: He
         width = attention.kind.query[1] + attention.kind.partial_width
         attended += Fraction(2 * (padding.places - padding.heads) * width, layout.tpa)
         more_kv = Fraction(padding.padded_groups - padding.groups, layout.world_size)
-        kv += more_kv * (row.first + row.second) * captured.dtype.itemsize
+        kv += more_kv * (row.first + row.second) * row.stored(cache_dtype, captured.dtype, layout.tpa).dtype.itemsize
         exchange += sum(sent[site * each : (site + 1) * each]) * (1 - Fraction(padding.heads, padding.places))
     one = (params, exchange, kv, flops, attended)
     return PaddingCost(*(value * len(body.layers) for value in one))

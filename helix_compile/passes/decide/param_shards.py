@@ -17,7 +17,7 @@ from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import HeadPadding, head_padding
 from helix_compile.passes.match.heads import linears_before
 from helix_compile.passes.match.reject import is_quantised
-from helix_compile.plan.helix_plan import BodyPlan, Cut, ParamShard
+from helix_compile.plan.helix_plan import BodyPlan, Cut, OuterPlan, ParamShard
 from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch, Selection
 
 
@@ -87,11 +87,15 @@ def moe_shards(match: MoEMatch, layout: HelixLayout) -> Iterable[ParamShard]:
     yield ParamShard(match.down, match.down, (E, D, F), (E, D, F), cuts, (e, D, f), cut)
 
 
-def params_bytes_per_rank(captured: CapturedGraph, bodies: tuple[BodyPlan, ...]) -> int:
+def params_bytes_per_rank(captured: CapturedGraph, bodies: tuple[BodyPlan, ...], outside: OuterPlan) -> int:
     """Bytes of parameters that one rank holds: its shards with padding, and what is replicated."""
     outer = (n for n in placeholders(captured.graph.graph) if is_param(n))
     in_a_layer = lambda node: any(user.op == "call_module" for user in node.users)  # noqa: E731
-    total = leaf_bytes(captured.graph) + sum(_bytes(n) for n in outer if not in_a_layer(n))
+    total = leaf_bytes(captured.graph) + sum(
+        _bytes(n) if (shard := outside.shard(input_ref(n).name)) is None else _shard_bytes(n, shard)
+        for n in outer
+        if not in_a_layer(n)
+    )
     for plan in bodies:
         for node in filter(is_param, placeholders(captured.bodies[plan.name].graph)):
             shards = [s for s in plan.param_shards if s.source == input_ref(node).name]
@@ -100,24 +104,29 @@ def params_bytes_per_rank(captured: CapturedGraph, bodies: tuple[BodyPlan, ...])
     return total
 
 
+def _shard_bytes(node: fx.Node, shard: ParamShard) -> int:
+    return math.prod(shard.shape) * int(node.meta["val"].dtype.itemsize)
+
+
 def _bytes(node: fx.Node) -> int:
     return node.meta["val"].numel() * node.meta["val"].dtype.itemsize
 
 
 def replicated_roles(
-    captured: CapturedGraph, matches: dict[str, LayerMatch], bodies: tuple[BodyPlan, ...]
+    captured: CapturedGraph, matches: dict[str, LayerMatch], bodies: tuple[BodyPlan, ...], outside: OuterPlan
 ) -> tuple[tuple[str, str], ...]:
     """What stays as it was on every rank, and why: (what, reason). A linear in no pattern is told by its name."""
     outer = captured.graph.graph
     found: dict[str, str] = {}
-    if any(is_call(n, aten.embedding.default) for n in outer.nodes):
+    tables = [n.args[0] for n in outer.nodes if is_call(n, aten.embedding.default)]
+    if any(outside.shard(input_ref(table).name) is None for table in tables):
         found["embedding"] = "one row a token; every rank needs the hidden state"
     for node in (n for n in placeholders(outer) if is_param(n)):
         for user in node.users:
             if is_call(user, aten.mul.Tensor, aten._to_copy.default):
                 found["norms"] = _NORMS
-            elif is_call(user, aten.linear.default):
-                found["head"] = "the logits are wanted on every rank; not cut in this version"
+            elif is_call(user, aten.linear.default) and outside.shard(input_ref(node).name) is None:
+                found["head"] = "the logits are wanted on every rank; head='shard' cuts it by rows of the vocabulary"
     for plan in bodies:
         graph = captured.bodies[plan.name].graph
         cut = {s.source for s in plan.param_shards}

@@ -20,6 +20,7 @@ from helix_compile.kernels.exchange import codec_of
 from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import head_padding
+from helix_compile.passes.decide.cache_format import cache_decision, kv_bytes_per_token
 from helix_compile.passes.decide.padding import check_heads, experts_refusal, padding_decision
 from helix_compile.passes.decide.param_shards import (
     attention_shards,
@@ -29,6 +30,8 @@ from helix_compile.passes.decide.param_shards import (
     replicated_roles,
 )
 from helix_compile.passes.decide.selection import candidates_exchange, topk_exchange
+from helix_compile.passes.decide.vocabulary import plan_vocabulary
+from helix_compile.passes.match.vocabulary import find_vocabulary
 from helix_compile.plan.helix_plan import (
     OF_PARTIALS,
     AttentionPlan,
@@ -37,6 +40,7 @@ from helix_compile.plan.helix_plan import (
     Decision,
     FFNPlan,
     HelixPlan,
+    OuterPlan,
     number,
 )
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch, Selection
@@ -70,18 +74,16 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
     topk_decision = topk_exchange(attentions, captured.dtype, layout, options)
     agreed = str(topk_decision.result) if topk_decision else ""
     bodies = tuple(_plan_body(captured, match, layout, options, v_up, agreed) for match in matches.values())
-    cached_width = sum(
-        math.prod(a.cache.tail(layout.tpa)) * len(captured.layers_of(name))
-        for name, match in matches.items()
-        for a in match.attentions
-        if not a.shared
-    )
-    kv_bytes = Fraction(cached_width * captured.dtype.itemsize, layout.kvp)
+    cached_in = cache_decision(captured, matches, options, layout)
+    kv_bytes = kv_bytes_per_token(captured, matches, options, layout)
     decisions, notes = [ep_decision, v_up_decision, q_decision], _notes(captured, attentions, layout, options, kv_bytes)
-    if topk_decision:
-        decisions.append(topk_decision)
+    decisions += [d for d in (topk_decision, cached_in) if d]
+    outer = OuterPlan()
+    if options.head == "shard":
+        outer, head_decision = plan_vocabulary(find_vocabulary(captured), options, layout, captured.dtype)
+        decisions.append(head_decision)
     if options.pad_heads:
-        pad_decision, said = padding_decision(captured, matches, bodies, layout)
+        pad_decision, said = padding_decision(captured, matches, bodies, outer, layout, options.cache_dtype)
         decisions.append(pad_decision)
         notes += said
     return HelixPlan(
@@ -91,10 +93,11 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         options=options,
         bodies=bodies,
         decisions=(*decisions, *_windows(captured, matches, bodies, layout, options)),
-        not_rewritten=replicated_roles(captured, matches, bodies),
+        not_rewritten=replicated_roles(captured, matches, bodies, outer),
         notes=tuple(notes),
         kv_bytes_per_token_per_rank=kv_bytes,
-        params_bytes_per_rank=params_bytes_per_rank(captured, bodies),
+        params_bytes_per_rank=params_bytes_per_rank(captured, bodies, outer),
+        outer=outer,
         leaves=tuple((leaf.name, leaf.reason) for leaf in captured.leaves),
     )
 

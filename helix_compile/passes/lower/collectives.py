@@ -31,6 +31,19 @@ def lower_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> i
     return lower_moves(gm, codec_of(context.plan.options))
 
 
+def lower_outer_pass(gm: fx.GraphModule, context: PassContext) -> None:
+    """The same of the graph around the layers, where that has moves."""
+    if has_moves(gm):
+        started, planned = lower_moves(gm), len(context.plan.outer.collectives)
+        if started != planned:
+            raise LoweringError(f"outer graph: {started} moves lowered, the plan has {planned} collectives")
+
+
+def has_moves(gm: fx.GraphModule) -> bool:
+    """True if something moves between ranks in it."""
+    return bool(calls(gm.graph, *MOVES))
+
+
 def lower_moves(gm: fx.GraphModule, codec: ExchangeCodec = NATIVE) -> int:
     """Expand every move, heads exchanged by `codec`; how many collectives that makes."""
     moves = calls(gm.graph, *MOVES)

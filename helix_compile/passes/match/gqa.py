@@ -17,8 +17,8 @@ from helix_compile.ir.elements import Provenance, is_cached, trace_elements
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.anchor import Anchor, cached_by, names
 from helix_compile.passes.match.expansion import check_grid
-from helix_compile.passes.match.head_cuts import cut_or_whole
-from helix_compile.passes.match.heads import bias_of, head_linear, one_linear, output_projection, param_of
+from helix_compile.passes.match.head_cuts import cut_or_whole, heads_of
+from helix_compile.passes.match.heads import bias_of, head_linear, heads_of_q, one_linear, output_projection, param_of
 from helix_compile.passes.match.reject import Reject
 from helix_compile.passes.match.sinks import scaled_by_sinks
 from helix_compile.plan.matches import AttentionMatch, Grouped
@@ -47,7 +47,7 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
         _check_repeated(what, source, update, H, anchor.shared_heads, node)
     cached = cached_by(((k_update, "K"), (v_update, "V")), node)
     behind, scaling = scaled_by_sinks(node, anchor.scores, "BHTV")
-    o_proj, gate = output_projection(behind)
+    o_proj, gate = output_projection(behind, "BHTV", [q])
     values = (("q", q), *zip("KV", cached.new, strict=False))
     linears = [one_linear(value, what) for what, value in values]
     widths = shape_of(k_update)[3], shape_of(v_update)[3]
@@ -61,12 +61,13 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
             linears[0],
             6,
         )
+    made = [heads_of_q(linears[0], [q], H, gate), *map(heads_of, linears[1:])]
     cuts = [
-        cut_or_whole(value, linear, lambda x: x.transpose(1, 2), 1, shape_of(value)[3], what)
-        for (what, value), linear in zip(values, linears, strict=True)
+        cut_or_whole(value, heads, lambda x: x.transpose(1, 2), 1, shape_of(value)[3], what)
+        for (what, value), heads in zip(values, made, strict=True)
     ]
-    heads = (H, kv_heads, kv_heads)
-    q_proj, *of_kv = (head_linear(n, h, c[0]) for n, h, c in zip(linears, heads, cuts, strict=False))
+    counts = (H, kv_heads, kv_heads)
+    q_proj, *of_kv = (head_linear(m, h, c[0]) for m, h, c in zip(made, counts, cuts, strict=False))
     if one_for_both:  # V is K before its norm and rope: cut once, but both have views of their own
         of_kv = [replace(of_kv[0], views=tuple(dict.fromkeys(of_kv[0].views + of_kv[1].views)))]
     return AttentionMatch(

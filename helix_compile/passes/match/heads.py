@@ -7,7 +7,7 @@ That rows of a linear make one head alone is shown in head_cuts.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from helix_compile.ir.dataflow import ancestors, follow
 from helix_compile.ir.elements import is_layout_op, trace_elements
-from helix_compile.ir.graph import aten, input_ref, is_call, is_param
+from helix_compile.ir.graph import aten, input_ref, is_call, is_param, node_named
 from helix_compile.ir.sizes import shape_of
-from helix_compile.passes.match.head_cuts import check_head_rows
+from helix_compile.passes.match.head_cuts import HeadsOf, check_head_rows, heads_of
+from helix_compile.passes.match.joint import heads_of_two
 from helix_compile.passes.match.reject import Reject, computed_weight
 from helix_compile.plan.matches import GateMatch, HeadLinear, permuted
 
@@ -50,29 +51,40 @@ def bias_of(linear: fx.Node) -> str | None:
     return param_of(linear, 2) if len(linear.args) > 2 and linear.args[2] is not None else None
 
 
-def head_linear(linear: fx.Node, heads: int, views: tuple[str, ...]) -> HeadLinear:
-    """A linear whose rows are `heads` heads one after the other."""
-    rows, inputs = shape_of(linear)[-1], shape_of(linear.args[0])[-1]
-    return HeadLinear(linear.name, param_of(linear, 1), bias_of(linear), heads, rows // heads, inputs, views)
+def head_linear(made: HeadsOf, heads: int, views: tuple[str, ...]) -> HeadLinear:
+    """A linear that makes `heads` heads."""
+    linear = made.linear
+    total, inputs = shape_of(linear)[-1], shape_of(linear.args[0])[-1]
+    params = param_of(linear, 1), bias_of(linear)
+    of_two = (made.role, made.rows, total, made.parts) if made.role else ()
+    return HeadLinear(linear.name, *params, heads, made.count // heads, inputs, views, *of_two)
 
 
-def output_projection(anchor: fx.Node, form: str = "BHTV") -> tuple[fx.Node, GateMatch | None]:
+def heads_of_q(linear: fx.Node, queries: Sequence[fx.Node], heads: int, gate: GateMatch | None) -> HeadsOf:
+    """What a linear makes of q; of one that makes the gate too, what is q's."""
+    if gate is None or gate.linear is None or gate.linear.node != linear.name:
+        return heads_of(linear)
+    return heads_of_two(linear, queries, node_named(linear.graph, gate.value), heads)[0]
+
+
+def output_projection(anchor: fx.Node, form: str, queries: Sequence[fx.Node]) -> tuple[fx.Node, GateMatch | None]:
     """The first linear behind attention [form], reached by single users through layout ops and at most one gate.
 
-    Its input column h * V + v is channel v of head h.
+    Its input column h * V + v is channel v of head h. The gate may come from the linear that makes q, which is `queries`.
     """
-    node, product = anchor, None
+    node, product, last = anchor, None, anchor
     while not is_call(node, aten.linear.default):
         if len(node.users) != 1:
             raise Reject(f"{len(node.users)} users between attention and its output projection", node, 6)
         before, node = node, next(iter(node.users))
         if is_call(node, aten.mul.Tensor) and product is None and len(node.all_input_nodes) == 2:
-            product = (node, before)
+            product, last = (node, before), node
+        elif product and before is product[0] and _casts_back(node, anchor):
+            last = node
         elif not (is_layout_op(node) or is_call(node, aten.linear.default)):
             raise Reject(f"`{node.target}` stands between attention and its output projection", node, 6)
-    stop = product[0] if product else anchor
-    source = trace_elements(node.args[0], stop=lambda n: n is stop)
-    at = source.coordinates(stop)
+    source = trace_elements(node.args[0], stop=lambda n: n is last)
+    at = source.coordinates(last) if last in source.sources else None
     if at is None or source.ids.dim() != 3:
         raise Reject("the output projection does not read all heads of attention", node, 6)
     gate = None
@@ -82,9 +94,14 @@ def output_projection(anchor: fx.Node, form: str = "BHTV") -> tuple[fx.Node, Gat
         if inside is None or attended.ids.shape != shape_of(product[0]):
             raise Reject("a gate widens what attention returns", product[0], 6)
         at = tuple(c[at] for c in inside)
-        gate = _gate(product[0], product[1], attended.ids, anchor, form)
+        gate = replace(_gate(*product, attended.ids, anchor, form, queries), cast=last is not product[0])
     _check_columns(at, anchor, node, form)
     return node, gate
+
+
+def _casts_back(node: fx.Node, anchor: fx.Node) -> bool:
+    """A gate in float32 makes the product wider; this is the cast to what attention returned."""
+    return is_call(node, aten._to_copy.default) and node.meta["val"].dtype == anchor.meta["val"].dtype
 
 
 def _check_columns(at: tuple[Tensor, ...], anchor: fx.Node, o_proj: fx.Node, form: str) -> None:
@@ -109,7 +126,9 @@ def gate_by_head(gate: Any, form: str, v_head_dim: int) -> list[tuple[Any, ...]]
     return []
 
 
-def _gate(product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node, order: str) -> GateMatch:
+def _gate(
+    product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node, order: str, queries: Sequence[fx.Node]
+) -> GateMatch:
     """The gate of product = attended * gate, cut by heads where it has heads."""
     lying = (ids.flatten().min() + torch.arange(ids.numel())).view(shape_of(anchor))
     straight = permuted(lying, order, "BHTV")
@@ -132,16 +151,17 @@ def _gate(product: fx.Node, attended: fx.Node, ids: Tensor, anchor: fx.Node, ord
         return value
 
     linear = one_linear(gate, "the gate")
-    _refuse_other_readers(linear, gate, product, anchor)
+    made = heads_of_two(linear, queries, gate, H)[1] if linear in linears_before(queries) else heads_of(linear)
+    _refuse_other_readers(made, gate, product, anchor)
     heads_dim = form.index("H") if len(size) == 4 else 2
     try:
-        views = check_head_rows(gate, linear, by_head, heads_dim, "the gate")
+        views = check_head_rows(gate, made, by_head, heads_dim, "the gate")
     except Reject as rejection:
         raise _with_advice(rejection) from rejection
     weights = [a for a in linear.args[1:] if a is not None]
     if not all(map(is_param, weights)):
         raise Reject("the weight of the gate's linear is computed, not a parameter", linear, 6)
-    return GateMatch(*names, linear=head_linear(linear, H, views))
+    return GateMatch(*names, linear=head_linear(made, H, views))
 
 
 def _with_advice(rejection: Reject) -> Reject:
@@ -154,16 +174,19 @@ def _with_advice(rejection: Reject) -> Reject:
     return rejection
 
 
-def _refuse_other_readers(linear: fx.Node, gate: fx.Node, product: fx.Node, anchor: fx.Node) -> None:
+def _refuse_other_readers(made: HeadsOf, gate: fx.Node, product: fx.Node, anchor: fx.Node) -> None:
     """What is between the gate's linear and the product is for the gate alone: it will be cut by heads."""
-    if linear in ancestors([anchor]):
-        raise Reject(
-            f"the gate and what attention reads come from one linear `{linear.name}` of {shape_of(linear)[-1]} rows, which "
-            "are cut by two rules (nearest that works: the gate as a linear of its own)",
-            linear,
-            6,
-        )
-    for node in follow([linear], lambda n: [u for u in n.users if u is not product]):
+    attended = ancestors([anchor])
+    for start in made.starts:
+        if start in attended:
+            raise Reject(
+                f"the gate and what attention reads besides q come from one linear `{made.linear.name}` of "
+                f"{shape_of(made.linear)[-1]} rows, which are cut by two rules (nearest that works: the gate as a linear of "
+                "its own, or of one linear with q)",
+                made.linear,
+                6,
+            )
+    for node in follow(made.starts, lambda n: [u for u in n.users if u is not product]):
         for user in node.users:
             if user is product and node is gate:
                 continue

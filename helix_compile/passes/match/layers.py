@@ -122,7 +122,8 @@ def _check_disjoint(match: LayerMatch, graph: fx.Graph) -> None:
     of_ups = dict.fromkeys(up.param for up in ups)
     names = [n for a in match.attentions for n in a.cut_weights]
     names += [a.sinks.name for a in match.attentions if a.sinks]
-    names += [a.gate.linear.weight for a in match.attentions if a.gate and a.gate.linear]
+    # a linear may make both q and the gate, of rows of its own
+    names += [a.gate.linear.weight for a in match.attentions if a.gate and a.gate.linear and not a.gate.linear.role]
     names += [n for f in match.dense_ffns for n in (f.gate_weight, f.up_weight, f.down_weight)]
     names += [n for m in match.moes for n in (m.gate_up, m.down)]
     twice = sorted({n for n in names if names.count(n) > 1})

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from helix_compile.capture.captured import CapturedGraph, source_of
 from helix_compile.errors import MatchError, PlanError
@@ -68,7 +70,7 @@ def with_reach(captured: CapturedGraph, body: str, match: AttentionMatch, max_se
 
     Raises:
         MatchError: a mask that does something else, or that differs between the layers of the body.
-        PlanError: a capacity at which no mask can be evaluated.
+        PlanError: a capacity at which no mask can be evaluated, or at which the model's own cache forgets what its mask shows.
     """
     if max_seq_len > LONGEST:
         raise PlanError(
@@ -81,6 +83,7 @@ def with_reach(captured: CapturedGraph, body: str, match: AttentionMatch, max_se
         if found is not None and reach != found:
             raise mask_error(subject, f"it is {reach}, that of another layer with the same graph is {found}")
         found = reach
+        _check_cache(subject, reach, max_seq_len)
     assert found is not None
     return replace(match, window=found.window, chunk=found.chunk)
 
@@ -92,6 +95,25 @@ def _reach_of(subject: Subject, max_seq_len: int) -> _Reach:
     for mask, T in (*tried_masks(max_seq_len), *_at_the_start_of(reach, max_seq_len)):
         _compare(subject, mask, T, reach)
     return reach
+
+
+def _check_cache(subject: Subject, reach: _Reach, max_seq_len: int) -> None:
+    """Transformers' cache may forget tokens by itself; elsewhere it forgets only what the mask hides too.
+
+    No MatchError: a layer that is kept would get a cache that holds all, as the graphs do.
+    """
+    layer, config = subject.call.meta["layer"], getattr(subject.captured.model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return
+    caches = DynamicCache(config=config).layers[layer : layer + 1]
+    for cache in (x for x in caches if isinstance(x, DynamicSlidingWindowLayer)):
+        window = cache.sliding_window
+        if window < max_seq_len and not 0 < (reach.window or reach.chunk) <= window:
+            raise PlanError(
+                f"layer {layer}: transformers' cache ({type(cache).__name__}) forgets tokens behind {window} by itself, while "
+                f"the mask is {reach}: what a query sees depends on how the tokens came, call by call, and no graph holds it. "
+                f"nearest that works: max_seq_len={window}, or a configuration whose layers do not forget"
+            )
 
 
 def _at_the_start_of(reach: _Reach, max_seq_len: int) -> Iterator[tuple[Tensor, int]]:

@@ -20,7 +20,7 @@ from helix_compile.passes.match.anchor import Anchor, Operand, cached_by, names
 from helix_compile.passes.match.contractions import up_weight
 from helix_compile.passes.match.expansion import Expansion, check_grid, expanded, expansion_of_k, weight_of_v
 from helix_compile.passes.match.head_cuts import cut_or_whole
-from helix_compile.passes.match.heads import bias_of, head_linear, one_linear, output_projection, param_of
+from helix_compile.passes.match.heads import bias_of, head_linear, heads_of_q, one_linear, output_projection, param_of
 from helix_compile.passes.match.reject import Reject
 from helix_compile.plan.matches import AttentionMatch, Latent, UpWeight, permuted
 
@@ -116,18 +116,20 @@ def _site(
     node, mask = anchor.node, anchor.mask
     assert mask is not None
     cached = cached_by(((latent, "latent"), (rope, "rope part of K")), node)
-    o_proj, gate = output_projection(node, anchor.form)
+    queries = [o.node for o in (q, rope_of_q) if o is not None]
+    o_proj, gate = output_projection(node, anchor.form, queries)
     q_proj = one_linear(q.node, "q")
+    made = heads_of_q(q_proj, queries, len(w_uv.at), gate)
     width, form = len(q_nope) + len(q_rope), q.form
     for order in (form, rope_of_q.form if rope_of_q else form):
         if order[-1] != "C":
             raise Reject(f"q is [{', '.join(order)}], expected its channels last", q.node, 6)
-    views, uncut = cut_or_whole(q.node, q_proj, lambda x: permuted(x, q.form, "BTHC"), form.index("H"), width, "q")
+    views, uncut = cut_or_whole(q.node, made, lambda x: permuted(x, q.form, "BTHC"), form.index("H"), width, "q")
     if rope_of_q is not None:
         value, form = rope_of_q.node, rope_of_q.form
         if one_linear(value, "the rope part of q") is not q_proj:
             raise Reject("the rope part of q comes from another linear than the rest", value, 6)
-        more, why = cut_or_whole(value, q_proj, lambda x: permuted(x, form, "BTHC"), form.index("H"), width, "q")
+        more, why = cut_or_whole(value, made, lambda x: permuted(x, form, "BTHC"), form.index("H"), width, "q")
         views, uncut = tuple(dict.fromkeys(views + more)), uncut + why
     return AttentionMatch(
         kind=Latent(
@@ -141,7 +143,7 @@ def _site(
         ),
         anchor=node.name,
         q=q.node.name,
-        q_proj=head_linear(q_proj, len(w_uv.at), views),
+        q_proj=head_linear(made, len(w_uv.at), views),
         o_proj=o_proj.name,
         new=names(cached.new),
         past=names(cached.past),

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from helix_compile.config.options import FP8_E4M3
 from helix_compile.ir.graph import (
     InputRef,
     add_input,
@@ -38,14 +39,17 @@ from helix_compile.passes.rewrite.latent import latent_attention
 from helix_compile.passes.rewrite.parts import (
     cache_example,
     cut_input,
+    cut_inputs,
     handed_examples,
     open_views,
+    own_linear,
+    scale_example,
     step_examples,
     without_zero_heads,
 )
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, HelixPlan
-from helix_compile.plan.matches import AttentionMatch, GateMatch, Grouped, HandedSelection, Latent, LayerMatch, UpWeight
+from helix_compile.plan.matches import AttentionMatch, GateMatch, Grouped, HandedSelection, Latent, LayerMatch
 
 # kind -> what makes (partial_o, lse) of a site, at the graph's insertion point
 KINDS: dict[type, Callable[[fx.Graph, AttentionMatch, int, HelixPlan], list[fx.Node]]] = {
@@ -71,6 +75,8 @@ def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassCon
             add_input(graph, *InputRef.written(site), input_named(graph, "step", "visible").meta["val"])
     for site, (attention, attention_plan) in enumerate(zip(match.attentions, plan.attentions, strict=True)):
         add_input(graph, *InputRef.cache(site), caches[site])
+        if context.plan.options.cache_dtype == FP8_E4M3:
+            add_input(graph, *InputRef.scale(site), scale_example(graph))
         _rewrite_site(graph, attention, attention_plan, plan, context.plan)
     output = next(n for n in graph.nodes if n.op == "output")
     hidden = output.args[0][0]
@@ -85,10 +91,8 @@ def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassCon
 def _rewrite_site(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan, body: BodyPlan, plan: HelixPlan) -> None:
     for linear in (match.q_proj, *match.kind.linears):
         open_views(graph, linear.views, linear.heads)
-    for _, part in match.cuts:
-        if isinstance(part, UpWeight):
-            _up_input(graph, part)
-        cut_input(graph, part.name, body)
+    cut_inputs(graph, [part for _, part in match.cuts], body)
+    own_linear(graph, match.q_proj)
     if match.sinks:
         cut_input(graph, match.sinks.name, body)
     anchor, o_proj = node_named(graph, match.anchor), node_named(graph, match.o_proj)
@@ -131,7 +135,9 @@ def _gated(graph: fx.Graph, match: AttentionMatch, gate: GateMatch, o: fx.Node) 
         value = node_named(graph, gate.value)
         for op, *args in gate_by_head(value, gate.form, match.v_head_dim):
             value = graph.call_function(op, (value, *args))
-        return named(graph, "o_gated", aten.mul.Tensor, o, value)
+        gated = named(graph, "o_gated", aten.mul.Tensor, o, value)
+        dtype = node_named(graph, match.anchor).meta["val"].dtype
+        return named(graph, "o_cast", aten._to_copy.default, gated, dtype=dtype) if gate.cast else gated
 
 
 def _merge(graph: fx.Graph, plan: HelixPlan, partial_o: fx.Node, lse: fx.Node, sinks: fx.Node | None) -> fx.Node:
@@ -154,10 +160,3 @@ def _merge(graph: fx.Graph, plan: HelixPlan, partial_o: fx.Node, lse: fx.Node, s
         total = named(graph, "lse_total", helix.total_lse.default, lse_P)
         rescaled = named(graph, "rescaled_o_sinks", helix.apply_sinks.default, rescaled, total, sinks)
     return named(graph, "o", helix.reshard.default, rescaled, "kvp:P(sum)", "kvp:S(2)", cp)
-
-
-def _up_input(graph: fx.Graph, weight: UpWeight) -> None:
-    """An input of its own for a weight of which there may be two in one parameter."""
-    whole = input_named(graph, "param", weight.param)
-    with made_from(graph, whole):
-        add_input(graph, "param", weight.name, whole.meta["val"])

@@ -12,7 +12,7 @@ from torch import fx
 from helix_compile.ir.graph import aten, getitems, named, node_named
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
-from helix_compile.passes.rewrite.parts import append_to_cache, gathered_query, reach_of
+from helix_compile.passes.rewrite.parts import append_to_cache, gathered_query, reach_of, scale_of
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import AttentionMatch
 
@@ -33,6 +33,6 @@ def grouped_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: H
         "gqa_decode",
         helix.gqa_decode.default,
         *(q, k_cache, v_cache, page_table, written, match.scale),
-        **reach_of(graph, match),
+        **{**reach_of(graph, match), **scale_of(graph, site)},
     )
     return getitems(graph, attended, "partial_o", "lse")

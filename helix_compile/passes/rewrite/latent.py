@@ -8,12 +8,13 @@ partial_o, lse = mla_decode(q_latent, q_rope, cache)
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from helix_compile.ir.graph import aten, getitems, input_named, named, node_named
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
-from helix_compile.passes.rewrite.parts import append_to_cache, gathered_query, reach_of
+from helix_compile.passes.rewrite.parts import append_to_cache, gathered_query, reach_of, scale_of, stored_row
 from helix_compile.passes.rewrite.selection import chosen_slots
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import AttentionMatch, Latent
@@ -26,12 +27,15 @@ def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: He
     with made_from(graph, node_named(graph, match.q)):
         query = _absorbed_query(graph, match, kind, plan)
     cache, page_table, written = append_to_cache(graph, match, site, aten.squeeze.dim, 1)
+    scale = scale_of(graph, site)
     if match.selection:
         slots, count = chosen_slots(graph, match, site, cache, page_table, written, plan)
         if match.cache.index:
             with made_from(graph, *(node_named(graph, n) for n in (*match.past, *match.shared)[:2])):
-                width = match.cache.first + match.cache.second
-                cache = named(graph, "latent_cache", aten.slice.Tensor, cache, 2, 0, width)
+                stored = stored_row(graph, match, plan)
+                cache = named(graph, "latent_cache", aten.slice.Tensor, cache, 2, 0, stored.attended)
+                if scale and stored.dtype is torch.uint8:
+                    cache = named(graph, "latent_cache_fp8", aten.view.dtype, cache, torch.float8_e4m3fn)
         attended = named(
             graph,
             "mla_decode_slots",
@@ -43,6 +47,7 @@ def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: He
             slots,
             count,
             match.scale,
+            **scale,
         )
     else:
         attended = named(
@@ -50,7 +55,7 @@ def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: He
             "mla_decode",
             helix.mla_decode.default,
             *(*query, cache, page_table, written, match.scale),
-            **reach_of(graph, match),
+            **{**reach_of(graph, match), **scale},
         )
     return getitems(graph, attended, "partial_o", "lse")
 

@@ -153,6 +153,8 @@ def _argument(
         past = [old[r] for part in PARTS if (r := InputRef.past(part, ref.site)) in old]
         past += [old[r] for i in range(len(PARTS)) if (r := InputRef.shared(i, ref.site)) in old]
         return stands_for(inputs.add(*InputRef.cache(layer.caches[ref.site]), placeholder.meta["val"]), *past)
+    if kind == "scale":
+        return inputs.add(*InputRef.scale(layer.caches[ref.site]), placeholder.meta["val"])
     if kind == "param" and ref not in old:  # cut out of another one
         source = old[InputRef("param", sources[name])]
         return stands_for(inputs.add("param", f"{layer.prefix}{name}", placeholder.meta["val"]), source)
@@ -160,18 +162,32 @@ def _argument(
 
 
 def update_calls_pass(gm: fx.GraphModule, context: PassContext) -> None:
-    """Follow a pass over the bodies: hand on ep_rank where a body asks for it now, mark what has been cut."""
-    graph = gm.graph
+    """Follow a pass over the bodies: hand on ep_rank where a body asks for it now, name and mark what has been cut."""
+    graph, inputs = gm.graph, Inputs(gm.graph)
+    layers = {layer.index: layer for layer in context.captured.layers}
     for call in _layer_calls(gm):
         body = body_of(gm, call.target)
-        inputs = placeholders(body.graph)
-        names = [input_ref(p) for p in inputs]
+        names = [input_ref(p) for p in placeholders(body.graph)]
         if ("step", "ep_rank") in names and len(names) > len(call.args):
             scalar = input_named(graph, "input", "kvp_rank")
-            ep_rank = add_input(graph, "input", "ep_rank", scalar.meta["val"])
+            ep_rank = inputs.add("input", "ep_rank", scalar.meta["val"])
             at = names.index(InputRef("step", "ep_rank"))
             call.args = (*call.args[:at], ep_rank, *call.args[at:])
+        call.args = tuple(
+            _part_of(inputs, p, argument, layers[call.meta["layer"]], context)
+            for p, argument in zip(placeholders(body.graph), call.args, strict=True)
+        )
         _mark_cut(call, body)
+    erase_unused(graph, keep=[placeholders(graph)[0]])
+
+
+def _part_of(inputs: Inputs, placeholder: fx.Node, argument: Any, layer: CapturedLayer, context: PassContext) -> Any:
+    """The argument for an input, which may be a part now of what the argument was."""
+    kind, name = input_ref(placeholder)
+    shard = context.plan.body(layer.body).shard(name) if kind == "param" else None
+    if shard is None or shard.source == name or not input_ref(argument).name.endswith(shard.source):
+        return argument
+    return stands_for(inputs.add(kind, f"{layer.prefix}{name}", argument.meta["val"]), argument)
 
 
 def _mark_cut(call: fx.Node, body: fx.GraphModule) -> None:

@@ -2,29 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from helix_compile.config.options import PAGE_SIZE
-from helix_compile.ir.graph import InputRef, aten, input_named, is_call, named, node_named, placeholders
+from helix_compile.ir.graph import (
+    InputRef,
+    add_input,
+    aten,
+    input_named,
+    input_ref,
+    inputs_of,
+    is_call,
+    named,
+    node_named,
+    placeholders,
+)
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import fake_mode_of, open_view
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import HeadPadding
-from helix_compile.plan.cache_row import cache_shape, pages_per_sequence
-from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
-from helix_compile.plan.matches import AttentionMatch, HandedSelection
+from helix_compile.plan.cache_row import StoredRow, cache_shape, pages_per_sequence
+from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, OuterPlan, ParamShard
+from helix_compile.plan.matches import AttentionMatch, HandedSelection, HeadLinear, HeadRows, LinearPart, UpWeight
 
 
-def cut_input(graph: fx.Graph, name: str, body: BodyPlan) -> None:
+def cut_input(graph: fx.Graph, name: str, body: BodyPlan | OuterPlan) -> None:
     """From here on this parameter is the rank's shard: its shape and its layout."""
     node, shard = input_named(graph, "param", name), body.shard(name)
     assert shard is not None, name
     node.meta["val"] = fake_shard(node, shard)
     node.meta["sharded"] = True
+
+
+def cut_inputs(graph: fx.Graph, parts: Iterable[HeadRows | UpWeight], body: BodyPlan) -> None:
+    """The same for each, with an input of its own where other parts may lie in one parameter."""
+    for part in parts:
+        if part.name != part.param:
+            whole = input_named(graph, "param", part.param)
+            with made_from(graph, whole):
+                add_input(graph, "param", part.name, whole.meta["val"])
+        cut_input(graph, part.name, body)
+
+
+def own_linear(graph: fx.Graph, linear: HeadLinear) -> None:
+    """Where one linear makes q and a gate: a linear for one of them, over this rank's part of its rows."""
+    if not linear.parts:
+        return
+    both = node_named(graph, linear.node)
+    params = [input_named(graph, "param", rows.name) for rows in linear.params]
+    with made_from(graph, both), graph.inserting_before(both):
+        own = named(graph, f"{linear.node}_{linear.role}", aten.linear.default, both.args[0], *params)
+    for part in linear.parts:
+        old = node_named(graph, part.node)
+        with made_from(graph, old), graph.inserting_before(old):
+            new = _in_form(graph, own, linear, part)
+        old.replace_all_uses_with(new)
+
+
+def _in_form(graph: fx.Graph, own: fx.Node, linear: HeadLinear, part: LinearPart) -> fx.Node:
+    """Channels of a part, of what a linear makes [B, T, h * width], in the part's order of dims."""
+    whole = part.stop - part.start == linear.width
+    if part.form == "BT(HC)" and whole:
+        return own
+    heads = graph.call_function(aten.unflatten.int, (own, 2, [-1, linear.width]))
+    if not whole:
+        heads = graph.call_function(aten.slice.Tensor, (heads, 3, part.start, part.stop))
+    if part.form == "BT(HC)":
+        return graph.call_function(aten.flatten.using_ints, (heads, 2, 3))
+    if part.form == "BTHC":
+        return heads
+    return graph.call_function(aten.permute.default, (heads, ["BTHC".index(letter) for letter in part.form]))
 
 
 def open_views(graph: fx.Graph, names: tuple[str, ...], heads: int) -> None:
@@ -41,6 +93,7 @@ def append_to_cache(
 
     An index key goes behind the rope part, into the same row. Where an earlier layer has appended, nothing is left to do.
     """
+    keywords = scale_of(graph, site)
     slots, visible, page_table = (input_named(graph, "step", n) for n in ("slots", "visible", "page_table"))
     cache = input_named(graph, *InputRef.cache(site))
     if match.shared:
@@ -50,11 +103,21 @@ def append_to_cache(
         with made_from(graph, part):
             parts.append(graph.call_function(laid_out, (part, *args)))
     for key in (node_named(graph, n) for n in match.new[2:]):
+        if cache.meta["val"].dtype is torch.uint8:  # it is not rounded as they are
+            keywords["index_key"] = key
+            continue
         with made_from(graph, key):
             parts[1] = named(graph, "rope_and_index_key", aten.cat.default, [parts[1], key], -1)
     with made_from(graph, *(node_named(graph, n) for n in match.past)):
-        written = named(graph, "visible_now", helix.cache_append.default, cache, page_table, slots, visible, *parts)
+        row = (cache, page_table, slots, visible, *parts)
+        written = named(graph, "visible_now", helix.cache_append.default, *row, **keywords)
     return cache, page_table, written
+
+
+def scale_of(graph: fx.Graph, site: int) -> dict[str, fx.Node]:
+    """The scale of a site's cache, as the ops take it; nothing where it has none."""
+    found = [n for n in inputs_of(graph, "scale") if input_ref(n) == InputRef.scale(site)]
+    return {"cache_scale": found[0]} if found else {}
 
 
 def reach_of(graph: fx.Graph, match: AttentionMatch) -> dict[str, fx.Node]:
@@ -136,10 +199,21 @@ def handed_names(selection: HandedSelection) -> tuple[str, str]:
     return f"{selection.indices}_slots", f"{selection.indices}_count"
 
 
+def stored_row(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> StoredRow:
+    """How a site's cache holds a token."""
+    dtype = node_named(graph, (*match.new, *match.shared)[0]).meta["val"].dtype
+    return match.cache.stored(plan.options.cache_dtype, dtype, plan.layout.tpa)
+
+
 def cache_example(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> Tensor:
     """The same for one site's cache."""
-    dtype = node_named(graph, (*match.new, *match.shared)[0]).meta["val"].dtype
-    return _example(graph, cache_shape(match.cache, plan.options, plan.layout), dtype)
+    stored = stored_row(graph, match, plan)
+    return _example(graph, cache_shape(stored, plan.options, plan.layout), stored.dtype)
+
+
+def scale_example(graph: fx.Graph) -> Tensor:
+    """The same for the scale of a cache in fp8_e4m3."""
+    return _example(graph, (), torch.float32)
 
 
 def rank_example(graph: fx.Graph) -> Tensor:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from helix_compile.ir.graph import erase_unused, is_call, node_named, placeholders
+from helix_compile.ir.graph import InputRef, erase_unused, input_named, is_call, node_named, placeholders, set_input
 from helix_compile.ir.ops import helix
 from helix_compile.ir.shapes import propagate_shapes
-from helix_compile.passes.rewrite.parts import behind_zero_heads, cut_input, sum_over_world
+from helix_compile.passes.rewrite.parts import behind_zero_heads, cut_input, own_linear, sum_over_world
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.matches import LayerMatch
 
@@ -25,15 +25,20 @@ def reshard_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) ->
         o_proj = node_named(gm.graph, attention.o_proj)
         flat = o_proj.args[0]
         assert isinstance(flat, fx.Node)
-        reader = flat.args[0] if attention.gate else flat
-        assert isinstance(reader, fx.Node)
+        reader = flat
+        for _ in range(0 if attention.gate is None else 2 if attention.gate.cast else 1):  # o_cast(o_gated(o, gate))
+            assert isinstance(reader, fx.Node)
+            reader = reader.args[0]
         gathered = behind_zero_heads(reader.args[0])
         if is_call(gathered, helix.reshard.default):
             reader.args = (gathered.args[0], *reader.args[1:])
         cut_input(gm.graph, attention.o_weight, plan)
         if attention.gate and attention.gate.linear:
             for rows in attention.gate.linear.params:
+                # q has its own rows of a linear that made both: what is left of it is the gate's
+                set_input(input_named(gm.graph, "param", rows.param), InputRef("param", rows.name))
                 cut_input(gm.graph, rows.name, plan)
+            own_linear(gm.graph, attention.gate.linear)
         sum_over_world(o_proj, context.plan.layout)
     erase_unused(gm.graph, keep=placeholders(gm.graph)[:1])
     propagate_shapes(gm.graph)

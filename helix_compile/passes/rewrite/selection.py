@@ -17,7 +17,7 @@ from torch import fx
 from helix_compile.ir.graph import add_input, aten, getitems, input_named, named, node_named
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
-from helix_compile.passes.rewrite.parts import handed_names, rank_example
+from helix_compile.passes.rewrite.parts import handed_names, rank_example, stored_row
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import AttentionMatch, HandedSelection
 
@@ -38,8 +38,12 @@ def chosen_slots(
     assert selection is not None
     cp, tokens_per_block = plan.layout.kvp, plan.options.tokens_per_block
     with made_from(graph, node_named(graph, selection.past)):
-        start = match.cache.first + match.cache.second
-        keys = named(graph, "index_cache", aten.slice.Tensor, cache, 2, start, start + selection.width)
+        stored = stored_row(graph, match, plan)
+        dtype, start = node_named(graph, match.new[2]).meta["val"].dtype, stored.index_at
+        width = selection.width * dtype.itemsize // stored.dtype.itemsize
+        keys = named(graph, "index_cache", aten.slice.Tensor, cache, 2, start, start + width)
+        if stored.dtype is not dtype:  # bytes
+            keys = named(graph, "index_keys", aten.view.dtype, keys, dtype)
     q = _in_order(graph, "index_q", selection.query, selection.query_form, "BTJI")
     w = _in_order(graph, "index_weights", selection.weights, selection.weights_form, "BTJ")
     rank = add_input(graph, "step", "kvp_rank", rank_example(graph))

@@ -244,6 +244,12 @@ def _norm(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> R
     return _map_dims(layout, lambda d: d if d < first else None, str(node.target))
 
 
+def _read_as(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Bytes read as another dtype: of the last dim, which is whole, some become one."""
+    last = len(shape_of(node)) - 1
+    return _map_dims(of(node.args[0]), lambda d: None if d == last else d, str(node.target))
+
+
 def _expand(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     shift = len(shape_of(node)) - len(shape_of(node.args[0]))
     return _map_dims(of(node.args[0]), lambda d: d + shift, "expand")
@@ -295,6 +301,7 @@ RULES: dict[Any, Rule] = {
     aten.type_as.default: _same,  # the other operand lends its dtype only
     aten.view_as_complex.default: _last_dim_joined,
     aten.view_as_real.default: _same,
+    aten.view.dtype: _read_as,
     aten.slice.Tensor: _along(1),
     aten.split_with_sizes.default: _along(2),
     aten.split.Tensor: _along(2),

@@ -25,7 +25,7 @@ from helix_compile.plan.matches import FIRST_VISIBLE
 _RULES = {**RULES, **HELIX_RULES, **LOWERED_RULES}
 
 
-_PER_RANK = {"slots": "kvp", "visible": "kvp", "kvp_rank": "kvp", "ep_rank": "ep"}
+_PER_RANK = {"slots": "kvp", "visible": "kvp", "kvp_rank": "kvp", "ep_rank": "ep", "world_rank": "world"}
 
 
 def check_layouts(gm: fx.GraphModule, *, plan: BodyPlan, degrees: HelixLayout) -> None:

@@ -55,7 +55,7 @@ def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
     # a fused form takes the norm's weight and RoPE's tables besides
     require(
         all(of(a) == heads for a in node.args[4:6])
-        and not any(of(a) for a in (node.args[1], *node.args[6:]) if isinstance(a, fx.Node)),
+        and not any(of(a) for a in (node.args[1], *node.args[6:], *node.kwargs.values()) if isinstance(a, fx.Node)),
         "what is appended must be whole on every rank (K and V: the rank's heads)",
     )
     return dict(visible)
@@ -67,7 +67,7 @@ def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
     heads = _heads(degrees)
     require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
     require(cache == visible and not table, "cache and visible are not of one rank")
-    _check_first(node, of, visible)
+    _check_keywords(node, of, visible)
     return _partials(heads, degrees)
 
 
@@ -141,6 +141,33 @@ def _select_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
     return (out, dict(out))
 
 
+def _embed_rows(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Rows of a table that is cut over all ranks, counted from each rank's own first one."""
+    ids, rows, first = (of(a) for a in node.args)
+    cut: Layout = {"world": Shard(0)} if degrees.world_size > 1 else {}
+    own: Layout = {"world": PerRank()} if degrees.world_size > 1 else {}
+    require(not ids, f"ids are {format_layout(ids)}, expected whole")
+    require(rows == cut, f"the table is {format_layout(rows)}, expected {format_layout(cut)}")
+    require(first == own, f"the first row is {format_layout(first)}, expected {format_layout(own)}")
+    return {"world": Partial("sum")} if cut else {}
+
+
+def _best_word(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Candidates of each rank, side by side."""
+    logits, first = (of(a) for a in node.args[:2])
+    own: Layout = {"world": PerRank()} if degrees.world_size > 1 else {}
+    require(
+        set(logits.values()) <= {Shard(2)}, f"logits are {format_layout(logits)}, expected words cut over the ranks"
+    )
+    require(first == own, f"the first word is {format_layout(first)}, expected {format_layout(own)}")
+    return dict(logits)
+
+
+def _best_of_words(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    require(not of(node.args[0]), f"the best of {format_layout(of(node.args[0]))}, expected candidates of all ranks")
+    return {}
+
+
 def _mla_decode_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     q_latent, q_rope, cache, table, visible, slots, count = (of(a) for a in node.args[:7])
     heads = _heads(degrees)
@@ -152,6 +179,7 @@ def _mla_decode_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: Helix
         slots == count == chosen,
         f"slots are {format_layout(slots)}, count {format_layout(count)}, expected chosen ones",
     )
+    _check_keywords(node, of, visible)
     return _partials(heads, degrees)
 
 
@@ -165,14 +193,15 @@ def _gqa_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
         f"caches are {format_layout(k_cache)}, {format_layout(v_cache)}, visible {format_layout(visible)}",
     )
     require(not table, "the page table must be whole on every rank")
-    _check_first(node, of, visible)
+    _check_keywords(node, of, visible)
     return _partials(heads, degrees)
 
 
-def _check_first(node: fx.Node, of: Callable[[Any], Layout], visible: Layout) -> None:
-    """What a query sees on a rank has both its ends from that rank."""
-    first = node.kwargs.get("first")
+def _check_keywords(node: fx.Node, of: Callable[[Any], Layout], visible: Layout) -> None:
+    """What a query sees on a rank has both its ends from that rank; a scale is the same on all."""
+    first, scale = node.kwargs.get("first"), node.kwargs.get("cache_scale")
     require(first is None or of(first) == visible, "the first visible slots and the visible ones are not of one rank")
+    require(scale is None or not of(scale), "the scale of the cache must be whole on every rank")
 
 
 def _heads(degrees: HelixLayout) -> Layout:
@@ -273,6 +302,10 @@ def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -
 HELIX_RULES: dict[Any, Rule] = {
     helix.shard_index.default: _shard_index,
     helix.first_visible.default: _first_visible,
+    helix.embed_rows.default: _embed_rows,
+    helix.best_word.default: _best_word,
+    helix.top_words.default: _best_word,
+    helix.best_of_words.default: _best_of_words,
     helix.cache_append.default: _cache_append,
     helix.mla_decode.default: _mla_decode,
     helix.gqa_decode.default: _gqa_decode,

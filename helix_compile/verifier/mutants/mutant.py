@@ -50,6 +50,8 @@ SPARSE_CATALOGUE: list[Mutant] = []
 WINDOW_CATALOGUE: list[Mutant] = []
 # faults of layers that read what an earlier one caches, made on a model with such
 SHARED_CATALOGUE: list[Mutant] = []
+# faults of caches in FP8, made on a model with MLA
+FP8_CATALOGUE: list[Mutant] = []
 
 
 def mutant(

@@ -26,6 +26,7 @@ from helix_compile.passes.match.layers import match_layers
 from helix_compile.runtime.rank import originals
 from helix_compile.verifier.layer_check import LayerCase
 from helix_compile.verifier.mutants import (  # noqa: F401  importing registers them
+    fp8_mutants,
     graph_mutants,
     kernel_mutants,
     padding_mutants,
@@ -33,10 +34,12 @@ from helix_compile.verifier.mutants import (  # noqa: F401  importing registers 
     selection_mutants,
     shared_mutants,
     sparse_mutants,
+    vocabulary_mutants,
     window_mutants,
 )
 from helix_compile.verifier.mutants.mutant import (
     CATALOGUE,
+    FP8_CATALOGUE,
     GQA_CATALOGUE,
     SHARED_CATALOGUE,
     SPARSE_CATALOGUE,
@@ -229,8 +232,8 @@ def self_test(
 
     Args:
         model: a DeepSeek-V3 in transformers' names with dense and MoE layers, 24 heads, 8 experts: awkward_model();
-            for GQA_CATALOGUE awkward_gqa(), for WINDOW_CATALOGUE awkward_windows(), for SPARSE_CATALOGUE awkward_sparse(), for
-            SHARED_CATALOGUE awkward_shared().
+            or FP8_CATALOGUE; for GQA_CATALOGUE awkward_gqa(), for WINDOW_CATALOGUE awkward_windows(), for SPARSE_CATALOGUE awkward_sparse(),
+            for SHARED_CATALOGUE awkward_shared().
         mutants: by default the whole CATALOGUE.
         progress: called with the name of each mutant when its turn comes.
     """
@@ -256,7 +259,7 @@ def self_test(
 
 def self_test_of_all_kinds(progress: Callable[[str], None] | None = None) -> list[Verdict]:
     """The catalogue on a model with MLA, then the faults that only other kinds of attention can have, on models with these."""
-    found = self_test(awkward_model(), CATALOGUE, progress)
+    found = self_test(awkward_model(), CATALOGUE + FP8_CATALOGUE, progress)
     found += self_test(awkward_gqa(), GQA_CATALOGUE, progress)
     found += self_test(awkward_windows(), WINDOW_CATALOGUE, progress)
     found += self_test(awkward_sparse(), SPARSE_CATALOGUE, progress)

@@ -16,7 +16,8 @@ from helix_compile.config.options import PAGE_SIZE
 from helix_compile.module import HelixModule
 from helix_compile.plan.matches import AttentionMatch
 from helix_compile.verifier.contract import deal
-from helix_compile.verifier.numeric.scratch import STALE, Scratch
+from helix_compile.verifier.numeric.cache_format import CacheFormat
+from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.site_terms import new_entries, on_rank, terms_of
 from helix_compile.verifier.report import Finding, fault, numeric_finding
 
@@ -43,8 +44,11 @@ def check_cache(
     new = torch.cat(new_entries(attention, expected), dim=-1)
     scale, limit = float(new.abs().max()), ENTRY[dtype]
     largest = _largest(attention, new)
+    stale = scratch.stale_entry(site)
     for rank, caches in enumerate(scratch.caches):
         cache, old = caches[site].cpu(), before[rank][site].cpu()
+        if scratch.format.rounds:
+            cache, old = cache.view(torch.uint8), old.view(torch.uint8)
         untouched = torch.ones(cache.shape[:2], dtype=torch.bool)
         for row, past in enumerate(pasts):
             mine = deal(past + T, cp, tpb)[rank % cp]
@@ -53,14 +57,19 @@ def check_cache(
                     continue
                 page = int(scratch.page_table[row, slot // PAGE_SIZE])
                 untouched[page, slot % PAGE_SIZE] = False
-                got = cache[page, slot % PAGE_SIZE].double()
+                held = caches[site][page, slot % PAGE_SIZE].cpu()
+                got = scratch.format.decode(site, held[None])[0].double()
                 wanted = on_rank(new[row, position - past], row_of, rank // cp, tpa)
                 # a zero head may cache the bias of its norm: it is in no result, and only has to be finite
                 allowed = on_rank(_allowed(position, attention, dtype) * largest, row_of, rank // cp, tpa, 1e300)
-                off = (got - wanted).abs().nan_to_num(torch.inf)
-                if bool((off > allowed).any()):
+                if scratch.format.rounds:  # where the original's lies at a tie, either is right
+                    wrong = scratch.format.followed(site, wanted[None], got[None], allowed[None])[1]
+                    wanted = scratch.format.rounded(site, wanted[None])[0]
+                else:
+                    wrong = (got - wanted).abs().nan_to_num(torch.inf) > allowed
+                if bool(wrong.any()):
                     at = f"{where}, rank {rank}, sequence {row}, position {position}"
-                    text, family = _entry_fault(got, wanted, attention, limit * scale)
+                    text, family = _entry_fault(got, wanted, attention, limit * scale, stale)
                     what = "latent, k_rope and index key" if row_of.index else "latent and k_rope"
                     what = "K and V" if row_of.heads else what
                     return [numeric_finding("HX404", at, text, f"the original's {what} to {limit:.0e}", family)]
@@ -93,8 +102,10 @@ def _largest(attention: AttentionMatch, new: Tensor) -> Tensor:
     return torch.cat([part.abs().max().expand(part.shape[-1]) for part in (own, index) if part.shape[-1]])
 
 
-def _entry_fault(got: Tensor, wanted: Tensor, attention: AttentionMatch, limit: float) -> tuple[str, int]:
-    if bool((got == STALE).all()):
+def _entry_fault(
+    got: Tensor, wanted: Tensor, attention: AttentionMatch, limit: float, stale: Tensor
+) -> tuple[str, int]:
+    if bool((got == stale).all()):
         return "never written", 7
     error = (got - wanted).abs().nan_to_num(torch.inf)
     first = attention.cache.first
@@ -150,7 +161,7 @@ def check_import(compiled: HelixModule) -> list[Finding]:
             return [fault(error, "import_cache")]
         if compiled.lengths.tolist() != lengths:
             return [Finding("HX404", "import_cache: lengths", str(compiled.lengths.tolist()), str(lengths), 11)]
-        table = compiled.page_table
+        table, form = compiled.page_table, CacheFormat.of(compiled)
         for rank in compiled.ranks:
             for row, length in enumerate(lengths):
                 mine = deal(length, cp, tpb)[rank.rank % cp]
@@ -163,6 +174,8 @@ def check_import(compiled: HelixModule) -> list[Finding]:
                         rank.rank // cp,
                         layout.tpa,
                     )
+                    if form.rounds:
+                        held, wanted = (x.cpu().view(torch.uint8) for x in (held, form.encode(site, wanted.cpu())))
                     wrong = (held != wanted).flatten(1).any(dim=-1).nonzero()
                     if len(wrong):
                         position = mine[int(wrong[0])]

@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer
-from helix_compile.ir.dataflow import ancestors, evaluate
-from helix_compile.ir.graph import LAYER_NUMBER, aten, input_ref, is_call, node_named, placeholders
+from helix_compile.ir.collectives import WAIT
+from helix_compile.ir.dataflow import ancestors, evaluate, follow
+from helix_compile.ir.graph import LAYER_NUMBER, aten, calls, helix_op, input_ref, is_call, node_named, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout
@@ -93,11 +94,18 @@ class CapturedReference:
         nodes = self.graph.graph.nodes
         return next(n for n in nodes if n.op == "call_module" and n.meta["layer"] == layer)
 
-    def layer(self, layer: int, given: LayerInputs, indexers: Indexers | None = None) -> dict[str, Any]:
+    def layer(
+        self,
+        layer: int,
+        given: LayerInputs,
+        indexers: Indexers | None = None,
+        cached: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Any]:
         """Values of every node of a layer, by name; "output" is the new hidden state.
 
         Args:
             indexers: of the layer's choices of keys; by default its own.
+            cached: node -> what is cached in place of its value.
         """
         call = self.call(layer)
         body = body_of(self.graph, call.target)
@@ -125,7 +133,7 @@ class CapturedReference:
                 values[node.name] = value
 
             with blaming_the_original(f"the original's captured layer {layer}, run by itself"):
-                out = RecordingInterpreter(body, record, indexers=indexers).run(*inputs)
+                out = RecordingInterpreter(body, record, indexers=indexers, given=cached).run(*inputs)
         values["output"] = out[0]
         return values
 
@@ -207,7 +215,7 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
         inputs = []
         for rank in range(len(scratch.params)):
             placed = dict(zip(placeholders(outer), scratch.inputs_of(rank, step), strict=True))
-            known = dict.fromkeys([n for n in outer.nodes if _embeds(n, given.hidden)], _one_stream(given.hidden))
+            known = dict.fromkeys(_embeddings(outer, given.hidden), _one_stream(given.hidden))
             for node, argument in zip(placeholders(body.graph), call.args, strict=True):
                 kind, name = input_ref(node)
                 if kind == "chosen":
@@ -232,6 +240,17 @@ def _is_handed(node: fx.Node) -> bool:
 def _step(graph: fx.Graph, name: str) -> fx.Node:
     """An input of layers that the outer graph computes for each step."""
     return next(n for n in graph.nodes if n.meta.get("step") == name)
+
+
+def _embeddings(outer: fx.Graph, hidden: Tensor) -> list[fx.Node]:
+    """Values that are the token embeddings: looked up whole, or summed over the ranks' rows."""
+    summed = [
+        follow([n], lambda node: [] if is_call(node, WAIT) else node.users)
+        for n in outer.nodes
+        if helix_op(n) == "embed_rows"
+    ]
+    whole = [n for n in calls(outer, aten.embedding.default) if _embeds(n, hidden)]
+    return [*whole, *(n for found in summed for n in found if is_call(n, WAIT))]
 
 
 def _chosen(scratch: Scratch, rank: int, name: str, handed: Mapping[str, Tensor]) -> Tensor:
@@ -275,7 +294,7 @@ def attention_output(o_proj: fx.Node, attention: AttentionMatch) -> fx.Node:
     """The node whose value is attention alone: what o_proj reads, or what its gate multiplies."""
     node = o_proj.args[0]
     assert isinstance(node, fx.Node)
-    for _ in range(2 if attention.gate else 0):  # o_flat(o_gated(o, gate))
+    for _ in range(2 + attention.gate.cast if attention.gate else 0):  # o_flat(o_cast(o_gated(o, gate)))
         source = node.args[0]
         node = source if isinstance(source, fx.Node) else node
     return node

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers.cache_utils import DynamicCache
 
 from helix_compile.capture.source import converted_copy
@@ -28,6 +28,8 @@ from helix_compile.plan.matches import LayerMatch
 from helix_compile.verifier.numeric.indexers import Indexers, SiteChoice
 from helix_compile.verifier.numeric.routing import Choices, RecordTopK
 from helix_compile.verifier.report import OriginalFails
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.matmul.default)  # of one dtype alone
 
 
 class WidenedIslands(TorchDispatchMode):
@@ -51,6 +53,9 @@ class WidenedIslands(TorchDispatchMode):
             return args[0].clone()
         if target is self.captured_dtype:  # not float32: position tables stay as they are
             kwargs["dtype"] = torch.float64
+        if func in _PRODUCTS and any(x.dtype is torch.float64 for x in args if isinstance(x, Tensor)):
+            # positions in float32 times frequencies that were widened (rotary tables of transformers 5.17)
+            args = [x.double() if isinstance(x, Tensor) and x.dtype is torch.float32 else x for x in args]
         return func(*args, **kwargs)
 
 
@@ -100,6 +105,7 @@ class EagerReference:
     """The copy with its own DynamicCache. Padding is a column there and never a position.
 
     Attributes:
+        cached: (layer, keys, values, the mask so far) -> what is cached in their place; None: they are.
         leaves: names of modules whose top-ks are not looked at: the module under test runs them as they are.
         selections: what the indexers would have chosen in the last step.
     """
@@ -107,6 +113,7 @@ class EagerReference:
     follows: ClassVar[bool] = True
     model: Any
     leaves: Sequence[str] = ()
+    cached: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     mask: Tensor | None = None
     selections: list[SiteChoice] = field(default_factory=list)
     cache: Any = field(init=False)
@@ -114,6 +121,16 @@ class EagerReference:
 
     def __post_init__(self) -> None:
         self.cache = DynamicCache(config=self.model.config)
+        update, cached = self.cache.update, self.cached
+        if cached is not None:
+
+            def updated(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+                assert self.mask is not None
+                with _disable_current_modes():  # casts to float32 are meant as such here
+                    keys, values = cached(layer, keys, values, self.mask)
+                return update(keys, values, layer, *args, **kwargs)
+
+            self.cache.update = updated
         append = getattr(self.cache, "update_indexer", None)
         if append is None:  # transformers 5.17
             return
@@ -192,9 +209,17 @@ INDEXER = "indexer"  # meta of a captured graph's top-k that chooses keys
 class RecordingInterpreter(fx.Interpreter):
     """Runs a graph, its layers node by node, and calls record(path, node, value) after each node."""
 
-    def __init__(self, module: fx.GraphModule, record: Record, path: str = "", indexers: Indexers | None = None):
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        record: Record,
+        path: str = "",
+        indexers: Indexers | None = None,
+        given: Mapping[str, Tensor] | None = None,
+    ):
         super().__init__(module)
         self.record, self.path, self.calling, self.indexers = record, path, "", indexers
+        self.given = given or {}  # node -> what is taken in place of its value
 
     def run_node(self, n: fx.Node) -> Any:
         """Run and record."""
@@ -203,7 +228,7 @@ class RecordingInterpreter(fx.Interpreter):
             self.indexers.arm()
         value = super().run_node(n)
         self.record(self.path, n, value)
-        return value
+        return self.given[n.name].to(value) if n.name in self.given else value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Go into the layer instead of calling it."""

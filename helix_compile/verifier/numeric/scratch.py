@@ -9,7 +9,6 @@ to: what goes in is moved, and what comes out comes back.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from helix_compile.ir.graph import input_ref, placeholders
 from helix_compile.ir.leaves import LeafState, leaf_states
 from helix_compile.module import HelixModule
 from helix_compile.verifier.contract import deal
+from helix_compile.verifier.numeric.cache_format import CacheFormat
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from helix_compile.verifier.numeric.site_terms import on_rank, side_by_side
 from helix_compile.worlds.walk import Hook
@@ -67,6 +67,7 @@ class Scratch:
     page_table: Tensor = field(init=False)
     caches: list[list[Tensor]] = field(init=False)
     leaves: list[dict[str, LeafState]] = field(init=False)
+    format: CacheFormat = field(init=False)
 
     def __post_init__(self) -> None:
         layout, options = self.compiled.plan.layout, self.compiled.plan.options
@@ -78,22 +79,30 @@ class Scratch:
         shuffled = torch.randperm(total, generator=generator)[: self.rows * pages]
         device = self.compiled.device
         self.page_table = shuffled.view(self.rows, pages)
-        dtype = getattr(torch, self.compiled.plan.dtype)
+        self.format = CacheFormat.of(self.compiled)
         self.leaves = [leaf_states(self.graph.graph) for _ in self.params]
         self.caches = []
         for _ in self.params:
             mine = []
-            for row in self.compiled.facts.caches:
-                shape = (total, PAGE_SIZE, *row.tail(layout.tpa))
-                cache = torch.full(shape, torch.nan, dtype=dtype, device=device)
-                cache[shuffled.to(device)] = STALE
-                mine.append(cache)
+            for site in range(len(self.compiled.facts.caches)):
+                cache = self.format.empty(site, (total, PAGE_SIZE), layout.tpa)
+                cache[shuffled] = self._stale(site)
+                mine.append(cache.to(device))
             self.caches.append(mine)
 
     @property
     def slots(self) -> int:
         """Slots of a sequence on one rank."""
         return self.page_table.shape[1] * PAGE_SIZE
+
+    def _stale(self, site: int) -> Tensor:
+        row = self.compiled.facts.caches[site]
+        tail = row.tail(self.compiled.plan.layout.tpa)
+        return self.format.encode(site, torch.full((1, *tail), STALE))[0]
+
+    def stale_entry(self, site: int) -> Tensor:
+        """What a slot stands for that nobody has written."""
+        return self.format.decode(site, self._stale(site)[None])[0].double()
 
     def fill(self, site: int, row: int, entries: Tensor) -> None:
         """Lay out a whole sequence's entries [length, first + second] of one site on every rank."""
@@ -105,24 +114,36 @@ class Scratch:
             pages = self.page_table[row][slots // PAGE_SIZE]
             kind = self.compiled.facts.caches[site]
             rows = on_rank(entries[mine], kind, rank // layout.kvp, layout.tpa)
-            caches[site][pages, slots % PAGE_SIZE] = rows.to(caches[site])
+            caches[site][pages, slots % PAGE_SIZE] = self.format.encode(site, rows).to(caches[site])
         self.lengths[row] = len(entries)
 
     def shard(self, site: int, row: int, rank: int, count: int) -> Tensor:
-        """The first `count` local slots of a sequence on one rank: entries [count, *] of its heads."""
+        """The first `count` local slots of a sequence on one rank: entries [count, *] of its heads, in float64 where they are FP8."""
         slots = torch.arange(count)
         pages = self.page_table[row][slots // PAGE_SIZE]
         rows = self.caches[rank][site][pages, slots % PAGE_SIZE].cpu()
-        return side_by_side(rows, self.compiled.facts.caches[site])
+        return side_by_side(self.format.decode(site, rows), self.compiled.facts.caches[site])
 
     def gathered(self, site: int, row: int, length: int, tpa_rank: int = 0) -> Tensor:
         """What the ranks of one tpa coordinate hold of a sequence, in order of position: [length, *]."""
         layout, options = self.compiled.plan.layout, self.compiled.plan.options
-        width = math.prod(self.caches[0][site].shape[2:])
-        whole = self.caches[0][site].new_empty((length, width), device="cpu")
-        for kvp, mine in enumerate(deal(length, layout.kvp, options.tokens_per_block)):
-            whole[mine] = self.shard(site, row, tpa_rank * layout.kvp + kvp, len(mine))
+        hands = deal(length, layout.kvp, options.tokens_per_block)
+        held = [self.shard(site, row, tpa_rank * layout.kvp + kvp, len(mine)) for kvp, mine in enumerate(hands)]
+        whole = held[0].new_empty((length, held[0].shape[1]))
+        for mine, entries in zip(hands, held, strict=True):
+            whole[mine] = entries
         return whole
+
+    def entries(self, site: int, row: int, length: int) -> Tensor:
+        """The whole entries of a sequence, of all the model's KV heads, in order of position: [length, first + second] in float64."""
+        kind, layout = self.compiled.facts.caches[site], self.compiled.plan.layout
+        if not kind.heads:
+            return self.gathered(site, row, length).double()
+        parts = [self.gathered(site, row, length, tpa).double() for tpa in range(layout.tpa)]
+        share = kind.first + kind.second
+        cut = [p.split([p.shape[1] * width // share for width in (kind.first, kind.second)], dim=1) for p in parts]
+        first, second = (torch.cat([c[i] for c in cut], dim=1) for i in range(2))
+        return torch.cat([first[:, : kind.widths[0]], second[:, : kind.widths[1]]], dim=1)
 
     def positions(self, mask: Tensor) -> Tensor:
         """Absolute positions [B, T] of a step's tokens, -1 for padding, counted one by one."""
@@ -156,7 +177,11 @@ class Scratch:
     def inputs_of(self, rank: int, known: dict[str, Any]) -> list[Any]:
         """Values of the outer graph's placeholders on one rank."""
         layout = self.compiled.plan.layout
-        ranks = {"kvp_rank": torch.tensor(rank % layout.kvp), "ep_rank": torch.tensor(rank // layout.tpf)}
+        ranks = {
+            "kvp_rank": torch.tensor(rank % layout.kvp),
+            "ep_rank": torch.tensor(rank // layout.tpf),
+            "world_rank": torch.tensor(rank),
+        }
         values: list[Any] = []
         for node in placeholders(self.graph.graph):
             ref = input_ref(node)
@@ -165,6 +190,8 @@ class Scratch:
                 values.append(self.params[rank][name])
             elif kind == "cache":
                 values.append(self.caches[rank][ref.site])
+            elif kind == "scale":
+                values.append(self.compiled.ranks[rank].scales[ref.site])
             elif kind == "leaf":
                 values.append(self.leaves[rank][name])
             else:

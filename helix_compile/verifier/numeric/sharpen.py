@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
-from helix_compile.plan.matches import AttentionMatch, LayerMatch
+from helix_compile.plan.matches import AttentionMatch, LayerMatch, Table
 from helix_compile.verifier.numeric.handed import drawn_keys
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, hidden_shape
 from helix_compile.verifier.numeric.site_terms import Past, empty_past, given_length, new_entries, terms_of
@@ -64,6 +64,8 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
                 factor = max(1.0, spread / max(float(seen.std()), 1e-6))
                 for rows in attention.q_proj.params:
                     edits[layer.prefix + rows.name] = partial(_scaled, factor=factor)
+                    if rows.role:  # what ranks hold is called otherwise than the original
+                        edits[layer.prefix + rows.param] = partial(_scaled, factor=factor, rows=rows.rows)
                 if attention.sinks:
                     name = layer.prefix + attention.sinks.name
                     edits[name] = _as_heavy_as_keys(reference.tensors[name], torch.logsumexp(seen * factor, dim=-1))
@@ -144,8 +146,13 @@ def _moved(sinks: Tensor, factor: float, shift: float) -> Tensor:
     return (sinks.double() * factor + shift).to(sinks)  # rounded once
 
 
-def _scaled(weight: Tensor, factor: float) -> Tensor:
-    return weight * factor
+def _scaled(weight: Tensor, factor: float, rows: Table = ()) -> Tensor:
+    """All of it, or rows that make q where others make a gate."""
+    if not rows:
+        return weight * factor
+    scaled, at = weight.clone(), torch.tensor(rows).flatten()
+    scaled[at] *= factor
+    return scaled
 
 
 def _shifted(bias: Tensor, seed: int, spread: float, scaled: Edit | None) -> Tensor:

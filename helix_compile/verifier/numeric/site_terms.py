@@ -150,6 +150,13 @@ def given_length(match: AttentionMatch, S: int, T: int) -> int:
     return S + T if match.shared else S
 
 
+def given_as(match: AttentionMatch, entries: Tensor) -> dict[str, Tensor]:
+    """Entries [B, T, first + second] in the form of the nodes that make both parts: name -> value. The inverse of new_entries."""
+    first, second = entries.split([match.cache.widths[0], entries.shape[-1] - match.cache.widths[0]], dim=-1)
+    own = second[..., : match.cache.second * (match.cache.heads or 1)]
+    return dict(zip(match.new[:2], past_of(match, first, own), strict=bool(match.new)))
+
+
 def new_entries(match: AttentionMatch, values: dict[str, Any]) -> Past:
     """The entries [B, T, *] of the new tokens, by the original."""
     T = values[match.o_proj].shape[1]

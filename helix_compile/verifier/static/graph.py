@@ -203,9 +203,16 @@ def _fits(call: fx.Node, first: fx.Node, module: fx.GraphModule, params: dict[st
                 findings.append(Finding("HX109", f"{where}, input {name}", lies, expected, 2))
         elif kind == "cache" and given.kind != "cache":
             findings.append(Finding("HX109", f"{where}, input {name}", given.name, "a cache"))
+        elif kind == "scale" and (given.kind, given.site) not in {("scale", s) for s in _sites(call)}:
+            findings.append(Finding("HX109", f"{where}, input {name}", given.name, "the scale of its own cache", 4))
         elif kind == "layer" and argument != call.meta.get("layer"):
             findings.append(Finding("HX109", f"{where}, parts of a layer", f"those of layer {argument}", "its own", 2))
     return findings + _own_layer(call, where)
+
+
+def _sites(call: fx.Node) -> set[int]:
+    """Cached attentions whose caches a call gets."""
+    return {input_ref(a).site for a in call.args if input_ref(a).kind == "cache"}
 
 
 def _own_layer(call: fx.Node, where: str) -> list[Finding]:

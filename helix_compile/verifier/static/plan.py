@@ -17,6 +17,7 @@ from helix_compile.capture.captured import CapturedGraph, CapturedLayer
 from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_call, is_param, placeholders
 from helix_compile.ir.sizes import hint_of
 from helix_compile.ir.stage import bodies_of, body_of
+from helix_compile.passes.match.vocabulary import find_vocabulary
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, Selection
 from helix_compile.verifier.contract import head_places, places_of
@@ -80,6 +81,35 @@ def _whose(layers: Sequence[CapturedLayer], own: Sequence[CapturedLayer], site: 
     """Of each layer of a body the one that caches what a site reads; none where that is the layer itself."""
     found = [next(x.index for x in layers if layer.caches[site] in x.own) for layer in own]
     return () if found == [layer.index for layer in own] else tuple(found)
+
+
+def check_vocabulary(graph: fx.GraphModule, plan: HelixPlan, captured: CapturedGraph) -> list[Finding]:
+    """Embedding and head cut by rows over all ranks, or whole, as the options say: in the plan, and by collectives in the graph.
+
+    What the rows are is for the comparison of parameters, which words the logits are of for that of the logits.
+    """
+    N, shard = plan.layout.world_size, plan.options.head == "shard"
+    wanted = Counter({("all_reduce", "world"): 1, ("all_gather_into_tensor", "world"): 1}) if shard else Counter()
+    got = Counter((str(n.target).split(".")[1], str(n.args[-1])) for n in calls(graph.graph, *COLLECTIVES))
+    planned = Counter((c.op, c.axis) for c in plan.outer.collectives)
+    findings = []
+    if got != wanted:
+        findings.append(Finding("HX105", "outer graph", _counts(got), _counts(wanted), 10))
+    if planned != wanted:
+        findings.append(Finding("HX302", "plan, outer graph: collectives", _counts(planned), _counts(wanted), 9))
+    if not shard:
+        return findings
+    vocabulary = find_vocabulary(captured)
+    sizes = {vocabulary.rows: vocabulary.embedding_shape[0], vocabulary.weight: vocabulary.weight_shape[0]}
+    for name, rows in sizes.items():
+        axes = [(c.dim, c.axis, c.total) for s in plan.outer.param_shards if s.name == name for c in s.cuts]
+        if axes != [(0, "world", rows)]:
+            where = f"plan, outer graph, parameter {name}: cuts (dim, axis, rows)"
+            findings.append(Finding("HX302", where, str(axes), str([(0, "world", rows)]), 2))
+        if not plan.options.pad_heads and rows % N:
+            where = f"plan, outer graph, parameter {name}: rows % ranks without pad_heads"
+            findings.append(Finding("HX302", where, str(rows % N), "0", 12))
+    return findings
 
 
 def _zero_heads(body: BodyPlan, found: AttentionMatch, places: list[int | None], where: str) -> list[Finding]:

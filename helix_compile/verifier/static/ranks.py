@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,18 @@ from helix_compile.verifier.contract import OTHER_AXIS, coordinate, deal, head_p
 from helix_compile.verifier.numeric.site_terms import seen_by
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static.plan import matched_bodies
+
+
+def check_scales(ranks: Sequence[Any], plan: HelixPlan, sites: int) -> list[Finding]:
+    """Every rank has the scales of its FP8 caches that the options state, rounded to float32."""
+    stated = plan.options.cache_scale
+    wanted = list(stated) if isinstance(stated, tuple) else [stated] * sites
+    wanted = torch.tensor(wanted, dtype=torch.float32).tolist() if plan.options.cache_dtype == "fp8_e4m3" else []
+    return [
+        Finding("HX302", f"rank {rank.rank}: scales of its caches", str(got), str(wanted), 4)
+        for rank in ranks
+        if (got := [float(scale) for scale in rank.scales]) != wanted
+    ]
 
 
 def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:

@@ -94,11 +94,6 @@ MISSES: list[tuple[str, str, str]] = [
         "gate's heads change places",
         "the gate can't be cut by heads: aten.slice.Tensor works across dim 2, which is cut by heads (a gate is cut over all cp * tpa ranks; nearest that works: a gate whose linear",
     ),
-    (
-        "repeat",
-        "gate from q's linear",
-        f"the gate and what attention reads come from one linear `linear_3` of {H * (DK + DV)} rows",
-    ),
 ]
 
 

@@ -41,6 +41,8 @@ BY_NUMBERS = {
     "only the first token of a step is written": "HX404",
     "ranks of ep count experts without those that are padded": "HX401",
     "padding is written to slot 0": "HX401",
+    "ranks count their rows of the embedding from the one before": "HX401",
+    "the logits are those of the last words and the rows of zeros, without the first": "HX401",
     "attention reads the cache before the new token is written": "HX402",
 }
 # right numbers, wrong all the same: only the static check can find these
@@ -60,6 +62,9 @@ BY_TYPES = {
     "a zero head stands before the others of its rank": "HX202",
     "the expert that no token chooses holds weights": "HX202",
     "rows of a zero head are not zero": "HX202",
+    "two ranks hold each other's rows of the head": "HX201",
+    "rows of zeros of the head are not zero, and no logit shows it": "HX202",
+    "the plan has no word of what is cut around the layers": "HX302",
     "one rank has an older router bias": "HX204",
     "kvp groups run through in reverse": "HX106",
     "blocks start one token late": "HX301",
