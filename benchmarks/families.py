@@ -21,7 +21,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 _TEXT = """# Model families
 
 Every family of transformers {version} whose configuration has a `kv_lora_rank` (MLA), and behind them some with
-grouped-query attention (llama to mixtral; from gemma3 on with windows of 5, chunks of 5 or sinks), as tiny models of awkward
+grouped-query attention (llama to mixtral; from gemma3 on with windows of 5, chunks of 5 or sinks; the last layers of gemma4 and
+gemma3n read what earlier ones cache), as tiny models of awkward
 sizes in float64 (`tests/support/families.py`), compiled as they are, gpt_oss and hy_v4 with `unmatched="keep"`: their experts stay whole. Made by `python -m benchmarks.families`; a test holds the table
 to a fresh run.
 
@@ -67,9 +68,10 @@ each; `tests/whole/test_styles.py` and `test_other_styles.py` hold them to 1e-10
 In all of them the mask is *added* to the scores (0 where a key is visible, a large negative number where not), or given to
 `scaled_dot_product_attention`; scores masked by `masked_fill` or `where` are refused with that reason.
 
-Windows, chunks and sinks are read off the graph and the mask, in these ways (`tests/passes/match/test_mask.py`, `test_gqa.py`):
+Windows, chunks, sinks and caches that layers share are read off the graph and the mask, in these ways (`tests/passes/match/test_mask.py`, `test_gqa.py`):
 
 - a mask that shows a query the last W tokens of its row, or those of its chunk of C; W and C are learned by evaluating it;
+- K and V of another layer, as its cache holds them, left by it in a mapping that the model hands to every layer;
 - sinks as a column beside the scores (`cat([scores, sinks], -1)`, the maximum taken off or not, the column cut off behind the
   softmax), or as a factor `sigmoid(logsumexp(scores) - sinks)` of what attention returns.
 

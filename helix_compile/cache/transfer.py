@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def parts_of_dynamic_cache(cache: DynamicCache, kinds: Sequence[CacheRow] = ()) 
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     if not cache.layers:
         raise RuntimeFault("import_cache: the DynamicCache is empty; expected a prefilled one")
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(_with_entries(cache, kinds)):
         if type(layer) not in (DynamicLayer, DynamicIndexedLayer):
             raise RuntimeFault(
                 f"import_cache: layer {i} of the cache is a {type(layer).__name__}, expected a DynamicLayer: other kinds "
@@ -66,6 +67,12 @@ def parts_of_dynamic_cache(cache: DynamicCache, kinds: Sequence[CacheRow] = ()) 
         if width:
             parts[1][i] = torch.cat([parts[1][i], layer.indexer_keys], dim=-1)
     return parts
+
+
+def _with_entries(cache: DynamicCache, kinds: Sequence[CacheRow]) -> list[Any]:
+    """Its layers; without the empty ones where as many are left as there are cached attentions: others read an earlier one's."""
+    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return held if len(held) == len(kinds) else list(cache.layers)
 
 
 def shards_to_export(

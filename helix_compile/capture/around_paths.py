@@ -54,7 +54,7 @@ class _Stations:
             out = self.pass_on(call.hidden, dict(zip(call.names, call.others, strict=True)), index)
             shapes = result_shapes(call, args, kwargs)
             others = [_result(out, [], index, i, shape, like.dtype) for i, (like, shape) in enumerate(shapes)]
-            return call.as_returned([out, *others])
+            return call.as_returned([out, *others], args, kwargs)
 
         return forward
 

@@ -8,7 +8,7 @@ Matchers get one shape of graph: no asserts, B and T read from one place, no dea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from helix_compile.capture.layers import BATCH, PAST, TOKENS, ConcatenatingCache
 from helix_compile.capture.results import result_of
 from helix_compile.capture.same_values import EXPORTED
 from helix_compile.capture.structure import on_meta, tensors_of
-from helix_compile.errors import CaptureError
+from helix_compile.errors import CaptureError, MatchError
 from helix_compile.ir.graph import PARTS, InputRef, aten, past_dim, set_input, source_line
 from helix_compile.ir.leaves import LayerCall
 from helix_compile.ir.shapes import trust_shapes
@@ -70,7 +70,7 @@ class _Body(nn.Module):
     def forward(self, hidden: Tensor, others: list[Tensor], pasts: list[Tensor]) -> Any:
         cache = ConcatenatingCache(self._config, pasts, pasts[0] if pasts else hidden)
         args, kwargs = self._call.rebuild(hidden, others, cache)
-        out, *results = self._call.results(self.layer(*args, **kwargs))
+        out, *results = self._call.results(self.layer(*args, **kwargs), args, kwargs)
         return out, [t for new in cache.new for t in new], results
 
 
@@ -173,31 +173,47 @@ def sites_of(layer: nn.Module, cached: list[list[Tensor]]) -> list[CachedSite]:
     return [CachedSite.of(new) for new in cached]
 
 
-def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, list[CachedSite]]:
-    """Run `layer` once without values: its signature, and what each attention site caches.
+def reads_handed(call: LayerCall, lines: Iterable[str]) -> bool:
+    """Does a layer read what one before it made, by the lines of its trace?"""
+    handed = [f"input {i + 1} (" for i, t in enumerate(call.others) if any(t is x for x in call.handed)]
+    return any(name in line for line in lines for name in handed)
+
+
+def check_index_keys(layer: nn.Module, cache: ConcatenatingCache) -> None:
+    """Raise MatchError where keys of an indexer were cached, and no K and V."""
+    if cache.keys_alone:
+        raise MatchError(
+            f"layer {cache.keys_alone[0]}: sparse attention: {type(layer).__name__} caches keys of an indexer and no K and V of its "
+            "own (it attends to another layer's?).\n  nearest that works: a layer that shares K and V shares the choice of keys too"
+        )
+
+
+def probe_layer(layer: nn.Module, call: LayerCall, config: Any) -> tuple[str, list[CachedSite], bool]:
+    """Run `layer` once without values: its signature, what each attention site caches, does it read what a layer before it made?
 
     The signature is the whole dataflow: every aten op with its constants and where its inputs come from, what is
     returned and what is cached. So two layers share a body only if they compute the same function of their parameters;
     each is run with its own number and everything else that is its own. (A layer that can't be run so is a CaptureError.)
     """
-    out: Any = None
+    results: list[Tensor] = []
     cache: Any = None
 
     def run(trace: Any, device: torch.device) -> None:
-        nonlocal out, cache
+        nonlocal results, cache
         with trace:
             hidden = example_like(call.hidden, device)
             others = [example_like(t, device) for t in call.others]
             trace.name_inputs([hidden, *others])
             cache = ConcatenatingCache(config, None, hidden.new_zeros(HINT_B, 1, HINT_S, 1))
             args, kwargs = call.rebuild(hidden, others, cache)
-            out = layer(*args, **kwargs)
+            results = call.results(layer(*args, **kwargs), args, kwargs)
 
     trace = without_values(f"{type(layer).__name__} can't be traced", layer, run)
+    check_index_keys(layer, cache)
     sites = sites_of(layer, cache.new)
-    ends = [trace.text(t) for t in (*call.results(out), *(t for new in cache.new for t in new))]
+    ends = [trace.text(t) for t in (*results, *(t for new in cache.new for t in new))]
     text = "\n".join([call.constants(), str(sites), *trace.lines, *ends])
-    return hashlib.sha256(text.encode()).hexdigest(), sites
+    return hashlib.sha256(text.encode()).hexdigest(), sites, reads_handed(call, trace.lines)
 
 
 def capture_body(layer: nn.Module, call: LayerCall, config: Any, cached: list[CachedSite]) -> fx.GraphModule:

@@ -82,12 +82,12 @@ def handed_on(captured: CapturedGraph, body: str) -> list[int]:
     return sorted(read)
 
 
-def source_of(captured: CapturedGraph, argument: fx.Node) -> tuple[str, int] | None:
-    """(body, number among its results) of what an outer value is, where it is a result of a layer."""
+def source_of(argument: fx.Node) -> tuple[fx.Node, int] | None:
+    """(a layer's call, number among its results) of what an outer value is, where it is a result of a layer."""
     if argument.target is not operator.getitem or argument.args[1] < 2:
         return None
     call, number = argument.args
-    return str(call.target), number - 2
+    return call, number - 2
 
 
 def whole_graph(body: fx.GraphModule) -> fx.GraphModule:
@@ -116,9 +116,16 @@ class CapturedLayer:
         prefix: what to put before a body's parameter names, e.g. "model.layers.3.".
         body: name of the body, e.g. "body_1".
         caches: places of its cached tensors in the module's list of caches, one per attention site.
+        shared: how many of them, the last ones, are an earlier layer's, which this one only reads.
     """
 
     index: int
     prefix: str
     body: str
     caches: tuple[int, ...]
+    shared: int = 0
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Places of what it caches itself."""
+        return self.caches[: len(self.caches) - self.shared]

@@ -12,6 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -104,6 +105,11 @@ class ConcatenatingCache(DynamicCache):
         if layer_idx < len(self.layers):  # who asks for the length from here on is told the new one
             self.layers[layer_idx].keys, self.layers[layer_idx].values = kept
         return kept
+
+    @property
+    def keys_alone(self) -> list[int]:
+        """Layers that cached keys of an indexer, and no K and V."""
+        return list(self._early)
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Of keys [B, T, width] that an indexer caches beside K and V of its layer: all of them [B, S + T, width]."""
@@ -229,13 +235,34 @@ def export_around(
     for form in forms:
         calls: Calls = {}
         try:
-            with layers_as(layers, partial(recorder, calls, form, made=[])):
-                return *_export_model(model, cache_of, [past]), calls, form
+            program = _export_layers_as(model, layers, form, calls, cache_of, past)
         except CaptureError as error:
             failures.append((len(calls), error))
             if not calls:
                 break
+            continue
+        better = _seen_in_calls(model, layers, form, calls)
+        if better != form:
+            form, calls = better, {}
+            program = _export_layers_as(model, layers, form, calls, cache_of, past)
+        return *program, calls, form
     raise max(failures, key=lambda failure: failure[0])[1]  # what came furthest says most
+
+
+def _export_layers_as(
+    model: PreTrainedModel, layers: nn.ModuleList, form: tuple[Returned, ...], calls: Calls, cache_of: Any, past: Tensor
+) -> tuple[ExportedProgram, Exported]:
+    with layers_as(layers, partial(recorder, calls, form, made=[])):
+        return _export_model(model, cache_of, [past])
+
+
+def _seen_in_calls(
+    model: PreTrainedModel, layers: nn.ModuleList, form: tuple[Returned, ...], calls: Calls
+) -> tuple[Returned, ...]:
+    """The form with what only the layers' calls tell: a mapping that all are handed, hidden states with streams in front."""
+    if any(call.shares for call in calls.values()):  # what is left in it is seen where the layers are run
+        form = next(_as_they_return(model, layers), form)
+    return tuple(replace(own, streams_first=i in calls and calls[i].has_streams_first) for i, own in enumerate(form))
 
 
 def _as_they_return(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[tuple[Returned, ...]]:
@@ -344,7 +371,7 @@ def recorder(calls: Calls, returned: tuple[Returned, ...], index: int, made: lis
             for number, (like, shape) in enumerate(result_shapes(call, args, kwargs))
         ]
         made.extend(results)
-        return call.as_returned([LAYER_OP(hidden, others, index), *results])
+        return call.as_returned([LAYER_OP(hidden, others, index), *results], args, kwargs)
 
     return forward
 

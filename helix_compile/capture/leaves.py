@@ -85,7 +85,7 @@ def probe(layer: nn.Module, call: LayerCall, config: Any, choked: Choked) -> Pro
             if (found := _probe_around(layer, call, config, part)) is not None:
                 return Probe(*found, part=part, part_reason=reason)
     try:
-        signature, sites = probe_layer(layer, call, config)
+        signature, sites, reads = probe_layer(layer, call, config)
     except CaptureError as error:
         part = _choking_child(layer, call, config) or ""
         around = _probe_around(layer, call, config, part) if part else None
@@ -93,18 +93,19 @@ def probe(layer: nn.Module, call: LayerCall, config: Any, choked: Choked) -> Pro
             raise
         choked.append((part, str(error), layer.get_submodule(part)))
         return Probe(*around, part=part, part_reason=str(error))
-    return probe_of(signature, sites)
+    return probe_of(signature, sites, reads)
 
 
-def probe_of(signature: str, sites: list[CachedSite]) -> Probe:
-    """Of a layer that can be run: a leaf where it caches nothing."""
-    return Probe(signature, sites, leaf="" if sites else "no cached attention: it keeps a state of its own")
+def probe_of(signature: str, sites: list[CachedSite], reads: bool) -> Probe:
+    """Of a layer that can be run: a leaf where it caches nothing, and reads nothing that a layer before it made."""
+    kept = "" if sites or reads else "no cached attention: it keeps a state of its own"
+    return Probe(signature, sites, leaf=kept)
 
 
 def _probe_around(layer: nn.Module, call: LayerCall, config: Any, part: str) -> tuple[str, list[CachedSite]] | None:
     """Signature and sites of a layer around its part and how the part is called; None: it is not called at all."""
     with opaque_part(layer, part) as recorded:
-        signature, sites = probe_layer(layer, call, config)
+        signature, sites, _ = probe_layer(layer, call, config)
     if not recorded:
         return None
     return " ".join([signature, part, *(given.constants() for given in recorded)]), sites

@@ -48,6 +48,7 @@ from helix_compile.capture.paths import (
 )
 from helix_compile.capture.rope import tables_by_position
 from helix_compile.capture.same_values import EXPORTED
+from helix_compile.capture.shared import with_shared
 from helix_compile.capture.structure import alike_but_values, attributes_kept, tensors_forgotten, tensors_of
 from helix_compile.capture.together import CanNotRun, not_compared, run_together
 from helix_compile.errors import CaptureError, HelixError, MatchError
@@ -233,7 +234,9 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool, 
     constants = _constants(model, program.constants, [(x.prefix, bodies[x.body].meta[CONSTANTS]) for x in captured])
     kept = {i: (f"{name}.{i}", why) for i, why in leaves.items()}
     outer = build_outer(around, bodies, captured, calls, kept, model.config)
-    return CapturedGraph(graph=outer, layers=tuple(captured), constants=constants, notes=tuple(notes), **facts)
+    return CapturedGraph(
+        graph=outer, layers=with_shared(outer, captured), constants=constants, notes=tuple(notes), **facts
+    )
 
 
 def _constants(
@@ -288,7 +291,9 @@ def _probes(
             found = _probes_one_by_one(model, layers, calls, keep, keep_failing)
             return _probes_around_parts(model, layers, calls, found, notes)
         return [
-            Probe("", [], leaf=keep[i]) if i in keep else probe_of(together.signatures[i], together.sites[i])
+            Probe("", [], leaf=keep[i])
+            if i in keep
+            else probe_of(together.signatures[i], together.sites[i], together.reads[i])
             for i in range(len(layers))
         ]
 
@@ -393,7 +398,7 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     _, _, calls, _ = export_around(model, layers)
     with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
         probes = [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
-    cached = [site for _, sites in probes for site in sites]
+    cached = [site for _, sites, _ in probes for site in sites]
     program = export_whole(model, [shape for site in cached for shape in site.shapes(HINT_B, HINT_S)])
     pasts = [InputRef.past(p, i).name for i, x in enumerate(cached) for p in PARTS[: len(x.shapes(1, 1))]]
     inputs = [("hidden", "input_ids"), ("tensor", "attention_mask"), ("tensor", "position_ids")]

@@ -282,7 +282,7 @@ def dataflow_elsewhere(layer: nn.Module, call: LayerCall, config: Any) -> str:
                 cache = ConcatenatingCache(config, None, hidden.new_zeros(sizes.B, 1, sizes.S, 1))
                 args, kwargs = call.rebuild(hidden, others, cache)
                 out = layer(*args, **kwargs)
-                ends = [*call.results(out), *(t for new in cache.new for t in new)]
+                ends = [*call.results(out, args, kwargs), *(t for new in cache.new for t in new)]
             trace.lines += map(trace.text, ends)
 
         lines += without_values(f"{type(layer).__name__} can't be run at {sizes}", layer, run).lines
@@ -386,11 +386,12 @@ def _run(
     pasts: list[Tensor],
 ) -> list[Tensor]:
     """What the layer itself gives for these weights, inputs and past, what it caches, and what else it returns."""
-    cache = ConcatenatingCache(config, pasts, pasts[0])
+    cache = ConcatenatingCache(config, pasts, pasts[0] if pasts else hidden)
     args, kwargs = call.rebuild(hidden, others, cache)
     # on the modules themselves, not on a copy: someone may have patched a forward of theirs
     with tensors_forgotten(layer):
-        out, *results = call.results(functional_call(layer, registered(layer, weights), args, kwargs))
+        returned = functional_call(layer, registered(layer, weights), args, kwargs)
+        out, *results = call.results(returned, args, kwargs)
     return [out, *(t for new in cache.new for t in new), *results]
 
 

@@ -1,12 +1,13 @@
-"""What each layer of a model returns besides hidden states: tensors that a later layer may read (chosen keys, say).
+"""What each layer of a model gives besides hidden states: tensors that a later layer may read (chosen keys, say).
 
-Found by running the whole model without values at a few sizes; each dim is then B, T, S, S + T, a number, or min(S + T, a
-number). Only asked where the model does not take hidden states alone from its layers.
+They are returned, or left in a mapping that all layers are handed (K and V that they share). Found by running the whole model
+without values at four sizes; each dim is then B, T, S, S + T, a number, or min(S + T, a number). Only asked where the model does
+not take hidden states alone from its layers, or hands them such a mapping.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,10 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helix_compile.capture.structure import on_meta
 from helix_compile.errors import CaptureError
-from helix_compile.ir.leaves import Returned, Size, TensorLike
+from helix_compile.ir.leaves import Returned, Size, Stored, TensorLike, arguments_of, is_mapping
 
-# B, T and S: all of them apart; a context that no fixed number of keys reaches; and so few that even one of 2 tells them apart
-_SIZES = ((3, 5, 11), (7, 13, 2**20), (5, 1, 2), (5, 1, 0))
+_Entries = dict[tuple[int, Any, int], Tensor]
+_Left = tuple[Any, _Entries]  # what a layer returned, and what it left in mappings
+
+# B, T and S: all of them apart, a context that no fixed number of keys reaches, and two that nearly every number exceeds
+_SIZES = ((3, 5, 11), (7, 13, 2**20), (2, 1, 1), (2, 1, 0))
 
 
 def returned_by(
@@ -35,21 +39,46 @@ def returned_by(
     Raises:
         CaptureError: a size of a returned tensor that is none of the above.
     """
-    outputs: list[list[Any]] = []
+    outputs: list[list[_Left]] = []
     for sizes in _SIZES:
-        kept: dict[int, Any] = {}
-        handles = [layer.register_forward_hook(partial(_keep, kept, i)) for i, layer in enumerate(layers)]
+        kept: dict[int, _Left] = {}
+        before: dict[int, _Entries] = {}
+        handles = [
+            handle
+            for i, layer in enumerate(layers)
+            for handle in (
+                layer.register_forward_pre_hook(partial(_look, before, i), with_kwargs=True),
+                layer.register_forward_hook(partial(_keep, kept, before, i), with_kwargs=True),
+            )
+        ]
         try:
             _run_without_values(model, run, sizes)
         finally:
             for handle in handles:
                 handle.remove()
         outputs.append([kept[i] for i in range(len(layers))])
-    return tuple(_returned(i, *each) for i, each in enumerate(zip(*outputs, strict=True)))
+    return tuple(_returned(i, runs) for i, runs in enumerate(zip(*outputs, strict=True)))
 
 
-def _keep(kept: dict[int, Any], index: int, module: nn.Module, args: Any, out: Any) -> None:
-    kept[index] = out
+def _entries(args: Any, kwargs: Any) -> _Entries:
+    """The tensors of all mappings among a layer's arguments, by argument, key and place."""
+    found: _Entries = {}
+    for number, (_, leaf) in enumerate(arguments_of(args, kwargs)[0]):
+        for key, value in leaf.items() if is_mapping(leaf) else ():
+            alone = isinstance(value, Tensor)
+            found |= {(number, key, -1 if alone else i): t for i, t in enumerate((value,) if alone else value)}
+    return found
+
+
+def _look(before: dict[int, _Entries], index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+    before[index] = _entries(args, kwargs)
+
+
+def _keep(
+    kept: dict[int, _Left], before: dict[int, _Entries], index: int, module: nn.Module, args: Any, kwargs: Any, out: Any
+) -> None:
+    own = {at: t for at, t in _entries(args, kwargs).items() if t is not before[index].get(at)}
+    kept[index] = out, own
 
 
 def _run_without_values(model: nn.Module, run: Callable[..., None], sizes: tuple[int, int, int]) -> None:
@@ -61,27 +90,28 @@ def _run_without_values(model: nn.Module, run: Callable[..., None], sizes: tuple
             run(next(model.parameters()).device, *sizes)
 
 
-def _returned(index: int, *found: Any) -> Returned:
-    """By what one layer returned at each of the sizes."""
-    if not isinstance(found[0], tuple):
-        return Returned()
-    others = [_tensor_like(index, *each) for each in zip(*(out[1:] for out in found), strict=True)]
-    return Returned(True, tuple(others))
+def _returned(index: int, runs: tuple[_Left, ...]) -> Returned:
+    """What a layer left at each of _SIZES as one form."""
+    outs, stored = [out for out, _ in runs], [left for _, left in runs]
+    left = tuple(Stored(*at, _like(index, [own[at] for own in stored])) for at in stored[0])
+    if not isinstance(outs[0], tuple):
+        return Returned(stored=left)
+    others = zip(*(out[1:] for out in outs), strict=True)
+    return Returned(True, tuple(_like(index, each) if isinstance(each[0], Tensor) else None for each in others), left)
 
 
-def _tensor_like(index: int, *found: Any) -> TensorLike | None:
-    if not isinstance(found[0], Tensor):
-        return None
-    sizes = tuple(_size(index, *each) for each in zip(*(tensor.shape for tensor in found), strict=True))
-    return TensorLike(sizes, found[0].dtype)
+def _like(index: int, tensors: Sequence[Tensor]) -> TensorLike:
+    sizes = tuple(_size(index, dims) for dims in zip(*(t.shape for t in tensors), strict=True))
+    return TensorLike(sizes, tensors[0].dtype)
 
 
-def _size(index: int, *found: int) -> Size:
-    for letters in ("B", "T", "S", "ST", ""):
-        for size in (Size(letters), Size(letters, found[1])):
-            if (letters or size.most is not None) and [size.at(*s) for s in _SIZES] == [*found]:
-                return size
+def _size(index: int, dims: tuple[int, ...]) -> Size:
+    letters = ("B", "T", "S", "ST")
+    most = max(dims)
+    for size in (*map(Size, letters), Size("", most), *(Size(x, most) for x in letters)):
+        if [size.at(*s) for s in _SIZES] == list(dims):
+            return size
     raise CaptureError(
-        f"capture: layer {index} returns a tensor besides hidden states with a dim of {', '.join(map(str, found))} at B, T, S = "
+        f"capture: layer {index} gives a tensor besides hidden states with a dim of {', '.join(map(str, dims))} at B, T, S = "
         f"{', '.join(map(str, _SIZES))}; expected B, T, S, S + T, a number, or the lesser of S + T and a number"
     )

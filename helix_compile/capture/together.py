@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helix_compile.capture.body import CachedSite, OpTrace, sites_of
+from helix_compile.capture.body import CachedSite, OpTrace, check_index_keys, reads_handed, sites_of
 from helix_compile.capture.layers import Around, Calls, ConcatenatingCache, model_inputs, result_shapes
 from helix_compile.capture.paths import APART, COMPILING, NOT_COMPARED, Sizes, caller, inputs_at
 from helix_compile.capture.structure import on_meta, tensors_forgotten, tensors_of
@@ -51,11 +51,13 @@ class Together:
         signatures: of each layer that was traced; layers of one signature compute the same function of their parameters.
         sites: what each of them caches.
         notes: what could not be compared.
+        reads: does it read what a layer before it made?
     """
 
     signatures: Mapping[int, str] = field(default_factory=dict)
     sites: Mapping[int, list[CachedSite]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    reads: Mapping[int, bool] = field(default_factory=dict)
 
 
 class CanNotRun(Exception):
@@ -125,7 +127,8 @@ class _Run:
             if step.around != around:
                 raise _refused(f"what is around the layers of {type(self._model).__name__}", sizes, step.around, around)
         digests = {i: hashlib.sha256(text.encode()).hexdigest() for i, text in texts.items()}
-        return Together(digests, steps[0].sites)
+        reads = {i: reads_handed(self._calls[i], lines) for i, lines in steps[0].layers.items()}
+        return Together(digests, steps[0].sites, reads=reads)
 
     def whole(self, sizes: Sizes, layers_run: bool = True) -> _Step:
         """A step of the model; its layers are stand-ins if they do not run."""
@@ -147,15 +150,16 @@ class _Run:
                 cache = next(x for x in (*args, *kwargs.values()) if isinstance(x, ConcatenatingCache))
                 if runs:
                     with put_back(index):
-                        out, step.layers[index], step.sites[index] = self._layer(index, sizes, cache)
-                    results = call.results(out)
+                        results, step.layers[index], step.sites[index] = self._layer(index, sizes, cache)
                 else:
-                    shapes = result_shapes(replace(call, hidden=given[0]), args, kwargs)
-                    results = [torch.empty_like(given[0])]
-                    results += [given[0].new_empty(shape, dtype=like.dtype) for like, shape in shapes]
-                trace.name_inputs(results, f"layer {index} result")
+                    hidden = call.returned.captured(given[0])
+                    shapes = result_shapes(replace(call, hidden=hidden), args, kwargs)
+                    results = [torch.empty_like(hidden)]
+                    results += [hidden.new_empty(shape, dtype=like.dtype) for like, shape in shapes]
+                out = call.as_returned(results, args, kwargs)
+                trace.name_inputs([out[0] if isinstance(out, tuple) else out, *results[1:]], f"layer {index} result")
                 trace.paused = False
-                return call.as_returned(results)
+                return out
 
             return forward
 
@@ -173,8 +177,8 @@ class _Run:
 
     def _layer(
         self, index: int, sizes: Sizes, cache: ConcatenatingCache, trace: OpTrace | None = None
-    ) -> tuple[Any, Lines, list[CachedSite]]:
-        """Called as it is captured, on tensors of its own: what it returns, does, and caches."""
+    ) -> tuple[list[Tensor], Lines, list[CachedSite]]:
+        """Called as it is captured, on tensors of its own: its results, what it does, and caches."""
         layer, call = self._layers[index], self._calls[index]
         trace = trace or OpTrace(dict(self._names[index]), self._mode)
         hidden, others = inputs_at(call, sizes, torch.empty, self._device)
@@ -182,10 +186,11 @@ class _Run:
         before = len(cache.new)
         args, kwargs = call.rebuild(hidden, others, cache)
         with trace:
-            out = layer(*args, **kwargs)
+            results = call.results(layer(*args, **kwargs), args, kwargs)
+        check_index_keys(layer, cache)
         new = cache.new[before:]
-        ends = [*call.results(out), *(t for site in new for t in site)]
-        return out, [call.constants(), *trace.lines, *map(trace.text, ends)], sites_of(layer, new)
+        ends = [*results, *(t for site in new for t in site)]
+        return results, [call.constants(), *trace.lines, *map(trace.text, ends)], sites_of(layer, new)
 
     def _check_constants(self, index: int, sizes: Sizes, called: LayerCall) -> None:
         """A number that the model hands to a layer is part of the layer's graph."""

@@ -75,6 +75,11 @@ def is_cache_update(node: Any) -> bool:
     )
 
 
+def is_cached(node: Any) -> bool:
+    """What attention reads of a cache: that of its own layer, or what an earlier layer caches and hands on."""
+    return is_cache_update(node) or (isinstance(node, fx.Node) and input_ref(node).kind == "shared")
+
+
 @dataclass(frozen=True)
 class Provenance:
     """ids of a value, and for each source the id of its first element (shapes at the hints)."""

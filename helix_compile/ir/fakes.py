@@ -24,7 +24,7 @@ class FreshSizes:
 
     Attributes:
         mode: the fake mode of the new values; its shape_env is new too.
-        symbols: hint -> B, T, S or S + T.
+        symbols: hint -> B, T, S or S + T, or another size that a graph is given (how many keys an earlier layer chose).
     """
 
     def __init__(self) -> None:
@@ -50,16 +50,22 @@ class FreshSizes:
         hints = symbol_hints(value)
         free = sorted(expression.free_symbols, key=str)
         lesser = {"Min": torch.sym_min, "Max": torch.sym_max}  # Python's own would decide here which of two sizes it is
-        return sympy.lambdify(free, expression, modules=[lesser, "math"])(*[self.symbols[hints[s]] for s in free])
+        return sympy.lambdify(free, expression, modules=[lesser, "math"])(*[self._with_hint(hints[s]) for s in free])
+
+    def _with_hint(self, hint: int) -> Any:
+        if hint not in self.symbols:
+            self.symbols[hint] = self._new(hint, f"size_{hint}")
+        return self.symbols[hint]
+
+    def _new(self, hint: int, name: str) -> Any:
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        like = torch.empty(hint, device="meta")
+        return self.mode.from_tensor(like, source=ConstantSource(name), symbolic_context=context).shape[0]
 
     def other(self) -> Any:
         """A size that is none of these, nor equal to another."""
         self._others += 1
-        hint = _OTHER + self._others
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        source = ConstantSource(f"other_{self._others}")
-        like = torch.empty(hint, device="meta")
-        return self.mode.from_tensor(like, source=source, symbolic_context=context).shape[0]
+        return self._new(_OTHER + self._others, f"other_{self._others}")
 
     def tensor(self, like: Tensor, strides: Sequence[Any] | None = None, open_dim: int | None = None) -> Tensor:
         """A fake tensor of this shape, dtype and device; `strides` in place of its own, `open_dim` of any size then (contiguous)."""

@@ -46,8 +46,9 @@ class InputRef(NamedTuple):
     """What a graph's input is: meta["input"] of its placeholder, read.
 
     Attributes:
-        kind: "param", "past", "cache", "scale" (of a cache in FP8), "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor", "chosen" (slots
-            that an earlier layer chose) and "layer" (the number of the layer that calls it, where parts of its own are called).
+        kind: "param", "past", "cache", "scale" (of a cache in FP8), "step" or "leaf"; in an outer graph "input", in a body "hidden", "tensor",
+            "shared" (what an earlier layer caches, past and new) or "written" (what is visible once that layer has appended), "chosen"
+            (slots that an earlier layer chose) and "layer" (the number of the layer that calls it, where parts of its own are called).
             "" is no input.
         name: of a parameter its full name, relative to the layer in a body; of a past or cache its site is in it.
     """
@@ -70,14 +71,24 @@ class InputRef(NamedTuple):
         """One of the PARTS of what a site has cached, in a captured graph."""
         return cls("past", f"past_{part}_{site}")
 
+    @classmethod
+    def shared(cls, part: int, site: int) -> InputRef:
+        """The same of an earlier layer, that a site of this one reads; with what is new."""
+        return cls("shared", f"shared_{PARTS[part]}_{site}")
+
+    @classmethod
+    def written(cls, site: int) -> InputRef:
+        """What is visible of an earlier layer's cache, that a site of this one reads, once it is appended to."""
+        return cls("written", f"written_{site}")
+
     @property
     def site(self) -> int:
-        """Number of the cached attention that a past, a cache or its scale belongs to."""
+        """Number of the cached attention that a past, a cache, its scale or what is shared belongs to."""
         return int(self.name.rpartition("_")[2])
 
     @property
     def part(self) -> int:
-        """Of a past: its place in PARTS."""
+        """Of a past, or of what is shared: its place in PARTS."""
         return PARTS.index(self.name.split("_")[1])
 
 

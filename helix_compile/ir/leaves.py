@@ -12,7 +12,7 @@ state (linear attention forgets at padding), and T = 1 and T > 1 may take the br
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -266,17 +266,47 @@ class TensorLike:
         return [size.at(B, T, S) for size in self.sizes]
 
 
+class Stored(NamedTuple):
+    """A tensor that a layer leaves for later ones in a mapping that all of them are handed (K and V that they share).
+
+    Attributes:
+        leaf: which of the call's arguments the mapping is.
+        key: under which.
+        place: of a tuple of tensors; -1 where the tensor stands alone.
+        like: what it is.
+    """
+
+    leaf: int
+    key: Any
+    place: int
+    like: TensorLike
+
+
 @dataclass(frozen=True)
 class Returned:
-    """What a layer returns: hidden states, or a tuple of them and others, None for what is no tensor."""
+    """What a layer gives: hidden states, or a tuple of them and others (None: no tensor), and what it leaves in mappings.
+
+    Attributes:
+        streams_first: several hidden states a token lie in front, [streams, B, T, D]; captured they are [B, T, streams, D].
+    """
 
     is_tuple: bool = False
     others: tuple[TensorLike | None, ...] = ()
+    stored: tuple[Stored, ...] = ()
+    streams_first: bool = False
+
+    def of_model(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the model has them, of captured ones."""
+        return hidden.movedim(2, 0) if self.streams_first else hidden
+
+    def captured(self, hidden: Tensor) -> Tensor:
+        """The inverse."""
+        return hidden.movedim(0, 2) if self.streams_first else hidden
 
     @property
     def tensors(self) -> list[TensorLike]:
         """Those besides hidden states."""
-        return [x for x in self.others if x is not None]
+        return [*(x for x in self.others if x is not None), *(x.like for x in self.stored)]
 
 
 HIDDEN_ALONE = Returned()
@@ -301,11 +331,16 @@ class LayerCall:
     returned: Returned = field(default_factory=Returned)
     handed: list[Tensor] = field(default_factory=list)
 
-    def results(self, out: Any) -> list[Tensor]:
-        """Hidden states out of what the layer returned, and behind them what else is a tensor and may be read."""
-        if not isinstance(out, tuple):
-            return [out]
-        return [out[0], *(t for like, t in zip(self.returned.others, out[1:], strict=False) if like is not None)]
+    def results(self, out: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+        """Hidden states out of what the layer returned for these arguments, and behind them what else it leaves to be read."""
+        found = [self.returned.captured(out[0] if isinstance(out, tuple) else out)]
+        if isinstance(out, tuple):
+            found += [*(t for like, t in zip(self.returned.others, out[1:], strict=False) if like is not None)]
+        if self.returned.stored:
+            leaves = [leaf for _, leaf in arguments_of(args, kwargs)[0]]
+            values = ((leaves[s.leaf][s.key], s.place) for s in self.returned.stored)
+            found += [value if place < 0 else value[place] for value, place in values]
+        return found
 
     def rebuild(self, hidden: Tensor, others: list[Tensor], cache: Any) -> tuple[tuple, dict]:
         """The layer's (args, kwargs) with these tensors in their places."""
@@ -313,22 +348,44 @@ class LayerCall:
         for leaf in self.leaves:
             match leaf:
                 case ("hidden",):
-                    filled.append(hidden)
+                    filled.append(self.returned.of_model(hidden))
                 case ("other", int(index)):
                     filled.append(others[index])
                 case ("cache",):
                     filled.append(cache)
+                case ("mapping", kind, entries):
+                    mapping = kind()
+                    for key, places, alone in entries:
+                        mapping[key] = others[places[0]] if alone else tuple(others[i] for i in places)
+                    filled.append(mapping)
                 case ("constant", value):
                     filled.append(value)
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
         return args, kwargs
 
-    def as_returned(self, results: list[Tensor]) -> Any:
-        """What the layer returns, given its results()."""
-        if not self.returned.is_tuple:
-            return results[0]
+    def as_returned(self, results: list[Tensor], args: tuple, kwargs: dict) -> Any:
+        """What the layer returns, given its results(); what it leaves in mappings is put there."""
         rest = iter(results[1:])
-        return results[0], *(None if like is None else next(rest) for like in self.returned.others)
+        out = tuple(None if like is None else next(rest) for like in self.returned.others)
+        if self.returned.stored:
+            leaves = [leaf for _, leaf in arguments_of(args, kwargs)[0]]
+            entries: dict[tuple[int, Any], list[Tensor]] = {}
+            for leaf, key, place, _ in self.returned.stored:
+                entries.setdefault((leaf, key), []).append(tensor := next(rest))
+                leaves[leaf][key] = tensor if place < 0 else tuple(entries[leaf, key])
+        hidden = self.returned.of_model(results[0])
+        return (hidden, *out) if self.returned.is_tuple else hidden
+
+    @property
+    def has_streams_first(self) -> bool:
+        """True if B and T are the second and third dim of hidden states, behind a number."""
+        sizes = self.hidden.shape
+        return len(sizes) == 4 and [isinstance(n, torch.SymInt) for n in sizes] == [False, True, True, False]
+
+    @property
+    def shares(self) -> bool:
+        """True if it is handed a mapping in which layers leave tensors for others."""
+        return any(leaf[0] == "mapping" for leaf in self.leaves)
 
     @property
     def masks(self) -> list[Tensor]:
@@ -339,33 +396,68 @@ class LayerCall:
         return [t for t in wide if str(t.shape[-1]) not in steps]
 
     def constants(self) -> str:
-        """Text of everything but the tensors: part of what makes two layers the same."""
-        return f"{self.spec} {self.leaves!r}"
+        """Text of everything but the tensors: part of what makes two layers the same.
+
+        What of a mapping a layer reads shows in its dataflow.
+        """
+        return f"{self.spec} {[leaf[:2] if leaf[0] == 'mapping' else leaf for leaf in self.leaves]!r}"
+
+
+def arguments_of(args: tuple, kwargs: dict) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
+    """(path, argument) of a layer's call, nested ones too, but a cache and a mapping as one; and how they lie in it."""
+    return pytree.tree_flatten_with_path((args, kwargs), is_leaf=_is_cache)
+
+
+def _is_cache(leaf: Any) -> bool:
+    return isinstance(leaf, DynamicCache)
+
+
+def is_mapping(leaf: Any) -> bool:
+    """What layers leave tensors in for others. (A plain dict is no leaf: it is taken apart.)"""
+
+    def are_tensors(value: Any) -> bool:
+        return isinstance(value, Tensor) or (
+            isinstance(value, (tuple, list)) and all(isinstance(t, Tensor) for t in value)
+        )
+
+    return isinstance(leaf, MutableMapping) and all(map(are_tensors, leaf.values()))
+
+
+def _free_name(path: Iterable[Any], taken: list[str]) -> str:
+    """A name for the argument at a path that no other has."""
+    name = "_".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+    name = name if name.isidentifier() else f"argument_{name}"
+    while name in taken:
+        name += "_"
+    return name
 
 
 def record_call(args: tuple, kwargs: dict, returned: Returned = HIDDEN_ALONE) -> LayerCall:
     """How a module is called: which of its arguments are tensors, which the cache, which constants."""
-    is_cache = lambda leaf: isinstance(leaf, DynamicCache)  # noqa: E731
-    paths, spec = pytree.tree_flatten_with_path((args, kwargs), is_leaf=is_cache)
+    paths, spec = arguments_of(args, kwargs)
     hidden: Tensor | None = None
     leaves: list[tuple[Any, ...]] = []
     others: list[Tensor] = []
     names: list[str] = []
     for path, leaf in paths:
         if isinstance(leaf, Tensor) and hidden is None:
-            hidden = leaf
+            hidden = returned.captured(leaf)
             leaves.append(("hidden",))
         elif isinstance(leaf, Tensor):
             leaves.append(("other", len(others)))
             others.append(leaf)
-            keys = (str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:])
-            name = "_".join(keys)
-            name = name if name.isidentifier() else f"argument_{name}"
-            while name in names:
-                name += "_"
-            names.append(name)
-        elif is_cache(leaf):
+            names.append(_free_name(path[1:], names))
+        elif _is_cache(leaf):
             leaves.append(("cache",))
+        elif is_mapping(leaf):
+            entries = []
+            for key, value in leaf.items():
+                tensors = (value,) if isinstance(value, Tensor) else tuple(value)
+                places = tuple(range(len(others), len(others) + len(tensors)))
+                entries.append((key, places, isinstance(value, Tensor)))
+                others += tensors
+                names += [_free_name((*path[1:], key, i), names) for i in range(len(tensors))]
+            leaves.append(("mapping", type(leaf), tuple(entries)))
         elif isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             where = "".join(str(k) for k in path)
             raise CaptureError(

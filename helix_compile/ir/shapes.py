@@ -84,7 +84,8 @@ def _returned(hidden: Tensor, body: fx.Graph) -> Any:
         return hidden
     others = [n.meta.get("val") for n in values[1:]]
     cached = len(inputs_of(body, "past"))
-    return (hidden, others[:cached], *others[cached:]) if cached else (hidden, *others)
+    is_captured = bool(cached or inputs_of(body, "shared"))
+    return (hidden, others[:cached], *others[cached:]) if is_captured else (hidden, *others)
 
 
 def trust_shapes(graph: fx.Graph) -> None:

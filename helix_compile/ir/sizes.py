@@ -57,7 +57,7 @@ def size_at_step(size: int | torch.SymInt, B: int, T: int, S: int) -> int:
     """A size in a step of B sequences, T new tokens and S cached ones."""
     if isinstance(size, int):
         return size
-    step = {HINT_B: B, HINT_T: T, HINT_S: S}
+    step = {HINT_B: B, HINT_T: T, HINT_S: S, HINT_S + HINT_T: S + T}
     return size_at(size, {symbol: step[hint] for symbol, hint in symbol_hints(size).items()})
 
 

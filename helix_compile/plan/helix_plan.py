@@ -88,6 +88,7 @@ class ParamShard:
         return elements - elements // padded * real
 
 
+OF_PARTIALS = ("partial_o and lse", "lse", "rescaled partial_o")  # what it calls what they send of partial attention
 OF_CANDIDATES = ("top-k candidates", "k-th keys")  # what a plan calls what ranks send of an indexer's best keys
 
 
@@ -109,7 +110,8 @@ class AttentionPlan:
     cached; 0 where all heads share one latent (MLA). Both count the model's own heads, without zero heads. `top_k` are the
     keys that an indexer chooses (0: none does), and `topk_exchange` how ranks agree on them; "" where an earlier layer chose.
     A query at p sees `window` tokens up to itself, or those of its `chunk`; 0: all. `sinks` is the parameter of a logit a head
-    that takes part in the softmax.
+    that takes part in the softmax. `cache_of` are the layers whose cache it reads, one for each layer of the body; none where each
+    caches its own.
     """
 
     site: int
@@ -122,6 +124,7 @@ class AttentionPlan:
     window: int = 0
     chunk: int = 0
     sinks: str = ""
+    cache_of: tuple[int, ...] = ()
 
     def head_ranges(self, layout: HelixLayout) -> tuple[tuple[int, int], ...]:
         """The model's heads [start, stop) that each rank owns after the exchange; none where all it owns are zeros."""
@@ -159,6 +162,7 @@ class AttentionPlan:
             "window": self.window,
             "chunk": self.chunk,
             "sinks": self.sinks,
+            "cache_of": self.cache_of,
         }
 
     @classmethod
@@ -166,7 +170,7 @@ class AttentionPlan:
         """The decisions out of what `written` makes of them."""
         heads = fields.get("heads", fields["computed_heads"] * layout.tpa)
         cached = fields.get("kv_heads", fields.get("cached_heads", 0) * layout.tpa)
-        later = {name: fields.get(name, absent) for name, absent in _LATER_OF_ATTENTION.items()}
+        later = {name: _tuples(fields.get(name, absent)) for name, absent in _LATER_OF_ATTENTION.items()}
         return cls(fields["site"], fields["v_up"], heads, fields["output_weight"], cached, **later)
 
 
@@ -426,7 +430,14 @@ def _cut_from(fields: dict[str, Any]) -> Cut:
     return Cut(**{**fields, "padding": padding and HeadPadding(**padding)})
 
 
-_LATER_OF_ATTENTION: dict[str, Any] = {"top_k": 0, "topk_exchange": "", "window": 0, "chunk": 0, "sinks": ""}
+_LATER_OF_ATTENTION: dict[str, Any] = {
+    "top_k": 0,
+    "topk_exchange": "",
+    "window": 0,
+    "chunk": 0,
+    "sinks": "",
+    "cache_of": [],
+}
 # not in every plan that was ever written
 _LATER = ("cached_heads", "experts_per_rank", "heads", "kv_heads", "experts", *_LATER_OF_ATTENTION)
 

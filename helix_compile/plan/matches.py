@@ -307,35 +307,35 @@ class Latent(AttentionKind):
 
 @dataclass(frozen=True)
 class Grouped(AttentionKind):
-    """K [B, K, T, Dk] and V [B, K, T, Dv] are cached; query head j reads KV head j // (num_heads / kv_heads)."""
+    """K [B, K, T, Dk] and V [B, K, T, Dv] are cached; query head j reads KV head j // (num_heads / kv_heads).
 
-    k_proj: HeadLinear
-    v_proj: HeadLinear
+    `kv_linears` make K and V; there are none where an earlier layer has cached them.
+    """
 
-    @property
-    def kv_heads(self) -> int:
-        """Heads of K and V."""
-        return self.k_proj.heads
+    kv_heads: int
+    k_width: int
+    v_width: int
+    kv_linears: tuple[HeadLinear, ...]
 
     @property
     def cache(self) -> CacheRow:
-        return CacheRow(self.k_proj.width, self.v_proj.width, self.kv_heads)
+        return CacheRow(self.k_width, self.v_width, self.kv_heads)
 
     @property
     def v_head_dim(self) -> int:
-        return self.v_proj.width
+        return self.v_width
 
     @property
     def query(self) -> tuple[str, int]:
-        return "q", self.k_proj.width
+        return "q", self.k_width
 
     @property
     def partial_width(self) -> int:
-        return self.v_proj.width
+        return self.v_width
 
     @property
     def linears(self) -> tuple[HeadLinear, ...]:
-        return self.k_proj, self.v_proj
+        return self.kv_linears
 
 
 FIRST_VISIBLE = "first_visible"
@@ -399,6 +399,9 @@ class AttentionMatch:
     parts of what is cached, in the order of PARTS, of the new tokens and of those before), `mask`. Parameters are names relative to the layer.
     `scale` multiplies the scores. Input column h * V + v of o_proj reads channel v of head h.
 
+    A site that reads what an earlier layer caches has no `new` and `past`, but `shared`: the inputs that bring both in one. `row`
+    is what that layer caches of a token.
+
     Forms are orders of dims where the model has another one: of the anchor, of q, of the scores that the mask is added
     to (for sdpa, all heads before tokens).
 
@@ -427,6 +430,8 @@ class AttentionMatch:
     window: int = 0
     chunk: int = 0
     sinks: HeadRows | None = None
+    shared: tuple[str, ...] = ()
+    row: CacheRow | None = None
 
     @property
     def first_visible(self) -> str:
@@ -450,8 +455,10 @@ class AttentionMatch:
 
     @property
     def cache(self) -> CacheRow:
-        """What a token leaves in the cache."""
+        """What a token leaves in the cache, be it an earlier layer's."""
         own = self.selection
+        if self.row is not None:
+            return self.row
         return replace(self.kind.cache, index=own.width) if isinstance(own, Selection) else self.kind.cache
 
     @property

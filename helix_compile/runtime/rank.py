@@ -252,7 +252,7 @@ def facts_of(
     everyone = len(world.ranks) == world.mesh.world_size
     if device is not None and everyone and captured.weights is None:
         tensors = {n: t.to(device) for n, t in tensors.items()}
-    sites = [a for layer in captured.layers for a in matches[layer.body].attentions]
+    sites = [a for layer in captured.layers for a in matches[layer.body].attentions if not a.shared]
     return ModelFacts(
         vocab_size=captured.vocab_size,
         caches=tuple(a.cache for a in sites),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_compile.ir.graph import placeholders
+from helix_compile.plan.cache_row import CacheRow
 from helix_compile.plan.matches import AttentionMatch, HandedSelection, LayerMatch, Selection
 from helix_compile.verifier.bisect.walk import Located, body_twins, first_deviation
 from helix_compile.verifier.contract import deal
@@ -27,11 +27,20 @@ from helix_compile.verifier.numeric.cache_check import check_cache
 from helix_compile.verifier.numeric.handed import drawn_keys
 from helix_compile.verifier.numeric.index_needles import index_keys, score_sizes
 from helix_compile.verifier.numeric.indexers import Indexers, by_position
-from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, LayerRun, run_layer
+from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, LayerRun, hidden_shape, run_layer
 from helix_compile.verifier.numeric.routing import NEAR_TIE, Choices, RecordTopK
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.sharpen import background, need_the_new_token, plant
-from helix_compile.verifier.numeric.site_terms import empty_past, entries_of, given_as, new_entries, past_of, terms_of
+from helix_compile.verifier.numeric.site_terms import (
+    Past,
+    empty_past,
+    entries_of,
+    given_as,
+    given_length,
+    new_entries,
+    past_of,
+    terms_of,
+)
 from helix_compile.verifier.numeric.steps import RATIO, Pool, limit_of
 from helix_compile.verifier.report import Coverage, Finding, fault, numeric_finding
 
@@ -111,9 +120,11 @@ def check_layer(
     mask = torch.ones(len(case.lengths), case.T, dtype=torch.int64)
     sites, rounds = reference.sites(layer), scratch.format.rounds
     for site, past in zip(sites, given.pasts, strict=True):
-        entries = torch.cat(entries_of(past), dim=-1)
+        entries = _rows_of(past, scratch.compiled.facts.caches[site])
+        fresh = entries.shape[1] - max(case.lengths)  # tokens that an earlier layer has cached already
         for row, n in enumerate(case.lengths):
-            scratch.fill(site, row, entries[row, entries.shape[1] - n :])
+            scratch.fill(site, row, entries[row, entries.shape[1] - n - fresh :])
+    scratch.lengths = list(case.lengths)
     before = [[c.clone() for c in caches] for caches in scratch.caches]
     choices, own_choice = Choices(), Indexers(given.mask)
     with RecordTopK(choices):
@@ -165,6 +176,13 @@ def check_layer(
     coverage.longest_context = max(coverage.longest_context, max(case.lengths) + case.T)
     for n in case.lengths:
         coverage.count_shards([len(h) for h in deal(n, plan.layout.kvp, plan.options.tokens_per_block)])
+
+
+def _rows_of(past: Past, row: CacheRow) -> Tensor:
+    """Entries [B, S, *] as a cache holds them; an earlier layer's cache may have index keys behind what is read of it."""
+    entries = torch.cat(entries_of(past), dim=-1)
+    missing = sum(row.widths) - entries.shape[-1]
+    return torch.nn.functional.pad(entries, (0, missing)) if missing else entries
 
 
 @dataclass
@@ -264,11 +282,10 @@ def _inputs(
     generator = torch.Generator().manual_seed(seed)
     B, S, T = len(case.lengths), max(case.lengths), case.T
     body = reference.captured.bodies[match.body].graph
-    hidden_size = int(placeholders(body)[0].meta["val"].shape[-1])
-    hidden = torch.randn(B, T, hidden_size, generator=generator, dtype=torch.float64).to(dtype)
+    hidden = torch.randn(hidden_shape(body, B, T), generator=generator, dtype=torch.float64).to(dtype)
     mask = torch.tensor([[0] * (S - n) + [1] * (n + T) for n in case.lengths])
     positions = torch.stack([torch.arange(n, n + T) for n in case.lengths])
-    empty = tuple(empty_past(a, B, S) for a in match.attentions)
+    empty = tuple(empty_past(a, B, given_length(a, S, T)) for a in match.attentions)
     handed = drawn_keys(match, list(case.lengths), T, torch.Generator().manual_seed(seed))
     probe = _as(LayerInputs(hidden, mask, positions, empty, handed), torch.float64)
     values = reference.layer(layer, probe)
@@ -276,11 +293,12 @@ def _inputs(
     pasts = []
     for attention in match.attentions:
         query = terms_of(attention).query_parts(values, reference.tensors, prefix)
-        latent, k_rope = background(attention, query, S, generator)
+        latent, k_rope = background(attention, query, given_length(attention, S, T), generator)
         if S:
-            new = new_entries(attention, values)
-            coverage.needles += need_the_new_token(attention, query, new, latent, list(case.lengths))
-            coverage.needles += plant(attention, query, latent, k_rope, list(case.lengths))
+            # the new tokens' entries are the layer's own, or an earlier layer's, at the end of what is given
+            new = (latent[:, S:], k_rope[:, S:]) if attention.shared else new_entries(attention, values)
+            coverage.needles += need_the_new_token(attention, query, new, latent[:, :S], list(case.lengths))
+            coverage.needles += plant(attention, query, latent[:, :S], k_rope[:, :S], list(case.lengths))
         parts = [latent, k_rope]
         if isinstance(attention.selection, Selection):
             hands = [deal(n, kvp, tpb) for n in case.lengths]
@@ -335,7 +353,7 @@ def _output(
         if not torch.isfinite(output).all():
             got = "NaN or inf in the layer's output"
             return [numeric_finding("HX406", f"{where}, rank {rank}", got, "finite values", 5)]
-        error = (output.double() - wanted).abs().amax(-1) * kept
+        error = (output.double() - wanted).abs().flatten(2).amax(-1) * kept
         if limit is not None:
             off = float(error.max()) / float(wanted.abs().max())
             if off > limit:

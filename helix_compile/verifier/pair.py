@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer
+from helix_compile.capture.shared import with_shared
 from helix_compile.errors import HelixError
 from helix_compile.ir.graph import input_ref, is_param, placeholders
 from helix_compile.ir.stage import body_of
@@ -275,7 +276,7 @@ def captured_of(compiled: HelixModule) -> CapturedGraph:
     calls = [n for n in graph.graph.nodes if n.op == "call_module"]
     return CapturedGraph(
         graph=graph,
-        layers=tuple(_layer(graph, call) for call in calls),
+        layers=with_shared(graph, [_layer(graph, call) for call in calls]),
         dtype=getattr(torch, compiled.plan.dtype),
         max_positions=None,
         vocab_size=compiled.facts.vocab_size,

@@ -89,8 +89,9 @@ class Subject:
                 continue
             handed = {a.selection.indices for a in match.attentions if isinstance(a.selection, HandedSelection)}
             for node, argument in zip(placeholders(captured.bodies[match.body].graph), call.args, strict=True):
-                if node.name in handed and source_of(captured, argument) is not None:
-                    found[call.meta["layer"]] = argument.args[0].meta["layer"]
+                source = source_of(argument) if node.name in handed else None
+                if source is not None:
+                    found[call.meta["layer"]] = source[0].meta["layer"]
         return found
 
     def eager(self, model: nn.Module, scratch: Scratch) -> EagerReference:

@@ -37,6 +37,7 @@ from helix_compile.verifier.report import Check, Finding, Progress, Verification
 from helix_compile.verifier.static import choice as static_choice
 from helix_compile.verifier.static import plan as static_plan
 from helix_compile.verifier.static import ranks as static_ranks
+from helix_compile.verifier.static import shared as static_shared
 from helix_compile.verifier.static.graph import TypedGraph, every_layer_is_called, malformed, type_graph
 from helix_compile.verifier.static.params import check_params
 from helix_compile.verifier.subject import Subject, check_layers, check_steps
@@ -166,17 +167,18 @@ def _static(
     params = check_params(names, held, whole, shards, plan.layout, frozenset(heads))
     shapes = {n: t for n, t in held[0].items() if isinstance(t, Tensor)}
     typed = type_graph(graph, shapes, params.layouts, plan.layout)
-    found = [*static_plan.check_plan(plan, matches, len(held)), *params.findings, *typed.findings]
+    found = [*static_plan.check_plan(plan, matches, len(held), layers), *params.findings, *typed.findings]
     found += every_layer_is_called(graph, captured.all_layers)
     checks: list[Callable[[], list[Finding]]] = [
         lambda: static_plan.check_collectives(graph, plan, matches),
         lambda: static_plan.check_vocabulary(graph, plan, captured),
-        lambda: static_plan.check_work(typed.module, plan, matches, whole),
+        lambda: static_plan.check_work(typed.module, plan, matches, whole, captured),
         lambda: static_ranks.check_ledger(graph, plan),
         lambda: static_ranks.check_scales(compiled.ranks, plan, len(compiled.facts.caches)),
         lambda: static_ranks.check_reach(graph, plan, matches),
         lambda: static_ranks.check_mesh(compiled.world.mesh.groups, plan.layout),
         lambda: static_ranks.check_rank_order(graph, plan, matches, compiled.world, compiled.device),
+        lambda: static_shared.check_caches(graph, captured),
         lambda: static_choice.check_choices(graph, plan, matches, compiled.world, compiled.device),
     ]
     if not compiled.ranks[0].leaves:  # with leaf layers a prefix can't be imported, and is refused

@@ -226,6 +226,7 @@ def _layer_facts(whole: HelixPlan, plan: BodyPlan, first: fx.GraphModule, last: 
         "windows": [a.window for a in plan.attentions],
         "chunks": [a.chunk for a in plan.attentions],
         "sinks": [bool(a.sinks) for a in plan.attentions],
+        "cache_of": [list(a.cache_of) for a in plan.attentions],
         "ffn": [{k: v for k, v in f.written(whole.layout).items() if k != "site"} for f in plan.ffns],
         "nodes_before": len(before.graph.nodes),
         "nodes_after": len(after.graph.nodes),
@@ -305,11 +306,13 @@ def _rewrite(layer: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _role_text(role: str, layer: dict[str, Any]) -> str:
-    """Of attention also what it forgets, and whether it has sinks."""
+    """Of attention also what it forgets, whether it has sinks, and whose cache it reads."""
     if role != "attention":
         return role
     reaches = [*_each("window of", layer["windows"]), *_each("chunks of", layer["chunks"])]
     reaches += ["sinks"] if any(layer["sinks"]) else []
+    owners = sorted({layer for of in layer["cache_of"] for layer in of})
+    reaches += [f"cache of {'layers' if owners[1:] else 'layer'} {ranges_text(owners)}"] if owners else []
     return f"{role} ({', '.join(reaches)})" if reaches else role
 
 

@@ -180,7 +180,21 @@ FAMILIES: dict[str, Family] = {
         {**SPARSE, "sliding_window": 16, "num_hidden_layers": 3},
         variants={"sliding": {"layer_types": ["sliding_attention"] * 3}},
     ),
-    "mistral_large4": Family("MistralLarge4ForConditionalGeneration", "MistralLarge4Config", SPARSE),
+    "mistral_large4": Family(
+        "MistralLarge4ForConditionalGeneration",
+        "MistralLarge4Config",
+        SPARSE,
+        # layers 2 and 3 read the latents of 0 (with rope) and 1 (without), and attend to the keys that 1 chose
+        variants={
+            "shared": {
+                "num_hidden_layers": 4,
+                "kv_source_layers": [0, 1, 0, 1],
+                "no_rope_layers": [1, 0, 1, 0],
+                "indexer_types": ["full", "full", "shared", "shared"],
+                "mlp_layer_types": ["dense"] * 4,
+            }
+        },
+    ),
 }
 
 GROUPED = {
@@ -244,6 +258,47 @@ WINDOWED = {
         common=SIZES,
         options={"unmatched": "keep"},  # its experts (biases, a clamp) are in no pattern, and stay whole
     ),
+    # the last layers read what an earlier one of their kind caches
+    "gemma4": Family(
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 7,
+            "vocab_size_per_layer_input": 97,
+            "global_head_dim": 16,
+            "use_double_wide_mlp": True,
+        },
+        variants={
+            "k_is_v": {
+                "attention_k_eq_v": True,
+                "num_global_key_value_heads": 2,
+                "num_kv_shared_layers": 0,
+                "num_hidden_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "hidden_size_per_layer_input": 0,
+            }
+        },
+        common=SIZES,
+    ),
+    "gemma3n": Family(
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        {
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_hidden_layers": 3,
+            "num_kv_shared_layers": 1,
+            "hidden_size_per_layer_input": 7,
+            "vocab_size_per_layer_input": 97,
+            "activation_sparsity_pattern": [0.0] * 3,
+            "laurel_rank": 5,
+        },
+        common=SIZES,
+    ),
     "granite_swa": Family("GraniteSWAForCausalLM", "GraniteSWAConfig", WINDOW, common=SIZES),
 }
 GROUPED |= WINDOWED
@@ -303,7 +358,7 @@ def fresh_family(
     model = getattr(module, FAMILIES[name].model)(config)
     with torch.no_grad():
         for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor_name.endswith("bias"):
+            if tensor_name.endswith("bias") or tensor_name.endswith("softmax_scaling.scale"):
                 tensor.normal_(std=0.3)
             elif tensor_name.endswith("sinks"):
                 tensor.normal_(std=2.0)

@@ -22,7 +22,8 @@ class ToyMLA(nn.Module):
         style: "cat", "heads_last", "fused_a", "eager", "separate", "stacked_bmm", "einsum", "stacked_hdr" (W [H, D, R]),
             "flat" (W [R, H * D]), "chain" (DeepSeek's own scores, heads behind tokens), "absorbed" (its own absorbed
             form), "absorbed_stacked" (the same with parameters of their own, [H, R, D] and [H, D, R]), "split" (one score
-            product over K's nope part and one over the shared rope part), "split_einsum".
+            product over K's nope part and one over the shared rope part), "split_einsum", "no_rope" (a rope part without
+            channels is cached).
         miss: "", "rope_per_head", "v_elsewhere", "scaled_keys", "two_sinks", "softmax_axis", "v_uncached", "v_heads"
             (W_UV of the heads in another order), "shifted" (V from the latent of another position), "bias" (a penalty
             by distance is added to the mask), "cache_out", "length_out", "mask_out" (the result reads the cache, how much
@@ -48,6 +49,7 @@ class ToyMLA(nn.Module):
         self.sink = nn.Parameter(torch.randn(H))
         self.o = linear(H * V, D)
         self.q_gate = nn.Linear(28, H * (NOPE + ROPE + (1 if gate == "one row" else V)))
+        self.q_nope = linear(28, H * NOPE)
 
     def forward(
         self,
@@ -67,6 +69,8 @@ class ToyMLA(nn.Module):
         q = q.transpose(1, 2)
         q = torch.cat([q[..., :NOPE], _rotated(q[..., NOPE:], cos, sin)], dim=-1)
         k_rope = _rotated(k_rope[:, None], cos, sin)
+        if self.style == "no_rope":
+            q, k_rope = self.q_nope(q_a).view(B, T, H, NOPE).transpose(1, 2), k_rope[..., :0]
         latent, k_rope = past_key_values.update(latent[:, None], k_rope, self.layer)
         if self.style in ("chain", "absorbed", "absorbed_stacked"):
             attend = self._chain if self.style == "chain" else self._absorbed

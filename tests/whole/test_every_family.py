@@ -45,6 +45,8 @@ _IN_OTHER_TESTS = (
     "llama4",
     "gpt_oss",
     "granite_swa",
+    "gemma4",
+    "gemma3n",
 )
 _WHOLE_HEADS = ("olmo3",)  # its norms of q and k mix the heads: tpa=1 and q_proj="replicate" alone
 

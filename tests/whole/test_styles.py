@@ -5,17 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helix_compile import MatchError
+from helix_compile import MatchError, verify
 from tests.support.family_run import compiled_family, run_family
 from tests.support.numerics import LIMIT
 from tests.support.toy_mla import toy_model
 
 
-@pytest.mark.parametrize("style", ["cat", "heads_last", "fused_a", "eager"])
+@pytest.mark.parametrize("style", ["cat", "heads_last", "fused_a", "eager", "no_rope"])
 def test_a_style_that_matches_computes_the_same(style: str) -> None:
     model = toy_model(style)
     run = run_family(model, compiled_family(model, 4))
     assert run.worst <= LIMIT[torch.float64] and run.same_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"cp": 1}, {"cp": 2, "tpa": 2}, {"cp": 4, "q_proj": "gather", "merge": "ag_rs", "v_up": "before"}],
+    ids=str,
+)
+def test_without_rope_under_every_option(options: dict) -> None:
+    model = toy_model("no_rope")
+    compiled = compiled_family(model, **options)
+    run = run_family(model, compiled)
+    assert run.worst <= LIMIT[torch.float64] and run.same_tokens
+    assert verify(compiled, model).ok
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,16 @@ def test_a_sound_one_is_accepted_and_told() -> None:
     assert [x["windows"] for x in compiled.inspect().facts["layers"]] == [[7], [0]]
     assert HelixPlan.from_json(compiled.plan.to_json()) == compiled.plan
     check_costs(compiled, context=1000)
+    check_what_sharding_costs(compiled)
+
+
+def check_what_sharding_costs(compiled: HelixModule) -> None:
+    """One of two layers has a window of 7: one rank of four only exchanges, once a step."""
+    (said,) = (dict(d.inputs) for d in compiled.plan.decisions if d.name == "window 7")
+    partial_o_and_lse = 12 * (10 + 1) * 8 * 3 / 4
+    assert said["ranks_that_only_exchange"] == 1 and said["layers"] == said["exchanges_per_step"] == 1
+    assert said["exchange_bytes_per_rank_per_token"] == partial_o_and_lse
+    assert said["bytes_of_W_tokens_if_on_every_rank"] == 7 * 4 * (10 + 10) * 8
 
 
 def check_costs(compiled: HelixModule, context: int) -> None:

@@ -115,6 +115,8 @@ def decode_case(
             "PACKED": config.packed,
             "TRANSPOSED": config.form == TRANSPOSED,
         }
+        if r == 0:
+            constexprs["k_rope_desc"] = None
     if chosen:
         typed["slots_ptr"] = "*i32"
     else:
@@ -148,11 +150,12 @@ def _padded(width: int) -> int:
 
 
 def _tma_blocks(config: MlaConfig, R: int, r: int, chosen: bool = False) -> dict[str, list[int]]:
-    """Descriptors over the cache [slots, R + r]: each loads one tile of latent, or of rope, channels; chosen: by rows."""
+    """Descriptors over the cache [slots, R + r]: each loads one tile of latent, or of rope, channels (of none, where r is 0); chosen: by rows."""
     if config.form == POINTER:
         return {}
     rows = 1 if chosen else config.block_n
-    return {"k_desc": [rows, R // config.parts], "k_rope_desc": [rows, r]}
+    latent = {"k_desc": [rows, R // config.parts]}
+    return {**latent, "k_rope_desc": [rows, r]} if r else latent
 
 
 def decode_parts(

@@ -86,14 +86,16 @@ def mla_pointer_kernel(  # type: ignore[no-untyped-def] # Triton types its argum
     inside = (rows < T * H)[:, None]
     q_offsets = query_offsets(rows, b, T, H, stride_q_token, stride_q_head)[:, None] + channels[None, :]
     q = tl.load(q_ptr + q_offsets, mask=inside & (channels < R)[None, :], other=0.0)
-    q_offsets = query_offsets(rows, b, T, H, stride_q_rope_token, stride_q_rope_head)[:, None] + rope_channels[None, :]
-    q_rope = tl.load(q_rope_ptr + q_offsets, mask=inside & (rope_channels < ROPE)[None, :], other=0.0)
     if SCALED:
         cache_scale = tl.load(cache_scale_ptr)
         scale_log2 *= cache_scale
     if WIDE_DOT:  # the interpreter's dot takes no bfloat16
         q = q.to(tl.float32)
-        q_rope = q_rope.to(tl.float32)
+    if ROPE > 0:
+        q_offsets = (
+            query_offsets(rows, b, T, H, stride_q_rope_token, stride_q_rope_head)[:, None] + rope_channels[None, :]
+        )
+        q_rope = tl.load(q_rope_ptr + q_offsets, mask=inside & (rope_channels < ROPE)[None, :], other=0.0).to(q.dtype)
 
     m = tl.full([BLOCK_H], START, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)

@@ -3,6 +3,8 @@
     q [rows, R] and [rows, r] stay; per tile of BLOCK_N slots: one page look-up, TMA loads k [N, R], k_rope [N, r]
     raw = q k^T + q_rope k_rope^T -> p -> acc [rows, R] += p k     (the values are the keys' first R channels)
 
+A site without rope (r = 0) has one dot and one load less, and no descriptor of k_rope.
+
 TRANSPOSED, KV slots on the M side: for few rows, tensor cores from 16 rows on.
 
     raw = k q^T + k_rope q_rope^T [N, rows] -> p -> acc [R, rows] += k^T p
@@ -100,15 +102,15 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
     q_ptrs = q_ptr + tl.expand_dims(q_rows, SLOT_AXIS) + tl.expand_dims(channels, ROW_AXIS)
     mask = tl.expand_dims(inside, SLOT_AXIS)
     q = tl.load(q_ptrs, mask=mask, other=0.0)
-    q_rows = query_offsets(rows, b, T, H, stride_q_rope_token, stride_q_rope_head)
-    rope_ptrs = q_rope_ptr + tl.expand_dims(q_rows, SLOT_AXIS) + tl.expand_dims(tl.arange(0, ROPE), ROW_AXIS)
-    q_rope = tl.load(rope_ptrs, mask=mask, other=0.0)
     if SCALED:
         cache_scale = tl.load(cache_scale_ptr)
         scale_log2 *= cache_scale
     if WIDE_DOT:  # the interpreter's dot takes no bfloat16
         q = q.to(tl.float32)
-        q_rope = q_rope.to(tl.float32)
+    if ROPE > 0:
+        q_rows = query_offsets(rows, b, T, H, stride_q_rope_token, stride_q_rope_head)
+        rope_ptrs = q_rope_ptr + tl.expand_dims(q_rows, SLOT_AXIS) + tl.expand_dims(tl.arange(0, ROPE), ROW_AXIS)
+        q_rope = tl.load(rope_ptrs, mask=mask, other=0.0).to(q.dtype)
     acc = tl.zeros([WIDTH, BLOCK_H] if TRANSPOSED else [BLOCK_H, WIDTH], tl.float32)
     if PARTS == 2:
         q_1 = tl.load(q_ptrs + WIDTH, mask=mask, other=0.0).to(q.dtype)
@@ -120,14 +122,16 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
         if slots_ptr is None:
             row = tile_row(page_table_ptr, b, stride_table, first, PAGE)
             k = k_desc.load([row, 0]).to(q.dtype)
-            k_rope = k_rope_desc.load([row, R]).to(q.dtype)
+            if ROPE > 0:
+                k_rope = k_rope_desc.load([row, R]).to(q.dtype)
         else:
             place = tl.minimum(first + tl.arange(0, BLOCK_N), kv_len - 1)
             slot = tl.load(slots_ptr + b.to(tl.int64) * stride_slots + place)
             page = tl.load(page_table_ptr + (b // queries).to(tl.int64) * stride_table + slot // PAGE)
             row = page.to(tl.int32) * PAGE + slot % PAGE
             k = k_desc.gather(row, 0).to(q.dtype)
-            k_rope = k_rope_desc.gather(row, R).to(q.dtype)
+            if ROPE > 0:
+                k_rope = k_rope_desc.gather(row, R).to(q.dtype)
         raw = tl.dot(k, q) if TRANSPOSED else tl.dot(q, k.T)
         if PARTS == 2:
             if slots_ptr is None:
@@ -135,7 +139,8 @@ def mla_tma_kernel(  # type: ignore[no-untyped-def] # Triton types its arguments
             else:
                 k_1 = k_desc.gather(row, WIDTH).to(q.dtype)
             raw = tl.dot(k_1, q_1, raw) if TRANSPOSED else tl.dot(q_1, k_1.T, raw)
-        raw = tl.dot(k_rope, q_rope, raw) if TRANSPOSED else tl.dot(q_rope, k_rope.T, raw)
+        if ROPE > 0:
+            raw = tl.dot(k_rope, q_rope, raw) if TRANSPOSED else tl.dot(q_rope, k_rope.T, raw)
         slots = first + tl.arange(0, BLOCK_N)
         seen = tl.expand_dims(slots, ROW_AXIS) < tl.expand_dims(limit, SLOT_AXIS)
         if WINDOWED:

@@ -70,7 +70,7 @@ class MlaShape:
     Attributes:
         rows: T * H query rows of a sequence.
         R: latent width.
-        r: rope width.
+        r: rope width; 0 where there is none.
         page_size: slots of a page.
         itemsize: bytes of an element of q.
         tma: the cache can be described to TMA: rows and base are aligned to 16 bytes.
@@ -173,7 +173,7 @@ def form_runs(config: MlaConfig, shape: MlaShape) -> bool:
     if config.block_h >= 64 and (shape.R > 512 or shape.r > 64):
         return False
     # tiles of TMA are powers of two that lie in one page and stay within the shared memory they were chosen for
-    powers = all(16 <= size and size & (size - 1) == 0 for size in (shape.R, shape.r))
+    powers = all(16 <= size and size & (size - 1) == 0 for size in (shape.R, shape.r or 16))
     tma = shape.tma and powers and 32 <= shape.R <= 512 and shape.r <= 64 and shape.page_size % config.block_n == 0
     return config.form == POINTER or tma
 

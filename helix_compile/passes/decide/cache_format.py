@@ -64,9 +64,9 @@ def cache_decision(
 
 
 def _cached(captured: CapturedGraph, matches: dict[str, LayerMatch]) -> Iterator[AttentionMatch]:
-    """Every cached attention of the model, in the order of the layers."""
+    """Every cached attention of the model, in the order of the layers; those that read an earlier one's cache have none."""
     for layer in captured.layers:
-        yield from matches[layer.body].attentions
+        yield from (a for a in matches[layer.body].attentions if not a.shared)
 
 
 def _bytes(attention: AttentionMatch, cache_dtype: str, captured: CapturedGraph, layout: HelixLayout) -> Fraction:

@@ -94,7 +94,8 @@ def _made_of_heads(match: AttentionMatch, more_kv: bool) -> Iterator[tuple[str, 
     if match.gate and match.gate.linear:
         yield "the gate", match.gate.value, match.gate.linear.node
     if more_kv:
-        for what, value, linear in zip("KV", match.new[:2], match.kind.linears, strict=True):
+        linears = match.kind.linears * (2 if len(match.kind.linears) == 1 else 1)  # one may make both
+        for what, value, linear in zip("KV", match.new[:2], linears, strict=False):
             yield what, value, linear.node
 
 

@@ -32,7 +32,17 @@ from helix_compile.passes.decide.param_shards import (
 from helix_compile.passes.decide.selection import candidates_exchange, topk_exchange
 from helix_compile.passes.decide.vocabulary import plan_vocabulary
 from helix_compile.passes.match.vocabulary import find_vocabulary
-from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Collective, Decision, FFNPlan, HelixPlan, OuterPlan
+from helix_compile.plan.helix_plan import (
+    OF_PARTIALS,
+    AttentionPlan,
+    BodyPlan,
+    Collective,
+    Decision,
+    FFNPlan,
+    HelixPlan,
+    OuterPlan,
+    number,
+)
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch, Selection
 
 HBM_BYTES_PER_S = 8.0e12  # B200-class, the preset behind the default of v_up
@@ -82,7 +92,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         layout=layout,
         options=options,
         bodies=bodies,
-        decisions=(*decisions, *_windows(attentions, layout, options)),
+        decisions=(*decisions, *_windows(captured, matches, bodies, layout, options)),
         not_rewritten=replicated_roles(captured, matches, bodies, outer),
         notes=tuple(notes),
         kv_bytes_per_token_per_rank=kv_bytes,
@@ -158,17 +168,55 @@ def _v_up(sites: list[AttentionMatch], dtype: torch.dtype, options: HelixOptions
     return Decision("v_up", rule, inputs, "after" if options.max_batch_size <= even else "before")
 
 
-def _windows(sites: list[AttentionMatch], layout: HelixLayout, options: HelixOptions) -> Iterable[Decision]:
-    """What sharding costs a window or chunks: of tokens in a row, blocks and with them ranks, hold few."""
+def _windows(
+    captured: CapturedGraph,
+    matches: dict[str, LayerMatch],
+    bodies: tuple[BodyPlan, ...],
+    layout: HelixLayout,
+    options: HelixOptions,
+) -> Iterable[Decision]:
+    """What sharding costs a window or chunks: of tokens in a row, blocks and with them ranks, hold few, and all exchange.
+
+    Beside it stands what it saves: the bytes of the W tokens that a query sees, were they on every rank.
+    """
     cp, block = layout.kvp, options.tokens_per_block
-    for window, chunk in dict.fromkeys((a.window, a.chunk) for a in sites if a.window or a.chunk):
+    reaches = [(a.window, a.chunk) for match in matches.values() for a in match.attentions if a.window or a.chunk]
+    for window, chunk in dict.fromkeys(reaches):
         reach = window or chunk
         blocks = min(-(-(reach - 1) // block) + 1, max(1, -(-options.max_seq_len // block)))
+        sites = [
+            (a, body, len(body.layers))
+            for body in bodies
+            for a in matches[body.name].attentions
+            if (a.window, a.chunk) == (window, chunk)
+        ]
+        # of a body with several attentions each has its part of what is exchanged
+        sent = [[c for c in body.collectives if c.what in OF_PARTIALS] for _, body, _ in sites]
+        rounds = sum(len(own) * n // len(body.attentions) for own, (_, body, n) in zip(sent, sites, strict=True))
+        nbytes = sum(
+            (
+                sum((c.egress_bytes_per_rank_per_token for c in own), Fraction(0)) * n / len(body.attentions)
+                for own, (_, body, n) in zip(sent, sites, strict=True)
+            ),
+            Fraction(0),
+        )
+        row = (
+            sum(math.prod(a.cache.tail(layout.tpa)) * n for a, _, n in sites if not a.shared) * captured.dtype.itemsize
+        )
         yield Decision(
             f"window {window}" if window else f"chunk {chunk}",
             "sharded as all tokens are; a query's visible tokens lie in at most ceil((W - 1) / tokens_per_block) + 1 blocks, "
             "each on one rank, and the other ranks only exchange",
-            (("W", reach), ("tokens_per_block", block), ("cp", cp)),
+            (
+                ("W", reach),
+                ("tokens_per_block", block),
+                ("cp", cp),
+                ("ranks_that_only_exchange", cp - min(cp, blocks)),
+                ("layers", sum(n for *_, n in sites)),
+                ("exchanges_per_step", rounds),
+                ("exchange_bytes_per_rank_per_token", number(nbytes)),
+                ("bytes_of_W_tokens_if_on_every_rank", min(reach, options.max_seq_len) * row),
+            ),
             f"at most {min(cp, blocks)} of {cp} ranks hold what a query sees",
         )
 
@@ -187,6 +235,7 @@ def _plan_body(
             a.window,
             a.chunk,
             a.sinks.name if a.sinks else "",
+            _owners(captured, match.body, i) if a.shared else (),
         )
         for i, a in enumerate(match.attentions)
     )
@@ -214,6 +263,12 @@ def _plan_body(
     )
 
 
+def _owners(captured: CapturedGraph, body: str, site: int) -> tuple[int, ...]:
+    """The layer whose cache a site reads, of each layer of a body."""
+    owner = {place: layer.index for layer in captured.layers for place in layer.own}
+    return tuple(owner[layer.caches[site]] for layer in captured.layers_of(body))
+
+
 def _exchange(
     match: AttentionMatch, plan: AttentionPlan, options: HelixOptions, layout: HelixLayout, dtype: torch.dtype
 ) -> Iterable[Collective]:
@@ -229,10 +284,10 @@ def _exchange(
         yield _planned(ALL_GATHER, "kvp", asked, owned * query_width * dtype.itemsize, layout)
     if options.merge == "a2a":
         head_bytes = codec.head_bytes(width, dtype, statistic)
-        yield _planned(ALL_TO_ALL, "kvp", "partial_o and lse", H * head_bytes, layout)
+        yield _planned(ALL_TO_ALL, "kvp", OF_PARTIALS[0], H * head_bytes, layout)
     else:
-        yield _planned(ALL_GATHER, "kvp", "lse", H * statistic.itemsize, layout)
-        yield _planned(REDUCE_SCATTER, "kvp", "rescaled partial_o", H * width * dtype.itemsize, layout)
+        yield _planned(ALL_GATHER, "kvp", OF_PARTIALS[1], H * statistic.itemsize, layout)
+        yield _planned(REDUCE_SCATTER, "kvp", OF_PARTIALS[2], H * width * dtype.itemsize, layout)
     yield _planned(ALL_REDUCE, "world", "attention output", match.hidden_size * dtype.itemsize, layout)
 
 
@@ -259,6 +314,14 @@ def _notes(
     notes = [*captured.notes, *options.notes_of_plan(kv_bytes, captured.dtype.itemsize, dtype)]
     if layout.tpa > 1 and not all(a.cache.heads for a in attentions):
         notes.append(f"tpa={layout.tpa}: the latent cache is held {layout.tpa} times (MLA has one KV head)")
+    readers = [layer for layer in captured.layers if layer.shared]
+    if readers:
+        owner = {place: layer.index for layer in captured.layers for place in layer.own}
+        sources = sorted({owner[place] for layer in readers for place in layer.caches[len(layer.own) :]})
+        notes.append(
+            f"{len(readers)} of {len(captured.layers)} layers cache nothing of their own: they read what layers "
+            f"{', '.join(map(str, sources))} cache, and add no bytes to the KV cache"
+        )
     if captured.max_positions and options.max_seq_len > captured.max_positions:
         notes.append(f"max_seq_len={options.max_seq_len} is beyond the model's own maximum of {captured.max_positions}")
     return notes

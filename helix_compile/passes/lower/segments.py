@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -64,6 +65,7 @@ def segments_of(lowered: fx.GraphModule) -> fx.GraphModule:
 def cut_stage(stage: fx.GraphModule) -> None:
     """Cut the outer graph of a lowered stage and every body, in place."""
     _know_shapes(stage)
+    _lay_out_arguments(stage)
     for name, graph in graphs_of(stage):
         cut_graph(graph, name)
 
@@ -114,6 +116,39 @@ def _know_shapes(stage: fx.GraphModule) -> None:
                 ids = placeholders(graph)[0].meta["val"]
                 node.meta["val"] = ids.new_empty((ids.shape[0], pages.pop()))
     propagate_shapes(graph)
+
+
+def _lay_out_arguments(stage: fx.GraphModule) -> None:
+    """Code holds for the strides that a body was captured with, which are those of whole tensors: a part of one is copied."""
+    bodies = bodies_of(stage)
+    for call in [n for n in stage.graph.nodes if n.op == "call_module" and str(n.target) in bodies]:
+        for place, taken in enumerate(placeholders(bodies[str(call.target)].graph)):
+            argument = call.args[place]
+            is_part = taken.meta["input"][0] == "tensor" and isinstance(argument, fx.Node) and _is_part(argument)
+            if is_part:
+                with stage.graph.inserting_before(call):
+                    whole = stage.graph.call_function(
+                        aten.clone.default, (argument,), {"memory_format": torch.contiguous_format}
+                    )
+                whole.meta["val"] = argument.meta["val"].contiguous()
+                call.update_arg(place, whole)
+
+
+def _is_part(node: fx.Node) -> bool:
+    """True for a tensor that does not lie in a row; by its expressions, which adds no guard."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return False
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if size != 1 and _expression(stride) != _expression(expected):
+            return True
+        expected = expected * size
+    return False
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _runs(graph: fx.Graph) -> list[list[fx.Node]]:

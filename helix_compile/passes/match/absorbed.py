@@ -14,7 +14,7 @@ from itertools import permutations
 import torch
 from torch import fx
 
-from helix_compile.ir.elements import Provenance, is_cache_update, is_layout_op, trace_elements
+from helix_compile.ir.elements import Provenance, is_cached, is_layout_op, trace_elements
 from helix_compile.ir.graph import is_call
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.anchor import Anchor, Operand
@@ -67,7 +67,7 @@ def _cached(operand: Operand, what: str, node: fx.Node) -> fx.Node:
     """The cache [B, 1, S, *] that an operand is, position by position and channel by channel."""
     source = trace_elements(operand.node)
     used = source.used()
-    if len(used) != 1 or not is_cache_update(used[0]) or source.undefined():
+    if len(used) != 1 or not is_cached(used[0]) or source.undefined():
         names = ", ".join(f"`{s.name}` ({s.target})" for s in used)
         raise Reject(f"{what} of absorbed attention is not what the layer caches, but {names}", node, 4)
     update = used[0]

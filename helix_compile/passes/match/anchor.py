@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from helix_compile.ir.elements import is_cache_update
+from helix_compile.ir.elements import is_cache_update, is_cached
 from helix_compile.ir.graph import aten, input_ref, is_call, past_dim
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.contractions import Product, product_of
@@ -207,7 +207,7 @@ class _Axes:
 
     def __init__(self, graph: fx.Graph):
         hidden = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
-        update = next((n for n in graph.nodes if is_cache_update(n)), None)
+        update = next((n for n in graph.nodes if is_cached(n)), None)
         self.sizes: dict[Any, str] = {}
         if update is not None:
             self.sizes[_key(update.meta["val"].shape[2])] = "S"
@@ -292,6 +292,34 @@ def _key(size: Any) -> Any:
 
 def _symbols(size: Any) -> set[Any]:
     return set(getattr(_key(size), "free_symbols", ()))
+
+
+class Cached(NamedTuple):
+    """What a site caches of new tokens and of those before, or (of an earlier layer) both in one; in the order of PARTS."""
+
+    new: tuple[fx.Node, ...]
+    past: tuple[fx.Node, ...]
+    shared: tuple[fx.Node, ...] = ()
+
+
+def names(nodes: tuple[fx.Node, ...]) -> tuple[str, ...]:
+    """As a match has them."""
+    return tuple(node.name for node in nodes)
+
+
+def cached_by(parts: tuple[tuple[fx.Node, str], ...], node: fx.Node) -> Cached:
+    """Both parts of what a site caches (each with what it is called), of its own layer or of an earlier one."""
+    shared = [(update, input_ref(update)) for update, _ in parts if input_ref(update).kind == "shared"]
+    if not shared:
+        new, past = zip(*(cache_parts(update, what, node) for update, what in parts), strict=True)
+        return Cached(new, past)
+    refs = [ref for _, ref in shared]
+    if len(shared) < len(parts) or [r.part for r in refs] != [0, 1] or len({r.site for r in refs}) > 1:
+        got = ", ".join(f"{what} from `{update.name}`" for update, what in parts)
+        raise Reject(
+            f"a site reads parts of two caches: {got}; expected both as one earlier layer caches them", node, 5
+        )
+    return Cached((), (), tuple(update for update, _ in shared))
 
 
 def cache_parts(update: fx.Node, what: str, node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from helix_compile.ir.elements import is_cache_update, trace_elements
+from helix_compile.ir.elements import is_cached, trace_elements
 from helix_compile.passes.match.anchor import Anchor, anchor_of, ends_attention
 from helix_compile.passes.match.gqa import match_gqa_site
 from helix_compile.passes.match.mla import in_order, match_absorbed_site, match_mla_site, match_split_site
@@ -38,7 +38,7 @@ def _match_site(anchor: Anchor) -> AttentionMatch:
     if anchor.mask is None:
         raise Reject("attention without a mask: a decode step over a cache needs the causal one", node, 1)
     used = trace_elements(anchor.v.node).used()
-    cached = len(used) == 1 and is_cache_update(used[0])
+    cached = len(used) == 1 and is_cached(used[0])
     if len(anchor.pairs) > 1:
         if cached or "H" not in anchor.v.form:
             return match_absorbed_site(anchor)

@@ -31,7 +31,7 @@ from helix_compile.plan.matches import AttentionMatch
 def check_context(captured: CapturedGraph, body: str, sites: Sequence[AttentionMatch]) -> None:
     """Raise MatchError if something besides `sites` depends on what is cached, how much that is, or the padding mask."""
     graph = captured.bodies[body].graph
-    gone = {n: "what is cached" for n in inputs_of(graph, "past")}
+    gone = {n: "what is cached" for n in inputs_of(graph, "past", "shared")}
     gone |= _made_from_mask(captured, body)
     reader_of: dict[fx.Node, fx.Node] = {}
     stands_for = {node_named(graph, s.o_proj): list(_still_read(graph, s)) for s in sites}

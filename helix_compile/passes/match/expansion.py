@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from helix_compile.ir.elements import Provenance, is_cache_update, trace_elements
+from helix_compile.ir.elements import Provenance, is_cached, trace_elements
 from helix_compile.ir.graph import aten, is_call
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.contractions import Product, WeightView, numbers, product_of, up_weight, weight_product
@@ -63,7 +63,7 @@ def expansion_of(node: fx.Node, what: str) -> Expansion:
     source = trace_elements(x)
     used = source.used()
     made = "linear" if is_call(node, aten.linear.default) else "product"
-    if len(used) != 1 or not is_cache_update(used[0]):
+    if len(used) != 1 or not is_cached(used[0]):
         raise Reject(f"the input of the {made} that makes {what} is not what the layer caches", node, 5)
     latent, letters = used[0], product.letters_of(x)
     R = shape_of(latent)[-1]

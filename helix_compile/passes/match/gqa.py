@@ -2,18 +2,20 @@
 
     k = rope(norm(linear_k(x))),  v = linear_v(x)  -> cache [B, K, S, D] -> each head G times -> attention
 
-Norm and rope are optional. No class, module or parameter name is looked at; K = H (plain multi-head attention) is the
+Norm and rope are optional; one linear may make both, the same rows for K and V. No class, module or parameter name is looked at; K = H (plain multi-head attention) is the
 same thing with groups of one.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
-from helix_compile.ir.elements import Provenance, is_cache_update, trace_elements
+from helix_compile.ir.elements import Provenance, is_cached, trace_elements
 from helix_compile.ir.sizes import shape_of
-from helix_compile.passes.match.anchor import Anchor, cache_parts
+from helix_compile.passes.match.anchor import Anchor, cached_by, names
 from helix_compile.passes.match.expansion import check_grid
 from helix_compile.passes.match.head_cuts import cut_or_whole, heads_of
 from helix_compile.passes.match.heads import bias_of, head_linear, heads_of_q, one_linear, output_projection, param_of
@@ -29,9 +31,9 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     q = anchor.pairs[0][0].node
     k = trace_elements(anchor.pairs[0][1].node)
     used = k.used()
-    if k.undefined() or len(used) != 1 or not is_cache_update(used[0]):
-        names = ", ".join(f"`{s.name}` ({s.target})" for s in used)
-        raise Reject(f"V is what the layer caches, K is not: it comes from {names}", node, 3)
+    if k.undefined() or len(used) != 1 or not is_cached(used[0]):
+        said = ", ".join(f"`{s.name}` ({s.target})" for s in used)
+        raise Reject(f"V is what the layer caches, K is not: it comes from {said}", node, 3)
     H = shape_of(q)[1]
     k_update, v_update = used[0], v.used()[0]
     if k_update is v_update:
@@ -43,16 +45,19 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
         )
     for what, source, update in (("K", k, k_update), ("V", v, v_update)):
         _check_repeated(what, source, update, H, anchor.shared_heads, node)
-    new_k, past_k = cache_parts(k_update, "K", node)
-    new_v, past_v = cache_parts(v_update, "V", node)
+    cached = cached_by(((k_update, "K"), (v_update, "V")), node)
     behind, scaling = scaled_by_sinks(node, anchor.scores, "BHTV")
     o_proj, gate = output_projection(behind, "BHTV", [q])
-    values = (("q", q), ("K", new_k), ("V", new_v))
+    values = (("q", q), *zip("KV", cached.new, strict=False))
     linears = [one_linear(value, what) for what, value in values]
-    if len(set(linears)) < 3:
+    widths = shape_of(k_update)[3], shape_of(v_update)[3]
+    one_for_both = (
+        len(linears) == 3 and linears[1] is linears[2] and widths == (shape_of(linears[1])[-1] // kv_heads,) * 2
+    )
+    if len(set(linears)) < len(values) - one_for_both:
         raise Reject(
             "q, K and V come from fewer than three linears, whose rows can't be cut by one rule (nearest that works: three "
-            "linears)",
+            "linears, or one whose rows are both K and V)",
             linears[0],
             6,
         )
@@ -62,15 +67,18 @@ def match_gqa_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
         for (what, value), heads in zip(values, made, strict=True)
     ]
     counts = (H, kv_heads, kv_heads)
-    q_proj, k_proj, v_proj = (head_linear(m, h, c[0]) for m, h, c in zip(made, counts, cuts, strict=True))
+    q_proj, *of_kv = (head_linear(m, h, c[0]) for m, h, c in zip(made, counts, cuts, strict=False))
+    if one_for_both:  # V is K before its norm and rope: cut once, but both have views of their own
+        of_kv = [replace(of_kv[0], views=tuple(dict.fromkeys(of_kv[0].views + of_kv[1].views)))]
     return AttentionMatch(
-        kind=Grouped(k_proj, v_proj),
+        kind=Grouped(kv_heads, *widths, tuple(of_kv)),
         anchor=node.name,
         q=q.name,
         q_proj=q_proj,
         o_proj=o_proj.name,
-        new=(new_k.name, new_v.name),
-        past=(past_k.name, past_v.name),
+        new=names(cached.new),
+        past=names(cached.past),
+        shared=names(cached.shared),
         mask=mask.name,
         o_weight=param_of(o_proj, 1),
         o_bias=bias_of(o_proj),

@@ -86,6 +86,11 @@ def _name_pasts(graph: fx.Graph, matched: list[AttentionMatch]) -> None:
     for site, match in enumerate(matched):
         for part, name in zip(PARTS, match.past, strict=False):
             set_input(node_named(graph, name), InputRef.past(part, site))
+        for node in (node_named(graph, name) for name in match.shared):
+            if input_ref(node).site != site:  # places of caches go by it
+                raise MatchError(
+                    f"{node.name}: a site that reads another layer's cache stands before one with a cache of its own"
+                )
 
 
 _KEEP_HINT = '\n  nearest that works: unmatched="keep" leaves such layers as they are, if others match'

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from helix_compile.capture.captured import CapturedGraph
+from helix_compile.capture.captured import CapturedGraph, source_of
 from helix_compile.errors import MatchError, PlanError
 from helix_compile.ir.dataflow import NotRun, ancestors, evaluate
 from helix_compile.ir.graph import input_ref, node_named, past_dim, placeholders, source_line
@@ -191,8 +191,8 @@ def subjects_of(
 
 
 def _is_past(node: Any) -> bool:
-    """A layer's own past: zeros of its shape stand for it here, whichever layer's it is."""
-    return node.op == "placeholder" and input_ref(node).kind == "past"
+    """A layer's past, or what an earlier one caches: zeros of its shape stand for it here, whichever layer's it is."""
+    return (node.op == "placeholder" and input_ref(node).kind == "past") or source_of(node) is not None
 
 
 def _compare(subject: Subject, mask: Tensor, T: int, reach: _Reach) -> None:
@@ -257,6 +257,12 @@ def evaluated(subject: Subject, name: str, mask: Tensor, T: int, handed: dict[fx
     outer_args = dict(zip(placeholders(graph), subject.call.args, strict=True))
     sizes = B, T, total - T
 
+    def body_input(node: fx.Node) -> Any:
+        if input_ref(node).kind == "shared":
+            shape = node.meta["val"].shape
+            return torch.zeros(1).expand(B, shape[1], total, shape[3])
+        return evaluate(outer_args[node], known, outer_input, given=outer_size)
+
     def outer_input(node: fx.Node) -> Any:
         kind, name = input_ref(node)
         if kind == "input":
@@ -271,12 +277,7 @@ def evaluated(subject: Subject, name: str, mask: Tensor, T: int, handed: dict[fx
     inside = dict(handed)
     outer_size = _size_reader(captured.graph.graph, *sizes)
     try:
-        value: Tensor = evaluate(
-            node_named(graph, name),
-            inside,
-            lambda n: evaluate(outer_args[n], known, outer_input, given=outer_size),
-            given=_size_reader(graph, *sizes),
-        )
+        value: Tensor = evaluate(node_named(graph, name), inside, body_input, given=_size_reader(graph, *sizes))
     except KeyError as missing:
         raise mask_error(
             subject, f"it is computed from {missing} (sparse attention over a top-k of keys?)"
@@ -309,6 +310,8 @@ def _size_reader(graph: fx.Graph, B: int, T: int, S: int) -> Callable[[fx.Node],
         dims = {0: B, 1: T} if kind == "hidden" or name == "input_ids" else {}
         if kind == "past":
             dims = {past_dim(node.meta["val"]): S}
+        if kind == "shared":
+            dims = {past_dim(node.meta["val"]): S + T}
         for dim, number in dims.items():
             if isinstance(shape[dim], torch.SymInt):
                 numbers[shape[dim].node.expr] = number

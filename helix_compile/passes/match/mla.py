@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from helix_compile.ir.elements import Provenance, trace_elements
+from helix_compile.ir.dataflow import ancestors
+from helix_compile.ir.elements import Provenance, is_cached, trace_elements
 from helix_compile.ir.sizes import shape_of
 from helix_compile.passes.match.absorbed import absorbed_site
-from helix_compile.passes.match.anchor import Anchor, Operand, cache_parts
+from helix_compile.passes.match.anchor import Anchor, Operand, cached_by, names
 from helix_compile.passes.match.contractions import up_weight
 from helix_compile.passes.match.expansion import Expansion, check_grid, expanded, expansion_of_k, weight_of_v
 from helix_compile.passes.match.head_cuts import cut_or_whole
@@ -41,7 +42,7 @@ def match_split_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     (first, first_k), (second, second_k) = anchor.pairs
     k = _side_by_side(first_k, second_k, v.ids.shape[1], node)
     k_up = expansion_of_k(k, v_up, node)
-    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, node)
+    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, first_k.node, node)
     width = shape_of(first_k.node)[first_k.form.index("C")]
     parts = [{channel < width for channel in channels} for channels in (q_nope, q_rope)]
     if parts not in ([{True}, {False}], [{False}, {True}]):
@@ -59,8 +60,8 @@ def _side_by_side(first: Operand, second: Operand, heads: int, node: fx.Node) ->
     parts = [_with_heads(k, node) for k in (first, second)]
     both = set(parts[0].used()) & set(parts[1].used())
     if both:
-        names = ", ".join(f"`{n.name}`" for n in both)
-        raise Reject(f"both products of the scores read K from {names}", node, 4)
+        said = ", ".join(f"`{n.name}`" for n in both)
+        raise Reject(f"both products of the scores read K from {said}", node, 4)
     behind = int(parts[0].ids.max())
     moved = torch.where(parts[1].ids > 0, parts[1].ids + behind, 0)
     if {x.ids.shape[1] for x in parts} - {1, heads}:
@@ -88,7 +89,7 @@ def match_mla_site(anchor: Anchor, v: Provenance) -> AttentionMatch:
     v_up, w_uv = weight_of_v(v, anchor.node)
     k = in_order(key, "K")
     k_up = expansion_of_k(k, v_up, anchor.node)
-    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, anchor.node)
+    w_uk, q_nope, rope, q_rope = _channels_of_k(k, k_up, key.node, anchor.node)
     return _site(anchor, q, None, v_up.latent, rope, w_uk, w_uv, q_nope, q_rope)
 
 
@@ -114,8 +115,7 @@ def _site(
     """The match, given where W_UK, W_UV and the cached parts are: what is left are q, the mask and the way to o_proj."""
     node, mask = anchor.node, anchor.mask
     assert mask is not None
-    new_latent, past_latent = cache_parts(latent, "latent", node)
-    new_rope, past_rope = cache_parts(rope, "rope part of K", node)
+    cached = cached_by(((latent, "latent"), (rope, "rope part of K")), node)
     queries = [o.node for o in (q, rope_of_q) if o is not None]
     o_proj, gate = output_projection(node, anchor.form, queries)
     q_proj = one_linear(q.node, "q")
@@ -145,8 +145,9 @@ def _site(
         q=q.node.name,
         q_proj=head_linear(made, len(w_uv.at), views),
         o_proj=o_proj.name,
-        new=(new_latent.name, new_rope.name),
-        past=(past_latent.name, past_rope.name),
+        new=names(cached.new),
+        past=names(cached.past),
+        shared=names(cached.shared),
         mask=mask.name,
         o_weight=param_of(o_proj, 1),
         o_bias=bias_of(o_proj),
@@ -161,14 +162,20 @@ def _site(
     )
 
 
+def _empty_rope(key: fx.Node) -> list[fx.Node]:
+    """What a layer without rope caches beside its latent: a part without channels."""
+    before = ancestors([key], until=[])
+    return [n for n in before if is_cached(n) and n.meta["val"].dim() == 4 and shape_of(n)[-1] == 0]
+
+
 def _channels_of_k(
-    k: Provenance, k_up: Expansion, node: fx.Node
+    k: Provenance, k_up: Expansion, key: fx.Node, node: fx.Node
 ) -> tuple[UpWeight, tuple[int, ...], fx.Node, tuple[int, ...]]:
     """(W_UK, nope channels, rope source, rope channels in the order of the rope columns)."""
-    others = [s for s in k.used() if s is not k_up.node]
+    others = [s for s in k.used() if s is not k_up.node] or _empty_rope(key)
     if len(others) != 1:
-        names = ", ".join(f"`{s.name}`" for s in others) or "nothing"
-        raise Reject(f"the rest of K must be one shared rope part, it is {names}", node, 4)
+        said = ", ".join(f"`{s.name}`" for s in others) or "nothing"
+        raise Reject(f"the rest of K must be one shared rope part, it is {said}", node, 4)
     rope, columns, nope, rope_of, step = others[0], [], [], {}, 1
     for channel in range(k.ids.shape[3]):
         ids = k.ids[..., channel : channel + 1]

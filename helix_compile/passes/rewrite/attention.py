@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 from torch import fx
 
-from helix_compile.capture.captured import handed_on, results_of
 from helix_compile.config.options import FP8_E4M3
 from helix_compile.ir.graph import (
     InputRef,
@@ -35,6 +34,7 @@ from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
 from helix_compile.passes.match.heads import gate_by_head
 from helix_compile.passes.rewrite.grouped import grouped_attention
+from helix_compile.passes.rewrite.handed import values_handed_on
 from helix_compile.passes.rewrite.latent import latent_attention
 from helix_compile.passes.rewrite.parts import (
     cache_example,
@@ -49,15 +49,7 @@ from helix_compile.passes.rewrite.parts import (
 )
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, HelixPlan
-from helix_compile.plan.matches import (
-    AttentionMatch,
-    GateMatch,
-    Grouped,
-    HandedSelection,
-    Latent,
-    LayerMatch,
-    Selection,
-)
+from helix_compile.plan.matches import AttentionMatch, GateMatch, Grouped, HandedSelection, Latent, LayerMatch
 
 # kind -> what makes (partial_o, lse) of a site, at the graph's insertion point
 KINDS: dict[type, Callable[[fx.Graph, AttentionMatch, int, HelixPlan], list[fx.Node]]] = {
@@ -78,6 +70,9 @@ def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassCon
         if isinstance(attention.selection, HandedSelection):
             for name, value in handed_examples(graph, attention.selection, context.plan).items():
                 add_input(graph, "chosen", name, value)
+    for site, attention in enumerate(match.attentions):
+        if attention.shared:
+            add_input(graph, *InputRef.written(site), input_named(graph, "step", "visible").meta["val"])
     for site, (attention, attention_plan) in enumerate(zip(match.attentions, plan.attentions, strict=True)):
         add_input(graph, *InputRef.cache(site), caches[site])
         if context.plan.options.cache_dtype == FP8_E4M3:
@@ -85,8 +80,8 @@ def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassCon
         _rewrite_site(graph, attention, attention_plan, plan, context.plan)
     output = next(n for n in graph.nodes if n.op == "output")
     hidden = output.args[0][0]
-    chosen = _handed_on(gm, match, context)
-    output.args = ((hidden, *chosen),) if chosen else (hidden,)
+    handed = values_handed_on(graph, match, context)
+    output.args = ((hidden, *handed),) if handed else (hidden,)
     # fx keeps attention as "seeded": erase by use, so that no linear over the whole context stays
     erase_unused(graph, keep=placeholders(graph)[:1])
     propagate_shapes(graph)
@@ -121,14 +116,6 @@ def _rewrite_site(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan, b
         with made_from(graph, o_proj.args[0]):
             flat = named(graph, "o_flat", aten.flatten.using_ints, o, 2, 3)
     o_proj.args = (flat, *o_proj.args[1:])
-
-
-def _handed_on(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> list[fx.Node]:
-    """(slots, count) of each selection that later layers attend to, in the order of the layer's results."""
-    results = results_of(context.captured.bodies[match.body].graph)
-    names = [results[number].name for number in handed_on(context.captured, match.body)]
-    sites = {a.selection.indices: i for i, a in enumerate(match.attentions) if isinstance(a.selection, Selection)}
-    return [node_named(gm.graph, f"chosen_{part}_{sites[name]}") for name in names for part in ("slots", "count")]
 
 
 def _raised(graph: fx.Graph, match: AttentionMatch, name: str, o: fx.Node) -> fx.Node:

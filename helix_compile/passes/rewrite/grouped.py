@@ -25,7 +25,7 @@ def grouped_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: H
             q = gathered_query(graph, q, plan.layout)
     cache, page_table, written = append_to_cache(graph, match, site, aten.transpose.int, 1, 2)
     row = match.cache
-    with made_from(graph, *(node_named(graph, n) for n in match.past)):
+    with made_from(graph, *(node_named(graph, n) for n in (*match.past, *match.shared))):
         k_cache = named(graph, "k_cache", aten.slice.Tensor, cache, 3, 0, row.first)
         v_cache = named(graph, "v_cache", aten.slice.Tensor, cache, 3, row.first, row.first + row.second)
     attended = named(

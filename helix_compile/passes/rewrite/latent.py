@@ -31,7 +31,7 @@ def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: He
     if match.selection:
         slots, count = chosen_slots(graph, match, site, cache, page_table, written, plan)
         if match.cache.index:
-            with made_from(graph, *(node_named(graph, n) for n in match.past[:2])):
+            with made_from(graph, *(node_named(graph, n) for n in (*match.past, *match.shared)[:2])):
                 stored = stored_row(graph, match, plan)
                 cache = named(graph, "latent_cache", aten.slice.Tensor, cache, 2, 0, stored.attended)
                 if scale and stored.dtype is torch.uint8:
@@ -87,6 +87,8 @@ def _as_bthc(graph: fx.Graph, q_rope: fx.Node, form: str) -> fx.Node:
 
 def _channels(graph: fx.Graph, q: fx.Node, channels: tuple[int, ...]) -> fx.Node:
     """Channels of q [*, *, *, Dk] in this order: one slice a run, joined where there are several."""
+    if not channels:
+        return graph.call_function(aten.slice.Tensor, (q, 3, 0, 0))
     runs: list[list[int]] = []
     for channel in channels:
         if runs and channel == runs[-1][-1] + 1:

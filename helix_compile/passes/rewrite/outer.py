@@ -8,12 +8,11 @@ layer_i = body(hidden, ..., slots, visible, page_table, cache_i, parameters)
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from torch import fx
 
-from helix_compile.capture.captured import CapturedLayer, handed_on
+from helix_compile.capture.captured import CapturedLayer
 from helix_compile.errors import PassError
 from helix_compile.ir.graph import (
     ATTENTION_MASK,
@@ -35,10 +34,10 @@ from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from, stands_for
 from helix_compile.ir.shapes import fake_mode_of
 from helix_compile.ir.stage import body_of
-from helix_compile.passes.rewrite.parts import handed_names
+from helix_compile.passes.rewrite.handed import hand_on, handed_to
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.helix_plan import HelixPlan
-from helix_compile.plan.matches import HandedSelection, first_visible_input
+from helix_compile.plan.matches import first_visible_input
 
 STEP_INPUTS = ("slots", "visible", "page_table")
 KVP_RANK = InputRef("step", "kvp_rank")
@@ -51,7 +50,7 @@ def rewire_outer_pass(gm: fx.GraphModule, context: PassContext) -> None:
     # what placeholders were before the pass: old arguments are found by name
     before = {n: [input_ref(p) for p in placeholders(b.graph)] for n, b in context.captured.bodies.items()}
     _index_tokens(graph, plan)
-    handed: dict[fx.Node, list[fx.Node]] = {}  # what a layer chose -> (slots, count)
+    handed: dict[fx.Node, list[fx.Node]] = {}  # what a layer chose or cached -> what stands for it
     inputs = Inputs(graph)
     steps = {n.meta["step"]: n for n in reversed(graph.nodes) if "step" in n.meta}
     for call in _layer_calls(gm):
@@ -59,9 +58,9 @@ def rewire_outer_pass(gm: fx.GraphModule, context: PassContext) -> None:
         old = dict(zip(before[call.target], call.args, strict=True))
         body = body_of(gm, call.target)
         sources = {s.name: s.source for s in plan.body(call.target).param_shards}
-        slots_of = _handed(context, call, handed)
+        given = handed_to(context, call, handed)
         call.args = tuple(
-            slots_of.get(input_ref(p)) or _argument(inputs, steps, p, old, layer, sources)
+            given.get(input_ref(p)) or _argument(inputs, steps, p, old, layer, sources)
             for p in placeholders(body.graph)
         )
         results = _results(body.graph)
@@ -72,7 +71,7 @@ def rewire_outer_pass(gm: fx.GraphModule, context: PassContext) -> None:
                     user.replace_all_uses_with(call)
         if results:
             call.meta["val"] = (call.meta["val"], *(r.meta["val"] for r in results))
-            _hand_on(graph, context, call, handed)
+            hand_on(graph, context, call, handed)
         _mark_cut(call, body)
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (output.args[0][0],)
@@ -90,30 +89,6 @@ def _results(body: fx.Graph) -> tuple[fx.Node, ...]:
     """What a rewritten body returns besides hidden states."""
     (returned,) = next(n for n in body.nodes if n.op == "output").args
     return tuple(returned[1:]) if isinstance(returned, (tuple, list)) else ()
-
-
-def _hand_on(graph: fx.Graph, context: PassContext, call: fx.Node, handed: dict[fx.Node, list[fx.Node]]) -> None:
-    """Slots and count come from the call where the chosen indices did."""
-    read = handed_on(context.captured, str(call.target))
-    for old in [u for u in call.users if u.target is operator.getitem and u.args[1] >= 2]:
-        place = 1 + 2 * read.index(old.args[1] - 2)
-        with graph.inserting_after(old):
-            values = [graph.call_function(operator.getitem, (call, place + i)) for i in range(2)]
-        for i, value in enumerate(values):
-            value.meta = {"val": call.meta["val"][place + i], "layer": call.meta["layer"]}
-        handed[old] = values
-
-
-def _handed(context: PassContext, call: fx.Node, handed: dict[fx.Node, list[fx.Node]]) -> dict[InputRef, fx.Node]:
-    """Inputs of a body that bring slots and count of an earlier layer -> which these are, for one call."""
-    found: dict[InputRef, fx.Node] = {}
-    inputs = placeholders(context.captured.bodies[str(call.target)].graph)
-    for attention in context.matches[str(call.target)].attentions:
-        if isinstance(attention.selection, HandedSelection):
-            place = next(i for i, p in enumerate(inputs) if p.name == attention.selection.indices)
-            values = handed[call.args[place]]
-            found |= {InputRef("chosen", n): v for n, v in zip(handed_names(attention.selection), values, strict=True)}
-    return found
 
 
 def _layer_calls(gm: fx.GraphModule) -> list[fx.Node]:
@@ -175,7 +150,8 @@ def _argument(
     if kind == "step":
         return steps[name]
     if kind == "cache":
-        past = [old[ref_] for part in PARTS if (ref_ := InputRef.past(part, ref.site)) in old]
+        past = [old[r] for part in PARTS if (r := InputRef.past(part, ref.site)) in old]
+        past += [old[r] for i in range(len(PARTS)) if (r := InputRef.shared(i, ref.site)) in old]
         return stands_for(inputs.add(*InputRef.cache(layer.caches[ref.site]), placeholder.meta["val"]), *past)
     if kind == "scale":
         return inputs.add(*InputRef.scale(layer.caches[ref.site]), placeholder.meta["val"])

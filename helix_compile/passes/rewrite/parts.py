@@ -91,11 +91,13 @@ def append_to_cache(
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Append what the new tokens leave, K and V or latents by `laid_out(part, *args)`: (cache, page table, what is visible then).
 
-    An index key goes behind the rope part, into the same row.
+    An index key goes behind the rope part, into the same row. Where an earlier layer has appended, nothing is left to do.
     """
     keywords = scale_of(graph, site)
     slots, visible, page_table = (input_named(graph, "step", n) for n in ("slots", "visible", "page_table"))
-    cache = input_named(graph, "cache", f"cache_{site}")
+    cache = input_named(graph, *InputRef.cache(site))
+    if match.shared:
+        return cache, page_table, input_named(graph, *InputRef.written(site))
     parts = []
     for part in (node_named(graph, n) for n in match.new[:2]):
         with made_from(graph, part):
@@ -199,7 +201,7 @@ def handed_names(selection: HandedSelection) -> tuple[str, str]:
 
 def stored_row(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> StoredRow:
     """How a site's cache holds a token."""
-    dtype = node_named(graph, match.new[0]).meta["val"].dtype
+    dtype = node_named(graph, (*match.new, *match.shared)[0]).meta["val"].dtype
     return match.cache.stored(plan.options.cache_dtype, dtype, plan.layout.tpa)
 
 

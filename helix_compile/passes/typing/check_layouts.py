@@ -14,7 +14,7 @@ from torch import fx
 from torch.distributed.tensor.placement_types import Shard
 
 from helix_compile.errors import PassError
-from helix_compile.ir.graph import input_ref, source_line
+from helix_compile.ir.graph import helix_op, input_ref, source_line
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Chosen, Layout, PerRank, format_layout, normal_form, parse_layout
 from helix_compile.passes.typing.aten_rules import RULES, Rule, Violation, is_partial
@@ -92,7 +92,14 @@ def step_layout(node: fx.Node) -> Layout:
         return {"kvp": PerRank()}
     if kind == "chosen":
         return {"kvp": Chosen()}
+    if kind == "written":
+        return {"kvp": PerRank()}
     return {}
+
+
+def _handed_layout(node: fx.Node) -> Layout:
+    """Of what a body may hand on besides hidden states: what it wrote, or chose."""
+    return {"kvp": PerRank()} if helix_op(node) == "cache_append" else {"kvp": Chosen()}
 
 
 def _infer(
@@ -111,9 +118,11 @@ def _infer(
         returned = node.args[0]
         hidden, *others = returned if isinstance(returned, (tuple, list)) else (returned,)
         result = of(hidden)
-        if degrees.kvp > 1 and any(of(n) != {"kvp": Chosen()} for n in others):
+        if degrees.kvp > 1 and any(of(n) != _handed_layout(n) for n in others):
             texts = ", ".join(f"`{n.name}` {format_layout(of(n))}" for n in others)
-            raise Violation(f"the graph returns {texts} beside hidden states, expected chosen slots")
+            raise Violation(
+                f"the graph returns {texts} beside hidden states, expected chosen slots, or what is visible of a cache"
+            )
         if result:
             raise Violation(
                 f"the graph returns {format_layout(result)}, expected the same value on every rank",

@@ -304,9 +304,10 @@ def _past(captured: CapturedReference, reference: EagerReference, name: str, B: 
         return torch.zeros(B, 1, S, 1, dtype=torch.float64)
     ref = InputRef("past", name)
     if S == 0:
-        layer = next(x for x in captured.captured.layers if ref.site in x.caches)
+        layer = next(x for x in captured.captured.layers if ref.site in x.own)
         match = captured.matches[layer.body].attentions[layer.caches.index(ref.site)]
         return empty_past(match, B, 0)[ref.part].double()
-    entry = reference.cache.layers[ref.site]
+    # transformers has an empty layer where an earlier one's K and V are read
+    entry = [x for x in reference.cache.layers if x.keys is not None][ref.site]
     part: Tensor = (entry.keys, entry.values, *([entry.indexer_keys] if ref.part == 2 else []))[ref.part]
     return part

@@ -48,6 +48,8 @@ GQA_CATALOGUE: list[Mutant] = []
 SPARSE_CATALOGUE: list[Mutant] = []
 # faults of windows and sinks, made on a model with both
 WINDOW_CATALOGUE: list[Mutant] = []
+# faults of layers that read what an earlier one caches, made on a model with such
+SHARED_CATALOGUE: list[Mutant] = []
 # faults of caches in FP8, made on a model with MLA
 FP8_CATALOGUE: list[Mutant] = []
 

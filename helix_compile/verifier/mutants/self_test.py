@@ -32,6 +32,7 @@ from helix_compile.verifier.mutants import (  # noqa: F401  importing registers 
     padding_mutants,
     param_mutants,
     selection_mutants,
+    shared_mutants,
     sparse_mutants,
     vocabulary_mutants,
     window_mutants,
@@ -40,6 +41,7 @@ from helix_compile.verifier.mutants.mutant import (
     CATALOGUE,
     FP8_CATALOGUE,
     GQA_CATALOGUE,
+    SHARED_CATALOGUE,
     SPARSE_CATALOGUE,
     WINDOW_CATALOGUE,
     Mutant,
@@ -49,7 +51,7 @@ from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInp
 from helix_compile.verifier.numeric.reference import apply_edits, edited, wide_copy
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.sharpen import background, sharpening
-from helix_compile.verifier.numeric.site_terms import empty_past, entries_of, past_of, terms_of
+from helix_compile.verifier.numeric.site_terms import empty_past, entries_of, given_length, past_of, terms_of
 from helix_compile.verifier.report import FAMILIES
 from helix_compile.verifier.verify import verify
 
@@ -197,6 +199,32 @@ def awkward_sparse(dtype: torch.dtype = torch.float32) -> nn.Module:
     return build_model(config, dtype=dtype)
 
 
+def awkward_shared(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A Gemma 4 whose third layer reads the second one's K and V; the first caches such as wide, and is no one's to read."""
+    from transformers import Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        vocab_size=97,
+        hidden_size=36,
+        intermediate_size=58,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        num_kv_shared_layers=1,
+        sliding_window=21,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=16,
+        global_head_dim=16,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=97,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return build_model(config, dtype=dtype)
+
+
 def self_test(
     model: nn.Module, mutants: list[Mutant] | None = None, progress: Callable[[str], None] | None = None
 ) -> list[Verdict]:
@@ -204,7 +232,8 @@ def self_test(
 
     Args:
         model: a DeepSeek-V3 in transformers' names with dense and MoE layers, 24 heads, 8 experts: awkward_model();
-            or FP8_CATALOGUE; for GQA_CATALOGUE awkward_gqa(), for WINDOW_CATALOGUE awkward_windows(), for SPARSE_CATALOGUE awkward_sparse().
+            or FP8_CATALOGUE; for GQA_CATALOGUE awkward_gqa(), for WINDOW_CATALOGUE awkward_windows(), for SPARSE_CATALOGUE awkward_sparse(),
+            for SHARED_CATALOGUE awkward_shared().
         mutants: by default the whole CATALOGUE.
         progress: called with the name of each mutant when its turn comes.
     """
@@ -233,7 +262,8 @@ def self_test_of_all_kinds(progress: Callable[[str], None] | None = None) -> lis
     found = self_test(awkward_model(), CATALOGUE + FP8_CATALOGUE, progress)
     found += self_test(awkward_gqa(), GQA_CATALOGUE, progress)
     found += self_test(awkward_windows(), WINDOW_CATALOGUE, progress)
-    return found + self_test(awkward_sparse(), SPARSE_CATALOGUE, progress)
+    found += self_test(awkward_sparse(), SPARSE_CATALOGUE, progress)
+    return found + self_test(awkward_shared(), SHARED_CATALOGUE, progress)
 
 
 class _Rule:
@@ -258,15 +288,16 @@ class _Rule:
             wide = hidden.double()
             mask = torch.ones(1, CONTEXT + 1, dtype=torch.int64)
             positions = torch.tensor([[CONTEXT]])
-            zero = tuple(x.double() for x in empty_past(attention, 1, CONTEXT))
+            cached = given_length(attention, CONTEXT, 1)
+            zero = tuple(x.double() for x in empty_past(attention, 1, cached))
             handed = drawn_keys(match, [CONTEXT], 1, generator)
             probe = LayerInputs(wide, mask, positions, (zero,), handed)
             prefix = self.reference.captured.layers_of(body)[0].prefix
             values = self.reference.layer(layer, probe)
             query = terms_of(attention).query_parts(values, self.reference.tensors, prefix)
-            entries = [x.to(dtype) for x in background(attention, query, CONTEXT, generator)]
+            entries = [x.to(dtype) for x in background(attention, query, cached, generator)]
             if attention.cache.index:
-                entries.append(torch.randn(1, CONTEXT, attention.cache.index, generator=generator).to(dtype))
+                entries.append(torch.randn(1, cached, attention.cache.index, generator=generator).to(dtype))
             past = past_of(attention, *entries)
             exact = LayerInputs(wide, mask, positions, (tuple(x.double() for x in past),), handed)
             expected = self.reference.layer(layer, exact)["output"]
@@ -281,6 +312,7 @@ class _Rule:
                 scratch = Scratch(compiled, compiled.graph, params, 1, CONTEXT + case.T)
                 site = self.reference.sites(layer)[0]
                 scratch.fill(site, 0, torch.cat(entries_of(given.pasts[0]), dim=-1)[0])
+                scratch.lengths = [CONTEXT]
                 outputs = run_layer(scratch, layer, given, torch.ones(1, 1, dtype=torch.int64)).outputs
             except Exception:  # a mutant may do anything; a test that can't run is one that fails
                 return None

@@ -35,7 +35,9 @@ def check_cache(
     T: int,
     where: str,
 ) -> list[Finding]:
-    """Only the new tokens' slots changed, each on its owner, and they hold the original's latent and roped key."""
+    """Only the new tokens' slots changed, each on its owner, and they hold the original's latent and roped key; of another
+    layer's cache none.
+    """
     plan, dtype = scratch.compiled.plan, getattr(torch, scratch.compiled.plan.dtype)
     cp, tpb = plan.layout.kvp, plan.options.tokens_per_block
     row_of, tpa = attention.cache, plan.layout.tpa
@@ -51,7 +53,7 @@ def check_cache(
         for row, past in enumerate(pasts):
             mine = deal(past + T, cp, tpb)[rank % cp]
             for slot, position in enumerate(mine):
-                if position < past:
+                if position < past or attention.shared:
                     continue
                 page = int(scratch.page_table[row, slot // PAGE_SIZE])
                 untouched[page, slot % PAGE_SIZE] = False

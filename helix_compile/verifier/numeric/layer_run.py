@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from helix_compile.verifier.numeric.scratch import Scratch, running
 class LayerInputs:
     """What a layer reads: hidden [B, T, D], mask [B, S + T] and positions [B, T] with padding in front, and per
     site the past (latent [B, 1, S, R] and k_rope [B, 1, S, r], or K and V [B, K, S, *]; an index key [B, S, I] behind
-    them). `handed` are keys [B, T, n] by position that an earlier layer chose, by the name of the input that brings them.
+    them). Where an earlier layer has cached them it is S + T of both parts. `handed` are keys [B, T, n] by position that an earlier layer chose, by the name of the input that brings them.
     """
 
     hidden: Tensor
@@ -116,7 +117,7 @@ class CapturedReference:
                 ref = input_ref(node)
                 if ref.kind == "hidden":
                     inputs.append(given.hidden)
-                elif ref.kind == "past":
+                elif ref.kind in ("past", "shared"):
                     inputs.append(given.pasts[ref.site][ref.part])
                 elif ref.kind == "param":
                     inputs.append(self._param(argument))
@@ -157,9 +158,23 @@ class CapturedReference:
         for node in self.graph.graph.nodes:
             if node.op == "call_module":
                 break
-            if node.target is torch.ops.aten.embedding.default:
-                known[node] = given.hidden  # the tables ask it for its dtype and size only
+            if _embeds(node, given.hidden):
+                known[node] = _one_stream(given.hidden)  # the tables ask it for its dtype and size only
         return known
+
+
+def hidden_shape(body: fx.Graph, B: int, T: int) -> tuple[int, ...]:
+    """Of what a layer reads: [B, T, D], or [B, T, streams, D]."""
+    return (B, T, *map(int, placeholders(body)[0].meta["val"].shape[2:]))
+
+
+def _one_stream(hidden: Tensor) -> Tensor:
+    return hidden if hidden.dim() == 3 else hidden[:, :, 0]
+
+
+def _embeds(node: fx.Node, hidden: Tensor) -> bool:
+    """True for the embedding that hidden states are made from; one table more, for each layer, is as wide as it likes."""
+    return is_call(node, aten.embedding.default) and node.meta["val"].shape[-1] == hidden.shape[-1]
 
 
 def topk_of(graph: fx.Graph, selection: Selection) -> fx.Node:
@@ -200,12 +215,16 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
         inputs = []
         for rank in range(len(scratch.params)):
             placed = dict(zip(placeholders(outer), scratch.inputs_of(rank, step), strict=True))
-            known = dict.fromkeys([call.args[0], *_embeddings(outer)], given.hidden)
+            known = dict.fromkeys(_embeddings(outer, given.hidden), _one_stream(given.hidden))
             for node, argument in zip(placeholders(body.graph), call.args, strict=True):
                 kind, name = input_ref(node)
                 if kind == "chosen":
                     known[argument] = _chosen(scratch, rank, name, given.handed)
-            inputs.append([_argument(a, placed, known) for a in call.args])
+                elif kind == "written":  # the earlier layer is not run: its tokens are in the cache
+                    handed = [n for n in ancestors([argument], until=[]) if _is_handed(n)]
+                    known |= dict.fromkeys(handed, _argument(_step(outer, "visible"), placed, {}))
+            # what else is computed before the layers does not see that these are others
+            inputs.append([given.hidden, *(_argument(a, placed, known) for a in call.args[1:])])
         returned = scratch.run(body, inputs, record)
     # the hidden state, and behind it what the layer hands on
     outputs = [out[0] if isinstance(out, (tuple, list)) else out for out in returned]
@@ -213,14 +232,25 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
     return LayerRun(values, outputs)
 
 
-def _embeddings(outer: fx.Graph) -> list[fx.Node]:
+def _is_handed(node: fx.Node) -> bool:
+    """What a layer hands on besides hidden states."""
+    return node.target is operator.getitem and node.args[0].op == "call_module" and node.args[1] > 0
+
+
+def _step(graph: fx.Graph, name: str) -> fx.Node:
+    """An input of layers that the outer graph computes for each step."""
+    return next(n for n in graph.nodes if n.meta.get("step") == name)
+
+
+def _embeddings(outer: fx.Graph, hidden: Tensor) -> list[fx.Node]:
     """Values that are the token embeddings: looked up whole, or summed over the ranks' rows."""
     summed = [
         follow([n], lambda node: [] if is_call(node, WAIT) else node.users)
         for n in outer.nodes
         if helix_op(n) == "embed_rows"
     ]
-    return [*calls(outer, aten.embedding.default), *(n for found in summed for n in found if is_call(n, WAIT))]
+    whole = [n for n in calls(outer, aten.embedding.default) if _embeds(n, hidden)]
+    return [*whole, *(n for found in summed for n in found if is_call(n, WAIT))]
 
 
 def _chosen(scratch: Scratch, rank: int, name: str, handed: Mapping[str, Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from helix_compile.capture.source import converted_copy
 from helix_compile.ir.cache_argument import call_with_cache
-from helix_compile.ir.graph import erase_unused, input_named, node_named, placeholders
+from helix_compile.ir.graph import erase_unused, input_named, inputs_of, node_named, placeholders
 from helix_compile.ir.leaves import Leaf
 from helix_compile.ir.stage import body_of, copy_module
 from helix_compile.plan.matches import LayerMatch
@@ -236,7 +236,11 @@ class RecordingInterpreter(fx.Interpreter):
         if isinstance(body, Leaf):
             return super().call_module(target, args, kwargs)
         inner = RecordingInterpreter(body, self.record, f"{self.path}{self.calling}.", self.indexers)
-        return inner.run(*args, **kwargs)
+        hidden, *others = inner.run(*args, **kwargs)
+        cached = len(
+            inputs_of(body.graph, "past")
+        )  # what it caches is one value of the call, what it hands on are others
+        return hidden, others[:cached], *others[cached:]
 
 
 def with_textbook_experts(graph: fx.GraphModule, matches: Mapping[str, LayerMatch]) -> fx.GraphModule:

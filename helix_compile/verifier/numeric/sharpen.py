@@ -22,8 +22,8 @@ from torch import Tensor, fx
 from helix_compile.ir.graph import aten, input_ref, is_call, is_param, placeholders
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, Table
 from helix_compile.verifier.numeric.handed import drawn_keys
-from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs
-from helix_compile.verifier.numeric.site_terms import empty_past, new_entries, terms_of
+from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerInputs, hidden_shape
+from helix_compile.verifier.numeric.site_terms import Past, empty_past, given_length, new_entries, terms_of
 
 Edit = Callable[[Tensor], Tensor]
 Edits = dict[str, Edit]  # full parameter name -> its edit
@@ -48,14 +48,13 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
     generator = torch.Generator().manual_seed(seed)
     for body, match in reference.matches.items():
         graph = reference.captured.bodies[body].graph
-        hidden = placeholders(graph)[0].meta["val"]
         for layer in reference.captured.layers_of(body):
             B, T = 2, 8
             given = LayerInputs(
-                torch.randn(B, T, int(hidden.shape[-1]), generator=generator, dtype=torch.float64),
+                torch.randn(hidden_shape(graph, B, T), generator=generator, dtype=torch.float64),
                 torch.ones(B, T, dtype=torch.int64),
                 torch.arange(T).expand(B, T).contiguous(),
-                tuple(tuple(part.double() for part in empty_past(site, B, 0)) for site in match.attentions),
+                tuple(_given(site, B, T, generator) for site in match.attentions),
                 drawn_keys(match, [0] * B, T, generator),
             )
             values = reference.layer(layer.index, given)
@@ -77,6 +76,12 @@ def sharpening(reference: CapturedReference, seed: int, spread: float | None = N
     edits |= _vectors(reference.captured.graph.graph, "", None, seed, edits, VECTOR[reference.captured.dtype])
     # what the model's code makes anew in every call can't be edited there
     return {name: edit for name, edit in edits.items() if name not in reference.captured.constants}
+
+
+def _given(match: AttentionMatch, B: int, T: int, generator: torch.Generator) -> Past:
+    """Nothing is cached; but what an earlier layer has cached of the T new tokens, normal numbers."""
+    zeros = empty_past(match, B, given_length(match, 0, T))
+    return tuple(torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in zeros)
 
 
 def _vectors(graph: fx.Graph, prefix: str, match: LayerMatch | None, seed: int, known: Edits, spread: float) -> Edits:

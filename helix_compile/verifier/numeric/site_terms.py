@@ -68,18 +68,18 @@ class GroupedTerms:
         """Q at its KV head's channels of K; V has no part in the scores."""
         q = values[self.match.q].double().transpose(1, 2)
         first = self._spread_over_heads(q, self.kind.kv_heads)
-        return first, q.new_zeros(*q.shape[:3], self.kind.kv_heads * self.kind.v_proj.width)
+        return first, q.new_zeros(*q.shape[:3], self.kind.kv_heads * self.kind.v_width)
 
     def local_query(self, decode: fx.Node, values: dict[str, Any]) -> Tensor:
         """As query_parts, against the KV heads that the rank caches."""
         q = values[decode.args[0].name].double()
         kv_heads = q.shape[2] // self.group
         k = self._spread_over_heads(q, kv_heads)
-        return torch.cat([k, k.new_zeros(*k.shape[:3], kv_heads * self.kind.v_proj.width)], dim=-1)
+        return torch.cat([k, k.new_zeros(*k.shape[:3], kv_heads * self.kind.v_width)], dim=-1)
 
     def weighted(self, weights: Tensor, entries: Tensor, first_head: int = 0) -> Tensor:
         """Each head's own V."""
-        K_width, V_width = self.kind.k_proj.width, self.kind.v_proj.width
+        K_width, V_width = self.kind.k_width, self.kind.v_width
         kv_heads = entries.shape[1] // (K_width + V_width)
         v = entries[:, kv_heads * K_width :].reshape(len(entries), kv_heads, V_width)
         read = torch.tensor([(first_head + j) // self.group for j in range(weights.shape[1])])
@@ -87,7 +87,7 @@ class GroupedTerms:
 
     def roped(self) -> slice:
         """K."""
-        return slice(0, self.kind.kv_heads * self.kind.k_proj.width)
+        return slice(0, self.kind.kv_heads * self.kind.k_width)
 
     def _spread_over_heads(self, q: Tensor, kv_heads: int) -> Tensor:
         """Q [..., h, Dk] -> [..., h, K * Dk], each at its KV head's channels."""
@@ -145,16 +145,23 @@ def entries_of(parts: Past) -> Past:
     return (*flat, *parts[2:])
 
 
+def given_length(match: AttentionMatch, S: int, T: int) -> int:
+    """Tokens that are cached when a layer is run on T new ones behind S: an earlier layer has cached the new ones too."""
+    return S + T if match.shared else S
+
+
 def given_as(match: AttentionMatch, entries: Tensor) -> dict[str, Tensor]:
     """Entries [B, T, first + second] in the form of the nodes that make both parts: name -> value. The inverse of new_entries."""
     first, second = entries.split([match.cache.widths[0], entries.shape[-1] - match.cache.widths[0]], dim=-1)
     own = second[..., : match.cache.second * (match.cache.heads or 1)]
-    return dict(zip(match.new[:2], past_of(match, first, own), strict=True))
+    return dict(zip(match.new[:2], past_of(match, first, own), strict=bool(match.new)))
 
 
 def new_entries(match: AttentionMatch, values: dict[str, Any]) -> Past:
     """The entries [B, T, *] of the new tokens, by the original."""
-    return entries_of(tuple(values[name].double() for name in match.new))
+    T = values[match.o_proj].shape[1]
+    parts = [values[name][:, :, -T:] for name in match.shared] or [values[name] for name in match.new]
+    return entries_of(tuple(part.double() for part in parts))
 
 
 def on_rank(entries: Tensor, row: CacheRow, tpa_rank: int, tpa: int, of_zero_heads: float = 0.0) -> Tensor:

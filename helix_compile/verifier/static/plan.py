@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
-from helix_compile.capture.captured import CapturedGraph
-from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_param, placeholders
+from helix_compile.capture.captured import CapturedGraph, CapturedLayer
+from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_call, is_param, placeholders
 from helix_compile.ir.sizes import hint_of
 from helix_compile.ir.stage import bodies_of, body_of
 from helix_compile.passes.match.vocabulary import find_vocabulary
@@ -27,7 +27,9 @@ from helix_compile.verifier.static.graph import COLLECTIVES
 WORK_SLACK = 1e-9  # counts are exact; this only forgives the division
 
 
-def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> list[Finding]:
+def check_plan(
+    plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int, layers: Sequence[CapturedLayer] = ()
+) -> list[Finding]:
     """The plan's numbers against the model's and against each other."""
     layout, options, findings = plan.layout, plan.options, []
 
@@ -51,6 +53,9 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
             expect(f"{where}: heads", attention.heads, found.num_heads, 1)
             expect(f"{where}: KV heads", attention.kv_heads, found.cache.heads, 1)
             expect(f"{where}: window and chunk", (attention.window, attention.chunk), (found.window, found.chunk), 7)
+            own = tuple(x for x in layers if x.body == body.name)
+            if layers:
+                expect(f"{where}: whose cache it reads", attention.cache_of, _whose(layers, own, site), 4)
             expect(f"{where}: sinks", attention.sinks, found.sinks.name if found.sinks else "", 6)
             places = head_places(found.num_heads, found.cache.heads, layout)
             if not options.pad_heads:
@@ -70,6 +75,12 @@ def check_plan(plan: HelixPlan, matches: dict[str, LayerMatch], ranks: int) -> l
         findings += _cuts(body)
         findings += _shard_axes(body, match, plan)
     return findings
+
+
+def _whose(layers: Sequence[CapturedLayer], own: Sequence[CapturedLayer], site: int) -> tuple[int, ...]:
+    """Of each layer of a body the one that caches what a site reads; none where that is the layer itself."""
+    found = [next(x.index for x in layers if layer.caches[site] in x.own) for layer in own]
+    return () if found == [layer.index for layer in own] else tuple(found)
 
 
 def check_vocabulary(graph: fx.GraphModule, plan: HelixPlan, captured: CapturedGraph) -> list[Finding]:
@@ -206,16 +217,21 @@ def _counts(count: Counter[tuple[str, str]]) -> str:
 
 
 def check_work(
-    typed: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch], originals: dict[str, Tensor]
+    typed: fx.GraphModule,
+    plan: HelixPlan,
+    matches: dict[str, LayerMatch],
+    originals: dict[str, Tensor],
+    captured: CapturedGraph,
 ) -> list[Finding]:
     """Multiplications a rank does for each token against those of the planned shards; attention once for each head.
 
     Args:
         typed: the graph with shapes propagated from what the ranks hold.
+        captured: the model: what reads a weight twice there may do so.
     """
     findings = []
     for name, body, match in matched_bodies(typed, matches):
-        got, expected = _macs(body.graph), _planned_macs(typed, name, plan, originals)
+        got, expected = _macs(body.graph), _planned_macs(typed, name, plan, originals, captured)
         if got > expected * (1 + WORK_SLACK):
             work = f"{got:,.0f} multiplications a token a rank"
             findings.append(Finding("HX107", name, work, f"{expected:,.0f}", 13))
@@ -268,8 +284,11 @@ def _einsum_macs(node: fx.Node) -> int:
     return math.prod(sizes.values())
 
 
-def _planned_macs(typed: fx.GraphModule, name: str, plan: HelixPlan, originals: dict[str, Tensor]) -> float:
-    """One multiplication for each element of the planned shard of each weight matrix."""
+def _planned_macs(
+    typed: fx.GraphModule, name: str, plan: HelixPlan, originals: dict[str, Tensor], captured: CapturedGraph
+) -> float:
+    """One multiplication for each element of the planned shard of each weight matrix, and of a whole one as often as the model has it."""
+    readers = {input_ref(n).name: _linears_of(n) for n in placeholders(captured.bodies[name].graph) if is_param(n)}
     call = next(n for n in typed.graph.nodes if n.op == "call_module" and n.target == name)
     total = 0.0
     for node, argument in zip(placeholders(body_of(typed, name).graph), call.args, strict=False):
@@ -280,5 +299,11 @@ def _planned_macs(typed: fx.GraphModule, name: str, plan: HelixPlan, originals: 
             total += math.prod(shard.shape) if len(shard.shape) > 1 else 0
         else:
             whole = originals.get(input_ref(argument).name)
-            total += whole.numel() if whole is not None and whole.dim() > 1 else 0
+            times = max(1, readers.get(input_ref(node).name, 1))
+            total += times * whole.numel() if whole is not None and whole.dim() > 1 else 0
     return total
+
+
+def _linears_of(weight: fx.Node) -> int:
+    """How many linears read a weight."""
+    return sum(is_call(user, aten.linear.default) for user in weight.users)

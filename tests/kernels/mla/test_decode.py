@@ -81,6 +81,17 @@ class TestEachForm:
         inputs = mla_inputs([16, 3, 0], H=5, page_size=16)
         assert mismatch(run_form(config, inputs, 8), helix.mla_decode(*inputs.args)) is None
 
+    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+    def test_without_rope(self, config: MlaConfig, dtype: torch.dtype) -> None:
+        """A latent row of R values alone."""
+        inputs = mla_inputs([40, 0, 17, 33], T=2, H=5, r=0).to(dtype)
+        o, lse = run_form(config, inputs, 2)
+        wanted = helix.mla_decode(*inputs.to(torch.float32).args)
+        if dtype is torch.float32:
+            assert mismatch((o, lse), wanted) is None
+        else:
+            assert (o.float() - wanted[0]).abs().max() <= 2 * torch.finfo(dtype).eps * wanted[0].abs().max()
+
     @pytest.mark.parametrize("reach", [1, 7, 40])
     def test_windows(self, config: MlaConfig, reach: int) -> None:
         """What lies below the first slot that a row sees (by TMA: below its tile) is NaN."""
@@ -214,8 +225,9 @@ def test_refuses_with_a_reason(change: dict, reason: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_100", "sm_90", "sm_80"])
 @pytest.mark.parametrize("H", [16, 128])
-def test_cases_name_every_argument(arch: str, H: int) -> None:
-    inputs = mla_inputs([3], H=H, R=512, r=64, page_size=128).to(torch.bfloat16)
+@pytest.mark.parametrize("r", [64, 0])
+def test_cases_name_every_argument(arch: str, H: int, r: int) -> None:
+    inputs = mla_inputs([3], H=H, R=512, r=r, page_size=128).to(torch.bfloat16)
     site = Site("mla_decode", inputs.args, Capacity(8, 32768))
     cases = MLA_DECODE.cases(site, offline_target(arch))
     for case in cases:

@@ -15,6 +15,7 @@ from helix_compile.verifier.mutants.mutant import (
     CATALOGUE,
     GQA_CATALOGUE,
     MIXED,
+    SHARED_CATALOGUE,
     SPARSE_CATALOGUE,
     WINDOW_CATALOGUE,
     Mutant,
@@ -87,7 +88,7 @@ def report_of(name: str) -> VerificationReport:
 
 
 def test_the_catalogue_is_wide() -> None:
-    every = CATALOGUE + GQA_CATALOGUE + SPARSE_CATALOGUE + WINDOW_CATALOGUE
+    every = CATALOGUE + GQA_CATALOGUE + SPARSE_CATALOGUE + WINDOW_CATALOGUE + SHARED_CATALOGUE
     assert len({m.name for m in every}) == len(every)
     assert len(MUTANTS) == len(CATALOGUE) >= 40
     assert {m.family for m in CATALOGUE + SPARSE_CATALOGUE} == set(FAMILIES) - {0}
