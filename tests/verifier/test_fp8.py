@@ -45,6 +45,7 @@ def test_no_alarm_on_k_and_v_with_windows_and_sinks(dtype: torch.dtype) -> None:
 
 
 @slow
+@pytest.mark.fresh_capture  # as in tests/whole/test_fp8_cache.py
 @pytest.mark.parametrize("plan", [{**E4M3, "cache_scale": 0.02}, DS_MLA], ids=str)
 def test_no_alarm_on_index_keys_behind_them(plan: dict[str, Any]) -> None:
     model = awkward_sparse()
