@@ -204,12 +204,8 @@ def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:
 def test_c10d_was_asked_to_move_what_the_plan_says(launch: Launch) -> None:
     run_steps(launch.virtual)
     for rank, said in enumerate(launch.said):
-<<<<<<< HEAD
-        kinds = ("grouped", "padded", "cut_vocabulary", "sparse", "sparse_owner")
+        kinds = ("grouped", "padded", "cut_vocabulary", "sparse")
         for name in ("wire", "wire_mixed", *(f"wire_{kind}" for kind in kinds)):
-=======
-        for name in ("wire", "wire_mixed", "wire_grouped", "wire_padded", "wire_sparse"):
->>>>>>> h-axk2
             wire, counted, per_token = said[name]
             assert wire == counted == per_token * TOKENS > 0, name
         # owners of 39, 3 and 3 queries: two ranks pad each buffer to an even number, which the plan does not count
