@@ -142,7 +142,7 @@ def test_a_family_with_other_options(name: str, options: dict) -> None:
         if kv_heads % options.get("tpa", 1):  # three heads can't be halved
             options["tpa"] = kv_heads
     if name in _WHOLE_HEADS and options.keys() & {"tpa", "q_proj"}:
-        with pytest.raises(PlanError, match='nearest that works: (tpa=1|q_proj="replicate")'):
+        with pytest.raises(PlanError, match=r'nearest that works: (tpa=1|q_proj="replicate")'):
             compiled_family(model, **options, **FAMILIES[name].options)
         return
     run = run_family(model, compiled_family(model, **options, **FAMILIES[name].options))
