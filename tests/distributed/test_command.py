@@ -144,3 +144,21 @@ def test_inspect_one_rank(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["inspect", *model, "--rank", "4"])
     assert isinstance(refused.exception, LayoutError) and "ranks, 0 to 3" in str(refused.exception)
     assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_compiled_or_not_in_either_world(tmp_path: Path) -> None:
+    """Four processes over gloo and four virtual ranks, node by node and compiled: one result."""
+    model, virtual = fresh_model("short", torch.float32), {}
+    for lower in ("reference", "inductor"):
+        compiled = helix_compile(model, cp=2, tpa=2, world="virtual", lower=lower, **OPTIONS)
+        virtual[lower] = run_steps(compiled)
+        compiled.save(tmp_path / lower)
+    result = torchrun("load_worker.py", str(tmp_path), processes=4, seconds=900)
+    assert result.returncode == 0, result.stderr
+    expected = virtual["reference"]
+    for rank in range(4):
+        for lower, got in load_file(tmp_path / f"seen_{rank}.safetensors").items():
+            for logits in (got, virtual[lower]):
+                assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
