@@ -36,6 +36,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_a_command_in_quotes(asked: dict[str, Any]) -> None:
     done = run("generate", "tiny", "--prompt-ids", "1", "--config", FP8)
+    assert "zzz: got an unknown key" in str(done.exception) and not asked
+    done = run("generate", "tiny", "--prompt-ids", "1", "--config", FP8.removesuffix(" --zzz 3"))
     assert "kv_cache_dtype: got 'fp8_e5m2'" in str(done.exception) and not asked
     done = run("generate", "tiny", "--prompt-ids", "1", "--config", FP8, "--lenient", "--max-batch-size", "3")
     assert asked == asdict(HelixOptions(cp=4, ep=1, tokens_per_block=1, max_batch_size=3))
