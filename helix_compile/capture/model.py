@@ -242,27 +242,11 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool, 
 def _constants(
     model: nn.Module, around: Mapping[str, Any], of_layers: Iterable[tuple[str, Mapping[str, Tensor]]]
 ) -> dict[str, Tensor]:
-    """Full name -> constant that no attribute of the model holds; those that one does hold are read there.
-
-    Raises:
-        CaptureError: one on meta, which has no value, of a model that has values.
-    """
+    """Full name -> constant that no attribute of the model holds; those that one does hold are read there."""
     found = {name.removeprefix("model."): tensor for name, tensor in around.items() if isinstance(tensor, Tensor)}
     found |= {prefix + name: tensor for prefix, constants in of_layers for name, tensor in constants.items()}
     held = tensors_of(model)
-    if not all(parameter.is_meta for parameter in model.parameters()):  # of a model without values nothing runs
-        buffers = dict(model.named_buffers())
-        check_values(name for name, tensor in found.items() if tensor.is_meta and name not in buffers)
     return {name: tensor for name, tensor in found.items() if name not in held}
-
-
-def check_values(without: Iterable[str]) -> None:
-    """Raise CaptureError for a tensor that has no value: what is computed from it would have none."""
-    for name in without:
-        raise CaptureError(
-            f"capture: `{name}` is a tensor of the model that is neither a parameter nor a buffer, and has no value "
-            "on the meta device; register_buffer() it, or load the model first"
-        )
 
 
 def _nothing_captured(model: nn.Module, leaves: dict[int, str]) -> MatchError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.checks import check_model, check_surroundings, raised_not_logged
-from helix_compile.capture.model import capture, check_values
+from helix_compile.capture.model import capture
 from helix_compile.capture.program import capture_program, load_program
 from helix_compile.checkpoint.configuration import TEXT_PREFIXES, read_configuration
 from helix_compile.checkpoint.model import load_whole, open_checkpoint
@@ -114,10 +115,19 @@ def _captured_folder(folder: Path, dtype: torch.dtype | None, device: torch.devi
     _place(captured, device)
     read = [input_ref(n).name for n in inputs_of(captured.graph.graph, "param")]
     known = {*checkpoint.weights, *captured.constants}  # asking a source for a name would read the tensor
-    check_values(name for name in read if name not in known)
-    check_values(name for name, tensor in captured.constants.items() if tensor.is_meta)
+    _check_values(name for name in read if name not in known)
+    _check_values(name for name, tensor in captured.constants.items() if tensor.is_meta)
     checkpoint.weights.hold(captured.constants)
     return replace(captured, weights=checkpoint.weights, notes=(*captured.notes, *checkpoint.notes))
+
+
+def _check_values(without: Iterable[str]) -> None:
+    """Raise CaptureError for a tensor that has no value: what is computed from it would have none."""
+    for name in without:
+        raise CaptureError(
+            f"capture: `{name}` is a tensor of the model that is neither a parameter nor a buffer, and has no value "
+            "on the meta device; register_buffer() it, or load the model first"
+        )
 
 
 def _place(captured: CapturedGraph, device: torch.device) -> None:
