@@ -38,14 +38,14 @@ def test_what_is_written_is_what_was_computed(tmp_path: Path, monkeypatch: pytes
     seen: dict[tuple[int, str], list[Tensor]] = {}
     inner: Any = compiled.world.run
 
-    def run(graph: fx.GraphModule, inputs: Any, hook: Any) -> Any:
+    def run(graph: fx.GraphModule, inputs: Any, hook: Any, agreed: Any) -> Any:
         def both(rank: int, node: fx.Node, value: Any) -> None:
             hook(rank, node, value)
             if isinstance(value, Tensor):
                 name = "output" if node.op == "call_module" else node.name
                 seen.setdefault((rank, name), []).append(value.clone())
 
-        return inner(graph, inputs, both)
+        return inner(graph, inputs, both, agreed)
 
     with patch.object(compiled.world, "run", run):
         compiled(ids, mask)

@@ -171,10 +171,6 @@ MAKINGS: dict[str, Making] = {
     ),
     "Exaone4_5_ForConditionalGeneration": Making(text={"model_type": "exaone4_5_text"}),
     "Florence2ForConditionalGeneration": Making({"vision_config": {"projection_dim": 72}}, _ENCODER_DECODER),
-    "Gemma3nForCausalLM": Making(
-        {**_SHARED, "intermediate_size": [58] * 4, "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 8}
-    ),
-    "Gemma4ForCausalLM": Making(_SHARED),
     "Gemma4ForConditionalGeneration": Making(text=_SHARED),
     "GPTNeoForCausalLM": Making({"num_layers": 2, "num_heads": 12, "attention_types": [[["global", "local"], 1]]}),
     "Gemma3nForConditionalGeneration": Making(
