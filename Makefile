@@ -65,6 +65,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/decode_step.py
 	$(BIN)/python benchmarks/sparse_step.py
 	$(BIN)/python benchmarks/step_checks.py
+	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/virtual_world.py
 	$(BIN)/torchrun --nproc-per-node 4 benchmarks/distributed_step.py
 	$(BIN)/python benchmarks/handover.py

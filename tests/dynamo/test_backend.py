@@ -75,6 +75,7 @@ def goes_on(compiled: Any, model: Any, cache: Any, reference: Any, ids: Tensor) 
     check(step(compiled, ids, cache), step(model, ids, reference))
 
 
+@pytest.mark.slow
 def test_an_fp8_cache_is_an_option_as_any(model: Any) -> None:
     """The same logits as helix_compile with it, step by step; not those without."""
     options = {**OPTIONS, "cache_dtype": "fp8_ds_mla"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from tests.support.plans import ModelCase, PlanCase, plans
 FIXED = st.sampled_from([ModelCase(), ModelCase(heads=8, q_lora=None, dense=0, shared=2, yarn=True)])
 
 
+@pytest.mark.slow
 @settings(
     max_examples=5,
     deadline=None,

@@ -24,6 +24,7 @@ _VARIES = re.compile(
 # those of the second are refused as deepseek_v32 is, tests/whole/test_gqa.py runs those of the third
 _DEAR = ("bailing_hybrid", "mistral4")  # to the passes what kimi_linear (a hybrid) and deepseek_v2 (MLA, a router) are
 _IN_OTHER_TESTS = (
+    "dots3_note",
     "deepseek_v3",
     "glm4_moe_lite",
     "axk1",

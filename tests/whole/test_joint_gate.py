@@ -80,6 +80,7 @@ def compiled_axk2(**options: Any) -> HelixModule:
     return helix_compile(axk2()[1], **{"max_batch_size": 3, "max_seq_len": 64, "tokens_per_block": 3, **options})
 
 
+@pytest.mark.slow
 def test_saved_and_loaded(tmp_path: Any) -> None:
     compiled_axk2(cp=2, tpa=2).save(tmp_path / "module")
     assert (

@@ -89,6 +89,7 @@ def test_files_are_those_of_the_records_and_whole(outcome: Outcome) -> None:
     assert all((folder / name).stat().st_size > 100 for name in named)
 
 
+@pytest.mark.slow
 def test_a_file_that_cant_be_written_ends_the_command(tmp_path: Path, outcome: Outcome) -> None:
     ptx = tmp_path / outcome[2]["merge_lse sm_90"]["ptx"].replace("sm_90", "sm_80")
     ptx.mkdir(parents=True)  # a folder stands where the first file belongs

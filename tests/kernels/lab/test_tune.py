@@ -178,6 +178,7 @@ def deadly_trials(path: str) -> Callable[[MlaEntry, MlaConfig], Trial]:
     return trial
 
 
+@pytest.mark.slow
 def test_a_candidate_that_faults_costs_no_other_its_trial(tmp_path: Path) -> None:
     entry = classes_of(TARGETS[1], V3)[0]
     log = tmp_path / "children"
