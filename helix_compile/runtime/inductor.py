@@ -30,6 +30,11 @@ from helix_compile.kernels.ops import HELIX_OPS
 
 Code = Callable[..., Sequence[Any]]
 
+
+class _HoldsForSomeSizes(LoweringError):
+    """Code that relies on a size that the graph leaves open."""
+
+
 # fused with what is around them: none is worth a call
 _WRITTEN_OUT = (
     "shard_index",
@@ -88,7 +93,10 @@ def code_of(segment: fx.GraphModule, bound: Mapping[int, Any], name: str) -> Cod
     if key not in _CODE:
         modes = list(_get_current_dispatch_mode_stack())
         with _disable_current_modes():
-            _CODE[key] = _compile(segment, bound, name, modes)
+            try:
+                _CODE[key] = _compile(segment, bound, name, modes)
+            except _HoldsForSomeSizes:  # of sparse attention: k is the lesser of top_k and the slots that there are
+                _CODE[key] = _compile(segment, bound, name, modes, pages_open=False)
         if len(_CODE) > _KEPT:
             _CODE.popitem(last=False)
     _CODE.move_to_end(key)
@@ -148,12 +156,22 @@ def _references() -> dict[Any, Any]:
     return {overload(op.name): op.function for op in HELIX_OPS if op.name.split(".")[0] in _WRITTEN_OUT}
 
 
-def _compile(segment: fx.GraphModule, bound: Mapping[int, Any], name: str, modes: Sequence[TorchDispatchMode]) -> Code:
+def _compile(
+    segment: fx.GraphModule,
+    bound: Mapping[int, Any],
+    name: str,
+    modes: Sequence[TorchDispatchMode],
+    pages_open: bool = True,
+) -> Code:
     import torch._inductor
 
     sizes = FreshSizes()
     fakes = [
-        sizes.tensor(p.meta["val"], bound[i].stride() if i in bound else None, _open_dim(p))
+        sizes.tensor(
+            p.meta["val"],
+            bound[i].stride() if i in bound else None,
+            _open_dim(p) if pages_open or input_ref(p).kind == "cache" else None,
+        )
         for i, p in enumerate(placeholders(segment.graph))
     ]
 
@@ -185,7 +203,7 @@ def _check_sizes(environment: ShapeEnv, name: str) -> None:
     """What was assumed of sizes that the graph leaves open must hold for all."""
     hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # torch 2.13 renamed it
     if fixed := [f"{s} = {known}" for s, known in environment.replacements.items() if s in hints]:
-        raise LoweringError(
+        raise _HoldsForSomeSizes(
             f"{name}: Inductor's code would hold for some sizes alone ({', '.join(fixed)}); use lower='reference'"
         )
     place = {HINT_B: 0, HINT_T: 1, HINT_S: 2}

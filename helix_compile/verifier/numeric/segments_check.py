@@ -48,7 +48,9 @@ def check_segments(compiled: HelixModule, seed: int, check: Check) -> None:
         where = f"stage {SEGMENTS}, {scenario.name}"
         params = [dict(rank.params) for rank in compiled.ranks]  # the very ones: code holds for their strides
         rows = len(scenario.lengths)
-        twice, once = (Scratch(compiled, g, params, rows, scenario.capacity, seed) for g in (stage, compiled.graph))
+        twice, once = (
+            Scratch(compiled, g, params, rows, compiled.plan.options.max_seq_len, seed) for g in (stage, compiled.graph)
+        )
         compare = _Compare(compiled.plan.dtype, where)
         for number, batch in enumerate(batches(scenario, compiled.facts.vocab_size, seed)[:STEPS]):
             try:
