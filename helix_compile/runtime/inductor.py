@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
+from helix_compile.capture.model import CAPTURING
 from helix_compile.errors import LoweringError, LoweringUnavailable
 from helix_compile.ir.fakes import FreshSizes
 from helix_compile.ir.graph import input_ref, placeholders
@@ -50,7 +51,8 @@ _WRITTEN_OUT = (
     "rescale_by_lse",
 )
 # bfloat16 and float16 rounded where the ops alone would round: what is compiled and what is interpreted are equal bit for bit
-_OPTIONS = {"emulate_precision_casts": True, "compile_threads": 1}
+# on as many threads as torch has when it runs, not when it was compiled
+_OPTIONS = {"emulate_precision_casts": True, "compile_threads": 1, "cpp.dynamic_threads": True}
 _TRIED = ((1, 1, 0), (1, 5, 3), (3, 1, 7), (3, 4, 1), (8, 1, 4096), (2, 512, 0))  # B, T, S
 _KEPT = 512
 _CODE: OrderedDict[str, Code] = OrderedDict()
@@ -90,17 +92,18 @@ def code_of(segment: fx.GraphModule, bound: Mapping[int, Any], name: str) -> Cod
         LoweringError: Inductor can't compile it, or code for any B and T would differ from the graph.
     """
     key = segment_key(segment, bound)
-    if key not in _CODE:
-        modes = list(_get_current_dispatch_mode_stack())
-        with _disable_current_modes():
-            try:
-                _CODE[key] = _compile(segment, bound, name, modes)
-            except _HoldsForSomeSizes:  # of sparse attention: k is the lesser of top_k and the slots that there are
-                _CODE[key] = _compile(segment, bound, name, modes, pages_open=False)
-        if len(_CODE) > _KEPT:
-            _CODE.popitem(last=False)
-    _CODE.move_to_end(key)
-    return _CODE[key]
+    with CAPTURING:  # a trace patches what all threads share
+        if key not in _CODE:
+            modes = list(_get_current_dispatch_mode_stack())
+            with _disable_current_modes():
+                try:
+                    _CODE[key] = _compile(segment, bound, name, modes)
+                except _HoldsForSomeSizes:  # of sparse attention: k is the lesser of top_k and the slots that there are
+                    _CODE[key] = _compile(segment, bound, name, modes, pages_open=False)
+            if len(_CODE) > _KEPT:
+                _CODE.popitem(last=False)
+        _CODE.move_to_end(key)
+        return _CODE[key]
 
 
 def open_modes() -> tuple[str, ...]:
@@ -194,9 +197,8 @@ def _compile(
             f"{name}: Inductor does not compile this segment: {type(error).__name__}: {first}; lower='reference' computes it as it is"
         ) from error
     _check_sizes(sizes.environment, name)
-    return innermost_fn(
-        getattr(code, "_compiled_fn", code)
-    )  # without what Dynamo puts around it: a tenth of a ms a call
+    # without what Dynamo puts around it: a tenth of a ms a call
+    return innermost_fn(getattr(code, "_compiled_fn", code))
 
 
 def _check_sizes(environment: ShapeEnv, name: str) -> None:

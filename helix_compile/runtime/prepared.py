@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
-from helix_compile.ir.graph import InputTable
+from helix_compile.ir.graph import InputRef, InputTable
 from helix_compile.ir.stage import graphs_of
 from helix_compile.ir.tokens import mixing_node
 from helix_compile.layout.degrees import HelixLayout
@@ -27,7 +27,7 @@ class PreparedSteps:
     def __init__(self, layout: HelixLayout, device: torch.device):
         self._layout, self._device = layout, device
         self._table = InputTable()
-        self._lists: dict[int, _Arguments] = {}
+        self._lists: dict[int, Arguments] = {}
         self._nodes: list[Any] = []
         self._mixing: dict[bool, fx.Node | None] = {}
 
@@ -62,22 +62,45 @@ class PreparedSteps:
         return self._mixing[padding]
 
     def _of_rank(self, rank: Rank, params: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> list[Any]:
-        held = [*params.values(), *rank.cache, *rank.scales, *rank.leaves.values()]
+        held = held_by(rank, params)
         known = self._lists.get(rank.rank)
         if known is None or known.names != [*params] or not same_objects(known.held, held):
-            known = self._lists[rank.rank] = self._arguments(rank, params, held)
+            known = Arguments(self._table.refs, rank, params, self._layout, self._device)
+            self._lists[rank.rank] = known
         values = known.values.copy()
         for place, name in known.of_step:
             values[place] = step[name]
         return values
 
-    def _arguments(self, rank: Rank, params: Mapping[str, Tensor], held: list[Any]) -> _Arguments:
+
+class Arguments:
+    """One rank's argument list for a graph with the inputs `refs`.
+
+    Attributes:
+        names, held: of its parameters, and what it holds: what the list was made of.
+        values: None where each step has its own value.
+        of_step: (place, name) of these.
+
+    Raises:
+        RuntimeFault: a parameter that the rank does not have.
+    """
+
+    def __init__(
+        self,
+        refs: Sequence[InputRef],
+        rank: Rank,
+        params: Mapping[str, Tensor],
+        layout: HelixLayout,
+        device: torch.device,
+    ):
+        self.names, self.held = [*params], held_by(rank, params)
+        self.values: list[Any] = []
+        self.of_step: list[tuple[int, str]] = []
         coordinates = {
-            f"{axis}_rank": torch.tensor(self._layout.index(axis, rank.rank), device=self._device)
+            f"{axis}_rank": torch.tensor(layout.index(axis, rank.rank), device=device)
             for axis in ("kvp", "ep", "world")
         }
-        found = _Arguments([*params], held)
-        for place, ref in enumerate(self._table.refs):
+        for place, ref in enumerate(refs):
             value: Any = None
             if ref.kind == "param":
                 if ref.name not in params:
@@ -92,24 +115,13 @@ class PreparedSteps:
             elif ref.name in coordinates:
                 value = coordinates[ref.name]
             else:
-                found.of_step.append((place, ref.name))
-            found.values.append(value)
-        return found
+                self.of_step.append((place, ref.name))
+            self.values.append(value)
 
 
-class _Arguments:
-    """One rank's argument list.
-
-    Attributes:
-        names, held: of its parameters, and what it holds: what the list was made of.
-        values: None where each step has its own value.
-        of_step: (place, name) of these.
-    """
-
-    def __init__(self, names: list[str], held: list[Any]):
-        self.names, self.held = names, held
-        self.values: list[Any] = []
-        self.of_step: list[tuple[int, str]] = []
+def held_by(rank: Rank, params: Mapping[str, Tensor]) -> list[Any]:
+    """The very objects that a rank's graph runs on at every step."""
+    return [*params.values(), *rank.cache, *rank.scales, *rank.leaves.values()]
 
 
 def parts_of(stage: fx.GraphModule) -> list[Any]:

@@ -9,12 +9,11 @@ import torch
 from torch import fx
 from tqdm import tqdm
 
-from helix_compile.errors import RuntimeFault
-from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.graph import InputTable, input_ref, placeholders
 from helix_compile.ir.stage import SEGMENTS
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.runtime.inductor import code_of, is_known, open_modes
-from helix_compile.runtime.prepared import parts_of, same_objects
+from helix_compile.runtime.prepared import Arguments, held_by, parts_of, same_objects
 from helix_compile.runtime.rank import Rank
 from helix_compile.worlds.program import Program, SegmentCall
 from helix_compile.worlds.world import World
@@ -32,6 +31,7 @@ class CompiledSegments:
 
     def __init__(self, cut: Cut, stages: dict[str, fx.GraphModule], layout: HelixLayout, world: World):
         self._cut, self._stages, self._layout, self._world = cut, stages, layout, world
+        self._inputs = InputTable()
         self._programs: list[Program] = []
         self._seen: list[Any] = []
         self._held: list[Any] = []
@@ -44,18 +44,18 @@ class CompiledSegments:
             LoweringError: a segment that can't be compiled.
             RuntimeFault: a rank lacks a parameter.
         """
-        seen = parts_of(lowered)
-        edited = bool(self._seen) and not same_objects(seen, self._seen)
+        seen, renamed = parts_of(lowered), self._inputs.read(lowered.graph)
+        edited = bool(self._seen) and (renamed or not same_objects(seen, self._seen))
         if edited:
             self._stages[SEGMENTS] = self._cut(lowered)
-        held, modes = [thing for rank in ranks for thing in _held_by(rank)], open_modes()
+        held, modes = [thing for rank in ranks for thing in held_by(rank, rank.params)], open_modes()
         if edited or not self._programs or modes != self._modes or not same_objects(held, self._held):
             self._programs = self._made(self._stages[SEGMENTS], ranks, device)
             self._seen, self._held, self._modes = seen, held, modes
         return self._programs
 
     def _made(self, stage: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
-        bound = [_bound(stage, rank, self._layout, device) for rank in ranks]
+        bound = [bound_inputs(stage, rank, self._layout, device) for rank in ranks]
         wanted: dict[int, SegmentCall] = {}
 
         def ask(call: SegmentCall) -> Callable[..., Any]:
@@ -78,25 +78,9 @@ def _not_compiled(*_: Any) -> Any:
     raise AssertionError("a program that asks for code is never run")
 
 
-def _bound(stage: fx.GraphModule, rank: Rank, layout: HelixLayout, device: torch.device) -> dict[fx.Node, Any]:
-    """What an outer graph takes at every step alike."""
-    found: dict[fx.Node, Any] = {}
-    for node in placeholders(stage.graph):
-        kind, name = ref = input_ref(node)
-        if kind == "param":
-            if name not in rank.params:
-                raise RuntimeFault(f"rank {rank.rank} has no parameter {name!r}")
-            found[node] = rank.params[name]
-        elif kind == "cache":
-            found[node] = rank.cache[ref.site]
-        elif kind == "scale":
-            found[node] = rank.scales[ref.site]
-        elif kind == "leaf":
-            found[node] = rank.leaves[name]
-        elif name.endswith("_rank"):
-            found[node] = torch.tensor(layout.index(name.removesuffix("_rank"), rank.rank), device=device)
-    return found
-
-
-def _held_by(rank: Rank) -> list[Any]:
-    return [*rank.params.values(), *rank.cache, *rank.scales, *rank.leaves.values()]
+def bound_inputs(stage: fx.GraphModule, rank: Rank, layout: HelixLayout, device: torch.device) -> dict[fx.Node, Any]:
+    """What an outer graph takes at every step alike, by its placeholder."""
+    nodes = placeholders(stage.graph)
+    arguments = Arguments([input_ref(node) for node in nodes], rank, rank.params, layout, device)
+    of_step = {place for place, _ in arguments.of_step}
+    return {node: arguments.values[place] for place, node in enumerate(nodes) if place not in of_step}

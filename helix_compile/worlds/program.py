@@ -62,7 +62,6 @@ class Program:
         stage: an outer graph whose bodies are cut in segments.
         bound: its inputs that never change, by node.
         code: a segment where it is called -> what computes it: takes its tensors, returns a tuple.
-        is_segment: which submodules are segments.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from torch._inductor import config
 
 from helix_compile import HelixModule, LoweringError, LoweringUnavailable, helix_compile, verify
 from helix_compile.ir.graph import aten, calls
-from helix_compile.ir.stage import bodies_of
+from helix_compile.ir.stage import bodies_of, graphs_of
 from helix_compile.runtime import inductor
 from tests.support.driver import left_padded, random_ids
 from tests.support.models import fresh_model
@@ -147,3 +147,38 @@ def test_a_segment_that_inductor_refuses_is_named(pair: Any, monkeypatch: pytest
         LoweringError, match=r"segment_0: Inductor does not compile .*RuntimeError: no lowering for this; "
     ):
         helix_compile(pair[0], lower="inductor", **OPTIONS)
+
+
+def test_a_function_that_an_edit_calls_is_called_at_every_step(pair: Any) -> None:
+    """What it reads may change: it is no part of compiled code."""
+    model, _, compiled = pair
+    factor, ids = [2.0], random_ids(model, 1, 3)
+    (body, *_) = bodies_of(compiled.graph).values()
+    node = calls(body.graph, aten.linear.default)[0]
+    with body.graph.inserting_after(node):
+        scaled = body.graph.call_function(lambda x: x * factor[0], (node,))
+    scaled.meta = dict(node.meta)
+    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    body.recompile()
+    found = []
+    for factor[0] in (2.0, -3.0):
+        compiled.reset()
+        found.append(compiled(ids))
+        compiled.reset()
+        assert torch.equal(found[-1], compiled.run_stage("lowered", ids))
+    assert not torch.equal(*found)
+
+
+@pytest.mark.slow
+def test_kernels_between_collectives(pair: Any) -> None:
+    """lower="triton+inductor": the plan's kernels stay calls, and what is around them is compiled."""
+    model = fresh_model("short", torch.bfloat16)
+    both, kernels = (helix_compile(model, lower=lower, **OPTIONS) for lower in ("triton+inductor", "triton"))
+    called = [
+        str(n.target) for s in graphs_of(both.stages["segments"]) if "_segment_" in s[0] for n in s[1].graph.nodes
+    ]
+    assert "helix_triton.mla_decode.splits" in called or "helix_triton.mla_decode.default" in called, called
+    prompt = left_padded([5, 2])
+    for mask in (prompt, torch.ones(2, 1, dtype=torch.int64)):
+        ids = random_ids(model, *mask.shape)
+        assert torch.equal(both(ids, mask)[mask.bool()], kernels(ids, mask)[mask.bool()])

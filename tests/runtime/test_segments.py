@@ -15,7 +15,7 @@ from helix_compile.ir.graph import is_call, placeholders
 from helix_compile.ir.stage import bodies_of, graphs_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.lower.segments import cut_graph, is_boundary, segments_of
-from helix_compile.runtime.segments import _bound
+from helix_compile.runtime.segments import bound_inputs
 from helix_compile.worlds.program import Program
 from tests.support.driver import left_padded, random_ids
 from tests.support.families import fresh_family
@@ -39,7 +39,7 @@ def uncompiled(compiled: HelixModule) -> list[Program]:
     stage = segments_of(compiled.graph)
     layout: HelixLayout = compiled.plan.layout
     return [
-        Program(r.rank, stage, _bound(stage, r, layout, compiled.device), lambda call: call.segment)
+        Program(r.rank, stage, bound_inputs(stage, r, layout, compiled.device), lambda call: call.segment)
         for r in compiled.ranks
     ]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -71,10 +72,15 @@ def cut_stage(stage: fx.GraphModule) -> None:
 
 
 def is_boundary(node: fx.Node, inside: bool = False) -> bool:
-    """True for what is in no segment: a collective, its wait, a call of another graph or module, what is read off a module."""
-    if is_collective(node) or is_call(node, WAIT) or node.op in ("call_module", "get_attr"):
+    """True for what is in no segment: a collective, its wait, a call of another graph or module, what is read off a module.
+
+    And a function of Python that a user's edit calls: what it computes may hang on things that its code in a graph would not follow.
+    """
+    if is_collective(node) or is_call(node, WAIT) or node.op in ("call_module", "get_attr", "call_method"):
         return True
-    return node.op in ("placeholder", "output") and not inside
+    if node.op == "call_function":
+        return not isinstance(node.target, (torch._ops.OpOverload, BuiltinFunctionType))
+    return not inside
 
 
 def cut_graph(gm: fx.GraphModule, of: str) -> None:
