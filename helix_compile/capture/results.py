@@ -1,7 +1,7 @@
 """What an operator gives where nothing is computed, remembered by what it is given.
 
 On meta torch answers in Python, a tenth of a millisecond an operator, and a capture asks 60,000 times for a few hundred
-different answers. Only what is a pure function of shapes is remembered: operators of aten that return new memory.
+different answers. Only what is a pure function of shapes is remembered: operators of aten that return new memory, or views.
 """
 
 from __future__ import annotations
@@ -10,20 +10,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 
 
 class _Kind(NamedTuple):
-    """A tensor but for its values."""
+    """A tensor but for its values: `offset` into the memory of the argument that is number `viewed`, or memory of its own (-1)."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    viewed: int
+    offset: int
 
 
 _LARGEST = 50_000
-_KNOWN: dict[Any, _Kind | tuple[_Kind, ...] | None] = {}  # None: to be run each time
+_KNOWN: dict[Any, _Kind | list[_Kind] | tuple[_Kind, ...] | None] = {}  # None: to be run each time
 
 
 def result_of(func: Any, args: tuple, kwargs: dict[str, Any], mode: FakeTensorMode | None = None) -> Any:
@@ -43,15 +50,28 @@ def result_of(func: Any, args: tuple, kwargs: dict[str, Any], mode: FakeTensorMo
         return func(*args, **kwargs)
     if known is None:
         return func(*args, **kwargs)
-    return _made(known, mode) if isinstance(known, _Kind) else tuple(_made(kind, mode) for kind in known)
+    if isinstance(known, _Kind):
+        return _made(known, args, mode)
+    made = [_made(kind, args, mode) for kind in known]
+    return made if isinstance(known, list) else tuple(made)
 
 
-def _made(kind: _Kind, mode: FakeTensorMode | None) -> Tensor:
+def _made(kind: _Kind, args: tuple, mode: FakeTensorMode | None) -> Tensor:
     if mode is None:
-        return torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device="meta")
+        return _memory(kind, args)
+    if kind.viewed < 0:
+        with unset_fake_temporarily():
+            return FakeTensor(mode, _memory(kind, args), kind.device)
+    with in_kernel_invocation_manager(mode):  # a fake is its own tensor on meta in there
+        memory = _memory(kind, args)
     with unset_fake_temporarily():
-        memory = torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device="meta")
         return FakeTensor(mode, memory, kind.device)
+
+
+def _memory(kind: _Kind, args: tuple) -> Tensor:
+    if kind.viewed < 0:
+        return torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device="meta")
+    return torch.as_strided(args[kind.viewed], kind.shape, kind.stride, kind.offset)
 
 
 class _Unknown(Exception):
@@ -59,8 +79,8 @@ class _Unknown(Exception):
 
 
 def _key_of(func: Any, args: tuple, kwargs: dict[str, Any], mode: FakeTensorMode | None) -> Any:
-    """All that the result depends on; None: it may be more, or the result may share memory with an argument."""
-    if getattr(func, "namespace", "") != "aten" or not _makes_new(func):
+    """All that the result depends on; None: it may be more."""
+    if getattr(func, "namespace", "") != "aten" or not _hangs_on_shapes(func):
         return None
     try:
         own = tuple([_text(value, mode) for value in args])
@@ -86,7 +106,7 @@ def _is_fake_of(mode: FakeTensorMode, value: Tensor) -> bool:
     return type(value) is FakeTensor and value.fake_mode is mode and value.constant is None
 
 
-_MAKES_NEW: dict[Any, bool] = {}
+_HANGS_ON_SHAPES: dict[Any, bool] = {}
 _DEPENDS_ON_MORE = (
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
@@ -95,30 +115,39 @@ _DEPENDS_ON_MORE = (
 )
 
 
-def _makes_new(func: Any) -> bool:
-    """By its schema: it writes nothing, returns no view, and what it returns hangs on no value."""
-    if func not in _MAKES_NEW:
+def _hangs_on_shapes(func: Any) -> bool:
+    """By its schema: it writes nothing, and what it returns hangs on no value."""
+    if func not in _HANGS_ON_SHAPES:
         schema = func._schema
-        shared = any(x.alias_info is not None for x in (*schema.arguments, *schema.returns))
-        _MAKES_NEW[func] = not shared and not any(tag in func.tags for tag in _DEPENDS_ON_MORE)
-    return _MAKES_NEW[func]
+        writes = any(x.alias_info is not None and x.alias_info.is_write for x in (*schema.arguments, *schema.returns))
+        _HANGS_ON_SHAPES[func] = not writes and not any(tag in func.tags for tag in _DEPENDS_ON_MORE)
+    return _HANGS_ON_SHAPES[func]
 
 
 def _kinds_of(
     out: Any, args: tuple, kwargs: dict[str, Any], mode: FakeTensorMode | None
-) -> _Kind | tuple[_Kind, ...] | None:
-    """None where it can't be made anew: no tensors, or memory that it shares all the same (_unsafe_view)."""
+) -> _Kind | list[_Kind] | tuple[_Kind, ...] | None:
+    """None where it can't be made anew: no tensors, or memory shared in a way that is not a view of one positional argument."""
     made = (out,) if isinstance(out, Tensor) else out
-    if not isinstance(made, tuple) or not all(isinstance(x, Tensor) for x in made):
+    if not isinstance(made, (list, tuple)) or not all(isinstance(x, Tensor) for x in made):
         return None
-    given = torch.utils._pytree.tree_leaves((args, kwargs))
-    memory = [x.untyped_storage()._cdata for x in (*given, *made) if isinstance(x, Tensor)]
-    if len(set(memory[-len(made) :])) < len(made) or set(memory[: -len(made)]) & set(memory[-len(made) :]):
-        return None
-    kinds = []
+    memory = [x.untyped_storage()._cdata if isinstance(x, Tensor) else 0 for x in args]
+    nested = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    shared = {x.untyped_storage()._cdata for x in nested}
+    kinds, own = [], set()
     for x in made:
         plain = type(x) is Tensor and x.is_meta if mode is None else _is_fake_of(mode, x)
-        if not plain or x.layout is not torch.strided or x.is_complex() or x.is_quantized or x.storage_offset():
+        if not plain or x.layout is not torch.strided or x.is_complex() or x.is_quantized:
             return None
-        kinds.append(_Kind(tuple(x.shape), x.stride(), x.dtype, x.device))
-    return kinds[0] if isinstance(out, Tensor) else tuple(kinds)
+        place = x.untyped_storage()._cdata
+        viewed = memory.index(place) if place in memory else -1
+        if viewed >= 0:
+            if x.dtype is not args[viewed].dtype or x.device != args[viewed].device:
+                return None
+        elif place in shared or place in own or x.storage_offset():
+            return None
+        own.add(place)
+        kinds.append(_Kind(tuple(x.shape), x.stride(), x.dtype, x.device, viewed, x.storage_offset()))
+    if isinstance(out, Tensor):
+        return kinds[0]
+    return kinds if isinstance(out, list) else tuple(kinds)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helix_compile.capture.results import result_of
 from helix_compile.errors import CaptureError
 
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 # one product of rows by the matrices of their experts: transformers takes either, by dtype and by whether it is compiled
 _ALIKE = {"transformers.grouped_mm_fallback.default": "aten._grouped_mm.default"}
 
@@ -63,9 +64,10 @@ class DigestMode(TorchDispatchMode):
 
     def stand_in(self, tensor: Tensor, name: str, device: torch.device | None = None) -> Tensor:
         """A fake of `tensor` (own storage) whose digest is that of `name`; on its device, or another one."""
-        with torch.no_grad(), self.fake:
-            where = torch.device("meta") if self._mode is None else device or tensor.device
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
+        with torch.no_grad(), unset_fake_temporarily():
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            if self._mode is not None:
+                fake = FakeTensor(self._mode, fake, device or tensor.device)
         self._name(fake, _hash("input", name))
         return fake
 
@@ -107,7 +109,7 @@ class DigestMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        flat, spec = pytree.tree_flatten((args, kwargs))
+        flat = _leaves((args, kwargs))
         tensors = [x for x in flat if isinstance(x, Tensor)]
         if all(id(t) in self._known for t in tensors) and self._is_small(func, flat, tensors):
             with unset_fake_temporarily():
@@ -117,10 +119,8 @@ class DigestMode(TorchDispatchMode):
                     self._known.add(id(leaf))
                     self._kept.append(leaf)
             return out
-        digests = [self.digest(x) if isinstance(x, Tensor) else repr(x) for x in flat]
-        made = _hash(_ALIKE.get(str(func), str(func)), str(spec), digests)
-        flat = [self._enter(x) if isinstance(x, Tensor) else x for x in flat]
-        args, kwargs = pytree.tree_unflatten(flat, spec)
+        made = _hash(_ALIKE.get(str(func), str(func)), self._text(args), self._text(kwargs))
+        args, kwargs = self._entered(args), self._entered(kwargs)
         changed = list(_written(func, args, kwargs))
         out = _run(func, args, kwargs, self._mode)
         for number, tensor in enumerate(changed):
@@ -135,6 +135,28 @@ class DigestMode(TorchDispatchMode):
                     self._name(leaf, _hash(made, number))
                 self.seen.add(self.digest(leaf))
         return out
+
+    def _text(self, value: Any) -> Any:
+        """What a call holds, with digests in the place of tensors."""
+        if isinstance(value, Tensor):
+            return self.digest(value)
+        if isinstance(value, (list, tuple)):
+            return type(value).__name__, [self._text(item) for item in value]
+        if isinstance(value, dict):
+            return {name: self._text(item) for name, item in value.items()}
+        if type(value) not in _PLAIN and any(isinstance(x, Tensor) for x in pytree.tree_leaves(value)):
+            raise CaptureError(
+                f"capture: a call is given tensors in a {type(value).__name__}, which is not looked into"
+            )
+        return repr(value)
+
+    def _entered(self, value: Any) -> Any:
+        """The same call with a stand-in in the place of each tensor."""
+        if isinstance(value, Tensor):
+            return self._enter(value)
+        if type(value) in (list, tuple):
+            return type(value)([self._entered(item) for item in value])
+        return {name: self._entered(item) for name, item in value.items()} if isinstance(value, dict) else value
 
     def _enter(self, value: Tensor) -> Tensor:
         """A known value that meets an unknown one goes on as a fake that is named by its content."""
@@ -152,6 +174,15 @@ class DigestMode(TorchDispatchMode):
         if dtypes:
             return not any(d.is_floating_point or d.is_complex for d in dtypes)
         return func in (torch.ops.aten.arange.default, torch.ops.aten.arange.start)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What a call holds, out of lists, tuples and dicts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif not isinstance(value, (list, tuple)):
+        return [value]
+    return [leaf for item in value for leaf in _leaves(item)]
 
 
 def _run(func: Any, args: tuple, kwargs: dict, mode: FakeTensorMode | None) -> Any:

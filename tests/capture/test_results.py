@@ -33,7 +33,7 @@ def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def facts(out: Any) -> list[tuple]:
-    return [(t.shape, t.stride(), t.dtype, t.device) for t in pytree.tree_leaves(out)]
+    return [(t.shape, t.stride(), t.storage_offset(), t.dtype, t.device) for t in pytree.tree_leaves(out)]
 
 
 X, WHOLE = on_meta(11, 13, 17), on_meta(11, 13, dtype=torch.int64)
@@ -54,9 +54,15 @@ CASES: list[tuple[Any, tuple, dict[str, Any], bool]] = [
     (aten.cat.default, ([X, X, X], 2), {}, True),
     (aten.arange.default, (7,), {"device": torch.device("meta")}, True),
     (aten._to_copy.default, (X,), {"dtype": torch.bfloat16}, True),
-    # views, though the schema of one of them does not say so; writing; what hangs on values; complex numbers
-    (aten.transpose.int, (X, 0, 1), {}, False),
-    (aten._unsafe_view.default, (X, [143, 17]), {}, False),
+    # views, though the schema of one of them does not say so
+    (aten.transpose.int, (X, 0, 1), {}, True),
+    (aten.slice.Tensor, (X.transpose(0, 2)[2:], 1, 3, 9, 2), {}, True),
+    (aten.expand.default, (X[:, :1], [11, 5, 17]), {}, True),
+    (aten.split.Tensor, (X[1:], 4, 1), {}, True),
+    (aten.unbind.int, (X, 2), {}, True),
+    (aten._unsafe_view.default, (X, [143, 17]), {}, True),
+    # another dtype of the same memory; writing; what hangs on values; complex numbers
+    (aten.view.dtype, (X, torch.int32), {}, False),
     (aten.mul_.Tensor, (on_meta(19, 23), 2.0), {}, False),
     (aten.bernoulli.p, (X, 0.5), {}, False),
     (aten.mul.Tensor, (X.to(torch.complex64), 2.0), {}, False),
