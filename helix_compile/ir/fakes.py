@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, symbol_hints
@@ -33,6 +33,7 @@ class FreshSizes:
         sizes = torch.empty(HINT_B, HINT_T, HINT_S, device="meta")
         B, T, S = self.mode.from_tensor(sizes, source=ConstantSource("sizes"), symbolic_context=context).shape
         self._others = 0
+        self._sizes: dict[tuple[ShapeEnv, sympy.Expr], Any] = {}  # a graph says the same few sizes again and again
         self.symbols: dict[int, Any] = {HINT_B: B, HINT_T: T, HINT_S: S, HINT_S + HINT_T: S + T}
 
     @property
@@ -46,6 +47,12 @@ class FreshSizes:
         """A size in the new symbols; what is no size as it is."""
         if not isinstance(value, torch.SymInt):
             return value
+        key = (value.node.shape_env, value.node.expr)
+        if key not in self._sizes:
+            self._sizes[key] = self._in_new_symbols(value)
+        return self._sizes[key]
+
+    def _in_new_symbols(self, value: torch.SymInt) -> Any:
         expression = value.node.shape_env.replace(value.node.expr)
         hints = symbol_hints(value)
         free = sorted(expression.free_symbols, key=str)
@@ -73,8 +80,10 @@ class FreshSizes:
         own = [self.size(n) for n in like.stride()]
         if open_dim is not None:
             shape[open_dim] = self.other()
-        with self.mode:
-            if open_dim is not None:
+        if open_dim is not None:
+            with self.mode:
                 return torch.empty(shape, dtype=like.dtype, device=like.device)
-            wanted = tuple(own if strides is None else strides)
-            return torch.empty_strided(tuple(shape), wanted, dtype=like.dtype, device=like.device)
+        wanted = tuple(own if strides is None else strides)
+        with unset_fake_temporarily():  # a third of the time that the mode takes for it
+            memory = torch.empty_strided(tuple(shape), wanted, dtype=like.dtype, device="meta")
+            return FakeTensor(self.mode, memory, like.device)
