@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import helix_compile
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("passes", "kernels", "models")
@@ -30,6 +33,27 @@ def test_each_module_has_one_spelling() -> None:
         "assert p.__name__ == 'helix_compile.passes.pipeline' and not bad, bad\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_front_door_imports_what_is_asked_for() -> None:
+    code = (
+        "import sys, torch, helix_compile\n"
+        "assert torch.ops.helix.mla_decode and 'transformers' not in sys.modules\n"
+        "import helix_compile.capture.model\n"
+        "from helix_compile import capture, helix_compile as front\n"
+        "assert capture is sys.modules['helix_compile.capture.model'].capture\n"  # the function hides the room of its name
+        "assert front.__module__ == 'helix_compile.compile' and helix_compile.passes.__name__ == 'helix_compile.passes'\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+
+
+def test_types_and_imports_of_the_front_door_agree() -> None:
+    tree = ast.parse((ROOT / "helix_compile" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {a.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert {name: f"helix_compile.{place}" for name, place in helix_compile._PLACES.items()} == typed
+    assert sorted(typed) == sorted(helix_compile.__all__)
+    assert all(getattr(helix_compile, name).__name__ == name for name in typed)
 
 
 def test_transformers_does_not_take_our_kernels_folder(tmp_path: Path) -> None:

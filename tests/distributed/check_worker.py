@@ -8,19 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import fx
 
-# the package without its front door, which imports transformers
-package = ModuleType("helix_compile")
-package.__path__ = [str(Path(__file__).parents[2] / "helix_compile")]
-sys.modules["helix_compile"] = package
-
-from helix_compile.errors import RuntimeFault  # noqa: E402
-from helix_compile.layout.degrees import HelixLayout, HelixMesh  # noqa: E402
-from helix_compile.worlds.world import open_world  # noqa: E402
+from helix_compile.errors import RuntimeFault
+from helix_compile.layout.degrees import HelixLayout, HelixMesh
+from helix_compile.worlds.world import open_world
 
 c10d = torch.ops._c10d_functional
 STEPS = 5
