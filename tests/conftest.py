@@ -66,6 +66,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays: no collection needs to look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def shared_captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of one structure are captured once a run, but for tests that ask otherwise."""

@@ -6,8 +6,10 @@ import io
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +199,18 @@ class Bound(nn.Module):
         return self.norm(x) * (2.0 if self.apart(x.shape[0], x.shape[1]) else 1.0)
 
 
-@pytest.mark.parametrize("apart", [lambda B, T: B * T > 16, lambda B, T: B > T, lambda B, T: T % 2 == 0])
-@pytest.mark.parametrize("named", [False, True])
-def test_a_condition_on_several_sizes_is_refused(apart: Any, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+APART: list[Callable[[Any, Any], Any]] = [lambda B, T: B * T > 16, lambda B, T: B > T, lambda B, T: T % 2 == 0]
+
+
+@pytest.mark.parametrize(
+    ("named", "apart"),
+    [
+        (False, APART[0]),
+        (True, APART[1]),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in product([False, True], APART)),
+    ],
+)
+def test_a_condition_on_several_sizes_is_refused(named: bool, apart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a guard where Dims are AUTO, as an assertion in the graph where they have names."""
     model = fresh_model("short")
     model.model.norm = Bound(model.model.norm, apart)

@@ -22,7 +22,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["mla", pytest.param("mla before", marks=pytest.mark.slow), "grouped"])
 def test_parts_and_boxes(case: str) -> None:
     """Each element once on every replica, at the place of its head; zeros elsewhere. What is read by boxes is the same."""
     build, options = CASES[case]
