@@ -30,7 +30,7 @@ from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
-from helix_compile.runtime.ends import ShortEnds
+from helix_compile.runtime.ends import KEPT, ShortEnds
 from helix_compile.runtime.prepared import PreparedSteps
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
 from helix_compile.runtime.segments import CompiledSegments
@@ -162,7 +162,7 @@ class HelixModule(nn.Module):
         return self._facts
 
     def short_end(self, what: str) -> fx.GraphModule | None:
-        """The graph that runs, ended by "last" or "best" (passes/lower/short_ends.py); None where its head is whole."""
+        """The graph that runs, ended by "last1", "best", ... (passes/lower/short_ends.py); None where its head is whole."""
         return self._ends.graph(self.graph, what) if self.plan.options.head == "shard" else None
 
     def programs(self, end: str = "") -> list[Program] | None:
@@ -181,6 +181,8 @@ class HelixModule(nn.Module):
         graph = self.short_end(end)
         assert graph is not None  # asked for by run_step(), which has it
         if end not in self._end_segments:
+            while len(self._end_segments) >= KEPT:
+                self._end_segments.pop(next(iter(self._end_segments)))
             held = {SEGMENTS: segments_of(graph)}
             self._end_segments[end] = CompiledSegments(segments_of, held, self.plan.layout, self.world)
         return self._end_segments[end].programs(graph, self.ranks, self.device)

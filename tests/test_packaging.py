@@ -86,6 +86,7 @@ def test_the_wheel_holds_the_package_only(tmp_path: Path) -> None:
         "py.typed",
         "passes/pipeline.py",
         "kernels/reference.py",
+        "kernels/cpp/mla_decode.cpp",
         "models/presets.py",
         "views/report.css",
         "views/report.js",

@@ -127,9 +127,10 @@ class HelixOptions:
         of_exchange=True,
     )
     lower: str = _choice(
-        ("auto", "reference", "triton", "inductor", "triton+inductor", "tensorrt"),
-        '"reference" (torch), "triton" (on a CPU by Triton\'s interpreter), "inductor" (what lies between two collectives is '
-        'compiled by Inductor and is one call), "triton+inductor" (both) or "auto": Triton on CUDA >= 9.0, else reference.',
+        ("auto", "reference", "triton", "cpp", "inductor", "triton+inductor", "cpp+inductor", "tensorrt"),
+        '"reference" (torch), "triton" (on a CPU by Triton\'s interpreter), "cpp" (attention to latents in C++, on a CPU), "inductor" '
+        '(what lies between two collectives is compiled by Inductor and is one call), "triton+inductor", "cpp+inductor" (both) or '
+        '"auto": Triton on CUDA >= 9.0, else reference.',
         later={"tensorrt": "lowering to TensorRT is not in this version"},
     )
     max_batch_size: int = field(default=8, metadata=_says("capacity in sequences"))

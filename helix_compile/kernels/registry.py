@@ -1,6 +1,7 @@
 """The registry of kernels: which op of a provider computes a helix:: op, where it can, what it compiles to and launches.
 
     register_kernel(...)          in each kernel file, once, at import
+    register_cpp_kernel(...)      the same of C++ for a CPU
     select_kernel(site, target)   the kernel, or the reason why the reference runs instead
 
 A CompileCase is what offline compilation reads and what runs. Triton reads facts off the values when it launches
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from helix_compile.kernels.ops import OPS, Op
-from helix_compile.kernels.target import KernelTarget
+from helix_compile.kernels.target import CPP, KernelTarget
 from helix_compile.kernels.triton_ops import define_triton_op, triton_type
 
 
@@ -189,7 +190,10 @@ class Choice:
     reason: str
 
 
-_KERNELS: dict[str, Kernel] = {}  # filled at import of the kernel files and never after
+# filled at import of the kernel files and never after
+_KERNELS: dict[str, Kernel] = {}
+_CPP_KERNELS: dict[str, Kernel] = {}
+_CPP_LIBRARY = torch.library.Library("helix_cpp", "DEF")  # kept alive: dropping it unregisters the ops
 
 
 def register_kernel(
@@ -226,20 +230,34 @@ def register_launches(
     )
 
 
+def register_cpp_kernel(
+    op: Op, launcher: Callable[..., Any], supports: Callable[[Site, KernelTarget], str | None]
+) -> Kernel:
+    """Make `launcher` helix_cpp::op, which computes it on a CPU; on any other device the reference does."""
+    _CPP_LIBRARY.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _CPP_LIBRARY.impl(op.name, op.function, "CompositeExplicitAutograd")
+    _CPP_LIBRARY.impl(op.name, launcher, "CPU")
+    torch.library.register_fake(f"helix_cpp::{op.name}", op.fake, lib=_CPP_LIBRARY)
+    target = getattr(torch.ops.helix_cpp, op.name).default
+    kernel = _CPP_KERNELS[op.name] = Kernel(op.name, target, supports, lambda site, target: [])
+    return kernel
+
+
 def kernel_of(op: str) -> Kernel | None:
-    """The registered kernel of an op."""
+    """The registered Triton kernel of an op."""
     return _KERNELS.get(op)
 
 
 def registered_kernels() -> list[Kernel]:
-    """Every kernel that was registered, in that order."""
+    """Every Triton kernel that was registered, in that order."""
     return list(_KERNELS.values())
 
 
 def select_kernel(site: Site, target: KernelTarget) -> Choice:
     """The kernel of a site on a target, or the reason why its torch reference runs."""
-    kernel = kernel_of(site.op)
+    of_cpu = target.arch == CPP
+    kernel = _CPP_KERNELS.get(site.op) if of_cpu else kernel_of(site.op)
     if kernel is None:
-        return Choice(None, f"no Triton kernel for {site.op}")
+        return Choice(None, f"no {'C++' if of_cpu else 'Triton'} kernel for {site.op}")
     reason = kernel.supports(site, target)
-    return Choice(None, reason) if reason else Choice(kernel, f"Triton kernel for {target.arch}")
+    return Choice(None, reason) if reason else Choice(kernel, "C++" if of_cpu else f"Triton kernel for {target.arch}")

@@ -1,4 +1,4 @@
-"""What kernels are chosen for: an architecture, and whether Triton compiles for it or interprets."""
+"""What kernels are chosen for: an architecture, and whether Triton compiles for it or interprets; or a CPU, by C++."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from helix_compile.errors import LoweringUnavailable
 
-INTERPRETER = "interpreter"
+INTERPRETER, CPP = "interpreter", "cpp"
 
 
 # streaming multiprocessors of the cards that offline compilation stands for: B200, H100 SXM, A100
@@ -22,7 +22,7 @@ class KernelTarget:
     """One architecture.
 
     Attributes:
-        arch: "sm_100", "sm_90", ... or "interpreter" (Triton's, on the CPU, in float arithmetic of the CPU).
+        arch: "sm_100", "sm_90", ...; "interpreter" (Triton's, on the CPU, in float arithmetic of the CPU); or "cpp" (no Triton at all).
         sm_count: streaming multiprocessors; split-KV makes about one program for each.
     """
 
@@ -31,8 +31,8 @@ class KernelTarget:
 
     @property
     def capability(self) -> int:
-        """100 for sm_100; 0 for the interpreter."""
-        return 0 if self.arch == INTERPRETER else int(self.arch.removeprefix("sm_"))
+        """100 for sm_100; 0 on a CPU."""
+        return 0 if self.arch in (INTERPRETER, CPP) else int(self.arch.removeprefix("sm_"))
 
 
 def offline_target(arch: str) -> KernelTarget:
@@ -78,8 +78,12 @@ def target_for(lower: str, device: torch.device) -> KernelTarget | None:
     """What `lower` asks for on `device`; None: torch references. "auto" is Triton on CUDA >= 9.0.
 
     Raises:
-        LoweringUnavailable: "triton" where it can't run.
+        LoweringUnavailable: "triton" or "cpp" where it can't run.
     """
+    if lower in ("cpp", "cpp+inductor"):
+        if device.type not in ("cpu", "meta"):
+            raise LoweringUnavailable(f"lower={lower!r} is for a CPU; got device {device}; use lower='triton'")
+        return KernelTarget(CPP, 1)
     if lower in ("triton", "triton+inductor"):
         return device_target(device)
     if lower == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):

@@ -5,7 +5,7 @@
 - ffn: dense, shared and routed experts on the same ranks; one all-reduce
 - head, where the vocabulary is cut: embedding and output head by rows of it; the layers stay as they are
 - collectives, where kernels compute: moves become collectives
-- lowered: the same where none do; else each compute op has its kernel, or says why its reference stays
+- lowered: the same where none do; else each compute op has its kernel, or says why its reference stays. C++ is chosen with the moves
 - segments, where Inductor compiles: what lies between two collectives is one call. Made of `lowered`, which stays what is edited,
   typed and verified node by node
 """
@@ -18,10 +18,11 @@ from torch import fx
 
 from helix_compile.config.options import HelixOptions
 from helix_compile.ir.stage import copy_module, graphs_of
-from helix_compile.kernels.target import KernelTarget
+from helix_compile.kernels.target import CPP, KernelTarget
 from helix_compile.passes.lower.collectives import has_moves, lower_moves, lower_outer_pass, lower_pass, no_moves_left
 from helix_compile.passes.lower.fuse_kernels import kernels_pass
 from helix_compile.passes.lower.segments import SegmentsPass
+from helix_compile.passes.lower.select_kernels import lower_to_cpp_pass
 from helix_compile.passes.rewrite.attention import shard_attention_pass
 from helix_compile.passes.rewrite.ffn import shard_ffn_pass
 from helix_compile.passes.rewrite.outer import rewire_outer_pass, update_calls_pass
@@ -39,7 +40,12 @@ def helix_passes(options: HelixOptions, target: KernelTarget | None = None) -> t
     """The passes that make the stages; without a target compute ops keep their references."""
     # between rewrites and lowering: it speaks of moves too, and touches nothing that the others do
     head = (VocabularyPass(),) if options.head == "shard" else ()
-    lowered = (LOWERED,) if target is None else (replace(LOWERED, stage=COLLECTIVES), KERNELS)
+    if target is None:
+        lowered: tuple[Pass, ...] = (LOWERED,)
+    elif target.arch == CPP:  # nothing is fused with what stands around it
+        lowered = (replace(LOWERED, rewrite=lower_to_cpp_pass),)
+    else:
+        lowered = (replace(LOWERED, stage=COLLECTIVES), KERNELS)
     return (*REWRITES, *head, *lowered, *((SegmentsPass(),) if options.compiles_segments else ()))
 
 

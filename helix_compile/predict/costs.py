@@ -94,7 +94,7 @@ class NodeCost:
 def predict_costs(
     graph: fx.Graph, workload: Workload, layout: HelixLayout, tokens_per_block: int, rank: int = 0
 ) -> dict[str, NodeCost]:
-    """Cost of every node of a lowered body on `rank`, by name.
+    """Cost of every node of a lowered body, or of the graph around them, on `rank`, by name; calls of bodies cost nothing here.
 
     Raises:
         HelixError: a move is left: its bytes are those of the collective that lowering makes of it.
@@ -153,6 +153,8 @@ def _cost(node: fx.Node, sizes: _Sizes) -> NodeCost:
         return _gqa_decode(node, sizes)
     if helix_op(node) == "cache_append":
         return NodeCost(hbm_bytes=2 * sum(sizes.nbytes(n) for n in node.args[4:6]))
+    if helix_op(node) == "embed_rows" or node.target is aten.embedding.default:  # rows of tokens, not the table
+        return NodeCost(hbm_bytes=2 * sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.args[:2] if _is_ids(n)))
     if helix_op(node) == "moe_experts":
         return _moe_experts(node, sizes)
     if not isinstance(_first(node.meta.get("val")), Tensor):
@@ -161,6 +163,10 @@ def _cost(node: fx.Node, sizes: _Sizes) -> NodeCost:
         return NodeCost()
     moved = sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.all_input_nodes)
     return NodeCost(_flops(node, sizes), moved)
+
+
+def _is_ids(node: Any) -> bool:
+    return not node.meta["val"].dtype.is_floating_point
 
 
 def _first(value: Any) -> Any:

@@ -11,7 +11,7 @@ follow later edits of its graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from torch import fx
 from helix_compile.ir.collectives import is_collective
 from helix_compile.ir.origin import CAPTURED, ORIGIN, STAGE
 from helix_compile.ir.sizes import layout_text, shape_text
+from helix_compile.ir.stage import OUTER, body_of
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.predict.costs import GB200, Machine, NodeCost, Workload, predict_costs
@@ -213,32 +214,39 @@ def predict_body(
 def predict_schedule(
     plan: HelixPlan, lowered: fx.GraphModule, workload: Workload | None = None, machine: Machine = GB200
 ) -> list[BodySchedule]:
-    """One layer of each body."""
-    return [predict_body(lowered.get_submodule(b.name).graph, b.name, plan, workload, machine) for b in plan.bodies]
+    """One layer of each body; and the graph around the layers, without them, where something moves between ranks in it."""
+    return [predict_body(graph, name, plan, workload, machine) for name, _, graph in _predicted(plan, lowered)]
+
+
+def _predicted(plan: HelixPlan, lowered: fx.GraphModule) -> Iterator[tuple[str, int, fx.Graph]]:
+    """Name, how many layers, and graph of what is predicted."""
+    for body in plan.bodies:
+        yield body.name, len(body.layers), body_of(lowered, body.name).graph
+    if plan.outer.collectives:
+        yield OUTER, 1, lowered.graph
 
 
 def predicted_facts(plan: HelixPlan, lowered: fx.GraphModule) -> dict[str, Any]:
-    """Critical path of one layer of each body on rank 0, which has the most tokens, as plain data."""
+    """Critical path of what predict_schedule() has, on rank 0, which has the most tokens, as plain data."""
     step, machine = default_workload(plan), GB200
     bodies = []
-    for body in plan.bodies:
-        graph = lowered.get_submodule(body.name).graph
+    for name, layers, graph in _predicted(plan, lowered):
         costs = predict_costs(graph, step, plan.layout, plan.options.tokens_per_block)
-        seconds = {name: cost.seconds(machine) for name, cost in costs.items()}
+        seconds = {node: cost.seconds(machine) for node, cost in costs.items()}
         path = critical_path(graph, seconds)
         collectives = [
             {
-                "node": name,
-                "wire_bytes": costs[name].wire_bytes,
-                "microseconds": 1e6 * seconds[name],
+                "node": node,
+                "wire_bytes": costs[node].wire_bytes,
+                "microseconds": 1e6 * seconds[node],
                 "slack_microseconds": 1e6 * slack,
             }
-            for name, slack in path.collective_slack().items()
+            for node, slack in path.collective_slack().items()
         ]
         bodies.append(
             {
-                "body": body.name,
-                "layers": len(body.layers),
+                "body": name,
+                "layers": layers,
                 "microseconds_of_a_layer": 1e6 * path.total,
                 "longest": max(path.nodes, key=seconds.__getitem__, default=""),
                 "collectives": collectives,

@@ -9,6 +9,7 @@ from torch import fx
 
 from helix_compile.runtime.prepared import parts_of, same_objects
 
+KEPT = 16  # a caller may ask for another number of columns, or of candidates, at each step
 MakeEnd = Callable[[fx.GraphModule, str], fx.GraphModule | None]
 
 
@@ -27,5 +28,7 @@ class ShortEnds:
             self._seen = nodes
             self._ends.clear()
         if what not in self._ends:
+            while len(self._ends) >= KEPT:
+                self._ends.pop(next(iter(self._ends)))
             self._ends[what] = self._make(lowered, what)
         return self._ends[what]

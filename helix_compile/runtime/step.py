@@ -91,12 +91,18 @@ def run_step(
     check_limits({"B": (B, B), "T": (T - chunks[-1].start, T), "S": (past, past)}, module.facts.limits)
     ledger.clear_tails({rank.rank: rank.cache for rank in module.ranks}, module.plan.layout)
     ids = input_ids.to(module.device, torch.int64)
-    if not end and logits_to_keep == 1 < T and graph is module.graph and module.value_dump is None:
-        end = "last" if module.short_end("last") is not None else ""
-    ended = module.short_end(end) if end else graph
-    assert ended is not None  # who asks for an end has seen that there is one
+    shortens = first > 0 and graph is module.graph and module.value_dump is None
+
+    def end_of(c: slice) -> str:
+        """Of the columns that are kept no others' logits are computed and gathered; of a chunk without any, one's."""
+        kept = max(1, c.stop - max(c.start, first))
+        fits = shortens and kept < c.stop - c.start and module.short_end(f"last{kept}") is not None
+        return f"last{kept}" if fits else ""
 
     def run_chunk(c: slice) -> Tensor:
+        own = end or end_of(c)
+        ended = module.short_end(own) if own else graph
+        assert ended is not None  # who asks for an end has seen that there is one
         # on the host: ranks compare it, and a card need not be waited for
         agreed = {
             "input_ids": host_ids[:, c],
@@ -118,7 +124,7 @@ def run_step(
                 prepared
                 and recorder is None
                 and graph is module.graph
-                and (programs := module.programs(end)) is not None
+                and (programs := module.programs(own)) is not None
             ):
                 given = module.world.run_programs(programs, step, agreed)
             else:
@@ -283,17 +289,19 @@ def chunks_of(T: int, batch_size: int, context: int) -> list[slice]:
 def kept_logits(run_chunk: Callable[[slice], Tensor], chunks: Iterable[slice], first: int, T: int) -> Tensor:
     """Run the chunks of a step; logits [B, T - first, vocab] of the columns from `first` on.
 
-    A chunk's logits are copied to their place and dropped: a list and a cat would hold all of them twice.
+    A chunk gives those of all its columns, or of the last ones, all that are kept among them. They are
+    copied to their place and dropped: a list and a cat would hold all of them twice.
     """
     kept: Tensor | None = None
     for chunk in chunks:
         logits = run_chunk(chunk)
-        if logits.shape[1] == T:
-            return logits[:, first:]
+        start, stop = max(chunk.start, first), max(chunk.stop, first)
+        of_chunk = logits[:, logits.shape[1] - (stop - start) :]
+        if chunk == slice(0, T):
+            return of_chunk
         if kept is None:
             kept = logits.new_empty((logits.shape[0], T - first, logits.shape[2]))
-        start, stop = max(chunk.start, first), max(chunk.stop, first)
-        kept[:, start - first : stop - first] = logits[:, start - chunk.start :]
+        kept[:, start - first : stop - first] = of_chunk
         del logits
     assert kept is not None  # T >= 1
     return kept

@@ -21,7 +21,7 @@ from helix_compile.ir.origin import PROVENANCE_KEYS
 from helix_compile.ir.shapes import propagate_shapes
 from helix_compile.ir.sizes import HINT_B, HINT_T, hint_of
 
-_NAMESPACES = ("aten", "helix", "helix_triton", "_c10d_functional")
+_NAMESPACES = ("aten", "helix", "helix_triton", "helix_cpp", "_c10d_functional")
 _OPERATORS = {
     f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 }

@@ -50,14 +50,17 @@ inf, nan = float("inf"), float("nan")
 '''
 
 
-_KERNELS = "import helix_compile.kernels.catalog  # registers torch.ops.helix_triton\n"
+_KERNELS = {
+    "helix_triton": "import helix_compile.kernels.catalog  # registers torch.ops.helix_triton\n",
+    "helix_cpp": "import helix_compile.kernels.cpp.mla_decode  # registers torch.ops.helix_cpp\n",
+}
 
 
 def format_python(gm: fx.GraphModule, name: str, title: str = "") -> str:
     """A graph, and the bodies that it calls, as a module with one function each."""
     called = [(n, g) for n, g in reversed(graphs_of(gm)) if g is not gm]  # a segment before the body that calls it
     functions = [format_function(g.graph, n) for n, g in (*sorted(called, key=_is_body), (name, gm))]
-    kernels = _KERNELS if any("torch.ops.helix_triton." in f for f in functions) else ""
+    kernels = "".join(line for name, line in _KERNELS.items() if any(f"torch.ops.{name}." in f for f in functions))
     return "\n\n".join([_HEADER.format(title=title or name, kernels=kernels), *functions])
 
 

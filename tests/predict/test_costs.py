@@ -11,6 +11,7 @@ from helix_compile import HelixError, HelixModule, helix_compile
 from helix_compile.errors import LayoutError
 from helix_compile.models.presets import build_model, preset_config
 from helix_compile.predict.costs import GB200, Machine, NodeCost, Workload, predict_costs
+from helix_compile.predict.schedule import predict_schedule
 from tests.support.models import tiny_model
 
 
@@ -29,6 +30,29 @@ def test_wire_bytes_are_the_plans(plan: dict[str, Any], step: Workload) -> None:
         wire = sum(c.wire_bytes for c in costs.values())
         planned = float(body.egress_bytes_per_rank_per_token) * step.batch * step.tokens
         assert wire == pytest.approx(planned, rel=1e-12)
+
+
+def test_a_cut_head_is_predicted_as_planned_and_as_it_runs() -> None:
+    """Wire bytes of the layers and of the graph around them: of the plan, of inspect, and as the virtual world counts them."""
+    model = tiny_model()
+    compiled = helix_compile(model, cp=4, max_batch_size=3, max_seq_len=64, head="shard", pad_heads=True)
+    step = Workload(3, 2, 0)
+    events = [
+        (1 if schedule.body == "outer" else len(compiled.plan.body(schedule.body).layers), event)
+        for schedule in predict_schedule(compiled.plan, compiled.graph, step)
+        for event in schedule.events
+        if event.rank == 0
+    ]
+    compiled.world.reset_counters()
+    compiled(torch.zeros(3, 2, dtype=torch.int64))
+    predicted = sum(times * event.cost.wire_bytes for times, event in events)
+    assert [predicted] * 4 == compiled.world.sent_bytes
+    assert predicted == compiled.plan.egress_bytes_per_rank_per_token * 6
+    facts = compiled.inspect().facts["predicted"]  # of one token a sequence
+    said = sum(b["layers"] * c["wire_bytes"] for b in facts["bodies"] for c in b["collectives"])
+    assert said == compiled.plan.egress_bytes_per_rank_per_token * 3
+    (embedded,) = [e.cost for _, e in events if e.node.name == "embedded_rows"]
+    assert embedded.hbm_bytes == 2 * 6 * model.config.hidden_size * model.dtype.itemsize + 6 * 8  # rows, not the table
 
 
 def test_attention_at_the_real_sizes() -> None:

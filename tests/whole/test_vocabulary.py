@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helix_compile import HelixModule, HelixPlan, LayoutError, MatchError, PlanError, helix_compile, verify
 from helix_compile.capture.model import capture
+from helix_compile.runtime.ends import KEPT
 from tests.support.driver import worst_deviation
 from tests.support.gqa_models import fresh_gqa, tiny_gqa
 from tests.support.graphs import stage_text
@@ -156,17 +157,38 @@ def test_a_table_that_is_read_elsewhere_is_named() -> None:
 # shorter ends: of a prompt the last column's logits alone are gathered, and for greedy search none
 
 
-def test_of_a_prompt_only_the_last_column_is_gathered() -> None:
+@pytest.mark.parametrize("kept", [1, 2, 6])
+def test_of_a_prompt_only_what_is_kept_is_gathered(kept: int) -> None:
+    """Of more columns too than a graph was traced with; the bytes say what was sent."""
     compiled = helix_compile(_gemma(), **SHARD, cp=2, tpa=2)
     ids = torch.randint(0, 97, (3, 7), generator=torch.Generator().manual_seed(3))
     whole = compiled(ids)
     compiled.reset()
     compiled.world.reset_counters()
-    last = compiled(ids, logits_to_keep=1)
-    assert (last - whole[:, -1:]).abs().max() <= 1e-14 and last.shape == (3, 1, 97)
+    last = compiled(ids, logits_to_keep=kept)
+    assert (last - whole[:, -kept:]).abs().max() <= 1e-14 and last.shape == (3, kept, 97)
     _, logits = compiled.plan.outer.collectives
-    unsent = logits.egress_bytes_per_rank_per_token * 3 * (7 - 1)
+    unsent = logits.egress_bytes_per_rank_per_token * 3 * (7 - kept)
     assert compiled.world.sent_bytes == [compiled.plan.egress_bytes_per_rank_per_token * 3 * 7 - unsent] * 4
+
+
+def test_columns_that_are_kept_over_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 3 of 11 tokens: of the first nothing is kept (and one column gathered), of the second a part, then all."""
+    compiled = helix_compile(of("llama"), **SHARD, cp=2)
+    ids = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(3))
+    whole = compiled(ids)
+    monkeypatch.setattr("helix_compile.runtime.step.MAX_CHUNK", 3)
+    for kept, gathered in ((7, 1 + 2 + 3 + 2), (2, 1 + 1 + 1 + 2), (1, 4), (11, 11)):
+        compiled.reset()
+        compiled.world.reset_counters()
+        last = compiled(ids, logits_to_keep=kept)
+        assert (last - whole[:, -kept:]).abs().max() <= 1e-13 and last.shape[1] == kept
+        _, logits = compiled.plan.outer.collectives
+        unsent = logits.egress_bytes_per_rank_per_token * 2 * (11 - gathered)
+        assert compiled.world.sent_bytes == [compiled.plan.egress_bytes_per_rank_per_token * 2 * 11 - unsent] * 2
+    for kept in range(1, 11):
+        assert compiled.short_end(f"last{kept}") is compiled.short_end(f"last{kept}")
+    assert len(compiled._ends._ends) <= KEPT
 
 
 def test_greedy_search_exchanges_one_candidate_a_rank() -> None:
@@ -230,7 +252,7 @@ def test_an_edit_of_the_graph_shows_in_its_shorter_ends() -> None:
     with compiled.graph.graph.inserting_after(cap):  # what mixes logits ends them as a whole
         mixed = compiled.graph.graph.call_function(torch.ops.aten.softmax.int, (cap, -1))
     cap.replace_all_uses_with(mixed, delete_user_cb=lambda user: user is not mixed)
-    assert compiled.best_words(ids) is None and compiled.short_end("last") is None
+    assert compiled.best_words(ids) is None and compiled.short_end("last1") is None
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "ties"])
@@ -267,5 +289,7 @@ def test_compiled_segments_and_a_module_of_its_own_folder(tmp_path: Path) -> Non
     compiled.save(tmp_path / "m")
     for module in (compiled, HelixModule.load(tmp_path / "m", world="virtual")):
         module.reset()
-        assert (module(ids, logits_to_keep=1) - whole[:, -1:]).abs().max() <= 1e-6
+        for kept in (1, 5):
+            module.reset()
+            assert (module(ids, logits_to_keep=kept) - whole[:, -kept:]).abs().max() <= 1e-6
         assert torch.equal(module.generate(ids, max_new_tokens=6, do_sample=False), expected)

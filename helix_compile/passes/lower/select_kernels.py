@@ -14,10 +14,21 @@ from helix_compile.ir.graph import is_call
 from helix_compile.ir.ops import MOVES, UNPACKS
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import KernelTarget
+from helix_compile.passes.lower.collectives import lower_pass
+from helix_compile.passes.runner import PassContext
 from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.plan.matches import LayerMatch
 
-KERNEL, PROVIDER = "kernel", "helix_triton"
+KERNEL, PROVIDER, CPP_PROVIDER = "kernel", "helix_triton", "helix_cpp"
+
+
+def lower_to_cpp_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
+    """Expand every move of a body, and give it the C++ that there is."""
+    assert context.target is not None
+    started = lower_pass(gm, match, context)
+    select_kernels(gm.graph, context.target, capacity_of(context.plan))
+    return started
 
 
 def capacity_of(plan: HelixPlan) -> Capacity:
@@ -43,16 +54,18 @@ def is_compute_op(node: fx.Node) -> bool:
 def choose(node: fx.Node, target: KernelTarget, capacity: Capacity) -> bool:
     """Retarget one helix:: op; False where its reference stays."""
     choice = select_kernel(site_of(node, capacity), target)
+    provider = "reference"
     if choice.kernel is not None:
         node.target = choice.kernel.target
-    node.meta[KERNEL] = [PROVIDER if choice.kernel else "reference", choice.reason]
+        provider = choice.kernel.target.namespace
+    node.meta[KERNEL] = [provider, choice.reason]
     return choice.kernel is not None
 
 
 def site_of(node: fx.Node, capacity: Capacity) -> Site:
     """What selection sees of a node."""
     args, keywords = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    name = str(node.target).removeprefix("helix_triton.").removeprefix("helix.")
+    name = str(node.target).split(".", 1)[1]
     return Site(name.removesuffix(".default"), args, capacity, keywords)
 
 

@@ -1,6 +1,6 @@
 """A lowered graph whose head is cut, ended earlier, for a caller that does not want all logits on every rank.
 
-    last   linear of the last column alone -> all_gather -> what the model does to its logits
+    lastK  linear of the last K columns -> all_gather -> what the model does to their logits
     best   linear of the last column alone -> what the model does to them, on each rank's words -> best_word -> all_gather
            of one candidate a rank -> best_of_words: [B, 1, 2], the largest logit and its word
     topM   the same with top_words: the M largest of each rank, [B, 1, N M, 2]; and the rank's own logits, not gathered
@@ -11,6 +11,7 @@ the logits are not made by a linear, a gather and ops on each element alone, the
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ LAST, BEST, TOP = "last", "best", "top"
 
 
 def short_end(lowered: fx.GraphModule, what: str, words: int) -> fx.GraphModule | None:
-    """The graph that ends with LAST, BEST or TOP and a number; None where the end of `lowered` is not what the passes make.
+    """The graph that ends with BEST, or LAST or TOP and a number; None where the end of `lowered` is not what the passes make.
 
     Args:
+        what: a graph of the last K columns takes steps of K tokens or more.
         words: of the vocabulary, rows of zeros not counted.
     """
     graph = fx.Graph()
@@ -43,11 +45,12 @@ def short_end(lowered: fx.GraphModule, what: str, words: int) -> fx.GraphModule 
     linear, gathered, peers = _gathered(after[0].args[0] if after else returned)
     if linear is None or gathered is None:
         return None
+    is_last = what.startswith(LAST)
     with made_from(graph, linear), graph.inserting_before(linear):
-        column = named(graph, "last_column", aten.slice.Tensor, linear.args[0], 1, -1, torch.iinfo(torch.int64).max)
-    linear.replace_input_with(linear.args[0], column)
+        columns = _last_columns(graph, linear.args[0], int(what.removeprefix(LAST)) if is_last else 1)
+    linear.replace_input_with(linear.args[0], columns)
     end = graph.output(returned)
-    if what != LAST:
+    if not is_last:
         with made_from(graph, linear), graph.inserting_before(end):
             end.args = (_candidates(graph, linear, gathered, after, peers, words, what),)
     module = fx.GraphModule(lowered, graph)
@@ -56,6 +59,17 @@ def short_end(lowered: fx.GraphModule, what: str, words: int) -> fx.GraphModule 
     lower_moves(module)
     module.recompile()
     return module
+
+
+def _last_columns(graph: fx.Graph, hidden: Any, count: int) -> fx.Node:
+    """Of hidden [B, T, D]. Counted from T, so that no size of the graph hangs on whether `count` fits the T it was traced with."""
+    if count == 1:
+        return named(graph, "last_column", aten.slice.Tensor, hidden, 1, -1, torch.iinfo(torch.int64).max)
+    T = named(graph, "new_tokens", aten.sym_size.int, hidden, 1)
+    first = named(graph, "first_column", operator.sub, T, count)
+    like = {"dtype": torch.int64, "device": hidden.meta["val"].device}
+    kept = graph.create_node("call_function", aten.arange.start, (first, T), like, name="kept_columns")
+    return named(graph, "last_columns", aten.index_select.default, hidden, 1, kept)
 
 
 def _candidates(
