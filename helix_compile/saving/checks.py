@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from helix_compile.config.options import FP8_E4M3
 from helix_compile.errors import HelixError, PassError, RuntimeFault
-from helix_compile.ir.graph import aten, helix_op, input_ref, inputs_of, is_call, placeholders
+from helix_compile.ir.graph import InputRef, aten, helix_op, input_ref, inputs_of, is_call, placeholders
 from helix_compile.ir.stage import bodies_of
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import CacheRow, cache_shape
@@ -107,9 +107,12 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
         HelixError: another number, size or dtype of caches, or another vocabulary.
     """
     dtype, wanted = getattr(torch, plan.dtype), {}
-    for i, row in enumerate(facts.caches):
-        stored = row.stored(plan.options.cache_dtype, dtype, plan.layout.tpa)
-        wanted[f"cache_{i}"] = (cache_shape(stored, plan.options, plan.layout), stored.dtype)
+    if len(facts.caches) != len(plan.cached):
+        raise HelixError(f"graphs.json states {len(facts.caches)} caches, the plan has {len(plan.cached)}")
+    for i, (row, site) in enumerate(zip(facts.caches, plan.cached, strict=True)):
+        stored = row.stored(plan.options.cache_dtype, dtype, site.kv_parts(plan.layout))
+        shape = cache_shape(stored, plan.options, plan.layout, site.ring)
+        wanted[InputRef.cache(i, bool(site.ring)).name] = (shape, stored.dtype)
     got = {input_ref(n).name: (_shape(n), n.meta["val"].dtype) for n in inputs_of(lowered.graph, "cache")}
     if got != wanted:
         raise HelixError(f"graphs.json takes caches {got}, the plan makes {wanted}")
