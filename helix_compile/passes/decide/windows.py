@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 from helix_compile.capture.captured import CapturedGraph
-from helix_compile.config.options import PAGE_SIZE, HelixOptions
+from helix_compile.config.options import OPTIONS, PAGE_SIZE, HelixOptions
 from helix_compile.errors import PlanError
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.passes.decide.param_shards import needed_padding
@@ -62,7 +62,23 @@ def plan_rings(
                     f'layer {captured.layers_of(site[0])[0].index}: window="replicate": its attention {why_not[site]}. nearest that '
                     'works: window="auto", which shards it, or window="shard"'
                 )
-    return {site: n for site, n in pages.items() if not why_not[site]}
+    rings = {site: n for site, n in pages.items() if not why_not[site]}
+    if rings.keys() == sites.keys():
+        _refuse_without_exchange(options)
+    return rings
+
+
+_OF_EXCHANGE = ("merge", "q_proj", "v_up")
+
+
+def _refuse_without_exchange(options: HelixOptions) -> None:
+    """Options that say how ranks exchange, where no attention of the model does."""
+    for name in _OF_EXCHANGE:
+        if (value := getattr(options, name)) != OPTIONS[name].choices[0]:
+            raise PlanError(
+                f"option {name}={value!r} has no effect at window={options.window!r}: every attention of this model has a window, "
+                "and nothing is exchanged; drop one of them"
+            )
 
 
 def _why_not(match: AttentionMatch, layout: HelixLayout) -> str:
