@@ -177,7 +177,7 @@ def test_a_step_that_was_interrupted_behind_what_is_kept_says_so(monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         compiled(ids)
     assert compiled.lengths.tolist() == [10]
-    with pytest.raises(RuntimeFault, match="a step: sequence 0 of 10 tokens: .*reset"):
+    with pytest.raises(RuntimeFault, match=r"a step: sequence 0 of 10 tokens: .*reset"):
         compiled(ids[:, :1])
     compiled.reset()
     compiled(ids[:, :1])
@@ -246,7 +246,7 @@ def test_the_plan_says_what_it_holds_and_the_world_counts_the_same() -> None:
     facts, text = compiled.inspect().facts, " ".join(str(compiled.inspect()).split())
     assert "the last 384 tokens on each of 4 ranks" in text
     assert f"{ring:,} bytes of a sequence's last tokens" in text
-    assert facts["memory"]["kv_cache_bytes"] == sum(c.numel() * 8 for c in compiled.ranks[0].cache)
+    assert facts["memory_per_rank"]["kv_cache_bytes"] == sum(c.numel() * 8 for c in compiled.ranks[0].cache)
     body = bodies_of(compiled.graph)["body_0"].graph
     assert [input_of.meta["input"][1] for input_of in inputs_of(body, "cache")] == ["ring_cache_0"]
     assert not any(helix_op(n) in ("pack_heads", "merge_lse") for n in body.nodes)
