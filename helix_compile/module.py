@@ -326,6 +326,7 @@ class HelixModule(nn.Module):
         """
         refuse_leaves(self.ranks, self.graph, "import_cache")
         held = list(self._ledger.lengths) if append else []
+        self._ledger.check_held(held, "import_cache")
         codecs, options = self._codecs(), self.plan.options
         entries = sequences_to_import(latents, k_ropes, lengths, mask, codecs, options, held, index_keys)
         held = held or [0] * len(entries[0])

@@ -14,7 +14,7 @@ from helix_compile.passes.decide.param_shards import needed_padding
 from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.plan.helix_plan import OF_PARTIALS, AttentionPlan, BodyPlan, Collective, Decision, number
 from helix_compile.plan.matches import AttentionMatch, LayerMatch
-from helix_compile.plan.ring import ring_pages
+from helix_compile.plan.ring import longest_step, ring_pages
 
 Site = tuple[str, int]  # body, number of the attention in it
 
@@ -185,7 +185,10 @@ def _replicated(
     pages = sites[0][1].ring
     asked = {"auto": "auto: fewer blocks than CP ranks hold a window, and a ring takes no more bytes than a shard"}
     own = [(a, p, b) for a, p, b in sites if not a.shared]
-    stored = [(a.cache.stored(options.cache_dtype, captured.dtype, p.kv_parts(layout)), p, b) for a, p, b in own]
+    stored = [(a.cache.stored(options.cache_dtype, captured.dtype, p.kv_parts(layout)), b) for a, p, b in own]
+    in_shards = sum(
+        a.cache.stored(options.cache_dtype, captured.dtype, layout.tpa).nbytes * len(b.layers) for a, _, b in own
+    )
     return Decision(
         name,
         f"{asked.get(options.window, 'as asked')}; every rank holds the last tokens, of the KV heads that its own query heads "
@@ -197,7 +200,9 @@ def _replicated(
             ("pages_of_a_sequence", pages),
             ("tokens_of_a_sequence", pages * PAGE_SIZE),
             ("kv_heads_per_rank", sites[0][1].cached_heads(layout)),
-            ("bytes_of_a_sequence_per_rank", sum(s.nbytes * len(b.layers) for s, _, b in stored) * pages * PAGE_SIZE),
+            ("tokens_of_a_step", longest_step(pages, reach, options.max_seq_len)),
+            ("bytes_of_a_sequence_per_rank", sum(s.nbytes * len(b.layers) for s, b in stored) * pages * PAGE_SIZE),
+            ("bytes_of_a_sequence_per_rank_in_shards", in_shards * pages_per_sequence(options, layout.kvp) * PAGE_SIZE),
             ("exchanges_per_step", 0),
         ),
         f"the last {pages * PAGE_SIZE} tokens on each of {layout.world_size} ranks",
