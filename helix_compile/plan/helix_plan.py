@@ -6,6 +6,7 @@ import json
 import reprlib
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -325,13 +326,13 @@ class HelixPlan:
         sites = [site for body in self.bodies for site in body.attentions]
         return min((site.reach for site in sites if site.reach), default=0)
 
-    @property
+    @cached_property
     def cached(self) -> tuple[AttentionPlan, ...]:
         """Every cached attention of the model, in the order of the layers."""
         layers = sorted((layer, body) for body in range(len(self.bodies)) for layer in self.bodies[body].layers)
         return tuple(site for _, body in layers for site in self.bodies[body].attentions if not site.cache_of)
 
-    @property
+    @cached_property
     def rings(self) -> dict[int, int]:
         """Pages of each size of rings -> tokens that a query sees there at most."""
         found: dict[int, int] = {}
@@ -339,7 +340,7 @@ class HelixPlan:
             found[site.ring] = max(site.reach, found.get(site.ring, 0))
         return found
 
-    @property
+    @cached_property
     def longest_step(self) -> int:
         """Tokens that one step may append to a sequence."""
         most = self.options.max_seq_len
