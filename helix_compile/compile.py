@@ -46,6 +46,7 @@ def helix_compile(
     q_proj: str = "replicate",
     v_up: str = "auto",
     topk_exchange: str = "auto",
+    window: str = "shard",
     overlap: str = "none",
     lower: str = "auto",
     world: Any = "auto",

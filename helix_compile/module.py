@@ -134,7 +134,7 @@ class HelixModule(nn.Module):
         object.__setattr__(self, "_facts", facts)
         object.__setattr__(self, "_lock", threading.RLock())
         self.device = facts.device
-        self._ledger = Ledger(plan.options, plan.layout.kvp, facts.device)
+        self._ledger = Ledger(plan.options, plan.layout.kvp, facts.device, plan.rings)
         self._tables = PreparedSteps(plan.layout, facts.device)
         self._ends = ShortEnds(lambda lowered, what: short_end(lowered, what, facts.vocab_size))
         self._end_segments: dict[str, CompiledSegments] = {}
@@ -328,20 +328,21 @@ class HelixModule(nn.Module):
         """
         refuse_leaves(self.ranks, self.graph, "import_cache")
         held = list(self._ledger.lengths) if append else []
+        self._ledger.check_held(held, "import_cache")
         codecs, options = self._codecs(), self.plan.options
         entries = sequences_to_import(latents, k_ropes, lengths, mask, codecs, options, held, index_keys)
         held = held or [0] * len(entries[0])
         if not append:
             self.reset()  # an interrupt while writing must not leave lengths that promise the old entries
-        layout = self.plan.layout
-        self._ledger.clear_tails(self._caches(), layout)
+        layout, sites = self.plan.layout, self.plan.cached
+        self._ledger.clear_tails(self._caches(), layout, sites)
         self._ledger.promise([len(tokens) for tokens in entries[0]])
         for rank in self.ranks:
             kvp_rank = layout.index("kvp", rank.rank)
-            for cache, kind, rows in zip(rank.cache, self._facts.caches, entries, strict=True):
+            for cache, kind, site, rows in zip(rank.cache, self._facts.caches, sites, entries, strict=True):
                 for row, tokens in enumerate(rows):
-                    mine = rows_of_rank(tokens, kind, layout, rank.rank)
-                    self._ledger.write_sequence(cache, row, mine, kvp_rank, held[row])
+                    mine = rows_of_rank(tokens, kind, site.kv_part(layout, rank.rank), site.kv_parts(layout))
+                    self._ledger.write_sequence(cache, row, mine, kvp_rank, site, held[row])
         if mask is not None:
             self._ledger.count_padding(mask, whole=isinstance(latents, DynamicCache))
         self._ledger.advance([len(tokens) for tokens in entries[0]])
@@ -359,21 +360,21 @@ class HelixModule(nn.Module):
         """
         self.world.settle()
         refuse_leaves(self.ranks, self.graph, "export_cache")
-        return entries_to_export(self._ledger, self._caches(), self.plan.layout, self._codecs(), raw)
+        return entries_to_export(self._ledger, self._caches(), self.plan.layout, self._codecs(), self.plan.cached, raw)
 
     @_alone
     def export_shards(self, raw: bool = False) -> list[CacheShard]:
         """What each CP rank in this process holds, with absolute positions; handover.join_shards() joins them. `raw` as in export_cache()."""
         self.world.settle()
         refuse_leaves(self.ranks, self.graph, "export_shards")
-        return shards_to_export(self._ledger, self._caches(), self.plan.layout, self._codecs(), raw)
+        return shards_to_export(self._ledger, self._caches(), self.plan.layout, self._codecs(), self.plan.cached, raw)
 
     def _codecs(self) -> list[RowCodec]:
         """How entries become rows of the caches, and back."""
         plan, dtype = self.plan, getattr(torch, self.plan.dtype)
         scales, found = self.ranks[0].scales, []
-        for site, row in enumerate(self._facts.caches):
-            stored = row.stored(plan.options.cache_dtype, dtype, plan.layout.tpa)
+        for site, (row, place) in enumerate(zip(self._facts.caches, plan.cached, strict=True)):
+            stored = row.stored(plan.options.cache_dtype, dtype, place.kv_parts(plan.layout))
             found.append(RowCodec(row, stored, dtype, scales[site] if scales else None))
         return found
 
@@ -453,10 +454,13 @@ class HelixModule(nn.Module):
         the tokens that remain: [B] (a list or an integer tensor), or one int for every sequence.
 
         Raises:
-            RuntimeFault: not 0 <= new <= present length, or no batch yet; no row is changed then.
+            RuntimeFault: not 0 <= new <= present length, no batch yet, or (window="replicate") what a window needs then was
+                forgotten; no row is changed then.
         """
         refuse_leaves(self.ranks, self.graph, "truncate")
-        self._ledger.lengths = checked_lengths(lengths, self._ledger.lengths)
+        kept = checked_lengths(lengths, self._ledger.lengths)
+        self._ledger.check_held(kept, "truncate")
+        self._ledger.lengths = kept
         self._ledger.forget_tails()
 
     def __deepcopy__(self, memo: Any) -> HelixModule:

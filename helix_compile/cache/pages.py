@@ -2,6 +2,8 @@
 
 Per attention site [num_pages, page_size, R + r], or [num_pages, page_size, K / tpa, Dk + Dv] where K and V are cached. `tokens_per_block` is the round-robin unit between ranks, `page_size`
 the unit inside a rank's shard; the two are independent. Every rank has the same page table: shards differ in content.
+
+Where every rank holds the last tokens of a window by itself, slots are positions, and a table of its own wraps (plan/ring.py).
 """
 
 from __future__ import annotations
@@ -19,14 +21,20 @@ from helix_compile.errors import PlanError, RuntimeFault
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.ledger import local_slot, positions_on_rank
 from helix_compile.plan.cache_row import CacheRow, cache_shape, pages_per_sequence
+from helix_compile.plan.helix_plan import AttentionPlan, HelixPlan
+from helix_compile.plan.ring import first_held, ring_table
 
 
 def allocate_caches(
-    rows: Sequence[CacheRow], options: HelixOptions, layout: HelixLayout, dtype: torch.dtype, device: torch.device
+    rows: Sequence[CacheRow], plan: HelixPlan, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """Zeroed caches of one rank of a model of this dtype: stale NaN in the tail of a page would reach an output as 0 * NaN in a kernel."""
-    stored = [row.stored(options.cache_dtype, dtype, layout.tpa) for row in rows]
-    shapes = [cache_shape(row, options, layout) for row in stored]
+    options, layout = plan.options, plan.layout
+    stored = [
+        row.stored(options.cache_dtype, dtype, site.kv_parts(layout))
+        for row, site in zip(rows, plan.cached, strict=True)
+    ]
+    shapes = [cache_shape(row, options, layout, site.ring) for row, site in zip(stored, plan.cached, strict=True)]
     size = sum(math.prod(shape) * row.dtype.itemsize for shape, row in zip(shapes, stored, strict=True))
     room = _memory_of(device)
     if room is not None and size > room:
@@ -64,23 +72,30 @@ class Ledger:
         page_table: [max_batch_size, pages of a sequence] int64.
         written: positions of each row up to which something may lie in the caches, max_batch_size of them.
         gaps, tails: columns of padding that were fed between each row's tokens, and behind its last one.
+        rings: pages of rings of the last tokens -> tokens that a query sees there at most.
+        ring_tables: of each of these a page table [max_batch_size, pages of max_seq_len tokens] int64.
+        deepest: the most tokens that each row has had since it was empty: what rings have forgotten follows.
     """
 
     options: HelixOptions
     kvp: int
     device: torch.device
+    rings: Mapping[int, int] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     page_table: Tensor = field(init=False)
     written: list[int] = field(init=False)
     gaps: list[int] = field(init=False)
     tails: list[int] = field(init=False)
+    ring_tables: dict[int, Tensor] = field(init=False)
+    deepest: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         rows, pages = self.options.max_batch_size, pages_per_sequence(self.options, self.kvp)
         self._host_table = torch.arange(rows * pages, device="cpu").view(rows, pages)
         self._host_pages: dict[int, Tensor] = {}
         self.page_table = self._host_table.to(self.device)
-        self.written, self.gaps, self.tails = ([0] * rows for _ in range(3))
+        self.written, self.gaps, self.tails, self.deepest = ([0] * rows for _ in range(4))
+        self.ring_tables = {n: ring_table(rows, n, self.options.max_seq_len).to(self.device) for n in self.rings}
 
     @property
     def batch_size(self) -> int:
@@ -96,6 +111,18 @@ class Ledger:
                     f"sequence {row} is full: {length} tokens + {new} new = {length + new} > "
                     f"max_seq_len={self.options.max_seq_len}; compile with a larger max_seq_len or reset()"
                 )
+
+    def check_held(self, lengths: list[int], what: str) -> None:
+        """Raise RuntimeFault unless rings still hold what the next token sees of a sequence of these lengths."""
+        for row, (length, deepest) in enumerate(zip(lengths, self.deepest, strict=False)):
+            for pages, reach in self.rings.items():
+                held, oldest = first_held(deepest, pages), max(0, length + 1 - reach)
+                if oldest < min(length, held):
+                    raise RuntimeFault(
+                        f"{what}: sequence {row} of {length} tokens: its next one sees those from {oldest} on, and of the "
+                        f"{deepest} that it had a window of {reach} that every rank holds by itself keeps those from {held} on. "
+                        f'nearest that works: {held + reach - 1} tokens, none (reset()), or window="shard", which keeps all'
+                    )
 
     def check_columns(self, mask: Tensor, reach: int) -> None:
         """Raise RuntimeFault if padding stands between tokens that a window or chunks of `reach` tokens would tell apart.
@@ -141,8 +168,11 @@ class Ledger:
         lengths = self.lengths or [0] * len(new_tokens)
         for row, (length, new) in enumerate(zip(lengths, new_tokens, strict=True)):
             self.written[row] = max(self.written[row], length + new)
+            self.deepest[row] = max(self.deepest[row] if length else 0, length + new)
 
-    def clear_tails(self, caches: Mapping[int, list[Tensor]], layout: HelixLayout) -> None:
+    def clear_tails(
+        self, caches: Mapping[int, list[Tensor]], layout: HelixLayout, sites: Sequence[AttentionPlan]
+    ) -> None:
         """Zero what was written behind the lengths and given up since (reset, truncate, a step that failed).
 
         Kernels read whole pages and mask what lies behind a length; a NaN there would reach an output as 0 * NaN.
@@ -152,10 +182,16 @@ class Ledger:
             if written <= length:
                 continue
             for rank, held in caches.items():
-                mine = positions_on_rank(written, layout.index("kvp", rank), self.kvp, self.options.tokens_per_block)
-                for cache in held:
-                    cache[self._places(cache, row, mine[mine >= length])] = 0
+                for cache, site in zip(held, sites, strict=True):
+                    mine = self.held_positions(row, written, layout.index("kvp", rank), site)
+                    cache[self._places(cache, row, mine[mine >= length], site)] = 0
             self.written[row] = length
+
+    def held_positions(self, row: int, length: int, kvp_rank: int, site: AttentionPlan) -> Tensor:
+        """Absolute positions that a rank holds of a sequence of `length` tokens, ascending, int64."""
+        if site.ring:
+            return torch.arange(first_held(max(self.deepest[row], length), site.ring), length)
+        return positions_on_rank(length, kvp_rank, self.kvp, self.options.tokens_per_block)
 
     def advance(self, new_tokens: list[int]) -> None:
         """Count tokens that were written."""
@@ -176,18 +212,22 @@ class Ledger:
         """The same on the host, and the same object in every step: who compares it need not read it again."""
         return self._host_pages.setdefault(batch_size, self._host_table[:batch_size])
 
-    def write_sequence(self, cache: Tensor, row: int, entries: Tensor, kvp_rank: int, start: int = 0) -> None:
+    def write_sequence(
+        self, cache: Tensor, row: int, entries: Tensor, kvp_rank: int, site: AttentionPlan, start: int = 0
+    ) -> None:
         """Lay out entries [length, *] of a sequence's tokens, as `cache` holds them, from position `start` in this rank's shard."""
-        tokens_per_block = self.options.tokens_per_block
-        mine = positions_on_rank(start + len(entries), kvp_rank, self.kvp, tokens_per_block)
+        mine = self.held_positions(row, start + len(entries), kvp_rank, site)
         mine = mine[mine >= start]
-        cache[self._places(cache, row, mine)] = entries[(mine - start).to(entries.device)].to(cache)
+        cache[self._places(cache, row, mine, site)] = entries[(mine - start).to(entries.device)].to(cache)
 
-    def read_sequence(self, cache: Tensor, row: int, mine: Tensor) -> Tensor:
+    def read_sequence(self, cache: Tensor, row: int, mine: Tensor, site: AttentionPlan) -> Tensor:
         """Rows [n, *] at a sequence's absolute positions `mine` [n], which this shard of `cache` must own."""
-        return cache[self._places(cache, row, mine)]
+        return cache[self._places(cache, row, mine, site)]
 
-    def _places(self, cache: Tensor, row: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _places(self, cache: Tensor, row: int, positions: Tensor, site: AttentionPlan) -> tuple[Tensor, Tensor]:
         """(pages, slots inside a page) of positions that one shard owns."""
+        if site.ring:
+            slots = positions.to(cache.device)
+            return self.ring_tables[site.ring][row].to(cache.device)[slots // PAGE_SIZE], slots % PAGE_SIZE
         slots = local_slot(positions, self.kvp, self.options.tokens_per_block).to(cache.device)
         return self.page_table[row].to(cache.device)[slots // PAGE_SIZE], slots % PAGE_SIZE

@@ -24,6 +24,8 @@ from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.integers import plain_ints
 from helix_compile.layout.ledger import positions_on_rank
 from helix_compile.plan.cache_row import CacheRow, parts_of_rows
+from helix_compile.plan.helix_plan import AttentionPlan
+from helix_compile.plan.ring import first_held
 
 
 def parts_of_dynamic_cache(cache: DynamicCache, kinds: Sequence[CacheRow] = ()) -> tuple[list[Tensor], list[Tensor]]:
@@ -80,6 +82,7 @@ def shards_to_export(
     caches: Mapping[int, list[Tensor]],
     layout: HelixLayout,
     codecs: Sequence[RowCodec],
+    sites: Sequence[AttentionPlan],
     raw: bool = False,
 ) -> list[CacheShard]:
     """One shard for each CP rank that lives here (ranks that differ in tpa only hold the same); copies.
@@ -89,29 +92,38 @@ def shards_to_export(
         caches: rank -> its caches, of the ranks in this process.
         layout: the degrees.
         codecs: of each cached attention.
+        sites: how each is held.
         raw: FP8 rows as they lie there, not what they stand for.
 
     Raises:
-        RuntimeFault: no batch, `raw` where that is the same.
+        RuntimeFault: no batch, `raw` where that is the same, tokens that a window has forgotten.
     """
     if not ledger.batch_size:
         raise RuntimeFault(
             "export: there is no batch; expected a step or import_cache() before (reset() empties the cache)"
         )
+    for row, length in enumerate(ledger.lengths):
+        for pages, reach in ledger.rings.items():
+            if length and (kept_from := first_held(ledger.deepest[row], pages)):
+                raise RuntimeFault(
+                    f"export: sequence {row} has {length} tokens, of which windows of {reach} that every rank holds by itself keep "
+                    f'those from {kept_from} on: what leaves must be whole. nearest that works: window="shard", which keeps all'
+                )
     if raw and any(codec.raw is None for codec in codecs):
         raise RuntimeFault("export: raw=True has no effect: the cache is in the model's dtype; leave it out")
-    tokens_per_block = ledger.options.tokens_per_block
     shards: dict[int, CacheShard] = {}
     for cp_rank in sorted({layout.index("kvp", rank) for rank in caches}):
+        tokens_per_block = ledger.options.tokens_per_block
         held = [positions_on_rank(length, cp_rank, layout.kvp, tokens_per_block) for length in ledger.lengths]
         positions = pad_sequence(held, batch_first=True, padding_value=-1)
         latents, k_ropes = [], []
         for site, codec in enumerate(codecs):
             parts = [
                 pad_sequence(
-                    [ledger.read_sequence(cache, row, mine) for row, mine in enumerate(held)], batch_first=True
+                    [ledger.read_sequence(cache, row, mine, sites[site]) for row, mine in enumerate(held)],
+                    batch_first=True,
                 )
-                for cache in _caches_with_all_heads(site, codec.row, cp_rank, caches, layout)
+                for cache in _caches_with_all_heads(site, sites[site], cp_rank, caches, layout)
             ]
             rows = torch.cat(parts, dim=2)
             if raw and rows.dtype is torch.uint8:
@@ -125,19 +137,26 @@ def shards_to_export(
 
 
 def _caches_with_all_heads(
-    site: int, kind: CacheRow, cp_rank: int, caches: Mapping[int, list[Tensor]], layout: HelixLayout
+    site: int, plan: AttentionPlan, cp_rank: int, caches: Mapping[int, list[Tensor]], layout: HelixLayout
 ) -> list[Tensor]:
-    """A CP rank's caches of one site: K and V are cut by heads over tpa; one rank of tpa has the whole of a latent."""
-    mine = [rank for rank in caches if layout.index("kvp", rank) == cp_rank]
-    mine.sort(key=lambda rank: layout.index("tpa", rank))
-    if not kind.heads:
-        return [caches[mine[0]][site]]
-    if len(mine) < layout.tpa:
-        raise RuntimeFault(
-            f"export: this process holds the KV heads of {len(mine)} of tpa={layout.tpa} ranks alone; a shard holds all "
-            "heads: export where the ranks of tpa live in one process, or compile with tpa=1"
+    """Caches that together have all heads of what a CP rank holds of one site: K and V are cut by heads over tpa, or, of a ring,
+    over all ranks; one rank of tpa has the whole of a latent.
+    """
+    mine = [rank for rank in caches if plan.ring or layout.index("kvp", rank) == cp_rank]
+    parts = {plan.kv_part(layout, rank): caches[rank][site] for rank in sorted(mine, reverse=True)}
+    if not plan.kv_heads:
+        return [caches[min(mine)][site]]
+    if len(parts) < plan.kv_parts(layout):
+        wanted = (
+            "all ranks live in one process"
+            if plan.ring
+            else "the ranks of tpa live in one process, or compile with tpa=1"
         )
-    return [caches[rank][site] for rank in mine]
+        raise RuntimeFault(
+            f"export: this process holds the KV heads of {len(parts)} of {'' if plan.ring else 'tpa='}{plan.kv_parts(layout)} "
+            f"{'parts' if plan.ring else 'ranks'} alone; a shard holds all heads: export where {wanted}"
+        )
+    return [parts[part] for part in sorted(parts)]
 
 
 def entries_to_export(
@@ -145,6 +164,7 @@ def entries_to_export(
     caches: Mapping[int, list[Tensor]],
     layout: HelixLayout,
     codecs: Sequence[RowCodec],
+    sites: Sequence[AttentionPlan],
     raw: bool = False,
 ) -> CacheEntries:
     """The whole cache, if every CP rank lives in this process; RuntimeFault otherwise."""
@@ -154,7 +174,7 @@ def entries_to_export(
             f"export_cache: this process holds cp rank {', '.join(map(str, sorted(here)))} of {layout.kvp} alone; "
             "export_shards() gives its part with absolute positions, handover.join_shards() joins the parts of all ranks"
         )
-    return join_shards(shards_to_export(ledger, caches, layout, codecs, raw))
+    return join_shards(shards_to_export(ledger, caches, layout, codecs, sites, raw))
 
 
 def sequences_to_import(

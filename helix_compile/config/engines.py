@@ -31,6 +31,7 @@ _WHY = {
     "cache_dtype": "what the cache is in here; the engine has no such format",
     "cache_scale": "what the cache's values are divided by here; the engine takes scales from the checkpoint",
     "pad_heads": "heads and experts that do not divide are padded with zeros here; the engine decides for itself",
+    "window": "where the cache of sliding windows lies here ({value}); the engine decides for itself",
     "head": "embedding and output head are {value}ed here; the engine decides for itself",
     "check": "when ranks compare what they were given for a step here",
     "unmatched": "what happens here to layers that are not recognised",

@@ -120,6 +120,14 @@ class HelixOptions:
         "how ranks agree on the keys that an indexer chooses",
         of_exchange=True,
     )
+    window: str = _choice(
+        ("shard", "replicate", "auto"),
+        'sliding windows and chunks: their cache is sharded as any ("shard"), or every rank holds the last tokens of the KV heads '
+        'that its own query heads read, and nothing is exchanged ("replicate"); "auto": so where the window lies on fewer blocks '
+        "than there are CP ranks and the cache becomes no larger.",
+        "where the cache of a sliding window lies",
+        of_exchange=True,
+    )
     overlap: str = _choice(
         ("none", "hopb"),
         '"none".',

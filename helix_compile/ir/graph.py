@@ -42,6 +42,14 @@ def past_dim(past: Any) -> int:
     return past.dim() - 2
 
 
+_RING = "ring_"
+
+
+def ring_name(name: str) -> str:
+    """What an input is called where it is of caches of the last tokens, which every rank holds by itself."""
+    return f"{_RING}{name}"
+
+
 class InputRef(NamedTuple):
     """What a graph's input is: meta["input"] of its placeholder, read.
 
@@ -57,9 +65,9 @@ class InputRef(NamedTuple):
     name: str
 
     @classmethod
-    def cache(cls, site: int) -> InputRef:
-        """The cache of a site."""
-        return cls("cache", f"cache_{site}")
+    def cache(cls, site: int, ring: bool = False) -> InputRef:
+        """The cache of a site; `ring`: of the last tokens, whole on every rank."""
+        return cls("cache", ring_name(f"cache_{site}") if ring else f"cache_{site}")
 
     @classmethod
     def scale(cls, site: int) -> InputRef:
@@ -77,14 +85,19 @@ class InputRef(NamedTuple):
         return cls("shared", f"shared_{PARTS[part]}_{site}")
 
     @classmethod
-    def written(cls, site: int) -> InputRef:
+    def written(cls, site: int, ring: bool = False) -> InputRef:
         """What is visible of an earlier layer's cache, that a site of this one reads, once it is appended to."""
-        return cls("written", f"written_{site}")
+        return cls("written", ring_name(f"written_{site}") if ring else f"written_{site}")
 
     @property
     def site(self) -> int:
         """Number of the cached attention that a past, a cache, its scale or what is shared belongs to."""
         return int(self.name.rpartition("_")[2])
+
+    @property
+    def ring(self) -> bool:
+        """Is it of a cache of the last tokens, which every rank holds by itself?"""
+        return self.name.startswith(_RING)
 
     @property
     def part(self) -> int:

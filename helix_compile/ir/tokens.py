@@ -35,6 +35,7 @@ _ALONE = frozenset(
         aten.full_like.default,
         aten.sym_size.int,
         aten._to_copy.default,
+        aten.type_as.default,
         aten.detach.default,
         aten.alias.default,
         aten.arange.default,
@@ -163,7 +164,7 @@ def _is_alone(node: fx.Node, tokens: set[Any]) -> bool:
         return True
     if getattr(target, "namespace", "") == "_c10d_functional" or target is operator.getitem:
         return True
-    if torch.Tag.pointwise in getattr(target, "tags", ()):
+    if torch.Tag.pointwise in getattr(target, "tags", ()) or target is aten.polar.default:
         return _aligned(node, values, tokens)
     if target in _VIEWS:
         return _per_token(values[0], tokens) == _per_token(node.meta["val"], tokens)

@@ -24,6 +24,7 @@ from helix_compile.kernels.reference import (
     embed_rows_reference,
     first_visible_reference,
     gqa_decode_reference,
+    heads_of_rank_reference,
     merge_lse_reference,
     mla_decode_reference,
     moe_experts_reference,
@@ -130,6 +131,11 @@ HELIX_OPS = (
         lambda positions, *_: (torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)),
     ),
     Op("first_visible", first_visible_reference, lambda positions, *_: torch.empty_like(positions, dtype=torch.int32)),
+    Op(
+        "heads_of_rank",
+        heads_of_rank_reference,
+        lambda x, rank, peers: x.new_empty((*x.shape[:2], max(1, x.shape[2] // peers), *x.shape[3:])),
+    ),
     Op("embed_rows", embed_rows_reference, lambda ids, rows, _: rows.new_empty((*ids.shape, rows.shape[1]))),
     Op(
         "best_word",

@@ -102,6 +102,22 @@ def best_of_words_reference(candidates: Tensor) -> Tensor:
     return candidates.gather(2, place[..., None, None].expand(*place.shape, 1, 2)).squeeze(2)
 
 
+def heads_of_rank_reference(x: Tensor, rank: Tensor, peers: int) -> Tensor:
+    """Of heads that all peers have those that one of them attends with alone, or that its query heads read: [B, T, h, *].
+
+    Args:
+        x: [B, T, H, *]. One of H and `peers` divides the other.
+        rank: 0-d int64, its place among the peers.
+        peers: how many there are.
+
+    Returns:
+        H / peers heads in a row; one, which several peers have, where there are fewer heads than peers.
+    """
+    H = x.shape[2]
+    first = rank * H // peers
+    return x.index_select(2, first + torch.arange(max(1, H // peers), device=x.device))
+
+
 def first_visible_reference(
     positions: Tensor, rank: Tensor, cp: int, tokens_per_block: int, window: int, chunk: int
 ) -> Tensor:

@@ -20,23 +20,26 @@ def pages_per_sequence(options: HelixOptions, kvp: int) -> int:
     return max(1, -(-slots // PAGE_SIZE))
 
 
-def cache_shape(stored: StoredRow, options: HelixOptions, layout: HelixLayout) -> tuple[int, ...]:
-    """[pages, page size, R + r] of one rank's cache of one attention site, or [pages, page size, K / tpa, Dk + Dv]."""
-    pages = options.max_batch_size * pages_per_sequence(options, layout.kvp)
+def cache_shape(stored: StoredRow, options: HelixOptions, layout: HelixLayout, ring: int = 0) -> tuple[int, ...]:
+    """[pages, page size, R + r] of one rank's cache of one attention site, or [pages, page size, K / parts, Dk + Dv].
+
+    `ring`: pages of a sequence, where the cache holds its last tokens alone.
+    """
+    pages = options.max_batch_size * (ring or pages_per_sequence(options, layout.kvp))
     return pages, PAGE_SIZE, *stored.tail
 
 
-def rows_of_rank(entries: Tensor, row: CacheRow, layout: HelixLayout, rank: int) -> Tensor:
-    """What a rank caches of entries [n, first + second] of all heads: [n, R + r], or its heads [n, K / tpa, Dk + Dv]."""
+def rows_of_rank(entries: Tensor, row: CacheRow, part: int, parts: int) -> Tensor:
+    """What a rank caches of entries [n, first + second] of all heads: [n, R + r], or one of `parts` of the heads [n, K / parts, Dk + Dv]."""
     if not row.heads:
         return entries
-    parts = entries.split(row.widths, dim=-1)
-    by_head = torch.cat([p.unflatten(-1, (row.heads, -1)) for p in parts], dim=-1)
-    local = row.tail(layout.tpa)[0]
-    missing = local * layout.tpa - row.heads
+    sides = entries.split(row.widths, dim=-1)
+    by_head = torch.cat([side.unflatten(-1, (row.heads, -1)) for side in sides], dim=-1)
+    local = row.tail(parts)[0]
+    missing = local * parts - row.heads
     if missing:
         by_head = torch.cat([by_head, by_head.new_zeros(*by_head.shape[:-2], missing, by_head.shape[-1])], dim=-2)
-    return by_head.narrow(-2, layout.index("tpa", rank) * local, local)
+    return by_head.narrow(-2, part * local, local)
 
 
 def parts_of_rows(rows: Tensor, row: CacheRow) -> tuple[Tensor, Tensor]:
@@ -70,14 +73,14 @@ class CacheRow:
         """Numbers of both parts, all heads together."""
         return self.first * (self.heads or 1), (self.second + self.index) * (self.heads or 1)
 
-    def tail(self, tpa: int) -> tuple[int, ...]:
-        """Trailing sizes of a rank's cache: (R + r + I), or (ceil(K / tpa), Dk + Dv)."""
+    def tail(self, parts: int) -> tuple[int, ...]:
+        """Trailing sizes of a rank's cache: (R + r + I), or (ceil(K / parts), Dk + Dv); `parts`: AttentionPlan.kv_parts."""
         width = self.first + self.second + self.index
-        return (-(-self.heads // tpa), width) if self.heads else (width,)
+        return (-(-self.heads // parts), width) if self.heads else (width,)
 
-    def stored(self, cache_dtype: str, dtype: torch.dtype, tpa: int) -> StoredRow:
+    def stored(self, cache_dtype: str, dtype: torch.dtype, parts: int) -> StoredRow:
         """How a rank's cache holds it, for a choice of `cache_dtype` and the dtype of the model."""
-        tail, attended = self.tail(tpa), self.first + self.second
+        tail, attended = self.tail(parts), self.first + self.second
         if cache_dtype == "auto":
             return StoredRow(dtype, tail, attended, attended)
         if cache_dtype == FP8_DS_MLA:

@@ -6,6 +6,7 @@ import json
 import reprlib
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -16,6 +17,7 @@ from helix_compile.config.options import HelixOptions
 from helix_compile.errors import PlanError
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import HeadPadding, head_padding
+from helix_compile.plan.ring import longest_step
 
 PLAN_VERSION = 1
 
@@ -111,7 +113,8 @@ class AttentionPlan:
     keys that an indexer chooses (0: none does), and `topk_exchange` how ranks agree on them; "" where an earlier layer chose.
     A query at p sees `window` tokens up to itself, or those of its `chunk`; 0: all. `sinks` is the parameter of a logit a head
     that takes part in the softmax. `cache_of` are the layers whose cache it reads, one for each layer of the body; none where each
-    caches its own.
+    caches its own. `ring` are the pages of each sequence in which every rank holds the last tokens, of the KV heads that its own
+    query heads read, and attends with these alone, without an exchange; 0: the cache is sharded over kvp.
     """
 
     site: int
@@ -125,6 +128,12 @@ class AttentionPlan:
     chunk: int = 0
     sinks: str = ""
     cache_of: tuple[int, ...] = ()
+    ring: int = 0
+
+    @property
+    def reach(self) -> int:
+        """Tokens that a query sees at most; 0: all."""
+        return self.window or self.chunk
 
     def head_ranges(self, layout: HelixLayout) -> tuple[tuple[int, int], ...]:
         """The model's heads [start, stop) that each rank owns after the exchange; none where all it owns are zeros."""
@@ -136,9 +145,19 @@ class AttentionPlan:
         """Where the heads lie."""
         return head_padding(self.heads, self.kv_heads, layout)
 
+    def kv_parts(self, layout: HelixLayout) -> int:
+        """Parts that the KV heads are cached in; of a ring as many as there are heads, or ranks where these are fewer."""
+        if not self.ring:
+            return layout.tpa
+        return min(layout.world_size, self.kv_heads) or 1
+
+    def kv_part(self, layout: HelixLayout, rank: int) -> int:
+        """Which of these parts `rank` caches."""
+        return rank * self.kv_parts(layout) // layout.world_size if self.ring else layout.index("tpa", rank)
+
     def cached_heads(self, layout: HelixLayout) -> int:
         """KV heads that a rank caches, zero heads included; 0 of a latent."""
-        return -(-self.kv_heads // layout.tpa)
+        return -(-self.kv_heads // self.kv_parts(layout))
 
     def written(self, layout: HelixLayout, options: HelixOptions) -> dict[str, Any]:
         """As in JSON: what follows from layout and options stands beside the decisions, for readers."""
@@ -151,7 +170,7 @@ class AttentionPlan:
             "v_up": self.v_up,
             "heads": self.heads,
             "kv_heads": self.kv_heads,
-            "computed_heads": places // layout.tpa,
+            "computed_heads": places // (layout.world_size if self.ring else layout.tpa),
             "owned_heads": places // layout.world_size,
             "head_ranges": self.head_ranges(layout),
             "tokens_per_block": options.tokens_per_block,
@@ -163,6 +182,7 @@ class AttentionPlan:
             "chunk": self.chunk,
             "sinks": self.sinks,
             "cache_of": self.cache_of,
+            "ring": self.ring,
         }
 
     @classmethod
@@ -278,7 +298,8 @@ class Decision:
 class HelixPlan:
     """The whole plan. Equal plans compare equal; `diff` says where two differ.
 
-    `leaves`: (name, reason) of what stays the user's own module, whole on every rank.
+    `leaves`: (name, reason) of what stays the user's own module, whole on every rank. `ring_bytes_per_sequence_per_rank`: of caches
+    that hold the last tokens alone, whatever a sequence's length; not in `kv_bytes_per_token_per_rank`.
     """
 
     model: str
@@ -293,6 +314,7 @@ class HelixPlan:
     params_bytes_per_rank: int
     leaves: tuple[tuple[str, str], ...] = ()
     outer: OuterPlan = OuterPlan()
+    ring_bytes_per_sequence_per_rank: int = 0
 
     def body(self, name: str) -> BodyPlan:
         """The plan of one body."""
@@ -302,7 +324,27 @@ class HelixPlan:
     def shortest_reach(self) -> int:
         """Tokens that the most forgetful attention sees, its own included; 0 where all see all."""
         sites = [site for body in self.bodies for site in body.attentions]
-        return min((reach for site in sites if (reach := site.window or site.chunk)), default=0)
+        return min((site.reach for site in sites if site.reach), default=0)
+
+    @cached_property
+    def cached(self) -> tuple[AttentionPlan, ...]:
+        """Every cached attention of the model, in the order of the layers."""
+        layers = sorted((layer, body) for body in range(len(self.bodies)) for layer in self.bodies[body].layers)
+        return tuple(site for _, body in layers for site in self.bodies[body].attentions if not site.cache_of)
+
+    @cached_property
+    def rings(self) -> dict[int, int]:
+        """Pages of each size of rings -> tokens that a query sees there at most."""
+        found: dict[int, int] = {}
+        for site in (s for body in self.bodies for s in body.attentions if s.ring):
+            found[site.ring] = max(site.reach, found.get(site.ring, 0))
+        return found
+
+    @cached_property
+    def longest_step(self) -> int:
+        """Tokens that one step may append to a sequence."""
+        most = self.options.max_seq_len
+        return min((longest_step(pages, reach, most) for pages, reach in self.rings.items()), default=most)
 
     @property
     def egress_bytes_per_rank_per_token(self) -> Fraction:
@@ -437,6 +479,7 @@ _LATER_OF_ATTENTION: dict[str, Any] = {
     "chunk": 0,
     "sinks": "",
     "cache_of": [],
+    "ring": 0,
 }
 # not in every plan that was ever written
 _LATER = ("cached_heads", "experts_per_rank", "heads", "kv_heads", "experts", *_LATER_OF_ATTENTION)

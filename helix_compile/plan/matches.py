@@ -350,7 +350,7 @@ def first_visible_input(window: int, chunk: int) -> str:
 
 def reach_of_input(name: str) -> tuple[int, int]:
     """(window, chunk) of first_visible_input()'s name."""
-    kind, _, number = name.removeprefix(f"{FIRST_VISIBLE}_").partition("_")
+    kind, _, number = name.rpartition(f"{FIRST_VISIBLE}_")[2].partition("_")
     return (int(number), 0) if kind == "window" else (0, int(number))
 
 
@@ -460,6 +460,11 @@ class AttentionMatch:
         if self.row is not None:
             return self.row
         return replace(self.kind.cache, index=own.width) if isinstance(own, Selection) else self.kind.cache
+
+    @property
+    def cuts_query(self) -> bool:
+        """Can q be made of some heads alone?"""
+        return all(uncut.what != "q" for uncut in self.uncut)
 
     @property
     def reads(self) -> tuple[str, ...]:

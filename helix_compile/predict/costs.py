@@ -133,6 +133,8 @@ class _Sizes:
         if (first := decode.kwargs.get("first")) is not None:
             window, chunk = reach_of_input(input_ref(first).name)
             oldest = max(0, context + 1 - window) if window else context // chunk * chunk
+            if input_ref(first).ring:
+                return context + self.workload.tokens - oldest
         return self._held(context + self.workload.tokens) - self._held(oldest)
 
     def _held(self, length: int) -> int:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from helix_compile.capture.model import CAPTURING
 from helix_compile.errors import LoweringError, LoweringUnavailable
 from helix_compile.ir.fakes import FreshSizes
-from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.graph import input_ref, placeholders, ring_name
 from helix_compile.ir.ops import overload
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, size_text
 from helix_compile.kernels.ops import HELIX_OPS
@@ -40,6 +40,7 @@ class _HoldsForSomeSizes(LoweringError):
 _WRITTEN_OUT = (
     "shard_index",
     "first_visible",
+    "heads_of_rank",
     "embed_rows",
     "best_word",
     "best_of_words",
@@ -152,7 +153,7 @@ def _open_dim(node: fx.Node) -> int | None:
     ref = input_ref(node)
     if ref.kind == "cache":
         return 0
-    return 1 if ref.name == "page_table" else None
+    return 1 if ref.name == "page_table" or ref.name.startswith(ring_name("table")) else None
 
 
 def _references() -> dict[Any, Any]:

@@ -145,7 +145,7 @@ def build_ranks(plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, wor
     with bar:
         for rank in world.ranks:
             params = params_of_rank(plan, lowered, facts, world, rank)
-            cache = allocate_caches(facts.caches, plan.options, plan.layout, dtype, facts.device)
+            cache = allocate_caches(facts.caches, plan, dtype, facts.device)
             cut = {n: (t, state_of(t)[1]) for n, t in params.items()} if facts.watch else {}
             scales = scales_of_caches(len(facts.caches), plan.options, facts.device)
             ranks.append(Rank(rank, params, cache, scales, leaf_states(lowered.graph), cut))

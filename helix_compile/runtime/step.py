@@ -16,7 +16,7 @@ from tqdm import tqdm
 from helix_compile.cache.pages import Ledger
 from helix_compile.capture.checks import autocast_device
 from helix_compile.errors import RuntimeFault
-from helix_compile.ir.graph import source_line
+from helix_compile.ir.graph import ring_name, source_line
 from helix_compile.layout.integers import plain_ints
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.prepared import PreparedSteps
@@ -84,12 +84,20 @@ def run_step(
     ledger.check_room(mask.sum(dim=1).tolist())
     if reach := module.plan.shortest_reach:
         ledger.check_columns(mask, reach)
-    chunks = chunks_of(T, B, max(ledger.lengths, default=0) + T)
-    if len(chunks) > 1 and tables.mixing(graph) is not None:
+    most = module.plan.longest_step
+    ledger.check_held(ledger.lengths, "a step")  # one that was interrupted may have gone further
+    chunks = chunks_of(T, B, max(ledger.lengths, default=0) + T, most)
+    if len(chunks) > 1 and (mixing := tables.mixing(graph)) is not None:
+        if T > most:
+            raise RuntimeFault(
+                f"a step of {T} tokens: windows that every rank holds by itself take {most} at a time, and node `{mixing.name}` "
+                f"({source_line(mixing) or 'no source'}) is not shown to treat each token alone, so a longer step is not cut. "
+                f'nearest that works: steps of {most} tokens, or window="shard"'
+            )
         chunks = [slice(0, T)]  # what a token gets depends on the call's other tokens: a cut would change it
     past = max(ledger.lengths, default=0) + chunks[-1].start
     check_limits({"B": (B, B), "T": (T - chunks[-1].start, T), "S": (past, past)}, module.facts.limits)
-    ledger.clear_tails({rank.rank: rank.cache for rank in module.ranks}, module.plan.layout)
+    ledger.clear_tails({rank.rank: rank.cache for rank in module.ranks}, module.plan.layout, module.plan.cached)
     ids = input_ids.to(module.device, torch.int64)
     shortens = first > 0 and graph is module.graph and module.value_dump is None
 
@@ -113,6 +121,7 @@ def run_step(
             "input_ids": ids[:, c].contiguous(),  # compiled segments know its strides
             "positions": agreed["positions"].to(module.device),
             "page_table": ledger.pages_of(B),
+            **{ring_name(f"table_{n}"): table[:B] for n, table in ledger.ring_tables.items()},
         }
         ledger.promise(mask[:, c].sum(dim=1).tolist())
         recorder = None
@@ -280,9 +289,9 @@ def checked_rows(rows: object, ledger: Ledger) -> list[int]:
     return plain
 
 
-def chunks_of(T: int, batch_size: int, context: int) -> list[slice]:
-    """Cut a long step along T so that what is held at a time stays bounded."""
-    width = max(1, min(MAX_CHUNK, SCORE_TOKENS // max(1, batch_size * context)))
+def chunks_of(T: int, batch_size: int, context: int, most: int = MAX_CHUNK) -> list[slice]:
+    """Cut a long step along T so that what is held at a time stays bounded, into chunks of at most `most` tokens."""
+    width = max(1, min(MAX_CHUNK, most, SCORE_TOKENS // max(1, batch_size * context)))
     return [slice(t, min(t + width, T)) for t in range(0, T, width)]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from helix_compile.config.options import FP8_E4M3
 from helix_compile.errors import HelixError, PassError, RuntimeFault
-from helix_compile.ir.graph import aten, helix_op, input_ref, inputs_of, is_call, placeholders
+from helix_compile.ir.graph import InputRef, aten, helix_op, input_ref, inputs_of, is_call, placeholders
 from helix_compile.ir.stage import bodies_of
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import CacheRow, cache_shape
@@ -44,15 +44,17 @@ def check_saved_graphs(stages: dict[str, fx.GraphModule], plan: HelixPlan) -> No
 
 def _check_constants(stage: str, graph: fx.GraphModule, plan: HelixPlan) -> None:
     """What the plan decides and the graph holds as a number must be one: who reads the cache goes by the plan."""
-    decided = {"cp": plan.layout.kvp, "tokens_per_block": plan.options.tokens_per_block}
+    # slots of what every rank holds by itself are those of one rank
+    ranks = (plan.layout.kvp, 1) if plan.rings else (plan.layout.kvp,)
+    decided = {"cp": ranks, "tokens_per_block": (plan.options.tokens_per_block,)}
     for node in graph.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.name in decided and value != decided[argument.name]:
+            if argument.name in decided and value not in decided[argument.name]:
                 raise HelixError(
                     f"graphs.json, stage {stage}, node `{node.name}`: {argument.name} is {value}, plan.json says "
-                    f"{decided[argument.name]}"
+                    f"{decided[argument.name][0]}"
                 )
 
 
@@ -107,9 +109,12 @@ def check_saved_inputs(lowered: fx.GraphModule, plan: HelixPlan, facts: ModelFac
         HelixError: another number, size or dtype of caches, or another vocabulary.
     """
     dtype, wanted = getattr(torch, plan.dtype), {}
-    for i, row in enumerate(facts.caches):
-        stored = row.stored(plan.options.cache_dtype, dtype, plan.layout.tpa)
-        wanted[f"cache_{i}"] = (cache_shape(stored, plan.options, plan.layout), stored.dtype)
+    if len(facts.caches) != len(plan.cached):
+        raise HelixError(f"graphs.json states {len(facts.caches)} caches, the plan has {len(plan.cached)}")
+    for i, (row, site) in enumerate(zip(facts.caches, plan.cached, strict=True)):
+        stored = row.stored(plan.options.cache_dtype, dtype, site.kv_parts(plan.layout))
+        shape = cache_shape(stored, plan.options, plan.layout, site.ring)
+        wanted[InputRef.cache(i, bool(site.ring)).name] = (shape, stored.dtype)
     got = {input_ref(n).name: (_shape(n), n.meta["val"].dtype) for n in inputs_of(lowered.graph, "cache")}
     if got != wanted:
         raise HelixError(f"graphs.json takes caches {got}, the plan makes {wanted}")

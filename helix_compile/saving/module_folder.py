@@ -177,10 +177,7 @@ def load_parts(
     _check_digests(folder)
     opened.start({**claims_of(plan, lowered, facts), "weights": partial(files_digest, folder)})
     dtype, scales = getattr(torch, plan.dtype), scales_of_caches(len(facts.caches), plan.options, there)
-    ranks = [
-        Rank(r, params[r], allocate_caches(facts.caches, plan.options, plan.layout, dtype, there), scales)
-        for r in opened.ranks
-    ]
+    ranks = [Rank(r, params[r], allocate_caches(facts.caches, plan, dtype, there), scales) for r in opened.ranks]
     return plan, stages, ranks, opened, facts
 
 

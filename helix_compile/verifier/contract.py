@@ -35,6 +35,27 @@ def places_of(groups: int, size: int, there: int, room: int) -> list[int | None]
     return [next(numbers) if g < groups and j < size else None for g in range(there) for j in range(room)]
 
 
+def kv_share(heads: int, kv_heads: int, rank: int, layout: HelixLayout, alone: bool) -> tuple[int, int]:
+    """(part, parts) of the KV heads that a rank caches. `alone`: it attends by itself, and has those that its own query heads read."""
+    if not alone or not kv_heads:
+        return coordinate("tpa", rank, layout), layout.tpa
+    mine = heads // (layout.kvp * layout.tpa)
+    read = sorted({q * kv_heads // heads for q in range(rank * mine, (rank + 1) * mine)})
+    return read[0] // len(read), kv_heads // len(read)
+
+
+# tokens of a page
+PAGE = 128
+
+
+def kept_in_ring(length: int, pages: int) -> list[int]:
+    """Positions that a ring of so many pages still holds of a sequence: as each page is begun, the oldest one goes."""
+    held: list[range] = []
+    for start in range(0, length, PAGE):
+        held = [*held, range(start, min(start + PAGE, length))][-pages:]
+    return [p for page in held for p in page]
+
+
 # the two axes of each view: ranks that agree on one differ in the other
 OTHER_AXIS = {"kvp": "tpa", "tpa": "kvp", "ep": "tpf", "tpf": "ep"}
 

@@ -206,7 +206,8 @@ def _typed(module: HelixModule) -> TypedGraph:
 
 
 def _run(pair: _Pair, scenario: Scenario, seed: int, check: Check) -> Outcome:
-    steps = batches(scenario, pair.modules[0].facts.vocab_size, seed)
+    most = min(module.plan.longest_step for module in pair.modules)
+    steps = batches(scenario, pair.modules[0].facts.vocab_size, seed, most)
     mine, theirs = pair.scratches(scenario, (seed, seed + 1))  # pages lie otherwise
     second = _ModuleReference(theirs, scenario.name)
     outcome = Outcome(failing_step=None)

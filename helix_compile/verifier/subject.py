@@ -178,7 +178,7 @@ def _stage(subject: Subject, stage: str, scenario: Scenario) -> list[Finding]:
     draws = DRAWS_16_BIT if subject.own is not None and last and scenario.name == "ragged" else 1
     for draw in range(draws):
         seed = subject.seed + draw
-        steps = batches(scenario, compiled.facts.vocab_size, seed)[: None if last else 3]
+        steps = batches(scenario, compiled.facts.vocab_size, seed, compiled.plan.longest_step)[: None if last else 3]
         scratch = Scratch(compiled, graph, params, rows, scenario.capacity, seed)
         own = subject.eager(subject.own_model, scratch) if subject.own_model is not None else None
         eager, sources = subject.eager(subject.plain, scratch), subject.sources

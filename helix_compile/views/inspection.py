@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
+from helix_compile.config.options import PAGE_SIZE
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
 from helix_compile.ir.graph import helix_op, inputs_of
@@ -144,6 +145,7 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
         "not_rewritten": [{"what": w, "reason": r} for w, r in plan.not_rewritten],
         "leaves": [{"module": name, "reason": why} for name, why in plan.leaves],
         "kv_bytes_per_token_per_rank": number(plan.kv_bytes_per_token_per_rank),
+        "ring_bytes_per_sequence_per_rank": plan.ring_bytes_per_sequence_per_rank,
         "params_bytes_per_rank": plan.params_bytes_per_rank,
         "memory_per_rank": _memory(plan, last),
         "predicted": predicted_facts(plan, last),
@@ -225,6 +227,7 @@ def _layer_facts(whole: HelixPlan, plan: BodyPlan, first: fx.GraphModule, last: 
         "zero_heads": padding.places - padding.heads,
         "windows": [a.window for a in plan.attentions],
         "chunks": [a.chunk for a in plan.attentions],
+        "ring_tokens": [a.ring * PAGE_SIZE for a in plan.attentions],
         "sinks": [bool(a.sinks) for a in plan.attentions],
         "cache_of": [list(a.cache_of) for a in plan.attentions],
         "ffn": [{k: v for k, v in f.written(whole.layout).items() if k != "site"} for f in plan.ffns],
@@ -247,7 +250,12 @@ def format_report(facts: dict[str, Any]) -> str:
     console.print(_table(("body", "collective", "axis", "of", "bytes/rank/token"), sent))
     per_rank = (
         f"per rank: {_count(facts['kv_bytes_per_token_per_rank'])} bytes of KV cache a token, "
-        f"{facts['params_bytes_per_rank']:,} bytes of parameters, "
+        + (
+            f"{ring:,} bytes of a sequence's last tokens, "
+            if (ring := facts["ring_bytes_per_sequence_per_rank"])
+            else ""
+        )
+        + f"{facts['params_bytes_per_rank']:,} bytes of parameters, "
         f"{_count(facts['egress_bytes_per_rank_per_token'])} bytes sent a token"
     )
     console.print(per_rank, markup=False, soft_wrap=True)
@@ -310,6 +318,7 @@ def _role_text(role: str, layer: dict[str, Any]) -> str:
     if role != "attention":
         return role
     reaches = [*_each("window of", layer["windows"]), *_each("chunks of", layer["chunks"])]
+    reaches += _each("on every rank the last", layer["ring_tokens"])
     reaches += ["sinks"] if any(layer["sinks"]) else []
     owners = sorted({layer for of in layer["cache_of"] for layer in of})
     reaches += [f"cache of {'layers' if owners[1:] else 'layer'} {ranges_text(owners)}"] if owners else []

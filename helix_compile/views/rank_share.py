@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from helix_compile.config.options import PAGE_SIZE
 from helix_compile.errors import LayoutError
 from helix_compile.layout.degrees import AXES, HelixMesh
 from helix_compile.layout.ledger import local_length
@@ -69,6 +70,7 @@ def share_of_rank(plan: HelixPlan, held: Rank, mesh: HelixMesh) -> RankShare:
                 "tokens_of_a_full_sequence": local_length(
                     options.max_seq_len, kvp_rank, layout.kvp, options.tokens_per_block
                 ),
+                "last_tokens": [n * PAGE_SIZE for n in plan.rings],
                 "bytes": sum(c.numel() * c.itemsize for c in held.cache),
             },
             "params_bytes": sum(t.numel() * t.itemsize for t in held.params.values()),
@@ -109,6 +111,11 @@ def _body(plan: HelixPlan, body: BodyPlan, rank: int) -> dict[str, Any]:
     }
 
 
+def _last(tokens: list[int]) -> str:
+    """Of windows that every rank holds by itself."""
+    return f"of windows the last {', '.join(f'{n:,}' for n in tokens)}; " if tokens else ""
+
+
 def _lines(facts: dict[str, Any]) -> Iterator[str]:
     where = ", ".join(f"{axis}={index}" for axis, index in facts["coordinates"].items())
     yield f"{facts['model']}: rank {facts['rank']} of {facts['world_size']}: {where}"
@@ -117,7 +124,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     cache = facts["cache"]
     yield (
         f"cache: blocks {cache['blocks']} of {cache['tokens_per_block']} tokens; {cache['tokens_of_a_full_sequence']:,} "
-        f"tokens of a full sequence; {cache['bytes']:,} bytes"
+        f"tokens of a full sequence; {_last(cache['last_tokens'])}{cache['bytes']:,} bytes"
     )
     yield f"parameters: {facts['params_bytes']:,} bytes"
     for body in facts["bodies"]:

@@ -169,11 +169,13 @@ def _collectives(plan: HelixPlan) -> str:
 def _memory(plan: HelixPlan, bodies: list[BodyViews]) -> str:
     options = plan.options
     slots = pages_per_sequence(options, plan.layout.kvp) * PAGE_SIZE * options.max_batch_size
-    allocated = plan.kv_bytes_per_token_per_rank * plan.layout.kvp * slots
+    rings = plan.ring_bytes_per_sequence_per_rank
+    allocated = plan.kv_bytes_per_token_per_rank * plan.layout.kvp * slots + rings * options.max_batch_size
     whole = f"KV cache as allocated: {options.max_batch_size} sequences of {options.max_seq_len:,} tokens"
     rows = [
         ("parameters", _size(plan.params_bytes_per_rank)),
         ("KV cache, a token, on average", _size(plan.kv_bytes_per_token_per_rank)),
+        *((("KV cache, the last tokens of a sequence", _size(rings)),) if rings else ()),
         (whole, _size(allocated)),
     ]
     parts = [_table(("on each rank", "bytes"), rows, numeric=(1,))]

@@ -32,6 +32,7 @@ def asked(draw: st.DrawFn) -> HelixOptions:
             "merge": draw(st.sampled_from(["a2a", "ag_rs"])),
             "q_proj": draw(st.sampled_from(["replicate", "gather"])),
             "v_up": draw(st.sampled_from(["auto", "before", "after"])),
+            "window": draw(st.sampled_from(["shard", "replicate", "auto"])),
         }
     if pp > 1:
         exchange |= {

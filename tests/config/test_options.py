@@ -341,6 +341,7 @@ GOOD: list[dict[str, Any]] = [
     {"cp": 1, "pad_heads": False},
     {"cp": 1, "tpa": 2, "check": "off"},
     {"cp": 2, "head": "shard"},
+    {"cp": 2, "window": "replicate"},
     {"cp": 1, "check": "deferred"},
 ]
 BAD: list[Any] = [
@@ -374,6 +375,7 @@ BAD: list[Any] = [
     {"cp": 1, "pad_heads": True},
     {"cp": 1, "check": "every"},
     {"cp": 1, "head": "shard"},
+    {"cp": 1, "window": "auto"},
     {"cp": 4, "check": False},
 ]
 

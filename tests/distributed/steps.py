@@ -49,6 +49,12 @@ def sparse_model() -> Any:
     return fresh_family("glm_moe_dsa", num_hidden_layers=2, **kinds).float()
 
 
+def windowed_model() -> Any:
+    """A window of 5 in one of two layers: 4 KV heads, one a rank where every rank holds the window by itself."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+    return fresh_gqa("gemma3", torch.float32, sliding_window=5, **kinds)
+
+
 def prompts() -> tuple[Tensor, Tensor]:
     """Left-padded ids [3, 13] and mask; rows of 13, 5 and 1 tokens: some shards are empty."""
     ids = torch.randint(1, 97, (3, 13), generator=torch.Generator().manual_seed(5))

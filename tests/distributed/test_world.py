@@ -31,6 +31,7 @@ from tests.distributed.steps import (
     run_steps,
     sparse_model,
     torchrun,
+    windowed_model,
 )
 from tests.support.disk import REASON
 from tests.support.graphs import stage_text
@@ -81,7 +82,8 @@ def test_logits_are_those_of_the_virtual_world(launch: Launch) -> None:
 
 def test_other_kinds_of_site_are_those_of_the_virtual_world_too(launch: Launch) -> None:
     """Grouped-query attention with its KV heads cut over tpa, the same with zero heads, a hybrid whose other layer is a leaf, and
-    sparse attention, by both exchanges: the choice is a rank's own, of candidates that came over the wire.
+    sparse attention, by both exchanges: the choice is a rank's own, of candidates that came over the wire; and a window that every
+    rank holds by itself.
     """
     grouped = helix_compile(grouped_model(), world="virtual", **MIXED)
     hybrid = helix_compile(hybrid_model(), cp=4, world="virtual", **OPTIONS)
@@ -92,7 +94,8 @@ def test_other_kinds_of_site_are_those_of_the_virtual_world_too(launch: Launch) 
     gathers = helix_compile(chooses, cp=4, world="virtual", **OPTIONS)
     owners = helix_compile(chooses, world="virtual", **MIXED, topk_exchange="owner")
     made = {"grouped": grouped, "hybrid": hybrid, "padded": padded, "cut_vocabulary": cut}
-    made |= {"sparse": gathers, "sparse_owner": owners}
+    alone = helix_compile(windowed_model(), world="virtual", **MIXED, window="replicate")
+    made |= {"sparse": gathers, "sparse_owner": owners, "window_alone": alone}
     for name, virtual in made.items():
         assert close(launch.seen[0][name], run_steps(virtual)), name
     for said in launch.said:
@@ -204,7 +207,7 @@ def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:
 def test_c10d_was_asked_to_move_what_the_plan_says(launch: Launch) -> None:
     run_steps(launch.virtual)
     for rank, said in enumerate(launch.said):
-        kinds = ("grouped", "padded", "cut_vocabulary", "sparse")
+        kinds = ("grouped", "padded", "cut_vocabulary", "sparse", "window_alone")
         for name in ("wire", "wire_mixed", *(f"wire_{kind}" for kind in kinds)):
             wire, counted, per_token = said[name]
             assert wire == counted == per_token * TOKENS > 0, name

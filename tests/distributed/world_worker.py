@@ -33,6 +33,7 @@ from tests.distributed.steps import (
     prompts,
     run_steps,
     sparse_model,
+    windowed_model,
 )
 from tests.support import captures
 from tests.support.disk import full_after
@@ -125,9 +126,13 @@ def main(folder: Path) -> None:
     with Wire() as wire:
         seen["sparse_owner"] = run_steps(owners)
     said["wire_sparse_owner"] = moved(wire, owners)
+    alone = helix_compile(windowed_model(), **MIXED, window="replicate")
+    with Wire() as wire:
+        seen["window_alone"] = run_steps(alone)
+    said["wire_window_alone"] = moved(wire, alone)
     seen["fp8 latents"] = run_steps(helix_compile(model, cp=4, **OPTIONS, **FP8_LATENTS))
     seen["fp8 heads"] = run_steps(helix_compile(grouped_model(), **MIXED, **FP8_HEADS))
-    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded, cut, gathers, owners)]
+    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded, cut, gathers, owners, alone)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves
     held = loaded.ranks[0].params.values()

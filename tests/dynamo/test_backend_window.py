@@ -43,6 +43,18 @@ def built(kind: Any, config: Any) -> Any:
     return kind(config).to(torch.float64).eval()
 
 
+@pytest.mark.slow
+def test_windows_that_every_rank_holds() -> None:
+    model = some_windows(5)
+    compiled, ours, own = (
+        compile_(model, window="replicate", max_seq_len=64),
+        new_cache("dynamic", model),
+        new_cache("dynamic", model),
+    )
+    for ids in (prompt(9), prompt(1), prompt(3), prompt(1)):
+        check(step(compiled, ids, ours), step(model, ids, own))
+
+
 def new_cache(kind: str, model: Any, length: int = WINDOW) -> Any:
     if kind == "static":
         return StaticCache(config=model.config, max_cache_len=length)

@@ -8,6 +8,7 @@ import pytest
 
 from helix_compile import HelixError, helix_compile
 from helix_compile.checkpoint.named import named_model
+from helix_compile.plan.ring import ring_pages
 
 RELEASES = Path(__file__).resolve().parents[1] / "data" / "releases"
 
@@ -33,6 +34,21 @@ EXPECTED: dict[str, int | str] = {
 
 def test_the_table_is_whole() -> None:
     assert {path.stem for path in RELEASES.glob("*.json")} == set(EXPECTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", ["auto", "replicate"])
+def test_windows_of_a_release_on_every_rank(window: str) -> None:
+    """dots3 has layers with a window of 512: in 6 pages of each of 8 ranks, where they are asked for."""
+    model = named_model(str(RELEASES / "dots3-note-text.json"), meta=True)
+    plan = helix_compile(model, cp=8, max_seq_len=2**17, window=window).plan
+    windows = [a for body in plan.bodies for a in body.attentions if a.window]
+    assert windows
+    pages = {"replicate": {ring_pages(windows[0].window, 2**17)}, "auto": {0}}[
+        window
+    ]  # 17 blocks of 32 tokens: all ranks have some of them
+    assert {a.ring for a in windows} == pages
+    assert bool(plan.ring_bytes_per_sequence_per_rank) == (window == "replicate")
 
 
 @pytest.mark.slow

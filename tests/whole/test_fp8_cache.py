@@ -12,6 +12,7 @@ from helix_compile.errors import PlanError
 from helix_compile.ir.stage import bodies_of
 from helix_compile.verifier.mutants.self_test import awkward_sparse, awkward_windows
 from tests.support.driver import random_ids, worst_deviation
+from tests.support.families import fresh_family
 from tests.support.fp8 import CacheRounding, Rounding, poison, rounded_reference, to_nearest, toward_zero, without_clamp
 from tests.support.models import fresh_model, tiny_model
 from tests.support.numerics import LIMIT
@@ -92,6 +93,30 @@ def test_grouped_query_attention_in_fp8_e4m3(plan: dict[str, Any]) -> None:
     scales = (0.01, 0.002)
     plan = {**plan, "cache_dtype": "fp8_e4m3", "cache_scale": scales, "unmatched": "keep"}  # its experts
     assert deviation(model, plan, CacheRounding(scales), (1, 2, 5, 14, 1)) <= LIMIT[torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "plan", "formats"),
+    [
+        ("gemma4", "", {"cp": 2}, ["fp8_e4m3"]),
+        pytest.param("gemma4", "", {"cp": 2, "tpa": 2, "tokens_per_block": 1}, ["fp8_e4m3"], marks=slow),
+        pytest.param("gemma4", "", {"cp": 4, "tokens_per_block": 3, "merge": "ag_rs"}, ["fp8_e4m3"], marks=slow),
+        pytest.param("gemma4", "", {"cp": 4, "window": "replicate"}, ["fp8_e4m3"], marks=slow),
+        pytest.param("mistral_large4", "shared", {"cp": 4}, ["fp8_e4m3", "fp8_ds_mla"], marks=slow),
+    ],
+    ids=str,
+)
+def test_layers_that_read_an_earlier_ones_cache(
+    name: str, variant: str, plan: dict[str, Any], formats: list[str]
+) -> None:
+    """They read it rounded, and by the scale of the layer that wrote it: with another one the oracle is far off."""
+    model = fresh_family(name, variant)
+    for cache_dtype in formats:
+        scales = (0.01, 0.002) if cache_dtype == "fp8_e4m3" else None
+        given: dict[str, Any] = {**plan, "cache_dtype": cache_dtype, **({"cache_scale": scales} if scales else {})}
+        assert deviation(model, given, CacheRounding(scales)) <= LIMIT[torch.float64]
+        if scales:
+            assert deviation(model, given, CacheRounding(scales[::-1]), (1,)) > 1e-4
 
 
 @pytest.mark.fresh_capture  # shared captures have no symbol for its seven keys

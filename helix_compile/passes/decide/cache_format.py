@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 from helix_compile.capture.captured import CapturedGraph
-from helix_compile.config.options import FP8_DS_MLA, FP8_E4M3, HelixOptions
+from helix_compile.config.options import FP8_DS_MLA, FP8_E4M3, PAGE_SIZE, HelixOptions
 from helix_compile.errors import PlanError
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import Decision, number
@@ -19,11 +19,31 @@ _RULES = {
 
 
 def kv_bytes_per_token(
-    captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions, layout: HelixLayout
+    captured: CapturedGraph,
+    matches: dict[str, LayerMatch],
+    options: HelixOptions,
+    layout: HelixLayout,
+    rings: Mapping[tuple[str, int], int],
 ) -> Fraction:
-    """Bytes that a token takes in the caches of a rank, on average; all layers together."""
-    rows = _cached(captured, matches)
+    """Bytes that a token takes in the caches of a rank, on average; all layers together, without those that hold the last tokens alone."""
+    rows = (a for site, a in _sites(captured, matches) if site not in rings)
     return sum((_bytes(a, options.cache_dtype, captured, layout) for a in rows), Fraction(0)) / layout.kvp
+
+
+def ring_bytes(
+    captured: CapturedGraph,
+    matches: dict[str, LayerMatch],
+    options: HelixOptions,
+    layout: HelixLayout,
+    rings: Mapping[tuple[str, int], int],
+) -> int:
+    """Bytes that a sequence takes in those of a rank, whatever its length."""
+    total = 0
+    for site, a in _sites(captured, matches):
+        if site in rings:
+            parts = min(layout.world_size, a.cache.heads) or 1
+            total += rings[site] * PAGE_SIZE * a.cache.stored(options.cache_dtype, captured.dtype, parts).nbytes
+    return total
 
 
 def cache_decision(
@@ -65,8 +85,13 @@ def cache_decision(
 
 def _cached(captured: CapturedGraph, matches: dict[str, LayerMatch]) -> Iterator[AttentionMatch]:
     """Every cached attention of the model, in the order of the layers; those that read an earlier one's cache have none."""
+    yield from (a for _, a in _sites(captured, matches))
+
+
+def _sites(captured: CapturedGraph, matches: dict[str, LayerMatch]) -> Iterator[tuple[tuple[str, int], AttentionMatch]]:
+    """The same with body and number."""
     for layer in captured.layers:
-        yield from (a for a in matches[layer.body].attentions if not a.shared)
+        yield from (((layer.body, i), a) for i, a in enumerate(matches[layer.body].attentions) if not a.shared)
 
 
 def _bytes(attention: AttentionMatch, cache_dtype: str, captured: CapturedGraph, layout: HelixLayout) -> Fraction:

@@ -17,28 +17,29 @@ from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import HeadPadding, head_padding
 from helix_compile.passes.match.heads import linears_before
 from helix_compile.passes.match.reject import is_quantised
-from helix_compile.plan.helix_plan import BodyPlan, Cut, OuterPlan, ParamShard
+from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, Cut, OuterPlan, ParamShard
 from helix_compile.plan.matches import AttentionMatch, DenseFFNMatch, LayerMatch, MoEMatch, Selection
 
 
 def attention_shards(
-    match: AttentionMatch, v_up: str, options: HelixOptions, layout: HelixLayout
+    match: AttentionMatch, plan: AttentionPlan, options: HelixOptions, layout: HelixLayout
 ) -> Iterable[ParamShard]:
     """What makes the query by query heads, what makes K and V by theirs; gate and o_proj by the heads a rank owns.
 
-    Sinks act on what is merged: on the heads that a rank owns, or before parts are summed on those that it computes.
+    Sinks act on what is merged: on the heads that a rank owns, or before parts are summed on those that it computes. Where every
+    rank holds the last tokens it makes the query of its own heads alone, as far as q can be cut.
     """
     H, V, D = match.num_heads, match.v_head_dim, match.hidden_size
     padding = needed_padding(match, layout)
     axes = {
-        "q": "world" if options.q_proj == "gather" else "tpa",
+        "q": "world" if options.q_proj == "gather" or (plan.ring and match.cuts_query) else "tpa",
         "kv": "tpa",
-        "v_up": "world" if v_up == "after" else "tpa",
+        "v_up": "world" if plan.v_up == "after" else "tpa",
     }
     # KV heads are padded at the end, as any cut is
     yield from (part.shard(axes[side], layout, padding if side != "kv" else None) for side, part in match.cuts)
     if match.sinks:
-        yield match.sinks.shard("tpa" if options.merge == "ag_rs" else "world", layout, padding)
+        yield match.sinks.shard("tpa" if options.merge == "ag_rs" and not plan.ring else "world", layout, padding)
     if match.gate and match.gate.linear:
         yield from (rows.shard("world", layout, padding) for rows in match.gate.linear.params)
     yield _cut(match.o_weight, (D, H * V), 1, "world", layout, V, padding)

@@ -7,7 +7,7 @@ section 9.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 import torch
@@ -20,7 +20,7 @@ from helix_compile.kernels.exchange import codec_of
 from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import head_padding
-from helix_compile.passes.decide.cache_format import cache_decision, kv_bytes_per_token
+from helix_compile.passes.decide.cache_format import cache_decision, kv_bytes_per_token, ring_bytes
 from helix_compile.passes.decide.padding import check_heads, experts_refusal, padding_decision
 from helix_compile.passes.decide.param_shards import (
     attention_shards,
@@ -31,6 +31,7 @@ from helix_compile.passes.decide.param_shards import (
 )
 from helix_compile.passes.decide.selection import candidates_exchange, topk_exchange
 from helix_compile.passes.decide.vocabulary import plan_vocabulary
+from helix_compile.passes.decide.windows import Site, plan_rings, window_decisions
 from helix_compile.passes.match.vocabulary import find_vocabulary
 from helix_compile.plan.helix_plan import (
     OF_PARTIALS,
@@ -41,7 +42,6 @@ from helix_compile.plan.helix_plan import (
     FFNPlan,
     HelixPlan,
     OuterPlan,
-    number,
 )
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, MoEMatch, Selection
 
@@ -73,9 +73,13 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
     )
     topk_decision = topk_exchange(attentions, captured.dtype, layout, options)
     agreed = str(topk_decision.result) if topk_decision else ""
-    bodies = tuple(_plan_body(captured, match, layout, options, v_up, agreed) for match in matches.values())
+    rings = plan_rings(captured, matches, layout, options)
+    bodies = tuple(_plan_body(captured, match, layout, options, v_up, agreed, rings) for match in matches.values())
     cached_in = cache_decision(captured, matches, options, layout)
-    kv_bytes = kv_bytes_per_token(captured, matches, options, layout)
+    kv_bytes, in_rings = (
+        kv_bytes_per_token(captured, matches, options, layout, rings),
+        ring_bytes(captured, matches, options, layout, rings),
+    )
     decisions, notes = [ep_decision, v_up_decision, q_decision], _notes(captured, attentions, layout, options, kv_bytes)
     decisions += [d for d in (topk_decision, cached_in) if d]
     outer = OuterPlan()
@@ -92,10 +96,11 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         layout=layout,
         options=options,
         bodies=bodies,
-        decisions=(*decisions, *_windows(captured, matches, bodies, layout, options)),
+        decisions=(*decisions, *window_decisions(captured, matches, bodies, layout, options)),
         not_rewritten=replicated_roles(captured, matches, bodies, outer),
         notes=tuple(notes),
         kv_bytes_per_token_per_rank=kv_bytes,
+        ring_bytes_per_sequence_per_rank=in_rings,
         params_bytes_per_rank=params_bytes_per_rank(captured, bodies, outer),
         outer=outer,
         leaves=tuple((leaf.name, leaf.reason) for leaf in captured.leaves),
@@ -168,66 +173,20 @@ def _v_up(sites: list[AttentionMatch], dtype: torch.dtype, options: HelixOptions
     return Decision("v_up", rule, inputs, "after" if options.max_batch_size <= even else "before")
 
 
-def _windows(
+def _plan_body(
     captured: CapturedGraph,
-    matches: dict[str, LayerMatch],
-    bodies: tuple[BodyPlan, ...],
+    match: LayerMatch,
     layout: HelixLayout,
     options: HelixOptions,
-) -> Iterable[Decision]:
-    """What sharding costs a window or chunks: of tokens in a row, blocks and with them ranks, hold few, and all exchange.
-
-    Beside it stands what it saves: the bytes of the W tokens that a query sees, were they on every rank.
-    """
-    cp, block = layout.kvp, options.tokens_per_block
-    reaches = [(a.window, a.chunk) for match in matches.values() for a in match.attentions if a.window or a.chunk]
-    for window, chunk in dict.fromkeys(reaches):
-        reach = window or chunk
-        blocks = min(-(-(reach - 1) // block) + 1, max(1, -(-options.max_seq_len // block)))
-        sites = [
-            (a, body, len(body.layers))
-            for body in bodies
-            for a in matches[body.name].attentions
-            if (a.window, a.chunk) == (window, chunk)
-        ]
-        # of a body with several attentions each has its part of what is exchanged
-        sent = [[c for c in body.collectives if c.what in OF_PARTIALS] for _, body, _ in sites]
-        rounds = sum(len(own) * n // len(body.attentions) for own, (_, body, n) in zip(sent, sites, strict=True))
-        nbytes = sum(
-            (
-                sum((c.egress_bytes_per_rank_per_token for c in own), Fraction(0)) * n / len(body.attentions)
-                for own, (_, body, n) in zip(sent, sites, strict=True)
-            ),
-            Fraction(0),
-        )
-        row = (
-            sum(math.prod(a.cache.tail(layout.tpa)) * n for a, _, n in sites if not a.shared) * captured.dtype.itemsize
-        )
-        yield Decision(
-            f"window {window}" if window else f"chunk {chunk}",
-            "sharded as all tokens are; a query's visible tokens lie in at most ceil((W - 1) / tokens_per_block) + 1 blocks, "
-            "each on one rank, and the other ranks only exchange",
-            (
-                ("W", reach),
-                ("tokens_per_block", block),
-                ("cp", cp),
-                ("ranks_that_only_exchange", cp - min(cp, blocks)),
-                ("layers", sum(n for *_, n in sites)),
-                ("exchanges_per_step", rounds),
-                ("exchange_bytes_per_rank_per_token", number(nbytes)),
-                ("bytes_of_W_tokens_if_on_every_rank", min(reach, options.max_seq_len) * row),
-            ),
-            f"at most {min(cp, blocks)} of {cp} ranks hold what a query sees",
-        )
-
-
-def _plan_body(
-    captured: CapturedGraph, match: LayerMatch, layout: HelixLayout, options: HelixOptions, v_up: str, agreed: str
+    v_up: str,
+    agreed: str,
+    rings: Mapping[Site, int],
 ) -> BodyPlan:
     attentions = tuple(
         AttentionPlan(
             i,
-            v_up if a.kind.v_up else "none",
+            # what is exchanged decides where W_UV stands: where nothing is, a rank applies that of its own heads
+            ("after" if rings.get((match.body, i)) else v_up) if a.kind.v_up else "none",
             a.num_heads,
             a.o_weight,
             a.cache.heads,
@@ -236,6 +195,7 @@ def _plan_body(
             a.chunk,
             a.sinks.name if a.sinks else "",
             _owners(captured, match.body, i) if a.shared else (),
+            rings.get((match.body, i), 0),
         )
         for i, a in enumerate(match.attentions)
     )
@@ -244,7 +204,7 @@ def _plan_body(
     routed = (FFNPlan("routed", i, m.width, m.num_experts) for i, m in enumerate(match.moes))
     pairs = list(zip(match.attentions, attentions, strict=True))
     shards = [
-        *(s for a, p in pairs for s in attention_shards(a, p.v_up, options, layout)),
+        *(s for a, p in pairs for s in attention_shards(a, p, options, layout)),
         *(s for f in match.dense_ffns for s in dense_shards(f, layout)),
         *(s for m in match.moes for s in moe_shards(m, layout)),
     ]
@@ -279,6 +239,10 @@ def _exchange(
         for op, what, nbytes in candidates_exchange(match.selection, plan.topk_exchange, options, layout, dtype):
             yield _planned(op, "kvp", what, nbytes, layout)
     width = match.v_head_dim if plan.v_up == "before" else match.kind.partial_width
+    summed = _planned(ALL_REDUCE, "world", "attention output", match.hidden_size * dtype.itemsize, layout)
+    if plan.ring:
+        yield summed
+        return
     if options.q_proj == "gather":
         owned = places // layout.world_size
         yield _planned(ALL_GATHER, "kvp", asked, owned * query_width * dtype.itemsize, layout)
@@ -288,7 +252,7 @@ def _exchange(
     else:
         yield _planned(ALL_GATHER, "kvp", OF_PARTIALS[1], H * statistic.itemsize, layout)
         yield _planned(REDUCE_SCATTER, "kvp", OF_PARTIALS[2], H * width * dtype.itemsize, layout)
-    yield _planned(ALL_REDUCE, "world", "attention output", match.hidden_size * dtype.itemsize, layout)
+    yield summed
 
 
 def _planned(op: CollectiveOp, axis: str, what: str, nbytes: int | Fraction, layout: HelixLayout) -> Collective:

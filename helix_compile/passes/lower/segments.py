@@ -21,7 +21,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from helix_compile.errors import PassError
 from helix_compile.ir.collectives import WAIT, is_collective
-from helix_compile.ir.graph import aten, is_call, placeholders
+from helix_compile.ir.graph import aten, input_ref, is_call, placeholders, ring_name
 from helix_compile.ir.shapes import propagate_shapes
 from helix_compile.ir.stage import SEGMENTS, bodies_of, copy_module, graphs_of
 from helix_compile.passes.runner import PassContext
@@ -113,11 +113,10 @@ def _know_shapes(stage: fx.GraphModule) -> None:
     """An outer graph knows few shapes, since no pass looks at them: bring them up to date."""
     graph = stage.graph
     for node in placeholders(graph):
-        if node.meta.get("input") == ["input", "page_table"]:
+        kind, name = input_ref(node)
+        if kind == "input" and (name == "page_table" or name.startswith(ring_name("table"))):
             bodies = [placeholders(b.graph) for b in bodies_of(stage).values()]
-            pages = {
-                p.meta["val"].shape[1] for body in bodies for p in body if p.meta["input"] == ["step", "page_table"]
-            }
+            pages = {p.meta["val"].shape[1] for body in bodies for p in body if input_ref(p) == ("step", name)}
             if len(pages) == 1:
                 ids = placeholders(graph)[0].meta["val"]
                 node.meta["val"] = ids.new_empty((ids.shape[0], pages.pop()))

@@ -19,6 +19,7 @@ from helix_compile.passes.runner import PassContext
 from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import LayerMatch
+from helix_compile.plan.ring import pages_of
 
 KERNEL, PROVIDER, CPP_PROVIDER = "kernel", "helix_triton", "helix_cpp"
 
@@ -33,7 +34,8 @@ def lower_to_cpp_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContex
 
 def capacity_of(plan: HelixPlan) -> Capacity:
     """Sizes that a graph leaves open and its kernels' grids are made for."""
-    slots = pages_per_sequence(plan.options, plan.layout.kvp) * PAGE_SIZE
+    pages = pages_per_sequence(plan.options, plan.layout.kvp)
+    slots = (max(pages, pages_of(plan.options.max_seq_len)) if plan.rings else pages) * PAGE_SIZE
     return Capacity(plan.options.max_batch_size, slots)
 
 

@@ -6,6 +6,8 @@
     o = apply_sinks(o, total_lse(lse_P), sinks)                  where there are sinks: once, on what is merged
     reshard(o, heads over world -> R) -> o_proj, still whole
 
+Where every rank holds the last tokens (a site's `ring`) o is whole at once, of the heads that the rank owns.
+
 How a kind makes its query and attends to its shard is in a file of its own: KINDS says where.
 
 The stage equals the original: the last gather is what reshard_pass takes away.
@@ -40,6 +42,7 @@ from helix_compile.passes.rewrite.parts import (
     cache_example,
     cut_input,
     cut_inputs,
+    first_visible_of,
     handed_examples,
     open_views,
     own_linear,
@@ -52,7 +55,7 @@ from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, HelixPlan
 from helix_compile.plan.matches import AttentionMatch, GateMatch, Grouped, HandedSelection, Latent, LayerMatch
 
 # kind -> what makes (partial_o, lse) of a site, at the graph's insertion point
-KINDS: dict[type, Callable[[fx.Graph, AttentionMatch, int, HelixPlan], list[fx.Node]]] = {
+KINDS: dict[type, Callable[[fx.Graph, AttentionMatch, AttentionPlan, HelixPlan], list[fx.Node]]] = {
     Latent: latent_attention,
     Grouped: grouped_attention,
 }
@@ -61,20 +64,25 @@ KINDS: dict[type, Callable[[fx.Graph, AttentionMatch, int, HelixPlan], list[fx.N
 def shard_attention_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:
     """Rewrite every attention site of a body; see the module's picture."""
     graph, plan = gm.graph, context.plan.body(match.body)
-    for name, value in step_examples(graph, context.plan).items():
+    pairs = list(zip(match.attentions, plan.attentions, strict=True))
+    for name, value in step_examples(graph, context.plan, [site.ring for site in plan.attentions]).items():
         add_input(graph, "step", name, value)
-    for name in dict.fromkeys(a.first_visible for a in match.attentions if a.first_visible):
+    for name in dict.fromkeys(filter(None, (first_visible_of(a, site) for a, site in pairs))):
         add_input(graph, "step", name, input_named(graph, "step", "visible").meta["val"])
-    caches = [cache_example(graph, attention, context.plan) for attention in match.attentions]
+    caches = [cache_example(graph, attention, site, context.plan) for attention, site in pairs]
     for attention in match.attentions:
         if isinstance(attention.selection, HandedSelection):
             for name, value in handed_examples(graph, attention.selection, context.plan).items():
                 add_input(graph, "chosen", name, value)
     for site, attention in enumerate(match.attentions):
         if attention.shared:
-            add_input(graph, *InputRef.written(site), input_named(graph, "step", "visible").meta["val"])
-    for site, (attention, attention_plan) in enumerate(zip(match.attentions, plan.attentions, strict=True)):
-        add_input(graph, *InputRef.cache(site), caches[site])
+            add_input(
+                graph,
+                *InputRef.written(site, bool(plan.attentions[site].ring)),
+                input_named(graph, "step", "visible").meta["val"],
+            )
+    for site, (attention, attention_plan) in enumerate(pairs):
+        add_input(graph, *InputRef.cache(site, bool(attention_plan.ring)), caches[site])
         if context.plan.options.cache_dtype == FP8_E4M3:
             add_input(graph, *InputRef.scale(site), scale_example(graph))
         _rewrite_site(graph, attention, attention_plan, plan, context.plan)
@@ -98,11 +106,11 @@ def _rewrite_site(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan, b
     anchor, o_proj = node_named(graph, match.anchor), node_named(graph, match.o_proj)
     N = plan.layout.world_size
     with graph.inserting_before(anchor), made_from(graph, anchor):
-        partial_o, lse = KINDS[type(match.kind)](graph, match, site.site, plan)
+        partial_o, lse = KINDS[type(match.kind)](graph, match, site, plan)
         if site.v_up == "before":
             partial_o = _raised(graph, match, "partial_o_up", partial_o)
         sinks = input_named(graph, "param", match.sinks.name) if match.sinks else None
-        o = _merge(graph, plan, partial_o, lse, sinks)
+        o = _merge(graph, plan, partial_o, lse, sinks, alone=bool(site.ring) or plan.layout.kvp == 1)
         if site.v_up == "after":
             o = _raised(graph, match, "o_up", o)
         if N > 1:
@@ -140,10 +148,12 @@ def _gated(graph: fx.Graph, match: AttentionMatch, gate: GateMatch, o: fx.Node) 
         return named(graph, "o_cast", aten._to_copy.default, gated, dtype=dtype) if gate.cast else gated
 
 
-def _merge(graph: fx.Graph, plan: HelixPlan, partial_o: fx.Node, lse: fx.Node, sinks: fx.Node | None) -> fx.Node:
-    """Exact output [B, T, h, *] of the heads that this rank owns."""
+def _merge(
+    graph: fx.Graph, plan: HelixPlan, partial_o: fx.Node, lse: fx.Node, sinks: fx.Node | None, alone: bool
+) -> fx.Node:
+    """Exact output [B, T, h, *] of the heads that this rank owns; `alone`: it has seen all that these see."""
     cp = plan.layout.kvp
-    if cp == 1:
+    if alone:
         return partial_o if sinks is None else named(graph, "o", helix.apply_sinks.default, partial_o, lse, sinks)
     if plan.options.merge == "a2a":
         exchanged = named(graph, "exchanged", helix.all_to_all_heads.default, partial_o, lse, "kvp", cp)

@@ -39,11 +39,12 @@ def _site_of(update: fx.Node) -> int:
 def values_handed_on(graph: fx.Graph, match: LayerMatch, context: PassContext) -> list[fx.Node]:
     """Those of a rewritten body, in the order of _keys()."""
     values: list[fx.Node] = []
+    plan = context.plan.body(match.body)
     for what, site in dict.fromkeys(_keys(context.captured, match).values()):
         if what == "chosen":
             values += [node_named(graph, f"chosen_{part}_{site}") for part in ("slots", "count")]
         else:
-            cache = input_named(graph, *InputRef.cache(site))
+            cache = input_named(graph, *InputRef.cache(site, bool(plan.attentions[site].ring)))
             values.append(next(n for n in cache.users if helix_op(n) == "cache_append"))
     return values
 
@@ -76,5 +77,6 @@ def handed_to(context: PassContext, call: fx.Node, handed: dict[fx.Node, list[fx
             values = handed[call.args[inputs.index(attention.selection.indices)]]
             found |= {InputRef("chosen", n): v for n, v in zip(handed_names(attention.selection), values, strict=True)}
         if attention.shared:
-            found[InputRef.written(site)] = handed[call.args[inputs.index(attention.shared[0])]][0]
+            ring = bool(context.plan.body(str(call.target)).attentions[site].ring)
+            found[InputRef.written(site, ring)] = handed[call.args[inputs.index(attention.shared[0])]][0]
     return found

@@ -14,25 +14,32 @@ from torch import fx
 from helix_compile.ir.graph import aten, getitems, input_named, named, node_named
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
-from helix_compile.passes.rewrite.parts import append_to_cache, gathered_query, reach_of, scale_of, stored_row
+from helix_compile.passes.rewrite.parts import (
+    append_to_cache,
+    makes_its_heads,
+    query_of_rank,
+    reach_of,
+    scale_of,
+    stored_row,
+)
 from helix_compile.passes.rewrite.selection import chosen_slots
-from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.plan.helix_plan import AttentionPlan, HelixPlan
 from helix_compile.plan.matches import AttentionMatch, Latent
 
 
-def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: HelixPlan) -> list[fx.Node]:
+def latent_attention(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan, plan: HelixPlan) -> list[fx.Node]:
     """(partial_o [B, T, Ht, R], lse) of one site."""
     kind = match.kind
     assert isinstance(kind, Latent)
     with made_from(graph, node_named(graph, match.q)):
-        query = _absorbed_query(graph, match, kind, plan)
-    cache, page_table, written = append_to_cache(graph, match, site, aten.squeeze.dim, 1)
-    scale = scale_of(graph, site)
+        query = _absorbed_query(graph, match, kind, site, plan)
+    cache, page_table, written = append_to_cache(graph, match, site, plan, aten.squeeze.dim, 1)
+    scale = scale_of(graph, site.site)
     if match.selection:
         slots, count = chosen_slots(graph, match, site, cache, page_table, written, plan)
         if match.cache.index:
             with made_from(graph, *(node_named(graph, n) for n in (*match.past, *match.shared)[:2])):
-                stored = stored_row(graph, match, plan)
+                stored = stored_row(graph, match, site, plan)
                 cache = named(graph, "latent_cache", aten.slice.Tensor, cache, 2, 0, stored.attended)
                 if scale and stored.dtype is torch.uint8:
                     cache = named(graph, "latent_cache_fp8", aten.view.dtype, cache, torch.float8_e4m3fn)
@@ -55,12 +62,14 @@ def latent_attention(graph: fx.Graph, match: AttentionMatch, site: int, plan: He
             "mla_decode",
             helix.mla_decode.default,
             *(*query, cache, page_table, written, match.scale),
-            **{**reach_of(graph, match), **scale},
+            **{**reach_of(graph, match, site), **scale},
         )
     return getitems(graph, attended, "partial_o", "lse")
 
 
-def _absorbed_query(graph: fx.Graph, match: AttentionMatch, kind: Latent, plan: HelixPlan) -> list[fx.Node]:
+def _absorbed_query(
+    graph: fx.Graph, match: AttentionMatch, kind: Latent, site: AttentionPlan, plan: HelixPlan
+) -> list[fx.Node]:
     """q_latent [B, T, Ht, R] and q_rope [B, T, Ht, r]."""
     q = node_named(graph, match.q)
     of_rope = node_named(graph, kind.q_rope_value) if kind.q_rope_value else q
@@ -70,9 +79,9 @@ def _absorbed_query(graph: fx.Graph, match: AttentionMatch, kind: Latent, plan: 
     with made_from(graph, node_named(graph, kind.w_uk.product)):
         q_latent = named(graph, "q_latent", aten.einsum.default, f"{form},{order}->bthr", [q_nope, w_uk])
     q_rope = _as_bthc(graph, q_rope, kind.q_rope_form)
-    if plan.options.q_proj == "replicate":
+    if makes_its_heads(match, site, plan):
         return [q_latent, q_rope]
-    packed = gathered_query(graph, named(graph, "q_packed", aten.cat.default, [q_latent, q_rope], -1), plan.layout)
+    packed = query_of_rank(graph, named(graph, "q_packed", aten.cat.default, [q_latent, q_rope], -1), match, site, plan)
     split = graph.call_function(aten.split_with_sizes.default, (packed, [kind.kv_lora_rank, len(kind.q_rope)], -1))
     return getitems(graph, split, "q_latent", "q_rope")
 

@@ -2,6 +2,7 @@
 
 positions -> shard_index(kvp_rank) -> slots, visible        the only place that knows ranks and blocks
 positions -> first_visible(kvp_rank, window or chunk)       once for each window and each size of chunks
+positions -> shard_index and first_visible of one rank      where every rank holds the last tokens: ring_slots and so on
 positions clamped to 0 -> rotary tables                     padding is position -1
 layer_i = body(hidden, ..., slots, visible, page_table, cache_i, parameters)
 """
@@ -28,6 +29,7 @@ from helix_compile.ir.graph import (
     input_ref,
     named,
     placeholders,
+    ring_name,
 )
 from helix_compile.ir.leaves import is_leaf_call
 from helix_compile.ir.ops import helix
@@ -35,6 +37,7 @@ from helix_compile.ir.origin import made_from, stands_for
 from helix_compile.ir.shapes import fake_mode_of
 from helix_compile.ir.stage import body_of
 from helix_compile.passes.rewrite.handed import hand_on, handed_to
+from helix_compile.passes.rewrite.parts import step_names
 from helix_compile.passes.runner import PassContext
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import first_visible_input
@@ -110,6 +113,7 @@ def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
         positions = add_input(graph, "input", "positions", ids.meta["val"])
         page_table = add_input(graph, "input", "page_table", ids.meta["val"])
         kvp_rank = add_input(graph, "input", "kvp_rank", scalar)
+        tables = {n: add_input(graph, "input", step_names(n)[2], ids.meta["val"]) for n in plan.rings}
     old = next((n for n in gone if input_ref(n) == POSITION_IDS), None)
     first = next(n for n in graph.nodes if n.op != "placeholder")
     with made_from(graph, *(gone or [ids])), graph.inserting_before(first):
@@ -119,20 +123,34 @@ def _index_tokens(graph: fx.Graph, plan: HelixPlan) -> None:
             helix.shard_index.default, (positions, kvp_rank, plan.layout.kvp, plan.options.tokens_per_block)
         )
         slots, visible = getitems(graph, indexed, "slots", "visible")
-        for window, chunk in _reaches(plan):
+        slots.meta["step"], visible.meta["step"], page_table.meta["step"] = STEP_INPUTS
+        alone = None
+        if tables:
+            alone = named(graph, "only_rank", aten.new_zeros.default, kvp_rank, [])
+            mapped = (positions, alone, 1, plan.options.tokens_per_block)
+            indexed = graph.call_function(helix.shard_index.default, mapped)
+            for name, value in zip(_RING_STEP, getitems(graph, indexed, *_RING_STEP), strict=True):
+                value.meta["step"] = name
+        for ring, table in tables.items():
+            table.meta["step"] = step_names(ring)[2]
+        for window, chunk, ring in _reaches(plan):
             name = first_visible_input(window, chunk)
             mapped = (positions, kvp_rank, plan.layout.kvp, plan.options.tokens_per_block)
+            if ring:
+                name, mapped = ring_name(name), (positions, alone, 1, plan.options.tokens_per_block)
             first = named(graph, name, helix.first_visible.default, *mapped, window, chunk)
             first.meta["step"] = name
-    slots.meta["step"], visible.meta["step"], page_table.meta["step"] = STEP_INPUTS
     if old is not None:
         old.replace_all_uses_with(clamped)
 
 
-def _reaches(plan: HelixPlan) -> list[tuple[int, int]]:
-    """(window, chunk) of every site that forgets, each once."""
+_RING_STEP = step_names(1)[:2]
+
+
+def _reaches(plan: HelixPlan) -> list[tuple[int, int, bool]]:
+    """(window, chunk, is it in a ring) of every site that forgets, each once."""
     sites = (site for body in plan.bodies for site in body.attentions)
-    return list(dict.fromkeys((site.window, site.chunk) for site in sites if site.window or site.chunk))
+    return list(dict.fromkeys((site.window, site.chunk, bool(site.ring)) for site in sites if site.reach))
 
 
 def _argument(
@@ -152,7 +170,7 @@ def _argument(
     if kind == "cache":
         past = [old[r] for part in PARTS if (r := InputRef.past(part, ref.site)) in old]
         past += [old[r] for i in range(len(PARTS)) if (r := InputRef.shared(i, ref.site)) in old]
-        return stands_for(inputs.add(*InputRef.cache(layer.caches[ref.site]), placeholder.meta["val"]), *past)
+        return stands_for(inputs.add(*InputRef.cache(layer.caches[ref.site], ref.ring), placeholder.meta["val"]), *past)
     if kind == "scale":
         return inputs.add(*InputRef.scale(layer.caches[ref.site]), placeholder.meta["val"])
     if kind == "param" and ref not in old:  # cut out of another one

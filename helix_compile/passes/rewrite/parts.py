@@ -20,6 +20,7 @@ from helix_compile.ir.graph import (
     named,
     node_named,
     placeholders,
+    ring_name,
 )
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
@@ -27,8 +28,9 @@ from helix_compile.ir.shapes import fake_mode_of, open_view
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import HeadPadding
 from helix_compile.plan.cache_row import StoredRow, cache_shape, pages_per_sequence
-from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, OuterPlan, ParamShard
+from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, HelixPlan, OuterPlan, ParamShard
 from helix_compile.plan.matches import AttentionMatch, HandedSelection, HeadLinear, HeadRows, LinearPart, UpWeight
+from helix_compile.plan.ring import pages_of
 
 
 def cut_input(graph: fx.Graph, name: str, body: BodyPlan | OuterPlan) -> None:
@@ -87,21 +89,23 @@ def open_views(graph: fx.Graph, names: tuple[str, ...], heads: int) -> None:
 
 
 def append_to_cache(
-    graph: fx.Graph, match: AttentionMatch, site: int, laid_out: Any, *args: int
+    graph: fx.Graph, match: AttentionMatch, plan: AttentionPlan, whole: HelixPlan, laid_out: Any, *args: int
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Append what the new tokens leave, K and V or latents by `laid_out(part, *args)`: (cache, page table, what is visible then).
 
     An index key goes behind the rope part, into the same row. Where an earlier layer has appended, nothing is left to do.
     """
+    site, ring = plan.site, bool(plan.ring)
     keywords = scale_of(graph, site)
-    slots, visible, page_table = (input_named(graph, "step", n) for n in ("slots", "visible", "page_table"))
-    cache = input_named(graph, *InputRef.cache(site))
+    slots, visible, page_table = (input_named(graph, "step", n) for n in step_names(plan.ring))
+    cache = input_named(graph, *InputRef.cache(site, ring))
     if match.shared:
-        return cache, page_table, input_named(graph, *InputRef.written(site))
+        return cache, page_table, input_named(graph, *InputRef.written(site, ring))
     parts = []
     for part in (node_named(graph, n) for n in match.new[:2]):
         with made_from(graph, part):
-            parts.append(graph.call_function(laid_out, (part, *args)))
+            laid = graph.call_function(laid_out, (part, *args))
+            parts.append(heads_of_rank(graph, laid, whole.layout) if ring and match.cache.heads else laid)
     for key in (node_named(graph, n) for n in match.new[2:]):
         if cache.meta["val"].dtype is torch.uint8:  # it is not rounded as they are
             keywords["index_key"] = key
@@ -120,9 +124,39 @@ def scale_of(graph: fx.Graph, site: int) -> dict[str, fx.Node]:
     return {"cache_scale": found[0]} if found else {}
 
 
-def reach_of(graph: fx.Graph, match: AttentionMatch) -> dict[str, fx.Node]:
+def reach_of(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan) -> dict[str, fx.Node]:
     """The first slots that the queries of a site see, as the attention op takes them; nothing where that is slot 0."""
-    return {"first": input_named(graph, "step", match.first_visible)} if match.first_visible else {}
+    name = first_visible_of(match, site)
+    return {"first": input_named(graph, "step", name)} if name else {}
+
+
+def first_visible_of(match: AttentionMatch, site: AttentionPlan) -> str:
+    """The step's input that says it; "" where nothing is forgotten."""
+    return ring_name(match.first_visible) if site.ring else match.first_visible
+
+
+def step_names(ring: int) -> tuple[str, str, str]:
+    """The step's inputs that are slots, visible slots and page table of a cache; of one that has `ring` pages of a sequence."""
+    names = ("slots", "visible", "page_table")
+    return (ring_name(names[0]), ring_name(names[1]), ring_name(f"table_{ring}")) if ring else names
+
+
+def heads_of_rank(graph: fx.Graph, x: fx.Node, layout: HelixLayout) -> fx.Node:
+    """Heads of x [B, T, heads of this rank's tpa, *] that this rank's own query heads read, or that these are."""
+    rank = add_input(graph, "step", "kvp_rank", rank_example(graph))
+    return named(graph, "own_heads", helix.heads_of_rank.default, x, rank, layout.kvp)
+
+
+def makes_its_heads(match: AttentionMatch, site: AttentionPlan, plan: HelixPlan) -> bool:
+    """Is q made of just the heads that a rank attends with?"""
+    return match.cuts_query if site.ring else plan.options.q_proj == "replicate"
+
+
+def query_of_rank(graph: fx.Graph, q: fx.Node, match: AttentionMatch, site: AttentionPlan, plan: HelixPlan) -> fx.Node:
+    """Q [B, T, heads that a rank makes, *] -> of those that it attends with."""
+    if makes_its_heads(match, site, plan):
+        return q
+    return heads_of_rank(graph, q, plan.layout) if site.ring else gathered_query(graph, q, plan.layout)
 
 
 def gathered_query(graph: fx.Graph, q: fx.Node, layout: HelixLayout) -> fx.Node:
@@ -175,15 +209,17 @@ def sum_over_world(node: fx.Node, layout: HelixLayout) -> fx.Node:
     return result
 
 
-def step_examples(graph: fx.Graph, plan: HelixPlan) -> dict[str, Tensor]:
-    """Values that stand for a step's inputs in a body while shapes are propagated."""
+def step_examples(graph: fx.Graph, plan: HelixPlan, rings: Iterable[int] = ()) -> dict[str, Tensor]:
+    """Values that stand for a step's inputs in a body while shapes are propagated; of caches with `rings` pages too (0: not one)."""
     B, T = placeholders(graph)[0].meta["val"].shape[:2]
     pages = pages_per_sequence(plan.options, plan.layout.kvp)
-    return {
-        "slots": _example(graph, (B, T), torch.int64),
-        "visible": _example(graph, (B, T), torch.int32),
-        "page_table": _example(graph, (B, pages), torch.int64),
-    }
+    examples = {}
+    for ring in (0, *dict.fromkeys(filter(None, rings))):
+        slots, visible, table = step_names(ring)
+        examples[slots] = _example(graph, (B, T), torch.int64)
+        examples[visible] = _example(graph, (B, T), torch.int32)
+        examples[table] = _example(graph, (B, pages_of(plan.options.max_seq_len) if ring else pages), torch.int64)
+    return examples
 
 
 def handed_examples(graph: fx.Graph, selection: HandedSelection, plan: HelixPlan) -> dict[str, Tensor]:
@@ -199,16 +235,16 @@ def handed_names(selection: HandedSelection) -> tuple[str, str]:
     return f"{selection.indices}_slots", f"{selection.indices}_count"
 
 
-def stored_row(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> StoredRow:
+def stored_row(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan, plan: HelixPlan) -> StoredRow:
     """How a site's cache holds a token."""
     dtype = node_named(graph, (*match.new, *match.shared)[0]).meta["val"].dtype
-    return match.cache.stored(plan.options.cache_dtype, dtype, plan.layout.tpa)
+    return match.cache.stored(plan.options.cache_dtype, dtype, site.kv_parts(plan.layout))
 
 
-def cache_example(graph: fx.Graph, match: AttentionMatch, plan: HelixPlan) -> Tensor:
+def cache_example(graph: fx.Graph, match: AttentionMatch, site: AttentionPlan, plan: HelixPlan) -> Tensor:
     """The same for one site's cache."""
-    stored = stored_row(graph, match, plan)
-    return _example(graph, cache_shape(stored, plan.options, plan.layout), stored.dtype)
+    stored = stored_row(graph, match, site, plan)
+    return _example(graph, cache_shape(stored, plan.options, plan.layout, site.ring), stored.dtype)
 
 
 def scale_example(graph: fx.Graph) -> Tensor:

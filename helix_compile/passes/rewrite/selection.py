@@ -18,14 +18,14 @@ from helix_compile.ir.graph import add_input, aten, getitems, input_named, named
 from helix_compile.ir.ops import helix
 from helix_compile.ir.origin import made_from
 from helix_compile.passes.rewrite.parts import handed_names, rank_example, stored_row
-from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.plan.helix_plan import AttentionPlan, HelixPlan
 from helix_compile.plan.matches import AttentionMatch, HandedSelection
 
 
 def chosen_slots(
     graph: fx.Graph,
     match: AttentionMatch,
-    site: int,
+    site: AttentionPlan,
     cache: fx.Node,
     page_table: fx.Node,
     visible: fx.Node,
@@ -38,7 +38,7 @@ def chosen_slots(
     assert selection is not None
     cp, tokens_per_block = plan.layout.kvp, plan.options.tokens_per_block
     with made_from(graph, node_named(graph, selection.past)):
-        stored = stored_row(graph, match, plan)
+        stored = stored_row(graph, match, site, plan)
         dtype, start = node_named(graph, match.new[2]).meta["val"].dtype, stored.index_at
         width = selection.width * dtype.itemsize // stored.dtype.itemsize
         keys = named(graph, "index_cache", aten.slice.Tensor, cache, 2, start, start + width)
@@ -62,7 +62,7 @@ def chosen_slots(
             kth = named(graph, "kth_candidate", helix.kth_candidate.default, best, selection.top_k)
         bound = getitems(graph, kth, "kth_score", "kth_position")
         chosen = named(graph, "select_slots", helix.select_slots.default, scores, visible, *bound, *ledger)
-        return getitems(graph, chosen, f"chosen_slots_{site}", f"chosen_count_{site}")
+        return getitems(graph, chosen, f"chosen_slots_{site.site}", f"chosen_count_{site.site}")
 
 
 def _in_order(graph: fx.Graph, name: str, source: str, form: str, wanted: str) -> fx.Node:

@@ -291,6 +291,13 @@ ELEMENTWISE = (
 )
 
 
+def _zeros(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """A zero of the dtype and device of what is given, whose value is not read; more of them are of a size that might be."""
+    given = of(node.args[0])
+    require(not (given and node.args[1]), f"zeros like a value that is {format_layout(given)}")
+    return {}
+
+
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(ELEMENTWISE, elementwise),
@@ -309,6 +316,7 @@ RULES: dict[Any, Rule] = {
     aten.stack.default: _joined,
     aten.expand.default: _expand,
     aten.mean.dim: _mean,
+    aten.new_zeros.default: _zeros,
     aten.layer_norm.default: _norm,
     aten.rms_norm.default: _norm,
     operator.getitem: _getitem,

@@ -82,7 +82,10 @@ def infer_layouts(
 
 def step_layout(node: fx.Node) -> Layout:
     """Layout of an input that is not a parameter. A cache of K and V [pages, page size, K, D] is cut by heads too."""
-    kind, name = input_ref(node)
+    ref = input_ref(node)
+    kind, name = ref
+    if ref.ring:  # the same on every rank, but for the KV heads that each holds
+        return {"world": PerRank()} if kind == "cache" and node.meta["val"].dim() == 4 else {}
     if kind == "cache":
         heads: Layout = {"tpa": Shard(2)} if node.meta["val"].dim() == 4 else {}
         return {"kvp": PerRank(), **heads}
@@ -99,6 +102,8 @@ def step_layout(node: fx.Node) -> Layout:
 
 def _handed_layout(node: fx.Node) -> Layout:
     """Of what a body may hand on besides hidden states: what it wrote, or chose."""
+    if helix_op(node) == "cache_append" and input_ref(node.args[0]).ring:
+        return {}
     return {"kvp": PerRank()} if helix_op(node) == "cache_append" else {"kvp": Chosen()}
 
 

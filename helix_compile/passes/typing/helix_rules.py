@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, WAIT
 from helix_compile.ir.ops import helix
-from helix_compile.ir.sizes import shape_of
+from helix_compile.ir.sizes import hint_of, shape_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import (
     Chosen,
@@ -32,6 +32,8 @@ from helix_compile.passes.typing.aten_rules import Result, Rule, Violation, requ
 def _shard_index(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     positions, rank = (of(a) for a in node.args[:2])
     require(not positions, f"positions are {format_layout(positions)}")
+    if node.args[2] == 1 and not rank:  # of caches that every rank holds by itself
+        return ({}, {})
     require(degrees.kvp == 1 or rank == {"kvp": PerRank()}, f"the rank is {format_layout(rank)}")
     require(node.args[2] == degrees.kvp, f"cp is {node.args[2]}, the mesh has {degrees.kvp}")
     return (dict(rank), dict(rank))
@@ -47,6 +49,8 @@ def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
     cache, _, slots, visible = (of(a) for a in node.args[:4])
     # a cache with heads holds those of the rank's tpa, and so does what is appended
     heads = _heads(degrees) if len(shape_of(node.args[0])) == 4 else {}
+    if _alone(visible, degrees):
+        heads = _own_heads(degrees) if len(shape_of(node.args[0])) == 4 else {}
     require(slots == visible, "slots and visible are not of one rank")
     require(
         cache == {**visible, **heads},
@@ -54,7 +58,7 @@ def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
     )
     # a fused form takes the norm's weight and RoPE's tables besides
     require(
-        all(of(a) == heads for a in node.args[4:6])
+        all(_as_cached(of(a), heads) for a in node.args[4:6])
         and not any(of(a) for a in (node.args[1], *node.args[6:], *node.kwargs.values()) if isinstance(a, fx.Node)),
         "what is appended must be whole on every rank (K and V: the rank's heads)",
     )
@@ -64,11 +68,12 @@ def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
 def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     q_latent, q_rope, cache, table, visible = (of(a) for a in node.args[:5])
     require(q_latent == q_rope, f"q is {format_layout(q_latent)} and {format_layout(q_rope)}")
-    heads = _heads(degrees)
+    alone = _alone(visible, degrees)
+    heads = _owned(degrees) if alone else _heads(degrees)
     require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
     require(cache == visible and not table, "cache and visible are not of one rank")
     _check_keywords(node, of, visible)
-    return _partials(heads, degrees)
+    return (dict(heads), dict(heads)) if alone else _partials(heads, degrees)
 
 
 def _index_scores(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
@@ -184,17 +189,30 @@ def _mla_decode_slots(node: fx.Node, of: Callable[[Any], Layout], degrees: Helix
 
 
 def _gqa_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
-    """Query heads and KV heads are cut over tpa, the slots of a sequence over kvp."""
+    """Query heads and KV heads are cut over tpa, the slots of a sequence over kvp.
+
+    Or all slots that a query sees are on each rank, and query heads are those that it owns; of KV heads it has what these read.
+    """
     q, k_cache, v_cache, table, visible = (of(a) for a in node.args[:5])
-    heads = _heads(degrees)
+    alone = _alone(visible, degrees)
+    heads = _owned(degrees) if alone else _heads(degrees)
     require(q == heads, f"q is {format_layout(q)}, expected {format_layout(heads)}")
     require(
-        k_cache == v_cache == {**visible, **heads},
+        k_cache == v_cache == (_own_heads(degrees) if alone else {**visible, **heads}),
         f"caches are {format_layout(k_cache)}, {format_layout(v_cache)}, visible {format_layout(visible)}",
     )
     require(not table, "the page table must be whole on every rank")
     _check_keywords(node, of, visible)
-    return _partials(heads, degrees)
+    return (dict(heads), dict(heads)) if alone else _partials(heads, degrees)
+
+
+def _heads_of_rank(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Heads of a tpa rank -> of its ranks each its own; KV heads are more than one's where they are fewer than these."""
+    x, rank = (of(a) for a in node.args[:2])
+    require(x == _heads(degrees), f"the value is {format_layout(x)}, expected {format_layout(_heads(degrees))}")
+    require(rank == {"kvp": PerRank()}, f"the rank is {format_layout(rank)}")
+    require(node.args[2] == degrees.kvp, f"heads for {node.args[2]} ranks, kvp has {degrees.kvp}")
+    return _owned(degrees) if hint_of(shape_of(node.args[0])[2]) % degrees.kvp == 0 else _own_heads(degrees)
 
 
 def _check_keywords(node: fx.Node, of: Callable[[Any], Layout], visible: Layout) -> None:
@@ -202,6 +220,26 @@ def _check_keywords(node: fx.Node, of: Callable[[Any], Layout], visible: Layout)
     first, scale = node.kwargs.get("first"), node.kwargs.get("cache_scale")
     require(first is None or of(first) == visible, "the first visible slots and the visible ones are not of one rank")
     require(scale is None or not of(scale), "the scale of the cache must be whole on every rank")
+
+
+def _alone(visible: Layout, degrees: HelixLayout) -> bool:
+    """Does every rank see all that its queries see?"""
+    return degrees.kvp > 1 and not visible
+
+
+def _owned(degrees: HelixLayout) -> Layout:
+    """Heads that a rank owns after an exchange, or attends with alone."""
+    return {"world": Shard(2)} if degrees.world_size > 1 else {}
+
+
+def _own_heads(degrees: HelixLayout) -> Layout:
+    """KV heads that a rank's own query heads read; several ranks may have the same."""
+    return {"world": PerRank()} if degrees.world_size > 1 else {}
+
+
+def _as_cached(layout: Layout, heads: Layout) -> bool:
+    """Is it the rank's heads? Those of a shard of all are what each rank has for itself."""
+    return layout == heads or ("world" in heads and layout == {"world": Shard(2)})
 
 
 def _heads(degrees: HelixLayout) -> Layout:
@@ -309,6 +347,7 @@ HELIX_RULES: dict[Any, Rule] = {
     helix.cache_append.default: _cache_append,
     helix.mla_decode.default: _mla_decode,
     helix.gqa_decode.default: _gqa_decode,
+    helix.heads_of_rank.default: _heads_of_rank,
     helix.index_scores.default: _index_scores,
     helix.topk_candidates.default: _ranks_scores,
     helix.kth_candidate.default: _kth_candidate,

@@ -456,7 +456,7 @@ def _meanings(step: Step) -> dict[tuple[str, ...], Key]:
         if entry.role in (ATTENTION_OUTPUT, LAYER_OUTPUT, LOGITS) or entry.role.startswith(f"{ATTENTION_OUTPUT}_"):
             found[("role", key.place, entry.role)] = key
         elif entry.role == PARAMETER or (key.place == OUTER and not entry.op and entry.layout == "R"):
-            if key.name != "page_table":  # as long as the shards of a layout
+            if "table" not in key.name:  # as long as the shards of a layout
                 found[("input", key.place, key.name)] = key
         elif entry.captured and entry.origin == [key.name] and TOLERANCE.get(entry.dtype) is not None:
             behind = last[(key.place, key.name, str(entry.shape))]

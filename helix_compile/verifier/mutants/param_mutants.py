@@ -223,7 +223,7 @@ def tail_cut_off(compiled: HelixModule) -> None:
 def imported_in_a_row(compiled: HelixModule) -> None:
     ledger = compiled._ledger
 
-    def write(cache: Any, row: int, entries: Any, kvp_rank: int, start: int = 0) -> None:
+    def write(cache: Any, row: int, entries: Any, kvp_rank: int, site: Any, start: int = 0) -> None:
         share = -(-len(entries) // compiled.plan.layout.kvp)
         mine = entries[kvp_rank * share : (kvp_rank + 1) * share]
         cache[ledger.page_table[row, 0], : len(mine)] = mine[: cache.shape[1]]

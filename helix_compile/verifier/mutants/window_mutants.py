@@ -26,7 +26,10 @@ from helix_compile.verifier.mutants.mutant import (
 KEEP: dict[str, Any] = {**A2A, "unmatched": "keep"}
 KEEP_MIXED: dict[str, Any] = {**MIXED, "unmatched": "keep"}
 
+ALONE: dict[str, Any] = {**KEEP, "window": "replicate"}
+
 _windows = partial(mutant, options=KEEP, catalogue=WINDOW_CATALOGUE)
+_alone = partial(mutant, options=ALONE, catalogue=WINDOW_CATALOGUE)
 
 
 def _kernel(name: str, family: int, base: str, kind: str = "kernel", options: dict[str, Any] = KEEP) -> Any:
@@ -125,6 +128,39 @@ def before_the_merge(compiled: HelixModule) -> None:
         with body.graph.inserting_after(whole):
             moved = body.graph.call_function(torch.ops.helix.apply_sinks.default, (decode, lse, whole))
         decode.replace_all_uses_with(moved, delete_user_cb=lambda user, own=moved: user is not own)
+
+
+def _ranks_heads(x: Tensor, rank: Tensor, peers: int) -> Tensor:
+    heads: Tensor = torch.ops.helix.heads_of_rank(x, rank, peers)
+    return heads
+
+
+@_kernel("a ring holds the KV heads that the rank beside reads", 2, "heads_of_rank", "kernel", ALONE)
+def neighbours_kv_heads(x: Tensor, rank: Tensor, peers: int) -> Tensor:
+    return _ranks_heads(x, (rank + 1) % peers, peers)
+
+
+@_alone("a ring begins again one page early", 4, "cache")
+def one_page_short(compiled: HelixModule) -> None:
+    ledger = compiled._ledger
+    for pages, table in ledger.ring_tables.items():
+        ledger.ring_tables[pages] = torch.where(table % pages == pages - 1, table - pages + 1, table)
+
+
+@_alone("the plan's ring is shorter than a window", 9, "plan")
+def short_ring(compiled: HelixModule) -> None:
+    body = compiled.plan.bodies[0]
+    bodies = (replace(body, attentions=(replace(body.attentions[0], ring=1),)), *compiled.plan.bodies[1:])
+    compiled.plan = replace(compiled.plan, bodies=bodies)
+
+
+@_alone("tokens are written to a ring one slot late", 7, "positions")
+def one_slot_on(compiled: HelixModule) -> None:
+    for node in helix_nodes(compiled, "shard_index"):
+        if node.args[2] == 1:
+            with node.graph.inserting_before(node):
+                later = node.graph.call_function(torch.ops.aten.add.Tensor, (node.args[0], 1))
+            node.args = (later, *node.args[1:])
 
 
 def _applied(o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from helix_compile.ir.stage import body_of
 from helix_compile.kernels.exchange import codec_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.matches import AttentionMatch
-from helix_compile.verifier.contract import deal, head_places
+from helix_compile.verifier.contract import head_places
 from helix_compile.verifier.numeric.choice_check import decode_nodes
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerRun, attention_output
 from helix_compile.verifier.numeric.scratch import Scratch
@@ -58,10 +58,10 @@ def check_attention(
     limit = ATTENTION[dtype] + codec_of(scratch.compiled.plan.options).noise
     for rank, o in enumerate(owned):
         tpa = rank // layout.kvp
-        first = rank * heads - tpa * layout.kvp * heads
+        first = 0 if scratch.sites[site].ring else rank * heads - tpa * layout.kvp * heads
         mine = places[rank * heads : (rank + 1) * heads]
         for row, length in enumerate(scratch.lengths):
-            entries = scratch.gathered(site, row, length, tpa).double()
+            entries = scratch.gathered(site, row, length, rank).double()
             q = queries[rank][row, :, first : first + heads]
             own = None if sinks is None else sinks[rank * heads : (rank + 1) * heads]
             seen = _seen(attention, q.shape[0], torch.arange(length), length, keys, row)
@@ -97,14 +97,14 @@ def _blame(
     keys: Tensor | None,
 ) -> tuple[str, int]:
     """Which half is wrong: a rank's own attention over its shard, or what is made of the ranks' parts."""
-    layout, options = scratch.compiled.plan.layout, scratch.compiled.plan.options
+    layout = scratch.compiled.plan.layout
     for rank, values in enumerate(run.values):
         q = terms_of(attention, layout).local_query(decode, values)
         o, lse = _merged(*(x.double() for x in values[decode.name]))
         for row, length in enumerate(scratch.lengths):
             T = q.shape[1]
-            mine = deal(length, layout.kvp, options.tokens_per_block)[rank % layout.kvp]
-            held = scratch.shard(site, row, rank, len(mine)).double()
+            mine = [*scratch.hand(site, length, rank)]
+            held = scratch.shard(site, row, rank, length).double()
             seen = _seen(attention, T, torch.tensor(mine, dtype=torch.int64), length, keys, row)
             s = _scores(q[row], held, attention, seen)
             expected = torch.logsumexp(s, dim=-1)

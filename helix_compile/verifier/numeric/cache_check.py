@@ -15,7 +15,7 @@ from torch import Tensor
 from helix_compile.config.options import PAGE_SIZE
 from helix_compile.module import HelixModule
 from helix_compile.plan.matches import AttentionMatch
-from helix_compile.verifier.contract import deal
+from helix_compile.verifier.contract import deal, kept_in_ring, kv_share
 from helix_compile.verifier.numeric.cache_format import CacheFormat
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.site_terms import new_entries, on_rank, terms_of
@@ -38,9 +38,8 @@ def check_cache(
     """Only the new tokens' slots changed, each on its owner, and they hold the original's latent and roped key; of another
     layer's cache none.
     """
-    plan, dtype = scratch.compiled.plan, getattr(torch, scratch.compiled.plan.dtype)
-    cp, tpb = plan.layout.kvp, plan.options.tokens_per_block
-    row_of, tpa = attention.cache, plan.layout.tpa
+    dtype = getattr(torch, scratch.compiled.plan.dtype)
+    row_of = attention.cache
     new = torch.cat(new_entries(attention, expected), dim=-1)
     scale, limit = float(new.abs().max()), ENTRY[dtype]
     largest = _largest(attention, new)
@@ -51,17 +50,17 @@ def check_cache(
             cache, old = cache.view(torch.uint8), old.view(torch.uint8)
         untouched = torch.ones(cache.shape[:2], dtype=torch.bool)
         for row, past in enumerate(pasts):
-            mine = deal(past + T, cp, tpb)[rank % cp]
-            for slot, position in enumerate(mine):
+            for position, slot in scratch.hand(site, past + T, rank).items():
                 if position < past or attention.shared:
                     continue
-                page = int(scratch.page_table[row, slot // PAGE_SIZE])
+                page = int(scratch.table(site)[row, slot // PAGE_SIZE])
                 untouched[page, slot % PAGE_SIZE] = False
                 held = caches[site][page, slot % PAGE_SIZE].cpu()
                 got = scratch.format.decode(site, held[None])[0].double()
-                wanted = on_rank(new[row, position - past], row_of, rank // cp, tpa)
+                share = scratch.share(site, rank)
+                wanted = on_rank(new[row, position - past], row_of, *share)
                 # a zero head may cache the bias of its norm: it is in no result, and only has to be finite
-                allowed = on_rank(_allowed(position, attention, dtype) * largest, row_of, rank // cp, tpa, 1e300)
+                allowed = on_rank(_allowed(position, attention, dtype) * largest, row_of, *share, 1e300)
                 if scratch.format.rounds:  # where the original's lies at a tie, either is right
                     wrong = scratch.format.followed(site, wanted[None], got[None], allowed[None])[1]
                     wanted = scratch.format.rounded(site, wanted[None])[0]
@@ -125,23 +124,38 @@ def _stand_in_caches(compiled: HelixModule) -> Iterator[None]:
     """Empty caches and an empty batch; the module's own come back afterwards, untouched."""
     caches, ledger = [rank.cache for rank in compiled.ranks], compiled._ledger
     lengths, written, gaps, tails = ledger.lengths, ledger.written, ledger.gaps, ledger.tails
+    deepest = ledger.deepest
     for rank in compiled.ranks:
         # not filled: memory that nobody writes is never really taken
         rank.cache = [torch.empty_like(cache) for cache in rank.cache]
-    ledger.lengths, ledger.written = [], [0] * len(written)
+    ledger.lengths, ledger.written, ledger.deepest = [], [0] * len(written), [0] * len(written)
     try:
         yield
     finally:
         for rank, cache in zip(compiled.ranks, caches, strict=True):
             rank.cache = cache
         ledger.lengths, ledger.written, ledger.gaps, ledger.tails = lengths, written, gaps, tails
+        ledger.deepest = deepest
+
+
+def _ring_fault(table: Tensor, ring: int, pages: int) -> tuple[str, str] | None:
+    """(got, expected) where pages that are in use at the same time are one page, or are none of the cache's."""
+    rows, there = table.shape
+    for first in range(max(1, there - ring + 1)):
+        held = table[:, first : first + ring]
+        if len(held.unique()) != held.numel() or int(held.max()) >= pages:
+            text = f"pages {held.tolist()} hold pages {first} to {first + held.shape[1] - 1} of {rows} sequences"
+            return text, f"{held.numel()} different ones below {pages}"
+    return None
 
 
 def check_import(compiled: HelixModule) -> list[Finding]:
     """Two left-padded sequences, one longer than a page on every rank where capacity allows."""
     options, layout = compiled.plan.options, compiled.plan.layout
     cp, tpb = layout.kvp, options.tokens_per_block
-    longest = min(options.max_seq_len, cp * (PAGE_SIZE + 2 * tpb) + 1)
+    rings, sites = compiled.plan.rings, compiled.plan.cached
+    longest = max(cp * (PAGE_SIZE + 2 * tpb), PAGE_SIZE * (max(rings, default=0) + 1)) + 1
+    longest = min(options.max_seq_len, longest)
     lengths = [longest, max(1, longest // 3)][: options.max_batch_size]
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, compiled.plan.dtype)
@@ -150,10 +164,16 @@ def check_import(compiled: HelixModule) -> list[Finding]:
     mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
     with _stand_in_caches(compiled):
         table = compiled.page_table
-        pages = compiled.ranks[0].cache[0].shape[0]
-        if len(table.unique()) != table.numel() or int(table.max()) >= pages:
+        pages = min(
+            (c.shape[0] for c, s in zip(compiled.ranks[0].cache, sites, strict=True) if not s.ring), default=None
+        )
+        if pages is not None and (len(table.unique()) != table.numel() or int(table.max()) >= pages):
             got = f"{table.numel() - len(table.unique())} pages that two places name, largest {int(table.max())}"
             return [Finding("HX404", "page table", got, f"{table.numel()} pages below {pages}, each once", 4)]
+        for ring in rings:
+            pages = min(c.shape[0] for c, s in zip(compiled.ranks[0].cache, sites, strict=True) if s.ring == ring)
+            if bad := _ring_fault(compiled._ledger.ring_tables[ring].cpu(), ring, pages):
+                return [Finding("HX404", f"page table of rings of {ring} pages", *bad, 4)]
         try:
             halves = [(e[..., :R], e[..., R:]) for e, R in zip(entries, compiled.facts.latent_widths, strict=True)]
             compiled.import_cache([a for a, _ in halves], [b for _, b in halves], lengths, mask)
@@ -164,16 +184,16 @@ def check_import(compiled: HelixModule) -> list[Finding]:
         table, form = compiled.page_table, CacheFormat.of(compiled)
         for rank in compiled.ranks:
             for row, length in enumerate(lengths):
-                mine = deal(length, cp, tpb)[rank.rank % cp]
-                slots = torch.arange(len(mine))
                 for site, cache in enumerate(rank.cache):
-                    held = cache[table[row].cpu()[slots // PAGE_SIZE], slots % PAGE_SIZE]
-                    wanted = on_rank(
-                        entries[site][row, longest - length :][mine],
-                        compiled.facts.caches[site],
-                        rank.rank // cp,
-                        layout.tpa,
-                    )
+                    plan, own = sites[site], table
+                    mine = deal(length, cp, tpb)[rank.rank % cp]
+                    slots = torch.arange(len(mine))
+                    if plan.ring:
+                        mine, own = kept_in_ring(length, plan.ring), compiled._ledger.ring_tables[plan.ring]
+                        slots = torch.tensor(mine, dtype=torch.int64)
+                    held = cache[own[row].cpu()[slots // PAGE_SIZE], slots % PAGE_SIZE]
+                    share = kv_share(plan.heads, plan.kv_heads, rank.rank, layout, bool(plan.ring))
+                    wanted = on_rank(entries[site][row, longest - length :][mine], compiled.facts.caches[site], *share)
                     if form.rounds:
                         held, wanted = (x.cpu().view(torch.uint8) for x in (held, form.encode(site, wanted.cpu())))
                     wrong = (held != wanted).flatten(1).any(dim=-1).nonzero()

@@ -78,14 +78,14 @@ class CacheFormat:
         """Entries are not cached as they are."""
         return self.name != "auto"
 
-    def empty(self, site: int, slots: tuple[int, int], tpa: int) -> Tensor:
-        """A cache [pages, page size, *] of a site in which everything is NaN."""
+    def empty(self, site: int, slots: tuple[int, int], parts: int) -> Tensor:
+        """A cache [pages, page size, *] of a site in which everything is NaN; its KV heads are one of so many parts."""
         row = self.rows[site]
         if not self.rounds:
-            return torch.full((*slots, *row.tail(tpa)), torch.nan, dtype=self.dtype)
+            return torch.full((*slots, *row.tail(parts)), torch.nan, dtype=self.dtype)
         if row.index or self.name == "fp8_ds_mla":
             return torch.full((*slots, self._bytes(row)), 0xFF, dtype=torch.uint8)
-        return torch.full((*slots, *row.tail(tpa)), 0xFF, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        return torch.full((*slots, *row.tail(parts)), 0xFF, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
     def encode(self, site: int, entries: Tensor) -> Tensor:
         """A rank's rows of a site [n, *] as its cache holds them, by the rule; arithmetic in float32 or the wider dtype of entries."""

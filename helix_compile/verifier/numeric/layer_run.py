@@ -15,7 +15,17 @@ from torch.distributed.tensor.placement_types import Partial, Shard
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer
 from helix_compile.ir.collectives import WAIT
 from helix_compile.ir.dataflow import ancestors, evaluate, follow
-from helix_compile.ir.graph import LAYER_NUMBER, aten, calls, helix_op, input_ref, is_call, node_named, placeholders
+from helix_compile.ir.graph import (
+    LAYER_NUMBER,
+    aten,
+    calls,
+    helix_op,
+    input_ref,
+    is_call,
+    node_named,
+    placeholders,
+    ring_name,
+)
 from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Layout
@@ -201,11 +211,7 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
     outer = scratch.graph.graph
     call = next(n for n in outer.nodes if n.op == "call_module" and n.meta["layer"] == layer)
     body = body_of(scratch.graph, call.target)
-    step = {
-        "input_ids": torch.zeros(mask.shape, dtype=torch.int64),
-        "positions": scratch.positions(mask),
-        "page_table": scratch.page_table,
-    }
+    step = scratch.known(torch.zeros(mask.shape, dtype=torch.int64), mask)
     values: list[dict[str, Any]] = [{} for _ in scratch.params]
 
     def record(rank: int, node: fx.Node, value: Any) -> None:
@@ -222,7 +228,8 @@ def run_layer(scratch: Scratch, layer: int, given: LayerInputs, mask: Tensor) ->
                     known[argument] = _chosen(scratch, rank, name, given.handed)
                 elif kind == "written":  # the earlier layer is not run: its tokens are in the cache
                     handed = [n for n in ancestors([argument], until=[]) if _is_handed(n)]
-                    known |= dict.fromkeys(handed, _argument(_step(outer, "visible"), placed, {}))
+                    visible = ring_name("visible") if input_ref(node).ring else "visible"
+                    known |= dict.fromkeys(handed, _argument(_step(outer, visible), placed, {}))
             # what else is computed before the layers does not see that these are others
             inputs.append([given.hidden, *(_argument(a, placed, known) for a in call.args[1:])])
         returned = scratch.run(body, inputs, record)

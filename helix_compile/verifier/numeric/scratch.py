@@ -9,7 +9,7 @@ to: what goes in is moved, and what comes out comes back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +19,11 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from helix_compile.config.options import PAGE_SIZE
-from helix_compile.ir.graph import input_ref, placeholders
+from helix_compile.ir.graph import input_ref, placeholders, ring_name
 from helix_compile.ir.leaves import LeafState, leaf_states
 from helix_compile.module import HelixModule
-from helix_compile.verifier.contract import deal
+from helix_compile.plan.helix_plan import AttentionPlan
+from helix_compile.verifier.contract import deal, kept_in_ring, kv_share
 from helix_compile.verifier.numeric.cache_format import CacheFormat
 from helix_compile.verifier.numeric.reference import WidenedIslands
 from helix_compile.verifier.numeric.site_terms import on_rank, side_by_side
@@ -51,6 +52,8 @@ class Scratch:
 
     Attributes:
         graph: the stage that runs.
+        sites: how the plan holds each cached attention.
+        rings: pages of a ring -> its page table [rows, pages of a sequence].
         params: per rank, name -> tensor.
         caches: per rank, one tensor per cached attention.
         leaves: per rank, the state of each leaf layer.
@@ -65,6 +68,8 @@ class Scratch:
     seed: int = 0
     lengths: list[int] = field(init=False)
     page_table: Tensor = field(init=False)
+    rings: dict[int, Tensor] = field(init=False)
+    sites: tuple[AttentionPlan, ...] = field(init=False)
     caches: list[list[Tensor]] = field(init=False)
     leaves: list[dict[str, LeafState]] = field(init=False)
     format: CacheFormat = field(init=False)
@@ -74,21 +79,52 @@ class Scratch:
         self.lengths = [0] * self.rows
         fullest = len(deal(self.capacity, layout.kvp, options.tokens_per_block)[0])
         pages = max(1, -(-fullest // PAGE_SIZE))
-        total = self.rows * pages + 3  # three that no sequence has
         generator = torch.Generator().manual_seed(self.seed)
-        shuffled = torch.randperm(total, generator=generator)[: self.rows * pages]
-        device = self.compiled.device
-        self.page_table = shuffled.view(self.rows, pages)
+        device, self.sites = self.compiled.device, self.compiled.plan.cached
+        self.page_table = self._dealt(pages, generator)
+        self.rings = {}
+        whole = torch.arange(max(1, -(-self.capacity // PAGE_SIZE)))
+        for ring in sorted({site.ring for site in self.sites if site.ring}):
+            self.rings[ring] = self._dealt(ring, generator)[:, whole % ring]
         self.format = CacheFormat.of(self.compiled)
         self.leaves = [leaf_states(self.graph.graph) for _ in self.params]
         self.caches = []
         for _ in self.params:
             mine = []
             for site in range(len(self.compiled.facts.caches)):
-                cache = self.format.empty(site, (total, PAGE_SIZE), layout.tpa)
-                cache[shuffled] = self._stale(site)
+                pages_here = self.table(site).unique()
+                total = self.rows * (self.sites[site].ring or pages) + 3
+                cache = self.format.empty(site, (total, PAGE_SIZE), self.share(site, 0)[1])
+                cache[pages_here] = self._stale(site)
                 mine.append(cache.to(device))
             self.caches.append(mine)
+
+    def _dealt(self, pages: int, generator: torch.Generator) -> Tensor:
+        """Pages of each sequence [rows, pages], in no order; three more belong to none."""
+        shuffled = torch.randperm(self.rows * pages + 3, generator=generator)
+        return shuffled[: self.rows * pages].view(self.rows, pages)
+
+    def table(self, site: int) -> Tensor:
+        """The page table of a site's cache."""
+        return self.rings[self.sites[site].ring] if self.sites[site].ring else self.page_table
+
+    def share(self, site: int, rank: int) -> tuple[int, int]:
+        """(part, parts) of a site's KV heads that a rank caches."""
+        plan = self.sites[site]
+        return kv_share(plan.heads, plan.kv_heads, rank, self.compiled.plan.layout, bool(plan.ring))
+
+    def hand(self, site: int, length: int, rank: int) -> dict[int, int]:
+        """Position -> slot of what a rank holds of a sequence, in order."""
+        layout, options = self.compiled.plan.layout, self.compiled.plan.options
+        if ring := self.sites[site].ring:
+            return {p: p for p in kept_in_ring(length, ring)}
+        mine = deal(length, layout.kvp, options.tokens_per_block)[rank % layout.kvp]
+        return {p: slot for slot, p in enumerate(mine)}
+
+    def places(self, site: int, row: int, slots: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """(pages, slots in a page) of slots of a sequence."""
+        at = torch.tensor([*slots], dtype=torch.int64)
+        return self.table(site)[row][at // PAGE_SIZE], at % PAGE_SIZE
 
     @property
     def slots(self) -> int:
@@ -97,7 +133,7 @@ class Scratch:
 
     def _stale(self, site: int) -> Tensor:
         row = self.compiled.facts.caches[site]
-        tail = row.tail(self.compiled.plan.layout.tpa)
+        tail = row.tail(self.share(site, 0)[1])
         return self.format.encode(site, torch.full((1, *tail), STALE))[0]
 
     def stale_entry(self, site: int) -> Tensor:
@@ -106,40 +142,38 @@ class Scratch:
 
     def fill(self, site: int, row: int, entries: Tensor) -> None:
         """Lay out a whole sequence's entries [length, first + second] of one site on every rank."""
-        layout, options = self.compiled.plan.layout, self.compiled.plan.options
-        hands = deal(len(entries), layout.kvp, options.tokens_per_block)
         for rank, caches in enumerate(self.caches):
-            mine = hands[rank % layout.kvp]
-            slots = torch.arange(len(mine))
-            pages = self.page_table[row][slots // PAGE_SIZE]
+            hand = self.hand(site, len(entries), rank)
             kind = self.compiled.facts.caches[site]
-            rows = on_rank(entries[mine], kind, rank // layout.kvp, layout.tpa)
-            caches[site][pages, slots % PAGE_SIZE] = self.format.encode(site, rows).to(caches[site])
+            rows = on_rank(entries[[*hand]], kind, *self.share(site, rank))
+            caches[site][self.places(site, row, hand.values())] = self.format.encode(site, rows).to(caches[site])
         self.lengths[row] = len(entries)
 
-    def shard(self, site: int, row: int, rank: int, count: int) -> Tensor:
-        """The first `count` local slots of a sequence on one rank: entries [count, *] of its heads, in float64 where they are FP8."""
-        slots = torch.arange(count)
-        pages = self.page_table[row][slots // PAGE_SIZE]
-        rows = self.caches[rank][site][pages, slots % PAGE_SIZE].cpu()
+    def shard(self, site: int, row: int, rank: int, length: int) -> Tensor:
+        """What a rank holds of a sequence, in order: entries [n, *] of its heads, in float64 where they are FP8."""
+        rows = self.caches[rank][site][self.places(site, row, self.hand(site, length, rank).values())].cpu()
         return side_by_side(self.format.decode(site, rows), self.compiled.facts.caches[site])
 
-    def gathered(self, site: int, row: int, length: int, tpa_rank: int = 0) -> Tensor:
-        """What the ranks of one tpa coordinate hold of a sequence, in order of position: [length, *]."""
-        layout, options = self.compiled.plan.layout, self.compiled.plan.options
-        hands = deal(length, layout.kvp, options.tokens_per_block)
-        held = [self.shard(site, row, tpa_rank * layout.kvp + kvp, len(mine)) for kvp, mine in enumerate(hands)]
-        whole = held[0].new_empty((length, held[0].shape[1]))
-        for mine, entries in zip(hands, held, strict=True):
-            whole[mine] = entries
+    def gathered(self, site: int, row: int, length: int, rank: int = 0) -> Tensor:
+        """What the ranks that share KV heads with one hold of a sequence, in order of position: [length, *]. 0: it is forgotten."""
+        layout = self.compiled.plan.layout
+        first = rank - rank % layout.kvp
+        ranks = [rank] if self.sites[site].ring else range(first, first + layout.kvp)
+        whole: Tensor | None = None
+        for other in ranks:
+            entries = self.shard(site, row, other, length)
+            whole = entries.new_zeros((length, entries.shape[1])) if whole is None else whole
+            whole[[*self.hand(site, length, other)]] = entries
+        assert whole is not None
         return whole
 
     def entries(self, site: int, row: int, length: int) -> Tensor:
         """The whole entries of a sequence, of all the model's KV heads, in order of position: [length, first + second] in float64."""
-        kind, layout = self.compiled.facts.caches[site], self.compiled.plan.layout
+        kind = self.compiled.facts.caches[site]
         if not kind.heads:
             return self.gathered(site, row, length).double()
-        parts = [self.gathered(site, row, length, tpa).double() for tpa in range(layout.tpa)]
+        having = {self.share(site, rank)[0]: rank for rank in reversed(range(len(self.caches)))}
+        parts = [self.gathered(site, row, length, having[part]).double() for part in sorted(having)]
         share = kind.first + kind.second
         cut = [p.split([p.shape[1] * width // share for width in (kind.first, kind.second)], dim=1) for p in parts]
         first, second = (torch.cat([c[i] for c in cut], dim=1) for i in range(2))
@@ -155,12 +189,17 @@ class Scratch:
 
     def step(self, ids: Tensor, mask: Tensor, hook: Hook | None = None) -> list[Tensor]:
         """Append a step; logits [B, T, vocab] of every rank."""
-        known = {"input_ids": ids.to(torch.int64), "positions": self.positions(mask), "page_table": self.page_table}
+        known = self.known(ids.to(torch.int64), mask)
         inputs = [self.inputs_of(rank, known) for rank in range(len(self.params))]
         with running(self.compiled):
             logits = self.run(self.graph, inputs, hook)
         self.lengths = [n + int(new) for n, new in zip(self.lengths, mask.sum(dim=1), strict=True)]
         return logits
+
+    def known(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """The inputs of a step that are alike for all ranks, by name."""
+        tables = {ring_name(f"table_{ring}"): table for ring, table in self.rings.items()}
+        return {"input_ids": ids, "positions": self.positions(mask), "page_table": self.page_table, **tables}
 
     def run(self, graph: fx.GraphModule, inputs: list[list[Any]], hook: Hook | None = None) -> list[Tensor]:
         """Output of every rank, on the CPU; `hook` sees values there too."""

@@ -52,7 +52,8 @@ def check_segments(compiled: HelixModule, seed: int, check: Check) -> None:
             Scratch(compiled, g, params, rows, compiled.plan.options.max_seq_len, seed) for g in (stage, compiled.graph)
         )
         compare = _Compare(compiled.plan.dtype, where)
-        for number, batch in enumerate(batches(scenario, compiled.facts.vocab_size, seed)[:STEPS]):
+        made = batches(scenario, compiled.facts.vocab_size, seed, compiled.plan.longest_step)
+        for number, batch in enumerate(made[:STEPS]):
             try:
                 logits = _step(twice, batch.ids, batch.mask, compare)
             except _Deviates as deviates:
@@ -73,8 +74,8 @@ def check_segments(compiled: HelixModule, seed: int, check: Check) -> None:
 def _step(scratch: Scratch, ids: Tensor, mask: Tensor, compare: _Compare) -> Tensor:
     """Logits of rank 0 by the programs that a step runs, on the verifier's caches."""
     compiled = scratch.compiled
-    step = {"input_ids": ids.to(torch.int64), "positions": scratch.positions(mask), "page_table": scratch.page_table}
-    step = {name: tensor.to(compiled.device) for name, tensor in step.items()}
+    known = scratch.known(ids.to(torch.int64), mask)
+    step = {name: tensor.to(compiled.device) for name, tensor in known.items()}
     with running(compiled):
         programs = [
             Program(rank, scratch.graph, _bound(scratch, rank), compare.code) for rank in range(len(scratch.params))
@@ -86,13 +87,11 @@ def _step(scratch: Scratch, ids: Tensor, mask: Tensor, compare: _Compare) -> Ten
 
 def _bound(scratch: Scratch, rank: int) -> dict[fx.Node, Any]:
     device = scratch.compiled.device
-    values = scratch.inputs_of(rank, dict.fromkeys(_OF_STEP))
+    of_step = scratch.known(torch.zeros(scratch.rows, 1), torch.zeros(scratch.rows, 1))
+    values = scratch.inputs_of(rank, dict.fromkeys(of_step))
     pairs = zip(placeholders(scratch.graph.graph), values, strict=True)
-    found = {node: value for node, value in pairs if input_ref(node).name not in _OF_STEP}
+    found = {node: value for node, value in pairs if input_ref(node).name not in of_step}
     return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in found.items()}
-
-
-_OF_STEP = ("input_ids", "positions", "page_table")
 
 
 class _Compare:

@@ -73,7 +73,7 @@ class GroupedTerms:
     def local_query(self, decode: fx.Node, values: dict[str, Any]) -> Tensor:
         """As query_parts, against the KV heads that the rank caches."""
         q = values[decode.args[0].name].double()
-        kv_heads = q.shape[2] // self.group
+        kv_heads = max(1, q.shape[2] // self.group)
         k = self._spread_over_heads(q, kv_heads)
         return torch.cat([k, k.new_zeros(*k.shape[:3], kv_heads * self.kind.v_width)], dim=-1)
 
@@ -164,13 +164,13 @@ def new_entries(match: AttentionMatch, values: dict[str, Any]) -> Past:
     return entries_of(tuple(part.double() for part in parts))
 
 
-def on_rank(entries: Tensor, row: CacheRow, tpa_rank: int, tpa: int, of_zero_heads: float = 0.0) -> Tensor:
-    """Whole entries [..., first + second] -> a rank's rows as its cache holds them."""
+def on_rank(entries: Tensor, row: CacheRow, part: int, parts: int, of_zero_heads: float = 0.0) -> Tensor:
+    """Whole entries [..., first + second] -> a rank's rows as its cache holds them: one of so many parts of the KV heads."""
     if not row.heads:
         return entries
-    local = -(-row.heads // tpa)
+    local = -(-row.heads // parts)
     rows = []
-    for head in range(tpa_rank * local, (tpa_rank + 1) * local):
+    for head in range(part * local, (part + 1) * local):
         if head >= row.heads:  # a zero head
             rows.append(entries.new_full((*entries.shape[:-1], row.first + row.second), of_zero_heads))
             continue

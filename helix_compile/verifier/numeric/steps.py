@@ -76,7 +76,9 @@ def scenarios(compiled: Any, parameters: int) -> tuple[list[Scenario], list[str]
     # a row that sits out is padding between its tokens, which a window would count
     found = [Scenario("ragged", lengths, decode, options.max_seq_len, idle=len(lengths) > 1 and not reach)]
     # longer than a page on every rank, and then to the last slot
-    full = min(options.max_seq_len, cp * PAGE_SIZE + turn + 1)
+    # and until a ring of the last tokens has begun again
+    full = max(cp * PAGE_SIZE + turn, PAGE_SIZE * (max(compiled.plan.rings, default=0) + 1)) + 1
+    full = min(options.max_seq_len, full)
     if full > affordable:
         notes.append(f"a cache of {full} tokens was not filled step by step: {parameters:,} parameters")
     elif full > 9:
@@ -137,8 +139,8 @@ class Batch:
     mask: Tensor
 
 
-def batches(scenario: Scenario, vocab_size: int, seed: int) -> list[Batch]:
-    """The prompt (left-padded) and the steps of a scenario."""
+def batches(scenario: Scenario, vocab_size: int, seed: int, most: int | None = None) -> list[Batch]:
+    """The prompt (left-padded) and the steps of a scenario; `most`: tokens that a step may have, of a longer prompt the columns in turn."""
     generator = torch.Generator().manual_seed(seed)
     width, rows = max(scenario.lengths), len(scenario.lengths)
     mask = torch.tensor([[0] * (width - n) + [1] * n for n in scenario.lengths])
@@ -149,7 +151,8 @@ def batches(scenario: Scenario, vocab_size: int, seed: int) -> list[Batch]:
         if scenario.idle and number == 2:
             mask[0] = 0
         ids = torch.randint(0, vocab_size, (rows, T), generator=generator)
-        made.append(Batch(ids, mask))
+        cuts = range(0, T, most or T)
+        made += [Batch(ids[:, c : c + (most or T)], mask[:, c : c + (most or T)]) for c in cuts]
     return made
 
 

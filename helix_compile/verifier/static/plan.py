@@ -18,9 +18,9 @@ from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_call, is
 from helix_compile.ir.sizes import hint_of
 from helix_compile.ir.stage import bodies_of, body_of
 from helix_compile.passes.match.vocabulary import find_vocabulary
-from helix_compile.plan.helix_plan import BodyPlan, HelixPlan
+from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, HelixPlan
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, Selection
-from helix_compile.verifier.contract import head_places, places_of
+from helix_compile.verifier.contract import PAGE, head_places, places_of
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static.graph import COLLECTIVES
 
@@ -64,8 +64,9 @@ def check_plan(
             expect(f"{where}: top_k", attention.top_k, _top_k(found), 16)
             if attention.top_k and options.topk_exchange != "auto":
                 expect(f"{where}: topk_exchange", attention.topk_exchange, options.topk_exchange, 9)
-            if options.v_up != "auto":
+            if options.v_up != "auto" and not attention.ring:
                 expect(f"{where}: v_up", attention.v_up, options.v_up, 9)
+            findings += _ring(attention, found, plan, where)
         for ffn in body.ffns:
             if ffn.kind == "routed":
                 where, experts = f"plan, {body.name}, {ffn.kind} FFN", match.moes[ffn.site].num_experts
@@ -74,6 +75,27 @@ def check_plan(
                     expect(f"{where}: experts % ep", experts % layout.ep, 0, 12)
         findings += _cuts(body)
         findings += _shard_axes(body, match, plan)
+    return findings
+
+
+def _ring(attention: AttentionPlan, found: AttentionMatch, plan: HelixPlan, where: str) -> list[Finding]:
+    """Where every rank holds the last tokens: as the option says, and enough of them for a window, a token and what it begins."""
+    options, findings = plan.options, []
+    reach = found.window or found.chunk
+    allowed = {"shard": (False,), "replicate": (bool(reach),)}.get(options.window, (False, bool(reach)))
+    if bool(attention.ring) not in allowed:
+        text = f"{attention.ring} pages on every rank"
+        findings.append(
+            Finding("HX302", f"{where}: window={options.window!r}", text, f"{allowed} for a reach of {reach}", 9)
+        )
+    # tokens of a window lie on so many pages where the last one begins a page
+    needed = min(2 + max(0, reach - 2) // PAGE, -(-options.max_seq_len // PAGE)) if reach > 1 else 1
+    if attention.ring and attention.ring < needed:
+        findings.append(
+            Finding(
+                "HX302", f"{where}: pages of a ring", str(attention.ring), f"at least {needed} for {reach} tokens", 7
+            )
+        )
     return findings
 
 
@@ -137,11 +159,12 @@ def _shard_axes(body: BodyPlan, match: LayerMatch, plan: HelixPlan) -> list[Find
     """Options that only move weights must have moved them: W_UV over all ranks if it is applied after the exchange."""
     findings = []
     for site, found in zip(body.attentions, match.attentions, strict=False):
-        moved = {"q": plan.options.q_proj == "gather", "v_up": site.v_up == "after"}
+        own_query = site.ring and all(uncut.what != "q" for uncut in found.uncut)
+        moved = {"q": plan.options.q_proj == "gather" or own_query, "v_up": site.v_up == "after"}
         wanted = {part.name: "world" if moved.get(side) else "tpa" for side, part in found.cuts}
         wanted[found.o_weight] = "world"
         if found.sinks:
-            wanted[found.sinks.name] = "tpa" if plan.options.merge == "ag_rs" else "world"
+            wanted[found.sinks.name] = "tpa" if plan.options.merge == "ag_rs" and not site.ring else "world"
         for name, axis in wanted.items():
             shard = body.shard(name)
             axes = None if shard is None else tuple(c.axis for c in shard.cuts)
@@ -177,7 +200,8 @@ def matched_bodies(
 def expected_collectives(match: LayerMatch, plan: HelixPlan) -> Counter[tuple[str, str]]:
     """(op, axis) -> how many a body must have, by the options (helix-algorithm, sections 6 and 8)."""
     options, layout, count = plan.options, plan.layout, Counter[tuple[str, str]]()
-    sites = len(match.attentions)
+    planned = plan.body(match.body).attentions
+    sites = sum(not site.ring for site in planned)  # of the others a rank has all that it needs
     if layout.kvp > 1:
         if options.merge == "a2a":
             count[("all_to_all_single", "kvp")] += sites
@@ -194,7 +218,7 @@ def expected_collectives(match: LayerMatch, plan: HelixPlan) -> Counter[tuple[st
     if layout.world_size > 1:
         shared = {m.shared for m in match.moes}
         sums = sum(f.down not in shared for f in match.dense_ffns) + len(match.moes)
-        count[("all_reduce", "world")] += sites + sums
+        count[("all_reduce", "world")] += len(match.attentions) + sums
     return count
 
 
@@ -240,8 +264,10 @@ def check_work(
             for n in body.graph.nodes
             if helix_op(n) in ("mla_decode", "gqa_decode", "mla_decode_slots") and "val" in n.args[0].meta
         )
-        heads = (
-            sum(len(head_places(a.num_heads, a.cache.heads, plan.layout)) for a in match.attentions) // plan.layout.tpa
+        heads = sum(
+            len(head_places(a.num_heads, a.cache.heads, plan.layout))
+            // (plan.layout.tpa * (plan.layout.kvp if p.ring else 1))
+            for a, p in zip(match.attentions, plan.body(name).attentions, strict=True)
         )
         if attended != heads:
             got_text = f"attention over the cache for {attended} heads a rank"

@@ -36,9 +36,14 @@ def check_scales(ranks: Sequence[Any], plan: HelixPlan, sites: int) -> list[Find
 def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
     """Run the graph's own shard_index on three turns of positions: the owner and slot of each must be as dealt."""
     nodes = [n for n in graph.graph.nodes if helix_op(n) == "shard_index"]
-    if len(nodes) != 1:
-        return [Finding("HX301", "outer graph", f"{len(nodes)} shard_index", "one", 7)]
-    node, cp, tpb = nodes[0], plan.layout.kvp, plan.options.tokens_per_block
+    cached = plan.cached
+    wanted = [1] * any(site.ring for site in cached) + [plan.layout.kvp] * any(not site.ring for site in cached)
+    if (got := sorted(int(n.args[2]) for n in nodes)) != wanted:
+        return [Finding("HX301", "outer graph", f"shard_index over {got} ranks", f"over {wanted}", 7)]
+    return [finding for node in nodes for finding in _dealt(node, int(node.args[2]), plan.options.tokens_per_block)]
+
+
+def _dealt(node: fx.Node, cp: int, tpb: int) -> list[Finding]:
     length = 3 * cp * tpb + 1
     hands = deal(length, cp, tpb)
     positions = torch.arange(-1, length)[None]
@@ -65,11 +70,13 @@ _ATTENTION = ("mla_decode", "mla_decode_slots", "gqa_decode")
 
 def check_reach(graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch]) -> list[Finding]:
     """What each body is told of windows and chunks: the first slot that a query sees, against keys counted one by one."""
-    cp, tpb, findings = plan.layout.kvp, plan.options.tokens_per_block, []
+    tpb, findings = plan.options.tokens_per_block, []
     for call in [n for n in graph.graph.nodes if n.op == "call_module" and n.target in matches]:
         given = dict(zip(placeholders(body_of(graph, call.target).graph), call.args, strict=True))
         decodes = [n for n in body_of(graph, call.target).graph.nodes if helix_op(n) in _ATTENTION]
-        for decode, site in zip(decodes, matches[call.target].attentions, strict=False):
+        planned = plan.body(call.target).attentions
+        for decode, site, held in zip(decodes, matches[call.target].attentions, planned, strict=False):
+            cp = 1 if held.ring else plan.layout.kvp
             first, where = decode.kwargs.get("first"), f"`{decode.name}` of layer {call.meta['layer']}"
             reach = site.window or site.chunk
             if not reach or first is None:
@@ -81,6 +88,9 @@ def check_reach(graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, Layer
             node = given.get(first)
             if node is None or helix_op(node) != "first_visible":
                 findings.append(Finding("HX301", where, f"`{node}` as first visible slots", "first_visible", 7))
+                continue
+            if node.args[2] != cp:
+                findings.append(Finding("HX301", where, f"`{node}` of {node.args[2]} ranks", f"of {cp}", 7))
                 continue
             findings += _first_slots(node, site, where, cp, tpb, 2 * reach + 2 * cp * tpb + 1)
     return findings
@@ -136,7 +146,8 @@ def check_rank_order(
     findings = []
     for name, body, match in matched_bodies(graph, matches):
         packs = [n for n in body.graph.nodes if helix_op(n) == "pack_heads"]
-        for pack, found in zip(packs, match.attentions, strict=False):
+        exchanging = [a for a, p in zip(match.attentions, plan.body(name).attentions, strict=False) if not p.ring]
+        for pack, found in zip(packs, exchanging, strict=False):
             exchange = _exchange_of(body.graph, pack)
             if exchange is None:
                 got = "no unpack_heads and merge_lse behind it"

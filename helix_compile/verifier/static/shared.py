@@ -7,7 +7,7 @@ import operator
 from torch import fx
 
 from helix_compile.capture.captured import CapturedGraph
-from helix_compile.ir.graph import helix_op, input_ref, placeholders
+from helix_compile.ir.graph import InputRef, helix_op, input_ref, placeholders
 from helix_compile.ir.leaves import is_leaf_call
 from helix_compile.ir.stage import body_of
 from helix_compile.verifier.report import Finding
@@ -25,16 +25,15 @@ def check_caches(graph: fx.GraphModule, captured: CapturedGraph) -> list[Finding
                 continue
             wanted = layer.caches[ref.site]
             where = f"layer {layer.index}, input {ref.name}"
-            if ref.kind == "cache" and input_ref(argument).name != f"cache_{wanted}":
+            name = InputRef.cache(wanted, ref.ring).name
+            if ref.kind == "cache" and input_ref(argument).name != name:
                 owner = next(x.index for x in captured.layers if wanted in x.own)
                 findings.append(
-                    Finding("HX109", where, input_ref(argument).name, f"cache_{wanted}, which layer {owner} writes", 4)
+                    Finding("HX109", where, input_ref(argument).name, f"{name}, which layer {owner} writes", 4)
                 )
-            if ref.kind == "written" and (got := _appended_to(graph, argument)) != f"cache_{wanted}":
+            if ref.kind == "written" and (got := _appended_to(graph, argument)) != name:
                 findings.append(
-                    Finding(
-                        "HX109", where, f"`{argument}`: {got}", f"what is visible once cache_{wanted} is appended to", 7
-                    )
+                    Finding("HX109", where, f"`{argument}`: {got}", f"what is visible once {name} is appended to", 7)
                 )
     return findings
 
