@@ -20,7 +20,7 @@ from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.checks import check_model, check_surroundings, raised_not_logged
 from helix_compile.capture.model import capture
 from helix_compile.capture.program import capture_program, load_program
-from helix_compile.checkpoint.configuration import TEXT_PREFIXES, read_configuration
+from helix_compile.checkpoint.configuration import TEXT_PREFIXES, other_format, read_configuration
 from helix_compile.checkpoint.model import load_whole, open_checkpoint
 from helix_compile.errors import CaptureError
 from helix_compile.ir.graph import input_ref, inputs_of
@@ -162,7 +162,7 @@ def _check_checkpoint_folder(folder: Path) -> None:
             "merge it first (peft: model.merge_and_unload(), then save_pretrained) and pass that folder"
         )
     if not (folder / "config.json").is_file():
-        raise CaptureError(f"{folder} is not a checkpoint folder: it has no config.json")
+        raise CaptureError(f"{folder} is not a checkpoint folder: it has no config.json{other_format(folder)}")
 
 
 def load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[nn.Module, tuple[str, ...]]:

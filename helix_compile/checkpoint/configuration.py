@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from helix_compile.errors import CheckpointError
 
@@ -53,12 +53,15 @@ SPELLINGS = (
     ("dtype", "torch_dtype"),
 )
 
+# rope types that releases still state by the name that they had before
+OLD_ROPES = {"su": "longrope"}
+
 _SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 # keys that the class does not read: these values are what it computes, others would be computed wrongly
 MEANT: dict[str, dict[str, tuple[Any, ...]]] = {
     "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
-    "deepseek_v2": {"scoring_func": ("softmax",), "moe_layer_freq": (1,)},
+    "deepseek_v2": {"scoring_func": ("softmax",), "moe_layer_freq": (1,), "use_mla": (True,)},
 }
 
 TEXT_KEYS = ("text_config", "language_config", "llm_config")
@@ -69,6 +72,16 @@ _OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _OF_THE_WRAPPER = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
 # at least one group of experts: published files say null where there are no groups
 _ONE_IF_NULL = ("n_group", "topk_group")
+
+
+# folders of other tools: how a file's name ends, and what can be done
+_OTHER_FORMATS = {
+    "params.json": "Mistral's own format, which is not read: take the release's config.json and model-*.safetensors",
+    ".gguf": "of llama.cpp, which is not read: take the release's safetensors",
+    "model_index.json": "of a pipeline of diffusers: pass the folder of its text model",
+    "rank0.engine": "of a built TensorRT engine, which holds no weights to cut: take the release's safetensors",
+    ".distcp": "of torch.distributed.checkpoint: write it by save_pretrained first",
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,8 @@ def read_configuration(path: Path) -> Configuration:
             does not take.
     """
     file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file}: can't be read: there is no such file{other_format(file.parent)}")
     stated = _json(file)
     outer = stated.pop("quantization_config", None)
     notes: list[str] = []
@@ -160,15 +175,50 @@ def _text_model(file: Path, stated: dict[str, Any], notes: list[str]) -> tuple[d
     """The part of a wrapper's configuration that is its text model's."""
     kind = stated.get("model_type")
     _refuse_known(file, kind)
-    key = next((k for k in TEXT_KEYS if isinstance(stated.get(k), dict) and stated[k].get("model_type")), None)
-    whole = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
-    if key is None or whole:
+    key = next((k for k in TEXT_KEYS if isinstance(stated.get(k), dict) and _says_what(stated[k])), None)
+    if key is None or _is_language_model(kind):
         return stated, False
     text = {**{k: stated[k] for k in _OF_THE_WRAPPER if stated.get(k) is not None}, **stated[key]}
     others = [k for k in stated if k.endswith("_config") and k != key and isinstance(stated[k], dict)]
     beside = f"; {', '.join(others)} left out" if others else ""
-    notes.append(f"{kind}: its text model ({key}: {text['model_type']}) is taken{beside}")
+    named = text.get("model_type") or text["architectures"][0]
+    notes.append(f"{kind}: its text model ({key}: {named}) is taken{beside}")
     return text, True
+
+
+def _says_what(text: dict[str, Any]) -> bool:
+    """DeepSeek-OCR's names a class, and no model_type."""
+    return bool(text.get("model_type") or text.get("architectures"))
+
+
+def _is_language_model(kind: Any) -> bool:
+    """Its causal language model takes this configuration, and not a part of it, nor images besides (Llama 4, Gemma 3)."""
+    if kind not in CONFIG_MAPPING or (config := CONFIG_MAPPING[kind]) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    return model.config_class is config and not model.__name__.endswith("ForConditionalGeneration")
+
+
+def _kind_by_class(file: Path, stated: dict[str, Any], notes: list[str]) -> str:
+    """The model_type of a configuration that names a class of transformers alone."""
+    named = next(iter(stated.get("architectures") or ()), None)
+    kinds = [kind for kind, own in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if own == named]
+    if not kinds:
+        beside = f" (architectures: {named})" if named else ""
+        raise CheckpointError(
+            f"{file}: model_type is {stated.get('model_type')!r}{beside}; expected the name of an architecture"
+        )
+    notes.append(f"no model_type: read as {kinds[0]}, whose class {named} is")
+    return kinds[0]
+
+
+def other_format(folder: Path) -> str:
+    """What a folder without config.json holds instead, as the end of a sentence; "" where that says nothing."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    for ending, what in _OTHER_FORMATS.items():
+        if found := next((name for name in names if name.endswith(ending)), None):
+            return f"; {found} is {what}"
+    return ""
 
 
 def _refuse_known(file: Path, kind: Any) -> None:
@@ -188,7 +238,7 @@ def _check_dtype(file: Path, key: str, said: Any) -> None:
 def _built(file: Path, stated: dict[str, Any], notes: list[str]) -> PretrainedConfig:
     kind = stated.get("model_type")
     if not isinstance(kind, str):
-        raise CheckpointError(f"{file}: model_type is {kind!r}; expected the name of an architecture")
+        kind = _kind_by_class(file, stated, notes)
     _refuse_known(file, kind)
     for key in ("dtype", "torch_dtype"):
         _check_dtype(file, key, stated.get(key))
@@ -213,6 +263,7 @@ def _built(file: Path, stated: dict[str, Any], notes: list[str]) -> PretrainedCo
     for key in _ONE_IF_NULL:
         if key in given and given[key] is None:
             given[key] = 1
+    _rename_rope(given, notes)
     activation = given.get("hidden_act")
     if activation is not None and activation not in ACT2FN:
         raise CheckpointError(f"{file}: hidden_act {activation!r} is no activation of transformers")
@@ -236,6 +287,14 @@ def _respell(file: Path, values: dict[str, Any], cls: type[PretrainedConfig]) ->
             continue
         if given:
             values[own] = values.pop(next(iter(given)))
+
+
+def _rename_rope(values: dict[str, Any], notes: list[str]) -> None:
+    for table in (name for name in ("rope_scaling", "rope_parameters") if isinstance(values.get(name), dict)):
+        for key in ("type", "rope_type"):
+            if (old := values[table].get(key)) in OLD_ROPES:
+                values[table] = {**values[table], key: OLD_ROPES[old]}
+                notes.append(f"{table}: {key} {old!r} is read as {OLD_ROPES[old]!r}, its name today")
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from helix_compile.checkpoint.computed import computed_tensors
 from helix_compile.checkpoint.configuration import TEXT_PREFIXES, Configuration, read_configuration
 from helix_compile.checkpoint.entries import Entries, Entry, read_entries
 from helix_compile.checkpoint.files import FLOATS, CheckpointFiles
@@ -56,11 +57,13 @@ class Checkpoint:
     Attributes:
         model: transformers' model on the meta device, in eval mode.
         weights: where its parameters are read from.
+        computed: names of tensors that no checkpoint holds.
         notes: what the checkpoint holds beyond the model.
     """
 
     model: PreTrainedModel
     weights: CheckpointWeights
+    computed: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -81,16 +84,17 @@ def open_checkpoint(folder: Path, dtype: torch.dtype | None, device: torch.devic
     entries = read_entries(files, stated)
     model = _meta_model(folder, read, dtype or read.config.dtype or _stored_dtype(entries))
     assembly = assemble(model, entries, str(folder), TEXT_PREFIXES if read.wrapped else ())
-    computed = computed_buffers(model)
+    computed = computed_tensors(model)
     _untie(model, files, entries, assembly)
     like = {
         name: tensor.detach()
         for named in (model.named_parameters, model.named_buffers)
         for name, tensor in named(remove_duplicate=False)
     }
+    like |= {name: tensor.to("meta") for name, tensor in computed.items()}
     weights = CheckpointWeights(files, entries, assembly, like, computed, device)
     notes = (*read.notes, *_quantised_notes(stated, entries, model.dtype), *assembly.notes)
-    return Checkpoint(model, weights, notes)
+    return Checkpoint(model, weights, tuple(computed), notes)
 
 
 def load_whole(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -103,7 +107,7 @@ def load_whole(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     model, weights = checkpoint.model, checkpoint.weights
     held = {name: weights[name] for name in weights}  # a tied tensor is one, under both names
     model.load_state_dict({name: held[name] for name in model.state_dict()}, assign=True)
-    for name, _ in list(model.named_non_persistent_buffers(remove_duplicate=False)):
+    for name in checkpoint.computed:
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, held[name])
     model.tie_weights()
@@ -150,42 +154,6 @@ def _meta_model(folder: Path, read: Configuration, dtype: torch.dtype) -> PreTra
         # grouped_mm is traced differently on each device; this form is not, and the FFN pass replaces either
         model.set_experts_implementation("batched_mm")
     return model.eval()
-
-
-def computed_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Values of the buffers that no checkpoint holds (rotary frequencies), on the CPU; `model` stays on meta.
-
-    transformers computes them in _init_weights. It is asked twice, over zeros and over ones: what it left as it was
-    would differ.
-
-    Raises:
-        CheckpointError: a buffer that it does not compute.
-    """
-    names = [name for name, _ in model.named_non_persistent_buffers(remove_duplicate=False)]
-    first, second = (_computed_over(model, names, fill) for fill in (0, 1))
-    for name in names:
-        if not torch.equal(first[name], second[name]):
-            raise CheckpointError(
-                f"{type(model).__name__}: buffer {name} is in no checkpoint and transformers does not compute it; "
-                "load the model by from_pretrained and pass it instead of the folder"
-            )
-    return first
-
-
-def _computed_over(model: PreTrainedModel, names: list[str], fill: int) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = {}
-    for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
-        module = model.get_submodule(owner)
-        on_meta = {n: module.get_buffer(n) for n in module._non_persistent_buffers_set}
-        for name, buffer in on_meta.items():
-            setattr(module, name, torch.full_like(buffer, fill, device="cpu"))
-        try:
-            model._init_weights(module)
-            values |= {f"{owner}.{n}" if owner else n: module.get_buffer(n) for n in on_meta}
-        finally:
-            for name, buffer in on_meta.items():
-                setattr(module, name, buffer)
-    return values
 
 
 def _untie(model: PreTrainedModel, files: CheckpointFiles, entries: Entries, assembly: Assembly) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from helix_compile.checkpoint.configuration import read_configuration
+from helix_compile.checkpoint.configuration import other_format, read_configuration
 from helix_compile.errors import CheckpointError
 from helix_compile.models.presets import PRESETS, build_model, preset_config
 
@@ -42,6 +43,10 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
         if meta or dtype is not None:
             raise ValueError("an exported program has its weights and dtype; drop --meta and --dtype")
         return path
+    elif path.is_file() and path.suffix in (".gguf", ".safetensors", ".bin", ".pt", ".pth"):
+        raise CheckpointError(
+            f"{name}: got a file of weights, expected a config.json or a folder that holds it{other_format(path.parent)}"
+        )
     elif path.exists():
         read = read_configuration(path)
         config, model_class, notes = read.config, read.model_class, read.notes
@@ -50,7 +55,7 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
         raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name{hub}")
     stated = getattr(config, "dtype", None)
     default = stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
-    with _built_of(name):
+    with _built_of(name, config):
         if not meta:
             _check_memory(config, chosen or default, model_class)
         model = build_model(config, dtype=chosen or default, meta=meta, model_class=model_class)
@@ -59,11 +64,16 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
 
 
 @contextmanager
-def _built_of(name: str) -> Iterator[None]:
+def _built_of(name: str, config: Any) -> Iterator[None]:
     """A value that transformers' class can't be built with ("40" for a factor) is the configuration's fault."""
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+        said = getattr(config, "rope_parameters", None) or {}
+        if isinstance(error, KeyError) and (kind := error.args[0]) in (said.get("rope_type"), said.get("type")):
+            raise CheckpointError(
+                f"{name}: rope_type {kind!r} is none that transformers makes: {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
+            ) from error
         raise CheckpointError(
             f"{name}: transformers can't build this model: {type(error).__name__}: {error} "
             f"(in {Path(traceback.extract_tb(error.__traceback__)[-1].filename).name}); a value of another kind than expected?"

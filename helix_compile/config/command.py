@@ -6,6 +6,7 @@ value of a key without effect here, and is refused elsewhere, with its line.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -21,9 +22,12 @@ from helix_compile.errors import PlanError
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
 _MODULES = {
     "vllm.entrypoints.openai.api_server": "vLLM",
+    "vllm.entrypoints.api_server": "vLLM",
     "sglang.launch_server": "SGLang",
     "tensorrt_llm.commands.serve": "TensorRT-LLM",
 }
+# NVIDIA Dynamo's workers: an engine's flags with some of their own
+_WORKERS = {"dynamo.vllm": "vLLM", "dynamo.sglang": "SGLang", "dynamo.trtllm": "TensorRT-LLM"}
 _SERVE = {"vllm": "vLLM", "sglang": "SGLang"}
 _NO_LAUNCH = (
     "echo",
@@ -48,6 +52,7 @@ class Command:
         environment: variables that it sees of those that the text sets.
         files: path -> text of files that the text writes before.
         model_first: one word that no flag takes is the model.
+        worker: it is one of Dynamo's workers, which takes flags of its own besides.
     """
 
     engine: str
@@ -55,6 +60,7 @@ class Command:
     environment: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     model_first: bool = True
+    worker: bool = False
 
 
 def read_command(text: str, where: str) -> Command:
@@ -79,9 +85,11 @@ def read_command(text: str, where: str) -> Command:
             f"{where}: got flags apart from the command ({flags[0].words[0]} ..., line {flags[0].line}), expected them behind "
             "it; a line that goes on ends in a backslash"
         )
+    if not found and (nested := _nested(commands)):
+        return read_command(nested, where)
     if len(found) != 1:
         lines = ", ".join(str(c.line) for c, *_ in found)
-        what = f"{len(found)} commands of an engine (lines {lines})" if found else "no command of an engine"
+        what = f"{len(found)} commands of an engine (lines {lines})" if found else _no_command(commands)
         raise PlanError(
             f"{where}: got {what}, expected one: `vllm serve MODEL --flags`, `python -m sglang.launch_server --flags`, "
             "`trtllm-serve MODEL --flags`, or its flags alone"
@@ -90,8 +98,26 @@ def read_command(text: str, where: str) -> Command:
     command, engine, at = found[0]
     _check_seen(command, where)
     before = dict(w.split("=", 1) for w in command.words[:at] if _ASSIGNMENT.fullmatch(w))  # env A=B, docker -e A=B
-    module = command.words[at - 1] in _MODULES
-    return Command(engine, command.words[at:], {**command.environment, **before}, command.files, not module)
+    program = command.words[at - 1]
+    seen = {**command.environment, **before}
+    is_module = program in _MODULES or program in _WORKERS
+    return Command(engine, command.words[at:], seen, command.files, not is_module, program in _WORKERS)
+
+
+def _nested(commands: list[ShellCommand]) -> str:
+    """The one word that is a launch of its own: ssh HOST 'vllm serve ...', ray exec FILE "..."."""
+    words = [w for c in commands for w in c.words if not isinstance(w, OpenWord) and " " in w]
+    launches = [w for w in words if _engine(w.split())[0]]
+    return launches[0] if len(launches) == 1 else ""
+
+
+def _no_command(commands: list[ShellCommand]) -> str:
+    """What stands there in place of a launch."""
+    for command in commands:
+        for word, following in itertools.pairwise(command.words):
+            if PurePosixPath(word).name in _SERVE and not following.startswith("-"):
+                return f"`{PurePosixPath(word).name} {following}`, which starts no server"
+    return "no command of an engine"
 
 
 def _check_seen(command: ShellCommand, where: str) -> None:
@@ -106,8 +132,8 @@ def _engine(words: list[str]) -> tuple[str, int]:
     """(whose command it is, place of its first argument)."""
     for i, word in enumerate(words):
         name, following = PurePosixPath(word).name, words[i + 1 : i + 2]
-        if word in _MODULES:
-            return _MODULES[word], i + 1
+        if word in _MODULES or word in _WORKERS:
+            return {**_MODULES, **_WORKERS}[word], i + 1
         if name in _SERVE and following == ["serve"]:
             return _SERVE[name], i + 2
         if name == "trtllm-serve":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import reprlib
 import tomllib
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -87,6 +88,13 @@ def read_source(source: Mapping[str, Any] | str | Path) -> Source:
     if isinstance(source, str) and _is_command(source) and not _is_file(source):
         return Source("command", None, source)
     suffix, folder = Path(source).suffix.lower(), Path(source).parent
+    if suffix == ".py" or (isinstance(source, str) and re.match(r"[\w.]+\(.*=", source) and not _is_file(source)):
+        raise PlanError(
+            f"{source}: got Python, expected a file of options or the text of a command: write the arguments of LLM(...) into a "
+            ".yaml file (tensor_parallel_size: 8), or pass them as a mapping to from_vllm, from_sglang or from_trtllm"
+        )
+    if not str(source).strip():
+        raise PlanError("configuration: got an empty text, expected the path of a file or the text of a command")
     if suffix in COMMANDS:
         return Source(str(source), None, _text(source), folder)
     parse = PARSERS.get(suffix)

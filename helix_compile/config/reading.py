@@ -10,6 +10,7 @@ from typing import Any
 
 from helix_compile.config.command import Command, arguments, as_mapping, read_command
 from helix_compile.config.files import ConfigSection, Source, read_options, read_source
+from helix_compile.config.keys_dynamo import SHORT_TRTLLM, WORKER, is_of_prefill
 from helix_compile.config.keys_sglang import SGLANG
 from helix_compile.config.keys_trtllm import (
     COMMAND_CACHE,
@@ -99,11 +100,19 @@ def _read_command(found: Source, engine: str | None, lenient: bool) -> ConfigFie
 
 
 def _said(command: Command, keys: EngineKeys, found: Source) -> tuple[dict[str, Any], list[str]]:
-    """(what the flags say, keys without effect whose value the text leaves open)."""
-    values = arguments(command, keys, found.where)
+    """(what the flags say, keys without effect whose value the text leaves open, or that are of Dynamo's worker)."""
+    known = keys
+    if command.worker:
+        short = {**keys.short, **SHORT_TRTLLM} if keys.name == TRTLLM.name else keys.short
+        known = replace(keys, without_effect={**WORKER, **keys.without_effect}, short=short)
+    values = arguments(command, known, found.where)
     if not values:
         raise PlanError(f"{found.where}: got no flags of {keys.name}, expected options")
     idle = [key for key, value in values.items() if isinstance(value, OpenWord)]
+    own = {key: value for key, value in values.items() if key not in keys.kinds and key in WORKER and command.worker}
+    if is_of_prefill(own):
+        raise PlanError(f"{found.where}: got Dynamo's worker of prompts, expected the recipe of the one that decodes")
+    idle += [key for key in own if key not in idle]
     return {key: value for key, value in values.items() if key not in idle}, idle
 
 

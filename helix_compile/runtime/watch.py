@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from helix_compile.capture.checks import global_hooks
 from helix_compile.capture.structure import OWN_NAMES, attributes_of, code_of
 from helix_compile.errors import RuntimeFault
+from helix_compile.models.rotary_tables import edited_table, written_by_calls
 
 SAMPLES = 4096
 _AGAIN = "call helix_compile(model, ...) again"
@@ -39,6 +40,7 @@ class ModelWatch:
     _children: list[tuple[str, Mapping[str, Any], int]] = field(default_factory=list)
     _model: Callable[[], nn.Module | None] = lambda: None
     _marks: _Marks | None = None
+    _tables: list[tuple[str, nn.Module]] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module, constants: Mapping[str, Tensor]) -> ModelWatch:
@@ -46,15 +48,23 @@ class ModelWatch:
         watch = cls(_model=weakref.ref(model))
         watch._code = {name: code_of(module) for name, module in model.named_modules()}
         watch._calls = [(name, vars(module), _calls_of(vars(module))) for name, module in model.named_modules()]
+        passing: set[str] = set()
         for prefix, module in model.named_modules(remove_duplicate=False):
+            if own := written_by_calls(module):
+                watch._tables.append((prefix, module))
+                passing |= {f"{prefix}.{key}" if prefix else key for key in own}
             for kept in (module._modules, module._parameters, module._buffers):
                 watch._children.append((prefix, kept, len(kept)))
                 for key, value in kept.items():
+                    if key in own:
+                        continue
                     name = f"{prefix}.{key}" if prefix else key
                     watch._held.append((name, kept, key, value))
                     if isinstance(value, Tensor):
                         watch._tensors[name] = (value, state_of(value))
         for name, (value, kept, key) in attributes_of(model).items():
+            if name in passing:
+                continue
             watch._held.append((name, kept, key, value))
             watch._tensors[name] = (value, state_of(value))
         for prefix, module in model.named_modules():
@@ -101,6 +111,9 @@ class ModelWatch:
         Raises:
             RuntimeFault: names what was replaced, or given another hook or forward.
         """
+        for name, module in self._tables:
+            if table := edited_table(module):
+                raise not_followed([f"{name}.{table}"])
         found = [] if self._is_untouched() else self._touched()
         seen = set(found)
         return found + [

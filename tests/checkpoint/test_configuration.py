@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"model_type": "llamma", "kv_lora_rank": ...}, r"model_type 'llamma' is not in transformers \(nearest: llama\)"),
     "kimi_k3": ({"model_type": "kimi_k3"}, r"its MLA without rope and with an output gate.*\(nearest: kimi_linear\)"),
     "pangu": ({"model_type": "pangu_ultra_moe"}, r"key names and sandwich norms of its own \(nearest: deepseek_v3\)"),
-    "nameless": ({"model_type": ...}, r"model_type is None; expected the name of an architecture"),
+    "nameless": ({"model_type": ..., "architectures": ...}, r"model_type is None; expected the name of an architecture"),
 }  # fmt: skip
 
 
@@ -229,3 +229,51 @@ def test_a_value_that_no_class_can_be_built_with_is_told_in_one_line(tmp_path: P
     folder = write(tmp_path, {**RELEASE, "rope_scaling": {**RELEASE["rope_scaling"], "factor": "40"}})
     with pytest.raises(CheckpointError, match=r"transformers can't build this model: TypeError: .*of another kind"):
         named_model(str(folder), meta=True)
+
+
+def test_a_class_alone_says_the_architecture(tmp_path: Path) -> None:
+    found = read(tmp_path, model_type=...)
+    assert found.model_class is DeepseekV3ForCausalLM
+    assert found.notes == ("no model_type: read as deepseek_v3, whose class DeepseekV3ForCausalLM is",)
+    with pytest.raises(CheckpointError, match=r"model_type is None \(architectures: MineForCausalLM\)"):
+        read(tmp_path, model_type=..., architectures=["MineForCausalLM"])
+
+
+def test_ropes_by_their_old_names_and_by_none(tmp_path: Path) -> None:
+    su = {"type": "su", "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 64}
+    found = read(tmp_path, rope_scaling=su)
+    assert found.config.rope_parameters["rope_type"] == "longrope"
+    assert found.notes == ("rope_scaling: type 'su' is read as 'longrope', its name today",)
+    write(tmp_path, RELEASE | {"rope_scaling": {"type": "mine", "factor": 2.0}})
+    with pytest.raises(CheckpointError, match=r"rope_type 'mine' is none that transformers makes: .*longrope.*yarn"):
+        named_model(str(tmp_path / "config.json"), meta=True)
+
+
+@pytest.mark.parametrize(("kind", "text"), [("llama4", "llama4_text"), ("gemma3", "gemma3_text")])
+def test_a_wrapper_whose_class_takes_its_text_model_or_images_too(tmp_path: Path, kind: str, text: str) -> None:
+    """Transformers' table names a causal language model for the wrapper, which takes the part, or images besides."""
+    path = write(
+        tmp_path, {"model_type": kind, "text_config": {"model_type": text}, "vision_config": {"hidden_size": 8}}
+    )
+    found = read_configuration(path)
+    assert found.wrapped and found.config.model_type == text
+    assert found.model_class.__name__.endswith("ForCausalLM")
+    assert found.notes == (f"{kind}: its text model (text_config: {text}) is taken; vision_config left out",)
+
+
+def test_a_text_model_named_by_its_class_is_held_against_what_the_class_computes(tmp_path: Path) -> None:
+    """DeepSeek-OCR's: no latent attention, in the class that has nothing else."""
+    text = {"architectures": ["DeepseekV2ForCausalLM"], "use_mla": False, "kv_lora_rank": None}
+    path = write(tmp_path, {"model_type": "deepseek_vl_v2", "language_config": text})
+    with pytest.raises(CheckpointError, match="use_mla=False: transformers' deepseek_v2 reads no use_mla"):
+        read_configuration(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [("params.json", "Mistral's own format"), ("model-q4.gguf", "of llama.cpp"), ("x.distcp", "save_pretrained")],
+)
+def test_a_folder_of_another_format_is_named(tmp_path: Path, file: str, told: str) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"there is no such file; {file} is .*{told}"):
+        read_configuration(tmp_path)

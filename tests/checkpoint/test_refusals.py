@@ -14,8 +14,7 @@ from torch import Tensor
 
 from helix_compile import CheckpointError, helix_compile
 from helix_compile.checkpoint.files import CheckpointFiles
-from helix_compile.checkpoint.model import computed_buffers, open_checkpoint
-from helix_compile.models.presets import build_model, preset_config
+from helix_compile.checkpoint.model import open_checkpoint
 from tests.support.checkpoints import rewrite, set_config, to_fp8, write
 
 INDEX = "model.safetensors.index.json"
@@ -215,11 +214,3 @@ def test_a_long_list_is_cut(folder: Path) -> None:
     lines = str(caught.value).splitlines()
     missing = int(re.search(r"\((\d+) missing", lines[0])[1])  # type: ignore[index]
     assert missing > 60 and len(lines) == 22 and lines[-1].strip() == f"... and {missing - 20} more"
-
-
-def test_a_buffer_that_nobody_computes() -> None:
-    model = build_model(preset_config("tiny"), meta=True)
-    assert set(computed_buffers(model)) == {"model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"}
-    model.model.norm.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.table is in no checkpoint"):
-        computed_buffers(model)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from helix_compile import CheckpointError, helix_compile
 from helix_compile.capture.source import load_folder
 from helix_compile.checkpoint.configuration import TEXT_PREFIXES
 from helix_compile.checkpoint.model import open_checkpoint
 from tests.support.checkpoints import Tensors, quantise, rewrite, write
+from tests.support.gqa_models import SIZES as GQA_SIZES
 from tests.support.quantisers import CASES
 
 CASE = CASES["ct_int4"]
@@ -94,3 +96,20 @@ def test_a_text_weight_that_the_model_does_not_have_is_not_taken_for_vision(dens
 
     with pytest.raises(CheckpointError, match=rf"left over: {extra} \[2\] F32"):
         open_checkpoint(rewrite(folder, add), None, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_a_wrapper_of_transformers_runs_as_its_text_model(tmp_path: Path) -> None:
+    """Gemma 3: its class takes images besides; saved whole, and run without them."""
+    text = {**GQA_SIZES, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "pad_token_id": 0}
+    images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"image_size": 28, "patch_size": 14}
+    ids = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92}
+    config = Gemma3Config(text_config=text, vision_config={**images, **sizes}, mm_tokens_per_image=4, **ids)
+    model = Gemma3ForConditionalGeneration(config).double().eval()
+    model.save_pretrained(tmp_path)
+    compiled, tokens = helix_compile(tmp_path, cp=2, tokens_per_block=4, max_seq_len=64), torch.arange(26).view(2, 13)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    assert (compiled(tokens) - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert any("left out: multi_modal_projector" in note for note in compiled.plan.notes)

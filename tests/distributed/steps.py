@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,9 @@ def prompts() -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+_MARK = "LAUNCHED_BY_TEST"
+
+
 def run_steps(compiled: Any) -> Tensor:
     """A ragged prompt and two steps of one token: logits [3, 15, vocab]; 0 at padding."""
     compiled.reset()
@@ -103,31 +108,38 @@ def launch_nodes(
 
 
 def launch(command: list[str], seconds: float, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a session of its own; everything it started is dead afterwards."""
+    """Run a command in a session of its own; everything it started is dead afterwards.
+
+    torchrun gives each worker a session, too: a mark in their environment tells them.
+    """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    settings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    mark = uuid.uuid4().hex
+    settings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", _MARK: mark, **environment}
     running = subprocess.Popen(
         command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
         out, err = running.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(running.pid, signal.SIGKILL)
+        while left := _started(mark):  # one may start another meanwhile
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         out, err = running.communicate()
         raise AssertionError(f"not done after {seconds} s\n{out}\n{err}") from None
-    left = [pid for pid in _alive() if _session(pid) == running.pid]
+    left = _started(mark)
     assert not left, f"processes {left} are left of {command}"
     return subprocess.CompletedProcess(command, running.returncode, out, err)
 
 
-def _alive() -> list[int]:
-    return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
-
-
-def _session(pid: int) -> int:
-    """Session of a process that has not ended; 0 else."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[3])
+def _started(mark: str) -> list[int]:
+    """Processes with this mark in their environment that have not ended."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            marked = folder.name.isdigit() and f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes()
+            if marked and (folder / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                found.append(int(folder.name))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found

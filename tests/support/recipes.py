@@ -337,4 +337,69 @@ PUBLISHED = [
         "--moe-a2a-backend megamoe --kv-cache-dtype fp8_e4m3",
         {**FP8, "cp": 8, "tpa": 1, "ep": 8, "tokens_per_block": 1, "merge": "ag_rs"},
     ),
+    # lines of the engines' own documentation, and what people put around them
+    PublishedRecipe(
+        "vllm R1 in its image",
+        'docker run --gpus all --env "HF_TOKEN=$HF_TOKEN" -p 8000:8000 --ipc=host vllm/vllm-openai:latest '
+        "--model deepseek-ai/DeepSeek-R1 --tensor-parallel-size 8 --decode-context-parallel-size 4",
+        {"cp": 4, "tpa": 2, "ep": 1},
+    ),
+    PublishedRecipe(
+        "vllm V3 by its module",
+        "python3 -m vllm.entrypoints.api_server --model deepseek-ai/DeepSeek-V3 -tp=8 --decode_context_parallel_size=2 "
+        "--disable-log-requests --enable-auto-tool-choice --tool-call-parser deepseek_v3",
+        {"cp": 2, "tpa": 4, "ep": 1},
+    ),
+    PublishedRecipe(
+        "vllm kimi-k2-thinking",
+        "vllm serve moonshotai/Kimi-K2-Thinking --trust-remote-code --tensor-parallel-size 8 -dcp 8 --enable-auto-tool-choice "
+        "--max-num-batched-tokens 32768 --tool-call-parser kimi_k2 --reasoning-parser kimi_k2",
+        {"cp": 8, "tpa": 1, "ep": 1, "tokens_per_block": 1, "merge": "ag_rs"},
+    ),
+    PublishedRecipe(
+        "vllm glm-4.7-fp8",
+        "vllm serve zai-org/GLM-4.7-FP8 --tensor-parallel-size 8 --speculative-config.method mtp "
+        "--speculative-config.num_speculative_tokens 1 --tool-call-parser glm47 --reasoning-parser glm45",
+        DRAFTS,
+        {"cp": 1, "tpa": 8},
+    ),
+    PublishedRecipe(
+        "vllm over ssh", "ssh node1 'vllm serve deepseek-ai/DeepSeek-R1 -tp 8 -dcp 8'", {"cp": 8, "tpa": 1, "ep": 1}
+    ),
+    PublishedRecipe(
+        "vllm bench", "vllm bench throughput --model x -tp 4 -dcp 4", "`vllm bench`, which starts no server"
+    ),
+    PublishedRecipe(
+        "Python of vllm", "LLM(model='x', tensor_parallel_size=8)", "got Python, expected a file of options"
+    ),
+    PublishedRecipe(
+        "dynamo vllm",
+        "python3 -m dynamo.vllm --model deepseek-ai/DeepSeek-R1 -tp 8 --decode-context-parallel-size 8 --is-decode-worker "
+        "--connector nixl",
+        {"cp": 8, "tpa": 1, "ep": 1},
+    ),
+    PublishedRecipe(
+        "dynamo vllm of prompts",
+        "python3 -m dynamo.vllm --model deepseek-ai/DeepSeek-R1 -tp 8 --is-prefill-worker",
+        "Dynamo's worker of prompts, expected the recipe of the one that decodes",
+    ),
+    PublishedRecipe(
+        "dynamo sglang",
+        "python3 -m dynamo.sglang --model-path deepseek-ai/DeepSeek-R1 --tp 8 --dcp-size 4 --disaggregation-mode decode",
+        {"cp": 4, "tpa": 2, "ep": 1},
+    ),
+    PublishedRecipe(
+        "dynamo trtllm and its file",
+        "python3 -m dynamo.trtllm --model-path $MODEL --extra-engine-args decode.yaml --disaggregation-mode decode",
+        {"cp": 4, "tpa": 2, "ep": 4, "tokens_per_block": 32},
+        files={
+            "decode.yaml": "tensor_parallel_size: 2\ncontext_parallel_size: 4\nmoe_expert_parallel_size: 4\n"
+            "cp_config: {cp_type: HELIX, tokens_per_block: 32}\nkv_cache_config: {tokens_per_block: 32}\n"
+        },
+    ),
+    PublishedRecipe(
+        "sglang by attention's context parallelism",
+        "python3 -m sglang.launch_server --model deepseek-ai/DeepSeek-V3.2-Exp --tp 8 --attention-context-parallel-size 4",
+        "attn_cp_size: got 4 (int), expected 1: this split is not supported; decode context parallelism is dcp_size",
+    ),
 ]

@@ -24,6 +24,7 @@ from helix_compile.ir.cache_argument import call_with_cache
 from helix_compile.ir.graph import erase_unused, input_named, inputs_of, node_named, placeholders
 from helix_compile.ir.leaves import Leaf
 from helix_compile.ir.stage import body_of, copy_module
+from helix_compile.models.rotary_tables import by_length, forget_lengths
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.verifier.numeric.indexers import Indexers, SiteChoice
 from helix_compile.verifier.numeric.routing import Choices, RecordTopK
@@ -151,7 +152,8 @@ class EagerReference:
             told: keys [B, T, n] by position that each indexer takes, in order; none: its own choice.
         """
         logits, recorded, chosen, start = [], [], [], 0
-        for part, kept in zip(ids.split(CHUNK_TOKENS, 1), mask.split(CHUNK_TOKENS, 1), strict=True):
+        length = max(ids.shape[1], 1) if by_length(self.model) else CHUNK_TOKENS
+        for part, kept in zip(ids.split(length, 1), mask.split(length, 1), strict=True):
             self.mask = kept if self.mask is None else torch.cat([self.mask, kept], dim=1)
             longest, stop = int(self.mask.sum(dim=1).max()), start + part.shape[1]
             recorded.append(Choices())
@@ -190,6 +192,7 @@ class EagerReference:
         assert self.mask is not None
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         device = next(self.model.parameters()).device
+        forget_lengths(self.model)  # of the batches before
         what = f"the original model, run by itself in {self.model.dtype}".replace("torch.", "")
         with blaming_the_original(what), torch.no_grad(), WidenedIslands():
             out = call_with_cache(
