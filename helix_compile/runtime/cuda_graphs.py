@@ -1,0 +1,89 @@
+"""Pieces of a step as CUDA graphs: what worlds/tape.py calls a recorder, on a card."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from helix_compile.worlds.tape import Piece, Recorder
+
+_CAPTURE = threading.Lock()  # torch takes one capture at a time in a process
+
+
+class CudaGraphs:
+    """Records on a stream of its own, into one pool of memory for all graphs of a module.
+
+    One pool is enough: a module takes one step at a time, and nothing that a graph has computed is needed when the next step begins
+    (outputs are copied out). What is kept, static inputs and results of calls between graphs, lies outside of it.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._capture: torch.cuda.graph | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def warm_up(self, run: Callable[[], Any]) -> Any:
+        """Run on the stream that records: what a stream gets at its first use (cuBLAS's workspace) is then not a part of a graph."""
+        outer = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream):
+            result = run()
+        outer.wait_stream(self._stream)
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(outer)
+        return result
+
+    def begin(self) -> None:
+        """Enter a capture. What other threads do meanwhile (a step of another module, a watchdog of nccl) is not looked at."""
+        _CAPTURE.acquire()
+        try:
+            self._graph = torch.cuda.CUDAGraph()
+            self._capture = torch.cuda.graph(
+                self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            )
+            self._capture.__enter__()
+        except BaseException:
+            self._graph = self._capture = None
+            _CAPTURE.release()
+            raise
+
+    def launch(self, call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        """What it launches is recorded, not run."""
+        return call(*arguments)
+
+    def end(self) -> Piece:
+        """Leave the capture."""
+        return self._leave()
+
+    def abandon(self) -> None:
+        """Leave it after an error, which says more than that a capture was broken off."""
+        with suppress(RuntimeError):
+            self._leave().reset()
+
+    def wait(self) -> None:
+        """Until the card has nothing left to do."""
+        torch.cuda.synchronize(self._device)
+
+    def _leave(self) -> torch.cuda.CUDAGraph:
+        assert self._capture is not None and self._graph is not None
+        capture, graph = self._capture, self._graph
+        self._capture = self._graph = None
+        try:
+            capture.__exit__(None, None, None)
+        finally:
+            _CAPTURE.release()
+        return graph
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What records steps on a device; None where there is nothing like it."""
+    return CudaGraphs(device) if device.type == "cuda" else None

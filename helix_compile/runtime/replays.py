@@ -1,0 +1,153 @@
+"""Steps that are replayed: which shapes were recorded, on which inputs, and until when a recording holds.
+
+A shape (the end of the graph, B, T) is run as it is when it comes first, recorded when it comes again, and replayed from then on. So a
+prompt's own length is not recorded, and each rank takes part in the same collectives whatever it has recorded. Inputs of a step are
+copied to tensors that stay, outputs are copied out. A recording ends when anything that it was made of is another object or lies
+elsewhere: programs (made anew after an edit of graph or parameters), parameters, caches.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from helix_compile.worlds.program import Program
+from helix_compile.worlds.tape import Recorder, Tape
+from helix_compile.worlds.world import World
+
+RECORDED_TOKENS = 32  # T of the longest step that is recorded: a token with its drafts, not a prompt
+KEPT = 8  # recordings of one module
+_REMEMBERED = 64  # shapes that came once
+
+_Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A step that was recorded.
+
+    Attributes:
+        held, places: the tensors that its programs run on, and where these lay.
+        inputs: what the tape reads of a step, by name.
+    """
+
+    held: list[Tensor]
+    places: list[int]
+    inputs: dict[str, Tensor]
+    tape: Tape
+
+    @property
+    def holds(self) -> bool:
+        """Would the same programs run on the same memory now?"""
+        return _places(self.held) == self.places
+
+
+class ReplayedSteps:
+    """The recordings of one module.
+
+    Args:
+        recorder: makes pieces; of this module alone.
+        world: runs the programs.
+    """
+
+    def __init__(self, recorder: Recorder, world: World):
+        self._recorder, self._world = recorder, world
+        self._programs: dict[str, list[Program]] = {}  # of each end; after an edit it is another list
+        self._recordings: OrderedDict[_Key, _Recording] = OrderedDict()
+        self._came: OrderedDict[_Key, None] = OrderedDict()
+
+    @property
+    def recordings(self) -> list[Tape]:
+        """The tapes that are kept, the least recently used first."""
+        return [recording.tape for recording in self._recordings.values()]
+
+    def run(
+        self, programs: list[Program], end: str, step: Mapping[str, Tensor], agreed: Mapping[str, Tensor]
+    ) -> list[Any]:
+        """A step as World.run_programs() takes it; outputs are the caller's own.
+
+        Args:
+            end: which end of the graph they run.
+            step: its inputs, on the device or (but for input_ids) on the host.
+        """
+        B, T = step["input_ids"].shape
+        others = any(program.others for program in programs)
+        if others or T > RECORDED_TOKENS or _get_current_dispatch_mode_stack():  # a mode wants to see every op
+            return self._world.run_programs(programs, step, agreed)
+        if programs is not self._programs.get(end):
+            self._forget([key for key in (*self._recordings, *self._came) if key[0] == end])
+            self._programs[end] = programs
+        key = (end, B, T, *_settings())
+        recording = self._recordings.get(key)
+        if recording is not None and not recording.holds:
+            self._forget([key])
+            recording = None
+        if recording is None and key not in self._came:
+            self._came[key] = None
+            if len(self._came) > _REMEMBERED:
+                self._came.popitem(last=False)
+            warmed: list[Any] = self._recorder.warm_up(lambda: self._world.run_programs(programs, step, agreed))
+            return warmed
+        if recording is None:
+            recording = self._new(programs, step)
+        for name, place in recording.inputs.items():
+            place.copy_(step[name], non_blocking=True)
+        outputs = self._world.run_programs(programs, recording.inputs, agreed, recording.tape)
+        self._recordings[key] = recording
+        self._recordings.move_to_end(key)
+        if len(self._recordings) > KEPT:
+            self._forget([next(iter(self._recordings))])
+        return _copied(outputs)
+
+    def _forget(self, keys: Sequence[_Key]) -> None:
+        """What is played again may be under way: it goes when that is done."""
+        if any(key in self._recordings for key in keys):
+            self._recorder.wait()
+        for key in keys:
+            self._recordings.pop(key, None)
+            self._came.pop(key, None)
+
+    def _new(self, programs: list[Program], step: Mapping[str, Tensor]) -> _Recording:
+        held = [tensor for program in programs for tensor in program.held]
+        names = {name for program in programs for name in program.inputs}
+        with torch.inference_mode(False):  # written at steps in any mode
+            inputs = {name: torch.empty_like(value) for name, value in step.items() if name in names}
+        return _Recording(held, _places(held), inputs, Tape(self._recorder))
+
+
+def _places(tensors: Sequence[Tensor]) -> list[int]:
+    return [*map(methodcaller("data_ptr"), tensors)]
+
+
+def _settings() -> tuple[Any, ...]:
+    """What of torch's own settings chooses the launches of an op."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+    )
+
+
+def _copied(outputs: list[Any]) -> list[Any]:
+    """Tensors of their own in place of what the next step writes over."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = value.clone()
+        return copies[id(value)]
+
+    copied: list[Any] = pytree.tree_map(copy, outputs)
+    return copied
