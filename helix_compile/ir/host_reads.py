@@ -34,11 +34,9 @@ def host_read(node: fx.Node) -> str:
         return f"the torch reference of {target} reads values on the host" if known and known.reads_values else ""
     if target.namespace not in _TORCHS:
         return f"{target} is an operator of {target.namespace}: what it reads on the host is not known"
-    if any(tag in target.tags for tag in _BY_VALUE):
-        return f"{target} makes a size or a number of values"
-    if is_call(node, *_INDEXED) and any(_is_mask(index) for index in node.args[1]):
-        return f"{target} by truth values makes a size of them"
-    return ""
+    if is_call(node, *_INDEXED):  # their tags say what they do with truth values
+        return f"{target} by truth values makes a size of them" if any(map(_is_mask, node.args[1])) else ""
+    return f"{target} makes a size or a number of values" if any(tag in target.tags for tag in _BY_VALUE) else ""
 
 
 def _is_mask(index: Any) -> bool:

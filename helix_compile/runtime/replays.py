@@ -85,7 +85,7 @@ class ReplayedSteps:
         if programs is not self._programs.get(end):
             self._forget([key for key in (*self._recordings, *self._came) if key[0] == end])
             self._programs[end] = programs
-        key = (end, B, T, *_settings())
+        key = _key(end, B, T)
         recording = self._recordings.get(key)
         if recording is not None and not recording.holds:
             self._forget([key])
@@ -98,14 +98,17 @@ class ReplayedSteps:
             return warmed
         if recording is None:
             recording = self._new(programs, step)
-        for name, place in recording.inputs.items():
-            place.copy_(step[name], non_blocking=True)
+        _fill(recording.inputs, step)
         outputs = self._world.run_programs(programs, recording.inputs, agreed, recording.tape)
         self._recordings[key] = recording
         self._recordings.move_to_end(key)
         if len(self._recordings) > KEPT:
             self._forget([next(iter(self._recordings))])
         return _copied(outputs)
+
+    def clear(self) -> None:
+        """Forget every recording, and what came once."""
+        self._forget([*self._recordings, *self._came])
 
     def _forget(self, keys: Sequence[_Key]) -> None:
         """What is played again may be under way: it goes when that is done."""
@@ -127,10 +130,18 @@ def _places(tensors: Sequence[Tensor]) -> list[int]:
     return [*map(methodcaller("data_ptr"), tensors)]
 
 
-def _settings() -> tuple[Any, ...]:
-    """What of torch's own settings chooses the launches of an op."""
+def _fill(places: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> None:
+    for name, place in places.items():
+        place.copy_(step[name], non_blocking=True)
+
+
+def _key(end: str, B: int, T: int) -> _Key:
+    """What chooses the launches of a step besides the programs: its shape, and torch's own settings."""
     matmul = torch.backends.cuda.matmul
     return (
+        end,
+        B,
+        T,
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         matmul.allow_fp16_reduced_precision_reduction,

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
+from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx
@@ -268,7 +269,7 @@ def _registers_of(value: Any) -> Iterator[int]:
 
 def _launches(node: fx.Node) -> bool:
     """False for sizes and views: what they give is the same at every step of a shape."""
-    if getattr(node.target, "is_view", False):
+    if isinstance(node.target, BuiltinFunctionType) or getattr(node.target, "is_view", False):
         return False
     return isinstance(node.meta.get("val"), (Tensor, list, tuple)) or "val" not in node.meta
 

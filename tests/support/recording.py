@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ READS = {
     "is_nonzero",
     "repeat_interleave",
 }
-READS |= {"__bool__", "__int__", "__float__", "__index__", "__contains__", "__len__"} - {"__len__"}
+READS |= {"__bool__", "__int__", "__float__", "__index__", "__contains__"}
+INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -135,7 +137,8 @@ class _Records(TorchDispatchMode):
         self.piece = piece
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(tag in func.tags for tag in BY_VALUE):
+        indexed = [t.dtype for t in tensors_of(args[1])] if func in INDEXED else None
+        if (torch.bool in indexed) if indexed is not None else any(tag in func.tags for tag in BY_VALUE):
             raise ReadsAValue(str(func))
         return self.do(func, args, kwargs or {})
 
@@ -206,9 +209,8 @@ class FakeGraphs:
 
 def callable_of_code(call: Any) -> bool:
     """Inductor's code, whose loops are no operators: it is recorded as one call."""
-    return not isinstance(call, torch._ops.OpOverload) and not str(getattr(call, "__module__", "")).startswith(
-        ("helix_compile", "torch", "builtins")
-    )
+    known = isinstance(call, (torch._ops.OpOverload, BuiltinFunctionType))
+    return not known and not str(getattr(call, "__module__", "")).startswith("helix_compile")
 
 
 def storage(tensor: Tensor) -> int:
