@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +319,9 @@ def test_generate(pair: Pair, more: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sample", [{}, {"do_sample": True, "top_k": 2}], ids=["best words", "top words"])
-def test_generate_with_a_head_that_is_cut(kernels: None, monkeypatch: pytest.MonkeyPatch, sample: dict[str, Any]) -> None:
+def test_generate_with_a_head_that_is_cut(
+    kernels: None, monkeypatch: pytest.MonkeyPatch, sample: dict[str, Any]
+) -> None:
     pair = Pair(fresh_model("short", torch.float32), monkeypatch, head="shard", pad_heads=True)
     ids = random_ids(pair.model, 2, 4)
     found = []

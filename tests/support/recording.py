@@ -19,19 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
-READS = {
-    "item",
-    "tolist",
-    "numpy",
-    "cpu",
-    "nonzero",
-    "unique",
-    "masked_select",
-    "equal",
-    "allclose",
-    "is_nonzero",
-    "repeat_interleave",
-}
+READS = {"item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select", "equal", "allclose", "is_nonzero"}
 READS |= {"__bool__", "__int__", "__float__", "__index__", "__contains__"}
 INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
