@@ -34,7 +34,7 @@ from helix_compile.runtime.cuda_graphs import recorder_for
 from helix_compile.runtime.ends import ShortEnds
 from helix_compile.runtime.prepared import PreparedSteps
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
-from helix_compile.runtime.replays import ReplayedSteps
+from helix_compile.runtime.replays import ReplayedSteps, replay_facts
 from helix_compile.runtime.segments import RankPrograms
 from helix_compile.runtime.step import checked_lengths, checked_rows, run_step
 from helix_compile.runtime.values import ValueDump
@@ -411,7 +411,9 @@ class HelixModule(nn.Module):
 
     def inspect(self, folder: str | Path | None = None) -> Inspection:
         """What was rewritten, what was not and why, bytes per collective; with `folder`, files too (rank 0 writes them)."""
-        inspection = inspect_module(self.plan, self.stages)
+        runs = list(self.stages.values())[-1]
+        replays = replay_facts(self.plan.options, self.device, runs, self.world.host_collectives)
+        inspection = inspect_module(self.plan, self.stages, replays)
         if folder is not None and self.world.is_leader:
             inspection.write(Path(folder))
         return inspection

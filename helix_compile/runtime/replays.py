@@ -1,7 +1,7 @@
 """Steps that are replayed: which shapes were recorded, on which inputs, and until when a recording holds.
 
-A shape (the end of the graph, B, T) is run as it is when it comes first, recorded when it comes again, and replayed from then on. So a
-prompt's own length is not recorded, and each rank takes part in the same collectives whatever it has recorded. Inputs of a step are
+A shape (the end of the graph, B, T) is run as it is when it comes first, recorded when it comes again, and replayed from then on. So
+a length that comes once is not recorded, and each rank takes part in the same collectives whatever it has recorded. Inputs of a step are
 copied to tensors that stay, outputs are copied out. A recording ends when anything that it was made of is another object or lies
 elsewhere: programs (made anew after an edit of graph or parameters), parameters, caches.
 """
@@ -15,10 +15,12 @@ from operator import methodcaller
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from helix_compile.config.options import HelixOptions
+from helix_compile.ir.host_reads import what_is_read
 from helix_compile.worlds.program import Program
 from helix_compile.worlds.tape import Recorder, Tape
 from helix_compile.worlds.world import World
@@ -124,6 +126,30 @@ class ReplayedSteps:
         with torch.inference_mode(False):  # written at steps in any mode
             inputs = {name: torch.empty_like(value) for name, value in step.items() if name in names}
         return _Recording(held, _places(held), inputs, Tape(self._recorder))
+
+
+def replay_facts(
+    options: HelixOptions, device: torch.device, stage: fx.GraphModule, host_collectives: str
+) -> dict[str, Any]:
+    """Are steps replayed, why or why not, and what stands apart: node and reason. For reports.
+
+    Args:
+        stage: what runs: the lowered stage, or its segments.
+        host_collectives: see World.
+    """
+    others, reads = what_is_read(stage)
+    if not options.cuda_graphs:
+        why = "cuda_graphs=False"
+    elif device.type != "cuda":
+        why = f"on {device.type}: CUDA graphs are a card's"
+    elif others:
+        why = f"{others}: nothing that replays a step can know what it does"
+    else:
+        apart = [{"node": node, "why": reason} for node, reason in reads]
+        apart += [{"node": "collectives", "why": host_collectives}] if host_collectives else []
+        how = "in pieces between calls that stand apart" if apart else "one graph a step"
+        return {"used": True, "why": f"steps of up to {RECORDED_TOKENS} tokens a sequence, {how}", "apart": apart}
+    return {"used": False, "why": why, "apart": []}
 
 
 def _places(tensors: Sequence[Tensor]) -> list[int]:

@@ -58,9 +58,8 @@ class DistributedWorld:
         self.reset_counters()
         # a fake group has no peers to ask: its one rank is a world of its own
         store = dist.PrefixStore(f"helix/{next_world(parent)}", parent.get_group_store())
-        fake = dist.get_backend(parent) == "fake"
-        # nccl's collectives are launches on a stream; others wait on the host
-        self._is_recordable = dist.get_backend(parent) == "nccl"
+        self._backend = dist.get_backend(parent)
+        fake = self._backend == "fake"
         self.guard = RankGuard(store, self.rank, 1 if fake else mesh.world_size, timeout)
         self._start_agreement = StartAgreement(self.guard)
         self._agreement, self._agreed_inputs = StepAgreement(self.guard, check), AgreedInputs()
@@ -69,6 +68,11 @@ class DistributedWorld:
     def ranks(self) -> Sequence[int]:
         """Ranks that live in this process: one."""
         return (self.rank,)
+
+    @property
+    def host_collectives(self) -> str:
+        """Why a tape can't hold its collectives: those of nccl are launches on a stream, others wait on the host."""
+        return "" if self._backend == "nccl" else f"{self._backend} works through the host"
 
     @property
     def is_leader(self) -> bool:
@@ -249,10 +253,10 @@ class DistributedWorld:
 
         if tape is None:
             start(tensor)
-        elif self._is_recordable:
-            tape.launch(start, (tensor,))
-        else:
+        elif self.host_collectives:
             tape.apart(start, (tensor,))
+        else:
+            tape.launch(start, (tensor,))
         return started
 
     def _wait(self, started: _Started, where: str, tape: Tape | None) -> Tensor:
@@ -265,7 +269,7 @@ class DistributedWorld:
 
         if tape is None:
             return wait()
-        found: Tensor = tape.launch(wait, ()) if self._is_recordable else tape.apart(wait)
+        found: Tensor = tape.apart(wait) if self.host_collectives else tape.launch(wait, ())
         return found
 
     def _guarded(self, where: str, call: Callable[..., Tensor], *args: Any) -> Tensor:

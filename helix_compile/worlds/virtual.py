@@ -132,6 +132,11 @@ class VirtualWorld:
         return range(self.mesh.world_size)
 
     @property
+    def host_collectives(self) -> str:
+        """Nothing: they are copies and sums."""
+        return ""
+
+    @property
     def is_leader(self) -> bool:
         """True: one process holds all ranks."""
         return True

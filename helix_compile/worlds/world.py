@@ -42,6 +42,10 @@ class World(Protocol):
         """Ranks in this process."""
 
     @property
+    def host_collectives(self) -> str:
+        """Why a tape can't hold its collectives; "" if it can."""
+
+    @property
     def is_leader(self) -> bool:
         """This process prints and writes what all ranks have in common."""
 

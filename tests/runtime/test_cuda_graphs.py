@@ -5,6 +5,7 @@ Most tests take the torch references for kernels, of which one piece holds the w
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixModule, helix_compile
@@ -384,6 +385,27 @@ def test_compiled_segments_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None
         pair.step(2, T)
     (one, two) = pair.replays.recordings
     assert one.pieces == two.pieces > 1 and one.apart_calls == 4 * 3  # segments that hold a reference which reads
+
+
+def test_what_stands_apart_is_told() -> None:
+    """As a report of a card says it: of a stage of references, of segments, and of one without anything to tell."""
+    card = torch.device("cuda")
+    compiled = helix_compile(fresh_model("short", torch.float32), **OPTIONS, lower="reference")
+    facts = compiled.inspect().facts["cuda_graphs"]
+    assert facts == {"used": False, "why": "on cpu: CUDA graphs are a card's", "apart": []}
+    told = replays.replay_facts(compiled.plan.options, card, compiled.graph, "gloo works through the host")
+    assert told["used"] and "in pieces" in told["why"]
+    ops = [" ".join(x["why"].split()[:5]) for x in told["apart"]]
+    wanted = ["cache_append", "mla_decode", "cache_append", "mla_decode", "moe_experts"]
+    assert ops == [*(f"the torch reference of helix.{op}.default" for op in wanted), "gloo works through the host"]
+    off = replays.replay_facts(dataclasses.replace(compiled.plan.options, cuda_graphs=False), card, compiled.graph, "")
+    assert (off["used"], off["why"]) == (False, "cuda_graphs=False")
+    hybrid = helix_compile(hybrid_model(), **{**OPTIONS, "cp": 4, "tpa": 1})
+    told = replays.replay_facts(hybrid.plan.options, card, hybrid.graph, "")
+    assert not told["used"] and "stays the user's own module" in told["why"]
+    kernels = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    told = replays.replay_facts(compiled.plan.options, card, kernels, "")
+    assert told["why"].endswith("one graph a step")
 
 
 def one_call() -> dict[str, tuple[Any, ...]]:
