@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -27,8 +27,7 @@ class CudaGraphs:
         self._device = device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._capture: torch.cuda.graph | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._open: tuple[torch.cuda.CUDAGraph, AbstractContextManager[Any]] | None = None
 
     def warm_up(self, run: Callable[[], Any]) -> Any:
         """Run on the stream that records: what a stream gets at its first use (cuBLAS's workspace) is then not a part of a graph."""
@@ -43,45 +42,47 @@ class CudaGraphs:
         return result
 
     def begin(self) -> None:
-        """Enter a capture. What other threads do meanwhile (a step of another module, a watchdog of nccl) is not looked at."""
+        """Enter a capture. What other threads do meanwhile (a step of another module, a watchdog of nccl) does not end it."""
         _CAPTURE.acquire()
+        inside = torch.cuda.stream(self._stream)
         try:
-            self._graph = torch.cuda.CUDAGraph()
-            self._capture = torch.cuda.graph(
-                self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            )
-            self._capture.__enter__()
+            torch.cuda.synchronize(self._device)
+            inside.__enter__()
+            try:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            except BaseException:
+                inside.__exit__(None, None, None)
+                raise
         except BaseException:
-            self._graph = self._capture = None
             _CAPTURE.release()
             raise
+        self._open = graph, inside
 
     def launch(self, call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         """What it launches is recorded, not run."""
         return call(*arguments)
 
     def end(self) -> Piece:
-        """Leave the capture."""
-        return self._leave()
+        """Leave the capture, for the stream of the caller, whatever comes of it."""
+        assert self._open is not None
+        (graph, inside), self._open = self._open, None
+        try:
+            graph.capture_end()
+        finally:
+            inside.__exit__(None, None, None)
+            _CAPTURE.release()
+        return graph
 
     def abandon(self) -> None:
         """Leave it after an error, which says more than that a capture was broken off."""
         with suppress(RuntimeError):
-            self._leave().reset()
+            self.end()
 
     def wait(self) -> None:
         """Until the card has nothing left to do."""
-        torch.cuda.synchronize(self._device)
-
-    def _leave(self) -> torch.cuda.CUDAGraph:
-        assert self._capture is not None and self._graph is not None
-        capture, graph = self._capture, self._graph
-        self._capture = self._graph = None
-        try:
-            capture.__exit__(None, None, None)
-        finally:
-            _CAPTURE.release()
-        return graph
+        with _CAPTURE:  # a card that waits as a whole would break a capture off
+            torch.cuda.synchronize(self._device)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

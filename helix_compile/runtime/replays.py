@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from helix_compile.config.options import HelixOptions
+from helix_compile.errors import RuntimeFault
 from helix_compile.ir.host_reads import what_is_read
 from helix_compile.worlds.program import Program
 from helix_compile.worlds.tape import Recorder, Tape
@@ -96,12 +97,20 @@ class ReplayedSteps:
             self._came[key] = None
             if len(self._came) > _REMEMBERED:
                 self._came.popitem(last=False)
-            warmed: list[Any] = self._recorder.warm_up(lambda: self._world.run_programs(programs, step, agreed))
+            own = {name: value.clone() for name, value in step.items()}  # laid out as what is read later
+            warmed: list[Any] = self._recorder.warm_up(lambda: self._world.run_programs(programs, own, agreed))
             return warmed
         if recording is None:
             recording = self._new(programs, step)
         _fill(recording.inputs, step)
-        outputs = self._world.run_programs(programs, recording.inputs, agreed, recording.tape)
+        try:
+            outputs = self._world.run_programs(programs, recording.inputs, agreed, recording.tape)
+        except RuntimeFault as error:
+            if recording.tape.is_done or not isinstance(error.__cause__, RuntimeError) or error.is_said:
+                raise
+            raise RuntimeFault(
+                f"{error}; the step was being recorded in a CUDA graph: cuda_graphs=False launches it instead"
+            ) from error
         self._recordings[key] = recording
         self._recordings.move_to_end(key)
         if len(self._recordings) > KEPT:

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helix_compile import HelixModule, helix_compile
+from helix_compile import HelixModule, RuntimeFault, helix_compile
 from helix_compile.ir.graph import aten, calls
 from helix_compile.ir.stage import bodies_of
 from helix_compile.kernels.ops import HELIX_OPS
@@ -309,6 +310,36 @@ def test_two_modules_take_turns(kernels: None, monkeypatch: pytest.MonkeyPatch) 
             for other in pairs:  # each has memory of its own
                 other.fake.scribble()
     assert [len(one.fake.pieces) for one in pairs] == [1, 1]
+
+
+def test_a_step_that_cannot_be_recorded_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a card refuses: the node and what to do; the batch goes on where it was, and no piece is left open."""
+    pair.step(2, 1)
+
+    def refuses(call: Any, arguments: Any) -> Any:
+        if call is aten.silu.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.fake, "launch", refuses)
+        with pytest.raises(RuntimeFault, match=r"rank 0, node layer_0\.\w+: aten.silu.*capturing; .*cuda_graphs=False"):
+            pair.replayed(random_ids(pair.model, 2, 1))
+    for _ in range(2):
+        pair.step(2, 1)
+    assert pair.replayed.lengths.tolist() == [3, 3]
+
+
+def test_modules_side_by_side_in_threads(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [Pair(fresh_model("short", torch.float32), monkeypatch) for _ in range(2)]
+    ids = [random_ids(pair.model, 2, 1) for pair in pairs for _ in range(5)]
+    expected = [[pair.plain(x) for x in ids[i * 5 : i * 5 + 5]] for i, pair in enumerate(pairs)]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(lambda i=i: [pairs[i].replayed(x) for x in ids[i * 5 : i * 5 + 5]]) for i in range(len(pairs))
+        ]
+        assert all(all(map(torch.equal, run.result(), e)) for run, e in zip(runs, expected, strict=True))
+    assert [len(pair.fake.pieces) for pair in pairs] == [1, 1]
 
 
 @pytest.mark.parametrize("more", [{}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "drafts"])
