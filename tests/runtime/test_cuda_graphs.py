@@ -26,7 +26,7 @@ from helix_compile.runtime import replays
 from helix_compile.runtime.replays import ReplayedSteps
 from helix_compile.worlds import program
 from helix_compile.worlds.tape import Tape
-from tests.distributed.steps import hybrid_model
+from tests.distributed.steps import FP8_HEADS, FP8_LATENTS, grouped_model, hybrid_model, padded_model, sparse_model
 from tests.support.driver import left_padded, random_ids
 from tests.support.kernel_cases import CASES
 from tests.support.models import fresh_model
@@ -503,3 +503,35 @@ def test_triton_kernels_are_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
         pair.step(2, 1)
     (tape,) = pair.replays.recordings
     assert (tape.pieces, tape.apart_calls) == (1, 0)
+
+
+OF_KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "grouped": (grouped_model, {}),
+    "zero heads": (padded_model, {"pad_heads": True}),
+    "cut vocabulary": (grouped_model, {"head": "shard", "pad_heads": True}),
+    "sparse": (sparse_model, {}),
+    "sparse, owner": (sparse_model, {"topk_exchange": "owner"}),
+    "fp8 latents": (lambda: fresh_model("short", torch.float32), FP8_LATENTS),
+    "fp8 heads": (grouped_model, FP8_HEADS),
+    "ag_rs": (lambda: fresh_model("short", torch.float32), {"merge": "ag_rs", "q_proj": "gather"}),
+    "float16": (lambda: fresh_model("short", torch.float16), {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_KINDS)
+def test_every_kind_of_site_is_one_piece(kernels: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """No op of torch in any of them reads on the host."""
+    make, options = OF_KINDS[name]
+    pair = Pair(make(), monkeypatch, **options)
+    for T in (5, 1, 1, 1, 3, 3, 3):
+        pair.step(2, T)
+    assert [(tape.pieces, tape.apart_calls) for tape in pair.replays.recordings] == [(1, 0)] * 2
+    pair.replays.clear()
+    seen = []
+    for _ in range(2):
+        for _ in range(2):
+            pair.step(2, 2)
+        seen.append(pair.fake.pieces[-1].signature(pair.known()))
+        pair.replays.clear()
+    assert seen[0] == seen[1]
