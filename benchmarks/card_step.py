@@ -4,7 +4,8 @@
 
 H=128, R=512, r=64, nope and v 128, hidden 7168, dense FFN 18432, bfloat16, T=1. All start from the same cache of random
 latents. Rank 0 of cp=4 is what one of four cards would compute of a step (its shard is a quarter of the context), without
-the exchange: the four virtual ranks run one after the other on this card, and their time is divided by four.
+the exchange: the four virtual ranks run one after the other on this card, and their time is divided by four. Each is measured with
+cuda_graphs=False, launched node by node, and with steps replayed from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from helix_compile import helix_compile
 from helix_compile.models.presets import build_model, preset_config
 
 SPARE = 256  # tokens of room behind the context, for the steps that are measured
+COLUMNS = ("cp=1, launched", "cp=4 share, launched", "cp=1", "cp=4 share")
 
 
 def main() -> int:
@@ -48,8 +50,7 @@ def main() -> int:
     model = build_model(config, dtype=torch.bfloat16).to("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {arguments.batch}\n")
     rows = [_measure(model, S, arguments.batch, arguments.repeats) for S in arguments.contexts]
-    header = ["context", "unmodified (sdpa)", "cp=1", "cp=4, a rank's share", "ratio cp=1", "ratio cp=4", "deviation"]
-    print_table(header, rows)
+    print_table(["context", "unmodified (sdpa)", *COLUMNS, *(f"ratio {c}" for c in COLUMNS[2:]), "deviation"], rows)
     return 0
 
 
@@ -62,22 +63,24 @@ def _measure(model: nn.Module, S: int, B: int, repeats: int) -> list[str]:
     steps: dict[str, Callable[[], Tensor]] = {
         "unmodified": lambda: model(input_ids=token, past_key_values=cache).logits
     }
-    for cp in (1, 4):
-        compiled = helix_compile(model, cp=cp, max_batch_size=B, max_seq_len=S + SPARE)
+    for name in COLUMNS:
+        cp, graphs = int(name[3]), "launched" not in name
+        compiled = helix_compile(model, cp=cp, max_batch_size=B, max_seq_len=S + SPARE, cuda_graphs=graphs)
         compiled.import_cache([latent], [k_rope], [S] * B)
-        steps[f"cp={cp}"] = lambda compiled=compiled: compiled(token)
+        steps[name] = lambda compiled=compiled: compiled(token)
     with torch.no_grad():
         logits = {name: step().float() for name, step in steps.items()}
         ms = {name: _median_ms(step, repeats) for name, step in steps.items()}
-    ms["cp=4"] /= 4
+    for name in COLUMNS:
+        ms[name] /= int(name[3])  # the virtual ranks take turns
     top = logits["unmodified"].abs().max()
     worst = max(float((x - logits["unmodified"]).abs().max() / top) for x in logits.values())
-    ratios = [f"{ms['unmodified'] / ms[name]:.1f}x" for name in ("cp=1", "cp=4")]
+    ratios = [f"{ms['unmodified'] / ms[name]:.1f}x" for name in COLUMNS[2:]]
     return [str(S), *(f"{t:.2f} ms" for t in ms.values()), *ratios, f"{worst:.1e}"]
 
 
 def _median_ms(step: Callable[[], Tensor], repeats: int) -> float:
-    """From an idle card to the end of the step's last kernel, launches included."""
+    """From an idle card to the end of the step's last kernel, launches included. The first steps warm up, and record."""
     taken = []
     for _ in range(repeats + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -61,6 +61,7 @@ def helix_compile(
     pp_split: str = "first",
     head: str = "replicate",
     check: str = "deferred",
+    cuda_graphs: bool = True,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     options: HelixOptions | None = None,
@@ -78,7 +79,7 @@ def helix_compile(
         device: where shards and caches live; default: where the model is (a folder: CPU). "cuda" under torchrun:
             cuda:LOCAL_RANK.
         dtype: convert a copy of the weights first (a folder: as they are read); the model itself keeps its own.
-        options: all from `cp` to `check` in one, in place of these keywords.
+        options: all from `cp` to `cuda_graphs` in one, in place of these keywords.
 
     Returns:
         HelixModule: `compiled(input_ids)` is one step; `.plan`, `.stages`, `.graph`, `.ranks` can be inspected.

@@ -30,10 +30,12 @@ from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.runtime.cuda_graphs import recorder_for
 from helix_compile.runtime.ends import KEPT, ShortEnds
 from helix_compile.runtime.prepared import PreparedSteps
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
-from helix_compile.runtime.segments import CompiledSegments
+from helix_compile.runtime.replays import ReplayedSteps, replay_facts
+from helix_compile.runtime.segments import RankPrograms
 from helix_compile.runtime.step import checked_lengths, checked_rows, run_step
 from helix_compile.runtime.values import ValueDump
 from helix_compile.saving.module_folder import load_parts, save_module
@@ -108,6 +110,10 @@ def _infer_layouts(graph: fx.GraphModule, plan: HelixPlan) -> None:
                 check_layouts(body, plan=plan.body(name), degrees=plan.layout)
 
 
+def _uncut(lowered: fx.GraphModule) -> fx.GraphModule:
+    return lowered
+
+
 class HelixModule(nn.Module):
     """A model's decode step, rewritten for Helix parallelism. Made by helix_compile() or load().
 
@@ -137,18 +143,13 @@ class HelixModule(nn.Module):
         self._ledger = Ledger(plan.options, plan.layout.kvp, facts.device, plan.rings)
         self._tables = PreparedSteps(plan.layout, facts.device)
         self._ends = ShortEnds(lambda lowered, what: short_end(lowered, what, facts.vocab_size))
-        self._end_segments: dict[str, CompiledSegments] = {}
+        self._end_programs: dict[str, RankPrograms] = {}
         self._value_dump = ValueDump.from_environment(plan)
         if self._value_dump is not None:
             _infer_layouts(self.graph, plan)
-        self._segments = (
-            CompiledSegments(segments_of, stages, plan.layout, world) if plan.options.compiles_segments else None
-        )
-        if self._segments is not None:
-            if SEGMENTS not in stages:  # of a reloaded module
-                stages[SEGMENTS] = segments_of(self.graph)
-            if facts.device.type != "meta":
-                self.programs()
+        self._programs, self._replays = self._prepared_steps()
+        if self._programs is not None and facts.device.type != "meta":
+            self.programs()
         self.train(False)
 
     @property
@@ -165,8 +166,24 @@ class HelixModule(nn.Module):
         """The graph that runs, ended by "last1", "best", ... (passes/lower/short_ends.py); None where its head is whole."""
         return self._ends.graph(self.graph, what) if self.plan.options.head == "shard" else None
 
+    def _prepared_steps(self) -> tuple[RankPrograms | None, ReplayedSteps | None]:
+        """What runs a step in place of a walk, if anything does, and what replays it."""
+        options = self.plan.options
+        recorder = recorder_for(self.device) if options.cuda_graphs else None
+        replays = None if recorder is None else ReplayedSteps(recorder, self.world)
+        if options.compiles_segments:
+            if SEGMENTS not in self.stages:  # of a reloaded module
+                self.stages[SEGMENTS] = segments_of(self.graph)
+            return RankPrograms(segments_of, self.stages, self.plan.layout, self.world), replays
+        return (None if replays is None else self._programs_of(self.graph)), replays
+
+    def _programs_of(self, graph: fx.GraphModule) -> RankPrograms:
+        """The programs of an outer graph, in segments where these are compiled."""
+        cut = segments_of if self.plan.options.compiles_segments else _uncut
+        return RankPrograms(cut, {SEGMENTS: cut(graph)}, self.plan.layout, self.world)
+
     def programs(self, end: str = "") -> list[Program] | None:
-        """What runs a step where segments are compiled, one a rank; made again after an edit. None: graphs are walked.
+        """What runs a step where segments are compiled or steps replayed, one a rank; made again after an edit. None: graphs are walked.
 
         Args:
             end: of the graph that short_end() gives; "": of the whole one.
@@ -174,18 +191,22 @@ class HelixModule(nn.Module):
         Raises:
             LoweringError: Inductor can't compile a segment.
         """
-        if self._segments is None:
+        if self._programs is None:
             return None
         if not end:
-            return self._segments.programs(self.graph, self.ranks, self.device)
+            return self._programs.programs(self.graph, self.ranks, self.device)
         graph = self.short_end(end)
         assert graph is not None  # asked for by run_step(), which has it
-        if end not in self._end_segments:
-            while len(self._end_segments) >= KEPT:
-                self._end_segments.pop(next(iter(self._end_segments)))
-            held = {SEGMENTS: segments_of(graph)}
-            self._end_segments[end] = CompiledSegments(segments_of, held, self.plan.layout, self.world)
-        return self._end_segments[end].programs(graph, self.ranks, self.device)
+        if end not in self._end_programs:
+            while len(self._end_programs) >= KEPT:
+                self._end_programs.pop(next(iter(self._end_programs)))
+            self._end_programs[end] = self._programs_of(graph)
+        return self._end_programs[end].programs(graph, self.ranks, self.device)
+
+    @property
+    def replays(self) -> ReplayedSteps | None:
+        """Its recorded steps; None where steps are not recorded (docs/compiled.md)."""
+        return self._replays
 
     @property
     def value_dump(self) -> ValueDump | None:
@@ -267,7 +288,7 @@ class HelixModule(nn.Module):
 
         Earlier stages take their weights from the original model: an edit of ranks[r].params shows in "lowered" only.
         """
-        if name == (STAGES[-1] if self._segments is None else SEGMENTS):
+        if name == (SEGMENTS if self.plan.options.compiles_segments else STAGES[-1]):
             return self(input_ids, attention_mask)
         if name == STAGES[-1]:
             own = [rank.params for rank in self.ranks]
@@ -393,7 +414,9 @@ class HelixModule(nn.Module):
 
     def inspect(self, folder: str | Path | None = None) -> Inspection:
         """What was rewritten, what was not and why, bytes per collective; with `folder`, files too (rank 0 writes them)."""
-        inspection = inspect_module(self.plan, self.stages)
+        runs = list(self.stages.values())[-1]
+        replays = replay_facts(self.plan.options, self.device, runs, self.world.host_collectives)
+        inspection = inspect_module(self.plan, self.stages, replays)
         if folder is not None and self.world.is_leader:
             inspection.write(Path(folder))
         return inspection

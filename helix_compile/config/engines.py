@@ -34,6 +34,7 @@ _WHY = {
     "window": "where the cache of sliding windows lies here ({value}); the engine decides for itself",
     "head": "embedding and output head are {value}ed here; the engine decides for itself",
     "check": "when ranks compare what they were given for a step here",
+    "cuda_graphs": "whether steps are recorded in CUDA graphs here; the engine has settings of its own",
     "unmatched": "what happens here to layers that are not recognised",
 }
 

@@ -201,6 +201,14 @@ class HelixOptions:
         "when real ranks compare what they were given for a step",
         of_ranks=True,
     )
+    cuda_graphs: bool = field(
+        default=True,
+        metadata=_says(
+            "steps of up to 32 tokens a sequence are recorded in CUDA graphs and replayed",
+            ", on a card; what can't be recorded is called between them (docs/compiled.md)",
+            flag=True,
+        ),
+    )
     recipe: InitVar[Recipe] = NO_RECIPE  # where the options come from: not an option, and no part of equality
 
     def __new__(cls, *args: Any, **keywords: Any) -> HelixOptions:

@@ -61,6 +61,7 @@ class Op:
         fake: of the op's arguments, empty tensors such as its results.
         mutates: arguments that it writes.
         views: the schema behind the name where results are views of an argument, which a signature can't say.
+        reads_values: the reference looks at values on the host (lengths, chosen experts), so that a CUDA graph can't hold it.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Op:
     fake: Callable[..., Any]
     mutates: tuple[str, ...] = ()
     views: str = ""
+    reads_values: bool = False
 
     @property
     def schema(self) -> str:
@@ -144,14 +146,24 @@ HELIX_OPS = (
     ),
     Op("top_words", top_words_reference, _top_words),
     Op("best_of_words", best_of_words_reference, lambda candidates: candidates.new_empty((*candidates.shape[:2], 2))),
-    Op("cache_append", cache_append_reference, _appended, mutates=("cache",)),
-    Op("mla_decode", mla_decode_reference, lambda q_latent, *_, **__: _partials(q_latent, q_latent.shape[3])),
-    Op("gqa_decode", gqa_decode_reference, lambda q, k_cache, v_cache, *_, **__: _partials(q, v_cache.shape[3])),
+    Op("cache_append", cache_append_reference, _appended, mutates=("cache",), reads_values=True),
+    Op(
+        "mla_decode",
+        mla_decode_reference,
+        lambda q_latent, *_, **__: _partials(q_latent, q_latent.shape[3]),
+        reads_values=True,
+    ),
+    Op(
+        "gqa_decode",
+        gqa_decode_reference,
+        lambda q, k_cache, v_cache, *_, **__: _partials(q, v_cache.shape[3]),
+        reads_values=True,
+    ),
     Op("merge_lse", merge_lse_reference, lambda partial_o_P, lse_P: partial_o_P.new_empty(partial_o_P.shape[1:])),
     Op("total_lse", total_lse_reference, lambda lse_P: lse_P.new_empty(lse_P.shape[1:])),
     Op("apply_sinks", apply_sinks_reference, lambda o, *_: torch.empty_like(o)),
     Op("rescale_by_lse", rescale_by_lse_reference, lambda partial_o, *_: torch.empty_like(partial_o)),
-    Op("moe_experts", moe_experts_reference, lambda x, *_: x.new_empty(x.shape)),
+    Op("moe_experts", moe_experts_reference, lambda x, *_: x.new_empty(x.shape), reads_values=True),
     Op(
         "moe_router",
         moe_router_reference,
@@ -169,6 +181,7 @@ HELIX_OPS = (
         lambda q, w, index_cache, page_table, *_: q.new_empty(
             (*q.shape[:2], page_table.shape[1] * index_cache.shape[1]), dtype=accumulation_dtype(q.dtype)
         ),
+        reads_values=True,
     ),
     Op("topk_candidates", topk_candidates_reference, _candidates),
     Op("kth_candidate", kth_candidate_reference, _kth),
@@ -193,6 +206,7 @@ HELIX_OPS = (
         "mla_decode_slots",
         mla_decode_slots_reference,
         lambda q_latent, *_, **__: _partials(q_latent, q_latent.shape[3]),
+        reads_values=True,
     ),
     *(op for codec in CODECS for op in _exchange(codec)),
 )

@@ -15,6 +15,9 @@ before it anywhere, so fewer than k on its own rank: no rank can hold back a key
 
 from __future__ import annotations
 
+import math
+import struct
+
 import torch
 from torch import Tensor
 
@@ -119,7 +122,8 @@ def rows_for_owners_reference(candidates: Tensor, peers: int) -> Tensor:
     each = -(-rows.shape[0] // peers)
     spare = rows.new_full((peers * each - rows.shape[0], *rows.shape[1:]), NOWHERE)
     # a number, not a tensor of the host: a copy to the device can't be recorded in a CUDA graph
-    spare[..., 0] = int(torch.tensor(-torch.inf, dtype=_scores_of(candidates.dtype)).view(candidates.dtype))
+    form = "<d" if candidates.dtype is torch.int64 else "<f"
+    spare[..., 0] = int.from_bytes(struct.pack(form, -math.inf), "little", signed=True)
     return torch.cat([rows, spare]).unflatten(0, (peers, each))
 
 

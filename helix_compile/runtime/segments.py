@@ -1,8 +1,9 @@
-"""A compiled step: each rank's program over the segments of the lowered graph, made again when something that it holds changed."""
+"""A prepared step: each rank's program over the lowered graph, in segments or as it is, made again when something that it holds changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import fx
 from tqdm import tqdm
 
 from helix_compile.ir.graph import InputTable, input_ref, placeholders
-from helix_compile.ir.stage import SEGMENTS
+from helix_compile.ir.stage import SEGMENTS, graphs_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.runtime.inductor import code_of, is_known, open_modes
 from helix_compile.runtime.prepared import Arguments, held_by, parts_of, same_objects
@@ -21,11 +22,11 @@ from helix_compile.worlds.world import World
 Cut = Callable[[fx.GraphModule], fx.GraphModule]
 
 
-class CompiledSegments:
+class RankPrograms:
     """The programs of the ranks in this process.
 
     Args:
-        cut: a lowered stage -> its segments.
+        cut: a lowered stage -> its segments, or the stage itself where nodes stay calls of their own.
         stages: of the module; what the graph was edited to is cut again, and is the stage `segments` from then on.
     """
 
@@ -36,6 +37,7 @@ class CompiledSegments:
         self._seen: list[Any] = []
         self._held: list[Any] = []
         self._modes: tuple[str, ...] = ()
+        self._read_off: list[tuple[fx.GraphModule, str]] = []
 
     def programs(self, lowered: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
         """One for each rank; compiles what is not known, with a progress bar.
@@ -49,10 +51,18 @@ class CompiledSegments:
         if edited:
             self._stages[SEGMENTS] = self._cut(lowered)
         held, modes = [thing for rank in ranks for thing in held_by(rank, rank.params)], open_modes()
+        held += [attrgetter(target)(graph) for graph, target in self._constants(lowered, edited or not self._programs)]
         if edited or not self._programs or modes != self._modes or not same_objects(held, self._held):
             self._programs = self._made(self._stages[SEGMENTS], ranks, device)
             self._seen, self._held, self._modes = seen, held, modes
         return self._programs
+
+    def _constants(self, lowered: fx.GraphModule, again: bool) -> list[tuple[fx.GraphModule, str]]:
+        """What nodes of a user's edit read off its graphs."""
+        if again:
+            nodes = ((g, n) for _, g in graphs_of(lowered) for n in g.graph.nodes)
+            self._read_off = [(g, str(n.target)) for g, n in nodes if n.op == "get_attr"]
+        return self._read_off
 
     def _made(self, stage: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
         bound = [bound_inputs(stage, rank, self._layout, device) for rank in ranks]

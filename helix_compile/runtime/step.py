@@ -98,7 +98,7 @@ def run_step(
     past = max(ledger.lengths, default=0) + chunks[-1].start
     check_limits({"B": (B, B), "T": (T - chunks[-1].start, T), "S": (past, past)}, module.facts.limits)
     ledger.clear_tails({rank.rank: rank.cache for rank in module.ranks}, module.plan.layout, module.plan.cached)
-    ids = input_ids.to(module.device, torch.int64)
+    ids = on_device(host_ids, module.device) if input_ids.device.type == "cpu" else input_ids.to(torch.int64)
     shortens = first > 0 and graph is module.graph and module.value_dump is None
 
     def end_of(c: slice) -> str:
@@ -119,7 +119,7 @@ def run_step(
         }
         step = {
             "input_ids": ids[:, c].contiguous(),  # compiled segments know its strides
-            "positions": agreed["positions"].to(module.device),
+            "positions": on_device(agreed["positions"], module.device),
             "page_table": ledger.pages_of(B),
             **{ring_name(f"table_{n}"): table[:B] for n, table in ledger.ring_tables.items()},
         }
@@ -135,7 +135,12 @@ def run_step(
                 and graph is module.graph
                 and (programs := module.programs(own)) is not None
             ):
-                given = module.world.run_programs(programs, step, agreed)
+                replays = module.replays
+                given = (
+                    module.world.run_programs(programs, step, agreed)
+                    if replays is None
+                    else replays.run(programs, own, step, agreed)
+                )
             else:
                 inputs = tables.inputs(ended, module.ranks, params, step)
                 given = module.world.run(ended, inputs, recorder, agreed)
@@ -157,6 +162,11 @@ def run_step(
     except BaseException:  # an interrupt too: what earlier chunks wrote lies behind the lengths
         ledger.lengths, ledger.gaps, ledger.tails = before
         raise
+
+
+def on_device(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host there; a card need not be waited for."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _check_range(module: CompiledModule, logits: Tensor, mask: Tensor) -> None:
@@ -234,9 +244,10 @@ def checked_mask(mask: Tensor | None, input_ids: Tensor) -> Tensor:
     _refuse_odd("attention_mask", mask)
     if mask.is_complex():
         raise RuntimeFault(f"attention_mask must hold 0 and 1 only, got {mask.dtype}")
-    if not bool(((mask == 0) | (mask == 1)).all()):
+    host = mask.to("cpu")  # from a card once
+    if not bool(((host == 0) | (host == 1)).all()):
         raise RuntimeFault("attention_mask must hold 0 and 1 only")
-    host = mask.to("cpu", torch.int64)
+    host = host.to(torch.int64)
     starts = torch.diff(host, dim=1, prepend=torch.zeros(B, 1, dtype=torch.int64)) == 1
     broken = (starts.sum(dim=1) > 1).nonzero().flatten().tolist()
     if broken:

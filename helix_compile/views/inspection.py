@@ -119,8 +119,12 @@ class Inspection:
         return files
 
 
-def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspection:
-    """Collect the facts of a plan and its stages."""
+def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule], replays: dict[str, Any]) -> Inspection:
+    """Collect the facts of a plan and its stages.
+
+    Args:
+        replays: see runtime/replays.py, replay_facts().
+    """
     first, last = next(iter(stages.values())), list(uncut(stages).values())[-1]
     facts = {
         "model": plan.model,
@@ -153,6 +157,7 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule]) -> Inspec
             {"name": d.name, "rule": d.rule, "inputs": dict(d.inputs), "result": d.result} for d in plan.decisions
         ],
         "kernels": _kernel_facts(plan, last),
+        "cuda_graphs": replays,
         "notes": list(plan.notes),
     }
     return Inspection(plan, stages, facts)
@@ -280,6 +285,12 @@ def format_report(facts: dict[str, Any]) -> str:
     if facts["kernels"]:
         rows = ((x["body"], x["node"], x["op"], x["reason"]) for x in facts["kernels"])
         console.print(_table(("body", "node", "computed by", "why"), rows))
+    graphs = facts["cuda_graphs"]
+    if facts["kernels"] or graphs["used"]:  # a report of a CPU says nothing of it
+        console.print(f"CUDA graphs: {'' if graphs['used'] else 'none: '}{graphs['why']}", markup=False, soft_wrap=True)
+    if graphs["apart"]:
+        apart = ((x["node"], x["why"]) for x in graphs["apart"])
+        console.print(_two_columns("called between CUDA graphs", "why", apart))
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined] # StringIO

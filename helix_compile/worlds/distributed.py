@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +26,19 @@ from helix_compile.worlds.agreement import AgreedInputs, StartAgreement, StepAgr
 from helix_compile.worlds.groups import axis_groups, next_world
 from helix_compile.worlds.guard import RankGuard, is_transport_error
 from helix_compile.worlds.program import Program
+from helix_compile.worlds.tape import Tape, recorded
 from helix_compile.worlds.virtual import check_axis
 from helix_compile.worlds.walk import Graphs, Hook, Pending, Post, Walk, rank_fault
 
 _Walking = Generator[tuple[Pending, str], Tensor | None, Any]
+
+
+@dataclass
+class _Started:
+    """A collective: what WAIT takes, of this step."""
+
+    is_local: bool
+    value: Any = None
 
 
 class DistributedWorld:
@@ -47,7 +58,8 @@ class DistributedWorld:
         self.reset_counters()
         # a fake group has no peers to ask: its one rank is a world of its own
         store = dist.PrefixStore(f"helix/{next_world(parent)}", parent.get_group_store())
-        fake = dist.get_backend(parent) == "fake"
+        self._backend = dist.get_backend(parent)
+        fake = self._backend == "fake"
         self.guard = RankGuard(store, self.rank, 1 if fake else mesh.world_size, timeout)
         self._start_agreement = StartAgreement(self.guard)
         self._agreement, self._agreed_inputs = StepAgreement(self.guard, check), AgreedInputs()
@@ -56,6 +68,11 @@ class DistributedWorld:
     def ranks(self) -> Sequence[int]:
         """Ranks that live in this process: one."""
         return (self.rank,)
+
+    @property
+    def host_collectives(self) -> str:
+        """Why a tape can't hold its collectives: those of nccl are launches on a stream, others wait on the host."""
+        return "" if self._backend == "nccl" else f"{self._backend} works through the host"
 
     @property
     def is_leader(self) -> bool:
@@ -70,7 +87,7 @@ class DistributedWorld:
     def reset_counters(self) -> None:
         """Start counting bytes and collectives again."""
         self._sent = Counter[tuple[str, int, int]]()  # (op, peers, bytes of its argument)
-        self.num_collectives: dict[tuple[str, str], int] = {}
+        self.num_collectives: Counter[tuple[str, str]] = Counter()
 
     def start(self, claims: Mapping[str, Callable[[], str]]) -> None:
         """Compare what the ranks are about to run, then make the groups. Collective.
@@ -105,24 +122,45 @@ class DistributedWorld:
         graph = graphs if isinstance(graphs, fx.GraphModule) else graphs[0]
         if agreed is None:
             agreed = self._agreed_inputs.of(graph.graph, inputs[0])
-        return self._agreed(agreed, lambda post: Walk(self.rank, post, {}, hook).graph(graph, inputs[0], ""))
+        return self._agreed(
+            agreed, lambda: self._walk(lambda post: Walk(self.rank, post, {}, hook).graph(graph, inputs[0], ""))
+        )
 
     def run_programs(
-        self, programs: Sequence[Program], step: Mapping[str, Tensor], agreed: Mapping[str, Tensor] | None = None
+        self,
+        programs: Sequence[Program],
+        step: Mapping[str, Tensor],
+        agreed: Mapping[str, Tensor] | None = None,
+        tape: Tape | None = None,
     ) -> list[Any]:
-        """Run a step that is prepared: this rank's program on the inputs `step`; takes, returns and raises as run()."""
-        (program,) = programs
-        return self._agreed(step if agreed is None else agreed, lambda post: program.walk(step, post))
+        """Run a step that is prepared: this rank's program on the inputs `step`; takes, returns and raises as run().
 
-    def _agreed(self, agreed: Mapping[str, Tensor], walk: Callable[[Post], _Walking]) -> list[Any]:
-        """Walk when all ranks have the same step."""
+        Args:
+            tape: an empty one records the step, a recorded one takes it: `programs` are not walked then. Whatever a peer does of
+                the three, each takes part in the same collectives.
+        """
+        (program,) = programs
+        return self._agreed(step if agreed is None else agreed, lambda: self._run(program, step, tape))
+
+    def _run(self, program: Program, step: Mapping[str, Tensor], tape: Tape | None) -> Any:
+        if tape is None:
+            return self._walk(lambda post: program.walk(step, post))
+        if tape.is_done:
+            self._sent.update(tape.sent)
+            self.num_collectives.update(tape.collectives)
+            return tape.play()
+        with recorded(tape, self._sent, self.num_collectives):
+            return tape.finish(self._walk(lambda post: program.walk(step, post, tape), tape))
+
+    def _agreed(self, agreed: Mapping[str, Tensor], run: Callable[[], Any]) -> list[Any]:
+        """Run when all ranks have the same step."""
         if self._broken:
             raise RuntimeFault(f"these ranks can't go on, start them again; what happened: {self._broken}")
         self.guard.begin_step()
         try:
             said = self._agreement.begin(agreed, "input_ids")
             if not said:
-                return [self._walk(walk)]
+                return [run()]
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             self.guard.raised(error)
@@ -168,13 +206,13 @@ class DistributedWorld:
         self._gathers += 1
         return texts
 
-    def _walk(self, walk: Callable[[Post], _Walking]) -> Any:
-        started: dict[int, tuple[Tensor, str]] = {}
+    def _walk(self, walk: Callable[[Post], _Walking], tape: Tape | None = None) -> Any:
+        started: dict[int, tuple[_Started, str]] = {}
 
         def post(op: str, args: tuple, where: str) -> Pending:
             ticket = len(tickets)
             tickets.append(op)
-            started[ticket] = self._start(op, args, where), where
+            started[ticket] = self._start(op, args, where, tape), where
             return Pending(op, ticket)
 
         tickets: list[str] = []
@@ -186,27 +224,53 @@ class DistributedWorld:
                 if pending.ticket not in started:
                     number = f"collective #{pending.ticket}"
                     raise rank_fault(self.rank, where, f"{pending.op} ({number}) is waited for twice")
-                value = self._guarded(where, WAIT, started.pop(pending.ticket)[0])
+                value = self._wait(started.pop(pending.ticket)[0], where, tape)
         except StopIteration as stop:
             if started:
                 left = ", ".join(where for _, where in started.values())
                 raise rank_fault(self.rank, left, "started, but never waited for") from None
             return stop.value
 
-    def _start(self, op: str, args: tuple, where: str) -> Tensor:
+    def _start(self, op: str, args: tuple, where: str, tape: Tape | None) -> _Started:
         tensor, axis = args[0], args[-1]
         check_axis(self.mesh, axis, self.rank, where)
         members = self.mesh.members(axis, self.rank)
         self._sent[op, len(members), tensor.nbytes] += 1
-        self.num_collectives[(op, axis)] = self.num_collectives.get((op, axis), 0) + 1
-        if len(members) == 1:
-            return tensor.clone()
+        self.num_collectives[(op, axis)] += 1
+        started = _Started(is_local=len(members) == 1)
+        if started.is_local:
+            started.value = tensor.clone() if tape is None else tape.launch(torch.clone, (tensor,))
+            return started
         if axis not in self._groups:
             raise RuntimeFault(
                 f"rank {self.rank}, node {where}: axis {axis!r} has no process group; "
                 f"graphs exchange over {', '.join(self._groups)}"
             )
-        return self._guarded(where, COLLECTIVES[op].target, *args[:-1], self._groups[axis])
+
+        def start(*tensors: Tensor) -> None:
+            call = partial(COLLECTIVES[op].target, *tensors, *args[1:-1], self._groups[axis])
+            started.value = self._guarded(where, call)
+
+        if tape is None:
+            start(tensor)
+        elif self.host_collectives:
+            tape.apart(start, (tensor,))
+        else:
+            tape.launch(start, (tensor,))
+        return started
+
+    def _wait(self, started: _Started, where: str, tape: Tape | None) -> Tensor:
+        """The value of a collective; without a tape, or in a piece of one, by torch's own wait."""
+        if started.is_local:
+            return started.value
+
+        def wait() -> Tensor:
+            return self._guarded(where, WAIT, started.value)
+
+        if tape is None:
+            return wait()
+        found: Tensor = tape.apart(wait) if self.host_collectives else tape.launch(wait, ())
+        return found
 
     def _guarded(self, where: str, call: Callable[..., Tensor], *args: Any) -> Tensor:
         self.guard.node = where

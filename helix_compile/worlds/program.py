@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
+from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx
@@ -16,7 +18,9 @@ from torch import Tensor, fx
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.collectives import COLLECTIVE_OF, WAIT
 from helix_compile.ir.graph import input_ref, is_call, placeholders
+from helix_compile.ir.host_reads import foreign_code, host_read, host_reads
 from helix_compile.ir.leaves import Leaf
+from helix_compile.worlds.tape import Tape
 from helix_compile.worlds.walk import Pending, Post, rank_fault
 
 _STEP = "input"  # the kind of an outer graph's inputs that every step brings anew
@@ -45,6 +49,7 @@ class _Do(NamedTuple):
         gives: registers of what it returns: one, or one for each item of a tuple (0: not read).
         dead: registers that nobody reads afterwards.
         where: the node, as faults name it.
+        apart: why a piece of a tape can't hold it; "" if it can, None: it launches nothing.
     """
 
     call: Any
@@ -52,16 +57,22 @@ class _Do(NamedTuple):
     gives: tuple[int, ...] | int
     dead: tuple[int, ...]
     where: str
+    apart: str | None = ""
 
 
 class Program:
     """The step of one rank.
 
+    Attributes:
+        rank: whose.
+        inputs: name of a step's input -> register.
+        others: code in it that is not ours, which nothing that replays a step can know; "" if there is none.
+
     Args:
         rank: whose.
         stage: an outer graph whose bodies are cut in segments.
         bound: its inputs that never change, by node.
-        code: a segment where it is called -> what computes it: takes its tensors, returns a tuple.
+        code: a segment where it is called -> what computes it: takes its tensors, returns a tuple. Not asked where none is cut.
     """
 
     def __init__(
@@ -71,8 +82,8 @@ class Program:
         bound: Mapping[fx.Node, Any],
         code: Callable[[SegmentCall], Callable[..., Any]],
     ):
-        self.rank = rank
-        self.inputs: dict[str, int] = {}  # name of a step's input -> register
+        self.rank, self.others = rank, ""
+        self.inputs: dict[str, int] = {}
         self._registers: list[Any] = [None]
         self._steps: list[_Do] = []
         self._code = code
@@ -94,12 +105,28 @@ class Program:
         """How many calls a step makes, collectives and their waits among them."""
         return len(self._steps)
 
-    def walk(self, step: Mapping[str, Tensor], post: Post) -> Generator[tuple[Pending, str], Tensor | None, Any]:
-        """One step; yields where it waits, wants the value sent back, and returns the output. As Walk.graph()."""
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors that it runs on at every step: parameters, caches, numbers of the rank, constants of graphs."""
+        return [value for value in self._registers if isinstance(value, Tensor)]
+
+    @property
+    def apart(self) -> list[tuple[str, str]]:
+        """(node, why) of the calls that no tape can hold."""
+        return [(step.where, step.apart) for step in self._steps if step.apart]
+
+    def walk(
+        self, step: Mapping[str, Tensor], post: Post, tape: Tape | None = None
+    ) -> Generator[tuple[Pending, str], Tensor | None, Any]:
+        """One step; yields where it waits, wants the value sent back, and returns the output. As Walk.graph().
+
+        Args:
+            tape: records it.
+        """
         registers = self._registers.copy()
         for name, register in self.inputs.items():
             registers[register] = step[name]
-        for call, takes, gives, dead, where in self._steps:
+        for call, takes, gives, dead, where, apart in self._steps:
             arguments = [registers[i] for i in takes]
             result: Any
             if call is None:
@@ -112,7 +139,12 @@ class Program:
                 result = post(call, tuple(arguments), where)
             else:
                 try:
-                    result = call(*arguments)
+                    if tape is None or apart is None:
+                        result = call(*arguments)
+                    elif apart:
+                        result = tape.apart(partial(self._guarded, call, where), arguments)
+                    else:
+                        result = tape.launch(call, arguments)
                 except RuntimeFault:
                     raise
                 except Exception as error:
@@ -125,6 +157,15 @@ class Program:
             for register in dead:
                 registers[register] = None
         return registers[self._output]
+
+    def _guarded(self, call: Any, where: str, *arguments: Any) -> Any:
+        """What a tape calls at later steps."""
+        try:
+            return call(*arguments)
+        except RuntimeFault:
+            raise
+        except Exception as error:
+            raise rank_fault(self.rank, where, f"{_name(call)}: {type(error).__name__}: {error}") from error
 
     def _new(self) -> int:
         self._registers.append(None)
@@ -163,7 +204,8 @@ class Program:
         takes = self._not_pending(where, tuple(at[n] for n in node.args))
         known = {place: self._registers[i] for place, i in enumerate(takes) if self._registers[i] is not None}
         gives = tuple(self._new() for _ in node.meta["val"])
-        self._steps.append(_Do(self._code(SegmentCall(where, called, known)), takes, gives, (), where))
+        apart = next((f"it holds `{name}`: {why}" for name, why in host_reads(called)), "")
+        self._steps.append(_Do(self._code(SegmentCall(where, called, known)), takes, gives, (), where, apart))
         return gives
 
     def _call_function(self, node: fx.Node, at: Mapping[fx.Node, Any], where: str) -> int:
@@ -177,6 +219,8 @@ class Program:
         return self._add(node.target, node, at, where)
 
     def _add(self, call: Any, node: fx.Node, at: Mapping[fx.Node, Any], where: str) -> int:
+        if call is not None and not isinstance(call, str):
+            self.others = self.others or foreign_code(call)
         nested = node.kwargs or any(isinstance(a, (list, tuple)) and _has_nodes(a) for a in node.args)
         if nested:
             sources = node.all_input_nodes
@@ -193,7 +237,7 @@ class Program:
         if call is not None:
             self._not_pending(where, takes)
         gives = self._new()
-        self._steps.append(_Do(call, takes, gives, (), where))
+        self._steps.append(_Do(call, takes, gives, (), where, host_read(node) if _launches(node) else None))
         return gives
 
     def _not_pending(self, where: str, takes: tuple[int, ...]) -> tuple[int, ...]:
@@ -221,6 +265,13 @@ def _registers_of(value: Any) -> Iterator[int]:
     else:
         for item in value:
             yield from _registers_of(item)
+
+
+def _launches(node: fx.Node) -> bool:
+    """False for sizes and views: what they give is the same at every step of a shape."""
+    if isinstance(node.target, BuiltinFunctionType) or getattr(node.target, "is_view", False):
+        return False
+    return isinstance(node.meta.get("val"), (Tensor, list, tuple)) or "val" not in node.meta
 
 
 def _has_nodes(value: Any) -> bool:

@@ -20,6 +20,7 @@ from helix_compile.errors import RuntimeFault
 from helix_compile.ir.collectives import ALL_TO_ALL, COLLECTIVES, CollectiveOp
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.worlds.program import Program
+from helix_compile.worlds.tape import Tape, recorded
 from helix_compile.worlds.walk import Graphs, Hook, Pending, Walk
 
 Key = tuple[str, tuple[int, ...], int]  # axis, members of the group, sequence number
@@ -131,6 +132,11 @@ class VirtualWorld:
         return range(self.mesh.world_size)
 
     @property
+    def host_collectives(self) -> str:
+        """Nothing: they are copies and sums."""
+        return ""
+
+    @property
     def is_leader(self) -> bool:
         """True: one process holds all ranks."""
         return True
@@ -160,7 +166,7 @@ class VirtualWorld:
     def reset_counters(self) -> None:
         """Start counting bytes and collectives again."""
         self._sent = Counter[tuple[str, tuple[int, ...], int]]()  # (op, members, bytes of an argument)
-        self.num_collectives: dict[tuple[str, str], int] = {}
+        self.num_collectives: Counter[tuple[str, str]] = Counter()
 
     def run(
         self,
@@ -187,15 +193,34 @@ class VirtualWorld:
         return self._take_turns(walks, mailbox)
 
     def run_programs(
-        self, programs: Sequence[Program], step: Mapping[str, Tensor], agreed: Mapping[str, Tensor] | None = None
+        self,
+        programs: Sequence[Program],
+        step: Mapping[str, Tensor],
+        agreed: Mapping[str, Tensor] | None = None,
+        tape: Tape | None = None,
     ) -> list[Any]:
-        """Run a step that is prepared: one program a rank, all on the inputs `step`; returns and raises as run()."""
+        """Run a step that is prepared: one program a rank, all on the inputs `step`; returns and raises as run().
+
+        Args:
+            tape: an empty one records the step, a recorded one takes it: `programs` are not walked then.
+        """
+        if tape is not None and tape.is_done:
+            self._sent.update(tape.sent)
+            self.num_collectives.update(tape.collectives)
+            played: list[Any] = tape.play()
+            return played
         mailbox: dict[Key, Exchange] = {}
-        walks = {program.rank: program.walk(step, self._post_of(program.rank, mailbox)) for program in programs}
-        return self._take_turns(walks, mailbox)
+        walks = {p.rank: p.walk(step, self._post_of(p.rank, mailbox), tape) for p in programs}
+        if tape is None:
+            return self._take_turns(walks, mailbox)
+        with recorded(tape, self._sent, self.num_collectives):
+            return tape.finish(self._take_turns(walks, mailbox, tape))
 
     def _take_turns(
-        self, walks: dict[int, Generator[tuple[Pending, str], Tensor | None, Any]], mailbox: dict[Key, Exchange]
+        self,
+        walks: dict[int, Generator[tuple[Pending, str], Tensor | None, Any]],
+        mailbox: dict[Key, Exchange],
+        tape: Tape | None = None,
     ) -> list[Any]:
         waiting: dict[int, tuple[Key, str] | None] = dict.fromkeys(walks)
         outputs: dict[int, Any] = {}
@@ -204,7 +229,7 @@ class VirtualWorld:
             for rank in list(walks):
                 blocked, value = waiting[rank], None
                 if blocked is not None:
-                    if not self._complete(mailbox, blocked[0]):
+                    if not self._complete(mailbox, blocked[0], tape):
                         continue
                     value = _take(mailbox[blocked[0]], rank, *blocked)
                 moved = True
@@ -233,17 +258,18 @@ class VirtualWorld:
 
         return post
 
-    def _complete(self, mailbox: dict[Key, Exchange], key: Key) -> bool:
+    def _complete(self, mailbox: dict[Key, Exchange], key: Key, tape: Tape | None) -> bool:
         exchange = mailbox[key]
         axis, members, _ = key
         if exchange.results is None and len(exchange.posts) == len(members):
             op = _agreed_op(key, exchange)
             tensors = [exchange.posts[rank].tensor for rank in members]
-            exchange.results = dict(zip(members, op.outcome(tensors), strict=True))
+            outcome = op.outcome(tensors) if tape is None else tape.launch(op.outcome, (tensors,))
+            exchange.results = dict(zip(members, outcome, strict=True))
             self._sent[op.name, members, tensors[0].nbytes] += 1  # all alike
             # who posted what and where is kept, not the tensors
             exchange.posts = {r: p._replace(tensor=p.tensor.new_empty(0)) for r, p in exchange.posts.items()}
-            self.num_collectives[(op.name, axis)] = self.num_collectives.get((op.name, axis), 0) + 1
+            self.num_collectives[(op.name, axis)] += 1
         return exchange.results is not None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -19,6 +20,7 @@ from helix_compile.layout.degrees import HelixLayout, HelixMesh
 from helix_compile.worlds.distributed import DistributedWorld
 from helix_compile.worlds.groups import early_store, local_device, open_parent
 from helix_compile.worlds.program import Program
+from helix_compile.worlds.tape import Tape
 from helix_compile.worlds.virtual import VirtualWorld
 from helix_compile.worlds.walk import Graphs, Hook
 
@@ -29,7 +31,7 @@ class World(Protocol):
     """Runs the lowered graphs of the ranks that live in this process."""
 
     mesh: HelixMesh
-    num_collectives: dict[tuple[str, str], int]
+    num_collectives: Counter[tuple[str, str]]
 
     @property
     def sent_bytes(self) -> list[Fraction]:
@@ -38,6 +40,10 @@ class World(Protocol):
     @property
     def ranks(self) -> Sequence[int]:
         """Ranks in this process."""
+
+    @property
+    def host_collectives(self) -> str:
+        """Why a tape can't hold its collectives; "" if it can."""
 
     @property
     def is_leader(self) -> bool:
@@ -59,9 +65,13 @@ class World(Protocol):
         """After a last step: what of it the ranks have not compared yet is compared."""
 
     def run_programs(
-        self, programs: Sequence[Program], step: Mapping[str, Tensor], agreed: Mapping[str, Tensor] | None = None
+        self,
+        programs: Sequence[Program],
+        step: Mapping[str, Tensor],
+        agreed: Mapping[str, Tensor] | None = None,
+        tape: Tape | None = None,
     ) -> list[Any]:
-        """The same of a step that is prepared."""
+        """The same of a step that is prepared; recorded on `tape`, or taken by it once that is done."""
 
     def share_random_state(self, device: torch.device) -> None:
         """All processes go on with rank 0's random state."""

@@ -54,6 +54,7 @@ def asked(draw: st.DrawFn) -> HelixOptions:
         lower=draw(st.sampled_from(["auto", "reference", "triton"])),
         unmatched=draw(st.sampled_from(["error", "keep"])),
         pad_heads=draw(st.booleans()) if cp * tpa > 1 else False,
+        cuda_graphs=draw(st.booleans()),
         head=draw(st.sampled_from(["replicate", "shard"])) if cp * tpa > 1 else "replicate",
         check=draw(st.sampled_from(["deferred", "every", "off"])) if cp * tpa > 1 else "deferred",
         **exchange,

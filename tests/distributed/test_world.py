@@ -40,7 +40,19 @@ from tests.support.run_faults import FAULTS, check_found, dump_run
 
 pytestmark = pytest.mark.multi_process
 LIMIT = 1e-5
-STEPS = ("loaded", "cp4", "cp2_tpa2", "mesh", "replica", "goes_on", "after_full_disk", "reloaded", "after_damage")
+STEPS = (
+    "loaded",
+    "cp4",
+    "recorded",
+    "replayed",
+    "cp2_tpa2",
+    "mesh",
+    "replica",
+    "goes_on",
+    "after_full_disk",
+    "reloaded",
+    "after_damage",
+)
 
 
 class Launch:
@@ -133,6 +145,17 @@ def test_a_run_on_real_ranks_is_that_of_the_virtual_world(launch: Launch) -> Non
     dump_run(launch.virtual, launch.folder / "runs" / "virtual", FAULTS["plain"])
     comparison = compare(launch.folder / "runs" / "plain", launch.folder / "runs" / "virtual")
     assert comparison.equal and comparison.found.by_rank, str(comparison)
+
+
+def test_steps_are_replayed_between_collectives(launch: Launch) -> None:
+    """Each collective of gloo stands apart, started and waited for, once a step whatever the peers do; nothing else does."""
+    for rank, said in enumerate(launch.said):
+        pieces, apart, collectives, replays, alike = said["replays"]
+        assert apart == 2 * collectives > 0 and pieces > collectives and alike == [True, True]
+        # of one token, and the prompt that came again
+        assert replays == ([1] * 2 * pieces if rank == 1 else [3] * pieces + [1] * pieces)
+    for name in ("recorded", "replayed"):
+        assert torch.equal(launch.seen[0][name], launch.seen[0]["cp4"])
 
 
 def test_two_models_take_turns_and_keep_their_caches(launch: Launch) -> None:

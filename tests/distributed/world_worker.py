@@ -39,7 +39,10 @@ from tests.support import captures
 from tests.support.disk import full_after
 from tests.support.graphs import stage_text
 from tests.support.models import fresh_model
+from tests.support.recording import FakeGraphs
 from tests.support.run_faults import FAULTS, dump_run
+
+HOST_READ = "helix_compile.worlds.program.host_read"  # our references as if each were a kernel
 
 
 class Wire(TorchDispatchMode):
@@ -98,6 +101,20 @@ def main(folder: Path) -> None:
     said["groups_used"] = len(wire.groups)
     said["collectives"] = [list(map(str, x)) for x in sorted(four.world.num_collectives.items())]
     said["texts"] = [stage_text(c.graph) for c in (loaded, four, mixed)]
+
+    # steps that are recorded and replayed, in pieces between the collectives of gloo; rank 1 forgets, and records while others replay
+    fake = FakeGraphs()
+    with patch("helix_compile.module.recorder_for", lambda device: fake), patch(HOST_READ, lambda node: ""):
+        replayed = helix_compile(model, cp=4, **OPTIONS)
+    assert replayed.replays is not None
+    seen["recorded"] = run_steps(replayed)
+    if rank == 1:
+        replayed.replays.clear()
+    seen["replayed"] = run_steps(replayed)
+    tape = replayed.replays.recordings[-1]
+    alike = [replayed.world.sent_bytes == four.world.sent_bytes]
+    alike += [replayed.world.num_collectives == four.world.num_collectives]
+    said["replays"] = [tape.pieces, tape.apart_calls, tape.collectives.total(), [p.replays for p in fake.pieces], alike]
 
     # other kinds of site: grouped-query attention, and a layer that is a leaf
     grouped = helix_compile(grouped_model(), **MIXED)

@@ -73,6 +73,66 @@ def test_generate_streams_the_same_tokens_on_the_card() -> None:
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("lower", ["triton", "triton+inductor", "reference"])
+def test_steps_are_replayed(lower: str) -> None:
+    """Prompt, steps, drafts taken back, a row that starts anew, an edit: as launched one by one; nothing is allocated from then on."""
+    model = fresh_model("short", torch.float32).cuda()
+    modules = [helix_compile(model, cp=4, lower=lower, cuda_graphs=on, **OPTIONS) for on in (True, False)]
+    replayed = modules[0]
+    assert replayed.replays is not None and modules[1].replays is None
+
+    def step(T: int) -> None:
+        ids = torch.randint(0, 97, (3, T), generator=torch.Generator().manual_seed(step.number))  # type: ignore[attr-defined]
+        step.number += 1  # type: ignore[attr-defined]
+        got, expected = (module(ids.cuda()) for module in modules)
+        assert off(got, expected) <= LIMIT
+
+    step.number = 0  # type: ignore[attr-defined]
+    for T in (7, 1, 1, 1, 3, 3):
+        step(T)
+    for module in modules:
+        module.truncate([int(n) - 2 for n in module.lengths])
+        module.reset([1])
+    for T in (3, 1, 1):
+        step(T)
+    tapes, told = replayed.replays.recordings, replayed.inspect().facts["cuda_graphs"]
+    assert told["used"] and len(tapes) == 2 and all((tape.apart_calls > 0) == bool(told["apart"]) for tape in tapes)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    for module in modules:
+        module.ranks[1].params[name] = module.ranks[1].params[name] * 2
+    for _ in range(3):
+        step(1)
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        step(1)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_replayed_step_never_waits_for_the_card() -> None:
+    """Ids of the host: torch is told to raise where the host would wait."""
+    model = fresh_model("short", torch.bfloat16).cuda()
+    compiled = helix_compile(model, cp=4, lower="triton", **OPTIONS)
+    ids = torch.tensor([[5], [6], [7]])
+    for _ in range(3):
+        compiled(ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits = compiled(ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert logits.isfinite().all()
+
+
+def test_recordings_that_go_give_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helix_compile.runtime.replays.KEPT", 2)
+    model = fresh_model("short", torch.float32).cuda()
+    replayed, launched = (helix_compile(model, cp=4, lower="triton", cuda_graphs=on, **OPTIONS) for on in (True, False))
+    for T in (1, 1, 2, 2, 3, 3, 1, 1, 2, 2, 3, 3, 1, 1):
+        ids = torch.randint(0, 97, (2, T)).cuda()
+        assert off(replayed(ids), launched(ids)) <= LIMIT
+    assert replayed.replays is not None and len(replayed.replays.recordings) == 2
+
+
 @pytest.mark.multi_process
 @pytest.mark.parametrize(("backend", "processes"), [("nccl", 1), ("gloo", 4)])
 def test_processes_that_share_the_card(backend: str, processes: int, tmp_path: Path) -> None:

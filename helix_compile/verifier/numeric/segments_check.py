@@ -39,7 +39,7 @@ class _Deviates(RuntimeFault):
 
 def check_segments(compiled: HelixModule, seed: int, check: Check) -> None:
     """HX411 for the first call of a segment whose code computes something else than its graph."""
-    if compiled.programs() is None:
+    if SEGMENTS not in compiled.stages:
         return
     stage = compiled.stages[SEGMENTS]
     check.coverage.stages.append(SEGMENTS)
