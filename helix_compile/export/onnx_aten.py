@@ -87,6 +87,8 @@ def _binary(op: str) -> Rule:
 
 for _name, _op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div")):
     RULES[getattr(aten, _name).Tensor] = _binary(_op)
+for _name, _op in (("multiply", "Mul"), ("subtract", "Sub"), ("divide", "Div")):
+    RULES[getattr(aten, _name).Tensor] = _binary(_op)
 for _name, _op in (("maximum", "Max"), ("minimum", "Min")):
     RULES[getattr(aten, _name).default] = _binary(_op)
 
@@ -457,6 +459,21 @@ def _slice(w: Writer, node: fx.Node) -> Value:
     return str(w.scope.op("Slice", x, *bounds, w.scope.ints([dim]), w.scope.ints([step]), wanted=node.name))
 
 
+@rule(aten.slice_scatter.default)
+def _slice_scatter(w: Writer, node: fx.Node) -> Value:
+    """What lies before the slice, the source in its place, what lies behind it."""
+    x, source = (w.value(n) for n in node.args[:2])
+    dim, step = _dim(node, argument(node, 2, "dim", 0)), argument(node, 5, "step", 1)
+    start, end, last = argument(node, 3, "start"), argument(node, 4, "end"), torch.iinfo(torch.int64).max
+    start, end = 0 if start is None else start, last if end is None else end
+    if step != 1 or not isinstance(start, int) or not isinstance(end, int) or start < 0 or end < 0:
+        raise w.refuse(node, f"its slice is [{start}:{end}:{step}]")
+    s, axis = w.scope, w.scope.ints([dim])
+    before = [s.op("Slice", x, s.ints([0]), s.ints([start]), axis)] if start else []
+    behind = [s.op("Slice", x, s.ints([end]), s.ints([last]), axis)] if end != last else []
+    return str(s.op("Concat", *before, source, *behind, wanted=node.name, axis=dim))
+
+
 @moves(aten.select.int)
 def _select(w: Writer, node: fx.Node) -> Value:
     place = w.scope.constant(int(node.args[2]), torch.int64)
@@ -498,6 +515,16 @@ def _repeat_interleave(w: Writer, node: fx.Node) -> Value:
     many = s.op("Expand", wide, s.ints([repeats if d == dim + 1 else 1 for d in range(rank + 1)]))
     shape = s.shape([*_sizes(w, node, 0, dim), -1, *_sizes(w, node, dim + 1, rank)])
     return str(s.op("Reshape", many, shape, wanted=node.name))
+
+
+@rule(aten.repeat.default)
+def _repeat(w: Writer, node: fx.Node) -> Value:
+    """The whole tensor again and again along each dim; dims that are new stand in front."""
+    counts = [w.value(count) for count in node.args[1]]
+    new, x = len(counts) - rank_of(node.args[0]), w.value(node.args[0])
+    if new:
+        x = w.scope.op("Unsqueeze", x, w.scope.ints(range(new)))
+    return str(w.scope.op("Tile", x, w.scope.shape(counts), wanted=node.name))
 
 
 # choosing
@@ -582,6 +609,13 @@ def _full(w: Writer, node: fx.Node) -> Value:
     number = node.args[1] if fill is None else fill
     shape = w.scope.shape([w.value(size) for size in node.args[0]])
     return str(w.scope.op("Expand", w.typed(number, dtype_of(node)), shape, wanted=node.name))
+
+
+@rule(aten.copy.default)
+def _copy(w: Writer, node: fx.Node) -> Value:
+    """The source in the sizes and dtype of the first argument."""
+    shape = w.scope.op("Shape", w.value(node.args[0]))
+    return str(w.scope.op("Expand", w.typed(node.args[1], dtype_of(node)), shape, wanted=node.name))
 
 
 @rule(aten.arange.default, aten.arange.start)

@@ -55,6 +55,8 @@ def export_onnx(compiled: CompiledModule, folder: Path, layers: Collection[int] 
         )
     if compiled.device.type == "meta":
         raise ExportError("export: a module on the meta device has no weights to write; compile it with weights")
+    if compiled.plan.options.pp > 1:
+        raise ExportError("export: stages of a pipeline (pp > 1) are not exported; compile the model with pp=1")
     follow_edits(compiled.plan, compiled.graph, compiled.ranks, compiled.facts)
     names = [*(name for r in range(layout.world_size) for name in _files(r)), MANIFEST]
     if taken := [name for name in names if (folder / name).exists()]:
