@@ -45,6 +45,10 @@ class LoweringUnavailable(LoweringError):
     """The asked lowering, world or entry point is not available here; the message says why."""
 
 
+class ExportError(HelixError):
+    """A module that can't be exported to a format, or an exported folder that is not what it says."""
+
+
 class RuntimeFault(HelixError):
     """A step, a cache call or a rank failed or was refused while running."""
 

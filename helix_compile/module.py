@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext, suppress
 from functools import wraps
 from pathlib import Path
@@ -452,6 +452,25 @@ class HelixModule(nn.Module):
         """
         self.world.settle()
         save_module(self, Path(folder))
+
+    @_alone
+    def export(self, folder: str | Path, format: str = "onnx", layers: Collection[int] | None = None) -> dict[str, Any]:
+        """Write what each rank runs for other runtimes (docs/exports.md), all files or none; what is there stays.
+
+        Args:
+            folder: gets a model a rank, its weights beside it, and manifest.json.
+            format: "onnx".
+            layers: of these alone; None: all.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ExportError: a format that is not there, what the format can't say, files that would be replaced.
+        """
+        from helix_compile.export.formats import export_module  # onnx is slow to import
+
+        return export_module(self, Path(folder), format, layers)
 
     @staticmethod
     def load(

@@ -1,4 +1,4 @@
-"""The console script: helix-compile inspect | verify | compare | generate | kernels | recipe. JSON goes to stdout alone, progress to stderr.
+"""The console script: helix-compile inspect | verify | compare | generate | export | kernels | recipe. JSON goes to stdout alone, progress to stderr.
 
 Exit status: 0 fine, 1 a check failed, 2 wrong use.
 """
@@ -16,6 +16,7 @@ import typer
 
 from helix_compile.cli.kernels import kernels
 from helix_compile.cli.options import Config, Lenient, asked_options, with_options
+from helix_compile.cli.options import given as _is_given
 from helix_compile.config.engines import ENGINE_NAMES, check_engine
 from helix_compile.config.options import OPTIONS
 from helix_compile.errors import HelixError
@@ -128,9 +129,49 @@ def generate(
 
 @app.command()
 @with_options
+def export(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help=f"{_MODEL_HELP}; or a folder of save(), without --cp")],
+    out: Annotated[Path, typer.Option(help="folder for the models of all ranks and manifest.json")],
+    format: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    layers: Annotated[str | None, typer.Option(help="of these layers alone, such as 0,3; default: all")] = None,
+    cp: Cp = None,
+    config: Config = None,
+    lenient: Lenient = False,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Write what each rank runs for other runtimes; `verify` OUT reads it back. What is in OUT stays."""
+    from helix_compile.export.formats import check_format
+
+    check_format(format)
+    check_folder(out)
+    chosen = None if layers is None else _numbers(layers)
+    if (Path(model) / "plan.json").is_file():  # of save(): everything is decided
+        given = [name for name in (*OPTIONS, "world", "dtype", "config") if name in ctx.params and _is_given(ctx, name)]
+        if given:
+            raise HelixError(f"export: {model} was saved with its options; leave {', '.join(f'--{n}' for n in given)}")
+        from helix_compile.module import HelixModule
+
+        compiled: Any = HelixModule.load(model)
+    else:
+        compiled = _compile(ctx, model, dtype, meta=False)
+    manifest = compiled.export(out, format, chosen)
+    if as_json:
+        print(json.dumps(manifest, indent=1))
+        return
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    print(f"{out}: {format}, {manifest['ranks']} ranks, {len(manifest['layers'])} layers, {size:,} bytes")
+    for needed in manifest["needs"]:
+        print(f"  a runtime needs {needed}")
+
+
+@app.command()
+@with_options
 def verify(
     ctx: typer.Context,
-    model: Annotated[str | None, typer.Argument(help=_MODEL_HELP)] = None,
+    model: Annotated[str | None, typer.Argument(help=f"{_MODEL_HELP}, or a folder of export(), without --cp")] = None,
     cp: Cp = None,
     config: Config = None,
     lenient: Lenient = False,
@@ -146,7 +187,9 @@ def verify(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Check that MODEL, rewritten, is MODEL: graph, weights and numbers. Exit status 1 if anything is found."""
+    """Check that MODEL, rewritten, is MODEL: graph, weights and numbers; that a folder of export() is what it says. Exit status 1 if anything is found."""
+    if model is not None and (Path(model) / "manifest.json").is_file() and cp is None and config is None:
+        _verify_export(ctx, Path(model), as_json)
     sized = cp is not None or config is not None
     if (model is not None) != sized or (model is None and not self_test):
         raise HelixError(
@@ -193,6 +236,31 @@ def compare(
         comparison.write_html(html)
     print(comparison.to_json() if as_json else comparison)
     raise typer.Exit(0 if comparison.equal else 1)
+
+
+def _verify_export(ctx: typer.Context, folder: Path, as_json: bool) -> None:
+    """Read an exported folder back; exits."""
+    from helix_compile.export.formats import check_export
+
+    if idle := [name for name in ctx.params if name not in ("model", "as_json") and _is_given(ctx, name)]:
+        raise HelixError(
+            f"verify: {folder} is an export, which has no options; leave {', '.join(f'--{n}' for n in idle)}"
+        )
+    faults = check_export(folder)
+    if as_json:
+        print(json.dumps({"ok": not faults, "faults": [vars(fault) for fault in faults]}, indent=1))
+    else:
+        print("\n".join(map(str, faults)) or f"{folder}: as exported")
+    raise typer.Exit(1 if faults else 0)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise HelixError(
+            f"--layers {text!r}: expected numbers of layers with commas between them, such as 0,3"
+        ) from None
 
 
 def _verified(built: Any, asked: dict[str, Any], float64_too: bool, seed: int) -> tuple[bool, str, str]:

@@ -1,0 +1,251 @@
+"""Read an ONNX export back: files against the manifest, and what the models compute against the plan in it.
+
+Digests say that a file changed; what stands behind them says it of a folder whose digests were made anew, or whose writer erred:
+logits alone show neither a cache that is not written (until the second step) nor ranks that agree on a wrong ledger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+from helix_compile.export.onnx_folder import EXPORT_ID, collective_of, described, sha256_of
+from helix_compile.export.onnx_graph import RANK_INPUTS, nodes_in_order
+from helix_compile.export.onnx_ops import ONNX_NAMES, helix_functions
+from helix_compile.export.onnx_scope import BODIES, COLLECTIVES, HELIX
+from helix_compile.plan.helix_plan import HelixPlan
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong.
+
+    Attributes:
+        code: one of those below, stable.
+        where: file, or file and what in it.
+        what: got and expected.
+    """
+
+    code: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.where}: {self.what}"
+
+
+def check_onnx(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
+    """Every fault of a folder, in the order in which they are looked for."""
+    faults = _check_files(folder, manifest)
+    models: dict[int, ModelProto] = {}
+    for rank in range(manifest["ranks"]):
+        path = folder / f"rank{rank}.onnx"
+        if not path.is_file():
+            continue
+        try:
+            models[rank] = onnx.load(path, load_external_data=False)
+        except DecodeError as error:
+            faults.append(Fault("unreadable", path.name, f"no ONNX model: {error}"))
+    plan = HelixPlan.from_json(json.dumps(manifest["plan"]))
+    for rank, model in models.items():
+        faults += _check_model(rank, model, manifest, plan)
+        faults += _check_weights(folder, rank, model, manifest)
+    return faults + _check_ranks_agree(models)
+
+
+def _check_files(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
+    faults = []
+    for name, stated in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(Fault("missing_file", name, "the manifest has it, the folder has not"))
+        elif path.stat().st_size != stated["bytes"]:
+            faults.append(Fault("changed_file", name, f"{path.stat().st_size} bytes, written were {stated['bytes']}"))
+        elif sha256_of(path) != stated["sha256"]:
+            faults.append(Fault("changed_file", name, "its sha256 is not the manifest's"))
+    return faults
+
+
+def _check_model(rank: int, model: ModelProto, manifest: dict[str, Any], plan: HelixPlan) -> list[Fault]:
+    """One model against manifest and plan."""
+    name = f"rank{rank}.onnx"
+    faults = []
+    identity = {p.key: p.value for p in model.metadata_props}.get(EXPORT_ID)
+    if identity != manifest[EXPORT_ID]:
+        faults.append(Fault("other_export", name, "it is part of another export than the manifest"))
+    for kind, infos in (("inputs", model.graph.input), ("outputs", model.graph.output)):
+        if [described(i) for i in infos] != manifest[kind]:
+            got = ", ".join(f"{i['name']} {i['shape']}" for i in map(described, infos))
+            faults.append(Fault(f"other_{kind}", name, f"got {got}"))
+    faults += _check_coordinates(name, rank, model, plan)
+    faults += _check_degrees(name, model, plan)
+    faults += _check_collectives(name, model, manifest, plan)
+    faults += _check_caches(name, model)
+    known = helix_functions()
+    for function in model.functions:
+        if function.domain == HELIX and function != known.get(function.name):
+            faults.append(
+                Fault("other_function", f"{name}, {HELIX}::{function.name}", "not that of helix_ops.onnx.txt")
+            )
+    return faults
+
+
+def _check_coordinates(name: str, rank: int, model: ModelProto, plan: HelixPlan) -> list[Fault]:
+    faults = []
+    for initializer in model.graph.initializer:
+        if initializer.name in RANK_INPUTS:
+            expected = plan.layout.index(RANK_INPUTS[initializer.name], rank)
+            got = numpy_helper.to_array(initializer).tolist()
+            if got != expected:
+                what = f"{got}, rank {rank} of this layout is at {expected}"
+                faults.append(Fault("rank_coordinate", f"{name}, {initializer.name}", what))
+    return faults
+
+
+def _check_degrees(name: str, model: ModelProto, plan: HelixPlan) -> list[Fault]:
+    """What the round robin of tokens hangs on, at each node that says it."""
+    expected = {"cp": plan.layout.kvp, "tokens_per_block": plan.options.tokens_per_block}
+    faults = []
+    for node in nodes_in_order(model):
+        if node.domain != HELIX:
+            continue
+        for attribute in node.attribute:
+            if attribute.name in expected and attribute.i != expected[attribute.name]:
+                where = f"{name}, node {node.name} ({node.op_type})"
+                what = f"{attribute.name} = {attribute.i}, the plan has {expected[attribute.name]}"
+                faults.append(Fault("ledger", where, what))
+    return faults
+
+
+def _check_collectives(name: str, model: ModelProto, manifest: dict[str, Any], plan: HelixPlan) -> list[Fault]:
+    """Those of the manifest in their order, and as many of each kind as the plan has."""
+    faults = []
+    got = [collective_of(node) for node in nodes_in_order(model) if node.domain == COLLECTIVES]
+    if got != manifest["collectives"]:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(got, manifest["collectives"], strict=False)) if a != b),
+            min(len(got), len(manifest["collectives"])),
+        )
+        stated = manifest["collectives"][at] if at < len(manifest["collectives"]) else "none"
+        found = got[at] if at < len(got) else "none"
+        what = (
+            f"{len(got)} of {len(manifest['collectives'])}; the first that differs is #{at}: {found}, expected {stated}"
+        )
+        faults.append(Fault("collectives", name, what))
+    layers = set(manifest["layers"])
+    planned = Counter[tuple[str, str]]()
+    for body in plan.bodies:
+        for collective in body.collectives:
+            planned[ONNX_NAMES[collective.op], collective.axis] += len(layers & set(body.layers))
+    for collective in plan.outer.collectives:
+        planned[ONNX_NAMES[collective.op], collective.axis] += 1
+    # a value that is two in ONNX travels twice: kinds are compared, and counts from below
+    counted = Counter((op, axis) for op, axis, *_ in got)
+    for kind, count in (+planned).items():
+        if counted[kind] < count:
+            what = f"{counted[kind]} {kind[0]} over {kind[1]}, the plan has {count}"
+            faults.append(Fault("collectives", name, what))
+    for kind in counted.keys() - (+planned).keys():
+        faults.append(Fault("collectives", name, f"{kind[0]} over {kind[1]}, of which the plan knows nothing"))
+    return faults
+
+
+def _check_caches(name: str, model: ModelProto) -> list[Fault]:
+    """cache_i_out is what cache_append made of cache_i."""
+    faults = []
+    functions = {f.name: f for f in model.functions if f.domain == BODIES}
+    made = {output: node for node in model.graph.node for output in node.output}
+    caches = [i.name for i in model.graph.input if i.name.startswith("cache_")]
+    outputs = {o.name for o in model.graph.output}
+    for cache in caches:
+        end = f"{cache}_out"
+        where = f"{name}, {end}"
+        if end not in outputs:
+            faults.append(Fault("cache_unwritten", where, "there is no such output"))
+            continue
+        source, appended = end, 0
+        while source in made:
+            node = made[source]
+            if node.domain == BODIES:
+                function = functions[node.op_type]
+                before, count = _appended(function, function.output[list(node.output).index(source)])
+                appended += count
+                source = node.input[list(function.input).index(before)] if before in function.input else ""
+            elif node.op_type == "Identity":
+                source = node.input[0]
+            else:
+                source = ""
+        if source != cache or appended == 0:
+            what = f"it leads back to {source or 'something else'}, with {appended} appends on the way"
+            faults.append(Fault("cache_unwritten", where, what))
+    return faults
+
+
+def _appended(function: Any, output: str) -> tuple[str, int]:
+    """From an output of a body back to what it was before its appends, and how many these are."""
+    made: dict[str, NodeProto] = {out: node for node in function.node for out in node.output}
+    appended = 0
+    while output in made:
+        node = made[output]
+        if node.domain == HELIX and node.op_type == "cache_append" and output == node.output[0]:
+            appended += 1
+        elif node.op_type != "Identity":
+            break
+        output = node.input[0]
+    return output, appended
+
+
+def _check_weights(folder: Path, rank: int, model: ModelProto, manifest: dict[str, Any]) -> list[Fault]:
+    """Each tensor's bytes against the digest that it had when it was cut."""
+    faults, name = [], f"rank{rank}.onnx"
+    found = {t.name: t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL}
+    for weight, digests in manifest["weights"].items():
+        if weight not in found:
+            faults.append(Fault("weights", f"{name}, {weight}", "the model has no such weight"))
+            continue
+        digest = _digest(folder, found.pop(weight))
+        if digest is None:
+            faults.append(Fault("weights", f"{name}, {weight}", "its external data is not there"))
+        elif digest != digests[rank]:
+            others = [r for r, of_rank in enumerate(digests) if of_rank == digest]
+            what = f"it is rank {others[0]}'s" if others else "its values are not those that were exported"
+            faults.append(Fault("weights", f"{name}, {weight}", what))
+    faults += [Fault("weights", f"{name}, {weight}", "the manifest has no such weight") for weight in found]
+    return faults
+
+
+def _digest(folder: Path, tensor: TensorProto) -> str | None:
+    """sha256 of a tensor's bytes; None where they are not there, or lie outside the folder."""
+    places = {entry.key: entry.value for entry in tensor.external_data}
+    location = places.get("location", "")
+    path = folder / location
+    if Path(location).name != location or not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        file.seek(int(places.get("offset", 0)))
+        data = file.read(int(places["length"]))
+    return hashlib.sha256(data).hexdigest() if len(data) == int(places["length"]) else None
+
+
+def _check_ranks_agree(models: dict[int, ModelProto]) -> list[Fault]:
+    """All models are one, but for initializers."""
+    texts = {}
+    for rank, model in models.items():
+        bare = ModelProto()
+        bare.CopyFrom(model)
+        del bare.graph.initializer[:]
+        texts[rank] = bare.SerializeToString(deterministic=True)
+    counts = Counter(texts.values())
+    if len(counts) < 2:
+        return []
+    usual = counts.most_common(1)[0][0]
+    odd = [rank for rank, text in texts.items() if text != usual]
+    return [Fault("ranks_differ", f"rank{rank}.onnx", "its graph is not that of the other ranks") for rank in odd]

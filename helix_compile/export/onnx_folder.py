@@ -1,0 +1,179 @@
+"""A folder that other runtimes read: a model a rank with its weights beside it, and manifest.json, which says what they are.
+
+rank0.onnx, rank0.onnx.data, rank1.onnx, ...    see docs/exports.md
+manifest.json                                   last: its presence says "complete"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+
+from helix_compile.errors import ExportError
+from helix_compile.export.onnx_files import ExternalData, with_weights
+from helix_compile.export.onnx_graph import RANK_INPUTS, RankModel, nodes_in_order, rank_model
+from helix_compile.export.onnx_scope import COLLECTIVES, HELIX, IR_VERSION, OPSET
+from helix_compile.files import StagedFiles
+from helix_compile.ir.stage import nodes_of
+from helix_compile.layout.degrees import HelixLayout, HelixMesh
+from helix_compile.passes.lower.select_kernels import PROVIDER
+from helix_compile.passes.pipeline import lowered_copy
+from helix_compile.plan.cache_row import pages_per_sequence
+from helix_compile.runtime.compiled import CompiledModule
+from helix_compile.runtime.rank import Rank, follow_edits
+
+MANIFEST, VERSION = "manifest.json", 1
+EXPORT_ID = "helix_export"  # metadata of each model: which export it is a part of
+_STAGE = "ffn"  # the last one that speaks of moves
+
+
+def export_onnx(compiled: CompiledModule, folder: Path, layers: Collection[int] | None = None) -> dict[str, Any]:
+    """Write the ONNX models of all ranks into `folder`, all or nothing; what is there stays. Returns the manifest.
+
+    Args:
+        compiled: with all ranks in this process.
+        folder: is made, if it is not there.
+        layers: of these layers alone; None: all.
+
+    Raises:
+        ExportError: what has no ONNX, files that would be replaced, ranks that live elsewhere.
+        HelixError: the disk refuses.
+    """
+    layout = compiled.plan.layout
+    if len(compiled.ranks) != layout.world_size:
+        raise ExportError(
+            f"export: this process holds {len(compiled.ranks)} of {layout.world_size} ranks; export from one process that "
+            'holds all: world="virtual"'
+        )
+    if compiled.device.type == "meta":
+        raise ExportError("export: a module on the meta device has no weights to write; compile it with weights")
+    if compiled.plan.options.pp > 1:
+        raise ExportError("export: stages of a pipeline (pp > 1) are not exported; compile the model with pp=1")
+    follow_edits(compiled.plan, compiled.graph, compiled.ranks, compiled.facts)
+    names = [*(name for r in range(layout.world_size) for name in _files(r)), MANIFEST]
+    if taken := [name for name in names if (folder / name).exists()]:
+        raise ExportError(f"export: {folder} holds {', '.join(taken)}, which would be replaced; choose another folder")
+    common = _common(compiled, layers)
+    identity = hashlib.sha256(common.model.SerializeToString(deterministic=True) + compiled.plan.to_json().encode())
+    helper.set_model_props(common.model, {EXPORT_ID: identity.hexdigest()})
+    manifest = _manifest(compiled, common, layers, identity.hexdigest())
+    with StagedFiles(folder, "export") as files:
+        for rank in compiled.ranks:
+            manifest["files"] |= _write_rank(files, common, rank, layout, manifest["weights"])
+        files.write_text(MANIFEST, json.dumps(manifest, indent=1))
+        files.move()
+    return manifest
+
+
+def _files(rank: int) -> tuple[str, str]:
+    return f"rank{rank}.onnx", f"rank{rank}.onnx.data"
+
+
+def _common(compiled: CompiledModule, layers: Collection[int] | None) -> RankModel:
+    """What runs, without kernels: those of a card or of Triton are no ops of ONNX."""
+    options, plan = compiled.plan.options, compiled.plan
+    has_kernels = any(str(node.target).startswith(f"{PROVIDER}.") for node in nodes_of(compiled.graph))
+    graph = lowered_copy(compiled.stages[_STAGE]) if has_kernels else compiled.graph
+    pages = pages_per_sequence(options, plan.layout.kvp)
+    return rank_model(graph, plan, compiled.ranks[0].cache, pages, compiled.facts.vocab_size, layers)
+
+
+def _write_rank(
+    files: StagedFiles, common: RankModel, rank: Rank, layout: HelixLayout, digests: dict[str, list[str]]
+) -> dict[str, Any]:
+    """Both files of a rank; what the manifest says of them."""
+    model_name, data_name = _files(rank.rank)
+    protos: list[TensorProto] = []
+    written: dict[str, str] = {}
+
+    def write_data(path: Path) -> None:
+        data = ExternalData(path, data_name)
+        protos.extend(data.write({name: rank.params[name] for name in common.weights}))
+        written.update(data.digests)
+
+    facts = {}
+
+    def write_model(path: Path) -> None:
+        coordinates = {name: layout.index(axis, rank.rank) for name, axis in RANK_INPUTS.items()}
+        onnx.save(with_weights(common, coordinates, protos), path)
+
+    for name, write in ((data_name, write_data), (model_name, write_model)):
+
+        def writing(path: Path, name: str = name, write: Any = write) -> None:
+            write(path)
+            facts[name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+
+        files.write(name, writing)
+    for name in common.weights:
+        digests.setdefault(name, []).append(written[name])
+    return facts
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest(
+    compiled: CompiledModule, common: RankModel, layers: Collection[int] | None, identity: str
+) -> dict[str, Any]:
+    plan, layout = compiled.plan, compiled.plan.layout
+    collectives = [n for n in nodes_in_order(common.model) if n.domain == COLLECTIVES]
+    return {
+        "format": "onnx",
+        "version": VERSION,
+        EXPORT_ID: identity,
+        "model": plan.model,
+        "dtype": plan.dtype,
+        "opset": OPSET,
+        "ir_version": IR_VERSION,
+        "ranks": layout.world_size,
+        "layout": asdict(layout),
+        "groups": {axis: [list(g) for g in groups] for axis, groups in HelixMesh(layout).groups.items()},
+        "layers": sorted(layers) if layers is not None else sorted(n for b in plan.bodies for n in b.layers),
+        "ledger": {"cp": layout.kvp, "tokens_per_block": plan.options.tokens_per_block},
+        "max_seq_len": plan.options.max_seq_len,
+        "max_batch_size": plan.options.max_batch_size,
+        "inputs": [described(info) for info in common.model.graph.input],
+        "outputs": [described(info) for info in common.model.graph.output],
+        "collectives": [collective_of(node) for node in collectives],
+        "needs": _needs(common.model, plan.dtype, bool(collectives)),
+        "plan": json.loads(plan.to_json()),
+        "weights": {},
+        "files": {},
+    }
+
+
+def described(info: ValueInfoProto) -> dict[str, Any]:
+    """Name, dtype (numpy's word) and shape of an input or output; letters are free sizes."""
+    tensor = info.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return {"name": info.name, "dtype": dtype, "shape": [d.dim_param or d.dim_value for d in tensor.shape.dim]}
+
+
+def collective_of(node: Any) -> list[Any]:
+    """[name, axis, group size, reduction or ""] of a collective's node."""
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    reduction = given.get("reduce_op", b"").decode()
+    return [node.op_type, given["axis"].decode(), given["group_size"], reduction]
+
+
+def _needs(model: ModelProto, dtype: str, exchanges: bool) -> list[str]:
+    """What a runtime must bring that the files do not define, and what stock runtimes are known not to run."""
+    found = [f"{COLLECTIVES}: the collectives are the runtime's to define; stock ones have none"] if exchanges else []
+    if dtype == str(torch.bfloat16)[6:]:
+        found.append(
+            "bfloat16: stock onnxruntime has no CPU kernels for it and onnx's Einsum none at this opset: stored, not run"
+        )
+    if any(f.domain == HELIX and f.name == "moe_experts" for f in model.functions):
+        found.append("Loop with rows chosen by data (routed experts)")
+    return found
