@@ -29,7 +29,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + len(shape)), dtype=torch.float64)
 
 
-def model_of(name: str, inputs: list[Tensor], outputs: int, attributes: dict[str, int], functions: list[FunctionProto]) -> ModelProto:
+def model_of(
+    name: str, inputs: list[Tensor], outputs: int, attributes: dict[str, int], functions: list[FunctionProto]
+) -> ModelProto:
     names, ends = [f"x{i}" for i in range(len(inputs))], [f"y{i}" for i in range(outputs)]
     infos = [
         helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(x.numpy().dtype), [None] * x.dim())
@@ -73,7 +75,10 @@ def cases() -> dict[str, tuple[Any, ...]]:
     scores[0, 2, 3] = scores[0, 2, 9] = scores[0, 2].max() + 1  # a tie
     slot = torch.arange(S)
     scores = torch.where(slot < VISIBLE[..., None], scores, -torch.inf)
-    bound, at = torch.tensor([[0.0, 0.1, float(scores[0, 2, 3])], [0.0, 0.0, -torch.inf]]).double(), torch.full((B, T), 14)
+    bound, at = (
+        torch.tensor([[0.0, 0.1, float(scores[0, 2, 3])], [0.0, 0.0, -torch.inf]]).double(),
+        torch.full((B, T), 14),
+    )
     at[1, 2] = NOWHERE
     slots, count = helix.select_slots(scores, VISIBLE, bound, at, rank, 4, 2, 2)
     x, ids = normal(7, 5), torch.tensor([[0, 5], [1, 2], [5, 3], [4, 2], [0, 1], [5, 4], [3, 2]])
@@ -125,7 +130,9 @@ def test_all_ranks_find_the_same_key(top_k: int) -> None:
     each = []
     for rank, of_rank in enumerate(scores):
         masked = torch.where(torch.arange(S) < VISIBLE[..., None], of_rank, -torch.inf)
-        ours = both("topk_candidates", masked, VISIBLE, torch.tensor(rank), outputs=2, top_k=top_k, cp=2, tokens_per_block=2)
+        ours = both(
+            "topk_candidates", masked, VISIBLE, torch.tensor(rank), outputs=2, top_k=top_k, cp=2, tokens_per_block=2
+        )
         theirs = helix.topk_candidates(masked, VISIBLE, torch.tensor(rank), top_k, 2, 2)
         each.append((ours, theirs))
     expected = helix.kth_candidate(torch.stack([theirs for _, theirs in each]), top_k)

@@ -92,5 +92,3 @@ def _op(op: str, rank: int) -> Callable[..., Any]:
         return _exchanges[rank].run(rank, op, x, axis, group_size, reduce_op)
 
     return run
-
-
