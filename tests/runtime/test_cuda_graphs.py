@@ -459,6 +459,7 @@ def one_call() -> dict[str, tuple[Any, ...]]:
         "rescale_by_lse": (partial_o, lse, lse_P),
         "rows_for_owners": (candidates[0], 3),
         "pack_kth": (torch.randn(3, 1), torch.ones(3, 1, dtype=torch.int64)),
+        "heads_of_rank": (torch.randn(2, 1, 4, 6), number, 2),
         "unpack_kth": (torch.ones(6, 2, dtype=torch.int32), positions),
     }
 
