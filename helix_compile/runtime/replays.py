@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.host_reads import what_is_read
+from helix_compile.runtime.ends import KEPT as ENDS
 from helix_compile.worlds.program import Program
 from helix_compile.worlds.tape import Recorder, Tape
 from helix_compile.worlds.world import World
@@ -86,7 +87,9 @@ class ReplayedSteps:
         if others or T > RECORDED_TOKENS or _get_current_dispatch_mode_stack():  # a mode wants to see every op
             return self._world.run_programs(programs, step, agreed)
         if programs is not self._programs.get(end):
-            self._forget([key for key in (*self._recordings, *self._came) if key[0] == end])
+            self._forget_end(end)
+            while len(self._programs) >= ENDS:
+                self._forget_end(next(iter(self._programs)))
             self._programs[end] = programs
         key = _key(end, B, T)
         recording = self._recordings.get(key)
@@ -120,6 +123,10 @@ class ReplayedSteps:
     def clear(self) -> None:
         """Forget every recording, and what came once."""
         self._forget([*self._recordings, *self._came])
+
+    def _forget_end(self, end: str) -> None:
+        self._forget([key for key in (*self._recordings, *self._came) if key[0] == end])
+        self._programs.pop(end, None)
 
     def _forget(self, keys: Sequence[_Key]) -> None:
         """What is played again may be under way: it goes when that is done."""

@@ -154,7 +154,8 @@ def test_steps_are_replayed_between_collectives(launch: Launch) -> None:
         assert apart == 2 * collectives > 0 and pieces > collectives and alike == [True, True]
         # of one token, and the prompt that came again
         assert replays == ([1] * 2 * pieces if rank == 1 else [3] * pieces + [1] * pieces)
-    for name in ("recorded", "replayed"):
+        assert said["replays_whole"] == [1, 0, [True, True]]
+    for name in ("recorded", "replayed", "recorded_whole", "replayed_whole"):
         assert torch.equal(launch.seen[0][name], launch.seen[0]["cp4"])
 
 

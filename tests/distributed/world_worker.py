@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix_compile import HelixError, HelixModule, helix_compile, verify
+from helix_compile.worlds.distributed import DistributedWorld
 from tests.distributed.steps import (
     FP8_HEADS,
     FP8_LATENTS,
@@ -115,6 +116,19 @@ def main(folder: Path) -> None:
     alike = [replayed.world.sent_bytes == four.world.sent_bytes]
     alike += [replayed.world.num_collectives == four.world.num_collectives]
     said["replays"] = [tape.pieces, tape.apart_calls, tape.collectives.total(), [p.replays for p in fake.pieces], alike]
+    # as over nccl, whose collectives are launches: nothing stands apart
+    with (
+        patch("helix_compile.module.recorder_for", lambda device: FakeGraphs()),
+        patch(HOST_READ, lambda node: ""),
+        patch.object(DistributedWorld, "host_collectives", ""),
+    ):
+        whole = helix_compile(model, cp=4, **OPTIONS)
+        assert whole.replays is not None
+        seen["recorded_whole"], seen["replayed_whole"] = run_steps(whole), run_steps(whole)
+    tape = whole.replays.recordings[-1]
+    alike = [whole.world.sent_bytes == four.world.sent_bytes]
+    alike += [whole.world.num_collectives == four.world.num_collectives]
+    said["replays_whole"] = [tape.pieces, tape.apart_calls, alike]
 
     # other kinds of site: grouped-query attention, and a layer that is a leaf
     grouped = helix_compile(grouped_model(), **MIXED)

@@ -26,7 +26,15 @@ from helix_compile.runtime import replays
 from helix_compile.runtime.replays import ReplayedSteps
 from helix_compile.worlds import program
 from helix_compile.worlds.tape import Tape
-from tests.distributed.steps import FP8_HEADS, FP8_LATENTS, grouped_model, hybrid_model, padded_model, sparse_model
+from tests.distributed.steps import (
+    FP8_HEADS,
+    FP8_LATENTS,
+    grouped_model,
+    hybrid_model,
+    padded_model,
+    sparse_model,
+    windowed_model,
+)
 from tests.support.driver import left_padded, random_ids
 from tests.support.kernel_cases import CASES
 from tests.support.models import fresh_model
@@ -510,6 +518,7 @@ OF_KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "grouped": (grouped_model, {}),
     "zero heads": (padded_model, {"pad_heads": True}),
     "cut vocabulary": (grouped_model, {"head": "shard", "pad_heads": True}),
+    "windows of their own": (windowed_model, {"window": "replicate"}),
     "sparse": (sparse_model, {}),
     "sparse, owner": (sparse_model, {"topk_exchange": "owner"}),
     "fp8 latents": (lambda: fresh_model("short", torch.float32), FP8_LATENTS),
