@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from helix_compile import HelixError, helix_compile
 from helix_compile.checkpoint.named import named_model
+from helix_compile.plan.helix_plan import OF_CANDIDATES
 from helix_compile.plan.ring import ring_pages
 
 RELEASES = Path(__file__).resolve().parents[1] / "data" / "releases"
@@ -34,6 +37,32 @@ EXPECTED: dict[str, int | str] = {
 
 def test_the_table_is_whole() -> None:
     assert {path.stem for path in RELEASES.glob("*.json")} == set(EXPECTED)
+
+
+def _layers(release: str, field: str, value: str) -> int:
+    stated = json.loads((RELEASES / f"{release}.json").read_text())
+    return sum(kind == value for kind in stated[field]) if field in stated else stated["num_hidden_layers"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", ["DeepSeek-V3.2", "GLM-5-FP8", "GLM-5.2", "dots3-note-text"])
+def test_bytes_of_sparse_releases(release: str) -> None:
+    """By the published sizes, in bfloat16: 512 + 64 values of a latent, 1,024 + 64 of dots3's windows, 128 of an index key; each layer
+    that chooses sends its 2,048 best keys and their scores to 7 others.
+    """
+    plan = helix_compile(named_model(str(RELEASES / f"{release}.json"), meta=True), cp=8, max_seq_len=2**17).plan
+    latents = _layers(release, "layer_types", "indexed_attention") if release.startswith("dots3") else EXPECTED[release]
+    assert isinstance(latents, int)
+    choosing = latents if release.startswith("dots3") else _layers(release, "indexer_types", "full")
+    windows = int(str(EXPECTED[release])) - latents
+    assert plan.kv_bytes_per_token_per_rank * 8 == 2 * (latents * (512 + 64) + choosing * 128 + windows * (1024 + 64))
+    of_choices = [(len(b.layers), c) for b in plan.bodies for c in b.collectives if c.what in OF_CANDIDATES]
+    if plan.topk_exchange == "gather":
+        sent = sum(layers * c.egress_bytes_per_rank_per_token for layers, c in of_choices)
+        assert sent == choosing * 7 * 2048 * 8
+    else:
+        assert sum(layers for layers, c in of_choices if c.what == OF_CANDIDATES[0]) == choosing
+        assert {c.egress_bytes_per_rank_per_token for _, c in of_choices} == {2048 * 8 * 7 / 8, Fraction(8 * 7, 8)}
 
 
 @pytest.mark.slow

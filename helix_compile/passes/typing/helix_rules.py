@@ -49,7 +49,7 @@ def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
     cache, _, slots, visible = (of(a) for a in node.args[:4])
     # a cache with heads holds those of the rank's tpa, and so does what is appended
     heads = _heads(degrees) if len(shape_of(node.args[0])) == 4 else {}
-    if _alone(visible, degrees):
+    if _alone(visible, cache, degrees):
         heads = _own_heads(degrees) if len(shape_of(node.args[0])) == 4 else {}
     require(slots == visible, "slots and visible are not of one rank")
     require(
@@ -68,7 +68,7 @@ def _cache_append(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayo
 def _mla_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
     q_latent, q_rope, cache, table, visible = (of(a) for a in node.args[:5])
     require(q_latent == q_rope, f"q is {format_layout(q_latent)} and {format_layout(q_rope)}")
-    alone = _alone(visible, degrees)
+    alone = _alone(visible, cache, degrees)
     heads = _owned(degrees) if alone else _heads(degrees)
     require(q_latent == heads, f"q is {format_layout(q_latent)}, expected {format_layout(heads)}")
     require(cache == visible and not table, "cache and visible are not of one rank")
@@ -194,7 +194,7 @@ def _gqa_decode(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout
     Or all slots that a query sees are on each rank, and query heads are those that it owns; of KV heads it has what these read.
     """
     q, k_cache, v_cache, table, visible = (of(a) for a in node.args[:5])
-    alone = _alone(visible, degrees)
+    alone = _alone(visible, k_cache, degrees)
     heads = _owned(degrees) if alone else _heads(degrees)
     require(q == heads, f"q is {format_layout(q)}, expected {format_layout(heads)}")
     require(
@@ -222,9 +222,9 @@ def _check_keywords(node: fx.Node, of: Callable[[Any], Layout], visible: Layout)
     require(scale is None or not of(scale), "the scale of the cache must be whole on every rank")
 
 
-def _alone(visible: Layout, degrees: HelixLayout) -> bool:
-    """Does every rank see all that its queries see?"""
-    return degrees.kvp > 1 and not visible
+def _alone(visible: Layout, cache: Layout, degrees: HelixLayout) -> bool:
+    """Does every rank have by itself all that its queries see?"""
+    return degrees.kvp > 1 and not visible and "kvp" not in cache
 
 
 def _owned(degrees: HelixLayout) -> Layout:

@@ -30,6 +30,7 @@ def degrees(kvp: int, tpa: int) -> HelixLayout:
     return HelixLayout(kvp=kvp, tpa=tpa, ep=1, tpf=kvp * tpa)
 
 
+ALONE = {"q": "world:S(2)", "k_cache": "world:L", "v_cache": "world:L"}
 SHARDED = {"q": "tpa:S(2)", "k_cache": "kvp:L, tpa:S(2)", "v_cache": "kvp:L, tpa:S(2)", "visible": "kvp:L"}
 
 
@@ -40,6 +41,8 @@ SHARDED = {"q": "tpa:S(2)", "k_cache": "kvp:L, tpa:S(2)", "v_cache": "kvp:L, tpa
         (1, 2, dict.fromkeys(NAMES[:3], "world:S(2)"), "world:S(2)"),
         (4, 1, {n: "kvp:L" for n in ("k_cache", "v_cache", "visible")}, "kvp:PS"),
         (2, 2, SHARDED, "kvp:PS, tpa:S(2)"),
+        (2, 2, ALONE, "world:S(2)"),  # a window that every rank holds by itself
+        (4, 1, ALONE, "world:S(2)"),
     ],
     ids=str,
 )
@@ -63,6 +66,43 @@ def test_partials_of_own_heads(kvp: int, tpa: int, layouts: dict[str, str], resu
 def test_what_does_not_fit_is_named(change: dict[str, str], word: str) -> None:
     with pytest.raises(Untyped, match=re.escape(word)):
         inferred(degrees(2, 2), {**SHARDED, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"q": "tpa:S(2)"}, "q is tpa:S(2), expected world:S(2)"),
+        ({"v_cache": "tpa:S(2)"}, "caches are"),
+        ({"k_cache": "kvp:L, tpa:S(2)"}, "expected tpa:S(2)"),
+        ({"visible": "kvp:L"}, "expected tpa:S(2)"),
+        ({"page_table": "kvp:L"}, "page table"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_a_window_on_every_rank_is_named(change: dict[str, str], word: str) -> None:
+    with pytest.raises(Untyped, match=re.escape(word)):
+        inferred(degrees(2, 2), {**ALONE, **change})
+
+
+@pytest.mark.parametrize(("kvp", "heads", "result"), [(2, 4, "world:S(2)"), (4, 2, "world:L"), (4, 8, "world:S(2)")])
+def test_heads_of_a_rank(kvp: int, heads: int, result: str) -> None:
+    graph = fx.Graph()
+    x, rank = graph.placeholder("x"), graph.placeholder("rank")
+    x.meta["val"], rank.meta["val"] = torch.empty(2, 3, heads, 5, device="meta"), torch.empty((), device="meta")
+    node = graph.call_function(helix.heads_of_rank.default, (x, rank, kvp))
+    given = {x: parse_layout("R"), rank: parse_layout("kvp:L")}
+    assert format_layout(infer_layouts(graph, given.__getitem__, degrees(kvp, 1))[node]) == result
+    with pytest.raises(Untyped, match="the rank is R"):
+        infer_layouts(graph, lambda n: {}, degrees(kvp, 1))
+    values = torch.arange(heads).view(1, 1, heads, 1).expand(2, 3, heads, 5)
+    owned = [helix.heads_of_rank(values, torch.tensor(r), kvp)[0, 0, :, 0].tolist() for r in range(kvp)]
+    assert owned == [sorted({q * heads // (2 * max(kvp, heads)) for q in queries}) for queries in _queries(kvp, heads)]
+
+
+def _queries(kvp: int, heads: int) -> list[range]:
+    """Query heads of each rank, of twice as many as there are KV heads or ranks."""
+    share = 2 * max(kvp, heads) // kvp
+    return [range(r * share, (r + 1) * share) for r in range(kvp)]
 
 
 APPEND = ("cache", "page_table", "slots", "visible", "k", "v")
