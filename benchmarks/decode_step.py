@@ -1,6 +1,6 @@
 """One decode step of one DeepSeek-V3 layer: the unmodified model (sdpa) against the compiled one, in one run.
 
-    python benchmarks/decode_step.py [--contexts 4096 16384 32768] [--repeats 10]
+    python benchmarks/decode_step.py [--contexts 4096 16384 32768] [--repeats 10] [--lower cpp]
 
 H=16, R=512, r=64, nope and v 128, hidden 2048, dense FFN 5632, fp32, B=1, T=1, one thread. Both sides start from the
 same cache of random latents. Four virtual ranks run one after the other in this process, so cp=4 does all the
@@ -45,21 +45,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 32768])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--lower", default="auto", help="of the compiled model; cpp: attention in C++")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = build_model(DeepseekV3Config(**GEOMETRY))
     print(f"{format_machine()}\n")
-    rows = [_measure(model, S, arguments.repeats) for S in arguments.contexts]
+    rows = [_measure(model, S, arguments.repeats, arguments.lower) for S in arguments.contexts]
     header = ["context", "unmodified (sdpa)", "cp=1", "cp=4, 4 virtual ranks", "ratio cp=1", "ratio cp=4"]
     print_table([*header, "extra memory unmodified / cp=1 / cp=4", "logits, max relative deviation"], rows)
 
 
-def _measure(model: nn.Module, S: int, repeats: int) -> list[str]:
+def _measure(model: nn.Module, S: int, repeats: int, lower: str) -> list[str]:
     generator = torch.Generator().manual_seed(S)
     latent, k_rope = (torch.randn(1, S, width, generator=generator) for width in (512, 64))
     steps: dict[str, Callable[[], Tensor]] = {"unmodified": _unmodified_step(model, latent, k_rope)}
     for cp in (1, 4):
-        steps[f"cp={cp}"] = _compiled_step(model, cp, latent, k_rope)
+        steps[f"cp={cp}"] = _compiled_step(model, cp, lower, latent, k_rope)
     logits = {name: step() for name, step in steps.items()}
     top = logits["unmodified"].abs().max()
     worst = max(float((x - logits["unmodified"]).abs().max() / top) for x in logits.values())
@@ -82,9 +83,9 @@ def _unmodified_step(model: nn.Module, latent: Tensor, k_rope: Tensor) -> Callab
     return step
 
 
-def _compiled_step(model: nn.Module, cp: int, latent: Tensor, k_rope: Tensor) -> Callable[[], Tensor]:
+def _compiled_step(model: nn.Module, cp: int, lower: str, latent: Tensor, k_rope: Tensor) -> Callable[[], Tensor]:
     S = latent.shape[1]
-    compiled: HelixModule = helix_compile(model, cp=cp, max_batch_size=1, max_seq_len=S + SPARE)
+    compiled: HelixModule = helix_compile(model, cp=cp, lower=lower, max_batch_size=1, max_seq_len=S + SPARE)
     compiled.import_cache([latent], [k_rope], [S])
     token = torch.tensor([[7]])
     return lambda: compiled(token)
