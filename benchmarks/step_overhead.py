@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 from typing import Any
 
@@ -51,7 +50,7 @@ def main() -> None:
         module(TOKEN)
     steps: dict[str, Any] = {name: (lambda module=module: _step(module)) for name, module in modules.items()}
     wall = median_ms(steps, arguments.repeats)
-    cpu = _cpu_ms(steps, arguments.repeats)
+    cpu = median_ms(steps, arguments.repeats, clock=time.process_time)
     inside = {name: _inside_ms(step, arguments.repeats) for name, step in steps.items()}
     if dist.is_initialized() and dist.get_rank():
         return
@@ -103,17 +102,6 @@ def _step(module: HelixModule) -> None:
     length = int(module.lengths[0])
     module(TOKEN)
     module.truncate(length)
-
-
-def _cpu_ms(steps: dict[str, Any], repeats: int) -> dict[str, float]:
-    """Median CPU milliseconds of this process, its threads included; they take turns."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            taken[name].append((time.process_time() - start) * 1e3)
-    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def _inside_ms(step: Any, repeats: int) -> float:
