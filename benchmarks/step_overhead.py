@@ -5,7 +5,8 @@
 
 Wall time of a step (median, the two taking turns) less the time that torch.profiler counts inside operators: ATen's, helix's,
 collectives, and Inductor's own kernels, which are made to report themselves. B=1, T=1, four ranks, one thread. The time inside
-operators is measured in steps of their own, since a profiler slows what is around them.
+operators is measured in steps of their own, since a profiler slows what is around them. CPU is that of this process (all ranks, or
+one): where processes wait for one another in collectives, and for a core, it is what a rank does itself.
 """
 
 from __future__ import annotations
@@ -49,20 +50,22 @@ def main() -> None:
         module(TOKEN)
     steps: dict[str, Any] = {name: (lambda module=module: _step(module)) for name, module in modules.items()}
     wall = median_ms(steps, arguments.repeats)
+    cpu = median_ms(steps, arguments.repeats, clock=time.process_time)
     inside = {name: _inside_ms(step, arguments.repeats) for name, step in steps.items()}
     if dist.is_initialized() and dist.get_rank():
         return
     outside = {name: (wall[name] - inside[name]) / layers for name in wall}
     rows = [
-        [name, f"{wall[name]:.2f}", f"{inside[name]:.2f}", f"{outside[name] * 1e3:.0f}", f"{seconds[name]:.0f}"]
+        [name, *(f"{ms[name]:.2f}" for ms in (wall, cpu, inside)), f"{outside[name] * 1e3:.0f}", f"{seconds[name]:.0f}"]
         for name in wall
     ]
     print(f"{format_machine()}; load {os.getloadavg()[0]:.1f}")
     world = f"{RANKS} processes, gloo" if dist.is_initialized() else f"{RANKS} virtual ranks"
     shape = f"hidden {model.config.hidden_size}, {layers} layers, {world}, context {arguments.context}"
-    print_table([shape, "step ms", "inside operators ms", "outside us/layer", "compile s"], rows)
+    print_table([shape, "step ms", "CPU ms", "inside operators ms", "outside us/layer", "compile s"], rows)
     (whole, less), (slow, fast) = wall.values(), outside.values()
     print(f"step: compiled / node by node = {less / whole:.2f}; outside operators: {slow / fast:.1f} times less")
+    print(f"CPU of this process: compiled / node by node = {cpu['compiled'] / cpu['node by node']:.2f}")
 
 
 def _model(hidden: int, layers: int) -> tuple[Any, int]:

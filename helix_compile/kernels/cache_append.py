@@ -36,7 +36,7 @@ from helix_compile.kernels.registry import (
     run,
 )
 from helix_compile.kernels.rope_heads import rotate_pairs, token_strides, unit_stride
-from helix_compile.kernels.target import KernelTarget
+from helix_compile.kernels.target import KernelTarget, no_fp8
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 from helix_compile.layout.cache_bytes import ds_mla_bytes, index_key_at
 
@@ -134,6 +134,8 @@ def _cache_append_kernel(  # type: ignore[no-untyped-def] # Triton types its arg
         )
     else:
         k_rope = tl.load(k_rope_row + rope_channel, mask=rope_channel < r, other=0.0)
+        if SCALED or BLOCKED:  # here, for a branch may not change what a name's dtype is
+            latent, k_rope = latent.to(tl.float32), k_rope.to(tl.float32)
     if slot >= 0:
         page = tl.load(page_table_ptr + b * stride_table_B + slot // PAGE).to(tl.int64)
         row_ptr = cache_ptr + page * stride_cache_page + (slot % PAGE) * stride_cache_slot
@@ -148,7 +150,7 @@ def _cache_append_kernel(  # type: ignore[no-untyped-def] # Triton types its arg
                 first = _rounded_e4m3(first.to(tl.float32), one_scale)
                 second = _rounded_e4m3(second.to(tl.float32), one_scale)
             else:
-                k_rope = _rounded_e4m3(k_rope.to(tl.float32), one_scale)
+                k_rope = _rounded_e4m3(k_rope, one_scale)
         if BLOCKED:  # strides are bytes, of 4 to a scale and 2 to a rope channel
             blocks: tl.constexpr = tl.cdiv(BLOCK_R, 128)
             values = tl.reshape(latent.to(tl.float32), [blocks, BLOCK_R // blocks])
@@ -161,7 +163,7 @@ def _cache_append_kernel(  # type: ignore[no-untyped-def] # Triton types its arg
             if NORM_ROPE:
                 first, second = _rounded_bfloat16(first.to(tl.float32)), _rounded_bfloat16(second.to(tl.float32))
             else:
-                k_rope = _rounded_bfloat16(k_rope.to(tl.float32))
+                k_rope = _rounded_bfloat16(k_rope)
         tl.store(row_ptr + channel, latent.to(cache_dtype), mask=channel < R)
         if NORM_ROPE:
             tl.store(rope_row + pair, first.to(rope_dtype), mask=pair < r // 2)
@@ -291,7 +293,7 @@ def _refusal(site: Site, floats: tuple[Tensor, ...]) -> str | None:
 
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
-    return _refusal(site, site.args[4:6])
+    return _refusal(site, site.args[4:6]) or no_fp8(site.args[0].dtype, target)
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
@@ -305,7 +307,7 @@ def _norm_rope_supports(site: Site, target: KernelTarget) -> str | None:
         return "a cache with KV heads; the fused kernel writes one latent a token"
     if k_rope.shape[2] % 2:
         return f"rope width {k_rope.shape[2]} is odd"
-    return _refusal(site, (latent, k_rope, norm_weight, cos, sin))
+    return _refusal(site, (latent, k_rope, norm_weight, cos, sin)) or no_fp8(cache.dtype, target)
 
 
 CACHE_APPEND = register_kernel(OPS["cache_append"], cache_append_triton, _supports, _cases)

@@ -47,6 +47,13 @@ def offline_target(arch: str) -> KernelTarget:
     return KernelTarget(arch, SM_COUNT[arch])
 
 
+def no_fp8(dtype: torch.dtype, target: KernelTarget) -> str | None:
+    """Why kernels of a target can't read or write a cache of this dtype; None where they can. Triton has e4m3 from sm_89 on."""
+    if dtype in (torch.float8_e4m3fn, torch.uint8) and 0 < target.capability < 89:
+        return f"a cache in FP8; {target.arch} has no e4m3"
+    return None
+
+
 @functools.cache  # asked for at every launch; what it answers can't change while a process runs
 def device_target(device: torch.device) -> KernelTarget:
     """The target of kernels that run on `device`: its own architecture, or the interpreter on a CPU.

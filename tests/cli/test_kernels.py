@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, LlamaConfig
 
 from tests.support.command import run_here
 from tests.support.models import SIZES
@@ -58,6 +58,25 @@ def test_attention_uses_the_card(compiled: tuple[Path, list[dict[str, Any]]], ar
         assert record["spills"] == 0
     for other in (r for r in compiled[1] if r["kernel"] != "mla_decode"):
         assert other["spills"] == 0 and other["instructions_per_kv_token"] is None
+
+
+@pytest.mark.slow  # half a minute of the compiler
+def test_an_fp8_cache_of_keys_and_values(tmp_path: Path) -> None:
+    """The plan's kernels, append among them, fit both architectures; attention to one token spills nothing."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 1, "vocab_size": 256}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
+    LlamaConfig(**sizes, **heads, max_position_embeddings=131072).save_pretrained(tmp_path)
+    options = ["--cp", "4", "--arch", "sm_100", "--arch", "sm_90", "--cache-dtype", "fp8_e4m3", "--all", "--json"]
+    result = run(str(tmp_path / "config.json"), *options, "--out", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stdout
+    records = json.loads(result.stdout)["kernels"]
+    assert all(r["fits"] for r in records)
+    for arch, (_, tensor_core) in LIMITS.items():
+        own = [r for r in records if r["arch"] == arch]
+        assert "cache_append" in {r["kernel"] for r in own}
+        first = next(r for r in own if r["kernel"] == "gqa_decode")
+        assert "16 rows" in first["config"] and "FP8 cache" in first["config"]
+        assert first["spills"] == 0 and first["tma"] and first["tensor_core"] == tensor_core
 
 
 @pytest.mark.slow  # half a minute of the compiler

@@ -139,3 +139,47 @@ def test_inputs_follow_an_edit_of_the_graph() -> None:
     with graph.inserting_before(ids):
         graph.placeholder("more").meta["input"] = ["input", "more"]
     assert agreed.of(graph, [c, a, b]) == {"more": c, "input_ids": a}
+
+
+class LateStore:
+    """A rank's view of a store in which others see its post of a step when it posts the next one; of the first step at once."""
+
+    def __init__(self, shared: dist.Store):
+        self._shared, self._own, self._late = shared, dict[str, str](), list[tuple[str, str]]()
+
+    def set(self, key: str, value: str) -> None:
+        if not key.startswith("post/"):
+            return self._shared.set(key, value)
+        self._own[key] = value
+        self._late.append((key, value))
+        if len(self._late) > 1 or value.startswith("1 "):
+            self._shared.set(*self._late.pop(0))
+
+    def check(self, keys: list[str]) -> bool:
+        return self._shared.check([key for key in keys if key not in self._own])
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self._own[key].encode() if key in self._own else self._shared.get(key) for key in keys]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shared, name)
+
+
+@pytest.mark.parametrize("check", ["deferred", "every"])
+def test_a_post_that_is_seen_a_step_late_holds_up_every_alone(check: str) -> None:
+    """Deferred needs a step's posts when the next one begins; `every` can't begin the step without them."""
+    shared = dist.HashStore()
+    guards = [RankGuard(LateStore(shared), rank, 2, timedelta(seconds=1)) for rank in range(2)]
+
+    def run(rank: int) -> Any:
+        try:
+            return take(StepAgreement(guards[rank], check), *(torch.full((1, 1), step) for step in range(20)))
+        except RuntimeFault as error:
+            return f"{guards[rank].step}: {error}"
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(run, range(2)))
+    if check == "deferred":
+        assert said == [[""] * 20] * 2
+    else:
+        assert all(text.startswith("2: ") and "rank" in text for text in said), said

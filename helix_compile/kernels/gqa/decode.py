@@ -30,7 +30,7 @@ from helix_compile.kernels.merge import LN2, LOG2E, merge_splits, merge_splits_c
 from helix_compile.kernels.ops import OPS
 from helix_compile.kernels.reference_fp8 import FP8
 from helix_compile.kernels.registry import CompileCase, Site, launch, register_kernel
-from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
+from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target, no_fp8
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 # finite: -inf - -inf never arises, and only scores below it (fp32's end) would count as unseen
@@ -262,7 +262,7 @@ def gqa_decode_triton(
     assert q.stride(3) == k_cache.stride(3) == v_cache.stride(3) == page_table.stride(1) == 1
     if tma is None:
         tma = sizes.can_use_tma(target) and all(map(is_for_tma, (k_cache, v_cache)))
-    tile = sizes.tile(B, T, target, tma)
+    tile = sizes.tile(B, T, target, tma, cache_scale is not None)
     row_tiles = triton.cdiv(T * sizes.G, tile.rows)
     if splits is None:
         steps = triton.cdiv(page_table.shape[1] * sizes.page_size, tile.slots)
@@ -336,6 +336,8 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
             f"q of {q.dtype}, caches of {k_cache.dtype} and {v_cache.dtype}; the kernel takes one 16- or 32-bit float dtype, or "
             "caches in FP8 with a scale"
         )
+    if reason := no_fp8(k_cache.dtype, target):
+        return reason
     if (page_table.dtype, visible.dtype) != (torch.int64, torch.int32):
         return f"page table of {page_table.dtype}, visible of {visible.dtype}; the kernel takes int64 and int32"
     width = GqaSizes.of(q, k_cache, v_cache).width
@@ -345,21 +347,28 @@ def _supports(site: Site, target: KernelTarget) -> str | None:
 
 
 def _cases(site: Site, target: KernelTarget) -> list[CompileCase]:
-    """Of a decode step (T = 1) first, then the larger row tiles, which several new tokens take; the same by pointers."""
+    """Of a decode step (T = 1) first, then the larger row tiles, which several new tokens take; by pointers; of an FP8 cache."""
     sizes = GqaSizes.of(*site.args[:3])
     tma = sizes.can_use_tma(target)
     B = site.capacity.max_batch_size
-    tiles = list(dict.fromkeys(sizes.tile(B, T, target, tma) for T in (1, 2, 4, 8, 16, 32, 64)))
+    windowed, scaled = (site.keywords.get(name) is not None for name in ("first", "cache_scale"))
+    tiles = list(dict.fromkeys(sizes.tile(B, T, target, tma, scaled) for T in (1, 2, 4, 8, 16, 32, 64)))
     programs = B * sizes.K * triton.cdiv(sizes.G, tiles[0].rows)
     steps = triton.cdiv(site.capacity.max_slots, tiles[0].slots)
     splits = split_count(programs, steps, target.sm_count)
-    windowed, scaled = (site.keywords.get(name) is not None for name in ("first", "cache_scale"))
     cases = [_decode_case(sizes, target, tile, tma, splits > 1, windowed, scaled) for tile in tiles]
     if splits > 1:
         cases.append(merge_splits_case(splits, sizes.Dv, sizes.dtype))
     if tma:
-        by_pointers = _decode_case(sizes, target, sizes.tile(B, 1, target, False), False, splits > 1, windowed, scaled)
+        by_pointers = _decode_case(
+            sizes, target, sizes.tile(B, 1, target, False, scaled), False, splits > 1, windowed, scaled
+        )
         cases.append(replace(by_pointers, kernel="gqa_pointer_decode", fallback=True))
+    if sizes.dtype.itemsize == 2 and not scaled and no_fp8(FP8, target) is None:
+        of_fp8 = _decode_case(
+            sizes, target, sizes.tile(B, 1, target, tma, True), tma, splits > 1, windowed, scaled=True
+        )
+        cases.append(replace(of_fp8, kernel="gqa_decode.fp8", fallback=True))
     return cases
 
 

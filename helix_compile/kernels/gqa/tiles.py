@@ -47,8 +47,11 @@ class GqaSizes:
     def width(self) -> int:
         return max(self.Dk, self.Dv)
 
-    def tile(self, B: int, T: int, target: KernelTarget, tma: bool) -> GqaTile:
+    def tile(self, B: int, T: int, target: KernelTarget, tma: bool, scaled: bool = False) -> GqaTile:
         """The tile that holds T * G rows, or the largest; compiled for sm_80, sm_90 and sm_100, none spills more than 16 bytes.
+
+        Of an FP8 cache (`scaled`) those of one token spill nothing at 64, 128 and 256 channels, but by pointers (216 bytes at 256 on
+        sm_100); nor do others, but for more than 16 rows of 256 channels on sm_90 (488 bytes).
 
         A step of 128 slots hides latency where few programs share a card. Where B * K of them fill it twice, 64 slots
         and two warps leave room for more programs: 238 us for 321 on an H200 (B 64, 64 on 8 heads, 4,096 tokens). That
@@ -69,7 +72,10 @@ class GqaSizes:
         if full and rows == 16 and self.width <= 128:
             return GqaTile(rows, 64, num_warps=2, num_stages=3)
         wide_step = rows == 16 and self.width <= 128 and self.page_size % 128 == 0
-        return GqaTile(rows, 128 if wide_step else 64, num_warps=8 if rows == 64 else 4, num_stages=3)
+        # what an FP8 tile becomes lies in registers: of 4 warps a wide one would spill (104 bytes at 128 x 128 on sm_100)
+        wide = self.width > 128 and target.capability >= 100
+        spread = scaled and (wide or (wide_step and self.width > 64))
+        return GqaTile(rows, 128 if wide_step else 64, num_warps=8 if rows == 64 or spread else 4, num_stages=3)
 
     def can_use_tma(self, target: KernelTarget) -> bool:
         """A box of TMA is a tile: it lies in one page, and a head's width is a power of two."""

@@ -23,7 +23,7 @@ from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, mla_config, po
 from helix_compile.kernels.ops import OPS, Op
 from helix_compile.kernels.reference_fp8 import BYTES, FP8
 from helix_compile.kernels.registry import CompileCase, Site, register_kernel
-from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
+from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target, no_fp8
 from helix_compile.kernels.triton_ops import TRITON_TYPE
 
 
@@ -109,7 +109,7 @@ def mixed_dtypes(site: Site) -> str | None:
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
     _, _, cache, page_table, visible, scale = site.args[:6]
-    if reason := mixed_dtypes(site):
+    if reason := mixed_dtypes(site) or no_fp8(cache.dtype, target):
         return reason
     if page_table.dtype != torch.int64 or visible.dtype != torch.int32:
         return f"page_table {page_table.dtype}, visible {visible.dtype}; the kernel takes int64 and int32"
@@ -154,7 +154,7 @@ def _form_cases(site: Site, target: KernelTarget, directs: list[bool]) -> list[C
     cases = [case(config, direct=direct) for direct in directs]
     if config != behind:
         cases.append(case(behind, fallback=True))
-    if shape.itemsize == 2 and cache.dtype is q_latent.dtype:
+    if shape.itemsize == 2 and cache.dtype is q_latent.dtype and no_fp8(FP8, target) is None:
         config = _config(dataclasses.replace(shape, tma=is_for_tma(cache, FP8.itemsize)), target, scaled=True)
         of_fp8 = case(config, FP8, fallback=True)  # leaves each split's parts
         cases.append(dataclasses.replace(of_fp8, kernel="mla_decode.fp8", config=f"FP8 cache, {config}"))

@@ -22,7 +22,7 @@ from helix_compile.kernels.mla.tuning import MlaConfig, MlaShape, pointer_config
 from helix_compile.kernels.ops import OPS
 from helix_compile.kernels.reference_fp8 import FP8
 from helix_compile.kernels.registry import CompileCase, Site, register_kernel
-from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target
+from helix_compile.kernels.target import INTERPRETER, KernelTarget, device_target, no_fp8
 
 
 def mla_decode_slots_triton(
@@ -73,7 +73,7 @@ def _splits(queries: int, H: int, m: int, target: KernelTarget, config: MlaConfi
 
 def _supports(site: Site, target: KernelTarget) -> str | None:
     _, _, cache, page_table, _, slots, count, scale = site.args
-    if reason := mixed_dtypes(site):
+    if reason := mixed_dtypes(site) or no_fp8(cache.dtype, target):
         return reason
     if (page_table.dtype, slots.dtype, count.dtype) != (torch.int64, torch.int32, torch.int32):
         return (

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+import helix_compile.kernels.cpp.mla_decode  # noqa: F401  registers torch.ops.helix_cpp
 from helix_compile.config.options import PAGE_SIZE
 from helix_compile.ir.graph import is_call
 from helix_compile.ir.ops import MOVES, UNPACKS
@@ -21,7 +22,7 @@ from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.plan.ring import pages_of
 
-KERNEL, PROVIDER, CPP_PROVIDER = "kernel", "helix_triton", "helix_cpp"
+KERNEL, PROVIDER = "kernel", "helix_triton"
 
 
 def lower_to_cpp_pass(gm: fx.GraphModule, match: LayerMatch, context: PassContext) -> int:

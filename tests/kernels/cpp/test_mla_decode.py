@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +240,21 @@ def test_a_whole_model(lower: str, tmp_path: Path) -> None:
     ids = random_ids(model, 2, 4)
     compiled.reset()
     assert torch.equal(compiled(ids), loaded(ids))
+
+
+def test_it_is_chosen_in_a_process_that_imports_nothing_else(tmp_path: Path) -> None:
+    """Who compiles a model, or loads one, need not name the C++."""
+    code = f"""
+from helix_compile import HelixModule, helix_compile
+from helix_compile.models.presets import build_model, preset_config
+compiled = helix_compile(build_model(preset_config("tiny")), cp=2, lower="cpp", max_seq_len=64)
+print({{k["op"] for k in compiled.inspect().facts["kernels"] if "mla_decode" in k["op"]}})
+compiled.save({str(tmp_path / "m")!r})
+"""
+    load = f"from helix_compile import HelixModule; HelixModule.load({str(tmp_path / 'm')!r}, world='virtual'); print('loaded')"
+    for script, said in ((code, "{'helix_cpp.mla_decode.default'}"), (load, "loaded")):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.stdout.strip() == said, done.stderr
 
 
 def test_a_card_is_refused() -> None:

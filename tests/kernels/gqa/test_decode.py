@@ -233,11 +233,28 @@ def test_cases_of_a_target(arch: str, width: int) -> None:
     cases = kernel.cases(site(width), target)
     tma = arch != "sm_80" and width != 192
     assert cases[0].constexprs["TMA"] is tma and cases[0].constexprs["BLOCK_ROWS"] == 16
-    assert [c.fallback for c in cases] == [False] * (len(cases) - tma) + [True] * tma
+    assert [c.fallback for c in cases] == sorted(c.fallback for c in cases)
+    behind = ["gqa_pointer_decode"] * tma + ["gqa_decode.fp8"] * (arch != "sm_80")
+    assert [c.kernel for c in cases if c.fallback] == behind
     for case in cases:
         named = {*case.signature, *case.constexprs}
         assert named == set(case.function.arg_names)
         assert set(case.divisible_by_16) <= set(case.signature)
+
+
+def test_an_fp8_cache_where_there_is_no_fp8() -> None:
+    """Triton compiles e4m3 from sm_89 on: before, the reference reads such a cache, of latents and of K and V."""
+    scale, (q, cache, _, table, visible, _) = torch.ones(()), site().args
+    with q.fake_mode:
+        rows, small = cache.new_empty((8, 8, 48), dtype=torch.float8_e4m3fn), q.new_empty((8, 1, 16, 32))
+        narrow = cache.new_empty(cache.shape, dtype=torch.float8_e4m3fn)
+    of_heads = Site("gqa_decode", (q, narrow, narrow, table, visible, 0.1), Capacity(8, 32768), {"cache_scale": scale})
+    of_latents = Site(
+        "mla_decode", (small, small[..., :16], rows, table, visible, 0.1), Capacity(8, 64), {"cache_scale": scale}
+    )
+    for wanted in (of_heads, of_latents):
+        assert "sm_80 has no e4m3" in select_kernel(wanted, offline_target("sm_80")).reason
+        assert select_kernel(wanted, offline_target("sm_90")).kernel is not None
 
 
 def test_what_it_does_not_take() -> None:
