@@ -57,7 +57,8 @@ def _refuse_tracing() -> None:
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise HelixError(
             "a HelixModule can't be traced or exported (torch.jit.trace, torch.export, torch.onnx.export): its step keeps a "
-            "cache and lengths that a trace would freeze; compiled.graph and its bodies are the graphs, save() keeps them"
+            "cache and lengths that a trace would freeze; compiled.export(folder) writes ONNX, compiled.graph and its bodies are "
+            "the graphs, save() keeps them"
         )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise HelixError(
