@@ -169,10 +169,10 @@ def _gelu(w: Writer, node: fx.Node) -> Value:
     return str(s.op("Mul", s.op("Mul", x, half), s.op("Add", gate, one), wanted=node.name))
 
 
-@rule(aten.pow.Tensor_Scalar)
+@rule(aten.pow.Tensor_Scalar, aten.square.default)
 def _pow(w: Writer, node: fx.Node) -> Value:
     x = w.typed(node.args[0], dtype_of(node))
-    if node.args[1] == 2:
+    if node.target is aten.square.default or node.args[1] == 2:
         return str(w.scope.op("Mul", x, x, wanted=node.name))
     return str(w.scope.op("Pow", x, w.typed(node.args[1], dtype_of(node)), wanted=node.name))
 
