@@ -490,6 +490,13 @@ def _split(w: Writer, node: fx.Node) -> Value:
     return names if isinstance(names, tuple) else (names,)
 
 
+@rule(aten.unbind.int)
+def _unbind(w: Writer, node: fx.Node) -> Value:
+    dim, x = _dim(node, argument(node, 1, "dim", 0)), w.value(node.args[0])
+    places = [w.scope.constant(i, torch.int64) for i in range(len(node.meta["val"]))]
+    return tuple(w.scope.op("Gather", x, place, wanted=node.name, axis=dim) for place in places)
+
+
 @rule(aten.cat.default)
 def _cat(w: Writer, node: fx.Node) -> Value:
     parts = [w.typed(n, dtype_of(node)) for n in node.args[0]]

@@ -96,7 +96,9 @@ def test_float16_runs_in_the_reference_evaluator(tmp_path: Path) -> None:
         assert deviation(got.float(), expected.float(), mask) <= 16 * 2**-11
 
 
-@pytest.mark.parametrize(("name", "variant"), [("mistral", "window"), ("deepseek_v32", "")])
+@pytest.mark.parametrize(
+    ("name", "variant"), [("mistral", "window"), pytest.param("deepseek_v32", "", marks=pytest.mark.slow)]
+)
 def test_kinds_of_attention(name: str, variant: str, tmp_path: Path) -> None:
     """Grouped queries that forget, and an indexer that chooses."""
     assert family_deviation(name, variant, tmp_path) <= TOLERANCE
