@@ -455,13 +455,20 @@ class HelixModule(nn.Module):
         save_module(self, Path(folder))
 
     @_alone
-    def export(self, folder: str | Path, format: str = "onnx", layers: Collection[int] | None = None) -> dict[str, Any]:
+    def export(
+        self,
+        folder: str | Path,
+        format: str = "onnx",
+        layers: Collection[int] | None = None,
+        logical: HelixModule | None = None,
+    ) -> dict[str, Any]:
         """Write what each rank runs for other runtimes (docs/exports.md), all files or none; what is there stays.
 
         Args:
             folder: gets a model a rank, its weights beside it, and manifest.json.
             format: "onnx".
             layers: of these alone; None: all.
+            logical: the same model at cp=1; then plan.onnx is written too: its step, with specs that say how the ranks share it.
 
         Returns:
             The manifest.
@@ -471,7 +478,7 @@ class HelixModule(nn.Module):
         """
         from helix_compile.export.formats import export_module  # onnx is slow to import
 
-        return export_module(self, Path(folder), format, layers)
+        return export_module(self, Path(folder), format, layers, logical)
 
     @staticmethod
     def load(

@@ -56,6 +56,8 @@ LONGEST = (
     "distributed/test_faults.py",
     "kernels/lab/test_tune.py",
     "verifier/test_no_false_alarm.py",
+    "export/test_onnxruntime.py",
+    "export/test_export_command.py",
 )
 
 

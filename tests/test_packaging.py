@@ -91,5 +91,6 @@ def test_the_wheel_holds_the_package_only(tmp_path: Path) -> None:
         "views/report.css",
         "views/report.js",
         "options.schema.json",
+        "export/helix_ops.onnx.txt",
     ):
         assert f"helix_compile/{needed}" in names

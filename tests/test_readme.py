@@ -58,6 +58,11 @@ def test_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert "after reset(rows=[0]): [0, 33]" in capsys.readouterr().out
 
 
+def test_the_example_in_onnxruntime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert example("05_onnx_ranks.py").main(tmp_path / "exported") <= 1e-5
+    assert "that each rank caches: [8, 8, 8, 0]" in capsys.readouterr().out
+
+
 def test_every_relative_link_exists() -> None:
     for document in (ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):

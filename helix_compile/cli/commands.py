@@ -18,7 +18,7 @@ from helix_compile.cli.kernels import kernels
 from helix_compile.cli.options import Config, Lenient, asked_options, with_options
 from helix_compile.cli.options import given as _is_given
 from helix_compile.config.engines import ENGINE_NAMES, check_engine
-from helix_compile.config.options import OPTIONS
+from helix_compile.config.options import OPTIONS, HelixOptions
 from helix_compile.errors import HelixError
 from helix_compile.files import check_folder
 from helix_compile.views.rank_share import RankShare, fake_group, share_of_rank
@@ -155,14 +155,16 @@ def export(
         from helix_compile.module import HelixModule
 
         compiled: Any = HelixModule.load(model)
+        logical = None
     else:
-        compiled = _compile(ctx, model, dtype, meta=False)
-    manifest = compiled.export(out, format, chosen)
+        compiled, logical = _compiled_and_logical(ctx, model, dtype)
+    manifest = compiled.export(out, format, chosen, logical)
     if as_json:
         print(json.dumps(manifest, indent=1))
         return
     size = sum(file["bytes"] for file in manifest["files"].values())
     print(f"{out}: {format}, {manifest['ranks']} ranks, {len(manifest['layers'])} layers, {size:,} bytes")
+    print(f"  plan.onnx: {'the step of one device, with shardings' if logical else 'none, a saved module has no cp=1'}")
     for needed in manifest["needs"]:
         print(f"  a runtime needs {needed}")
 
@@ -236,6 +238,22 @@ def compare(
         comparison.write_html(html)
     print(comparison.to_json() if as_json else comparison)
     raise typer.Exit(0 if comparison.equal else 1)
+
+
+def _compiled_and_logical(ctx: typer.Context, model: str, dtype: str | None) -> tuple[Any, Any]:
+    """MODEL as it is asked for, and at cp=1: what the ranks compute together."""
+    options, world = asked_options(ctx), ctx.params["world"]
+    from helix_compile.compile import helix_compile
+
+    if world == "distributed":
+        raise HelixError("export: one process writes the models of all ranks; leave --world")
+    built = _model(model, dtype, meta=False)
+    how = {"world": "virtual", "dtype": _folder_dtype(built, dtype)}
+    alone = HelixOptions(
+        cp=1, max_batch_size=options.max_batch_size, max_seq_len=options.max_seq_len, unmatched=options.unmatched
+    )
+    asked, logical = (helix_compile(built, options=chosen, **how) for chosen in (options, alone))
+    return asked, logical
 
 
 def _verify_export(ctx: typer.Context, folder: Path, as_json: bool) -> None:

@@ -25,11 +25,15 @@ def check_format(format: str) -> None:
 
 
 def export_module(
-    compiled: CompiledModule, folder: Path, format: str, layers: Collection[int] | None = None
+    compiled: CompiledModule,
+    folder: Path,
+    format: str,
+    layers: Collection[int] | None = None,
+    logical: CompiledModule | None = None,
 ) -> dict[str, Any]:
     """Write `compiled` to `folder`; see HelixModule.export()."""
     check_format(format)
-    return export_onnx(compiled, folder, layers)
+    return export_onnx(compiled, folder, layers, logical)
 
 
 def is_export(folder: Path) -> bool:

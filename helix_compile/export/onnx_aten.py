@@ -169,10 +169,10 @@ def _gelu(w: Writer, node: fx.Node) -> Value:
     return str(s.op("Mul", s.op("Mul", x, half), s.op("Add", gate, one), wanted=node.name))
 
 
-@rule(aten.pow.Tensor_Scalar)
+@rule(aten.pow.Tensor_Scalar, aten.square.default)
 def _pow(w: Writer, node: fx.Node) -> Value:
     x = w.typed(node.args[0], dtype_of(node))
-    if node.args[1] == 2:
+    if node.target is aten.square.default or node.args[1] == 2:
         return str(w.scope.op("Mul", x, x, wanted=node.name))
     return str(w.scope.op("Pow", x, w.typed(node.args[1], dtype_of(node)), wanted=node.name))
 
@@ -488,6 +488,13 @@ def _split(w: Writer, node: fx.Node) -> Value:
         "Split", w.value(node.args[0]), sizes, outputs=len(parts), wanted=node.name, axis=_dim(node, dim)
     )
     return names if isinstance(names, tuple) else (names,)
+
+
+@rule(aten.unbind.int)
+def _unbind(w: Writer, node: fx.Node) -> Value:
+    dim, x = _dim(node, argument(node, 1, "dim", 0)), w.value(node.args[0])
+    places = [w.scope.constant(i, torch.int64) for i in range(len(node.meta["val"]))]
+    return tuple(w.scope.op("Gather", x, place, wanted=node.name, axis=dim) for place in places)
 
 
 @rule(aten.cat.default)

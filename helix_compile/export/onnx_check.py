@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, ShardingSpecProto, TensorProto, numpy_helper
 
 from helix_compile.export.onnx_folder import EXPORT_ID, collective_of, described, sha256_of
 from helix_compile.export.onnx_graph import RANK_INPUTS, nodes_in_order
 from helix_compile.export.onnx_ops import ONNX_NAMES, helix_functions
 from helix_compile.export.onnx_scope import BODIES, COLLECTIVES, HELIX
+from helix_compile.export.onnx_shardings import check_shardings, parts_of, specs_of
 from helix_compile.plan.helix_plan import HelixPlan
 
 
@@ -58,7 +60,46 @@ def check_onnx(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
     for rank, model in models.items():
         faults += _check_model(rank, model, manifest, plan)
         faults += _check_weights(folder, rank, model, manifest)
-    return faults + _check_ranks_agree(models)
+    faults += _check_ranks_agree(models)
+    return faults + (_check_plan(folder, manifest) if "plan_model" in manifest else [])
+
+
+def _check_plan(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
+    """plan.onnx: its specs can be, and applied to its weights they give those of the ranks."""
+    stated = manifest["plan_model"]
+    path = folder / stated["file"]
+    if not path.is_file():
+        return []  # said already
+    model = onnx.load(path, load_external_data=False)
+    faults = [Fault("sharding", f"{path.name}, {where}", what) for where, what in check_shardings(model)]
+    if {p.key: p.value for p in model.metadata_props}.get(EXPORT_ID) != manifest[EXPORT_ID]:
+        faults.append(Fault("other_export", path.name, "it is part of another export than the manifest"))
+    if faults:
+        return faults
+    specs = {spec.tensor_name: spec for _, _, spec in specs_of(model)}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        where = f"{path.name}, {tensor.name}"
+        if (digest := _digest(folder, tensor)) != stated["weights"].get(tensor.name):
+            what = "its external data is not there" if digest is None else "its values are not those that were exported"
+            faults.append(Fault("weights", where, what))
+        elif tensor.name in specs:
+            faults += _check_parts(folder, tensor, specs[tensor.name], manifest["weights"][tensor.name], where)
+    return faults
+
+
+def _check_parts(
+    folder: Path, tensor: TensorProto, spec: ShardingSpecProto, digests: list[str], where: str
+) -> list[Fault]:
+    """What a spec gives each rank of a weight, against what the rank was given."""
+    whole = np.frombuffer(_read(folder, tensor) or b"", np.uint8).reshape(*tensor.dims, -1)
+    wrong = [
+        rank
+        for rank, part in parts_of(spec, list(tensor.dims))
+        if hashlib.sha256(np.ascontiguousarray(whole[part]).tobytes()).hexdigest() != digests[rank]
+    ]
+    return [Fault("sharding", where, f"what its spec gives ranks {wrong} is not what they hold")] if wrong else []
 
 
 def _check_files(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
@@ -224,6 +265,11 @@ def _check_weights(folder: Path, rank: int, model: ModelProto, manifest: dict[st
 
 def _digest(folder: Path, tensor: TensorProto) -> str | None:
     """sha256 of a tensor's bytes; None where they are not there, or lie outside the folder."""
+    data = _read(folder, tensor)
+    return None if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _read(folder: Path, tensor: TensorProto) -> bytes | None:
     places = {entry.key: entry.value for entry in tensor.external_data}
     location = places.get("location", "")
     path = folder / location
@@ -232,7 +278,7 @@ def _digest(folder: Path, tensor: TensorProto) -> str | None:
     with open(path, "rb") as file:
         file.seek(int(places.get("offset", 0)))
         data = file.read(int(places["length"]))
-    return hashlib.sha256(data).hexdigest() if len(data) == int(places["length"]) else None
+    return data if len(data) == int(places["length"]) else None
 
 
 def _check_ranks_agree(models: dict[int, ModelProto]) -> list[Fault]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from typing import Any
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from torch import fx
 
 from helix_compile.errors import ExportError
 from helix_compile.export.onnx_files import ExternalData, with_weights
 from helix_compile.export.onnx_graph import RANK_INPUTS, RankModel, nodes_in_order, rank_model
+from helix_compile.export.onnx_plan import LogicalModel, logical_model
 from helix_compile.export.onnx_scope import COLLECTIVES, HELIX, IR_VERSION, OPSET
 from helix_compile.files import StagedFiles
 from helix_compile.ir.stage import nodes_of
-from helix_compile.layout.degrees import HelixLayout, HelixMesh
+from helix_compile.layout.degrees import HelixMesh
 from helix_compile.passes.lower.select_kernels import PROVIDER
 from helix_compile.passes.pipeline import lowered_copy
 from helix_compile.plan.cache_row import pages_per_sequence
@@ -31,17 +33,21 @@ from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import Rank, follow_edits
 
 MANIFEST, VERSION = "manifest.json", 1
+PLAN = "plan"  # its files' name, as rank0 is a rank's
 EXPORT_ID = "helix_export"  # metadata of each model: which export it is a part of
 _STAGE = "ffn"  # the last one that speaks of moves
 
 
-def export_onnx(compiled: CompiledModule, folder: Path, layers: Collection[int] | None = None) -> dict[str, Any]:
+def export_onnx(
+    compiled: CompiledModule, folder: Path, layers: Collection[int] | None = None, logical: CompiledModule | None = None
+) -> dict[str, Any]:
     """Write the ONNX models of all ranks into `folder`, all or nothing; what is there stays. Returns the manifest.
 
     Args:
         compiled: with all ranks in this process.
         folder: is made, if it is not there.
         layers: of these layers alone; None: all.
+        logical: the same model at cp=1, for plan.onnx.
 
     Raises:
         ExportError: what has no ONNX, files that would be replaced, ranks that live elsewhere.
@@ -58,63 +64,87 @@ def export_onnx(compiled: CompiledModule, folder: Path, layers: Collection[int] 
     if compiled.plan.options.pp > 1:
         raise ExportError("export: stages of a pipeline (pp > 1) are not exported; compile the model with pp=1")
     follow_edits(compiled.plan, compiled.graph, compiled.ranks, compiled.facts)
-    names = [*(name for r in range(layout.world_size) for name in _files(r)), MANIFEST]
+    stems = [*(f"rank{r}" for r in range(layout.world_size)), *([PLAN] if logical is not None else [])]
+    names = [*(name for stem in stems for name in _files(stem)), MANIFEST]
     if taken := [name for name in names if (folder / name).exists()]:
         raise ExportError(f"export: {folder} holds {', '.join(taken)}, which would be replaced; choose another folder")
-    common = _common(compiled, layers)
+    graph = _without_kernels(compiled)
+    pages = pages_per_sequence(compiled.plan.options, layout.kvp)
+    vocab = compiled.facts.vocab_size
+    common = rank_model(graph, compiled.plan, compiled.ranks[0].cache, pages, vocab, layers)
+    plan = None
+    if logical is not None:
+        plan = logical_model(compiled, logical, graph, _without_kernels(logical), layers)
     identity = hashlib.sha256(common.model.SerializeToString(deterministic=True) + compiled.plan.to_json().encode())
-    helper.set_model_props(common.model, {EXPORT_ID: identity.hexdigest()})
+    for model in (common.model, *([plan.common.model] if plan else [])):
+        helper.set_model_props(model, {EXPORT_ID: identity.hexdigest()})
     manifest = _manifest(compiled, common, layers, identity.hexdigest())
     with StagedFiles(folder, "export") as files:
         for rank in compiled.ranks:
-            manifest["files"] |= _write_rank(files, common, rank, layout, manifest["weights"])
+            coordinates = {name: layout.index(axis, rank.rank) for name, axis in RANK_INPUTS.items()}
+            digests = _write_model(files, f"rank{rank.rank}", common, coordinates, rank, manifest["files"])
+            for name, digest in digests.items():
+                manifest["weights"].setdefault(name, []).append(digest)
+        if plan is not None and logical is not None:
+            alone = dict.fromkeys(RANK_INPUTS, 0)
+            digests = _write_model(files, PLAN, plan.common, alone, logical.ranks[0], manifest["files"])
+            manifest["plan_model"] = _described_plan(plan, digests)
         files.write_text(MANIFEST, json.dumps(manifest, indent=1))
         files.move()
     return manifest
 
 
-def _files(rank: int) -> tuple[str, str]:
-    return f"rank{rank}.onnx", f"rank{rank}.onnx.data"
+def _files(stem: str) -> tuple[str, str]:
+    return f"{stem}.onnx", f"{stem}.onnx.data"
 
 
-def _common(compiled: CompiledModule, layers: Collection[int] | None) -> RankModel:
-    """What runs, without kernels: those of a card or of Triton are no ops of ONNX."""
-    options, plan = compiled.plan.options, compiled.plan
+def _without_kernels(compiled: CompiledModule) -> fx.GraphModule:
+    """What runs; kernels of a card or of Triton are no ops of ONNX, so the references in their place."""
     has_kernels = any(str(node.target).startswith(f"{PROVIDER}.") for node in nodes_of(compiled.graph))
-    graph = lowered_copy(compiled.stages[_STAGE]) if has_kernels else compiled.graph
-    pages = pages_per_sequence(options, plan.layout.kvp)
-    return rank_model(graph, plan, compiled.ranks[0].cache, pages, compiled.facts.vocab_size, layers)
+    return lowered_copy(compiled.stages[_STAGE]) if has_kernels else compiled.graph
 
 
-def _write_rank(
-    files: StagedFiles, common: RankModel, rank: Rank, layout: HelixLayout, digests: dict[str, list[str]]
-) -> dict[str, Any]:
-    """Both files of a rank; what the manifest says of them."""
-    model_name, data_name = _files(rank.rank)
+def _write_model(
+    files: StagedFiles,
+    stem: str,
+    common: RankModel,
+    coordinates: Mapping[str, int],
+    rank: Rank,
+    facts: dict[str, dict[str, Any]],
+) -> dict[str, str]:
+    """Both files of a model; what the manifest says of them goes into `facts`. The digest of each weight."""
+    model_name, data_name = _files(stem)
     protos: list[TensorProto] = []
-    written: dict[str, str] = {}
+    digests: dict[str, str] = {}
 
     def write_data(path: Path) -> None:
         data = ExternalData(path, data_name)
         protos.extend(data.write({name: rank.params[name] for name in common.weights}))
-        written.update(data.digests)
-
-    facts = {}
+        digests.update(data.digests)
 
     def write_model(path: Path) -> None:
-        coordinates = {name: layout.index(axis, rank.rank) for name, axis in RANK_INPUTS.items()}
         onnx.save(with_weights(common, coordinates, protos), path)
 
     for name, write in ((data_name, write_data), (model_name, write_model)):
 
-        def writing(path: Path, name: str = name, write: Any = write) -> None:
+        def writing(path: Path, name: str = name, write: Callable[[Path], None] = write) -> None:
             write(path)
             facts[name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
 
         files.write(name, writing)
-    for name in common.weights:
-        digests.setdefault(name, []).append(written[name])
-    return facts
+    return digests
+
+
+def _described_plan(plan: LogicalModel, digests: dict[str, str]) -> dict[str, Any]:
+    """What the manifest says of plan.onnx."""
+    graph = plan.common.model.graph
+    return {
+        "file": _files(PLAN)[0],
+        "inputs": [described(info) for info in graph.input],
+        "outputs": [described(info) for info in graph.output],
+        "not_in_shardings": list(plan.not_said),
+        "weights": digests,
+    }
 
 
 def sha256_of(path: Path) -> str:

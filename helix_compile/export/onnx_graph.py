@@ -202,12 +202,14 @@ class RankModel:
         weights: names of the parameters that it reads, in order.
         coordinates: names of the rank's places on the mesh that it reads.
         caches: sites that it reads or appends to, ascending.
+        values: of a flat one, (layer, body) -> name of a node of the body -> name of its value.
     """
 
     model: ModelProto
     weights: tuple[str, ...]
     coordinates: tuple[str, ...]
     caches: tuple[int, ...]
+    values: dict[tuple[int, str], dict[str, str]]
 
 
 class _OuterWriter(GraphWriter):
@@ -232,6 +234,9 @@ class _OuterWriter(GraphWriter):
         self.seen.add(layer)
         if self._layers is not None and layer not in self._layers:
             return self._skipped(node, body)
+        return self._layer(node, body, layer)
+
+    def _layer(self, node: fx.Node, body: str, layer: int) -> Value:
         if body not in self.functions:
             self.functions[body] = body_function(body_of(self._stage, body), body, self.layout)
         function = self.functions[body]
@@ -265,6 +270,43 @@ class _OuterWriter(GraphWriter):
         return (hidden, *[None] * (len(returned) - 1)) if many else hidden
 
 
+class _FlatWriter(_OuterWriter):
+    """The same without functions for bodies: what names a value names it wherever it is.
+
+    Attributes:
+        layers_written: (layer, body, writer of its nodes).
+    """
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.layers_written: list[tuple[int, str, GraphWriter]] = []
+
+    def _layer(self, node: fx.Node, body: str, layer: int) -> Value:
+        graph = body_of(self._stage, body).graph
+        given = dict(zip(placeholders(graph), node.args, strict=True))
+        caches = {taken: self.value(x) for taken, x in given.items() if input_ref(taken).kind == "cache"}
+        inner = GraphWriter(f"layer {layer}", self.layout, _LayerScope(self.scope, f"layer_{layer}/"), caches)
+        inner.values |= {taken: self.value(x) for taken, x in given.items() if taken not in caches}
+        returned = inner.write(graph)
+        for taken, name in inner.written.items():
+            self.append_to(given[taken], name)
+        self.layers_written.append((layer, body, inner))
+        items = [inner.value(x) for x in returned] if isinstance(returned, (tuple, list)) else inner.value(returned)
+        return tuple(items) if isinstance(items, list) else items
+
+
+class _LayerScope(Scope):
+    """The nodes of a layer among those of all, under names of its own."""
+
+    def __init__(self, scope: Scope, prefix: str):
+        super().__init__()
+        self.nodes, self._scope, self._prefix = scope.nodes, scope, prefix
+
+    def name(self, wanted: str) -> str:
+        """See Scope."""
+        return self._scope.name(self._prefix + wanted)
+
+
 def rank_model(
     lowered: fx.GraphModule,
     plan: HelixPlan,
@@ -272,6 +314,7 @@ def rank_model(
     pages: int,
     vocab: int,
     layers: Collection[int] | None,
+    flat: bool = False,
 ) -> RankModel:
     """The model of every rank.
 
@@ -282,6 +325,7 @@ def rank_model(
         pages: of a sequence.
         vocab: size of the logits' last dim.
         layers: leave out all others; None: all layers.
+        flat: without functions for bodies.
 
     Raises:
         ExportError: an op without a rule, leaves, a layer that does not exist.
@@ -293,7 +337,9 @@ def rank_model(
         )
     inputs = placeholders(lowered.graph)
     nodes = {input_ref(n).site: n for n in inputs if input_ref(n).kind == "cache"}
-    writer = _OuterWriter(lowered, plan, layers, {node: f"cache_{site}" for site, node in nodes.items()})
+    writer = (_FlatWriter if flat else _OuterWriter)(
+        lowered, plan, layers, {node: f"cache_{site}" for site, node in nodes.items()}
+    )
     for node in inputs:
         kind, name = input_ref(node)
         if kind == "param" or (kind == "input" and name in (*STEP_INPUTS, *RANK_INPUTS)):
@@ -330,7 +376,12 @@ def rank_model(
         producer_name="helix_compile",
     )
     weights = tuple(input_ref(n).name for n in inputs if input_ref(n).kind == "param" and input_ref(n).name in read)
-    return RankModel(model, weights, tuple(name for name in RANK_INPUTS if name in read), sites)
+    values = {}
+    if isinstance(writer, _FlatWriter):
+        for layer, body, inner in writer.layers_written:
+            named = {n.name: inner.value(n) for n in (*inner.values, *inner.written) if n.op != "output"}
+            values[layer, body] = {name: value for name, value in named.items() if isinstance(value, str)}
+    return RankModel(model, weights, tuple(name for name in RANK_INPUTS if name in read), sites, values)
 
 
 def _info(name: str, x: Tensor) -> ValueInfoProto:

@@ -21,7 +21,9 @@ from helix_compile import HelixError
 from helix_compile.errors import ExportError
 from helix_compile.export.formats import check_export
 from helix_compile.export.onnx_folder import sha256_of
-from tests.export.test_onnx_ranks import compiled_tiny
+from tests.export.test_onnx_ranks import TOLERANCE, check_caches, compiled_tiny, run
+from tests.support.models import tiny_model
+from tests.support.onnx_ranks import OnnxRanks
 
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
@@ -178,3 +180,30 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(HelixError, match="not exported"):
         compiled.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "seen_by"),
+    [
+        (swap_kvp_ranks, range(4), "caches"),
+        (change_blocks, range(4), "caches"),
+        (leave_cache, range(4), "logits"),
+        (swap_o_proj, range(2), "logits"),
+        (drop_all_reduce, range(4), "ranks"),
+    ],
+    ids=["kvp_rank", "tokens_per_block", "cache_unwritten", "o_proj", "all_reduce"],
+)
+def test_what_a_run_sees_of_it(folder: Path, change: Any, ranks: range, seen_by: str) -> None:
+    """The comparisons of test_onnx_ranks.py can fail: on a wrong ledger that all ranks agree on by their caches alone."""
+    edit(folder, ranks, change)
+    compiled, model = compiled_tiny(), tiny_model("plain", torch.float32)
+    models = OnnxRanks(folder, json.loads((folder / "manifest.json").read_text()))
+    if seen_by == "ranks":
+        with pytest.raises(AssertionError):
+            run(model, compiled, models, steps=(1,))
+        return
+    worst = run(model, compiled, models, steps=(1, 3))
+    assert (worst > 1e-2) == (seen_by == "logits") and (worst <= TOLERANCE) == (seen_by == "caches")
+    if seen_by == "caches":
+        with pytest.raises(AssertionError):
+            check_caches(compiled, models)

@@ -1,4 +1,4 @@
-"""ONNX rank models in onnxruntime, slow tier: families at cp=2, each option of its own, and 61 layers' graphs."""
+"""ONNX rank models in onnxruntime, slow tier: families at cp=2, and each option of its own."""
 
 from __future__ import annotations
 

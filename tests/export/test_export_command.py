@@ -1,0 +1,106 @@
+"""helix-compile export and verify of what it wrote, a folder of save() too; some layers alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from helix_compile import HelixError, HelixModule
+from helix_compile.cli.commands import app
+from helix_compile.errors import ExportError
+from helix_compile.export.formats import check_export
+from tests.export.test_onnx_ranks import compiled_tiny
+from tests.support.onnx_ranks import OnnxRanks
+
+runner = CliRunner()
+SIZES = ("--max-batch-size", "2", "--max-seq-len", "64", "--tokens-per-block", "4")
+
+
+def run(*arguments: str) -> Any:
+    return runner.invoke(app, list(arguments))
+
+
+def test_a_model_is_exported_and_read_back(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    result = run("export", "tiny", "--cp", "4", "--out", out, *SIZES)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"onnx, 4 ranks, 4 layers, [\d,]+ bytes", result.stdout)
+    assert "helix.collective" in result.stdout
+    good = run("verify", out)
+    assert (good.exit_code, "as exported" in good.stdout) == (0, True), good.output
+    (tmp_path / "out" / "rank1.onnx").unlink()
+    bad = run("verify", out, "--json")
+    assert bad.exit_code == 1
+    assert json.loads(bad.stdout)["faults"][0] == {
+        "code": "missing_file",
+        "where": "rank1.onnx",
+        "what": "the manifest has it, the folder has not",
+    }
+
+
+def test_a_saved_module_is_exported_as_it_is(tmp_path: Path) -> None:
+    compiled = compiled_tiny()
+    compiled.save(tmp_path / "saved")
+    result = run("export", str(tmp_path / "saved"), "--out", str(tmp_path / "out"), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["plan"] == json.loads(compiled.plan.to_json())
+    assert check_export(tmp_path / "out") == []
+    refused = run("export", str(tmp_path / "saved"), "--cp", "4", "--out", str(tmp_path / "other"))
+    assert isinstance(refused.exception, HelixError) and "leave --cp" in str(refused.exception)
+
+
+def test_layers_that_are_left_out_are_not_there(tmp_path: Path) -> None:
+    """Of layers 0 and 3 the models hold the weights, caches and collectives; what is between is as if it added nothing."""
+    compiled = compiled_tiny()
+    manifest = compiled.export(tmp_path / "out", layers=[0, 3])
+    assert manifest["layers"] == [0, 3]
+    assert {name.split(".")[2] for name in manifest["weights"] if ".layers." in name} == {"0", "3"}
+    assert [i["name"] for i in manifest["inputs"]][3:] == ["cache_0", "cache_3"]
+    assert check_export(tmp_path / "out") == []
+    for layer in (1, 2):  # a layer adds to its input what these two return
+        for name in (
+            "self_attn.o_proj.weight",
+            "mlp.down_proj.weight",
+            "mlp.experts.down_proj",
+            "mlp.shared_experts.down_proj.weight",
+        ):
+            for rank in compiled.ranks:
+                full = f"model.layers.{layer}.{name}"
+                if full in rank.params:
+                    rank.params[full] = torch.zeros_like(rank.params[full])
+    ids = torch.randint(0, 97, (2, 5))
+    got = OnnxRanks(tmp_path / "out", manifest).step(ids, torch.ones(2, 5, dtype=torch.int64))[0]
+    torch.testing.assert_close(torch.tensor(got), compiled(ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("export", "tiny", "--cp", "4", "--format", "aoti", "--out", "OUT"), "format='aoti' is not built yet"),
+        (("export", "tiny", "--cp", "4", "--layers", "0;3", "--out", "OUT"), "--layers '0;3'"),
+        (("verify", "EXPORT", "--dtype", "float64"), "leave --dtype"),
+    ],
+)
+def test_wrong_use(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "manifest.json").write_text("{}")
+    places = {"OUT": str(tmp_path / "out"), "EXPORT": str(tmp_path / "export")}
+    result = run(*(places.get(a, a) for a in arguments))
+    assert isinstance(result.exception, HelixError) and said in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_is_not_there_and_leaves_are_refused(tmp_path: Path) -> None:
+    compiled: HelixModule = compiled_tiny()
+    with pytest.raises(ExportError, match=r"--layers \[9\]: the model has layers 0 to 3"):
+        compiled.export(tmp_path / "out", layers=[1, 9])
+    with pytest.raises(ExportError, match="not the manifest of an export"):
+        check_export(tmp_path)
+    assert not (tmp_path / "out").exists() and onnx.__version__
