@@ -10,6 +10,7 @@ import importlib
 import inspect
 import itertools
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,7 +120,7 @@ def read_configuration(path: Path) -> Configuration:
     stated, wrapped = _text_model(file, stated, notes)
     quantisations = _quantisations(file, outer or stated.pop("quantization_config", None), notes)
     stated.pop("quantization_config", None)
-    config = _built(file, stated, notes)
+    config = _in_its_wrapper(_built(file, stated, notes), notes)
     return Configuration(config, causal_class(config, file), quantisations, wrapped, tuple(notes))
 
 
@@ -145,20 +146,38 @@ def causal_class(config: PretrainedConfig, file: Path | str = "the configuration
     Raises:
         CheckpointError: there is none.
     """
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    home = type(config).__module__.replace(".configuration_", ".modeling_")
-    try:
-        classes = list(vars(importlib.import_module(home)).values())
-    except ImportError:
-        classes = []
-    for found in classes:
-        is_model = inspect.isclass(found) and issubclass(found, PreTrainedModel)
-        if is_model and found.__name__.endswith("ForCausalLM") and found.config_class is type(config):
-            return found
+    found = _causal_class_of(type(config))
+    if found is not None:
+        return found
     raise CheckpointError(
         f"{file}: transformers has no causal language model of model_type {config.model_type!r} alone"
     )
+
+
+def _causal_class_of(config: type[PretrainedConfig]) -> type[PreTrainedModel] | None:
+    """Of transformers' table; else of the module of that configuration, where a text model may run in a wrapper alone."""
+    if config in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    try:
+        home = vars(importlib.import_module(config.__module__.replace(".configuration_", ".modeling_")))
+    except ImportError:
+        return None
+    endings = ("ForCausalLM", "ForConditionalGeneration") if "text_config" in config.sub_configs else ("ForCausalLM",)
+    models = [x for x in home.values() if inspect.isclass(x) and issubclass(x, PreTrainedModel)]
+    return next((x for x in models if x.__name__.endswith(endings) and x.config_class is config), None)
+
+
+def _in_its_wrapper(config: PretrainedConfig, notes: list[str]) -> PretrainedConfig:
+    """A text model without a causal language model of its own, in the wrapper that has one (Mistral-Large-4)."""
+    if _causal_class_of(type(config)) is None:
+        for outer in vars(sys.modules[type(config).__module__]).values():
+            of_text = inspect.isclass(outer) and getattr(outer, "sub_configs", {}).get("text_config") is type(config)
+            if of_text and (model := _causal_class_of(outer)) is not None:
+                notes.append(
+                    f"{config.model_type} runs in {model.__name__} alone: its parts for images are transformers' defaults"
+                )
+                return outer(text_config=config.to_dict(), tie_word_embeddings=config.tie_word_embeddings)
+    return config
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -178,6 +197,12 @@ def _text_model(file: Path, stated: dict[str, Any], notes: list[str]) -> tuple[d
     key = next((k for k in TEXT_KEYS if isinstance(stated.get(k), dict) and _says_what(stated[k])), None)
     if key is None or _is_language_model(kind):
         return stated, False
+    inner = stated[key].get("model_type")
+    if {kind, inner} <= set(CONFIG_MAPPING) and _causal_class_of(CONFIG_MAPPING[inner]) is None:
+        model = _causal_class_of(CONFIG_MAPPING[kind])
+        if model is not None:
+            notes.append(f"{kind}: its text model runs in {model.__name__} alone, which is taken whole, without images")
+            return stated, False
     text = {**{k: stated[k] for k in _OF_THE_WRAPPER if stated.get(k) is not None}, **stated[key]}
     others = [k for k in stated if k.endswith("_config") and k != key and isinstance(stated[k], dict)]
     beside = f"; {', '.join(others)} left out" if others else ""

@@ -114,7 +114,11 @@ def _name_of(model: nn.Module, asked: tuple) -> str | None:
         return None
     text = [repr(asked), repr(model.config.to_dict()), model.config._attn_implementation]
     text += [str(getattr(model.config, "_experts_implementation", None))]
-    text += [f"{n} {tuple(t.shape)} {t.dtype} {t.device}" for n, t in model.named_parameters()]
+    tensors = [
+        *model.named_parameters(),
+        *model.named_buffers(),
+    ]  # `.to(dtype)` casts a rotary table, a loader does not
+    text += [f"{n} {tuple(t.shape)} {t.dtype} {t.device}" for n, t in tensors]
     for name, module in model.named_modules():
         own = vars(module)
         kind = type(module)
