@@ -13,9 +13,10 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from helix_compile import CheckpointError, helix_compile
 from helix_compile.capture.source import load_folder
-from helix_compile.checkpoint.configuration import TEXT_PREFIXES
+from helix_compile.checkpoint.configuration import TEXT_PREFIXES, read_configuration
 from helix_compile.checkpoint.model import open_checkpoint
 from tests.support.checkpoints import Tensors, quantise, rewrite, write
+from tests.support.families import fresh_family
 from tests.support.gqa_models import SIZES as GQA_SIZES
 from tests.support.quantisers import CASES
 
@@ -113,3 +114,18 @@ def test_a_wrapper_of_transformers_runs_as_its_text_model(tmp_path: Path) -> Non
         expected = model(input_ids=tokens).logits
     assert (compiled(tokens) - expected).abs().max() <= 1e-10 * expected.abs().max()
     assert any("left out: multi_modal_projector" in note for note in compiled.plan.notes)
+
+
+def test_a_text_model_without_a_class_of_its_own_runs_in_its_wrapper(tmp_path: Path) -> None:
+    """Mistral-Large-4: its text configuration alone; weights for images that can't be read by slices are named."""
+    model = fresh_family("mistral_large4").float()
+    text = tmp_path / "config.json"
+    text.write_text(json.dumps(model.config.text_config.to_dict()))
+    read = read_configuration(text)
+    assert read.model_class is type(model)
+    assert read.config.text_config.to_dict() == model.config.text_config.to_dict()
+    assert any("runs in MistralLarge4ForConditionalGeneration alone" in note for note in read.notes)
+    model.save_pretrained(tmp_path / "whole")
+    assert any("is taken whole, without images" in note for note in read_configuration(tmp_path / "whole").notes)
+    with pytest.raises(CheckpointError, match=r"vision_tower.*PermuteForRope, .*load the model"):
+        helix_compile(tmp_path / "whole", cp=2, dtype=torch.float32, max_seq_len=64)
