@@ -9,9 +9,8 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and pinned: a looser request would take a CUDA build of several gigabytes
-	# not compiled: of the 12,000 modules that come along a run imports one in six
-	$(BIN)/pip install --quiet --no-compile torch==2.13.0
-	$(BIN)/pip install --quiet --no-compile -e ".[dev]"
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -33,7 +32,7 @@ test: $(STAMP)
 # The newest transformers beside the environment's own: a few tests that go through capture, generate() and torch.compile.
 NEWEST := $(VENV)/newest-transformers
 test-newest-transformers: $(STAMP)
-	test -d $(NEWEST) || $(BIN)/pip install --quiet --no-compile --no-deps --target $(NEWEST) transformers==5.24.0
+	test -d $(NEWEST) || $(BIN)/pip install --quiet --no-deps --target $(NEWEST) transformers==5.24.0
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -q tests/test_smoke.py tests/dynamo/test_backend.py::test_left_padding
 
 test-slow: $(STAMP)

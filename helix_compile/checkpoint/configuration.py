@@ -163,7 +163,9 @@ def _causal_class_of(config: type[PretrainedConfig]) -> type[PreTrainedModel] | 
     except ImportError:
         return None
     endings = ("ForCausalLM", "ForConditionalGeneration") if "text_config" in config.sub_configs else ("ForCausalLM",)
-    models = [x for x in home.values() if inspect.isclass(x) and issubclass(x, PreTrainedModel)]
+    models: list[type[PreTrainedModel]] = [
+        x for x in home.values() if inspect.isclass(x) and issubclass(x, PreTrainedModel)
+    ]
     return next((x for x in models if x.__name__.endswith(endings) and x.config_class is config), None)
 
 
