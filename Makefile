@@ -24,7 +24,8 @@ lint: $(STAMP)
 	$(BIN)/python tools/lint_imports.py
 	$(BIN)/codespell helix_compile tests examples benchmarks docs *.md
 
-# the first two keep one core busy each, side by side
+# the first two keep one core busy each, side by side. Tests start some eighty processes: none compiles the sources anew
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP)
 	$(MAKE) --jobs 2 --output-sync=target lint test-newest-transformers
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --dist loadfile --no-loadscope-reorder
