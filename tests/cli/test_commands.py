@@ -150,7 +150,7 @@ def test_generate_from_a_preset_a_config_and_a_checkpoint(tmp_path: Path) -> Non
         (("verify", "tiny", "--cp", "3"), "8 heads can't be divided"),
         (("kernels", "tiny"), "give --out DIR"),
         (("export", "tiny", "--cp", "2"), "Missing option '--out'"),
-        (("exprot", "tiny", "--cp", "2"), "No such command 'exprot'"),
+        (("exportable", "tiny", "--cp", "2"), "No such command 'exportable'"),
         (("kernels", "tiny", "--out", "never-written"), "TRITON_INTERPRET=1 is set"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, tuple) else "",
