@@ -56,6 +56,7 @@ def remembered(capture: Callable[..., CapturedGraph]) -> Callable[..., CapturedG
         return memo[key]
 
     captured.remembers = True  # type: ignore[attr-defined]
+    captured.anew = capture  # type: ignore[attr-defined]
     return captured
 
 
