@@ -18,6 +18,7 @@ from helix_compile.runtime import inductor
 from tests.support.driver import left_padded, random_ids
 from tests.support.models import fresh_model
 
+pytestmark = pytest.mark.fresh_capture
 OPTIONS: dict[str, Any] = {"cp": 2, "tpa": 2, "tokens_per_block": 2, "max_batch_size": 4, "max_seq_len": 256}
 
 
