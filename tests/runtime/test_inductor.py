@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch._inductor import config
 
 from helix_compile import HelixModule, LoweringError, LoweringUnavailable, helix_compile, verify
-from helix_compile.capture import model as capture_model
 from helix_compile.ir.graph import aten, calls
 from helix_compile.ir.stage import bodies_of, graphs_of
 from helix_compile.runtime import inductor
 from tests.support.driver import left_padded, random_ids
 from tests.support.models import fresh_model
 
-pytestmark = pytest.mark.fresh_capture
 OPTIONS: dict[str, Any] = {"cp": 2, "tpa": 2, "tokens_per_block": 2, "max_batch_size": 4, "max_seq_len": 256}
 
 
@@ -27,13 +24,7 @@ def pair() -> tuple[Any, HelixModule, HelixModule]:
     """A model, its interpreted and its compiled step."""
     torch.manual_seed(0)
     model = fresh_model("short", torch.bfloat16)
-    anew = getattr(capture_model._captured, "anew", capture_model._captured)
-    with patch.object(capture_model, "_captured", anew):  # bits are compared: a capture of this very model
-        return (
-            model,
-            helix_compile(model, lower="reference", **OPTIONS),
-            helix_compile(model, lower="inductor", **OPTIONS),
-        )
+    return model, helix_compile(model, lower="reference", **OPTIONS), helix_compile(model, lower="inductor", **OPTIONS)
 
 
 @pytest.mark.parametrize("lengths", [[1], [5], [5, 2, 7], [1, 1, 1, 1]], ids=str)

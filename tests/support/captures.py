@@ -45,7 +45,8 @@ def remembered(capture: Callable[..., CapturedGraph]) -> Callable[..., CapturedG
 
     def captured(model: Any, whole: bool, keep: dict[int, str], unmatched: str) -> CapturedGraph:
         asked = (whole, unmatched, tuple(sorted(keep.items())))
-        key = (*asked, structure_key(model))
+        # `.to(dtype)` casts a rotary table, a loader does not; structure_key leaves buffers out, some come with the first call
+        key = (*asked, structure_key(model), tuple((name, t.dtype) for name, t in model.named_buffers()))
         if key not in memo:
             name = _name_of(model, asked)
             make = lambda: replace(capture(model, whole, keep, unmatched), model=None)  # noqa: E731
@@ -56,7 +57,6 @@ def remembered(capture: Callable[..., CapturedGraph]) -> Callable[..., CapturedG
         return memo[key]
 
     captured.remembers = True  # type: ignore[attr-defined]
-    captured.anew = capture  # type: ignore[attr-defined]
     return captured
 
 
