@@ -154,8 +154,11 @@ class DigestMode(TorchDispatchMode):
         """The same call with a stand-in in the place of each tensor."""
         if isinstance(value, Tensor):
             return self._enter(value)
-        if type(value) in (list, tuple):
-            return type(value)([self._entered(item) for item in value])
+        if isinstance(value, (list, tuple)):
+            items = [self._entered(item) for item in value]
+            if isinstance(value, list):
+                return items
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         return {name: self._entered(item) for name, item in value.items()} if isinstance(value, dict) else value
 
     def _enter(self, value: Tensor) -> Tensor:

@@ -122,7 +122,12 @@ class GraphWriter:
             elif node.op == "call_function" and node.target in RULES:
                 self.values[node] = RULES[node.target](self, node)
             else:
-                raise self.refuse(node, f"no ONNX for it; a rule would stand in export/onnx_aten.py ({node.op})")
+                kernel = getattr(node.target, "namespace", "").startswith(
+                    "helix_"
+                )  # of one machine: helix_cpp, helix_triton
+                works = "compile the model with lower='reference' to export it"
+                rule = f"a rule would stand in export/onnx_aten.py ({node.op})"
+                raise self.refuse(node, f"no ONNX for it; {works if kernel else rule}")
         raise ExportError(f"format=onnx: {self.name} has no output")
 
     def call(self, node: fx.Node) -> Value:
