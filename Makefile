@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu test-versions lint fix bench size clean
+.PHONY: demo test test-slow test-gpu test-versions coverage lint fix bench size clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +38,13 @@ test-newest-transformers: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Lines that CI's tests run, and which of its heavy tests run none of their own: candidates for tests/slow_variants.txt
+coverage: $(STAMP)
+	$(BIN)/pip install --quiet "pytest-cov>=7"
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --dist loadfile --no-loadscope-reorder \
+	  --cov=helix_compile --cov-context=test --cov-report=term --junitxml=out/coverage.xml -o junit_family=xunit1
+	$(BIN)/python tools/variants.py out/coverage.xml .coverage
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
@@ -78,4 +85,4 @@ size:
 	@wc -l $$(git ls-files 'helix_compile/*.py') | sort -n
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .coverage $(VENV) .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

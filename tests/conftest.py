@@ -61,8 +61,22 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; within a file nothing moves. Needs --no-loadscope-reorder of xdist, which sorts by number."""
+# Ids of tests that only `make test-slow` runs: each takes seconds, and runs no line of the product that the rest does not run
+# (`make coverage` says so). A file's own @pytest.mark.slow is for what is too big for CI by nature.
+VARIANTS = Path(__file__).with_name("slow_variants.txt")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Variants are slow. The longest files first; within a file nothing moves (xdist sorts by number unless told otherwise)."""
+    variants = set(VARIANTS.read_text().splitlines())
+    found = {item.nodeid: item for item in items if item.nodeid in variants}
+    for item in found.values():
+        item.add_marker(pytest.mark.slow)
+    files = {str(item.path.relative_to(config.rootpath)) for item in items}
+    gone = [name for name in variants - set(found) if name.partition("::")[0] in files]
+    if gone and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"{VARIANTS.name} names tests that are not there: {', '.join(sorted(gone))}")
     tests = Path(__file__).parent
     place = {tests / name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))

@@ -77,7 +77,11 @@ def _between_processes(path: Path, make: Callable[[], CapturedGraph]) -> Capture
                 options, "node_metadata_key_filter"
             ):  # of newer torch: views name norms by the modules they come from
                 options = replace(options, node_metadata_key_filter=lambda key: key != "source_fn_stack")
-            path.write_bytes(pickle.dumps((facts, GraphPickler.dumps(copy, options))))
+            data = GraphPickler.dumps(copy, options)
+            # pickle looks for torch.contiguous_format in every module; one that imports another meanwhile makes it miss all but
+            # the script, which other processes lack
+            if b"__main__" not in data:
+                path.write_bytes(pickle.dumps((facts, data)))
         return made
 
 
