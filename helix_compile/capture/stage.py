@@ -81,7 +81,8 @@ def stage_model(model: Source, options: HelixOptions) -> Source:
     parent, _, attribute = name.rpartition(".")
     setattr(twin.get_submodule(parent), attribute, kept)
     _renumber(kept)
-    _shorten(twin.config.get_text_config(decoder=True), depth, start, stop)
+    config: Any = twin.config
+    _shorten(config.get_text_config(decoder=True), depth, start, stop)
     notes = (*getattr(model, "notes_of_release", ()), _note(twin, options, depth, start, stop))
     vars(twin)["notes_of_release"] = notes
     return twin
