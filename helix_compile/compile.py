@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import CAPTURING, capture
-from helix_compile.capture.source import captured_from, device_of, device_of_input
-from helix_compile.capture.stage import stage_model
+from helix_compile.capture.source import device_of, device_of_input
+from helix_compile.capture.stage import captured_stage
 from helix_compile.config.options import HelixOptions, takes_options
 from helix_compile.errors import CaptureError
 from helix_compile.kernels.target import KernelTarget, target_for
@@ -96,7 +96,7 @@ def helix_compile(
             target = target_for(options.lower, asked or device_of_input(model))
             if options.compiles_segments:
                 check_inductor(asked or device_of_input(model))
-            captured = captured_from(stage_model(model, options), dtype, asked, options.unmatched)
+            captured = captured_stage(model, options, dtype, asked)
             planned = plan_model(captured, options)
         opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured), options.check)
         trace_plan(planned.plan)

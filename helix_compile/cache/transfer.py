@@ -55,6 +55,10 @@ def parts_of_dynamic_cache(cache: DynamicCache, kinds: Sequence[CacheRow] = ()) 
             K = kinds[i].heads if i < len(kinds) else 0
             if tensor.dim() != 4 or tensor.shape[1] != (K or 1):
                 what = f"{K} KV heads" if K else "one latent and one roped key for all heads"
+                if not K and tensor.dim() == 4 and tensor.shape[1] > 1:
+                    what += (
+                        " (a model that caches K and V of every head leaves no latent: give the prompt to this module)"
+                    )
                 raise RuntimeFault(
                     f"import_cache: layer {i} of the DynamicCache holds {tuple(tensor.shape)}, expected "
                     f"[B, {K or 1}, S, width]: {what}"

@@ -21,6 +21,7 @@ from helix_compile.capture.around_paths import check_around
 from helix_compile.capture.body import CONSTANTS, capture_body, normalised_module, probe_layer
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, results_of, whole_graph
 from helix_compile.capture.checks import check_model, check_surroundings
+from helix_compile.capture.expanded_cache import latents_cached
 from helix_compile.capture.layers import (
     LAYER_OP,
     RESULT_OP,
@@ -232,6 +233,7 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool, 
         names = {x.index: f"{x.prefix}{part.found.part}" for x in captured if x.body == number}
         insert_part(bodies[number], part.found.part, names, part.found.part_reason, part.recorded)
     constants = _constants(model, program.constants, [(x.prefix, bodies[x.body].meta[CONSTANTS]) for x in captured])
+    notes += latents_cached(bodies.values())
     kept = {i: (f"{name}.{i}", why) for i, why in leaves.items()}
     outer = build_outer(around, bodies, captured, calls, kept, model.config)
     return CapturedGraph(
@@ -389,7 +391,9 @@ def _capture_whole(model: nn.Module) -> CapturedGraph:
     body = normalised_module(program, [*inputs, *(("past", p) for p in pasts)], prefix="model.")
     layer = CapturedLayer(0, "", "body_0", tuple(range(len(cached))))
     constants = _constants(model, program.constants, [("", body.meta[CONSTANTS])])
-    return CapturedGraph(graph=whole_graph(body), layers=(layer,), constants=constants, **_facts(model))
+    facts = _facts(model)
+    facts["notes"] = (*facts["notes"], *latents_cached([body]))
+    return CapturedGraph(graph=whole_graph(body), layers=(layer,), constants=constants, **facts)
 
 
 OUTER_INPUTS = [("input", "input_ids"), ATTENTION_MASK, POSITION_IDS]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 
+from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.layers import find_layers
-from helix_compile.capture.source import Source
+from helix_compile.capture.source import Source, captured_from
 from helix_compile.config.options import HelixOptions
-from helix_compile.errors import CaptureError, LayoutError
+from helix_compile.errors import CaptureError, HelixError, LayoutError
 
 
 def stage_bounds(depth: int, pp: int, stage: int, split: str) -> tuple[int, int]:
@@ -19,6 +21,37 @@ def stage_bounds(depth: int, pp: int, stage: int, split: str) -> tuple[int, int]
     longer = {"first": range(more), "middle": range(pp - 1 - more, pp - 1), "last": range(pp - more, pp)}[split]
     sizes = [each + (s in longer) for s in range(pp)]
     return sum(sizes[:stage]), sum(sizes[: stage + 1])
+
+
+def captured_stage(
+    model: Source, options: HelixOptions, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> CapturedGraph:
+    """The model captured as it is at pp = 1, else the layers of `options.stage` alone.
+
+    Raises:
+        CaptureError: what captured_from() refuses; a stage whose layers share with another stage what one layer computes.
+        LayoutError: more stages than layers.
+    """
+    staged = stage_model(model, options)
+    try:
+        return captured_from(staged, dtype, device, options.unmatched)
+    except HelixError as error:
+        if options.pp == 1 or not _is_captured(model, dtype, device, options):
+            raise
+        raise CaptureError(
+            f"pp={options.pp}: the layers of stage {options.stage} can't be planned as a model of their own, though the whole model "
+            "can: they share with layers of another stage what one of them computes (a choice of keys, cached K and V).\n"
+            f"  alone: {str(error).splitlines()[0]}\n"
+            "  nearest that works: stages that begin at a layer which chooses and caches by itself (pp, pp_split)"
+        ) from error
+
+
+def _is_captured(model: Source, dtype: torch.dtype | None, device: torch.device | None, options: HelixOptions) -> bool:
+    try:
+        captured_from(model, dtype, device, options.unmatched)
+    except HelixError:
+        return False
+    return True
 
 
 def stage_model(model: Source, options: HelixOptions) -> Source:
@@ -48,7 +81,8 @@ def stage_model(model: Source, options: HelixOptions) -> Source:
     parent, _, attribute = name.rpartition(".")
     setattr(twin.get_submodule(parent), attribute, kept)
     _renumber(kept)
-    _shorten(twin.config, depth, start, stop)
+    config: Any = twin.config
+    _shorten(config.get_text_config(decoder=True), depth, start, stop)
     notes = (*getattr(model, "notes_of_release", ()), _note(twin, options, depth, start, stop))
     vars(twin)["notes_of_release"] = notes
     return twin

@@ -62,7 +62,12 @@ _SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 # keys that the class does not read: these values are what it computes, others would be computed wrongly
 MEANT: dict[str, dict[str, tuple[Any, ...]]] = {
     "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
-    "deepseek_v2": {"scoring_func": ("softmax",), "moe_layer_freq": (1,), "use_mla": (True,)},
+    "deepseek_v2": {
+        "scoring_func": ("softmax",),
+        "moe_layer_freq": (1,),
+        "use_mla": (True,),
+        "norm_topk_prob": (False,),
+    },
 }
 
 TEXT_KEYS = ("text_config", "language_config", "llm_config")
@@ -273,6 +278,9 @@ def _built(file: Path, stated: dict[str, Any], notes: list[str]) -> PretrainedCo
         rename = RENAMES[kind]
         notes.append(f"model_type {kind} is read as {rename.to}: {rename.evidence}")
         kind = rename.to
+    elif kind not in CONFIG_MAPPING and (own := _in_lower_case(kind, stated)):
+        notes.append(f"model_type {kind} is read as {own}, which has the class that its architectures name")
+        kind = own
     elif stated.get("auto_map") and kind in CONFIG_MAPPING:
         notes.append(f"auto_map ignored: {kind} is transformers' own, no code of the checkpoint runs")
     if kind not in CONFIG_MAPPING:
@@ -298,6 +306,13 @@ def _built(file: Path, stated: dict[str, Any], notes: list[str]) -> PretrainedCo
         return cls.from_dict(given)
     except Exception as error:  # transformers checks a config by many exception classes of its own
         raise CheckpointError(f"{file}: can't be read: {error}") from error
+
+
+def _in_lower_case(kind: str, stated: dict[str, Any]) -> str:
+    """Transformers' name of an architecture whose publisher writes it in capitals (AXK1); "" if it is another."""
+    own = kind.lower()
+    named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(own)
+    return own if own in CONFIG_MAPPING and named in (stated.get("architectures") or ()) else ""
 
 
 def _respell(file: Path, values: dict[str, Any], cls: type[PretrainedConfig]) -> None:

@@ -83,7 +83,12 @@ def open_checkpoint(folder: Path, dtype: torch.dtype | None, device: torch.devic
     files = CheckpointFiles(folder)
     entries = read_entries(files, stated)
     model = _meta_model(folder, read, dtype or read.config.dtype or _stored_dtype(entries))
-    assembly = assemble(model, entries, str(folder), TEXT_PREFIXES if read.wrapped else ())
+    parts = parts_beside_text(model)
+    beside = [name for name in model.state_dict() if any(name.startswith(f"{part}.") for part in parts)]
+    assembly = assemble(model, entries, str(folder), TEXT_PREFIXES if read.wrapped else (), beside)
+    for part in parts:
+        owner, _, own = part.rpartition(".")
+        setattr(model.get_submodule(owner), own, None)  # what reads it could only compute on nothing
     computed = computed_tensors(model)
     _untie(model, files, entries, assembly)
     like = {
@@ -127,6 +132,20 @@ def _quantised_notes(stated: Stated | None, entries: Entries, dtype: torch.dtype
         what = "scale(s) of activations or of the cache have no effect: both stay in the model's dtype"
         notes.append(f"checkpoint: {len(idle)} {what}: {', '.join(idle[:2])}{more}")
     return notes
+
+
+def parts_beside_text(model: PreTrainedModel) -> list[str]:
+    """Of a model that takes images besides, the largest modules that hold nothing of its text model: a tower, a projector."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return []
+    of_text = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    kept = {id(m) for part in of_text if part is not None for m in part.modules()}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        is_apart = not any(id(m) in kept for m in module.modules())
+        if name and is_apart and not any(name.startswith(f"{other}.") for other in found):
+            found.append(name)
+    return found
 
 
 def _stored_dtype(entries: Entries) -> torch.dtype:

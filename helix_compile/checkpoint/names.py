@@ -7,9 +7,10 @@ names are stacked and joined; here they are applied to names and shapes only, so
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -60,7 +61,11 @@ class Assembly:
 
 
 def assemble(
-    model: PreTrainedModel, stored: Mapping[str, Entry], where: str, prefixes: tuple[str, ...] = ()
+    model: PreTrainedModel,
+    stored: Mapping[str, Entry],
+    where: str,
+    prefixes: tuple[str, ...] = (),
+    beside_text: Collection[str] = (),
 ) -> Assembly:
     """Find every tensor of `model` (on meta) in what is stored.
 
@@ -68,6 +73,7 @@ def assemble(
         stored: entry by the name of the weight.
         where: the folder, for messages.
         prefixes: of the names of a text model inside another one; what has none of them is not the text model's.
+        beside_text: tensors of the model that are not its text model's: left out, however they are stored.
 
     Raises:
         CheckpointError: names or shapes that miss, are left over or do not fit, listed with their numbers.
@@ -75,7 +81,11 @@ def assemble(
     wanted = model.state_dict()
     keys = sorted(stored, key=dot_natural_key)
     collected, unknown = _by_target(model, wanted, keys, prefixes)
-    nowhere = set(unknown)
+    apart = [
+        key for name in beside_text if name in collected for key in itertools.chain(*collected.pop(name)[1].values())
+    ]
+    wanted = {name: tensor for name, tensor in wanted.items() if name not in beside_text}
+    nowhere = {*unknown, *apart}
     problems = [problem for key in keys if key not in nowhere for problem in stored[key].problems]
     found: dict[str, Assembled] = {}
     for name, (converter, sources) in collected.items():
@@ -100,9 +110,11 @@ def assemble(
     ]
     # what transformers ignores too: layers for multi-token prediction, old rotary tables
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-    further = [k for k in unknown if _layer_of(k) >= model.config.num_hidden_layers]
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    further = [k for k in unknown if _layer_of(k) >= layers]
     ignored = [k for k in unknown if k not in further and any(re.search(p, k) for p in patterns)]
-    beside = [k for k in unknown if prefixes and not k.startswith(prefixes) and k not in (*further, *ignored)]
+    texts = {_home(key) for _, sources in collected.values() for each in sources.values() for key in each}
+    beside = [k for k in unknown if k not in (*further, *ignored) and _is_beside(k, prefixes, texts if apart else None)]
     known_of = {*further, *ignored, *beside}
     problems += [f"left over: {key} {stored[key]}" for key in unknown if key not in known_of]
     if problems:
@@ -110,7 +122,7 @@ def assemble(
     notes = (
         *_notes(ignored, "are no part of the model: ignored, as transformers does"),
         *_notes(further, "belong to layers of multi-token prediction, behind the model's own: ignored"),
-        *_notes(beside, "are not the text model's (vision, projector): left out"),
+        *_notes(sorted([*apart, *beside]), "are not the text model's (vision, projector): left out"),
     )
     return Assembly(found, same, notes)
 
@@ -220,6 +232,16 @@ def _without_prefix(key: str, prefixes: tuple[str, ...]) -> str:
     """The name inside the text model; the longest prefix that fits is the wrapper's."""
     fitting = [p for p in prefixes if key.startswith(p)]
     return key.removeprefix(max(fitting, key=len)) if fitting else key
+
+
+def _is_beside(key: str, prefixes: tuple[str, ...], texts: set[str] | None) -> bool:
+    """Is a name that leads nowhere another model's, by where the text model's names are?"""
+    return bool(prefixes and not key.startswith(prefixes)) or (texts is not None and _home(key) not in texts)
+
+
+def _home(key: str) -> str:
+    """The first modules of a name: model.language_model, lm_head."""
+    return ".".join(key.split(".")[:-1][:2])
 
 
 def _layer_of(key: str) -> int:

@@ -29,6 +29,7 @@ _MODULES = {
 # NVIDIA Dynamo's workers: an engine's flags with some of their own
 _WORKERS = {"dynamo.vllm": "vLLM", "dynamo.sglang": "SGLang", "dynamo.trtllm": "TensorRT-LLM"}
 _SERVE = {"vllm": "vLLM", "sglang": "SGLang"}
+_MEASURE = ("trtllm-bench", "trtllm-build", "trtllm-eval")
 _NO_LAUNCH = (
     "echo",
     "printf",
@@ -39,6 +40,8 @@ _NO_LAUNCH = (
     "killall",
     "ps",
 )  # they name a program, and start none
+# an image whose entry point is the server, of any registry
+_VLLM_IMAGE = re.compile(r"(?:[\w.-]+(?::\d+)?/)*vllm/vllm-openai\b")
 _PREFIXES = ("VLLM_", "SGLANG_", "SGL_", "TRTLLM_", "TLLM_")
 
 
@@ -114,6 +117,9 @@ def _nested(commands: list[ShellCommand]) -> str:
 def _no_command(commands: list[ShellCommand]) -> str:
     """What stands there in place of a launch."""
     for command in commands:
+        for word in command.words:
+            if PurePosixPath(word).name in _MEASURE:
+                return f"`{PurePosixPath(word).name}`, which starts no server"
         for word, following in itertools.pairwise(command.words):
             if PurePosixPath(word).name in _SERVE and not following.startswith("-"):
                 return f"`{PurePosixPath(word).name} {following}`, which starts no server"
@@ -138,7 +144,7 @@ def _engine(words: list[str]) -> tuple[str, int]:
             return _SERVE[name], i + 2
         if name == "trtllm-serve":
             return "TensorRT-LLM", i + 1 + (following == ["serve"])
-    image = next((i for i, word in enumerate(words) if word.startswith("vllm/vllm-openai")), None)
+    image = next((i for i, word in enumerate(words) if _VLLM_IMAGE.match(word)), None)
     if image is None or PurePosixPath(next(iter(words[image + 1 :]), "")).name in ("bash", "sh"):
         return "", 0
     return "vLLM", image + 1  # its entry point is the server

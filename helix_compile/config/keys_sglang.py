@@ -7,7 +7,7 @@ from helix_compile.config.recipe import EngineKeys
 
 APPLIED = of_kinds(
     {
-        "int": "tp_size dcp_size pp_size dp_size ep_size attn_cp_size moe_dp_size dwdp_size max_running_requests "
+        "int": "tp_size dcp_size pp_size dp_size attn_dp_size ep_size attn_cp_size moe_dp_size dwdp_size max_running_requests "
         "context_length moe_dense_tp_size",
         "str": "dcp_comm_backend moe_a2a_backend kv_cache_dtype dtype disaggregation_mode",
         "bool": "dcp_replicate_q_proj enable_dp_attention enable_ep_moe enable_deepep_moe",
@@ -43,7 +43,11 @@ WITHOUT_EFFECT = of_kinds(
         "debug_tensor_dump_output_folder debug_tensor_dump_input_file msprobe_dump_config return_hidden_states_mode "
         "constrained_json_whitespace_pattern eplb_algorithm ep_dispatch_algorithm nccl_init_addr sidecar warmups "
         "forward_pass_metrics_worker_id forward_pass_metrics_ipc_name decrypted_config_file rl_quant_profile "
-        "torchao_config",
+        "torchao_config aux_hidden_state_capture boundary_reduction decrypted_draft_config_file "
+        "disaggregation_decode_allocation_policy dsv4_attn_backend flashinfer_a2a_dispatch_type load_publish_endpoint "
+        "modelopt_checkpoint_restore_path modelopt_checkpoint_save_path modelopt_export_path monokernel_backend "
+        "otlp_service_name prefill_kv_cache_dequant_dtype qsa_indexer_dtype spec_trace_dir "
+        "unified_cache_external_linker_backend watermark_config watermark_key watermark_key_b",
         "bool": "trust_remote_code skip_tokenizer_init skip_server_warmup enable_multimodal language_only "
         "language_model_only enable_mixed_chunk enable_dynamic_chunking enable_priority_scheduling "
         "disable_priority_preemption abort_on_priority_when_disabled schedule_low_priority_values_first "
@@ -83,7 +87,14 @@ WITHOUT_EFFECT = of_kinds(
         "enable_mamba_cache_stochastic_rounding enable_int8_mamba_checkpoint enable_linear_replayssm "
         "enable_linear_replayssm_spec prefill_only_disable_kv_cache disable_jump_forward disable_mla "
         "disable_nan_detection disable_cp_decode_attn_tp enable_prefill_context_parallel "
-        "enable_dsa_prefill_context_parallel enable_nsa_prefill_context_parallel enable_dsa_prefill_cp_layersplit",
+        "enable_dsa_prefill_context_parallel enable_nsa_prefill_context_parallel enable_dsa_prefill_cp_layersplit "
+        "prefill_round_robin_balance disable_aiter_allreduce_fusion_in_decode disable_aiter_allreduce_fusion_in_prefill "
+        "disaggregation_enable_kv_checksum dllm_fdfo enable_amd_monokernel enable_decoder_swa_bounded_replay "
+        "enable_dsa_fused_indexer enable_encoder_swa_bounded_replay enable_hicache enable_http_worker_reuseport "
+        "enable_layernorm_sp enable_lean_attention enable_linker_mla_dedup enable_megamoe_for_layernorm_sp "
+        "enable_nvidia_megakernel enable_pd_role_switch enable_response_store enable_return_aux_hidden_states "
+        "enable_unified_cache_external_linker enable_watermark return_input_ids return_output_ids "
+        "trust_request_chat_template watermark_default_enabled watermark_enforce_all",
         "int": "port nccl_port grpc_port smg_http_sidecar_port gated_launch_port tokenizer_worker_num "
         "detokenizer_worker_num max_queued_requests max_total_tokens chunked_prefill_size max_prefill_tokens "
         "prefill_max_requests prefill_decode_interval default_priority_value priority_scheduling_preemption_threshold "
@@ -103,12 +114,18 @@ WITHOUT_EFFECT = of_kinds(
         "optimistic_prefill_attempts encoder_bootstrap_port sm_group_num weight_loader_prefetch_num_threads "
         "remote_instance_weight_loader_seed_instance_service_port engine_info_bootstrap_port weight_cache_timeout "
         "prefill_delayer_max_delay_passes min_free_slots_delay kv_canary_sweep_interval "
-        "dynamic_batch_tokenizer_batch_size prefill_round_robin_balance",
+        "dynamic_batch_tokenizer_batch_size constrained_json_max_whitespace_cnt context_bucket "
+        "cuda_graph_max_seq_len_prefill cuda_graph_prefill_max_context dsa_triton_union grpc_http_sidecar_port "
+        "grpc_response_timeout_secs grpc_worker_threads hicache_storage_prefetch_retry_max_attempts "
+        "hicache_storage_prefetch_retry_poll_interval http2_initial_connection_window_size prefill_decode_interval_min_bs "
+        "sampling_mask_max_tokens swa_prefix_tails watermark_context_window",
         "number": "mem_fraction_static schedule_conservativeness swa_full_tokens_ratio watchdog_timeout "
         "soft_watchdog_timeout gc_warning_threshold_secs eplb_min_rebalancing_utilization_threshold "
         "elastic_ep_scale_timeout mamba_full_memory_ratio hicache_ratio tbo_token_distribution_threshold "
         "cpu_offload_gb lora_drain_wait_threshold prefill_delayer_token_usage_low_watermark "
-        "prefill_delayer_queue_min_ratio prefill_delayer_max_delay_ms dynamic_batch_tokenizer_batch_timeout",
+        "prefill_delayer_queue_min_ratio prefill_delayer_max_delay_ms dynamic_batch_tokenizer_batch_timeout "
+        "disaggregation_decode_host_receive_threshold hicache_host_memory_fraction watermark_max_probability "
+        "watermark_mixing_probability",
         "str or list": "log_requests_target uvicorn_access_log_exclude_prefixes lora_target_modules "
         "flashinfer_autotune_skip_ops encoder_urls encoder_register_urls custom_weight_loader "
         "tokenizer_metrics_allowed_custom_labels prompt_tokens_buckets generation_tokens_buckets allowed_media_domains "
@@ -116,11 +133,11 @@ WITHOUT_EFFECT = of_kinds(
         "scalar or list": "cuda_graph_bs cuda_graph_bs_decode cuda_graph_bs_prefill piecewise_cuda_graph_tokens numa_node "
         "gc_threshold bucket_time_to_first_token bucket_e2e_request_latency bucket_inter_token_latency debug_tensor_dump_layers "
         "prefill_delayer_forward_passes_buckets prefill_delayer_wait_seconds_buckets "
-        "remote_instance_weight_loader_send_weights_group_ports",
+        "remote_instance_weight_loader_send_weights_group_ports return_aux_hidden_state_layer_ids",
         "any": "cuda_graph_config deepep_config hicache_storage_backend_extra_config extra_metric_labels kv_events_config "
         "default_chat_template_kwargs preferred_sampling_params model_loader_extra_config mm_process_config "
         "limit_mm_data_per_request forward_hooks modelexpress_config model_checksum init_expert_location "
-        "disaggregation_config",
+        "disaggregation_config radix_eviction_policy_config stat_loggers unified_cache_external_linker_config",
     }
 )
 
@@ -132,9 +149,12 @@ REFUSED = {
     "dllm_algorithm_config": "diffusion models are not supported",
     "enable_hisparse": "sparse attention is not supported",
     "hisparse_config": "sparse attention is not supported",
+    "hierarchical_sparse_attention_extra_config": "sparse attention is not supported",
     "enable_double_sparsity": "sparse attention is not supported",
     "enable_dense_mlp_attn_tp": "FFNs are cut over all ranks",
     "enable_shared_experts_attn_tp": "FFNs are cut over all ranks",
+    "shared_experts_tp_size": "FFNs are cut over all ranks",
+    "enable_kv_cache_sharding": "it shards the caches of prompts; those of a server that decodes are sharded by dcp_size",
     "enable_cp_decode_attn_tp": "it needs attn_cp_size > 1, which is not supported; decode context parallelism is dcp_size",
     "config": "it names another file; give that one",
 }
@@ -152,7 +172,8 @@ _SPECULATIVE = (
     "moe_runner_backend moe_a2a_backend draft_model_quantization skip_dp_mlp_sync adaptive adaptive_config "
     "ngram_min_bfs_breadth ngram_max_bfs_breadth ngram_match_type ngram_max_trie_depth ngram_capacity "
     "ngram_external_corpus_path ngram_external_sam_budget ngram_external_corpus_max_tokens "
-    "ngram_min_match_window_size ngram_max_match_window_size ngram_branch_length"
+    "ngram_min_match_window_size ngram_max_match_window_size ngram_branch_length boundary_reduction "
+    "domino_candidate_pool_size use_block_verification draft_sink_size enable_w4a4_mxfp4_megamoe"
 )
 BESIDE = {
     **{f"speculative_{name}": _DRAFTS for name in _SPECULATIVE.split()},
@@ -171,6 +192,17 @@ BESIDE = {
     "enable_eplb": _EXPERTS,
     "ep_num_redundant_experts": _EXPERTS,
     "max_ep_size": _EXPERTS,
+    "ep_join_mode": _EXPERTS,
+    "elastic_ep_join_mode": _EXPERTS,
+    "ep_join_rank_offset": _EXPERTS,
+    "elastic_ep_join_rank_offset": _EXPERTS,
+    "elastic_ep_initial_size": _EXPERTS,
+    "enable_paged_experts": _CPU,
+    "paged_experts_num_resident": _CPU,
+    "ple_offload_embedding": _CPU,
+    "ple_offload_backend": _CPU,
+    "ple_offload_dir": _CPU,
+    "uno_lora_path": _LORA,
     "kt_weight_path": _CPU,
     "kt_method": _CPU,
     "kt_cpuinfer": _CPU,
@@ -196,6 +228,7 @@ SHORT = {
     "decode_context_parallel_size": "dcp_size",
     "pipeline_parallel_size": "pp_size",
     "data_parallel_size": "dp_size",
+    "attention_data_parallel_size": "attn_dp_size",
     "expert_parallel_size": "ep_size",
     "attention_context_parallel_size": "attn_cp_size",
     "moe_data_parallel_size": "moe_dp_size",

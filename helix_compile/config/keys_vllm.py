@@ -28,11 +28,14 @@ WITHOUT_EFFECT = of_kinds(
         "data_parallel_address data_parallel_backend logprobs_mode mamba_cache_dtype mamba_ssm_cache_dtype "
         "mamba_cache_mode mamba_backend gdn_prefill_backend kda_prefill_backend io_processor_plugin device "
         "allowed_local_media_path disable_access_log_for_endpoints logits_processor_pattern jit_monitor_mode "
-        "video_pruning_method preemption_mode tool_strict_level override_attention_dtype safetensors_load_strategy",
+        "video_pruning_method preemption_mode tool_strict_level override_attention_dtype safetensors_load_strategy "
+        "model_weights sparse_indexer_topk_backend mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path log_level "
+        "sleep_mode_backend mamba_ssu_algorithm kda_decode_backend cohere_format anthropic_disabled_thinking_effort "
+        "fingerprint_mode fingerprint_value",
         "scalar or list": "served_model_name api_key middleware allowed_origins allowed_methods allowed_headers "
         "allowed_media_domains collect_detailed_traces logits_processors ignore_patterns lora_modules "
         "cudagraph_capture_sizes cuda_graph_sizes device_ids numa_bind_nodes numa_bind_cpus cpu_offload_params "
-        "offload_params kv_cache_dtype_skip_layers prompt_adapters",
+        "offload_params kv_cache_dtype_skip_layers prompt_adapters sleep_preserve_parameter_names",
         "bool": "trust_remote_code enable_chunked_prefill enable_prefix_caching enforce_eager async_scheduling "
         "disable_log_stats disable_log_requests enable_log_requests enable_log_outputs enable_log_deltas "
         "disable_uvicorn_access_log disable_fastapi_docs enable_offline_docs enable_auto_tool_choice "
@@ -53,7 +56,10 @@ WITHOUT_EFFECT = of_kinds(
         "enable_mamba_cache_stochastic_rounding fully_sharded_loras specialize_active_lora "
         "enable_tower_connector_lora enable_mixed_moe_lora_format enable_moe_shared_loras fail_on_environ_validation "
         "use_v2_block_manager disable_async_output_proc multi_step_stream_outputs allow_deprecated_quantization "
-        "full_cuda_graph enable_per_request_metrics enable_multimodal_encoder_data_parallel",
+        "full_cuda_graph enable_per_request_metrics enable_multimodal_encoder_data_parallel return_sampling_mask "
+        "enable_return_routed_experts long_prefill_token_threshold_adaptive enable_shm_tensor_arena monokernel "
+        "sleep_mode_offload_cudagraph enable_mamba_shared_prefix_checkpoint swa_bounded_replay trust_request_mm_kwargs "
+        "cohere_is_reasoning_model enable_scale_out enable_flash_late_interaction",
         "int": "port api_server_count max_num_batched_tokens max_num_scheduled_tokens max_num_partial_prefills "
         "max_long_partial_prefills long_prefill_token_threshold max_num_queued_reqs max_num_queued_tokens "
         "max_cudagraph_capture_size max_seq_len_to_capture prefix_match_unit prefix_cache_retention_interval seed "
@@ -64,15 +70,20 @@ WITHOUT_EFFECT = of_kinds(
         "prefill_schedule_interval mamba_block_size mamba_cache_philox_rounds replayssm_buffer_len "
         "mm_shm_cache_max_object_size_mb renderer_num_workers offload_group_size offload_num_in_group "
         "offload_prefetch_step max_loras max_cpu_loras h11_max_incomplete_event_size h11_max_header_count "
-        "ssl_cert_reqs shutdown_timeout num_lookahead_slots num_scheduler_steps tokenizer_pool_size",
+        "ssl_cert_reqs shutdown_timeout num_lookahead_slots num_scheduler_steps tokenizer_pool_size "
+        "safetensors_prefetch_num_threads safetensors_prefetch_block_size max_num_active_seqs max_lora_cls_labels "
+        "sse_keep_alive_interval grpc_port data_parallel_supervisor_port dp_supervisor_probe_failure_threshold",
         "number": "gpu_memory_utilization swap_space cpu_offload_gb kv_offloading_size watermark mm_processor_cache_gb "
-        "mm_ipc_gpu_memory_gb video_pruning_rate scheduler_delay_factor kv_cache_metrics_sample",
+        "mm_ipc_gpu_memory_gb video_pruning_rate scheduler_delay_factor kv_cache_metrics_sample "
+        "device_memory_utilization mm_encoder_fp8_scale_save_margin dp_supervisor_probe_interval_s "
+        "dp_supervisor_probe_timeout_s",
         "str or mapping": "kv_transfer_config kv_events_config ec_transfer_config ec_manager_config attention_config "
         "kernel_config profiler_config structured_outputs_config reasoning_config weight_transfer_config "
         "fault_tolerance_config mamba_config eplb_config additional_config override_generation_config "
         "default_chat_template_kwargs model_loader_extra_config limit_mm_per_prompt media_io_kwargs "
         "mm_processor_kwargs ir_op_priority pooler_config override_pooler_config default_mm_loras "
-        "pt_load_map_location ray_runtime_env scheduler_config observability_config",
+        "pt_load_map_location ray_runtime_env scheduler_config observability_config aux_output_config watermark_config "
+        "custom_histogram_buckets logging_config watchdog_config reasoning_effort_map",
         "any": "compilation_config optimization_level hf_token max_lora_rank lora_dtype lora_target_modules "
         "per_request_spec_decode_metrics mm_encoder_attn_dtype mm_hasher_algorithm",
     }
@@ -108,6 +119,9 @@ BESIDE = {
     "num_redundant_experts": _EXPERTS,
     "enable_elastic_ep": _EXPERTS,
     "expert_placement_strategy": _EXPERTS,
+    "elastic_ep_max_dp_size": _EXPERTS,
+    "enable_hc_sp": "residual streams are not cut over tokens",
+    "engram_config": "engrams are not supported",
 }
 
 MARKERS = (
@@ -134,6 +148,7 @@ SHORT = {
     "dpb": "data_parallel_backend",
     "dph": "data_parallel_hybrid_lb",
     "dpe": "data_parallel_external_lb",
+    "dpm": "data_parallel_multi_port_external_lb",
     "dpsr": "data_parallel_start_rank",
     "q": "quantization",
     "n": "nnodes",
@@ -142,6 +157,7 @@ SHORT = {
     "cc": "compilation_config",
     "ac": "attention_config",
     "sc": "speculative_config",
+    "dc": "diffusion_config",
     "O": "optimization_level",
     "o": "optimization_level",
 }

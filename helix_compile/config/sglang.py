@@ -1,6 +1,6 @@
 """SGLang's options as fields of HelixOptions, by its own rules; what it would ignore without a word is an error.
 
-tp_size is all ranks of a pipeline stage; with data-parallel attention they are dp_size replicas. Decode context
+tp_size is all ranks of a pipeline stage; with data-parallel attention they are dp_size replicas (attn_dp_size in newer versions). Decode context
 parallelism reuses the ranks of a replica, and deals single tokens: token t lies on rank t % dcp_size.
 """
 
@@ -40,13 +40,13 @@ def sglang_fields(
     if top.choice("disaggregation_mode", ("null", "decode", "prefill"), "null") == "prefill":
         top.wrong("disaggregation_mode", "'decode' or 'null': a plan is of decoding; give the decode server's recipe")
     all_ranks, cp = top.count("tp_size"), top.count("dcp_size")
-    replicas = top.count("dp_size")
-    shared = top.flag("enable_dp_attention")
+    replicas, shared, key = _replicas(top)
     if shared and all_ranks % replicas:
-        top.refuse("dp_size", f"got {replicas} with tp_size {all_ranks}, expected a divisor of it: enable_dp_attention")
+        why = "enable_dp_attention" if key == "dp_size" else "they are attention's replicas"
+        top.refuse(key, f"got {replicas} with tp_size {all_ranks}, expected a divisor of it: {why}")
     ranks = all_ranks // replicas if shared else all_ranks
     if ranks % cp:
-        of = "tp_size / dp_size" if shared else "tp_size"
+        of = f"tp_size / {key}" if shared else "tp_size"
         top.refuse(
             "dcp_size",
             f"got {cp} with {of} {ranks}, expected a divisor of it: SGLang reuses the ranks of attention's tensor parallelism",
@@ -61,7 +61,7 @@ def sglang_fields(
             if shared
             else "the others are whole servers of their own"
         )
-        top.notes.append(replica_note("dp_size", replicas, ranks, laid))
+        top.notes.append(replica_note(key, replicas, ranks, laid))
     add_stages(fields, top.count("pp_size"), "last")
     _exchange(top, fields)
     for theirs, ours in (("max_running_requests", "max_batch_size"), ("context_length", "max_seq_len")):
@@ -81,6 +81,17 @@ def sglang_fields(
     idle += top.finish(SGLANG.without_effect, SGLANG.refused, SGLANG.beside)
     idle += [name for name in environment if name != "SGLANG_PP_LAYER_PARTITION"]
     return ConfigFields("SGLang", fields, tuple(idle), Recipe(top.said(), cache_dtype), where)
+
+
+def _replicas(top: ConfigSection) -> tuple[int, bool, str]:
+    """(replicas of attention or of the whole model, do they share the ranks of tp_size, the key that says so)."""
+    servers, attention = top.count("dp_size"), top.count("attn_dp_size")
+    shared = top.flag("enable_dp_attention")
+    if servers > 1 and attention > 1:
+        top.wrong("attn_dp_size", f"no such key with dp_size {servers}: SGLang takes one of the two")
+    if attention > 1:
+        return attention, True, "attn_dp_size"
+    return servers, shared, "dp_size"
 
 
 def _expert_parallel(top: ConfigSection, ranks: int) -> int:
@@ -114,6 +125,10 @@ def _exchange(top: ConfigSection, fields: dict[str, Any]) -> None:
         return
     if replicated and merge == "ag_rs":
         top.wrong("dcp_replicate_q_proj", "no such key with dcp_comm_backend ag_rs, where SGLang gathers queries")
+    if "dcp_comm_backend" not in top.values:
+        top.notes.append(
+            "dcp_comm_backend is not said: planned with ag_rs, SGLang's default; newer versions (0.5.23) take a2a on a card"
+        )
     fields |= {"tokens_per_block": 1, "merge": "ag_rs" if merge == "ag_rs" else "a2a"}
     if merge == "fi_a2a":
         top.notes.append("dcp_comm_backend=fi_a2a: the same exchange as a2a, over FlashInfer's transport")

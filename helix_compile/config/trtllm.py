@@ -113,17 +113,17 @@ def _generation(values: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any
 
 def _section(top: ConfigSection, key: str, keys: Mapping[str, Any], idle: list[str]) -> ConfigSection | None:
     """The mapping below a key, without the nulls that ask for nothing."""
-    if key == "moe_config" and top.values.get(key) == {}:
+    given = top.values.get(key)
+    if key == "moe_config" and given == {}:
         top.taken.add(key)
         return None
-    section = top.section(key)
-    if section is None:
-        return None
-    kept, nulls = without_nulls(section.values, keys, ("dtype",) if key == "kv_cache_config" else (), section.prefix)
+    if not isinstance(given, Mapping) or not given:
+        return top.section(key)  # none, or refused
+    top.taken.add(key)
+    prefix = f"{top.prefix}{key}."
+    kept, nulls = without_nulls(given, keys, ("dtype",) if key == "kv_cache_config" else (), prefix)
     idle += nulls
-    if not kept:
-        return None
-    return ConfigSection(kept, section.where, section.prefix, section.lenient, section.notes, section.left_out)
+    return ConfigSection(kept, top.where, prefix, top.lenient, top.notes, top.left_out) if kept else None
 
 
 def _stages(top: ConfigSection, fields: dict[str, Any]) -> None:

@@ -70,6 +70,8 @@ def vllm_fields(
         fields |= {"tokens_per_block": interleave, "merge": merge}
         if "block_size" in values and top.count("block_size") % interleave:
             top.wrong("block_size", f"a multiple of cp_kv_cache_interleave_size ({interleave})")
+    if cp > 1:
+        _unsaid(top, fields)
     if "block_size" in values:
         top.taken.add("block_size")
         top.kind("block_size", "int")
@@ -90,6 +92,22 @@ def vllm_fields(
 
 
 _ENVIRONMENT = ("VLLM_DCP_Q_REPLICATE", "VLLM_PP_LAYER_PARTITION")
+
+
+def _unsaid(top: ConfigSection, fields: dict[str, Any]) -> None:
+    """What vLLM decides by itself where a recipe does not say how tokens are dealt and partial results exchanged."""
+    if "dcp_comm_backend" not in top.values:
+        top.notes.append(
+            "dcp_comm_backend is not said: planned with ag_rs, which vLLM takes unless the model asks for another"
+        )
+    transfer = str(top.values.get("kv_transfer_config", ""))
+    if "NixlConnector" in transfer and "cp_kv_cache_interleave_size" not in top.values:
+        why = "kv_transfer_config names NixlConnector, and cp_kv_cache_interleave_size is not said: vLLM takes its block size then"
+        if "block_size" in top.values:
+            fields["tokens_per_block"] = top.count("block_size")
+            top.notes.append(why)
+        else:
+            top.notes.append(f"{why}, which is not said either: planned with 1")
 
 
 def _query(top: ConfigSection, fields: dict[str, Any], environment: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ from helix_compile.capture.source import captured_from
 from helix_compile.capture.stage import stage_bounds, stage_model
 from helix_compile.compile import plan_model
 from helix_compile.models.presets import TINY, build_model, preset_config
+from tests.support.families import fresh_family
 
 pytestmark = pytest.mark.fresh_capture  # notes say where a model comes from
 
@@ -63,6 +64,25 @@ def test_a_stage_whose_configuration_lists_layers() -> None:
     assert isinstance(twin, torch.nn.Module)
     assert len(twin.model.layers) == twin.config.num_hidden_layers == len(twin.config.layer_types) == 1
     assert twin.model.layers[0].self_attn.layer_idx == 0
+
+
+def test_a_stage_of_a_model_in_its_wrapper() -> None:
+    """What a configuration says of layers stands in the text model's."""
+    twin = stage_model(fresh_family("mistral_large4").to("meta"), HelixOptions(cp=2, pp=2, stage=1))
+    assert isinstance(twin, torch.nn.Module)
+    text = twin.config.get_text_config()
+    assert len(twin.model.language_model.layers) == text.num_hidden_layers == len(text.no_rope_layers) == 1
+
+
+@pytest.mark.slow
+def test_a_stage_that_begins_at_a_layer_with_an_earlier_ones_choice() -> None:
+    kinds = {"indexer_types": ["full", "shared", "shared", "full"], "mlp_layer_types": ["dense"] * 4}
+    model = fresh_family("glm_moe_dsa", num_hidden_layers=4, **kinds).to("meta")
+    with pytest.raises(
+        HelixError, match=r"pp=2: the layers of stage 1 can't be planned .*share with layers of another stage"
+    ):
+        helix_compile(model, cp=2, pp=2, stage=1, max_seq_len=64)
+    assert sum(len(b.layers) for b in helix_compile(model, cp=2, pp=2, max_seq_len=64).plan.bodies) == 2
 
 
 def test_what_is_no_stage() -> None:

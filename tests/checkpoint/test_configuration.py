@@ -249,6 +249,22 @@ def test_ropes_by_their_old_names_and_by_none(tmp_path: Path) -> None:
         named_model(str(tmp_path / "config.json"), meta=True)
 
 
+def test_a_name_in_capitals_is_the_class_that_the_release_names(tmp_path: Path) -> None:
+    """A.X-K1's own files write AXK1; a class of another name is another architecture."""
+    found = read(tmp_path, model_type="AXK1", architectures=["AXK1ForCausalLM"])
+    assert found.config.model_type == "axk1"
+    assert "model_type AXK1 is read as axk1, which has the class that its architectures name" in found.notes
+    with pytest.raises(CheckpointError, match="model_type 'AXK1' is not in transformers"):
+        read(tmp_path, model_type="AXK1", architectures=["AXK1MoEForCausalLM"])
+
+
+def test_normed_weights_of_experts_that_the_class_would_not_norm(tmp_path: Path) -> None:
+    found = read(tmp_path, model_type="deepseek_v2", scoring_func="softmax", topk_method="greedy", norm_topk_prob=False)
+    assert found.config.model_type == "deepseek_v2"
+    with pytest.raises(CheckpointError, match="norm_topk_prob=True: transformers' deepseek_v2 reads no norm_topk_prob"):
+        read(tmp_path, model_type="deepseek_v2", scoring_func="softmax", topk_method="greedy", norm_topk_prob=True)
+
+
 @pytest.mark.parametrize(("kind", "text"), [("llama4", "llama4_text"), ("gemma3", "gemma3_text")])
 def test_a_wrapper_whose_class_takes_its_text_model_or_images_too(tmp_path: Path, kind: str, text: str) -> None:
     """Transformers' table names a causal language model for the wrapper, which takes the part, or images besides."""

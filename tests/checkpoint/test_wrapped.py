@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from helix_compile import CheckpointError, helix_compile
 from helix_compile.capture.source import load_folder
 from helix_compile.checkpoint.configuration import TEXT_PREFIXES, read_configuration
 from helix_compile.checkpoint.model import open_checkpoint
+from helix_compile.verifier.numeric.reference import WidenedIslands
 from tests.support.checkpoints import Tensors, quantise, rewrite, write
 from tests.support.families import fresh_family
 from tests.support.gqa_models import SIZES as GQA_SIZES
@@ -117,15 +119,45 @@ def test_a_wrapper_of_transformers_runs_as_its_text_model(tmp_path: Path) -> Non
 
 
 def test_a_text_model_without_a_class_of_its_own_runs_in_its_wrapper(tmp_path: Path) -> None:
-    """Mistral-Large-4: its text configuration alone; weights for images that can't be read by slices are named."""
-    model = fresh_family("mistral_large4").float()
+    """Mistral-Large-4: its text configuration alone, and a folder of the whole, whose weights for images are left out and listed."""
+    model = fresh_family("mistral_large4")
     text = tmp_path / "config.json"
     text.write_text(json.dumps(model.config.text_config.to_dict()))
     read = read_configuration(text)
     assert read.model_class is type(model)
     assert read.config.text_config.to_dict() == model.config.text_config.to_dict()
     assert any("runs in MistralLarge4ForConditionalGeneration alone" in note for note in read.notes)
-    model.save_pretrained(tmp_path / "whole")
-    assert any("is taken whole, without images" in note for note in read_configuration(tmp_path / "whole").notes)
-    with pytest.raises(CheckpointError, match=r"vision_tower.*PermuteForRope, .*load the model"):
-        helix_compile(tmp_path / "whole", cp=2, dtype=torch.float32, max_seq_len=64)
+    folder = tmp_path / "whole"
+    model.save_pretrained(folder)
+
+    def add(tensors: Tensors) -> None:
+        assert any(
+            name.startswith("vision_encoder.") for name in tensors
+        )  # by Mistral's names: q and k in another order
+        tensors["vision_encoder.extra.weight"] = torch.ones(3)
+
+    rewrite(folder, add)
+    compiled, ids = helix_compile(folder, cp=2, tokens_per_block=2, max_seq_len=64), torch.arange(26).view(2, 13)
+    loaded = load_folder(folder, torch.float64)[
+        0
+    ]  # by transformers, images and all; its rotary tables are float32 ones
+    loaded.set_experts_implementation("batched_mm")  # grouped_mm takes no float64
+    with torch.no_grad(), WidenedIslands():
+        expected, got = loaded(input_ids=ids).logits, compiled(ids)
+    assert expected.abs().max() > 0.1 and (got - expected).abs().max() <= 1e-10 * expected.abs().max()
+    told = "\n".join(compiled.plan.notes)
+    assert (
+        "mistral_large4: its text model runs in MistralLarge4ForConditionalGeneration alone, which is taken whole"
+        in told
+    )
+    assert re.search(r"checkpoint: \d+ tensor\(s\) are not the text model's \(vision, projector\): left out: ", told)
+
+
+def test_a_text_weight_beside_the_models_own_is_not_taken_for_vision(tmp_path: Path) -> None:
+    fresh_family("mistral_large4").save_pretrained(tmp_path)
+
+    def add(tensors: Tensors) -> None:
+        tensors["layers.0.attention.second.weight"] = torch.ones(2)
+
+    with pytest.raises(CheckpointError, match=r"left over: layers.0.attention.second.weight \[2\] F32"):
+        open_checkpoint(rewrite(tmp_path, add), None, torch.device("cpu"))

@@ -148,7 +148,7 @@ def test_a_command_and_its_file_are_one_set_of_options(tmp_path: Path) -> None:
     script.write_text("sglang serve X --config d.yaml --dcp-size 4 --port 90")
     read = fields_of_file(script)
     assert (read.fields["cp"], read.fields["tpa"]) == (4, 2)
-    assert read.recipe.notes == ("dcp_size=4: SGLang takes the command line's, not the 8 of d.yaml",)
+    assert read.recipe.notes[0] == "dcp_size=4: SGLang takes the command line's, not the 8 of d.yaml"
     (tmp_path / "e.yaml").write_text("- 1\n")
     assert "e.yaml: expected a mapping" in refused("vllm serve X --config e.yaml")
     assert "lies beside it; there is none at" in refused("vllm serve X --config /dev/stdin")
@@ -249,13 +249,18 @@ def test_lenient_leaves_out_and_says_so(tiny: CapturedGraph, caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("source", "note"),
     [
-        ("--tp-size 32 --ep-size 32 --dp-size 4 --enable-dp-attention --dcp-size 8",
+        ("--tp-size 32 --ep-size 32 --dp-size 4 --enable-dp-attention --dcp-size 8 --dcp-comm-backend ag_rs",
          "dp_size: one of 4 data-parallel replicas of attention is planned, on its 8 ranks; experts lie over ep=8 of these "
          "ranks, in the engine over ep=32 of all 32"),
-        ("vllm serve X -tp 2 -dcp 2 -dp 4 -ep --dcp-q-replicate", "data_parallel_size: one of 4 data-parallel replicas"),
-        ("vllm serve X -tp 2 -dcp 2", "dcp_q_replicate is not said"),
+        ("vllm serve X -tp 2 -dcp 2 -dp 4 -ep --dcp-q-replicate --dcp-comm-backend a2a", "data_parallel_size: one of 4 data-parallel replicas"),
+        ("vllm serve X -tp 2 -dcp 2 --dcp-comm-backend a2a", "dcp_q_replicate is not said"),
+        ("vllm serve X -tp 2 -dcp 2 --dcp-q-replicate", "dcp_comm_backend is not said: planned with ag_rs"),
+        ("vllm serve X -tp 2 -dcp 2 --dcp-q-replicate --dcp-comm-backend a2a --kv-transfer-config.kv_connector NixlConnector",
+         "vLLM takes its block size then, which is not said either: planned with 1"),
+        ("--tp-size 8 --dcp-size 8", "dcp_comm_backend is not said: planned with ag_rs"),
+        ("--tp-size 32 --ep-size 32 --attn-dp-size 4 --dcp-size 8 --dcp-comm-backend ag_rs", "attn_dp_size: one of 4 data-parallel"),
         ("--tp-size 2 --dcp-size 2 --dcp-comm-backend fi_a2a --dcp-replicate-q-proj", "over FlashInfer's transport"),
-        ("--tp-size 8 --dcp-size 8 --ep-size 2 --moe-a2a-backend deepep", "ep_size=2: SGLang makes it tp_size, 8"),
+        ("--tp-size 8 --dcp-size 8 --dcp-comm-backend ag_rs --ep-size 2 --moe-a2a-backend deepep", "ep_size=2: SGLang makes it tp_size, 8"),
         ({"context_parallel_size": 2, "cp_config": {"cp_type": "HELIX"}}, "cp_config.tokens_per_block is not said"),
     ],
 )  # fmt: skip

@@ -87,8 +87,24 @@ def torchrun(
     Raises:
         AssertionError: it took longer than `seconds`, or left a process.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    # torchrun's own port is fixed: another launch on this machine may have it
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--master-port",
+        free_port(),
+        "--nproc-per-node",
+        str(processes),
+    ]
     return launch([*command, str(ROOT / "tests/distributed" / script), *arguments], seconds, **environment)
+
+
+def free_port() -> str:
+    """A port of this host that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def launch_nodes(
@@ -98,10 +114,7 @@ def launch_nodes(
 
     In `command`, $NODE_RANK, node0 and the port 29500 are put for what they are here.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    known = {"node0": "127.0.0.1", "29500": port}
+    known = {"node0": "127.0.0.1", "29500": free_port()}
     commands = [[known.get(word, word).replace("$NODE_RANK", str(n)) for word in command] for n in range(nodes)]
     with ThreadPoolExecutor(nodes) as pool:
         return list(pool.map(lambda c: launch(c, seconds, **environment), commands))

@@ -402,4 +402,53 @@ PUBLISHED = [
         "python3 -m sglang.launch_server --model deepseek-ai/DeepSeek-V3.2-Exp --tp 8 --attention-context-parallel-size 4",
         "attn_cp_size: got 4 (int), expected 1: this split is not supported; decode context parallelism is dcp_size",
     ),
+    PublishedRecipe(
+        "vllm behind a registry, prompts elsewhere",
+        "podman run --device nvidia.com/gpu=all -p 8000:8000 example.io/mirror/vllm/vllm-openai:v0.33.0 --model deepseek-ai/DeepSeek-R1 "
+        "-tp 8 -dcp 8 --block-size 64 --kv-transfer-config "
+        """'{"kv_connector":"NixlConnector","kv_role":"kv_consumer"}' --max-num-active-seqs 64""",
+        {"cp": 8, "tpa": 1, "ep": 1, "tokens_per_block": 64, "merge": "ag_rs"},
+    ),
+    PublishedRecipe(
+        "sglang gb200",
+        "SGLANG_NUM_RESERVED_DECODE_TOKENS=112 python3 -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V3-0324 "
+        "--disaggregation-mode decode --dist-init-addr ${HEAD}:5757 --nnodes 8 --node-rank 0 --tp-size 32 --attn-dp-size 4 --dcp-size 8 "
+        "--max-running-requests 1024 --context-length 2176 --moe-a2a-backend deepep --prefill-round-robin-balance --deepep-mode "
+        "low_latency --enable-dp-lm-head --cuda-graph-bs 1 2 4 8 --ep-dispatch-algorithm static",
+        {
+            "cp": 8,
+            "tpa": 1,
+            "ep": 8,
+            "tokens_per_block": 1,
+            "merge": "ag_rs",
+            "q_proj": "gather",
+            "max_batch_size": 256,
+        },
+    ),
+    PublishedRecipe(
+        "sglang with both kinds of replicas",
+        "--tp-size 32 --attn-dp-size 4 --dp-size 2 --dcp-size 8",
+        "attn_dp_size: got 4 (int), expected no such key with dp_size 2",
+    ),
+    PublishedRecipe(
+        "trtllm wide ep, defaults written out",
+        {
+            "tensor_parallel_size": 2,
+            "context_parallel_size": 4,
+            "moe_expert_parallel_size": 8,
+            "cp_config": {"cp_type": "HELIX", "tokens_per_block": 32},
+            "moe_config": {"backend": "WIDEEP", "load_balancer": None, "max_num_tokens": None},
+            "kv_cache_config": {
+                "dtype": "fp8",
+                "tokens_per_block": 32,
+                "max_attention_window": None,
+                "max_tokens": None,
+            },
+            "stream_interval": 20,
+        },
+        {**FP8, "cp": 4, "tpa": 2, "ep": 8, "tokens_per_block": 32},
+    ),
+    PublishedRecipe(
+        "trtllm-bench", "trtllm-bench --model X throughput --tp 8 --ep 8", "got `trtllm-bench`, which starts no server"
+    ),
 ]

@@ -67,8 +67,8 @@ class ToyMLA(nn.Module):
         cos, sin = (t[:, None, :, :ROPE] for t in position_embeddings)
         q, gate = self._q_and_gate(q_a)
         q = q.transpose(1, 2)
-        q = torch.cat([q[..., :NOPE], _rotated(q[..., NOPE:], cos, sin)], dim=-1)
-        k_rope = _rotated(k_rope[:, None], cos, sin)
+        q = torch.cat([q[..., :NOPE], rotated(q[..., NOPE:], cos, sin)], dim=-1)
+        k_rope = rotated(k_rope[:, None], cos, sin)
         if self.style == "no_rope":
             q, k_rope = self.q_nope(q_a).view(B, T, H, NOPE).transpose(1, 2), k_rope[..., :0]
         latent, k_rope = past_key_values.update(latent[:, None], k_rope, self.layer)
@@ -237,7 +237,7 @@ class ToyMLA(nn.Module):
         return weights @ v
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     one, two = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-two, one], dim=-1) * sin
 
