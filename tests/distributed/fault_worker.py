@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -76,7 +77,7 @@ def hit(kind: str) -> None:
             raise AssertionError(kind)
 
 
-def two_collectives(strike: object) -> fx.GraphModule:
+def two_collectives(strike: Callable[..., object]) -> fx.GraphModule:
     """Sum over kvp, strike, sum over the world."""
     graph = fx.Graph()
     ids, x = graph.placeholder("input_ids"), graph.placeholder("x")

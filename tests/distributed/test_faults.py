@@ -130,6 +130,30 @@ def test_a_death_on_one_node_is_told_on_the_other() -> None:
         assert re.search(text, stderr), stderr
 
 
+GRAPH = "replayed graph of 2 collectives"
+LATE = rf"rank {{}} lost its peers in step 5 at graph node '{GRAPH}': the device has not finished it within 5 s: {{}}"
+STUCK = rf"rank {{}} died or is stuck without an exception; last sign of life: step {{}} \({GRAPH}\), \d+\.\ds ago"
+REPLAYS = {
+    "none": [],
+    "host": [
+        rf"rank 0 lost its peers in step 5 at graph node '{GRAPH}': the device has not finished it within 5 s: (rank 1 raised at step 5: TimeoutError: {GRAPH}: the host|{STUCK.format(1, 5)})",
+        rf"rank 1 lost its peers in step 5 at graph node '{GRAPH}': the host did not come back from it within 5 s: rank 0",
+    ],
+    "device": [LATE.format(rank, STUCK.format(1 - rank, 5)) for rank in (0, 1)],
+    "late": [LATE.format(0, STUCK.format(1, 4))],
+}
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "device" else slow) for k in REPLAYS])
+def test_a_replay_that_does_not_end_is_said(kind: str) -> None:
+    """By every rank that waits for it, within the timeout: which step, what was replayed, and who did not come."""
+    result = torchrun("replay_worker.py", kind, HELIX_TIMEOUT="5", processes=2, seconds=120)
+    for text in REPLAYS[kind]:
+        assert re.search(f"helix_compile: {text}", result.stderr), result.stderr
+    assert (result.returncode == 0) == (kind == "none") == ("rank 1 done" in result.stdout)
+
+
 # what follows needs no process group: a store in memory stands for torchrun's
 
 

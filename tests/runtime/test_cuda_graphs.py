@@ -217,6 +217,13 @@ def moved(module: HelixModule) -> None:
 
 
 @edit
+def turned(module: HelixModule) -> None:
+    weight = module.ranks[0].params[WEIGHT]  # the same object and memory, by columns, then by rows
+    rows, columns = weight.shape
+    weight.data = weight.data.as_strided(weight.shape, (columns, 1) if weight.stride(0) == 1 else (1, rows))
+
+
+@edit
 def another_cache(module: HelixModule) -> None:
     module.ranks[2].cache[1] = module.ranks[2].cache[1] * 1.5
 
@@ -237,7 +244,7 @@ def test_an_edit_shows_in_the_next_step(pair: Pair, name: str, monkeypatch: pyte
     for _ in range(3):
         pair.step(2, 1)
     assert len(pair.fake.pieces) > pieces and len(pair.replays.recordings) == 1
-    if name == "moved":  # if nobody asked where it lies
+    if name in ("moved", "turned"):  # if nobody asked where, and how, it lies
         monkeypatch.setattr(replays._Recording, "holds", True)
         with pytest.raises(AssertionError):
             pair.each(EDITS[name])
