@@ -67,7 +67,7 @@ def sglang_fields(
         top.notes.append(replica_note("dp_size", replicas, ranks, laid))
     add_stages(fields, top.count("pp_size"), "last")
     _exchange(top, fields)
-    _graphs(top, fields)
+    idle += _graphs(top, fields)
     for theirs, ours in (("max_running_requests", "max_batch_size"), ("context_length", "max_seq_len")):
         if theirs in values:
             fields[ours] = top.count(theirs)
@@ -106,19 +106,21 @@ def _check_dense(top: ConfigSection, ranks: int) -> None:
         top.wrong("moe_dense_tp_size", f"{ranks}, or no such key: dense FFNs are cut over all ranks of a replica")
 
 
-def _graphs(top: ConfigSection, fields: dict[str, Any]) -> None:
-    """Whether steps of decoding are recorded: what is said last in this order holds."""
+def _graphs(top: ConfigSection, fields: dict[str, Any]) -> list[str]:
+    """Whether steps of decoding are recorded: what is said last in this order holds. Returns keys that say nothing of it."""
     if any([top.flag("disable_cuda_graph"), top.flag("disable_decode_cuda_graph")]):
         fields["cuda_graphs"] = False
     elif {"disable_cuda_graph", "disable_decode_cuda_graph"} & top.values.keys():
         fields["cuda_graphs"] = True
     config = as_mapping(top.values.get("cuda_graph_config"))
     top.taken.add("cuda_graph_config")
+    idle = [key for key in ("cuda_graph_config",) if key in top.values]
     phase = config.get("decode") if isinstance(config, Mapping) else None
     backend = phase.get("backend") if isinstance(phase, Mapping) else None
     flagged = top.text("cuda_graph_backend_decode", "")
-    if backend := backend or flagged:
-        fields["cuda_graphs"] = backend != "disabled"
+    if said := backend or flagged:
+        fields["cuda_graphs"] = said != "disabled"
+    return [] if backend else idle
 
 
 def _exchange(top: ConfigSection, fields: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def vllm_fields(
         top.kind("block_size", "int")
         idle.append("block_size")
     _query(top, fields, environment)
-    _graphs(top, fields)
+    idle += _graphs(top, fields)
     for theirs, ours in (("max_num_seqs", "max_batch_size"), ("max_model_len", "max_seq_len")):
         top.taken.add(theirs)
         if theirs == "max_model_len" and values.get(theirs) in _FITS_MEMORY:
@@ -116,26 +116,28 @@ def _query(top: ConfigSection, fields: dict[str, Any], environment: Mapping[str,
         )
 
 
-def _graphs(top: ConfigSection, fields: dict[str, Any]) -> None:
-    """Whether steps are recorded: enforce_eager decides, then cudagraph_mode, then a level of optimisation, whose 0 has no graphs."""
+def _graphs(top: ConfigSection, fields: dict[str, Any]) -> list[str]:
+    """Whether steps are recorded: enforce_eager decides, then cudagraph_mode, then a level of optimisation, whose 0 has no graphs.
+
+    Returns:
+        Keys that say nothing of it.
+    """
     stated = "enforce_eager" in top.values
     if top.flag("enforce_eager"):
         fields["cuda_graphs"] = False
-    level, config = top.values.get("optimization_level"), as_mapping(top.values.get("compilation_config"))
-    top.taken |= {"optimization_level", "compilation_config"}
-    said: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
-    mode = said.get("cudagraph_mode", said.get("use_cudagraph"))  # the second is that of older versions
-    if "cuda_graphs" in fields:
-        return
-    if mode is not None:
-        fields["cuda_graphs"] = str(mode).rpartition(".")[2].lower() not in ("none", "0", "false")
-    elif str(config if level is None else level) in (
-        "0",
-        "O0",
-    ):  # -O0, which older versions keep as the whole configuration
-        fields["cuda_graphs"] = False
     elif stated:
         fields["cuda_graphs"] = True
+    given = {key: top.values[key] for key in ("optimization_level", "compilation_config") if key in top.values}
+    top.taken |= given.keys()
+    config = as_mapping(given.get("compilation_config"))
+    said: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
+    mode = said.get("cudagraph_mode", said.get("use_cudagraph"))  # the second is that of older versions
+    decides = "compilation_config" if mode is not None else ""
+    if not decides:  # -O0, which older versions keep as the whole configuration
+        decides = next((key for key, value in given.items() if str(value) in ("0", "O0")), "")
+    if decides and fields.get("cuda_graphs") is not False:
+        fields["cuda_graphs"] = mode is not None and str(mode).rpartition(".")[2].lower() not in ("none", "0", "false")
+    return [key for key in given if key != decides]
 
 
 def _partition(top: ConfigSection, environment: Mapping[str, str]) -> None:

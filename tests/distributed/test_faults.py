@@ -33,6 +33,10 @@ CASES = [
     pytest.param("before-kill", "every", DIED.format(2), "input_ids", marks=slow),
     pytest.param("before-hang", "every", DIED.format(2), "input_ids", marks=slow),
     pytest.param("before-stop", "every", DIED.format(2), "input_ids", marks=slow),
+    *(
+        pytest.param(f"inside-{kind}", "deferred program", cause, SECOND, marks=slow)
+        for kind, cause in (("exception", RAISED), ("kill", DIED.format(3)), ("hang", DIED.format(3)))
+    ),
     # without a wait before the step the others are at its first collective, or, where it is not theirs, at the next
     pytest.param("before-exception", "deferred", RAISED, f"{FIRST}|{SECOND}", marks=slow),
     pytest.param("before-kill", "deferred", DIED.format(2), f"{FIRST}|{SECOND}", marks=slow),
@@ -43,7 +47,7 @@ CASES = [
 @pytest.mark.multi_process
 @pytest.mark.parametrize(("kind", "check", "cause", "node"), CASES)
 def test_every_survivor_names_the_rank(kind: str, check: str, cause: str, node: str) -> None:
-    result = torchrun("fault_worker.py", kind, check, HELIX_TIMEOUT="5", seconds=120)
+    result = torchrun("fault_worker.py", kind, *check.split(), HELIX_TIMEOUT="5", seconds=120)
     assert result.returncode != 0
     for rank in (0, 1, 3):
         text = rf"helix_compile: rank {rank} lost its peers in step 3 at graph node '({node})': {cause}\n"

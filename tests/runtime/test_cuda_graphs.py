@@ -439,6 +439,13 @@ def test_what_stands_apart_is_told() -> None:
     compiled = helix_compile(fresh_model("short", torch.float32), **OPTIONS, lower="reference")
     facts = compiled.inspect().facts["cuda_graphs"]
     assert facts == {"used": False, "why": "on cpu: CUDA graphs are a card's", "apart": []}
+    assert (
+        compiled.replays is None and compiled.programs() is None
+    )  # the default True asks for nothing here; nor does False
+    off = replays.replay_facts(
+        dataclasses.replace(compiled.plan.options, cuda_graphs=False), compiled.device, compiled.graph, ""
+    )
+    assert off == {"used": False, "why": "cuda_graphs=False", "apart": []}
     told = replays.replay_facts(compiled.plan.options, card, compiled.graph, "gloo works through the host")
     assert told["used"] and "in pieces" in told["why"]
     ops = [" ".join(x["why"].split()[:5]) for x in told["apart"]]
