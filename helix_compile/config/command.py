@@ -153,7 +153,7 @@ def _engine(words: list[str]) -> tuple[str, int]:
 def arguments(command: Command, keys: EngineKeys, where: str) -> dict[str, Any]:
     """Key -> value, underscored, each as the kind of value that its key has.
 
-    The value of a key without effect may be open: it is as it is written then, an OpenWord.
+    The value of a key without effect, or of one about CUDA graphs, may be open: it is as it is written then, an OpenWord.
 
     Raises:
         PlanError: a flag without its value, a word that belongs to none, a key written twice, a value that the text does not
@@ -197,7 +197,7 @@ def arguments(command: Command, keys: EngineKeys, where: str) -> dict[str, Any]:
         else:
             raise PlanError(f"{where}: {key}: got no value, expected one after {word}")
         i += taken
-        unsaid = _open_value(value, f"{where}: {key}", key in keys.without_effect)
+        unsaid = _open_value(value, f"{where}: {key}", key in keys.without_effect or key in keys.graphs)
         if dot:
             values.setdefault(key, {})
             if isinstance(values[key], dict):
@@ -209,13 +209,13 @@ def arguments(command: Command, keys: EngineKeys, where: str) -> dict[str, Any]:
     return values
 
 
-def _open_value(value: Any, where: str, without_effect: bool) -> OpenWord | None:
-    """What of a value the text does not say; PlanError where that is more than one value without effect."""
+def _open_value(value: Any, where: str, may_be_open: bool) -> OpenWord | None:
+    """What of a value the text does not say; PlanError where that is more than one value, or one that must be said."""
     said = value if isinstance(value, list) else [value]
     for word in said:
         if isinstance(word, OpenWord):
             may_be_flags = word.several and (len(said) > 1 or re.search(r"[@*]", word))
-            if may_be_flags or not without_effect:
+            if may_be_flags or not may_be_open:
                 raise _unsaid(word, where)
             return word
     return None

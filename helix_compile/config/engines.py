@@ -34,7 +34,6 @@ _WHY = {
     "window": "where the cache of sliding windows lies here ({value}); the engine decides for itself",
     "head": "embedding and output head are {value}ed here; the engine decides for itself",
     "check": "when ranks compare what they were given for a step here",
-    "cuda_graphs": "whether steps are recorded in CUDA graphs here; the engine has settings of its own",
     "unmatched": "what happens here to layers that are not recognised",
 }
 
@@ -107,6 +106,8 @@ def _vllm(options: HelixOptions, ep: int, model: str) -> str:
         flags.append(f"--pipeline-parallel-size {options.pp}")
     if options.cache_dtype != "auto":
         flags.append(f"--kv-cache-dtype {options.cache_dtype}")
+    if not options.cuda_graphs:
+        flags.append("""--compilation-config '{"cudagraph_mode": "NONE"}'""")
     flags += [f"--max-num-seqs {options.max_batch_size}", f"--max-model-len {options.max_seq_len}"]
     return _command(f"vllm serve {shlex.quote(model)}", flags)
 
@@ -123,6 +124,8 @@ def _sglang(options: HelixOptions, ep: int, model: str) -> str:
         flags.append(f"--pp-size {options.pp}")
     if options.cache_dtype == FP8_E4M3:
         flags.append(f"--kv-cache-dtype {FP8_E4M3}")
+    if not options.cuda_graphs:
+        flags.append("--disable-decode-cuda-graph")
     flags += [f"--max-running-requests {options.max_batch_size}", f"--context-length {options.max_seq_len}"]
     return _command(f"python -m sglang.launch_server --model-path {shlex.quote(model)}", flags)
 
@@ -146,6 +149,8 @@ def _trtllm(options: HelixOptions, ep: int, model: str) -> str:
     values["kv_cache_config"] = {"tokens_per_block": options.tokens_per_block}
     if options.cache_dtype == FP8_E4M3:
         values["kv_cache_config"]["dtype"] = "fp8"
+    if not options.cuda_graphs:
+        values["cuda_graph_config"] = None
     return yaml.safe_dump(values, sort_keys=False)
 
 

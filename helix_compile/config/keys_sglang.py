@@ -28,7 +28,7 @@ WITHOUT_EFFECT = of_kinds(
         "fp8_gemm_runner_backend fp4_gemm_runner_backend dsa_prefill_backend dsa_decode_backend dsv4_prefill_backend "
         "dsa_paged_mqa_logits_backend dsa_topk_backend nsa_prefill_backend nsa_decode_backend mamba_backend "
         "linear_attn_backend linear_attn_decode_backend linear_attn_prefill_backend linear_attn_verify_backend "
-        "cuda_graph_backend_decode cuda_graph_backend_prefill cuda_graph_tc_compiler piecewise_cuda_graph_compiler "
+        "cuda_graph_backend_prefill cuda_graph_tc_compiler piecewise_cuda_graph_compiler "
         "flashinfer_allreduce_fusion_backend flashinfer_mxfp4_moe_precision deepep_mode deepep_v2_mode "
         "deepep_dispatcher_output_dtype expert_distribution_recorder_mode expert_balancedness_report_mode "
         "elastic_ep_backend mooncake_ib_device cp_strategy prefill_cp_mode dsa_prefill_cp_mode nsa_prefill_cp_mode hicache_host_memory_mode hicache_write_policy "
@@ -60,7 +60,7 @@ WITHOUT_EFFECT = of_kinds(
         "enable_session_radix_cache log_requests show_time_cost enable_metrics enable_mfu_metrics "
         "enable_metrics_for_all_schedulers enable_request_time_stats_logging enable_forward_pass_metrics enable_trace "
         "export_metrics_to_file constrained_json_disable_any_whitespace disable_flashinfer_autotune "
-        "disable_cuda_graph disable_cuda_graph_padding disable_prefill_cuda_graph disable_decode_cuda_graph "
+        "disable_cuda_graph_padding disable_prefill_cuda_graph "
         "disable_piecewise_cuda_graph enable_piecewise_cuda_graph enable_breakable_cuda_graph "
         "enable_profile_cuda_graph enable_cudagraph_gc debug_cuda_graph enable_layerwise_nvtx_marker enable_nccl_nvls "
         "enable_symm_mem triton_attention_reduce_in_fp32 flashinfer_mla_disable_ragged enable_fused_qk_norm_rope "
@@ -134,10 +134,18 @@ WITHOUT_EFFECT = of_kinds(
         "gc_threshold bucket_time_to_first_token bucket_e2e_request_latency bucket_inter_token_latency debug_tensor_dump_layers "
         "prefill_delayer_forward_passes_buckets prefill_delayer_wait_seconds_buckets "
         "remote_instance_weight_loader_send_weights_group_ports return_aux_hidden_state_layer_ids",
-        "any": "cuda_graph_config deepep_config hicache_storage_backend_extra_config extra_metric_labels kv_events_config "
+        "any": "deepep_config hicache_storage_backend_extra_config extra_metric_labels kv_events_config "
         "default_chat_template_kwargs preferred_sampling_params model_loader_extra_config mm_process_config "
         "limit_mm_data_per_request forward_hooks modelexpress_config model_checksum init_expert_location "
         "disaggregation_config radix_eviction_policy_config stat_loggers unified_cache_external_linker_config",
+    }
+)
+
+GRAPHS = of_kinds(
+    {
+        "bool": "disable_cuda_graph disable_decode_cuda_graph",
+        "str": "cuda_graph_backend_decode",
+        "any": "cuda_graph_config",
     }
 )
 
@@ -242,5 +250,5 @@ SHORT = {
 
 SGLANG = EngineKeys(
     "SGLang", MARKERS, APPLIED, WITHOUT_EFFECT, REFUSED, BESIDE,
-    nullable=("dcp_replicate_q_proj", "moe_dense_tp_size", "max_running_requests", "context_length"), short=SHORT,
+    nullable=("dcp_replicate_q_proj", "moe_dense_tp_size", "max_running_requests", "context_length"), short=SHORT, graphs=GRAPHS,
 )  # fmt: skip

@@ -40,7 +40,7 @@ WITHOUT_EFFECT = of_kinds(
         "enable_encoder_decoder_mixed_cuda_graph sampler_force_async_worker use_fine_grained_sync "
         "use_cute_dsl_blockscaling_mm use_cute_dsl_blockscaling_bmm use_cute_dsl_bf16_bmm use_cute_dsl_bf16_gemm "
         "normalize_log_probs fail_fast_on_attention_window_too_large enable_prompt_adapter",
-        "mapping": "cuda_graph_config encoder_cuda_graph_config torch_compile_config scheduler_config "
+        "mapping": "encoder_cuda_graph_config torch_compile_config scheduler_config "
         "cache_transceiver_config attention_dp_config nvfp4_gemm_config peft_cache_config kv_connector_config "
         "prometheus_metrics_config telemetry_config env_overrides multimodal_config mx_config gms_config "
         "ray_placement_config ray_worker_nsight_options sleep_config reorder_policy_config "
@@ -51,6 +51,8 @@ WITHOUT_EFFECT = of_kinds(
         "any": "build_config batched_logits_processor mpi_session postproc_workers",
     }
 )
+
+GRAPHS = {"cuda_graph_config": "mapping"}
 
 CACHE_WITHOUT_EFFECT = of_kinds(
     {
@@ -127,8 +129,9 @@ TRTLLM = EngineKeys(
     "TensorRT-LLM", MARKERS, APPLIED, WITHOUT_EFFECT, REFUSED, BESIDE,
     nullable=(
         "cp_config", "moe_expert_parallel_size", "moe_tensor_parallel_size", "moe_cluster_parallel_size",
-        "max_batch_size", "max_seq_len", "max_beam_width", "pp_partition",
+        "max_batch_size", "max_seq_len", "max_beam_width", "pp_partition", "cuda_graph_config",
     ),
+    graphs=GRAPHS,
 )  # fmt: skip
 
 # what `trtllm-serve MODEL` takes besides: these have no effect here, and options of a file have other names

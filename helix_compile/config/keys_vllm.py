@@ -36,7 +36,7 @@ WITHOUT_EFFECT = of_kinds(
         "allowed_media_domains collect_detailed_traces logits_processors ignore_patterns lora_modules "
         "cudagraph_capture_sizes cuda_graph_sizes device_ids numa_bind_nodes numa_bind_cpus cpu_offload_params "
         "offload_params kv_cache_dtype_skip_layers prompt_adapters sleep_preserve_parameter_names",
-        "bool": "trust_remote_code enable_chunked_prefill enable_prefix_caching enforce_eager async_scheduling "
+        "bool": "trust_remote_code enable_chunked_prefill enable_prefix_caching async_scheduling "
         "disable_log_stats disable_log_requests enable_log_requests enable_log_outputs enable_log_deltas "
         "disable_uvicorn_access_log disable_fastapi_docs enable_offline_docs enable_auto_tool_choice "
         "exclude_tools_when_tool_choice_none enable_reasoning enable_prompt_tokens_details "
@@ -84,10 +84,12 @@ WITHOUT_EFFECT = of_kinds(
         "mm_processor_kwargs ir_op_priority pooler_config override_pooler_config default_mm_loras "
         "pt_load_map_location ray_runtime_env scheduler_config observability_config aux_output_config watermark_config "
         "custom_histogram_buckets logging_config watchdog_config reasoning_effort_map",
-        "any": "compilation_config optimization_level hf_token max_lora_rank lora_dtype lora_target_modules "
+        "any": "hf_token max_lora_rank lora_dtype lora_target_modules "
         "per_request_spec_decode_metrics mm_encoder_attn_dtype mm_hasher_algorithm",
     }
 )
+
+GRAPHS = of_kinds({"bool": "enforce_eager", "any": "compilation_config optimization_level"})
 
 REFUSED = {
     "dcp_kv_cache_interleave_size": "vLLM renamed it; write cp_kv_cache_interleave_size",
@@ -164,5 +166,5 @@ SHORT = {
 
 VLLM = EngineKeys(
     "vLLM", MARKERS, APPLIED, WITHOUT_EFFECT, REFUSED, BESIDE,
-    nullable=("dcp_q_replicate", "block_size", "max_num_seqs", "max_model_len"), short=SHORT,
+    nullable=("dcp_q_replicate", "block_size", "max_num_seqs", "max_model_len"), short=SHORT, graphs=GRAPHS,
 )  # fmt: skip

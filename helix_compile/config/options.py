@@ -205,7 +205,8 @@ class HelixOptions:
         default=True,
         metadata=_says(
             "steps of up to 32 tokens a sequence are recorded in CUDA graphs and replayed",
-            ", on a card; what can't be recorded is called between them (docs/compiled.md)",
+            ", on a card (elsewhere, and where False, they are launched); what can't be recorded is called between them "
+            "(docs/compiled.md)",
             flag=True,
         ),
     )

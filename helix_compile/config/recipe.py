@@ -85,6 +85,7 @@ class EngineKeys:
         beside: key -> why a plan does not hold it; a lenient reading leaves it out.
         nullable: applied keys whose null is their default.
         short: other spellings of a key, and its short flags.
+        graphs: key -> kind; they say whether steps are recorded in CUDA graphs. One that a text leaves open says nothing.
     """
 
     name: str
@@ -95,6 +96,7 @@ class EngineKeys:
     beside: Mapping[str, str]
     nullable: tuple[str, ...] = ()
     short: Mapping[str, str] = field(default_factory=dict)
+    graphs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -102,7 +104,7 @@ class EngineKeys:
         unsaid = dict.fromkeys((*self.refused, *self.beside), "any")
         flags = {k: "bool" for k in unsaid if k.startswith(("enable_", "disable_"))}
         several = {k: "scalar or list" for k in unsaid if k.endswith(("_paths", "_endpoints"))}
-        return {**unsaid, **flags, **several, **self.without_effect, **self.applied}
+        return {**unsaid, **flags, **several, **self.without_effect, **self.graphs, **self.applied}
 
 
 def without_nulls(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from helix_compile.config.command import as_mapping
 from helix_compile.config.files import ConfigSection
 from helix_compile.config.keys_sglang import SGLANG
 from helix_compile.config.recipe import (
@@ -32,7 +33,9 @@ def sglang_fields(
         PlanError: key path, got, expected.
     """
     environment = environment or {}
-    values, idle = without_nulls(values, {**SGLANG.without_effect, **SGLANG.refused, **SGLANG.beside}, SGLANG.nullable)
+    values, idle = without_nulls(
+        values, {**SGLANG.without_effect, **SGLANG.graphs, **SGLANG.refused, **SGLANG.beside}, SGLANG.nullable
+    )
     top = ConfigSection(values, where, lenient=lenient)
     top.check_names(SGLANG.kinds)
     for key in ("attn_cp_size", "moe_dp_size", "dwdp_size"):
@@ -64,6 +67,7 @@ def sglang_fields(
         top.notes.append(replica_note(key, replicas, ranks, laid))
     add_stages(fields, top.count("pp_size"), "last")
     _exchange(top, fields)
+    idle += _graphs(top, fields)
     for theirs, ours in (("max_running_requests", "max_batch_size"), ("context_length", "max_seq_len")):
         if theirs in values:
             fields[ours] = top.count(theirs)
@@ -111,6 +115,23 @@ def _check_dense(top: ConfigSection, ranks: int) -> None:
     top.taken.add("moe_dense_tp_size")
     if top.values.get("moe_dense_tp_size", ranks) != ranks:
         top.wrong("moe_dense_tp_size", f"{ranks}, or no such key: dense FFNs are cut over all ranks of a replica")
+
+
+def _graphs(top: ConfigSection, fields: dict[str, Any]) -> list[str]:
+    """Whether steps of decoding are recorded: what is said last in this order holds. Returns keys that say nothing of it."""
+    if any([top.flag("disable_cuda_graph"), top.flag("disable_decode_cuda_graph")]):
+        fields["cuda_graphs"] = False
+    elif {"disable_cuda_graph", "disable_decode_cuda_graph"} & top.values.keys():
+        fields["cuda_graphs"] = True
+    config = as_mapping(top.values.get("cuda_graph_config"))
+    top.taken.add("cuda_graph_config")
+    idle = [key for key in ("cuda_graph_config",) if key in top.values]
+    phase = config.get("decode") if isinstance(config, Mapping) else None
+    backend = phase.get("backend") if isinstance(phase, Mapping) else None
+    flagged = top.text("cuda_graph_backend_decode", "")
+    if said := backend or flagged:
+        fields["cuda_graphs"] = said != "disabled"
+    return [] if backend else idle
 
 
 def _exchange(top: ConfigSection, fields: dict[str, Any]) -> None:

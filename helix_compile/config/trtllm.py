@@ -35,11 +35,15 @@ def trtllm_fields(values: Mapping[str, Any], where: str, lenient: bool = False) 
     """
     values, prefix, idle = _generation(values, where)
     known = {**TRTLLM.without_effect, **TRTLLM.refused, **TRTLLM.beside}
+    said_graphs = {"cuda_graphs": values["cuda_graph_config"] is not None} if "cuda_graph_config" in values else {}
     values, nulls = without_nulls(values, known, TRTLLM.nullable, prefix)
     idle += nulls
     top = ConfigSection(values, where, prefix, lenient)
     top.check_names(TRTLLM.kinds)
     fields: dict[str, Any] = {"cp": top.count("context_parallel_size"), "tpa": top.count("tensor_parallel_size")}
+    fields |= said_graphs  # a null switches them off
+    if "cuda_graph_config" in values:
+        top.kind("cuda_graph_config", "mapping")
     top.only("max_beam_width", 1, "beam search is not supported")
     _stages(top, fields)
     ep = _expert_parallel(top, fields["cp"] * fields["tpa"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from helix_compile.config.command import as_mapping
 from helix_compile.config.files import ConfigSection
 from helix_compile.config.keys_vllm import VLLM
 from helix_compile.config.recipe import (
@@ -34,7 +35,9 @@ def vllm_fields(
         PlanError: key path, got, expected.
     """
     environment = environment or {}
-    values, idle = without_nulls(values, {**VLLM.without_effect, **VLLM.refused, **VLLM.beside}, VLLM.nullable)
+    values, idle = without_nulls(
+        values, {**VLLM.without_effect, **VLLM.graphs, **VLLM.refused, **VLLM.beside}, VLLM.nullable
+    )
     top = ConfigSection(values, where, lenient=lenient)
     top.check_names(VLLM.kinds)
     if values.get("dcp_kv_cache_interleave_size") == 1:  # renamed, and its default
@@ -77,6 +80,7 @@ def vllm_fields(
         top.kind("block_size", "int")
         idle.append("block_size")
     _query(top, fields, environment)
+    idle += _graphs(top, fields)
     for theirs, ours in (("max_num_seqs", "max_batch_size"), ("max_model_len", "max_seq_len")):
         top.taken.add(theirs)
         if theirs == "max_model_len" and values.get(theirs) in _FITS_MEMORY:
@@ -128,6 +132,30 @@ def _query(top: ConfigSection, fields: dict[str, Any], environment: Mapping[str,
             "dcp_q_replicate is not said, and then the model decides in vLLM whether queries are gathered: planned "
             "with q_proj=replicate"
         )
+
+
+def _graphs(top: ConfigSection, fields: dict[str, Any]) -> list[str]:
+    """Whether steps are recorded: enforce_eager decides, then cudagraph_mode, then a level of optimisation, whose 0 has no graphs.
+
+    Returns:
+        Keys that say nothing of it.
+    """
+    stated = "enforce_eager" in top.values
+    if top.flag("enforce_eager"):
+        fields["cuda_graphs"] = False
+    elif stated:
+        fields["cuda_graphs"] = True
+    given = {key: top.values[key] for key in ("optimization_level", "compilation_config") if key in top.values}
+    top.taken |= given.keys()
+    config = as_mapping(given.get("compilation_config"))
+    said: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
+    mode = said.get("cudagraph_mode", said.get("use_cudagraph"))  # the second is that of older versions
+    decides = "compilation_config" if mode is not None else ""
+    if not decides:  # -O0, which older versions keep as the whole configuration
+        decides = next((key for key, value in given.items() if str(value) in ("0", "O0")), "")
+    if decides and fields.get("cuda_graphs") is not False:
+        fields["cuda_graphs"] = mode is not None and str(mode).rpartition(".")[2].lower() not in ("none", "0", "false")
+    return [key for key in given if key != decides]
 
 
 def _partition(top: ConfigSection, environment: Mapping[str, str]) -> None:

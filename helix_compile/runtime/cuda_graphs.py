@@ -84,6 +84,13 @@ class CudaGraphs:
         with _CAPTURE:  # a card that waits as a whole would break a capture off
             torch.cuda.synchronize(self._device)
 
+    def mark(self) -> Callable[[], bool]:
+        """An event behind what was replayed."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        done: Callable[[], bool] = event.query
+        return done
+
 
 def recorder_for(device: torch.device) -> Recorder | None:
     """What records steps on a device; None where there is nothing like it."""

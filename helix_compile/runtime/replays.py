@@ -2,8 +2,8 @@
 
 A shape (the end of the graph, B, T) is run as it is when it comes first, recorded when it comes again, and replayed from then on. So
 a length that comes once is not recorded, and each rank takes part in the same collectives whatever it has recorded. Inputs of a step are
-copied to tensors that stay, outputs are copied out. A recording ends when anything that it was made of is another object or lies
-elsewhere: programs (made anew after an edit of graph or parameters), parameters, caches.
+copied to tensors that stay, outputs are copied out. A recording ends when anything that it was made of is another object, lies
+elsewhere or otherwise: programs (made anew after an edit of graph or parameters), parameters, caches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import methodcaller
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from helix_compile.config.options import HelixOptions
 from helix_compile.errors import RuntimeFault
 from helix_compile.ir.host_reads import what_is_read
 from helix_compile.runtime.ends import KEPT as ENDS
+from helix_compile.runtime.watch import layouts_of
 from helix_compile.worlds.program import Program
 from helix_compile.worlds.tape import Recorder, Tape
 from helix_compile.worlds.world import World
@@ -39,19 +39,19 @@ class _Recording:
     """A step that was recorded.
 
     Attributes:
-        held, places: the tensors that its programs run on, and where these lay.
+        held, layouts: the tensors that its programs run on, and where and how these lay.
         inputs: what the tape reads of a step, by name.
     """
 
     held: list[Tensor]
-    places: list[int]
+    layouts: list[list[Any]]
     inputs: dict[str, Tensor]
     tape: Tape
 
     @property
     def holds(self) -> bool:
         """Would the same programs run on the same memory now?"""
-        return _places(self.held) == self.places
+        return layouts_of(self.held) == self.layouts
 
 
 class ReplayedSteps:
@@ -141,7 +141,7 @@ class ReplayedSteps:
         names = {name for program in programs for name in program.inputs}
         with torch.inference_mode(False):  # written at steps in any mode
             inputs = {name: torch.empty_like(value) for name, value in step.items() if name in names}
-        return _Recording(held, _places(held), inputs, Tape(self._recorder))
+        return _Recording(held, layouts_of(held), inputs, Tape(self._recorder))
 
 
 def replay_facts(
@@ -166,10 +166,6 @@ def replay_facts(
         how = "in pieces between calls that stand apart" if apart else "one graph a step"
         return {"used": True, "why": f"steps of up to {RECORDED_TOKENS} tokens a sequence, {how}", "apart": apart}
     return {"used": False, "why": why, "apart": []}
-
-
-def _places(tensors: Sequence[Tensor]) -> list[int]:
-    return [*map(methodcaller("data_ptr"), tensors)]
 
 
 def _fill(places: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Is the model still the one that was compiled? Asked before every step: shards that are views follow an edit, others can't.
 
 An edit in place is followed: what a rank holds as a copy (padded, gathered, moved together) is cut again from the original.
-A parameter or module that was replaced (`model.half()`, `layer.weight = ...`, `load_state_dict(assign=True)`) is not: the
-ranks hold the old one, and a step says so. `x.data` hides edits from torch's version counter, so of every original that has
+A parameter or module that was replaced (`model.half()`, `layer.weight = ...`, `load_state_dict(assign=True)`) is not, nor one that was
+given other memory or another view through `x.data = ...`: the ranks hold the old one, and a step says so. `x.data` hides edits from torch's version counter, so of every original that has
 copies values are compared as well, on the CPU: all of a small one, SAMPLES evenly spaced ones of a large one.
 """
 
@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import repeat
-from operator import attrgetter, call, getitem, is_, itemgetter, methodcaller
+from operator import attrgetter, call, getitem, is_, itemgetter
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from helix_compile.errors import RuntimeFault
 from helix_compile.models.rotary_tables import edited_table, written_by_calls
 
 SAMPLES = 4096
+Layout = tuple[int, tuple[int, ...], int, torch.dtype]  # where a tensor lies, its strides, numbers and their dtype
 _AGAIN = "call helix_compile(model, ...) again"
 
 
@@ -32,7 +33,7 @@ class ModelWatch:
     """What a module was compiled from, by identity, storage, version and value."""
 
     _held: list[tuple[str, Mapping[str, Any], str, Any]] = field(default_factory=list)
-    _tensors: dict[str, tuple[Tensor, tuple[int, int]]] = field(default_factory=dict)
+    _tensors: dict[str, tuple[Tensor, tuple[Layout, int]]] = field(default_factory=dict)
     _samples: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _code: dict[str, tuple] = field(default_factory=dict)
     _calls: list[tuple[str, dict[str, Any], tuple]] = field(default_factory=list)
@@ -152,8 +153,8 @@ class ModelWatch:
                 found.append(name)
         if gone:
             raise RuntimeFault(
-                f"the model changed since compile: {_listed(gone)} replaced (another dtype or device, another parameter or "
-                f"module); the ranks hold what was there before: {_AGAIN}"
+                f"the model changed since compile: {_listed(gone)} replaced (another dtype, device or layout, another parameter "
+                f"or module); the ranks hold what was there before: {_AGAIN}"
             )
         return found
 
@@ -189,7 +190,7 @@ class _Marks:
         self._hooked = [(a, calls) for a, (_, _, calls) in zip(own, watch._calls, strict=True) if _has_hooks(a)]
         self._hookless = [a for a in own if not _has_hooks(a)]
         self._tensors = [tensor for tensor, _ in watch._tensors.values()]
-        self._places = [place for _, (place, _) in watch._tensors.values()]
+        self._layouts = layouts_of(self._tensors)
         counted = [(t, state) for t, state in watch._tensors.values() if not t.is_inference()]
         self._counted, self._versions = [t for t, _ in counted], [version for _, (_, version) in counted]
 
@@ -202,7 +203,7 @@ class _Marks:
             and all(map(is_, map(dict.get, self._own, repeat("forward")), self._forwards))
             and not any(map(any, hooks))
             and all(_calls_of(attributes) == calls for attributes, calls in self._hooked)
-            and [*map(methodcaller("data_ptr"), self._tensors)] == self._places
+            and layouts_of(self._tensors) == self._layouts
             and [*map(attrgetter("_version"), self._counted)] == self._versions
             and all(
                 [*map(id, map(itemgetter(1), _items(container)))] == [*map(id, held)]
@@ -219,9 +220,18 @@ def _items(container: Any) -> list[tuple[Any, Any]]:
     return list(container.items() if isinstance(container, dict) else enumerate(container))
 
 
-def state_of(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor lies, and how often torch saw it written."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def layouts_of(tensors: list[Tensor]) -> list[list[Any]]:
+    """Where and how tensors lie, asked in C: `x.data = y` puts other memory, or another view of the same, behind the same object."""
+    return [[*map(ask, tensors)] for ask in _LAYOUT]
+
+
+_LAYOUT: tuple[Callable[[Tensor], Any], ...] = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype"))
+
+
+def state_of(tensor: Tensor) -> tuple[Layout, int]:
+    """Where and how a tensor lies, and how often torch saw it written."""
+    layout = tensor.data_ptr(), tensor.stride(), tensor.numel(), tensor.dtype
+    return layout, 0 if tensor.is_inference() else tensor._version
 
 
 def _calls_of(own: dict[str, Any]) -> tuple:

@@ -140,23 +140,32 @@ class DistributedWorld:
                 the three, each takes part in the same collectives.
         """
         (program,) = programs
-        return self._agreed(step if agreed is None else agreed, lambda: self._run(program, step, tape))
+        doing = "" if tape is None else tape.what
+        return self._agreed(step if agreed is None else agreed, lambda: self._run(program, step, tape), doing)
 
     def _run(self, program: Program, step: Mapping[str, Tensor], tape: Tape | None) -> Any:
         if tape is None:
             return self._walk(lambda post: program.walk(step, post))
+        if self.host_collectives or self.guard.world_size == 1:  # the host waits for each collective, or there is none
+            return self._taped(program, step, tape)
+        with self.guard.device_steps.follow(self.guard.step, tape.what) as followed:
+            outputs = self._taped(program, step, tape)
+            followed.is_done = tape.mark()
+        return outputs
+
+    def _taped(self, program: Program, step: Mapping[str, Tensor], tape: Tape) -> Any:
         if tape.is_done:
             self._sent.update(tape.sent)
             self.num_collectives.update(tape.collectives)
-            return tape.play()
+            return self._guarded(tape.what, tape.play)
         with recorded(tape, self._sent, self.num_collectives):
             return tape.finish(self._walk(lambda post: program.walk(step, post, tape), tape))
 
-    def _agreed(self, agreed: Mapping[str, Tensor], run: Callable[[], Any]) -> list[Any]:
-        """Run when all ranks have the same step."""
+    def _agreed(self, agreed: Mapping[str, Tensor], run: Callable[[], Any], doing: str = "") -> list[Any]:
+        """Run when all ranks have the same step; `doing` says to the others what it is."""
         if self._broken:
             raise RuntimeFault(f"these ranks can't go on, start them again; what happened: {self._broken}")
-        self.guard.begin_step()
+        self.guard.begin_step(doing)
         try:
             said = self._agreement.begin(agreed, "input_ids")
             if not said:
@@ -272,7 +281,7 @@ class DistributedWorld:
         found: Tensor = tape.apart(wait) if self.host_collectives else tape.launch(wait, ())
         return found
 
-    def _guarded(self, where: str, call: Callable[..., Tensor], *args: Any) -> Tensor:
+    def _guarded(self, where: str, call: Callable[..., Any], *args: Any) -> Any:
         self.guard.node = where
         try:
             return call(*args)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from weakref import WeakMethod, WeakSet
 import torch.distributed as dist
 
 from helix_compile.errors import RuntimeFault
+from helix_compile.worlds.overdue import DeviceStep, DeviceSteps
 from helix_compile.worlds.peers import Life, before_sigterm, is_dead, own_life, watch
 
 GRACE_S = 0.5  # for survivors on other hosts to mark themselves
@@ -50,6 +52,7 @@ class RankRecord:
         error: "ValueError: ..." if it raised.
         lost: it reported its peers lost, so it lives.
         left: its script ended; it was in no step then.
+        doing: what that step is, where it is not launched call by call.
         life: its process.
     """
 
@@ -59,6 +62,7 @@ class RankRecord:
     error: str = ""
     lost: bool = False
     left: bool = False
+    doing: str = ""
 
 
 class RankGuard:
@@ -71,19 +75,20 @@ class RankGuard:
         self.running = False
         self._said = ""
         self._lock = Lock()
+        self.device_steps = DeviceSteps(timeout.total_seconds(), WeakMethod(self.overdue))
         self._own = RankRecord(0, time.time(), own_life())
         self._say()
         _GUARDS.add(self)
         _hook_exceptions()
 
-    def begin_step(self) -> None:
+    def begin_step(self, doing: str = "") -> None:
         """The rank begins its next step."""
         self.step += 1
         self.running = True
         if self.step == 1:
             lives = [record.life for record in self._records().values() if record is not None]
             watch(lives, self._own.life, WeakMethod(self.speak))
-        self._say(step=self.step, time=time.time())
+        self._say(step=self.step, time=time.time(), doing=doing)
 
     def end_step(self) -> None:
         """The step is done."""
@@ -166,11 +171,34 @@ class RankGuard:
             found = f"{error}; the store that holds the ranks' records is gone too: {gone}"
         return self.fault(node, found)
 
-    def fault(self, node: str, what: str) -> RuntimeFault:
-        """The error, said at once on stderr: torchrun may end this process before its traceback is printed."""
+    def overdue(self, late: DeviceStep) -> None:
+        """A device does not finish a step: say it, and end this process, whose host may wait for the device in C++ for ever.
+
+        So does NCCL's watchdog where a launched collective does not end.
+        """
+        with suppress(RuntimeError):  # the store is gone: torchrun ends this process too
+            records = self._records()
+            behind = {r: record for r, record in records.items() if record is None or record.step < late.number}
+            culprits = self._culprits(records)
+            found = culprits or "; ".join(_stuck(r, record) for r, record in (behind or records).items())
+            said = "the device has not finished it" if late.is_handed_over else "the host did not come back from it"
+            said += f" within {self.timeout.total_seconds():g} s"
+            if not (late.is_handed_over or culprits or behind):  # no peer is late, but this rank
+                self.raised(TimeoutError(f"{late.what}: {said}"), late.number)
+            self.fault(late.what, f"{said}: {found}", late.number)
+        time.sleep(GRACE_S)  # for peers whose device waits as long: torchrun ends them 0.1 s after the first
+        os._exit(1)
+
+    def fault(self, node: str, what: str, step: int | None = None) -> RuntimeFault:
+        """The error, said at once on stderr: torchrun may end this process before its traceback is printed.
+
+        Args:
+            step: where it is not the one that runs.
+        """
         with self._lock:  # the thread that watches peers may be saying it
             if not self._said:
-                where = f"in step {self.step} at graph node '{node}'" if self.step else "before step 1"
+                step = self.step if step is None else step
+                where = f"in step {step} at graph node '{node}'" if step else "before step 1"
                 self._said = f"rank {self.rank} lost its peers {where}: {what}"
                 sys.stderr.write(f"helix_compile: {self._said}\n")  # one write: ranks share the pipe
                 sys.stderr.flush()
@@ -181,11 +209,15 @@ class RankGuard:
         return fault
 
     def speak(self) -> None:
-        """If a step runs that a peer has broken, say so; for a thread, while this rank waits inside the transport."""
-        if self.running:
+        """If a step runs that a peer has broken, say so; for a thread, while this rank waits inside the transport, or its device."""
+        late = self.device_steps.oldest
+        if self.running or late is not None:
             with suppress(RuntimeError):
                 if found := self._culprits(self._records()):
-                    self.fault(self.node, found)
+                    if late is None:
+                        self.fault(self.node, found)
+                    else:
+                        self.fault(late.what, found, late.number)
 
     def _absent(self, keys: Sequence[str]) -> list[int]:
         """Ranks whose key is not there."""
@@ -229,7 +261,8 @@ def _read(text: bytes) -> RankRecord:
 def _stuck(rank: int, record: RankRecord | None) -> str:
     life = "none"
     if record is not None:
-        life = f"step {record.step}, {max(0.0, time.time() - record.time):.1f}s ago"
+        doing = f" ({record.doing})" if record.doing else ""
+        life = f"step {record.step}{doing}, {max(0.0, time.time() - record.time):.1f}s ago"
     return f"rank {rank} died or is stuck without an exception; last sign of life: {life}"
 
 

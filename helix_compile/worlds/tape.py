@@ -50,6 +50,9 @@ class Recorder(Protocol):
     def wait(self) -> None:
         """Until what was replayed is done: a piece may go then."""
 
+    def mark(self) -> Callable[[], bool]:
+        """Asks, without waiting, whether all that was replayed before is done."""
+
 
 class Tape:
     """Args: recorder: of its pieces.
@@ -89,6 +92,18 @@ class Tape:
         self._close()
         self._outputs, self.is_done = outputs, True
         return outputs
+
+    def mark(self) -> Callable[[], bool]:
+        """See Recorder."""
+        return self._recorder.mark()
+
+    @property
+    def what(self) -> str:
+        """What a rank is at while it takes the step."""
+        if not self.is_done:
+            return "a step that is recorded"
+        count, graphs = sum(self.collectives.values()), f"{self.pieces} graphs" if self.pieces > 1 else "graph"
+        return f"replayed {graphs} of {count} collective{'s' * (count != 1)}"
 
     def abandon(self) -> None:
         """The step raised while it was recorded."""

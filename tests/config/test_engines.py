@@ -95,7 +95,12 @@ def test_the_arguments_alone_say_the_layout() -> None:
     assert values["context_parallel_size"] * values["tensor_parallel_size"] == 8
     assert values["moe_expert_parallel_size"] * values["moe_tensor_parallel_size"] == 8
     assert values["cp_config"] == {"cp_type": "HELIX", "tokens_per_block": 16}
-    assert values["kv_cache_config"] == {"tokens_per_block": 16}
+    assert values["kv_cache_config"] == {"tokens_per_block": 16} and "cuda_graph_config" not in values
+    launched = {engine: engine_recipe(replace(options, cuda_graphs=False), 8, engine, "m") for engine in ENGINE_NAMES}
+    words = shlex.split(launched["vllm"], comments=True)
+    assert words[words.index("--compilation-config") + 1] == '{"cudagraph_mode": "NONE"}'
+    assert "--disable-decode-cuda-graph" in shlex.split(launched["sglang"], comments=True)
+    assert yaml.safe_load(launched["trtllm"])["cuda_graph_config"] is None
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,10 @@ def test_the_arguments_alone_say_the_layout() -> None:
         ({"cache_dtype": "fp8_ds_mla"}, "vllm", set()),
         ({"cache_dtype": "fp8_ds_mla"}, "sglang", {"cache_dtype"}),
         ({"ep": None}, "trtllm", {"ep"}),
+        *(
+            ({"cuda_graphs": False, "merge": "ag_rs", "q_proj": "gather"}, engine, set())
+            for engine in ("vllm", "sglang")
+        ),
     ],
 )
 def test_what_an_engine_can_not_say_is_a_comment_a_line(change: dict[str, Any], engine: str, unsaid: set[str]) -> None:

@@ -122,6 +122,52 @@ def test_command_lines(text: str, expected: dict[str, Any], dialect: str, tmp_pa
         other(text)
 
 
+V, S = "vllm serve X -tp 2 -dcp 2", "python -m sglang.launch_server --model X --tp 2 --dcp-size 2"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (V, None),
+        (f"{V} --enforce-eager", False),
+        (f"{V} --no-enforce-eager", True),
+        (f"{V} -O0", False),
+        (f"{V} -O3", None),
+        (f"{V} --compilation-config 0", False),
+        (f"""{V} -cc '{{"cudagraph_mode": "NONE"}}'""", False),
+        (f"{V} -cc.cudagraph_mode none -cc.cudagraph_capture_sizes 1", False),
+        (f"""{V} -O0 -cc '{{"cudagraph_mode": "FULL_DECODE_ONLY"}}'""", True),
+        (f"{V} --enforce-eager -cc.cudagraph_mode FULL", False),
+        (f"{V} -cc.use_cudagraph false", False),
+        (f"""{V} -cc '{{"level": 3}}'""", None),
+        (f'CC=$(cat cc.json)\n{V} -cc "$CC"', None),
+        ({"tensor-parallel-size": 2, "decode-context-parallel-size": 2, "enforce-eager": True}, False),
+        ({"tensor-parallel-size": 2, "decode-context-parallel-size": 2, "compilation-config": None}, None),
+        ({"tensor-parallel-size": 2, "decode-context-parallel-size": 2, "compilation-config": {"cudagraph_mode": "NONE"}}, False),
+        (S, None),
+        (f"{S} --disable-cuda-graph", False),
+        (f"{S} --disable-decode-cuda-graph", False),
+        (f"{S} --disable-prefill-cuda-graph", None),
+        (f"{S} --cuda-graph-backend-decode disabled", False),
+        (f"{S} --disable-cuda-graph --cuda-graph-backend-decode full", True),
+        (f"""{S} --cuda-graph-backend-decode full --cuda-graph-config '{{"decode": {{"backend": "disabled"}}}}'""", False),
+        (f"""{S} --cuda-graph-config '{{"prefill": {{"backend": "disabled"}}}}'""", None),
+        ({"tensor_parallel_size": 8, "moe_expert_parallel_size": 1, "cuda_graph_config": None}, False),
+        ({"tensor_parallel_size": 8, "moe_expert_parallel_size": 1, "cuda_graph_config": {"max_batch_size": 8}}, True),
+        ({"tensor_parallel_size": 8, "moe_expert_parallel_size": 1}, None),
+        ({"generation_servers": {"tensor_parallel_size": 8}, "context_servers": {"cuda_graph_config": None}}, None),
+        ({"generation_servers": {"tensor_parallel_size": 8}, "cuda_graph_config": None}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_whether_steps_are_recorded(source: Any, said: bool | None, tmp_path: Path) -> None:
+    """As each engine has it, and in its order where several keys speak; None: nothing is said, and our default holds."""
+    read = fields_of_file(written(tmp_path, source, {}))
+    assert read.fields.get("cuda_graphs") is said
+    decides = {"enforce_eager", "disable_cuda_graph"} | ({"compilation_config"} if "mode" in str(source) else set())
+    assert not decides & {*read.without_effect}
+
+
 def test_a_command_and_its_file_are_one_set_of_options(tmp_path: Path) -> None:
     """Where both say a thing: the command line has it in vLLM and SGLang, TensorRT-LLM's versions differ."""
     (tmp_path / "c.yaml").write_text("tensor_parallel_size: 4\nmax_batch_size: 32\nkv_cache_config:\n  dtype: nvfp4\n")
@@ -156,7 +202,8 @@ def test_a_command_and_its_file_are_one_set_of_options(tmp_path: Path) -> None:
 
 def test_the_script_says_what_has_no_effect() -> None:
     idle = fields_of_file(SCRIPT).without_effect
-    assert {"enable_prefix_caching", "served_model_name", "compilation_config", "kv_transfer_config", "seed"} <= {*idle}
+    assert {"enable_prefix_caching", "served_model_name", "optimization_level", "kv_transfer_config", "seed"} <= {*idle}
+    assert "compilation_config" not in idle  # its cudagraph_mode is cuda_graphs here
     assert "CUDA_VISIBLE_DEVICES" in idle and len(idle) == len({*idle})
     assert "VLLM_DCP_Q_REPLICATE" not in idle and "dcp_q_replicate" not in idle
 

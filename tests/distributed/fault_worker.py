@@ -1,6 +1,6 @@
 """One rank that runs a two-collective graph step after step; a fault happens on rank 2. No model: it starts fast.
 
-torchrun --nproc-per-node 4 fault_worker.py KIND [CHECK]
+torchrun --nproc-per-node 4 fault_worker.py KIND [CHECK] [program]      program: a flat list of calls, as compiled steps are
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
 from helix_compile.layout.degrees import HelixLayout, HelixMesh
+from helix_compile.worlds.program import Program
 from helix_compile.worlds.world import open_world
 
 c10d = torch.ops._c10d_functional
 FAULTY, STEP = 2, 3
 
 
-def main(kind: str, check: str = "deferred") -> None:
+def main(kind: str, check: str = "deferred", how: str = "") -> None:
     """Five steps; KIND strikes rank 2 inside its third, or before it."""
     layout = HelixLayout(kvp=2, tpa=2, ep=1, tpf=4)
     world = open_world(HelixMesh(layout), "distributed", torch.device("cpu"), check)
@@ -43,11 +45,17 @@ def main(kind: str, check: str = "deferred") -> None:
         return value
 
     graph = two_collectives(strike)
+    _, x = (node for node in graph.graph.nodes if node.op == "placeholder")
+    programs = [Program(rank, graph, {x: torch.ones(4, 3) * rank}, lambda call: call.segment)]
     for step in range(1, 6):
         if odd and step == STEP and kind.startswith("before-"):
             hit(kind.removeprefix("before-"))
         length = 2 if odd and step == STEP and kind == "shape" else 1
-        world.run(graph, [[torch.ones(2, length, dtype=torch.int64), torch.ones(4, 3) * rank]])
+        ids = torch.ones(2, length, dtype=torch.int64)
+        if how == "program":
+            world.run_programs(programs, {"input_ids": ids})
+        else:
+            world.run(graph, [[ids, torch.ones(4, 3) * rank]])
     print(f"rank {rank} done", flush=True)
 
 
@@ -76,7 +84,7 @@ def hit(kind: str) -> None:
             raise AssertionError(kind)
 
 
-def two_collectives(strike: object) -> fx.GraphModule:
+def two_collectives(strike: Callable[..., object]) -> fx.GraphModule:
     """Sum over kvp, strike, sum over the world."""
     graph = fx.Graph()
     ids, x = graph.placeholder("input_ids"), graph.placeholder("x")

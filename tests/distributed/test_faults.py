@@ -33,6 +33,10 @@ CASES = [
     pytest.param("before-kill", "every", DIED.format(2), "input_ids", marks=slow),
     pytest.param("before-hang", "every", DIED.format(2), "input_ids", marks=slow),
     pytest.param("before-stop", "every", DIED.format(2), "input_ids", marks=slow),
+    *(
+        pytest.param(f"inside-{kind}", "deferred program", cause, SECOND, marks=slow)
+        for kind, cause in (("exception", RAISED), ("kill", DIED.format(3)), ("hang", DIED.format(3)))
+    ),
     # without a wait before the step the others are at its first collective, or, where it is not theirs, at the next
     pytest.param("before-exception", "deferred", RAISED, f"{FIRST}|{SECOND}", marks=slow),
     pytest.param("before-kill", "deferred", DIED.format(2), f"{FIRST}|{SECOND}", marks=slow),
@@ -43,7 +47,7 @@ CASES = [
 @pytest.mark.multi_process
 @pytest.mark.parametrize(("kind", "check", "cause", "node"), CASES)
 def test_every_survivor_names_the_rank(kind: str, check: str, cause: str, node: str) -> None:
-    result = torchrun("fault_worker.py", kind, check, HELIX_TIMEOUT="5", seconds=120)
+    result = torchrun("fault_worker.py", kind, *check.split(), HELIX_TIMEOUT="5", seconds=120)
     assert result.returncode != 0
     for rank in (0, 1, 3):
         text = rf"helix_compile: rank {rank} lost its peers in step 3 at graph node '({node})': {cause}\n"
@@ -128,6 +132,30 @@ def test_a_death_on_one_node_is_told_on_the_other() -> None:
     for rank, stderr in ((0, first.stderr), (1, first.stderr), (3, second.stderr)):
         text = f"helix_compile: rank {rank} lost its peers in step 3 at .*: {DIED.format(3)}"
         assert re.search(text, stderr), stderr
+
+
+GRAPH = "replayed graph of 2 collectives"
+LATE = rf"rank {{}} lost its peers in step 5 at graph node '{GRAPH}': the device has not finished it within 5 s: {{}}"
+STUCK = rf"rank {{}} died or is stuck without an exception; last sign of life: step {{}} \({GRAPH}\), \d+\.\ds ago"
+REPLAYS = {
+    "none": [],
+    "host": [
+        rf"rank 0 lost its peers in step 5 at graph node '{GRAPH}': the device has not finished it within 5 s: (rank 1 raised at step 5: TimeoutError: {GRAPH}: the host|{STUCK.format(1, 5)})",
+        rf"rank 1 lost its peers in step 5 at graph node '{GRAPH}': the host did not come back from it within 5 s: rank 0",
+    ],
+    "device": [LATE.format(rank, STUCK.format(1 - rank, 5)) for rank in (0, 1)],
+    "late": [LATE.format(0, STUCK.format(1, 4))],
+}
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "device" else slow) for k in REPLAYS])
+def test_a_replay_that_does_not_end_is_said(kind: str) -> None:
+    """By every rank that waits for it, within the timeout: which step, what was replayed, and who did not come."""
+    result = torchrun("replay_worker.py", kind, HELIX_TIMEOUT="5", processes=2, seconds=120)
+    for text in REPLAYS[kind]:
+        assert re.search(f"helix_compile: {text}", result.stderr), result.stderr
+    assert (result.returncode == 0) == (kind == "none") == ("rank 1 done" in result.stdout)
 
 
 # what follows needs no process group: a store in memory stands for torchrun's

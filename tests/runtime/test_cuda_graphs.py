@@ -217,6 +217,13 @@ def moved(module: HelixModule) -> None:
 
 
 @edit
+def turned(module: HelixModule) -> None:
+    weight = module.ranks[0].params[WEIGHT]  # the same object and memory, by columns, then by rows
+    rows, columns = weight.shape
+    weight.data = weight.data.as_strided(weight.shape, (columns, 1) if weight.stride(0) == 1 else (1, rows))
+
+
+@edit
 def another_cache(module: HelixModule) -> None:
     module.ranks[2].cache[1] = module.ranks[2].cache[1] * 1.5
 
@@ -237,7 +244,7 @@ def test_an_edit_shows_in_the_next_step(pair: Pair, name: str, monkeypatch: pyte
     for _ in range(3):
         pair.step(2, 1)
     assert len(pair.fake.pieces) > pieces and len(pair.replays.recordings) == 1
-    if name == "moved":  # if nobody asked where it lies
+    if name in ("moved", "turned"):  # if nobody asked where, and how, it lies
         monkeypatch.setattr(replays._Recording, "holds", True)
         with pytest.raises(AssertionError):
             pair.each(EDITS[name])
@@ -432,6 +439,13 @@ def test_what_stands_apart_is_told() -> None:
     compiled = helix_compile(fresh_model("short", torch.float32), **OPTIONS, lower="reference")
     facts = compiled.inspect().facts["cuda_graphs"]
     assert facts == {"used": False, "why": "on cpu: CUDA graphs are a card's", "apart": []}
+    assert (
+        compiled.replays is None and compiled.programs() is None
+    )  # the default True asks for nothing here; nor does False
+    off = replays.replay_facts(
+        dataclasses.replace(compiled.plan.options, cuda_graphs=False), compiled.device, compiled.graph, ""
+    )
+    assert off == {"used": False, "why": "cuda_graphs=False", "apart": []}
     told = replays.replay_facts(compiled.plan.options, card, compiled.graph, "gloo works through the host")
     assert told["used"] and "in pieces" in told["why"]
     ops = [" ".join(x["why"].split()[:5]) for x in told["apart"]]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._inductor import config
+from transformers import DynamicCache
 
 from helix_compile import HelixModule, LoweringError, LoweringUnavailable, helix_compile, verify
 from helix_compile.ir.graph import aten, calls
@@ -182,3 +187,65 @@ def test_kernels_between_collectives(pair: Any) -> None:
     for mask in (prompt, torch.ones(2, 1, dtype=torch.int64)):
         ids = random_ids(model, *mask.shape)
         assert torch.equal(both(ids, mask)[mask.bool()], kernels(ids, mask)[mask.bool()])
+
+
+@pytest.mark.slow
+def test_a_bar_counts_what_is_compiled(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known is not in it; a rank that is not the leader shows none."""
+    shown: list[tuple[int, dict[str, Any]]] = []
+
+    def bar(calls: list[Any], **keywords: Any) -> list[Any]:
+        shown.append((len(calls), keywords))
+        return calls
+
+    monkeypatch.setattr("helix_compile.runtime.segments.tqdm", bar)
+    monkeypatch.setattr(inductor, "_CODE", type(inductor._CODE)())
+    for _ in range(2):
+        helix_compile(pair[0], lower="inductor", **OPTIONS)
+    (first, keywords), (again, _) = shown
+    assert first >= len(inductor._CODE) > 3 and again == 0
+    assert keywords["desc"] == "compile" and keywords["unit"] == "segment" and keywords["disable"] is None  # a terminal
+
+
+@pytest.mark.slow
+def test_torch_compile_runs_the_same_segments() -> None:
+    model = fresh_model("short", torch.bfloat16)
+    compiled = helix_compile(model, lower="inductor", **OPTIONS)
+    ids = random_ids(model, 2, 5)
+    known = dict(inductor._CODE)
+    torch._dynamo.reset()
+    entered = torch.compile(model, backend="helix", fullgraph=True, options={**OPTIONS, "lower": "inductor"})
+    cache = DynamicCache(config=model.config)
+    for part in (ids, ids[:, :1], ids[:, :3]):
+        with torch.no_grad():
+            logits = entered(input_ids=part, past_key_values=cache, use_cache=True).logits
+        assert torch.equal(logits, compiled(part))
+    torch._dynamo.reset()
+    assert inductor._CODE == known
+
+
+_ONE_PROCESS = """
+import json, torch
+from torch._dynamo.utils import counters
+from helix_compile import helix_compile
+from tests.support.driver import random_ids
+from tests.support.models import fresh_model
+torch.manual_seed(0)
+model = fresh_model("short", torch.float32)
+compiled = helix_compile(model, cp=2, lower="inductor", max_seq_len=64)
+logits = compiled(random_ids(model, 2, 3))
+found = counters["inductor"]
+print(json.dumps([found["fxgraph_cache_miss"], found["fxgraph_cache_hit"], logits.sum().item()]))
+"""
+
+
+@pytest.mark.slow
+def test_another_process_reads_the_code_from_disk(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    runs = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", _ONE_PROCESS], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    (missed, _, first), (missed_again, found, second) = runs
+    assert missed > 3 and (missed_again, found) == (0, missed) and first == second

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helix_compile import RuntimeFault, helix_compile, verify
+from helix_compile.runtime.watch import ModelWatch
 from tests.support.driver import prompt_deviation as deviation
 from tests.support.driver import random_ids
 from tests.support.families import fresh_family
@@ -99,8 +100,14 @@ def new_storage(model: Any) -> None:
     model.model.layers[0].mlp.down_proj.weight.data = projections(model)[-1].detach().clone() * 2
 
 
+def turned(model: Any) -> None:
+    """The same memory read by columns: neither object, place nor version tell."""
+    weight = model.model.layers[0].mlp.down_proj.weight
+    weight.data = weight.data.as_strided(weight.shape, (1, weight.shape[0]))
+
+
 @pytest.mark.parametrize(
-    "edit", [half, new_module, *(pytest.param(e, marks=SLOW) for e in (assigned, new_parameter, new_storage))]
+    "edit", [half, new_module, *(pytest.param(e, marks=SLOW) for e in (assigned, new_parameter, new_storage, turned))]
 )
 def test_what_was_replaced_is_named(edit: Callable[[Any], None]) -> None:
     model = padded()
@@ -111,6 +118,29 @@ def test_what_was_replaced_is_named(edit: Callable[[Any], None]) -> None:
     with pytest.raises(RuntimeFault, match=r"the model changed since compile: .*(down_proj|embed_tokens).* replaced"):
         compiled(ids[:, :1])
     assert compiled.lengths.tolist() == [9, 9]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda w: w.clone(),
+        lambda w: w.t(),
+        lambda w: w[:4],
+        lambda w: w.view(torch.float16),
+        lambda w: w.flatten(),
+        lambda w: w[1:].as_strided((5, 5), (3, 1)),
+    ],
+    ids=["other memory", "turned", "shortened", "other numbers of the same bits", "other dims", "from another place"],
+)
+def test_what_data_was_set_to_is_seen(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The object, its version and, but for the first and the last, its address stay."""
+    model = nn.Linear(5, 5, bias=False, dtype=torch.bfloat16)
+    watch = ModelWatch.of(model, {})
+    model.weight.data = model.weight.data
+    assert watch.edited() == []
+    model.weight.data = view(model.weight.data)
+    with pytest.raises(RuntimeFault, match=r"weight was replaced \(another dtype, device or layout"):
+        watch.edited()
 
 
 def test_a_copy_in_another_dtype_can_not_follow() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -19,6 +20,13 @@ pytestmark = pytest.mark.slow
 # MLA with experts, grouped-query attention, a window, sinks, an indexer, a leaf layer, K and V of another layer
 NAMES = ("deepseek_v2", "qwen3_moe", "mistral", "gpt_oss", "deepseek_v32", "kimi_linear", "gemma4")
 SIZES: dict[str, Any] = {"tokens_per_block": 3, "max_batch_size": 8, "max_seq_len": 64}
+
+
+def tensors_alive() -> tuple[int, int]:
+    """How many there are in this process, and their bytes."""
+    gc.collect()
+    found = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    return len(found), sum(x.nbytes for x in found if not x.is_meta)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,6 +58,9 @@ def test_two_hundred_steps_compile_nothing_and_hold_no_more() -> None:
     held = [p._registers.copy() for p in programs or []]
     for step in range(200):
         compiled(random_ids(model, 2, 1 + step % 3))
+        if step == 5:
+            alive = tensors_alive()
+    assert tensors_alive() == alive
     assert inductor._CODE == known and compiled.programs() is programs
     for before, program in zip(held, programs or [], strict=True):  # nothing of a step stays in a program
         assert all(a is b for a, b in zip(before, program._registers, strict=True))

@@ -189,6 +189,9 @@ class FakeGraphs:
     def wait(self) -> None:
         pass
 
+    def mark(self) -> Callable[[], bool]:
+        return lambda: True
+
     def scribble(self) -> None:
         """Between two steps: nothing in the memory of its pieces may be needed."""
         for piece in self.pieces:
