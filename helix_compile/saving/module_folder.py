@@ -38,7 +38,7 @@ from helix_compile.runtime.claims import claims_of
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import ModelFacts, Rank, follow_edits
 from helix_compile.saving.checks import check_saved_graphs, check_saved_inputs, check_saved_params, saved_caches
-from helix_compile.saving.graphs import graph_from_json, graph_to_json, values_of_graphs
+from helix_compile.ir.graph_json import graph_from_json, graph_to_json, values_of_graphs
 from helix_compile.saving.weights import SavedWeights, files_digest, gather_weights, read_params
 from helix_compile.worlds.world import World, device_for, open_world
 

@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 from helix_compile import HelixError
 from helix_compile.errors import ExportError
 from helix_compile.export.formats import check_export
-from helix_compile.export.onnx_folder import sha256_of
+from helix_compile.export.manifest import sha256_of
 from tests.export.test_onnx_ranks import TOLERANCE, check_caches, compiled_tiny, run
 from tests.support.models import tiny_model
 from tests.support.onnx_ranks import OnnxRanks
