@@ -1,7 +1,7 @@
 """load_exported(): what export(format="pt2") or "aoti" wrote, stepped without the model and without transformers.
 
-    module = load_exported("out", rank, group)          # every process of the group, as HelixModule does on real ranks
-    logits = module(input_ids, attention_mask)          # a step: the same checks, chunks, ledger and worlds as a HelixModule
+module = load_exported("out", rank, group)          # every process of the group, as HelixModule does on real ranks
+logits = module(input_ids, attention_mask)          # a step: the same checks, chunks, ledger and worlds as a HelixModule
 """
 
 from __future__ import annotations
@@ -36,10 +36,7 @@ FORMATS = ("pt2", "aoti")
 
 
 def load_exported(
-    folder: str | Path,
-    rank: int | None = None,
-    group: Any = None,
-    device: str | torch.device = "cpu",
+    folder: str | Path, rank: int | None = None, group: Any = None, device: str | torch.device = "cpu"
 ) -> ExportedModule:
     """Read a folder that export() wrote in format "pt2" or "aoti".
 
@@ -91,9 +88,13 @@ def load_exported(
 def _check_manifest(folder: Path, manifest: Mapping[str, Any], device: torch.device) -> None:
     format = manifest["format"]
     if format not in FORMATS:
-        raise ExportError(f"{folder}: format {format!r} is run by a runtime of its own (docs/exports.md); expected pt2 or aoti")
+        raise ExportError(
+            f"{folder}: format {format!r} is run by a runtime of its own (docs/exports.md); expected pt2 or aoti"
+        )
     if device.type not in ("cpu", "meta"):
-        raise ExportError(f"load_exported: device={str(device)!r}: programs were made for the CPU; expected 'cpu' or 'meta'")
+        raise ExportError(
+            f"load_exported: device={str(device)!r}: programs were made for the CPU; expected 'cpu' or 'meta'"
+        )
     if manifest["weights"] is None and device.type != "meta":
         raise ExportError(f"{folder}: a module without weights was exported; it loads on device='meta' alone")
     if format == "aoti" and device.type != "meta" and manifest["torch"] != torch.__version__:
@@ -110,13 +111,17 @@ def _world(rank: int | None, group: Any, plan: HelixPlan, device: torch.device) 
     if isinstance(group, Mapping):
         named = dict(group)
         if "world" not in named:
-            raise ExportError(f"load_exported: group has {', '.join(map(str, named)) or 'nothing'}; expected one for 'world' at least")
+            raise ExportError(
+                f"load_exported: group has {', '.join(map(str, named)) or 'nothing'}; expected one for 'world' at least"
+            )
         group = named.pop("world")
     alone = rank is None and group is None
     asked = group if group is not None else "auto" if alone else "distributed"
     world = open_world(mesh, asked, device, plan.options.check, named)
     if rank is not None and tuple(world.ranks) != (rank,):
-        raise ExportError(f"load_exported: rank={rank}, and this process is rank {world.ranks[0]} of its group; leave rank, or pass that")
+        raise ExportError(
+            f"load_exported: rank={rank}, and this process is rank {world.ranks[0]} of its group; leave rank, or pass that"
+        )
     return world
 
 
@@ -129,7 +134,9 @@ def _rank(
     inputs: Mapping[InputRef, tuple[list[Any], str]],
 ) -> Rank:
     """What a rank holds: exactly the weights that the walk takes."""
-    wanted = {ref.name: (tuple(shape), getattr(torch, dtype)) for ref, (shape, dtype) in inputs.items() if ref.kind == "param"}
+    wanted = {
+        ref.name: (tuple(shape), getattr(torch, dtype)) for ref, (shape, dtype) in inputs.items() if ref.kind == "param"
+    }
     caches = allocate_caches(facts.caches, plan, getattr(torch, plan.dtype), facts.device)
     scales = scales_of_caches(len(facts.caches), plan.options, facts.device)
     if facts.device.type == "meta":
@@ -147,7 +154,9 @@ def _rank(
     params = {name: file.tensor(name) for name in wanted}
     for name, tensor in params.items():
         if (tuple(tensor.shape), tensor.dtype) != wanted[name]:
-            raise ExportError(f"{path}: {name} is {(tuple(tensor.shape), tensor.dtype)}, walk.json takes {wanted[name]}")
+            raise ExportError(
+                f"{path}: {name} is {(tuple(tensor.shape), tensor.dtype)}, walk.json takes {wanted[name]}"
+            )
     return Rank(number, params, caches, scales)
 
 
@@ -180,7 +189,9 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def run(self: ExportedModule, *args: Any, **kwargs: Any) -> Any:
         if not self._lock.acquire(blocking=False):
-            raise RuntimeFault(f"{method.__name__}: another thread is using this module, which has one batch and one cache")
+            raise RuntimeFault(
+                f"{method.__name__}: another thread is using this module, which has one batch and one cache"
+            )
         # what a step makes on the host belongs there, whatever torch.set_default_device() says
         elsewhere = torch.get_default_device().type != "cpu"
         try:

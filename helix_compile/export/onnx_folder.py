@@ -15,7 +15,6 @@ from typing import Any
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
-from torch import fx
 
 from helix_compile.errors import ExportError
 from helix_compile.export.exportable import check_exportable, without_kernels

@@ -1,9 +1,9 @@
 """A folder of programs and the walk that calls them, for torch alone; what it holds is described in docs/exports.md.
 
-    body_0_segment_0.pt2, ...   programs: of torch.export (format pt2), or compiled by AOTInductor (format aoti)
-    walk.json                   which are called in which order, with what, and what is exchanged between them
-    rank0.safetensors, ...      each rank's weights and coordinates
-    manifest.json               last: its presence says "complete"
+body_0_segment_0.pt2, ...   programs: of torch.export (format pt2), or compiled by AOTInductor (format aoti)
+walk.json                   which are called in which order, with what, and what is exchanged between them
+rank0.safetensors, ...      each rank's weights and coordinates
+manifest.json               last: its presence says "complete"
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from helix_compile.export.programs import (
     save_program,
 )
 from helix_compile.export.rank_file import COORDINATES, digest_of, file_of_rank
-from helix_compile.export.walk import WALK, collectives_of, format_walk, walk_document, without_layers
+from helix_compile.export.walk import WALK, collectives_of, format_walk, step_inputs, walk_document, without_layers
 from helix_compile.files import StagedFiles
 from helix_compile.ir.graph import input_ref, inputs_of
 from helix_compile.ir.stage import bodies_of, copy_module
@@ -42,7 +42,6 @@ from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import Rank, follow_edits
-
 
 
 def export_programs(
@@ -74,7 +73,7 @@ def export_programs(
     stage = cut_for_export(lowered)
     graphs, program_names = distinct_programs(stage)
     walk = walk_document(stage, lowered, program_names, "")
-    facts = _manifest(compiled, format, layers, stage, graphs)
+    facts = _manifest(compiled, format, layers, stage, walk, graphs)
     said = json.dumps([walk, {name: str(graph.graph) for name, graph in graphs.items()}, compiled.plan.to_json()])
     walk[EXPORT_ID] = facts[EXPORT_ID] = hashlib.sha256(said.encode()).hexdigest()
     save = save_program if format == "pt2" else save_native
@@ -150,6 +149,7 @@ def _manifest(
     format: str,
     layers: Collection[int] | None,
     stage: fx.GraphModule,
+    walk: dict[str, Any],
     graphs: dict[str, fx.GraphModule],
 ) -> dict[str, Any]:
     plan, facts = compiled.plan, compiled.facts
@@ -161,7 +161,7 @@ def _manifest(
         **facts_of_plan(plan, layers),
         "vocab_size": facts.vocab_size,
         "limits": {letter: list(limit) for letter, limit in facts.limits.items()},
-        "inputs": ["input_ids", "positions", "page_table"],
+        "inputs": step_inputs(walk),
         "outputs": [{"name": "logits", "dtype": plan.dtype, "shape": ["B", "T", facts.vocab_size]}],
         "caches": [asdict(row) for row in facts.caches],
         "collectives": collectives_of(stage),
@@ -175,7 +175,9 @@ def _manifest(
 
 def _needs(format: str) -> list[str]:
     """What must be there to step it."""
-    walked = "helix:: ops of walk.json (attention, append, routed experts, ledger): helix_compile registers them for torch"
+    walked = (
+        "helix:: ops of walk.json (attention, append, routed experts, ledger): helix_compile registers them for torch"
+    )
     if format == "pt2":
         return [walked]
     return [f"torch {torch.__version__} on this kind of machine: programs are machine code", walked]

@@ -127,7 +127,8 @@ def _symbols(size: Any) -> set[Any]:
 
 
 def _row_strides(shape: Sequence[Any]) -> list[Any]:
-    strides, step = [], 1
+    strides: list[Any] = []
+    step = 1
     for size in reversed(shape):
         strides.insert(0, step)
         step = step * max(int(size), 1)
@@ -155,12 +156,12 @@ def _named(traced: fx.GraphModule, names: Sequence[str], program: str) -> fx.Gra
 
 def _exported(graph: fx.Graph, sizes: FreshSizes) -> ExportedProgram:
     inputs, (outputs,) = placeholders(graph), graph.output_node().args
-    ranges, environment = {}, sizes.environment
+    ranges = dict[Any, ValueRanges[Any]]()
     for node in inputs:
         for size in node.meta["val"].shape:
             ranges |= {s: ValueRanges(1, int_oo) for s in _symbols(size)}
     # symbols begin at 2, where nothing is broadcast by a size; what is computed for them holds for 1 too
-    environment.var_to_range.update(ranges)
+    sizes.environment.var_to_range.update(ranges)
     signature = ExportGraphSignature(
         [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs],
         [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs],

@@ -72,6 +72,8 @@ def _entries(graph: fx.GraphModule, program_of: Mapping[str, str]) -> list[dict[
                 "export it"
             )
         entry["meta"] = {"input": entry["meta"]["input"]} if "input" in entry["meta"] else {}
+        for empty in [key for key in ("args", "kwargs", "meta") if not entry[key]]:
+            del entry[empty]
         if "segment" in node.meta:
             entry["target"], entry["returns"] = program_of[str(node.target)], len(node.meta["val"])
     return entries
@@ -125,6 +127,7 @@ def stage_of_walk(document: Mapping[str, Any], device: torch.device) -> fx.Graph
 def _graph(
     entries: list[dict[str, Any]], name: str, bodies: Mapping[str, fx.GraphModule], device: torch.device
 ) -> fx.GraphModule:
+    entries = [{"args": [], "kwargs": {}, "meta": {}, **entry} for entry in entries]  # what is empty is not written
     called = {entry["target"] for entry in entries if "returns" in entry}
     modules = {**bodies, **{program: _closed(program) for program in called}}
     graph = graph_from_json(entries, f"{WALK}, {name}", modules, device, None)
@@ -149,7 +152,15 @@ def programs_called(stage: fx.GraphModule) -> set[str]:
 
 def inputs_of_walk(document: Mapping[str, Any]) -> dict[InputRef, tuple[list[Any], str]]:
     """Shape and dtype of each input of a step."""
-    return {InputRef(*e["meta"]["input"]): (e["shape"], e["dtype"]) for e in document[OUTER] if e["op"] == "placeholder"}
+    return {
+        InputRef(*e["meta"]["input"]): (e["shape"], e["dtype"]) for e in document[OUTER] if e["op"] == "placeholder"
+    }
+
+
+def step_inputs(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Name, dtype and shape of what a step takes, alike on every rank; letters are free sizes."""
+    given = [(ref.name, *of) for ref, of in inputs_of_walk(document).items() if ref.kind == "input"]
+    return [{"name": n, "dtype": d, "shape": s} for n, s, d in given if not n.endswith("_rank")]
 
 
 def mixing_of_walk(document: Mapping[str, Any]) -> dict[bool, fx.Node | None]:

@@ -49,12 +49,7 @@ class DistributedWorld:
     """
 
     def __init__(
-        self,
-        mesh: HelixMesh,
-        parent: Any,
-        timeout: timedelta,
-        check: str,
-        groups: Mapping[str, Any] | None = None,
+        self, mesh: HelixMesh, parent: Any, timeout: timedelta, check: str, groups: Mapping[str, Any] | None = None
     ):
         self.mesh, self._timeout = mesh, timeout
         self._given = given_groups(groups or {}, parent, mesh)
