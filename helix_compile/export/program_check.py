@@ -52,15 +52,14 @@ def _check_program(path: Path, name: str, stated: dict[str, Any], manifest: dict
     try:
         with zipfile.ZipFile(path) as archive:
             identity = _identity(archive, manifest["format"])
-            graph = (
-                _read(archive, "models/model.json")["graph_module"]["graph"] if manifest["format"] == "pt2" else None
-            )
+            written = _read(archive, "models/model.json") if manifest["format"] == "pt2" else {}
     except (zipfile.BadZipFile, OSError, LookupError, TypeError, ValueError) as error:
         return [Fault("unreadable", path.name, f"no program: {type(error).__name__}: {error}")]
     if identity != manifest[EXPORT_ID]:
         return [Fault("other_export", path.name, "it is part of another export than the manifest")]
     faults = []
-    for kind in ("inputs", "outputs") if graph is not None else ():
+    for kind in ("inputs", "outputs") if written else ():
+        graph = written["graph_module"]["graph"]
         got = [_sizes(graph["tensor_values"][value["as_tensor"]["name"]]["sizes"]) for value in graph[kind]]
         expected = [[size if isinstance(size, int) else None for size in value["shape"]] for value in stated[kind]]
         if got != expected:
