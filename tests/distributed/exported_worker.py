@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import helix_compile
 
-UNWANTED = ("transformers", "triton.language", "onnx")
+UNWANTED = ("transformers", "onnx")
 
 
 def groups_by_axis(rank: int) -> dict[str, dist.ProcessGroup]:

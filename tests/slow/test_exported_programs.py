@@ -27,7 +27,7 @@ LATENT = {
     "ag_rs": {"cp": 4, "merge": "ag_rs", "q_proj": "gather"},
     "v_up": {"cp": 4, "v_up": "before", "ep": 1},
     "tpa": {"cp": 2, "tpa": 2},
-    "head": {"cp": 4, "head": "shard", "tokens_per_block": 1},
+    "head": {"cp": 4, "head": "shard", "pad_heads": True, "tokens_per_block": 1},
 }
 GROUPED = {"four": {"cp": 4}, "tpa": {"cp": 2, "tpa": 2}, "ag_rs": {"cp": 2, "merge": "ag_rs"}}
 
