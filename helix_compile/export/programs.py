@@ -39,8 +39,14 @@ from helix_compile.passes.lower.segments import is_boundary, segments_of
 from helix_compile.runtime.inductor import WRITTEN_OUT, check_inductor, check_sizes, references, segment_key
 
 _LEDGER = {"cp", "tokens_per_block"}  # arguments of an op that knows the round robin of tokens
-# as Inductor's own code for segments: rounded where the ops alone would round, on as many threads as torch has when it runs
-_NATIVE = {"emulate_precision_casts": True, "compile_threads": 1, "cpp.dynamic_threads": True}
+# as Inductor's own code for segments: rounded where the ops alone would round, on as many threads as torch has when it runs. Symbols
+# begin at 2 while it is made, and what is made computes 1 too: AOTI_RUNTIME_CHECK_INPUTS is not to ask for 2
+_NATIVE = {
+    "emulate_precision_casts": True,
+    "compile_threads": 1,
+    "cpp.dynamic_threads": True,
+    "aot_inductor.check_lowerbound": False,
+}
 
 
 def cut_for_export(lowered: fx.GraphModule) -> fx.GraphModule:
@@ -96,7 +102,7 @@ def program_of(segment: fx.GraphModule, name: str) -> ExportedProgram:
             first = str(error).strip().split("\n")[0]
             raise ExportError(f"export: program {name}: it can't be traced: {type(error).__name__}: {first}") from error
         graph = _named(traced, [node.name for node in inputs], name)
-        return _exported(graph, sizes)
+        return _exported(graph)
 
 
 def _fakes(inputs: Sequence[fx.Node], sizes: FreshSizes) -> list[Tensor]:
@@ -154,14 +160,12 @@ def _named(traced: fx.GraphModule, names: Sequence[str], program: str) -> fx.Gra
     return graph
 
 
-def _exported(graph: fx.Graph, sizes: FreshSizes) -> ExportedProgram:
+def _exported(graph: fx.Graph) -> ExportedProgram:
     inputs, (outputs,) = placeholders(graph), graph.output_node().args
     ranges = dict[Any, ValueRanges[Any]]()
     for node in inputs:
         for size in node.meta["val"].shape:
             ranges |= {s: ValueRanges(1, int_oo) for s in _symbols(size)}
-    # symbols begin at 2, where nothing is broadcast by a size; what is computed for them holds for 1 too
-    sizes.environment.var_to_range.update(ranges)
     signature = ExportGraphSignature(
         [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs],
         [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs],
@@ -173,6 +177,7 @@ def _exported(graph: fx.Graph, sizes: FreshSizes) -> ExportedProgram:
         pytree.tree_structure(tuple(range(len(outputs)))),
         [node.name for node in inputs],
     )
+    # symbols begin at 2 where they were traced: no size is broadcast there, so what is computed for them holds for 1 too
     return ExportedProgram(torch.nn.Module(), graph, signature, {}, ranges, [ModuleCallEntry("", call)])
 
 
