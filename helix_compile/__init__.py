@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         PlanError,
         RuntimeFault,
     )
+    from helix_compile.export.loaded import load_exported
     from helix_compile.module import HelixModule
     from helix_compile.passes.typing.aten_rules import elementwise
     from helix_compile.passes.typing.check_layouts import typing_rule
@@ -72,6 +73,7 @@ __all__ = [
     "elementwise",
     "helix_compile",
     "load_deepseek_v3",
+    "load_exported",
     "read_cache",
     "typing_rule",
     "verify",
@@ -104,6 +106,7 @@ _PLACES = {
     "elementwise": "passes.typing.aten_rules",
     "helix_compile": "compile",
     "load_deepseek_v3": "checkpoint.model",
+    "load_exported": "export.loaded",
     "read_cache": "cache.file",
     "typing_rule": "passes.typing.check_layouts",
     "verify": "verifier.verify",

@@ -310,13 +310,8 @@ class HelixModule(nn.Module):
     @_alone
     def reset(self, rows: list[int] | None = None) -> None:
         """Empty the cache; with `rows`, only these sequences, and the others go on."""
-        if rows is None:
-            self._ledger.lengths = []
-            self._ledger.gaps, self._ledger.tails = ([0] * self.plan.options.max_batch_size for _ in range(2))
-            return clear_leaves(self.ranks, None)
-        rows = checked_rows(rows, self._ledger)
-        for row in rows:
-            self._ledger.lengths[row] = self._ledger.gaps[row] = self._ledger.tails[row] = 0
+        rows = None if rows is None else checked_rows(rows, self._ledger)
+        self._ledger.empty(rows)
         clear_leaves(self.ranks, rows)
 
     @_alone
@@ -465,10 +460,10 @@ class HelixModule(nn.Module):
         """Write what each rank runs for other runtimes (docs/exports.md), all files or none; what is there stays.
 
         Args:
-            folder: gets a model a rank, its weights beside it, and manifest.json.
-            format: "onnx".
+            folder: gets what each rank runs, its weights, and manifest.json.
+            format: "onnx"; "pt2": programs of torch.export, "aoti": the same compiled by AOTInductor, both for load_exported().
             layers: of these alone; None: all.
-            logical: the same model at cp=1; then plan.onnx is written too: its step, with specs that say how the ranks share it.
+            logical: of "onnx", the same model at cp=1: plan.onnx is written too, its step with specs that say how the ranks share it.
 
         Returns:
             The manifest.
@@ -476,7 +471,7 @@ class HelixModule(nn.Module):
         Raises:
             ExportError: a format that is not there, what the format can't say, files that would be replaced.
         """
-        from helix_compile.export.formats import export_module  # onnx is slow to import
+        from helix_compile.export.formats import export_module  # formats are slow to import
 
         return export_module(self, Path(folder), format, layers, logical)
 

@@ -102,6 +102,14 @@ class Ledger:
         """Sequences of the current batch, 0 before the first step."""
         return len(self.lengths)
 
+    def empty(self, rows: Sequence[int] | None = None) -> None:
+        """Forget these sequences, or with None the batch."""
+        if rows is None:
+            self.lengths = []
+            self.gaps, self.tails = ([0] * self.options.max_batch_size for _ in range(2))
+        for row in rows or ():
+            self.lengths[row] = self.gaps[row] = self.tails[row] = 0
+
     def check_room(self, new_tokens: list[int]) -> None:
         """Raise RuntimeFault unless every sequence has room for its new tokens; nothing is changed."""
         lengths = self.lengths or [0] * len(new_tokens)

@@ -132,8 +132,10 @@ def generate(
 def export(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help=f"{_MODEL_HELP}; or a folder of save(), without --cp")],
-    out: Annotated[Path, typer.Option(help="folder for the models of all ranks and manifest.json")],
-    format: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    out: Annotated[Path, typer.Option(help="folder for what each rank runs and manifest.json")],
+    format: Annotated[
+        str, typer.Option(help="onnx, pt2 (programs of torch.export) or aoti (the same, compiled)")
+    ] = "onnx",
     layers: Annotated[str | None, typer.Option(help="of these layers alone, such as 0,3; default: all")] = None,
     cp: Cp = None,
     config: Config = None,
@@ -157,14 +159,21 @@ def export(
         compiled: Any = HelixModule.load(model)
         logical = None
     else:
-        compiled, logical = _compiled_and_logical(ctx, model, dtype)
+        compiled, logical = _compiled_and_logical(ctx, model, dtype, format == "onnx")
     manifest = compiled.export(out, format, chosen, logical)
     if as_json:
         print(json.dumps(manifest, indent=1))
         return
     size = sum(file["bytes"] for file in manifest["files"].values())
     print(f"{out}: {format}, {manifest['ranks']} ranks, {len(manifest['layers'])} layers, {size:,} bytes")
-    print(f"  plan.onnx: {'the step of one device, with shardings' if logical else 'none, a saved module has no cp=1'}")
+    if format == "onnx":
+        print(
+            f"  plan.onnx: {'the step of one device, with shardings' if logical else 'none, a saved module has no cp=1'}"
+        )
+    else:
+        print(
+            f"  {len(manifest['programs'])} programs, called as walk.json says; helix_compile.load_exported({str(out)!r}) steps it"
+        )
     for needed in manifest["needs"]:
         print(f"  a runtime needs {needed}")
 
@@ -240,8 +249,8 @@ def compare(
     raise typer.Exit(0 if comparison.equal else 1)
 
 
-def _compiled_and_logical(ctx: typer.Context, model: str, dtype: str | None) -> tuple[Any, Any]:
-    """MODEL as it is asked for, and at cp=1: what the ranks compute together."""
+def _compiled_and_logical(ctx: typer.Context, model: str, dtype: str | None, logical_too: bool) -> tuple[Any, Any]:
+    """MODEL as it is asked for, and at cp=1 (what the ranks compute together) where that is wanted."""
     options, world = asked_options(ctx), ctx.params["world"]
     from helix_compile.compile import helix_compile
 
@@ -252,8 +261,8 @@ def _compiled_and_logical(ctx: typer.Context, model: str, dtype: str | None) -> 
     alone = HelixOptions(
         cp=1, max_batch_size=options.max_batch_size, max_seq_len=options.max_seq_len, unmatched=options.unmatched
     )
-    asked, logical = (helix_compile(built, options=chosen, **how) for chosen in (options, alone))
-    return asked, logical
+    asked = helix_compile(built, options=options, **how)
+    return asked, helix_compile(built, options=alone, **how) if logical_too else None
 
 
 def _verify_export(ctx: typer.Context, folder: Path, as_json: bool) -> None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from helix_compile.errors import ExportError
-from helix_compile.export.onnx_check import Fault, check_onnx
-from helix_compile.export.onnx_folder import MANIFEST, export_onnx
+from helix_compile.export.manifest import MANIFEST, Fault, read_manifest
 from helix_compile.runtime.compiled import CompiledModule
 
-FORMATS = ("onnx",)
-PLANNED = ("pt2", "aoti")
+FORMATS = ("onnx", "pt2", "aoti")
 
 
 def check_format(format: str) -> None:
     """Raise ExportError unless it can be written."""
-    if format in PLANNED:
-        raise ExportError(f"format={format!r} is not built yet; nearest that works: {', '.join(FORMATS)}")
     if format not in FORMATS:
         raise ExportError(f"format={format!r} is unknown; one of {', '.join(FORMATS)}")
 
@@ -33,7 +28,16 @@ def export_module(
 ) -> dict[str, Any]:
     """Write `compiled` to `folder`; see HelixModule.export()."""
     check_format(format)
-    return export_onnx(compiled, folder, layers, logical)
+    # what one format needs is slow to import for another
+    if format == "onnx":
+        from helix_compile.export.onnx_folder import export_onnx
+
+        return export_onnx(compiled, folder, layers, logical)
+    if logical is not None:
+        raise ExportError(f"format={format!r}: logical= is for plan.onnx, which format='onnx' writes alone; leave it")
+    from helix_compile.export.program_folder import export_programs
+
+    return export_programs(compiled, folder, format, layers)
 
 
 def is_export(folder: Path) -> bool:
@@ -47,14 +51,12 @@ def check_export(folder: Path) -> list[Fault]:
     Raises:
         ExportError: its manifest can't be read, or is of a format or version that is not known here.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        format, version = manifest["format"], manifest["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(
-            f"{folder / MANIFEST}: not the manifest of an export: {type(error).__name__}: {error}"
-        ) from error
-    check_format(format)
-    if version != 1:
-        raise ExportError(f"{folder / MANIFEST}: version {version!r}, expected 1")
-    return check_onnx(folder, manifest)
+    manifest = read_manifest(folder)
+    check_format(manifest["format"])
+    if manifest["format"] == "onnx":
+        from helix_compile.export.onnx_check import check_onnx
+
+        return check_onnx(folder, manifest)
+    from helix_compile.export.program_check import check_programs
+
+    return check_programs(folder, manifest)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, ShardingSpecProto, TensorProto, numpy_helper
 
-from helix_compile.export.onnx_folder import EXPORT_ID, collective_of, described, sha256_of
+from helix_compile.export.manifest import EXPORT_ID, Fault, check_files
+from helix_compile.export.onnx_folder import collective_of, described
 from helix_compile.export.onnx_graph import RANK_INPUTS, nodes_in_order
 from helix_compile.export.onnx_ops import ONNX_NAMES, helix_functions
 from helix_compile.export.onnx_scope import BODIES, COLLECTIVES, HELIX
@@ -26,27 +26,9 @@ from helix_compile.export.onnx_shardings import check_shardings, parts_of, specs
 from helix_compile.plan.helix_plan import HelixPlan
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong.
-
-    Attributes:
-        code: one of those below, stable.
-        where: file, or file and what in it.
-        what: got and expected.
-    """
-
-    code: str
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.where}: {self.what}"
-
-
 def check_onnx(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
     """Every fault of a folder, in the order in which they are looked for."""
-    faults = _check_files(folder, manifest)
+    faults = check_files(folder, manifest)
     models: dict[int, ModelProto] = {}
     for rank in range(manifest["ranks"]):
         path = folder / f"rank{rank}.onnx"
@@ -100,19 +82,6 @@ def _check_parts(
         if hashlib.sha256(np.ascontiguousarray(whole[part]).tobytes()).hexdigest() != digests[rank]
     ]
     return [Fault("sharding", where, f"what its spec gives ranks {wrong} is not what they hold")] if wrong else []
-
-
-def _check_files(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
-    faults = []
-    for name, stated in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(Fault("missing_file", name, "the manifest has it, the folder has not"))
-        elif path.stat().st_size != stated["bytes"]:
-            faults.append(Fault("changed_file", name, f"{path.stat().st_size} bytes, written were {stated['bytes']}"))
-        elif sha256_of(path) != stated["sha256"]:
-            faults.append(Fault("changed_file", name, "its sha256 is not the manifest's"))
-    return faults
 
 
 def _check_model(rank: int, model: ModelProto, manifest: dict[str, Any], plan: HelixPlan) -> list[Fault]:

@@ -9,33 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
-from torch import fx
 
 from helix_compile.errors import ExportError
+from helix_compile.export.exportable import check_exportable, without_kernels
+from helix_compile.export.manifest import EXPORT_ID, MANIFEST, VERSION, described_file, facts_of_plan
 from helix_compile.export.onnx_files import ExternalData, with_weights
 from helix_compile.export.onnx_graph import RANK_INPUTS, RankModel, nodes_in_order, rank_model
 from helix_compile.export.onnx_plan import LogicalModel, logical_model
 from helix_compile.export.onnx_scope import COLLECTIVES, HELIX, IR_VERSION, OPSET
 from helix_compile.files import StagedFiles
-from helix_compile.ir.stage import nodes_of
-from helix_compile.layout.degrees import HelixMesh
-from helix_compile.passes.lower.select_kernels import PROVIDER
-from helix_compile.passes.pipeline import lowered_copy
 from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import Rank, follow_edits
 
-MANIFEST, VERSION = "manifest.json", 1
 PLAN = "plan"  # its files' name, as rank0 is a rank's
-EXPORT_ID = "helix_export"  # metadata of each model: which export it is a part of
-_STAGE = "ffn"  # the last one that speaks of moves
 
 
 def export_onnx(
@@ -53,28 +46,22 @@ def export_onnx(
         ExportError: what has no ONNX, files that would be replaced, ranks that live elsewhere.
         HelixError: the disk refuses.
     """
+    check_exportable(compiled)
     layout = compiled.plan.layout
-    if len(compiled.ranks) != layout.world_size:
-        raise ExportError(
-            f"export: this process holds {len(compiled.ranks)} of {layout.world_size} ranks; export from one process that "
-            'holds all: world="virtual"'
-        )
     if compiled.device.type == "meta":
         raise ExportError("export: a module on the meta device has no weights to write; compile it with weights")
-    if compiled.plan.options.pp > 1:
-        raise ExportError("export: stages of a pipeline (pp > 1) are not exported; compile the model with pp=1")
     follow_edits(compiled.plan, compiled.graph, compiled.ranks, compiled.facts)
     stems = [*(f"rank{r}" for r in range(layout.world_size)), *([PLAN] if logical is not None else [])]
     names = [*(name for stem in stems for name in _files(stem)), MANIFEST]
     if taken := [name for name in names if (folder / name).exists()]:
         raise ExportError(f"export: {folder} holds {', '.join(taken)}, which would be replaced; choose another folder")
-    graph = _without_kernels(compiled)
+    graph = without_kernels(compiled)
     pages = pages_per_sequence(compiled.plan.options, layout.kvp)
     vocab = compiled.facts.vocab_size
     common = rank_model(graph, compiled.plan, compiled.ranks[0].cache, pages, vocab, layers)
     plan = None
     if logical is not None:
-        plan = logical_model(compiled, logical, graph, _without_kernels(logical), layers)
+        plan = logical_model(compiled, logical, graph, without_kernels(logical), layers)
     identity = hashlib.sha256(common.model.SerializeToString(deterministic=True) + compiled.plan.to_json().encode())
     for model in (common.model, *([plan.common.model] if plan else [])):
         helper.set_model_props(model, {EXPORT_ID: identity.hexdigest()})
@@ -96,12 +83,6 @@ def export_onnx(
 
 def _files(stem: str) -> tuple[str, str]:
     return f"{stem}.onnx", f"{stem}.onnx.data"
-
-
-def _without_kernels(compiled: CompiledModule) -> fx.GraphModule:
-    """What runs; kernels of a card or of Triton are no ops of ONNX, so the references in their place."""
-    has_kernels = any(str(node.target).startswith(f"{PROVIDER}.") for node in nodes_of(compiled.graph))
-    return lowered_copy(compiled.stages[_STAGE]) if has_kernels else compiled.graph
 
 
 def _write_model(
@@ -129,7 +110,7 @@ def _write_model(
 
         def writing(path: Path, name: str = name, write: Callable[[Path], None] = write) -> None:
             write(path)
-            facts[name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+            facts[name] = described_file(path)
 
         files.write(name, writing)
     return digests
@@ -147,37 +128,22 @@ def _described_plan(plan: LogicalModel, digests: dict[str, str]) -> dict[str, An
     }
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _manifest(
     compiled: CompiledModule, common: RankModel, layers: Collection[int] | None, identity: str
 ) -> dict[str, Any]:
-    plan, layout = compiled.plan, compiled.plan.layout
+    plan = compiled.plan
     collectives = [n for n in nodes_in_order(common.model) if n.domain == COLLECTIVES]
     return {
         "format": "onnx",
         "version": VERSION,
         EXPORT_ID: identity,
-        "model": plan.model,
-        "dtype": plan.dtype,
         "opset": OPSET,
         "ir_version": IR_VERSION,
-        "ranks": layout.world_size,
-        "layout": asdict(layout),
-        "groups": {axis: [list(g) for g in groups] for axis, groups in HelixMesh(layout).groups.items()},
-        "layers": sorted(layers) if layers is not None else sorted(n for b in plan.bodies for n in b.layers),
-        "ledger": {"cp": layout.kvp, "tokens_per_block": plan.options.tokens_per_block},
-        "max_seq_len": plan.options.max_seq_len,
-        "max_batch_size": plan.options.max_batch_size,
+        **facts_of_plan(plan, layers),
         "inputs": [described(info) for info in common.model.graph.input],
         "outputs": [described(info) for info in common.model.graph.output],
         "collectives": [collective_of(node) for node in collectives],
         "needs": _needs(common.model, plan.dtype, bool(collectives)),
-        "plan": json.loads(plan.to_json()),
         "weights": {},
         "files": {},
     }

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helix_compile.errors import CaptureError, RuntimeFault
 from helix_compile.ir.graph import input_ref, inputs_of, placeholders
@@ -202,6 +201,9 @@ class LeafLayer(Leaf):
 
 def _whole_cache(config: Any) -> Any:
     """A cache that forgets nothing: a window is in the mask, as everywhere in the captured graph."""
+    # slow to import, and a graph without leaves runs without it
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
     cache = DynamicCache(config=config)
     cache.layers = [DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in cache.layers]
     return cache
@@ -409,6 +411,8 @@ def arguments_of(args: tuple, kwargs: dict) -> tuple[list[tuple[Any, Any]], pytr
 
 
 def _is_cache(leaf: Any) -> bool:
+    from transformers.cache_utils import DynamicCache  # as above
+
     return isinstance(leaf, DynamicCache)
 
 

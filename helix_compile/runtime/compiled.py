@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from helix_compile.plan.helix_plan import HelixPlan
-from helix_compile.runtime.rank import ModelFacts, Rank
-from helix_compile.runtime.replays import ReplayedSteps
-from helix_compile.runtime.values import ValueDump
-from helix_compile.worlds.program import Program
-from helix_compile.worlds.world import World
+if TYPE_CHECKING:
+    from helix_compile.plan.helix_plan import HelixPlan
+    from helix_compile.runtime.rank import ModelFacts, Rank
+    from helix_compile.runtime.replays import ReplayedSteps
+    from helix_compile.runtime.values import ValueDump
+    from helix_compile.worlds.program import Program
+    from helix_compile.worlds.world import World
 
 
 class CompiledModule(Protocol):

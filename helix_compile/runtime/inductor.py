@@ -37,7 +37,7 @@ class _HoldsForSomeSizes(LoweringError):
 
 
 # fused with what is around them: none is worth a call
-_WRITTEN_OUT = (
+WRITTEN_OUT = (
     "shard_index",
     "first_visible",
     "heads_of_rank",
@@ -156,8 +156,9 @@ def _open_dim(node: fx.Node) -> int | None:
     return 1 if ref.name == "page_table" or ref.name.startswith(ring_name("table")) else None
 
 
-def _references() -> dict[Any, Any]:
-    return {overload(op.name): op.function for op in HELIX_OPS if op.name.split(".")[0] in _WRITTEN_OUT}
+def references() -> dict[Any, Any]:
+    """Overload -> what computes it in torch's own ops, of each op of WRITTEN_OUT."""
+    return {overload(op.name): op.function for op in HELIX_OPS if op.name.split(".")[0] in WRITTEN_OUT}
 
 
 def _compile(
@@ -187,7 +188,7 @@ def _compile(
 
     try:
         with torch.no_grad():
-            traced = make_fx(computed, decomposition_table=_references(), tracing_mode="symbolic")(*fakes)
+            traced = make_fx(computed, decomposition_table=references(), tracing_mode="symbolic")(*fakes)
             examples = [n.meta["val"] for n in placeholders(traced.graph)]
             code = torch._inductor.standalone_compile(
                 traced, examples, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}
@@ -197,12 +198,12 @@ def _compile(
         raise LoweringError(
             f"{name}: Inductor does not compile this segment: {type(error).__name__}: {first}; lower='reference' computes it as it is"
         ) from error
-    _check_sizes(sizes.environment, name)
+    check_sizes(sizes.environment, name)
     # without what Dynamo puts around it: a tenth of a ms a call
     return innermost_fn(getattr(code, "_compiled_fn", code))
 
 
-def _check_sizes(environment: ShapeEnv, name: str) -> None:
+def check_sizes(environment: ShapeEnv, name: str) -> None:
     """What was assumed of sizes that the graph leaves open must hold for all."""
     hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # torch 2.13 renamed it
     if fixed := [f"{s} = {known}" for s, known in environment.replacements.items() if s in hints]:

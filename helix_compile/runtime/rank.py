@@ -2,6 +2,8 @@
 
 A shard is a view of the original wherever no padding (and no gather of rows) is needed; replicated parameters are the
 original tensors themselves. So four virtual ranks cost what one model costs.
+
+What reads a model or a checkpoint imports transformers, so it is imported where one is read: who steps what was exported has neither.
 """
 
 from __future__ import annotations
@@ -9,16 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from helix_compile.cache.pages import allocate_caches, scales_of_caches
-from helix_compile.capture.captured import CapturedGraph
-from helix_compile.capture.source import device_of
-from helix_compile.capture.structure import tensors_of
-from helix_compile.checkpoint.weights import CheckpointWeights
 from helix_compile.errors import CaptureError, RuntimeFault
 from helix_compile.ir.graph import input_ref, is_param, placeholders
 from helix_compile.ir.leaves import LeafState, leaf_states, leaves_of
@@ -27,12 +25,17 @@ from helix_compile.plan.cache_row import CacheRow
 from helix_compile.plan.helix_plan import HelixPlan, ParamShard
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.plan.shard import cut_param
-from helix_compile.runtime.watch import ModelWatch, not_followed, state_of
-from helix_compile.worlds.world import World
+
+if TYPE_CHECKING:
+    from helix_compile.capture.captured import CapturedGraph
+    from helix_compile.runtime.watch import ModelWatch
+    from helix_compile.worlds.world import World
 
 
 def originals(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter, buffer and plain tensor attribute by full name; a tied one under each of its names."""
+    from helix_compile.capture.structure import tensors_of
+
     return {name: tensor.detach() for name, tensor in tensors_of(model).items()}
 
 
@@ -56,6 +59,8 @@ def params_of_stage(
 
     From a checkpoint only that part is read, now.
     """
+    from helix_compile.checkpoint.weights import CheckpointWeights
+
     for name, source, shard in wanted_by_stage(stage, shards):
         if shard is None:
             yield name, whole[source]
@@ -136,6 +141,9 @@ class ModelFacts:
 
 def build_ranks(plan: HelixPlan, lowered: fx.GraphModule, facts: ModelFacts, world: World) -> list[Rank]:
     """Cut (from a checkpoint: read) parameters and allocate caches for the ranks of this process, and for no other."""
+    from helix_compile.checkpoint.weights import CheckpointWeights
+    from helix_compile.runtime.watch import state_of
+
     dtype = getattr(torch, plan.dtype)
     ranks, whole = [], facts.originals
     bar: AbstractContextManager[None] = nullcontext()
@@ -176,6 +184,8 @@ def follow_edits(plan: HelixPlan, lowered: fx.GraphModule, ranks: Sequence[Rank]
     """
     if facts.watch is None or not (edited := facts.watch.edited()):
         return
+    from helix_compile.runtime.watch import not_followed, state_of
+
     stale = [n for n in edited if n in facts.originals and not facts.watch.is_live(n, facts.originals[n])]
     if facts.converted:  # a constant in a list has another name there
         stale += [n for n in edited if n not in facts.originals]
@@ -235,6 +245,8 @@ def facts_of(
     Where all ranks live here the originals go to `device` whole, and shards are views of them; a rank of its own
     process takes its cuts there alone.
     """
+    from helix_compile.capture.source import device_of
+
     model = captured.model
     assert model is not None
     if captured.leaves and captured.weights is not None:

@@ -28,6 +28,7 @@ from transformers import AutoConfig, GenerationConfig
 from helix_compile.cache.pages import allocate_caches, scales_of_caches
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
+from helix_compile.ir.graph_json import graph_from_json, graph_to_json, values_of_graphs
 from helix_compile.ir.leaves import leaves_of
 from helix_compile.ir.stage import bodies_of
 from helix_compile.kernels.target import device_target
@@ -38,7 +39,6 @@ from helix_compile.runtime.claims import claims_of
 from helix_compile.runtime.compiled import CompiledModule
 from helix_compile.runtime.rank import ModelFacts, Rank, follow_edits
 from helix_compile.saving.checks import check_saved_graphs, check_saved_inputs, check_saved_params, saved_caches
-from helix_compile.saving.graphs import graph_from_json, graph_to_json, values_of_graphs
 from helix_compile.saving.weights import SavedWeights, files_digest, gather_weights, read_params
 from helix_compile.worlds.world import World, device_for, open_world
 

@@ -23,7 +23,7 @@ from helix_compile.errors import RuntimeFault
 from helix_compile.ir.collectives import COLLECTIVES, WAIT
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.worlds.agreement import AgreedInputs, StartAgreement, StepAgreement
-from helix_compile.worlds.groups import axis_groups, next_world
+from helix_compile.worlds.groups import axis_groups, given_groups, next_world
 from helix_compile.worlds.guard import RankGuard, is_transport_error
 from helix_compile.worlds.program import Program
 from helix_compile.worlds.tape import Tape, recorded
@@ -48,8 +48,11 @@ class DistributedWorld:
         num_collectives: collectives that this rank took part in, by (op, axis).
     """
 
-    def __init__(self, mesh: HelixMesh, parent: Any, timeout: timedelta, check: str):
+    def __init__(
+        self, mesh: HelixMesh, parent: Any, timeout: timedelta, check: str, groups: Mapping[str, Any] | None = None
+    ):
         self.mesh, self._timeout = mesh, timeout
+        self._given = given_groups(groups or {}, parent, mesh)
         self._parent: Any = parent  # until start(): who holds a group keeps its threads alive
         self.rank = parent.rank()
         self._groups: dict[str, str] = {}  # made by start()
@@ -98,7 +101,7 @@ class DistributedWorld:
         said = self._start_agreement.differing({name: claim() for name, claim in claims.items()}, "start")
         if said:
             raise RuntimeFault(said)
-        self._groups = axis_groups(self._parent, self.mesh, self._timeout)
+        self._groups = axis_groups(self._parent, self.mesh, self._timeout, self._given)
         self._parent = None
 
     def run(

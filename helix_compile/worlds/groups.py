@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -70,8 +70,27 @@ def early_store() -> Any:
     return None
 
 
-def axis_groups(parent: Any, mesh: HelixMesh, timeout: timedelta) -> dict[str, str]:
-    """Axis -> name of this rank's group; an axis of one rank has none. What is missing is made.
+def given_groups(groups: Mapping[str, Any], parent: Any, mesh: HelixMesh) -> dict[str, str]:
+    """Axis -> name of the group that the caller has for it.
+
+    Raises:
+        LayoutError: an axis that graphs do not know, or a group of other ranks than the axis has.
+    """
+    everyone, names = dist.get_process_group_ranks(parent), {}
+    for axis, group in groups.items():
+        if axis not in AXES_OF_GRAPHS:
+            raise LayoutError(f"group: axis {axis!r} is unknown; one of {', '.join(AXES_OF_GRAPHS)}")
+        expected = [everyone[m] for m in mesh.members(axis, parent.rank())]
+        if (got := dist.get_process_group_ranks(group)) != expected:
+            raise LayoutError(f"group: that of axis {axis!r} has processes {got}, expected {expected}")
+        names[axis] = str(group.group_name)
+    return names
+
+
+def axis_groups(
+    parent: Any, mesh: HelixMesh, timeout: timedelta, given: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Axis -> name of this rank's group, of those `given` or else one of ours; an axis of one rank has none. What is missing is made.
 
     Collective: every rank of `parent` calls it with the same mesh.
     """
@@ -79,7 +98,9 @@ def axis_groups(parent: Any, mesh: HelixMesh, timeout: timedelta) -> dict[str, s
     names = {}
     for axis in AXES_OF_GRAPHS:
         members = mesh.members(axis, parent.rank())
-        if len(members) > 1:
+        if given and axis in given:
+            names[axis] = given[axis]
+        elif len(members) > 1:
             names[axis] = _group_of(parent, tuple(everyone[m] for m in members), timeout).group_name
     return names
 

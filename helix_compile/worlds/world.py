@@ -85,13 +85,20 @@ def is_distributed(world: object) -> bool:
     return "WORLD_SIZE" in os.environ if world == "auto" else world != "virtual"
 
 
-def open_world(mesh: HelixMesh, world: object, device: torch.device, check: str = "deferred") -> World:
+def open_world(
+    mesh: HelixMesh,
+    world: object,
+    device: torch.device,
+    check: str = "deferred",
+    groups: Mapping[str, Any] | None = None,
+) -> World:
     """The world that `world` names.
 
     Args:
         world: "virtual", "distributed", "auto", a ProcessGroup or a DeviceMesh.
         device: where the ranks compute.
         check: when real ranks compare what they were given for a step; see StepAgreement.
+        groups: axis -> ProcessGroup of this rank there, in place of one that would be made.
 
     Raises:
         HelixError: as open_parent() and HELIX_TIMEOUT say.
@@ -102,7 +109,7 @@ def open_world(mesh: HelixMesh, world: object, device: torch.device, check: str 
     name = "distributed" if isinstance(world, str) and world == "auto" else world
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where nccl looks for this process's GPU
-    return DistributedWorld(mesh, open_parent(name, mesh, device, timeout), timeout, check)
+    return DistributedWorld(mesh, open_parent(name, mesh, device, timeout), timeout, check, groups)
 
 
 @contextmanager

@@ -52,6 +52,12 @@ def test_a_saved_module_is_exported_as_it_is(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["plan"] == json.loads(compiled.plan.to_json())
     assert check_export(tmp_path / "out") == []
+    packed = run(
+        "export", str(tmp_path / "saved"), "--format", "pt2", "--layers", "0", "--out", str(tmp_path / "packed")
+    )
+    assert packed.exit_code == 0 and "programs, called as walk.json says" in packed.stdout, packed.output
+    good = run("verify", str(tmp_path / "packed"))
+    assert (good.exit_code, "as exported" in good.stdout) == (0, True), good.output
     refused = run("export", str(tmp_path / "saved"), "--cp", "4", "--out", str(tmp_path / "other"))
     assert isinstance(refused.exception, HelixError) and "leave --cp" in str(refused.exception)
 
@@ -83,7 +89,7 @@ def test_layers_that_are_left_out_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("export", "tiny", "--cp", "4", "--format", "aoti", "--out", "OUT"), "format='aoti' is not built yet"),
+        (("export", "tiny", "--cp", "4", "--format", "onx", "--out", "OUT"), "format='onx' is unknown"),
         (("export", "tiny", "--cp", "4", "--layers", "0;3", "--out", "OUT"), "--layers '0;3'"),
         (("verify", "EXPORT", "--dtype", "float64"), "leave --dtype"),
     ],

@@ -18,7 +18,7 @@ import torch
 from helix_compile import helix_compile
 from helix_compile.errors import ExportError
 from helix_compile.export.formats import check_export
-from helix_compile.export.onnx_folder import sha256_of
+from helix_compile.export.manifest import sha256_of
 from helix_compile.export.onnx_shardings import check_shardings, parts_of, spec_of, specs_of
 from helix_compile.layout.degrees import HelixLayout
 from tests.export.test_onnx_ranks import TOLERANCE, compiled_tiny

@@ -12,8 +12,8 @@ from torch import fx
 from helix_compile import helix_compile
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
+from helix_compile.ir.graph_json import graph_from_json, graph_to_json, values_of_graphs
 from helix_compile.runtime.claims import graph_digest
-from helix_compile.saving.graphs import graph_from_json, graph_to_json, values_of_graphs
 from helix_compile.verifier.static.graph import type_graph
 from tests.support.models import fresh_model
 

@@ -11,6 +11,7 @@ computed inside from a tensor that the segment gets, so what goes in and out are
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import BuiltinFunctionType
 from typing import Any
@@ -56,19 +57,19 @@ class SegmentsPass:
                 raise PassError(f"{name}: {', '.join(n.name for n in inside)} inside a segment")
 
 
-def segments_of(lowered: fx.GraphModule) -> fx.GraphModule:
+def segments_of(lowered: fx.GraphModule, is_cut: Callable[[fx.Node], bool] | None = None) -> fx.GraphModule:
     """The stage `segments` of a lowered one, which is left as it is."""
     copy = copy_module(lowered)
-    cut_stage(copy)
+    cut_stage(copy, is_cut)
     return copy
 
 
-def cut_stage(stage: fx.GraphModule) -> None:
-    """Cut the outer graph of a lowered stage and every body, in place."""
+def cut_stage(stage: fx.GraphModule, is_cut: Callable[[fx.Node], bool] | None = None) -> None:
+    """Cut the outer graph of a lowered stage and every body, in place; `is_cut` as in cut_graph()."""
     _know_shapes(stage)
     _lay_out_arguments(stage)
     for name, graph in graphs_of(stage):
-        cut_graph(graph, name)
+        cut_graph(graph, name, is_cut or is_boundary)
 
 
 def is_boundary(node: fx.Node, inside: bool = False) -> bool:
@@ -83,9 +84,15 @@ def is_boundary(node: fx.Node, inside: bool = False) -> bool:
     return not inside
 
 
-def cut_graph(gm: fx.GraphModule, of: str) -> None:
-    """Put every run of computing nodes of `gm` into a submodule OF_segment_0, OF_segment_1, ... and call that."""
-    runs = [run for run in _runs(gm.graph) if sum(map(_computes, run)) > 1]
+def cut_graph(gm: fx.GraphModule, of: str, is_cut: Callable[[fx.Node], bool] = is_boundary) -> None:
+    """Put every run of computing nodes of `gm` into a submodule OF_segment_0, OF_segment_1, ... and call that.
+
+    Args:
+        gm: is changed.
+        of: its name.
+        is_cut: True for a node that is in no segment.
+    """
+    runs = [run for run in _runs(gm.graph, is_cut) if sum(map(_computes, run)) > 1]
     run_of = {node: number for number, run in enumerate(runs) for node in run}
     needed = [_outputs(run) for run in runs]
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -156,12 +163,12 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
+def _runs(graph: fx.Graph, is_cut: Callable[[fx.Node], bool]) -> list[list[fx.Node]]:
     """Neighbours between boundaries. Sizes are in none; what is taken out of a tuple is where the tuple is."""
     runs: list[list[fx.Node]] = [[]]
     run_of: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if is_boundary(node):
+        if is_cut(node):
             if runs[-1]:
                 runs.append([])
         elif is_call(node, operator.getitem):

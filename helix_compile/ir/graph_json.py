@@ -98,9 +98,17 @@ def graph_from_json(
     where: str,
     bodies: dict[str, fx.GraphModule],
     device: torch.device,
-    mode: FakeTensorMode,
+    mode: FakeTensorMode | None,
 ) -> fx.GraphModule:
-    """Rebuild a graph; `where` names it in errors, `bodies` are its submodules, `mode` is of values_of_graphs()."""
+    """Rebuild a graph.
+
+    Args:
+        entries: of graph_to_json().
+        where: names it in errors.
+        bodies: its submodules.
+        device: of constants.
+        mode: of values_of_graphs(); None: values are not inferred, and nodes have no meta["val"].
+    """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in entries:
@@ -111,11 +119,12 @@ def graph_from_json(
                 f"{where}: node {entry.get('name')!r} is not valid: {type(error).__name__}: {error}"
             ) from error
         node.meta.update(entry["meta"])
-        if node.op == "placeholder":
+        if node.op == "placeholder" and mode is not None:
             node.meta["val"] = _fake_input(mode, entry, device)
         nodes[entry["name"]] = node
     graph.lint()
-    propagate_shapes(graph, bodies)
+    if mode is not None:
+        propagate_shapes(graph, bodies)
     return fx.GraphModule(dict(bodies), graph)
 
 
