@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +38,7 @@ from helix_compile.worlds.program import SegmentCall
 
 _INSTALL = "pip install 'helix-compile[tensorrt]' on a machine with an NVIDIA card"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# of torch_tensorrt.dynamo.compile; tests/slow/test_tensorrt_keywords.py holds them against the wheel's own signature
+# of torch_tensorrt.dynamo.compile, which swallows what it does not know; scripts/tensorrt_dryrun.py holds them against a wheel
 COMPILE_KEYWORDS: Mapping[str, Any] = {
     "require_full_compilation": True,  # else what has no converter would run in torch
     "min_block_size": 1,  # else a small piece would
@@ -48,6 +49,7 @@ COMPILE_KEYWORDS: Mapping[str, Any] = {
     "cache_built_engines": False,
     "reuse_cached_engines": False,
 }
+_OF_A_PIECE = ("exported_program", "arg_inputs", "device", "use_fp32_acc")
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,17 @@ class TorchTensorRT:
     """The builder of torch_tensorrt. See EngineBuilder.
 
     Raises:
-        LoweringUnavailable: as load_torch_tensorrt().
+        LoweringUnavailable: as load_torch_tensorrt(); or its compile() knows a keyword no more.
     """
 
     def __init__(self, device: torch.device):
         self._package, self._device = load_torch_tensorrt(), device
+        known = inspect.signature(self._package.dynamo.compile).parameters
+        if lost := [name for name in (*COMPILE_KEYWORDS, *_OF_A_PIECE) if name not in known]:  # it would swallow them
+            raise LoweringUnavailable(
+                f"lower='tensorrt': compile() of torch_tensorrt {getattr(self._package, '__version__', '')} has no "
+                f"{', '.join(lost)}; expected 2.13.0's; use lower='inductor'"
+            )
 
     def __call__(self, program: ExportedProgram, inputs: Sequence[EngineInput], where: str) -> Engine:
         """See EngineBuilder."""

@@ -111,19 +111,13 @@ def why_in_none(graph: fx.Graph) -> dict[fx.Node, str]:
 def _cut_bodies(stage: fx.GraphModule) -> None:
     for name, body in bodies_of(stage).items():
         propagate_shapes(body.graph)
-        reasons = why_in_none(body.graph)
-        for node, reason in reasons.items():
+        for node, reason in why_in_none(body.graph).items():
             node.meta[NO_ENGINE] = reason
-        cut_graph(body, name, lambda node, why=reasons: node.op in _ENDS or node in why)
+        cut_graph(body, name, lambda node: node.op in _ENDS or NO_ENGINE in node.meta)
         for node in body.graph.nodes:  # what is left is in a run that is no piece
-            if (
-                node.op == "call_function"
-                and "segment" not in node.meta
-                and NO_ENGINE not in node.meta
-                and computes(node)
-            ):
-                if not is_size(node):
-                    node.meta[NO_ENGINE] = ALONE
+            left = node.op == "call_function" and "segment" not in node.meta and NO_ENGINE not in node.meta
+            if left and computes(node) and not is_size(node):
+                node.meta[NO_ENGINE] = ALONE
 
 
 def _stays(node: fx.Node) -> str | None:
