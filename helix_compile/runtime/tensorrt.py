@@ -26,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._python_dispatch import _disable_current_modes
 
 from helix_compile.capture.model import CAPTURING
-from helix_compile.errors import HelixError, LoweringError, LoweringUnavailable, RuntimeFault
+from helix_compile.errors import LoweringError, LoweringUnavailable, RuntimeFault
 from helix_compile.ir.graph import is_call, placeholders
 from helix_compile.ir.sizes import HINT_B, HINT_T, hint_of
 from helix_compile.plan.helix_plan import HelixPlan
@@ -49,7 +49,7 @@ COMPILE_KEYWORDS: Mapping[str, Any] = {
     "cache_built_engines": False,
     "reuse_cached_engines": False,
 }
-_OF_A_PIECE = ("exported_program", "arg_inputs", "device", "use_fp32_acc")
+OF_A_PIECE = ("exported_program", "arg_inputs", "device", "use_fp32_acc")
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class TorchTensorRT:
     def __init__(self, device: torch.device):
         self._package, self._device = load_torch_tensorrt(), device
         known = inspect.signature(self._package.dynamo.compile).parameters
-        if lost := [name for name in (*COMPILE_KEYWORDS, *_OF_A_PIECE) if name not in known]:  # it would swallow them
+        if lost := [name for name in (*COMPILE_KEYWORDS, *OF_A_PIECE) if name not in known]:  # it would swallow them
             raise LoweringUnavailable(
                 f"lower='tensorrt': compile() of torch_tensorrt {getattr(self._package, '__version__', '')} has no "
                 f"{', '.join(lost)}; expected 2.13.0's; use lower='inductor'"
@@ -145,6 +145,23 @@ class TorchTensorRT:
 
     def __call__(self, program: ExportedProgram, inputs: Sequence[EngineInput], where: str) -> Engine:
         """See EngineBuilder."""
+        built = self.compiled(program, inputs, where)
+        self._check(built, len(inputs), where)
+        engine: Engine = built
+        return engine
+
+    def compiled(
+        self, program: ExportedProgram, inputs: Sequence[EngineInput], where: str, **further: Any
+    ) -> fx.GraphModule:
+        """What compile() makes of a piece.
+
+        Args:
+            program, inputs, where: see EngineBuilder.
+            further: keywords of compile(), such as dryrun.
+
+        Raises:
+            LoweringError: it refuses.
+        """
         if wrong := [f"{i.name}: {i.dtype}" for i in inputs if i.dtype not in _DTYPES]:
             raise LoweringError(
                 f"{where}: TensorRT computes in float32, float16 and bfloat16, got {', '.join(wrong)}; "
@@ -154,23 +171,24 @@ class TorchTensorRT:
             self._package.Input(min_shape=i.smallest, opt_shape=i.usual, max_shape=i.largest, dtype=i.dtype)
             for i in inputs
         ]
-        accumulate = {"use_fp32_acc": any(i.dtype is torch.float16 for i in inputs)}
+        accumulate = any(i.dtype is torch.float16 for i in inputs)  # in float32, as torch does
         try:
             with redirect_stdout(sys.stderr):
-                built = self._package.dynamo.compile(
-                    program, arg_inputs=wanted, device=self._device, **COMPILE_KEYWORDS, **accumulate
+                made: fx.GraphModule = self._package.dynamo.compile(
+                    program,
+                    arg_inputs=wanted,
+                    device=self._device,
+                    use_fp32_acc=accumulate,
+                    **COMPILE_KEYWORDS,
+                    **further,
                 )
-        except HelixError:
-            raise
         except Exception as error:  # AssertionError where an op has no converter, TensorRT's own where it can't build
             first = (str(error).strip() or "no message").split("\n")[0]
             raise LoweringError(
                 f"{where}: torch_tensorrt builds no engine of this piece: {type(error).__name__}: {first}; lower='inductor' "
                 "compiles it without"
             ) from error
-        self._check(built, len(inputs), where)
-        engine: Engine = built
-        return engine
+        return made
 
     def _check(self, built: fx.GraphModule, inputs: int, where: str) -> None:
         """One engine, with these inputs and no op beside it: torch_tensorrt hands back what it could not convert, too."""
