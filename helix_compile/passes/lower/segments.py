@@ -66,7 +66,7 @@ def segments_of(lowered: fx.GraphModule) -> fx.GraphModule:
 
 def cut_stage(stage: fx.GraphModule) -> None:
     """Cut the outer graph of a lowered stage and every body, in place."""
-    know_shapes(stage)
+    _know_shapes(stage)
     _lay_out_arguments(stage)
     for name, graph in graphs_of(stage):
         cut_graph(graph, name)
@@ -116,7 +116,7 @@ def cut_graph(gm: fx.GraphModule, of: str, is_cut: Callable[[fx.Node], bool] = i
     gm.recompile()
 
 
-def know_shapes(stage: fx.GraphModule) -> None:
+def _know_shapes(stage: fx.GraphModule) -> None:
     """An outer graph knows few shapes, since no pass looks at them: bring them up to date."""
     graph = stage.graph
     for node in placeholders(graph):
