@@ -16,7 +16,7 @@ from helix_compile.capture.model import CAPTURING, capture
 from helix_compile.capture.source import device_of, device_of_input
 from helix_compile.capture.stage import captured_stage
 from helix_compile.config.options import HelixOptions, takes_options
-from helix_compile.errors import CaptureError
+from helix_compile.errors import CaptureError, PlanError
 from helix_compile.kernels.target import KernelTarget, target_for
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.module import HelixModule
@@ -29,6 +29,7 @@ from helix_compile.plan.matches import LayerMatch
 from helix_compile.runtime.claims import claims_of
 from helix_compile.runtime.inductor import check_inductor
 from helix_compile.runtime.rank import build_ranks, facts_of
+from helix_compile.runtime.tensorrt import EngineBuilder, check_tensorrt
 from helix_compile.runtime.watch import ModelWatch
 from helix_compile.views.graph_python import dump_to
 from helix_compile.worlds.world import device_for, errors_told, open_world
@@ -65,6 +66,7 @@ def helix_compile(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     options: HelixOptions | None = None,
+    builder: EngineBuilder | None = None,
 ) -> HelixModule:
     """Rewrite the decode step of `model` for Helix parallelism (arXiv 2507.07120).
 
@@ -80,6 +82,7 @@ def helix_compile(
             cuda:LOCAL_RANK.
         dtype: convert a copy of the weights first (a folder: as they are read); the model itself keeps its own.
         options: all from `cp` to `cuda_graphs` in one, in place of these keywords.
+        builder: what makes an engine of a piece where lower="tensorrt" (docs/exports.md); default: torch_tensorrt.
 
     Returns:
         HelixModule: `compiled(input_ids)` is one step; `.plan`, `.stages`, `.graph`, `.ranks` can be inspected.
@@ -96,6 +99,12 @@ def helix_compile(
             target = target_for(options.lower, asked or device_of_input(model))
             if options.compiles_segments:
                 check_inductor(asked or device_of_input(model))
+            if options.builds_engines:
+                check_tensorrt(asked or device_of_input(model), builder)
+            elif builder is not None:
+                raise PlanError(
+                    f"builder has no effect at lower={options.lower!r}: it makes engines of TensorRT; drop it"
+                )
             captured = captured_stage(model, options, dtype, asked)
             planned = plan_model(captured, options)
         opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured), options.check)
@@ -112,7 +121,7 @@ def helix_compile(
         lowered = stages[LOWERED.stage]
         opened.start(claims_of(planned.plan, lowered, facts))
         ranks = build_ranks(planned.plan, lowered, facts, opened)
-        return HelixModule(planned.plan, stages, ranks, opened, facts)
+        return HelixModule(planned.plan, stages, ranks, opened, facts, builder)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from helix_compile.cache.shards import CacheEntries, CacheShard
 from helix_compile.cache.transfer import entries_to_export, sequences_to_import, shards_to_export
 from helix_compile.errors import HelixError, PassError, RuntimeFault
 from helix_compile.ir.stage import SEGMENTS, bodies_of, uncut
+from helix_compile.passes.lower.pieces import pieces_of
 from helix_compile.passes.lower.segments import segments_of
 from helix_compile.passes.lower.short_ends import BEST, TOP, gather_of, short_end
 from helix_compile.passes.pipeline import STAGES, lowered_copy
@@ -32,11 +33,13 @@ from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.runtime.cuda_graphs import recorder_for
 from helix_compile.runtime.ends import KEPT, ShortEnds
+from helix_compile.runtime.inductor import Inductor
 from helix_compile.runtime.prepared import PreparedSteps
 from helix_compile.runtime.rank import ModelFacts, Rank, clear_leaves, params_of_rank, refuse_leaves
 from helix_compile.runtime.replays import ReplayedSteps, replay_facts
-from helix_compile.runtime.segments import RankPrograms
+from helix_compile.runtime.segments import RankPrograms, SegmentCompiler
 from helix_compile.runtime.step import checked_lengths, checked_rows, run_step
+from helix_compile.runtime.tensorrt import EngineBuilder, Engines, TorchTensorRT
 from helix_compile.runtime.values import ValueDump
 from helix_compile.saving.module_folder import load_parts, save_module
 from helix_compile.views.explain import NodeExplanation, explain_node
@@ -131,7 +134,13 @@ class HelixModule(nn.Module):
     _lock: threading.RLock
 
     def __init__(
-        self, plan: HelixPlan, stages: dict[str, fx.GraphModule], ranks: list[Rank], world: World, facts: ModelFacts
+        self,
+        plan: HelixPlan,
+        stages: dict[str, fx.GraphModule],
+        ranks: list[Rank],
+        world: World,
+        facts: ModelFacts,
+        builder: EngineBuilder | None = None,
     ):
         super().__init__()
         self.plan, self.world = plan, world
@@ -148,6 +157,9 @@ class HelixModule(nn.Module):
         self._value_dump = ValueDump.from_environment(plan)
         if self._value_dump is not None:
             _infer_layouts(self.graph, plan)
+        self._segment_compiler: SegmentCompiler = Inductor()
+        if plan.options.builds_engines and facts.device.type != "meta":
+            self._segment_compiler = Engines(builder or TorchTensorRT(facts.device), plan)
         self._programs, self._replays = self._prepared_steps()
         if self._programs is not None and facts.device.type != "meta":
             self.programs()
@@ -170,18 +182,30 @@ class HelixModule(nn.Module):
     def _prepared_steps(self) -> tuple[RankPrograms | None, ReplayedSteps | None]:
         """What runs a step in place of a walk, if anything does, and what replays it."""
         options = self.plan.options
-        recorder = recorder_for(self.device) if options.cuda_graphs else None
+        recorder = recorder_for(self.device) if options.cuda_graphs and not options.builds_engines else None
         replays = None if recorder is None else ReplayedSteps(recorder, self.world)
-        if options.compiles_segments:
+        if self._cut is not _uncut:
             if SEGMENTS not in self.stages:  # of a reloaded module
-                self.stages[SEGMENTS] = segments_of(self.graph)
-            return RankPrograms(segments_of, self.stages, self.plan.layout, self.world), replays
+                self.stages[SEGMENTS] = self._cut(self.graph)
+            return RankPrograms(self._cut, self._segment_compiler, self.stages, self.plan.layout, self.world), replays
         return (None if replays is None else self._programs_of(self.graph)), replays
+
+    @property
+    def _cut(self) -> Callable[[fx.GraphModule], fx.GraphModule]:
+        """A lowered stage -> what is run of it."""
+        if self.plan.options.builds_engines:
+            return pieces_of
+        return segments_of if self.plan.options.compiles_segments else _uncut
+
+    @property
+    def segment_compiler(self) -> SegmentCompiler:
+        """What makes code, or engines, of its segments, where there are some."""
+        return self._segment_compiler
 
     def _programs_of(self, graph: fx.GraphModule) -> RankPrograms:
         """The programs of an outer graph, in segments where these are compiled."""
-        cut = segments_of if self.plan.options.compiles_segments else _uncut
-        return RankPrograms(cut, {SEGMENTS: cut(graph)}, self.plan.layout, self.world)
+        stages = {SEGMENTS: self._cut(graph)}
+        return RankPrograms(self._cut, self._segment_compiler, stages, self.plan.layout, self.world)
 
     def programs(self, end: str = "") -> list[Program] | None:
         """What runs a step where segments are compiled or steps replayed, one a rank; made again after an edit. None: graphs are walked.
@@ -190,7 +214,7 @@ class HelixModule(nn.Module):
             end: of the graph that short_end() gives; "": of the whole one.
 
         Raises:
-            LoweringError: Inductor can't compile a segment.
+            LoweringError: a segment can't be compiled.
         """
         if self._programs is None:
             return None
@@ -289,7 +313,7 @@ class HelixModule(nn.Module):
 
         Earlier stages take their weights from the original model: an edit of ranks[r].params shows in "lowered" only.
         """
-        if name == (SEGMENTS if self.plan.options.compiles_segments else STAGES[-1]):
+        if name == (STAGES[-1] if self._cut is _uncut else SEGMENTS):
             return self(input_ids, attention_mask)
         if name == STAGES[-1]:
             own = [rank.params for rank in self.ranks]
@@ -477,19 +501,23 @@ class HelixModule(nn.Module):
 
     @staticmethod
     def load(
-        folder: str | Path, device: str | torch.device | None = None, world: Any = "auto", **unknown: Any
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        world: Any = "auto",
+        builder: EngineBuilder | None = None,
+        **unknown: Any,
     ) -> HelixModule:
-        """Read what save() wrote, in any world; `device` and `world` as in helix_compile().
+        """Read what save() wrote, in any world; `device`, `world` and `builder` as in helix_compile().
 
         Raises:
             HelixError: what is no saved module, or was changed; a keyword of another kind: a module stays as it was saved.
         """
         if unknown:
             raise HelixError(
-                f"HelixModule.load takes folder, device and world, got {', '.join(unknown)}: a saved module stays in the dtype and "
+                f"HelixModule.load takes folder, device, world and builder, got {', '.join(unknown)}: a saved module stays in the dtype and "
                 "layout that it was compiled for; helix_compile(model, ...) makes another"
             )
-        return HelixModule(*load_parts(Path(folder), device, world))
+        return HelixModule(*load_parts(Path(folder), device, world), builder)
 
     @_alone
     def truncate(self, lengths: int | list[int] | Tensor) -> None:

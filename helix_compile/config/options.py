@@ -137,9 +137,9 @@ class HelixOptions:
     lower: str = _choice(
         ("auto", "reference", "triton", "cpp", "inductor", "triton+inductor", "cpp+inductor", "tensorrt"),
         '"reference" (torch), "triton" (on a CPU by Triton\'s interpreter), "cpp" (attention to latents in C++, on a CPU), "inductor" '
-        '(what lies between two collectives is compiled by Inductor and is one call), "triton+inductor", "cpp+inductor" (both) or '
+        '(what lies between two collectives is compiled by Inductor and is one call), "triton+inductor", "cpp+inductor" (both), "tensorrt" '
+        '(what lies between collectives and ops of ours is an engine of TensorRT; never run on a card yet), the rest as "auto", or '
         '"auto": Triton on CUDA >= 9.0, else reference.',
-        later={"tensorrt": "lowering to TensorRT is not in this version"},
     )
     max_batch_size: int = field(default=8, metadata=_says("capacity in sequences"))
     max_seq_len: int = field(default=4096, metadata=_says("capacity in tokens a sequence", ", prompt included"))
@@ -274,6 +274,11 @@ class HelixOptions:
     def compiles_segments(self) -> bool:
         """Are segments compiled by Inductor?"""
         return "inductor" in self.lower
+
+    @property
+    def builds_engines(self) -> bool:
+        """Are pieces engines of TensorRT?"""
+        return self.lower == "tensorrt"
 
     def notes_of_plan(self, kv_bytes: Fraction, itemsize: int, dtype: str) -> tuple[str, ...]:
         """What the recipe that they come from wants to be noted; the cache of the plan has these bytes a token and rank."""

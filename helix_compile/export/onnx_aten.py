@@ -376,7 +376,9 @@ def _view(w: Writer, node: fx.Node) -> Value:
 
 
 def _reshaped(w: Writer, node: fx.Node, sizes: list[Any]) -> str:
-    return str(w.scope.op("Reshape", w.value(node.args[0]), w.scope.shape(sizes), wanted=node.name))
+    # without the attribute a 0 means "as before" (a latent without rope has a rope part of no numbers)
+    as_said: dict[str, Any] = {"allowzero": 1} if any(isinstance(size, int) and size == 0 for size in sizes) else {}
+    return str(w.scope.op("Reshape", w.value(node.args[0]), w.scope.shape(sizes), wanted=node.name, **as_said))
 
 
 @moves(aten.flatten.using_ints)

@@ -82,7 +82,8 @@ def device_target(device: torch.device) -> KernelTarget:
 
 
 def target_for(lower: str, device: torch.device) -> KernelTarget | None:
-    """What `lower` asks for on `device`; None: torch references. "auto" is Triton on CUDA >= 9.0.
+    """What `lower` asks for on `device`; None: torch references. "auto" is Triton on CUDA >= 9.0, and so is
+    what "tensorrt" leaves.
 
     Raises:
         LoweringUnavailable: "triton" or "cpp" where it can't run.
@@ -93,6 +94,6 @@ def target_for(lower: str, device: torch.device) -> KernelTarget | None:
         return KernelTarget(CPP, 1)
     if lower in ("triton", "triton+inductor"):
         return device_target(device)
-    if lower == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if lower in ("auto", "tensorrt") and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return device_target(device)
     return None

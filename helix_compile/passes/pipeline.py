@@ -8,6 +8,7 @@
 - lowered: the same where none do; else each compute op has its kernel, or says why its reference stays. C++ is chosen with the moves
 - segments, where Inductor compiles: what lies between two collectives is one call. Made of `lowered`, which stays what is edited,
   typed and verified node by node
+- segments, where engines are built: what lies between collectives and helix:: ops, by the same cut
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from helix_compile.ir.stage import copy_module, graphs_of
 from helix_compile.kernels.target import CPP, KernelTarget
 from helix_compile.passes.lower.collectives import has_moves, lower_moves, lower_outer_pass, lower_pass, no_moves_left
 from helix_compile.passes.lower.fuse_kernels import kernels_pass
+from helix_compile.passes.lower.pieces import PiecesPass
 from helix_compile.passes.lower.segments import SegmentsPass
 from helix_compile.passes.lower.select_kernels import lower_to_cpp_pass
 from helix_compile.passes.rewrite.attention import shard_attention_pass
@@ -46,7 +48,12 @@ def helix_passes(options: HelixOptions, target: KernelTarget | None = None) -> t
         lowered = (replace(LOWERED, rewrite=lower_to_cpp_pass),)
     else:
         lowered = (replace(LOWERED, stage=COLLECTIVES), KERNELS)
-    return (*REWRITES, *head, *lowered, *((SegmentsPass(),) if options.compiles_segments else ()))
+    cut: tuple[Pass, ...] = ()
+    if options.compiles_segments:
+        cut = (SegmentsPass(),)
+    elif options.builds_engines:
+        cut = (PiecesPass(),)
+    return (*REWRITES, *head, *lowered, *cut)
 
 
 def lowered_copy(stage: fx.GraphModule) -> fx.GraphModule:

@@ -28,8 +28,27 @@ from helix_compile.ir.graph import input_ref, placeholders, ring_name
 from helix_compile.ir.ops import overload
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, size_text
 from helix_compile.kernels.ops import HELIX_OPS
+from helix_compile.worlds.program import SegmentCall
 
 Code = Callable[..., Sequence[Any]]
+
+
+class Inductor:
+    """Code by Inductor. See SegmentCompiler."""
+
+    unit = "segment"
+
+    def is_known(self, call: SegmentCall) -> bool:
+        """See SegmentCompiler."""
+        return is_known(call.segment, call.bound)
+
+    def code(self, call: SegmentCall) -> Code:
+        """See SegmentCompiler."""
+        return code_of(call.segment, call.bound, call.where)
+
+    def made_for(self, ranks: Sequence[Any]) -> tuple[Any, ...]:
+        """The dispatch modes around the caller."""
+        return open_modes()
 
 
 class _HoldsForSomeSizes(LoweringError):

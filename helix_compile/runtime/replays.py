@@ -156,6 +156,8 @@ def replay_facts(
     others, reads = what_is_read(stage)
     if not options.cuda_graphs:
         why = "cuda_graphs=False"
+    elif options.builds_engines:
+        why = "lower='tensorrt': no engine was recorded in a CUDA graph yet"
     elif device.type != "cuda":
         why = f"on {device.type}: CUDA graphs are a card's"
     elif others:

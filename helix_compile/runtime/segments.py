@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -13,13 +13,36 @@ from tqdm import tqdm
 from helix_compile.ir.graph import InputTable, input_ref, placeholders
 from helix_compile.ir.stage import SEGMENTS, graphs_of
 from helix_compile.layout.degrees import HelixLayout
-from helix_compile.runtime.inductor import code_of, is_known, open_modes
 from helix_compile.runtime.prepared import Arguments, held_by, parts_of, same_objects
 from helix_compile.runtime.rank import Rank
 from helix_compile.worlds.program import Program, SegmentCall
 from helix_compile.worlds.world import World
 
 Cut = Callable[[fx.GraphModule], fx.GraphModule]
+Code = Callable[..., Sequence[Any]]
+
+
+class SegmentCompiler(Protocol):
+    """Makes of a segment what a step calls in its place: takes its tensors, returns a sequence.
+
+    Attributes:
+        unit: what one of them is called where progress is shown.
+    """
+
+    unit: str
+
+    def is_known(self, call: SegmentCall) -> bool:
+        """Is it made already?"""
+
+    def code(self, call: SegmentCall) -> Code:
+        """Make it, unless it is known.
+
+        Raises:
+            LoweringError: it can't be made.
+        """
+
+    def made_for(self, ranks: Sequence[Rank]) -> tuple[Any, ...]:
+        """What code holds for besides the very objects that ranks hold: where it changes, all is asked for anew."""
 
 
 class RankPrograms:
@@ -27,16 +50,20 @@ class RankPrograms:
 
     Args:
         cut: a lowered stage -> its segments, or the stage itself where nodes stay calls of their own.
+        compiler: of segments.
         stages: of the module; what the graph was edited to is cut again, and is the stage `segments` from then on.
     """
 
-    def __init__(self, cut: Cut, stages: dict[str, fx.GraphModule], layout: HelixLayout, world: World):
+    def __init__(
+        self, cut: Cut, compiler: SegmentCompiler, stages: dict[str, fx.GraphModule], layout: HelixLayout, world: World
+    ):
+        self._compiler = compiler
         self._cut, self._stages, self._layout, self._world = cut, stages, layout, world
         self._inputs = InputTable()
         self._programs: list[Program] = []
         self._seen: list[Any] = []
         self._held: list[Any] = []
-        self._modes: tuple[str, ...] = ()
+        self._made_for: tuple[Any, ...] = ()
         self._read_off: list[tuple[fx.GraphModule, str]] = []
 
     def programs(self, lowered: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
@@ -50,11 +77,12 @@ class RankPrograms:
         edited = bool(self._seen) and (renamed or not same_objects(seen, self._seen))
         if edited:
             self._stages[SEGMENTS] = self._cut(lowered)
-        held, modes = [thing for rank in ranks for thing in held_by(rank, rank.params)], open_modes()
+        held = [thing for rank in ranks for thing in held_by(rank, rank.params)]
         held += [attrgetter(target)(graph) for graph, target in self._constants(lowered, edited or not self._programs)]
-        if edited or not self._programs or modes != self._modes or not same_objects(held, self._held):
+        made_for = self._compiler.made_for(ranks)
+        if edited or not self._programs or made_for != self._made_for or not same_objects(held, self._held):
             self._programs = self._made(self._stages[SEGMENTS], ranks, device)
-            self._seen, self._held, self._modes = seen, held, modes
+            self._seen, self._held, self._made_for = seen, held, made_for
         return self._programs
 
     def _constants(self, lowered: fx.GraphModule, again: bool) -> list[tuple[fx.GraphModule, str]]:
@@ -74,14 +102,18 @@ class RankPrograms:
 
         for rank, values in zip(ranks, bound, strict=True):
             Program(rank.rank, stage, values, ask)
-        left = [call for call in wanted.values() if not is_known(call.segment, call.bound)]
+        left = [call for call in wanted.values() if not self._compiler.is_known(call)]
         shown = None if self._world.is_leader else True
-        for call in tqdm(left, desc="compile", unit="segment", disable=shown, delay=2):
-            code_of(call.segment, call.bound, call.where)
-        return [
-            Program(rank.rank, stage, values, lambda call: code_of(call.segment, call.bound, call.where))
-            for rank, values in zip(ranks, bound, strict=True)
+        # kept until the programs hold them: the compiler may keep only what somebody uses
+        made = [
+            self._compiler.code(call)
+            for call in tqdm(left, desc="compile", unit=self._compiler.unit, disable=shown, delay=2)
         ]
+        programs = [
+            Program(rank.rank, stage, values, self._compiler.code) for rank, values in zip(ranks, bound, strict=True)
+        ]
+        del made
+        return programs
 
 
 def _not_compiled(*_: Any) -> Any:

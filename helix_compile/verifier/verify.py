@@ -141,7 +141,7 @@ def _single(compiled: HelixModule, model: nn.Module, seed: int, say: Progress) -
     subject = Subject(compiled, same, captured, matches, typed, seed, say, check)
     check.guarded("layers", partial(check_layers, subject))
     check.guarded("steps", partial(check_steps, subject))
-    if compiled.plan.options.compiles_segments:
+    if compiled.plan.options.compiles_segments or compiled.plan.options.builds_engines:
         say("numeric: compiled segments against their graphs")
         check.guarded("segments", partial(check_segments, compiled, seed, check))
     return check
@@ -199,6 +199,8 @@ def _recompiled(compiled: HelixModule, model: nn.Module, seed: int, say: Progres
     """The same decisions in fp64, from the original's weights: what rounding hides shows at 1e-10."""
     plan = compiled.plan
     options = plan.options
+    if options.builds_engines:
+        options = replace(options, lower="reference")  # engines know no float64
     if options.cp > 1:
         options = replace(options, v_up=plan.bodies[0].attentions[0].v_up)  # "auto" depends on the dtype
     return _single(helix_compile(model, options=options, dtype=torch.float64, world="virtual"), model, seed, say)

@@ -19,7 +19,8 @@ from helix_compile.config.options import PAGE_SIZE
 from helix_compile.errors import HelixError
 from helix_compile.files import StagedFiles
 from helix_compile.ir.graph import helix_op, inputs_of
-from helix_compile.ir.stage import OUTER, body_of, graphs_of, uncut
+from helix_compile.ir.stage import OUTER, SEGMENTS, body_of, graphs_of, uncut
+from helix_compile.passes.lower.pieces import piece_facts
 from helix_compile.passes.lower.select_kernels import KERNEL
 from helix_compile.passes.pipeline import STAGES
 from helix_compile.plan.helix_plan import OF_CANDIDATES, BodyPlan, HelixPlan, number
@@ -157,6 +158,7 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule], replays: 
             {"name": d.name, "rule": d.rule, "inputs": dict(d.inputs), "result": d.result} for d in plan.decisions
         ],
         "kernels": _kernel_facts(plan, last),
+        "engines": piece_facts(stages[SEGMENTS]) if plan.options.builds_engines else [],
         "cuda_graphs": replays,
         "notes": list(plan.notes),
     }
@@ -285,6 +287,11 @@ def format_report(facts: dict[str, Any]) -> str:
     if facts["kernels"]:
         rows = ((x["body"], x["node"], x["op"], x["reason"]) for x in facts["kernels"])
         console.print(_table(("body", "node", "computed by", "why"), rows))
+    if facts["engines"]:
+        console.print(_table(("engine of", "ops", "takes", "weights in it", "returns"), _engine_rows(facts["engines"])))
+        stays = ((f"{x['body']}: {', '.join(x['nodes'])}", x["why"]) for x in _in_no_engine(facts["engines"]))
+        console.print(_two_columns("in no engine", "why", stays))
+        console.print("engines: TensorRT's; none has been built or run on a card yet (docs/exports.md)", markup=False)
     graphs = facts["cuda_graphs"]
     if facts["kernels"] or graphs["used"]:  # a report of a CPU says nothing of it
         console.print(f"CUDA graphs: {'' if graphs['used'] else 'none: '}{graphs['why']}", markup=False, soft_wrap=True)
@@ -294,6 +301,23 @@ def format_report(facts: dict[str, Any]) -> str:
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined] # StringIO
+
+
+def _engine_rows(bodies: list[dict[str, Any]]) -> Iterable[Iterable[str]]:
+    for body in bodies:
+        for piece in body["pieces"]:
+            takes, returns = (", ".join(piece[key]) for key in ("inputs", "outputs"))
+            yield piece["piece"], str(piece["ops"]), takes, str(len(piece["weights"])), returns
+
+
+def _in_no_engine(bodies: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Nodes of a body that stay outside for one reason, together."""
+    for body in bodies:
+        together: dict[str, list[str]] = {}
+        for node in body["in_no_engine"]:
+            together.setdefault(node["why"], []).append(node["node"])
+        for why, nodes in together.items():
+            yield {"body": body["body"], "nodes": nodes, "why": why}
 
 
 def _count(value: int | float) -> str:

@@ -362,7 +362,6 @@ BAD: list[Any] = [
     {"cp": 1, "merge": "ag_rs"},
     {"cp": 1, "v_up": "before"},
     {"cp": 4, "overlap": "hopb"},
-    {"cp": 4, "lower": "tensorrt"},
     {"cp": 4, "ep": None},
     {"cp": 4, "dtype": "float32"},
     {"cp": 1, "q_proj": "gather"},

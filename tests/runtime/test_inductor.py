@@ -131,7 +131,7 @@ def test_code_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPa
             return code
         return lambda *tensors: [x * 1.05 for x in code(*tensors)]
 
-    monkeypatch.setattr("helix_compile.verifier.numeric.segments_check.code_of", faulty)
+    monkeypatch.setattr("helix_compile.runtime.inductor.code_of", faulty)
     (finding,) = verify(compiled, model).findings
     assert finding.code == "HX411" and ".segment_2" in finding.where and "layer_0" not in finding.where
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import networkx as nx
@@ -11,10 +12,12 @@ from torch import fx
 
 from helix_compile import HelixModule, RuntimeFault, helix_compile
 from helix_compile.ir.collectives import WAIT, is_collective
-from helix_compile.ir.graph import is_call, placeholders
+from helix_compile.ir.graph import aten, c10d, is_call, placeholders
 from helix_compile.ir.stage import bodies_of, graphs_of
 from helix_compile.layout.degrees import HelixLayout
+from helix_compile.passes.lower.pieces import pieces_of
 from helix_compile.passes.lower.segments import cut_graph, is_boundary, segments_of
+from helix_compile.predict.schedule import critical_path
 from helix_compile.runtime.segments import bound_inputs
 from helix_compile.worlds.program import Program
 from tests.support.driver import left_padded, random_ids
@@ -87,6 +90,43 @@ def test_segments_are_convex_and_hold_no_collective() -> None:
         assert nx.is_directed_acyclic_graph(arrows)
         left = [n for n in nodes if not is_boundary(n) and n.meta.get("segment") is None]
         assert all(len(n.all_input_nodes) <= 2 for n in left)  # what is taken out of tuples, and single ops
+
+
+def longest(graph: fx.Graph, parts: dict[str, int]) -> float:
+    """Of a step whose ops cost 1 (a segment: as many as it has) and whose collectives cost 5, beside the ops that follow them."""
+    cost = {n.name: parts.get(n.name, 1.0) for n in graph.nodes if n.op in ("call_function", "call_module")}
+    cost |= {n.name: 5.0 for n in graph.nodes if is_collective(n)}
+    cost |= {n.name: 0.0 for n in graph.nodes if is_call(n, WAIT, operator.getitem) or n.target is aten.sym_size.int}
+    return critical_path(graph, cost, lambda n: None if is_collective(n) else "compute").total
+
+
+@pytest.mark.parametrize("cut", [segments_of, pieces_of], ids=["segments", "pieces"])
+def test_a_cut_delays_no_collective(cut: Any) -> None:
+    """What is one call gives all its values at its end: a collective would wait for ops that it does not need, if a cut were made so."""
+    lowered = helix_compile(tiny_model("short", torch.float32), cp=2, tpa=2).graph
+    stage = cut(lowered)
+    for name, body in bodies_of(lowered).items():
+        inside = {
+            f"segment_{called.rpartition('_')[2]}": sum(
+                n.op == "call_function" and not is_call(n, operator.getitem) and n.target is not aten.sym_size.int
+                for n in segment.graph.nodes
+            )
+            for called, segment in bodies_of(stage.get_submodule(name)).items()
+        }
+        assert inside and longest(stage.get_submodule(name).graph, inside) == longest(body.graph, {})
+
+
+def test_a_collective_that_a_cut_would_delay_is_seen() -> None:
+    """The measure itself: an op that the collective does not need, run before it starts."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(aten.relu.default, (x,))
+    other = graph.call_function(aten.neg.default, (x,))
+    started = graph.call_function(c10d.all_reduce.default, (first, "sum", "world"))
+    graph.output((graph.call_function(WAIT, (started,)), other))
+    assert longest(graph, {}) == 6.0
+    started.update_arg(0, other)
+    assert longest(graph, {}) == 7.0
 
 
 def test_what_a_collective_computes_is_not_read_before_its_wait() -> None:

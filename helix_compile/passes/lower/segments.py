@@ -92,12 +92,12 @@ def cut_graph(gm: fx.GraphModule, of: str, is_cut: Callable[[fx.Node], bool] = i
         of: its name.
         is_cut: True for a node that is in no segment.
     """
-    runs = [run for run in _runs(gm.graph, is_cut) if sum(map(_computes, run)) > 1]
+    runs = [run for run in _runs(gm.graph, is_cut) if sum(map(computes, run)) > 1]
     run_of = {node: number for number, run in enumerate(runs) for node in run}
     needed = [_outputs(run) for run in runs]
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     last = {run[-1]: number for number, run in enumerate(runs)}
-    sizes_inside = {n for n in gm.graph.nodes if _is_size(n) and _used_inside_alone(n, run_of)}
+    sizes_inside = {n for n in gm.graph.nodes if is_size(n) and _used_inside_alone(n, run_of)}
     for node in gm.graph.nodes:
         if node not in run_of and node not in sizes_inside:
             new[node] = graph.node_copy(node, new.__getitem__)
@@ -175,24 +175,26 @@ def _runs(graph: fx.Graph, is_cut: Callable[[fx.Node], bool]) -> list[list[fx.No
             if node.args[0] in run_of:
                 run_of[node.args[0]].append(node)
                 run_of[node] = run_of[node.args[0]]
-        elif not _is_size(node):
+        elif not is_size(node):
             runs[-1].append(node)
             run_of[node] = runs[-1]
     return [run for run in runs if run]
 
 
-def _is_size(node: fx.Node) -> bool:
+def is_size(node: fx.Node) -> bool:
+    """True for a number that the sizes of a step give."""
     value = node.meta.get("val")
     return is_call(node, aten.sym_size.int) or isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat))
 
 
-def _computes(node: fx.Node) -> bool:
+def computes(node: fx.Node) -> bool:
+    """True for what is worth a call: no view, nothing that is taken out of a tuple."""
     return not is_call(node, operator.getitem) and getattr(node.target, "overloadpacket", None) not in _FREE
 
 
 def _used_inside_alone(node: fx.Node, run_of: dict[fx.Node, int]) -> bool:
     """A size that only segments (or other such sizes) read: each computes its own."""
-    return all(u in run_of or (_is_size(u) and _used_inside_alone(u, run_of)) for u in node.users)
+    return all(u in run_of or (is_size(u) and _used_inside_alone(u, run_of)) for u in node.users)
 
 
 def _outputs(run: list[fx.Node]) -> list[fx.Node]:
@@ -208,7 +210,7 @@ def _segment(gm: fx.GraphModule, run: list[fx.Node], returned: list[fx.Node]) ->
     def want(node: fx.Node) -> None:
         if node in wanted or node in inside:
             return
-        if _is_size(node):
+        if is_size(node):
             for source in node.all_input_nodes:
                 want(source)
         wanted[node] = None
@@ -216,12 +218,12 @@ def _segment(gm: fx.GraphModule, run: list[fx.Node], returned: list[fx.Node]) ->
     for node in run:
         for source in node.all_input_nodes:
             want(source)
-    inputs = [n for n in wanted if not _is_size(n)]
+    inputs = [n for n in wanted if not is_size(n)]
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in inputs:
         new[node] = graph.placeholder(node.name)
         new[node].meta = dict(node.meta)
-    sizes = {n for n in wanted if _is_size(n)}
+    sizes = {n for n in wanted if is_size(n)}
     for node in gm.graph.nodes:  # in the order of the graph
         if node in inside or node in sizes:
             new[node] = graph.node_copy(node, new.__getitem__)

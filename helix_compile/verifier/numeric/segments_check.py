@@ -16,7 +16,7 @@ from helix_compile.errors import RuntimeFault
 from helix_compile.ir.graph import helix_op, input_ref, placeholders
 from helix_compile.ir.stage import SEGMENTS
 from helix_compile.module import HelixModule
-from helix_compile.runtime.inductor import code_of
+from helix_compile.runtime.segments import SegmentCompiler
 from helix_compile.verifier.numeric.scratch import Scratch, running
 from helix_compile.verifier.numeric.steps import batches, scenarios
 from helix_compile.verifier.report import Check, Finding, numeric_finding
@@ -51,7 +51,7 @@ def check_segments(compiled: HelixModule, seed: int, check: Check) -> None:
         twice, once = (
             Scratch(compiled, g, params, rows, compiled.plan.options.max_seq_len, seed) for g in (stage, compiled.graph)
         )
-        compare = _Compare(compiled.plan.dtype, where)
+        compare = _Compare(compiled.segment_compiler, compiled.plan.dtype, where)
         made = batches(scenario, compiled.facts.vocab_size, seed, compiled.plan.longest_step)
         for number, batch in enumerate(made[:STEPS]):
             try:
@@ -97,13 +97,14 @@ def _bound(scratch: Scratch, rank: int) -> dict[fx.Node, Any]:
 class _Compare:
     """Makes of each segment a call that runs its code and its graph."""
 
-    def __init__(self, dtype: str, where: str):
+    def __init__(self, compiler: SegmentCompiler, dtype: str, where: str):
+        self.compiler = compiler
         self.limit, self.where = LIMITS[getattr(torch, dtype)], where
         self.worst, self.calls = 0.0, 0
 
     def code(self, call: SegmentCall) -> Callable[..., Any]:
         """What a program calls for a segment."""
-        compiled = code_of(call.segment, call.bound, call.where)
+        compiled = self.compiler.code(call)
         caches = [i for i, p in enumerate(placeholders(call.segment.graph)) if input_ref(p).kind == "cache"]
 
         def both(*tensors: Tensor) -> Sequence[Any]:
