@@ -1,8 +1,8 @@
 """Accelerators for the planner: peaks, latencies of collectives, fixed times; presets, each with its source, and a user's file.
 
-    node          max(flops / peak, bytes / bandwidth)          peaks times an efficiency
-    collective    latency(op, ranks, size) + bytes / link
-    layer         a fixed time: launches, gaps, what nobody counts; fitted, never predicted
+node          max(flops / peak, bytes / bandwidth)          peaks times an efficiency
+collective    latency(op, ranks, size) + bytes / link
+layer         a fixed time: launches, gaps, what nobody counts; fitted, never predicted
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,18 @@ class Accelerator:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in ("float", "int"):
-                least_open = field.name in ("fp8_tflops", "fp4_tflops", "fixed_us_per_layer", "launch_us", "reserved_gb")
+                least_open = field.name in (
+                    "fp8_tflops",
+                    "fp4_tflops",
+                    "fixed_us_per_layer",
+                    "launch_us",
+                    "reserved_gb",
+                )
                 good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
                 if not good or value < 0 or (value == 0 and not least_open):
-                    raise HelixError(f"accelerator {self.name!r}: {field.name}={value!r}; expected a number {'>= 0' if least_open else '> 0'}")
+                    raise HelixError(
+                        f"accelerator {self.name!r}: {field.name}={value!r}; expected a number {'>= 0' if least_open else '> 0'}"
+                    )
         if self.hbm_efficiency > 1 or self.flops_efficiency > 1:
             raise HelixError(f"accelerator {self.name!r}: an efficiency is a share of the peak, 1 at most")
         if set(self.latency_us) != set(COLLECTIVES):
@@ -102,7 +111,7 @@ def _at_ranks(rows: list[tuple[int, float]], ranks: int, op: str) -> float:
     """An all-to-all stays flat behind the last: 11 to 14 us from 2 to 64 ranks are reported of GB200."""
     if ranks <= rows[0][0] or len(rows) == 1:
         return rows[0][1] if ranks <= rows[0][0] else rows[-1][1]
-    for (before, low), (after, high) in zip(rows, rows[1:], strict=False):
+    for (before, low), (after, high) in pairwise(rows):
         if ranks <= after:
             return low + (high - low) * math.log2(ranks / before) / math.log2(after / before)
     (before, low), (last, high) = rows[-2:]
@@ -147,11 +156,30 @@ _PAPER = (
 )
 
 
-def _preset(name: str, hbm: float, gb: float, bf16: float, fp8: float, fp4: float, link: float, ranks: int, latency: Any, **more: Any) -> Accelerator:
+def _preset(
+    name: str,
+    hbm: float,
+    gb: float,
+    bf16: float,
+    fp8: float,
+    fp4: float,
+    link: float,
+    ranks: int,
+    latency: Any,
+    **more: Any,
+) -> Accelerator:
     own = {"source": _SOURCE} | more
     return Accelerator(
-        name=name, hbm_tb_s=hbm, memory_gb=gb, bf16_tflops=bf16, fp8_tflops=fp8, fp4_tflops=fp4, link_gb_s=link,
-        link_ranks=ranks, latency_us=latency, **own,
+        name=name,
+        hbm_tb_s=hbm,
+        memory_gb=gb,
+        bf16_tflops=bf16,
+        fp8_tflops=fp8,
+        fp4_tflops=fp4,
+        link_gb_s=link,
+        link_ranks=ranks,
+        latency_us=latency,
+        **own,
     )
 
 
@@ -165,8 +193,19 @@ PRESETS = {
         _preset("b300", 7.75, 288, 2250, 4500, 14000, 900, 8, _B200),
         _preset("gb300", 8.0, 298, 2500, 5000, 15000, 900, 72, _GB200),
         _preset(
-            "gb200-paper", 8.0, 186, 2500, 5000, 10000, 900, 64, {op: _flat(3.0) for op in COLLECTIVES},
-            hbm_efficiency=1.0, flops_efficiency=1.0, reserved_gb=0.0, source=_PAPER,
+            "gb200-paper",
+            8.0,
+            186,
+            2500,
+            5000,
+            10000,
+            900,
+            64,
+            {op: _flat(3.0) for op in COLLECTIVES},
+            hbm_efficiency=1.0,
+            flops_efficiency=1.0,
+            reserved_gb=0.0,
+            source=_PAPER,
         ),
     )
 }
@@ -191,11 +230,15 @@ def _overridden(preset: Accelerator, path: Path) -> Accelerator:
     known = [field.name for field in fields(Accelerator)]
     for key in stated:
         if key not in known:
-            raise HelixError(f"--gpu-file {path}: {key!r} is no field; expected some of {', '.join(known)}{_hint(key, known)}")
+            raise HelixError(
+                f"--gpu-file {path}: {key!r} is no field; expected some of {', '.join(known)}{_hint(key, known)}"
+            )
     own = {"name": path.stem, "source": f"{path.name}; what it does not say: {preset.name}, {preset.source}"} | stated
     if "latency_us" in own:
         if not isinstance(own["latency_us"], Mapping):
-            raise HelixError(f"--gpu-file {path}: latency_us: got {own['latency_us']!r}, expected a table of collectives")
+            raise HelixError(
+                f"--gpu-file {path}: latency_us: got {own['latency_us']!r}, expected a table of collectives"
+            )
         own["latency_us"] = {**preset.latency_us, **{op: _rows(path, op, v) for op, v in own["latency_us"].items()}}
     return replace(preset, **own)
 
@@ -208,7 +251,9 @@ def _rows(path: Path, op: str, value: Any) -> Latency:
     except (TypeError, ValueError):
         rows = ()
     if not rows or any(min(row) < 0 for row in rows):
-        raise HelixError(f"--gpu-file {path}: latency_us.{op}: got {value!r}, expected us, or rows [ranks, us small, us large]")
+        raise HelixError(
+            f"--gpu-file {path}: latency_us.{op}: got {value!r}, expected us, or rows [ranks, us small, us large]"
+        )
     return rows
 
 

@@ -9,10 +9,10 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from helix_compile.capture.captured import CapturedGraph
-from helix_compile.config.options import PAGE_SIZE, HelixOptions
+from helix_compile.config.options import OPTIONS, PAGE_SIZE, HelixOptions
 from helix_compile.errors import HelixError, LayoutError, PlanError
 from helix_compile.ir.leaves import leaf_bytes
 from helix_compile.ir.stage import body_of
@@ -24,7 +24,6 @@ from helix_compile.passes.decide.plan_helix import plan_helix
 from helix_compile.passes.pipeline import LOWERED, helix_passes
 from helix_compile.passes.runner import PassContext, run_passes
 from helix_compile.plan.cache_row import pages_per_sequence
-from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import AttentionMatch, LayerMatch
 from helix_compile.predict.scaling import ReferenceGraph, counted_in, counted_outside
 from helix_compile.predict.terms import Term
@@ -62,9 +61,11 @@ class Candidate:
 
     def options(self, base: HelixOptions, **more: Any) -> HelixOptions:
         """As helix_compile takes them."""
-        own = {name: getattr(self, name) for name in SEARCHED}
-        own["v_up"] = self.v_up if self.cp > 1 else "auto"
-        return HelixOptions(**{**base.to_json(), **own, **more})
+        stated = {**base.to_json(), **{name: getattr(self, name) for name in SEARCHED}}
+        for name, option in OPTIONS.items():  # what has no effect here is refused by HelixOptions
+            if (self.cp == 1 and option.of_exchange) or (self.ranks == 1 and option.of_ranks):
+                stated[name] = option.choices[0]
+        return HelixOptions(**{**stated, **more})
 
 
 class CostedModel:
@@ -73,7 +74,7 @@ class CostedModel:
     Args:
         captured: its graphs.
         matches: what was found in them.
-        base: options that are not searched: tokens_per_block, cache_dtype, head, pp ...; its own layout is not used.
+        base: options that are not searched: tokens_per_block, head, ...; of its own layout cp > 1, so that all can have an effect.
 
     Raises:
         HelixError: options whose costs are not known here.
@@ -86,6 +87,8 @@ class CostedModel:
                 f"plan: window={base.window!r}: caches of the last tokens on every rank are not costed; nearest that works: "
                 'window="shard"'
             )
+        if base.pp > 1:
+            raise HelixError(f"plan: pp={base.pp}: pipeline stages are not costed; nearest that works: pp=1")
         self._structures: dict[Hashable, Structure] = {}
         self._pads: dict[tuple[int, int], bool] = {}
 
@@ -175,16 +178,14 @@ class CostedModel:
 
     def slots(self, cp: int, context: int) -> int:
         """Places for tokens of a sequence on a rank: whole pages of the fullest."""
-        options = HelixOptions(
-            cp=cp, tokens_per_block=self.base.tokens_per_block, max_seq_len=context
-        )
+        options = HelixOptions(cp=cp, tokens_per_block=self.base.tokens_per_block, max_seq_len=context)
         return pages_per_sequence(options, cp) * PAGE_SIZE
 
     def _lowered(self, candidate: Candidate) -> Structure:
         refusals = []
         for reference in self._references(candidate):
             try:
-                return Structure.of(self.captured, self.matches, reference.options(self.base))
+                return Structure(self.captured, self.matches, reference.options(self.base))
             except (LayoutError, PlanError) as error:
                 refusals.append(str(error))
         raise HelixError(f"plan: no layout of this structure can be lowered: {refusals[-1]}")
@@ -205,44 +206,48 @@ class CostedModel:
         yield candidate
 
 
-@dataclass(frozen=True)
 class Structure:
     """Lowered graphs as references.
 
     Attributes:
         parts: (layers, graph) of each body, and (1, graph) of what is around them.
         plan: that they were lowered by.
-        uncounted: bytes of parameters that are in no graph: of modules that stay the user's own.
     """
 
-    parts: tuple[tuple[int, ReferenceGraph], ...]
-    plan: HelixPlan
-    uncounted: int
-
-    @classmethod
-    def of(cls, captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions) -> Structure:
+    def __init__(self, captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions):
         """Plan and lower; compute ops keep their references, which have the nodes of every lowering."""
-        plan = plan_helix(captured, matches, options)
-        stage = run_passes(helix_passes(options), PassContext(captured, matches, plan))[LOWERED.stage]
-        parts = []
-        for body in plan.bodies:
+        self.plan = plan_helix(captured, matches, options)
+        stage = run_passes(helix_passes(options), PassContext(captured, matches, self.plan))[LOWERED.stage]
+        parts, layout = [], self.plan.layout
+        for body in self.plan.bodies:
             kv_heads = {site.site: site.kv_heads for site in body.attentions}
             graph = body_of(stage, body.name).graph
-            parts.append((len(body.layers), ReferenceGraph(graph, plan.layout, counted_in(matches[body.name]), kv_heads)))
-        parts.append((1, ReferenceGraph(stage.graph, plan.layout, counted_outside(plan.outer), {}, formats=False)))
-        return cls(tuple(parts), plan, leaf_bytes(captured.graph))
+            parts.append((len(body.layers), ReferenceGraph(graph, layout, counted_in(matches[body.name]), kv_heads)))
+        outer = ReferenceGraph(stage.graph, layout, counted_outside(self.plan.outer), {}, formats=False)
+        self.parts = (*parts, (1, outer))
+        self._uncounted = leaf_bytes(captured.graph)  # of modules that stay the user's own
+        self._terms: dict[HelixLayout, tuple[Group, ...]] = {}
+        self._params: dict[HelixLayout, tuple[int, int]] = {}
 
-    def terms(self, layout: HelixLayout) -> Iterator[tuple[Hashable, int, tuple[Term, ...]]]:
-        """(key, how often, terms) of groups of nodes under a layout; equal keys mean equal terms."""
-        for layers, graph in self.parts:
-            for key, terms in graph.terms(layout):
-                yield key, layers, terms
+    def terms(self, layout: HelixLayout) -> tuple[Group, ...]:
+        """Groups of nodes under a layout; equal keys mean equal terms."""
+        if layout not in self._terms:
+            found = (Group(key, n, terms) for n, graph in self.parts for key, terms in graph.terms(layout) if terms)
+            self._terms[layout] = tuple(found)
+        return self._terms[layout]
 
     def params_bytes(self, layout: HelixLayout) -> tuple[int, int]:
         """Bytes of a rank's parameters that a format of weights changes, and of all others."""
-        formatted, others = 0, self.uncounted
-        for layers, graph in self.parts:
-            weights, rest = graph.params_bytes(layout)
-            formatted += layers * weights
-            others += layers * rest
-        return formatted, others
+        if layout not in self._params:
+            both = [(n, graph.params_bytes(layout)) for n, graph in self.parts]
+            weights, others = (sum(n * held[i] for n, held in both) for i in (0, 1))
+            self._params[layout] = weights, others + self._uncounted
+        return self._params[layout]
+
+
+class Group(NamedTuple):
+    """Nodes that depend on the same of a layout, `layers` times in a step."""
+
+    key: Hashable
+    layers: int
+    terms: tuple[Term, ...]

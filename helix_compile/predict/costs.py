@@ -152,7 +152,11 @@ class NodeSizes:
     def nbytes(self, node: Any) -> int:
         """Bytes of all that the node makes."""
         tensors = tensors_of(node)
-        return sum(math.prod(s) * v.dtype.itemsize for s, v in zip(self.shapes(node), tensors, strict=True)) if tensors else 0
+        return (
+            sum(math.prod(s) * v.dtype.itemsize for s, v in zip(self.shapes(node), tensors, strict=True))
+            if tensors
+            else 0
+        )
 
     def number(self, size: int | torch.SymInt) -> int:
         """A size at the workload."""

@@ -31,10 +31,18 @@ WEIGHTS = {
     for f in (
         WeightFormat("auto", None, "bf16", "weights as the model has them"),
         WeightFormat("bf16", Fraction(2), "bf16", "weights in bfloat16"),
-        WeightFormat("fp8", Fraction(1), "fp8", "weights of matmuls in FP8 (block scales not counted), activations too"),
-        WeightFormat("nvfp4", Fraction(9, 16), "fp4", "weights of matmuls in NVFP4 (a scale byte for 16), activations too"),
-        WeightFormat("mxfp4", Fraction(17, 32), "fp4", "weights of matmuls in MXFP4 (a scale byte for 32), activations too"),
-        WeightFormat("fp4", Fraction(1, 2), "fp4", "weights of matmuls at half a byte, scales not counted, as the paper does"),
+        WeightFormat(
+            "fp8", Fraction(1), "fp8", "weights of matmuls in FP8 (block scales not counted), activations too"
+        ),
+        WeightFormat(
+            "nvfp4", Fraction(9, 16), "fp4", "weights of matmuls in NVFP4 (a scale byte for 16), activations too"
+        ),
+        WeightFormat(
+            "mxfp4", Fraction(17, 32), "fp4", "weights of matmuls in MXFP4 (a scale byte for 32), activations too"
+        ),
+        WeightFormat(
+            "fp4", Fraction(1, 2), "fp4", "weights of matmuls at half a byte, scales not counted, as the paper does"
+        ),
     )
 }
 
@@ -54,8 +62,15 @@ CACHES = {
     for f in (
         CacheFormat("auto", "auto", "bf16", "the cache in the model's dtype"),
         CacheFormat("fp8", FP8_E4M3, "fp8", "the cache in FP8, one scale; attention at the FP8 peak"),
-        CacheFormat(FP8_DS_MLA, FP8_DS_MLA, "fp8", "the cache in FP8 with a scale for 128 values; attention at the FP8 peak"),
-        CacheFormat("fp4", None, "fp8", "the cache at half a byte a value, as the paper does: no plan of ours can hold it"),
+        CacheFormat(
+            FP8_DS_MLA, FP8_DS_MLA, "fp8", "the cache in FP8 with a scale for 128 values; attention at the FP8 peak"
+        ),
+        CacheFormat(
+            "fp4",
+            None,
+            "fp4",
+            "the cache at half a byte a value and attention at the FP4 peak, as the paper does: no plan of ours can hold it",
+        ),
     )
 }
 
@@ -96,8 +111,12 @@ def read_factor(cache: CacheFormat, sites: list[AttentionMatch], itemsize: int) 
     if cache.name == "fp8":
         return 1.0 / itemsize
     if any(a.cache.heads for a in sites):
-        raise HelixError(f"--kv-dtype {cache.name} is a format of latents (MLA), and this model caches K and V; nearest: fp8")
-    factors = {ds_mla_bytes(a.cache.first, a.cache.second) / ((a.cache.first + a.cache.second) * itemsize) for a in sites}
+        raise HelixError(
+            f"--kv-dtype {cache.name} is a format of latents (MLA), and this model caches K and V; nearest: fp8"
+        )
+    factors = {
+        ds_mla_bytes(a.cache.first, a.cache.second) / ((a.cache.first + a.cache.second) * itemsize) for a in sites
+    }
     if len(factors) > 1:
         raise HelixError(f"--kv-dtype {cache.name}: latents of several widths are not costed; nearest: fp8")
     return factors.pop()

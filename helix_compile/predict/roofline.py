@@ -1,7 +1,7 @@
 """The paper's roofline (arXiv 2507.07120, appendix A) and its HOP-B formula. Predicted: DRAM reads of one layer and nothing else.
 
-    t_KV = batch * 2 * ceil(K / TPA) * Hsz * (S / KVP) * bytes / bandwidth
-    t_W  = (2 * H * (Q / TPA) * Hsz + 2 * H * ceil(K / TPA) * Hsz + 3 * H * F / TPF) * bytes / bandwidth     H = Q * Hsz
+t_KV = batch * 2 * ceil(K / TPA) * Hsz * (S / KVP) * bytes / bandwidth
+t_W  = (2 * H * (Q / TPA) * Hsz + 2 * H * ceil(K / TPA) * Hsz + 3 * H * F / TPF) * bytes / bandwidth     H = Q * Hsz
 """
 
 from __future__ import annotations

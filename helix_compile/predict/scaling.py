@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -138,19 +139,21 @@ class ReferenceGraph:
         unit = layout.kvp  # of so many tokens no share of a rank is rounded
         at = [sizes.probe(node, batch, local) for batch, local in ((unit, 0), (2 * unit, 0), (unit, 1))]
         term = _term(node, at, unit, sizes)
-        if term is not None and term.weights and not (self._formats and any(map(is_weight, node.all_input_nodes))):
+        if term is not None and term.weights and not any(self._params.get(n, False) for n in node.all_input_nodes):
             term = replace(term, weights=0.0, moved=(term.moved[0] + term.weights, *term.moved[1:]))
         return term, frozenset(sizes.asked)
 
     def params_bytes(self, layout: HelixLayout) -> tuple[int, int]:
-        """Bytes of the parameters that are a matmul's weights, and of all others."""
-        sizes, weights, others = ScaledSizes(self, layout), 0, 0
-        for node in filter(is_param, placeholders(self.graph)):
-            if self._formats and is_weight(node):
-                weights += sizes.nbytes(node)
-            elif any(user.op != "call_module" for user in node.users):
-                others += sizes.nbytes(node)
-        return weights, others
+        """Bytes of the parameters that a format of weights changes, and of all others."""
+        sizes = ScaledSizes(self, layout)
+        weights, others = ([n for n, formatted in self._params.items() if formatted == w] for w in (True, False))
+        return sum(map(sizes.nbytes, weights)), sum(map(sizes.nbytes, others))
+
+    @cached_property
+    def _params(self) -> dict[fx.Node, bool]:
+        """Those that are used here, and whether a format of weights changes them."""
+        used = (n for n in placeholders(self.graph) if is_param(n) and any(u.op != "call_module" for u in n.users))
+        return {n: self._formats and is_weight(n) for n in used}
 
     def _grouped(self) -> list[tuple[tuple[Symbol, ...], list[fx.Node]]]:
         groups: dict[frozenset[Symbol], list[fx.Node]] = {}
@@ -240,7 +243,9 @@ class ScaledSizes(NodeSizes):
                 counted = self.reference.counted(node, axis)
                 self.asked.add((counted, axis))
                 before, now = counted.width(axis, self.reference.layout), counted.width(axis, self.layout)
-                assert shape[placement.dim] % before == 0, f"{node.name}: {shape} cut over {axis} is no multiple of {before}"
+                assert shape[placement.dim] % before == 0, (
+                    f"{node.name}: {shape} cut over {axis} is no multiple of {before}"
+                )
                 shape[placement.dim] = shape[placement.dim] // before * now
         source = node.args[0] if node.op == "call_function" and node.args else None
         if "unpack_heads" in (helix_op(node), helix_op(source)):

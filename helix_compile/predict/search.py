@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from helix_compile.errors import HelixError, LayoutError
 from helix_compile.predict.accelerators import Accelerator
-from helix_compile.predict.costed import Candidate, CostedModel
+from helix_compile.predict.costed import Candidate, CostedModel, Group
 from helix_compile.predict.formats import CacheFormat, WeightFormat, read_factor
 from helix_compile.predict.terms import ATTENTION, MATMUL, Term, seen
 
@@ -92,18 +92,34 @@ class Point:
         return dict(zip(PARTS, self.parts, strict=True))
 
 
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a rank.
+
+    Attributes:
+        params: of its parameters.
+        kv: of a token in its caches, on average over ranks.
+        in_cache: of one sequence in its caches, whole pages on the fullest rank.
+        buffer: of the largest activation of a sequence, more or less: what a node moves besides weights and cache.
+    """
+
+    params: int
+    kv: Fraction
+    in_cache: Fraction
+    buffer: float
+
+
 class Search:
     """Every point of a goal; `model` keeps what it costed, so that another goal on it is quick."""
 
     def __init__(self, model: CostedModel, goal: Goal):
         self.model, self.goal = model, goal
         self._itemsize = model.captured.dtype.itemsize
-        self._read = read_factor(goal.cache, model.sites, self._itemsize)
+        self.read = read_factor(goal.cache, model.sites, self._itemsize)
         weights = goal.weights.bytes
-        self._weights = float(weights / self._itemsize) if weights is not None else 1.0
+        self.weights = float(weights / self._itemsize) if weights is not None else 1.0
         self._times: dict[Hashable, tuple[float, ...]] = {}
         self._seen: dict[tuple[tuple[str, int], int], int] = {}
-        self._buffers: dict[Hashable, float] = {}
 
     def candidates(self) -> Iterator[Candidate]:
         """Every layout of every size of a replica."""
@@ -116,14 +132,20 @@ class Search:
 
     def of(self, candidate: Candidate) -> list[Point]:
         """One candidate at each batch."""
-        layout, structure = candidate.layout, self.model.structure(candidate)
-        groups = list(structure.terms(layout))
-        formatted, others = structure.params_bytes(layout)
-        params = int(formatted * Fraction(self._weights).limit_denominator(1 << 12) + others)
+        groups, held = self.model.structure(candidate).terms(candidate.layout), self.held(candidate)
+        return [self._point(candidate, batch, groups, held) for batch in self.goal.batches]
+
+    def held(self, candidate: Candidate) -> Held:
+        """What a rank holds whatever the batch, and for each sequence of it."""
+        structure = self.model.structure(candidate)
+        weights, others = structure.params_bytes(candidate.layout)
+        params = int(weights * Fraction(self.weights).limit_denominator(1 << 12) + others)
         kv = self.kv_bytes(candidate)
         in_cache = kv * candidate.cp * self.model.slots(candidate.cp, self.goal.context)
-        room = int((self.goal.accelerator.memory_gb - self.goal.accelerator.reserved_gb) * 1e9)
-        return [self._point(candidate, batch, groups, params, kv, in_cache, room) for batch in self.goal.batches]
+        sizes = (
+            t.moved[1] for g in structure.terms(candidate.layout) for t in g.terms if t.kind in (ATTENTION, MATMUL)
+        )
+        return Held(params, kv, in_cache, max(sizes, default=0.0))
 
     def kv_bytes(self, candidate: Candidate) -> Fraction:
         """Bytes of a token in the caches of a rank, on average."""
@@ -131,35 +153,28 @@ class Search:
             return self.model.kv_bytes(candidate, "auto") * Fraction(1, 2 * self._itemsize)
         return self.model.kv_bytes(candidate, self.goal.cache.option)
 
-    def _point(
-        self,
-        candidate: Candidate,
-        batch: int,
-        groups: list[tuple[Hashable, int, tuple[Term, ...]]],
-        params: int,
-        kv: Fraction,
-        in_cache: Fraction,
-        room: int,
-    ) -> Point:
+    @property
+    def room(self) -> int:
+        """Bytes that a rank has for all of it."""
+        return int((self.goal.accelerator.memory_gb - self.goal.accelerator.reserved_gb) * 1e9)
+
+    def _point(self, candidate: Candidate, batch: int, groups: tuple[Group, ...], held: Held) -> Point:
         parts = [0.0] * len(PARTS)
-        buffers = 0.0
         for key, layers, terms in groups:
             for i, us in enumerate(self._group_us(key, terms, candidate.cp, batch)):
                 parts[i] += layers * us
-            buffers = max(buffers, self._buffer(key, terms, batch))
         parts[-1] += self.goal.accelerator.fixed_us_per_layer * self.model.layers
-        taken = params + int(2 * buffers)
-        cached = int(batch * in_cache)
+        taken, cached = held.params + int(2 * held.buffer * batch), int(batch * held.in_cache)
         return Point(
             candidate,
             batch,
             sum(parts),
             tuple(parts),
             cached,
-            params,
+            held.params,
             taken + cached,
-            max(0, int((room - taken) / kv)),
-            taken + cached <= room,
+            max(0, int((self.room - taken) / held.kv)),
+            taken + cached <= self.room,
         )
 
     def _group_us(self, key: Hashable, terms: tuple[Term, ...], cp: int, batch: int) -> tuple[float, ...]:
@@ -181,7 +196,7 @@ class Search:
         local = self.seen(term.reach, cp)
         return max(
             term.flops_at(batch, local) / machine.flops_per_us(kind),
-            term.bytes_at(batch, local, self._weights, self._read) / machine.bytes_per_us,
+            term.bytes_at(batch, local, self.weights, self.read) / machine.bytes_per_us,
         )
 
     def seen(self, reach: tuple[str, int], cp: int) -> int:
@@ -189,12 +204,6 @@ class Search:
         if (reach, cp) not in self._seen:
             self._seen[reach, cp] = seen(reach, self.goal.context - 1, cp, self.model.base.tokens_per_block)
         return self._seen[reach, cp]
-
-    def _buffer(self, key: Hashable, terms: tuple[Term, ...], batch: int) -> float:
-        """Bytes of the largest activation, more or less: what a node moves besides weights and cache."""
-        if key not in self._buffers:
-            self._buffers[key] = max((t.moved[1] for t in terms if t.kind in (ATTENTION, MATMUL)), default=0.0)
-        return self._buffers[key] * batch
 
 
 def part_of(term: Term) -> str:
@@ -207,7 +216,9 @@ def part_of(term: Term) -> str:
 def pareto(points: Iterable[Point]) -> list[Point]:
     """What fits and nothing else beats in both tokens a second: of a user, and of a GPU. The fastest for a user first."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda p: (-p.tokens_per_s_per_user, -p.tokens_per_s_per_gpu, plainness(p.candidate))):
+    for point in sorted(
+        points, key=lambda p: (-p.tokens_per_s_per_user, -p.tokens_per_s_per_gpu, plainness(p.candidate))
+    ):
         if point.fits and (not front or point.tokens_per_s_per_gpu > front[-1].tokens_per_s_per_gpu * (1 + 1e-12)):
             front.append(point)
     return front
@@ -245,12 +256,16 @@ def recommended(points: Iterable[Point], goal: Goal) -> Point | None:
 
 def best_at(points: Iterable[Point], batch: int, ranks: int, exchanges: bool) -> Point | None:
     """The fastest that fits at a batch on so many ranks, with cp > 1 or with cp = 1."""
-    own = [p for p in points if p.batch == batch and p.candidate.ranks == ranks and p.fits and (p.candidate.cp > 1) == exchanges]
+    own = [
+        p
+        for p in points
+        if p.batch == batch and p.candidate.ranks == ranks and p.fits and (p.candidate.cp > 1) == exchanges
+    ]
     return min(own, key=lambda p: (p.step_us, plainness(p.candidate)), default=None)
 
 
 def batches_of(text: str) -> tuple[int, ...]:
-    """ "1..256": powers of two from the first to the last, both included; "8" or "1,8,64": these.
+    """Of "1..256" powers of two from the first to the last, both included; of "8" or "1,8,64" these.
 
     Raises:
         HelixError: anything else.
@@ -265,12 +280,14 @@ def batches_of(text: str) -> tuple[int, ...]:
         if min(batches) < 1 or list(batches) != sorted(batches):
             raise ValueError
     except ValueError:
-        raise HelixError(f"--batch {text!r}: expected a number, several with commas, or a range such as 1..256") from None
+        raise HelixError(
+            f"--batch {text!r}: expected a number, several with commas, or a range such as 1..256"
+        ) from None
     return tuple(dict.fromkeys(batches))
 
 
 def count_of(text: str, option: str) -> int:
-    """ "131072", "128K" (1024 of them) or "1M" (1024 K).
+    """Of "131072", of "128K" (of 1024) or "1M" (1024 K).
 
     Raises:
         HelixError: anything else.

@@ -83,13 +83,12 @@ def seen(reach: tuple[str, int], context: int, cp: int, tokens_per_block: int) -
 
 def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
     """The same, nodes that only move bytes in one: each of them is bound by memory on every machine there is."""
-    kept, small = [], []
+    kept: list[Term] = []
+    small: list[Term] = []
     for term in terms:
         moves = term.kind == OTHER and term.reach == (ALL, 0) and not term.flops[2] and not term.moved[2]
         (small if moves else kept).append(term)
     if small:
-        flops, moved = (
-            tuple(sum(getattr(t, name)[i] for t in small) for i in range(3)) for name in ("flops", "moved")
-        )
-        kept.append(Term("elementwise", OTHER, flops, moved, launches=sum(t.launches for t in small)))  # type: ignore[arg-type]
+        flops, moved = (tuple(sum(getattr(t, name)[i] for t in small) for i in range(3)) for name in ("flops", "moved"))
+        kept.append(Term("elementwise", OTHER, flops, moved, launches=sum(t.launches for t in small)))
     return tuple(kept)
