@@ -90,7 +90,8 @@ class CostedModel:
         if base.pp > 1:
             raise HelixError(f"plan: pp={base.pp}: pipeline stages are not costed; nearest that works: pp=1")
         self._structures: dict[Hashable, Structure] = {}
-        self._pads: dict[tuple[int, int], bool] = {}
+        self._pads: dict[tuple[int, int], bool | None] = {}
+        self._paddable: dict[bool, bool] = {}
 
     @property
     def sites(self) -> list[AttentionMatch]:
@@ -122,7 +123,7 @@ class CostedModel:
     def pads(self, cp: int, tpa: int) -> bool | None:
         """Must heads be padded for cp * tpa ranks? None: they can't be, or tpa can't cut this model."""
         if (cp, tpa) not in self._pads:
-            self._pads[cp, tpa] = self._padding(cp, tpa)  # type: ignore[assignment]
+            self._pads[cp, tpa] = self._padding(cp, tpa)
         return self._pads[cp, tpa]
 
     def _padding(self, cp: int, tpa: int) -> bool | None:
@@ -132,12 +133,15 @@ class CostedModel:
         paddings = [head_padding(a.num_heads, a.cache.heads, layout) for a in self.sites]
         if all(p.places == p.heads for p in paddings):
             return False
-        try:
-            options = Candidate(cp=cp, tpa=tpa, ep=1, tpf=cp * tpa, pad_heads=True).options(self.base)
-            check_heads(self.captured, self.matches, layout, options)
-        except (LayoutError, PlanError):
-            return None
-        return True
+        more_kv = any(p.padded_groups > p.groups for p in paddings)
+        if more_kv not in self._paddable:  # what stands in the way of zero heads does so for each number of ranks
+            try:
+                options = Candidate(cp=cp, tpa=tpa, ep=1, tpf=cp * tpa, pad_heads=True).options(self.base)
+                check_heads(self.captured, self.matches, layout, options)
+                self._paddable[more_kv] = True
+            except (LayoutError, PlanError):
+                self._paddable[more_kv] = False
+        return True if self._paddable[more_kv] else None
 
     def choices(self, ranks: int, pad_heads: bool = True) -> Iterator[Candidate]:
         """Every legal candidate on so many ranks."""

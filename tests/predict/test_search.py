@@ -51,7 +51,13 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_more_bandwidth_is_never_slower() -> None:
     slow = machine(bf16_tflops=1.0)
     base = points(accelerator=slow)
-    more = {"hbm_tb_s": 16.0, "link_gb_s": 1800.0, "bf16_tflops": 2.0, "fixed_us_per_layer": 10.0, "hbm_efficiency": 1.0}
+    more = {
+        "hbm_tb_s": 16.0,
+        "link_gb_s": 1800.0,
+        "bf16_tflops": 2.0,
+        "fixed_us_per_layer": 10.0,
+        "hbm_efficiency": 1.0,
+    }
     for name, value in more.items():
         now = points(accelerator=replace(slow, **{name: value}))
         assert all(b.step_us <= a.step_us for a, b in zip(base, now, strict=True)), name
