@@ -67,6 +67,7 @@ def helix_compile(
     dtype: torch.dtype | None = None,
     options: HelixOptions | None = None,
     builder: EngineBuilder | None = None,
+    plan: HelixPlan | str | Path | None = None,
 ) -> HelixModule:
     """Rewrite the decode step of `model` for Helix parallelism (arXiv 2507.07120).
 
@@ -83,6 +84,8 @@ def helix_compile(
         dtype: convert a copy of the weights first (a folder: as they are read); the model itself keeps its own.
         options: all from `cp` to `cuda_graphs` in one, in place of these keywords.
         builder: what makes an engine of a piece where lower="tensorrt" (docs/exports.md); default: torch_tensorrt.
+        plan: a plan, or the plan.json of one (`helix-compile plan --out`, `inspect --out`), in place of all of them: the model is laid
+            out as it says, or refused.
 
     Returns:
         HelixModule: `compiled(input_ids)` is one step; `.plan`, `.stages`, `.graph`, `.ranks` can be inspected.
@@ -107,6 +110,8 @@ def helix_compile(
                 )
             captured = captured_stage(model, options, dtype, asked)
             planned = plan_model(captured, options)
+            if plan is not None:
+                check_planned(plan, planned.plan)
         opened = open_world(HelixMesh(planned.plan.layout), world, asked or device_of(planned.captured), options.check)
         trace_plan(planned.plan)
         facts = facts_of(planned.captured, planned.matches, planned.plan, asked, opened)
@@ -148,6 +153,16 @@ def plan_model(captured: CapturedGraph, options: HelixOptions) -> PlannedModel:
     """
     captured, matches = match_model(captured, options)
     return PlannedModel(captured, matches, plan_helix(captured, matches, options))
+
+
+def check_planned(asked: HelixPlan | str | Path, made: HelixPlan) -> None:
+    """Raise PlanError where this model's plan decides otherwise than the one that was asked for; bytes follow from the dtype."""
+    stated = asked if isinstance(asked, HelixPlan) else HelixPlan.from_json(Path(asked).read_text(encoding="utf-8"))
+    if differences := stated.decides_otherwise(made):
+        raise PlanError(
+            f"plan: it was made for {stated.model}, and for this model ({made.model}) it comes out otherwise, in {len(differences)} "
+            f"places; the first (asked for -> this model's): {differences[0]}. Make a plan for this model: helix-compile plan MODEL --out"
+        )
 
 
 def match_model(captured: CapturedGraph, options: HelixOptions) -> tuple[CapturedGraph, dict[str, LayerMatch]]:

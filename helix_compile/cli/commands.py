@@ -1,4 +1,4 @@
-"""The console script: helix-compile inspect | verify | compare | generate | export | kernels | recipe. JSON goes to stdout alone, progress to stderr.
+"""The console script: helix-compile inspect | verify | compare | generate | export | kernels | recipe | plan. JSON goes to stdout alone, progress to stderr.
 
 Exit status: 0 fine, 1 a check failed, 2 wrong use.
 """
@@ -17,6 +17,7 @@ import typer
 from helix_compile.cli.kernels import kernels
 from helix_compile.cli.options import Config, Lenient, asked_options, with_options
 from helix_compile.cli.options import given as _is_given
+from helix_compile.cli.plan import plan
 from helix_compile.config.engines import ENGINE_NAMES, check_engine
 from helix_compile.config.options import OPTIONS, HelixOptions
 from helix_compile.errors import HelixError
@@ -312,6 +313,7 @@ def _verified(built: Any, asked: dict[str, Any], float64_too: bool, seed: int) -
 
 
 app.command()(kernels)
+app.command()(plan)
 
 
 @app.command()

@@ -12,13 +12,13 @@ import math
 import reprlib
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import InitVar, asdict, dataclass, field, fields
+from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
-from helix_compile.config.files import ConfigSection, nearest
-from helix_compile.config.reading import OURS, read_recipe
+from helix_compile.config.files import ConfigSection, nearest, read_source
+from helix_compile.config.reading import OURS, is_plan, read_recipe
 from helix_compile.config.recipe import ConfigFields, Recipe
 from helix_compile.errors import HelixError, KeywordError, LayoutError, LoweringUnavailable, PlanError
 
@@ -384,7 +384,10 @@ def takes_options(compiling: Callable[P, R]) -> Callable[P, R]:
                 f"{compiling.__name__}: {error}; expected {compiling.__name__}(model, cp=N, ...)"
             ) from None
         stated = {name: given.pop(name) for name in OPTIONS if name in given}
-        given["options"] = _stated_once(stated, given.get("options"))
+        if (plan := given.get("plan")) is not None:
+            given["options"] = _of_plan_alone(plan, {**stated, **({"options": 0} if given.get("options") else {})})
+        else:
+            given["options"] = _stated_once(stated, given.get("options"))
         return run(**given)
 
     lines = [textwrap.fill(f"{n}: {o.meaning}", 120, subsequent_indent="    ") for n, o in OPTIONS.items()]
@@ -392,6 +395,26 @@ def takes_options(compiling: Callable[P, R]) -> Callable[P, R]:
         "        {fields of HelixOptions}", textwrap.indent("\n".join(lines), " " * 8)
     )
     return call
+
+
+def _of_plan_alone(plan: Any, beside: Mapping[str, Any]) -> HelixOptions:
+    """The options of a plan: a HelixPlan, or the path of its JSON."""
+    if beside:
+        raise PlanError(
+            f"helix_compile: got plan and {', '.join(beside)}, expected one or the other: a plan says all options"
+        )
+    if isinstance(plan, (str, Path)):
+        text = Path(plan)
+        if text.suffix != ".json" or not is_plan(read_source(text).values or {}):
+            raise PlanError(
+                f"helix_compile: plan={str(plan)!r} is no plan.json; options in files are read by HelixOptions.from_file()"
+            )
+        return HelixOptions.from_file(text)
+    if not isinstance(getattr(plan, "options", None), HelixOptions):
+        raise PlanError(
+            f"helix_compile: plan must be a HelixPlan or the path of a plan.json, got {plan!r} ({type(plan).__name__})"
+        )
+    return replace(plan.options, ep=plan.layout.ep)
 
 
 def check_keywords(what: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -71,10 +71,24 @@ def read_recipe(
     if found.values is None:
         read = _read_command(found, engine, lenient)
     else:
-        read = _read_mapping(found.values, found.where, own_fields, own_names, engine, lenient)
+        values = of_plan(found.values) if engine is None and is_plan(found.values) else found.values
+        read = _read_mapping(values, found.where, own_fields, own_names, engine, lenient)
     if read.dialect != OURS:
         read.fields.update(_unsaid(found, own_fields))
     return read
+
+
+def is_plan(values: Mapping[str, Any]) -> bool:
+    """Is this a plan.json: of `plan --out`, `inspect --out`, HelixPlan.to_json()?"""
+    return {"version", "layout", "options", "bodies"} <= values.keys()
+
+
+def of_plan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a plan was made by, with the ep that it came to."""
+    options, layout = values["options"], values["layout"]
+    if not isinstance(options, Mapping) or not isinstance(layout, Mapping) or "ep" not in layout:
+        raise PlanError("plan: its layout and options are no tables; expected a plan.json as it was written")
+    return {**options, "ep": layout["ep"]}
 
 
 def _read_command(found: Source, engine: str | None, lenient: bool) -> ConfigFields:

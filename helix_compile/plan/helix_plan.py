@@ -408,6 +408,23 @@ class HelixPlan:
         mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
         return list(_differences("plan", mine, theirs))
 
+    def decides_otherwise(self, other: HelixPlan) -> list[str]:
+        """Those of them that are decisions: layout, options, and of each body its layers, attentions, FFNs and cuts."""
+        mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
+        for plan in (mine, theirs):
+            kept = {
+                "layout": plan["layout"],
+                "options": plan["options"],
+                "bodies": plan["bodies"],
+                "outer": plan["outer"],
+            }
+            for part in (*kept["bodies"], kept["outer"]):
+                part.pop("collectives", None)
+            kept["options"].pop("ep")  # the layout has what it came to
+            plan.clear()
+            plan.update(kept)
+        return list(_differences("plan", mine, theirs))
+
 
 def trace_plan(plan: HelixPlan) -> None:
     """Put the plan into torch's structured trace, where one is written (TORCH_TRACE=dir)."""

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from helix_compile.errors import HelixError, LayoutError
 from helix_compile.ir.collectives import COLLECTIVE_OF, WAIT, is_collective
 from helix_compile.ir.elements import is_layout_op
-from helix_compile.ir.graph import aten, helix_op, input_ref
+from helix_compile.ir.graph import aten, helix_op, input_ref, is_param
 from helix_compile.ir.ops import MOVES
 from helix_compile.ir.sizes import size_at_step
 from helix_compile.layout.degrees import HelixLayout
@@ -77,12 +77,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class NodeCost:
-    """Predicted cost of one node on one rank; `wire_bytes` leave the rank."""
+    """Predicted cost of one node on one rank; `wire_bytes` leave the rank.
+
+    `weight_bytes` and `cache_bytes` are those of `hbm_bytes` that a matmul reads of its weights and attention of what is cached:
+    what another format of either changes.
+    """
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
     wire_bytes: float = 0.0
     is_collective: bool = False
+    weight_bytes: float = 0.0
+    cache_bytes: float = 0.0
 
     def seconds(self, machine: Machine) -> float:
         """By the machine's peaks."""
@@ -99,50 +105,85 @@ def predict_costs(
     Raises:
         HelixError: a move is left: its bytes are those of the collective that lowering makes of it.
     """
-    sizes = _Sizes(workload, layout, tokens_per_block, rank)
-    return {node.name: _cost(node, sizes) for node in graph.nodes}
+    sizes = NodeSizes(workload, layout, tokens_per_block, rank)
+    return {node.name: node_cost(node, sizes) for node in graph.nodes}
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Sizes of values at a workload: symbols stand for B, T and S by the hints they were captured with."""
+class NodeSizes:
+    """Sizes of the values of a graph at a workload: symbols stand for B, T and S by the hints they were captured with."""
 
-    workload: Workload
-    layout: HelixLayout
-    tokens_per_block: int
-    rank: int
+    def __init__(self, workload: Workload, layout: HelixLayout, tokens_per_block: int, rank: int = 0):
+        self.workload, self.layout, self.tokens_per_block, self.rank = workload, layout, tokens_per_block, rank
+
+    def shapes(self, node: fx.Node) -> list[list[int]]:
+        """Of each tensor that the node makes."""
+        return [[self.number(s) for s in value.shape] for value in tensors_of(node)]
+
+    def size(self, axis: str) -> int:
+        """Ranks along an axis."""
+        return self.layout.size(axis)
+
+    def hit(self, top_k: int, experts: int, tokens: int) -> float:
+        """Share of the experts that some token chose, where tokens spread evenly."""
+        return 1.0 - (1.0 - top_k / experts) ** tokens
+
+    def local_context(self, decode: fx.Node) -> float:
+        """Cached tokens of a sequence on this rank that some new token sees, the new ones included."""
+        window, chunk, ring = reach_of(decode)
+        oldest, context = 0, self.workload.context
+        if window or chunk:
+            oldest = max(0, context + 1 - window) if window else context // chunk * chunk
+            if ring:
+                return context + self.workload.tokens - oldest
+        return self._held(context + self.workload.tokens) - self._held(oldest)
+
+    def chosen_context(self, decode: fx.Node, top_k: int) -> float:
+        """Of these the ones that an indexer chose: an even share of the best `top_k` of all ranks."""
+        return min(self.local_context(decode), -(-top_k // self.size("kvp")))
 
     def of(self, node: Any) -> list[int]:
-        return [self.number(s) for s in node.meta["val"].shape]
+        """Shape of a node that makes one tensor."""
+        return self.shapes(node)[0]
 
     def numel(self, node: Any) -> int:
+        """Elements of it."""
         return math.prod(self.of(node))
 
     def nbytes(self, node: Any) -> int:
-        value = node.meta.get("val")
-        if isinstance(value, (tuple, list)):
-            return sum(math.prod(map(self.number, v.shape)) * v.dtype.itemsize for v in value)
-        return self.numel(node) * value.dtype.itemsize if isinstance(value, Tensor) else 0
+        """Bytes of all that the node makes."""
+        tensors = tensors_of(node)
+        return (
+            sum(math.prod(s) * v.dtype.itemsize for s, v in zip(self.shapes(node), tensors, strict=True))
+            if tensors
+            else 0
+        )
 
     def number(self, size: int | torch.SymInt) -> int:
+        """A size at the workload."""
         return size_at_step(size, self.workload.batch, self.workload.tokens, self.workload.context)
-
-    def local_context(self, decode: fx.Node) -> int:
-        """Cached tokens of a sequence on this rank that some new token sees, the new ones included."""
-        oldest, context = 0, self.workload.context
-        if (first := decode.kwargs.get("first")) is not None:
-            window, chunk = reach_of_input(input_ref(first).name)
-            oldest = max(0, context + 1 - window) if window else context // chunk * chunk
-            if input_ref(first).ring:
-                return context + self.workload.tokens - oldest
-        return self._held(context + self.workload.tokens) - self._held(oldest)
 
     def _held(self, length: int) -> int:
         kvp_rank = self.layout.index("kvp", self.rank)
         return int(local_length(length, kvp_rank, self.layout.kvp, self.tokens_per_block))
 
 
-def _cost(node: fx.Node, sizes: _Sizes) -> NodeCost:
+def tensors_of(node: fx.Node) -> list[Tensor]:
+    """The fake tensors that a node makes."""
+    value = node.meta.get("val")
+    return [v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, Tensor)]
+
+
+def reach_of(decode: fx.Node) -> tuple[int, int, bool]:
+    """(window, chunk, whether every rank holds the last tokens by itself) of an attention; 0: it sees all."""
+    first = decode.kwargs.get("first")
+    if first is None:
+        return 0, 0, False
+    ref = input_ref(first)
+    return *reach_of_input(ref.name), ref.ring
+
+
+def node_cost(node: fx.Node, sizes: NodeSizes) -> NodeCost:
+    """What one node of a lowered graph costs: the one place that says it."""
     if node.op != "call_function" or node.target is WAIT:
         return NodeCost()
     if node.target in MOVES:
@@ -153,6 +194,14 @@ def _cost(node: fx.Node, sizes: _Sizes) -> NodeCost:
         return _mla_decode(node, sizes)
     if helix_op(node) == "gqa_decode":
         return _gqa_decode(node, sizes)
+    if helix_op(node) == "mla_decode_slots":
+        return _mla_decode_slots(node, sizes)
+    if helix_op(node) == "index_scores":
+        return _index_scores(node, sizes)
+    if helix_op(node) in ("topk_candidates", "select_slots"):  # one look at the scores of this rank's tokens
+        (B, T, _), scores = sizes.of(node.args[0]), node.args[0].meta["val"].dtype.itemsize
+        seen = B * T * sizes.local_context(node)
+        return NodeCost(seen, seen * scores + sizes.nbytes(node))
     if helix_op(node) == "cache_append":
         return NodeCost(hbm_bytes=2 * sum(sizes.nbytes(n) for n in node.args[4:6]))
     if helix_op(node) == "embed_rows" or node.target is aten.embedding.default:  # rows of tokens, not the table
@@ -164,7 +213,13 @@ def _cost(node: fx.Node, sizes: _Sizes) -> NodeCost:
     if is_layout_op(node) and node.target not in _COPIES:
         return NodeCost()
     moved = sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.all_input_nodes)
-    return NodeCost(_flops(node, sizes), moved)
+    weights = [n for n in node.all_input_nodes if is_param(n) and n.meta["val"].dim() > 1] if is_matmul(node) else []
+    return NodeCost(_flops(node, sizes), moved, weight_bytes=sum(map(sizes.nbytes, weights)))
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """Does its work as products of matrices?"""
+    return node.target in _MATMULS or node.target is aten.einsum.default or "grouped_mm" in str(node.target)
 
 
 def _is_ids(node: Any) -> bool:
@@ -175,7 +230,7 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, (tuple, list)) and value else value
 
 
-def _flops(node: fx.Node, sizes: _Sizes) -> float:
+def _flops(node: fx.Node, sizes: NodeSizes) -> float:
     if node.target in _COPIES:
         return 0.0
     if node.target in _MATMULS or "grouped_mm" in str(node.target):
@@ -193,36 +248,58 @@ def _flops(node: fx.Node, sizes: _Sizes) -> float:
     return float(sizes.numel(node)) if isinstance(value, Tensor) else 0.0
 
 
-def _mla_decode(node: fx.Node, sizes: _Sizes) -> NodeCost:
+def _mla_decode(node: fx.Node, sizes: NodeSizes) -> NodeCost:
     """Every new token against this rank's part of the context: scores over R + r channels, values over R."""
     B, T, H, R = sizes.of(node.args[0])
-    width, item = sizes.of(node.args[2])[-1], node.args[2].meta["val"].dtype.itemsize
-    local = sizes.local_context(node)
+    local, width = sizes.local_context(node), R + sizes.of(node.args[1])[-1]
     moved = sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.args[:2])
-    return NodeCost(2.0 * B * T * H * local * (width + R), moved + B * local * width * item)
+    read = B * local * _row_bytes(node.args[2], sizes)
+    return NodeCost(2.0 * B * T * H * local * (width + R), moved + read, cache_bytes=read)
 
 
-def _gqa_decode(node: fx.Node, sizes: _Sizes) -> NodeCost:
+def _mla_decode_slots(node: fx.Node, sizes: NodeSizes) -> NodeCost:
+    """The same over what an indexer chose: each new token has keys of its own."""
+    B, T, H, R = sizes.of(node.args[0])
+    seen, width = sizes.chosen_context(node, sizes.of(node.args[5])[-1]), R + sizes.of(node.args[1])[-1]
+    moved = sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.args[:2])
+    read = B * T * seen * _row_bytes(node.args[2], sizes)
+    return NodeCost(2.0 * B * T * H * seen * (width + R), moved + read, cache_bytes=read)
+
+
+def _row_bytes(cache: Any, sizes: NodeSizes) -> int:
+    """Of one token in a cache [pages, page, width], or in the part of its rows that is attended to."""
+    return sizes.of(cache)[-1] * int(cache.meta["val"].dtype.itemsize)
+
+
+def _index_scores(node: fx.Node, sizes: NodeSizes) -> NodeCost:
+    """Each index head of a new token against this rank's index keys; a score for each of them is written."""
+    B, T, J, width = sizes.of(node.args[0])
+    local, written = sizes.local_context(node), node.meta["val"].dtype.itemsize
+    moved = sum(sizes.nbytes(n) for n in node.args[:2]) + B * T * local * written
+    return NodeCost(2.0 * B * T * J * local * (width + 1), moved + B * local * _row_bytes(node.args[2], sizes))
+
+
+def _gqa_decode(node: fx.Node, sizes: NodeSizes) -> NodeCost:
     """Every new token against this rank's part of the context: K and V of a KV head are read once for its group."""
     (B, T, H, Dk), (*_, K, Dv) = sizes.of(node.args[0]), sizes.of(node.args[2])
     local, item = sizes.local_context(node), node.args[2].meta["val"].dtype.itemsize
     moved = sizes.nbytes(node) + sizes.nbytes(node.args[0])
-    return NodeCost(2.0 * B * T * H * local * (Dk + Dv), moved + B * local * K * (Dk + Dv) * item)
+    read = B * local * K * (Dk + Dv) * item
+    return NodeCost(2.0 * B * T * H * local * (Dk + Dv), moved + read, cache_bytes=read)
 
 
-def _moe_experts(node: fx.Node, sizes: _Sizes) -> NodeCost:
+def _moe_experts(node: fx.Node, sizes: NodeSizes) -> NodeCost:
     """Tokens spread evenly over the experts; the weights of those that some token chose are read."""
     x, ids, gate_up, down = (node.args[i] for i in (0, 1, 3, 4))
     tokens, top_k = sizes.of(ids)
     experts, _, width, D = sizes.of(gate_up)
-    total = experts * sizes.layout.ep
-    hit = 1.0 - (1.0 - top_k / total) ** tokens
-    flops = 6.0 * tokens * top_k / sizes.layout.ep * width * D
-    weights = hit * (sizes.nbytes(gate_up) + sizes.nbytes(down))
-    return NodeCost(flops, weights + sizes.nbytes(x) + sizes.nbytes(node))
+    ep = sizes.size("ep")
+    flops = 6.0 * tokens * top_k / ep * width * D
+    weights = sizes.hit(top_k, experts * ep, tokens) * (sizes.nbytes(gate_up) + sizes.nbytes(down))
+    return NodeCost(flops, weights + sizes.nbytes(x) + sizes.nbytes(node), weight_bytes=weights)
 
 
-def _collective(node: fx.Node, sizes: _Sizes) -> NodeCost:
-    peers = sizes.layout.size(node.args[-1])
+def _collective(node: fx.Node, sizes: NodeSizes) -> NodeCost:
+    peers = sizes.size(str(node.args[-1]))
     sent = COLLECTIVE_OF[node.target].egress(peers, sizes.nbytes(node.args[0]))
     return NodeCost(wire_bytes=float(sent), is_collective=True)

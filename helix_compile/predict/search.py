@@ -1,0 +1,308 @@
+"""The search: every legal layout and batch, what fits, the Pareto front. All of it predicted.
+
+One step of B sequences at a context, on N ranks, takes t: a user gets 1 / t tokens a second, a GPU makes B / (N t). A replica has N
+ranks, any divisor of the ranks that there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from helix_compile.errors import HelixError, LayoutError
+from helix_compile.predict.accelerators import Accelerator
+from helix_compile.predict.costed import Candidate, CostedModel, Group
+from helix_compile.predict.formats import CacheFormat, WeightFormat, read_factor
+from helix_compile.predict.terms import ATTENTION, MATMUL, Term, seen
+
+PARTS = ("attention", "weights", "other", "exchange", "all_reduce", "fixed")
+TIE = 0.02  # plans this near to each other are equal: the plainer one is taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is asked for.
+
+    Attributes:
+        accelerator: on which; so many of them are `ranks`.
+        context: tokens of each sequence, the new one included.
+        batches: sequences of a step to look at.
+        weights, cache: their formats.
+        tokens_per_s_per_user: the least that a user must get; 0: no matter.
+        pad_heads: may heads and experts be padded?
+    """
+
+    accelerator: Accelerator
+    ranks: int
+    context: int
+    batches: tuple[int, ...]
+    weights: WeightFormat
+    cache: CacheFormat
+    tokens_per_s_per_user: float = 0.0
+    pad_heads: bool = True
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or self.context < 2 or not self.batches or min(self.batches) < 1:
+            raise LayoutError(
+                f"plan: ranks >= 1, context >= 2 and batches >= 1 expected, got {self.ranks}, {self.context}, {self.batches}"
+            )
+
+    @property
+    def replicas(self) -> list[int]:
+        """Ranks that one replica may have."""
+        most = min(self.ranks, self.accelerator.link_ranks)
+        return [n for n in range(1, most + 1) if self.ranks % n == 0]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A layout at a batch, predicted.
+
+    Attributes:
+        step_us: of one step; parts: the same by PARTS.
+        kv_bytes_per_rank: caches of the batch at the context, whole pages.
+        bytes_per_rank: with parameters and buffers.
+        tokens_that_fit: of all sequences together, in the caches of a replica.
+    """
+
+    candidate: Candidate
+    batch: int
+    step_us: float
+    parts: tuple[float, ...]
+    kv_bytes_per_rank: int
+    params_bytes_per_rank: int
+    bytes_per_rank: int
+    tokens_that_fit: int
+    fits: bool
+
+    @property
+    def tokens_per_s_per_user(self) -> float:
+        """One user's."""
+        return 1e6 / self.step_us
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """One GPU's."""
+        return self.batch * 1e6 / (self.step_us * self.candidate.ranks)
+
+    @property
+    def parts_by_name(self) -> dict[str, float]:
+        """Microseconds of each part."""
+        return dict(zip(PARTS, self.parts, strict=True))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a rank.
+
+    Attributes:
+        params: of its parameters.
+        kv: of a token in its caches, on average over ranks.
+        in_cache: of one sequence in its caches, whole pages on the fullest rank.
+        buffer: of the largest activation of a sequence, more or less: what a node moves besides weights and cache.
+    """
+
+    params: int
+    kv: Fraction
+    in_cache: Fraction
+    buffer: float
+
+
+class Search:
+    """Every point of a goal; `model` keeps what it costed, so that another goal on it is quick."""
+
+    def __init__(self, model: CostedModel, goal: Goal):
+        self.model, self.goal = model, goal
+        self._itemsize = model.captured.dtype.itemsize
+        self.read = read_factor(goal.cache, model.sites, self._itemsize)
+        weights = goal.weights.bytes
+        self.weights = float(weights / self._itemsize) if weights is not None else 1.0
+        self._times: dict[Hashable, tuple[float, ...]] = {}
+        self._seen: dict[tuple[tuple[str, int], int], int] = {}
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Every layout of every size of a replica."""
+        for ranks in self.goal.replicas:
+            yield from self.model.choices(ranks, self.goal.pad_heads)
+
+    def points(self, candidates: Iterable[Candidate] | None = None) -> list[Point]:
+        """Of each candidate at each batch, those that do not fit too."""
+        return [p for c in (candidates or self.candidates()) for p in self.of(c)]
+
+    def of(self, candidate: Candidate) -> list[Point]:
+        """One candidate at each batch."""
+        groups, held = self.model.structure(candidate).terms(candidate.layout), self.held(candidate)
+        return [self._point(candidate, batch, groups, held) for batch in self.goal.batches]
+
+    def held(self, candidate: Candidate) -> Held:
+        """What a rank holds whatever the batch, and for each sequence of it."""
+        structure = self.model.structure(candidate)
+        weights, others = structure.params_bytes(candidate.layout)
+        params = int(weights * Fraction(self.weights).limit_denominator(1 << 12) + others)
+        kv = self.kv_bytes(candidate)
+        in_cache = kv * candidate.cp * self.model.slots(candidate.cp, self.goal.context)
+        sizes = (
+            t.moved[1] for g in structure.terms(candidate.layout) for t in g.terms if t.kind in (ATTENTION, MATMUL)
+        )
+        return Held(params, kv, in_cache, max(sizes, default=0.0))
+
+    def kv_bytes(self, candidate: Candidate) -> Fraction:
+        """Bytes of a token in the caches of a rank, on average."""
+        if self.goal.cache.option is None:
+            return self.model.kv_bytes(candidate, "auto") * Fraction(1, 2 * self._itemsize)
+        return self.model.kv_bytes(candidate, self.goal.cache.option)
+
+    @property
+    def room(self) -> int:
+        """Bytes that a rank has for all of it."""
+        return int((self.goal.accelerator.memory_gb - self.goal.accelerator.reserved_gb) * 1e9)
+
+    def _point(self, candidate: Candidate, batch: int, groups: tuple[Group, ...], held: Held) -> Point:
+        parts = [0.0] * len(PARTS)
+        for key, layers, terms in groups:
+            for i, us in enumerate(self._group_us(key, terms, candidate.cp, batch)):
+                parts[i] += layers * us
+        parts[-1] += self.goal.accelerator.fixed_us_per_layer * self.model.layers
+        taken, cached = held.params + int(2 * held.buffer * batch), int(batch * held.in_cache)
+        return Point(
+            candidate,
+            batch,
+            sum(parts),
+            tuple(parts),
+            cached,
+            held.params,
+            taken + cached,
+            max(0, int((self.room - taken) / held.kv)),
+            taken + cached <= self.room,
+        )
+
+    def _group_us(self, key: Hashable, terms: tuple[Term, ...], cp: int, batch: int) -> tuple[float, ...]:
+        known = (key, cp, batch)
+        if known not in self._times:
+            parts = [0.0] * len(PARTS)
+            for term in terms:
+                parts[PARTS.index(part_of(term))] += self.term_us(term, cp, batch)
+            parts[-1] = self.goal.accelerator.launch_us * sum(t.launches for t in terms)
+            self._times[known] = tuple(parts)
+        return self._times[known]
+
+    def term_us(self, term: Term, cp: int, batch: int) -> float:
+        """Microseconds of one term."""
+        machine = self.goal.accelerator
+        if term.is_collective:
+            return machine.collective_us(term.kind, term.peers, term.wire * batch)
+        kind = {ATTENTION: self.goal.cache.peak, MATMUL: self.goal.weights.peak}.get(term.kind, "bf16")
+        local = self.seen(term.reach, cp)
+        return max(
+            term.flops_at(batch, local) / machine.flops_per_us(kind),
+            term.bytes_at(batch, local, self.weights, self.read) / machine.bytes_per_us,
+        )
+
+    def seen(self, reach: tuple[str, int], cp: int) -> int:
+        """Tokens of a sequence that a query sees on the fullest rank."""
+        if (reach, cp) not in self._seen:
+            self._seen[reach, cp] = seen(reach, self.goal.context - 1, cp, self.model.base.tokens_per_block)
+        return self._seen[reach, cp]
+
+
+def part_of(term: Term) -> str:
+    """Which of PARTS it counts for."""
+    if term.is_collective:
+        return "all_reduce" if term.kind == "all_reduce" else "exchange"
+    return {ATTENTION: "attention", MATMUL: "weights"}.get(term.kind, "other")
+
+
+def pareto(points: Iterable[Point]) -> list[Point]:
+    """What fits and nothing else beats in both tokens a second: of a user, and of a GPU. The fastest for a user first."""
+    front: list[Point] = []
+    for point in sorted(
+        points, key=lambda p: (-p.tokens_per_s_per_user, -p.tokens_per_s_per_gpu, plainness(p.candidate))
+    ):
+        if point.fits and (not front or point.tokens_per_s_per_gpu > front[-1].tokens_per_s_per_gpu * (1 + 1e-12)):
+            front.append(point)
+    return front
+
+
+def plainness(candidate: Candidate) -> tuple[object, ...]:
+    """The plainer of two plans comes first: fewer ranks that share a cache, fewer options that are not the default."""
+    return (
+        candidate.cp,
+        candidate.pad_heads,
+        candidate.q_proj != "replicate",
+        candidate.merge != "a2a",
+        candidate.tpa,
+        -candidate.ep,
+        candidate.v_up,
+    )
+
+
+def recommended(points: Iterable[Point], goal: Goal) -> Point | None:
+    """The plan to take: most tokens a second of a GPU among those that give a user enough; without such a wish the largest product of both.
+
+    Plans within 2 % of the best are equal, and of these the plainest is taken.
+    """
+    enough = [p for p in points if p.fits and p.tokens_per_s_per_user >= goal.tokens_per_s_per_user]
+
+    def worth(p: Point) -> float:
+        return p.tokens_per_s_per_gpu * (1.0 if goal.tokens_per_s_per_user else p.tokens_per_s_per_user)
+
+    if not enough:
+        return None
+    best = max(map(worth, enough))
+    near = [p for p in enough if worth(p) >= best * (1 - TIE)]
+    return min(near, key=lambda p: (*plainness(p.candidate), -worth(p)))
+
+
+def best_at(points: Iterable[Point], batch: int, ranks: int, exchanges: bool) -> Point | None:
+    """The fastest that fits at a batch on so many ranks, with cp > 1 or with cp = 1."""
+    own = [
+        p
+        for p in points
+        if p.batch == batch and p.candidate.ranks == ranks and p.fits and (p.candidate.cp > 1) == exchanges
+    ]
+    return min(own, key=lambda p: (p.step_us, plainness(p.candidate)), default=None)
+
+
+def batches_of(text: str) -> tuple[int, ...]:
+    """Of "1..256" powers of two from the first to the last, both included; of "8" or "1,8,64" these.
+
+    Raises:
+        HelixError: anything else.
+    """
+    try:
+        if ".." in text:
+            first, last = (int(part) for part in text.split(".."))
+            powers = [1 << i for i in range(last.bit_length()) if first < 1 << i < last]
+            batches = (first, *powers, last)
+        else:
+            batches = tuple(int(part) for part in text.split(","))
+        if min(batches) < 1 or list(batches) != sorted(batches):
+            raise ValueError
+    except ValueError:
+        raise HelixError(
+            f"--batch {text!r}: expected a number, several with commas, or a range such as 1..256"
+        ) from None
+    return tuple(dict.fromkeys(batches))
+
+
+def count_of(text: str, option: str) -> int:
+    """Of "131072", of "128K" (of 1024) or "1M" (1024 K).
+
+    Raises:
+        HelixError: anything else.
+    """
+    scale = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:].upper(), 1)
+    digits = text if scale == 1 else text[:-1]
+    try:
+        count = Fraction(digits) * scale
+        if count < 1 or count.denominator != 1:
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise HelixError(f"{option} {text!r}: expected tokens, such as 131072, 128K or 1M (of 1024)") from None
+    return int(count)
+
+
+def with_goal(search: Search, **changes: object) -> Search:
+    """The same model under another goal."""
+    return Search(search.model, replace(search.goal, **changes))  # type: ignore[arg-type]
