@@ -46,7 +46,8 @@ def main(folder: Path, format: str = "aoti") -> float:
     from helix_compile.models.presets import build_model, preset_config
 
     torch.manual_seed(0)
-    model = build_model(preset_config("tiny"))
+    config = preset_config("tiny")
+    model = build_model(config)
     compiled = helix_compile(model, cp=RANKS, tokens_per_block=2, max_batch_size=2, max_seq_len=64, world="virtual")
     started = time.perf_counter()
     manifest = compiled.export(folder, format=format)
@@ -56,7 +57,7 @@ def main(folder: Path, format: str = "aoti") -> float:
     for path in sorted(folder.iterdir()):
         print(f"  {path.name:24} {path.stat().st_size:>11,} bytes")
 
-    tokens = torch.randint(0, model.config.vocab_size, (2, sum(STEPS)))
+    tokens = torch.randint(0, config.vocab_size, (2, sum(STEPS)))
     given = folder.with_suffix(".ids")
     save_file({f"{n}": part.contiguous() for n, part in enumerate(tokens.split(STEPS, dim=1))}, given)
     launch = [

@@ -19,7 +19,7 @@ from helix_compile.models.presets import build_model, preset_config
 def test_the_signature_has_every_field_with_its_default_and_type() -> None:
     parameters = dict(inspect.signature(helix_compile).parameters)
     assert list(parameters)[:2] == ["model", "cp"]
-    assert {"model", "world", "device", "dtype", "options", "plan"} == parameters.keys() - OPTIONS.keys()
+    assert {"model", "world", "device", "dtype", "options", "builder", "plan"} == parameters.keys() - OPTIONS.keys()
     for field in fields(HelixOptions):
         required = field.default is MISSING  # beside options= nothing is
         stated = (None, f"{field.type} | None") if required else (field.default, field.type)
