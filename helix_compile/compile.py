@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import CAPTURING, capture
-from helix_compile.capture.source import device_of, device_of_input
-from helix_compile.capture.stage import captured_stage
+from helix_compile.capture.source import captured_from, device_of, device_of_input
+from helix_compile.capture.stage import stage_model
 from helix_compile.config.options import HelixOptions, takes_options
 from helix_compile.errors import CaptureError, PlanError
 from helix_compile.kernels.target import KernelTarget, target_for
@@ -108,7 +108,7 @@ def helix_compile(
                 raise PlanError(
                     f"builder has no effect at lower={options.lower!r}: it makes engines of TensorRT; drop it"
                 )
-            captured = captured_stage(model, options, dtype, asked)
+            captured = captured_from(stage_model(model, options), dtype, asked, options.unmatched)
             planned = plan_model(captured, options)
             if plan is not None:
                 check_planned(plan, planned.plan)

@@ -28,6 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helix_compile.capture.checks import explained
+from helix_compile.capture.experts import experts_as
 from helix_compile.capture.functional import functional
 from helix_compile.capture.returned import returned_by
 from helix_compile.capture.same_values import Exported, as_exported
@@ -265,16 +266,18 @@ def _seen_in_calls(
     return tuple(replace(own, streams_first=i in calls and calls[i].has_streams_first) for i, own in enumerate(form))
 
 
-def _as_they_return(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[tuple[Returned, ...]]:
-    """What the layers return in the model itself; nothing where it can't be run, or where they return hidden states alone."""
-
-    def run(device: torch.device, B: int, T: int, S: int) -> None:
+def step_without_values(model: PreTrainedModel, device: torch.device, B: int, T: int, S: int) -> None:
+    """Run one step, its layers in place, on pasts of zeros of a device whose tensors have no values."""
+    with experts_as(model, "batched_mm"):
         past = torch.zeros(B, 1, S, 1, dtype=model.dtype, device=device)
         cache = ConcatenatingCache(model.config.get_text_config(), None, past)
         Around(model, lambda pasts: cache)(*model_inputs(device, B, T, S), [past])
 
+
+def _as_they_return(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[tuple[Returned, ...]]:
+    """What the layers return in the model itself; nothing where it can't be run, or where they return hidden states alone."""
     try:
-        found = returned_by(model, layers, run)
+        found = returned_by(model, layers, partial(step_without_values, model))
     except Exception:  # the errors so far say why
         return
     if any(form.tensors for form in found):

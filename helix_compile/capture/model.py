@@ -22,6 +22,7 @@ from helix_compile.capture.body import CONSTANTS, capture_body, normalised_modul
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer, results_of, whole_graph
 from helix_compile.capture.checks import check_model, check_surroundings
 from helix_compile.capture.expanded_cache import latents_cached
+from helix_compile.capture.experts import experts_as
 from helix_compile.capture.layers import (
     LAYER_OP,
     RESULT_OP,
@@ -107,22 +108,8 @@ def _captured(model: nn.Module, whole: bool, keep: dict[int, str], unmatched: st
     """Nothing is remembered: what a model computes may hang on things that no key of ours would see."""
     form, now = _capturable_experts(model), getattr(model.config, "_experts_implementation", None)
     eager = "eager" if form and now == "eager" else ""
-    with _experts_as(model, form):
+    with experts_as(model, form):
         return _capture_whole(model) if whole else _capture_layers(model, keep, unmatched == "keep", eager)
-
-
-@contextmanager
-def _experts_as(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
-    """Experts in another form while this is open (None: as they are)."""
-    before = getattr(model.config, "_experts_implementation", None)
-    if before is None or implementation in (None, before):
-        yield
-        return
-    try:
-        model.set_experts_implementation(implementation)
-        yield
-    finally:
-        model.set_experts_implementation(before)
 
 
 def _capturable_experts(model: PreTrainedModel) -> str | None:
@@ -215,7 +202,7 @@ def _capture_layers(model: nn.Module, keep: dict[int, str], keep_failing: bool, 
                 number = by_signature[signature]
                 parts[number].try_with(layer, calls[i], model, bodies[number], notes)
             if not found.leaf and not found.part and eager and _has_own_experts(layer):
-                with _experts_as(model, eager):
+                with experts_as(model, eager):
                     check_eager_experts(layer, calls[i], model.config, bodies[by_signature[signature]])
         except HelixError as error:
             if not keep_failing:
@@ -270,7 +257,7 @@ def _probes(
     notes: list[str],
 ) -> list[Probe | HelixError]:
     """Of each layer what is known before it is captured, or why it can't be; unless these are kept, up to the first of them."""
-    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+    with experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
         try:
             together = run_together(model, layers, dict(calls))
         except CanNotRun:
@@ -382,7 +369,7 @@ def _capture_body(
 def _capture_whole(model: nn.Module) -> CapturedGraph:
     _, layers = find_layers(model)
     _, _, calls, _ = export_around(model, layers)
-    with _experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
+    with experts_as(model, "batched_mm"):  # the fake of grouped_mm takes bf16 only
         probes = [probe_layer(x, calls[i], model.config) for i, x in enumerate(layers)]
     cached = [site for _, sites, _ in probes for site in sites]
     program = export_whole(model, [shape for site in cached for shape in site.shapes(HINT_B, HINT_S)])

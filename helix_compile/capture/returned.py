@@ -52,7 +52,7 @@ def returned_by(
             )
         ]
         try:
-            _run_without_values(model, run, sizes)
+            run_without_values(model, run, sizes)
         finally:
             for handle in handles:
                 handle.remove()
@@ -81,7 +81,8 @@ def _keep(
     kept[index] = out, own
 
 
-def _run_without_values(model: nn.Module, run: Callable[..., None], sizes: tuple[int, int, int]) -> None:
+def run_without_values(model: nn.Module, run: Callable[..., None], sizes: tuple[int, int, int]) -> None:
+    """run(device, B, T, S) of a model whose tensors have no values meanwhile."""
     try:
         with torch.no_grad(), on_meta(model):
             run(torch.device("meta"), *sizes)

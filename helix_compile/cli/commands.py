@@ -336,10 +336,11 @@ def recipe(
         raise HelixError("recipe: nothing is run; leave --world")
     asked = asked_options(ctx)
     check_engine(engine)
-    from helix_compile.capture.stage import captured_stage
+    from helix_compile.capture.source import captured_from
+    from helix_compile.capture.stage import stage_model
     from helix_compile.compile import plan_model
 
-    captured = captured_stage(_model(model, dtype, meta=True), asked)
+    captured = captured_from(stage_model(_model(model, dtype, meta=True), asked), None, unmatched=asked.unmatched)
     print(plan_model(captured, asked).plan.to_engine(engine, model), end="")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,16 @@ from helix_compile import HelixError, HelixOptions, HelixPlan, helix_compile
 from helix_compile.capture.source import captured_from
 from helix_compile.capture.stage import stage_bounds, stage_model
 from helix_compile.compile import plan_model
+from helix_compile.errors import LayoutError
 from helix_compile.models.presets import TINY, build_model, preset_config
-from tests.support.families import fresh_family
+from tests.support.families import FAMILIES, config_of
 
 pytestmark = pytest.mark.fresh_capture  # notes say where a model comes from
+
+
+def without_weights(name: str, **changes: Any) -> torch.nn.Module:
+    module = import_module(f"transformers.models.{name}.modeling_{name}")
+    return build_model(config_of(name, **changes), meta=True, model_class=getattr(module, FAMILIES[name].model))
 
 
 def planned(model: torch.nn.Module, options: HelixOptions) -> HelixPlan:
@@ -66,23 +74,62 @@ def test_a_stage_whose_configuration_lists_layers() -> None:
     assert twin.model.layers[0].self_attn.layer_idx == 0
 
 
-def test_a_stage_of_a_model_in_its_wrapper() -> None:
-    """What a configuration says of layers stands in the text model's."""
-    twin = stage_model(fresh_family("mistral_large4").to("meta"), HelixOptions(cp=2, pp=2, stage=1))
-    assert isinstance(twin, torch.nn.Module)
+SHARES = {
+    "num_hidden_layers": 4,
+    "no_rope_layers": [1, 1, 1, 1],
+    "mlp_layer_types": ["dense"] * 4,
+    "kv_source_layers": [0, 0, 2, 2],  # numbers of layers: in the second stage 0, 0
+    "indexer_types": ["full", "shared", "full", "shared"],
+}
+
+
+def test_a_stage_of_a_text_model_in_its_wrapper_that_names_layers() -> None:
+    twin = stage_model(without_weights("mistral_large4", **SHARES), HelixOptions(cp=2, pp=2, stage=1))
+    assert isinstance(twin, torch.nn.Module) and len(twin.model.language_model.layers) == 2
     text = twin.config.get_text_config()
-    assert len(twin.model.language_model.layers) == text.num_hidden_layers == len(text.no_rope_layers) == 1
+    assert (text.num_hidden_layers, text.kv_source_layers, text.indexer_types) == (2, [0, 0], ["full", "shared"])
+    assert text.kv_sharing_modes == ["store", "reuse"]  # what transformers' cache is made by
 
 
-@pytest.mark.slow
-def test_a_stage_that_begins_at_a_layer_with_an_earlier_ones_choice() -> None:
-    kinds = {"indexer_types": ["full", "shared", "shared", "full"], "mlp_layer_types": ["dense"] * 4}
-    model = fresh_family("glm_moe_dsa", num_hidden_layers=4, **kinds).to("meta")
-    with pytest.raises(
-        HelixError, match=r"pp=2: the layers of stage 1 can't be planned .*share with layers of another stage"
-    ):
-        helix_compile(model, cp=2, pp=2, stage=1, max_seq_len=64)
-    assert sum(len(b.layers) for b in helix_compile(model, cp=2, pp=2, max_seq_len=64).plan.bodies) == 2
+# what a layer only hands on was made before: 2 reads of 0, not of 1
+GLM = {"indexer_types": ["full", "shared", "shared", "full"], "mlp_layer_types": ["sparse"] * 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "pp", "words"),
+    [
+        (
+            "glm_moe_dsa",
+            GLM,
+            4,
+            r"of its layers 1-1 \(of 4\) layer 1 attend\(s\) to what layer 0 of an earlier stage.*layer 0 or 3; pp=1",
+        ),
+        ("glm_moe_dsa", GLM, 3, r"layer 2 attend.*layer 0 of an.*layer 0 or 3; pp=1$"),
+        ("glm_moe_dsa", {}, 4, r"layer 1 attend.*; got a cut before layer 1.*layer 0 or 2; pp=2$"),
+        (
+            "mistral_large4",
+            {**SHARES, "kv_source_layers": [0, 0, 0, 3]},
+            2,
+            r"layer 2 attend.*layer 0 of an.*layer 0; pp=1$",
+        ),
+        ("gemma4", {}, 2, r"embeds every token once more for each of its 4 layers \(hidden_size_per_layer_input=7\)"),
+    ],
+)
+def test_layers_that_read_what_an_earlier_stage_has(name: str, changes: dict, pp: int, words: str) -> None:
+    model = without_weights(name, **changes)
+    with pytest.raises(LayoutError, match=f"(?s){words}"):
+        stage_model(model, HelixOptions(cp=2, pp=pp, stage=1))
+
+
+def test_a_stage_that_reads_of_itself_alone() -> None:
+    """In float32, whose experts don't run on fake tensors as they are; and what a later stage reads is a note."""
+    plan = planned(without_weights("glm_moe_dsa"), HelixOptions(cp=2, pp=2, stage=1))
+    # of two layers the latents with their ropes, of the one that chooses an index key, 4 bytes an element, on two ranks
+    assert plan.kv_bytes_per_token_per_rank == (2 * (20 + 6) + 16) * 4 / 2
+    assert not any("later stages" in note for note in plan.notes)
+    before = stage_model(without_weights("glm_moe_dsa", **GLM), HelixOptions(cp=2, pp=4))
+    (note,) = [n for n in vars(before)["notes_of_release"] if "later" in n]
+    assert note.startswith("layers 1, 2 of later stages read(s) what a layer up to 0 chose or cached")
 
 
 def test_what_is_no_stage() -> None:
