@@ -333,7 +333,7 @@ def rank_model(
         flat: without functions for bodies.
 
     Raises:
-        ExportError: an op without a rule, leaves, caches in FP8, a layer that does not exist.
+        ExportError: an op without a rule, leaves, caches in FP8 or in rings, a layer that does not exist.
     """
     if leaves := leaves_of(lowered):
         names = ", ".join(leaf.name for leaf in leaves)
@@ -343,6 +343,11 @@ def rank_model(
     if (stored := plan.options.cache_dtype) != "auto":
         raise ExportError(
             f"format=onnx: caches in FP8 (cache_dtype={stored!r}) are not exported; compile the model with cache_dtype='auto'"
+        )
+    if plan.rings:
+        raise ExportError(
+            "format=onnx: window='replicate' keeps the last tokens in rings, whose page tables are no inputs of a rank's model; "
+            "compile the model with window='shard'"
         )
     inputs = placeholders(lowered.graph)
     nodes = {input_ref(n).site: n for n in inputs if input_ref(n).kind == "cache"}

@@ -13,6 +13,7 @@ from helix_compile.export.formats import FORMATS
 from helix_compile.export.targets import targets_of
 from tests.export.test_onnx_ranks import compiled_tiny
 from tests.support.gqa_models import fresh_gqa
+from tests.whole.test_windows import windowed
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,11 @@ def test_what_the_plan_itself_stops() -> None:
     with pytest.raises(ExportError, match=r"caches in FP8 \(cache_dtype='fp8_e4m3'\) are not exported") as refused:
         fp8.export("never-written")
     assert stops(fp8)["onnx"] == str(refused.value)
+
+
+def test_rings_are_refused_by_name() -> None:
+    """window="replicate": what a step is given for it is no input of a rank's model."""
+    model = windowed("gemma3", 7)
+    compiled = helix_compile(model, cp=4, tokens_per_block=3, max_batch_size=3, max_seq_len=600, window="replicate")
+    assert stops(compiled)["onnx"].startswith("format=onnx: window='replicate' keeps the last tokens in rings")
+    assert not stops(compiled)["pt2"]
