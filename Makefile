@@ -78,6 +78,7 @@ bench: $(STAMP)
 	$(BIN)/torchrun --nproc-per-node 4 benchmarks/distributed_step.py
 	$(BIN)/python benchmarks/handover.py
 	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/prefill_memory.py --resident 61440
 

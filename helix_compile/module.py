@@ -436,7 +436,9 @@ class HelixModule(nn.Module):
         """What was rewritten, what was not and why, bytes per collective; with `folder`, files too (rank 0 writes them)."""
         runs = list(self.stages.values())[-1]
         replays = replay_facts(self.plan.options, self.device, runs, self.world.host_collectives)
-        inspection = inspect_module(self.plan, self.stages, replays)
+        from helix_compile.export.targets import targets_of  # formats are slow to import
+
+        inspection = inspect_module(self.plan, self.stages, replays, [vars(target) for target in targets_of(self)])
         if folder is not None and self.world.is_leader:
             inspection.write(Path(folder))
         return inspection
@@ -480,6 +482,7 @@ class HelixModule(nn.Module):
         format: str = "onnx",
         layers: Collection[int] | None = None,
         logical: HelixModule | None = None,
+        collectives: str = "helix",
     ) -> dict[str, Any]:
         """Write what each rank runs for other runtimes (docs/exports.md), all files or none; what is there stays.
 
@@ -488,6 +491,7 @@ class HelixModule(nn.Module):
             format: "onnx"; "pt2": programs of torch.export, "aoti": the same compiled by AOTInductor, both for load_exported().
             layers: of these alone; None: all.
             logical: of "onnx", the same model at cp=1: plan.onnx is written too, its step with specs that say how the ranks share it.
+            collectives: of "onnx", whose nodes they are: "helix" (a runtime defines them), "ort-nccl" (onnxruntime's own, where these do).
 
         Returns:
             The manifest.
@@ -497,7 +501,7 @@ class HelixModule(nn.Module):
         """
         from helix_compile.export.formats import export_module  # formats are slow to import
 
-        return export_module(self, Path(folder), format, layers, logical)
+        return export_module(self, Path(folder), format, layers, logical, collectives)
 
     @staticmethod
     def load(

@@ -138,6 +138,10 @@ def export(
         str, typer.Option(help="onnx, pt2 (programs of torch.export) or aoti (the same, compiled)")
     ] = "onnx",
     layers: Annotated[str | None, typer.Option(help="of these layers alone, such as 0,3; default: all")] = None,
+    collectives: Annotated[
+        str,
+        typer.Option(help="of onnx: helix (a runtime defines them) or ort-nccl (onnxruntime's own, where these do)"),
+    ] = "helix",
     cp: Cp = None,
     config: Config = None,
     lenient: Lenient = False,
@@ -146,9 +150,9 @@ def export(
     **options: Any,
 ) -> None:
     """Write what each rank runs for other runtimes; `verify` OUT reads it back. What is in OUT stays."""
-    from helix_compile.export.formats import check_format
+    from helix_compile.export.formats import check_asked
 
-    check_format(format)
+    check_asked(format, collectives)
     check_folder(out)
     chosen = None if layers is None else _numbers(layers)
     if (Path(model) / "plan.json").is_file():  # of save(): everything is decided
@@ -161,7 +165,7 @@ def export(
         logical = None
     else:
         compiled, logical = _compiled_and_logical(ctx, model, dtype, format == "onnx")
-    manifest = compiled.export(out, format, chosen, logical)
+    manifest = compiled.export(out, format, chosen, logical, collectives)
     if as_json:
         print(json.dumps(manifest, indent=1))
         return

@@ -19,20 +19,30 @@ def check_format(format: str) -> None:
         raise ExportError(f"format={format!r} is unknown; one of {', '.join(FORMATS)}")
 
 
+def check_asked(format: str, collectives: str) -> None:
+    """Raise ExportError unless the format can be written, with collectives of this name."""
+    check_format(format)
+    if collectives != "helix":
+        from helix_compile.export.onnx_nccl import check_collectives  # onnx is slow to import
+
+        check_collectives(collectives, format)
+
+
 def export_module(
     compiled: CompiledModule,
     folder: Path,
     format: str,
     layers: Collection[int] | None = None,
     logical: CompiledModule | None = None,
+    collectives: str = "helix",
 ) -> dict[str, Any]:
     """Write `compiled` to `folder`; see HelixModule.export()."""
-    check_format(format)
+    check_asked(format, collectives)
     # what one format needs is slow to import for another
     if format == "onnx":
         from helix_compile.export.onnx_folder import export_onnx
 
-        return export_onnx(compiled, folder, layers, logical)
+        return export_onnx(compiled, folder, layers, logical, collectives)
     if logical is not None:
         raise ExportError(f"format={format!r}: logical= is for plan.onnx, which format='onnx' writes alone; leave it")
     from helix_compile.export.program_folder import export_programs

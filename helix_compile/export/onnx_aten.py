@@ -32,7 +32,7 @@ class Writer(Protocol):
         """The error that says that `node` can't be written, and why."""
 
 
-Rule = Callable[[Writer, fx.Node], Value]
+Rule = Callable[[Any, fx.Node], Value]  # of a Writer; of helix:: ops and collectives, of a CacheWriter
 RULES: dict[Any, Rule] = {}
 
 

@@ -17,11 +17,12 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, ShardingSpecProto, TensorProto, numpy_helper
 
-from helix_compile.export.manifest import EXPORT_ID, Fault, check_files
-from helix_compile.export.onnx_folder import collective_of, described
+from helix_compile.export.manifest import EXPORT_ID, MANIFEST, Fault, check_files
+from helix_compile.export.onnx_folder import described
 from helix_compile.export.onnx_graph import RANK_INPUTS, nodes_in_order
+from helix_compile.export.onnx_nccl import DOMAINS, axis_of, collective_of, is_collective
 from helix_compile.export.onnx_ops import ONNX_NAMES, helix_functions
-from helix_compile.export.onnx_scope import BODIES, COLLECTIVES, HELIX
+from helix_compile.export.onnx_scope import BODIES, HELIX
 from helix_compile.export.onnx_shardings import check_shardings, parts_of, specs_of
 from helix_compile.plan.helix_plan import HelixPlan
 
@@ -138,7 +139,11 @@ def _check_degrees(name: str, model: ModelProto, plan: HelixPlan) -> list[Fault]
 def _check_collectives(name: str, model: ModelProto, manifest: dict[str, Any], plan: HelixPlan) -> list[Fault]:
     """Those of the manifest in their order, and as many of each kind as the plan has."""
     faults = []
-    got = [collective_of(node) for node in nodes_in_order(model) if node.domain == COLLECTIVES]
+    domain = DOMAINS.get(by := manifest.get("collectives_by", "helix"))
+    if domain is None:
+        return [Fault("collectives", MANIFEST, f"they are said to be {by!r}; known are {', '.join(DOMAINS)}")]
+    nodes = [node for node in nodes_in_order(model) if is_collective(node, domain)]
+    got = [collective_of(node, plan.layout.world_size) for node in nodes]
     if got != manifest["collectives"]:
         at = next(
             (i for i, (a, b) in enumerate(zip(got, manifest["collectives"], strict=False)) if a != b),
@@ -154,9 +159,9 @@ def _check_collectives(name: str, model: ModelProto, manifest: dict[str, Any], p
     planned = Counter[tuple[str, str]]()
     for body in plan.bodies:
         for collective in body.collectives:
-            planned[ONNX_NAMES[collective.op], collective.axis] += len(layers & set(body.layers))
+            planned[ONNX_NAMES[collective.op], axis_of(collective.axis, domain)] += len(layers & set(body.layers))
     for collective in plan.outer.collectives:
-        planned[ONNX_NAMES[collective.op], collective.axis] += 1
+        planned[ONNX_NAMES[collective.op], axis_of(collective.axis, domain)] += 1
     # a value that is two in ONNX travels twice: kinds are compared, and counts from below
     counted = Counter((op, axis) for op, axis, *_ in got)
     for kind, count in (+planned).items():

@@ -21,6 +21,7 @@ from helix_compile.export.exportable import check_exportable, without_kernels
 from helix_compile.export.manifest import EXPORT_ID, MANIFEST, VERSION, described_file, facts_of_plan
 from helix_compile.export.onnx_files import ExternalData, with_weights
 from helix_compile.export.onnx_graph import RANK_INPUTS, RankModel, nodes_in_order, rank_model
+from helix_compile.export.onnx_nccl import DOMAINS, NCCL, collective_of, is_collective, map_to_nccl
 from helix_compile.export.onnx_plan import LogicalModel, logical_model
 from helix_compile.export.onnx_scope import COLLECTIVES, HELIX, IR_VERSION, OPSET
 from helix_compile.files import StagedFiles
@@ -32,7 +33,11 @@ PLAN = "plan"  # its files' name, as rank0 is a rank's
 
 
 def export_onnx(
-    compiled: CompiledModule, folder: Path, layers: Collection[int] | None = None, logical: CompiledModule | None = None
+    compiled: CompiledModule,
+    folder: Path,
+    layers: Collection[int] | None = None,
+    logical: CompiledModule | None = None,
+    collectives: str = "helix",
 ) -> dict[str, Any]:
     """Write the ONNX models of all ranks into `folder`, all or nothing; what is there stays. Returns the manifest.
 
@@ -41,6 +46,7 @@ def export_onnx(
         folder: is made, if it is not there.
         layers: of these layers alone; None: all.
         logical: the same model at cp=1, for plan.onnx.
+        collectives: whose nodes they are, a name of DOMAINS in onnx_nccl.py.
 
     Raises:
         ExportError: what has no ONNX, files that would be replaced, ranks that live elsewhere.
@@ -59,13 +65,15 @@ def export_onnx(
     pages = pages_per_sequence(compiled.plan.options, layout.kvp)
     vocab = compiled.facts.vocab_size
     common = rank_model(graph, compiled.plan, compiled.ranks[0].cache, pages, vocab, layers)
+    if collectives == "ort-nccl":
+        map_to_nccl(common.model, layout, compiled.plan.dtype)
     plan = None
     if logical is not None:
         plan = logical_model(compiled, logical, graph, without_kernels(logical), layers)
     identity = hashlib.sha256(common.model.SerializeToString(deterministic=True) + compiled.plan.to_json().encode())
     for model in (common.model, *([plan.common.model] if plan else [])):
         helper.set_model_props(model, {EXPORT_ID: identity.hexdigest()})
-    manifest = _manifest(compiled, common, layers, identity.hexdigest())
+    manifest = _manifest(compiled, common, layers, identity.hexdigest(), collectives)
     with StagedFiles(folder, "export") as files:
         for rank in compiled.ranks:
             coordinates = {name: layout.index(axis, rank.rank) for name, axis in RANK_INPUTS.items()}
@@ -129,10 +137,10 @@ def _described_plan(plan: LogicalModel, digests: dict[str, str]) -> dict[str, An
 
 
 def _manifest(
-    compiled: CompiledModule, common: RankModel, layers: Collection[int] | None, identity: str
+    compiled: CompiledModule, common: RankModel, layers: Collection[int] | None, identity: str, collectives: str
 ) -> dict[str, Any]:
-    plan = compiled.plan
-    collectives = [n for n in nodes_in_order(common.model) if n.domain == COLLECTIVES]
+    plan, ranks = compiled.plan, compiled.plan.layout.world_size
+    exchanges = [n for n in nodes_in_order(common.model) if is_collective(n, DOMAINS[collectives])]
     return {
         "format": "onnx",
         "version": VERSION,
@@ -142,8 +150,9 @@ def _manifest(
         **facts_of_plan(plan, layers),
         "inputs": [described(info) for info in common.model.graph.input],
         "outputs": [described(info) for info in common.model.graph.output],
-        "collectives": [collective_of(node) for node in collectives],
-        "needs": _needs(common.model, plan.dtype, bool(collectives)),
+        "collectives_by": collectives,
+        "collectives": [collective_of(node, ranks) for node in exchanges],
+        "needs": _needs(common.model, plan.dtype, collectives if exchanges else ""),
         "weights": {},
         "files": {},
     }
@@ -156,16 +165,16 @@ def described(info: ValueInfoProto) -> dict[str, Any]:
     return {"name": info.name, "dtype": dtype, "shape": [d.dim_param or d.dim_value for d in tensor.shape.dim]}
 
 
-def collective_of(node: Any) -> list[Any]:
-    """[name, axis, group size, reduction or ""] of a collective's node."""
-    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    reduction = given.get("reduce_op", b"").decode()
-    return [node.op_type, given["axis"].decode(), given["group_size"], reduction]
+_COLLECTIVES_OF = {
+    "": [],
+    "helix": [f"{COLLECTIVES}: the collectives are the runtime's to define; stock ones have none"],
+    "ort-nccl": [f"{NCCL}: collectives of an onnxruntime that was built with NCCL, one rank a card; never run here"],
+}
 
 
-def _needs(model: ModelProto, dtype: str, exchanges: bool) -> list[str]:
+def _needs(model: ModelProto, dtype: str, collectives: str) -> list[str]:
     """What a runtime must bring that the files do not define, and what stock runtimes are known not to run."""
-    found = [f"{COLLECTIVES}: the collectives are the runtime's to define; stock ones have none"] if exchanges else []
+    found = [*_COLLECTIVES_OF[collectives]]
     if dtype == str(torch.bfloat16)[6:]:
         found.append(
             "bfloat16: stock onnxruntime has no CPU kernels for it and onnx's Einsum none at this opset: stored, not run"

@@ -333,12 +333,21 @@ def rank_model(
         flat: without functions for bodies.
 
     Raises:
-        ExportError: an op without a rule, leaves, a layer that does not exist.
+        ExportError: an op without a rule, leaves, caches in FP8 or in rings, a layer that does not exist.
     """
     if leaves := leaves_of(lowered):
         names = ", ".join(leaf.name for leaf in leaves)
         raise ExportError(
             f"format=onnx: {names} stay the user's own modules, whose code is in no graph: not exportable"
+        )
+    if (stored := plan.options.cache_dtype) != "auto":
+        raise ExportError(
+            f"format=onnx: caches in FP8 (cache_dtype={stored!r}) are not exported; compile the model with cache_dtype='auto'"
+        )
+    if plan.rings:
+        raise ExportError(
+            "format=onnx: window='replicate' keeps the last tokens in rings, whose page tables are no inputs of a rank's model; "
+            "compile the model with window='shard'"
         )
     inputs = placeholders(lowered.graph)
     nodes = {input_ref(n).site: n for n in inputs if input_ref(n).kind == "cache"}
@@ -405,8 +414,6 @@ def _step_inputs(pages: int) -> list[ValueInfoProto]:
 
 
 def _cache_info(name: str, cache: Tensor) -> ValueInfoProto:
-    if cache.dtype not in ONNX_DTYPES or not cache.dtype.is_floating_point:
-        raise ExportError(f"format=onnx: {name} is {cache.dtype}; caches in FP8 are not exported: cache_dtype='auto'")
     return helper.make_tensor_value_info(name, ONNX_DTYPES[cache.dtype], list(cache.shape))
 
 

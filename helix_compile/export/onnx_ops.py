@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx.parser
 import torch
@@ -54,7 +54,7 @@ def functions_for(names: set[str]) -> list[FunctionProto]:
     return [function for name, function in helix_functions().items() if name in wanted]
 
 
-class CacheWriter(Writer):
+class CacheWriter(Writer, Protocol):
     """A Writer that knows which name a cache has now."""
 
     def append_to(self, node: fx.Node, name: str) -> None:
@@ -62,10 +62,9 @@ class CacheWriter(Writer):
 
     def group_size(self, axis: str) -> int:
         """Ranks along an axis of the mesh."""
-        raise NotImplementedError
 
 
-def _call(w: Any, node: fx.Node, name: str, *inputs: str, outputs: int = 1, **attributes: int) -> Any:
+def _call(w: CacheWriter, node: fx.Node, name: str, *inputs: str, outputs: int = 1, **attributes: int) -> Any:
     return w.scope.op(name, *inputs, outputs=outputs, domain=HELIX, wanted=node.name, **attributes)
 
 
@@ -73,14 +72,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _no_fp8(w: Any, node: fx.Node) -> None:
+def _no_fp8(w: CacheWriter, node: fx.Node) -> None:
     for name in ("cache_scale", "index_key"):
         if node.kwargs.get(name) is not None:
             raise w.refuse(node, f"{name}: caches in FP8 are not exported to ONNX")
 
 
 @rule(helix.shard_index.default)
-def _shard_index(w: Any, node: fx.Node) -> Value:
+def _shard_index(w: CacheWriter, node: fx.Node) -> Value:
     positions, rank, cp, block = node.args
     result: Value = _call(
         w, node, "shard_index", w.value(positions), w.value(rank), outputs=2, cp=cp, tokens_per_block=block
@@ -89,14 +88,14 @@ def _shard_index(w: Any, node: fx.Node) -> Value:
 
 
 @rule(helix.first_visible.default)
-def _first_visible(w: Any, node: fx.Node) -> Value:
+def _first_visible(w: CacheWriter, node: fx.Node) -> Value:
     positions, rank, cp, block, window, chunk = node.args
     degrees = {"cp": cp, "tokens_per_block": block, "window": window, "chunk": chunk}
     return str(_call(w, node, "first_visible", w.value(positions), w.value(rank), **degrees))
 
 
 @rule(helix.cache_append.default)
-def _cache_append(w: Any, node: fx.Node) -> Value:
+def _cache_append(w: CacheWriter, node: fx.Node) -> Value:
     _no_fp8(w, node)
     cache, *others, latent, k_rope = node.args
     entries = [w.typed(x, dtype_of(cache)) for x in (latent, k_rope)]
@@ -107,7 +106,7 @@ def _cache_append(w: Any, node: fx.Node) -> Value:
     return str(visible)
 
 
-def _first_slot(w: Any, node: fx.Node, visible: str) -> str:
+def _first_slot(w: CacheWriter, node: fx.Node, visible: str) -> str:
     first = node.kwargs.get("first")
     return str(w.scope.op("Sub", visible, visible, wanted="from_the_start") if first is None else w.value(first))
 
@@ -115,7 +114,7 @@ def _first_slot(w: Any, node: fx.Node, visible: str) -> str:
 def _decode(name: str, tensors: int) -> Rule:
     """Attention whose `tensors` first arguments are those of the function, the last of them `visible`; then the scale."""
 
-    def write(w: Any, node: fx.Node) -> Value:
+    def write(w: CacheWriter, node: fx.Node) -> Value:
         _no_fp8(w, node)
         inputs = [w.value(x) for x in node.args[:tensors]]
         wide = _wide(dtype_of(node.args[0]))
@@ -138,7 +137,7 @@ RULES[helix.mla_decode_slots.default] = _decode("mla_decode_slots", 7)
 def _plain(name: str) -> Rule:
     """An op whose arguments are those of the function."""
 
-    def write(w: Any, node: fx.Node) -> Value:
+    def write(w: CacheWriter, node: fx.Node) -> Value:
         return str(_call(w, node, name, *(w.value(x) for x in node.args)))
 
     return write
@@ -149,13 +148,13 @@ for _name in ("embed_rows", "merge_lse", "total_lse", "apply_sinks", "rescale_by
 
 
 @rule(helix.moe_experts.default)
-def _moe_experts(w: Any, node: fx.Node) -> Value:
+def _moe_experts(w: CacheWriter, node: fx.Node) -> Value:
     accumulate = ONNX_DTYPES[_wide(dtype_of(node.args[0]))]
     return str(_call(w, node, "moe_experts", *(w.value(x) for x in node.args), accumulate=accumulate))
 
 
 @rule(helix.pack_heads.default)
-def _pack_heads(w: Any, node: fx.Node) -> Value:
+def _pack_heads(w: CacheWriter, node: fx.Node) -> Value:
     """One buffer; of two dtypes two, since ONNX has no bytes of a tensor."""
     o, lse, peers = node.args
     if dtype_of(o) == dtype_of(lse):
@@ -164,7 +163,7 @@ def _pack_heads(w: Any, node: fx.Node) -> Value:
 
 
 @rule(helix.unpack_heads.default)
-def _unpack_heads(w: Any, node: fx.Node) -> Value:
+def _unpack_heads(w: CacheWriter, node: fx.Node) -> Value:
     buffer, o, lse = (w.value(x) for x in node.args)
     if isinstance(buffer, Two):
         parts = ((buffer.second, o), (buffer.first, lse))
@@ -177,20 +176,20 @@ def _unpack_heads(w: Any, node: fx.Node) -> Value:
 
 
 @rule(helix.topk_candidates.default)
-def _topk_candidates(w: Any, node: fx.Node) -> Value:
+def _topk_candidates(w: CacheWriter, node: fx.Node) -> Value:
     scores, visible, rank, top_k, cp, block = node.args
     inputs = (w.value(x) for x in (scores, visible, rank))
     return Two(*_call(w, node, "topk_candidates", *inputs, outputs=2, top_k=top_k, cp=cp, tokens_per_block=block))
 
 
 @rule(helix.kth_candidate.default)
-def _kth_candidate(w: Any, node: fx.Node) -> Value:
+def _kth_candidate(w: CacheWriter, node: fx.Node) -> Value:
     candidates = _two(w, node)
     result: Value = _call(w, node, "kth_candidate", candidates.first, candidates.second, outputs=2, top_k=node.args[1])
     return result
 
 
-def _two(w: Any, node: fx.Node) -> Two:
+def _two(w: CacheWriter, node: fx.Node) -> Two:
     value = w.value(node.args[0])
     if not isinstance(value, Two):
         raise w.refuse(node, "its argument does not come from topk_candidates")
@@ -198,7 +197,7 @@ def _two(w: Any, node: fx.Node) -> Two:
 
 
 @rule(helix.rows_for_owners.default)
-def _rows_for_owners(w: Any, node: fx.Node) -> Value:
+def _rows_for_owners(w: CacheWriter, node: fx.Node) -> Value:
     candidates = _two(w, node)
     wide = torch.float64 if dtype_of(node.args[0]) is torch.int64 else torch.float32
     none = w.scope.constant(-torch.inf, wide), w.scope.constant(NOWHERE, torch.int64)
@@ -207,18 +206,18 @@ def _rows_for_owners(w: Any, node: fx.Node) -> Value:
 
 
 @rule(helix.pack_kth.default)
-def _pack_kth(w: Any, node: fx.Node) -> Value:
+def _pack_kth(w: CacheWriter, node: fx.Node) -> Value:
     return Two(*(w.value(x) for x in node.args))
 
 
 @rule(helix.unpack_kth.default)
-def _unpack_kth(w: Any, node: fx.Node) -> Value:
+def _unpack_kth(w: CacheWriter, node: fx.Node) -> Value:
     found, visible = _two(w, node), w.value(node.args[1])
     return tuple(_call(w, node, "rows_of_owners", x, visible) for x in (found.first, found.second))
 
 
 @rule(helix.select_slots.default)
-def _select_slots(w: Any, node: fx.Node) -> Value:
+def _select_slots(w: CacheWriter, node: fx.Node) -> Value:
     *tensors, top_k, cp, block = node.args
     inputs = (w.value(x) for x in tensors)
     result: Value = _call(w, node, "select_slots", *inputs, outputs=2, top_k=top_k, cp=cp, tokens_per_block=block)
@@ -228,7 +227,7 @@ def _select_slots(w: Any, node: fx.Node) -> Value:
 # collectives
 
 
-def _collective(w: Any, node: fx.Node, axis: str, name: str, **attributes: str) -> Value:
+def _collective(w: CacheWriter, node: fx.Node, axis: str, name: str, **attributes: Any) -> Value:
     """One node; of a value that is two, two."""
     name, size = ONNX_NAMES[name], w.group_size(axis)
 
@@ -240,24 +239,24 @@ def _collective(w: Any, node: fx.Node, axis: str, name: str, **attributes: str) 
 
 
 @rule(ALL_REDUCE.target)
-def _all_reduce(w: Any, node: fx.Node) -> Value:
+def _all_reduce(w: CacheWriter, node: fx.Node) -> Value:
     _, op, axis = node.args
     return _collective(w, node, axis, ALL_REDUCE.name, reduce_op=op)
 
 
 @rule(REDUCE_SCATTER.target)
-def _reduce_scatter(w: Any, node: fx.Node) -> Value:
+def _reduce_scatter(w: CacheWriter, node: fx.Node) -> Value:
     _, op, _, axis = node.args
     return _collective(w, node, axis, REDUCE_SCATTER.name, reduce_op=op)
 
 
 @rule(ALL_GATHER.target)
-def _all_gather(w: Any, node: fx.Node) -> Value:
+def _all_gather(w: CacheWriter, node: fx.Node) -> Value:
     return _collective(w, node, node.args[2], ALL_GATHER.name)
 
 
 @rule(ALL_TO_ALL.target)
-def _all_to_all(w: Any, node: fx.Node) -> Value:
+def _all_to_all(w: CacheWriter, node: fx.Node) -> Value:
     _, received, sent, axis = node.args
     if len({*received, *sent}) != 1:
         raise w.refuse(node, f"its parts differ in size: {received}, {sent}")
@@ -265,7 +264,7 @@ def _all_to_all(w: Any, node: fx.Node) -> Value:
 
 
 @rule(WAIT)
-def _wait(w: Any, node: fx.Node) -> Value:
+def _wait(w: CacheWriter, node: fx.Node) -> Value:
     """ONNX has no values that are not there yet."""
     value: Value = w.value(argument(node, 0, "tensor"))
     return value

@@ -60,10 +60,7 @@ def export_programs(
         LoweringUnavailable: format aoti without a C++ compiler.
         HelixError: the disk refuses.
     """
-    check_exportable(compiled)
-    _check_module(compiled, format)
-    if format == "aoti":
-        check_native(compiled.device)
+    check_programs_of(compiled, format)
     if folder.exists() and (there := sorted(path.name for path in folder.iterdir())):
         raise ExportError(
             f"export: {folder} holds {', '.join(there[:5])}{', ...' if len(there) > 5 else ''}; choose a folder of its own"
@@ -104,7 +101,9 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _check_module(compiled: CompiledModule, format: str) -> None:
+def check_programs_of(compiled: CompiledModule, format: str) -> None:
+    """Raise ExportError or LoweringUnavailable where a module has no programs of this format."""
+    check_exportable(compiled)
     if compiled.plan.leaves:
         raise ExportError(
             f"format={format!r}: {', '.join(name for name, _ in compiled.plan.leaves)} stay the user's own modules, whose code is "
@@ -115,6 +114,8 @@ def _check_module(compiled: CompiledModule, format: str) -> None:
             f"format={format!r}: programs are made of a module on the CPU, this one is on {compiled.device}: "
             "helix_compile(model, ..., device='cpu').export(...)"
         )
+    if format == "aoti":
+        check_native(compiled.device)
 
 
 def _with_layers(lowered: fx.GraphModule, plan: HelixPlan, layers: Collection[int] | None) -> fx.GraphModule:

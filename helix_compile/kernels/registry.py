@@ -253,6 +253,11 @@ def registered_kernels() -> list[Kernel]:
     return list(_KERNELS.values())
 
 
+def has_cpp(op: str) -> bool:
+    """Is there C++ for an op (of some dtypes)?"""
+    return op in _CPP_KERNELS
+
+
 def select_kernel(site: Site, target: KernelTarget) -> Choice:
     """The kernel of a site on a target, or the reason why its torch reference runs."""
     of_cpu = target.arch == CPP

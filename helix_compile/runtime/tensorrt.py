@@ -37,7 +37,7 @@ from helix_compile.runtime.watch import state_of
 from helix_compile.worlds.program import SegmentCall
 
 _INSTALL = "pip install 'helix-compile[tensorrt]' on a machine with an NVIDIA card"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # of torch_tensorrt.dynamo.compile, which swallows what it does not know; scripts/tensorrt_dryrun.py holds them against a wheel
 COMPILE_KEYWORDS: Mapping[str, Any] = {
     "require_full_compilation": True,  # else what has no converter would run in torch
@@ -162,7 +162,7 @@ class TorchTensorRT:
         Raises:
             LoweringError: it refuses.
         """
-        if wrong := [f"{i.name}: {i.dtype}" for i in inputs if i.dtype not in _DTYPES]:
+        if wrong := [f"{i.name}: {i.dtype}" for i in inputs if i.dtype not in DTYPES]:
             raise LoweringError(
                 f"{where}: TensorRT computes in float32, float16 and bfloat16, got {', '.join(wrong)}; "
                 "compile with dtype=torch.float32, or use lower='inductor'"

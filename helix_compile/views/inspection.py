@@ -120,11 +120,14 @@ class Inspection:
         return files
 
 
-def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule], replays: dict[str, Any]) -> Inspection:
+def inspect_module(
+    plan: HelixPlan, stages: dict[str, fx.GraphModule], replays: dict[str, Any], targets: list[dict[str, str]]
+) -> Inspection:
     """Collect the facts of a plan and its stages.
 
     Args:
         replays: see runtime/replays.py, replay_facts().
+        targets: see export/targets.py, targets_of(); plain.
     """
     first, last = next(iter(stages.values())), list(uncut(stages).values())[-1]
     facts = {
@@ -160,6 +163,7 @@ def inspect_module(plan: HelixPlan, stages: dict[str, fx.GraphModule], replays: 
         "kernels": _kernel_facts(plan, last),
         "engines": piece_facts(stages[SEGMENTS]) if plan.options.builds_engines else [],
         "cuda_graphs": replays,
+        "targets": targets,
         "notes": list(plan.notes),
     }
     return Inspection(plan, stages, facts)
@@ -298,6 +302,10 @@ def format_report(facts: dict[str, Any]) -> str:
     if graphs["apart"]:
         apart = ((x["node"], x["why"]) for x in graphs["apart"])
         console.print(_two_columns("called between CUDA graphs", "why", apart))
+    goes = ", ".join(t["name"] for t in facts["targets"] if not t["stops"])
+    console.print(f"can go to: {goes}", markup=False, soft_wrap=True)
+    if stopped := [(f"not to {t['name']}", t["stops"]) for t in facts["targets"] if t["stops"]]:
+        console.print(_two_columns("target", "what stops it", stopped))
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined] # StringIO

@@ -20,15 +20,19 @@ from torch.export import ExportedProgram
 
 from helix_compile import (
     HelixModule,
+    HelixOptions,
     LoweringError,
     LoweringUnavailable,
     PlanError,
     RuntimeFault,
+    capture,
     helix_compile,
     verify,
 )
-from helix_compile.ir.graph import helix_op, placeholders
-from helix_compile.ir.stage import bodies_of
+from helix_compile.compile import plan_model, rewrite_model
+from helix_compile.ir.graph import aten, helix_op, placeholders
+from helix_compile.ir.stage import bodies_of, nodes_of
+from helix_compile.kernels.target import offline_target
 from helix_compile.passes.lower.pieces import pieces, pieces_of
 from helix_compile.predict.schedule import is_convex
 from helix_compile.runtime import tensorrt
@@ -129,6 +133,16 @@ def test_pieces_are_convex_and_hold_floats_of_b_and_t(case: str) -> None:
             assert all(n.meta["val"].dtype == torch.float32 for n in placeholders(graph.graph))
             found += 1
     assert found >= 3
+
+
+def test_pieces_beside_the_kernels_of_a_card() -> None:
+    """As on an H100, where "tensorrt" leaves the rest to Triton: fused kernels are in no piece, and what they left is."""
+    planned = plan_model(capture(tiny_model("short", torch.float32)), HelixOptions(cp=4, lower="tensorrt", **CAPACITY))
+    stages = rewrite_model(planned, offline_target("sm_90"))
+    kernels = {n.name for n in nodes_of(stages["lowered"]) if str(n.target).startswith("helix_triton.")}
+    inside = [n for _, g in pieces(stages["segments"]) for n in g.graph.nodes if n.op == "call_function"]
+    assert len(kernels) >= 4 and not [n for n in inside if str(n.target).startswith(("helix", "_c10d"))]
+    assert sum(n.target is aten.linear.default for n in inside) >= 8
 
 
 def test_a_region_that_is_not_convex_is_told(engines: Any) -> None:
