@@ -16,7 +16,7 @@ from helix_compile.predict.search import Point
 LAYOUT = ("cp", "tpa", "ep", "tpf")
 
 
-def format_plan(planned: Planned, width: int = 118) -> str:
+def format_plan(planned: Planned, width: int = 132) -> str:
     """The facts of a plan as text. Every time and rate in it is predicted; the word stands in each title."""
     facts, console = planned.facts, Console(file=StringIO(), width=width, highlight=False, no_color=True)
 
