@@ -77,6 +77,7 @@ def gains(model: CostedModel, **fixed: Any) -> Gains:
         ranks=64,
         context=1_000_000,
         batches=batches_of("1..1024"),
+        fewer_ranks=True,
         weights=weight_format("fp4"),
         cache=cache_format("fp4"),
     )

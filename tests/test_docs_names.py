@@ -21,6 +21,7 @@ DEEP_BUT_PUBLIC = (
     "helix_compile.kernels.catalog",
     "helix_compile.backend",
     "helix_compile.predict.schedule",
+    "helix_compile.predict.roofline",
     "helix_compile.verifier.numeric.reference",
 )
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(help="as of inspect; weights are not read")],
-    ranks: Annotated[int, typer.Option(help="accelerators that there are; a replica takes all of them, or a divisor")],
+    ranks: Annotated[
+        int, typer.Option(help="accelerators; one replica takes all of them, as far as their link reaches")
+    ],
     context: Annotated[str, typer.Option(help="tokens of a sequence: 131072, 128K, 1M (of 1024)")],
     gpu: Annotated[str, typer.Option(help="h100 | h200 | b200 | gb200 | b300 | gb300 | gb200-paper")] = "gb200",
     batch: Annotated[str, typer.Option(help="sequences of a step: 8, 1,8,64, or 1..256 for powers of two")] = "1..256",
@@ -33,6 +35,9 @@ def plan(
     pad_heads: Annotated[
         bool, typer.Option(help="may heads and experts that do not divide be padded with zeros?")
     ] = True,
+    fewer_ranks: Annotated[
+        bool, typer.Option("--fewer-ranks", help="look at several replicas of fewer ranks too, divisors of --ranks")
+    ] = False,
     config: Config = None,
     lenient: Lenient = False,
     dtype: Annotated[str | None, typer.Option(help="of the model: bfloat16 (default), float16, float32")] = None,
@@ -67,6 +72,7 @@ def plan(
         cache=cache_format(kv_dtype or stated.get("cache_dtype", "auto")),
         tokens_per_s_per_user=min_tokens_per_s,
         pad_heads=pad_heads,
+        fewer_ranks=fewer_ranks,
     )
     costed = _costed(model, dtype, stated, goal.context, max(goal.batches))
     calibration = calibrated(calibrate, costed, goal) if calibrate is not None else None

@@ -218,7 +218,7 @@ class Planned:
             f"cache: {goal.cache.meaning}; what ranks exchange is in the model's dtype, lse in float32",
             f"{goal.context:,} tokens in each sequence, one new token each; rank 0, which holds the most, sets the pace; blocks of "
             f"{base.tokens_per_block} tokens go round",
-            "a replica's ranks divide the ranks that there are; replicas share nothing; no pipeline stages, no data-parallel attention",
+            f"replicas of {' or '.join(map(str, goal.replicas))} ranks, which share nothing; no pipeline stages, no data-parallel attention",
             "memory of a rank: parameters, caches of the whole batch in pages of 128, twice the largest activation",
         ]
         if self.goal.replicas[-1] < self.goal.ranks:

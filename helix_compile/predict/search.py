@@ -1,7 +1,7 @@
 """The search: every legal layout and batch, what fits, the Pareto front. All of it predicted.
 
-One step of B sequences at a context, on N ranks, takes t: a user gets 1 / t tokens a second, a GPU makes B / (N t). A replica has N
-ranks, any divisor of the ranks that there are.
+One step of B sequences at a context, on N ranks, takes t: a user gets 1 / t tokens a second, a GPU makes B / (N t). A replica has all
+ranks that there are, or a divisor of them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Goal:
         weights, cache: their formats.
         tokens_per_s_per_user: the least that a user must get; 0: no matter.
         pad_heads: may heads and experts be padded?
+        fewer_ranks: look at replicas of fewer ranks too.
     """
 
     accelerator: Accelerator
@@ -41,6 +42,7 @@ class Goal:
     cache: CacheFormat
     tokens_per_s_per_user: float = 0.0
     pad_heads: bool = True
+    fewer_ranks: bool = False
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.context < 2 or not self.batches or min(self.batches) < 1:
@@ -50,9 +52,10 @@ class Goal:
 
     @property
     def replicas(self) -> list[int]:
-        """Ranks that one replica may have."""
+        """Ranks that one replica may have: all that there are, as far as the link joins them; with fewer_ranks their divisors too."""
         most = min(self.ranks, self.accelerator.link_ranks)
-        return [n for n in range(1, most + 1) if self.ranks % n == 0]
+        divisors = [n for n in range(1, most + 1) if self.ranks % n == 0]
+        return divisors if self.fewer_ranks else divisors[-1:]
 
 
 @dataclass(frozen=True)

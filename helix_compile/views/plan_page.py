@@ -53,10 +53,9 @@ def format_plan_page(planned: Planned) -> str:
 def _controls(planned: Planned) -> str:
     goal = planned.goal
     options = "".join(
-        f"<option value='{name}'{' selected' * (name == goal.cache.name)}>{escape(CACHES[name].meaning)}</option>"
+        f"<option value='{name}' title='{escape(CACHES[name].meaning)}'{' selected' * (name == goal.cache.name)}>{name}</option>"
         for name in _caches(planned)
     )
-    batches = "".join(f"<option value='{b}'>" for b in goal.batches)
     return (
         "<section id='controls'>"
         "<label>context, tokens <output id='context-is'></output>"
@@ -67,7 +66,7 @@ def _controls(planned: Planned) -> str:
         f"<input id='link' type='range' min='3' max='11' step='0.25' data-exact='{goal.accelerator.link_gb_s}'></label>"
         f"<label>cache<select id='cache'>{options}</select></label>"
         "<button type='button' id='reset'>as asked</button>"
-        f"<datalist id='batches-known'>{batches}</datalist></section>"
+        "</section>"
     )
 
 

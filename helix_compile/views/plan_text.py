@@ -16,7 +16,7 @@ from helix_compile.predict.search import Point
 LAYOUT = ("cp", "tpa", "ep", "tpf")
 
 
-def format_plan(planned: Planned, width: int = 118) -> str:
+def format_plan(planned: Planned, width: int = 132) -> str:
     """The facts of a plan as text. Every time and rate in it is predicted; the word stands in each title."""
     facts, console = planned.facts, Console(file=StringIO(), width=width, highlight=False, no_color=True)
 
@@ -65,17 +65,23 @@ def _named(row: dict[str, Any]) -> str:
 
 def _front(planned: Planned) -> Table:
     rows = (_front_row(p, bool(planned.outside(p))) for p in planned.front)
-    heads = (*LAYOUT, "batch", "exchange", "tokens/s/user", "tokens/s/GPU", "KV GB/rank", "GB/rank", "tokens that fit")
+    heads = (
+        *LAYOUT,
+        "batch",
+        "merge, q_proj, v_up",
+        "tokens/s/user",
+        "tokens/s/GPU",
+        "KV GB/rank",
+        "GB/rank",
+        "tokens that fit",
+    )
     return _table("Pareto front (predicted)", heads, rows, numeric=(0, 1, 2, 3, 4, 6, 7, 8, 9, 10))
 
 
 def _front_row(point: Point, beyond: bool) -> tuple[str, ...]:
     own = point.candidate
-    exchange = (
-        "-"
-        if own.cp == 1
-        else " ".join([own.merge, f"q {own.q_proj}", *([f"W_UV {own.v_up}"] if own.v_up != "auto" else [])])
-    )
+    how = (own.merge, own.q_proj, *((own.v_up,) if own.v_up != "auto" else ()))
+    exchange = "-" if own.cp == 1 else ", ".join(how)
     return (
         *(str(getattr(own, name)) for name in LAYOUT),
         str(point.batch),

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from helix_compile import helix_compile
+from helix_compile.ir.graph import is_param, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.predict.costed import Candidate, CostedModel
 from helix_compile.predict.costs import Workload, predict_costs
+from helix_compile.predict.scaling import is_weight
 from helix_compile.predict.terms import seen
+from tests.support.families import fresh_family
 from tests.support.planned import CONTEXT, costed, tiny_costed
 
 BATCH = 12  # a multiple of each cp below, so that no rank's share of the tokens is rounded
@@ -49,8 +52,10 @@ def of_graph(compiled: Any) -> Sums:
     parts = [(len(b.layers), body_of(compiled.graph, b.name).graph, True) for b in plan.bodies]
     for layers, graph, formats in [*parts, (1, compiled.graph.graph, False)]:
         costs = predict_costs(graph, Workload(BATCH, 1, CONTEXT - 1), plan.layout, plan.options.tokens_per_block)
-        for cost in costs.values():
-            weights = cost.weight_bytes if formats else 0.0
+        # what does something else with its weight too, as a cast of them, keeps it as it is
+        kept = {u.name for n in placeholders(graph) if is_param(n) and not is_weight(n) for u in n.users}
+        for name, cost in costs.items():
+            weights = cost.weight_bytes if formats and name not in kept else 0.0
             own = (cost.flops, cost.hbm_bytes, weights, cost.cache_bytes, cost.wire_bytes)
             found = [a + layers * b for a, b in zip(found, own, strict=True)]
     return tuple(found)  # type: ignore[return-value]
@@ -105,3 +110,21 @@ def test_grouped_attention(heads: tuple[int, int]) -> None:
         model = costed(LlamaForCausalLM(config).eval(), head="shard")
     for candidate in drawn(model, 12):
         check(model, candidate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "variant", "kinds"),
+    [("deepseek_v32", "", {"all", "top"}), ("mistral", "window", {"window"}), ("llama4", "dense", {"all", "chunk"})],
+    ids=["deepseek_v32", "mistral", "llama4"],
+)
+def test_sparse_and_windowed_attention(name: str, variant: str, kinds: set[str]) -> None:
+    """What an indexer chooses, what a window and what a chunk lets a query see."""
+    options = {"topk_exchange": "gather"} if name == "deepseek_v32" else {}
+    model = costed(fresh_family(name, variant, dtype=torch.bfloat16).to("meta"), **options)
+    every = [c for n in (1, 2, 4, 6) for c in model.choices(n)]
+    layouts = random.Random(1).sample(every, min(6, len(every)))
+    for candidate in layouts:
+        check(model, candidate)
+    terms = [t for c in layouts for g in model.structure(c).terms(c.layout) for t in g.terms if t.kind == "attention"]
+    assert {t.reach[0] for t in terms} == kinds

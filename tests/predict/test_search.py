@@ -134,6 +134,13 @@ def test_ties_go_to_the_plainer() -> None:
     assert best is not None and best.candidate.cp == 1
 
 
+def test_replicas() -> None:
+    assert goal(ranks=12).replicas == [1, 2, 3, 4, 6, 12] and goal(ranks=12, fewer_ranks=False).replicas == [12]
+    short = goal(ranks=12, fewer_ranks=False, accelerator=machine(link_ranks=8))
+    assert short.replicas == [6]  # the most that the link joins and that divides
+    assert any("the link joins 8 ranks" in line for line in Planned(tiny_costed(), short).assumptions)
+
+
 def test_arguments() -> None:
     assert batches_of("1..256") == (1, 2, 4, 8, 16, 32, 64, 128, 256) and batches_of("3..10") == (3, 4, 8, 10)
     assert batches_of("8") == (8,) and batches_of("1,8,64") == (1, 8, 64)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.planner import CROSSOVERS, Gains, deepseek, gains, llama
+from helix_compile.cli.commands import main
 from helix_compile.predict.costed import CostedModel
 
 pytestmark = pytest.mark.slow
@@ -35,3 +38,14 @@ DISAGREE = {("vLLM #50055", "TP8 to DCP8, 120K, c=1")}
 def test_sides_of_the_reported_crossovers(r1: CostedModel) -> None:
     wrong = {(c.source, c.setup) for c in CROSSOVERS if c.predicted(r1) != c.reported}
     assert wrong == DISAGREE  # docs/planner.md says why
+
+
+def test_the_documented_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs/planner.md").read_text()
+    command, shown = text.split("```\n")[1].strip(), text.split("```text\n")[1].split("```")[0]
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in shown.splitlines() if line not in said] == []

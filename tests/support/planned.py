@@ -34,7 +34,7 @@ def tiny_costed() -> CostedModel:
 
 def goal(**changes: Any) -> Goal:
     """Eight GB200 and long sequences, or what is asked for."""
-    own = {"accelerator": PRESETS["gb200"], "ranks": 8, "context": CONTEXT, "batches": (1, 8, 64)}
+    own = {"accelerator": PRESETS["gb200"], "ranks": 8, "context": CONTEXT, "batches": (1, 8, 64), "fewer_ranks": True}
     formats = {"weights": weight_format("auto"), "cache": cache_format("auto")}
     return Goal(**{**own, **formats, **changes})
 
