@@ -96,13 +96,14 @@ def program_of(segment: fx.GraphModule, name: str) -> ExportedProgram:
             with torch.no_grad():
                 traced = make_fx(segment, decomposition_table=references(), tracing_mode="symbolic")(*fakes)
             check_sizes(sizes.environment, name)
+            return _exported(_named(traced, [node.name for node in inputs], name))
+        except ExportError:
+            raise
         except LoweringError as error:
             raise ExportError(str(error)) from error
         except Exception as error:  # torch's own classes are many
             first = str(error).strip().split("\n")[0]
             raise ExportError(f"export: program {name}: it can't be traced: {type(error).__name__}: {first}") from error
-        graph = _named(traced, [node.name for node in inputs], name)
-        return _exported(graph)
 
 
 def _fakes(inputs: Sequence[fx.Node], sizes: FreshSizes) -> list[Tensor]:

@@ -250,6 +250,12 @@ def test_what_can_not_be_exported_is_refused(exported: Path, tmp_path: Path) -> 
         compiled.export(exported, format="pt2")
     with pytest.raises(ExportError, match=r"--layers \[9\]: the model has layers 0 to 1"):
         compiled.export(tmp_path / "out", format="pt2", layers=[9])
+    edited = compiled_short()
+    edited.graph.get_submodule("body_0").graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)[
+        -1
+    ].target = max
+    with pytest.raises(ExportError, match="target <built-in function max> can't be saved"):
+        edited.export(tmp_path / "out", format="pt2")
     with pytest.raises(ExportError, match=r"logical= is for plan\.onnx"):
         compiled.export(tmp_path / "out", format="pt2", logical=compiled)
     assert not (tmp_path / "out").exists()
