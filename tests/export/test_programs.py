@@ -90,6 +90,26 @@ def test_no_program_knows_ranks_and_none_needs_helix_compile(exported: Path) -> 
     assert "torch.ops.aten" in run.stdout and "helix" not in run.stdout and "_c10d_functional" not in run.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {}),
+        (torch.float16, {"merge": "ag_rs"}),
+        (torch.float32, {"cache_dtype": "fp8_e4m3", "cache_scale": 0.02}),
+    ],
+)
+def test_other_dtypes_are_bit_for_bit_what_was_exported(dtype: torch.dtype, options: Any, tmp_path: Path) -> None:
+    sizes = {"cp": 4, "tokens_per_block": 4, "max_batch_size": 4, "max_seq_len": 64}
+    compiled = helix_compile(tiny_model("short", dtype), **sizes, **options)
+    compiled.export(tmp_path / "out", format="pt2")
+    assert check_export(tmp_path / "out") == []
+    module = load_exported(tmp_path / "out")
+    for tokens in (5, 1, 3):
+        ids = torch.randint(0, 97, (4, tokens))
+        assert torch.equal(module(ids), compiled(ids))
+
+
 def test_a_native_program_takes_any_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norm and head, compiled: what AOTInductor checks of inputs holds for B = 1 and T = 1 too."""
     monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
