@@ -38,6 +38,7 @@ from helix_compile.ir.stage import graphs_of
 from helix_compile.passes.lower.segments import is_boundary, segments_of
 from helix_compile.runtime.inductor import WRITTEN_OUT, check_inductor, check_sizes, references, segment_key
 
+_TORCHS = ("aten", "prims")
 _LEDGER = {"cp", "tokens_per_block"}  # arguments of an op that knows the round robin of tokens
 # as Inductor's own code for segments: rounded where the ops alone would round, on as many threads as torch has when it runs. Symbols
 # begin at 2 while it is made, and what is made computes 1 too: AOTI_RUNTIME_CHECK_INPUTS is not to ask for 2
@@ -96,13 +97,14 @@ def program_of(segment: fx.GraphModule, name: str) -> ExportedProgram:
             with torch.no_grad():
                 traced = make_fx(segment, decomposition_table=references(), tracing_mode="symbolic")(*fakes)
             check_sizes(sizes.environment, name)
+            return _exported(_named(traced, [node.name for node in inputs], name))
+        except ExportError:
+            raise
         except LoweringError as error:
-            raise ExportError(str(error)) from error
+            raise ExportError(f"export: program {name} would not hold for all sizes: {error}") from error
         except Exception as error:  # torch's own classes are many
             first = str(error).strip().split("\n")[0]
             raise ExportError(f"export: program {name}: it can't be traced: {type(error).__name__}: {first}") from error
-        graph = _named(traced, [node.name for node in inputs], name)
-        return _exported(graph)
 
 
 def _fakes(inputs: Sequence[fx.Node], sizes: FreshSizes) -> list[Tensor]:
@@ -153,6 +155,11 @@ def _named(traced: fx.GraphModule, names: Sequence[str], program: str) -> fx.Gra
             graph.output(tuple(new[n] for n in outputs))
         elif node.op == "get_attr":
             raise ExportError(f"export: program {program}: `{node.name}` is a tensor that the graph itself holds")
+        elif (library := getattr(node.target, "namespace", "aten")) not in _TORCHS:
+            raise ExportError(
+                f"export: program {program}: {node.target} is an op of {library}, which who runs the program would need too; write it out "
+                "in torch's own ops"
+            )
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
         if node in new:

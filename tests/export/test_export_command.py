@@ -114,6 +114,7 @@ def test_a_layer_that_is_not_there_and_leaves_are_refused(tmp_path: Path) -> Non
 
 def test_kernels_of_this_machine_are_refused_with_what_works(tmp_path: Path) -> None:
     compiled = compiled_tiny(lower="cpp")
-    with pytest.raises(ExportError, match=r"helix_cpp.mla_decode.*compile the model with lower='reference'"):
-        compiled.export(tmp_path / "out")
+    for format in ("onnx", "pt2", "aoti"):
+        with pytest.raises(ExportError, match=r"helix_cpp.mla_decode.*compile the model with lower='reference'"):
+            compiled.export(tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()

@@ -90,6 +90,26 @@ def test_no_program_knows_ranks_and_none_needs_helix_compile(exported: Path) -> 
     assert "torch.ops.aten" in run.stdout and "helix" not in run.stdout and "_c10d_functional" not in run.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {}),
+        (torch.float16, {"merge": "ag_rs"}),
+        (torch.float32, {"cache_dtype": "fp8_e4m3", "cache_scale": 0.02}),
+    ],
+)
+def test_other_dtypes_are_bit_for_bit_what_was_exported(dtype: torch.dtype, options: Any, tmp_path: Path) -> None:
+    sizes = {"cp": 4, "tokens_per_block": 4, "max_batch_size": 4, "max_seq_len": 64}
+    compiled = helix_compile(tiny_model("short", dtype), **sizes, **options)
+    compiled.export(tmp_path / "out", format="pt2")
+    assert check_export(tmp_path / "out") == []
+    module = load_exported(tmp_path / "out")
+    for tokens in (5, 1, 3):
+        ids = torch.randint(0, 97, (4, tokens))
+        assert torch.equal(module(ids), compiled(ids))
+
+
 def test_a_native_program_takes_any_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norm and head, compiled: what AOTInductor checks of inputs holds for B = 1 and T = 1 too."""
     monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
@@ -250,6 +270,12 @@ def test_what_can_not_be_exported_is_refused(exported: Path, tmp_path: Path) -> 
         compiled.export(exported, format="pt2")
     with pytest.raises(ExportError, match=r"--layers \[9\]: the model has layers 0 to 1"):
         compiled.export(tmp_path / "out", format="pt2", layers=[9])
+    edited = compiled_short()
+    edited.graph.get_submodule("body_0").graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)[
+        -1
+    ].target = max
+    with pytest.raises(ExportError, match="target <built-in function max> can't be saved"):
+        edited.export(tmp_path / "out", format="pt2")
     with pytest.raises(ExportError, match=r"logical= is for plan\.onnx"):
         compiled.export(tmp_path / "out", format="pt2", logical=compiled)
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from tests.distributed.steps import ROOT
 from tests.support.exported_run import worst_of_ranks
 from tests.support.gqa_models import fresh_gqa
 from tests.support.models import fresh_model
+from tests.test_readme import example
 
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
 
@@ -57,6 +58,10 @@ def test_aoti_with_latents_and_experts(options: dict[str, Any], tmp_path: Path) 
 
 def test_aoti_with_kv_heads(tmp_path: Path) -> None:
     checked(fresh_gqa("qwen3", torch.float32), GROUPED["tpa"], "aoti", tmp_path)
+
+
+def test_the_example(tmp_path: Path) -> None:
+    assert example("06_native_package.py").main(tmp_path / "native") <= 1e-5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
