@@ -146,7 +146,7 @@ def test_values_of_another_scale_are_refused(tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(damaged)
     read_cache(tmp_path / "raw")
     (tmp_path / "raw").write_bytes(damaged.replace(b"cache_scalez", b"cache_scales").replace(b"[0.0", b"{0.0"))
-    with pytest.raises(RuntimeFault, match="cache_scales .* expected a list of 2 numbers"):
+    with pytest.raises(RuntimeFault, match=r"cache_scales .* expected a list of 2 numbers"):
         read_cache(tmp_path / "raw")
 
 
