@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helix_compile.cache.rows import of_scale, scale_of
 from helix_compile.cache.shards import CacheEntries
 from helix_compile.errors import RuntimeFault
 
@@ -37,7 +39,10 @@ def write_cache(path: str | Path, entries: CacheEntries) -> None:
             seen.add(storage)
     unfinished = Path(f"{path}.unfinished-{os.getpid()}")
     try:
-        save_file(tensors, unfinished, metadata={"format": FORMAT, "sites": str(len(entries.latents))})
+        metadata = {"format": FORMAT, "sites": str(len(entries.latents))}
+        if any(scales := [scale_of(part) for part in entries.latents]):
+            metadata["cache_scales"] = json.dumps(scales)
+        save_file(tensors, unfinished, metadata=metadata)
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         raise RuntimeFault(f"{path}: can't write the cache: {error}") from error
@@ -56,11 +61,27 @@ def read_cache(path: str | Path, device: str | torch.device = "cpu") -> CacheEnt
             facts, names = file.metadata() or {}, set(file.keys())
             sites = _sites(path, facts, names)
             parts = [[file.get_tensor(f"{name}.{site}") for site in range(sites)] for name in ("latents", "k_ropes")]
-            return CacheEntries(parts[0], parts[1], file.get_tensor("lengths").cpu())
+            scales = _scales(path, facts, sites)
+            marked = [[of_scale(*of) for of in zip(part, scales, strict=True)] for part in parts]
+            return CacheEntries(marked[0], marked[1], file.get_tensor("lengths").cpu())
     except (OSError, SafetensorError) as error:
         raise RuntimeFault(
             f"{path}: can't read this cache: {error}; is it written to its end, by write_cache()?"
         ) from error
+
+
+def _scales(path: str | Path, facts: dict[str, str], sites: int) -> list[float | None]:
+    """What FP8 values of each attention are multiplied by, where the file says it."""
+    text = facts.get("cache_scales", "[]")
+    try:
+        scales = json.loads(text) or [None] * sites
+    except ValueError:
+        scales = None
+    if not isinstance(scales, list) or len(scales) != sites or not all(type(s) in (float, type(None)) for s in scales):
+        raise RuntimeFault(
+            f"{path}: cache_scales {text!r}, expected a list of {sites} numbers: not a file of write_cache()"
+        )
+    return scales
 
 
 def _sites(path: str | Path, facts: dict[str, str], names: set[str]) -> int:

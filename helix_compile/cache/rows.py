@@ -16,6 +16,18 @@ from helix_compile.kernels.reference_fp8 import BYTES, FP8, cached_rows, entries
 from helix_compile.plan.cache_row import CacheRow, StoredRow
 
 
+def of_scale(rows: Tensor, scale: float | None) -> Tensor:
+    """FP8 values that say what they are multiplied by, where that is known: no dtype does, nor does a part of them."""
+    if scale is not None:
+        rows.cache_scale = scale  # type: ignore[attr-defined] # torch keeps it with the object
+    return rows
+
+
+def scale_of(rows: Tensor) -> float | None:
+    """What of_scale() was told."""
+    return getattr(rows, "cache_scale", None)
+
+
 @dataclass(frozen=True)
 class RowCodec:
     """What becomes of one cached attention's entries.
@@ -78,7 +90,15 @@ class RowCodec:
     def check_given(self, site: int, first: Tensor, second: Tensor) -> None:
         """RuntimeFault where parts of a byte a value are not rows of this cache."""
         given = {first.dtype, second.dtype}
-        if min(t.itemsize for t in given) > 1 or given == {self.raw}:
+        if min(t.itemsize for t in given) > 1:
+            return
+        if given == {self.raw}:
+            theirs, ours = scale_of(first), None if self.scale is None else float(self.scale)
+            if theirs is not None and theirs != ours:
+                raise RuntimeFault(
+                    f"import_cache: attention {site}: FP8 values of cache_scale {theirs:g} for a cache of {ours}, where they would stand "
+                    f"for other numbers; give entries (export_cache() without raw), or compile with cache_scale={theirs:g}"
+                )
             return
         names = " and ".join(sorted(map(str, given)))
         raise RuntimeFault(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from helix_compile.cache.rows import of_scale, scale_of
 from helix_compile.errors import RuntimeFault
 from helix_compile.layout.ledger import positions_on_rank
 
@@ -186,7 +187,12 @@ def _scattered(pieces: list[Tensor], row_positions: list[Tensor], B: int, width:
     for row, positions in enumerate(row_positions):
         kept = (positions >= 0).to(together.device)
         whole[row, positions[positions >= 0].to(whole.device)] = together[row, kept]
-    return whole
+    scales = {scale_of(piece) for piece in pieces}
+    if len(scales) > 1:
+        raise RuntimeFault(
+            f"join_shards: FP8 values of several cache_scales, {sorted(map(str, scales))}; expected shards of one run"
+        )
+    return of_scale(whole, *scales)
 
 
 def _distinct(shards: Sequence[CacheShard]) -> list[CacheShard]:

@@ -16,7 +16,7 @@ except ImportError:
     DynamicIndexedLayer = DynamicLayer
 
 from helix_compile.cache.pages import Ledger
-from helix_compile.cache.rows import RowCodec
+from helix_compile.cache.rows import RowCodec, of_scale
 from helix_compile.cache.shards import CacheEntries, CacheShard, join_shards
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import RuntimeFault
@@ -134,8 +134,9 @@ def shards_to_export(
                 first, second = rows, rows[..., :0]
             else:
                 first, second = parts_of_rows(rows if raw else codec.entries(rows), codec.row)
-            latents.append(first)
-            k_ropes.append(second)
+            scale = float(codec.scale) if raw and codec.scale is not None else None
+            latents.append(of_scale(first, scale))
+            k_ropes.append(of_scale(second, scale))
         shards[cp_rank] = CacheShard(cp_rank, latents, k_ropes, positions, torch.tensor(ledger.lengths))
     return list(shards.values())
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.eval_frame import innermost_fn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 from helix_compile.capture.model import CAPTURING
@@ -180,6 +180,14 @@ def references() -> dict[Any, Any]:
     return {overload(op.name): op.function for op in HELIX_OPS if op.name.split(".")[0] in WRITTEN_OUT}
 
 
+def _narrow_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """On a CPU Inductor writes out a product of one row or one column: in 16 bits each term would be rounded before the sum."""
+    one = statically_known_true(a.shape[1] == 1) or statically_known_true(b.shape[2] == 1)
+    if not one or a.device.type != "cpu" or a.dtype not in (torch.bfloat16, torch.float16):
+        return NotImplemented
+    return torch.bmm(a.float(), b.float()).to(a.dtype)
+
+
 def _compile(
     segment: fx.GraphModule,
     bound: Mapping[int, Any],
@@ -207,7 +215,8 @@ def _compile(
 
     try:
         with torch.no_grad():
-            traced = make_fx(computed, decomposition_table=references(), tracing_mode="symbolic")(*fakes)
+            table = {**references(), torch.ops.aten.bmm.default: _narrow_bmm}
+            traced = make_fx(computed, decomposition_table=table, tracing_mode="symbolic")(*fakes)
             examples = [n.meta["val"] for n in placeholders(traced.graph)]
             code = torch._inductor.standalone_compile(
                 traced, examples, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}

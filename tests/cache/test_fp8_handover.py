@@ -121,6 +121,35 @@ def test_k_and_v_of_ranks_that_share_heads() -> None:
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+def test_values_of_another_scale_are_refused(tmp_path: Path) -> None:
+    """They would stand for other numbers, and no dtype tells: a module's own say it, from a file and from joined shards too."""
+    module, same = compiled("fp8_e4m3"), compiled("fp8_e4m3", cp=1)
+    other = helix_compile(tiny_model("short"), cp=2, max_seq_len=256, cache_dtype="fp8_e4m3", cache_scale=(0.01, 0.5))
+    module(random_ids(tiny_model("short"), 2, 5))
+    write_cache(tmp_path / "raw", module.export_cache(raw=True))
+    for raw in (
+        module.export_cache(raw=True),
+        read_cache(tmp_path / "raw"),
+        join_shards(module.export_shards(raw=True)),
+    ):
+        with pytest.raises(RuntimeFault, match=r"attention 1: FP8 values of cache_scale 0\.05 for a cache of 0\.5"):
+            other.import_cache(*raw)
+        same.import_cache(*raw)
+    other.import_cache(*module.export_cache())  # entries are rounded anew
+    shards = module.export_shards(raw=True)
+    other_shards = other.export_shards(raw=True)
+    with pytest.raises(RuntimeFault, match="join_shards: FP8 values of several cache_scales"):
+        join_shards([shards[0], other_shards[1]])
+    plain = [x.clone() for x in shards[0].latents]  # an engine's own values say nothing: the plan's scale holds
+    assert not any(hasattr(x, "cache_scale") for x in plain)
+    damaged = (tmp_path / "raw").read_bytes().replace(b"cache_scales", b"cache_scalez")
+    (tmp_path / "raw").write_bytes(damaged)
+    read_cache(tmp_path / "raw")
+    (tmp_path / "raw").write_bytes(damaged.replace(b"cache_scalez", b"cache_scales").replace(b"[0.0", b"{0.0"))
+    with pytest.raises(RuntimeFault, match=r"cache_scales .* expected a list of 2 numbers"):
+        read_cache(tmp_path / "raw")
+
+
 def test_what_does_not_fit_is_refused() -> None:
     module, plain = compiled("fp8_e4m3"), helix_compile(tiny_model("short"), cp=2, max_seq_len=256)
     ids = random_ids(tiny_model("short"), 1, 3)

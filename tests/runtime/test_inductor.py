@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 from torch._inductor import config
 from transformers import DynamicCache
 
@@ -106,6 +107,8 @@ def test_a_reloaded_module_runs_compiled(pair: Any, tmp_path: Path) -> None:
     compiled.reset()
     assert torch.equal(loaded(ids), compiled(ids)) and loaded.programs() is not None
     assert inductor._CODE == known  # the same code, in one process
+    loaded.inspect(tmp_path / "views")
+    assert "segment_0" in (tmp_path / "views" / "05_segments.txt").read_text()
 
 
 def test_stages_can_be_run_and_are_equal(pair: Any) -> None:
@@ -187,6 +190,31 @@ def test_kernels_between_collectives(pair: Any) -> None:
     for mask in (prompt, torch.ones(2, 1, dtype=torch.int64)):
         ids = random_ids(model, *mask.shape)
         assert torch.equal(both(ids, mask)[mask.bool()], kernels(ids, mask)[mask.bool()])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step", "terms"), [(torch.bfloat16, 7 / 2**7, 300), (torch.float16, 20 / 2**10, 450)], ids=str
+)
+def test_a_product_of_one_row_is_rounded_once(
+    dtype: torch.dtype, step: float, terms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor writes it out, and would round each of its terms: by two fifths of a digit, all in one direction."""
+    a, b = torch.full((3, 1, terms), 1 + step).to(dtype), torch.full((3, terms, 5), 1 + step).to(dtype)
+    exact = (a.double() @ b.double()).to(dtype)
+
+    def computed() -> torch.Tensor:
+        graph = fx.Graph()
+        nodes = [graph.placeholder(name) for name in "ab"]
+        for node, value in zip(nodes, (a, b), strict=True):
+            node.meta = {"val": value, "input": ["hidden", node.name]}
+        graph.output((graph.call_function(aten.bmm.default, tuple(nodes)),))
+        (got,) = inductor.code_of(fx.GraphModule(torch.nn.Module(), graph), {}, "product")(a, b)
+        return got
+
+    assert torch.equal(computed(), exact)
+    monkeypatch.setattr(inductor, "_CODE", type(inductor._CODE)())
+    monkeypatch.setattr(inductor, "_narrow_bmm", lambda a, b: NotImplemented)
+    assert not torch.equal(computed(), exact)
 
 
 @pytest.mark.slow

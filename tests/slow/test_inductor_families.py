@@ -25,7 +25,9 @@ SIZES: dict[str, Any] = {"tokens_per_block": 3, "max_batch_size": 8, "max_seq_le
 def tensors_alive() -> tuple[int, int]:
     """How many there are in this process, and their bytes."""
     gc.collect()
-    found = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    found = [
+        x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)
+    ]  # no fakes, of whatever was compiled
     return len(found), sum(x.nbytes for x in found if not x.is_meta)
 
 

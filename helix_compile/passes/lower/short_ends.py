@@ -63,8 +63,9 @@ def short_end(lowered: fx.GraphModule, what: str, words: int) -> fx.GraphModule 
 
 def _last_columns(graph: fx.Graph, hidden: Any, count: int) -> fx.Node:
     """Of hidden [B, T, D]. Counted from T, so that no size of the graph hangs on whether `count` fits the T it was traced with."""
-    if count == 1:
-        return named(graph, "last_column", aten.slice.Tensor, hidden, 1, -1, torch.iinfo(torch.int64).max)
+    if count == 1:  # side by side: a linear of rows that lie apart would be a product for each sequence
+        column = named(graph, "column", aten.slice.Tensor, hidden, 1, -1, torch.iinfo(torch.int64).max)
+        return named(graph, "last_column", aten.contiguous.default, column)
     T = named(graph, "new_tokens", aten.sym_size.int, hidden, 1)
     first = named(graph, "first_column", operator.sub, T, count)
     like = {"dtype": torch.int64, "device": hidden.meta["val"].device}
