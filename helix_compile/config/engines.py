@@ -147,8 +147,8 @@ def _trtllm(options: HelixOptions, ep: int, model: str) -> str:
     if options.cp > 1:
         values["cp_config"] = {"cp_type": "HELIX", "tokens_per_block": options.tokens_per_block}
     values["kv_cache_config"] = {"tokens_per_block": options.tokens_per_block}
-    if options.cache_dtype == FP8_E4M3:
-        values["kv_cache_config"]["dtype"] = "fp8"
+    if options.cache_dtype != "auto":
+        values["kv_cache_config"]["dtype"] = "fp8" if options.cache_dtype == FP8_E4M3 else options.cache_dtype
     if not options.cuda_graphs:
         values["cuda_graph_config"] = None
     return yaml.safe_dump(values, sort_keys=False)

@@ -81,13 +81,16 @@ MOE_WITHOUT_EFFECT = of_kinds(
     }
 )
 
+# of sparse_attention_config with algorithm dsa: these are the model's, the others are of kernels
+INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
+
 _EXPERTS = "an expert lies once, on the rank that the plan says"
 _LORA = "LoRA is not supported"
 _QUANT = "a checkpoint says itself how its weights are quantised, and they are computed in --dtype"
 MOE_BESIDE = {"load_balancer": _EXPERTS}
 
 REFUSED = {
-    "sparse_attention_config": "sparse attention is not supported",
+    "sparse_attention_config": "which keys are attended to is the model's own: an indexer in it (dsa) is planned",
     "kv_cache_compression_config": "the cache holds every token",
     "model_kwargs": "give a checkpoint folder whose config.json says it",
     "encode_only": "encoders are not supported",

@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from helix_compile.config.files import ConfigSection
-from helix_compile.config.keys_trtllm import CACHE_REFUSED, CACHE_WITHOUT_EFFECT, MOE_BESIDE, MOE_WITHOUT_EFFECT, TRTLLM
+from helix_compile.config.keys_trtllm import (
+    CACHE_REFUSED,
+    CACHE_WITHOUT_EFFECT,
+    INDEXER,
+    MOE_BESIDE,
+    MOE_WITHOUT_EFFECT,
+    TRTLLM,
+)
 from helix_compile.config.recipe import (
     ConfigFields,
     Recipe,
@@ -76,6 +83,7 @@ def trtllm_fields(values: Mapping[str, Any], where: str, lenient: bool = False) 
     if stated or helix is not None:
         fields["tokens_per_block"] = tokens_per_block
     check_dtype(top)
+    _check_indexer(top, idle)
     moe = _section(top, "moe_config", {**MOE_WITHOUT_EFFECT, **MOE_BESIDE}, idle)
     if moe is not None:
         balancer = moe.values.get("load_balancer")
@@ -84,6 +92,21 @@ def trtllm_fields(values: Mapping[str, Any], where: str, lenient: bool = False) 
         idle += moe.finish(MOE_WITHOUT_EFFECT, {}, MOE_BESIDE)
     idle += top.finish(TRTLLM.without_effect, TRTLLM.refused, TRTLLM.beside)
     return ConfigFields("TensorRT-LLM", fields, tuple(idle), Recipe(top.said(), cache_dtype), where)
+
+
+def _check_indexer(top: ConfigSection, idle: list[str]) -> None:
+    """DeepSeek's sparse attention is planned as the model has it; the rest of its section is about kernels."""
+    given = top.values.get("sparse_attention_config")
+    if not isinstance(given, Mapping) or str(given.get("algorithm", "")).lower() != "dsa":
+        return
+    top.taken.add("sparse_attention_config")
+    for key in INDEXER:
+        if given.get(key) is not None:
+            top.refuse(
+                f"sparse_attention_config.{key}",
+                f"got {given[key]!r}, expected no such key: give a checkpoint folder whose config.json says it",
+            )
+    idle.append(f"{top.prefix}sparse_attention_config")
 
 
 def _generation(values: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str, list[str]]:

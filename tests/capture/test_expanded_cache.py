@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helix_compile import CapturedGraph
 from helix_compile.capture.model import capture
+from helix_compile.ir.cache_argument import CACHE_NAMES
 from helix_compile.ir.graph import inputs_of
 from helix_compile.passes.match.layers import match_bodies
 from tests.support.family_run import compiled_family, run_family
@@ -25,14 +26,10 @@ class HeadsCached(ToyMLA):
     `miss`: "rope_per_head"; "mixed" (V is the last token's for all); "added" (K is computed behind the linear).
     """
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor,
-        past_key_values: Any,
-        position_embeddings: tuple[Tensor, Tensor],
-        **kwargs: Any,
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
     ) -> tuple[Tensor, None]:
+        cache = kwargs[next(name for name in CACHE_NAMES if name in kwargs)]  # 5.24 renamed it
         B, T, _ = hidden_states.shape
         q_a, latent, k_rope = self.a(hidden_states).split([28, R, ROPE], dim=-1)
         cos, sin = (t[:, None, :, :ROPE] for t in position_embeddings)
@@ -49,7 +46,7 @@ class HeadsCached(ToyMLA):
         k = k_nope.new_empty(B, H, T, NOPE + ROPE)  # as transformers writes it
         k[..., :NOPE].copy_(k_nope)
         k[..., NOPE:].copy_(rope.expand(-1, H, -1, -1))
-        k, v = past_key_values.update(k, v, self.layer)
+        k, v = cache.update(k, v, self.layer)
         return self.o(self._attended(q, k, v, attention_mask).transpose(1, 2).reshape(B, T, H * V)), None
 
 

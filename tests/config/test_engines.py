@@ -120,6 +120,7 @@ def test_the_arguments_alone_say_the_layout() -> None:
         ({"cache_dtype": "fp8_e4m3", "cache_scale": 0.5}, "vllm", {"cache_scale"}),
         ({"cache_dtype": "fp8_ds_mla"}, "vllm", set()),
         ({"cache_dtype": "fp8_ds_mla"}, "sglang", {"cache_dtype"}),
+        ({"cache_dtype": "fp8_ds_mla"}, "trtllm", set()),
         ({"ep": None}, "trtllm", {"ep"}),
         *(
             ({"cuda_graphs": False, "merge": "ag_rs", "q_proj": "gather"}, engine, set())

@@ -265,6 +265,10 @@ def test_the_script_says_what_has_no_effect() -> None:
         ({"apiVersion": "v1", "kind": "Pod", "spec": {}}, "got a file of Kubernetes, expected the options of an engine"),
         ({"services": {"v": {"command": "vllm serve X -tp 8"}}}, "got a file of Docker Compose, expected"),
         ("no/such/file.yaml", "can't read this configuration"),
+        ({"tensor_parallel_size": 8, "cp_config": None, "sparse_attention_config": {"algorithm": "dsa", "index_topk": 4}},
+         "sparse_attention_config.index_topk: got 4, expected no such key: give a checkpoint folder"),
+        ({"tensor_parallel_size": 8, "cp_config": None, "sparse_attention_config": {"algorithm": "rocket"}},
+         "expected no such key: which keys are attended to is the model's own"),
         ({"tensor_parallel_size": 8, "port": 80}, "these keys may be of TensorRT-LLM or vLLM; call from_trtllm"),
     ],
 )  # fmt: skip

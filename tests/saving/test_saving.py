@@ -327,5 +327,5 @@ def test_a_generation_config_that_can_not_be_written_is_told(tmp_path: Path) -> 
 
 
 def test_a_saved_module_stays_in_its_dtype(tmp_path: Path) -> None:
-    with pytest.raises(HelixError, match=r"HelixModule\.load takes folder, device and world, got dtype"):
+    with pytest.raises(HelixError, match=r"HelixModule\.load takes folder, device, world and builder, got dtype"):
         HelixModule.load(tmp_path, dtype=torch.float32)

@@ -444,6 +444,7 @@ PUBLISHED = [
                 "max_attention_window": None,
                 "max_tokens": None,
             },
+            "sparse_attention_config": {"algorithm": "dsa", "indexer_max_chunk_size": 32768, "index_topk": None},
             "stream_interval": 20,
         },
         {**FP8, "cp": 4, "tpa": 2, "ep": 8, "tokens_per_block": 32},
