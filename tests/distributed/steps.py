@@ -21,7 +21,7 @@ from tests.support.gqa_models import fresh_gqa
 
 ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 3, "tokens_per_block": 4}
-TOKENS = 3 * 13 + 3 + 3  # of run_steps, padding included: it is computed and exchanged too
+STEP_TOKENS = (3 * 13, 3, 3)  # of run_steps, padding included: it is computed and exchanged too
 
 
 MIXED = {**OPTIONS, "cp": 2, "tpa": 2}
