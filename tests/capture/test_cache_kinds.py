@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DeepseekV4Config, GptOssConfig
+from transformers import DeepseekV4ForCausalLM, GptOssConfig
 
 from helix_compile.capture.layers import ConcatenatingCache
 from helix_compile.errors import MatchError
 
 
 def test_compressed_keys_are_refused_by_name() -> None:
-    cache = ConcatenatingCache(DeepseekV4Config(), None, torch.zeros(1, 1, 5, 1))
+    cache = ConcatenatingCache(DeepseekV4ForCausalLM.config_class(), None, torch.zeros(1, 1, 5, 1))
     with pytest.raises(MatchError, match=r"layer 0: its cache is a DeepseekV4\w+Cache, which keeps more than K and V"):
         cache.layers[0].store_compression_weights("compressor", None, None)
 
