@@ -8,6 +8,7 @@ Each is built on the meta device at its published sizes, captured, matched, plan
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def main() -> None:
         plan = helix_compile(model, cp=arguments.cp).plan
         done = time.process_time()
         layers = sum(len(body.layers) for body in plan.bodies)
+        print(f"{release}: {done - start:.1f} s", file=sys.stderr, flush=True)
         rows.append([release, str(layers), str(len(plan.bodies)), f"{built - start:.1f} s", f"{done - built:.1f} s"])
     print_table(["release", "layers", "bodies", "built, CPU", "captured to rewritten, CPU"], rows)
 

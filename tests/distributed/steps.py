@@ -57,6 +57,21 @@ def windowed_model() -> Any:
     return fresh_gqa("gemma3", torch.float32, sliding_window=5, **kinds)
 
 
+# family, its variant, options: sinks beside windows; latents of earlier layers, with rope and without, and their choice; windows
+# of MLA beside indexers
+ATTENTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt_oss": ("gpt_oss", "", MIXED),
+    "mistral_large4": ("mistral_large4", "shared", {**OPTIONS, "cp": 4, "topk_exchange": "owner"}),
+    "dots3_note": ("dots3_note", "", {**OPTIONS, "cp": 4}),
+}
+
+
+def attention_model(name: str) -> Any:
+    """One of ATTENTIONS in float32."""
+    family, variant, _ = ATTENTIONS[name]
+    return fresh_family(family, variant, torch.float32)
+
+
 def prompts() -> tuple[Tensor, Tensor]:
     """Left-padded ids [3, 13] and mask; rows of 13, 5 and 1 tokens: some shards are empty."""
     ids = torch.randint(1, 97, (3, 13), generator=torch.Generator().manual_seed(5))

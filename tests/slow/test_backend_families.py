@@ -81,9 +81,7 @@ def in_float64_throughout(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize(("name", "cp"), [("deepseek_v32", 4), ("glm_moe_dsa", 3)])
-def test_sparse_attention_by_torch_compile_without_islands(
-    name: str, cp: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sparse_attention_by_torch_compile_without_islands(name: str, cp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts below, at and above k = 7, to the bound of float64, against the model in Python."""
     torch._dynamo.reset()
     source = f"transformers.models.{name}.modeling_{name}"
