@@ -67,7 +67,7 @@ def test_what_dynamo_itself_can_not_trace(name: str) -> None:
 
 
 def in_float64_throughout(name: str) -> ModuleType:
-    """transformers' source of a family with its float32 islands widened: what Dynamo traces, no mode is needed around it."""
+    """Source of a family in transformers with its float32 islands widened: what Dynamo traces, no mode is needed around it."""
     own = import_module(f"transformers.models.{name}.modeling_{name}")
     path = Path(str(own.__file__))
     text = path.read_text(encoding="utf-8")
