@@ -142,8 +142,9 @@ class Ledger:
             if new and gap and tokens + gap > reach:
                 raise RuntimeFault(
                     f"row {row}: {gap} columns of padding stand between its {tokens} tokens, and attention of this model "
-                    f"forgets what is {reach} columns back (a sliding window or chunks), padding included: the row would "
-                    "see other tokens than by itself. nearest that works: padding before a row's first token alone; "
+                    f"forgets what is {reach} columns back (a sliding window or chunks). transformers counts the padding, and "
+                    "would show the row other tokens than by itself; here tokens are counted, and the step would not be the "
+                    "model's. nearest that works: padding before a row's first token alone (no row idle, then); "
                     "truncate() takes back what stands behind its last"
                 )
 

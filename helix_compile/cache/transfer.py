@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 try:  # of sparse attention; transformers 5.17 has none
     from transformers.cache_utils import DynamicIndexedLayer
@@ -37,17 +37,20 @@ def parts_of_dynamic_cache(cache: DynamicCache, kinds: Sequence[CacheRow] = ()) 
     by side, [B, S, K Dk] and [B, S, K Dv]; where they have an index key, it goes behind the roped one, [B, S, r + I].
 
     Raises:
-        RuntimeFault: a layer of another kind (sliding, quantised, static), an empty one, or one that holds full heads.
+        RuntimeFault: a layer of another kind (quantised, static, a window that has forgotten tokens), an empty one, or one that
+            holds full heads.
     """
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     if not cache.layers:
         raise RuntimeFault("import_cache: the DynamicCache is empty; expected a prefilled one")
     for i, layer in enumerate(_with_entries(cache, kinds)):
-        if type(layer) not in (DynamicLayer, DynamicIndexedLayer):
+        if type(layer) not in (DynamicLayer, DynamicIndexedLayer) and not _has_forgotten_nothing(layer):
             raise RuntimeFault(
                 f"import_cache: layer {i} of the cache is a {type(layer).__name__}, expected a DynamicLayer: other kinds "
                 "keep other columns than all tokens; prefill with past_key_values=DynamicCache(), which without a config keeps "
-                "all tokens of layers with windows too, or give latents and k_ropes as tensors"
+                "all tokens of layers with windows too (of a model with an indexer make one with the config, and before the "
+                "prefill put a DynamicLayer() in place of each DynamicSlidingWindowLayer in its `layers`), or give latents and "
+                "k_ropes as tensors"
             )
         if layer.keys is None or layer.values is None:
             raise RuntimeFault(f"import_cache: layer {i} of the DynamicCache is empty; expected a prefilled one")
@@ -73,6 +76,15 @@ def parts_of_dynamic_cache(cache: DynamicCache, kinds: Sequence[CacheRow] = ()) 
         if width:
             parts[1][i] = torch.cat([parts[1][i], layer.indexer_keys], dim=-1)
     return parts
+
+
+def _has_forgotten_nothing(layer: Any) -> bool:
+    """A window's layer that still holds every column it was given."""
+    return (
+        type(layer) is DynamicSlidingWindowLayer
+        and layer.keys is not None
+        and layer.keys.shape[-2] == layer.cumulative_length
+    )
 
 
 def _with_entries(cache: DynamicCache, kinds: Sequence[CacheRow]) -> list[Any]:

@@ -81,7 +81,9 @@ class ConcatenatingCache(DynamicCache):
         super().__init__(config=config)
         # a window is read off the mask: a cache layer that forgets would hide it
         layers: list[Any] = vars(self)["layers"]
-        layers[:] = [DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in layers]
+        layers[:] = [
+            _AllTokens(i, type(x)) if isinstance(x, DynamicSlidingWindowLayer) else x for i, x in enumerate(layers)
+        ]
         self.pasts, self.length = None if pasts is None else by_site(pasts), past.shape[2]
         self.new: list[list[Tensor]] = []  # of each site
         self._sites: dict[int, int] = {}  # layer -> its last site
@@ -132,6 +134,24 @@ class ConcatenatingCache(DynamicCache):
         else:
             past = self.pasts[site][2]
         return torch.cat([past, indexer_key_states], dim=1)
+
+
+class _AllTokens(DynamicLayer):
+    """In place of a cache layer that forgets; what only a model's own kind of such a layer can do has no place here."""
+
+    def __init__(self, index: int, kind: type):
+        super().__init__()
+        self._index, self._kind = index, kind
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "_kind" and not hasattr(DynamicSlidingWindowLayer, name) and hasattr(self._kind, name):
+            raise MatchError(
+                f"layer {self._index}: its cache is a {self._kind.__name__}, which keeps more than K and V of each token "
+                f"(`{name}`: keys that are compressed from several tokens, or a state beside them); no ledger of tokens says who "
+                "holds those.\n  nearest that works: K and V, or latents, of each token, with an indexer of one key a token "
+                "(deepseek_v32) or a window (gpt_oss)"
+            )
+        raise AttributeError(name)
 
 
 def by_site(pasts: list[Tensor]) -> list[list[Tensor]]:

@@ -96,12 +96,20 @@ OF_CANDIDATES = ("top-k candidates", "k-th keys")  # what a plan calls what rank
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a body: torch's name, mesh axis, and bytes that leave a rank for each token."""
+    """One collective of a body: torch's name, mesh axis, and bytes that leave a rank for each token.
+
+    Its buffer holds the tokens of a step, all sequences together, rounded up to a multiple of `tokens_rounded_to`.
+    """
 
     op: str
     axis: str
     what: str
     egress_bytes_per_rank_per_token: Fraction
+    tokens_rounded_to: int = 1
+
+    def egress_bytes_per_rank(self, tokens: int) -> Fraction:
+        """Bytes that leave a rank in a step of `tokens` tokens (sequences times new tokens of each)."""
+        return self.egress_bytes_per_rank_per_token * (-(-tokens // self.tokens_rounded_to) * self.tokens_rounded_to)
 
 
 @dataclass(frozen=True)
@@ -266,6 +274,10 @@ class BodyPlan:
         """Sum over this body's collectives."""
         return sum((c.egress_bytes_per_rank_per_token for c in self.collectives), Fraction(0))
 
+    def egress_bytes_per_rank(self, tokens: int) -> Fraction:
+        """Sum over this body's collectives, of a step of `tokens` tokens."""
+        return sum((c.egress_bytes_per_rank(tokens) for c in self.collectives), Fraction(0))
+
 
 @dataclass(frozen=True)
 class OuterPlan:
@@ -282,6 +294,10 @@ class OuterPlan:
     def egress_bytes_per_rank_per_token(self) -> Fraction:
         """Sum over its collectives."""
         return sum((c.egress_bytes_per_rank_per_token for c in self.collectives), Fraction(0))
+
+    def egress_bytes_per_rank(self, tokens: int) -> Fraction:
+        """Sum over its collectives, of a step of `tokens` tokens."""
+        return sum((c.egress_bytes_per_rank(tokens) for c in self.collectives), Fraction(0))
 
 
 @dataclass(frozen=True)
@@ -348,9 +364,17 @@ class HelixPlan:
 
     @property
     def egress_bytes_per_rank_per_token(self) -> Fraction:
-        """Bytes that leave a rank for each token of a step, all layers and the graph around them together."""
+        """Bytes that leave a rank for each token of a step, all layers and the graph around them together.
+
+        Where a collective rounds tokens up (`Collective.tokens_rounded_to`), of a step that needs no rounding.
+        """
         parts = (b.egress_bytes_per_rank_per_token * len(b.layers) for b in self.bodies)
         return sum(parts, self.outer.egress_bytes_per_rank_per_token)
+
+    def egress_bytes_per_rank(self, tokens: int) -> Fraction:
+        """Bytes that leave a rank in a step of `tokens` tokens (sequences times new tokens of each), rounding counted."""
+        parts = (b.egress_bytes_per_rank(tokens) * len(b.layers) for b in self.bodies)
+        return sum(parts, self.outer.egress_bytes_per_rank(tokens))
 
     @property
     def topk_exchange(self) -> str:

@@ -368,6 +368,7 @@ class Selection:
         new: node of the keys of the new tokens [B, T, I].
         past: placeholder of those before.
         indices: node of the indices that were chosen [B, T, k], which the layer may hand to later ones.
+        score_dtype: of the scores, float32 or wider.
     """
 
     top_k: int
@@ -381,6 +382,7 @@ class Selection:
     new: str
     past: str
     indices: str
+    score_dtype: torch.dtype
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ def run_step(
         raise RuntimeFault(
             f"the batch has {ledger.batch_size} sequences since the first step, got {B}; "
             "call reset() to start another batch, or mask idle rows"
+            + (
+                " (whose windows or chunks are not full yet: transformers counts columns)"
+                if module.plan.shortest_reach
+                else ""
+            )
         )
     mask = checked_mask(attention_mask, input_ids)
     padded = not bool(mask.all())

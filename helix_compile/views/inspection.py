@@ -144,6 +144,7 @@ def inspect_module(
                 "axis": c.axis,
                 "what": c.what,
                 "egress_bytes_per_rank_per_token": number(c.egress_bytes_per_rank_per_token),
+                "tokens_rounded_to": c.tokens_rounded_to,
             }
             for name, collectives in (*((b.name, b.collectives) for b in plan.bodies), (OUTER, plan.outer.collectives))
             for c in collectives
@@ -279,7 +280,11 @@ def format_report(facts: dict[str, Any]) -> str:
             )
         )
         console.print(
-            "index keys: of a token on a rank, on average; candidates: that leave a rank for a token", markup=False
+            "index keys: of a token on a rank, on average; candidates: that leave a rank for a token"
+            + "".join(
+                {f", tokens rounded up to {n}" for c in facts["collectives"] if (n := c["tokens_rounded_to"]) > 1}
+            ),
+            markup=False,
         )
     console.print(_predicted(facts["predicted"]))
     console.print(_two_columns("not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])))

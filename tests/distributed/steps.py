@@ -21,7 +21,7 @@ from tests.support.gqa_models import fresh_gqa
 
 ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 3, "tokens_per_block": 4}
-TOKENS = 3 * 13 + 3 + 3  # of run_steps, padding included: it is computed and exchanged too
+STEP_TOKENS = (3 * 13, 3, 3)  # of run_steps, padding included: it is computed and exchanged too
 
 
 MIXED = {**OPTIONS, "cp": 2, "tpa": 2}
@@ -55,6 +55,21 @@ def windowed_model() -> Any:
     """A window of 5 in one of two layers: 4 KV heads, one a rank where every rank holds the window by itself."""
     kinds = {"layer_types": ["sliding_attention", "full_attention"]}
     return fresh_gqa("gemma3", torch.float32, sliding_window=5, **kinds)
+
+
+# family, its variant, options: sinks beside windows; latents of earlier layers, with rope and without, and their choice; windows
+# of MLA beside indexers
+ATTENTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt_oss": ("gpt_oss", "", MIXED),
+    "mistral_large4": ("mistral_large4", "shared", {**OPTIONS, "cp": 4, "topk_exchange": "owner"}),
+    "dots3_note": ("dots3_note", "", {**OPTIONS, "cp": 4}),
+}
+
+
+def attention_model(name: str) -> Any:
+    """One of ATTENTIONS in float32."""
+    family, variant, _ = ATTENTIONS[name]
+    return fresh_family(family, variant, torch.float32)
 
 
 def prompts() -> tuple[Tensor, Tensor]:

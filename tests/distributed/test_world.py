@@ -23,7 +23,6 @@ from tests.distributed.steps import (
     FP8_LATENTS,
     MIXED,
     OPTIONS,
-    TOKENS,
     grouped_model,
     hybrid_model,
     padded_model,
@@ -231,13 +230,11 @@ def test_graphs_are_the_same_text_everywhere(launch: Launch) -> None:
 def test_c10d_was_asked_to_move_what_the_plan_says(launch: Launch) -> None:
     run_steps(launch.virtual)
     for rank, said in enumerate(launch.said):
-        kinds = ("grouped", "padded", "cut_vocabulary", "sparse", "window_alone")
+        # owners of 39, 3 and 3 queries: two ranks pad each buffer to an even number
+        kinds = ("grouped", "padded", "cut_vocabulary", "sparse", "sparse_owner", "window_alone")
         for name in ("wire", "wire_mixed", *(f"wire_{kind}" for kind in kinds)):
-            wire, counted, per_token = said[name]
-            assert wire == counted == per_token * TOKENS > 0, name
-        # owners of 39, 3 and 3 queries: two ranks pad each buffer to an even number, which the plan does not count
-        wire, counted, per_token = said["wire_sparse_owner"]
-        assert per_token * TOKENS < wire == counted < per_token * (TOKENS + 3)
+            wire, counted, planned = said[name]
+            assert wire == counted == planned > 0, name
         assert said["wire"][1] == launch.virtual.world.sent_bytes[rank]
         assert said["groups_used"] == 2  # in the mixed world: kvp of two ranks, and the world
     counts = [list(map(str, x)) for x in sorted(launch.virtual.world.num_collectives.items())]

@@ -28,6 +28,7 @@ from tests.distributed.steps import (
     FP8_LATENTS,
     MIXED,
     OPTIONS,
+    STEP_TOKENS,
     grouped_model,
     hybrid_model,
     padded_model,
@@ -66,8 +67,8 @@ class Wire(TorchDispatchMode):
 
 
 def moved(wire: Wire, compiled: HelixModule) -> list[float]:
-    """Bytes that c10d was asked to move, that the world counted, and that the plan says of a token."""
-    counted, planned = compiled.world.sent_bytes[0], compiled.plan.egress_bytes_per_rank_per_token
+    """Bytes that c10d was asked to move, that the world counted, and that the plan says of the steps."""
+    counted, planned = compiled.world.sent_bytes[0], sum(map(compiled.plan.egress_bytes_per_rank, STEP_TOKENS))
     return [wire.sent, float(counted), float(planned)]
 
 

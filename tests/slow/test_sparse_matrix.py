@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from helix_compile import helix_compile
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import capture
+from helix_compile.errors import RuntimeFault
+from helix_compile.verifier.numeric.reference import WidenedIslands
+from tests.support.driver import random_ids
 from tests.support.families import FAMILIES, fresh_family
 from tests.support.sparse import sparse_deviation
 
@@ -78,3 +82,27 @@ def test_each_value_is_drawn_for_each_family() -> None:
         assert {tpa for _, tpa in degrees} == ({1} if name in WHOLE_Q else {1, 2})
         for drawn, values in zip(columns, (BLOCKS, LENGTHS, EXCHANGES, TIES), strict=True):
             assert all(value in drawn for value in values)
+
+
+def test_a_cache_of_transformers_of_windows_beside_indexers() -> None:
+    """dots3: its windows' layers forget, and a cache without a config has no place for index keys."""
+    model = fresh_family("dots3_note", sliding_window=5)
+    compiled = helix_compile(model, cp=2, max_batch_size=2, max_seq_len=64)
+    ids, probe = random_ids(model, 2, 9), random_ids(model, 2, 2)
+    for length, whole in ((4, False), (9, True)):  # four tokens: nothing is forgotten yet
+        cache = DynamicCache(config=model.config)
+        if whole:
+            cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
+        with WidenedIslands(), torch.no_grad():
+            model(input_ids=ids[:, :length], past_key_values=cache)
+            compiled.import_cache(cache)
+            expected = model(input_ids=probe, past_key_values=cache).logits
+            got = compiled(probe)
+        assert ((got - expected).abs().max() / expected.abs().max()).item() <= LIMIT
+    forgetful = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=forgetful)
+    with pytest.raises(
+        RuntimeFault, match="of a model with an indexer make one with the config, and before the prefill put a Dyn"
+    ):
+        compiled.import_cache(forgetful)

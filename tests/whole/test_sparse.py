@@ -166,12 +166,10 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
 def test_the_plan_says_what_is_cached_and_sent() -> None:
     _, graph = captured_model("glm_moe_dsa", 7)
     plan = compiled_sparse(graph, cp=4, tokens_per_block=3).plan
-    # latents, roped keys, and index keys of two layers of four; float64
+    # latents, roped keys, and index keys of two layers of four; float64, but the model's scores are float32
     assert plan.kv_bytes_per_token_per_rank * 4 == 8 * (4 * (20 + 6) + 2 * 16)
     candidates = [c for body in plan.bodies for c in body.collectives if c.what == "top-k candidates"]
-    assert [c.egress_bytes_per_rank_per_token for c in candidates] == [
-        3 * 7 * 16
-    ] * 2  # score and position, to 3 others
+    assert [c.egress_bytes_per_rank_per_token for c in candidates] == [3 * 7 * 8] * 2  # score and position, to 3 others
     assert [a.top_k for body in plan.bodies for a in body.attentions] == [7, 0, 7]
     assert type(plan).from_json(plan.to_json()) == plan
 
@@ -181,12 +179,30 @@ def test_owners_send_less_and_are_chosen_where_that_pays() -> None:
     plan = compiled_sparse(graph, cp=4, tokens_per_block=3, topk_exchange="owner").plan
     exchange = [c for c in plan.bodies[0].collectives if c.what in ("top-k candidates", "k-th keys")]
     # three of four owners are others, and each tells its share of the answers to three others
-    assert [c.egress_bytes_per_rank_per_token for c in exchange] == [7 * 16 * 3 / 4, 16 / 4 * 3]
+    assert [c.egress_bytes_per_rank_per_token for c in exchange] == [7 * 8 * 3 / 4, 8 / 4 * 3]
+    assert [c.tokens_rounded_to for c in exchange] == [4, 4]
     assert compiled_sparse(graph, cp=4).plan.topk_exchange == "gather"
-    many = plan_model(
-        graph, HelixOptions(cp=8, max_batch_size=2**15, max_seq_len=8)
-    ).plan  # no cache of that size is made
+    # no cache of that size is made
+    many = plan_model(graph, HelixOptions(cp=8, max_batch_size=2**15, max_seq_len=8)).plan
     assert many.topk_exchange == "owner"
+    (decided,) = [d for d in many.decisions if d.name == "topk_exchange"]
+    k, tokens = 7, 2**15
+    assert dict(decided.inputs)["gather_bytes"] == 7 * k * 8 * tokens
+    assert dict(decided.inputs)["owner_bytes"] == (7 * k * 8 / 8 + 7 * 8 / 8) * tokens
+
+
+@pytest.mark.parametrize("exchange", ["gather", "owner"])
+def test_what_is_sent_is_what_the_plan_says_of_any_number_of_tokens(exchange: str) -> None:
+    """As the model computes: its islands in float32. 1 to 6 queries, dealt to 4 owners."""
+    _, graph = captured_model("deepseek_v32", 7)
+    compiled = compiled_sparse(graph, cp=4, topk_exchange=exchange)
+    for B, T in ((1, 1), (3, 1), (2, 2), (1, 5), (3, 2)):
+        compiled.reset()
+        compiled.world.reset_counters()
+        compiled(torch.zeros(B, T, dtype=torch.int64))
+        assert compiled.world.sent_bytes == [compiled.plan.egress_bytes_per_rank(B * T)] * 4
+    one, per_token = compiled.plan.egress_bytes_per_rank(1), compiled.plan.egress_bytes_per_rank_per_token
+    assert (one > per_token) == (exchange == "owner") and compiled.plan.egress_bytes_per_rank(8) == 8 * per_token
 
 
 def test_an_exchange_without_choices_has_no_effect() -> None:

@@ -270,6 +270,13 @@ def test_a_prefilled_cache_goes_on_and_a_forgetful_one_is_refused() -> None:
             compiled.import_cache(forgetful.cache, mask=mask)
         compiled.import_cache(whole.cache, mask=mask)
         compiled.import_cache(*compiled.export_cache())
+        short = Reference(model)  # a window's layer keeps 4 columns of a window of 5: here all
+        short.step(ids[:, :4], mask[:, -4:])
+        other = poisoned(model, cp=2)
+        other.import_cache(short.cache, mask=mask[:, -4:])
+        longer = random_ids(model, 2, 2)
+        pair = torch.ones_like(longer)
+        assert deviation(other(longer, pair), short.step(longer, pair), pair) <= EXACT
         probe, ones = random_ids(model, 2, 3), torch.ones(2, 3, dtype=torch.int64)
         assert deviation(compiled(probe, ones), forgetful.step(probe, ones), ones) <= EXACT
 

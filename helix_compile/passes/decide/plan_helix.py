@@ -71,7 +71,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         (("option", options.q_proj),),
         options.q_proj,
     )
-    topk_decision = topk_exchange(attentions, captured.dtype, layout, options)
+    topk_decision = topk_exchange(attentions, layout, options)
     agreed = str(topk_decision.result) if topk_decision else ""
     rings = plan_rings(captured, matches, layout, options)
     bodies = tuple(_plan_body(captured, match, layout, options, v_up, agreed, rings) for match in matches.values())
@@ -236,8 +236,7 @@ def _exchange(
     H, codec, statistic = places // layout.tpa, codec_of(options), accumulation_dtype(dtype)
     asked, query_width = match.kind.query
     if isinstance(match.selection, Selection):
-        for op, what, nbytes in candidates_exchange(match.selection, plan.topk_exchange, options, layout, dtype):
-            yield _planned(op, "kvp", what, nbytes, layout)
+        yield from candidates_exchange(match.selection, plan.topk_exchange, options, layout)
     width = match.v_head_dim if plan.v_up == "before" else match.kind.partial_width
     summed = _planned(ALL_REDUCE, "world", "attention output", match.hidden_size * dtype.itemsize, layout)
     if plan.ring:
@@ -255,7 +254,7 @@ def _exchange(
     yield summed
 
 
-def _planned(op: CollectiveOp, axis: str, what: str, nbytes: int | Fraction, layout: HelixLayout) -> Collective:
+def _planned(op: CollectiveOp, axis: str, what: str, nbytes: int, layout: HelixLayout) -> Collective:
     """`nbytes`: what a rank passes to the collective for each token."""
     return Collective(op.name, axis, what, op.egress(layout.size(axis), 1) * nbytes)
 

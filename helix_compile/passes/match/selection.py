@@ -25,6 +25,7 @@ from helix_compile.ir.dataflow import NotRun, ancestors, close, evaluate
 from helix_compile.ir.elements import is_cache_update, is_layout_op
 from helix_compile.ir.graph import aten, input_ref, is_call, node_named
 from helix_compile.ir.sizes import shape_of
+from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.passes.match.anchor import cache_parts
 from helix_compile.passes.match.contractions import Product, product_of
 from helix_compile.passes.match.mask import Subject, evaluated, mask_error, subjects_of, tried_masks
@@ -103,6 +104,7 @@ def _selection(topk: fx.Node, cone: set[fx.Node]) -> Selection:
         new=new.name,
         past=past.name,
         indices=_last_of_indices(indices, cone).name,
+        score_dtype=accumulation_dtype(raw.q.meta["val"].dtype),
     )
 
 

@@ -14,6 +14,7 @@ from helix_compile.ir.graph import aten, calls
 from helix_compile.ir.stage import bodies_of
 from helix_compile.layout.ledger import position_of_slot
 from helix_compile.module import HelixModule
+from helix_compile.verifier.mutants.kernel_mutants import multiplies_dead_parts
 from helix_compile.verifier.mutants.mutant import SPARSE_CATALOGUE, c10d, helix_nodes, kernel_mutant, mutant, wait_of
 
 Pair = tuple[Tensor, Tensor]
@@ -141,6 +142,19 @@ def wrong_page(
     return _reference("mla_decode_slots", q, qr, cache, table.roll(1, 0), visible, slots, count, scale)
 
 
+@_kernel("the list of slots has a hole of -1, which is read as a slot", "select_slots")
+def hole_in_the_list(
+    scores: Tensor, visible: Tensor, kth: Tensor, position: Tensor, rank: Tensor, k: int, cp: int, tpb: int
+) -> Pair:
+    slots, count = _reference("select_slots", scores, visible, kth, position, rank, k, cp, tpb)
+    width = slots.shape[-1]
+    holed = torch.where(torch.arange(width) < count[..., None], slots, -1)
+    return holed, (count + 1).clamp(max=width)
+
+
+_kernel("a rank that holds no chosen key counts as 0 * NaN", "merge_lse", family=5)(multiplies_dead_parts)
+
+
 # layers that attend to what an earlier one chose
 
 
@@ -160,6 +174,23 @@ def shared_loses_one(compiled: HelixModule) -> None:
         with decode.graph.inserting_before(decode):
             fewer = decode.graph.call_function(aten.sub.Tensor, (decode.args[6], 1))
             decode.update_arg(6, decode.graph.call_function(aten.clamp.default, (fewer, 0)))
+
+
+@_sparse("a shared layer runs an index of its own", 4, "graph")
+def shared_layer_chooses_itself(compiled: HelixModule) -> None:
+    """As many keys as were handed to it, but those that its own queries and latents score highest."""
+    for decode in _shared(compiled):
+        graph, (q, _, cache, table, visible, slots, *_) = decode.graph, decode.args
+        R = q.meta["val"].shape[3]
+        with graph.inserting_before(decode):
+            latents = graph.call_function(aten.slice.Tensor, (cache, 2, 0, R))
+            weights = graph.call_function(aten.amax.default, (graph.call_function(aten.ones_like.default, (q,)), [3]))
+            scores = graph.call_function(
+                torch.ops.helix.index_scores.default, (q, weights, latents, table, visible, 1.0)
+            )
+            best = graph.call_function(aten.argsort.default, (scores, -1, True))
+            own = graph.call_function(aten.slice.Tensor, (best, 2, 0, slots.meta["val"].shape[2]))
+            decode.update_arg(5, graph.call_function(aten._to_copy.default, (own,), {"dtype": torch.int32}))
 
 
 def _shared(compiled: HelixModule) -> list[Any]:
