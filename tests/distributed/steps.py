@@ -60,7 +60,7 @@ def windowed_model() -> Any:
 # family, its variant, options: sinks beside windows; latents of earlier layers, with rope and without, and their choice; windows
 # of MLA beside indexers
 ATTENTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt_oss": ("gpt_oss", "", MIXED),
+    "granite_swa": ("granite_swa", "", {**OPTIONS, "cp": 4}),
     "mistral_large4": ("mistral_large4", "shared", {**OPTIONS, "cp": 4, "topk_exchange": "owner"}),
     "dots3_note": ("dots3_note", "", {**OPTIONS, "cp": 4}),
 }

@@ -27,7 +27,7 @@ def test_four_processes_are_the_virtual_world(tmp_path: Path) -> None:
         expected[name] = run_steps(compiled)
         assert expected[name].abs().max() > 0.01
         sites[name] = [site for body in compiled.plan.bodies for site in body.attentions]
-    assert any(site.sinks for site in sites["gpt_oss"]) and any(site.cache_of for site in sites["mistral_large4"])
+    assert any(site.sinks for site in sites["granite_swa"]) and any(site.cache_of for site in sites["mistral_large4"])
     assert any(site.window and not site.top_k for site in sites["dots3_note"])
     for rank in range(4):
         seen, sent = (
