@@ -291,6 +291,8 @@ def _named(values: Mapping[Any, Any], keys: EngineKeys, where: str) -> dict[Any,
             value = as_mapping(in_kind(value, keys.without_effect[name]))
             if keys.without_effect[name].startswith("str") and type(value) in (int, float):
                 value = str(value)
+        if keys is not TRTLLM and keys.applied.get(name) == "int":
+            value = in_kind(value, "int")  # "8", 128k
         named[name] = value
     return named
 
