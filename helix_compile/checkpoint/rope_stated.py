@@ -35,6 +35,8 @@ def rope_of(file: Path, values: Table, notes: list[str]) -> None:
     Raises:
         CheckpointError: what is stated twice is not the same, a factor without a type, or numbers that no angle has.
     """
+    if values.get("rope_scaling", ...) is None:  # it says nothing, and transformers warns where a class has no rope
+        values.pop("rope_scaling")
     stated = {name: values[name] for name in TABLES if isinstance(values.get(name), dict) and values[name]}
     tables = {name: _typed(file, name, table, notes) for name, table in stated.items()}
     if len(tables) == 2:
