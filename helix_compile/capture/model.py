@@ -140,11 +140,11 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": words,
         "model_name": type(model).__name__,
         "model": model,
-        "notes": (*_version_notes(), *getattr(model, "notes_of_release", ()), *_mtp_notes(model.config)),
+        "notes": (*version_notes(), *getattr(model, "notes_of_release", ()), *_mtp_notes(model.config)),
     }
 
 
-def _version_notes() -> tuple[str, ...]:
+def version_notes() -> tuple[str, ...]:
     """A newer transformers than any that was tested is no reason to refuse."""
     major, minor = (int(n) for n in transformers.__version__.split(".")[:2])
     if (major, minor) <= TESTED:

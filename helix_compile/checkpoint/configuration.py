@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from helix_compile.checkpoint.rope_stated import rope_of
 from helix_compile.errors import CheckpointError
 
 
@@ -50,24 +51,36 @@ SPELLINGS = (
     ("n_shared_experts", "num_shared_experts"),
     ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
     ("num_hidden_layers", "num_layers", "n_layers"),
-    ("rope_parameters", "rope_scaling"),
     ("dtype", "torch_dtype"),
 )
-
-# rope types that releases still state by the name that they had before
-OLD_ROPES = {"su": "longrope"}
 
 _SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 # keys that the class does not read: these values are what it computes, others would be computed wrongly
+_SIGMOID: dict[str, tuple[Any, ...]] = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
+_SPARSE = {**_SIGMOID, "moe_layer_freq": (1,), "mlp_bias": (False, None)}
 MEANT: dict[str, dict[str, tuple[Any, ...]]] = {
-    "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
+    "deepseek_v3": {**_SIGMOID, "moe_layer_freq": (1,)},
     "deepseek_v2": {
         "scoring_func": ("softmax",),
         "moe_layer_freq": (1,),
         "use_mla": (True,),
-        "norm_topk_prob": (False,),
+        "norm_topk_prob": (False, None),
     },
+    "deepseek_v32": _SPARSE,
+    "glm_moe_dsa": _SPARSE,
+    "glm4_moe_lite": _SIGMOID,
+    "axk1": {"scoring_func": ("sigmoid",)},
+    "bailing_hybrid": {"score_function": ("sigmoid",)},
+    "kimi_linear": {"mla_use_nope": (True,), "moe_router_activation_func": ("sigmoid",), "moe_layer_freq": (1,)},
+    "longcat_flash": {
+        "mla_scale_q_lora": (True,),
+        "mla_scale_kv_lora": (True,),
+        "zero_expert_type": ("identity",),
+        "attention_method": ("MLA",),
+        "norm_topk_prob": (False, None),
+    },
+    "mistral4": {"scoring_func": ("softmax",)},
 }
 
 TEXT_KEYS = ("text_config", "language_config", "llm_config")
@@ -76,9 +89,9 @@ TEXT_PREFIXES = ("language_model.", "model.language_model.", "text_model.", "mod
 # where AutoGPTQ and AutoAWQ said what config.json says today
 _OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _OF_THE_WRAPPER = ("torch_dtype", "dtype", "quantization_config", "tie_word_embeddings")
-# at least one group of experts: published files say null where there are no groups
-_ONE_IF_NULL = ("n_group", "topk_group")
-
+# a head of latent attention has a K and a V of its own: these classes repeat none, whatever num_key_value_heads says
+_ONE_KV_A_HEAD = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "youtu", "longcat_flash")
+_COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "kv_lora_rank", "vocab_size")
 
 # folders of other tools: how a file's name ends, and what can be done
 _OTHER_FORMATS = {
@@ -123,15 +136,16 @@ def read_configuration(path: Path) -> Configuration:
     outer = stated.pop("quantization_config", None)
     notes: list[str] = []
     stated, wrapped = _text_model(file, stated, notes)
-    quantisations = _quantisations(file, outer or stated.pop("quantization_config", None), notes)
-    stated.pop("quantization_config", None)
+    inner = stated.pop("quantization_config", None)
+    own = [said for said in (outer, None if inner == outer else inner) if said]  # two are held against each other
+    quantisations = _quantisations(file, own, notes)
     config = _in_its_wrapper(_built(file, stated, notes), notes)
     return Configuration(config, causal_class(config, file), quantisations, wrapped, tuple(notes))
 
 
-def _quantisations(file: Path, own: Any, notes: list[str]) -> tuple[tuple[dict[str, Any], Path], ...]:
+def _quantisations(file: Path, own: list[Any], notes: list[str]) -> tuple[tuple[dict[str, Any], Path], ...]:
     """What config.json says, and hf_quant_config.json beside it, which modelopt writes."""
-    found = [(dict(own), file)] if own else []
+    found = [(dict(said), file) for said in own]
     beside = file.with_name("hf_quant_config.json")
     if beside.is_file():
         said = _json(beside).get("quantization") or {}
@@ -210,12 +224,26 @@ def _text_model(file: Path, stated: dict[str, Any], notes: list[str]) -> tuple[d
         if model is not None:
             notes.append(f"{kind}: its text model runs in {model.__name__} alone, which is taken whole, without images")
             return stated, False
-    text = {**{k: stated[k] for k in _OF_THE_WRAPPER if stated.get(k) is not None}, **stated[key]}
+    text = _with_the_wrappers(stated, stated[key], notes)
     others = [k for k in stated if k.endswith("_config") and k != key and isinstance(stated[k], dict)]
     beside = f"; {', '.join(others)} left out" if others else ""
     named = text.get("model_type") or text["architectures"][0]
     notes.append(f"{kind}: its text model ({key}: {named}) is taken{beside}")
     return text, True
+
+
+def _with_the_wrappers(wrapper: dict[str, Any], text: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """What the text model does not say, or says null of, is the wrapper's; the two names of dtype are one key."""
+    said = {k: v for k, v in text.items() if not (v is None and k in _OF_THE_WRAPPER)}
+    dtypes = {k: said[k] for k in ("dtype", "torch_dtype") if k in said}
+    taken = {k: wrapper[k] for k in _OF_THE_WRAPPER if wrapper.get(k) is not None and k not in said}
+    for key in ("dtype", "torch_dtype"):
+        if dtypes and wrapper.get(key) not in (None, *dtypes.values()):
+            own = next(iter(dtypes.values()))
+            notes.append(f"the wrapper's {key} is {wrapper[key]!r}, its text model's {own!r}: the latter is taken")
+        if dtypes:
+            taken.pop(key, None)
+    return {**taken, **said}
 
 
 def _says_what(text: dict[str, Any]) -> bool:
@@ -260,7 +288,7 @@ def _refuse_known(file: Path, kind: Any) -> None:
 
 
 def _check_dtype(file: Path, key: str, said: Any) -> None:
-    if not isinstance(said, str) or said == "auto" or isinstance(getattr(torch, said, None), torch.dtype):
+    if not isinstance(said, str) or isinstance(getattr(torch, said, None), torch.dtype):
         return
     names = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype) and value.is_floating_point]
     likely = _SHORT_DTYPES.get(said.lower()) or difflib.get_close_matches(said, names, n=1, cutoff=0.0)[0]
@@ -272,6 +300,7 @@ def _built(file: Path, stated: dict[str, Any], notes: list[str]) -> PretrainedCo
     if not isinstance(kind, str):
         kind = _kind_by_class(file, stated, notes)
     _refuse_known(file, kind)
+    stated = {k: v for k, v in stated.items() if not (k in ("dtype", "torch_dtype") and v == "auto")}  # what is stored
     for key in ("dtype", "torch_dtype"):
         _check_dtype(file, key, stated.get(key))
     if kind not in CONFIG_MAPPING and kind in RENAMES:
@@ -284,9 +313,7 @@ def _built(file: Path, stated: dict[str, Any], notes: list[str]) -> PretrainedCo
     elif stated.get("auto_map") and kind in CONFIG_MAPPING:
         notes.append(f"auto_map ignored: {kind} is transformers' own, no code of the checkpoint runs")
     if kind not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(kind, list(CONFIG_MAPPING), 1, 0.0)[0]
-        nearest = "deepseek_v3" if stated.get("kv_lora_rank") else near
-        raise CheckpointError(f"{file}: model_type {kind!r} is not in transformers (nearest: {nearest})")
+        raise CheckpointError(f"{file}: model_type {kind!r} is not in transformers{_nearest(kind, stated)}")
     cls = CONFIG_MAPPING[kind]
     for key, values in MEANT.get(kind, {}).items():
         if stated.get(key, values[0]) not in values:
@@ -295,17 +322,63 @@ def _built(file: Path, stated: dict[str, Any], notes: list[str]) -> PretrainedCo
             )
     given = {k: v for k, v in stated.items() if k not in ("auto_map", "model_type")}
     _respell(file, given, cls)
-    for key in _ONE_IF_NULL:
-        if key in given and given[key] is None:
-            given[key] = 1
-    _rename_rope(given, notes)
+    _group_of_experts(file, given, cls)
+    _check_counts(file, kind, given)
+    rope_of(file, given, notes)
     activation = given.get("hidden_act")
     if activation is not None and activation not in ACT2FN:
         raise CheckpointError(f"{file}: hidden_act {activation!r} is no activation of transformers")
     try:
         return cls.from_dict(given)
     except Exception as error:  # transformers checks a config by many exception classes of its own
-        raise CheckpointError(f"{file}: can't be read: {error}") from error
+        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())}") from error
+
+
+def _nearest(kind: str, stated: dict[str, Any]) -> str:
+    """The architecture of a name like it; else, of one with latents, DeepSeek's; a name like none names none."""
+    near = difflib.get_close_matches(kind, list(CONFIG_MAPPING), 1, 0.6)
+    near = [k for k in CONFIG_MAPPING if kind.startswith(f"{k}_")][-1:] or near
+    if stated.get("kv_lora_rank") and not (near and _has_latents(near[0])):
+        near = ["deepseek_v3"]
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def _has_latents(kind: str) -> bool:
+    return "kv_lora_rank" in inspect.signature(CONFIG_MAPPING[kind]).parameters
+
+
+def _group_of_experts(file: Path, given: dict[str, Any], cls: type[PretrainedConfig]) -> None:
+    """Published files say null where experts are in no groups: one group. A null beside groups is nobody's default."""
+    own = cls()
+    said: dict[str, Any] = {key: given.get(key, getattr(own, key, None)) for key in ("n_group", "topk_group")}
+    nulls = [key for key in said if key in given and given[key] is None]
+    others = {key: value for key, value in said.items() if key in given and value not in (None, 1)}
+    if nulls and (others or (nulls == ["topk_group"] and said["n_group"] not in (None, 1))):
+        told = ", ".join(f"{key}={json.dumps(value)}" for key, value in said.items())
+        raise CheckpointError(f"{file}: {told}: expected two numbers, or null for both where experts are in no groups")
+    if nulls:
+        given |= dict.fromkeys(said, 1)
+    elif set(said) & set(given) and all(type(value) is int for value in said.values()):
+        groups, chosen = said.values()
+        if not 1 <= chosen <= groups:
+            raise CheckpointError(f"{file}: topk_group={chosen} of n_group={groups}: expected 1 to {groups}")
+
+
+def _check_counts(file: Path, kind: str, given: dict[str, Any]) -> None:
+    """Counts that no model has, by their names: a class would fail somewhere inside, or build a model without layers."""
+    for key in _COUNTS:
+        number = given.get(key)
+        if type(number) is int and number < 1:
+            raise CheckpointError(f"{file}: {key} is {number}, expected 1 or more")
+    experts, chosen = (next((given[k] for k in names if k in given), None) for names in (SPELLINGS[0], SPELLINGS[2]))
+    if isinstance(experts, int) and isinstance(chosen, int) and not 0 <= chosen <= experts:
+        raise CheckpointError(f"{file}: {chosen} experts a token of {experts}: expected 0 to {experts}")
+    heads, kv = given.get("num_attention_heads"), given.get("num_key_value_heads")
+    if kind in _ONE_KV_A_HEAD and given.get("kv_lora_rank") and type(heads) is type(kv) is int and kv != heads:
+        raise CheckpointError(
+            f"{file}: num_key_value_heads={kv} beside num_attention_heads={heads}: latent attention of transformers' {kind} "
+            "has a K and a V of its own for each head; expected the same number, or no such key"
+        )
 
 
 def _in_lower_case(kind: str, stated: dict[str, Any]) -> str:
@@ -320,32 +393,12 @@ def _respell(file: Path, values: dict[str, Any], cls: type[PretrainedConfig]) ->
     read = {*cls().to_dict(), *cls.attribute_map}
     for names in SPELLINGS:
         given = {name: values[name] for name in names if values.get(name) is not None}
-        if any(not _alike(one, other) for one, other in itertools.combinations(given.values(), 2)):
-            told = ", ".join(f"{k}={json.dumps(_plain(v), sort_keys=True)}" for k, v in given.items())
+        if any(one != other for one, other in itertools.combinations(given.values(), 2)):
+            told = ", ".join(f"{k}={json.dumps(v, sort_keys=True)}" for k, v in given.items())
             raise CheckpointError(f"{file}: {told}: of one meaning, but not the same")
         own = next((name for name in names if name in read), None)
-        # transformers reads both names of rope and dtype itself
-        if own in (None, "rope_parameters", "dtype") or any(name in read for name in given):
+        # transformers reads both names of dtype itself
+        if own in (None, "dtype") or any(name in read for name in given):
             continue
         if given:
             values[own] = values.pop(next(iter(given)))
-
-
-def _rename_rope(values: dict[str, Any], notes: list[str]) -> None:
-    for table in (name for name in ("rope_scaling", "rope_parameters") if isinstance(values.get(name), dict)):
-        for key in ("type", "rope_type"):
-            if (old := values[table].get(key)) in OLD_ROPES:
-                values[table] = {**values[table], key: OLD_ROPES[old]}
-                notes.append(f"{table}: {key} {old!r} is read as {OLD_ROPES[old]!r}, its name today")
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """The same value; of two tables what both state is the same (rope_theta may stand in one of them alone)."""
-    one, other = _plain(one), _plain(other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return all(one[key] == other[key] for key in one.keys() & other.keys())
-    return one == other
-
-
-def _plain(value: Any) -> Any:
-    return {"rope_type" if k == "type" else k: v for k, v in value.items()} if isinstance(value, dict) else value

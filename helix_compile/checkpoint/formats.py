@@ -117,16 +117,21 @@ class Quantised:
         stored = read(self.scale, ranges).reshape([stop - start for start, stop in grid])
         if stored.dtype == torch.uint8:
             stored = stored.view(torch.float8_e8m0fnu)
-        scales = stored.to(torch.float32)
-        if wrong := int((~scales.isfinite()).sum()):
-            raise CheckpointError(
-                f"{self.scale}: {wrong} of the {scales.numel()} scales that were read are no finite numbers: the file is damaged, or "
-                f"its values are not {self.format.name}"
-            )
+        scales = self._finite(stored.to(torch.float32), self.scale)
         if not self.whole_scale:
             return scales
-        whole = read(self.whole_scale, ()).reshape(())
-        return scales / whole if self.format.divides else scales * whole
+        whole = self._finite(read(self.whole_scale, ()).reshape(()), self.whole_scale)
+        # zero may multiply (all weights are zero then), but not divide; nor may the product leave float32
+        scales = scales / whole if self.format.divides else scales * whole
+        return self._finite(scales, f"{self.scale} {'over' if self.format.divides else 'times'} {self.whole_scale}")
+
+    def _finite(self, scales: Tensor, what: str) -> Tensor:
+        if wrong := int((~scales.isfinite()).sum()):
+            raise CheckpointError(
+                f"{what}: {wrong} of the {scales.numel()} scales that were read are no finite numbers: the file is damaged, or "
+                f"its values are not {self.format.name}"
+            )
+        return scales
 
 
 @cache  # a checkpoint has few shapes and many weights

@@ -55,10 +55,13 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
         raise KeyError(f"no preset (there are {', '.join(PRESETS)}) and no file or folder of this name{hub}")
     stated = getattr(config, "dtype", None)
     default = stated if isinstance(stated, torch.dtype) else torch.bfloat16 if meta else torch.float32
+    made = chosen or default
+    if not meta:
+        with _built_of(name, config):
+            twin = build_model(config, dtype=made, meta=True, model_class=model_class)
+        _check_memory(twin, made)
     with _built_of(name, config):
-        if not meta:
-            _check_memory(config, chosen or default, model_class)
-        model = build_model(config, dtype=chosen or default, meta=meta, model_class=model_class)
+        model = build_model(config, dtype=made, meta=meta, model_class=model_class)
     vars(model)["notes_of_release"] = notes
     return model
 
@@ -68,14 +71,14 @@ def _built_of(name: str, config: Any) -> Iterator[None]:
     """A value that transformers' class can't be built with ("40" for a factor) is the configuration's fault."""
     try:
         yield
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         said = getattr(config, "rope_parameters", None) or {}
         if isinstance(error, KeyError) and (kind := error.args[0]) in (said.get("rope_type"), said.get("type")):
             raise CheckpointError(
                 f"{name}: rope_type {kind!r} is none that transformers makes: {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
             ) from error
         raise CheckpointError(
-            f"{name}: transformers can't build this model: {type(error).__name__}: {error} "
+            f"{name}: transformers can't build this model: {type(error).__name__}: {' '.join(str(error).split())} "
             f"(in {Path(traceback.extract_tb(error.__traceback__)[-1].filename).name}); a value of another kind than expected?"
         ) from error
 
@@ -85,9 +88,8 @@ def physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _check_memory(config: Any, dtype: torch.dtype, model_class: Any) -> None:
+def _check_memory(twin: nn.Module, dtype: torch.dtype) -> None:
     """Random weights are refused before they are made where they can't fit."""
-    twin = build_model(config, dtype=dtype, meta=True, model_class=model_class)
     needed = sum(t.numel() * t.itemsize for t in (*twin.parameters(), *twin.buffers()))
     if needed > (there := physical_memory()):
         raise ValueError(

@@ -28,6 +28,8 @@ from helix_compile.checkpoint.entries import Entry
 from helix_compile.errors import CheckpointError
 
 _LISTED = 20
+# what a layer of multi-token prediction has and no other: norms and projection of two inputs, its own way in and out
+_OF_PREDICTION = re.compile(r"\.layers\.\d+\.(enorm|hnorm|eh_proj|embed_tokens|shared_head)\.")
 
 
 @dataclass(frozen=True)
@@ -110,18 +112,25 @@ def assemble(
     ]
     # what transformers ignores too: layers for multi-token prediction, old rotary tables
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    further = [k for k in unknown if _layer_of(k) >= layers]
-    ignored = [k for k in unknown if k not in further and any(re.search(p, k) for p in patterns)]
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    parts = {part for name in wanted for part in _parts_of(name)} - {model.base_model_prefix}
+    behind = [k for k in unknown if _layer_of(k) >= depth and _in_layers(k, prefixes, parts)]
+    further = _prediction_layers(behind)
+    # transformers' own patterns name DeepSeek's layer 61 and the like, whatever is in it: not here
+    ignored = [k for k in unknown if k not in behind and any(re.search(p, k) for p in patterns)]
     texts = {_home(key) for _, sources in collected.values() for each in sources.values() for key in each}
-    beside = [k for k in unknown if k not in (*further, *ignored) and _is_beside(k, prefixes, texts if apart else None)]
+    others = [k for k in unknown if k not in (*behind, *ignored) and _is_beside(k, prefixes, texts if apart else None)]
+    beside = [k for k in others if parts.isdisjoint(_parts_of(k))]
     known_of = {*further, *ignored, *beside}
     problems += [f"left over: {key} {stored[key]}" for key in unknown if key not in known_of]
     if problems:
         raise CheckpointError(_report(where, type(model).__name__, problems))
     notes = (
         *_notes(ignored, "are no part of the model: ignored, as transformers does"),
-        *_notes(further, "belong to layers of multi-token prediction, behind the model's own: ignored"),
+        *_notes(
+            further,
+            f"belong to layers of multi-token prediction, behind the model's own: ignored{_unlike(further, model)}",
+        ),
         *_notes(sorted([*apart, *beside]), "are not the text model's (vision, projector): left out"),
     )
     return Assembly(found, same, notes)
@@ -248,6 +257,31 @@ def _layer_of(key: str) -> int:
     """The number of the layer that a stored tensor belongs to; -1: none."""
     found = re.search(r"(?:^|\.)layers\.(\d+)\.", key)
     return int(found[1]) if found else -1
+
+
+def _parts_of(key: str) -> list[str]:
+    """The modules that a tensor is inside of, the outermost first."""
+    words = key.split(".")[:-1]
+    return [".".join(words[: i + 1]) for i in range(len(words))]
+
+
+def _in_layers(key: str, prefixes: tuple[str, ...], parts: set[str]) -> bool:
+    """The layers of its name are the text model's, and not those of an encoder beside it."""
+    of = re.split(r"(?:^|\.)layers\.\d+\.", _without_prefix(key, prefixes))[0]
+    return any(part == f"{of}.layers".lstrip(".") or (not of and part.endswith(".layers")) for part in parts)
+
+
+def _prediction_layers(keys: list[str]) -> list[str]:
+    """Those of layers that have what only a layer of multi-token prediction has; others are layers of a deeper model."""
+    own = {_layer_of(k) for k in keys if _OF_PREDICTION.search(k)}
+    return [k for k in keys if _layer_of(k) in own]
+
+
+def _unlike(further: list[str], model: PreTrainedModel) -> str:
+    """What the configuration says of their number, where that is another one."""
+    stated = getattr(model.config.get_text_config(decoder=True), "num_nextn_predict_layers", None)
+    there = len({_layer_of(k) for k in further})
+    return f" ({there} such layer(s), config.json says {stated})" if type(stated) is int and stated != there else ""
 
 
 def _notes(keys: list[str], what: str) -> tuple[str, ...]:

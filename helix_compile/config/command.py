@@ -197,7 +197,9 @@ def arguments(command: Command, keys: EngineKeys, where: str) -> dict[str, Any]:
         else:
             raise PlanError(f"{where}: {key}: got no value, expected one after {word}")
         i += taken
-        unsaid = _open_value(value, f"{where}: {key}", key in keys.without_effect or key in keys.graphs)
+        unsaid = _open_value(
+            value, f"{where}: {key}", key in keys.graphs or (key in keys.without_effect and key not in keys.changing)
+        )
         if dot:
             values.setdefault(key, {})
             if isinstance(values[key], dict):

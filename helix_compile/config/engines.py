@@ -57,7 +57,8 @@ def engine_recipe(options: HelixOptions, ep: int, engine: str, model: str) -> st
         value = getattr(options, field)
         if value != getattr(back, field):
             said = str(value).lower() if value is None or isinstance(value, bool) else value
-            said = ",".join(map(str, value)) if isinstance(value, tuple) else said
+            if isinstance(value, tuple):  # of one number too, as Python has it
+                said = ",".join(map(str, value)) + ("," if len(value) == 1 else "")
             head.append(f"# not in {name}: {field}={said}: {_why(field, value, ep, options)}")
     return "\n".join((*head, text))
 

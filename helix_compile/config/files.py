@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
@@ -192,6 +192,21 @@ NOTHING: tuple[Any, ...] = (
 )  # values of a key that asks for nothing
 
 
+class Changing(NamedTuple):
+    """A key that concerns the engine alone at some of its values, and at others changes what a rank computes or holds."""
+
+    why: str
+    but: tuple[Any, ...] = ()  # values without effect, beside those of NOTHING
+    at: tuple[Any, ...] = ()  # values with one; (): all others
+
+    def changes(self, value: Any) -> bool:
+        """Does this value change what a rank computes or holds?"""
+        plain = value.lower() if isinstance(value, str) else value
+        if self.at:
+            return plain in self.at
+        return value not in NOTHING and plain not in self.but
+
+
 def of_kinds(names: Mapping[str, str]) -> dict[str, str]:
     """Key -> kind, from kind -> keys."""
     return {key: kind for kind, keys in names.items() for key in keys.split()}
@@ -316,7 +331,11 @@ class ConfigSection:
         return (*self.notes, *(f"left out: {', '.join(keys)}: {why}" for why, keys in self.left_out.items()))
 
     def finish(
-        self, without_effect: Mapping[str, str], refused: Mapping[str, str], beside: Mapping[str, str] | None = None
+        self,
+        without_effect: Mapping[str, str],
+        refused: Mapping[str, str],
+        beside: Mapping[str, str] | None = None,
+        changing: Mapping[str, Changing] | None = None,
     ) -> list[str]:
         """Refuse every key that nobody took, but for those known to have no effect here.
 
@@ -324,6 +343,7 @@ class ConfigSection:
             without_effect: key -> kind of value; understood, checked and without effect on what is compiled.
             refused: key -> why it can't be followed.
             beside: key -> why a plan does not hold it; refused unless the reading is lenient.
+            changing: keys without effect -> at which values they have one, and are as those beside.
 
         Returns:
             Paths of the keys without effect.
@@ -344,6 +364,9 @@ class ConfigSection:
                 self._unknown(key, sorted({*self.taken, *without_effect, *refused, *(beside or {})}))
                 continue
             self.kind(key, without_effect[key])
+            if changing and key in changing and changing[key].changes(self.values[key]):
+                self.beside(key, changing[key].why)
+                continue
             idle.append(f"{self.prefix}{key}")
         return idle
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from helix_compile.config.files import of_kinds
-from helix_compile.config.recipe import EngineKeys
+from helix_compile.config.files import Changing, of_kinds
+from helix_compile.config.recipe import DECOMPRESSED, EXCHANGED, FP8_SCALES, ON_CPU, QUANTISED, STATES, EngineKeys
 
 APPLIED = of_kinds(
     {
@@ -168,10 +168,8 @@ REFUSED = {
 }
 
 _DRAFTS = "drafts belong to the loop that decodes: generate(prompt_lookup_num_tokens=..., assistant_model=...)"
-_QUANT = "a checkpoint says itself how its weights are quantised, and they are computed in --dtype"
 _LORA = "LoRA is not supported"
 _EXPERTS = "an expert lies once, on the rank that the plan says"
-_CPU = "weights that stay on the CPU are not supported"
 _SPECULATIVE = (
     "algorithm draft_model_path draft_model draft_model_revision draft_load_format num_steps eagle_topk "
     "num_draft_tokens dflash_block_size dspark_block_size dspark_sps_table_path dspark_confidence_sts_path "
@@ -190,10 +188,10 @@ BESIDE = {
     "decoupled_spec_bind_endpoint": _DRAFTS,
     "decoupled_spec_connect_endpoints": _DRAFTS,
     "decoupled_spec_rank": _DRAFTS,
-    "quantization": _QUANT,
-    "modelopt_quant": _QUANT,
-    "quantize_and_serve": _QUANT,
-    "enable_quant_communications": "collectives carry the model's dtype",
+    "quantization": QUANTISED,
+    "modelopt_quant": QUANTISED,
+    "quantize_and_serve": QUANTISED,
+    "enable_quant_communications": EXCHANGED,
     "enable_fp32_lm_head": "the head computes in the model's dtype",
     "enable_lora": _LORA,
     "lora_paths": _LORA,
@@ -205,19 +203,67 @@ BESIDE = {
     "ep_join_rank_offset": _EXPERTS,
     "elastic_ep_join_rank_offset": _EXPERTS,
     "elastic_ep_initial_size": _EXPERTS,
-    "enable_paged_experts": _CPU,
-    "paged_experts_num_resident": _CPU,
-    "ple_offload_embedding": _CPU,
-    "ple_offload_backend": _CPU,
-    "ple_offload_dir": _CPU,
+    "enable_paged_experts": ON_CPU,
+    "paged_experts_num_resident": ON_CPU,
+    "ple_offload_embedding": ON_CPU,
+    "ple_offload_backend": ON_CPU,
+    "ple_offload_dir": ON_CPU,
     "uno_lora_path": _LORA,
-    "kt_weight_path": _CPU,
-    "kt_method": _CPU,
-    "kt_cpuinfer": _CPU,
-    "kt_threadpool_count": _CPU,
-    "kt_num_gpu_experts": _CPU,
-    "kt_max_deferred_experts_per_token": _CPU,
+    "kt_weight_path": ON_CPU,
+    "kt_method": ON_CPU,
+    "kt_cpuinfer": ON_CPU,
+    "kt_threadpool_count": ON_CPU,
+    "kt_num_gpu_experts": ON_CPU,
+    "kt_max_deferred_experts_per_token": ON_CPU,
 }
+
+_WHOLE = "a rank's cache is its tokens of every layer"
+_PREFILL = "context parallelism of the prefill is not supported"
+CHANGING = {
+    "disable_mla": Changing(DECOMPRESSED),
+    "torchao_config": Changing(QUANTISED),
+    "rl_quant_profile": Changing(QUANTISED),
+    "load_format": Changing(QUANTISED, at=("bitsandbytes", "gguf", "flash_rl")),
+    "enable_w4a4_mxfp4_megamoe": Changing(QUANTISED),
+    "enable_deepseek_v4_fp4_indexer": Changing("keys of an indexer are cached in the model's dtype"),
+    "deepep_dispatcher_output_dtype": Changing(EXCHANGED, but=("auto", "bf16", "bfloat16")),
+    "init_expert_location": Changing(_EXPERTS, but=("trivial",)),
+    "enable_dsa_cache_layer_split": Changing(_WHOLE),
+    "enable_dsa_prefill_cp_layersplit": Changing(_WHOLE),
+    "enable_prefill_cp": Changing(_PREFILL),
+    "enable_prefill_context_parallel": Changing(_PREFILL),
+    "enable_dsa_prefill_context_parallel": Changing(_PREFILL),
+    "enable_nsa_prefill_context_parallel": Changing(_PREFILL),
+    "prefill_only_disable_kv_cache": Changing("a plan is of decoding"),
+    "cpu_offload_gb": Changing(ON_CPU),
+    "offload_group_size": Changing(ON_CPU, but=(-1, "-1")),
+    "mamba_ssm_dtype": Changing(STATES, but=("auto", "float32")),
+    "enable_mamba_cache_stochastic_rounding": Changing(STATES),
+    "enable_int8_mamba_checkpoint": Changing(STATES),
+    "enable_tf32_matmul": Changing("products of float32 matrices are in float32"),
+    "forward_hooks": Changing("hooks change what a module computes"),
+    "decrypted_config_file": Changing("give a checkpoint folder whose config.json says it"),
+}
+OF_FP8_CACHE = {"quantization_param_path": FP8_SCALES}
+_IDLE = (
+    "USE_MODELSCOPE HOST_IP PORT LOGGING_CONFIG_PATH LOG_MS LOG_REQUEST_HEADERS TORCH_PROFILER_DIR PROFILE_WITH_STACK "
+    "ALLOW_OVERWRITE_LONGER_CONTEXT_LEN WAIT_BEFORE_KILL_SCHEDULER_SECONDS SET_CPU_AFFINITY BLOCK_NONZERO_RANK_CHILDREN "
+    "ENABLE_JIT_DEEPGEMM JIT_DEEPGEMM_PRECOMPILE JIT_DEEPGEMM_FAST_WARMUP DG_CACHE_DIR DG_USE_NVRTC USE_DEEPGEMM_BMM "
+    "ENABLE_FLASHINFER_FP8_GEMM ENABLE_FLASHINFER_GEMM FLASHINFER_WORKSPACE_SIZE FLASHINFER_USE_TENSOR_CORE "
+    "FLASHINFER_PREFILL_SPLIT_TILE_SIZE FLASHINFER_DECODE_SPLIT_TILE_SIZE DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK "
+    "DEEPEP_BF16_DISPATCH MOONCAKE_CUSTOM_MEM_POOL MOONCAKE_TRANS_THREAD DISAGGREGATION_BOOTSTRAP_TIMEOUT "
+    "DISAGGREGATION_WAITING_TIMEOUT DISAGGREGATION_HEARTBEAT_INTERVAL DISAGGREGATION_HEARTBEAT_MAX_FAILURE "
+    "DISAGGREGATION_THREAD_POOL_SIZE DISAGGREGATION_QUEUE_SIZE DISAGGREGATION_NUM_PRE_ALLOCATE_REQS "
+    "DECODE_BOOTSTRAP_TIMEOUT HACK_SEQ_BOOTSTRAP_ROOM LOCAL_IP_NIC IS_FLASHINFER_AVAILABLE USE_AITER AITER_MLA_PERSIST "
+    "ROCM_FUSED_DECODE_MLA MOE_PADDING SCHEDULER_MAX_RECV_PER_POLL SCHEDULER_SKIP_ALL_GATHER ENABLE_SPEC_V2 "
+    "ENABLE_OVERLAP_PLAN_STREAM ENABLE_TORCH_COMPILE CLIP_MAX_NEW_TOKENS_ESTIMATION INIT_NEW_TOKEN_RATIO "
+    "MIN_NEW_TOKEN_RATIO_FACTOR NEW_TOKEN_RATIO_DECAY_STEPS RETRACT_DECODE_STEPS DISABLE_TP_MEMORY_INBALANCE_CHECK "
+    "ENABLE_TP_MEMORY_INBALANCE_CHECK CUTEDSL_MOE_NVFP4_DISPATCH BLACKWELL_OVERLAP_SHARED_EXPERTS_OUTSIDE_SBO "
+    "DP_ROUND_ROBIN TOOL_STRICT_LEVEL HEALTH_CHECK_TIMEOUT RECORD_STEP_TIME CI_SMALL_KV_SIZE TEST_STUCK_DETOKENIZER "
+    "GRPC_PORT EXTERNAL_MODEL_PACKAGE EXTERNAL_MM_MODEL_ARCH VLM_CACHE_SIZE_MB IMAGE_MAX_PIXELS RESIZE_RESAMPLE"
+)
+IDLE_VARIABLES = frozenset(f"SGLANG_{name}" for name in _IDLE.split())
+CHANGING_VARIABLES = {"SGLANG_NVFP4_CKPT_FP8_GEMM_IN_ATTN": QUANTISED, "SGLANG_CPU_QUANTIZATION": QUANTISED}
 
 MARKERS = (
     "dcp_size",
@@ -250,5 +296,7 @@ SHORT = {
 
 SGLANG = EngineKeys(
     "SGLang", MARKERS, APPLIED, WITHOUT_EFFECT, REFUSED, BESIDE,
-    nullable=("dcp_replicate_q_proj", "moe_dense_tp_size", "max_running_requests", "context_length"), short=SHORT, graphs=GRAPHS,
+    nullable=("dcp_replicate_q_proj", "moe_dense_tp_size", "max_running_requests", "context_length"), short=SHORT,
+    graphs=GRAPHS, changing=CHANGING, prefix=("SGLANG_",), changing_variables=CHANGING_VARIABLES,
+    idle_variables=IDLE_VARIABLES,
 )  # fmt: skip

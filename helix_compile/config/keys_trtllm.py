@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from helix_compile.config.files import of_kinds
-from helix_compile.config.recipe import EngineKeys
+from helix_compile.config.files import Changing, of_kinds
+from helix_compile.config.recipe import EXCHANGED, STATES, EngineKeys
 
 APPLIED = of_kinds(
     {
@@ -25,13 +25,14 @@ WITHOUT_EFFECT = of_kinds(
         "garbage_collection_gen0_threshold batch_wait_timeout_iters iter_stats_max_iterations "
         "request_stats_max_iterations perf_metrics_max_requests encoder_max_batch_size encoder_max_num_tokens "
         "num_serve_frontends max_stats_len num_instances max_retries req_timeout_secs "
-        "health_check_interval_secs server_role_port",
+        "health_check_interval_secs server_role_port node_id num_workers",
         "str": "model tokenizer tokenizer_mode custom_tokenizer backend attn_backend load_format allreduce_strategy "
         "guided_decoding_backend log_level hostname host revision tokenizer_revision reasoning_parser tool_parser "
         "post_processor_hook postprocess_tokenizer_dir otlp_traces_endpoint perf_metrics_output_dir "
         "orchestrator_type sampler_type generation_config checkpoint_format checkpoint_loader checkpoint_io_policy "
         "ray_worker_extension_cls prefill_cuda_graph_backend served_model_name chat_template batching_type "
-        "schedule_style kv_cache_transfer_mode metadata_server_config_file server_role",
+        "schedule_style kv_cache_transfer_mode metadata_server_config_file server_role "
+        "disagg_coordinator_url",
         "bool": "trust_remote_code skip_tokenizer_init disable_overlap_scheduler enable_chunked_prefill print_iter_log "
         "enable_iter_perf_stats enable_iter_req_stats enable_autotuner enable_lm_head_tp_in_adp "
         "enable_layerwise_nvtx_marker enable_min_latency enable_energy_metrics return_perf_metrics "
@@ -39,7 +40,8 @@ WITHOUT_EFFECT = of_kinds(
         "enable_speculative_beam_history_d2h enable_early_first_token_response enable_low_latency_host_dispatch "
         "enable_encoder_decoder_mixed_cuda_graph sampler_force_async_worker use_fine_grained_sync "
         "use_cute_dsl_blockscaling_mm use_cute_dsl_blockscaling_bmm use_cute_dsl_bf16_bmm use_cute_dsl_bf16_gemm "
-        "normalize_log_probs fail_fast_on_attention_window_too_large enable_prompt_adapter",
+        "normalize_log_probs fail_fast_on_attention_window_too_large allow_request_chat_template "
+        "gen_strip_message_history gen_tokids_ctxbytes",
         "mapping": "encoder_cuda_graph_config torch_compile_config scheduler_config "
         "cache_transceiver_config attention_dp_config nvfp4_gemm_config peft_cache_config kv_connector_config "
         "prometheus_metrics_config telemetry_config env_overrides multimodal_config mx_config gms_config "
@@ -105,9 +107,29 @@ BESIDE = {
     "force_dynamic_quantization": _QUANT,
     "lora_config": _LORA,
     "enable_lora": _LORA,
+    "enable_prompt_adapter": "prompt adapters are not supported",
     "enable_mla_skip_correction": "the softmax is corrected at every step, exactly",
     "mla_skip_correction_threshold": "the softmax is corrected at every step, exactly",
 }
+
+CHANGING = {
+    "allreduce_strategy": Changing(EXCHANGED, at=("lowprecision",)),
+    "attn_backend": Changing(
+        "each token attends to all before it", at=("flashinfer_star_attention", "vanilla_star_attention")
+    ),
+    "build_config": Changing("engines that are built are not planned: give the options of the PyTorch backend"),
+}
+CACHE_CHANGING = {
+    "mamba_ssm_cache_dtype": Changing(STATES, but=("auto", "float32")),
+    "mamba_ssm_stochastic_rounding": Changing(STATES),
+}
+MOE_CHANGING = {"use_low_precision_moe_combine": Changing(EXCHANGED)}
+# of the servers in front, or of both kinds of servers each: stated at the top they say nothing of generation_servers
+DISAGGREGATED = (
+    "hostname", "port", "max_retries", "perf_metrics_max_requests", "disagg_cluster", "conditional_disagg_config", "otlp_config",
+    "node_id", "num_workers", "disagg_coordinator_url", "allow_request_chat_template", "gen_strip_message_history",
+    "gen_tokids_ctxbytes", "schedule_style", "router", "num_instances", "urls",
+)  # fmt: skip
 
 CACHE_REFUSED = {
     "max_attention_window": "windows are the model's own, read off its mask; the cache keeps all tokens",
@@ -135,6 +157,7 @@ TRTLLM = EngineKeys(
         "max_batch_size", "max_seq_len", "max_beam_width", "pp_partition", "cuda_graph_config",
     ),
     graphs=GRAPHS,
+    changing=CHANGING,
 )  # fmt: skip
 
 # what `trtllm-serve MODEL` takes besides: these have no effect here, and options of a file have other names

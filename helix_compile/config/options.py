@@ -283,6 +283,7 @@ class HelixOptions:
     def notes_of_plan(self, kv_bytes: Fraction, itemsize: int, dtype: str) -> tuple[str, ...]:
         """What the recipe that they come from wants to be noted; the cache of the plan has these bytes a token and rank."""
         recipe: Recipe = vars(self)["recipe"]
+        recipe.check_dtype(dtype)
         return recipe.said(kv_bytes, itemsize, dtype)
 
     def to_json(self) -> dict[str, Any]:

@@ -291,6 +291,8 @@ def _named(values: Mapping[Any, Any], keys: EngineKeys, where: str) -> dict[Any,
             value = as_mapping(in_kind(value, keys.without_effect[name]))
             if keys.without_effect[name].startswith("str") and type(value) in (int, float):
                 value = str(value)
+        if keys is not TRTLLM and keys.applied.get(name) == "int":
+            value = in_kind(value, "int")  # "8", 128k
         named[name] = value
     return named
 
@@ -298,10 +300,10 @@ def _named(values: Mapping[Any, Any], keys: EngineKeys, where: str) -> dict[Any,
 def _numbers(text: str) -> Any:
     """0.5, or 0.5,0.25 as a list; None of what is neither."""
     try:
-        numbers = [float(word) for word in text.split(",")]
+        numbers = [float(word) for word in text.removesuffix(",").split(",")]
     except ValueError:
         return None
-    return numbers if len(numbers) > 1 else numbers[0]
+    return numbers if "," in text else numbers[0]
 
 
 def _unsaid(found: Source, own_fields: OwnReader) -> dict[str, Any]:

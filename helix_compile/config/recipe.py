@@ -9,11 +9,21 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from helix_compile.config.files import ConfigSection
+from helix_compile.config.files import NOTHING, Changing, ConfigSection
+from helix_compile.errors import PlanError
 
 # bytes of one element, of caches that hold nothing else; another format's are not said
 CACHE_BYTES = {"fp8_e5m2": 1, "int8": 1}
 FP8_CACHE = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_ds_mla": "fp8_ds_mla"}  # ours of theirs
+# why a plan does not follow keys that several engines have
+STATES = "states of linear attention are in the dtype that the model computes them in"
+EXCHANGED = "collectives carry the model's dtype"
+ON_CPU = "weights that stay on the CPU are not supported"
+QUANTISED = "a checkpoint says itself how its weights are quantised, and they are computed in --dtype"
+FP8_SCALES = "an FP8 cache has the scales that cache_scale says, one for all layers or one for each"
+FP8_LAYERS = "every layer's cache is in what cache_dtype says"
+DECOMPRESSED = "latent attention caches latents and attends in them: no option stores keys and values of heads"
+
 SAME_CACHE = ("auto",)
 HALF_CACHE = ("bfloat16", "bf16", "float16", "fp16")
 
@@ -25,10 +35,20 @@ class Recipe:
     Attributes:
         notes: what is left out, or planned otherwise than the engine does it.
         cache_dtype: what the recipe's cache is in, where the plan's is in the model's dtype; "" where they are one.
+        dtype: what the recipe's model computes in; "" where it does not say.
     """
 
     notes: tuple[str, ...] = ()
     cache_dtype: str = ""
+    dtype: str = ""
+
+    def check_dtype(self, dtype: str) -> None:
+        """PlanError where the model that is planned computes in another dtype than the recipe's."""
+        if self.dtype and self.dtype != dtype:
+            raise PlanError(
+                f"the recipe says dtype {self.dtype}, the model that is planned is in {dtype}: give dtype= or --dtype "
+                f"{self.dtype} beside the file, or leave its dtype out"
+            )
 
     def said_apart(self) -> tuple[str, ...]:
         """The notes where there is no plan beside them."""
@@ -86,6 +106,10 @@ class EngineKeys:
         nullable: applied keys whose null is their default.
         short: other spellings of a key, and its short flags.
         graphs: key -> kind; they say whether steps are recorded in CUDA graphs. One that a text leaves open says nothing.
+        changing: keys without effect -> the values at which they have one; as those beside there.
+        prefix: of the engine's variables of the environment.
+        changing_variables: those that change what a rank computes or holds -> why a plan does not follow; off by 0 or nothing.
+        idle_variables: those that concern the engine alone; one that is in neither is noted.
     """
 
     name: str
@@ -97,6 +121,10 @@ class EngineKeys:
     nullable: tuple[str, ...] = ()
     short: Mapping[str, str] = field(default_factory=dict)
     graphs: Mapping[str, str] = field(default_factory=dict)
+    changing: Mapping[str, Changing] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    changing_variables: Mapping[str, str] = field(default_factory=dict)
+    idle_variables: frozenset[str] = frozenset()
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -144,6 +172,36 @@ def _number(text: str, whole: bool) -> Any:
     return text
 
 
+def check_environment(
+    top: ConfigSection, keys: EngineKeys, environment: Mapping[str, str], taken: tuple[str, ...]
+) -> list[str]:
+    """Names of the variables without effect here; those of the engine that change something are as keys beside the plan."""
+    idle, unknown = [], []
+    for name, value in environment.items():
+        if name in taken:
+            continue
+        if name in keys.changing_variables and value.lower() not in ("", "0", "false"):
+            section = ConfigSection({name: value}, top.where, "", top.lenient, top.notes, top.left_out)
+            section.beside(name, keys.changing_variables[name])
+            continue
+        known = name in keys.changing_variables or name in keys.idle_variables
+        if name.startswith(keys.prefix) and not known:
+            unknown.append(f"{name}={value}")
+        idle.append(name)
+    if unknown:
+        top.notes.append(
+            f"variables of {keys.name} that are not known here, planned as without them: {', '.join(unknown)}"
+        )
+    return idle
+
+
+def check_cache_scales(top: ConfigSection, keys: Mapping[str, str], fields: Mapping[str, Any]) -> None:
+    """Keys of an FP8 cache: beside the plan where the cache is in FP8, without effect on another."""
+    for key, why in keys.items():
+        if "cache_dtype" in fields and top.values.get(key, False) not in NOTHING:
+            top.beside(key, why)
+
+
 def check_cache_dtype(section: ConfigSection, key: str, fields: dict[str, Any]) -> str:
     """What the cache is in; "" where that is the model's dtype, or an FP8 of ours, which goes to `fields`. Only a lenient
     reading takes another.
@@ -166,13 +224,20 @@ def check_cache_dtype(section: ConfigSection, key: str, fields: dict[str, Any]) 
     return given
 
 
-def check_dtype(section: ConfigSection, key: str = "dtype") -> None:
-    """No file says what a model computes in: the command or the call does."""
-    if section.text(key, "auto") == "auto":
-        return
-    if not section.lenient:
-        section.wrong(key, "'auto': give dtype= or --dtype beside the file")
-    section.notes.append(f"{key}={section.values[key]} is left out: give dtype= or --dtype beside the file")
+DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "half": "float16", "float32": "float32", "float": "float32"}
+
+
+def read_dtype(section: ConfigSection, key: str = "dtype") -> str:
+    """What the model must be in, "" if the file does not say; a plan of a model in another is refused (Recipe.check_dtype)."""
+    given = section.text(key, "auto")
+    if given == "auto":
+        return ""
+    if given not in DTYPES:
+        section.wrong(key, f"'auto' or one of {', '.join(map(repr, DTYPES))}")
+    if section.lenient:
+        section.notes.append(f"{key}={given} is left out: what is planned is in the dtype of the call or the command")
+        return ""
+    return DTYPES[given]
 
 
 def replica_note(key: str, replicas: int, ranks: int, experts: str) -> str:

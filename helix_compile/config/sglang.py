@@ -11,14 +11,16 @@ from typing import Any
 
 from helix_compile.config.command import as_mapping
 from helix_compile.config.files import ConfigSection
-from helix_compile.config.keys_sglang import SGLANG
+from helix_compile.config.keys_sglang import OF_FP8_CACHE, SGLANG
 from helix_compile.config.recipe import (
     ConfigFields,
     Recipe,
     add_stages,
     check_cache_dtype,
-    check_dtype,
+    check_cache_scales,
+    check_environment,
     experts_of_replica,
+    read_dtype,
     replica_note,
     without_nulls,
 )
@@ -74,7 +76,7 @@ def sglang_fields(
         top.taken.add(theirs)
     if shared and "max_batch_size" in fields:
         fields["max_batch_size"] = max(1, fields["max_batch_size"] // replicas)
-    check_dtype(top)
+    dtype = read_dtype(top)
     cache_dtype = check_cache_dtype(top, "kv_cache_dtype", fields)
     if environment.get("SGLANG_PP_LAYER_PARTITION"):
         top.refuse(
@@ -82,9 +84,10 @@ def sglang_fields(
             f"got {environment['SGLANG_PP_LAYER_PARTITION']!r}, expected no such variable: stages of stated sizes are not "
             "planned, those that SGLang makes by itself are",
         )
-    idle += top.finish(SGLANG.without_effect, SGLANG.refused, SGLANG.beside)
-    idle += [name for name in environment if name != "SGLANG_PP_LAYER_PARTITION"]
-    return ConfigFields("SGLang", fields, tuple(idle), Recipe(top.said(), cache_dtype), where)
+    check_cache_scales(top, OF_FP8_CACHE, fields)
+    idle += top.finish(SGLANG.without_effect, SGLANG.refused, SGLANG.beside, SGLANG.changing)
+    idle += check_environment(top, SGLANG, environment, ("SGLANG_PP_LAYER_PARTITION",))
+    return ConfigFields("SGLang", fields, tuple(idle), Recipe(top.said(), cache_dtype, dtype), where)
 
 
 def _replicas(top: ConfigSection) -> tuple[int, bool, str]:

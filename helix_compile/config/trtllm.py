@@ -11,10 +11,13 @@ from typing import Any
 
 from helix_compile.config.files import ConfigSection
 from helix_compile.config.keys_trtllm import (
+    CACHE_CHANGING,
     CACHE_REFUSED,
     CACHE_WITHOUT_EFFECT,
+    DISAGGREGATED,
     INDEXER,
     MOE_BESIDE,
+    MOE_CHANGING,
     MOE_WITHOUT_EFFECT,
     TRTLLM,
 )
@@ -23,8 +26,8 @@ from helix_compile.config.recipe import (
     Recipe,
     add_stages,
     check_cache_dtype,
-    check_dtype,
     experts_of_replica,
+    read_dtype,
     replica_note,
     without_nulls,
 )
@@ -79,19 +82,19 @@ def trtllm_fields(values: Mapping[str, Any], where: str, lenient: bool = False) 
         )
     if cache is not None:
         cache_dtype = check_cache_dtype(cache, "dtype", fields)
-        idle += cache.finish(CACHE_WITHOUT_EFFECT, CACHE_REFUSED)
+        idle += cache.finish(CACHE_WITHOUT_EFFECT, CACHE_REFUSED, changing=CACHE_CHANGING)
     if stated or helix is not None:
         fields["tokens_per_block"] = tokens_per_block
-    check_dtype(top)
+    dtype = read_dtype(top)
     _check_indexer(top, idle)
     moe = _section(top, "moe_config", {**MOE_WITHOUT_EFFECT, **MOE_BESIDE}, idle)
     if moe is not None:
         balancer = moe.values.get("load_balancer")
         if isinstance(balancer, Mapping) and balancer.get("num_slots", 0) in (0, None):
             moe.taken.add("load_balancer")  # no more slots than experts
-        idle += moe.finish(MOE_WITHOUT_EFFECT, {}, MOE_BESIDE)
-    idle += top.finish(TRTLLM.without_effect, TRTLLM.refused, TRTLLM.beside)
-    return ConfigFields("TensorRT-LLM", fields, tuple(idle), Recipe(top.said(), cache_dtype), where)
+        idle += moe.finish(MOE_WITHOUT_EFFECT, {}, MOE_BESIDE, MOE_CHANGING)
+    idle += top.finish(TRTLLM.without_effect, TRTLLM.refused, TRTLLM.beside, TRTLLM.changing)
+    return ConfigFields("TensorRT-LLM", fields, tuple(idle), Recipe(top.said(), cache_dtype, dtype), where)
 
 
 def _check_indexer(top: ConfigSection, idle: list[str]) -> None:
@@ -132,7 +135,13 @@ def _generation(values: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any
             f"{where}: generation_servers: got {type(found).__name__}"
             f"{' without options' if isinstance(found, Mapping) else ''}, expected the options of the servers that decode"
         )
-    # what stands at the top holds for both kinds of servers, unless they say otherwise
+    for key in (k for k in found if k in values and k not in DISAGGREGATED and values[k] != found[k]):
+        raise PlanError(
+            f"{where}: {key}: got {values[key]!r} at the top and {found[key]!r} in generation_servers, expected one of them: "
+            "TensorRT-LLM refuses what is specified both in the top-level and in the generation_servers section, but with "
+            "different values"
+        )
+    # what stands at the top holds for both kinds of servers
     above = {k: v for k, v in values.items() if k not in ("generation_servers", "context_servers") and k not in found}
     rest = ["context_servers"] if "context_servers" in values else []
     return {**above, **found}, "", rest

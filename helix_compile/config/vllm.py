@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from helix_compile.config.command import as_mapping
-from helix_compile.config.files import ConfigSection
-from helix_compile.config.keys_vllm import VLLM
+from helix_compile.config.files import NOTHING, ConfigSection
+from helix_compile.config.keys_vllm import OF_FP8_CACHE, VLLM
 from helix_compile.config.recipe import (
     ConfigFields,
     Recipe,
     add_stages,
     check_cache_dtype,
-    check_dtype,
+    check_cache_scales,
+    check_environment,
+    read_dtype,
     replica_note,
     without_nulls,
 )
@@ -87,12 +89,15 @@ def vllm_fields(
             idle.append(theirs)
         elif theirs in values:
             fields[ours] = top.count(theirs)
-    check_dtype(top)
+    dtype = read_dtype(top)
     cache_dtype = check_cache_dtype(top, "kv_cache_dtype", fields)
     _partition(top, environment)
-    idle += top.finish(VLLM.without_effect, VLLM.refused, VLLM.beside)
-    idle += [name for name in environment if name not in _ENVIRONMENT]
-    return ConfigFields("vLLM", fields, tuple(idle), Recipe(top.said(), cache_dtype), where)
+    if values.get("additional_config", "") not in NOTHING:
+        top.notes.append("additional_config has keys of a plug-in's own: what they change is not planned")
+    check_cache_scales(top, OF_FP8_CACHE, fields)
+    idle += top.finish(VLLM.without_effect, VLLM.refused, VLLM.beside, VLLM.changing)
+    idle += check_environment(top, VLLM, environment, _ENVIRONMENT)
+    return ConfigFields("vLLM", fields, tuple(idle), Recipe(top.said(), cache_dtype, dtype), where)
 
 
 _ENVIRONMENT = ("VLLM_DCP_Q_REPLICATE", "VLLM_PP_LAYER_PARTITION")

@@ -15,6 +15,7 @@ from transformers import DeepseekV3ForCausalLM
 from helix_compile import CheckpointError
 from helix_compile.checkpoint.configuration import Configuration, causal_class, read_configuration
 from helix_compile.checkpoint.named import named_model
+from helix_compile.checkpoint.stated import stated_format
 from tests.support.models import SIZES, YARN
 
 # a release in the words of its own: no dtype, rope or names of transformers
@@ -88,10 +89,18 @@ def test_a_text_model_is_taken_out_of_its_wrapper(tmp_path: Path, key: str) -> N
     assert found.wrapped and found.model_class is DeepseekV3ForCausalLM
     assert found.config.dtype == torch.float16 and found.config.tie_word_embeddings
     assert found.notes[0] == f"kimi_k25: its text model ({key}: kimi_k2) is taken; vision_config left out"
-    own = {**text, "tie_word_embeddings": False, "torch_dtype": ...}
-    own.pop("torch_dtype")
+    own = {**text, "tie_word_embeddings": False, "torch_dtype": None}  # null says nothing
     found = read_configuration(write(tmp_path, {**wrapper, key: own}))
     assert not found.config.tie_word_embeddings and found.config.dtype == torch.float16
+
+
+def test_a_dtype_of_the_text_model_is_taken_before_its_wrappers_with_a_note(tmp_path: Path) -> None:
+    """By either of the key's names; "auto" is what is stored."""
+    path = write(tmp_path, {"model_type": "kimi_k25", "dtype": "float32", "text_config": RELEASE})
+    found = read_configuration(path)
+    assert found.config.dtype == torch.bfloat16
+    assert found.notes[0] == "the wrapper's dtype is 'float32', its text model's 'bfloat16': the latter is taken"
+    assert read(tmp_path, torch_dtype="auto").config.dtype is None
 
 
 def test_a_text_model_without_a_class_of_its_own_in_the_table(tmp_path: Path) -> None:
@@ -114,6 +123,18 @@ def test_a_quantisation_is_found_wherever_it_is_said(tmp_path: Path) -> None:
         write(tmp_path, {"model_type": "kimi_k25", **outer, "text_config": {**RELEASE, **inner}})
         found = read_configuration(tmp_path)
         assert found.quantisations == ((QUANTISED, file),) and not hasattr(found.config, "quantization_config")
+    other = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    write(
+        tmp_path,
+        {
+            "model_type": "kimi_k25",
+            "quantization_config": QUANTISED,
+            "text_config": {**RELEASE, "quantization_config": other},
+        },
+    )
+    assert read_configuration(tmp_path).quantisations == ((QUANTISED, file), (other, file))
+    with pytest.raises(CheckpointError, match=r"states FP8 in blocks .*states NVFP4 .*two formats"):
+        stated_format(read_configuration(tmp_path))
     beside = tmp_path / "hf_quant_config.json"
     beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}))
     said = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
@@ -155,7 +176,19 @@ ROPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "yarn", **YARN_BARE, "factor": 4},
     },
     "base_in_one_of_them": {"rope_scaling": {"type": "yarn", **YARN_BARE}, "rope_parameters": YARN},
-}
+    "base_alone_in_the_other": {
+        "rope_theta": ..., "rope_scaling": {"type": "yarn", **YARN_BARE}, "rope_parameters": {"rope_theta": YARN["rope_theta"]},
+    },
+    "each_a_part": {
+        "rope_scaling": {"type": "yarn", "factor": YARN["factor"]},
+        "rope_parameters": {k: v for k, v in YARN.items() if k not in ("factor", "rope_type")},
+    },
+    "both_names_of_the_type": {"rope_scaling": {"type": "yarn", "rope_type": "yarn", **YARN_BARE}},
+    "length_beside_it": {
+        "rope_scaling": {"type": "yarn", **{k: v for k, v in YARN_BARE.items() if k != "original_max_position_embeddings"}},
+        "original_max_position_embeddings": YARN["original_max_position_embeddings"],
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", ROPES)
@@ -164,11 +197,40 @@ def test_spellings_of_rope(tmp_path: Path, what: str) -> None:
     assert {k: rope[k] for k in YARN} == YARN
 
 
+def test_a_base_that_one_of_two_tables_states_is_taken(tmp_path: Path) -> None:
+    """Kimi-K2's, where transformers alone would drop the table that states it and take the class's 10,000."""
+    changes = {"rope_scaling": {"type": "yarn", **YARN_BARE}, "rope_parameters": {"rope_theta": 50000}}
+    found = read(tmp_path, **changes, rope_theta=...)
+    assert found.config.rope_parameters == YARN | {"rope_theta": 50000}
+    assert found.notes == ("rope_scaling and rope_parameters are read as one table",)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts_twice": ({"num_experts": 16}, r"n_routed_experts=8, num_experts=16: of one meaning, but not the same"),
     "layers_twice": ({"num_layers": 5}, r"num_hidden_layers=4, num_layers=5: of one meaning"),
     "dtypes": ({"dtype": "float16"}, r'dtype="float16", torch_dtype="bfloat16": of one meaning'),
     "ropes": ({"rope_parameters": {**YARN, "factor": 8}}, r"rope_parameters=.*rope_scaling=.*of one meaning"),
+    "rope_types": ({"rope_scaling": {"type": "yarn", "rope_type": "default", **YARN_BARE}}, r'rope_scaling.rope_type="default", rope_scaling.type="yarn": of one meaning'),
+    "a_default_beside_yarn": ({"rope_parameters": {"rope_type": "default"}}, r"rope_parameters=.*rope_scaling=.*of one meaning"),
+    "bases": ({"rope_theta": 10000, "rope_scaling": ..., "rope_parameters": {**YARN, "rope_theta": 50000}}, r"rope_theta=10000, rope_parameters.rope_theta=50000: of one meaning"),
+    "base_in_the_old_table": ({"rope_theta": 10000, "rope_scaling": {**YARN, "rope_theta": 50000}}, r"rope_theta=10000, rope_scaling.rope_theta=50000"),
+    "lengths": ({"original_max_position_embeddings": 7}, r"original_max_position_embeddings=7, rope_scaling.original_max_position_embeddings="),
+    "no_type": ({"rope_scaling": {"factor": 4.0}}, r"rope_scaling states factor and no rope_type; expected one"),
+    "no_type_by_layers": ({"rope_scaling": ..., "rope_parameters": {"full_attention": {"factor": 4.0}}}, r"rope_parameters.full_attention states factor"),
+    "factor_zero": ({"rope_scaling": {"type": "yarn", **YARN_BARE, "factor": 0}}, r"rope_scaling.factor is 0, expected a number > 0"),
+    "base_zero": ({"rope_theta": 0}, r"rope_theta is 0, expected a number > 0"),
+    "no_layers": ({"num_hidden_layers": -1}, r"num_hidden_layers is -1, expected 1 or more"),
+    "kv_heads": ({"num_key_value_heads": 2}, r"num_key_value_heads=2 beside num_attention_heads=\d+: latent attention of transformers' deepseek_v3"),
+    "chosen_experts": ({"num_experts_per_tok": 9}, r"9 experts a token of 8: expected 0 to 8"),
+    "no_chosen_groups": ({"n_group": 8, "topk_group": None}, r"n_group=8, topk_group=null: expected two numbers, or null for both"),
+    "no_groups_but_chosen": ({"n_group": None, "topk_group": 4}, r"n_group=null, topk_group=4: expected two numbers"),
+    "more_groups_than_there_are": ({"n_group": 2, "topk_group": 4}, r"topk_group=4 of n_group=2: expected 1 to 2"),
+    "v2_norm": ({"model_type": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": True}, r"norm_topk_prob=True: transformers' deepseek_v2 reads no norm_topk_prob and computes False"),
+    "longcat_scale": ({"model_type": "longcat_flash", "mla_scale_kv_lora": False}, r"mla_scale_kv_lora=False: .* computes True"),
+    "kimi_linear_rope": ({"model_type": "kimi_linear", "mla_use_nope": False}, r"mla_use_nope=False: .* computes True"),
+    "glm_bias": ({"model_type": "glm_moe_dsa", "mlp_bias": True}, r"mlp_bias=True: .* computes False"),
+    "youtu_by_another_name": ({"model_type": "youtu_llm"}, r"'youtu_llm' is not in transformers \(nearest: youtu\)"),
+    "like_nothing": ({"model_type": "foo", "kv_lora_rank": ...}, r"model_type 'foo' is not in transformers$"),
     "scores": ({"scoring_func": "softmax"}, r"scoring_func='softmax': transformers' deepseek_v3 reads no scoring_func and computes 'sigmoid'"),
     "top_k": ({"topk_method": "greedy"}, r"topk_method='greedy': .* computes 'noaux_tc'"),
     "every_second": ({"moe_layer_freq": 2}, r"moe_layer_freq=2: .* computes 1"),
@@ -192,7 +254,7 @@ def test_refused_in_one_line(tmp_path: Path, what: str) -> None:
         read(tmp_path, **changes)
     said = str(caught.value)
     assert said.startswith(f"{tmp_path / 'config.json'}: ") and re.search(message, said), said
-    assert len(said.splitlines()) == 1 or what == "value"
+    assert len(said.splitlines()) == 1
 
 
 def test_a_model_that_is_no_causal_one(tmp_path: Path) -> None:

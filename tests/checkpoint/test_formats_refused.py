@@ -9,14 +9,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from helix_compile import CheckpointError, helix_compile
 from helix_compile.checkpoint.configuration import read_configuration
+from helix_compile.checkpoint.entries import read_entries
+from helix_compile.checkpoint.files import CheckpointFiles
 from helix_compile.checkpoint.formats import MXFP8, Format, Quantised, fp8_blocks
 from helix_compile.checkpoint.model import open_checkpoint
 from helix_compile.checkpoint.stated import stated_format
@@ -182,6 +186,40 @@ def test_scales_that_are_no_numbers(form: Format, scales: torch.Tensor) -> None:
     assert bool((target == 1).all())
     with pytest.raises(CheckpointError, match="w_scale: 1 of the 1 scales that were read are no finite numbers"):
         weight.copy_part(read, (1, 2), (0, 32), target)
+
+
+def _damaged(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    """Its first element is no number, as far as its dtype has such a thing."""
+    changed = tensor.clone()
+    first = changed.view(torch.uint8 if tensor.itemsize == 1 else tensor.dtype).reshape(-1)
+    first[0] = {torch.float8_e4m3fn: 0x7F}.get(tensor.dtype, 0xFF) if tensor.itemsize == 1 else value
+    return changed
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_every_scale_of_every_format_is_a_finite_number(tmp_path: Path, case: str, value: float) -> None:
+    """Those of parts, and that of the whole weight; one that divides is not zero either."""
+    how = CASES[case]
+    stored, worth = how.quantise((96, 96), np.random.default_rng(0))
+    said: Any = SimpleNamespace(quantisations=((how.said, tmp_path / how.file),))
+    scales = [tail for tail in stored if "scale" in tail]
+    assert scales
+
+    def read(tensors: Tensors) -> torch.Tensor:
+        save_file({f"{HEAD}{tail}": t for tail, t in tensors.items()}, tmp_path / "model.safetensors")
+        files = CheckpointFiles(tmp_path)
+        return read_entries(files, stated_format(said))[HEAD].part(files, ((0, 96), (0, 96)))
+
+    assert torch.equal(read(stored), torch.from_numpy(worth).to(torch.float32))
+    for tail in scales:
+        with pytest.raises(CheckpointError, match=rf"^{HEAD}{tail}: 1 of the \d+ scales .* are no finite numbers"):
+            read({**stored, tail: _damaged(stored[tail], value)})
+    if "_global_scale" in stored:
+        with pytest.raises(CheckpointError, match=rf"^{HEAD}_scale over {HEAD}_global_scale: \d+ of the "):
+            read({**stored, "_global_scale": torch.zeros(1)})
+    if "_scale_2" in stored:  # all weights are zero
+        assert not read({**stored, "_scale_2": torch.zeros(())}).any()
 
 
 def test_two_files_that_state_different_formats(written: dict[str, Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 from transformers import AutoModelForCausalLM
 
-from helix_compile import helix_compile
+from helix_compile import CheckpointError, helix_compile
 from helix_compile.checkpoint.files import CheckpointFiles
 from helix_compile.checkpoint.model import open_checkpoint
 from helix_compile.checkpoint.weights import CheckpointWeights
@@ -127,12 +127,36 @@ def test_layers_for_multi_token_prediction_are_ignored_with_a_note(tmp_path: Pat
         name = "model.layers.0.self_attn.o_proj.weight"
         for tail in (name, f"{name}_scale_inv"):
             tensors[tail.replace("layers.0", "layers.2")] = tensors[tail].clone()
+        tensors["model.layers.2.enorm.weight"] = torch.ones(7)
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
 
     quantised, ignored, further = open_checkpoint(rewrite(tmp_path, add), None, CPU).notes
     assert "are FP8 in blocks of 16 x 24 (fp8), by config.json: dequantised into torch.bfloat16" in quantised
     assert "1 tensor(s) are no part of the model: ignored" in ignored
-    assert "1 tensor(s) belong to layers of multi-token prediction, behind the model's own: ignored" in further
+    assert "2 tensor(s) belong to layers of multi-token prediction, behind the model's own: ignored" in further
+
+
+def test_layers_of_a_deeper_model_are_no_multi_token_prediction(tmp_path: Path) -> None:
+    """A configuration that says fewer layers than are stored: those behind them have nothing of MTP's, and are left over."""
+    name = "model.layers.3.self_attn.o_proj.weight"
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        for layer in (2, 3, 61):
+            stored = name.replace(".3.", f".{layer}.")
+            tensors[stored] = tensors[name.replace(".3.", ".0.")].clone()
+        tensors["model.layers.2.eh_proj.weight"] = torch.ones(7, 14)
+
+    folder = rewrite(write(tmp_path), add)
+    set_config(folder, num_nextn_predict_layers=3)
+    with pytest.raises(CheckpointError, match="0 missing, 2 left over") as caught:
+        open_checkpoint(folder, None, CPU)
+    assert f"left over: {name}" in str(caught.value) and "layers.2." not in str(caught.value)
+
+    def mend(tensors: dict[str, Tensor]) -> None:
+        del tensors[name], tensors[name.replace(".3.", ".61.")]
+
+    (note,) = open_checkpoint(rewrite(folder, mend), None, CPU).notes
+    assert "ignored (1 such layer(s), config.json says 3): model.layers.2." in note
 
 
 def test_one_tensor_is_shared_by_all_who_hold_it_and_read_again_when_none_does(folder: Path) -> None:

@@ -101,6 +101,28 @@ def test_a_text_weight_that_the_model_does_not_have_is_not_taken_for_vision(dens
         open_checkpoint(rewrite(folder, add), None, torch.device("cpu"))
 
 
+def test_scales_of_the_text_model_are_not_taken_for_vision(dense: Path, tmp_path: Path) -> None:
+    """Whose names have no prefix where the others' do; layers of an encoder are no layers behind the text model's."""
+    folder, _ = wrapped(dense, tmp_path, "language_model.")
+    encoder = "vision_tower.encoder.layers.7.norm.weight"
+    scales = ("lm_head.weight_scale", "model.layers.0.self_attn.o_proj.weight_scale")
+
+    def add(tensors: Tensors) -> None:
+        tensors |= {encoder: torch.ones(2), **{name: torch.ones(1) for name in scales}}
+
+    with pytest.raises(CheckpointError, match="0 missing, 2 left over") as caught:
+        open_checkpoint(rewrite(folder, add), None, torch.device("cpu"))
+    assert all(f"left over: {name} [1] F32" in str(caught.value) for name in scales)
+
+    def mend(tensors: Tensors) -> None:
+        for name in scales:
+            del tensors[name]
+
+    told = "\n".join(open_checkpoint(rewrite(folder, mend), None, torch.device("cpu")).notes)
+    assert "3 tensor(s) are not the text model's (vision, projector)" in told
+    assert "2 tensor(s) belong to layers of multi-token prediction" in told
+
+
 @pytest.mark.slow
 def test_a_wrapper_of_transformers_runs_as_its_text_model(tmp_path: Path) -> None:
     """Gemma 3: its class takes images besides; saved whole, and run without them."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,42 @@ def test_inspect_json_and_files(tmp_path: Path) -> None:
     }
     assert "helix.mla_decode" in (tmp_path / "body_1.after.py").read_text()
     assert "scaled_dot_product_attention" in (tmp_path / "body_1.before.py").read_text()
+
+
+class Asked(io.StringIO):
+    """A standard input that is open and that nobody may read."""
+
+    def read(self, *_: Any) -> str:
+        raise AssertionError("asked")
+
+    readline = read
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "--meta"),
+        ("generate", "--prompt-ids", "1"),
+        ("verify",),
+        ("kernels", "--arch", "sm_90", "--out", "OUT"),
+    ],
+)
+def test_no_command_asks_or_runs_code_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """A release whose architecture only its own code has: where transformers is asked, it prompts on standard input."""
+    monkeypatch.setattr(sys, "stdin", Asked())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # kernels that are interpreted are refused first
+    ran = tmp_path / "ran"
+    maps = {"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    for name in ("configuration_mine.py", "modeling_mine.py"):
+        (tmp_path / name).write_text(f"open({str(ran)!r}, 'w').close()\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine_v9", "auto_map": maps}))
+    name, *further = command
+    for model in (tmp_path, tmp_path / "config.json"):
+        done = run_here(name, str(model), "--cp", "2", *(str(tmp_path / "out") if x == "OUT" else x for x in further))
+        assert done.returncode == 2 and "model_type 'mine_v9' is not in transformers" in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) <= 2 and not ran.exists()
 
 
 def test_inspect_one_node() -> None:

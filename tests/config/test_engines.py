@@ -41,7 +41,7 @@ def asked(draw: st.DrawFn) -> HelixOptions:
         }
     cache_dtype = draw(st.sampled_from(["auto", "fp8_e4m3", "fp8_ds_mla"]))
     if cache_dtype == "fp8_e4m3":
-        exchange["cache_scale"] = draw(st.sampled_from([1.0, 0.5, 3e-5, (0.25, 2.0, 1.0)]))
+        exchange["cache_scale"] = draw(st.sampled_from([1.0, 0.5, 3e-5, (0.25, 2.0, 1.0), (3.0,)]))
     return HelixOptions(
         cache_dtype=cache_dtype,
         cp=cp,

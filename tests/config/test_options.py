@@ -244,7 +244,7 @@ DCP = {"tensor_parallel_size": 4, "decode_context_parallel_size": 4}
         ({**DCP, "data_parallel_size": 0}, "data_parallel_size: got 0 (int), expected an int >= 1"),
         ({**DCP, "kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype: got 'fp8_e5m2'"),
         ({**DCP, "enable_expert_parallel": "yes"}, "enable_expert_parallel: got 'yes' (str), expected bool"),
-        ({**DCP, "max_model_len": "128k"}, "max_model_len: got '128k' (str), expected an int"),
+        ({**DCP, "max_model_len": "many"}, "max_model_len: got 'many' (str), expected an int"),
         ({**DCP, "dcp_com_backend": "a2a"}, "did you mean dcp_comm_backend"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,10 @@ from helix_compile.capture.source import captured_from
 from helix_compile.checkpoint.named import named_model
 from helix_compile.compile import plan_model
 from helix_compile.config.dialects import fields_of_file
-from helix_compile.config.reading import ENGINES
+from helix_compile.config.options import OWN_NAMES, own_fields
+from helix_compile.config.reading import ENGINES, read_recipe
+from helix_compile.config.recipe import ConfigFields
+from helix_compile.errors import PlanError
 from tests.support.recipes import PUBLISHED, PublishedRecipe
 
 
@@ -27,6 +31,10 @@ def tiny() -> CapturedGraph:
 
 def planned(captured: CapturedGraph, options: HelixOptions) -> HelixPlan:
     return plan_model(captured, options).plan
+
+
+def read_as(engine: str, source: dict[str, Any], lenient: bool = False) -> ConfigFields:
+    return read_recipe(source, own_fields, OWN_NAMES, engine, lenient)
 
 
 def held(options: HelixOptions, expected: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +67,8 @@ def test_published(recipe: PublishedRecipe, tmp_path: Path, tiny: CapturedGraph)
     if (expected := recipe.lenient or recipe.strict) and isinstance(expected, dict):
         options = HelixOptions.from_file(source, lenient=True)
         assert held(options, expected) == expected
-        plan = planned(tiny, replace(options, pp=1, pp_split="first"))
+        padded = options.cp * options.tpa > 8  # the heads that this model has
+        plan = planned(tiny, replace(options, pp=1, pp_split="first", pad_heads=padded))
         assert (plan.layout.kvp, plan.layout.tpa, plan.layout.ep) == (options.cp, options.tpa, options.ep)
     else:
         with pytest.raises(HelixError):
@@ -350,13 +359,133 @@ def test_every_key_without_effect_is_taken(dialect: str) -> None:
         "SGLang": HelixOptions.from_sglang,
         "TensorRT-LLM": HelixOptions.from_trtllm,
     }[dialect]
-    given = {k: value[kind.split(" or ")[0].replace("scalar", "str")] for k, kind in keys.without_effect.items()}
+    given = {
+        k: value[kind.split(" or ")[0].replace("scalar", "str")]
+        for k, kind in keys.without_effect.items()
+        if k not in keys.changing or keys.changing[k].at
+    }
     plain = {"tensor_parallel_size": 2} if dialect != "SGLang" else {"tp_size": 2}
     assert read({**given, **plain}) == read({**dict.fromkeys(given), **plain}) == read(plain)
     if dialect != "TensorRT-LLM":
         flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in given.items()]
         ranks = "--tp-size 2" if dialect == "SGLang" else "-tp 2"
         assert read(" ".join((ranks, *flags))) == read(plain)
+
+
+@pytest.mark.parametrize("dialect", ["vLLM", "SGLang", "TensorRT-LLM"])
+def test_values_that_change_what_a_rank_computes_or_holds(dialect: str) -> None:
+    """Of keys that have no effect else: refused, left out leniently with the reason; null and what asks for nothing are taken."""
+    keys = ENGINES[dialect]
+    value = {"int": 3, "number": 0.5, "bool": True, "str": "x", "list": [1], "any": "x"}
+    plain = {"tensor_parallel_size": 2} if dialect != "SGLang" else {"tp_size": 2}
+    nothing = {"int": 0, "number": 0, "bool": False, "str": "", "list": [], "any": None}
+    for key, changing in keys.changing.items():
+        kind = keys.without_effect[key].split(" or ")[0].replace("scalar", "list")
+        given = changing.at[0] if changing.at else value[kind]
+        with pytest.raises(
+            PlanError, match=rf"{key}: got {re.escape(repr(given))}, expected no such key: {changing.why}"
+        ):
+            read_as(dialect, {**plain, key: given})
+        read = read_as(dialect, {**plain, key: given}, lenient=True)
+        assert read.recipe.notes == (f"left out: {key}={given!r}: {changing.why}",) and key not in read.without_effect
+        for taken in (nothing[kind], None, *changing.but):
+            read = read_as(dialect, {**plain, key: taken})
+            assert key in read.without_effect and read.recipe.notes == ()
+    assert all(changing.at == () or changing.but == () for changing in keys.changing.values())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("vllm serve X -tp 2 -dcp 2 --dcp-comm-backend ag_rs --dcp-q-replicate --kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 0 1", "kv_cache_dtype_skip_layers: got ['0', '1'], expected no such key: every layer's cache is in what cache_dtype says"),
+        ("vllm serve X -tp 2 -dcp 2 --dcp-comm-backend ag_rs --dcp-q-replicate --kv-cache-dtype fp8 --calculate-kv-scales", "calculate_kv_scales: got True, expected no such key: an FP8 cache has the scales that cache_scale says"),
+        ("--tp-size 2 --dcp-size 2 --dcp-comm-backend ag_rs --kv-cache-dtype fp8_e4m3 --quantization-param-path s.json", "quantization_param_path: got 's.json', expected no such key: an FP8 cache has"),
+        ("VLLM_MLA_DISABLE=1 vllm serve X -tp 2 -dcp 2 --dcp-comm-backend ag_rs --dcp-q-replicate", "VLLM_MLA_DISABLE: got '1', expected no such key: latent attention caches latents"),
+        ("SGLANG_CPU_QUANTIZATION=1 python -m sglang.launch_server --tp-size 2", "SGLANG_CPU_QUANTIZATION: got '1', expected no such key: a checkpoint says itself"),
+        ({"tensor_parallel_size": 2, "moe_expert_parallel_size": 2, "moe_config": {"use_low_precision_moe_combine": True}}, "moe_config.use_low_precision_moe_combine: got True, expected no such key: collectives carry"),
+        ({"tensor_parallel_size": 2, "kv_cache_config": {"mamba_ssm_cache_dtype": "bfloat16"}}, "kv_cache_config.mamba_ssm_cache_dtype: got 'bfloat16', expected no such key: states of linear"),
+        ("--tp-size 2 --dcp-size 2 --torchao-config $Q", "torchao_config: got '$Q', expected a text that says it"),
+    ],
+)  # fmt: skip
+def test_what_a_rank_holds_is_not_without_effect(source: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        fields_of_file(source)
+    if "$Q" not in str(source):
+        (note,) = fields_of_file(source, lenient=True).recipe.notes
+        assert note.startswith("left out: ") and message.split("expected no such key: ")[1] in note
+
+
+def test_scales_and_layers_of_an_fp8_cache_have_no_effect_on_another() -> None:
+    read = fields_of_file(
+        "VLLM_MLA_DISABLE=0 vllm serve X -tp 2 -dcp 2 --dcp-comm-backend ag_rs --dcp-q-replicate --kv-cache-dtype-skip-layers 0 --calculate-kv-scales"
+    )
+    assert {"kv_cache_dtype_skip_layers", "calculate_kv_scales", "VLLM_MLA_DISABLE"} <= {*read.without_effect}
+    assert read.recipe.notes == ()
+
+
+def test_variables_of_an_engine_that_are_not_known_are_noted() -> None:
+    read = fields_of_file(
+        "VLLM_NEW=3 VLLM_USE_V1=1 NCCL_DEBUG=INFO vllm serve X -tp 2 -dcp 2 --dcp-comm-backend ag_rs --dcp-q-replicate"
+    )
+    assert read.recipe.notes == ("variables of vLLM that are not known here, planned as without them: VLLM_NEW=3",)
+    assert {"VLLM_NEW", "VLLM_USE_V1", "NCCL_DEBUG"} <= {*read.without_effect}
+    read = fields_of_file(
+        "vllm serve X -tp 2 -dcp 2 --dcp-comm-backend ag_rs --dcp-q-replicate --additional-config '{\"a\": 1}'"
+    )
+    assert read.recipe.notes == ("additional_config has keys of a plug-in's own: what they change is not planned",)
+
+
+HELIX = {"cp_type": "HELIX", "tokens_per_block": 32}
+TWO = {"context_parallel_size": 2, "cp_config": HELIX}
+
+
+@pytest.mark.parametrize(
+    ("above", "inside"),
+    [
+        ({"tensor_parallel_size": 4}, {"tensor_parallel_size": 2}),
+        ({"kv_cache_config": {"dtype": "fp8", "tokens_per_block": 32}}, {"kv_cache_config": {"enable_block_reuse": False}}),
+        ({"moe_config": {"backend": "CUTLASS"}}, {"moe_config": {"backend": "TRTLLM"}}),
+    ],
+)  # fmt: skip
+def test_a_disaggregated_file_that_contradicts_itself(above: dict[str, Any], inside: dict[str, Any]) -> None:
+    """As TensorRT-LLM refuses it; what both say alike, and what is of the servers in front, is no contradiction."""
+    (key,) = above
+    with pytest.raises(
+        PlanError, match=rf"{key}: got .* at the top and .* in generation_servers, expected one of them"
+    ):
+        HelixOptions.from_file({**above, "generation_servers": {**TWO, **inside}})
+    with pytest.raises(PlanError, match=key):
+        HelixOptions.from_file({**above, "generation_servers": {**TWO, **inside}}, lenient=True)
+    front = {"port": 80, "num_instances": 3, "node_id": 3, "num_workers": 2, "disagg_coordinator_url": "http://x"}
+    front |= dict.fromkeys(("allow_request_chat_template", "gen_strip_message_history", "gen_tokids_ctxbytes"), True)
+    servers = {**TWO, **inside, "port": 81, "num_instances": 1}
+    assert HelixOptions.from_file({**front, **inside, "generation_servers": servers}) == HelixOptions.from_file(
+        {**TWO, **inside}
+    )
+
+
+def test_a_recipe_says_its_dtype_and_another_is_refused(tiny: CapturedGraph) -> None:
+    """It is held against that of the model, which the call or the command gives."""
+    source = "vllm serve X -tp 2 -dcp 2 --dcp-comm-backend ag_rs --dcp-q-replicate --dtype {}"
+    plain = planned(tiny, HelixOptions(cp=2)).notes
+    assert planned(tiny, HelixOptions.from_file(source.format("bfloat16"))).notes == plain
+    with pytest.raises(
+        PlanError, match=r"the recipe says dtype float16, the model that is planned is in bfloat16: give"
+    ):
+        planned(tiny, HelixOptions.from_file(source.format("half")))
+    notes = planned(tiny, HelixOptions.from_file(source.format("half"), lenient=True)).notes
+    (note,) = (n for n in notes if n not in plain)
+    assert note.startswith("dtype=half is left out")
+    with pytest.raises(PlanError, match=r"dtype: got 'fp4' \(str\), expected 'auto' or one of"):
+        HelixOptions.from_file(source.format("fp4"))
+
+
+def test_numbers_of_a_file_that_becomes_a_command_line_may_be_text() -> None:
+    options = HelixOptions.from_vllm(
+        {"tensor-parallel-size": "8", "decode-context-parallel-size": 8, "max-model-len": "128k"}
+    )
+    assert options.cp == 8 and options.max_seq_len == 128_000
+    assert HelixOptions.from_vllm({"tensor-parallel-size": 8, "max-model-len": "128K"}).max_seq_len == 131_072
 
 
 def test_no_key_is_in_two_tables() -> None:

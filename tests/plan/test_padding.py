@@ -95,7 +95,8 @@ def test_a_plan_of_before_still_loads() -> None:
 
 def test_the_plan_says_what_padding_costs() -> None:
     """By hand: 4 zero heads that every rank computes, float64, two layers; R = 20, r = 6, V = 14, D = 40."""
-    plan = padded(mla_of(20), cp=8, v_up="before").plan
+    compiled = padded(mla_of(20), cp=8, v_up="before")
+    plan = compiled.plan
     (said,) = (d for d in plan.decisions if d.name == "pad_heads")
     assert said.result == "20 -> 24 heads"
     of_q, up, out = 28 * 16, 20 * (10 + 14), 14 * 40
@@ -109,3 +110,7 @@ def test_the_plan_says_what_padding_costs() -> None:
         "flops_per_token_and_cached_token": 2 * 2 * 4 * (26 + 20),
     }
     assert any(re.search(r"pad_heads: 20 -> 24 heads; .*840 bytes sent a token", note) for note in plan.notes)
+    report = compiled.inspect()
+    assert "pad_heads: 20 -> 24 heads" in str(report) and "840 bytes sent a token" in str(report)
+    told = next(d for d in report.facts["decisions"] if d["name"] == "pad_heads")
+    assert told["inputs"]["exchange_bytes_per_token"] == 840 if isinstance(told["inputs"], dict) else told["inputs"]

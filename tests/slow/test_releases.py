@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from helix_compile import HelixError, helix_compile
+from helix_compile import CheckpointError, HelixError, helix_compile
+from helix_compile.checkpoint.configuration import TEXT_KEYS, read_configuration
 from helix_compile.checkpoint.named import named_model
+from helix_compile.checkpoint.stated import stated_format
 from helix_compile.plan.helix_plan import OF_CANDIDATES
 from helix_compile.plan.ring import ring_pages
 
@@ -32,11 +34,55 @@ EXPECTED: dict[str, int | str] = {
     "Mistral-Large-4-text": 72,
     "Kimi-K3": "model_type 'kimi_k3' is not in transformers: its MLA without rope and with an output gate",
     "openPangu-Ultra-MoE-718B": "model_type 'pangu_ultra_moe' is not in transformers",
+    "DeepSeek-V2-Lite": 27,
+    "DeepSeek-V2.5": 60,
+    "DeepSeek-V3": 61,
+    "DeepSeek-R1": 61,
+    "DeepSeek-V3.1": 61,
+    "DeepSeek-VL2-Small": 27,
+    "DeepSeek-VL2": "scoring_func='sigmoid': transformers' deepseek_v2 reads no scoring_func and computes 'softmax'",
+    "DeepSeek-OCR": "use_mla=False: transformers' deepseek_v2 reads no use_mla and computes True",
+    "Kimi-K2-Thinking": 61,
+    "Kimi-VL-A3B-Instruct": 27,
+    "Kimi-Linear-48B-A3B-Instruct": 7,
+    "Youtu-LLM-2B": 32,
+    "A.X-K1": 61,
+    "Ling-3": 7,
+    "GigaChat3-10B-A1.8B": 26,
 }
+# of more layers, most of linear attention: those with a cache of tokens are planned
+DEPTHS = {"Kimi-Linear-48B-A3B-Instruct": 27, "Ling-3": 42}
+# what reading alone refuses
+UNREAD = {"Kimi-K3", "openPangu-Ultra-MoE-718B", "DeepSeek-VL2", "DeepSeek-OCR"}
 
 
 def test_the_table_is_whole() -> None:
     assert {path.stem for path in RELEASES.glob("*.json")} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("release", EXPECTED)
+def test_a_release_is_read_or_refused(release: str) -> None:
+    """Its configuration alone, also in the fast tier: layers, and one table of rope with the base that it states."""
+    path = RELEASES / f"{release}.json"
+    if release in UNREAD:
+        with pytest.raises(CheckpointError) as caught:
+            read_configuration(path)
+        assert EXPECTED[release] in str(caught.value)
+        return
+    found, stated = read_configuration(path), json.loads(path.read_text())
+    config = found.config.get_text_config()
+    text = next((stated[key] for key in TEXT_KEYS if key in stated), stated)
+    depth = text.get("num_hidden_layers") or text.get("num_layers")
+    attentions = 2 if release.startswith("LongCat") else 1
+    assert config.num_hidden_layers == attentions * depth
+    if isinstance(EXPECTED[release], int):
+        assert depth == DEPTHS.get(release, EXPECTED[release])
+    if base := text.get("rope_theta"):
+        rope = getattr(config, "rope_parameters", None) or {"rope_theta": base}  # Kimi-Linear turns nothing
+        assert rope["rope_theta"] == base
+    for key, value in (text.get("rope_scaling") or {}).items():
+        assert config.rope_parameters["rope_type" if key == "type" else key] == value
+    stated_format(found)
 
 
 def _layers(release: str, field: str, value: str) -> int:

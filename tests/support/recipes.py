@@ -452,4 +452,146 @@ PUBLISHED = [
     PublishedRecipe(
         "trtllm-bench", "trtllm-bench --model X throughput --tp 8 --ep 8", "got `trtllm-bench`, which starts no server"
     ),
+    PublishedRecipe(
+        "vllm R1 over two nodes",
+        "vllm serve deepseek-ai/DeepSeek-R1 -tp 16 -dcp 16 --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 --master-port 29501",
+        {"cp": 16, "tpa": 1, "ep": 1, "tokens_per_block": 1, "merge": "ag_rs"},
+    ),
+    PublishedRecipe(
+        "vllm kimi-k2 with heads over two",
+        "vllm serve moonshotai/Kimi-K2-Instruct --trust-remote-code -tp 16 -dcp 8 --cp-kv-cache-interleave-size 16 "
+        "--gpu-memory-utilization 0.95 --max-num-batched-tokens 8k --max-model-len 128k",
+        {"cp": 8, "tpa": 2, "ep": 1, "tokens_per_block": 16, "max_seq_len": 128000},
+    ),
+    PublishedRecipe(
+        "vllm of grouped queries",
+        "vllm serve Qwen/Qwen3-235B-A22B --tensor-parallel-size 8 --decode-context-parallel-size 2 --enable-expert-parallel",
+        {"cp": 2, "tpa": 4, "ep": 8},
+    ),
+    PublishedRecipe(
+        "vllm over ray and two stages",
+        "ray start --head\nvllm serve deepseek-ai/DeepSeek-V3 --distributed-executor-backend ray -pp 2 -tp 8 -dcp 8",
+        {"cp": 8, "tpa": 1, "ep": 1, "pp": 2, "stage": 0, "pp_split": "middle"},
+    ),
+    PublishedRecipe(
+        "vllm wide experts",
+        "VLLM_ALL2ALL_BACKEND=deepep_low_latency VLLM_USE_DEEP_GEMM=1 vllm serve deepseek-ai/DeepSeek-R1 --tensor-parallel-size 1 "
+        "--data-parallel-size 16 --data-parallel-size-local 8 --data-parallel-address 10.0.0.1 --data-parallel-rpc-port 13345 "
+        "--enable-expert-parallel --api-server-count=8",
+        {"cp": 1, "tpa": 1, "ep": 1},
+    ),
+    PublishedRecipe(
+        "vllm R1 NVFP4",
+        "export VLLM_USE_FLASHINFER_MOE_FP4=1\nvllm serve nvidia/DeepSeek-R1-FP4-v2 --kv-cache-dtype fp8 -tp 4 -dcp 4 "
+        "--dcp-comm-backend a2a --async-scheduling --max-num-batched-tokens 8192 --no-enable-prefix-caching",
+        {**FP8, "cp": 4, "tpa": 1, "ep": 1, "merge": "a2a"},
+    ),
+    PublishedRecipe(
+        "vllm R1 NVFP4 with its format",
+        "vllm serve nvidia/DeepSeek-R1-0528-FP4 --quantization modelopt_fp4 --kv-cache-dtype fp8 -tp 8 --dtype bfloat16",
+        "a checkpoint says itself how its weights are quantised",
+        {**FP8, "cp": 1, "tpa": 8, "ep": 1},
+    ),
+    PublishedRecipe(
+        "vllm layers of an FP8 cache",
+        "vllm serve openai/gpt-oss-120b -tp 4 -dcp 2 --kv-cache-dtype fp8 --kv-cache-dtype-skip-layers sliding_window",
+        "every layer's cache is in what cache_dtype says",
+        {**FP8, "cp": 2, "tpa": 2, "ep": 1},
+    ),
+    PublishedRecipe(
+        "vllm on another accelerator",
+        "vllm serve vllm-ascend/DeepSeek-V3.1-W8A8 --host 0.0.0.0 --port 8004 --decode-context-parallel-size 8 "
+        "--prefill-context-parallel-size 2 --tensor-parallel-size 8 --enable-expert-parallel --quantization ascend "
+        '--additional-config \'{"ascend_scheduler_config":{"enabled":false}}\'',
+        "prefill_context_parallel_size: got 2 (int), expected 1",
+    ),
+    PublishedRecipe(
+        "vllm in a cluster",
+        {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "spec": {"replicas": 1}},
+        "got a file of Kubernetes, expected the options of an engine",
+    ),
+    PublishedRecipe(
+        "sglang V3 over two nodes",
+        "python3 -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V3 --tp 16 --dist-init-addr 10.0.0.1:5000 --nnodes 2 "
+        "--node-rank 0 --trust-remote-code",
+        {"cp": 1, "tpa": 16, "ep": 1},
+    ),
+    PublishedRecipe(
+        "sglang V3 with replicas of attention",
+        "python3 -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V3 --tp 8 --dp-size 8 --enable-dp-attention "
+        "--trust-remote-code",
+        {"cp": 1, "tpa": 1, "ep": 1},
+    ),
+    PublishedRecipe(
+        "sglang decode of 72",
+        "python3 -m sglang.launch_server --model-path /models/DeepSeek-V3-0324 --disaggregation-ib-device mlx5_1 "
+        "--disaggregation-mode decode --dist-init-addr 10.0.0.1:5757 --nnodes 9 --node-rank 0 --tp-size 72 --dp-size 72 "
+        "--enable-dp-attention --decode-log-interval 1 --enable-deepep-moe --page-size 1 --host 0.0.0.0 --trust-remote-code "
+        "--moe-dense-tp-size 1 --enable-dp-lm-head --disable-radix-cache --watchdog-timeout 1000000 --enable-two-batch-overlap "
+        "--deepep-mode low_latency --mem-fraction-static 0.835 --max-running-requests 18432 --context-length 4500 "
+        "--ep-num-redundant-experts 32 --cuda-graph-bs 256",
+        "an expert lies once, on the rank that the plan says",
+        {"cp": 1, "tpa": 1, "ep": 1, "max_batch_size": 256, "max_seq_len": 4500},
+    ),
+    PublishedRecipe(
+        "sglang V3 with an older FP8 cache",
+        "python3 -m sglang.launch_server --model deepseek-ai/DeepSeek-V3-0324 --tp 8 --kv-cache-dtype fp8_e5m2 "
+        "--enable-torch-compile --torch-compile-max-bs 8",
+        "kv_cache_dtype: got 'fp8_e5m2' (str), expected 'auto'",
+        {"cp": 1, "tpa": 8, "cache_dtype": "auto"},
+    ),
+    PublishedRecipe(
+        "sglang and its file",
+        "python -m sglang.launch_server --config config.yaml --mem-fraction-static 0.9",
+        {"cp": 8, "tpa": 1, "ep": 8, "merge": "a2a", "q_proj": "replicate"},
+        files={
+            "config.yaml": "model-path: deepseek-ai/DeepSeek-R1\ntp-size: 8\ndcp-size: 8\nep-size: 8\ndcp-comm-backend: a2a\n"
+            "dcp-replicate-q-proj: true\nhost: 0.0.0.0\nlog-requests: true\n"
+        },
+    ),
+    PublishedRecipe(
+        "sglang with weights quantised on the way",
+        "python3 -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V2-Lite --torchao-config int4wo-128 --port 30000",
+        "torchao_config: got 'int4wo-128', expected no such key: a checkpoint says itself",
+        {"cp": 1, "tpa": 1},
+    ),
+    PublishedRecipe(
+        "trtllm R1 for few users",
+        "trtllm-serve nvidia/DeepSeek-R1-FP4 --backend pytorch --max_batch_size 4 --tp_size 8 --ep_size 2 --pp_size 1 "
+        "--max_num_tokens 32768 --trust_remote_code --extra_llm_api_options extra.yml",
+        DRAFTS,
+        {"cp": 1, "tpa": 8, "ep": 2, "max_batch_size": 4},
+        files={
+            "extra.yml": "moe_config: {backend: TRTLLM}\nspeculative_config: {decoding_type: MTP, num_nextn_predict_layers: 3}\n"
+        },
+    ),
+    PublishedRecipe(
+        "trtllm R1 for many users",
+        {
+            "backend": "pytorch",
+            "tensor_parallel_size": 8,
+            "moe_expert_parallel_size": 8,
+            "enable_attention_dp": True,
+            "attention_dp_config": {"batching_wait_iters": 0, "enable_balance": True, "timeout_iters": 60},
+            "cuda_graph_config": {"enable_padding": True, "batch_sizes": [1, 2, 4, 8, 128]},
+            "kv_cache_config": {"dtype": "fp8", "free_gpu_memory_fraction": 0.85, "enable_block_reuse": False},
+            "max_batch_size": 128,
+            "print_iter_log": True,
+            "stream_interval": 10,
+        },
+        {**FP8, "cp": 1, "tpa": 1, "ep": 1, "max_batch_size": 128},
+    ),
+    PublishedRecipe(
+        "trtllm Helix with experts apart",
+        {
+            "tensor_parallel_size": 2,
+            "context_parallel_size": 8,
+            "moe_expert_parallel_size": 4,
+            "cp_config": {"cp_type": "HELIX", "tokens_per_block": 32, "use_nccl_for_alltoall": True},
+            "kv_cache_config": {"tokens_per_block": 32, "dtype": "fp8"},
+            "moe_config": {"backend": "CUTLASS"},
+            "disable_overlap_scheduler": True,
+        },
+        {**FP8, "cp": 8, "tpa": 2, "ep": 4, "tokens_per_block": 32},
+    ),
 ]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import helix_compile.cli.commands as cli
-from helix_compile import HelixError, MatchError, verify
+from helix_compile import HelixError, HelixOptions, MatchError, capture, verify
 from helix_compile.checkpoint import named
-from helix_compile.errors import RuntimeFault
+from helix_compile.compile import plan_model
+from helix_compile.errors import PlanError, RuntimeFault
 from helix_compile.ir.leaves import is_leaf_call
 from helix_compile.ir.stage import copy_module
 from helix_compile.runtime.claims import graph_digest
@@ -157,6 +158,10 @@ def test_python_loops_of_experts_are_leaves_inside_the_one_rewritten_body_of_the
     (plan,) = compiled.plan.bodies
     names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
     assert len(plan.attentions) == 2 and [name for name, _ in compiled.plan.leaves] == names
+    with pytest.raises(
+        PlanError, match=r"ep=2 has no effect: .* run whole on every rank \(model.layers.0.mlp.experts, model"
+    ):
+        plan_model(capture(model), HelixOptions(cp=2, ep=2))
     body: Any = compiled.graph.get_submodule(plan.name)
     (call,) = [n for n in body.graph.nodes if n.op == "call_module"]
     kept = body.get_submodule(call.target).kept

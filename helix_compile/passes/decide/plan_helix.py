@@ -59,7 +59,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         PlanError: an option that can have no effect on this model.
     """
     moes = [m for match in matches.values() for m in match.moes]
-    layout, ep_decision = _layout(options, moes)
+    layout, ep_decision = _layout(captured, options, moes)
     check_heads(captured, matches, layout, options)
     _check_cut_heads(captured, matches, options)
     attentions = [a for match in matches.values() for a in match.attentions]
@@ -107,10 +107,16 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
     )
 
 
-def _layout(options: HelixOptions, moes: list[MoEMatch]) -> tuple[HelixLayout, Decision]:
+def _layout(captured: CapturedGraph, options: HelixOptions, moes: list[MoEMatch]) -> tuple[HelixLayout, Decision]:
     world_size = options.cp * options.tpa
     experts = math.gcd(*(m.num_experts for m in moes)) if moes else 0
     if options.ep is not None and options.ep > 1 and not moes:
+        if leaves := list(dict.fromkeys(leaf.name for leaf in captured.leaves)):
+            more = f" and {len(leaves) - 2} more" if leaves[2:] else ""
+            raise PlanError(
+                f"option ep={options.ep} has no effect: no routed experts were found beside the parts that run whole on every "
+                f"rank ({', '.join(leaves[:2])}{more}), and what is in those is not cut; drop ep"
+            )
         raise PlanError(f"option ep={options.ep} has no effect: the model has no routed experts")
     ep = default_ep(world_size, experts) if options.ep is None else options.ep
     for moe in moes:

@@ -19,11 +19,12 @@ from helix_compile.errors import HelixError
 from helix_compile.ir.stage import OUTER
 from helix_compile.layout.degrees import HelixLayout, HelixMesh
 from helix_compile.plan.helix_plan import HelixPlan
-from helix_compile.runtime.values import ATTENTION_OUTPUT, LAYER_OUTPUT, LOGITS, PARAMETER, ValueEntry
+from helix_compile.runtime.values import ATTENTION_OUTPUT, LAYER_OUTPUT, LOGITS, PARAMETER, ValueEntry, layer_name
 from helix_compile.verifier.bisect.replay import alike
 from helix_compile.verifier.compare.dumps import Dump, Key, Step, Value
 from helix_compile.verifier.compare.engine import EngineFolder, as_shaped
 from helix_compile.verifier.compare.whole import (
+    DTYPE,
     SHAPE,
     Deviation,
     Places,
@@ -97,7 +98,8 @@ class RunsCompared:
         parameters: weights that differ; those of one plan must be bitwise equal.
         contradictions: the first value of each run on whose replicas its ranks do not agree.
         growth: by step, layers in order.
-        only: nodes that one of two runs of one plan has alone.
+        only: values that one of the runs has alone: nodes of one plan, outputs of layers of two.
+        lacking: values that some ranks of a run have and others lack, with these.
         compared: values.
         by_rank: rank by rank, or by meaning.
     """
@@ -108,14 +110,16 @@ class RunsCompared:
     contradictions: list[Difference] = field(default_factory=list)
     growth: list[LayerDeviation] = field(default_factory=list)
     only: dict[str, list[str]] = field(default_factory=lambda: {"A": [], "B": []})
+    lacking: dict[str, list[str]] = field(default_factory=lambda: {"A": [], "B": []})
     compared: int = 0
     steps: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
-        """Nothing differs beyond its tolerance."""
-        return not (self.first or self.parameters or self.contradictions)
+        """Nothing differs beyond its tolerance, and nothing is in one run alone or not on all of its ranks."""
+        alone = [*self.only.values(), *self.lacking.values()]
+        return not (self.first or self.parameters or self.contradictions or any(alone))
 
 
 def compare_runs(a: Run, b: Run, tolerance: float | None = None) -> RunsCompared:
@@ -139,6 +143,7 @@ def compare_runs(a: Run, b: Run, tolerance: float | None = None) -> RunsCompared
             )
         found.by_rank = same_plan and _kernels(first) == _kernels(second)
         pair = _StepPair(a, b, first, second, tolerance, found)
+        pair.who_lacks()
         pair.by_rank() if found.by_rank else pair.by_meaning()
         found.steps += 1
     if not found.steps or not found.compared:
@@ -184,24 +189,49 @@ class _StepPair:
         sides = (self.first.ranks, self.second.ranks)
         here, there = ({key for rank in side for key in rank} for side in sides)
         for name, keys in (("A", here - there), ("B", there - here)):
-            known = self.found.only[name]
-            known += [text for k in sorted(keys) if (text := f"{k.place}.{k.name}") not in known]
+            self._alone(name, [f"{k.place}.{k.name}" for k in sorted(keys)])
         for key in _ordered(self.first.ranks):
             mine, theirs = ([rank.get(key) for rank in side] for side in sides)
             pairs = [(r, x, y) for r, (x, y) in enumerate(zip(mine, theirs, strict=True)) if x and y]
             if not pairs or _is_transport(pairs[0][1].entry):
                 continue
             limit = self._tolerance(key, key)
-            found = [(_apart(own(x, r), own(y, r), self._mask_of(x.entry)), r) for r, x, y in pairs if not _same(x, y)]
+            found = [(_of_pair(x, y, r, self._mask_of(x.entry)), r) for r, x, y in pairs if not _same(x, y)]
             self._count(key, (pairs[0][1].entry, pairs[0][2].entry), [(d, (r,)) for d, r in found], limit)
             for name, run, values in (("A", self.first, mine), ("B", self.second, theirs)):
                 self._contradiction(name, run, key, [v for v in values if v is not None], mesh)
+
+    def who_lacks(self) -> None:
+        """Ranks of a run without a value that others of it have: what they computed was not compared."""
+        for name, run in (("A", self.first), ("B", self.second)):
+            known = self.found.lacking[name]
+            for key in _ordered(run.ranks):
+                ranks = tuple(r for r, rank in enumerate(run.ranks) if key not in rank)
+                text = f"{key.place}.{key.name} (step {run.number}, {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))})"
+                known += [text] if ranks else []
+
+    def _alone(self, name: str, texts: list[str]) -> None:
+        known = self.found.only[name]
+        known += [text for text in texts if text not in known]
+
+    def _outputs_of_one(self, here: dict[tuple[str, ...], Key], there: dict[tuple[str, ...], Key]) -> None:
+        """Outputs of a layer that both plans have, of attention or of the whole, are in both runs."""
+        if not (isinstance(self.a, Dump) and isinstance(self.b, Dump)):
+            return  # another engine's folder holds what it was asked for
+        mine, theirs = (
+            {OUTER, *(layer_name(i) for b in run.plan.bodies for i in b.layers)} for run in (self.a, self.b)
+        )
+        places = mine & theirs
+        for name, own_of, others in (("A", here, there), ("B", there, here)):
+            alone = [m for m in own_of if m not in others and m[0] == "role" and m[1] in places]
+            self._alone(name, [f"{m[1]}.{m[2]}" for m in alone])
 
     def by_meaning(self) -> None:
         """What means the same in both, joined over the ranks."""
         meshes = [HelixMesh(run.plan.layout) if isinstance(run, Dump) else OUTER_SITE for run in (self.a, self.b)]
         padded = [_padded(run.plan) if isinstance(run, Dump) else [] for run in (self.a, self.b)]
         here, there = _meanings(self.first), _meanings(self.second)
+        self._outputs_of_one(here, there)
         ordered = here if isinstance(self.a, Dump) else there
         for meaning in ordered:
             if meaning not in here or meaning not in there:
@@ -209,7 +239,7 @@ class _StepPair:
             key = here[meaning] if isinstance(self.a, Dump) else there[meaning]
             sides = ((self.first, here[meaning]), (self.second, there[meaning]))
             if not all(k in rank for run, k in sides for rank in run.ranks):
-                continue  # an edit of one rank's graph
+                continue  # who_lacks() says it
             values = self._fitting([[rank[k] for rank in run.ranks] for run, k in sides])
             entry = values[0][0].entry
             limit = self._tolerance(here[meaning], there[meaning])
@@ -328,10 +358,16 @@ class _StepPair:
         return "" if here == there else "is in A alone" if here else "is in B alone"
 
     def _contradiction(self, name: str, run: Step, key: Key, values: list[Value], mesh: HelixMesh) -> None:
-        """Replicas of one run that are not equal; the first is kept."""
+        """Replicas of one run that are not equal, or parts of one value in unlike dtypes; the first is kept."""
         if len(run.ranks) == 1 or len(values) < len(run.ranks) or any(c.run == name for c in self.found.contradictions):
             return
         entry = values[0].entry
+        usual_dtype = max((v.entry.dtype for v in values), key=[v.entry.dtype for v in values].count)
+        if odd := tuple(r for r, v in enumerate(values) if v.entry.dtype != usual_dtype):
+            self.found.contradictions.append(
+                self._difference(key, (entry, entry), Deviation(math.inf, DTYPE), 0.0, odd, name)
+            )
+            return
         if layout_of(entry.layout) != {} or all(_same(v, values[0]) for v in values[1:]):
             return
         limit = self.limits["AB".index(name)].get(key, 0.0)
@@ -410,6 +446,7 @@ def _same(x: Value, y: Value) -> bool:
     return (
         figures
         and mine.shape == theirs.shape
+        and mine.dtype == theirs.dtype
         and x.elements.dtype == y.elements.dtype
         and torch.equal(x.elements, y.elements)
     )
@@ -425,6 +462,13 @@ def _same_parts(mine: list[Value], theirs: list[Value]) -> bool:
 
 def _apart(a: Whole, b: Whole, mask: Tensor | None) -> Deviation:
     return deviation(a, b, mask) if a.shape == b.shape else Deviation(math.inf, SHAPE)
+
+
+def _of_pair(x: Value, y: Value, rank: int, mask: Tensor | None) -> Deviation:
+    """Of what one rank has in both runs of one plan, whose dtypes are the same."""
+    if x.entry.dtype != y.entry.dtype:
+        return Deviation(math.inf, DTYPE)
+    return _apart(own(x, rank), own(y, rank), mask)
 
 
 def _usual(copies: list[Whole], limit: float, mask: Tensor | None) -> Whole:

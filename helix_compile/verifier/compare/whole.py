@@ -15,7 +15,7 @@ from helix_compile.layout.placement import Layout, parse_layout
 from helix_compile.runtime.values import flat_places, token_dims
 from helix_compile.verifier.compare.dumps import Value
 
-SHAPE = "shape"  # what differs where nothing else can be compared
+SHAPE, DTYPE = "shape", "dtype"  # what differs where nothing else can be compared
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,8 @@ def deviation(a: Whole, b: Whole, mask: Tensor | None) -> Deviation:
         ("norm", a.figures.norm, b.figures.norm),
         ("largest element", a.figures.largest, b.figures.largest),
     ):
-        off = abs(x - y) / max(x, y) if x != y else 0.0
+        off = abs(x - y) / max(abs(x), abs(y)) if x != y and not (math.isnan(x) and math.isnan(y)) else 0.0
+        off = math.inf if math.isnan(off) else off  # a figure of finite elements that is none itself
         if off > 2 * found.off:  # an element that is off says more than a figure that is off by about as much
             found = Deviation(off, what, (), (x, y))
     return found
@@ -237,7 +238,7 @@ def _of_elements(a: Whole, b: Whole, mask: Tensor | None) -> Deviation:
     worst = int(gap.argmax())
     finite = torch.cat([x, y]).abs()
     finite = finite[finite.isfinite()]
-    figures = [f.largest for f in (a.figures, b.figures) if f is not None]
+    figures = [f.largest for f in (a.figures, b.figures) if f is not None and math.isfinite(f.largest)]
     scale = max([float(finite.max()) if len(finite) else 0.0, *figures])
     off = float(gap[worst])
     at = torch.unravel_index(places[worst], a.shape) if a.shape and off else ()

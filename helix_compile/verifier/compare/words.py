@@ -11,7 +11,7 @@ from rich.table import Table
 from helix_compile.runtime.values import ATTENTION_OUTPUT, LAYER_OUTPUT, LOGITS
 from helix_compile.verifier.compare.plans import PlansCompared
 from helix_compile.verifier.compare.runs import Difference, LayerDeviation, RunsCompared
-from helix_compile.verifier.compare.whole import SHAPE
+from helix_compile.verifier.compare.whole import DTYPE, SHAPE
 
 SHOWN = 12
 
@@ -55,6 +55,10 @@ def format_runs(found: RunsCompared) -> list[str]:
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             lines.append(f"nodes that only {run} has: {', '.join(sorted(names)[:SHOWN])}{more}")
+    for run, names in found.lacking.items():
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            lines.append(f"values that some ranks of {run} lack: {', '.join(names[:SHOWN])}{more}")
     return [*lines, "", *_table(found.growth), *found.notes]
 
 
@@ -77,8 +81,8 @@ def said_ranks(ranks: tuple[int, ...]) -> str:
 
 def said_values(d: Difference) -> str:
     """What was furthest off, of both."""
-    if d.what == SHAPE:
-        return "has another shape in each"
+    if d.what in (SHAPE, DTYPE):
+        return f"has another {d.what} in each"
     a, b = d.values
     what = f"{d.what} {list(d.at)}" if d.at else d.what
     return f"off by {d.off:.1e} of the largest element ({what}: A {a:.6g}, B {b:.6g})"
@@ -101,8 +105,8 @@ def _of_difference(d: Difference) -> list[str]:
 
 def _said_of_run(d: Difference) -> str:
     """Both values are of one run here: of most ranks, and of the odd one."""
-    if d.what == SHAPE:
-        return "has not the shape that most ranks have"
+    if d.what in (SHAPE, DTYPE):
+        return f"has not the {d.what} that most ranks have"
     usual, odd = d.values
     what = f"{d.what} {list(d.at)}" if d.at else d.what
     return f"off by {d.off:.1e} of the largest element ({what}: most ranks {usual:.6g}, rank {d.ranks[0]} {odd:.6g})"

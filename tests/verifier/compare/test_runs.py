@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,65 @@ def test_damage_is_named(dumps: Path, tmp_path: Path) -> None:
     (mixed / "rank_3_step_0.json").write_text((dumps / "plain" / "rank_3_step_1.json").read_text())
     with pytest.raises(HelixError, match=r"rank_3_step_0: damaged, or not of one dump"):
         compare(dumps / "plain", mixed)
+
+
+def changed(source: Path, to: Path, change: Any, files: str = "rank_*_step_1.json") -> Path:
+    """A copy with other entries: `change` gets an entry and the rank, and gives an entry or None."""
+    for path in copied(source, to).glob(files):
+        told = json.loads(path.read_text())
+        entries = [change(entry, told["rank"]) for entry in told["values"]]
+        path.write_text(json.dumps({**told, "values": [entry for entry in entries if entry is not None]}))
+    return to
+
+
+@pytest.mark.parametrize("run", ["plain", "mixed"])
+def test_values_that_a_rank_lacks(dumps: Path, tmp_path: Path, run: str) -> None:
+    """Of a layer on one rank; in either run, and in both; whether runs are compared by rank or by meaning."""
+    without = changed(
+        dumps / run, tmp_path / "without", lambda e, rank: None if (rank, e["place"]) == (0, "layer_1") else e
+    )
+    for sides, other in (
+        ((dumps / "plain", without), "A"),
+        ((without, dumps / "plain"), "B"),
+        ((without, without), ""),
+    ):
+        comparison = compare(*sides)
+        found = comparison.found
+        assert not comparison.equal and found.first is None and "nothing differs" not in str(comparison)
+        lacking = {name: len(texts) for name, texts in found.lacking.items()}
+        assert all((count > 50) == (name != other) for name, count in lacking.items()), lacking
+        assert "values that some ranks of" in str(comparison) and "(step 1, rank 0)" in str(comparison)
+
+
+@pytest.mark.parametrize("run", ["plain", "mixed"])
+def test_a_value_that_one_run_lacks(dumps: Path, tmp_path: Path, run: str) -> None:
+    less = changed(
+        dumps / run, tmp_path / "less", lambda e, _: None if (e["place"], e["role"]) == ("layer_1", "attn_out") else e
+    )
+    comparison = compare(dumps / "plain", less)
+    assert not comparison.equal and len(comparison.found.only["A"]) == 1 and not comparison.found.only["B"]
+    assert "nodes that only A has: layer_1." in str(comparison)
+
+
+def test_figures_and_dtypes_that_differ(dumps: Path, tmp_path: Path) -> None:
+    """A norm that is no number, and another dtype on one rank: in JSON, with the same elements beside them."""
+    target = ("layer_1", "attn_out")
+
+    def damaged(name: str, run: str, **fields: Any) -> Path:
+        def change(entry: dict[str, Any], rank: int) -> dict[str, Any]:
+            return {**entry, **fields} if (entry["place"], entry["role"], rank) == (*target, 1) else entry
+
+        return changed(dumps / run, tmp_path / name, change)
+
+    for field in ("norm", "largest"):
+        for value in (math.nan, math.inf):
+            first = compare(dumps / "plain", damaged(f"{field}_{value}", "plain", **{field: value})).found.first
+            assert (first.step, first.place, first.role, first.ranks) == (1, *target, (1,)) and first.off == math.inf
+    comparison = compare(dumps / "plain", damaged("dtype", "plain", dtype="bfloat16"))
+    assert (comparison.found.first.what, comparison.found.first.ranks) == ("dtype", (1,))
+    assert "has another dtype in each" in str(comparison)
+    comparison = compare(dumps / "plain", damaged("other_dtype", "mixed", dtype="bfloat16"))
+    assert [(c.run, c.what, c.ranks) for c in comparison.found.contradictions] == [("B", "dtype", (1,))]
 
 
 def test_an_older_dump_is_read(dumps: Path, tmp_path: Path) -> None:
