@@ -169,7 +169,9 @@ def test_inspect_says_what_choosing_costs() -> None:
     assert [x["body"] for x in facts["sparse"]] == ["body_0", "body_2"]
     for site in facts["sparse"]:
         assert {k: site[k] for k in wanted} == wanted
-        assert site["candidate_bytes_per_rank_per_token"] == 3 * 7 * 2 * 8  # to three peers, score and position
+        assert site["candidate_bytes_per_rank_per_token"] == 3 * 7 * (
+            4 + 4
+        )  # to three peers, float32 score and position
     assert {"what": "indexer", "reason": "q, weights and keys: every rank must choose by the same scores"} in facts[
         "not_rewritten"
     ]
