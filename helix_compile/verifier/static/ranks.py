@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from helix_compile.ir.dataflow import ancestors, follow
-from helix_compile.ir.graph import helix_op, placeholders
+from helix_compile.ir.graph import InputRef, helix_op, input_ref, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import HelixPlan
@@ -40,6 +40,12 @@ def check_ledger(graph: fx.GraphModule, plan: HelixPlan) -> list[Finding]:
     wanted = [1] * any(site.ring for site in cached) + [plan.layout.kvp] * any(not site.ring for site in cached)
     if (got := sorted(int(n.args[2]) for n in nodes)) != wanted:
         return [Finding("HX301", "outer graph", f"shard_index over {got} ranks", f"over {wanted}", 7)]
+    if findings := [
+        Finding("HX301", f"`{n.name}`", f"slots of `{n.args[0]}`", "of positions", 7)
+        for n in nodes
+        if input_ref(n.args[0]) != InputRef("input", "positions")
+    ]:
+        return findings
     return [finding for node in nodes for finding in _dealt(node, int(node.args[2]), plan.options.tokens_per_block)]
 
 
