@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from helix_compile.passes.pipeline import STAGES, lowered_copy
 from helix_compile.passes.typing.check_layouts import check_layouts
 from helix_compile.plan.cache_row import rows_of_rank
 from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.runtime.alone import alone
 from helix_compile.runtime.cuda_graphs import recorder_for
 from helix_compile.runtime.ends import KEPT, ShortEnds
 from helix_compile.runtime.inductor import Inductor
@@ -84,24 +85,19 @@ def _refuse_symbolic_trace() -> None:
         )
 
 
+_TURNS = (
+    "; let threads take turns, or give each a module of its own: helix_compile(model, ...) again shares the weights"
+)
+
+
 def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
     """One thread at a time: a module has one batch, one ledger and one cache a rank. The thread itself may come again."""
 
     @wraps(method)
     def run(self: HelixModule, *args: Any, **kwargs: Any) -> Any:
         _refuse_tracing()
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeFault(
-                f"{method.__name__}: another thread is using this module, which has one batch and one cache; let threads "
-                "take turns, or give each a module of its own: helix_compile(model, ...) again shares the weights"
-            )
-        # what a step makes on the host belongs there, whatever torch.set_default_device() says
-        elsewhere = torch.get_default_device().type != "cpu"
-        try:
-            with torch.device("cpu") if elsewhere else nullcontext():
-                return method(self, *args, **kwargs)
-        finally:
-            self._lock.release()
+        with alone(self._lock, method.__name__, _TURNS):
+            return method(self, *args, **kwargs)
 
     return run
 

@@ -21,10 +21,20 @@ OLD_ROPES = {"su": "longrope"}
 # keys of a table that older releases state beside it
 _BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 # a type says what these do; the default one does nothing with them
-_SCALING = (
-    "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "short_factor", "long_factor",
-    "low_freq_factor", "high_freq_factor",
-)  # fmt: skip
+_SCALING = tuple(
+    [
+        "factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "short_factor",
+        "long_factor",
+        "low_freq_factor",
+        "high_freq_factor",
+    ]
+)
 _POSITIVE = ("factor", "rope_theta", "original_max_position_embeddings")
 _BY_LENGTH = ("yarn", "longrope", "llama3")  # types whose table holds the length before scaling
 

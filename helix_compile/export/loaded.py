@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.cache.pages import Ledger, allocate_caches, scales_of_caches
-from helix_compile.errors import ExportError, RuntimeFault
+from helix_compile.errors import ExportError
 from helix_compile.export.manifest import EXPORT_ID, read_manifest, sha256_of
 from helix_compile.export.rank_file import RankFile, file_of_rank
 from helix_compile.export.walk import WALK, inputs_of_walk, mixing_of_walk, programs_called, read_walk, stage_of_walk
@@ -26,6 +25,7 @@ from helix_compile.ir.graph import InputRef, input_ref, placeholders
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.plan.cache_row import CacheRow
 from helix_compile.plan.helix_plan import HelixPlan
+from helix_compile.runtime.alone import alone
 from helix_compile.runtime.prepared import Arguments, PreparedSteps
 from helix_compile.runtime.rank import ModelFacts, Rank
 from helix_compile.runtime.step import checked_lengths, checked_rows, run_step
@@ -188,17 +188,8 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(self: ExportedModule, *args: Any, **kwargs: Any) -> Any:
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeFault(
-                f"{method.__name__}: another thread is using this module, which has one batch and one cache"
-            )
-        # what a step makes on the host belongs there, whatever torch.set_default_device() says
-        elsewhere = torch.get_default_device().type != "cpu"
-        try:
-            with torch.device("cpu") if elsewhere else nullcontext():
-                return method(self, *args, **kwargs)
-        finally:
-            self._lock.release()
+        with alone(self._lock, method.__name__):
+            return method(self, *args, **kwargs)
 
     return run
 
