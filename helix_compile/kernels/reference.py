@@ -207,7 +207,7 @@ def _each_sequence(
     lse = q.new_full((B, T, H), -torch.inf, dtype=dtype)
     oldest = torch.zeros_like(visible) if first is None else first
     lengths = visible.amax(dim=1).tolist() if T else [0] * B
-    starts = torch.where(visible > oldest, oldest, visible.max()).amin(dim=1).tolist() if T else [0] * B
+    starts = torch.where(visible > oldest, oldest, visible.max()).amin(dim=1).tolist() if B * T else [0] * B
     for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         if start >= length:
             continue  # an empty shard: o = 0 and lse = -inf stand

@@ -12,7 +12,7 @@ from torch import fx
 import helix_compile.kernels.cpp.mla_decode  # noqa: F401  registers torch.ops.helix_cpp
 from helix_compile.config.options import PAGE_SIZE
 from helix_compile.ir.graph import is_call
-from helix_compile.ir.ops import MOVES, UNPACKS
+from helix_compile.ir.ops import MOVES, PARTS, UNPACKS
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.passes.lower.collectives import lower_pass
@@ -48,9 +48,11 @@ def select_kernels(graph: fx.Graph, target: KernelTarget, capacity: Capacity) ->
 
 
 def is_compute_op(node: fx.Node) -> bool:
-    """A helix:: op that computes, or packs; what unpacks reads where the collective left it, so it has no kernel."""
+    """A helix:: op that computes, or packs; what unpacks reads where the collective left it, so it has no kernel, nor has what takes rows."""
     return (
-        node.op == "call_function" and str(node.target).startswith("helix.") and node.target not in (*MOVES, *UNPACKS)
+        node.op == "call_function"
+        and str(node.target).startswith("helix.")
+        and node.target not in (*MOVES, *UNPACKS, *PARTS)
     )
 
 
