@@ -130,8 +130,9 @@ class HelixOptions:
     )
     overlap: str = _choice(
         ("none", "hopb"),
-        '"none".',
-        later={"hopb": "batch-wise overlap (HOP-B) is not in this version"},
+        '"none" (all sequences attend, then exchange), or "hopb" (HOP-B, of the paper: a part of the batch at a time, so that one part\'s '
+        "exchange is on its way while the next part attends; the same bits).",
+        "what runs while partial attention is exchanged",
         of_exchange=True,
     )
     lower: str = _choice(

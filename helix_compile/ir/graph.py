@@ -42,6 +42,7 @@ def past_dim(past: Any) -> int:
     return past.dim() - 2
 
 
+PART = "part"  # meta of a node that is of one part of the batch: [site, part, parts]
 _RING = "ring_"
 
 

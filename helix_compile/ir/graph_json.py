@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from helix_compile.errors import HelixError
+from helix_compile.ir.graph import PART
 from helix_compile.ir.origin import PROVENANCE_KEYS
 from helix_compile.ir.shapes import propagate_shapes
 from helix_compile.ir.sizes import HINT_B, HINT_T, hint_of
@@ -25,7 +26,7 @@ _NAMESPACES = ("aten", "helix", "helix_triton", "helix_cpp", "_c10d_functional")
 _OPERATORS = {
     f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 }
-_KEPT_META = ("input", "sharded", "layer", "step", "kernel", *PROVENANCE_KEYS)
+_KEPT_META = ("input", "sharded", "layer", "step", "kernel", PART, *PROVENANCE_KEYS)
 _HINTS = {"B": HINT_B, "T": HINT_T}
 
 

@@ -67,4 +67,7 @@ def overload(name: str) -> torch._ops.OpOverload:
 MOVES = (helix.all_to_all_heads.default, helix.reshard.default, helix.kth_by_owners.default)
 
 
+PARTS = (helix.rows_of_part.default, helix.place_rows.default)  # of a batch, where it is exchanged a part at a time
+
+
 UNPACKS = tuple(overload(codec.op("unpack_heads")) for codec in CODECS)

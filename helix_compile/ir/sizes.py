@@ -48,6 +48,11 @@ def symbol_hints(size: torch.SymInt) -> dict[Any, int]:
     return {symbol: int(hints[symbol]) for symbol in size.node.expr.free_symbols}
 
 
+def symbols_of(size: int | torch.SymInt) -> set[Any]:
+    """The symbols of a size; of a number none."""
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
 def size_at(size: int | torch.SymInt, numbers: Mapping[Any, int]) -> int:
     """A size with `numbers` for its symbols."""
     return int(size.node.expr.subs(numbers)) if isinstance(size, torch.SymInt) else int(size)
@@ -59,6 +64,14 @@ def size_at_step(size: int | torch.SymInt, B: int, T: int, S: int) -> int:
         return size
     step = {HINT_B: B, HINT_T: T, HINT_S: S, HINT_S + HINT_T: S + T}
     return size_at(size, {symbol: step[hint] for symbol, hint in symbol_hints(size).items()})
+
+
+def has_rows_of(value: Any, batch: Tensor) -> bool:
+    """Is the first size of `value` that of `batch`? By the expression, which adds no guard."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return False
+    first, rows = value.shape[0], batch.shape[0]
+    return isinstance(first, torch.SymInt) and isinstance(rows, torch.SymInt) and first.node.expr == rows.node.expr
 
 
 def size_text(size: int | torch.SymInt) -> str:

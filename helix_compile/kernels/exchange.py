@@ -61,7 +61,7 @@ def pack_heads_reference(partial_o: Tensor, lse: Tensor, peers: int) -> Tensor:
     16-bit o with an odd count would leave lse misaligned.
     """
     B, T, H = lse.shape
-    o_rows = partial_o.view(B, T, peers, H // peers, -1).permute(2, 0, 1, 3, 4).reshape(peers, -1)
+    o_rows = partial_o.view(B, T, peers, H // peers, partial_o.shape[3]).permute(2, 0, 1, 3, 4).reshape(peers, -1)
     lse_rows = lse.view(B, T, peers, H // peers).permute(2, 0, 1, 3).reshape(peers, -1)
     if partial_o.dtype != lse.dtype:
         # a chunk of one head leaves strides that view() to bytes does not take

@@ -39,6 +39,7 @@ from helix_compile.kernels.reference_fused import (
     pack_splits_reference,
     rope_heads_reference,
 )
+from helix_compile.kernels.reference_parts import place_rows_reference, rows_of_part_reference
 from helix_compile.kernels.reference_sparse import (
     index_scores_reference,
     kth_candidate_reference,
@@ -102,6 +103,12 @@ def _appended(cache: Tensor, page_table: Tensor, slots: Tensor, visible: Tensor,
 
 def _top_words(logits: Tensor, first: Tensor, words: int, count: int) -> Tensor:
     return logits.new_empty((*logits.shape[:2], min(count, int(logits.shape[-1])), 2), dtype=torch.float64)
+
+
+def _rows_of_part(x: Tensor, part: int, parts: int) -> Tensor:
+    B = x.shape[0]
+    rows = B * (part + 1) // parts - B * part // parts
+    return x.new_empty_strided((rows, *x.shape[1:]), x.stride())
 
 
 def _bits_like(scores: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -209,6 +216,8 @@ HELIX_OPS = (
         reads_values=True,
     ),
     *(op for codec in CODECS for op in _exchange(codec)),
+    Op("rows_of_part", rows_of_part_reference, _rows_of_part, views="(Tensor(a) x, int part, int parts) -> Tensor(a)"),
+    Op("place_rows", place_rows_reference, lambda x, like, *_: x.new_empty((like.shape[0], *x.shape[1:]))),
 )
 
 

@@ -12,6 +12,7 @@ a value that is cut or summed over every rank is written over "world", not over 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
@@ -70,6 +71,34 @@ class PerRank(Mark):
         return "L"
 
 
+class Rows(Mark):
+    """Rows of one part of the batch, which is attended to and exchanged a part at a time; no placement over an axis of the mesh.
+
+    `placed`: as many rows as all parts have, of which those of the others are nobody's.
+    """
+
+    def __init__(self, part: int, parts: int, placed: bool = False):
+        super().__init__()
+        self.part, self.parts, self.placed = part, parts, placed
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __str__(self) -> str:
+        return f"{self.part}/{self.parts}{' of all' * self.placed}"
+
+    def __repr__(self) -> str:
+        return f"Rows({self.part}, {self.parts}, {self.placed})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.part, self.parts, self.placed)
+
+
+ROWS = "rows"  # what stands in a layout for the batch, beside the axes of the mesh
+
 _MARKS: dict[str, type[Mark]] = {str(mark()): mark for mark in (PartialSoftmax, PartialTopK, Chosen, PerRank)}
 
 
@@ -92,7 +121,7 @@ def normal_form(layout: Layout, degrees: HelixLayout) -> Layout:
 
 def format_placement(placement: Placement) -> str:
     """Short text of one placement: "R", "S(2)", "P(sum)", "PS", "PK", "C", "L"."""
-    if isinstance(placement, tuple(_MARKS.values())):
+    if isinstance(placement, (*_MARKS.values(), Rows)):
         return str(placement)
     if isinstance(placement, Shard):
         return f"S({placement.dim})"
@@ -117,6 +146,8 @@ def parse_layout(text: str) -> Layout:
             layout[axis] = Shard(int(shard[1]))
         elif partial := re.fullmatch(r"P\((\w+)\)", placement):
             layout[axis] = Partial(partial[1])
+        elif rows := re.fullmatch(r"(\d+)/(\d+)( of all)?", placement):
+            layout[axis] = Rows(int(rows[1]), int(rows[2]), bool(rows[3]))
         elif placement in _MARKS:
             layout[axis] = _MARKS[placement]()
         else:

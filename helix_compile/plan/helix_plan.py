@@ -98,7 +98,8 @@ OF_CANDIDATES = ("top-k candidates", "k-th keys")  # what a plan calls what rank
 class Collective:
     """One collective of a body: torch's name, mesh axis, and bytes that leave a rank for each token.
 
-    Its buffer holds the tokens of a step, all sequences together, rounded up to a multiple of `tokens_rounded_to`.
+    Its buffer holds the tokens of a step, all sequences together, rounded up to a multiple of `tokens_rounded_to`. Of a site that
+    exchanges in `parts` there are as many, each of a part of the sequences; the bytes are those of all together.
     """
 
     op: str
@@ -106,6 +107,7 @@ class Collective:
     what: str
     egress_bytes_per_rank_per_token: Fraction
     tokens_rounded_to: int = 1
+    parts: int = 1
 
     def egress_bytes_per_rank(self, tokens: int) -> Fraction:
         """Bytes that leave a rank in a step of `tokens` tokens (sequences times new tokens of each)."""
@@ -122,7 +124,8 @@ class AttentionPlan:
     A query at p sees `window` tokens up to itself, or those of its `chunk`; 0: all. `sinks` is the parameter of a logit a head
     that takes part in the softmax. `cache_of` are the layers whose cache it reads, one for each layer of the body; none where each
     caches its own. `ring` are the pages of each sequence in which every rank holds the last tokens, of the KV heads that its own
-    query heads read, and attends with these alone, without an exchange; 0: the cache is sharded over kvp.
+    query heads read, and attends with these alone, without an exchange; 0: the cache is sharded over kvp. In `parts` of the batch it
+    attends and exchanges, so that one part is on its way while the next attends; 1: all sequences at once.
     """
 
     site: int
@@ -137,6 +140,7 @@ class AttentionPlan:
     sinks: str = ""
     cache_of: tuple[int, ...] = ()
     ring: int = 0
+    parts: int = 1
 
     @property
     def reach(self) -> int:
@@ -191,6 +195,7 @@ class AttentionPlan:
             "sinks": self.sinks,
             "cache_of": self.cache_of,
             "ring": self.ring,
+            "parts": self.parts,
         }
 
     @classmethod
@@ -521,6 +526,7 @@ _LATER_OF_ATTENTION: dict[str, Any] = {
     "sinks": "",
     "cache_of": [],
     "ring": 0,
+    "parts": 1,
 }
 # not in every plan that was ever written
 _LATER = ("cached_heads", "experts_per_rank", "heads", "kv_heads", "experts", *_LATER_OF_ATTENTION)

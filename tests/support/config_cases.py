@@ -90,7 +90,7 @@ def _stated(values: Any, *nullable: str) -> Any:
 def own_result(m: dict[str, Any]) -> dict[str, Any] | None:
     """Fields that our own file must give, None where it must be refused."""
     ints = ("cp", "tpa", "ep", "tokens_per_block", "max_seq_len")
-    words = {"merge": ("a2a", "ag_rs"), "v_up": ("auto", "after"), "overlap": ("none",)}
+    words = {"merge": ("a2a", "ag_rs"), "v_up": ("auto", "after"), "overlap": ("none", "hopb")}
     if not _keys(m, *ints, *words) or not _counts(m, *ints) or "cp" not in m:
         return None
     if any(n in m and m[n] not in allowed for n, allowed in words.items()):

@@ -54,7 +54,9 @@ def test_unknown_values(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"merge": "ag_rs"}, {"q_proj": "gather"}, {"v_up": "before"}, {"v_up": "after"}], ids=str
+    "option",
+    [{"merge": "ag_rs"}, {"q_proj": "gather"}, {"v_up": "before"}, {"v_up": "after"}, {"overlap": "hopb"}],
+    ids=str,
 )
 def test_options_without_effect_at_cp_1(option: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="has no effect at cp=1"):
@@ -69,9 +71,9 @@ def test_ep_without_experts() -> None:
         helix_compile(model, cp=2, ep=2)
 
 
-def test_what_comes_later_is_refused() -> None:
-    with pytest.raises(LoweringUnavailable, match="not in this version"):
-        helix_compile(tiny_model(), cp=2, overlap="hopb")
+def test_one_sequence_is_no_two_parts_of_a_batch() -> None:
+    with pytest.raises(PlanError, match="overlap='hopb' has no effect at max_batch_size=1"):
+        helix_compile(tiny_model(), cp=2, overlap="hopb", max_batch_size=1)
 
 
 def test_worlds(monkeypatch: pytest.MonkeyPatch) -> None:

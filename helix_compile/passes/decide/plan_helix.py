@@ -21,6 +21,7 @@ from helix_compile.kernels.reference import accumulation_dtype
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import head_padding
 from helix_compile.passes.decide.cache_format import cache_decision, kv_bytes_per_token, ring_bytes
+from helix_compile.passes.decide.overlap import overlap_decision, parts_of_batch
 from helix_compile.passes.decide.padding import check_heads, experts_refusal, padding_decision
 from helix_compile.passes.decide.param_shards import (
     attention_shards,
@@ -81,7 +82,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
         ring_bytes(captured, matches, options, layout, rings),
     )
     decisions, notes = [ep_decision, v_up_decision, q_decision], _notes(captured, attentions, layout, options, kv_bytes)
-    decisions += [d for d in (topk_decision, cached_in) if d]
+    decisions += [d for d in (topk_decision, overlap_decision(bodies, options), cached_in) if d]
     outer = OuterPlan()
     if options.head == "shard":
         outer, head_decision = plan_vocabulary(find_vocabulary(captured), options, layout, captured.dtype)
@@ -188,6 +189,7 @@ def _plan_body(
     agreed: str,
     rings: Mapping[Site, int],
 ) -> BodyPlan:
+    parts = parts_of_batch(options)
     attentions = tuple(
         AttentionPlan(
             i,
@@ -202,6 +204,7 @@ def _plan_body(
             a.sinks.name if a.sinks else "",
             _owners(captured, match.body, i) if a.shared else (),
             rings.get((match.body, i), 0),
+            1 if rings.get((match.body, i)) else parts,
         )
         for i, a in enumerate(match.attentions)
     )
@@ -253,16 +256,16 @@ def _exchange(
         yield _planned(ALL_GATHER, "kvp", asked, owned * query_width * dtype.itemsize, layout)
     if options.merge == "a2a":
         head_bytes = codec.head_bytes(width, dtype, statistic)
-        yield _planned(ALL_TO_ALL, "kvp", OF_PARTIALS[0], H * head_bytes, layout)
+        yield _planned(ALL_TO_ALL, "kvp", OF_PARTIALS[0], H * head_bytes, layout, plan.parts)
     else:
-        yield _planned(ALL_GATHER, "kvp", OF_PARTIALS[1], H * statistic.itemsize, layout)
-        yield _planned(REDUCE_SCATTER, "kvp", OF_PARTIALS[2], H * width * dtype.itemsize, layout)
+        yield _planned(ALL_GATHER, "kvp", OF_PARTIALS[1], H * statistic.itemsize, layout, plan.parts)
+        yield _planned(REDUCE_SCATTER, "kvp", OF_PARTIALS[2], H * width * dtype.itemsize, layout, plan.parts)
     yield summed
 
 
-def _planned(op: CollectiveOp, axis: str, what: str, nbytes: int, layout: HelixLayout) -> Collective:
+def _planned(op: CollectiveOp, axis: str, what: str, nbytes: int, layout: HelixLayout, parts: int = 1) -> Collective:
     """`nbytes`: what a rank passes to the collective for each token."""
-    return Collective(op.name, axis, what, op.egress(layout.size(axis), 1) * nbytes)
+    return Collective(op.name, axis, what, op.egress(layout.size(axis), 1) * nbytes, parts=parts)
 
 
 def _ffn_outputs(match: LayerMatch) -> list[int]:

@@ -68,7 +68,7 @@ def plan_rings(
     return rings
 
 
-_OF_EXCHANGE = ("merge", "q_proj", "v_up")
+_OF_EXCHANGE = ("merge", "q_proj", "v_up", "overlap")
 
 
 def _refuse_without_exchange(options: HelixOptions) -> None:
@@ -148,7 +148,7 @@ def _sharded(
     cp, block, blocks = layout.kvp, options.tokens_per_block, blocks_seen(reach, options)
     # of a body with several attentions each that is sharded has its part of what is exchanged
     shares = [(_of_partials(body), Fraction(len(body.layers), _exchanging(body))) for _, _, body in sites]
-    rounds = sum(len(own) * share for own, share in shares)
+    rounds = sum(sum(c.parts for c in own) * share for own, share in shares)
     nbytes = sum(
         (sum((c.egress_bytes_per_rank_per_token for c in own), Fraction(0)) * n for own, n in shares), Fraction(0)
     )

@@ -6,6 +6,9 @@
     kth_by_owners(candidates)     rows_for_owners -> all_to_all_single -> kth_candidate -> pack_kth -> all_gather -> unpack_kth
     reshard(P -> S(d))            dim d moved to 0 -> reduce_scatter_tensor -> wait_tensor -> moved back
 
+Of what is exchanged in parts (meta["part"]) the wait and what follows it stand where the result is first read: between a part's start
+and its wait lies what the order of the moves puts there, the attention of the next part.
+
 Group arguments are axis names, so the graphs of all ranks are the same text.
 """
 
@@ -15,8 +18,8 @@ from torch import fx
 from torch.distributed.tensor.placement_types import Partial, Shard
 
 from helix_compile.errors import LoweringError
-from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, run_collective
-from helix_compile.ir.graph import aten, calls, getitems, named
+from helix_compile.ir.collectives import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, WAIT, run_collective
+from helix_compile.ir.graph import PART, aten, calls, getitems, named
 from helix_compile.ir.ops import MOVES, helix, overload
 from helix_compile.ir.origin import made_from
 from helix_compile.ir.shapes import propagate_shapes
@@ -49,6 +52,7 @@ def lower_moves(gm: fx.GraphModule, codec: ExchangeCodec = NATIVE) -> int:
     moves = calls(gm.graph, *MOVES)
     started = sum(2 if node.target is helix.kth_by_owners.default else 1 for node in moves)
     for node in moves:
+        before = set(gm.graph.nodes)
         with made_from(gm.graph, node), gm.graph.inserting_before(node):
             if node.target is helix.all_to_all_heads.default:
                 lowered = _all_to_all_heads(gm.graph, codec, *node.args)
@@ -59,8 +63,21 @@ def lower_moves(gm: fx.GraphModule, codec: ExchangeCodec = NATIVE) -> int:
         lowered.meta = {**node.meta, **lowered.meta}
         node.replace_all_uses_with(lowered)
         gm.graph.erase_node(node)
+        if PART in lowered.meta:
+            _wait_late([n for n in gm.graph.nodes if n not in before], lowered)
     propagate_shapes(gm.graph)
     return started
+
+
+def _wait_late(made: list[fx.Node], lowered: fx.Node) -> None:
+    """Move the wait among `made`, which a move became, and what is made of it, to where `lowered`, the result, is first read."""
+    for node in made:
+        node.meta[PART] = list(lowered.meta[PART])
+    place = {node: i for i, node in enumerate(lowered.graph.nodes)}
+    reader = min(lowered.users, key=place.__getitem__)
+    wait = next(i for i, node in enumerate(made) if node.target is WAIT)
+    for node in made[wait:]:
+        reader.prepend(node)
 
 
 def no_moves_left(gm: fx.GraphModule) -> None:

@@ -19,6 +19,7 @@ from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.placement import Chosen, Layout, PerRank, format_layout, normal_form, parse_layout
 from helix_compile.passes.typing.aten_rules import RULES, Rule, Violation, is_partial
 from helix_compile.passes.typing.helix_rules import HELIX_RULES, LOWERED_RULES, PENDING, WAIT
+from helix_compile.passes.typing.part_rules import rows_made, with_rows, without_rows
 from helix_compile.plan.helix_plan import BodyPlan
 from helix_compile.plan.matches import FIRST_VISIBLE
 
@@ -137,8 +138,9 @@ def _infer(
     rule = call_rule if node.op == "call_module" else rule_of(node.target)
     if rule is None:
         return _whole(node, of)
+    rows = rows_made(node, of)
     try:
-        result = rule(node, of, degrees)
+        result = with_rows(rule(node, lambda n: without_rows(of(n)), degrees), rows)
     except Violation as violation:
         if violation.kind == "layout" and any(is_partial(of(n)) for n in node.all_input_nodes):
             violation.kind = "partial"

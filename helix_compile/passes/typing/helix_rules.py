@@ -337,6 +337,11 @@ def _reshard(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -
     return {**rest, **parse_layout(node.args[2])}
 
 
+def _rows(node: fx.Node, of: Callable[[Any], Layout], degrees: HelixLayout) -> Result:
+    """Other rows, lying as they did; which rows: part_rules.py."""
+    return of(node.args[0])
+
+
 HELIX_RULES: dict[Any, Rule] = {
     helix.shard_index.default: _shard_index,
     helix.first_visible.default: _first_visible,
@@ -366,6 +371,8 @@ HELIX_RULES: dict[Any, Rule] = {
     helix.moe_router.default: _moe_router,
     helix.rope_heads.default: _rope_heads,
     helix.reshard.default: _reshard,
+    helix.rows_of_part.default: _rows,
+    helix.place_rows.default: _rows,
 }
 
 
