@@ -216,21 +216,24 @@ def _schedule(bodies: list[BodyViews], predicted: dict[str, Any]) -> str:
                 share = 100 * (node.egress or 0) / largest
                 sent = "" if node.egress is None else _size(node.egress)
                 if time := exchanges.get(node.name):
-                    sent += f", {time['microseconds']:.1f} us, slack {time['slack_microseconds']:.1f} us"
+                    sent += (
+                        f", {time['microseconds']:.1f} us, of which compute waits {time['held_microseconds']:.1f} us"
+                    )
                 rows.append(
                     f"<li class='exchange'><b>{escape(node.title)}</b> <span>{escape(node.subtitle)}, {sent}</span>"
                     f"<i style='width:{share:.1f}%'></i></li>"
                 )
             work = []
         rows.append(
-            f"<li class='work'><b>{layer['microseconds_of_a_layer']:.1f} us</b> <span>critical path of the layer</span></li>"
+            f"<li class='work'><b>{layer['microseconds_of_a_layer']:.1f} us</b> <span>the layer, without the fixed time of "
+            f"{predicted['fixed_microseconds_of_a_layer']:g} us</span></li>"
         )
         parts.append(f'<ol data-body="{escape(body.plan.name)}"{" hidden" * (i > 0)}>{"".join(rows)}</ol>')
     return (
         "<section id='schedule'><h2>Schedule of a layer</h2><p class='note'>Predicted, nothing here is a measured "
         f"time: {escape(predicted['what'])} ({escape(predicted['machine'])}, {predicted['batch']} sequences x "
-        f"{predicted['tokens']} token, context {predicted['context']:,}). Slack is by how much an exchange may be late. A bar "
-        "is as long as the bytes that a rank sends for a token.</p>"
+        f"{predicted['tokens']} token, context {predicted['context']:,}). What compute does not wait for is hidden "
+        "behind other work. A bar is as long as the bytes that a rank sends for a token.</p>"
         f"{''.join(parts)}</section>"
     )
 
