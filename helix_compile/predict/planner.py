@@ -56,6 +56,8 @@ class Contest:
             f"{where}: predicted {plain.step_us:,.0f} us with cp=1, {helix.step_us:,.0f} us with "
             f"cp={helix.candidate.cp}, whose attention saves {saves:,.0f} us and whose exchanges take {moves:,.0f} us"
         )
+        if self.winner == "equal":
+            return f"{DO_NOT}: {figures}: within 2 % they are equal, and cp=1 is the plainer one"
         return figures if self.winner == "cp>1" else f"{DO_NOT}: {figures}"
 
 

@@ -280,6 +280,14 @@ def first_rank(graph: fx.Graph, name: str, plan: HelixPlan, workload: Workload, 
     return BodySchedule(name, events, max((e.end for e in events), default=0.0), critical_path(graph, seconds))
 
 
+def rank_schedules(
+    plan: HelixPlan, lowered: fx.GraphModule, workload: Workload | None = None, machine: Accelerator = GB200
+) -> list[BodySchedule]:
+    """What predict_schedule() has, of rank 0 alone."""
+    step = workload or default_workload(plan)
+    return [first_rank(graph, name, plan, step, machine) for name, _, graph in _predicted(plan, lowered)]
+
+
 def predict_step(
     plan: HelixPlan,
     lowered: fx.GraphModule,

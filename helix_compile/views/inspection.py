@@ -24,7 +24,7 @@ from helix_compile.passes.lower.pieces import piece_facts
 from helix_compile.passes.lower.select_kernels import KERNEL
 from helix_compile.passes.pipeline import OVERLAP, STAGES, lowered_copy
 from helix_compile.plan.helix_plan import OF_CANDIDATES, BodyPlan, HelixPlan, number
-from helix_compile.predict.schedule import chrome_trace, predict_schedule, predicted_facts
+from helix_compile.predict.schedule import chrome_trace, predict_schedule, predicted_facts, rank_schedules
 from helix_compile.views.bodies import body_views
 from helix_compile.views.graph_python import format_python, stage_diff
 from helix_compile.views.graph_text import attention_block
@@ -97,7 +97,7 @@ class Inspection:
             title = f"{self.plan.model}, {views.plan.name} (layers {layers})"
             files[f"{views.plan.name}.svg"] = format_layer_svg(title, views.before, views.after)
         lowered = list(uncut(self.stages).values())[-1]
-        for schedule in predict_schedule(self.plan, lowered):
+        for schedule in rank_schedules(self.plan, lowered):
             title = f"{self.plan.model}, {schedule.body}: predicted schedule of a layer, rank 0"
             files[f"{schedule.body}.schedule.svg"] = format_schedule_svg(title, schedule)
         return files

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix_compile import helix_compile
+from helix_compile import HelixOptions, HelixPlan, helix_compile
 from helix_compile.predict.accelerators import PRESETS, Accelerator
 from helix_compile.predict.costed import Candidate
 from helix_compile.predict.costs import Workload
 from helix_compile.predict.overlap import Chunk, Verdict, in_parts, rows_of_parts
-from helix_compile.predict.planner import Planned
+from helix_compile.predict.planner import Planned, plan_text
 from helix_compile.predict.roofline import hopb_time
 from helix_compile.predict.schedule import predict_overlap, predict_step
 from helix_compile.predict.search import Point, Search
@@ -193,3 +193,17 @@ def test_where_it_loses_is_said() -> None:
     assert Planned(model, asked).overlap_of(plain) is None
     (one,) = Search(model, goal(batches=(1,))).of(replace(layout, overlap="none"))
     assert Planned(model, goal(batches=(1,))).overlap_of(one) is None  # one sequence is no two parts
+
+
+def test_a_layout_that_is_asked_for_is_judged_and_a_plan_that_wins_goes_on() -> None:
+    model, own = tiny_costed(), HelixOptions(cp=8, overlap="hopb", max_batch_size=2)
+    planned = Planned(model, goal(batches=(64,)), configured=(own, "own.toml"))
+    configured = planned.as_configured
+    assert configured is not None and configured.candidate.overlap == "hopb" and configured.batch == 2
+    assert configured.candidate.v_up == "after"  # as helix_compile decides it at that batch
+    assert any(reason.startswith("of own.toml: overlap=hopb: predicted to lose ") for reason in planned.reasons)
+    won = Planned(model, goal(accelerator=SLOW_LINK, batches=(64,), fewer_ranks=False))
+    assert any(reason.startswith("overlap=hopb: predicted to gain ") for reason in won.reasons)
+    plan = HelixPlan.from_json(plan_text(won))
+    assert plan.options.overlap == "hopb" and {a.parts for body in plan.bodies for a in body.attentions} == {2}
+    assert helix_compile(model.captured, plan=plan, world="virtual").plan.decides_otherwise(plan) == []
