@@ -53,7 +53,7 @@ def plan(
     from helix_compile.predict.accelerators import accelerator
     from helix_compile.predict.calibration import calibrated
     from helix_compile.predict.formats import cache_format, weight_format
-    from helix_compile.predict.planner import Planned, plan_text
+    from helix_compile.predict.planner import Planned, held_in, plan_text
     from helix_compile.predict.search import Goal, batches_of, count_of
 
     if min_tokens_per_s < 0:
@@ -74,12 +74,15 @@ def plan(
         pad_heads=pad_heads,
         fewer_ranks=fewer_ranks,
     )
+    if out is not None:
+        held_in(goal)
     costed = _costed(model, dtype, stated, goal.context, max(goal.batches))
     calibration = calibrated(calibrate, costed, goal) if calibrate is not None else None
     if calibration is not None:
         goal = replace(goal, accelerator=calibration.accelerator)
     planned = Planned(costed, goal, calibration, stated.get("cache_scale", 1.0), _configured(stated, where))
-    if out is not None:
+    written = [path for path in (out if planned.best else None, html) if path is not None]
+    if out is not None and planned.best:
         _write(out, plan_text(planned))
     if html is not None:
         from helix_compile.views.plan_page import format_plan_page
@@ -91,9 +94,10 @@ def plan(
         from helix_compile.views.plan_text import format_plan
 
         print(format_plan(planned))
-    for path in (out, html):
-        if path is not None:
-            print(f"wrote {path}", file=sys.stderr)
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
+    if out is not None and out not in written:
+        print(f"did not write {out}: {planned.reasons[0]}", file=sys.stderr)
     raise typer.Exit(0 if planned.best else 1)
 
 

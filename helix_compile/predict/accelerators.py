@@ -93,9 +93,17 @@ class Accelerator:
         """Of its memory."""
         return self.hbm_tb_s * 1e6 * self.hbm_efficiency
 
+    def compute_us(self, flops: float, nbytes: float, peak: str = "bf16") -> float:
+        """What a node takes that does so many flops, at one of the peaks, and moves so many bytes of memory."""
+        return max(flops / self.flops_per_us(peak), nbytes / self.bytes_per_us)
+
     def collective_us(self, op: str, ranks: int, wire_bytes: float) -> float:
         """What a collective takes of which so many bytes leave a rank."""
         return self.latency_of(op, ranks, wire_bytes) + wire_bytes / (self.link_gb_s * 1e3)
+
+    def fixed_us_of_more(self, launches: int, more: int) -> float:
+        """What is fixed of a layer grows with its launches: of a layer that has so many, and in parts of the batch `more`."""
+        return self.fixed_us_per_layer * more / launches
 
     def latency_of(self, op: str, ranks: int, wire_bytes: float) -> float:
         """Before bytes count: by log2 of ranks and of size; behind the last stated number of ranks by its last doubling."""

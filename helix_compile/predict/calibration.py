@@ -20,7 +20,7 @@ from helix_compile.predict.costed import Candidate, CostedModel
 from helix_compile.predict.search import Goal, Point, Search
 
 _NUMBERS = ("cp", "tpa", "ep", "batch", "context", "step_us")
-_WORDS = ("merge", "q_proj", "v_up", "pad_heads")
+_WORDS = ("merge", "q_proj", "v_up", "pad_heads", "overlap")
 
 
 @dataclass(frozen=True)
@@ -190,5 +190,7 @@ def _candidate(where: str, row: dict[str, Any], model: CostedModel) -> Candidate
         raise HelixError(
             f"{where}: {asked} is no layout of this model; (cp, tpa, ep) on {ranks} ranks are some of {near}"
         )
-    plain = [c for c in found if all(getattr(c, k) == d for k, d in (("merge", "a2a"), ("q_proj", "replicate")))]
+    # what a row does not say is as helix_compile has it
+    defaults = {"merge": "a2a", "q_proj": "replicate", "overlap": "none", "v_up": model.v_up(row["batch"])}
+    plain = [c for c in found if cp == 1 or all(getattr(c, k) == d for k, d in defaults.items() if k not in row)]
     return (plain or found)[0]

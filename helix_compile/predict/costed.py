@@ -6,7 +6,7 @@ A structure is what changes nodes: whether ranks exchange, where q is made and W
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,16 +19,18 @@ from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.heads import head_padding
 from helix_compile.passes.decide.cache_format import kv_bytes_per_token
+from helix_compile.passes.decide.overlap import PARTS
 from helix_compile.passes.decide.padding import check_heads
-from helix_compile.passes.decide.plan_helix import plan_helix
+from helix_compile.passes.decide.plan_helix import decide_v_up, plan_helix
 from helix_compile.passes.pipeline import LOWERED, helix_passes
 from helix_compile.passes.runner import PassContext, run_passes
 from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.plan.matches import AttentionMatch, LayerMatch
+from helix_compile.predict.overlap import HOPB
 from helix_compile.predict.scaling import ReferenceGraph, counted_in, counted_outside
 from helix_compile.predict.terms import Term
 
-SEARCHED = ("cp", "tpa", "ep", "merge", "q_proj", "v_up", "pad_heads")
+SEARCHED = ("cp", "tpa", "ep", "merge", "q_proj", "v_up", "pad_heads", "overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,12 @@ class Candidate:
     q_proj: str = "replicate"
     v_up: str = "auto"
     pad_heads: bool = False
+    overlap: str = "none"
+
+    @property
+    def least_batch(self) -> int:
+        """Sequences that it needs: of one there are no two parts."""
+        return PARTS if self.overlap == HOPB else 1
 
     @property
     def layout(self) -> HelixLayout:
@@ -55,13 +63,14 @@ class Candidate:
         return self.cp * self.tpa
 
     @property
-    def structure(self) -> tuple[str, str, str] | None:
+    def structure(self) -> tuple[str, str, str, str] | None:
         """What changes nodes; None where nothing is exchanged."""
-        return (self.merge, self.q_proj, self.v_up) if self.cp > 1 else None
+        return (self.merge, self.q_proj, self.v_up, self.overlap) if self.cp > 1 else None
 
     def options(self, base: HelixOptions, **more: Any) -> HelixOptions:
         """As helix_compile takes them."""
         stated = {**base.to_json(), **{name: getattr(self, name) for name in SEARCHED}}
+        stated["max_batch_size"] = max(base.max_batch_size, self.least_batch)
         for name, option in OPTIONS.items():  # what has no effect here is refused by HelixOptions
             if (self.cp == 1 and option.of_exchange) or (self.ranks == 1 and option.of_ranks):
                 stated[name] = option.choices[0]
@@ -107,6 +116,11 @@ class CostedModel:
     def has_v_up(self) -> bool:
         """Is there a W_UV to place?"""
         return any(a.kind.v_up for a in self.sites)
+
+    def v_up(self, batch: int) -> str:
+        """Where helix_compile puts W_UV with v_up="auto"; what a candidate says where there is none."""
+        options = HelixOptions(cp=2, max_batch_size=batch)
+        return str(decide_v_up(self.sites, self.captured.dtype, options).result) if self.has_v_up else "auto"
 
     @property
     def layers(self) -> int:
@@ -156,18 +170,17 @@ class CostedModel:
                 if more and (not pad_heads or ep > max(self.experts)):
                     continue
                 pads = (padded or more) and ranks > 1
-                for merge, q_proj, v_up in self._exchanges(cp):
-                    yield Candidate(
-                        cp=cp, tpa=tpa, ep=ep, tpf=ranks // ep, merge=merge, q_proj=q_proj, v_up=v_up, pad_heads=pads
-                    )
+                for how in self._exchanges(cp):
+                    yield Candidate(cp=cp, tpa=tpa, ep=ep, tpf=ranks // ep, pad_heads=pads, **how)
 
-    def _exchanges(self, cp: int) -> list[tuple[str, str, str]]:
+    def _exchanges(self, cp: int) -> list[dict[str, str]]:
         if cp == 1:
-            return [("a2a", "replicate", "after" if self.has_v_up else "auto")]
+            return [{"v_up": "after" if self.has_v_up else "auto"}]
         gathers = not any(u.what == "q" for a in self.sites for u in a.uncut)
         places = ("before", "after") if self.has_v_up else ("auto",)
         return [
-            (merge, q_proj, v_up)
+            {"merge": merge, "q_proj": q_proj, "v_up": v_up, "overlap": overlap}
+            for overlap in ("none", HOPB)
             for merge in ("a2a", "ag_rs")
             for q_proj in (("replicate", "gather") if gathers else ("replicate",))
             for v_up in places
@@ -196,7 +209,6 @@ class CostedModel:
 
     def _references(self, candidate: Candidate) -> Iterator[Candidate]:
         """Layouts in which every axis cuts something, the plainest first; last the one that is asked for."""
-        merge, q_proj, v_up = candidate.merge, candidate.q_proj, candidate.v_up
         experts = [2, 1] if self.experts else [1]
         for cp, tpa in [(2, 2), (4, 1)] if candidate.cp > 1 else [(1, 4), (1, 2)]:
             padded = self.pads(cp, tpa)
@@ -204,9 +216,7 @@ class CostedModel:
                 continue
             for ep in experts:
                 ranks, pads = cp * tpa, padded or any(e % ep for e in self.experts)
-                yield Candidate(
-                    cp=cp, tpa=tpa, ep=ep, tpf=ranks // ep, merge=merge, q_proj=q_proj, v_up=v_up, pad_heads=pads
-                )
+                yield replace(candidate, cp=cp, tpa=tpa, ep=ep, tpf=ranks // ep, pad_heads=pads)
         yield candidate
 
 
@@ -236,7 +246,12 @@ class Structure:
     def terms(self, layout: HelixLayout) -> tuple[Group, ...]:
         """Groups of nodes under a layout; equal keys mean equal terms."""
         if layout not in self._terms:
-            found = (Group(key, n, terms) for n, graph in self.parts for key, terms in graph.terms(layout) if terms)
+            found = (
+                Group(key, n, terms, body, graph.parts)
+                for body, (n, graph) in enumerate(self.parts)
+                for key, terms in graph.terms(layout)
+                if terms
+            )
             self._terms[layout] = tuple(found)
         return self._terms[layout]
 
@@ -250,8 +265,10 @@ class Structure:
 
 
 class Group(NamedTuple):
-    """Nodes that depend on the same of a layout, `layers` times in a step."""
+    """Nodes of a body that depend on the same of a layout, `layers` times in a step; some of them once for each of `parts`."""
 
     key: Hashable
     layers: int
     terms: tuple[Term, ...]
+    body: int
+    parts: int

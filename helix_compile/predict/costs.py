@@ -1,8 +1,8 @@
 """What each node of a lowered graph costs on one rank: flops, bytes of memory, bytes on the wire. Predicted, not measured.
 
-A roofline: a compute node takes max(flops / peak, bytes / bandwidth), a collective its latency + bytes / link. Every
-node reads its inputs and writes its output once; nothing is fused, caches and launch times count nothing. So the
-figures rank nodes and show what overlap could hide; they are not the time of a step.
+Every node reads its inputs and writes its output once; nothing is fused, hardware's caches count nothing. How long that takes an
+accelerator says (accelerators.py): of a compute node max(flops / peak, bytes / bandwidth), of a collective latency + bytes / link.
+`inspect` and the planner ask both alike.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from helix_compile.ir.sizes import size_at_step
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.layout.ledger import local_length
 from helix_compile.plan.matches import reach_of_input
+from helix_compile.predict.accelerators import Accelerator
 
 _COPIES = frozenset(
     {
@@ -38,28 +39,6 @@ _COPIES = frozenset(
 _MATMULS = frozenset(
     {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.linear.default, aten._grouped_mm.default}
 )
-
-
-@dataclass(frozen=True)
-class Machine:
-    """One accelerator and its link, peak values.
-
-    Attributes:
-        flops_per_s: dense matmul peak of the dtype in the name.
-        hbm_bytes_per_s: memory bandwidth.
-        link_bytes_per_s: bandwidth to the other ranks, one direction.
-        collective_latency_s: what a collective takes for any size.
-    """
-
-    name: str
-    flops_per_s: float
-    hbm_bytes_per_s: float
-    link_bytes_per_s: float
-    collective_latency_s: float
-
-
-# helix-algorithm, section 14; the latency is NCCL's all-to-all of 4 ranks below 4 KB
-GB200 = Machine("GB200, BF16 peak", 2500e12, 8.0e12, 900e9, 10.7e-6)
 
 
 @dataclass(frozen=True)
@@ -80,21 +59,35 @@ class NodeCost:
     """Predicted cost of one node on one rank; `wire_bytes` leave the rank.
 
     `weight_bytes` and `cache_bytes` are those of `hbm_bytes` that a matmul reads of its weights and attention of what is cached:
-    what another format of either changes.
+    what another format of either changes. A collective has torch's name and so many `peers`; other nodes a `peak` of matmuls.
     """
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
     wire_bytes: float = 0.0
-    is_collective: bool = False
+    collective: str = ""
+    peers: int = 1
     weight_bytes: float = 0.0
     cache_bytes: float = 0.0
+    peak: str = "bf16"
 
-    def seconds(self, machine: Machine) -> float:
-        """By the machine's peaks."""
-        if self.is_collective:
-            return machine.collective_latency_s + self.wire_bytes / machine.link_bytes_per_s
-        return max(self.flops / machine.flops_per_s, self.hbm_bytes / machine.hbm_bytes_per_s)
+    @property
+    def is_collective(self) -> bool:
+        """Does it move between ranks?"""
+        return bool(self.collective)
+
+    @property
+    def is_launched(self) -> bool:
+        """Does it take time at all?"""
+        return bool(self.flops or self.hbm_bytes or self.collective)
+
+    def seconds(self, machine: Accelerator) -> float:
+        """On an accelerator, its launch included."""
+        if not self.is_launched:
+            return 0.0
+        if self.collective:
+            return 1e-6 * (machine.launch_us + machine.collective_us(self.collective, self.peers, self.wire_bytes))
+        return 1e-6 * (machine.launch_us + machine.compute_us(self.flops, self.hbm_bytes, self.peak))
 
 
 def predict_costs(
@@ -202,6 +195,8 @@ def node_cost(node: fx.Node, sizes: NodeSizes) -> NodeCost:
         (B, T, _), scores = sizes.of(node.args[0]), node.args[0].meta["val"].dtype.itemsize
         seen = B * T * sizes.local_context(node)
         return NodeCost(seen, seen * scores + sizes.nbytes(node))
+    if helix_op(node) == "rows_of_part":  # a view
+        return NodeCost()
     if helix_op(node) == "cache_append":
         return NodeCost(hbm_bytes=2 * sum(sizes.nbytes(n) for n in node.args[4:6]))
     if helix_op(node) == "embed_rows" or node.target is aten.embedding.default:  # rows of tokens, not the table
@@ -254,7 +249,7 @@ def _mla_decode(node: fx.Node, sizes: NodeSizes) -> NodeCost:
     local, width = sizes.local_context(node), R + sizes.of(node.args[1])[-1]
     moved = sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.args[:2])
     read = B * local * _row_bytes(node.args[2], sizes)
-    return NodeCost(2.0 * B * T * H * local * (width + R), moved + read, cache_bytes=read)
+    return NodeCost(2.0 * B * T * H * local * (width + R), moved + read, cache_bytes=read, peak=_peak_of(node.args[2]))
 
 
 def _mla_decode_slots(node: fx.Node, sizes: NodeSizes) -> NodeCost:
@@ -263,7 +258,12 @@ def _mla_decode_slots(node: fx.Node, sizes: NodeSizes) -> NodeCost:
     seen, width = sizes.chosen_context(node, sizes.of(node.args[5])[-1]), R + sizes.of(node.args[1])[-1]
     moved = sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.args[:2])
     read = B * T * seen * _row_bytes(node.args[2], sizes)
-    return NodeCost(2.0 * B * T * H * seen * (width + R), moved + read, cache_bytes=read)
+    return NodeCost(2.0 * B * T * H * seen * (width + R), moved + read, cache_bytes=read, peak=_peak_of(node.args[2]))
+
+
+def _peak_of(cache: Any) -> str:
+    """Attention to a cache of one byte a value reaches the FP8 peak."""
+    return "fp8" if cache.meta["val"].dtype.itemsize == 1 else "bf16"
 
 
 def _row_bytes(cache: Any, sizes: NodeSizes) -> int:
@@ -285,7 +285,7 @@ def _gqa_decode(node: fx.Node, sizes: NodeSizes) -> NodeCost:
     local, item = sizes.local_context(node), node.args[2].meta["val"].dtype.itemsize
     moved = sizes.nbytes(node) + sizes.nbytes(node.args[0])
     read = B * local * K * (Dk + Dv) * item
-    return NodeCost(2.0 * B * T * H * local * (Dk + Dv), moved + read, cache_bytes=read)
+    return NodeCost(2.0 * B * T * H * local * (Dk + Dv), moved + read, cache_bytes=read, peak=_peak_of(node.args[2]))
 
 
 def _moe_experts(node: fx.Node, sizes: NodeSizes) -> NodeCost:
@@ -302,4 +302,4 @@ def _moe_experts(node: fx.Node, sizes: NodeSizes) -> NodeCost:
 def _collective(node: fx.Node, sizes: NodeSizes) -> NodeCost:
     peers = sizes.size(str(node.args[-1]))
     sent = COLLECTIVE_OF[node.target].egress(peers, sizes.nbytes(node.args[0]))
-    return NodeCost(wire_bytes=float(sent), is_collective=True)
+    return NodeCost(wire_bytes=float(sent), collective=COLLECTIVE_OF[node.target].name, peers=peers)

@@ -15,6 +15,7 @@ from helix_compile.passes.decide.plan_helix import plan_helix
 from helix_compile.predict.calibration import Calibration
 from helix_compile.predict.costed import SEARCHED, CostedModel
 from helix_compile.predict.formats import CACHES
+from helix_compile.predict.overlap import HOPB, Verdict
 from helix_compile.predict.search import TIE, Goal, Point, Search, best_at, pareto, plainness, recommended, with_goal
 
 DO_NOT = "do not use Helix here"
@@ -22,12 +23,13 @@ DO_NOT = "do not use Helix here"
 
 @dataclass(frozen=True)
 class Contest:
-    """The best plans with cp = 1 and with cp > 1 at a batch, on as many ranks; None: none fits."""
+    """The best plans with cp = 1 and with cp > 1 at a batch, on as many ranks; None: none fits, or there is no such layout (`exist`)."""
 
     batch: int
     ranks: int
     plain: Point | None
     helix: Point | None
+    exist: tuple[bool, bool] = (True, True)
 
     @property
     def winner(self) -> str:
@@ -40,18 +42,22 @@ class Contest:
     @property
     def text(self) -> str:
         """In words."""
+        where = f"batch {self.batch} on {counted(self.ranks, 'rank')}"
         if self.winner == "none fits":
-            return f"batch {self.batch} on {self.ranks} ranks: nothing fits"
-        if self.plain is None or self.helix is None:
-            alone = "cp=1 does not fit" if self.plain is None else "no plan with cp > 1 fits"
-            return f"batch {self.batch} on {self.ranks} ranks: {alone}"
+            return f"{where}: nothing fits"
+        if self.plain is None:
+            return f"{where}: {'cp=1 does not fit' if self.exist[0] else 'there is no layout with cp=1'}"
+        if self.helix is None:
+            return f"{where}: {'no plan with cp > 1 fits' if self.exist[1] else 'there is no layout with cp > 1'}"
         plain, helix = self.plain, self.helix
         moves = helix.parts_by_name["exchange"]
         saves = plain.parts_by_name["attention"] - helix.parts_by_name["attention"]
         figures = (
-            f"batch {self.batch} on {self.ranks} ranks: predicted {plain.step_us:,.0f} us with cp=1, {helix.step_us:,.0f} us with "
+            f"{where}: predicted {plain.step_us:,.0f} us with cp=1, {helix.step_us:,.0f} us with "
             f"cp={helix.candidate.cp}, whose attention saves {saves:,.0f} us and whose exchanges take {moves:,.0f} us"
         )
+        if self.winner == "equal":
+            return f"{DO_NOT}: {figures}: within 2 % they are equal, and cp=1 is the plainer one"
         return figures if self.winner == "cp>1" else f"{DO_NOT}: {figures}"
 
 
@@ -75,7 +81,8 @@ class Planned:
         ep = own.ep or default_ep(ranks, math.gcd(*self.model.experts) if self.model.experts else 0)
         asked: dict[str, Any] = {"cp": own.cp, "tpa": own.tpa, "ep": ep}
         if own.cp > 1:
-            asked |= {"merge": own.merge, "q_proj": own.q_proj} | ({"v_up": own.v_up} if own.v_up != "auto" else {})
+            asked |= {"merge": own.merge, "q_proj": own.q_proj, "overlap": own.overlap}
+            asked["v_up"] = self.model.v_up(own.max_batch_size) if own.v_up == "auto" else own.v_up
         candidates = [c for c in self.model.choices(ranks) if all(getattr(c, k) == v for k, v in asked.items())]
         points = with_goal(self.search, batches=(own.max_batch_size,)).points(candidates) if candidates else []
         return min(points, key=lambda p: p.step_us, default=None)
@@ -106,8 +113,10 @@ class Planned:
         ranks = self.best.candidate.ranks if self.best else self.goal.replicas[-1]
         if ranks == 1:
             ranks = self.goal.replicas[-1]
+        cps = {p.candidate.cp for p in self.points if p.candidate.ranks == ranks}
+        exist = 1 in cps, max(cps, default=0) > 1
         return [
-            Contest(b, ranks, best_at(self.points, b, ranks, False), best_at(self.points, b, ranks, True))
+            Contest(b, ranks, best_at(self.points, b, ranks, False), best_at(self.points, b, ranks, True), exist)
             for b in self.goal.batches
         ]
 
@@ -132,6 +141,8 @@ class Planned:
             found.append(f"an extrapolation beyond the calibration: {'; '.join(beyond)}")
         contest = next(c for c in self.contests if c.batch == best.batch)
         found.append(contest.text)
+        if verdict := self.overlap_of(best):
+            found.append(verdict.text)
         one = next(
             (
                 p
@@ -142,7 +153,7 @@ class Planned:
         )
         if one is not None and cand.cp > 1:
             found.append(
-                f"capacity: {best.tokens_that_fit:,} tokens fit in the caches of these {cand.ranks} ranks, {one.tokens_that_fit:,} "
+                f"capacity: {best.tokens_that_fit:,} tokens fit in the caches of these {counted(cand.ranks, 'rank')}, {one.tokens_that_fit:,} "
                 f"with cp=1, tpa={one.candidate.tpa}"
             )
         if self.configured is not None:
@@ -156,7 +167,20 @@ class Planned:
                 )
             )
             found.append(f"as {where} says it: {said}")
+            if own is not None and own.candidate.overlap != "none" and (verdict := self.overlap_of(own)):
+                found.append(f"of {where}: {verdict.text}")
         return found
+
+    def overlap_of(self, point: Point) -> Verdict | None:
+        """What overlap makes of a layout at its batch; None where it can't have any."""
+        if point.candidate.cp == 1:
+            return None
+        search = with_goal(self.search, batches=(point.batch,))
+        without, hopb = (search.of(replace(point.candidate, overlap=overlap)) for overlap in ("none", HOPB))
+        if not hopb:
+            return None
+        times = (without[0].time, hopb[0].time)
+        return Verdict(*times, point.batch, self.goal.context, self.goal.accelerator.name)
 
     def _why_none(self) -> str:
         fitting = [p for p in self.points if p.fits]
@@ -213,12 +237,13 @@ class Planned:
             f"collectives: latency + bytes / link; us before bytes count, by ranks (4 KB-128 KB): {latencies}; behind the last number of "
             "ranks all-to-all stays flat, the others grow as in the last doubling",
             f"fixed: {machine.fixed_us_per_layer:g} us a layer and {machine.launch_us:g} us a node: fitted, not predicted (--calibrate fits them)",
-            "a node takes the longer of its flops and its bytes; nodes run one after the other, nothing is fused, nothing overlaps",
+            "a node takes the longer of its flops and its bytes; nodes run one after the other and nothing is fused; with overlap=hopb a part's "
+            "exchange runs beside the next part's attention and slows neither, and the fixed time of a layer grows with its launches",
             f"weights: {goal.weights.meaning}; embedding, head, router and norms stay in the model's dtype",
             f"cache: {goal.cache.meaning}; what ranks exchange is in the model's dtype, lse in float32",
             f"{goal.context:,} tokens in each sequence, one new token each; rank 0, which holds the most, sets the pace; blocks of "
             f"{base.tokens_per_block} tokens go round",
-            f"replicas of {' or '.join(map(str, goal.replicas))} ranks, which share nothing; no pipeline stages, no data-parallel attention",
+            f"replicas of {' or '.join(map(str, goal.replicas))} rank{'s' * (goal.replicas != [1])}, which share nothing; no pipeline stages, no data-parallel attention",
             "memory of a rank: parameters, caches of the whole batch in pages of 128, twice the largest activation",
         ]
         if self.goal.replicas[-1] < self.goal.ranks:
@@ -278,6 +303,7 @@ class Planned:
             "winner": contest.winner,
             "cp_1": point_facts(contest.plain) if contest.plain else None,
             "helix": point_facts(contest.helix) if contest.helix else None,
+            "exist": list(contest.exist),
             "text": contest.text,
         }
 
@@ -315,16 +341,31 @@ def plan_text(planned: Planned) -> str:
     best, goal = planned.best, planned.goal
     if best is None:
         raise HelixError(f"--out: there is no plan to write: {planned.reasons[0]}")
-    if goal.cache.option is None:
-        raise HelixError(f"--out: no plan holds its cache in {goal.cache.name}; nearest that works: --kv-dtype fp8")
+    cache_dtype = held_in(goal)
     options = best.candidate.options(
         planned.model.base,
         max_batch_size=best.batch,
         max_seq_len=goal.context,
-        cache_dtype=goal.cache.option,
-        cache_scale=planned.cache_scale if goal.cache.option == FP8_E4M3 else 1.0,
+        cache_dtype=cache_dtype,
+        cache_scale=planned.cache_scale if cache_dtype == FP8_E4M3 else 1.0,
     )
     return plan_helix(planned.model.captured, planned.model.matches, options).to_json()
+
+
+def held_in(goal: Goal) -> str:
+    """The cache_dtype of a plan that holds the goal's cache.
+
+    Raises:
+        HelixError: no plan can.
+    """
+    if goal.cache.option is None:
+        raise HelixError(f"--out: no plan holds its cache in {goal.cache.name}; nearest that works: --kv-dtype fp8")
+    return goal.cache.option
+
+
+def counted(n: int, what: str) -> str:
+    """So many of them, as 1 rank or 8 ranks."""
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _slower(latencies: Any, times: float) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from helix_compile.layout.heads import head_padding
 from helix_compile.plan.helix_plan import OuterPlan
 from helix_compile.plan.matches import LayerMatch
 from helix_compile.predict.costs import NodeCost, NodeSizes, Workload, is_matmul, node_cost, reach_of, tensors_of
+from helix_compile.predict.overlap import part_of_node
 from helix_compile.predict.terms import ALL, ATTENTION, CHUNK, MATMUL, OTHER, TOP, WINDOW, Term, merged
 
 
@@ -114,6 +115,8 @@ class ReferenceGraph:
                 own = next(iter((*weights, *known)), None)
             if own:
                 self._counted[node] = own
+        self._chunks = _chunks(graph)
+        self.parts = max((p[2] for n in graph.nodes if (p := part_of_node(n))), default=1)
         self._groups: list[tuple[tuple[Symbol, ...], list[fx.Node]]] | None = None
         self._known: dict[Hashable, tuple[Term, ...]] = {}
 
@@ -135,12 +138,16 @@ class ReferenceGraph:
 
     def term(self, node: fx.Node, layout: HelixLayout) -> tuple[Term | None, frozenset[Symbol]]:
         """What a node costs, None for nothing, and what of the layout that depends on."""
+        if (own := part_of_node(node)) and own[1]:
+            return None, frozenset()  # the first part stands for all
         sizes = ScaledSizes(self, layout)
-        unit = layout.kvp  # of so many tokens no share of a rank is rounded
+        unit = layout.kvp * self.parts  # of so many tokens no share of a rank or a part is rounded
         at = [sizes.probe(node, batch, local) for batch, local in ((unit, 0), (2 * unit, 0), (unit, 1))]
         term = _term(node, at, unit, sizes)
         if term is not None and term.weights and not any(self._params.get(n, False) for n in node.all_input_nodes):
             term = replace(term, weights=0.0, moved=(term.moved[0] + term.weights, *term.moved[1:]))
+        if term is not None and node in self._chunks:
+            term = replace(term, chunk=self._chunks[node], whole=_has_all_rows(node))
         return term, frozenset(sizes.asked)
 
     def params_bytes(self, layout: HelixLayout) -> tuple[int, int]:
@@ -162,6 +169,23 @@ class ReferenceGraph:
             if term is not None:
                 groups.setdefault(symbols, []).append(node)
         return [(tuple(sorted(symbols, key=repr)), nodes) for symbols, nodes in groups.items()]
+
+
+def _chunks(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
+    """Nodes of the first part of each site that is in parts -> (site, collectives of that part before it)."""
+    found: dict[fx.Node, tuple[int, int]] = {}
+    started: dict[int, int] = {}
+    for node in graph.nodes:
+        own = part_of_node(node)
+        if own is not None and own[1] == 0:
+            found[node] = own[0], started.setdefault(own[0], 0)
+            started[own[0]] += is_collective(node)
+    return found
+
+
+def _has_all_rows(node: fx.Node) -> bool:
+    """Does a node of a part compute with the rows of all? W_UV before the exchange does, so that its bits are those of the whole batch."""
+    return "place_rows" in (helix_op(node), *(helix_op(n) for n in node.all_input_nodes))
 
 
 def is_weight(param: fx.Node) -> bool:

@@ -7,13 +7,15 @@ ranks that there are, or a divisor of them.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import NamedTuple
 
 from helix_compile.errors import HelixError, LayoutError
 from helix_compile.predict.accelerators import Accelerator
 from helix_compile.predict.costed import Candidate, CostedModel, Group
 from helix_compile.predict.formats import CacheFormat, WeightFormat, read_factor
+from helix_compile.predict.overlap import Chunk, StepTime, both, in_parts, rows_of_parts, with_term
 from helix_compile.predict.terms import ATTENTION, MATMUL, Term, seen
 
 PARTS = ("attention", "weights", "other", "exchange", "all_reduce", "fixed")
@@ -90,6 +92,12 @@ class Point:
         return self.batch * 1e6 / (self.step_us * self.candidate.ranks)
 
     @property
+    def time(self) -> StepTime:
+        """As inspect has it."""
+        attention, weights, other, exchange, all_reduce, fixed = self.parts
+        return StepTime(attention + weights + other, exchange, all_reduce, fixed)
+
+    @property
     def parts_by_name(self) -> dict[str, float]:
         """Microseconds of each part."""
         return dict(zip(PARTS, self.parts, strict=True))
@@ -112,6 +120,43 @@ class Held:
     buffer: float
 
 
+class _GroupTimes(NamedTuple):
+    """Microseconds of a group: what counts for PARTS, and the chunks of what is done in parts of the batch."""
+
+    parts: tuple[float, ...]
+    chunks: dict[tuple[int, int], Chunk]
+    launches: int
+    more_launches: int
+
+
+@dataclass
+class _Body:
+    """Groups of a body some of which are done in parts."""
+
+    layers: int
+    groups: list[_GroupTimes] = field(default_factory=list)
+
+    @property
+    def launches(self) -> int:
+        """Without overlap."""
+        return sum(g.launches for g in self.groups)
+
+    @property
+    def more_launches(self) -> int:
+        """Of the other parts."""
+        return sum(g.more_launches for g in self.groups)
+
+    @property
+    def held_us(self) -> float:
+        """What compute of a layer waits for the exchanges of parts."""
+        chunks: dict[tuple[int, int], Chunk] = {}
+        for group in self.groups:
+            for place, chunk in group.chunks.items():
+                chunks[place] = both(chunks.get(place), chunk)
+        steps = [[chunks[p] for p in sorted(chunks) if p[0] == site] for site in sorted({site for site, _ in chunks})]
+        return sum(in_parts(own) - sum(sum(step.compute) for step in own) for own in steps)
+
+
 class Search:
     """Every point of a goal; `model` keeps what it costed, so that another goal on it is quick."""
 
@@ -121,7 +166,7 @@ class Search:
         self.read = read_factor(goal.cache, model.sites, self._itemsize)
         weights = goal.weights.bytes
         self.weights = float(weights / self._itemsize) if weights is not None else 1.0
-        self._times: dict[Hashable, tuple[float, ...]] = {}
+        self._times: dict[Hashable, _GroupTimes] = {}
         self._seen: dict[tuple[tuple[str, int], int], int] = {}
 
     def candidates(self) -> Iterator[Candidate]:
@@ -134,9 +179,10 @@ class Search:
         return [p for c in (candidates or self.candidates()) for p in self.of(c)]
 
     def of(self, candidate: Candidate) -> list[Point]:
-        """One candidate at each batch."""
+        """One candidate at each batch that it can have."""
         groups, held = self.model.structure(candidate).terms(candidate.layout), self.held(candidate)
-        return [self._point(candidate, batch, groups, held) for batch in self.goal.batches]
+        batches = (b for b in self.goal.batches if b >= candidate.least_batch)
+        return [self._point(candidate, batch, groups, held) for batch in batches]
 
     def held(self, candidate: Candidate) -> Held:
         """What a rank holds whatever the batch, and for each sequence of it."""
@@ -163,9 +209,16 @@ class Search:
 
     def _point(self, candidate: Candidate, batch: int, groups: tuple[Group, ...], held: Held) -> Point:
         parts = [0.0] * len(PARTS)
-        for key, layers, terms in groups:
-            for i, us in enumerate(self._group_us(key, terms, candidate.cp, batch)):
-                parts[i] += layers * us
+        bodies: dict[int, _Body] = {}
+        for group in groups:
+            own = self._group(group, candidate.cp, batch)
+            for i, us in enumerate(own.parts):
+                parts[i] += group.layers * us
+            if group.parts > 1:
+                bodies.setdefault(group.body, _Body(group.layers)).groups.append(own)
+        for body in bodies.values():
+            parts[PARTS.index("exchange")] += body.layers * body.held_us
+            parts[-1] += body.layers * self.goal.accelerator.fixed_us_of_more(body.launches, body.more_launches)
         parts[-1] += self.goal.accelerator.fixed_us_per_layer * self.model.layers
         taken, cached = held.params + int(2 * held.buffer * batch), int(batch * held.in_cache)
         return Point(
@@ -180,15 +233,26 @@ class Search:
             taken + cached <= self.room,
         )
 
-    def _group_us(self, key: Hashable, terms: tuple[Term, ...], cp: int, batch: int) -> tuple[float, ...]:
-        known = (key, cp, batch)
+    def _group(self, group: Group, cp: int, batch: int) -> _GroupTimes:
+        known = (group.key, cp, batch)
         if known not in self._times:
-            parts = [0.0] * len(PARTS)
-            for term in terms:
-                parts[PARTS.index(part_of(term))] += self.term_us(term, cp, batch)
-            parts[-1] = self.goal.accelerator.launch_us * sum(t.launches for t in terms)
-            self._times[known] = tuple(parts)
+            self._times[known] = self._timed(group, cp, batch)
         return self._times[known]
+
+    def _timed(self, group: Group, cp: int, batch: int) -> _GroupTimes:
+        """What is done once, and what each part of the batch does of each chunk; exchanges of parts are left to the queues."""
+        parts, chunks = [0.0] * len(PARTS), dict[tuple[int, int], Chunk]()
+        launch, rows = self.goal.accelerator.launch_us, rows_of_parts(batch, group.parts)
+        for term in group.terms:
+            # a term counts by the whole batch: the rows of a part are those of a batch that is so many times as large
+            batches = (batch,) if term.chunk is None else [batch if term.whole else own * group.parts for own in rows]
+            times = tuple(self.term_us(term, cp, own) + launch * term.launches for own in batches)
+            if term.chunk is None or not term.is_collective:
+                parts[PARTS.index(part_of(term))] += sum(times)
+            if term.chunk is not None:
+                chunks[term.chunk] = with_term(chunks.get(term.chunk), times, term.is_collective)
+        more = (group.parts - 1) * sum(t.launches for t in group.terms if t.chunk)
+        return _GroupTimes(tuple(parts), chunks, sum(t.launches for t in group.terms), more)
 
     def term_us(self, term: Term, cp: int, batch: int) -> float:
         """Microseconds of one term."""
@@ -197,9 +261,8 @@ class Search:
             return machine.collective_us(term.kind, term.peers, term.wire * batch)
         kind = {ATTENTION: self.goal.cache.peak, MATMUL: self.goal.weights.peak}.get(term.kind, "bf16")
         local = self.seen(term.reach, cp)
-        return max(
-            term.flops_at(batch, local) / machine.flops_per_us(kind),
-            term.bytes_at(batch, local, self.weights, self.read) / machine.bytes_per_us,
+        return machine.compute_us(
+            term.flops_at(batch, local), term.bytes_at(batch, local, self.weights, self.read), kind
         )
 
     def seen(self, reach: tuple[str, int], cp: int) -> int:
@@ -234,6 +297,7 @@ def plainness(candidate: Candidate) -> tuple[object, ...]:
         candidate.pad_heads,
         candidate.q_proj != "replicate",
         candidate.merge != "a2a",
+        candidate.overlap != "none",
         candidate.tpa,
         -candidate.ep,
         candidate.v_up,

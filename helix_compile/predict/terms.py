@@ -8,7 +8,7 @@ B sequences of one new token each; L what of a sequence's context a rank's atten
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helix_compile.layout.ledger import local_length
 
@@ -31,6 +31,8 @@ class Term:
         routed: (experts a token chooses, experts) where only those that some token chose are read.
         reach: ("all", 0), ("window", W), ("chunk", C) or ("top", k): what a query sees.
         launches: nodes that it stands for.
+        chunk: (site, step) of what is done once for each part of the batch; see overlap.py.
+        whole: of that, what every part does with the rows of all.
     """
 
     what: str
@@ -44,6 +46,8 @@ class Term:
     routed: tuple[int, int] | None = None
     reach: tuple[str, int] = (ALL, 0)
     launches: int = 1
+    chunk: tuple[int, int] | None = None
+    whole: bool = False
 
     @property
     def is_collective(self) -> bool:
@@ -84,11 +88,14 @@ def seen(reach: tuple[str, int], context: int, cp: int, tokens_per_block: int) -
 def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
     """The same, nodes that only move bytes in one: each of them is bound by memory on every machine there is."""
     kept: list[Term] = []
-    small: list[Term] = []
+    moving: dict[tuple[object, bool], list[Term]] = {}
     for term in terms:
-        moves = term.kind == OTHER and term.reach == (ALL, 0) and not term.flops[2] and not term.moved[2]
-        (small if moves else kept).append(term)
-    if small:
+        if term.kind == OTHER and term.reach == (ALL, 0) and not term.flops[2] and not term.moved[2]:
+            moving.setdefault((term.chunk, term.whole), []).append(term)
+        else:
+            kept.append(term)
+    for small in moving.values():
         flops, moved = (tuple(sum(getattr(t, name)[i] for t in small) for i in range(3)) for name in ("flops", "moved"))
-        kept.append(Term("elementwise", OTHER, flops, moved, launches=sum(t.launches for t in small)))
+        launches = sum(t.launches for t in small)
+        kept.append(replace(small[0], what="elementwise", flops=flops, moved=moved, launches=launches))
     return tuple(kept)

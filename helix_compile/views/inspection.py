@@ -22,15 +22,16 @@ from helix_compile.ir.graph import helix_op, inputs_of
 from helix_compile.ir.stage import OUTER, SEGMENTS, body_of, graphs_of, uncut
 from helix_compile.passes.lower.pieces import piece_facts
 from helix_compile.passes.lower.select_kernels import KERNEL
-from helix_compile.passes.pipeline import STAGES
+from helix_compile.passes.pipeline import OVERLAP, STAGES, lowered_copy
 from helix_compile.plan.helix_plan import OF_CANDIDATES, BodyPlan, HelixPlan, number
-from helix_compile.predict.schedule import chrome_trace, predict_schedule, predicted_facts
+from helix_compile.predict.schedule import chrome_trace, predict_schedule, predicted_facts, rank_schedules
 from helix_compile.views.bodies import body_views
 from helix_compile.views.graph_python import format_python, stage_diff
 from helix_compile.views.graph_text import attention_block
 from helix_compile.views.layer_svg import format_layer_svg
 from helix_compile.views.model_explorer import format_model_explorer
 from helix_compile.views.report import format_html_report
+from helix_compile.views.schedule_svg import format_schedule_svg
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,10 @@ class Inspection:
             layers = ranges_text(list(views.plan.layers))
             title = f"{self.plan.model}, {views.plan.name} (layers {layers})"
             files[f"{views.plan.name}.svg"] = format_layer_svg(title, views.before, views.after)
+        lowered = list(uncut(self.stages).values())[-1]
+        for schedule in rank_schedules(self.plan, lowered):
+            title = f"{self.plan.model}, {schedule.body}: predicted schedule of a layer, rank 0"
+            files[f"{schedule.body}.schedule.svg"] = format_schedule_svg(title, schedule)
         return files
 
     def _graph_files(self) -> dict[str, str]:
@@ -158,7 +163,7 @@ def inspect_module(
         "ring_bytes_per_sequence_per_rank": plan.ring_bytes_per_sequence_per_rank,
         "params_bytes_per_rank": plan.params_bytes_per_rank,
         "memory_per_rank": _memory(plan, last),
-        "predicted": predicted_facts(plan, last),
+        "predicted": predicted_facts(plan, last, _of_overlap(stages)),
         "decisions": [
             {"name": d.name, "rule": d.rule, "inputs": dict(d.inputs), "result": d.result} for d in plan.decisions
         ],
@@ -169,6 +174,13 @@ def inspect_module(
         "notes": list(plan.notes),
     }
     return Inspection(plan, stages, facts)
+
+
+def _of_overlap(stages: dict[str, fx.GraphModule]) -> tuple[fx.GraphModule, fx.GraphModule] | None:
+    """The stages before and after parts overlap, lowered alike; None where nothing does."""
+    if OVERLAP.stage not in stages:
+        return None
+    return lowered_copy(stages["ffn"]), lowered_copy(stages[OVERLAP.stage])
 
 
 def _kernel_facts(plan: HelixPlan, last: fx.GraphModule) -> list[dict[str, Any]]:
@@ -288,6 +300,8 @@ def format_report(facts: dict[str, Any]) -> str:
             markup=False,
         )
     console.print(_predicted(facts["predicted"]))
+    if overlap := facts["predicted"]["overlap"]:
+        console.print(overlap["text"], markup=False, soft_wrap=True)
     console.print(_two_columns("not rewritten", "why", ((x["what"], x["reason"]) for x in facts["not_rewritten"])))
     if facts["leaves"]:
         leaves = ((x["module"], x["reason"]) for x in facts["leaves"])
@@ -393,16 +407,20 @@ def _memory_text(memory: dict[str, int]) -> str:
 
 
 def _predicted(facts: dict[str, Any]) -> Table:
-    """The title says of which machine and step; a row says what of a layer's time nothing can hide."""
+    """The caption says of which machine and step; a row says what of a layer's time each collective takes, and holds."""
     rows = []
     for body in facts["bodies"]:
         collectives = ", ".join(
-            f"{c['node']} {c['microseconds']:.1f} ({c['slack_microseconds']:.1f})" for c in body["collectives"]
+            f"{c['node']} {c['microseconds']:.1f} ({c['held_microseconds']:.1f})" for c in body["collectives"]
         )
         rows.append((body["body"], f"{body['microseconds_of_a_layer']:.1f}", body["longest"], collectives))
-    table = _table(("predicted", "us a layer", "longest", "collectives: us (slack)"), rows)
+    table = _table(("predicted", "us a layer", "longest", "collectives: us (of which compute waits)"), rows)
     step = f"{facts['batch']} sequences x {facts['tokens']} token, context {facts['context']:,}"
-    table.caption = f"{facts['what']}: {facts['machine']}; {step}"
+    fixed = facts["fixed_microseconds_of_a_layer"]
+    table.caption = (
+        f"{facts['what']}: {facts['machine']}; {step}; a step {facts['microseconds_of_a_step']:,.1f} us, of which {fixed:g} a layer are "
+        "fitted"
+    )
     table.caption_justify = "left"
     return table
 

@@ -51,6 +51,73 @@ const helixPlan = (() => {
     return Math.max(flops / machine.flops_per_us[peak], bytes / machine.bytes_per_us);
   }
 
+  // attention and exchange in parts of the batch, as predict/overlap.py: what compute waits for the link
+  function heldUs(steps, parts) {
+    let compute = 0, link = 0, busy = 0;
+    const arrives = Array(parts).fill(0);
+    for (let time = 0; time < parts + steps.length - 1; time++) {
+      steps.forEach((step, late) => {
+        const part = time - late;
+        if (part < 0 || part >= parts) return;
+        compute = Math.max(compute, arrives[part]) + step.compute[part];
+        busy += step.compute[part];
+        if (step.starts) {
+          link = Math.max(link, compute) + step.exchange[part];
+          arrives[part] = link;
+        }
+      });
+    }
+    return Math.max(compute, link) - busy;
+  }
+
+  // what a group takes: once, on the link, and in each part of the batch
+  function groupUs(terms, state, cp, B, parts) {
+    const own = { us: 0, moved: 0, launches: 0, more: 0, chunks: new Map() };
+    const rows = Array.from({ length: parts }, (_, i) => Math.floor(B * (i + 1) / parts) - Math.floor(B * i / parts));
+    for (const term of terms) {
+      const [kind, launches, chunk, whole] = [term[0], term[13], term[14], term[15]];
+      const onLink = !["attention", "matmul", "other"].includes(kind);
+      own.launches += launches;
+      if (!chunk) {
+        const time = termUs(term, state, cp, B) + machine.launch_us * launches;
+        own.us += time;
+        if (onLink && kind !== "all_reduce") own.moved += time;
+        continue;
+      }
+      own.more += (parts - 1) * launches;
+      const key = chunk.join();
+      if (!own.chunks.has(key)) {
+        own.chunks.set(key, { place: chunk, compute: Array(parts).fill(0), exchange: Array(parts).fill(0), starts: false });
+      }
+      const step = own.chunks.get(key);
+      rows.forEach((count, part) => {
+        const time = termUs(term, state, cp, whole ? B : count * parts) + machine.launch_us * launches;
+        step[onLink ? "exchange" : "compute"][part] += time;
+        if (!onLink) own.us += time;
+      });
+      step.starts ||= onLink;
+    }
+    return own;
+  }
+
+  // what a layer waits for its parts' exchanges, and what the launches of the other parts take
+  function bodyUs(groups, parts) {
+    const steps = new Map();
+    for (const { chunks } of groups) {
+      for (const [key, step] of chunks) {
+        if (!steps.has(key)) { steps.set(key, step); continue; }
+        const one = steps.get(key), sum = (a, b) => a.map((x, i) => x + b[i]);
+        steps.set(key, { place: step.place, compute: sum(one.compute, step.compute), exchange: sum(one.exchange, step.exchange),
+          starts: one.starts || step.starts });
+      }
+    }
+    const order = [...steps.values()].sort((a, b) => compare(a.place, b.place));
+    const sites = [...new Set(order.map((step) => step.place[0]))];
+    const held = sites.reduce((us, site) => us + heldUs(order.filter((step) => step.place[0] === site), parts), 0);
+    const sum = (name) => groups.reduce((total, group) => total + group[name], 0);
+    return [held, machine.fixed_us_per_layer * sum("more") / sum("launches")];
+  }
+
   // every layout at every batch; `state`: context, batch (the most), link, cache
   function evaluate(state) {
     const known = new Map(), points = [];
@@ -58,20 +125,24 @@ const helixPlan = (() => {
     facts.plans.forEach((plan, number) => {
       const pages = Math.max(1, Math.ceil(localLength(state.context, plan.cp) / PAGE));
       for (const B of batches) {
+        if (B < plan.least_batch) continue;
         let us = machine.fixed_us_per_layer * facts.layers, exchange = 0;
-        for (const [group, layers] of plan.groups) {
+        const bodies = new Map();
+        for (const [group, layers, body, parts] of plan.groups) {
           const key = `${group},${plan.cp},${B}`;
-          if (!known.has(key)) {
-            let own = 0, moved = 0;
-            for (const term of facts.groups[group]) {
-              const time = termUs(term, state, plan.cp, B);
-              own += time + machine.launch_us * term[13];
-              if (!["attention", "matmul", "other", "all_reduce"].includes(term[0])) moved += time;
-            }
-            known.set(key, [own, moved]);
+          if (!known.has(key)) known.set(key, groupUs(facts.groups[group], state, plan.cp, B, parts));
+          const own = known.get(key);
+          us += layers * own.us;
+          exchange += layers * own.moved;
+          if (parts > 1) {
+            if (!bodies.has(body)) bodies.set(body, { layers, parts, groups: [] });
+            bodies.get(body).groups.push(own);
           }
-          us += layers * known.get(key)[0];
-          exchange += layers * known.get(key)[1];
+        }
+        for (const { layers, parts, groups } of bodies.values()) {
+          const [held, launches] = bodyUs(groups, parts);
+          us += layers * (held + launches);
+          exchange += layers * held;
         }
         const kv = Math.trunc(B * plan.kv[state.cache] * plan.cp * pages * PAGE);
         const taken = plan.params + Math.trunc(2 * plan.buffer * B);
@@ -85,8 +156,8 @@ const helixPlan = (() => {
     return points;
   }
 
-  const plainness = ({ plan }) => [plan.cp, +plan.pad_heads, +(plan.q_proj !== "replicate"), +(plan.merge !== "a2a"), plan.tpa, -plan.ep,
-    plan.v_up];
+  const plainness = ({ plan }) => [plan.cp, +plan.pad_heads, +(plan.q_proj !== "replicate"), +(plan.merge !== "a2a"),
+    +(plan.overlap !== "none"), plan.tpa, -plan.ep, plan.v_up];
   function compare(a, b) {
     for (let i = 0; i < a.length; i++) if (a[i] !== b[i]) return a[i] < b[i] ? -1 : 1;
     return 0;
@@ -114,7 +185,9 @@ const helixPlan = (() => {
   }
 
   const round = (x, digits = 1) => x.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
-  const named = ({ plan }) => `cp=${plan.cp}, tpa=${plan.tpa}, ep=${plan.ep}, tpf=${plan.tpf}`;
+  const counted = (ranks) => `${ranks} rank${ranks === 1 ? "" : "s"}`;
+  const named = ({ plan }) => `cp=${plan.cp}, tpa=${plan.tpa}, ep=${plan.ep}, tpf=${plan.tpf}` +
+    (plan.overlap === "none" ? "" : `, overlap=${plan.overlap}`);
 
   function state() {
     const exact = (id) => (by(id).dataset.moved ? Math.round(Math.pow(2, +by(id).value)) : +by(id).dataset.exact);
@@ -175,7 +248,7 @@ const helixPlan = (() => {
     by("link-is").textContent = now.link.toLocaleString("en");
     const gb = (bytes) => `${round(bytes / 1e9)} GB`;
     by("winner").textContent = best
-      ? `${named(best)}, batch ${best.batch} on ${best.plan.ranks} ranks: predicted ${round(best.user)} tokens/s a user, ` +
+      ? `${named(best)}, batch ${best.batch} on ${counted(best.plan.ranks)}: predicted ${round(best.user)} tokens/s a user, ` +
         `${round(best.gpu)} a GPU; ${gb(best.kv)} of KV cache on a rank, ${gb(best.bytes)} in all; ` +
         `${best.tokens.toLocaleString("en")} tokens fit`
       : "nothing fits";
@@ -189,10 +262,11 @@ const helixPlan = (() => {
     });
     const lost = rows.filter((r) => r.winner === "cp=1" || r.winner === "equal").map((r) => r.batch);
     by("verdict").textContent = lost.length
-      ? `do not use Helix here: at batch ${lost.join(", ")} on ${ranks} ranks cp=1 is predicted as fast or faster` : "";
-    const cell = (p) => (p ? `${round(p.us, 0)} us, ${named(p)}` : "does not fit");
+      ? `do not use Helix here: at batch ${lost.join(", ")} on ${counted(ranks)} cp=1 is predicted as fast or faster` : "";
+    const exists = (exchanges) => facts.plans.some((p) => p.ranks === ranks && (p.cp > 1) === exchanges);
+    const cell = (p, exchanges) => (p ? `${round(p.us, 0)} us, ${named(p)}` : exists(exchanges) ? "does not fit" : "no such layout");
     fill(by("batches"), ["batch", "best with cp=1", "best with cp>1", "faster"],
-      rows.map((r) => [r.batch, cell(r.plain), cell(r.helix), r.winner]), -1);
+      rows.map((r) => [r.batch, cell(r.plain, false), cell(r.helix, true), r.winner]), -1);
     fill(by("pareto"), ["layout", "batch", "tokens/s/user", "tokens/s/GPU", "KV cache/rank", "all/rank", "tokens that fit"],
       front.map((p) => [named(p), p.batch, round(p.user), round(p.gpu), gb(p.kv), gb(p.bytes), p.tokens.toLocaleString("en")]),
       front.indexOf(best));

@@ -80,16 +80,17 @@ def page_data(planned: Planned) -> dict[str, Any]:
     caches = {name: with_goal(search, cache=CACHES[name]) for name in _caches(planned)}
     for candidate in search.candidates():
         own = []
-        for key, layers, terms in model.structure(candidate).terms(candidate.layout):
-            if key not in numbers:
-                numbers[key] = len(groups)
-                groups.append([_term(t) for t in terms])
-            own.append([numbers[key], layers])
+        for group in model.structure(candidate).terms(candidate.layout):
+            if group.key not in numbers:
+                numbers[group.key] = len(groups)
+                groups.append([_term(t) for t in group.terms])
+            own.append([numbers[group.key], group.layers, group.body, group.parts])
         held = search.held(candidate)
         plans.append(
             {
                 **asdict(candidate),
                 "ranks": candidate.ranks,
+                "least_batch": candidate.least_batch,
                 "groups": own,
                 "params": held.params,
                 "buffer": held.buffer,
@@ -144,4 +145,6 @@ def _term(term: Term) -> list[Any]:
         term.routed,
         list(term.reach),
         term.launches,
+        term.chunk,
+        term.whole,
     ]

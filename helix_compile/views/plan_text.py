@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from helix_compile.predict.planner import Planned
+from helix_compile.predict.planner import Planned, counted
 from helix_compile.predict.search import Point
 
 LAYOUT = ("cp", "tpa", "ep", "tpf")
@@ -52,13 +52,13 @@ def format_plan(planned: Planned, width: int = 132) -> str:
 def _named(row: dict[str, Any]) -> str:
     extras = [
         f"{k}={row[k]}"
-        for k in ("merge", "q_proj", "v_up")
-        if row["cp"] > 1 and row[k] not in ("a2a", "replicate", "auto")
+        for k in ("merge", "q_proj", "v_up", "overlap")
+        if row["cp"] > 1 and row[k] not in ("a2a", "replicate", "auto", "none")
     ]
     extras += ["pad_heads"] if row["pad_heads"] else []
     layout = ", ".join(f"{k}={row[k]}" for k in LAYOUT)
     return (
-        f"{layout}{''.join(f', {x}' for x in extras)}, batch {row['batch']} on {row['ranks']} ranks: "
+        f"{layout}{''.join(f', {x}' for x in extras)}, batch {row['batch']} on {counted(row['ranks'], 'rank')}: "
         f"{row['tokens_per_s_per_user']:,.1f} tokens/s a user, {row['tokens_per_s_per_gpu']:,.1f} tokens/s a GPU"
     )
 
@@ -68,7 +68,7 @@ def _front(planned: Planned) -> Table:
     heads = (
         *LAYOUT,
         "batch",
-        "merge, q_proj, v_up",
+        "merge, q_proj, v_up, overlap",
         "tokens/s/user",
         "tokens/s/GPU",
         "KV GB/rank",
@@ -80,7 +80,7 @@ def _front(planned: Planned) -> Table:
 
 def _front_row(point: Point, beyond: bool) -> tuple[str, ...]:
     own = point.candidate
-    how = (own.merge, own.q_proj, *((own.v_up,) if own.v_up != "auto" else ()))
+    how = (own.merge, own.q_proj, *(x for x in (own.v_up, own.overlap) if x not in ("auto", "none")))
     exchange = "-" if own.cp == 1 else ", ".join(how)
     return (
         *(str(getattr(own, name)) for name in LAYOUT),
@@ -95,17 +95,24 @@ def _front_row(point: Point, beyond: bool) -> tuple[str, ...]:
 
 
 def _by_batch(rows: list[dict[str, Any]]) -> Table:
-    def cell(row: dict[str, Any] | None) -> str:
+    def cell(row: dict[str, Any] | None, exists: bool) -> str:
         return (
-            "does not fit"
+            ("does not fit" if exists else "no such layout")
             if row is None
             else f"{row['step_us']:,.0f} us (cp={row['cp']}, tpa={row['tpa']}, ep={row['ep']})"
         )
 
     ranks = rows[0]["ranks"] if rows else 0
-    body = ((str(r["batch"]), cell(r["cp_1"]), cell(r["helix"]), r["winner"]) for r in rows)
+    body = (
+        (
+            str(r["batch"]),
+            *(cell(r[side], exists) for side, exists in zip(("cp_1", "helix"), r["exist"], strict=True)),
+            r["winner"],
+        )
+        for r in rows
+    )
     return _table(
-        f"Helix or not, on {ranks} ranks (predicted)",
+        f"Helix or not, on {counted(ranks, 'rank')} (predicted)",
         ("batch", "best with cp=1", "best with cp>1", "faster"),
         body,
         numeric=(0,),

@@ -19,9 +19,11 @@ from helix_compile.config.options import PAGE_SIZE
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.plan.helix_plan import BodyPlan, HelixPlan, ParamShard
+from helix_compile.predict.schedule import BodySchedule, rank_schedules
 from helix_compile.views.bodies import BodyViews, body_views
 from helix_compile.views.graph_view import GraphView, NodeView, ValueView
 from helix_compile.views.layer_svg import LEGEND, draw_panel, format_panel_svg
+from helix_compile.views.schedule_svg import draw_schedule, summary
 
 _HERE = Path(__file__).parent
 
@@ -41,7 +43,7 @@ def format_html_report(plan: HelixPlan, stages: Mapping[str, fx.GraphModule], fa
         _kv_map(plan),
         _collectives(plan),
         _memory(plan, bodies),
-        _schedule(bodies, facts["predicted"]),
+        _schedule(bodies, facts["predicted"], {s.body: s for s in rank_schedules(plan, list(stages.values())[-1])}),
         _decisions(facts),
     )
     style = page_style()
@@ -200,15 +202,15 @@ def _memory(plan: HelixPlan, bodies: list[BodyViews]) -> str:
     return f"<section id='memory'><h2>Memory</h2>{''.join(parts)}</section>"
 
 
-def _schedule(bodies: list[BodyViews], predicted: dict[str, Any]) -> str:
-    """The order of one layer: work between exchanges, and each exchange with its bytes and predicted time."""
+def _schedule(bodies: list[BodyViews], predicted: dict[str, Any], schedules: Mapping[str, BodySchedule]) -> str:
+    """Compute and the link on a line of time; then the order of one layer: work between exchanges, and each exchange with its bytes."""
     parts = []
     times = {b["body"]: b for b in predicted["bodies"]}
     for i, body in enumerate(bodies):
         layer = times[body.plan.name]
         exchanges = {c["node"]: c for c in layer["collectives"]}
         largest = max((n.egress or 0 for n in body.after.nodes), default=0) or 1
-        rows: list[str] = []
+        rows = [_timeline(schedules[body.plan.name])]
         work: list[NodeView] = []
         for node in (*body.after.nodes, None):
             if node is not None and node.kind != "collective":
@@ -223,22 +225,35 @@ def _schedule(bodies: list[BodyViews], predicted: dict[str, Any]) -> str:
                 share = 100 * (node.egress or 0) / largest
                 sent = "" if node.egress is None else _size(node.egress)
                 if time := exchanges.get(node.name):
-                    sent += f", {time['microseconds']:.1f} us, slack {time['slack_microseconds']:.1f} us"
+                    sent += (
+                        f", {time['microseconds']:.1f} us, of which compute waits {time['held_microseconds']:.1f} us"
+                    )
                 rows.append(
                     f"<li class='exchange'><b>{escape(node.title)}</b> <span>{escape(node.subtitle)}, {sent}</span>"
                     f"<i style='width:{share:.1f}%'></i></li>"
                 )
             work = []
         rows.append(
-            f"<li class='work'><b>{layer['microseconds_of_a_layer']:.1f} us</b> <span>critical path of the layer</span></li>"
+            f"<li class='work'><b>{layer['microseconds_of_a_layer']:.1f} us</b> <span>the layer, without the fixed time of "
+            f"{predicted['fixed_microseconds_of_a_layer']:g} us</span></li>"
         )
         parts.append(f'<ol data-body="{escape(body.plan.name)}"{" hidden" * (i > 0)}>{"".join(rows)}</ol>')
     return (
         "<section id='schedule'><h2>Schedule of a layer</h2><p class='note'>Predicted, nothing here is a measured "
         f"time: {escape(predicted['what'])} ({escape(predicted['machine'])}, {predicted['batch']} sequences x "
-        f"{predicted['tokens']} token, context {predicted['context']:,}). Slack is by how much an exchange may be late. A bar "
-        "is as long as the bytes that a rank sends for a token.</p>"
-        f"{''.join(parts)}</section>"
+        f"{predicted['tokens']} token, context {predicted['context']:,}). What compute does not wait for is hidden "
+        "behind other work. A bar is as long as the bytes that a rank sends for a token.</p>"
+        + (f"<p class='note'>{escape(predicted['overlap']['text'])}</p>" if predicted["overlap"] else "")
+        + f"{''.join(parts)}</section>"
+    )
+
+
+def _timeline(schedule: BodySchedule) -> str:
+    panel = draw_schedule(schedule)
+    return (
+        f"<li class='timeline'><span>{escape(summary(schedule))}</span><div class='scroll'><svg role='img' "
+        f"aria-label='{escape(schedule.body)}: schedule of rank 0' viewBox='0 0 {panel.width} {panel.height}' "
+        f"width='{panel.width}' height='{panel.height}'>{panel.markup}</svg></div></li>"
     )
 
 

@@ -68,6 +68,8 @@ def test_inspect_json_and_files(tmp_path: Path) -> None:
         "model_explorer.json",
         "body_0.svg",
         "body_1.svg",
+        "body_0.schedule.svg",
+        "body_1.schedule.svg",
     }
     assert "helix.mla_decode" in (tmp_path / "body_1.after.py").read_text()
     assert "scaled_dot_product_attention" in (tmp_path / "body_1.before.py").read_text()

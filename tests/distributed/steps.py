@@ -16,12 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.clock import Durations
 from tests.support.families import fresh_family
 from tests.support.gqa_models import fresh_gqa
 
 ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 3, "tokens_per_block": 4}
 STEP_TOKENS = (3 * 13, 3, 3)  # of run_steps, padding included: it is computed and exchanged too
+
+
+# steps of overlap="hopb" against "none": attention of 8 sequences and its exchange, over links that are slowed
+OVERLAP: dict[str, Any] = {"cp": 2, "max_seq_len": 64, "max_batch_size": 8, "lower": "reference"}
+OVERLAP_BATCH = 8
+SLOWED = {
+    "compute is longer": Durations(row=0.040, latency=0.0, byte=0.100 / 1024),
+    "the exchange is longer": Durations(row=0.015, latency=0.020, byte=0.100 / 1024),
+    "latency alone": Durations(row=0.010, latency=0.150, byte=0.0),
+}
 
 
 MIXED = {**OPTIONS, "cp": 2, "tpa": 2}

@@ -10,9 +10,11 @@ import torch
 from helix_compile import HelixError, HelixModule, helix_compile
 from helix_compile.errors import LayoutError
 from helix_compile.models.presets import build_model, preset_config
-from helix_compile.predict.costs import GB200, Machine, NodeCost, Workload, predict_costs
+from helix_compile.predict.accelerators import PRESETS
+from helix_compile.predict.costs import NodeCost, Workload, predict_costs
 from helix_compile.predict.schedule import predict_schedule
 from tests.support.models import tiny_model
+from tests.support.planned import machine
 
 
 def costs_of(compiled: HelixModule, body: str, step: Workload, rank: int = 0) -> dict[str, NodeCost]:
@@ -67,7 +69,7 @@ def test_attention_at_the_real_sizes() -> None:
     assert cost.flops == 2 * 4 * 128 * local * (576 + 512)
     activations = 4 * 128 * (576 * 2 + 512 * 2 + 4)  # q, partial_o in bf16, lse in fp32
     assert cost.hbm_bytes == 4 * local * 576 * 2 + activations
-    assert cost.seconds(GB200) == cost.hbm_bytes / 8.0e12  # memory bound
+    assert cost.seconds(PRESETS["gb200"]) == pytest.approx(cost.hbm_bytes / (0.8 * 8.0e12))  # memory bound
     o_proj = costs_of(compiled, "body_1", step)["linear_4"]
     assert o_proj.flops == 2 * 4 * 7168 * 16384 / 8
     experts = costs_of(compiled, "body_1", step)["routed"]
@@ -92,10 +94,14 @@ def test_views_waits_and_inputs_cost_nothing() -> None:
 
 
 def test_seconds_are_a_roofline() -> None:
-    machine = Machine("round numbers", 100.0, 10.0, 5.0, 2.0)
-    assert NodeCost(flops=1000, hbm_bytes=10).seconds(machine) == 10.0
-    assert NodeCost(flops=10, hbm_bytes=100).seconds(machine) == 10.0
-    assert NodeCost(wire_bytes=15, is_collective=True).seconds(machine) == 5.0
+    shares = {"hbm_efficiency": 0.5, "flops_efficiency": 0.25, "launch_us": 1.0}
+    latencies = {op: ((2, 2.0, 2.0), (8, 6.0, 6.0)) for op in PRESETS["gb200"].latency_us}
+    own = machine(bf16_tflops=4.0, fp8_tflops=8.0, hbm_tb_s=2.0, link_gb_s=5.0, latency_us=latencies, **shares)
+    assert NodeCost(flops=10e6, hbm_bytes=10e6).seconds(own) == pytest.approx(11e-6)
+    assert NodeCost(flops=40e6, hbm_bytes=10e6).seconds(own) == pytest.approx(41e-6)
+    assert NodeCost(flops=40e6, hbm_bytes=10e6, peak="fp8").seconds(own) == pytest.approx(21e-6)
+    assert NodeCost(wire_bytes=15e3, collective="all_reduce", peers=4).seconds(own) == pytest.approx(8e-6)  # 1 + 4 + 3
+    assert NodeCost().seconds(own) == 0.0  # a view is not launched
 
 
 def test_refusals() -> None:

@@ -13,10 +13,13 @@ from helix_compile.ir.graph import is_param, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.predict.costed import Candidate, CostedModel
 from helix_compile.predict.costs import Workload, predict_costs
+from helix_compile.predict.overlap import rows_of_parts
 from helix_compile.predict.scaling import is_weight
-from helix_compile.predict.terms import seen
+from helix_compile.predict.schedule import predict_step
+from helix_compile.predict.search import Search
+from helix_compile.predict.terms import Term, seen
 from tests.support.families import fresh_family
-from tests.support.planned import CONTEXT, costed, tiny_costed
+from tests.support.planned import CONTEXT, costed, goal, tiny_costed
 
 BATCH = 12  # a multiple of each cp below, so that no rank's share of the tokens is rounded
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -32,18 +35,25 @@ def of_planner(model: CostedModel, candidate: Candidate, layout: Any = None) -> 
     """Flops, bytes, of these weights and cache, and wire bytes of a step, all layers."""
     found = [0.0] * 5
     for group in model.structure(candidate).terms(layout or candidate.layout):
-        for term in group.terms:
+        for term, batch in ((t, b) for t in group.terms for b in batches_of(t, group.parts)):
             local = seen(term.reach, CONTEXT - 1, candidate.cp, model.base.tokens_per_block)
             hit = 1 - (1 - term.routed[0] / term.routed[1]) ** BATCH if term.routed else 1.0
             own = (
-                term.flops_at(BATCH, local),
-                term.bytes_at(BATCH, local),
+                term.flops_at(batch, local),
+                term.bytes_at(batch, local),
                 hit * term.weights,
-                term.cached * BATCH * local,
-                term.wire * BATCH,
+                term.cached * batch * local,
+                term.wire * batch,
             )
             found = [a + group.layers * b for a, b in zip(found, own, strict=True)]
     return tuple(found)  # type: ignore[return-value]
+
+
+def batches_of(term: Term, parts: int) -> list[int]:
+    """Of what is done once for each part, the batch that each part is a part of; with all rows, all of them."""
+    if term.chunk is None:
+        return [BATCH]
+    return [BATCH if term.whole else rows * parts for rows in rows_of_parts(BATCH, parts)]
 
 
 def of_graph(compiled: Any) -> Sums:
@@ -68,12 +78,17 @@ def check(model: CostedModel, candidate: Candidate) -> None:
     assert model.kv_bytes(candidate) == compiled.plan.kv_bytes_per_token_per_rank
     sent = compiled.plan.egress_bytes_per_rank_per_token
     assert of_planner(model, candidate)[-1] == pytest.approx(float(sent) * BATCH, rel=1e-12)
+    asked = goal(batches=(BATCH,))
+    (point,) = Search(model, asked).of(candidate)
+    step = predict_step(compiled.plan, compiled.graph, Workload(BATCH, 1, CONTEXT - 1), asked.accelerator)
+    assert point.step_us == pytest.approx(step.total, rel=1e-9)  # as inspect says it
 
 
 def test_twenty_drawn_layouts_cost_what_their_compiled_graphs_do() -> None:
     model = tiny_costed()
     layouts = drawn(model, 20)
     assert {True, False} == {c.pad_heads for c in layouts} and {"a2a", "ag_rs"} == {c.merge for c in layouts}
+    assert {"none", "hopb"} == {c.overlap for c in layouts}
     for candidate in layouts:
         check(model, candidate)
 

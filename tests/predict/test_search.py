@@ -25,7 +25,9 @@ def test_choices_are_all_legal_layouts_once() -> None:
     found = list(tiny_costed().choices(8))
     layouts = {(c.cp, c.tpa, c.ep, c.tpf) for c in found}
     assert layouts == {(cp, 8 // cp, ep, 8 // ep) for cp, ep in product((1, 2, 4, 8), repeat=2)}
-    assert len(found) == len(set(found)) == 4 * (1 + 3 * 8)  # cp = 1 exchanges nothing; else merge x q_proj x v_up
+    assert (
+        len(found) == len(set(found)) == 4 * (1 + 3 * 16)
+    )  # cp = 1 exchanges nothing; else merge x q_proj x v_up x overlap
     assert not any(c.pad_heads for c in found)
     padded = list(tiny_costed().choices(3))
     assert padded and all(c.pad_heads for c in padded) and not list(tiny_costed().choices(3, pad_heads=False))

@@ -65,17 +65,19 @@ def test_it_adds_up_what_python_does(browser: Any, page_file: Path) -> None:
         points = Search(tiny_costed(), asked).points()
         expected = [[p.step_us, p.kv_bytes_per_rank, p.bytes_per_rank, p.tokens_that_fit, int(p.fits)] for p in points]
         got = of_page(page, state)
-        assert len(got) == len(expected) >= 170
+        assert len(got) == len(expected) >= 300
+        assert any(p.candidate.overlap == "hopb" for p in points)
         for one, other in zip(got, expected, strict=True):
             assert one == pytest.approx(other, rel=1e-9, abs=1)
         front, best = pareto(points), recommended(points, asked)
         said = page.evaluate(
             "(state) => { const p = helixPlan.evaluate(state), b = helixPlan.recommended(p); return "
-            "[helixPlan.pareto(p).map((q) => q.user), b && [b.plan.cp, b.plan.tpa, b.plan.ep, b.batch]]; }",
+            "[helixPlan.pareto(p).map((q) => q.user), b && [b.plan.cp, b.plan.tpa, b.plan.ep, b.batch, b.plan.overlap]]; }",
             state,
         )
         assert said[0] == pytest.approx([p.tokens_per_s_per_user for p in front], rel=1e-9)
-        assert said[1] == (best and [best.candidate.cp, best.candidate.tpa, best.candidate.ep, best.batch])
+        chosen = best and best.candidate
+        assert said[1] == (chosen and best and [chosen.cp, chosen.tpa, chosen.ep, best.batch, chosen.overlap])
 
 
 def test_controls_move_the_winner_the_front_and_the_bytes(browser: Any, page_file: Path) -> None:

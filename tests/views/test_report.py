@@ -121,4 +121,4 @@ def test_the_schedule_shows_the_predicted_times_of_the_facts() -> None:
         assert f"<b>{body['microseconds_of_a_layer']:.1f} us</b>" in section
         assert len(body["collectives"]) == 3
         for c in body["collectives"]:
-            assert f"{c['microseconds']:.1f} us, slack {c['slack_microseconds']:.1f} us" in section
+            assert f"{c['microseconds']:.1f} us, of which compute waits {c['held_microseconds']:.1f} us" in section

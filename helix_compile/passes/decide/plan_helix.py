@@ -64,7 +64,7 @@ def plan_helix(captured: CapturedGraph, matches: dict[str, LayerMatch], options:
     check_heads(captured, matches, layout, options)
     _check_cut_heads(captured, matches, options)
     attentions = [a for match in matches.values() for a in match.attentions]
-    v_up_decision = _v_up(attentions, captured.dtype, options)
+    v_up_decision = decide_v_up(attentions, captured.dtype, options)
     v_up = str(v_up_decision.result)
     q_decision = Decision(
         "q_proj",
@@ -152,7 +152,12 @@ def break_even_tokens(H: int, R: int, V: int, dtype: torch.dtype) -> float:
     return read / (H * (R - V) * dtype.itemsize / LINK_BYTES_PER_S)
 
 
-def _v_up(sites: list[AttentionMatch], dtype: torch.dtype, options: HelixOptions) -> Decision:
+def decide_v_up(sites: list[AttentionMatch], dtype: torch.dtype, options: HelixOptions) -> Decision:
+    """Where W_UV stands.
+
+    Raises:
+        PlanError: it is asked for and there is none.
+    """
     match = next((a for a in sites if a.kind.v_up), None)
     if match is None:
         if options.v_up != "auto":

@@ -13,7 +13,7 @@ from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.plan.helix_plan import OF_CANDIDATES, Collective, Decision
 from helix_compile.plan.matches import AttentionMatch, Selection
 
-# of the machine that v_up is decided for (plan_helix.py); the latency is that of predict/costs.py
+# of the machine that v_up is decided for (plan_helix.py); the latency is that of its all-to-all in predict/accelerators.py
 LINK_BYTES_PER_S, COLLECTIVE_LATENCY_S = 900e9, 10.7e-6
 
 
