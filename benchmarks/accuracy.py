@@ -22,7 +22,8 @@ from helix_compile.capture.source import load_folder
 from helix_compile.eval.answers import Answerer, LocalAnswerer
 from helix_compile.eval.decoders import PREFILLS, HelixDecoder, ModelDecoder
 from helix_compile.eval.evaluation import ORIGINAL, evaluate
-from helix_compile.eval.run import Asked, documents_of, load_tokenizer
+from helix_compile.eval.folder import load_tokenizer
+from helix_compile.eval.run import Asked, documents_of
 from helix_compile.eval.tasks import TASKS
 
 

@@ -25,8 +25,8 @@ from helix_compile import HelixModule, helix_compile, verify
 from helix_compile.capture.source import load_folder
 from helix_compile.eval.answers import LocalAnswerer
 from helix_compile.eval.decoders import HelixDecoder, ModelDecoder, sent_entries
+from helix_compile.eval.folder import load_tokenizer
 from helix_compile.eval.heat_map import short_count
-from helix_compile.eval.run import load_tokenizer
 from helix_compile.eval.scoring import Row, ask, row_of
 from helix_compile.eval.tasks import make_documents
 from helix_compile.ir.stage import graphs_of

@@ -80,7 +80,8 @@ def evaluate(
     import torch
 
     from helix_compile.eval.decoders import check_prefill
-    from helix_compile.eval.run import Asked, dtype_asked, evaluate_folder
+    from helix_compile.eval.folder import dtype_asked
+    from helix_compile.eval.run import Asked, evaluate_folder
     from helix_compile.worlds.world import device_for
 
     check_harness(theirs, include)

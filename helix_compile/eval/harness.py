@@ -25,7 +25,7 @@ from helix_compile.compile import helix_compile
 from helix_compile.config.options import HelixOptions
 from helix_compile.errors import HelixError
 from helix_compile.eval.decoders import Decoder, HelixDecoder, ModelDecoder
-from helix_compile.eval.run import dtype_asked, load_tokenizer
+from helix_compile.eval.folder import dtype_asked, load_tokenizer
 
 _MAX_GEN_TOKENS = 256  # the harness's own default where a task says nothing
 

@@ -17,7 +17,7 @@ from helix_compile.errors import HelixError
 from helix_compile.eval.answers import LocalAnswerer
 from helix_compile.eval.decoders import HelixDecoder, ModelDecoder
 from helix_compile.eval.evaluation import ORIGINAL, Evaluation, evaluate
-from helix_compile.eval.run import load_tokenizer
+from helix_compile.eval.folder import load_tokenizer
 from helix_compile.eval.tasks import TASKS, make_documents
 from helix_compile.ir.stage import graphs_of
 from helix_compile.module import HelixModule

@@ -13,7 +13,8 @@ from helix_compile.capture.source import load_folder
 from helix_compile.eval.answers import Answerer, LocalAnswerer
 from helix_compile.eval.decoders import HelixDecoder, ModelDecoder
 from helix_compile.eval.evaluation import ORIGINAL, Evaluation, evaluate
-from helix_compile.eval.run import Asked, documents_of, load_tokenizer
+from helix_compile.eval.folder import load_tokenizer
+from helix_compile.eval.run import Asked, documents_of
 from helix_compile.eval.tasks import TASKS
 
 RECALL = Path(__file__).resolve().parents[1] / "data" / "recall"
