@@ -52,7 +52,8 @@ def latents_cached(bodies: Iterable[fx.GraphModule]) -> list[str]:
     Returns:
         Notes of what was changed.
     """
-    return list(dict.fromkeys(note for body in bodies for note in _with_latents(body)))
+    with torch.device("cpu"):  # elements are traced by numbers, whatever a caller's default device is
+        return list(dict.fromkeys(note for body in bodies for note in _with_latents(body)))
 
 
 def _with_latents(body: fx.GraphModule) -> list[str]:

@@ -184,7 +184,8 @@ def _dataflow(model: Any) -> str:
             Around(model, lambda pasts: ConcatenatingCache(model.config, None, pasts[0]))(*inputs, [past])
 
     try:
-        lines = without_values(type(model).__name__, model, run).lines
+        with torch.inference_mode(False), torch.no_grad():  # whatever the caller's mode: its ops are others
+            lines = without_values(type(model).__name__, model, run).lines
     except Exception:  # a part that branches on data: structure alone tells
         return ""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

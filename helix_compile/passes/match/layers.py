@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from helix_compile.capture.captured import CapturedGraph
@@ -37,7 +38,8 @@ def match_bodies(
     failures: dict[str, MatchError] = {}
     for name in captured.bodies:
         try:
-            matches[name] = _match_body(captured, name, max_seq_len, keep_experts)
+            with torch.device("cpu"):  # elements are traced by numbers, whatever a caller's default device is
+                matches[name] = _match_body(captured, name, max_seq_len, keep_experts)
         except MatchError as error:
             failures[name] = error
     # a body may compute layers before and behind those whose choice it is handed
