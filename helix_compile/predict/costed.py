@@ -5,7 +5,7 @@ A structure is what changes nodes: whether ranks exchange, where q is made and W
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -99,6 +99,7 @@ class CostedModel:
         if base.pp > 1:
             raise HelixError(f"plan: pp={base.pp}: pipeline stages are not costed; nearest that works: pp=1")
         self._structures: dict[Hashable, Structure] = {}
+        self._around: dict[int, ReferenceGraph] = {}  # head="shard": ranks -> what is around the bodies
         self._pads: dict[tuple[int, int], bool | None] = {}
         self._paddable: dict[bool, bool] = {}
 
@@ -132,6 +133,10 @@ class CostedModel:
         key = candidate.structure
         if key not in self._structures:
             self._structures[key] = self._lowered(candidate)
+        # rows of a vocabulary are cut, padded and put together by nodes that know how many ranks there are: lowered for each number
+        if self.base.head == "shard" and candidate.ranks not in self._around:
+            own = Structure(self.captured, self.matches, candidate.options(self.base), {})
+            self._around[candidate.ranks] = own.around
         return self._structures[key]
 
     def pads(self, cp: int, tpa: int) -> bool | None:
@@ -202,7 +207,7 @@ class CostedModel:
         refusals = []
         for reference in self._references(candidate):
             try:
-                return Structure(self.captured, self.matches, reference.options(self.base))
+                return Structure(self.captured, self.matches, reference.options(self.base), self._around)
             except (LayoutError, PlanError) as error:
                 refusals.append(str(error))
         raise HelixError(f"plan: no layout of this structure can be lowered: {refusals[-1]}")
@@ -223,12 +228,22 @@ class CostedModel:
 class Structure:
     """Lowered graphs as references.
 
+    Args:
+        others: ranks -> what stands in the place of `around` there.
+
     Attributes:
-        parts: (layers, graph) of each body, and (1, graph) of what is around them.
+        bodies: (layers, graph) of each.
+        around: what is around them.
         plan: that they were lowered by.
     """
 
-    def __init__(self, captured: CapturedGraph, matches: dict[str, LayerMatch], options: HelixOptions):
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        matches: dict[str, LayerMatch],
+        options: HelixOptions,
+        others: Mapping[int, ReferenceGraph],
+    ):
         """Plan and lower; compute ops keep their references, which have the nodes of every lowering."""
         self.plan = plan_helix(captured, matches, options)
         stage = run_passes(helix_passes(options), PassContext(captured, matches, self.plan))[LOWERED.stage]
@@ -237,18 +252,23 @@ class Structure:
             kv_heads = {site.site: site.kv_heads for site in body.attentions}
             graph = body_of(stage, body.name).graph
             parts.append((len(body.layers), ReferenceGraph(graph, layout, counted_in(matches[body.name]), kv_heads)))
-        outer = ReferenceGraph(stage.graph, layout, counted_outside(self.plan.outer), {}, formats=False)
-        self.parts = (*parts, (1, outer))
+        self.bodies = tuple(parts)
+        self.around = ReferenceGraph(stage.graph, layout, counted_outside(self.plan.outer), {}, formats=False)
+        self._others = others
         self._uncounted = leaf_bytes(captured.graph)  # of modules that stay the user's own
         self._terms: dict[HelixLayout, tuple[Group, ...]] = {}
         self._params: dict[HelixLayout, tuple[int, int]] = {}
+
+    def parts(self, layout: HelixLayout) -> tuple[tuple[int, ReferenceGraph], ...]:
+        """(layers, graph) of each body, and (1, graph) of what is around them."""
+        return (*self.bodies, (1, self._others.get(layout.world_size, self.around)))
 
     def terms(self, layout: HelixLayout) -> tuple[Group, ...]:
         """Groups of nodes under a layout; equal keys mean equal terms."""
         if layout not in self._terms:
             found = (
                 Group(key, n, terms, body, graph.parts)
-                for body, (n, graph) in enumerate(self.parts)
+                for body, (n, graph) in enumerate(self.parts(layout))
                 for key, terms in graph.terms(layout)
                 if terms
             )
@@ -258,7 +278,7 @@ class Structure:
     def params_bytes(self, layout: HelixLayout) -> tuple[int, int]:
         """Bytes of a rank's parameters that a format of weights changes, and of all others."""
         if layout not in self._params:
-            both = [(n, graph.params_bytes(layout)) for n, graph in self.parts]
+            both = [(n, graph.params_bytes(layout)) for n, graph in self.parts(layout)]
             weights, others = (sum(n * held[i] for n, held in both) for i in (0, 1))
             self._params[layout] = weights, others + self._uncounted
         return self._params[layout]
