@@ -34,6 +34,7 @@ _WHY = {
     "window": "where the cache of sliding windows lies here ({value}); the engine decides for itself",
     "head": "embedding and output head are {value}ed here; the engine decides for itself",
     "check": "when ranks compare what they were given for a step here",
+    "overlap": "what runs while partial attention is exchanged here; the engine has no such order",
     "unmatched": "what happens here to layers that are not recognised",
 }
 

@@ -172,6 +172,35 @@ def _unpack_heads(w: CacheWriter, node: fx.Node) -> Value:
     return result
 
 
+# rows of a part of a batch
+
+
+def _bounds(w: CacheWriter, whole: str, part: int, parts: int) -> tuple[str, str, str]:
+    """The first row of a part, the one behind its last, and the rows of all: int64 [1] each."""
+    s, rows = w.scope, w.scope.size_of(whole, 0).name
+    first, behind = (
+        s.op("Div", s.op("Mul", rows, s.ints([n])), s.ints([parts]), wanted="rows") for n in (part, part + 1)
+    )
+    return first, behind, rows
+
+
+@rule(helix.rows_of_part.default)
+def _rows_of_part(w: CacheWriter, node: fx.Node) -> Value:
+    source, part, parts = node.args
+    x = w.value(source)
+    first, behind, _ = _bounds(w, x, part, parts)
+    return str(w.scope.op("Slice", x, first, behind, w.scope.ints([0]), wanted=node.name))
+
+
+@rule(helix.place_rows.default)
+def _place_rows(w: CacheWriter, node: fx.Node) -> Value:
+    source, like, part, parts = node.args
+    first, behind, rows = _bounds(w, w.value(like), part, parts)
+    s, others = w.scope, w.scope.ints([0] * (source.meta["val"].dim() - 1))
+    pads = s.op("Concat", first, others, s.op("Sub", rows, behind), others, axis=0)
+    return str(s.op("Pad", w.value(source), pads, wanted=node.name))
+
+
 # an indexer's choice: a candidate is a score and a position
 
 

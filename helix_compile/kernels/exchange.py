@@ -78,6 +78,10 @@ def unpack_heads_reference(buffer: Tensor, partial_o: Tensor, lse: Tensor) -> tu
     peers = buffer.shape[0]
     B, T, H = lse.shape[:3]
     h, width = H // peers, partial_o.shape[3]
+    if not buffer.shape[
+        1
+    ]:  # a part of a batch without a sequence: bytes in a row of none can't be read as another dtype
+        return partial_o.new_empty((peers, B, T, h, width)), lse.new_empty((peers, B, T, h))
     split = B * T * h if buffer.dtype == lse.dtype else B * T * h * lse.dtype.itemsize
     lse_rows, o_rows = buffer[:, :split], buffer[:, split:]
     if buffer.dtype != lse.dtype:

@@ -91,6 +91,17 @@ def test_logits_are_those_of_the_virtual_world(launch: Launch) -> None:
     assert {n: close(launch.seen[0][n], expected) for n in STEPS} == dict.fromkeys(STEPS, True)
 
 
+def test_a_batch_in_parts_is_the_batch_and_one_part_is_on_its_way_while_the_next_attends(launch: Launch) -> None:
+    """Bit for bit where nothing is summed by gloo in between; in the order in which c10d was called."""
+    a_layer = ["mla_decode", "all_to_all_single", "mla_decode", "all_to_all_single", "wait_tensor", "wait_tensor"]
+    a_layer += ["all_reduce", "wait_tensor"] * 2
+    for seen, said in zip(launch.seen, launch.said, strict=True):
+        assert torch.equal(seen["parts"], seen["cp4"]) and torch.equal(seen["parts_one"], seen["cp4_one"])
+        assert said["order"] == a_layer * 2 * 3  # layers, steps
+        assert len(set(said["wire_parts"])) == 1
+    assert close(launch.seen[0]["parts_ag_rs"], run_steps(launch.virtual))
+
+
 def test_other_kinds_of_site_are_those_of_the_virtual_world_too(launch: Launch) -> None:
     """Grouped-query attention with its KV heads cut over tpa, the same with zero heads, a hybrid whose other layer is a leaf, and
     sparse attention, by both exchanges: the choice is a rank's own, of candidates that came over the wire; and a window that every
@@ -232,7 +243,7 @@ def test_c10d_was_asked_to_move_what_the_plan_says(launch: Launch) -> None:
     for rank, said in enumerate(launch.said):
         # owners of 39, 3 and 3 queries: two ranks pad each buffer to an even number
         kinds = ("grouped", "padded", "cut_vocabulary", "sparse", "sparse_owner", "window_alone")
-        for name in ("wire", "wire_mixed", *(f"wire_{kind}" for kind in kinds)):
+        for name in ("wire", "wire_mixed", "wire_parts", *(f"wire_{kind}" for kind in kinds)):
             wire, counted, planned = said[name]
             assert wire == counted == planned > 0, name
         assert said["wire"][1] == launch.virtual.world.sent_bytes[rank]

@@ -66,6 +66,20 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Order(TorchDispatchMode):
+    """Attention and what c10d is asked to do, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name.startswith("_c10d_functional::") or name == "helix::mla_decode":
+            self.calls.append(name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
 def moved(wire: Wire, compiled: HelixModule) -> list[float]:
     """Bytes that c10d was asked to move, that the world counted, and that the plan says of the steps."""
     counted, planned = compiled.world.sent_bytes[0], sum(map(compiled.plan.egress_bytes_per_rank, STEP_TOKENS))
@@ -103,6 +117,19 @@ def main(folder: Path) -> None:
     said["groups_used"] = len(wire.groups)
     said["collectives"] = [list(map(str, x)) for x in sorted(four.world.num_collectives.items())]
     said["texts"] = [stage_text(c.graph) for c in (loaded, four, mixed)]
+
+    # a batch in parts; of one sequence one part is empty
+    parted = helix_compile(model, cp=4, **OPTIONS, overlap="hopb")
+    with Order() as order:
+        seen["parts"] = run_steps(parted)
+    said["order"] = order.calls
+    for name, module in (("cp4", four), ("parts", parted)):
+        module.reset()
+        seen[f"{name}_one"] = module(ids[:1])
+    with Wire() as wire:
+        run_steps(parted)
+    said["wire_parts"] = moved(wire, parted)
+    seen["parts_ag_rs"] = run_steps(helix_compile(model, cp=4, **OPTIONS, merge="ag_rs", overlap="hopb"))
 
     # steps that are recorded and replayed, in pieces between the collectives of gloo; rank 1 forgets, and records while others replay
     fake = FakeGraphs()

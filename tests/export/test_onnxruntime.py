@@ -37,6 +37,7 @@ def ort_deviation(model: Any, compiled: Any, folder: Path, **how: Any) -> float:
         {"q_proj": "gather", "ep": 1},
         {"cp": 2, "tpa": 2, "tokens_per_block": 1},
         {"head": "shard", "pad_heads": True, "ep": 2},
+        {"overlap": "hopb", "v_up": "before"},
     ],
     ids=lambda options: "-".join(f"{k}_{v}" for k, v in options.items()),
 )

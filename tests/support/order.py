@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch import fx
 
 from helix_compile.ir.collectives import WAIT, is_collective
 from helix_compile.ir.graph import PART, helix_op
+from helix_compile.ir.stage import graphs_of
+from helix_compile.worlds.program import Program
 from helix_compile.worlds.walk import Hook, Pending
 
 ATTENTION = ("mla_decode", "gqa_decode", "mla_decode_slots")
@@ -46,3 +49,52 @@ def record_walks(monkeypatch: pytest.MonkeyPatch, world: type) -> Events:
 
     monkeypatch.setattr(world, "run", recorded)
     return events
+
+
+def record_programs(
+    monkeypatch: pytest.MonkeyPatch, lowered: fx.GraphModule
+) -> tuple[Events, Callable[[fx.GraphModule, Any], Any]]:
+    """The events of every program that is walked from now on, and what tells them of the code of a segment.
+
+    Args:
+        lowered: whose nodes the programs call, by name, or in segments.
+
+    Returns:
+        the events, and a function (segment, code) -> code that says what of a part the segment does, when it is called.
+    """
+    events: Events = {}
+    walk, now = Program.walk, [0]
+    names = {n.name: event_of(n) for _, graph in graphs_of(lowered) for n in graph.graph.nodes if event_of(n)}
+
+    def said(where: str) -> None:
+        if what := names.get(where.rpartition(".")[2]):
+            events.setdefault(now[0], []).append(what)
+
+    def recorded(self: Program, step: Any, post: Any, tape: Any = None) -> Any:
+        def posted(op: str, args: tuple, where: str) -> Any:
+            said(where)
+            return post(op, args, where)
+
+        inner, value = walk(self, step, posted, tape), None
+        try:
+            while True:
+                now[0] = self.rank
+                pending, where = inner.send(value)
+                value = yield pending, where
+                now[0] = self.rank
+                said(where)
+        except StopIteration as stop:
+            return stop.value
+
+    def told(segment: fx.GraphModule, code: Any) -> Any:
+        inside = [n.name for n in segment.graph.nodes if n.op == "call_function" and n.name in names]
+
+        def run(*tensors: Any) -> Any:
+            for name in inside:
+                said(name)
+            return code(*tensors)
+
+        return run
+
+    monkeypatch.setattr(Program, "walk", recorded)
+    return events, told

@@ -25,13 +25,18 @@ def pair(model: Any, **options: Any) -> tuple[HelixModule, HelixModule]:
 
 
 def same_bits(model: Any, plain: HelixModule, parted: HelixModule, batches: tuple[int, ...]) -> None:
-    """Ragged prompts, single tokens, drafts, idle rows: logits at every place, padding too, and caches."""
+    """Ragged prompts, single tokens, drafts, idle rows: logits at every place, padding too, and caches.
+
+    Where attention forgets, padding stands in front alone: between tokens it is refused.
+    """
+    forgets = plain.plan.shortest_reach > 0
     for B in batches:
         plain.reset(), parted.reset()
         for T in (5, 1, 3):
             ids, mask = random_ids(model, B, T), torch.ones(B, T, dtype=torch.int64)
-            mask[0, : T // 2] = 0
-            mask[2:3] = 0
+            if T == 5 or not forgets:
+                mask[0, : T // 2] = 0
+                mask[2:3] = int(forgets)
             assert torch.equal(plain(ids, mask), parted(ids, mask)), (B, T)
         for mine, theirs in zip(parted.ranks, plain.ranks, strict=True):
             assert all(

@@ -52,20 +52,23 @@ def _site_of(attended: fx.Node) -> int:
 
 def _region(attended: fx.Node) -> list[fx.Node]:
     """From attention to the output of the heads that a rank owns, in the order of the graph."""
-    found = {attended: None}
-    for node in list(attended.graph.nodes):
-        if not any(source in found for source in node.all_input_nodes):
-            continue
-        if len(found) > 1 and _is_whole(next(reversed(found))) and not is_call(node, helix.apply_sinks.default):
-            break
-        found[node] = None
-    if not _is_whole(last := next(reversed(found))):
-        raise PassError(f"`{attended.name}`: what it attends to is never whole, the last of it is `{last.name}`")
+    found, end = {attended: None}, None
+    for node in attended.graph.nodes:
+        if any(source in found for source in node.all_input_nodes) and (end is None or is_call(node, *_SINKS)):
+            found[node] = None
+            end = node if _is_whole(node) else end
+    if end is None or end is not next(reversed(found)):
+        raise PassError(
+            f"`{attended.name}`: what it attends to is never whole, the last of it is `{[*found][-1].name}`"
+        )
     return list(found)
 
 
+_SINKS = (helix.total_lse.default, helix.apply_sinks.default)  # on top of what is merged
+
+
 def _is_whole(node: fx.Node) -> bool:
-    """Merged, or summed over the ranks; sinks of what is merged come on top."""
+    """Merged, or summed over the ranks."""
     scattered = is_call(node, helix.reshard.default) and node.args[2] == "kvp:S(2)"
     sinks = is_call(node, helix.apply_sinks.default) and is_call(node.args[0], helix.merge_lse.default)
     return scattered or sinks or is_call(node, helix.merge_lse.default)
