@@ -7,7 +7,7 @@ from torch import fx
 from helix_compile.errors import ExportError
 from helix_compile.ir.stage import nodes_of
 from helix_compile.passes.lower.select_kernels import PROVIDER
-from helix_compile.passes.pipeline import lowered_copy
+from helix_compile.passes.pipeline import last_of_moves, lowered_copy
 from helix_compile.runtime.compiled import CompiledModule
 
 
@@ -26,5 +26,4 @@ def check_exportable(compiled: CompiledModule) -> None:
 def without_kernels(compiled: CompiledModule) -> fx.GraphModule:
     """What runs; kernels of a card or of Triton are no ops that another runtime has, so the references in their place."""
     has_kernels = any(str(node.target).startswith(f"{PROVIDER}.") for node in nodes_of(compiled.graph))
-    # of the last stage that speaks of moves
-    return lowered_copy(compiled.stages["ffn"]) if has_kernels else compiled.graph
+    return lowered_copy(compiled.stages[last_of_moves(compiled.stages)]) if has_kernels else compiled.graph

@@ -159,7 +159,9 @@ def _check_collectives(name: str, model: ModelProto, manifest: dict[str, Any], p
     planned = Counter[tuple[str, str]]()
     for body in plan.bodies:
         for collective in body.collectives:
-            planned[ONNX_NAMES[collective.op], axis_of(collective.axis, domain)] += len(layers & set(body.layers))
+            planned[ONNX_NAMES[collective.op], axis_of(collective.axis, domain)] += collective.parts * len(
+                layers & set(body.layers)
+            )
     for collective in plan.outer.collectives:
         planned[ONNX_NAMES[collective.op], axis_of(collective.axis, domain)] += 1
     # a value that is two in ONNX travels twice: kinds are compared, and counts from below

@@ -150,7 +150,7 @@ def _check_collectives(stage: fx.GraphModule, manifest: dict[str, Any], plan: He
     layers, planned = set(manifest["layers"]), Counter[tuple[str, str]]()
     for body in plan.bodies:
         for collective in body.collectives:
-            planned[collective.op, collective.axis] += len(layers & set(body.layers))
+            planned[collective.op, collective.axis] += collective.parts * len(layers & set(body.layers))
     for collective in plan.outer.collectives:
         planned[collective.op, collective.axis] += 1
     counted = Counter((name, axis) for name, axis in got)

@@ -4,6 +4,7 @@ graph once more would leave guards in the capture's.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,20 +18,21 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, symbol_hints
 
 _OTHER = 10_007  # no size of a model
+FRESH_B = 46  # B here: a part of a batch then has more rows than one, and is traced as any number of them
 
 
 class FreshSizes:
-    """Symbols for B, T and S with the hints of a capture, and values like those of its graphs that speak of them.
+    """Symbols for B, T and S, and values like those of a capture's graphs that speak of them. T and S have the hints of a capture.
 
     Attributes:
         mode: the fake mode of the new values; its shape_env is new too.
-        symbols: hint -> B, T, S or S + T, or another size that a graph is given (how many keys an earlier layer chose).
+        symbols: hint in a capture -> B, T, S or S + T, or another size that a graph is given (how many keys an earlier layer chose).
     """
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
-        sizes = torch.empty(HINT_B, HINT_T, HINT_S, device="meta")
+        sizes = torch.empty(FRESH_B, HINT_T, HINT_S, device="meta")
         B, T, S = self.mode.from_tensor(sizes, source=ConstantSource("sizes"), symbolic_context=context).shape
         self._others = 0
         self._sizes: dict[tuple[ShapeEnv, sympy.Expr], Any] = {}  # a graph says the same few sizes again and again
@@ -56,8 +58,9 @@ class FreshSizes:
         expression = value.node.shape_env.replace(value.node.expr)
         hints = symbol_hints(value)
         free = sorted(expression.free_symbols, key=str)
-        lesser = {"Min": torch.sym_min, "Max": torch.sym_max}  # Python's own would decide here which of two sizes it is
-        return sympy.lambdify(free, expression, modules=[lesser, "math"])(*[self._with_hint(hints[s]) for s in free])
+        # Python's own would decide here which of two sizes is the lesser
+        ours = {"Min": torch.sym_min, "Max": torch.sym_max, "FloorDiv": operator.floordiv}
+        return sympy.lambdify(free, expression, modules=[ours, "math"])(*[self._with_hint(hints[s]) for s in free])
 
     def _with_hint(self, hint: int) -> Any:
         if hint not in self.symbols:

@@ -173,11 +173,14 @@ def mla_decode_reference(
     *,
     first: Tensor | None = None,
     cache_scale: Tensor | None = None,
+    batch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Absorbed attention of q_latent [B, T, H, R] and q_rope [B, T, H, r] over this rank's shard.
 
     One KV head of width R + r; the values are its first R channels. A row sees slots < visible: local slots
     ascend in position, so that is exactly the causal mask; and none below `first` [B, T] int32, where that is given.
+    Where these are a part of the sequences of a step, `batch` [all, *] has as many rows as there are in all, and nothing else of it
+    is read: what a kernel chooses by their number, and bits may hang on, it chooses for all.
     Returns partial_o [B, T, H, R] in the dtype of q_latent and lse [B, T, H].
     """
     dtype, R, r = accumulation_dtype(q_latent.dtype), q_latent.shape[3], q_rope.shape[3]
@@ -328,6 +331,7 @@ def gqa_decode_reference(
     *,
     first: Tensor | None = None,
     cache_scale: Tensor | None = None,
+    batch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention of q [B, T, H, Dk] over this rank's shard of the cache.
 
@@ -340,6 +344,7 @@ def gqa_decode_reference(
         scale: of the scores.
         first: [B, T] int32. A row sees no slot below it; None: all from the first on.
         cache_scale: of a cache in FP8.
+        batch: as in mla_decode.
 
     Returns:
         partial_o [B, T, H, Dv] in the dtype of q and lse [B, T, H].

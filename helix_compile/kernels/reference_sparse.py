@@ -194,6 +194,7 @@ def mla_decode_slots_reference(
     scale: float,
     *,
     cache_scale: Tensor | None = None,
+    batch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """mla_decode over chosen slots alone.
 
@@ -207,6 +208,7 @@ def mla_decode_slots_reference(
         count: [B, T] int32: how many of them count. The others are not read.
         scale: of the scores.
         cache_scale: of a cache in fp8_e4m3.
+        batch: as in mla_decode.
 
     Returns:
         partial_o [B, T, H, R] in the dtype of q_latent and lse [B, T, H]; 0 and -inf where count is 0.

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import fx
@@ -58,6 +59,11 @@ def helix_passes(options: HelixOptions, target: KernelTarget | None = None) -> t
     elif options.builds_engines:
         cut = (PiecesPass(),)
     return (*REWRITES, *overlap, *head, *lowered, *cut)
+
+
+def last_of_moves(stages: Iterable[str]) -> str:
+    """Of stages the last that speaks of moves, whatever is around the layers."""
+    return OVERLAP.stage if OVERLAP.stage in stages else "ffn"
 
 
 def lowered_copy(stage: fx.GraphModule) -> fx.GraphModule:

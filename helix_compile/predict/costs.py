@@ -205,7 +205,7 @@ def node_cost(node: fx.Node, sizes: NodeSizes) -> NodeCost:
         return _moe_experts(node, sizes)
     if not isinstance(_first(node.meta.get("val")), Tensor):
         return NodeCost()
-    if is_layout_op(node) and node.target not in _COPIES:
+    if (is_layout_op(node) and node.target not in _COPIES) or helix_op(node) == "rows_of_part":
         return NodeCost()
     moved = sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.all_input_nodes)
     weights = [n for n in node.all_input_nodes if is_param(n) and n.meta["val"].dim() > 1] if is_matmul(node) else []

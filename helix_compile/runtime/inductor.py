@@ -20,13 +20,14 @@ from torch._dynamo.eval_frame import innermost_fn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._sympy.functions import FloorDiv
 
 from helix_compile.capture.model import CAPTURING
 from helix_compile.errors import LoweringError, LoweringUnavailable
-from helix_compile.ir.fakes import FreshSizes
+from helix_compile.ir.fakes import FRESH_B, FreshSizes
 from helix_compile.ir.graph import input_ref, placeholders, ring_name
 from helix_compile.ir.ops import overload
-from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, size_text
+from helix_compile.ir.sizes import HINT_S, HINT_T, size_text
 from helix_compile.kernels.ops import HELIX_OPS
 from helix_compile.worlds.program import SegmentCall
 
@@ -69,6 +70,8 @@ WRITTEN_OUT = (
     "total_lse",
     "apply_sinks",
     "rescale_by_lse",
+    "rows_of_part",
+    "place_rows",
 )
 # bfloat16 and float16 rounded where the ops alone would round: what is compiled and what is interpreted are equal bit for bit
 # on as many threads as torch has when it runs, not when it was compiled
@@ -238,11 +241,14 @@ def check_sizes(environment: ShapeEnv, name: str) -> None:
         raise _HoldsForSomeSizes(
             f"{name}: Inductor's code would hold for some sizes alone ({', '.join(fixed)}); use lower='reference'"
         )
-    place = {HINT_B: 0, HINT_T: 1, HINT_S: 2}
+    place = {FRESH_B: 0, HINT_T: 1, HINT_S: 2}
     for guard in environment.guards:
+        # code is made for sizes >= 2, and computes 1 too: nothing in it is broadcast by a size. And for parts of a batch that have as many
+        # rows, of as many sequences as that takes: it computes less too
+        least = 2 * max((int(f.args[1]) for f in guard.expr.atoms(FloorDiv) if f.args[1].is_Integer), default=1)
         for tried in _TRIED:
-            # code is made for sizes >= 2, and computes 1 too: nothing in it is broadcast by a size
             numbers = {s: max(2, tried[place[int(h)]]) if int(h) in place else int(h) for s, h in hints.items()}
+            numbers |= {s: max(least, n) for s, n in numbers.items() if int(hints[s]) == FRESH_B}
             if guard.expr.subs(numbers) == False:  # noqa: E712  sympy's own false
                 raise LoweringError(
                     f"{name}: Inductor's code assumes {guard.expr}, which B, T, S = {tried} does not meet; use lower='reference'"

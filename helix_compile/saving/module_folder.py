@@ -87,10 +87,10 @@ def _checked_document(compiled: CompiledModule, folder: Path) -> dict[str, Any]:
             "outer": graph_to_json(compiled.stages[name]),
             "bodies": {n: graph_to_json(b) for n, b in bodies_of(compiled.stages[name]).items()},
         }
-        for name in SAVED_STAGES
+        for name in saved_stages(compiled.plan)
     }
     try:  # as load() will: an edit that it would refuse is said before anything is written
-        check_saved_graphs(_stages(graphs, "", torch.device("cpu")), compiled.plan)
+        check_saved_graphs(_stages(graphs, "", torch.device("cpu"), compiled.plan), compiled.plan)
     except (HelixError, *_DAMAGE) as error:
         raise HelixError(f"this graph could not be loaded again, nothing is saved: {error}") from error
     return {
@@ -158,7 +158,7 @@ def load_parts(
             raise HelixError(f"{folder / 'graphs.json'}: version {document.get('version')}, expected {_VERSION}")
         if _uses_kernels(document["stages"]):
             device_target(there)
-        stages = _stages(document["stages"], "graphs.json, ", there)
+        stages = _stages(document["stages"], "graphs.json, ", there, plan)
         check_saved_graphs(stages, plan)
         facts = ModelFacts(
             vocab_size=document["vocab_size"],
@@ -242,9 +242,14 @@ def _uses_kernels(stages: dict[str, Any]) -> bool:
     return any(node["target"].startswith(f"{PROVIDER}.") for body in bodies for node in body)
 
 
-def _stages(entries: dict[str, Any], where: str, device: torch.device) -> dict[str, fx.GraphModule]:
+def saved_stages(plan: HelixPlan) -> tuple[str, ...]:
+    """The last stage that speaks of moves, the same with the batch in parts, and what runs."""
+    return SAVED_STAGES if plan.options.overlap == "none" else (SAVED_STAGES[0], "overlap", SAVED_STAGES[1])
+
+
+def _stages(entries: dict[str, Any], where: str, device: torch.device, plan: HelixPlan) -> dict[str, fx.GraphModule]:
     mode = values_of_graphs()
-    return {name: _stage(entries[name], f"{where}stage {name}", device, mode) for name in SAVED_STAGES}
+    return {name: _stage(entries[name], f"{where}stage {name}", device, mode) for name in saved_stages(plan)}
 
 
 def _stage(entry: dict[str, Any], where: str, device: torch.device, mode: FakeTensorMode) -> fx.GraphModule:

@@ -44,6 +44,11 @@ def kv_share(heads: int, kv_heads: int, rank: int, layout: HelixLayout, alone: b
     return read[0] // len(read), kv_heads // len(read)
 
 
+def parts_of_batch(overlap: str, alone: bool) -> int:
+    """In how many parts a batch attends and exchanges. `alone`: there is nothing to exchange."""
+    return 2 if overlap == "hopb" and not alone else 1
+
+
 # tokens of a page
 PAGE = 128
 

@@ -32,6 +32,7 @@ CODES: dict[str, str] = {
     "HX108": "ranks run different collectives",
     "HX109": "a layer call does not fit its body",
     "HX110": "a graph that is not well formed",
+    "HX111": "an exchange that the plan overlaps with attention and the graph does not",
     "HX201": "a parameter shard of another rank or another view",
     "HX202": "a parameter shard whose values are not the original's",
     "HX203": "a parameter that is missing or has a wrong shape",

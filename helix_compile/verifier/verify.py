@@ -172,6 +172,7 @@ def _static(
     checks: list[Callable[[], list[Finding]]] = [
         lambda: static_plan.check_collectives(graph, plan, matches),
         lambda: static_plan.check_vocabulary(graph, plan, captured),
+        lambda: static_plan.check_overlap(graph, plan, matches),
         lambda: static_plan.check_work(typed.module, plan, matches, whole, captured),
         lambda: static_ranks.check_ledger(graph, plan),
         lambda: static_ranks.check_scales(compiled.ranks, plan, len(compiled.facts.caches)),

@@ -34,7 +34,9 @@ def body_views(plan: HelixPlan, stages: Mapping[str, fx.GraphModule], runs: bool
     views = []
     for body in plan.bodies:
         made = first_stages(stages, body.name)
-        egress = [(c.op, float(c.egress_bytes_per_rank_per_token)) for c in body.collectives]
+        egress = [
+            (c.op, float(c.egress_bytes_per_rank_per_token / c.parts)) for c in body.collectives for _ in range(c.parts)
+        ]
         graphs = (body_of(stage, body.name).graph for stage in (first, last))
         before, after = (build_view(g, body.name, first_stage=made, egress=egress, runs=runs) for g in graphs)
         views.append(BodyViews(body, before, after))

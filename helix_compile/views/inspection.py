@@ -150,6 +150,7 @@ def inspect_module(
                 "what": c.what,
                 "egress_bytes_per_rank_per_token": number(c.egress_bytes_per_rank_per_token),
                 "tokens_rounded_to": c.tokens_rounded_to,
+                "parts": c.parts,
             }
             for name, collectives in (*((b.name, b.collectives) for b in plan.bodies), (OUTER, plan.outer.collectives))
             for c in collectives

@@ -158,7 +158,14 @@ def _collectives(plan: HelixPlan) -> str:
         for c in body.collectives:
             each = c.egress_bytes_per_rank_per_token
             rows.append(
-                (f"{body.name} ({_ranges(body)})", c.op, c.axis, c.what, _size(each), _size(each * len(body.layers)))
+                (
+                    f"{body.name} ({_ranges(body)})",
+                    c.op,
+                    c.axis,
+                    c.what + (f", in {c.parts} parts" if c.parts > 1 else ""),
+                    _size(each),
+                    _size(each * len(body.layers)),
+                )
             )
     rows.append(("all", "", "", "", "", _size(plan.egress_bytes_per_rank_per_token)))
     heads = ("body (layers)", "collective", "over", "of", "sent, one layer", "sent, all layers")

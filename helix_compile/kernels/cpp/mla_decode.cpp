@@ -41,6 +41,7 @@ struct Call {
   Sum *lse;                   // [B, T, H]
   Sum *work;
   int64_t B, T, H, R, r, page_size, pages, threads;
+  int64_t batch;  // sequences of the step, of which these are a part: how each is cut hangs on all
   int64_t q_b, q_t, q_h, q_c, rope_b, rope_t, rope_h, rope_c, cache_page, cache_slot;
   double scale;
 
@@ -48,7 +49,7 @@ struct Call {
   int64_t channels() const { return up(R, L); }
   int64_t tiles() const { return up(T * H, TILE) / TILE; }
   int64_t lanes() const { return std::min(TILE, up(T * H, L)); }  // of the widest tile
-  int64_t parts() const { return B * tiles() ? std::min(up(threads, B * tiles()) / (B * tiles()), up(pages * page_size, BLOCK) / BLOCK) : 1; }
+  int64_t parts() const { return batch * tiles() ? std::min(up(threads, batch * tiles()) / (batch * tiles()), up(pages * page_size, BLOCK) / BLOCK) : 1; }
   // what a thread works on, and what is left of a part
   int64_t scratch() const { return (width() + BLOCK + 1) * lanes() + (SAME ? 0 : BLOCK * width()); }
   int64_t part() const { return lanes() * (channels() + 2); }
@@ -224,7 +225,7 @@ Call call_of(void *const *tensors, const int64_t *numbers, double scale) {
   x.partial_o = static_cast<Entry *>(tensors[5]);
   x.lse = static_cast<Sum *>(tensors[6]);
   x.work = static_cast<Sum *>(tensors[7]);
-  for (int64_t *field : {&x.B, &x.T, &x.H, &x.R, &x.r, &x.page_size, &x.pages, &x.threads, &x.q_b, &x.q_t, &x.q_h, &x.q_c, &x.rope_b,
+  for (int64_t *field : {&x.B, &x.T, &x.H, &x.R, &x.r, &x.page_size, &x.pages, &x.threads, &x.batch, &x.q_b, &x.q_t, &x.q_h, &x.q_c, &x.rope_b,
                          &x.rope_t, &x.rope_h, &x.rope_c, &x.cache_page, &x.cache_slot})
     *field = *numbers++;
   x.scale = scale;

@@ -33,6 +33,7 @@ def mla_decode_cpp(
     *,
     first: Tensor | None = None,
     cache_scale: Tensor | None = None,
+    batch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See mla_decode_reference, which computes what this can't."""
     reason = _refused(q_latent, q_rope, cache, page_table, visible, first)
@@ -44,8 +45,9 @@ def mla_decode_cpp(
     B, T, H, R = q_latent.shape
     partial_o = q_latent.new_empty((B, T, H, R))
     lse = q_latent.new_empty((B, T, H), dtype=accumulation_dtype(q_latent.dtype))
-    numbers = (ctypes.c_int64 * 18)(
+    numbers = (ctypes.c_int64 * 19)(
         *(B, T, H, R, q_rope.shape[3], cache.shape[1], page_table.shape[1], torch.get_num_threads()),
+        B if batch is None else batch.shape[0],
         *(*q_latent.stride(), *q_rope.stride(), *cache.stride()[:2]),
     )
     code.mla_decode_work.restype = ctypes.c_int64

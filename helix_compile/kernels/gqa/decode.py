@@ -249,11 +249,12 @@ def gqa_decode_triton(
     *,
     first: Tensor | None = None,
     cache_scale: Tensor | None = None,
+    batch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See gqa_decode_reference; float32, bfloat16 or float16, caches in the same or in FP8, statistics in float32.
 
     Args:
-        q, k_cache, v_cache, page_table, visible, scale, first, cache_scale: of the op. The last dims must be contiguous.
+        q, k_cache, v_cache, page_table, visible, scale, first, cache_scale, batch: of the op. The last dims must be contiguous.
         splits: parts of a sequence, a power of two; default: by the number of multiprocessors.
         tma: load K and V by TMA; default: where the device and the layout allow it.
     """
@@ -262,11 +263,12 @@ def gqa_decode_triton(
     assert q.stride(3) == k_cache.stride(3) == v_cache.stride(3) == page_table.stride(1) == 1
     if tma is None:
         tma = sizes.can_use_tma(target) and all(map(is_for_tma, (k_cache, v_cache)))
-    tile = sizes.tile(B, T, target, tma, cache_scale is not None)
+    sequences = B if batch is None else batch.shape[0]
+    tile = sizes.tile(sequences, T, target, tma, cache_scale is not None)
     row_tiles = triton.cdiv(T * sizes.G, tile.rows)
     if splits is None:
         steps = triton.cdiv(page_table.shape[1] * sizes.page_size, tile.slots)
-        splits = split_count(B * sizes.K * row_tiles, steps, target.sm_count)
+        splits = split_count(sequences * sizes.K * row_tiles, steps, target.sm_count)
     dtype = torch.float32 if splits > 1 else q.dtype
     parts = q.new_empty((B, T, H, splits, sizes.Dv), dtype=dtype)
     part_lse = q.new_empty((B, T, H, splits), dtype=torch.float32)

@@ -43,6 +43,7 @@ def mla_decode_triton(
     *,
     first: Tensor | None = None,
     cache_scale: Tensor | None = None,
+    batch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See mla_decode_reference; float32, bfloat16 or float16, scale > 0, cache in the same or in FP8.
 
@@ -57,7 +58,8 @@ def mla_decode_triton(
         shape = MlaShape(T * H, R, r, cache.shape[1], q_latent.dtype.itemsize, tma)
         config = _config(shape, target, scaled=cache.dtype == FP8)
     max_slots = page_table.shape[1] * cache.shape[1]
-    splits = num_splits or split_count(B, T, H, max_slots, target, config.block_h, config.block_n)
+    sequences = B if batch is None else batch.shape[0]
+    splits = num_splits or split_count(sequences, T, H, max_slots, target, config.block_h, config.block_n)
     direct = num_splits is None and splits == 1
     parts, lse_S = decode_parts(
         config,
@@ -82,6 +84,7 @@ def mla_decode_splits_triton(
     *,
     first: Tensor | None = None,
     cache_scale: Tensor | None = None,
+    batch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Float32 parts of each split; a split that saw nothing has lse = -inf, and its part is not written."""
     step = q_latent, q_rope, cache, page_table, visible, scale, num_splits

@@ -38,6 +38,7 @@ def mla_decode_slots_triton(
     config: MlaConfig | None = None,
     *,
     cache_scale: Tensor | None = None,
+    batch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See mla_decode_slots_reference; float32, bfloat16 or float16, scale > 0, cache in the same or in FP8.
 
@@ -48,7 +49,8 @@ def mla_decode_slots_triton(
     B, T, H, R = q_latent.shape
     if config is None:
         config = _config(_shape(q_latent, q_rope, cache, cache.data_ptr() % TMA_BYTES == 0), target)
-    splits = num_splits or _splits(B * T, H, slots.shape[2], target, config)
+    sequences = B if batch is None else batch.shape[0]
+    splits = num_splits or _splits(sequences * T, H, slots.shape[2], target, config)
     step = q_latent, q_rope, cache, page_table, count, scale, cache_scale
     parts, lse = decode_parts(config, *step, splits=splits, direct=splits == 1, slots=slots)
     if splits == 1:

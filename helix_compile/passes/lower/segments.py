@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.utils._sympy.functions import FloorDiv
 
 from helix_compile.errors import PassError
 from helix_compile.ir.collectives import WAIT, is_collective
@@ -203,6 +204,13 @@ def _outputs(run: list[fx.Node]) -> list[fx.Node]:
     return [n for n in run if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
 
 
+def _hides_batch(graph: fx.Graph, inputs: list[fx.Node]) -> bool:
+    """Have inputs of a segment the rows of a part of the batch, and none has all? Then it takes the hidden states too, for their number."""
+    sizes = {_expression(size) for n in inputs for size in n.meta["val"].shape if isinstance(size, torch.SymInt)}
+    in_parts = any(size.atoms(FloorDiv) for size in sizes)
+    return in_parts and _expression(placeholders(graph)[0].meta["val"].shape[0]) not in sizes
+
+
 def _segment(gm: fx.GraphModule, run: list[fx.Node], returned: list[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
     """The graph of a run, and the nodes of `gm` whose values it takes."""
     inside, wanted = set(run), dict[fx.Node, None]()
@@ -219,6 +227,8 @@ def _segment(gm: fx.GraphModule, run: list[fx.Node], returned: list[fx.Node]) ->
         for source in node.all_input_nodes:
             want(source)
     inputs = [n for n in wanted if not is_size(n)]
+    if _hides_batch(gm.graph, inputs):
+        inputs.insert(0, placeholders(gm.graph)[0])
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in inputs:
         new[node] = graph.placeholder(node.name)

@@ -12,7 +12,7 @@ from torch import fx
 import helix_compile.kernels.cpp.mla_decode  # noqa: F401  registers torch.ops.helix_cpp
 from helix_compile.config.options import PAGE_SIZE
 from helix_compile.ir.graph import is_call
-from helix_compile.ir.ops import MOVES, PARTS, UNPACKS
+from helix_compile.ir.ops import MOVES, PARTS, UNPACKS, helix
 from helix_compile.kernels.registry import Capacity, Site, select_kernel
 from helix_compile.kernels.target import KernelTarget
 from helix_compile.passes.lower.collectives import lower_pass
@@ -57,12 +57,18 @@ def is_compute_op(node: fx.Node) -> bool:
 
 
 def choose(node: fx.Node, target: KernelTarget, capacity: Capacity) -> bool:
-    """Retarget one helix:: op; False where its reference stays."""
+    """Retarget one helix:: op; False where its reference stays.
+
+    What attends to a part of a batch is told of all: the bits of a kernel hang on how many splits it makes.
+    """
     choice = select_kernel(site_of(node, capacity), target)
     provider = "reference"
     if choice.kernel is not None:
         node.target = choice.kernel.target
         provider = choice.kernel.target.namespace
+        takes_batch = any(a.name == "batch" for a in node.target._schema.arguments)
+        if takes_batch and is_call(node.args[0], helix.rows_of_part.default):
+            node.kwargs = {**node.kwargs, "batch": node.args[0].args[0]}
     node.meta[KERNEL] = [provider, choice.reason]
     return choice.kernel is not None
 

@@ -50,7 +50,9 @@ def rows_made(node: fx.Node, of: Callable[[Any], Any]) -> Rows | None:
     Raises:
         Violation: it reads rows of several parts, or those of one beside all, or joins parts that are not all or not in order.
     """
-    read = {source: rows_of(of(source)) for source in node.all_input_nodes}
+    batch = node.kwargs.get("batch")  # how many sequences there are, of which it has a part
+    require(batch is None or rows_of(of(batch)) is None, f"`{batch}` as all sequences, it has the rows of a part")
+    read = {source: rows_of(of(source)) for source in node.all_input_nodes if source is not batch}
     if node.target is _TAKE:
         return _taken(node, read)
     if node.target is _PLACE:

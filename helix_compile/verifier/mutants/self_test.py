@@ -29,6 +29,7 @@ from helix_compile.verifier.mutants import (  # noqa: F401  importing registers 
     fp8_mutants,
     graph_mutants,
     kernel_mutants,
+    overlap_mutants,
     padding_mutants,
     param_mutants,
     selection_mutants,

@@ -10,7 +10,7 @@ from helix_compile.kernels.exchange import codec_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.matches import AttentionMatch
 from helix_compile.verifier.contract import head_places
-from helix_compile.verifier.numeric.choice_check import decode_nodes
+from helix_compile.verifier.decodes import decodes_by_site
 from helix_compile.verifier.numeric.layer_run import CapturedReference, LayerRun, attention_output
 from helix_compile.verifier.numeric.scratch import Scratch
 from helix_compile.verifier.numeric.site_terms import seen_by, terms_of
@@ -36,10 +36,12 @@ def check_attention(
         keys: [B, T, n] by position, what the ranks chose; None: a query sees all keys before it.
     """
     body = body_of(scratch.graph, reference.call(layer).target)
-    decode = _decode_node(body.graph, reference.sites(layer).index(site))
+    number, decodes = reference.sites(layer).index(site), decodes_by_site(body.graph)
     o_proj = next((n for n in body.graph.nodes if n.name == attention.o_proj), None)
-    if decode is None or o_proj is None:
+    if number >= len(decodes) or o_proj is None:
         return []  # another graph than the passes make: the layer's output decides
+    parts = decodes[number]
+    decode = parts[0]
     layout, dtype = scratch.compiled.plan.layout, getattr(torch, scratch.compiled.plan.dtype)
     w_uv = None
     if attention.kind.v_up is not None:
@@ -81,7 +83,7 @@ def check_attention(
     rel = (pooled / norm) ** 0.5 if norm and pooled == pooled else float("inf")
     if rel <= limit:
         return []
-    culprit, family = _blame(run, attention, scratch, site, decode, ATTENTION[dtype], keys)
+    culprit, family = _blame(run, attention, scratch, site, parts, ATTENTION[dtype], keys)
     at = f"{where}, rank {worst[1]}, sequence {worst[2]}, position {worst[3]}, node `{decode.name}`"
     got = f"rel-RMSE {rel:.2e} (worst token {worst[0]:.2e}); {culprit}"
     return [numeric_finding("HX402", at, got, f"at most {limit:.0e}", family)]
@@ -92,15 +94,17 @@ def _blame(
     attention: AttentionMatch,
     scratch: Scratch,
     site: int,
-    decode: fx.Node,
+    parts: list[fx.Node],
     limit: float,
     keys: Tensor | None,
 ) -> tuple[str, int]:
-    """Which half is wrong: a rank's own attention over its shard, or what is made of the ranks' parts."""
-    layout = scratch.compiled.plan.layout
+    """Which half is wrong: a rank's own attention over its shard (`parts`, one op or one for each part of the batch), or what is made
+    of the ranks' partial outputs.
+    """
+    layout, decode = scratch.compiled.plan.layout, parts[0]
     for rank, values in enumerate(run.values):
         q = terms_of(attention, layout).local_query(decode, values)
-        o, lse = _merged(*(x.double() for x in values[decode.name]))
+        o, lse = _merged(*(torch.cat([values[p.name][i].double() for p in parts]) for i in range(2)))
         for row, length in enumerate(scratch.lengths):
             T = q.shape[1]
             mine = [*scratch.hand(site, length, rank)]
@@ -162,9 +166,3 @@ def _scores(q: Tensor, entries: Tensor, attention: AttentionMatch, seen: Tensor)
     """[T, h, S]; -inf where seen [T, S] is False. An index key behind an entry has no part in them."""
     s = torch.einsum("thw,sw->ths", q, entries[:, : q.shape[-1]]) * attention.scale
     return s.masked_fill(~seen[:, None], -torch.inf)
-
-
-def _decode_node(graph: fx.Graph, number: int) -> fx.Node | None:
-    """The decode op of a body's `number`-th attention."""
-    nodes = decode_nodes(graph)
-    return nodes[number] if number < len(nodes) else None

@@ -23,18 +23,13 @@ from helix_compile.ir.stage import bodies_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.verifier.contract import deal
+from helix_compile.verifier.decodes import all_rows, decodes_by_site
 from helix_compile.verifier.numeric.indexers import SiteChoice
 from helix_compile.verifier.numeric.routing import NEAR_TIE
 from helix_compile.verifier.report import Finding, numeric_finding
 
-DECODES = ("mla_decode", "gqa_decode", "mla_decode_slots")
 SELECTION = 16  # the family of a wrong choice
 TITLE = "min(k, visible) keys of each query, the best over all ranks, of equal ones the earlier"
-
-
-def decode_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The op of each cached attention of a body, in order."""
-    return [n for n in graph.nodes if helix_op(n) in DECODES]
 
 
 @dataclass(frozen=True)
@@ -69,10 +64,10 @@ class ChoiceNodes:
 def choice_nodes(graph: fx.Graph) -> dict[int, ChoiceNodes]:
     """Number of a body's attention -> its choice, of those that attend to chosen keys."""
     found = {}
-    for number, decode in enumerate(decode_nodes(graph)):
+    for number, decode in enumerate(parts[0] for parts in decodes_by_site(graph)):
         if helix_op(decode) != "mla_decode_slots":
             continue
-        slots, count = decode.args[5:7]
+        slots, count = map(all_rows, decode.args[5:7])
         assert isinstance(slots, fx.Node) and isinstance(count, fx.Node)
         before = ancestors([slots, count])
         select = [n for n in graph.nodes if n in before and helix_op(n) == "select_slots"]

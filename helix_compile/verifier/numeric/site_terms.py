@@ -19,6 +19,7 @@ from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.cache_row import CacheRow
 from helix_compile.plan.matches import AttentionMatch, Grouped, Latent, permuted
 from helix_compile.verifier.contract import head_places
+from helix_compile.verifier.decodes import all_rows
 
 Parts = tuple[Tensor, Tensor]
 Past = tuple[Tensor, ...]  # both parts, and the index key where there is one
@@ -41,8 +42,8 @@ class LatentTerms:
         return absorbed, rope[..., list(kind.q_rope)]
 
     def local_query(self, decode: fx.Node, values: dict[str, Any]) -> Tensor:
-        """The q that a rank's decode op got -> [B, T, h, first + second] against the rank's entries."""
-        return torch.cat([values[n.name].double() for n in decode.args[:2]], dim=-1)
+        """The q that a rank's decode op got, of all rows -> [B, T, h, first + second] against the rank's entries."""
+        return torch.cat([values[all_rows(n).name].double() for n in decode.args[:2]], dim=-1)
 
     def weighted(self, weights: Tensor, entries: Tensor, first_head: int = 0) -> Tensor:
         """Weights [T, h, S] of heads from `first_head` on over a rank's entries [S, *]: [T, h, R], or [T, h, Dv]."""
@@ -72,7 +73,7 @@ class GroupedTerms:
 
     def local_query(self, decode: fx.Node, values: dict[str, Any]) -> Tensor:
         """As query_parts, against the KV heads that the rank caches."""
-        q = values[decode.args[0].name].double()
+        q = values[all_rows(decode.args[0]).name].double()
         kv_heads = max(1, q.shape[2] // self.group)
         k = self._spread_over_heads(q, kv_heads)
         return torch.cat([k, k.new_zeros(*k.shape[:3], kv_heads * self.kind.v_width)], dim=-1)

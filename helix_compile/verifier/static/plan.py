@@ -9,18 +9,23 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, fx
 
 from helix_compile.capture.captured import CapturedGraph, CapturedLayer
+from helix_compile.ir.collectives import WAIT
+from helix_compile.ir.dataflow import follow
 from helix_compile.ir.graph import aten, calls, helix_op, input_ref, is_call, is_param, placeholders
 from helix_compile.ir.sizes import hint_of
 from helix_compile.ir.stage import bodies_of, body_of
 from helix_compile.passes.match.vocabulary import find_vocabulary
 from helix_compile.plan.helix_plan import AttentionPlan, BodyPlan, HelixPlan
 from helix_compile.plan.matches import AttentionMatch, LayerMatch, Selection
-from helix_compile.verifier.contract import PAGE, head_places, places_of
+from helix_compile.verifier.contract import PAGE, head_places, parts_of_batch, places_of
+from helix_compile.verifier.decodes import decodes_by_site
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static.graph import COLLECTIVES
 
@@ -51,6 +56,7 @@ def check_plan(
         for site, (attention, found) in enumerate(zip(body.attentions, match.attentions, strict=False)):
             where = f"plan, {body.name}, attention {site}"
             expect(f"{where}: heads", attention.heads, found.num_heads, 1)
+            expect(f"{where}: parts of the batch", attention.parts, _parts(attention, plan), 10)
             expect(f"{where}: KV heads", attention.kv_heads, found.cache.heads, 1)
             expect(f"{where}: window and chunk", (attention.window, attention.chunk), (found.window, found.chunk), 7)
             own = tuple(x for x in layers if x.body == body.name)
@@ -197,17 +203,23 @@ def matched_bodies(
             yield name, body, matches[name]
 
 
+def _parts(site: AttentionPlan, plan: HelixPlan) -> int:
+    """In how many parts a site must attend and exchange, by the options."""
+    return parts_of_batch(plan.options.overlap, alone=bool(site.ring))
+
+
 def expected_collectives(match: LayerMatch, plan: HelixPlan) -> Counter[tuple[str, str]]:
     """(op, axis) -> how many a body must have, by the options (helix-algorithm, sections 6 and 8)."""
     options, layout, count = plan.options, plan.layout, Counter[tuple[str, str]]()
     planned = plan.body(match.body).attentions
     sites = sum(not site.ring for site in planned)  # of the others a rank has all that it needs
+    exchanges = sum(_parts(site, plan) for site in planned if not site.ring)
     if layout.kvp > 1:
         if options.merge == "a2a":
-            count[("all_to_all_single", "kvp")] += sites
+            count[("all_to_all_single", "kvp")] += exchanges
         else:
-            count[("all_gather_into_tensor", "kvp")] += sites
-            count[("reduce_scatter_tensor", "kvp")] += sites
+            count[("all_gather_into_tensor", "kvp")] += exchanges
+            count[("reduce_scatter_tensor", "kvp")] += exchanges
         if options.q_proj == "gather":
             count[("all_gather_into_tensor", "kvp")] += sites
         for attention, site in zip(match.attentions, plan.body(match.body).attentions, strict=False):
@@ -228,12 +240,37 @@ def check_collectives(graph: fx.GraphModule, plan: HelixPlan, matches: dict[str,
     for name, body, match in matched_bodies(graph, matches):
         expected = expected_collectives(match, plan)
         got = Counter((str(n.target).split(".")[1], str(n.args[-1])) for n in calls(body.graph, *COLLECTIVES))
-        planned = Counter((c.op, c.axis) for c in plan.body(name).collectives)
+        planned = Counter((c.op, c.axis) for c in plan.body(name).collectives for _ in range(c.parts))
         if got != expected:
             findings.append(Finding("HX105", name, _counts(got), _counts(expected), 10))
         if planned != expected:
             findings.append(Finding("HX302", f"plan, {name}: collectives", _counts(planned), _counts(expected), 9))
     return findings
+
+
+def check_overlap(graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch]) -> list[Finding]:
+    """Where the plan has a site in parts: the exchange of each is started before the next part attends, and waited for behind that."""
+    findings = []
+    for name, body, _ in matched_bodies(graph, matches):
+        place = {node: i for i, node in enumerate(body.graph.nodes)}
+        for site, decodes in zip(plan.body(name).attentions, decodes_by_site(body.graph), strict=False):
+            if len(decodes) != (parts := _parts(site, plan)):
+                got = f"attention {site.site} attends in {len(decodes)} parts"
+                findings.append(Finding("HX111", name, got, f"{parts}", 10))
+                continue
+            for decode, following in pairwise(decodes):
+                start = next((n for n in _behind(decode, place) if is_call(n, *COLLECTIVES)), None)
+                waits = [place[n] for n in start.users if is_call(n, WAIT)] if start else []
+                if start is None or not waits or not place[start] < place[following] < min(waits):
+                    where = f"{name}, node `{decode.name}`"
+                    got = f"nothing of it is on its way while `{following.name}` attends"
+                    findings.append(Finding("HX111", where, got, "start, attention of the next part, wait", 10))
+    return findings
+
+
+def _behind(node: fx.Node, place: dict[fx.Node, int]) -> list[fx.Node]:
+    """All that hangs on a node, in the order of the graph."""
+    return sorted(follow([node], lambda n: n.users), key=place.__getitem__)
 
 
 def _counts(count: Counter[tuple[str, str]]) -> str:
@@ -255,14 +292,16 @@ def check_work(
     """
     findings = []
     for name, body, match in matched_bodies(typed, matches):
-        got, expected = _macs(body.graph), _planned_macs(typed, name, plan, originals, captured)
+        got, expected = _macs(body.graph), _planned_macs(typed, name, match, plan, originals, captured)
         if got > expected * (1 + WORK_SLACK):
             work = f"{got:,.0f} multiplications a token a rank"
             findings.append(Finding("HX107", name, work, f"{expected:,.0f}", 13))
-        attended = sum(
-            int(hint_of(n.args[0].meta["val"].shape[2]))
-            for n in body.graph.nodes
-            if helix_op(n) in ("mla_decode", "gqa_decode", "mla_decode_slots") and "val" in n.args[0].meta
+        rows = hint_of(placeholders(body.graph)[0].meta["val"].shape[0])
+        attended = sum(  # a part of the batch counts as what it is of all
+            Fraction(math.prod(map(hint_of, n.args[0].meta["val"].shape[0:3:2])), rows)
+            for decodes in decodes_by_site(body.graph)
+            for n in decodes
+            if "val" in n.args[0].meta
         )
         heads = sum(
             len(head_places(a.num_heads, a.cache.heads, plan.layout))
@@ -311,18 +350,28 @@ def _einsum_macs(node: fx.Node) -> int:
 
 
 def _planned_macs(
-    typed: fx.GraphModule, name: str, plan: HelixPlan, originals: dict[str, Tensor], captured: CapturedGraph
+    typed: fx.GraphModule,
+    name: str,
+    match: LayerMatch,
+    plan: HelixPlan,
+    originals: dict[str, Tensor],
+    captured: CapturedGraph,
 ) -> float:
     """One multiplication for each element of the planned shard of each weight matrix, and of a whole one as often as the model has it."""
     readers = {input_ref(n).name: _linears_of(n) for n in placeholders(captured.bodies[name].graph) if is_param(n)}
     call = next(n for n in typed.graph.nodes if n.op == "call_module" and n.target == name)
+    raised = {  # before the exchange W_UV meets as many rows in each part as there are in all
+        found.kind.v_up.name: _parts(site, plan)
+        for found, site in zip(match.attentions, plan.body(name).attentions, strict=True)
+        if found.kind.v_up is not None and site.v_up == "before"
+    }
     total = 0.0
     for node, argument in zip(placeholders(body_of(typed, name).graph), call.args, strict=False):
         if not is_param(node):
             continue
         shard = plan.body(name).shard(input_ref(node).name)
         if shard is not None:
-            total += math.prod(shard.shape) if len(shard.shape) > 1 else 0
+            total += math.prod(shard.shape) * raised.get(shard.name, 1) if len(shard.shape) > 1 else 0
         else:
             whole = originals.get(input_ref(argument).name)
             times = max(1, readers.get(input_ref(node).name, 1))

@@ -16,6 +16,7 @@ from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import AttentionMatch, LayerMatch
 from helix_compile.verifier.contract import OTHER_AXIS, coordinate, deal, head_places
+from helix_compile.verifier.decodes import all_rows, decodes_by_site
 from helix_compile.verifier.numeric.site_terms import seen_by
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static.plan import matched_bodies
@@ -71,19 +72,17 @@ def _dealt(node: fx.Node, cp: int, tpb: int) -> list[Finding]:
     return []
 
 
-_ATTENTION = ("mla_decode", "mla_decode_slots", "gqa_decode")
-
-
 def check_reach(graph: fx.GraphModule, plan: HelixPlan, matches: dict[str, LayerMatch]) -> list[Finding]:
     """What each body is told of windows and chunks: the first slot that a query sees, against keys counted one by one."""
     tpb, findings = plan.options.tokens_per_block, []
     for call in [n for n in graph.graph.nodes if n.op == "call_module" and n.target in matches]:
         given = dict(zip(placeholders(body_of(graph, call.target).graph), call.args, strict=True))
-        decodes = [n for n in body_of(graph, call.target).graph.nodes if helix_op(n) in _ATTENTION]
+        decodes = decodes_by_site(body_of(graph, call.target).graph)
         planned = plan.body(call.target).attentions
-        for decode, site, held in zip(decodes, matches[call.target].attentions, planned, strict=False):
+        each = zip(decodes, matches[call.target].attentions, planned, strict=False)
+        for decode, site, held in ((part, site, held) for parts, site, held in each for part in parts):
             cp = 1 if held.ring else plan.layout.kvp
-            first, where = decode.kwargs.get("first"), f"`{decode.name}` of layer {call.meta['layer']}"
+            first, where = all_rows(decode.kwargs.get("first")), f"`{decode.name}` of layer {call.meta['layer']}"
             reach = site.window or site.chunk
             if not reach or first is None:
                 if reach or first is not None:
@@ -152,7 +151,8 @@ def check_rank_order(
     findings = []
     for name, body, match in matched_bodies(graph, matches):
         packs = [n for n in body.graph.nodes if helix_op(n) == "pack_heads"]
-        exchanging = [a for a, p in zip(match.attentions, plan.body(name).attentions, strict=False) if not p.ring]
+        sites = zip(match.attentions, plan.body(name).attentions, strict=False)
+        exchanging = [a for a, p in sites if not p.ring for _ in range(p.parts)]
         for pack, found in zip(packs, exchanging, strict=False):
             exchange = _exchange_of(body.graph, pack)
             if exchange is None:

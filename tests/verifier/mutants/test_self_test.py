@@ -51,6 +51,8 @@ BY_TYPES = {
     "a projection is computed twice and averaged": "HX107",
     "attention over the cache is computed twice": "HX107",
     "merge option accepted and ignored": "HX105",
+    "a part is waited for before the next one attends": "HX111",
+    "every part attends with all rows": "HX107",
     "the plan has no word of zero heads": "HX302",
     "v_up option accepted and ignored": "HX302",
     "two sequences share a page": "HX404",
