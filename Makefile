@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu test-versions coverage lint fix bench size clean
+.PHONY: demo model test test-slow test-gpu test-versions coverage lint fix bench size clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,6 +15,10 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+
+# a small model that finds facts at 128K, for helix-compile eval: about a minute of one core
+model: $(STAMP)
+	$(BIN)/python examples/train_recall.py --out out/recall
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

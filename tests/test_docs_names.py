@@ -20,6 +20,8 @@ DEEP_BUT_PUBLIC = (
     "helix_compile.models.presets",
     "helix_compile.kernels.catalog",
     "helix_compile.backend",
+    "helix_compile.eval.harness",
+    "helix_compile.eval.words",
     "helix_compile.predict.schedule",
     "helix_compile.predict.roofline",
     "helix_compile.verifier.numeric.reference",

@@ -31,7 +31,7 @@ def named_model(name: str, dtype: str | None = None, meta: bool = False) -> nn.M
         CheckpointError: a config.json that can't be read or built, or of an architecture that transformers does not have.
         ValueError: not a floating dtype, or more random weights than this machine has memory.
     """
-    chosen = _dtype(dtype)
+    chosen = dtype_named(dtype)
     path = Path(name)
     model_class: type[nn.Module] | None = None
     notes: tuple[str, ...] = ()
@@ -98,7 +98,8 @@ def _check_memory(twin: nn.Module, dtype: torch.dtype) -> None:
         )
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """A floating dtype by its name; ValueError for anything else."""
     if name is None:
         return None
     dtype = getattr(torch, name, None)

@@ -1,4 +1,4 @@
-"""The console script: helix-compile inspect | verify | compare | generate | export | kernels | recipe | plan. JSON goes to stdout alone, progress to stderr.
+"""The console script: helix-compile inspect | verify | compare | generate | eval | export | kernels | recipe | plan. JSON goes to stdout alone, progress to stderr.
 
 Exit status: 0 fine, 1 a check failed, 2 wrong use.
 """
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from helix_compile.cli.evaluate import evaluate
 from helix_compile.cli.kernels import kernels
 from helix_compile.cli.options import Config, Lenient, asked_options, with_options
 from helix_compile.cli.options import given as _is_given
@@ -318,6 +319,7 @@ def _verified(built: Any, asked: dict[str, Any], float64_too: bool, seed: int) -
 
 app.command()(kernels)
 app.command()(plan)
+app.command("eval")(evaluate)
 
 
 @app.command()

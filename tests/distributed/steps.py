@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,27 +152,48 @@ def launch(command: list[str], seconds: float, **environment: str) -> subprocess
 
     torchrun gives each worker a session, too: a mark in their environment tells them.
     """
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    mark = uuid.uuid4().hex
-    settings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", _MARK: mark, **environment}
+    settings, mark = _marked(environment)
     running = subprocess.Popen(
         command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
         out, err = running.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        while left := _started(mark):  # one may start another meanwhile
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        _kill_all(mark)
         out, err = running.communicate()
         raise AssertionError(f"not done after {seconds} s\n{out}\n{err}") from None
-    left = _started(mark)
+    left = started(mark)
     assert not left, f"processes {left} are left of {command}"
     return subprocess.CompletedProcess(command, running.returncode, out, err)
 
 
-def _started(mark: str) -> list[int]:
+@contextmanager
+def service(command: list[str], log: Path, **environment: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A command that goes on, what it prints in a file: (it, its mark, by which started() finds all that it started). Dead afterwards."""
+    settings, mark = _marked(environment)
+    with log.open("wb") as printed:
+        running = subprocess.Popen(command, env=settings, stdout=printed, stderr=printed, start_new_session=True)
+    try:
+        yield running, mark
+    finally:
+        _kill_all(mark)
+        running.wait()
+
+
+def _marked(environment: dict[str, str]) -> tuple[dict[str, str], str]:
+    """(the environment of what is launched, the mark in it)."""
+    path, mark = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), uuid.uuid4().hex
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", _MARK: mark, **environment}, mark
+
+
+def _kill_all(mark: str) -> None:
+    while left := started(mark):  # one may start another meanwhile
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def started(mark: str) -> list[int]:
     """Processes with this mark in their environment that have not ended."""
     found = []
     for folder in Path("/proc").iterdir():

@@ -238,7 +238,7 @@ def self_test(
         mutants: by default the whole CATALOGUE.
         progress: called with the name of each mutant when its turn comes.
     """
-    judge = _Rule(model)
+    judge = AcceptanceRule(model)
     verdicts = []
     for mutant in CATALOGUE if mutants is None else mutants:
         if progress is not None:
@@ -267,7 +267,7 @@ def self_test_of_all_kinds(progress: Callable[[str], None] | None = None) -> lis
     return found + self_test(awkward_shared(), SHARED_CATALOGUE, progress)
 
 
-class _Rule:
+class AcceptanceRule:
     """The acceptance rule on the first layer of each body."""
 
     def __init__(self, model: nn.Module):

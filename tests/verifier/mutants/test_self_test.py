@@ -20,7 +20,7 @@ from helix_compile.verifier.mutants.mutant import (
     WINDOW_CATALOGUE,
     Mutant,
 )
-from helix_compile.verifier.mutants.self_test import _Rule, awkward_gqa, awkward_model, awkward_windows
+from helix_compile.verifier.mutants.self_test import AcceptanceRule, awkward_gqa, awkward_model, awkward_windows
 from helix_compile.verifier.report import CODES, FAMILIES
 from tests.support.models import tiny_model
 
@@ -258,7 +258,7 @@ def test_caught_on_windows_and_sinks_in_bfloat16(mutant: Mutant) -> None:
 def test_the_acceptance_rule_runs_on_sound_modules(build: Callable[[], torch.nn.Module]) -> None:
     """Or "does not run" would say nothing of a mutant."""
     model = build()
-    assert _Rule(model).share_off(helix_compile(model, **CATALOGUE[0].options)) == 0.0
+    assert AcceptanceRule(model).share_off(helix_compile(model, **CATALOGUE[0].options)) == 0.0
 
 
 @pytest.mark.slow
