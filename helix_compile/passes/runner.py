@@ -100,18 +100,26 @@ class BodyPass:
             self.promises(body_of(stage, name), match, context)
 
 
-def run_passes(passes: Iterable[Pass], context: PassContext, dump: Dump | None = None) -> dict[str, fx.GraphModule]:
+def run_passes(
+    passes: Iterable[Pass],
+    context: PassContext,
+    dump: Dump | None = None,
+    begin: tuple[str, fx.GraphModule] | None = None,
+) -> dict[str, fx.GraphModule]:
     """Run `passes` in order on copies; returns stage name -> outer graph (bodies are its submodules).
+
+    Args:
+        begin: name and graph of a stage that earlier passes made, by the same decisions; default: what was captured.
 
     Raises:
         PassError: a pass rewrote another number of sites than planned or broke a promise; names the passes before.
     """
-    current = context.captured.graph
-    for _, graph in graphs_of(current):
+    first, current = begin or (CAPTURED, context.captured.graph)
+    for _, graph in graphs_of(current) if begin is None else ():
         mark_captured(graph.graph)
-    stages = {CAPTURED: current}
+    stages = {first: current}
     if dump is not None:
-        dump(0, CAPTURED, current)
+        dump(0, first, current)
     for number, step in enumerate(passes, 1):
         current = copy_module(current)
         before = [(graph.graph, set(graph.graph.nodes)) for _, graph in graphs_of(current)]

@@ -83,9 +83,11 @@ class Accelerator:
 
     def flops_per_us(self, kind: str) -> float:
         """Of "bf16", "fp8" or "fp4"; where there is none, of the next wider."""
-        by_width = {"bf16": self.bf16_tflops, "fp8": self.fp8_tflops, "fp4": self.fp4_tflops}
-        widths = list(by_width)
-        peak = next(by_width[w] for w in reversed(widths[: widths.index(kind) + 1]) if by_width[w])
+        peak = self.bf16_tflops
+        if kind != "bf16":
+            peak = self.fp8_tflops or peak
+        if kind == "fp4":
+            peak = self.fp4_tflops or peak
         return peak * 1e6 * self.flops_efficiency
 
     @property

@@ -11,6 +11,8 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from torch import fx
+
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.config.options import OPTIONS, PAGE_SIZE, HelixOptions
 from helix_compile.errors import HelixError, LayoutError, PlanError
@@ -22,7 +24,7 @@ from helix_compile.passes.decide.cache_format import kv_bytes_per_token
 from helix_compile.passes.decide.overlap import PARTS
 from helix_compile.passes.decide.padding import check_heads
 from helix_compile.passes.decide.plan_helix import decide_v_up, plan_helix
-from helix_compile.passes.pipeline import LOWERED, helix_passes
+from helix_compile.passes.pipeline import LOWERED, REWRITES, helix_passes
 from helix_compile.passes.runner import PassContext, run_passes
 from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.plan.matches import AttentionMatch, LayerMatch
@@ -102,6 +104,7 @@ class CostedModel:
         self._around: dict[int, ReferenceGraph] = {}  # head="shard": ranks -> what is around the bodies
         self._pads: dict[tuple[int, int], bool | None] = {}
         self._paddable: dict[bool, bool] = {}
+        self._kv_bytes: dict[Hashable, Fraction] = {}
 
     @property
     def sites(self) -> list[AttentionMatch]:
@@ -193,10 +196,13 @@ class CostedModel:
 
     def kv_bytes(self, candidate: Candidate, cache_dtype: str | None = None) -> Fraction:
         """Bytes of a token in the caches of a rank, on average, as a plan says them."""
-        options = candidate.options(self.base)
-        if cache_dtype is not None:
-            options = HelixOptions(**{**options.to_json(), "cache_dtype": cache_dtype, "cache_scale": 1.0})
-        return kv_bytes_per_token(self.captured, self.matches, options, candidate.layout, {})
+        key = (candidate.layout, candidate.pad_heads, cache_dtype)
+        if key not in self._kv_bytes:
+            options = candidate.options(self.base)
+            if cache_dtype is not None:
+                options = HelixOptions(**{**options.to_json(), "cache_dtype": cache_dtype, "cache_scale": 1.0})
+            self._kv_bytes[key] = kv_bytes_per_token(self.captured, self.matches, options, candidate.layout, {})
+        return self._kv_bytes[key]
 
     def slots(self, cp: int, context: int) -> int:
         """Places for tokens of a sequence on a rank: whole pages of the fullest."""
@@ -204,6 +210,13 @@ class CostedModel:
         return pages_per_sequence(options, cp) * PAGE_SIZE
 
     def _lowered(self, candidate: Candidate) -> Structure:
+        if candidate.overlap != "none":  # as without it, up to the stage where batches are cut
+            whole = self.structure(replace(candidate, overlap="none"))
+            options = candidate.options(self.base)
+            changed = {name: getattr(options, name) for name in ("overlap", "max_batch_size")}
+            return Structure(
+                self.captured, self.matches, replace(whole.plan.options, **changed), self._around, whole.rewritten
+            )
         refusals = []
         for reference in self._references(candidate):
             try:
@@ -228,13 +241,11 @@ class CostedModel:
 class Structure:
     """Lowered graphs as references.
 
-    Args:
-        others: ranks -> what stands in the place of `around` there.
-
     Attributes:
         bodies: (layers, graph) of each.
         around: what is around them.
         plan: that they were lowered by.
+        rewritten: the last stage that does not depend on overlap.
     """
 
     def __init__(
@@ -243,10 +254,21 @@ class Structure:
         matches: dict[str, LayerMatch],
         options: HelixOptions,
         others: Mapping[int, ReferenceGraph],
+        rewritten: fx.GraphModule | None = None,
     ):
-        """Plan and lower; compute ops keep their references, which have the nodes of every lowering."""
+        """Plan and lower; compute ops keep their references, which have the nodes of every lowering.
+
+        Args:
+            others: ranks -> what stands in the place of `around` there.
+            rewritten: of a structure with the same options but for overlap.
+        """
         self.plan = plan_helix(captured, matches, options)
-        stage = run_passes(helix_passes(options), PassContext(captured, matches, self.plan))[LOWERED.stage]
+        passes, last = helix_passes(options), REWRITES[-1].stage
+        begin = (last, rewritten) if rewritten is not None else None
+        if begin:
+            passes = passes[len(REWRITES) :]
+        stages = run_passes(passes, PassContext(captured, matches, self.plan), begin=begin)
+        stage, self.rewritten = stages[LOWERED.stage], stages[last]
         parts, layout = [], self.plan.layout
         for body in self.plan.bodies:
             kv_heads = {site.site: site.kv_heads for site in body.attentions}

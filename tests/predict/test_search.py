@@ -78,8 +78,10 @@ def test_a_longer_context_and_a_larger_batch_are_never_faster() -> None:
     by_context = [points(context=1 << n) for n in (12, 16, 20)]
     for shorter, longer in pairwise(by_context):
         assert all(a.step_us <= b.step_us for a, b in zip(shorter, longer, strict=True))
-    one, eight, many = (points(batches=(n,)) for n in (1, 8, 64))
-    assert all(a.step_us <= b.step_us <= c.step_us for a, b, c in zip(one, eight, many, strict=True))
+    two, eight, many = (points(batches=(n,)) for n in (2, 8, 64))  # two parts of a batch want two sequences
+    assert all(a.step_us <= b.step_us <= c.step_us for a, b, c in zip(two, eight, many, strict=True))
+    whole = {p.candidate: p.step_us for p in two if p.candidate.overlap == "none"}
+    assert all(p.step_us <= whole[p.candidate] for p in points(batches=(1,)))
 
 
 def test_one_rank_of_cp_exchanges_nothing() -> None:
@@ -101,7 +103,8 @@ def test_formats_change_what_is_read() -> None:
     for a, b in zip(plain.points(), fp8.points(), strict=True):
         assert b.kv_bytes_per_rank * 2 == a.kv_bytes_per_rank and b.params_bytes_per_rank < a.params_bytes_per_rank
         assert b.parts_by_name["attention"] <= a.parts_by_name["attention"]
-        assert b.parts_by_name["exchange"] == a.parts_by_name["exchange"]  # the payload stays in the model's dtype
+        if a.candidate.overlap == "none":  # else less attention hides less of it
+            assert b.parts_by_name["exchange"] == a.parts_by_name["exchange"]  # the payload stays in the model's dtype
     assert read_factor(cache_format("fp8_ds_mla"), tiny_costed().sites, 2) == (32 + 4 + 2 * 16) / (2 * 48)
 
 
