@@ -13,11 +13,10 @@ from torch.export import ExportedProgram
 
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.model import CAPTURING, capture
-from helix_compile.capture.source import captured_from, device_of, device_of_input, placed
+from helix_compile.capture.source import captured_from, device_of, device_of_input
 from helix_compile.capture.stage import stage_model
 from helix_compile.config.options import HelixOptions, takes_options
 from helix_compile.errors import CaptureError, PlanError
-from helix_compile.ir.graph import placeholders
 from helix_compile.kernels.target import KernelTarget, target_for
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.module import HelixModule
@@ -180,10 +179,7 @@ def match_model(captured: CapturedGraph, options: HelixOptions) -> tuple[Capture
     keep = {layer.index: str(error) for name, error in failures.items() for layer in captured.layers_of(name)}
     assert captured.model is not None
     again = capture(captured.model, keep=keep, unmatched="keep")
-    there = (
-        placeholders(captured.graph.graph)[0].meta["val"].device
-    )  # a folder's is captured on meta, a model may be compiled for a card
-    kept = placed(replace(again, weights=captured.weights, notes=captured.notes), there)
+    kept = replace(again, weights=captured.weights, notes=captured.notes)
     return kept, match_layers(kept, options.max_seq_len, keeps)
 
 

@@ -23,7 +23,7 @@ from helix_compile.capture.program import capture_program, load_program
 from helix_compile.checkpoint.configuration import TEXT_PREFIXES, other_format, read_configuration
 from helix_compile.checkpoint.model import load_whole, open_checkpoint
 from helix_compile.errors import CaptureError
-from helix_compile.ir.graph import input_ref, inputs_of, placeholders
+from helix_compile.ir.graph import input_ref, inputs_of
 from helix_compile.ir.stage import copy_module
 
 COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -46,14 +46,7 @@ def captured_from(
         captured = _captured(model, dtype, device, unmatched)
     if device is None or captured.weights is not None or device == device_of(captured):
         return captured
-    return placed(captured, device)
-
-
-def placed(captured: CapturedGraph, device: torch.device) -> CapturedGraph:
-    """The same with graphs that say `device`: a copy, for these may be the user's, or those of another call."""
-    if placeholders(captured.graph.graph)[0].meta["val"].device == device:
-        return captured
-    captured = replace(captured, graph=copy_module(captured.graph))
+    captured = replace(captured, graph=copy_module(captured.graph))  # which may be the user's
     _place(captured, device)
     return captured
 
