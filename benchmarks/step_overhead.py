@@ -1,33 +1,37 @@
 """What a step costs outside of kernels and collectives, per layer: walked node by node, and with compiled segments, in one run.
 
     python benchmarks/step_overhead.py [--repeats 50] [--hidden 2048 --layers 2 --context 16384]
-    torchrun --nproc-per-node 4 benchmarks/step_overhead.py          the same over gloo
+    torchrun --nproc-per-node 4 benchmarks/step_overhead.py          the same over gloo: a rank a process
 
-Wall time of a step (median, the two taking turns) less the time that torch.profiler counts inside operators: ATen's, helix's,
-collectives, and Inductor's own kernels, which are made to report themselves. B=1, T=1, four ranks, one thread. The time inside
-operators is measured in steps of their own, since a profiler slows what is around them. CPU is that of this process (all ranks, or
-one): where processes wait for one another in collectives, and for a core, it is what a rank does itself.
+Operators are ATen's, helix's, collectives and their waits, and Inductor's own kernels, which are made to report themselves to
+torch.profiler. What lies outside of them is told in two ways, for a profiler slows what is around operators: "profiled", in steps
+that are profiled, the step less its operators (median); "difference", the wall time of steps that are not (median, the two taking
+turns) less the operators' of those that are. B=1, T=1, four ranks, one thread. Processes meet before each step, outside of what is
+timed. CPU is that of this process (all ranks, or one): where processes wait for one another in collectives, and for a core, it is
+what a rank does itself. Compile seconds are cold with an empty TORCHINDUCTOR_CACHE_DIR, and warm in the next run with the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import format_machine, median_ms, print_table
+from measuring import format_machine, print_table
 from torch._inductor import config
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from helix_compile import HelixModule, helix_compile
 from helix_compile.models.presets import build_model, preset_config
 
-RANKS = 4
 TOKEN = torch.tensor([[7]])
+STEP = "a whole step"
 
 
 def main() -> None:
@@ -40,32 +44,41 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, layers = _model(arguments.hidden, arguments.layers)
+    ranks = int(os.environ.get("WORLD_SIZE", "4"))
     modules, seconds = {}, {}
     with config.patch({"cpp.enable_kernel_profile": True}):
         for name, lower in (("node by node", "reference"), ("compiled", "inductor")):
             started = time.perf_counter()
-            modules[name] = _filled(model, arguments.context, lower)
+            modules[name] = _filled(model, arguments.context, lower, ranks)
             seconds[name] = time.perf_counter() - started
-    for module in modules.values():
-        module(TOKEN)
-    steps: dict[str, Any] = {name: (lambda module=module: _step(module)) for name, module in modules.items()}
-    wall = median_ms(steps, arguments.repeats)
-    cpu = median_ms(steps, arguments.repeats, clock=time.process_time)
-    inside = {name: _inside_ms(step, arguments.repeats) for name, step in steps.items()}
+    wall, cpu = (_medians(modules, arguments.repeats, clock) for clock in (time.perf_counter, time.process_time))
+    profiled = {name: _profiled(module, arguments.repeats) for name, module in modules.items()}
     if dist.is_initialized() and dist.get_rank():
         return
-    outside = {name: (wall[name] - inside[name]) / layers for name in wall}
+    alone = {name: outside / layers for name, (_, outside) in profiled.items()}
+    apart = {name: (wall[name] - inside) / layers for name, (inside, _) in profiled.items()}
     rows = [
-        [name, *(f"{ms[name]:.2f}" for ms in (wall, cpu, inside)), f"{outside[name] * 1e3:.0f}", f"{seconds[name]:.0f}"]
+        [
+            name,
+            *(f"{ms:.2f}" for ms in (wall[name], cpu[name], profiled[name][0])),
+            *(f"{ms * 1e3:.0f}" for ms in (alone[name], apart[name])),
+            f"{seconds[name]:.0f}",
+        ]
         for name in wall
     ]
     print(f"{format_machine()}; load {os.getloadavg()[0]:.1f}")
-    world = f"{RANKS} processes, gloo" if dist.is_initialized() else f"{RANKS} virtual ranks"
+    world = f"{ranks} processes, gloo" if dist.is_initialized() else f"{ranks} virtual ranks"
     shape = f"hidden {model.config.hidden_size}, {layers} layers, {world}, context {arguments.context}"
-    print_table([shape, "step ms", "CPU ms", "inside operators ms", "outside us/layer", "compile s"], rows)
-    (whole, less), (slow, fast) = wall.values(), outside.values()
-    print(f"step: compiled / node by node = {less / whole:.2f}; outside operators: {slow / fast:.1f} times less")
-    print(f"CPU of this process: compiled / node by node = {cpu['compiled'] / cpu['node by node']:.2f}")
+    outside = "outside us/layer"
+    head = ["step ms", "CPU ms", "inside operators ms", f"{outside}, profiled", f"{outside}, difference", "compile s"]
+    print_table([shape, *head], rows)
+    print(f"compiled / node by node: step {_ratio(wall):.2f}, CPU of this process {_ratio(cpu):.2f}")
+    print(f"outside of operators, profiled: {1 / _ratio(alone):.1f} times less")
+
+
+def _ratio(of: dict[str, float]) -> float:
+    slow, fast = of.values()
+    return fast / slow
 
 
 def _model(hidden: int, layers: int) -> tuple[Any, int]:
@@ -86,9 +99,9 @@ def _model(hidden: int, layers: int) -> tuple[Any, int]:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, num_experts_per_tok=2)).eval(), layers
 
 
-def _filled(model: Any, context: int, lower: str) -> HelixModule:
+def _filled(model: Any, context: int, lower: str, ranks: int) -> HelixModule:
     """With one sequence of `context` random latents."""
-    compiled = helix_compile(model, cp=RANKS, lower=lower, max_batch_size=1, max_seq_len=context + 1024)
+    compiled = helix_compile(model, cp=ranks, lower=lower, max_batch_size=1, max_seq_len=context + 1024)
     layers, R, r = (getattr(model.config, k) for k in ("num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim"))
     random = torch.Generator().manual_seed(0)
     latents, k_ropes = ([torch.randn(1, context, w, generator=random) for _ in range(layers)] for w in (R, r))
@@ -96,20 +109,44 @@ def _filled(model: Any, context: int, lower: str) -> HelixModule:
     return compiled
 
 
-def _step(module: HelixModule) -> None:
+def _medians(modules: dict[str, HelixModule], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Milliseconds of a step by a clock; the modules take turns, after two steps each that are not counted."""
+    times: dict[str, list[float]] = {name: [] for name in modules}
+    for _ in range(repeats + 2):
+        for name, module in modules.items():
+            length = _meet(module)
+            started = clock()
+            module(TOKEN)
+            times[name].append((clock() - started) * 1e3)
+            module.truncate(length)
+    return {name: statistics.median(values[2:]) for name, values in times.items()}
+
+
+def _meet(module: HelixModule) -> int:
+    """Wait for the other processes; the tokens that there are."""
     if dist.is_initialized():
         dist.barrier()
-    length = int(module.lengths[0])
-    module(TOKEN)
-    module.truncate(length)
+    return int(module.lengths[0])
 
 
-def _inside_ms(step: Any, repeats: int) -> float:
-    """Milliseconds of a step that are spent inside operators."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+def _profiled(module: HelixModule, repeats: int) -> tuple[float, float]:
+    """Median milliseconds of a step inside and outside of operators."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(repeats):
-            step()
-    return sum(event.self_cpu_time_total for event in profiled.key_averages()) / repeats / 1e3
+            length = _meet(module)
+            with record_function(STEP):
+                module(TOKEN)
+            module.truncate(length)
+    steps = [event for event in profiler.events() if event.name == STEP]
+    inside = [_inside(step) / 1e3 for step in steps]
+    outside = [step.cpu_time_total / 1e3 - own for step, own in zip(steps, inside, strict=True)]
+    return statistics.median(inside), statistics.median(outside)
+
+
+def _inside(event: Any) -> float:
+    """Microseconds in operators below an event; a range of Python code, whose name is words, is none."""
+    own = 0.0 if " " in event.name else event.self_cpu_time_total
+    return own + sum(map(_inside, event.cpu_children))
 
 
 if __name__ == "__main__":

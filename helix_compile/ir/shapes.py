@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
+from types import FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -36,6 +38,9 @@ def propagate_shapes(graph: fx.Graph, bodies: Mapping[str, fx.GraphModule] | Non
     the same shapes before, in another body, stage or plan of the same capture, is not computed again. `bodies` are what it
     calls, where it is no graph of a module yet.
 
+    A function of Python, of a user's edit, is asked with values that have none; where it wants some, what the edit says of the
+    node stays.
+
     Raises:
         PassError: an op does not take the shapes it gets; names node, op and shapes.
     """
@@ -50,6 +55,10 @@ def propagate_shapes(graph: fx.Graph, bodies: Mapping[str, fx.GraphModule] | Non
             if node.op == "call_module" and "leaf" not in node.meta:
                 body = bodies[str(node.target)] if bodies else body_of(graph.owning_module, node.target)
                 node.meta["val"] = _returned(node.args[0].meta["val"], body.graph)
+            if node.op == "get_attr" and graph.owning_module is not None:
+                constant = attrgetter(str(node.target))(graph.owning_module)
+                if isinstance(constant, Tensor):
+                    node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
             if node.op != "call_function":
                 continue
             key = _val_key(node)
@@ -67,6 +76,8 @@ def _computed(node: fx.Node) -> Any:
     try:
         return node.target(*args, **kwargs)
     except Exception as error:
+        if isinstance(node.target, FunctionType) and "val" in node.meta:
+            return node.meta["val"]
         shapes = [_shape(n.meta["val"]) for n in node.all_input_nodes]
         raise PassError(f"node `{node.name}` ({node.target}) does not take {shapes}: {error}") from error
 

@@ -7,7 +7,7 @@ by comparing objects in C, item by item: no edit is missed, whoever made it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -125,8 +125,10 @@ def held_by(rank: Rank, params: Mapping[str, Tensor]) -> list[Any]:
 
 
 def parts_of(stage: fx.GraphModule) -> list[Any]:
-    """What a stage says, as the very objects: an edit puts others there."""
-    return [part for _, g in graphs_of(stage) for n in g.graph.nodes for part in (n, n.target, n.args, n.kwargs)]
+    """What a stage says, as the very objects: an edit puts others there. What its nodes read off the graphs is a part too."""
+    graphs = [g for _, g in graphs_of(stage)]
+    parts = [part for g in graphs for n in g.graph.nodes for part in (n, n.target, n.args, n.kwargs)]
+    return parts + [attrgetter(str(n.target))(g) for g in graphs for n in g.graph.nodes if n.op == "get_attr"]
 
 
 def same_objects(a: list[Any], b: list[Any]) -> bool:

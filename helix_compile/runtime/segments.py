@@ -7,11 +7,11 @@ from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from tqdm import tqdm
 
 from helix_compile.ir.graph import InputTable, input_ref, placeholders
-from helix_compile.ir.stage import SEGMENTS, graphs_of
+from helix_compile.ir.stage import SEGMENTS
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.runtime.prepared import Arguments, held_by, parts_of, same_objects
 from helix_compile.runtime.rank import Rank
@@ -64,7 +64,8 @@ class RankPrograms:
         self._seen: list[Any] = []
         self._held: list[Any] = []
         self._made_for: tuple[Any, ...] = ()
-        self._read_off: list[tuple[fx.GraphModule, str]] = []
+        self._tensors: list[Tensor] = []
+        self._forms: list[list[Any]] = []
 
     def programs(self, lowered: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
         """One for each rank; compiles what is not known, with a progress bar.
@@ -78,19 +79,14 @@ class RankPrograms:
         if edited:
             self._stages[SEGMENTS] = self._cut(lowered)
         held = [thing for rank in ranks for thing in held_by(rank, rank.params)]
-        held += [attrgetter(target)(graph) for graph, target in self._constants(lowered, edited or not self._programs)]
         made_for = self._compiler.made_for(ranks)
-        if edited or not self._programs or made_for != self._made_for or not same_objects(held, self._held):
+        known = self._programs and not edited and made_for == self._made_for and same_objects(held, self._held)
+        if not known or _forms_of(self._tensors) != self._forms:
             self._programs = self._made(self._stages[SEGMENTS], ranks, device)
             self._seen, self._held, self._made_for = seen, held, made_for
+            self._tensors = [tensor for program in self._programs for tensor in program.held]
+            self._forms = _forms_of(self._tensors)
         return self._programs
-
-    def _constants(self, lowered: fx.GraphModule, again: bool) -> list[tuple[fx.GraphModule, str]]:
-        """What nodes of a user's edit read off its graphs."""
-        if again:
-            nodes = ((g, n) for _, g in graphs_of(lowered) for n in g.graph.nodes)
-            self._read_off = [(g, str(n.target)) for g, n in nodes if n.op == "get_attr"]
-        return self._read_off
 
     def _made(self, stage: fx.GraphModule, ranks: Sequence[Rank], device: torch.device) -> list[Program]:
         bound = [bound_inputs(stage, rank, self._layout, device) for rank in ranks]
@@ -114,6 +110,14 @@ class RankPrograms:
         ]
         del made
         return programs
+
+
+def _forms_of(tensors: list[Tensor]) -> list[list[Any]]:
+    """What code of a tensor relies on, asked in C: `x.data = y` changes it behind the same object."""
+    return [[*map(ask, tensors)] for ask in _FORM]
+
+
+_FORM: tuple[Callable[[Tensor], Any], ...] = (attrgetter("dtype"), Tensor.stride, Tensor.size)
 
 
 def _not_compiled(*_: Any) -> Any:

@@ -20,6 +20,7 @@ from helix_compile.ir.collectives import COLLECTIVE_OF, WAIT
 from helix_compile.ir.graph import input_ref, is_call, placeholders
 from helix_compile.ir.host_reads import foreign_code, host_read, host_reads
 from helix_compile.ir.leaves import Leaf
+from helix_compile.ir.sizes import shape_text
 from helix_compile.worlds.tape import Tape
 from helix_compile.worlds.walk import Pending, Post, rank_fault
 
@@ -203,10 +204,53 @@ class Program:
             return self._flatten(called, [at[n] for n in node.args], f"{where}.")
         takes = self._not_pending(where, tuple(at[n] for n in node.args))
         known = {place: self._registers[i] for place, i in enumerate(takes) if self._registers[i] is not None}
+        inputs = placeholders(called.graph)
+        for place, value in known.items():
+            self._check_bound(where, inputs[place], value)
+        brought = [(place, n) for place, n in enumerate(inputs) if place not in known]
         gives = tuple(self._new() for _ in node.meta["val"])
         apart = next((f"it holds `{name}`: {why}" for name, why in host_reads(called)), "")
-        self._steps.append(_Do(self._code(SegmentCall(where, called, known)), takes, gives, (), where, apart))
+        code = self._code(SegmentCall(where, called, known))
+        self._steps.append(_Do(self._of_dtypes(code, where, brought), takes, gives, (), where, apart))
         return gives
+
+    def _check_bound(self, where: str, taken: fx.Node, value: Any) -> None:
+        """What is given once and for all must be what the graph says: code reads memory as that."""
+        expected = taken.meta.get("val")
+        if not (isinstance(value, Tensor) and isinstance(expected, Tensor)):
+            return
+        first = int(input_ref(taken).kind == "cache")  # how many pages it has is left open
+        sizes = zip(expected.shape[first:], value.shape[first:], strict=False)
+        fits = value.dtype == expected.dtype and value.device.type == expected.device.type
+        if not fits or value.dim() != expected.dim() or any(isinstance(n, int) and n != m for n, m in sizes):
+            what = " ".join(filter(None, input_ref(taken))) or f"constant {taken.name}"
+            raise rank_fault(
+                self.rank,
+                where,
+                f"{what} is {value.dtype} {list(value.shape)} on {value.device.type}; compiled for {expected.dtype} "
+                f"{shape_text(expected)} on {expected.device.type}: give it one like that, or run_stage('lowered', ...), which computes "
+                "node by node",
+            )
+
+    def _of_dtypes(
+        self, code: Callable[..., Any], where: str, brought: list[tuple[int, fx.Node]]
+    ) -> Callable[..., Any]:
+        """`code`, where what a step brings has the dtypes that the graph says: that of a user's function is only known then."""
+        wanted = [(place, n.meta["val"].dtype) for place, n in brought if isinstance(n.meta.get("val"), Tensor)]
+
+        def checked(*tensors: Any) -> Any:
+            for place, dtype in wanted:
+                if tensors[place].dtype is not dtype:
+                    name = dict(brought)[place].name
+                    raise rank_fault(
+                        self.rank,
+                        where,
+                        f"`{name}` is {tensors[place].dtype}, and the graph says {dtype}: set its node's meta['val']",
+                    )
+            return code(*tensors)
+
+        checked.__name__ = _name(code)
+        return checked
 
     def _call_function(self, node: fx.Node, at: Mapping[fx.Node, Any], where: str) -> int:
         if node.target is WAIT:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,15 @@ from torch import fx
 from torch._inductor import config
 from transformers import DynamicCache
 
-from helix_compile import HelixModule, LoweringError, LoweringUnavailable, helix_compile, verify
+from helix_compile import (
+    HelixError,
+    HelixModule,
+    LoweringError,
+    LoweringUnavailable,
+    RuntimeFault,
+    helix_compile,
+    verify,
+)
 from helix_compile.ir.graph import aten, calls
 from helix_compile.ir.stage import bodies_of, graphs_of
 from helix_compile.runtime import inductor
@@ -175,6 +185,88 @@ def test_a_function_that_an_edit_calls_is_called_at_every_step(pair: Any) -> Non
         compiled.reset()
         assert torch.equal(found[-1], compiled.run_stage("lowered", ids))
     assert not torch.equal(*found)
+
+
+WEIGHT = "model.layers.0.input_layernorm.weight"
+
+
+def test_what_code_was_not_made_for_is_refused_or_followed(pair: Any) -> None:
+    """It reads memory as what the graph says: of another dtype it would compute with other numbers, and say nothing."""
+    model, _, compiled = pair
+    ids, params = random_ids(model, 1, 3), compiled.ranks[1].params
+    compiled.reset()
+    before, own, said = (
+        compiled(ids),
+        params[WEIGHT],
+        r"rank 1, .*param input_layernorm.weight is torch\.float32 \[72\]",
+    )
+    params[WEIGHT] = own.float()
+    with pytest.raises(RuntimeFault, match=said + r".*compiled for torch\.bfloat16 \[72\]"):
+        compiled(ids)
+    params[WEIGHT] = held = own.clone()
+    compiled.reset()
+    assert torch.equal(compiled(ids), before)
+    held.data = own.float()
+    with pytest.raises(RuntimeFault, match=said):
+        compiled(ids)
+    params[WEIGHT] = own
+    name = "model.layers.1.self_attn.o_proj.weight"
+    kept, params[name] = params[name], params[name].clone()
+    compiled.reset()
+    compiled(ids)
+    params[name].data = (kept * 2).t().contiguous().t()
+    found = []
+    for step in (compiled, partial(compiled.run_stage, "lowered")):
+        compiled.reset()
+        found.append(step(ids))
+    params[name] = kept
+    assert torch.equal(*found) and not torch.equal(found[0], before)
+
+
+def behind_silu(module: HelixModule, make: Callable[[fx.Graph, fx.Node], fx.Node]) -> fx.GraphModule:
+    """Put what `make` makes of it behind the first silu, with no word of its shape or dtype; the body."""
+    body = next(iter(bodies_of(module.graph).values()))
+    node = calls(body.graph, aten.silu.default)[0]
+    users = list(node.users)
+    with body.graph.inserting_before(node.next):
+        made = make(body.graph, node)
+    for user in users:
+        user.replace_input_with(node, made)
+    body.recompile()
+    return body
+
+
+def test_a_constant_of_an_edit_is_followed_and_a_function_held_to_its_word() -> None:
+    model = fresh_model("short", torch.bfloat16)
+    modules = [helix_compile(model, lower=lower, **OPTIONS) for lower in ("reference", "inductor")]
+    compiled, ids, wide = modules[1], random_ids(model, 2, 3), [False]
+    for module in modules:
+        body = next(iter(bodies_of(module.graph).values()))
+        body.register_buffer("factor", torch.tensor(3.0, dtype=torch.bfloat16))
+        behind_silu(module, lambda graph, x: graph.call_function(aten.mul.Tensor, (x, graph.get_attr("factor"))))
+
+    def logits(module: HelixModule) -> torch.Tensor:
+        module.reset()
+        return module(ids)
+
+    first = logits(compiled)
+    assert torch.equal(logits(modules[0]), first)
+    for module in modules:
+        next(iter(bodies_of(module.graph).values())).factor = torch.tensor(-1.0, dtype=torch.bfloat16)
+    assert torch.equal(*map(logits, modules)) and not torch.equal(logits(compiled), first)
+
+    def widens(x: torch.Tensor) -> torch.Tensor:
+        return x.float() if wide[0] else x
+
+    for module in modules:
+        behind_silu(module, lambda graph, x: graph.call_function(widens, (x,)))
+    assert torch.equal(*map(logits, modules))
+    wide[0] = True
+    with pytest.raises(RuntimeFault, match=r"`widens` is torch\.float32, and the graph says torch\.bfloat16"):
+        compiled(ids)
+    body = behind_silu(compiled, lambda graph, x: graph.call_function(aten.to.dtype, (x, torch.float32)))
+    with pytest.raises(HelixError, match=r"body_0: it returns .* in torch\.float32, and layers take torch\.bfloat16"):
+        compiled(ids)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from helix_compile.errors import RuntimeFault
 from helix_compile.layout.degrees import HelixLayout
+from helix_compile.runtime.ends import ShortEnds
 from helix_compile.runtime.prepared import PreparedSteps
 from helix_compile.runtime.rank import Rank
 
@@ -96,3 +97,21 @@ def test_whether_tokens_are_mixed_is_asked_again_after_an_edit_only(monkeypatch:
     next(n for n in steps.graph.graph.nodes if n.op == "call_function").args = (2, 1)
     steps.prepared.mixing(steps.graph)
     assert asked == [False, True, False]
+
+
+def test_a_constant_that_is_replaced_is_an_edit_of_every_end() -> None:
+    """The copy of an outer graph that ends earlier holds the constant that there was."""
+    graph = outer()
+    graph.register_buffer("factor", torch.ones(1))
+    returned = next(n for n in graph.graph.nodes if n.op == "output")
+    with graph.graph.inserting_before(returned):
+        scaled = graph.graph.call_function(
+            torch.ops.aten.mul.Tensor, (returned.args[0], graph.graph.get_attr("factor"))
+        )
+    returned.args = (scaled,)
+    ends = ShortEnds(lambda lowered, what: fx.GraphModule(lowered, lowered.graph))
+    first = ends.graph(graph, "best")
+    assert first is ends.graph(graph, "best")
+    graph.factor = torch.zeros(1)
+    second = ends.graph(graph, "best")
+    assert second is not first and second is not None and second.factor is graph.factor

@@ -118,7 +118,14 @@ def cut_graph(gm: fx.GraphModule, of: str, is_cut: Callable[[fx.Node], bool] = i
 
 
 def _know_shapes(stage: fx.GraphModule) -> None:
-    """An outer graph knows few shapes, since no pass looks at them: bring them up to date."""
+    """Bring them up to date: a user's edit may say none, or those of what was there before; an outer graph knows few.
+
+    Raises:
+        PassError: an op does not take what it gets, or a layer returns another dtype than the next one takes.
+    """
+    for name, body in bodies_of(stage).items():
+        propagate_shapes(body.graph)
+        _check_returned(name, body.graph)
     graph = stage.graph
     for node in placeholders(graph):
         kind, name = input_ref(node)
@@ -129,6 +136,19 @@ def _know_shapes(stage: fx.GraphModule) -> None:
                 ids = placeholders(graph)[0].meta["val"]
                 node.meta["val"] = ids.new_empty((ids.shape[0], pages.pop()))
     propagate_shapes(graph)
+
+
+def _check_returned(name: str, body: fx.Graph) -> None:
+    """Code of one layer is made for what the layers before it return."""
+    (returned,) = next(n for n in body.nodes if n.op == "output").args
+    hidden = returned[0] if isinstance(returned, (tuple, list)) else returned
+    taken = [n.meta["val"] for n in placeholders(body) if input_ref(n).kind == "hidden"]
+    gives = hidden.meta.get("val") if isinstance(hidden, fx.Node) else None
+    if taken and isinstance(gives, Tensor) and gives.dtype != taken[0].dtype:
+        raise PassError(
+            f"{name}: it returns {hidden} in {gives.dtype}, and layers take {taken[0].dtype}: an edit must cast back "
+            "before it can be compiled"
+        )
 
 
 def _lay_out_arguments(stage: fx.GraphModule) -> None:
