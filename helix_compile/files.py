@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from helix_compile.errors import HelixError
 
 
-def check_folder(out: Path) -> None:
+def check_folder(out: Path, asked_as: str = "--out") -> None:
     """The nearest part of the path that exists is a folder that can be written.
 
     Raises:
@@ -26,13 +26,18 @@ def check_folder(out: Path) -> None:
     """
     nearest = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not nearest.is_dir():
-        raise HelixError(f"--out {out}: {nearest} is not a folder; choose another folder")
+        raise HelixError(f"{asked_as} {out}: {nearest} is not a folder; choose another folder")
     try:
         tempfile.TemporaryFile(dir=nearest).close()  # permissions don't tell: root has all, disks may be read-only
     except OSError as error:
         raise HelixError(
-            f"--out {out}: {nearest} can't be written ({error.strerror}); choose another folder"
+            f"{asked_as} {out}: {nearest} can't be written ({error.strerror}); choose another folder"
         ) from error
+
+
+def unfinished(owner: str) -> str:
+    """Name of the hidden subfolder in which StagedFiles of `owner` writes; what a killed process left in it is nobody's."""
+    return f".unfinished-{owner}"
 
 
 class StagedFiles:
@@ -44,7 +49,7 @@ class StagedFiles:
     def __init__(self, folder: Path, owner: str):
         """`owner` tells the subfolders of several writers apart; what an earlier one left in its own is replaced."""
         self.folder = folder
-        self._stage = folder / f".unfinished-{owner}"
+        self._stage = folder / unfinished(owner)
         self._new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
         self._names: list[str] = []
         self._appeared: list[Path] = []

@@ -479,6 +479,8 @@ class HelixModule(nn.Module):
         layers: Collection[int] | None = None,
         logical: HelixModule | None = None,
         collectives: str = "helix",
+        batch: int | None = None,
+        tokens: int | None = None,
     ) -> dict[str, Any]:
         """Write what each rank runs for other runtimes (docs/exports.md), all files or none; what is there stays.
 
@@ -488,6 +490,7 @@ class HelixModule(nn.Module):
             layers: of these alone; None: all.
             logical: of "onnx", the same model at cp=1: plan.onnx is written too, its step with specs that say how the ranks share it.
             collectives: of "onnx", whose nodes they are: "helix" (a runtime defines them), "ort-nccl" (onnxruntime's own, where these do).
+            batch, tokens: of "onnx", B and T of every step, for runtimes that want numbers; None: free.
 
         Returns:
             The manifest.
@@ -497,7 +500,7 @@ class HelixModule(nn.Module):
         """
         from helix_compile.export.formats import export_module  # formats are slow to import
 
-        return export_module(self, Path(folder), format, layers, logical, collectives)
+        return export_module(self, Path(folder), format, layers, logical, collectives, batch, tokens)
 
     @staticmethod
     def load(

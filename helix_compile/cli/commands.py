@@ -143,6 +143,8 @@ def export(
         str,
         typer.Option(help="of onnx: helix (a runtime defines them) or ort-nccl (onnxruntime's own, where these do)"),
     ] = "helix",
+    batch: Annotated[int | None, typer.Option(help="of onnx: sequences of every step; default: any number")] = None,
+    tokens: Annotated[int | None, typer.Option(help="of onnx: new tokens of every step; default: any number")] = None,
     cp: Cp = None,
     config: Config = None,
     lenient: Lenient = False,
@@ -153,7 +155,7 @@ def export(
     """Write what each rank runs for other runtimes; `verify` OUT reads it back. What is in OUT stays."""
     from helix_compile.export.formats import check_asked
 
-    check_asked(format, collectives)
+    check_asked(format, collectives, batch, tokens)
     check_folder(out)
     chosen = None if layers is None else _numbers(layers)
     if (Path(model) / "plan.json").is_file():  # of save(): everything is decided
@@ -166,7 +168,7 @@ def export(
         logical = None
     else:
         compiled, logical = _compiled_and_logical(ctx, model, dtype, format == "onnx")
-    manifest = compiled.export(out, format, chosen, logical, collectives)
+    manifest = compiled.export(out, format, chosen, logical, collectives, batch, tokens)
     if as_json:
         print(json.dumps(manifest, indent=1))
         return

@@ -6,8 +6,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from helix_compile.errors import ExportError
-from helix_compile.export.manifest import MANIFEST, Fault, read_manifest
+from helix_compile.errors import ExportError, HelixError
+from helix_compile.export.manifest import MANIFEST, Fault, check_manifest, read_manifest
+from helix_compile.files import check_folder
 from helix_compile.runtime.compiled import CompiledModule
 
 FORMATS = ("onnx", "pt2", "aoti")
@@ -19,9 +20,13 @@ def check_format(format: str) -> None:
         raise ExportError(f"format={format!r} is unknown; one of {', '.join(FORMATS)}")
 
 
-def check_asked(format: str, collectives: str) -> None:
-    """Raise ExportError unless the format can be written, with collectives of this name."""
+def check_asked(format: str, collectives: str, batch: int | None = None, tokens: int | None = None) -> None:
+    """Raise ExportError unless the format can be written, with collectives of this name and these sizes."""
     check_format(format)
+    if format != "onnx" and (batch, tokens) != (None, None):
+        raise ExportError(
+            f"format={format!r}: batch= and tokens= fix sizes of ONNX models; programs take any B and T; leave them"
+        )
     if collectives != "helix":
         from helix_compile.export.onnx_nccl import check_collectives  # onnx is slow to import
 
@@ -35,14 +40,17 @@ def export_module(
     layers: Collection[int] | None = None,
     logical: CompiledModule | None = None,
     collectives: str = "helix",
+    batch: int | None = None,
+    tokens: int | None = None,
 ) -> dict[str, Any]:
     """Write `compiled` to `folder`; see HelixModule.export()."""
-    check_asked(format, collectives)
+    check_asked(format, collectives, batch, tokens)
+    check_folder(folder, "export:")
     # what one format needs is slow to import for another
     if format == "onnx":
         from helix_compile.export.onnx_folder import export_onnx
 
-        return export_onnx(compiled, folder, layers, logical, collectives)
+        return export_onnx(compiled, folder, layers, logical, collectives, batch, tokens)
     if logical is not None:
         raise ExportError(f"format={format!r}: logical= is for plan.onnx, which format='onnx' writes alone; leave it")
     from helix_compile.export.program_folder import export_programs
@@ -63,10 +71,17 @@ def check_export(folder: Path) -> list[Fault]:
     """
     manifest = read_manifest(folder)
     check_format(manifest["format"])
+    said = check_manifest(manifest)
     if manifest["format"] == "onnx":
-        from helix_compile.export.onnx_check import check_onnx
-
-        return check_onnx(folder, manifest)
-    from helix_compile.export.program_check import check_programs
-
-    return check_programs(folder, manifest)
+        from helix_compile.export.onnx_check import check_onnx as check
+    else:
+        from helix_compile.export.program_check import check_programs as check
+    try:
+        return said + check(folder, manifest)
+    except (HelixError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if not said:  # what was exported has all that is read of it
+            raise
+        return [
+            *said,
+            Fault("unreadable", MANIFEST, f"the files can't be held against it: {type(error).__name__}: {error}"),
+        ]

@@ -6,7 +6,6 @@ logits = module(input_ids, attention_mask)          # a step: the same checks, c
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -18,7 +17,8 @@ from torch import Tensor, fx
 
 from helix_compile.cache.pages import Ledger, allocate_caches, scales_of_caches
 from helix_compile.errors import ExportError
-from helix_compile.export.manifest import EXPORT_ID, read_manifest, sha256_of
+from helix_compile.export.manifest import EXPORT_ID, MANIFEST, SEAL, is_sealed, plan_of, read_manifest, sha256_of
+from helix_compile.export.program_file import read_program
 from helix_compile.export.rank_file import RankFile, file_of_rank
 from helix_compile.export.walk import WALK, inputs_of_walk, mixing_of_walk, programs_called, read_walk, stage_of_walk
 from helix_compile.ir.graph import InputRef, input_ref, placeholders
@@ -58,10 +58,8 @@ def load_exported(
     folder, there = Path(folder), torch.device(device)
     manifest = read_manifest(folder)
     _check_manifest(folder, manifest, there)
-    plan = HelixPlan.from_json(json.dumps(manifest["plan"]))
+    plan = plan_of(manifest)
     walk = read_walk(folder / WALK)
-    if walk.get(EXPORT_ID) != manifest[EXPORT_ID]:
-        raise ExportError(f"{folder / WALK}: it is part of another export than manifest.json")
     stage = stage_of_walk(walk, there)
     if missing := sorted(programs_called(stage) - set(manifest["programs"])):
         raise ExportError(f"{folder / WALK}: it calls {', '.join(missing)}, of which manifest.json knows nothing")
@@ -80,13 +78,14 @@ def load_exported(
         for name, stated in manifest["programs"].items()
         if there.type != "meta" or manifest["format"] == "pt2"
     }
-    identity = sha256_of(folder / WALK)
-    world.start({"torch version": lambda: torch.__version__, "export": lambda: f"{manifest[EXPORT_ID]} {identity}"})
+    world.start({"torch version": lambda: torch.__version__, "export": lambda: manifest[SEAL]})
     return ExportedModule(plan, stage, ranks, world, facts, code, mixing_of_walk(walk))
 
 
-def _check_manifest(folder: Path, manifest: Mapping[str, Any], device: torch.device) -> None:
+def _check_manifest(folder: Path, manifest: dict[str, Any], device: torch.device) -> None:
     format = manifest["format"]
+    if not is_sealed(manifest):
+        raise ExportError(f"{folder / MANIFEST}: edited after the export: its {SEAL} is not that of what stands in it")
     if format not in FORMATS:
         raise ExportError(
             f"{folder}: format {format!r} is run by a runtime of its own (docs/exports.md); expected pt2 or aoti"
@@ -104,6 +103,12 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any], device: torch.dev
         )
     if missing := [name for name in manifest["files"] if not (folder / name).is_file()]:
         raise ExportError(f"{folder}: {', '.join(missing)} not there, manifest.json has them")
+    # weights are large: verify reads these
+    small = [name for name in manifest["files"] if not name.endswith(".safetensors")]
+    if changed := [name for name in small if sha256_of(folder / name) != manifest["files"][name]["sha256"]]:
+        raise ExportError(
+            f"{folder}: {', '.join(changed)} not as exported; export again, or see `helix-compile verify`"
+        )
 
 
 def _world(rank: int | None, group: Any, plan: HelixPlan, device: torch.device) -> World:
@@ -162,10 +167,10 @@ def _rank(
 
 def _program(path: Path, format: str) -> Callable[..., Any]:
     """What computes a program: takes its tensors, returns a tuple."""
+    if format == "pt2":
+        return read_program(path).graph_module
     try:
-        if format == "aoti":
-            return torch._inductor.aoti_load_package(path, run_single_threaded=False)
-        return torch.export.load(path).graph_module
+        return torch._inductor.aoti_load_package(path, run_single_threaded=False)
     except Exception as error:  # torch's own classes are many
         first = str(error).strip().split("\n")[0]
         raise ExportError(f"{path}: can't be loaded: {type(error).__name__}: {first}") from error

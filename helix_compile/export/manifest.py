@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from helix_compile.errors import ExportError
+from helix_compile.errors import ExportError, HelixError
 from helix_compile.layout.degrees import HelixMesh
 from helix_compile.plan.helix_plan import HelixPlan
 
-MANIFEST, VERSION = "manifest.json", 1
+MANIFEST, VERSION = "manifest.json", 2
 EXPORT_ID = "helix_export"  # metadata of each file: which export it is a part of
+SEAL = "sha256"  # of the manifest: digest of all else in it
+_OURS = re.compile(
+    r"(rank\d+|plan)\.onnx(\.data)?|rank\d+\.safetensors|walk\.json|(outer|body_\d+)_segment_\d+\.pt2"
+)  # names that an export writes
+
+
+OTHER_VALUES = "its values, dtype or sizes are not those that were exported"
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ def facts_of_plan(plan: HelixPlan, layers: Collection[int] | None) -> dict[str, 
         "ranks": layout.world_size,
         "layout": asdict(layout),
         "groups": {axis: [list(g) for g in groups] for axis, groups in HelixMesh(layout).groups.items()},
-        "layers": sorted(layers) if layers is not None else sorted(n for b in plan.bodies for n in b.layers),
+        "layers": sorted(set(layers) if layers is not None else (n for b in plan.bodies for n in b.layers)),
         "ledger": {"cp": layout.kvp, "tokens_per_block": plan.options.tokens_per_block},
         "max_seq_len": plan.options.max_seq_len,
         "max_batch_size": plan.options.max_batch_size,
@@ -61,6 +69,27 @@ def sha256_of(path: Path) -> str:
 def described_file(path: Path) -> dict[str, Any]:
     """What a manifest says of a file."""
     return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+
+
+def format_manifest(facts: dict[str, Any]) -> str:
+    """Text of manifest.json; seals `facts`."""
+    facts[SEAL] = _seal_of(facts)
+    return json.dumps(facts, indent=1)
+
+
+def _seal_of(manifest: dict[str, Any]) -> str:
+    said = json.loads(json.dumps({key: value for key, value in manifest.items() if key != SEAL}))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def is_sealed(manifest: dict[str, Any]) -> bool:
+    """True for one in which nothing was edited after it was written."""
+    return manifest.get(SEAL) == _seal_of(manifest)
+
+
+def plan_of(manifest: dict[str, Any]) -> HelixPlan:
+    """Its plan; HelixError where it has none."""
+    return HelixPlan.from_json(json.dumps(manifest["plan"]))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -80,9 +109,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_files(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
-    """Each file that the manifest names is there, as it was written."""
+def check_manifest(manifest: dict[str, Any]) -> list[Fault]:
+    """It is as it was written, and says what follows from the plan in it: who exchanges with whom, what each rank counts."""
     faults = []
+    if not is_sealed(manifest):
+        faults.append(Fault("changed_file", MANIFEST, f"its {SEAL} is not that of what stands in it"))
+    try:
+        plan, layers = plan_of(manifest), manifest["layers"]
+        known = {n for body in plan.bodies for n in body.layers}
+        if unknown := sorted(set(layers) - known):
+            faults.append(Fault("manifest", f"{MANIFEST}, layers", f"{unknown}, the plan has none such"))
+        facts = facts_of_plan(plan, layers)
+    except (HelixError, LookupError, TypeError, ValueError) as error:
+        return [*faults, Fault("manifest", MANIFEST, f"{type(error).__name__}: {error}")]
+    facts = json.loads(json.dumps(facts))
+    return faults + [
+        Fault("manifest", f"{MANIFEST}, {key}", f"{manifest.get(key)}, by its plan {value}")
+        for key, value in facts.items()
+        if manifest.get(key) != value
+    ]
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
+    """Each file that the manifest names is there, as it was written, and none beside them that passes for one of them."""
+    faults = [
+        Fault("extra_file", path.name, "the manifest has no such file")
+        for path in sorted(folder.iterdir())
+        if _OURS.fullmatch(path.name) and path.name not in manifest["files"]
+    ]
     for name, stated in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -94,6 +148,13 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
     return faults
 
 
+def digest_of_tensor(dtype: str, sizes: Sequence[int], data: Any) -> str:
+    """sha256 of what a tensor is: its dtype (torch's word), its sizes and its bytes."""
+    digest = hashlib.sha256(f"{dtype} {list(sizes)}\n".encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
 def check_tensors(where: str, rank: int, found: dict[str, str], manifest: dict[str, Any]) -> list[Fault]:
     """The digests of what a rank's file holds against those that its weights had when they were cut."""
     faults, left = [], dict(found)
@@ -102,6 +163,7 @@ def check_tensors(where: str, rank: int, found: dict[str, str], manifest: dict[s
             faults.append(Fault("weights", f"{where}, {weight}", "the file has no such weight"))
         elif (digest := left.pop(weight)) != digests[rank]:
             others = [r for r, of_rank in enumerate(digests) if of_rank == digest]
-            what = f"it is rank {others[0]}'s" if others else "its values are not those that were exported"
-            faults.append(Fault("weights", f"{where}, {weight}", what))
+            faults.append(
+                Fault("weights", f"{where}, {weight}", f"it is rank {others[0]}'s" if others else OTHER_VALUES)
+            )
     return faults + [Fault("weights", f"{where}, {weight}", "the manifest has no such weight") for weight in left]

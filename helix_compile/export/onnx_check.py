@@ -6,23 +6,30 @@ logits alone show neither a cache that is not written (until the second step) no
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, NodeProto, ShardingSpecProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, ShardingSpecProto, TensorProto, helper, numpy_helper
 
-from helix_compile.export.manifest import EXPORT_ID, MANIFEST, Fault, check_files
+from helix_compile.export.manifest import (
+    EXPORT_ID,
+    MANIFEST,
+    OTHER_VALUES,
+    Fault,
+    check_files,
+    digest_of_tensor,
+    plan_of,
+)
 from helix_compile.export.onnx_folder import described
 from helix_compile.export.onnx_graph import RANK_INPUTS, nodes_in_order
 from helix_compile.export.onnx_nccl import DOMAINS, axis_of, collective_of, is_collective
 from helix_compile.export.onnx_ops import ONNX_NAMES, helix_functions
-from helix_compile.export.onnx_scope import BODIES, HELIX
+from helix_compile.export.onnx_scope import BODIES, HELIX, ONNX_DTYPES
 from helix_compile.export.onnx_shardings import check_shardings, parts_of, specs_of
 from helix_compile.plan.helix_plan import HelixPlan
 
@@ -31,32 +38,54 @@ def check_onnx(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
     """Every fault of a folder, in the order in which they are looked for."""
     faults = check_files(folder, manifest)
     models: dict[int, ModelProto] = {}
+    plan = plan_of(manifest)
     for rank in range(manifest["ranks"]):
-        path = folder / f"rank{rank}.onnx"
-        if not path.is_file():
-            continue
-        try:
-            models[rank] = onnx.load(path, load_external_data=False)
-        except DecodeError as error:
-            faults.append(Fault("unreadable", path.name, f"no ONNX model: {error}"))
-    plan = HelixPlan.from_json(json.dumps(manifest["plan"]))
-    for rank, model in models.items():
-        faults += _check_model(rank, model, manifest, plan)
-        faults += _check_weights(folder, rank, model, manifest)
+        model, wrong = _read_model(folder / f"rank{rank}.onnx", manifest)
+        faults += wrong
+        if model is not None:
+            models[rank] = model
+            faults += _check_model(rank, model, manifest, plan)
+            faults += _check_weights(folder, rank, model, manifest)
     faults += _check_ranks_agree(models)
     return faults + (_check_plan(folder, manifest) if "plan_model" in manifest else [])
+
+
+def _read_model(path: Path, manifest: dict[str, Any]) -> tuple[ModelProto | None, list[Fault]]:
+    """A model that is one as far as onnx.checker can say, and whose calls all have a function; or what is wrong."""
+    if not path.is_file():
+        return None, []  # said already
+    try:
+        model = onnx.load(path, load_external_data=False)
+        bare = ModelProto()
+        bare.CopyFrom(model)
+        for tensor in bare.graph.initializer:  # the checker would look for the files
+            bare.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        del bare.graph.initializer[:]
+        onnx.checker.check_model(bare)
+    except (DecodeError, onnx.checker.ValidationError) as error:
+        return None, [Fault("unreadable", path.name, f"no ONNX model: {str(error).strip().splitlines()[0]}")]
+    opsets = {imported.domain: imported.version for imported in model.opset_import}
+    if (got := (model.ir_version, opsets.get(""))) != (manifest["ir_version"], manifest["opset"]):
+        return None, [Fault("unreadable", path.name, f"(IR, opset) are {got}, not those of the manifest")]
+    defined = {(function.domain, function.name) for function in model.functions}
+    called = {(n.domain, n.op_type) for holder in (model.graph, *model.functions) for n in holder.node}
+    if lost := sorted(op for domain, op in called - defined if domain in (HELIX, BODIES)):
+        return None, [Fault("other_function", path.name, f"{', '.join(lost)} called, and not defined")]
+    return model, []
 
 
 def _check_plan(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
     """plan.onnx: its specs can be, and applied to its weights they give those of the ranks."""
     stated = manifest["plan_model"]
     path = folder / stated["file"]
-    if not path.is_file():
-        return []  # said already
-    model = onnx.load(path, load_external_data=False)
+    model, faults = _read_model(path, manifest)
+    if model is None:
+        return faults
     faults = [Fault("sharding", f"{path.name}, {where}", what) for where, what in check_shardings(model)]
-    if {p.key: p.value for p in model.metadata_props}.get(EXPORT_ID) != manifest[EXPORT_ID]:
-        faults.append(Fault("other_export", path.name, "it is part of another export than the manifest"))
+    faults += _check_stated(path.name, model, stated, manifest)
+    faults += _check_degrees(path.name, model, {"cp": 1})
+    faults += _check_caches(path.name, model)
+    faults += _check_functions(path.name, model)
     if faults:
         return faults
     specs = {spec.tensor_name: spec for _, _, spec in specs_of(model)}
@@ -65,8 +94,7 @@ def _check_plan(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
             continue
         where = f"{path.name}, {tensor.name}"
         if (digest := _digest(folder, tensor)) != stated["weights"].get(tensor.name):
-            what = "its external data is not there" if digest is None else "its values are not those that were exported"
-            faults.append(Fault("weights", where, what))
+            faults.append(Fault("weights", where, OTHER_VALUES if digest else "its external data is not there"))
         elif tensor.name in specs:
             faults += _check_parts(folder, tensor, specs[tensor.name], manifest["weights"][tensor.name], where)
     return faults
@@ -80,7 +108,7 @@ def _check_parts(
     wrong = [
         rank
         for rank, part in parts_of(spec, list(tensor.dims))
-        if hashlib.sha256(np.ascontiguousarray(whole[part]).tobytes()).hexdigest() != digests[rank]
+        if _digest_of(tensor, whole[part].shape[:-1], np.ascontiguousarray(whole[part]).data) != digests[rank]
     ]
     return [Fault("sharding", where, f"what its spec gives ranks {wrong} is not what they hold")] if wrong else []
 
@@ -88,25 +116,37 @@ def _check_parts(
 def _check_model(rank: int, model: ModelProto, manifest: dict[str, Any], plan: HelixPlan) -> list[Fault]:
     """One model against manifest and plan."""
     name = f"rank{rank}.onnx"
+    expected = {"cp": plan.layout.kvp, "tokens_per_block": plan.options.tokens_per_block}
+    return [
+        *_check_stated(name, model, manifest, manifest),
+        *_check_coordinates(name, rank, model, plan),
+        *_check_degrees(name, model, expected),
+        *_check_collectives(name, model, manifest, plan),
+        *_check_caches(name, model),
+        *_check_functions(name, model),
+    ]
+
+
+def _check_stated(name: str, model: ModelProto, stated: dict[str, Any], manifest: dict[str, Any]) -> list[Fault]:
+    """Which export it is a part of, and the inputs and outputs that `stated` says."""
     faults = []
-    identity = {p.key: p.value for p in model.metadata_props}.get(EXPORT_ID)
-    if identity != manifest[EXPORT_ID]:
+    if {p.key: p.value for p in model.metadata_props}.get(EXPORT_ID) != manifest[EXPORT_ID]:
         faults.append(Fault("other_export", name, "it is part of another export than the manifest"))
     for kind, infos in (("inputs", model.graph.input), ("outputs", model.graph.output)):
-        if [described(i) for i in infos] != manifest[kind]:
-            got = ", ".join(f"{i['name']} {i['shape']}" for i in map(described, infos))
+        if [described(i) for i in infos] != stated[kind]:
+            got = ", ".join(f"{i['name']} {i['dtype']} {i['shape']}" for i in map(described, infos))
             faults.append(Fault(f"other_{kind}", name, f"got {got}"))
-    faults += _check_coordinates(name, rank, model, plan)
-    faults += _check_degrees(name, model, plan)
-    faults += _check_collectives(name, model, manifest, plan)
-    faults += _check_caches(name, model)
-    known = helix_functions()
-    for function in model.functions:
-        if function.domain == HELIX and function != known.get(function.name):
-            faults.append(
-                Fault("other_function", f"{name}, {HELIX}::{function.name}", "not that of helix_ops.onnx.txt")
-            )
     return faults
+
+
+def _check_functions(name: str, model: ModelProto) -> list[Fault]:
+    """Functions of helix:: are the spec's."""
+    known = helix_functions()
+    return [
+        Fault("other_function", f"{name}, {HELIX}::{function.name}", "not that of helix_ops.onnx.txt")
+        for function in model.functions
+        if function.domain == HELIX and function != known.get(function.name)
+    ]
 
 
 def _check_coordinates(name: str, rank: int, model: ModelProto, plan: HelixPlan) -> list[Fault]:
@@ -121,9 +161,8 @@ def _check_coordinates(name: str, rank: int, model: ModelProto, plan: HelixPlan)
     return faults
 
 
-def _check_degrees(name: str, model: ModelProto, plan: HelixPlan) -> list[Fault]:
+def _check_degrees(name: str, model: ModelProto, expected: dict[str, int]) -> list[Fault]:
     """What the round robin of tokens hangs on, at each node that says it."""
-    expected = {"cp": plan.layout.kvp, "tokens_per_block": plan.options.tokens_per_block}
     faults = []
     for node in nodes_in_order(model):
         if node.domain != HELIX:
@@ -176,7 +215,7 @@ def _check_collectives(name: str, model: ModelProto, manifest: dict[str, Any], p
 
 
 def _check_caches(name: str, model: ModelProto) -> list[Fault]:
-    """cache_i_out is what cache_append made of cache_i."""
+    """cache_i_out is what cache_append made of cache_i. The graph has no circles: onnx.checker has seen it."""
     faults = []
     functions = {f.name: f for f in model.functions if f.domain == BODIES}
     made = {output: node for node in model.graph.node for output in node.output}
@@ -196,7 +235,8 @@ def _check_caches(name: str, model: ModelProto) -> list[Fault]:
                 before, count = _appended(function, function.output[list(node.output).index(source)])
                 appended += count
                 source = node.input[list(function.input).index(before)] if before in function.input else ""
-            elif node.op_type == "Identity":
+            elif node.op_type == "Identity" or _is_append(node, source):
+                appended += node.op_type != "Identity"
                 source = node.input[0]
             else:
                 source = ""
@@ -206,13 +246,17 @@ def _check_caches(name: str, model: ModelProto) -> list[Fault]:
     return faults
 
 
+def _is_append(node: NodeProto, output: str) -> bool:
+    return node.domain == HELIX and node.op_type == "cache_append" and output == node.output[0]
+
+
 def _appended(function: Any, output: str) -> tuple[str, int]:
     """From an output of a body back to what it was before its appends, and how many these are."""
     made: dict[str, NodeProto] = {out: node for node in function.node for out in node.output}
     appended = 0
     while output in made:
         node = made[output]
-        if node.domain == HELIX and node.op_type == "cache_append" and output == node.output[0]:
+        if _is_append(node, output):
             appended += 1
         elif node.op_type != "Identity":
             break
@@ -233,28 +277,33 @@ def _check_weights(folder: Path, rank: int, model: ModelProto, manifest: dict[st
             faults.append(Fault("weights", f"{name}, {weight}", "its external data is not there"))
         elif digest != digests[rank]:
             others = [r for r, of_rank in enumerate(digests) if of_rank == digest]
-            what = f"it is rank {others[0]}'s" if others else "its values are not those that were exported"
+            what = f"it is rank {others[0]}'s" if others else OTHER_VALUES
             faults.append(Fault("weights", f"{name}, {weight}", what))
     faults += [Fault("weights", f"{name}, {weight}", "the manifest has no such weight") for weight in found]
     return faults
 
 
 def _digest(folder: Path, tensor: TensorProto) -> str | None:
-    """sha256 of a tensor's bytes; None where they are not there, or lie outside the folder."""
+    """See digest_of_tensor(); None where its bytes are not there, or lie outside the folder."""
     data = _read(folder, tensor)
-    return None if data is None else hashlib.sha256(data).hexdigest()
+    return None if data is None else _digest_of(tensor, tensor.dims, data)
+
+
+def _digest_of(tensor: TensorProto, sizes: Sequence[int], data: Any) -> str:
+    dtype = next((str(d)[6:] for d, number in ONNX_DTYPES.items() if number == tensor.data_type), "another")
+    return digest_of_tensor(dtype, sizes, data)
 
 
 def _read(folder: Path, tensor: TensorProto) -> bytes | None:
     places = {entry.key: entry.value for entry in tensor.external_data}
-    location = places.get("location", "")
+    location, offset, length = (places.get(key, "") for key in ("location", "offset", "length"))
     path = folder / location
-    if Path(location).name != location or not path.is_file():
+    if Path(location).name != location or not path.is_file() or not (offset.isdecimal() and length.isdecimal()):
         return None
     with open(path, "rb") as file:
-        file.seek(int(places.get("offset", 0)))
-        data = file.read(int(places["length"]))
-    return data if len(data) == int(places["length"]) else None
+        file.seek(int(offset))
+        data = file.read(int(length))
+    return data if len(data) == int(length) else None
 
 
 def _check_ranks_agree(models: dict[int, ModelProto]) -> list[Fault]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from helix_compile.errors import ExportError
+from helix_compile.export.manifest import digest_of_tensor
 from helix_compile.export.onnx_graph import RankModel
 from helix_compile.export.onnx_scope import ONNX_DTYPES
 
@@ -22,7 +22,7 @@ class ExternalData:
     """One file of tensors.
 
     Attributes:
-        digests: tensor -> sha256 of its bytes.
+        digests: tensor -> digest_of_tensor().
     """
 
     def __init__(self, path: Path, location: str):
@@ -41,7 +41,7 @@ class ExternalData:
                     file.write(bytes(-file.tell() % _ALIGNED))
                     start, data = file.tell(), bytes_of(tensor)
                     file.write(data)
-                    self._places[key] = start, len(data), hashlib.sha256(data).hexdigest()
+                    self._places[key] = start, len(data), digest_of_tensor(str(tensor.dtype)[6:], tensor.shape, data)
                 start, length, self.digests[name] = self._places[key]
                 protos.append(self._proto(name, tensor, start, length))
         return protos

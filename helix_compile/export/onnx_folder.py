@@ -7,7 +7,6 @@ manifest.json                                   last: its presence says "complet
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from helix_compile.errors import ExportError
 from helix_compile.export.exportable import check_exportable, without_kernels
-from helix_compile.export.manifest import EXPORT_ID, MANIFEST, VERSION, described_file, facts_of_plan
+from helix_compile.export.manifest import EXPORT_ID, MANIFEST, VERSION, described_file, facts_of_plan, format_manifest
 from helix_compile.export.onnx_files import ExternalData, with_weights
-from helix_compile.export.onnx_graph import RANK_INPUTS, RankModel, nodes_in_order, rank_model
+from helix_compile.export.onnx_graph import RANK_INPUTS, RankModel, fix_sizes, nodes_in_order, rank_model
 from helix_compile.export.onnx_nccl import DOMAINS, NCCL, collective_of, is_collective, map_to_nccl
 from helix_compile.export.onnx_plan import LogicalModel, logical_model
 from helix_compile.export.onnx_scope import COLLECTIVES, HELIX, IR_VERSION, OPSET
@@ -38,6 +37,8 @@ def export_onnx(
     layers: Collection[int] | None = None,
     logical: CompiledModule | None = None,
     collectives: str = "helix",
+    batch: int | None = None,
+    tokens: int | None = None,
 ) -> dict[str, Any]:
     """Write the ONNX models of all ranks into `folder`, all or nothing; what is there stays. Returns the manifest.
 
@@ -47,13 +48,14 @@ def export_onnx(
         layers: of these layers alone; None: all.
         logical: the same model at cp=1, for plan.onnx.
         collectives: whose nodes they are, a name of DOMAINS in onnx_nccl.py.
+        batch, tokens: B and T; None: free.
 
     Raises:
-        ExportError: what has no ONNX, files that would be replaced, ranks that live elsewhere.
+        ExportError: what has no ONNX, sizes that no step of the module has, files that would be replaced, ranks that live elsewhere.
         HelixError: the disk refuses.
     """
     check_exportable(compiled)
-    layout = compiled.plan.layout
+    layout, sizes = compiled.plan.layout, _sizes(compiled, batch, tokens)
     if compiled.device.type == "meta":
         raise ExportError("export: a module on the meta device has no weights to write; compile it with weights")
     follow_edits(compiled.plan, compiled.graph, compiled.ranks, compiled.facts)
@@ -72,6 +74,7 @@ def export_onnx(
         plan = logical_model(compiled, logical, graph, without_kernels(logical), layers)
     identity = hashlib.sha256(common.model.SerializeToString(deterministic=True) + compiled.plan.to_json().encode())
     for model in (common.model, *([plan.common.model] if plan else [])):
+        fix_sizes(model, sizes)
         helper.set_model_props(model, {EXPORT_ID: identity.hexdigest()})
     manifest = _manifest(compiled, common, layers, identity.hexdigest(), collectives)
     with StagedFiles(folder, "export") as files:
@@ -84,9 +87,19 @@ def export_onnx(
             alone = dict.fromkeys(RANK_INPUTS, 0)
             digests = _write_model(files, PLAN, plan.common, alone, logical.ranks[0], manifest["files"])
             manifest["plan_model"] = _described_plan(plan, digests)
-        files.write_text(MANIFEST, json.dumps(manifest, indent=1))
+        files.write_text(MANIFEST, format_manifest(manifest))
         files.move()
     return manifest
+
+
+def _sizes(compiled: CompiledModule, batch: int | None, tokens: int | None) -> dict[str, int]:
+    """Letter -> the size that it is to be, of those that are asked for."""
+    options = compiled.plan.options
+    most = {"B": ("batch", batch, options.max_batch_size), "T": ("tokens", tokens, options.max_seq_len)}
+    for name, size, largest in most.values():
+        if size is not None and not 1 <= size <= largest:
+            raise ExportError(f"export: {name}={size}: a step of this module has 1 to {largest}")
+    return {letter: size for letter, (_, size, _) in most.items() if size is not None}
 
 
 def _files(stem: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ with what was appended, an output: whatever reads it behind an append takes what
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -421,6 +421,14 @@ def _dtype(returned: fx.Node, plan: HelixPlan) -> torch.dtype:
     value = returned.meta.get("val")
     dtype: torch.dtype = value.dtype if isinstance(value, Tensor) else getattr(torch, plan.dtype)
     return dtype
+
+
+def fix_sizes(model: ModelProto, sizes: Mapping[str, int]) -> None:
+    """Make free sizes of inputs and outputs numbers, in place, by their letters; nodes go by what they are given."""
+    for info in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
 
 
 def nodes_in_order(model: ModelProto) -> list[Any]:

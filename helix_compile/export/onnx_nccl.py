@@ -82,7 +82,8 @@ def collective_of(node: NodeProto, ranks: int) -> list[Any]:
     """[our name, axis, group size, reduction or ""]; onnxruntime's are of all `ranks`, whatever axis they were over."""
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.domain == COLLECTIVES:
-        return [node.op_type, given["axis"].decode(), given["group_size"], given.get("reduce_op", b"").decode()]
+        axis, reduction = (given.get(name, b"").decode() for name in ("axis", "reduce_op"))
+        return [node.op_type, axis, given.get("group_size", 0), reduction]
     reduction = "sum" if node.op_type == "AllReduce" else ""
     size = given.get("group_size", ranks if reduction else 1)  # left out it is 1
     odd = node.op_type == "AllGather" and given.get("axis", 1) != 0

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from helix_compile.errors import ExportError, HelixError
-from helix_compile.export.manifest import EXPORT_ID, Fault, check_files, check_tensors
+from helix_compile.export.manifest import EXPORT_ID, Fault, check_files, check_tensors, plan_of
+from helix_compile.export.program_file import member_of, read_program
 from helix_compile.export.rank_file import RankFile, digest_of, file_of_rank
 from helix_compile.export.walk import (
     WALK,
@@ -28,70 +29,67 @@ from helix_compile.export.walk import (
     stage_of_walk,
     step_inputs,
 )
-from helix_compile.ir.graph import helix_op
+from helix_compile.ir.graph import helix_op, placeholders
 from helix_compile.plan.helix_plan import HelixPlan
 
 
 def check_programs(folder: Path, manifest: dict[str, Any]) -> list[Fault]:
     """Every fault of a folder, in the order in which they are looked for."""
     faults = check_files(folder, manifest)
-    plan = HelixPlan.from_json(json.dumps(manifest["plan"]))
+    plan = plan_of(manifest)
+    taken: dict[str, Any] = {}
     for name, stated in manifest["programs"].items():
         if (folder / stated["file"]).is_file():
             faults += _check_program(folder / stated["file"], name, stated, manifest)
     if (folder / WALK).is_file():
-        faults += _check_walk(folder / WALK, manifest, plan)
+        faults += _check_walk(folder / WALK, manifest, plan, taken)
     for rank in range(manifest["ranks"] if manifest["weights"] is not None else 0):
         if (folder / file_of_rank(rank)).is_file():
-            faults += _check_rank(folder / file_of_rank(rank), rank, manifest, plan)
+            faults += _check_rank(folder / file_of_rank(rank), rank, manifest, plan, taken)
     return faults
 
 
 def _check_program(path: Path, name: str, stated: dict[str, Any], manifest: dict[str, Any]) -> list[Fault]:
-    """It is part of this export and, where it is a graph, takes and gives what the manifest says. Nothing of it is run."""
+    """It is part of this export and, where it is a graph, this torch reads it and it takes and gives what the manifest says. None is run."""
     try:
         with zipfile.ZipFile(path) as archive:
             identity = _identity(archive, manifest["format"])
-            written = _read(archive, "models/model.json") if manifest["format"] == "pt2" else {}
     except (zipfile.BadZipFile, OSError, LookupError, TypeError, ValueError) as error:
         return [Fault("unreadable", path.name, f"no program: {type(error).__name__}: {error}")]
     if identity != manifest[EXPORT_ID]:
         return [Fault("other_export", path.name, "it is part of another export than the manifest")]
+    if manifest["format"] != "pt2":
+        return []
+    try:
+        graph = read_program(path).graph
+    except ExportError as error:
+        return [Fault("unreadable", path.name, str(error))]
     faults = []
-    for kind in ("inputs", "outputs") if written else ():
-        graph = written["graph_module"]["graph"]
-        got = [_sizes(graph["tensor_values"][value["as_tensor"]["name"]]["sizes"]) for value in graph[kind]]
-        expected = [[size if isinstance(size, int) else None for size in value["shape"]] for value in stated[kind]]
+    (outputs,) = graph.output_node().args
+    for kind, values in (("inputs", placeholders(graph)), ("outputs", outputs)):
+        got = [_kind(value.meta["val"]) for value in values]
+        expected = [
+            (value["dtype"], [s if isinstance(s, int) else None for s in value["shape"]]) for value in stated[kind]
+        ]
         if got != expected:
-            faults.append(Fault(f"other_{kind}", path.name, f"sizes {got}, expected {expected}"))
+            faults.append(Fault(f"other_{kind}", path.name, f"got {got}, expected {expected}"))
     return faults
 
 
-def _sizes(written: list[dict[str, Any]]) -> list[int | None]:
-    """Sizes as torch.export writes them; None for those that are free."""
-    return [size.get("as_int") for size in written]
+def _kind(value: Tensor) -> tuple[str, list[int | None]]:
+    """Dtype and sizes; None for those that are free."""
+    return str(value.dtype)[6:], [size if isinstance(size, int) else None for size in value.shape]
 
 
 def _identity(archive: zipfile.ZipFile, format: str) -> str:
     """Which export a program says that it is a part of."""
     if format == "pt2":
-        return archive.read(_member(archive, f"extra/{EXPORT_ID}")).decode()
-    return str(_read(archive, "wrapper_metadata.json")[EXPORT_ID])
+        return member_of(archive, f"extra/{EXPORT_ID}").decode()
+    return str(json.loads(member_of(archive, "wrapper_metadata.json"))[EXPORT_ID])
 
 
-def _read(archive: zipfile.ZipFile, end: str) -> Any:
-    return json.loads(archive.read(_member(archive, end)))
-
-
-def _member(archive: zipfile.ZipFile, end: str) -> str:
-    """The file in an archive whose name, behind the archive's own, is this."""
-    for name in archive.namelist():
-        if name.endswith(end):
-            return name
-    raise LookupError(f"it holds no {end}")
-
-
-def _check_walk(path: Path, manifest: dict[str, Any], plan: HelixPlan) -> list[Fault]:
+def _check_walk(path: Path, manifest: dict[str, Any], plan: HelixPlan, taken: dict[str, Any]) -> list[Fault]:
+    """`taken` gets (sizes, dtype) of each weight that the walk takes."""
     try:
         document = read_walk(path)
         stage = stage_of_walk(document, torch.device("cpu"))
@@ -99,12 +97,16 @@ def _check_walk(path: Path, manifest: dict[str, Any], plan: HelixPlan) -> list[F
         return [Fault("unreadable", path.name, str(error))]
     if document.get(EXPORT_ID) != manifest[EXPORT_ID]:
         return [Fault("other_export", path.name, "it is part of another export than the manifest")]
-    return [
-        *_check_calls(stage, document, manifest),
-        *_check_ledger(stage, plan),
-        *_check_collectives(stage, manifest, plan),
-        *_check_caches(stage, document),
-    ]
+    try:
+        taken |= {ref.name: (list(of[0]), of[1]) for ref, of in inputs_of_walk(document).items() if ref.kind == "param"}
+        return [
+            *_check_calls(stage, document, manifest),
+            *_check_ledger(stage, plan),
+            *_check_collectives(stage, manifest, plan),
+            *_check_caches(stage, document),
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # nodes of which nothing could be made
+        return [Fault("unreadable", path.name, f"damaged: {type(error).__name__}: {error}")]
 
 
 def _check_calls(stage: fx.GraphModule, document: dict[str, Any], manifest: dict[str, Any]) -> list[Fault]:
@@ -188,7 +190,8 @@ def _check_caches(stage: fx.GraphModule, document: dict[str, Any]) -> list[Fault
     return faults
 
 
-def _check_rank(path: Path, rank: int, manifest: dict[str, Any], plan: HelixPlan) -> list[Fault]:
+def _check_rank(path: Path, rank: int, manifest: dict[str, Any], plan: HelixPlan, taken: dict[str, Any]) -> list[Fault]:
+    """`taken`: (sizes, dtype) of each weight that the walk takes."""
     try:
         file = RankFile(path)
     except HelixError as error:
@@ -200,5 +203,11 @@ def _check_rank(path: Path, rank: int, manifest: dict[str, Any], plan: HelixPlan
         if got != (expected := plan.layout.index(axis, rank)):
             what = f"{got}, rank {rank} of this layout is at {expected}"
             faults.append(Fault("rank_coordinate", f"{path.name}, {axis}_rank", what))
-    weights = sorted(file.names - {f"{axis}_rank" for axis in file.coordinates()})
-    return faults + check_tensors(path.name, rank, {name: digest_of(file.tensor(name)) for name in weights}, manifest)
+    digests = {}
+    for name in sorted(file.names - {f"{axis}_rank" for axis in file.coordinates()}):
+        tensor = file.tensor(name)
+        digests[name] = digest_of(tensor)
+        kind = list(tensor.shape), str(tensor.dtype)[6:]
+        if kind != taken.get(name, kind):
+            faults.append(Fault("weights", f"{path.name}, {name}", f"it is {kind}, {WALK} takes {taken[name]}"))
+    return faults + check_tensors(path.name, rank, digests, manifest)

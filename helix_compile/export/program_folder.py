@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from helix_compile.errors import ExportError
 from helix_compile.export.exportable import check_exportable, without_kernels
-from helix_compile.export.manifest import EXPORT_ID, MANIFEST, VERSION, described_file, facts_of_plan
+from helix_compile.export.manifest import EXPORT_ID, MANIFEST, VERSION, described_file, facts_of_plan, format_manifest
 from helix_compile.export.programs import (
     check_native,
     cut_for_export,
@@ -35,7 +35,7 @@ from helix_compile.export.programs import (
 )
 from helix_compile.export.rank_file import COORDINATES, digest_of, file_of_rank
 from helix_compile.export.walk import WALK, collectives_of, format_walk, step_inputs, walk_document, without_layers
-from helix_compile.files import StagedFiles
+from helix_compile.files import StagedFiles, unfinished
 from helix_compile.ir.graph import input_ref, inputs_of
 from helix_compile.ir.stage import bodies_of, copy_module
 from helix_compile.layout.degrees import HelixLayout
@@ -61,7 +61,8 @@ def export_programs(
         HelixError: the disk refuses.
     """
     check_programs_of(compiled, format)
-    if folder.exists() and (there := sorted(path.name for path in folder.iterdir())):
+    # what an export that was killed left is replaced
+    if folder.is_dir() and (there := sorted({path.name for path in folder.iterdir()} - {unfinished("export")})):
         raise ExportError(
             f"export: {folder} holds {', '.join(there[:5])}{', ...' if len(there) > 5 else ''}; choose a folder of its own"
         )
@@ -92,7 +93,7 @@ def export_programs(
             for weight in sorted(set(held) - {f"{axis}_rank" for axis in COORDINATES}):
                 facts["weights"].setdefault(weight, []).append(digest_of(held[weight]))
             write(file_of_rank(rank.rank), lambda path, held=held: save_file(held, path, {EXPORT_ID: facts[EXPORT_ID]}))  # type: ignore[misc]
-        files.write_text(MANIFEST, json.dumps(facts, indent=1))
+        files.write_text(MANIFEST, format_manifest(facts))
         files.move()
     return facts
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from helix_compile.errors import ExportError
-from helix_compile.export.manifest import EXPORT_ID
+from helix_compile.export.manifest import EXPORT_ID, digest_of_tensor
 
 COORDINATES = ("kvp", "ep", "world")  # axes; a rank's place on one is an input of the walk, AXIS_rank
 
@@ -22,9 +21,9 @@ def file_of_rank(rank: int) -> str:
 
 
 def digest_of(tensor: Tensor) -> str:
-    """sha256 of a tensor's bytes."""
+    """See digest_of_tensor()."""
     flat: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(flat.data).hexdigest()
+    return digest_of_tensor(str(tensor.dtype)[6:], tensor.shape, flat.data)
 
 
 class RankFile:

@@ -17,7 +17,10 @@ from helix_compile.cli.commands import app
 from helix_compile.errors import ExportError
 from helix_compile.export.formats import check_export
 from tests.export.test_onnx_ranks import compiled_tiny
+from tests.support.driver import deviation, random_ids
+from tests.support.models import tiny_model
 from tests.support.onnx_ranks import OnnxRanks
+from tests.support.ort_ranks import ort_rank
 
 runner = CliRunner()
 SIZES = ("--max-batch-size", "2", "--max-seq-len", "64", "--tokens-per-block", "4")
@@ -84,6 +87,42 @@ def test_layers_that_are_left_out_are_not_there(tmp_path: Path) -> None:
     ids = torch.randint(0, 97, (2, 5))
     got = OnnxRanks(tmp_path / "out", manifest).step(ids, torch.ones(2, 5, dtype=torch.int64))[0]
     torch.testing.assert_close(torch.tensor(got), compiled(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_that_are_fixed_are_numbers(tmp_path: Path) -> None:
+    """In onnxruntime, one step a model: what was asked for is the model, another T is no input."""
+    compiled, model = compiled_tiny(), tiny_model("plain", torch.float32)
+    ids, ones = random_ids(model, 2, 3), torch.ones(2, 3, dtype=torch.int64)
+    manifest = compiled.export(tmp_path / "out", batch=2, tokens=3)
+    assert [i["shape"] for i in manifest["inputs"][:2]] == [[2, 3], [2, 3]]
+    assert manifest["outputs"][0]["shape"] == [2, 3, 97]
+    assert check_export(tmp_path / "out") == []
+    ranks = OnnxRanks(tmp_path / "out", manifest, ort_rank)
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert deviation(torch.tensor(ranks.step(ids, ones)[0]), expected, ones) <= 1e-5
+    with pytest.raises(Exception, match="Got: 1 Expected: 3"):
+        ranks.step(ids[:, :1], ones[:, :1])
+    for asked, said in (({"batch": 5}, "batch=5: .* 1 to 4"), ({"tokens": 0}, "tokens=0: .* 1 to 64")):
+        with pytest.raises(ExportError, match=said):
+            compiled.export(tmp_path / "other", **asked)
+    with pytest.raises(ExportError, match="programs take any B and T"):
+        compiled.export(tmp_path / "other", "pt2", tokens=1)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_place_that_is_none_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    """A file in the way; and what a killed export left behind is nobody's."""
+    (tmp_path / "file").write_text("")
+    compiled = compiled_tiny()
+    for format in ("onnx", "pt2"):
+        with pytest.raises(HelixError, match=r"export: .*file is not a folder"):
+            compiled.export(tmp_path / "file", format)
+    left = tmp_path / "out" / ".unfinished-export"
+    left.mkdir(parents=True)
+    (left / "walk.json").write_text("half of")
+    compiled.export(tmp_path / "out", "pt2", layers=[0])
+    assert check_export(tmp_path / "out") == [] and not left.exists()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 from helix_compile import HelixError
 from helix_compile.errors import ExportError
 from helix_compile.export.formats import check_export
-from helix_compile.export.manifest import sha256_of
+from helix_compile.export.manifest import OTHER_VALUES, described_file, format_manifest, sha256_of
 from tests.export.test_onnx_ranks import TOLERANCE, check_caches, compiled_tiny, run
 from tests.support.models import tiny_model
 from tests.support.onnx_ranks import OnnxRanks
@@ -42,15 +42,21 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 
 def edit(folder: Path, ranks: range, change: Callable[[Any, int], None], reseal: bool = True) -> None:
     """Change the models of these ranks."""
-    manifest = json.loads((folder / "manifest.json").read_text())
     for rank in ranks:
         path = folder / f"rank{rank}.onnx"
         model = onnx.load(path, load_external_data=False)
         change(model, rank)
         onnx.save(model, path)
         if reseal:
-            manifest["files"][path.name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+            edit_manifest(folder, lambda m, path=path: m["files"].update({path.name: described_file(path)}))
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any], reseal: bool = True) -> None:
+    """Change the manifest, as an exporter that meant it, or (not `reseal`) by hand."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(format_manifest(manifest) if reseal else json.dumps(manifest))
 
 
 def codes(folder: Path) -> dict[str, set[str]]:
@@ -70,7 +76,8 @@ def swap_kvp_ranks(model: Any, rank: int) -> None:
 def change_blocks(model: Any, rank: int) -> None:
     for node in model.graph.node:
         for attribute in node.attribute:
-            attribute.i = 2 if attribute.name == "tokens_per_block" else attribute.i
+            if attribute.name == "tokens_per_block":
+                attribute.i = 2
 
 
 def drop_all_reduce(model: Any, rank: int) -> None:
@@ -158,6 +165,122 @@ def test_a_function_that_is_not_the_spec_is_named(folder: Path) -> None:
 
     edit(folder, range(4), change)
     assert codes(folder) == {"other_function": {f"rank{r}.onnx, helix::softmax_of_seen" for r in range(4)}}
+
+
+def weight(model: Any) -> Any:
+    return next(t for t in model.graph.initializer if t.name == O_PROJ)
+
+
+def other_sizes(model: Any, rank: int) -> None:
+    """The same bytes, read the other way round."""
+    weight(model).dims[:] = list(weight(model).dims)[::-1]
+
+
+def other_dtype(model: Any, rank: int) -> None:
+    weight(model).data_type = onnx.TensorProto.INT32
+
+
+def no_length(model: Any, rank: int) -> None:
+    kept = [(entry.key, entry.value) for entry in weight(model).external_data if entry.key != "length"]
+    del weight(model).external_data[:]
+    for key, value in kept:
+        weight(model).external_data.add(key=key, value=value)
+
+
+def outside(model: Any, rank: int) -> None:
+    next(e for e in weight(model).external_data if e.key == "location").value = "../manifest.json"
+
+
+def circle(model: Any, rank: int) -> None:
+    next(n for n in model.graph.node if list(n.output) == ["cache_2_out"]).input[0] = "cache_2_out"
+
+
+def no_coordinate(model: Any, rank: int) -> None:
+    place = next(i for i, tensor in enumerate(model.graph.initializer) if tensor.name == "kvp_rank")
+    del model.graph.initializer[place]
+
+
+def no_function(model: Any, rank: int) -> None:
+    place = next(i for i, function in enumerate(model.functions) if function.name == "mla_decode")
+    del model.functions[place]
+
+
+def no_axis(model: Any, rank: int) -> None:
+    for node in [n for f in model.functions for n in f.node if n.op_type == "AllReduce"]:
+        del node.attribute[:]
+
+
+def other_ir(model: Any, rank: int) -> None:
+    model.ir_version = 10
+
+
+def other_opset(model: Any, rank: int) -> None:
+    next(o for o in model.opset_import if not o.domain).version = 22
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_sizes, f"weights: rank1.onnx, {O_PROJ}: {OTHER_VALUES}"),
+        (other_dtype, f"weights: rank1.onnx, {O_PROJ}: {OTHER_VALUES}"),
+        (no_length, f"weights: rank1.onnx, {O_PROJ}: its external data is not there"),
+        (outside, f"weights: rank1.onnx, {O_PROJ}: its external data is not there"),
+        (circle, "unreadable: rank1.onnx: no ONNX model: "),
+        (no_coordinate, "unreadable: rank1.onnx: no ONNX model: "),
+        (no_function, "other_function: rank1.onnx: mla_decode called, and not defined"),
+        (no_axis, "collectives: rank1.onnx: 12 of 12; the first that differs is #1: ['AllReduce', '', 0, '']"),
+        (other_ir, "unreadable: rank1.onnx: (IR, opset) are (10, 23)"),
+        (other_opset, "unreadable: rank1.onnx: no ONNX model: Opset import"),
+    ],
+    ids=lambda case: getattr(case, "__name__", ""),
+)
+def test_a_model_that_can_not_be_is_named_in_words(folder: Path, change: Any, said: str) -> None:
+    """Without a trace, and without an end to the search."""
+    edit(folder, range(1, 2), change)
+    found = [str(fault) for fault in check_export(folder)]
+    assert any(fault.startswith(said) for fault in found), found
+    assert all("rank1.onnx" in fault for fault in found)
+
+
+def turn_groups(manifest: dict[str, Any]) -> None:
+    manifest["groups"]["kvp"][0].reverse()
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (turn_groups, "manifest.json, groups"),
+        (lambda m: m.update(ranks=3), "manifest.json, ranks"),
+        (lambda m: m.update(layers=[0, 1]), "manifest.json, layers"),
+        (lambda m: m["ledger"].update(tokens_per_block=9), "manifest.json, ledger"),
+        (lambda m: m.pop("max_seq_len"), "manifest.json, max_seq_len"),
+        (lambda m: m["plan"]["options"].update(tokens_per_block=2), "manifest.json"),
+        (lambda m: m.pop("plan"), "manifest.json"),
+    ],
+    ids=["groups", "ranks", "layers", "ledger", "max_seq_len", "plan", "none"],
+)
+def test_a_manifest_that_is_edited_is_named(folder: Path, change: Any, where: str) -> None:
+    """By its digest, and by what its plan says. `groups` turned round: every file is as it was, and what is exchanged comes in another order."""
+    if change is not turn_groups:
+        edit_manifest(folder, change, reseal=False)
+        assert "manifest.json" in codes(folder)["changed_file"]
+    else:
+        edit_manifest(folder, change)
+        assert codes(folder) == {"manifest": {where}}
+    assert where in codes(folder).get("manifest", set()) or where == "manifest.json, layers"
+
+
+def test_rank_files_that_are_swapped_and_strangers_are_named(folder: Path) -> None:
+    for end in ("onnx", "onnx.data"):
+        (folder / f"rank0.{end}").rename(folder / "kept")
+        (folder / f"rank1.{end}").rename(folder / f"rank0.{end}")
+        (folder / "kept").rename(folder / f"rank1.{end}")
+    shutil.copy(folder / "rank2.onnx", folder / "rank4.onnx")
+    (folder / "notes.txt").write_text("anyone may put a file here")
+    found = codes(folder)
+    assert found["extra_file"] == {"rank4.onnx"}
+    assert found["changed_file"] == {f"rank{r}.{end}" for r in (0, 1) for end in ("onnx", "onnx.data")}
+    assert {"rank0.onnx, kvp_rank", "rank1.onnx, kvp_rank"} <= found["rank_coordinate"]
 
 
 def test_what_exists_is_not_overwritten(exported: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -18,9 +17,10 @@ import torch
 from helix_compile import helix_compile
 from helix_compile.errors import ExportError
 from helix_compile.export.formats import check_export
-from helix_compile.export.manifest import sha256_of
+from helix_compile.export.manifest import described_file
 from helix_compile.export.onnx_shardings import check_shardings, parts_of, spec_of, specs_of
 from helix_compile.layout.degrees import HelixLayout
+from tests.export.test_onnx_check import edit_manifest
 from tests.export.test_onnx_ranks import TOLERANCE, compiled_tiny
 from tests.support.driver import Reference, deviation, left_padded, random_ids
 from tests.support.models import tiny_model
@@ -190,12 +190,7 @@ def test_a_spec_that_can_be_and_is_wrong_is_named(exported: tuple[Any, Path, dic
         if spec.tensor_name == name:
             spec.device[0], spec.device[1] = spec.device[1], spec.device[0]
     onnx.save(model, copy / "plan.onnx")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["plan.onnx"] = {
-        "sha256": sha256_of(copy / "plan.onnx"),
-        "bytes": (copy / "plan.onnx").stat().st_size,
-    }
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(copy, lambda m: m["files"].update({"plan.onnx": described_file(copy / "plan.onnx")}))
     assert [str(f) for f in check_export(copy)] == [
         f"sharding: plan.onnx, {name}: what its spec gives ranks [1, 0] is not what they hold"
     ]

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from safetensors.torch import save_file
 from helix_compile import HelixModule, helix_compile, load_exported
 from helix_compile.errors import ExportError, RuntimeFault
 from helix_compile.export.formats import check_export
-from helix_compile.export.manifest import described_file
+from helix_compile.export.manifest import OTHER_VALUES, described_file, format_manifest
 from helix_compile.export.programs import cut_for_export, program_of, save_native
 from helix_compile.ir.graph import placeholders
 from helix_compile.ir.sizes import size_at_step
+from tests.export.test_onnx_check import edit_manifest
 from tests.support.driver import Reference, deviation, left_padded, random_ids
 from tests.support.models import tiny_model
 
@@ -136,9 +138,7 @@ def codes(folder: Path) -> dict[str, set[str]]:
 
 def reseal(folder: Path, *names: str) -> None:
     """The manifest's digests of files made anew, as an exporter with this fault would have."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] |= {name: described_file(folder / name) for name in names}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(folder, lambda m: m["files"].update({name: described_file(folder / name) for name in names}))
 
 
 def edit_walk(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -219,7 +219,7 @@ def test_swapped_and_damaged_weights_are_named(folder: Path) -> None:
     said = [str(fault) for fault in check_export(folder)]
     assert said == [
         *(f"weights: rank{r}.safetensors, {O_PROJ}: it is rank {1 - r}'s" for r in (0, 1)),
-        f"weights: rank2.safetensors, {O_PROJ}: its values are not those that were exported",
+        f"weights: rank2.safetensors, {O_PROJ}: {OTHER_VALUES}",
     ]
 
 
@@ -238,17 +238,46 @@ def test_a_file_that_is_missing_changed_or_none_is_named(folder: Path) -> None:
 def test_another_export_s_manifest_or_version_is_named(folder: Path) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "helix_export": "0" * 64}))
+    path.write_text(format_manifest({**manifest, "helix_export": "0" * 64}))
     assert set(codes(folder)) == {"other_export"}
     with pytest.raises(ExportError, match=r"another export than manifest\.json"):
         load_exported(folder)
+    for change in ({"vocab_size": 9}, {"limits": {"B": [1, 2], "T": [1, 5]}}, {"groups": {}}):
+        path.write_text(json.dumps({**manifest, **change}))
+        assert codes(folder)["changed_file"] == {"manifest.json"}
+        with pytest.raises(ExportError, match=r"manifest\.json: edited after the export"):
+            load_exported(folder)
     path.write_text(json.dumps({**manifest, "version": 7}))
     for read in (check_export, load_exported):
-        with pytest.raises(ExportError, match="version 7, expected 1"):
+        with pytest.raises(ExportError, match="version 7, expected 2"):
             read(folder)
-    path.write_text(json.dumps({**manifest, "format": "onnx"}))
+    path.write_text(format_manifest({**manifest, "format": "onnx"}))
     with pytest.raises(ExportError, match="expected pt2 or aoti"):
         load_exported(folder)
+
+
+def test_a_program_in_the_place_of_another_is_named_and_not_run(folder: Path) -> None:
+    """All are of one export, so it is what they take and give that tells; the walk would call the wrong one with what fits or not."""
+    shutil.copy(folder / "outer_segment_0.pt2", folder / "outer_segment_1.pt2")
+    with pytest.raises(ExportError, match=r"outer_segment_1\.pt2 not as exported"):
+        load_exported(folder)
+    reseal(folder, "outer_segment_1.pt2")
+    assert codes(folder) == {"other_inputs": {"outer_segment_1.pt2"}, "other_outputs": {"outer_segment_1.pt2"}}
+
+
+def test_a_program_of_another_version_is_named(folder: Path) -> None:
+    """As a torch of years to come would write it."""
+    path, name = folder / "outer_segment_1.pt2", "models/model.json"
+    with zipfile.ZipFile(path) as archive:
+        held = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in held.items():
+            if member.endswith(name):
+                content = json.dumps({**json.loads(content), "schema_version": {"major": 99, "minor": 0}}).encode()
+            archive.writestr(member, content)
+    reseal(folder, path.name)
+    (fault,) = check_export(folder)
+    assert fault.code == "unreadable" and "99" in fault.what, fault
 
 
 @pytest.mark.slow
