@@ -16,7 +16,7 @@ import yaml
 
 from helix_compile.capture.source import load_folder
 from helix_compile.errors import HelixError
-from helix_compile.eval.harness import HelixLM
+from helix_compile.eval.harness import HelixLM, written_to
 from helix_compile.eval.harness_rows import harness_rows
 from helix_compile.eval.words import FILLERS, WORDS
 
@@ -140,6 +140,13 @@ def test_the_command_line(task_files: Path, tmp_path: Path) -> None:
     with pytest.raises(HelixError, match="neither ours nor the harness's: pears_choice"):  # its thousands are looked at
         harness_rows({}, ["pears_choice"], 1, task_files)
     assert results["pairs_choice"]["acc,none"] >= 3 / 4 and results["pairs_text"]["word_perplexity,none"] > 1
+
+
+def test_of_several_processes_one_writes() -> None:
+    given = ["lm_eval", "run", "--tasks", "a", "-o", "x", "--model", "helix"]
+    assert written_to(given, "/tmp/y") == ["lm_eval", "run", "--tasks", "a", "-o", "/tmp/y", "--model", "helix"]
+    assert written_to(["lm_eval", "--output_path=x", "-v"], "y") == ["lm_eval", "--output_path=y", "-v"]
+    assert written_to(["lm_eval", "--output_path", "x"], "y") == ["lm_eval", "--output_path", "y"]
 
 
 def test_it_is_found_by_name() -> None:
