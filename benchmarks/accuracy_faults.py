@@ -36,6 +36,7 @@ from helix_compile.verifier.mutants.mutant import replace_op
 from helix_compile.verifier.mutants.self_test import MAY_FAIL, AcceptanceRule
 
 BLOCK = 32
+SOUND, SWAPPED, FOREIGN = "none", "two blocks of a hand-over swapped", "a block of another sequence in a hand-over"
 
 
 def unwritten(cache: Any, table: Any, slots: Any, visible: Any, latent: Any, k_rope: Any) -> Any:
@@ -82,13 +83,29 @@ class SwappedBlock(HelixDecoder):
 
 Fault = Callable[[HelixModule], None]
 GRAPH_FAULTS: dict[str, Fault] = {
-    "none": lambda compiled: None,
+    SOUND: lambda compiled: None,
     "plain mean of the ranks' parts": lambda compiled: replace_op(compiled, "merge_lse", plain_mean),
     "RoPE by the local position": local_position,
     "the new token is not seen by itself": lambda compiled: replace_op(compiled, "shard_index", misses_itself),
     "the new token is not kept": lambda compiled: replace_op(compiled, "cache_append", unwritten),
 }
-SWAPPED, FOREIGN = "two blocks of a hand-over swapped", "a block of another sequence in a hand-over"
+
+
+def broken(model: Any, fault: Fault, options: dict[str, Any]) -> HelixModule:
+    """The model, compiled, with a fault in it."""
+    compiled = helix_compile(model, **options)
+    fault(compiled)
+    for _, gm in graphs_of(compiled.graph):
+        gm.recompile()
+    return compiled
+
+
+def judged(compiled: HelixModule, model: Any, rule: AcceptanceRule) -> tuple[str, str]:
+    """What verify() finds, and what the acceptance rule says."""
+    found = sorted({f.code for f in verify(compiled, model).findings})
+    off = rule.share_off(compiled)
+    said = "does not run" if off is None else f"{off:.1%} off: {'passes' if off <= MAY_FAIL else 'caught'}"
+    return " ".join(found) or "nothing", said
 
 
 def main() -> None:
@@ -106,24 +123,18 @@ def main() -> None:
     sender, tokenizer = ModelDecoder(model), load_tokenizer(chosen.folder)
     options = {"cp": 4, "tokens_per_block": BLOCK, "max_batch_size": 1, "max_seq_len": max(chosen.contexts)}
     decoders: dict[str, Any] = {"unmodified model": sender}
-    verdicts: dict[str, tuple[str, str]] = {"unmodified model": ("", "")}
+    for name, fault in GRAPH_FAULTS.items():
+        compiled = broken(model, fault, options)
+        decoders[name] = HelixDecoder(compiled, chosen.prefill, sender if chosen.prefill == "model" else None)
+        if name == SOUND:
+            decoders[SWAPPED] = SwappedBlock(compiled, sender, None)
+            decoders[FOREIGN] = SwappedBlock(compiled, sender, ModelDecoder(model))
+    verdicts = dict.fromkeys(decoders, ("not in the module", "not in the module")) | {"unmodified model": ("", "")}
     rule = AcceptanceRule(model)
     for name, fault in GRAPH_FAULTS.items():
-        compiled = helix_compile(model, **options)
-        fault(compiled)
-        for _, gm in graphs_of(compiled.graph):
-            gm.recompile()
-        found = sorted({f.code for f in verify(compiled, model).findings})
-        off = rule.share_off(compiled)
-        seen = "does not run" if off is None else f"{off:.1%} off: {'PASSES' if off <= MAY_FAIL else 'caught'}"
-        verdicts[name] = (" ".join(found) or "-", seen)
-        decoders[name] = HelixDecoder(compiled, chosen.prefill, sender if chosen.prefill == "model" else None)
-        if name == "none":
-            decoders |= {
-                SWAPPED: SwappedBlock(compiled, sender, None),
-                FOREIGN: SwappedBlock(compiled, sender, ModelDecoder(model)),
-            }
-            verdicts |= dict.fromkeys((SWAPPED, FOREIGN), ("not in the module", "not in the module"))
+        verdicts[name] = judged(
+            broken(model, fault, {**options, "max_batch_size": 8, "max_seq_len": 1024}), model, rule
+        )
     cells: dict[str, list[str]] = {name: [] for name in decoders}
     rows = list[Row]()
     for context in chosen.contexts:

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from helix_compile.cache.file import read_cache, write_cache
 from helix_compile.cache.shards import CacheEntries
 from helix_compile.errors import HelixError
+from helix_compile.ir.cache_argument import call_with_cache
 from helix_compile.module import HelixModule
 
 PREFILL_CHUNK = 1024  # tokens of a call of the unmodified model: bounds its mask, which is chunk x context
@@ -68,11 +69,8 @@ class ModelDecoder:
             part = ids[start : start + self._chunk]
             wanted = max(1, min(len(part), start + len(part) - (len(ids) - keep)))
             with torch.no_grad():
-                logits = self.model(
-                    input_ids=torch.tensor([list(part)], device=self.device),
-                    past_key_values=self.cache,
-                    logits_to_keep=wanted,
-                ).logits
+                given = torch.tensor([list(part)], device=self.device)
+                logits = call_with_cache(self.model, self.cache, input_ids=given, logits_to_keep=wanted).logits
             self._held += part
             kept.append(logits[0])
         return torch.cat(kept)[-keep:].cpu()

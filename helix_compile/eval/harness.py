@@ -8,7 +8,11 @@ importing this module is enough: lm_eval.simple_evaluate(model="helix", model_ar
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -193,22 +197,35 @@ class HelixLM(DecoderLM):
             raise HelixError(f"--model_args: model={model}, expected helix | original")
         if model == "original" and options:
             raise HelixError(f"--model_args: {', '.join(sorted(options))} can have no effect on model=original")
-        tokenizer = load_tokenizer(Path(path))
-        loaded, _ = load_folder(Path(path), dtype_asked(dtype))
-        if device is not None:
-            loaded = loaded.to(device)
-        decoder: Decoder = ModelDecoder(loaded)
+        folder, chosen = Path(path), dtype_asked(dtype)
+        tokenizer = load_tokenizer(folder)
+        decoder: Decoder
         if model == "helix":
             asked = HelixOptions(**options, max_batch_size=1, max_seq_len=max_seq_len)
-            decoder = HelixDecoder(helix_compile(loaded, options=asked))
+            # of a folder each rank reads its slices
+            decoder = HelixDecoder(helix_compile(folder, options=asked, dtype=chosen, device=device))
+        else:
+            decoder = ModelDecoder(load_folder(folder, chosen)[0].to(device or "cpu"))
         super().__init__(decoder, tokenizer, max_seq_len, str(path))
 
 
 def main() -> None:
-    """The harness's command line, with `helix` among its models."""
+    """The harness's command line, with `helix` among its models; under torchrun the first process prints and writes."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    if os.environ.get("RANK", "0") == "0":
+        cli_evaluate()
+        return
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        sys.argv = written_to(sys.argv, folder)
+        cli_evaluate()
+
+
+def written_to(arguments: list[str], folder: str) -> list[str]:
+    """The same command line with its --output_path, where it has one, elsewhere."""
+    names = ("--output_path", "-o")
+    moved = [f"{name}={folder}" if arg.startswith(f"{name}=") else arg for arg in arguments for name in names[:1]]
+    return [folder if before in names else arg for before, arg in zip(["", *moved], moved, strict=False)]
 
 
 if __name__ == "__main__":

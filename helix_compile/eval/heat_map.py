@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from helix_compile.eval.scoring import Answered
@@ -28,7 +28,7 @@ def short_count(tokens: int) -> str:
     return str(tokens)
 
 
-def format_heat_map(answered: dict[str, Sequence[Answered]], title: str = "") -> str:
+def format_heat_map(answered: Mapping[str, Sequence[Answered]], title: str = "") -> str:
     """SVG with a panel for each task and each who answered; a cell is right / asked of questions that deep.
 
     Args:

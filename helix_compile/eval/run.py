@@ -14,7 +14,7 @@ from helix_compile.capture.source import load_folder
 from helix_compile.compile import helix_compile
 from helix_compile.config.options import HelixOptions
 from helix_compile.eval.answers import Answerer, LocalAnswerer
-from helix_compile.eval.decoders import HelixDecoder, ModelDecoder
+from helix_compile.eval.decoders import Decoder, HelixDecoder, ModelDecoder
 from helix_compile.eval.evaluation import ORIGINAL, Evaluation, Progress, evaluate
 from helix_compile.eval.folder import load_tokenizer
 from helix_compile.eval.tasks import Document, make_documents
@@ -95,7 +95,7 @@ def evaluate_folder(
         from helix_compile.eval.harness import DecoderLM  # an extra, and slow to import
         from helix_compile.eval.harness_rows import harness_rows
 
-        decoders = {ORIGINAL: original, HELIX: HelixDecoder(compiled)}
+        decoders: dict[str, Decoder] = {ORIGINAL: original, HELIX: HelixDecoder(compiled)}
         models = {who: DecoderLM(d, tokenizer, options.max_seq_len, str(folder)) for who, d in decoders.items()}
         evaluation.rows += harness_rows(models, asked.harness_tasks, asked.limit, asked.include, asked.seed)
     layout, evaluation.is_leader = compiled.plan.layout, compiled.world.is_leader

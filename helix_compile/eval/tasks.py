@@ -134,10 +134,11 @@ def _document(task: str, pieces: _Pieces, context: int, count: int, draw: random
         places.append(len(ids))
         ids += _flat(fact)
     _fill(ids, room, within, pieces, draw)
-    asked = [(fact, (), place / length) for fact, place in zip(within, places, strict=True)]
-    asked += [(fact, told, None) for fact, told in said]
-    questions = tuple(Question(told, fact[0], _flat(fact[1:]), depth) for fact, told, depth in asked)
-    return Document(task, context, tuple(ids), questions)
+    within_asked = [
+        Question((), fact[0], _flat(fact[1:]), place / length) for fact, place in zip(within, places, strict=True)
+    ]
+    after_asked = [Question(told, fact[0], _flat(fact[1:]), None) for fact, told in said]
+    return Document(task, context, tuple(ids), (*within_asked, *after_asked))
 
 
 def _fill(

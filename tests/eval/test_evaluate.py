@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,7 +13,6 @@ import torch
 
 from helix_compile import helix_compile
 from helix_compile.capture.source import load_folder
-from helix_compile.cli import commands
 from helix_compile.errors import HelixError
 from helix_compile.eval.answers import LocalAnswerer
 from helix_compile.eval.decoders import HelixDecoder, ModelDecoder
@@ -23,6 +23,8 @@ from helix_compile.ir.stage import graphs_of
 from helix_compile.module import HelixModule
 from helix_compile.verifier.mutants.kernel_mutants import plain_mean
 from helix_compile.verifier.mutants.mutant import replace_op
+from tests.distributed.steps import launch
+from tests.support.command import run_here
 
 RECALL = Path(__file__).resolve().parents[1] / "data" / "recall"
 CONTEXT = 512
@@ -78,17 +80,11 @@ def _last(model: Any, ids: list[int], keep: int) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0, -keep:]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["helix-compile", "eval", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        commands.main()
-    return int(stopped.value.code or 0)
-
-
-def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path) -> None:
     asked = ["--cp", "2", "--tasks", "recall,copy", "--context", "256..512", "--limit", "5", "--dtype", "float32"]
-    assert run(monkeypatch, str(RECALL), *asked, "--json", "--out", str(tmp_path)) == 0
-    said = json.loads(capsys.readouterr().out)
+    done = run_here("eval", str(RECALL), *asked, "--json", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
     assert said == json.loads((tmp_path / "scores.json").read_text())
     assert [(r["task"], r["context"], r["model"], r["n"]) for r in said["rows"]] == [
         (task, context, who, 5)
@@ -111,11 +107,30 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         ([], "Missing option '--cp'"),
     ],
 )
-def test_refusals(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
-) -> None:
-    assert run(monkeypatch, str(RECALL), *arguments) == 2
-    assert said in capsys.readouterr().err
+def test_refusals(arguments: list[str], said: str) -> None:
+    done = run_here("eval", str(RECALL), *arguments)
+    assert done.returncode == 2 and said in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_under_torchrun_one_prints() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "helix_compile",
+        "eval",
+        str(RECALL),
+    ]
+    command += ["--cp", "2", "--tasks", "recall", "--context", "256", "--limit", "5", "--dtype", "float32", "--json"]
+    done = launch(command, 400)
+    assert done.returncode == 0, done.stderr
+    original, helix = json.loads(done.stdout)["rows"]
+    assert original["correct"] == helix["correct"] == 5 and helix["agreement"] == 1
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:

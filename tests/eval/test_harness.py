@@ -16,7 +16,7 @@ import yaml
 
 from helix_compile.capture.source import load_folder
 from helix_compile.errors import HelixError
-from helix_compile.eval.harness import HelixLM
+from helix_compile.eval.harness import HelixLM, written_to
 from helix_compile.eval.harness_rows import harness_rows
 from helix_compile.eval.words import FILLERS, WORDS
 
@@ -27,12 +27,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "doc_to_text": "{{text}}",
         "doc_to_target": "{{label}}",
         "doc_to_choice": "{{choices}}",
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     },
     "pairs_generate": {
         "output_type": "generate_until",
         "doc_to_text": "{{text}}",
-        "doc_to_target": " {{answer}}",
+        "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": ["."], "max_gen_toks": 3, "do_sample": False},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "filter_list": [{"name": "strict", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
@@ -48,23 +48,17 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of 40 pairs between fillers, one asked for: by its first word, for three words."""
+    """Documents of 12 facts between fillers, one asked for: by its first word, for three words; and which of three follows it."""
     folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(0)
     lines = []
-    for _ in range(6):
-        words = draw.sample(WORDS, 160)
-        facts = [words[i : i + 4] for i in range(0, 160, 4)]
+    for _ in range(4):
+        words = draw.sample(WORDS, 48)
+        facts = [words[i : i + 4] for i in range(0, 48, 4)]
         text = " ".join(" ".join([*fact, *draw.choices(FILLERS, k=3)]) for fact in facts)
-        asked, others = facts[draw.randrange(40)], draw.sample(facts, 3)
-        choices = draw.sample([asked[1], *(o[1] for o in others if o != asked)], 4 - (asked in others))
-        lines.append(
-            {
-                "text": f"{text} {asked[0]}",
-                "answer": " ".join(asked[1:]),
-                "choices": choices,
-                "label": choices.index(asked[1]),
-            }
-        )
+        asked, *others = draw.sample(facts, 3)
+        choices = draw.sample([fact[1] for fact in (asked, *others)], 3)
+        answer = {"answer": " ".join(asked[1:]), "choices": choices, "label": choices.index(asked[1])}
+        lines.append({"text": f"{text} {asked[0]}", **answer})
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for name, kind in KINDS.items():
         task = {"task": name, "dataset_path": "json", "test_split": "test"}
@@ -76,24 +70,20 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def models() -> dict[str, HelixLM]:
     return {
-        "original": HelixLM(RECALL, model="original", dtype="float32", max_seq_len=512),
-        "helix": HelixLM(RECALL, cp=4, dtype="float32", max_seq_len=512),
+        "original": HelixLM(RECALL, model="original", dtype="float32", max_seq_len=128),
+        "helix": HelixLM(RECALL, cp=4, dtype="float32", max_seq_len=128),
     }
 
 
 def test_tasks_as_rows(models: dict[str, HelixLM], task_files: Path) -> None:
     rows = harness_rows(models, ["pairs_choice", "pairs_generate"], None, task_files)
     assert [(r.task, r.model, r.n) for r in rows] == [
-        (task, who, 6) for task in ("pairs_choice", "pairs_generate") for who in ("original", "helix")
+        (task, who, 4) for task in ("pairs_choice", "pairs_generate") for who in ("original", "helix")
     ]
-    assert (
-        all(r.correct >= 5 for r in rows) and rows[0].correct == rows[1].correct and rows[2].correct == rows[3].correct
-    )
+    assert all(r.correct >= 3 for r in rows), rows
     assert all(r.agreement == 1 for r in rows if r.model == "helix")
     with pytest.raises(HelixError, match=r"pairs_text: it has .*word_perplexity"):
         harness_rows(models, ["pairs_text"], 1, task_files)
-    with pytest.raises(HelixError, match="neither ours nor the harness's: pears_choice"):
-        harness_rows(models, ["pears_choice"], 1, task_files)
 
 
 def test_log_probabilities_are_the_models(models: dict[str, HelixLM], task_files: Path) -> None:
@@ -107,11 +97,15 @@ def test_log_probabilities_are_the_models(models: dict[str, HelixLM], task_files
     whole = scores.gather(-1, torch.tensor(ids)[:, None])[:, 0]
     request = type("Request", (), {"args": (text,)})
     assert helix.loglikelihood_rolling([request])[0] == pytest.approx(float(whole.sum()), rel=1e-5)
-    score, greedy = helix._loglikelihood(ids[:200], ids[200:220])
+    longer = type("Request", (), {"args": (f"{text} {text}",)})
+    assert helix.loglikelihood_rolling([longer])[0] == pytest.approx(
+        models["original"].loglikelihood_rolling([longer])[0], rel=1e-5
+    )
+    score, greedy = helix._loglikelihood(ids[:50], ids[50:60])
     with torch.no_grad():
-        part = model(torch.tensor([ids[:220]])).logits[0, 199:219].double().log_softmax(-1)
-    assert score == pytest.approx(float(part.gather(-1, torch.tensor(ids[200:220])[:, None]).sum()), rel=1e-5)
-    assert greedy == bool((part.argmax(-1) == torch.tensor(ids[200:220])).all())
+        part = model(torch.tensor([ids[:60]])).logits[0, 49:59].double().log_softmax(-1)
+    assert score == pytest.approx(float(part.gather(-1, torch.tensor(ids[50:60])[:, None]).sum()), rel=1e-5)
+    assert greedy == bool((part.argmax(-1) == torch.tensor(ids[50:60])).all())
     assert helix._loglikelihood(ids[:-3], ids[-3:])[0] == pytest.approx(
         models["original"]._loglikelihood(ids[:-3], ids[-3:])[0], rel=1e-5
     )
@@ -139,11 +133,20 @@ def test_the_command_line(task_files: Path, tmp_path: Path) -> None:
         "--tasks",
         "pairs_choice,pairs_text",
     ]
-    command += ["--model_args", f"path={RECALL},cp=4,dtype=float32,max_seq_len=512", "--include_path", str(task_files)]
+    command += ["--model_args", f"path={RECALL},cp=4,dtype=float32,max_seq_len=128", "--include_path", str(task_files)]
     subprocess.run([*command, "--output_path", str(tmp_path)], check=True, timeout=900)
     (written,) = tmp_path.rglob("results_*.json")
     results = json.loads(written.read_text())["results"]
-    assert results["pairs_choice"]["acc,none"] >= 5 / 6 and results["pairs_text"]["word_perplexity,none"] > 1
+    with pytest.raises(HelixError, match="neither ours nor the harness's: pears_choice"):  # its thousands are looked at
+        harness_rows({}, ["pears_choice"], 1, task_files)
+    assert results["pairs_choice"]["acc,none"] >= 3 / 4 and results["pairs_text"]["word_perplexity,none"] > 1
+
+
+def test_of_several_processes_one_writes() -> None:
+    given = ["lm_eval", "run", "--tasks", "a", "-o", "x", "--model", "helix"]
+    assert written_to(given, "/tmp/y") == ["lm_eval", "run", "--tasks", "a", "-o", "/tmp/y", "--model", "helix"]
+    assert written_to(["lm_eval", "--output_path=x", "-v"], "y") == ["lm_eval", "--output_path=y", "-v"]
+    assert written_to(["lm_eval", "--output_path", "x"], "y") == ["lm_eval", "--output_path", "y"]
 
 
 def test_it_is_found_by_name() -> None:

@@ -16,6 +16,10 @@ from helix_compile.eval.evaluation import ORIGINAL, Evaluation, evaluate
 from helix_compile.eval.folder import load_tokenizer
 from helix_compile.eval.run import Asked, documents_of
 from helix_compile.eval.tasks import TASKS
+from helix_compile.ir.stage import graphs_of
+from helix_compile.verifier.mutants.graph_mutants import local_position
+from helix_compile.verifier.mutants.kernel_mutants import plain_mean
+from helix_compile.verifier.mutants.mutant import replace_op
 
 RECALL = Path(__file__).resolve().parents[1] / "data" / "recall"
 
@@ -47,3 +51,32 @@ def test_64k() -> None:
     evaluation = scores([65536], [{"cp": 4}, {"cp": 8, "pad_heads": True}], ("handover",), ("recall",), 100)
     assert evaluation.is_same, str(evaluation)
     assert all(row.correct >= 0.9 * row.n for row in evaluation.rows), str(evaluation)
+
+
+def _not_kept(cache: Any, table: Any, slots: Any, visible: Any, latent: Any, k_rope: Any) -> Any:
+    kept = slots if slots.shape[1] > 1 else torch.full_like(slots, -1)
+    return torch.ops.helix.cache_append(cache, table, kept, visible, latent, k_rope)
+
+
+FAULTS = {
+    "plain mean": lambda compiled: replace_op(compiled, "merge_lse", plain_mean),
+    "local position": local_position,
+    "not kept": lambda compiled: replace_op(compiled, "cache_append", _not_kept),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_answers(fault: str) -> None:
+    """After a prefill by the unmodified model: outside of its interval at the length of docs/accuracy.md, and so beyond."""
+    model = load_folder(RECALL, torch.float32)[0]
+    original = ModelDecoder(model)
+    compiled = helix_compile(model, cp=4, max_batch_size=1, max_seq_len=8192)
+    FAULTS[fault](compiled)
+    for _, gm in graphs_of(compiled.graph):
+        gm.recompile()
+    broken = LocalAnswerer(HelixDecoder(compiled, "model", original))
+    documents = documents_of(Asked(["recall"], [2048, 8192], 50), load_tokenizer(RECALL))
+    rows = evaluate({ORIGINAL: LocalAnswerer(original), "broken": broken}, documents).rows
+    for sound, faulty in zip(rows[::2], rows[1::2], strict=True):
+        assert faulty.interval[1] < sound.interval[0], (sound, faulty)
