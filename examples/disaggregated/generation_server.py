@@ -39,13 +39,14 @@ from serving import (
     errors_as_json,
     listen,
 )
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from helix_compile import CacheEntries, HelixError, HelixModule, RuntimeFault, helix_compile, read_cache
 
-IDLE_S = (
-    1.0  # without requests rank 0 still speaks this often: peers that wait longer than HELIX_TIMEOUT take it for dead
-)
+STARTS = 4  # of the group
+# without requests rank 0 still speaks this often: peers that wait longer than HELIX_TIMEOUT take it for dead
+IDLE_S = 1.0
 
 
 def admit(module: HelixModule, arrival: Arrival) -> None:
@@ -144,14 +145,13 @@ class GenerationServer:
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """POST {prompt, max_tokens, stop_token_ids, logprobs} -> a line of JSON a token; one with an error ends it early."""
-        if self.rows.fault is not None:
-            raise self.rows.fault
         asked, path = await request.json(), self.folder / uuid.uuid4().hex
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         sequence = None
         try:
             await response.prepare(request)
             async with self.places:
+                self.rows.check()
                 first = await self.prefill(asked, path)
                 tokens, stop = len(asked["prompt"]), asked["stop_token_ids"]
                 sequence = Sequence(str(path), tokens, first.token, asked["max_tokens"], stop, asked["logprobs"])
@@ -192,7 +192,7 @@ class GenerationServer:
         except TimeoutError as error:
             late = f"{where}: no cache within {self.serving.transfer_s:g} s (kv_transfer_timeout_ms)"
             raise ServingError(504, late, "handover_error") from error
-        except (aiohttp.ClientError, KeyError, ValueError) as error:
+        except (aiohttp.ClientError, KeyError, TypeError, ValueError) as error:
             raise ServingError(502, f"{where}: {type(error).__name__}: {error}", "handover_error") from error
         for name, got, expected in (
             ("tokens", handover.tokens, len(asked["prompt"])),
@@ -207,8 +207,7 @@ class GenerationServer:
         return handover.first
 
     async def health(self, request: web.Request) -> web.Response:
-        if self.rows.fault is not None:
-            raise self.rows.fault
+        self.rows.check()
         return web.json_response({"status": "ok", "rows": len(self.rows.running)})
 
     async def serve(self) -> None:
@@ -239,11 +238,16 @@ def run_rank(serving: Serving, folder: Path) -> None:
 
 
 def main(yaml: str) -> None:
-    """Start the ranks. After a fault they are started again; torchrun looks every three seconds, so that the others say what they saw."""
+    """Start the ranks; after a fault again, STARTS times in all.
+
+    By a torchrun of their own each time: what --max-restarts starts finds the dead ranks' addresses in the store that it kept (torch 2.13).
+    It looks every three seconds, so that the others can say what they saw.
+    """
     options = Serving.read(yaml).options
-    ranks = ["--standalone", f"--nproc-per-node={options.cp * options.tpa}", "--max-restarts=3", "--monitor-interval=3"]
-    with tempfile.TemporaryDirectory(prefix="helix-generation-") as folder:
-        torchrun([*ranks, __file__, yaml, folder])
+    ranks = ["--standalone", f"--nproc-per-node={options.cp * options.tpa}", "--monitor-interval=3"]
+    for _ in range(STARTS):
+        with tempfile.TemporaryDirectory(prefix="helix-generation-") as folder, suppress(ChildFailedError):
+            torchrun([*ranks, __file__, yaml, folder])
 
 
 if __name__ == "__main__":
@@ -251,3 +255,4 @@ if __name__ == "__main__":
         run_rank(Serving.read(sys.argv[1]), Path(sys.argv[2]))
     else:
         main(sys.argv[1])
+        sys.exit("generation server: its ranks stopped too often")

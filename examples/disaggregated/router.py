@@ -13,13 +13,14 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 from serving import GENERATE, HEALTH, Choice, Serving, ServingError, errors_as_json, listen, until_ended
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 # fields of a request that may be there with this value alone: what else they could say is not served
 NEUTRAL: dict[str, Any] = {
@@ -173,6 +174,15 @@ class Answer:
     finish: str | None = None
 
 
+def end_tokens(folder: Path) -> list[int]:
+    """Tokens that end an answer, as generate() takes them from a folder."""
+    try:
+        said = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # no generation_config.json
+        said = AutoConfig.from_pretrained(folder).eos_token_id
+    return said if isinstance(said, list) else [] if said is None else [said]
+
+
 class Router:
     """One context server, one generation server."""
 
@@ -180,8 +190,7 @@ class Router:
         self.serving, self.max_waiting = serving, max_waiting
         self.name = serving.model.name
         self.tokenizer = AutoTokenizer.from_pretrained(serving.model)
-        ends = GenerationConfig.from_pretrained(serving.model).eos_token_id
-        self.ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.ends = end_tokens(serving.model)
         self.taken = 0
 
     @asynccontextmanager

@@ -98,8 +98,13 @@ class Rows:
         self._free, self._left = list(range(count)), list[int]()
         self._waiting: deque[Sequence] = deque()
         self._count = count
-        self.fault: ServingError | None = None
+        self._fault: ServingError | None = None
         self.has_work = asyncio.Event()
+
+    def check(self) -> None:
+        """Raise what ended the rows, if anything did."""
+        if self._fault is not None:
+            raise self._fault
 
     def enter(self, sequence: Sequence) -> None:
         """Wait for a row.
@@ -107,8 +112,7 @@ class Rows:
         Raises:
             ServingError: there are no rows any more.
         """
-        if self.fault is not None:
-            raise self.fault
+        self.check()
         self._waiting.append(sequence)
         self.has_work.set()
 
@@ -149,6 +153,6 @@ class Rows:
 
     def fail(self, error: ServingError) -> None:
         """Nobody gets an answer any more."""
-        self.fault = error
+        self._fault = error
         for sequence in [*self.running.values(), *self._waiting]:
             sequence.fail(error)
