@@ -40,7 +40,9 @@ test-newest-transformers: $(STAMP)
 	test -d $(NEWEST) || $(BIN)/pip install --quiet --no-deps --target $(NEWEST) transformers==5.24.0
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -q tests/test_smoke.py tests/dynamo/test_backend.py::test_left_padding
 
+# lm-evaluation-harness is half a gigabyte with what it needs: only here
 test-slow: $(STAMP)
+	$(BIN)/pip install --quiet -e ".[eval]"
 	$(BIN)/python -m pytest -m slow
 
 # Lines that CI's tests run, and which of its heavy tests run none of their own: candidates for tests/slow_variants.txt

@@ -20,6 +20,8 @@ from helix_compile.eval.harness import HelixLM, written_to
 from helix_compile.eval.harness_rows import harness_rows
 from helix_compile.eval.words import FILLERS, WORDS
 
+pytestmark = pytest.mark.slow
+
 RECALL = Path(__file__).resolve().parents[1] / "data" / "recall"
 KINDS: dict[str, dict[str, Any]] = {
     "pairs_choice": {
