@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# pip compiles no sources (a third of an install): each module is when it is first imported, and this must not be forbidden then
+export PYTHONDONTWRITEBYTECODE :=
+PIP := $(BIN)/pip install --quiet --no-compile
+
 .PHONY: demo model test test-slow test-gpu test-versions coverage lint fix bench size clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch first and pinned: a looser request would take a CUDA build of several gigabytes
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[dev]"
+	# torch is pinned: a looser request would take a CUDA build of several gigabytes
+	$(PIP) torch==2.13.0 -e ".[dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -28,8 +31,7 @@ lint: $(STAMP)
 	$(BIN)/python tools/lint_imports.py
 	$(BIN)/codespell helix_compile tests examples benchmarks docs *.md
 
-# the first two keep one core busy each, side by side. Tests start some eighty processes: none compiles the sources anew
-test: export PYTHONDONTWRITEBYTECODE :=
+# the first two keep one core busy each, side by side
 test: $(STAMP)
 	$(MAKE) --jobs 2 --output-sync=target lint test-newest-transformers
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --dist loadfile --no-loadscope-reorder
@@ -37,17 +39,17 @@ test: $(STAMP)
 # The newest transformers beside the environment's own: a few tests that go through capture, generate() and torch.compile.
 NEWEST := $(VENV)/newest-transformers
 test-newest-transformers: $(STAMP)
-	test -d $(NEWEST) || $(BIN)/pip install --quiet --no-deps --target $(NEWEST) transformers==5.24.0
+	test -d $(NEWEST) || $(PIP) --no-deps --target $(NEWEST) transformers==5.24.0
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -q tests/test_smoke.py tests/dynamo/test_backend.py::test_left_padding
 
 # lm-evaluation-harness is half a gigabyte with what it needs: only here
 test-slow: $(STAMP)
-	$(BIN)/pip install --quiet -e ".[eval]"
+	$(PIP) -e ".[eval]"
 	$(BIN)/python -m pytest -m slow
 
 # Lines that CI's tests run, and which of its heavy tests run none of their own: candidates for tests/slow_variants.txt
 coverage: $(STAMP)
-	$(BIN)/pip install --quiet "pytest-cov>=7"
+	$(PIP) "pytest-cov>=7"
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --dist loadfile --no-loadscope-reorder \
 	  --cov=helix_compile --cov-context=test --cov-report=term --junitxml=out/coverage.xml -o junit_family=xunit1
 	$(BIN)/python tools/variants.py out/coverage.xml .coverage

@@ -155,19 +155,20 @@ def compare_paths(
     for sizes in at:
         if _surely(same, sizes):
             continue
-        where = _place_of_difference(calls, sizes)
+        tried = _WITH_NUMBERS.get(sizes, sizes)
         try:
-            sizes = _WITH_NUMBERS.get(sizes, sizes)
-            error = gap(sizes)
+            error = gap(tried)
         except HelixError:
             raise
         except Exception as reason:  # the module may fail on random numbers for any reason
             said = " ".join(f"{type(reason).__name__}: {reason}".split())[:200]
-            notes.append(f"{NOT_COMPARED}{what} takes another path at {sizes}, at {where}; tried with numbers: {said}")
+            where = _place_of_difference(calls, sizes)
+            notes.append(f"{NOT_COMPARED}{what} takes another path at {tried}, at {where}; tried with numbers: {said}")
             continue
         if error:
+            where = _place_of_difference(calls, sizes)
             raise CaptureError(
-                f"capture: {what} takes another path at {sizes} than at {Sizes()}, at {where}, and computes something else "
+                f"capture: {what} takes another path at {tried} than at {Sizes()}, at {where}, and computes something else "
                 f"there (relative RMS error {error:.2g}); a graph holds one path: write it without a branch on a size of 0 or 1, or "
                 "on torch.compiler.is_compiling() or is_exporting()"
             )

@@ -87,7 +87,9 @@ def test_the_second_answer_is_the_first(fake: bool) -> None:
                 memory = lambda x: {t.untyped_storage()._cdata for t in pytree.tree_leaves(x) if isinstance(t, Tensor)}  # noqa: E731
                 shared = [len(memory(x) & memory(args)) for x in (out, expected)]
                 assert shared[0] == shared[1], func
-            if time == 2 and expected is not None:
+            # a fake mode is not asked at all where the tensors on meta say it: it takes five times as long
+            on_meta = fake and len(func._schema.returns) == 1
+            if (time == 2 or (on_meta and known)) and expected is not None:
                 assert (func not in asked.ops) == known, func
 
 

@@ -22,7 +22,7 @@ GREEDY = {"do_sample": False, "pad_token_id": 0}
 
 
 def model() -> Any:
-    return tiny_model(dtype=torch.float32, experts="grouped_mm")
+    return tiny_model("short", torch.float32, experts="grouped_mm")
 
 
 def compiled_for(cp: int = 4, **options: Any) -> HelixModule:
