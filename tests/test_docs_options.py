@@ -35,7 +35,7 @@ def options_table() -> str:
     for field in fields(HelixOptions):
         option = OPTIONS[field.name]
         default = "required" if field.default is MISSING else "" if field.default is None else f"`{field.default}`"
-        choices = (False, True) if option.flag else option.offered
+        choices = (False, True) if option.flag else option.choices
         values = ", ".join(f"`{c}`" for c in choices) or f"int >= {option.least}"
         values = "number > 0, or several" if option.numbers else values
         lines.append(f"| `{field.name}` | {default} | {values} | {option.meaning} |")

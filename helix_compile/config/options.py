@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from helix_compile.config.files import ConfigSection, nearest, read_source
 from helix_compile.config.reading import OURS, is_plan, read_recipe
 from helix_compile.config.recipe import ConfigFields, Recipe
-from helix_compile.errors import HelixError, KeywordError, LayoutError, LoweringUnavailable, PlanError
+from helix_compile.errors import HelixError, KeywordError, LayoutError, PlanError
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -41,7 +41,6 @@ class Option:
         cli: for --help; of an option with choices, what stands behind them.
         choices: allowed strings, the default first; a field without any is an int >= 1, or True or False.
         flag: True or False.
-        later: choices that this version refuses -> why.
         of_exchange: at cp = 1 nothing is exchanged, so there it can have no effect.
         of_stages: at pp = 1 there is one stage, so there it can have no effect.
         of_ranks: a world of one rank has nobody to ask, so there it can have no effect.
@@ -52,7 +51,6 @@ class Option:
     meaning: str
     cli: str = ""
     choices: tuple[str, ...] = ()
-    later: Mapping[str, str] = field(default_factory=dict)
     of_exchange: bool = False
     of_stages: bool = False
     of_ranks: bool = False
@@ -61,14 +59,9 @@ class Option:
     numbers: bool = False
 
     @property
-    def offered(self) -> tuple[str, ...]:
-        """The choices that this version takes."""
-        return tuple(c for c in self.choices if c not in self.later)
-
-    @property
     def cli_help(self) -> str:
         """What --help says."""
-        return ": ".join(filter(None, (" | ".join(self.offered), self.cli)))
+        return ": ".join(filter(None, (" | ".join(self.choices), self.cli)))
 
 
 def _says(short: str, more_: str = "", **more: Any) -> dict[str, Option]:
@@ -235,8 +228,6 @@ class HelixOptions:
                 raise PlanError(
                     f"option {name}={value!r} is unknown; expected one of " + ", ".join(map(repr, option.choices))
                 )
-            elif value in option.later:
-                raise LoweringUnavailable(f"{name}={value!r}: {option.later[value]}; use {name}={option.choices[0]!r}")
             elif self.cp == 1 and option.of_exchange and value != option.choices[0]:
                 raise PlanError(
                     f"option {name}={value!r} has no effect at cp=1: one rank holds the whole sequence and nothing is "

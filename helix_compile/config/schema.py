@@ -17,7 +17,7 @@ def options_schema() -> dict[str, Any]:
     """The schema as plain data."""
     properties: dict[str, Any] = {}
     for field in fields(HelixOptions):
-        choices = OPTIONS[field.name].offered
+        choices = OPTIONS[field.name].choices
         count: dict[str, Any] = {"type": "integer", "minimum": OPTIONS[field.name].least, "maximum": MAX_COUNT}
         number: dict[str, Any] = {"type": "boolean"} if OPTIONS[field.name].flag else count
         if OPTIONS[field.name].numbers:

@@ -8,7 +8,9 @@ from helix_compile.config.options import HelixOptions
 from helix_compile.errors import PlanError
 from helix_compile.plan.helix_plan import BodyPlan, Decision
 
-PARTS = 2  # the least with which anything overlaps; each more starts its collectives, and reads a W_UV before them, once more
+# the least with which anything overlaps; each more starts its collectives, and reads a W_UV before them, once more. And the most: graphs
+# are captured with two sequences, and a part without one would be traced as if it had none ever
+PARTS = 2
 
 
 def parts_of_batch(options: HelixOptions) -> int:
