@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from helix_compile import HelixModule
 from helix_compile.ir.collectives import COLLECTIVES, WAIT
 from helix_compile.ir.graph import helix_op
-from helix_compile.ir.stage import body_of
+from helix_compile.ir.stage import OUTER, body_of
 from helix_compile.predict.costs import NodeSizes, Workload, predict_costs
 from helix_compile.predict.schedule import run_queues
 from helix_compile.worlds.walk import Pending
@@ -39,15 +39,26 @@ class Durations:
         """Of a collective."""
         return 0.0 if op == "all_reduce" else self.latency + self.byte * sent
 
-    def predicted(self, compiled: HelixModule, batch: int) -> float:
-        """Of a step of `batch` sequences, one token each, by the product's rule of queues on its lowered graphs."""
-        step, layout = Workload(batch, 1, 1), compiled.plan.layout
-        sizes, total = NodeSizes(step, layout, compiled.plan.options.tokens_per_block), 0.0
+    def predicted(
+        self, compiled: HelixModule, batch: int, real: Mapping[str, Mapping[str, float]] | None = None
+    ) -> float:
+        """Of a step of `batch` sequences, one token each, by the product's rule of queues on its lowered graphs.
+
+        Args:
+            real: what each node takes besides, by body; of the graph around them too.
+        """
+        step, layout, real = Workload(batch, 1, 1), compiled.plan.layout, real or {}
+        sizes, total = (
+            NodeSizes(step, layout, compiled.plan.options.tokens_per_block),
+            sum(real.get(OUTER, {}).values()),
+        )
         for body in compiled.plan.bodies:
             graph = body_of(compiled.graph, body.name).graph
             costs = predict_costs(graph, step, layout, compiled.plan.options.tokens_per_block)
             seconds = {n: self.exchange(c.collective, c.wire_bytes) for n, c in costs.items() if c.is_collective}
             seconds |= {n.name: self.row * sizes.shapes(n)[0][0] for n in graph.nodes if helix_op(n) in ATTENTION}
+            for name, took in real.get(body.name, {}).items():
+                seconds[name] = seconds.get(name, 0.0) + took
             ends = (start + took for _, _, _, start, took, _ in run_queues(graph, [seconds], lambda axis, rank: (0,)))
             total += len(body.layers) * max(ends)
         return total
