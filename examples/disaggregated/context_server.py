@@ -93,7 +93,7 @@ class ContextServer:
 
 async def main(serving: Serving) -> None:
     """Load the model, and serve until a signal comes."""
-    model = AutoModelForCausalLM.from_pretrained(serving.model, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(serving.model, dtype=serving.dtype or "auto").eval()
     with tempfile.TemporaryDirectory(prefix="helix-context-") as folder:
         await listen(ContextServer(model, serving.max_prompt, Path(folder)).app(), serving.context)
         print(f"context server: {serving.context}", flush=True)

@@ -183,7 +183,7 @@ class GenerationServer:
                 client.post(self.serving.context.url(PREFILL), json=words) as answer,
             ):
                 if answer.status != 200:
-                    raise ServingError(502, f"{where}: {await answer.text()}", "handover_error")
+                    raise ServingError(502, f"{where}: {ServingError.of_body(await answer.json())}", "handover_error")
                 handover = Handover.of_header(answer.headers[HANDOVER])
                 with path.open("wb") as file:
                     async for chunk in answer.content.iter_chunked(2**20):
@@ -230,7 +230,7 @@ class GenerationServer:
 def run_rank(serving: Serving, folder: Path) -> None:
     """One rank, under torchrun."""
     end_with_parent()
-    group = Group(helix_compile(serving.model, options=serving.options))
+    group = Group(helix_compile(serving.model, options=serving.options, dtype=serving.dtype))
     if dist.get_rank() == 0:
         asyncio.run(GenerationServer(serving, group, folder).serve())
     while True:

@@ -6,11 +6,13 @@ import asyncio
 import ctypes
 import json
 import signal
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from aiohttp import web
 
@@ -25,7 +27,8 @@ _TRANSCEIVER: dict[str, Any] = {"backend": "DEFAULT", "max_tokens_in_buffer": No
 _ONE = {"num_instances": 1, "pipeline_parallel_size": 1}
 _CONTEXT = {**_ONE, "tensor_parallel_size": 1, "context_parallel_size": 1, "max_batch_size": 1, "backend": "pytorch"}
 _TOP = {"schedule_style": "generation_first", "backend": "pytorch"}
-_SECTIONS = ("hostname", "port", "model", "req_timeout_secs", "context_servers", "generation_servers")
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SECTIONS = ("dtype", "hostname", "port", "model", "req_timeout_secs", "context_servers", "generation_servers")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Serving:
 
     Attributes:
         model: checkpoint folder.
+        dtype: of weights and caches; None: the folder's.
         router, context, generation: where they listen.
         options: of the Helix group, as its section says them.
         max_prompt: tokens of the longest cache that is handed over.
@@ -56,6 +60,7 @@ class Serving:
     """
 
     model: Path
+    dtype: torch.dtype | None
     router: Address
     context: Address
     generation: Address
@@ -84,6 +89,7 @@ class Serving:
         buffers = {t["max_tokens_in_buffer"] or options.max_seq_len for t in (sender, receiver)}
         return cls(
             model=Path(_text(said, "model")),
+            dtype=_dtype(said.get("dtype", "auto")),
             router=Address(said.get("hostname", "localhost"), _number(said, "", "port", 8000)),
             context=_address(context, "context_servers."),
             generation=_address(generation, "generation_servers."),
@@ -128,6 +134,12 @@ def _text(said: Mapping[str, Any], key: str) -> str:
     if not isinstance(value := said.get(key), str):
         raise HelixError(f"{key}: got {value!r}, expected a text")
     return value
+
+
+def _dtype(name: object) -> torch.dtype | None:
+    if name not in _DTYPES:
+        raise HelixError(f"dtype: got {name!r}, expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[str(name)]
 
 
 def _address(server: Mapping[str, Any], prefix: str) -> Address:
@@ -203,7 +215,7 @@ class ServingError(Exception):
 async def errors_as_json(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """What a handler raises on purpose, as an answer."""
+    """What a handler raises, as an answer."""
     try:
         return await handler(request)
     except ServingError as error:
@@ -212,6 +224,11 @@ async def errors_as_json(
     except web.HTTPException as error:
         body = ServingError(error.status, f"{request.method} {request.path}: {error.reason}", "invalid_request_error")
         return web.json_response(body.body(), status=error.status)
+    except ConnectionError:  # the client has gone: nobody to tell
+        raise
+    except Exception as error:  # whoever asked hears what it was; the log has where
+        traceback.print_exc()
+        return web.json_response(ServingError(500, f"{type(error).__name__}: {error}").body(), status=500)
 
 
 async def listen(app: web.Application, address: Address) -> web.AppRunner:

@@ -27,11 +27,13 @@ from generation_server import perform
 from router import Text, read_request
 from rows import Command, Rows, Sequence
 from serving import Choice, Serving, ServingError
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helix_compile import CacheEntries, HelixError, HelixModule, helix_compile, write_cache
+from helix_compile.eval.tasks import make_documents
 from tests.support.serving import BLOCK, ROOM, ROWS, YAML, Prompt, Served, mixed_prompts, served
 
+RECALL = Path(__file__).parents[1] / "data/recall"
 EXAMPLE = Path(__file__).parents[2] / "examples/disaggregated"
 Run = Callable[..., Any]
 
@@ -64,7 +66,7 @@ def run(model: Any, module: HelixModule, folder: Path, tmp_path: Path) -> Run:
 
     def within(act: Callable[[Served], Any], **more: Any) -> Any:
         async def whole() -> Any:
-            async with served(model, module, folder, tmp_path, **more) as example:
+            async with served(model, module, {**YAML, "model": str(folder)}, tmp_path, **more) as example:
                 return await act(example)
 
         return asyncio.run(whole())
@@ -95,6 +97,7 @@ def test_the_yaml_of_the_example_is_read() -> None:
         ("hostnam", "x", "hostnam"),
         ("model", None, "model: got None, expected a text"),
         ("port", "80", "port"),
+        ("dtype", "fp4", "dtype: got 'fp4'"),
     ],
 )
 def test_a_key_that_would_have_no_effect_is_refused(path: str, value: Any, said: str) -> None:
@@ -170,13 +173,14 @@ def test_a_fault_ends_all_and_what_comes_later() -> None:
 # text and fields
 
 
-def test_pieces_of_text_are_the_text(folder: Path) -> None:
-    """Whatever bytes come: whole characters, half ones, stop strings over several tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+@pytest.mark.parametrize("words", ["bytes", "recall"])
+def test_pieces_of_text_are_the_text(folder: Path, words: str) -> None:
+    """Whatever bytes come: whole characters, half ones, stop strings over several tokens; and whole words with blanks between them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder if words == "bytes" else RECALL)
     drawn = torch.Generator().manual_seed(0)
     for case in range(60):
         ids = torch.randint(0, len(tokenizer), (30,), generator=drawn).tolist()
-        ids = ids if case % 2 else tokenizer.encode("né 漢字 😀 and a\n\nstop")[: case + 2]
+        ids = ids if case % 2 else tokenizer.encode("the né 漢字 😀 of\n\nof the")[: case + 2]
         whole = tokenizer.decode(ids, skip_special_tokens=True)
         stop = [] if case % 3 else [whole[4:7] or "q", "\n\n\n"]
         text, said = Text(tokenizer, stop), ""
@@ -186,7 +190,7 @@ def test_pieces_of_text_are_the_text(folder: Path) -> None:
             if text.is_stopped:
                 break
         found = [whole.find(s) for s in stop if s in whole]
-        assert said + text.end() == whole[: min(found)] if found else whole
+        assert said + text.end() == whole[: min(found, default=None)]
         assert text.is_stopped == bool(found)
 
 
@@ -367,6 +371,26 @@ def test_more_than_may_wait_is_refused_at_once(run: Run, prompts: list[Prompt]) 
     run(act, max_waiting=2)
 
 
+@pytest.mark.slow
+def test_a_model_that_finds_facts_answers(tmp_path: Path) -> None:
+    """From a checkpoint to answers: eval's questions, each with a document of 512 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(RECALL)
+    documents = [d for task, n in (("needle", 6), ("copy", 4)) for d in make_documents(task, tokenizer, 512, n)]
+    asked = [(d, question) for d in documents for question in d.questions]
+    prompts = [Prompt([*d.ids, *q.told, *q.cue], len(q.answer), list(q.answer)) for d, q in asked]
+    words = {**YAML, "model": str(RECALL), "dtype": "float32", "context_servers": {"urls": ["127.0.0.1:2"]}}
+    words["generation_servers"] = {**YAML["generation_servers"], "max_seq_len": 544, "cache_transceiver_config": {}}
+    serving = Serving.read(words)
+    module = helix_compile(RECALL, options=serving.options, dtype=serving.dtype)
+    model = AutoModelForCausalLM.from_pretrained(RECALL, dtype=serving.dtype).eval()
+
+    async def main() -> None:
+        async with served(model, module, words, tmp_path) as example:
+            assert await example.all(prompts) == [prompt.expected for prompt in prompts]
+
+    asyncio.run(main())
+
+
 # damaged hand-overs
 
 
@@ -448,13 +472,15 @@ def test_without_a_prefill_and_with_a_rank_that_stops_requests_end_with_the_reas
         return perform(module, command)
 
     def no_memory(*_: object) -> Any:
-        raise ServingError(507, "prefill: out of memory")
+        raise RuntimeError("out of memory")
 
     async def act(example: Served) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(ContextServer, "write", no_memory)
             status, answer = await example.post(prompts[2].body())
-            assert status == 502 and "prefill: out of memory" in answer["error"]["message"]
+            assert status == 502 and re.fullmatch(
+                r"context server 127.0.0.1:\d+: RuntimeError: out of memory", answer["error"]["message"]
+            )
         assert (await example.all(prompts[2:3])) == [prompts[2].expected]
         monkeypatch.setattr("tests.support.serving.perform", lost)
         answers = await example.all([p for p in prompts if len(p.expected) > 1][:6])

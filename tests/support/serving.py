@@ -143,11 +143,11 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    model: Any, module: HelixModule, folder: Path, files: Path, max_waiting: int = 100
+    model: Any, module: HelixModule, words: dict[str, Any], files: Path, max_waiting: int = 100
 ) -> AsyncIterator[Served]:
-    """The three servers on free ports; `folder` is the model's, `files` where caches lie."""
+    """The three servers, set up by a YAML's words, on free ports; `files` is where caches lie."""
     addresses = {name: Address("127.0.0.1", int(free_port())) for name in ("router", "context", "generation")}
-    serving = replace(Serving.read({**YAML, "model": str(folder)}), **addresses)
+    serving = replace(Serving.read(words), **addresses)
     module.reset()
     context = ContextServer(model, serving.max_prompt, files)
     generation = GenerationServer(serving, VirtualGroup(module, files), files)  # type: ignore[arg-type] # it takes the same steps
