@@ -248,7 +248,7 @@ def check_sizes(environment: ShapeEnv, name: str) -> None:
         least = 2 * max((int(f.args[1]) for f in guard.expr.atoms(FloorDiv) if f.args[1].is_Integer), default=1)
         for tried in _TRIED:
             numbers = {s: max(2, tried[place[int(h)]]) if int(h) in place else int(h) for s, h in hints.items()}
-            numbers |= {s: max(least, n) for s, n in numbers.items() if int(hints[s]) == FRESH_B}
+            numbers |= {s: max(least + n % 2, n) for s, n in numbers.items() if int(hints[s]) == FRESH_B}
             if guard.expr.subs(numbers) == False:  # noqa: E712  sympy's own false
                 raise LoweringError(
                     f"{name}: Inductor's code assumes {guard.expr}, which B, T, S = {tried} does not meet; use lower='reference'"
