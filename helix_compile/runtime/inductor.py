@@ -120,9 +120,10 @@ def code_of(segment: fx.GraphModule, bound: Mapping[int, Any], name: str) -> Cod
             modes = list(_get_current_dispatch_mode_stack())
             with _disable_current_modes():
                 try:
-                    _CODE[key] = _compile(segment, bound, name, modes)
+                    code = _compile(segment, bound, name, modes)
                 except _HoldsForSomeSizes:  # of sparse attention: k is the lesser of top_k and the slots that there are
-                    _CODE[key] = _compile(segment, bound, name, modes, pages_open=False)
+                    code = _compile(segment, bound, name, modes, pages_open=False)
+                _CODE[key] = _of_parts(segment, code)
             if len(_CODE) > _KEPT:
                 _CODE.popitem(last=False)
         _CODE.move_to_end(key)
@@ -232,6 +233,24 @@ def _compile(
     check_sizes(sizes.environment, name)
     # without what Dynamo puts around it: a tenth of a ms a call
     return innermost_fn(getattr(code, "_compiled_fn", code))
+
+
+def _of_parts(segment: fx.GraphModule, code: Code) -> Code:
+    """Code of a segment that knows parts of a batch; where these are more than its sequences the graph: code divides by their rows."""
+    values = [v for n in segment.graph.nodes if isinstance(v := n.meta.get("val"), Tensor)]
+    sizes = [size.node.expr for v in values for size in v.shape if isinstance(size, torch.SymInt)]
+    cuts = [cut for size in sizes for cut in size.atoms(FloorDiv) if len(cut.args[0].free_symbols) == 1]
+    rows = {symbol for cut in cuts for symbol in cut.args[0].free_symbols}
+    shown = [
+        (place, dim)
+        for place, taken in enumerate(placeholders(segment.graph))
+        for dim, size in enumerate(taken.meta["val"].shape)
+        if isinstance(size, torch.SymInt) and size.node.expr in rows
+    ]
+    if not shown:
+        return code
+    (place, dim), parts = shown[0], max(int(cut.args[1]) for cut in cuts)
+    return lambda *tensors: (code if tensors[place].shape[dim] >= parts else segment)(*tensors)
 
 
 def check_sizes(environment: ShapeEnv, name: str) -> None:
