@@ -110,6 +110,11 @@ def check_programs_of(compiled: CompiledModule, format: str) -> None:
             f"format={format!r}: {', '.join(name for name, _ in compiled.plan.leaves)} stay the user's own modules, whose code is "
             "in no graph"
         )
+    if compiled.plan.options.overlap != "none":
+        raise ExportError(
+            f"format={format!r}: got overlap={compiled.plan.options.overlap!r}: torch.export can't store programs that take the rows of a part "
+            "of a batch; compile the model with overlap='none', which has the same bits"
+        )
     if compiled.device.type not in ("cpu", "meta"):
         raise ExportError(
             f"format={format!r}: programs are made of a module on the CPU, this one is on {compiled.device}: "
