@@ -195,6 +195,8 @@ def node_cost(node: fx.Node, sizes: NodeSizes) -> NodeCost:
         (B, T, _), scores = sizes.of(node.args[0]), node.args[0].meta["val"].dtype.itemsize
         seen = B * T * sizes.local_context(node)
         return NodeCost(seen, seen * scores + sizes.nbytes(node))
+    if helix_op(node) == "shard_index":  # a few numbers, once a step; a compiled graph says no value of it
+        return NodeCost()
     if helix_op(node) == "cache_append":
         return NodeCost(hbm_bytes=2 * sum(sizes.nbytes(n) for n in node.args[4:6]))
     if helix_op(node) == "embed_rows" or node.target is aten.embedding.default:  # rows of tokens, not the table
