@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from measuring import format_machine, print_table
 
-from helix_compile import HelixModule, helix_compile
+from helix_compile import CacheEntries, HelixModule, helix_compile
 from helix_compile.capture.source import load_folder
 from helix_compile.eval.answers import LocalAnswerer
 from helix_compile.eval.decoders import HelixDecoder, ModelDecoder, sent_entries
@@ -60,7 +60,9 @@ class SwappedBlock(HelixDecoder):
         """As Decoder has it, with the fault."""
         assert self._sender is not None
         self._sender.begin(ids)
-        sent = sent_entries(self._sender.cache, len(ids))
+        entries = sent_entries(self._sender.cache, len(ids))
+        # views of the sender's cache, from which others go on
+        sent = CacheEntries([t.clone() for t in entries.latents], [t.clone() for t in entries.k_ropes], entries.lengths)
         counts = Counter(ids)
         rare = [
             sum(counts[token] == 1 for token in ids[start : start + BLOCK])
