@@ -106,6 +106,7 @@ def test_64_requests_a_killed_rank_and_a_killed_prefill(tmp_path: Path) -> None:
 
             running.terminate()
             assert await asyncio.to_thread(running.wait, 100) == 0 and not started(mark)
+            assert not list(tmp_path.glob("helix-generation-*"))  # no cache is left either
 
     log = tmp_path / "log.txt"
     with service([sys.executable, SERVE, str(file)], log, HELIX_TIMEOUT=str(TIMEOUT_S), TMPDIR=str(tmp_path)) as (
