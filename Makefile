@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# pip compiles no sources (a third of an install): each module is when it is first imported, and this must not be forbidden then
+# pip compiles no sources (half of an install): each module is when it is first imported, and this must not be forbidden then
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/pip install --quiet --no-compile
 

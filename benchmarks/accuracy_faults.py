@@ -1,11 +1,11 @@
 """At which length do faults begin to cost answers, and would a served system's acceptance rule have seen them?
 
-    python benchmarks/accuracy_faults.py out/recall [--contexts 256 1024 4096 16384] [--limit 50] [--dtype float32] [--prefill model]
+    python benchmarks/accuracy_faults.py out/recall [--contexts 512 4096] [--limit 25] [--dtype float32] [--prefill model]
 
 Each fault is put into a module of cp=4, which is asked what the unmodified model is asked: recall, where every fifth fact is said
-after the document, token by token. A cell is its score; in brackets where it lies outside of the original's 95 % interval. Beside it the
-verdicts of verify(), and of the rule that is in use (atol 0.1, rtol 0.05, 2 % of the elements may be off; one layer, 512 keys) on the same
-module with the same weights.
+after the document, token by token. A cell is its score, in brackets where it lies below the original's 95 % interval. Beside it the
+verdict of the acceptance rule that is in use (atol 0.1, rtol 0.05, 2 % of the elements may be off; one layer, 512 random keys) on the
+same module. That verify() catches the faults of modules is tested with its mutants.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from measuring import format_machine, print_table
 
-from helix_compile import HelixModule, helix_compile, verify
+from helix_compile import CacheEntries, HelixModule, helix_compile
 from helix_compile.capture.source import load_folder
 from helix_compile.eval.answers import LocalAnswerer
 from helix_compile.eval.decoders import HelixDecoder, ModelDecoder, sent_entries
@@ -60,7 +60,9 @@ class SwappedBlock(HelixDecoder):
         """As Decoder has it, with the fault."""
         assert self._sender is not None
         self._sender.begin(ids)
-        sent = sent_entries(self._sender.cache, len(ids))
+        entries = sent_entries(self._sender.cache, len(ids))
+        # views of the sender's cache, from which others go on
+        sent = CacheEntries([t.clone() for t in entries.latents], [t.clone() for t in entries.k_ropes], entries.lengths)
         counts = Counter(ids)
         rare = [
             sum(counts[token] == 1 for token in ids[start : start + BLOCK])
@@ -100,20 +102,18 @@ def broken(model: Any, fault: Fault, options: dict[str, Any]) -> HelixModule:
     return compiled
 
 
-def judged(compiled: HelixModule, model: Any, rule: AcceptanceRule) -> tuple[str, str]:
-    """What verify() finds, and what the acceptance rule says."""
-    found = sorted({f.code for f in verify(compiled, model).findings})
+def judged(compiled: HelixModule, rule: AcceptanceRule) -> str:
+    """What the acceptance rule says."""
     off = rule.share_off(compiled)
-    said = "does not run" if off is None else f"{off:.1%} off: {'passes' if off <= MAY_FAIL else 'caught'}"
-    return " ".join(found) or "nothing", said
+    return "does not run" if off is None else f"{off:.1%} off: {'passes' if off <= MAY_FAIL else 'caught'}"
 
 
 def main() -> None:
     """One row a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--limit", type=int, default=50)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096])
+    parser.add_argument("--limit", type=int, default=25)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prefill", default="model", choices=("model", "helix"))
     parser.add_argument("--json", type=Path)
@@ -123,18 +123,15 @@ def main() -> None:
     sender, tokenizer = ModelDecoder(model), load_tokenizer(chosen.folder)
     options = {"cp": 4, "tokens_per_block": BLOCK, "max_batch_size": 1, "max_seq_len": max(chosen.contexts)}
     decoders: dict[str, Any] = {"unmodified model": sender}
+    rule, verdicts = AcceptanceRule(model), {"unmodified model": ""}
     for name, fault in GRAPH_FAULTS.items():
         compiled = broken(model, fault, options)
         decoders[name] = HelixDecoder(compiled, chosen.prefill, sender if chosen.prefill == "model" else None)
+        verdicts[name] = judged(compiled, rule)
         if name == SOUND:
+            verdicts |= dict.fromkeys((SWAPPED, FOREIGN), "not in the module")
             decoders[SWAPPED] = SwappedBlock(compiled, sender, None)
             decoders[FOREIGN] = SwappedBlock(compiled, sender, ModelDecoder(model))
-    verdicts = dict.fromkeys(decoders, ("not in the module", "not in the module")) | {"unmodified model": ("", "")}
-    rule = AcceptanceRule(model)
-    for name, fault in GRAPH_FAULTS.items():
-        verdicts[name] = judged(
-            broken(model, fault, {**options, "max_batch_size": 8, "max_seq_len": 1024}), model, rule
-        )
     cells: dict[str, list[str]] = {name: [] for name in decoders}
     rows = list[Row]()
     for context in chosen.contexts:
@@ -151,8 +148,8 @@ def main() -> None:
             cells[name].append(f"({row.correct / row.n:.0%})" if outside else f"{row.correct / row.n:.0%}")
             print(f"{short_count(context)} {name}: {row.correct} of {row.n}, agreement {row.agreement}", flush=True)
     print(f"{format_machine()}; load {os.getloadavg()[0]:.1f}\n")
-    header = ["fault", *map(short_count, chosen.contexts), "verify()", "atol 0.1, rtol 0.05, 2 %"]
-    print_table(header, [[name, *cells[name], *verdicts[name]] for name in decoders])
+    header = ["fault", *map(short_count, chosen.contexts), "atol 0.1, rtol 0.05, 2 %"]
+    print_table(header, [[name, *cells[name], verdicts[name]] for name in decoders])
     if chosen.json:
         chosen.json.write_text(json.dumps({"rows": [row.to_json() for row in rows], "verdicts": verdicts}, indent=1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import tempfile
@@ -18,6 +19,8 @@ torch.set_num_threads(1)
 gc.set_threshold(
     200_000, 20, 100
 )  # graphs are many small objects: looking through them again and again is a fifth of the time
+# pytest listens to loggers that do not propagate: for torch's structured trace every graph would be printed, for nobody
+logging.getLogger("torch.__trace").propagate = True
 
 from helix_compile.capture import model as capture_model  # noqa: E402  Triton reads its variable before
 from tests.support.captures import FOLDER, share  # noqa: E402

@@ -55,7 +55,9 @@ def _resolves(name: str) -> bool:
     for cut in range(len(parts), 0, -1):
         try:
             found = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "helix_compile":
+                return cut == len(parts)  # the module is there: what it imports comes with an extra
             continue
         for attribute in parts[cut:]:
             if not hasattr(found, attribute):

@@ -110,13 +110,34 @@ def check_programs_of(compiled: CompiledModule, format: str) -> None:
             f"format={format!r}: {', '.join(name for name, _ in compiled.plan.leaves)} stay the user's own modules, whose code is "
             "in no graph"
         )
+    if compiled.plan.options.overlap != "none":
+        raise ExportError(
+            f"format={format!r}: got overlap={compiled.plan.options.overlap!r}: torch.export can't store programs that take the rows of a part "
+            "of a batch; compile the model with overlap='none', which has the same bits"
+        )
     if compiled.device.type not in ("cpu", "meta"):
         raise ExportError(
             f"format={format!r}: programs are made of a module on the CPU, this one is on {compiled.device}: "
             "helix_compile(model, ..., device='cpu').export(...)"
         )
+    if compiled.plan.options.overlap != "none":
+        _check_parts(compiled.plan, format)
     if format == "aoti":
         check_native(compiled.device)
+
+
+def _check_parts(plan: HelixPlan, format: str) -> None:
+    """Raise ExportError where rows of a part of a batch have no program."""
+    if format == "aoti":
+        raise ExportError(
+            "format='aoti': overlap='hopb' leaves a part of a batch of one sequence without rows, which compiled programs were never "
+            "given; compile the model with overlap='none', or use format='pt2'"
+        )
+    if any(site.parts > 1 and site.v_up == "before" for body in plan.bodies for site in body.attentions):
+        raise ExportError(
+            f"format={format!r}: overlap='hopb' with W_UV before the exchange puts rows of a part among those of all, in a program that "
+            "torch.export.load() does not read; compile the model with v_up='after', or overlap='none'"
+        )
 
 
 def _with_layers(lowered: fx.GraphModule, plan: HelixPlan, layers: Collection[int] | None) -> fx.GraphModule:

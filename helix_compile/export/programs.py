@@ -31,6 +31,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from helix_compile.capture.model import CAPTURING
 from helix_compile.errors import ExportError, LoweringError
 from helix_compile.export.manifest import EXPORT_ID
+from helix_compile.export.program_file import read_program
 from helix_compile.ir.fakes import FreshSizes
 from helix_compile.ir.graph import helix_op, input_ref, placeholders
 from helix_compile.ir.sizes import size_text
@@ -189,8 +190,9 @@ def _exported(graph: fx.Graph) -> ExportedProgram:
 
 
 def save_program(program: ExportedProgram, path: Path, identity: str) -> None:
-    """A file that torch.export.load() reads."""
+    """A file that torch.export.load() reads: it is asked, for it does not read all that torch.export.save() writes."""
     torch.export.save(program, path, extra_files={EXPORT_ID: identity})
+    read_program(path)
 
 
 def check_native(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from helix_compile.ir.sizes import HINT_B, HINT_S, HINT_T, symbol_hints
 
 _OTHER = 10_007  # no size of a model
-FRESH_B = 46  # B here: a part of a batch then has more rows than one, and is traced as any number of them
+FRESH_B = 47  # B here: two parts of a batch then have more rows than one, and not as many, and are traced as any number of them
 
 
 class FreshSizes:

@@ -6,6 +6,7 @@ parts leaves parts without any.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,6 @@ def place_rows_reference(x: Tensor, like: Tensor, part: int, parts: int) -> Tens
         like: [B, *], whose first size alone is read.
         part, parts: as in rows_of_part.
     """
-    placed = x.new_zeros((like.shape[0], *x.shape[1:]))
-    rows_of_part_reference(placed, part, parts).copy_(x)
-    return placed
+    B, row = like.shape[0], x.shape[1:]
+    before, behind = B * part // parts, B - B * (part + 1) // parts
+    return torch.cat([x.new_zeros((before, *row)), x, x.new_zeros((behind, *row))])

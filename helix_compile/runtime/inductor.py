@@ -120,9 +120,10 @@ def code_of(segment: fx.GraphModule, bound: Mapping[int, Any], name: str) -> Cod
             modes = list(_get_current_dispatch_mode_stack())
             with _disable_current_modes():
                 try:
-                    _CODE[key] = _compile(segment, bound, name, modes)
+                    code = _compile(segment, bound, name, modes)
                 except _HoldsForSomeSizes:  # of sparse attention: k is the lesser of top_k and the slots that there are
-                    _CODE[key] = _compile(segment, bound, name, modes, pages_open=False)
+                    code = _compile(segment, bound, name, modes, pages_open=False)
+                _CODE[key] = _of_parts(segment, code)
             if len(_CODE) > _KEPT:
                 _CODE.popitem(last=False)
         _CODE.move_to_end(key)
@@ -234,6 +235,24 @@ def _compile(
     return innermost_fn(getattr(code, "_compiled_fn", code))
 
 
+def _of_parts(segment: fx.GraphModule, code: Code) -> Code:
+    """Code of a segment that knows parts of a batch; where these are more than its sequences the graph: code divides by their rows."""
+    values = [v for n in segment.graph.nodes if isinstance(v := n.meta.get("val"), Tensor)]
+    sizes = [size.node.expr for v in values for size in v.shape if isinstance(size, torch.SymInt)]
+    cuts = [cut for size in sizes for cut in size.atoms(FloorDiv) if len(cut.args[0].free_symbols) == 1]
+    rows = {symbol for cut in cuts for symbol in cut.args[0].free_symbols}
+    shown = [
+        (place, dim)
+        for place, taken in enumerate(placeholders(segment.graph))
+        for dim, size in enumerate(taken.meta["val"].shape)
+        if isinstance(size, torch.SymInt) and size.node.expr in rows
+    ]
+    if not shown:
+        return code
+    (place, dim), parts = shown[0], max(int(cut.args[1]) for cut in cuts)
+    return lambda *tensors: (code if tensors[place].shape[dim] >= parts else segment)(*tensors)
+
+
 def check_sizes(environment: ShapeEnv, name: str) -> None:
     """What was assumed of sizes that the graph leaves open must hold for all."""
     hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # torch 2.13 renamed it
@@ -248,7 +267,7 @@ def check_sizes(environment: ShapeEnv, name: str) -> None:
         least = 2 * max((int(f.args[1]) for f in guard.expr.atoms(FloorDiv) if f.args[1].is_Integer), default=1)
         for tried in _TRIED:
             numbers = {s: max(2, tried[place[int(h)]]) if int(h) in place else int(h) for s, h in hints.items()}
-            numbers |= {s: max(least, n) for s, n in numbers.items() if int(hints[s]) == FRESH_B}
+            numbers |= {s: max(least + n % 2, n) for s, n in numbers.items() if int(hints[s]) == FRESH_B}
             if guard.expr.subs(numbers) == False:  # noqa: E712  sympy's own false
                 raise LoweringError(
                     f"{name}: Inductor's code assumes {guard.expr}, which B, T, S = {tried} does not meet; use lower='reference'"

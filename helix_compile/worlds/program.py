@@ -204,8 +204,9 @@ class Program:
             return self._flatten(called, [at[n] for n in node.args], f"{where}.")
         takes = self._not_pending(where, tuple(at[n] for n in node.args))
         known = {place: self._registers[i] for place, i in enumerate(takes) if self._registers[i] is not None}
+        # what is closed, an exported program, shows none: load_exported() has held weights to the walk
         inputs = placeholders(called.graph)
-        for place, value in known.items():
+        for place, value in known.items() if inputs else ():
             self._check_bound(where, inputs[place], value)
         brought = [(place, n) for place, n in enumerate(inputs) if place not in known]
         gives = tuple(self._new() for _ in node.meta["val"])

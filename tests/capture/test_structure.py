@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from helix_compile import capture
 from helix_compile.capture.structure import alike_but_values
 from helix_compile.ir.graph import input_ref, placeholders
-from tests.support.models import fresh_model
+from tests.support.gqa_models import fresh_gqa
 
 SHARED = object()
 
@@ -66,7 +66,7 @@ def test_what_differs_but_values_is_seen(change: str) -> None:
 def test_captures_that_tests_share_know_the_dtype_of_a_buffer() -> None:
     """A loader leaves the rotary table in float32, `.to(bfloat16)` casts it: two graphs."""
     for dtype in (torch.float32, torch.bfloat16):
-        model = fresh_model("short", torch.bfloat16)
+        model = fresh_gqa("llama", torch.bfloat16, num_hidden_layers=1)
         model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.to(dtype)
         graph = capture(model).graph
         (table,) = [n for n in placeholders(graph.graph) if input_ref(n).name == "model.rotary_emb.inv_freq"]

@@ -71,11 +71,12 @@ def windowed_model() -> Any:
 
 
 # family, its variant, options: sinks beside windows; latents of earlier layers, with rope and without, and their choice; windows
-# of MLA beside indexers
+# of MLA beside indexers; layers of linear attention, which stay leaves
 ATTENTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "granite_swa": ("granite_swa", "", {**OPTIONS, "cp": 4}),
     "mistral_large4": ("mistral_large4", "shared", {**OPTIONS, "cp": 4, "topk_exchange": "owner"}),
     "dots3_note": ("dots3_note", "", {**OPTIONS, "cp": 4}),
+    "kimi_linear": ("kimi_linear", "", {**OPTIONS, "cp": 4}),
 }
 
 

@@ -30,7 +30,6 @@ from tests.distributed.steps import (
     OPTIONS,
     STEP_TOKENS,
     grouped_model,
-    hybrid_model,
     padded_model,
     prompts,
     run_steps,
@@ -158,13 +157,11 @@ def main(folder: Path) -> None:
     alike += [whole.world.num_collectives == four.world.num_collectives]
     said["replays_whole"] = [tape.pieces, tape.apart_calls, alike]
 
-    # other kinds of site: grouped-query attention, and a layer that is a leaf
+    # other kinds of site
     grouped = helix_compile(grouped_model(), **MIXED)
     with Wire() as wire:
         seen["grouped"] = run_steps(grouped)
     said["wire_grouped"] = moved(wire, grouped)
-    hybrid = helix_compile(hybrid_model(), cp=4, **OPTIONS)
-    seen["hybrid"] = run_steps(hybrid)
     padded = helix_compile(padded_model(), **MIXED, pad_heads=True)
     with Wire() as wire:
         seen["padded"] = run_steps(padded)
@@ -191,7 +188,7 @@ def main(folder: Path) -> None:
     said["wire_window_alone"] = moved(wire, alone)
     seen["fp8 latents"] = run_steps(helix_compile(model, cp=4, **OPTIONS, **FP8_LATENTS))
     seen["fp8 heads"] = run_steps(helix_compile(grouped_model(), **MIXED, **FP8_HEADS))
-    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, hybrid, padded, cut, gathers, owners, alone)]
+    said["kinds_texts"] = [stage_text(c.graph) for c in (grouped, padded, cut, gathers, owners, alone)]
     said["ranks"] = [r.rank for r in four.ranks]
     # what this rank's parameters keep alive, against the parameters themselves
     held = loaded.ranks[0].params.values()

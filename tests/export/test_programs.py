@@ -281,6 +281,28 @@ def test_a_program_of_another_version_is_named(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_batches_in_parts(tmp_path: Path) -> None:
+    """overlap="hopb": one sequence leaves a part without rows; what can't be read back, or was never run, is refused."""
+    model = tiny_model("short", torch.float32)
+    compiled = compiled_short(cp=2, overlap="hopb", v_up="after")
+    compiled.export(tmp_path / "out", format="pt2")
+    assert check_export(tmp_path / "out") == []
+    module = load_exported(tmp_path / "out")
+    for B in (1, 2, 3):
+        module.reset()
+        reference, ones = Reference(model), torch.ones(B, 4, dtype=torch.int64)
+        for tokens in (4, 1, 3):
+            ids = random_ids(model, B, tokens)
+            assert deviation(module(ids), reference.step(ids, ones[:, :tokens]), ones[:, :tokens]) <= 1e-5
+    with pytest.raises(ExportError, match=r"overlap='hopb' leaves a part .* without rows.*overlap='none'"):
+        compiled.export(tmp_path / "other", format="aoti")
+    before = compiled_short(cp=2, overlap="hopb", v_up="before")
+    with pytest.raises(ExportError, match=r"W_UV before the exchange.*v_up='after'"):
+        before.export(tmp_path / "other", format="pt2")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
 def test_layers_that_are_left_out_are_not_there(tmp_path: Path) -> None:
     compiled = compiled_short()
     manifest = compiled.export(tmp_path / "out", format="pt2", layers=[1])
@@ -305,6 +327,9 @@ def test_what_can_not_be_exported_is_refused(exported: Path, tmp_path: Path) -> 
     ].target = max
     with pytest.raises(ExportError, match="target <built-in function max> can't be saved"):
         edited.export(tmp_path / "out", format="pt2")
+    parted = helix_compile(tiny_model("short", torch.float32), cp=2, max_seq_len=64, overlap="hopb")
+    with pytest.raises(ExportError, match=r"overlap='hopb': .* compile the model with overlap='none'"):
+        parted.export(tmp_path / "out", format="pt2")
     with pytest.raises(ExportError, match=r"logical= is for plan\.onnx"):
         compiled.export(tmp_path / "out", format="pt2", logical=compiled)
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from helix_compile.worlds.program import Program
 from tests.support.driver import random_ids
 from tests.support.families import fresh_family
 from tests.support.models import fresh_model, tiny_model
-from tests.support.order import A2A, AG_RS, record_programs
+from tests.support.order import A2A, AG_RS, ProgramEvents
 from tests.support.recording import FakeGraphs
 
 OPTIONS: dict[str, Any] = {"cp": 2, "tokens_per_block": 2, "max_batch_size": 5, "max_seq_len": 64}
@@ -41,13 +41,14 @@ def test_segments_lie_between_start_and_wait(merge: str, monkeypatch: pytest.Mon
     options = {**OPTIONS, "merge": merge, "v_up": "before"}
     plain, parted = helix_compile(model, **options), helix_compile(model, **options, overlap="hopb")
     stage = segments_of(parted.graph)
-    events, told = record_programs(monkeypatch, parted.graph)
+    recorded = ProgramEvents(monkeypatch)
+    events = recorded.of(parted.graph)
     programs = [
         Program(
             r.rank,
             stage,
             bound_inputs(stage, r, parted.plan.layout, parted.device),
-            lambda call: told(call.segment, call.segment),
+            lambda call: recorded.told(call.segment, call.segment),
         )
         for r in parted.ranks
     ]
@@ -79,13 +80,14 @@ def test_segments_lie_between_start_and_wait(merge: str, monkeypatch: pytest.Mon
 def test_compiled_code_keeps_the_order(make: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What Inductor generates is called in the order of the graph, and computes what the graph does; parts of no row too."""
     model = make()
+    recorded, made = ProgramEvents(monkeypatch), inductor.code_of
+    monkeypatch.setattr(
+        "helix_compile.runtime.inductor.code_of",
+        lambda segment, bound, name: recorded.told(segment, made(segment, bound, name)),
+    )
     parted = helix_compile(model, **OPTIONS, **options, lower="inductor", overlap="hopb")
     interpreted = helix_compile(model, **OPTIONS, **options, overlap="hopb")
-    events, told = record_programs(monkeypatch, parted.graph)
-    made = inductor.code_of
-    monkeypatch.setattr(
-        "helix_compile.runtime.inductor.code_of", lambda segment, bound, name: told(segment, made(segment, bound, name))
-    )
+    events = recorded.of(parted.graph)
     limit = {torch.float32: 1e-5, torch.bfloat16: 0.0}[model.dtype]
     for B in (3, 1, 2, 5):
         interpreted.reset(), parted.reset()

@@ -41,9 +41,9 @@ def scores(
 @pytest.mark.slow
 def test_every_layout_and_prefill_answers_alike() -> None:
     layouts = [{"cp": 1}, {"cp": 2}, {"cp": 4}, {"cp": 8, "pad_heads": True}, {"cp": 2, "tpa": 2}]
-    evaluation = scores([1024, 4096, 16384], layouts, ("helix", "model", "handover"), TASKS, 20)
+    evaluation = scores([1024, 4096, 16384], layouts, ("helix", "model", "handover"), TASKS, 10)
     assert evaluation.is_same, str(evaluation)
-    assert all(row.correct >= 0.9 * row.n for row in evaluation.rows), str(evaluation)
+    assert all(row.correct >= 0.8 * row.n for row in evaluation.rows), str(evaluation)
 
 
 @pytest.mark.slow

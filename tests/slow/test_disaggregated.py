@@ -106,9 +106,13 @@ def test_64_requests_a_killed_rank_and_a_killed_prefill(tmp_path: Path) -> None:
 
             running.terminate()
             assert await asyncio.to_thread(running.wait, 100) == 0 and not started(mark)
+            assert not list(tmp_path.glob("helix-generation-*"))  # no cache is left either
 
     log = tmp_path / "log.txt"
-    with service([sys.executable, SERVE, str(file)], log, HELIX_TIMEOUT=str(TIMEOUT_S)) as (running, mark):
+    with service([sys.executable, SERVE, str(file)], log, HELIX_TIMEOUT=str(TIMEOUT_S), TMPDIR=str(tmp_path)) as (
+        running,
+        mark,
+    ):
         try:
             asyncio.run(act(running, mark))
         except BaseException:
@@ -121,7 +125,7 @@ def test_64_requests_a_killed_rank_and_a_killed_prefill(tmp_path: Path) -> None:
 def test_nothing_is_left_when_the_launcher_is_killed(tmp_path: Path) -> None:
     make_model.main(tmp_path / "model")
     file, _ = write_yaml(tmp_path, tmp_path / "model")
-    with service([sys.executable, SERVE, str(file)], tmp_path / "log.txt") as (running, mark):
+    with service([sys.executable, SERVE, str(file)], tmp_path / "log.txt", TMPDIR=str(tmp_path)) as (running, mark):
         for _ in range(400):
             if any(b"RANK=3" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in started(mark)):
                 break

@@ -51,50 +51,53 @@ def record_walks(monkeypatch: pytest.MonkeyPatch, world: type) -> Events:
     return events
 
 
-def record_programs(
-    monkeypatch: pytest.MonkeyPatch, lowered: fx.GraphModule
-) -> tuple[Events, Callable[[fx.GraphModule, Any], Any]]:
-    """The events of every program that is walked from now on, and what tells them of the code of a segment.
+class ProgramEvents:
+    """The events of every program that is walked from now on.
 
-    Args:
-        lowered: whose nodes the programs call, by name, or in segments.
-
-    Returns:
-        the events, and a function (segment, code) -> code that says what of a part the segment does, when it is called.
+    Attributes:
+        events: by rank. Of starts and waits only those of nodes of graphs that it was told of.
     """
-    events: Events = {}
-    walk, now = Program.walk, [0]
-    names = {n.name: event_of(n) for _, graph in graphs_of(lowered) for n in graph.graph.nodes if event_of(n)}
 
-    def said(where: str) -> None:
-        if what := names.get(where.rpartition(".")[2]):
-            events.setdefault(now[0], []).append(what)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.events: Events = {}
+        self._names: dict[str, str] = {}
+        self._rank = 0
+        walk = Program.walk
 
-    def recorded(self: Program, step: Any, post: Any, tape: Any = None) -> Any:
-        def posted(op: str, args: tuple, where: str) -> Any:
-            said(where)
-            return post(op, args, where)
+        def recorded(program: Program, step: Any, post: Any, tape: Any = None) -> Any:
+            def posted(op: str, args: tuple, where: str) -> Any:
+                self._said(self._names.get(where.rpartition(".")[2], ""))
+                return post(op, args, where)
 
-        inner, value = walk(self, step, posted, tape), None
-        try:
-            while True:
-                now[0] = self.rank
-                pending, where = inner.send(value)
-                value = yield pending, where
-                now[0] = self.rank
-                said(where)
-        except StopIteration as stop:
-            return stop.value
+            inner, value = walk(program, step, posted, tape), None
+            try:
+                while True:
+                    self._rank = program.rank
+                    pending, where = inner.send(value)
+                    value = yield pending, where
+                    self._rank = program.rank
+                    self._said(self._names.get(where.rpartition(".")[2], ""))
+            except StopIteration as stop:
+                return stop.value
 
-    def told(segment: fx.GraphModule, code: Any) -> Any:
-        inside = [n.name for n in segment.graph.nodes if n.op == "call_function" and n.name in names]
+        monkeypatch.setattr(Program, "walk", recorded)
+
+    def of(self, lowered: fx.GraphModule) -> Events:
+        """Events, those of starts and waits in this graph too."""
+        self._names |= {n.name: event_of(n) for _, graph in graphs_of(lowered) for n in graph.graph.nodes}
+        return self.events
+
+    def told(self, segment: fx.GraphModule, code: Callable[..., Any]) -> Callable[..., Any]:
+        """Code of a segment, which says what of a part it does when it is called."""
+        inside = [event_of(n) for n in segment.graph.nodes if n.op == "call_function"]
 
         def run(*tensors: Any) -> Any:
-            for name in inside:
-                said(name)
+            for what in inside:
+                self._said(what)
             return code(*tensors)
 
         return run
 
-    monkeypatch.setattr(Program, "walk", recorded)
-    return events, told
+    def _said(self, what: str) -> None:
+        if what:
+            self.events.setdefault(self._rank, []).append(what)
