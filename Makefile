@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/pip install --quiet --no-compile
 
-.PHONY: demo model test test-slow test-gpu test-versions coverage lint fix bench size clean
+.PHONY: demo model test test-slow test-gpu test-versions coverage lint fix bench bench-overhead size clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -76,6 +76,16 @@ test-lowest test-newest: test-%:
 fix: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What a step costs outside of operators, as docs/benchmarks.md has it: cold, warm, wider, and both over gloo. On an idle machine.
+WIDER := --repeats 10 --hidden 2048 --layers 2 --context 16384
+bench-overhead: $(STAMP)
+	cache=$$(mktemp -d) && trap "rm -r $$cache" EXIT && export TORCHINDUCTOR_CACHE_DIR=$$cache OMP_NUM_THREADS=1 && \
+	$(BIN)/python benchmarks/step_overhead.py && $(BIN)/python benchmarks/step_overhead.py && \
+	$(BIN)/python benchmarks/step_overhead.py $(WIDER) && \
+	$(BIN)/torchrun --nproc-per-node 2 benchmarks/step_overhead.py && \
+	$(BIN)/torchrun --nproc-per-node 4 benchmarks/step_overhead.py && \
+	$(BIN)/torchrun --nproc-per-node 4 benchmarks/step_overhead.py $(WIDER)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/decode_step.py

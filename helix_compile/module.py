@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,12 @@ _TURNS = (
 
 
 def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
-    """One thread at a time: a module has one batch, one ledger and one cache a rank. The thread itself may come again."""
+    """One thread at a time: a module has one batch, one ledger and one cache a rank. The thread itself may come again.
 
+    And not traced by Dynamo: under torch.compile(compiled) a step is called as it is.
+    """
+
+    @partial(torch.compiler.disable, reason="a HelixModule is compiled already: its step keeps a cache and lengths")
     @wraps(method)
     def run(self: HelixModule, *args: Any, **kwargs: Any) -> Any:
         _refuse_tracing()

@@ -33,8 +33,13 @@ def check_surroundings() -> None:
     """Modes that would be captured into the graphs, or into the tensors that a module keeps.
 
     Raises:
-        CaptureError: inference mode or autocast is on.
+        CaptureError: inference mode or autocast is on, or new tensors would be on meta.
     """
+    if torch.get_default_device().type == "meta":
+        raise CaptureError(
+            'capture: called inside torch.device("meta"), where nothing that is looked at has a value; compile outside of it '
+            "(the model itself may be on meta)"
+        )
     if torch.is_inference_mode_enabled():
         raise CaptureError(
             "capture: called inside torch.inference_mode(), whose tensors can't be exported; "

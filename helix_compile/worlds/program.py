@@ -223,12 +223,13 @@ class Program:
         first = int(input_ref(taken).kind == "cache")  # how many pages it has is left open
         sizes = zip(expected.shape[first:], value.shape[first:], strict=False)
         fits = value.dtype == expected.dtype and value.device.type == expected.device.type
+        fits = fits and (not first or value.is_contiguous())
         if not fits or value.dim() != expected.dim() or any(isinstance(n, int) and n != m for n, m in sizes):
             what = " ".join(filter(None, input_ref(taken))) or f"constant {taken.name}"
             raise rank_fault(
                 self.rank,
                 where,
-                f"{what} is {value.dtype} {list(value.shape)} on {value.device.type}; compiled for {expected.dtype} "
+                f"{what} is {value.dtype} {list(value.shape)} with strides {list(value.stride())} on {value.device.type}; compiled for {expected.dtype} "
                 f"{shape_text(expected)} on {expected.device.type}: give it one like that, or run_stage('lowered', ...), which computes "
                 "node by node",
             )

@@ -81,13 +81,15 @@ def test_models_that_are_not_a_causal_language_model_in_eval_mode() -> None:
     ("around", "message"),
     [
         (torch.inference_mode, "inside torch.inference_mode"),
+        (lambda: torch.device("meta"), r'inside torch.device\("meta"\)'),
         (lambda: torch.autocast("cpu", torch.bfloat16), 'inside torch.autocast\\("cpu"\\)'),
     ],
-    ids=["inference", "autocast"],
+    ids=["inference", "meta", "autocast"],
 )
 def test_modes_that_change_what_is_captured(around: Callable[[], Any], message: str) -> None:
+    model = tiny_model()  # which tests share
     with around(), pytest.raises(CaptureError, match=message):
-        _compile(tiny_model())
+        _compile(model)
 
 
 def test_a_configuration_alone_has_no_weights(tmp_path: Path) -> None:

@@ -187,6 +187,25 @@ def test_a_function_that_an_edit_calls_is_called_at_every_step(pair: Any) -> Non
     assert not torch.equal(*found)
 
 
+def test_torch_compile_around_a_module_traces_nothing_of_it(pair: Any) -> None:
+    """Dynamo would follow a step through every call, and guard lengths and page tables."""
+    model, _, compiled = pair
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a graph was traced")
+
+    torch._dynamo.reset()
+    again, ids = torch.compile(compiled, backend=refuse), random_ids(model, 2, 3)
+    found = []
+    for step in (compiled, again, again):
+        compiled.reset()
+        found.append(torch.cat([step(ids), step(ids[:, :1])], dim=1))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="a HelixModule is compiled already"):
+        torch.compile(lambda x: compiled(x) * 2, backend=refuse, fullgraph=True)(ids)
+    torch._dynamo.reset()
+
+
 WEIGHT = "model.layers.0.input_layernorm.weight"
 
 
@@ -198,7 +217,7 @@ def test_what_code_was_not_made_for_is_refused_or_followed(pair: Any) -> None:
     before, own, said = (
         compiled(ids),
         params[WEIGHT],
-        r"rank 1, .*param input_layernorm.weight is torch\.float32 \[72\]",
+        r"rank 1, .*param input_layernorm.weight is torch\.float32 \[72\] ",
     )
     params[WEIGHT] = own.float()
     with pytest.raises(RuntimeFault, match=said + r".*compiled for torch\.bfloat16 \[72\]"):
@@ -210,6 +229,11 @@ def test_what_code_was_not_made_for_is_refused_or_followed(pair: Any) -> None:
     with pytest.raises(RuntimeFault, match=said):
         compiled(ids)
     params[WEIGHT] = own
+    caches = compiled.ranks[0].cache
+    cache, caches[0] = caches[0], torch.zeros(*caches[0].shape[:2], 30, dtype=torch.bfloat16)[..., :26]
+    with pytest.raises(RuntimeFault, match=r"rank 0, .*cache cache_0 is .* with strides \[3840, 30, 1\]"):
+        compiled(ids)
+    caches[0] = cache
     name = "model.layers.1.self_attn.o_proj.weight"
     kept, params[name] = params[name], params[name].clone()
     compiled.reset()
