@@ -238,7 +238,8 @@ def _compile(
 def _of_parts(segment: fx.GraphModule, code: Code) -> Code:
     """Code of a segment that knows parts of a batch; where these are more than its sequences the graph: code divides by their rows."""
     values = [v for n in segment.graph.nodes if isinstance(v := n.meta.get("val"), Tensor)]
-    sizes = [size.node.expr for v in values for size in v.shape if isinstance(size, torch.SymInt)]
+    shapes: list[Any] = [v.shape for v in values]  # torch's stubs know no symbols in them
+    sizes = [size.node.expr for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
     cuts = [cut for size in sizes for cut in size.atoms(FloorDiv) if len(cut.args[0].free_symbols) == 1]
     rows = {symbol for cut in cuts for symbol in cut.args[0].free_symbols}
     shown = [
