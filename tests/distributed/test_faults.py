@@ -10,15 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from helix_compile import helix_compile
 from helix_compile.worlds.agreement import difference
 from helix_compile.worlds.guard import RankGuard, is_transport_error
 from helix_compile.worlds.peers import EXIT_STATUS, Life, is_dead, own_life
-from tests.distributed.steps import OPTIONS, ROOT, launch_nodes, torchrun
-from tests.support.models import fresh_model
+from tests.distributed.steps import ROOT, launch_nodes, torchrun
 
 DIED = r"rank 2 died or is stuck without an exception; last sign of life: step {}, \d+\.\ds ago"
 RAISED = r"rank 2 raised at step 3: ValueError: weights of layer 7 are NaN"
@@ -56,39 +53,6 @@ def test_every_survivor_names_the_rank(kind: str, check: str, cause: str, node: 
         text = rf"helix_compile: rank {rank} lost its peers in step 3 at graph node '({node})': {cause}\n"
         assert re.search(text, result.stderr), result.stderr
     assert "done" not in result.stdout
-
-
-@pytest.fixture(scope="module")
-def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved module whose segments are compiled."""
-    folder = tmp_path_factory.mktemp("compiled") / "saved"
-    model = fresh_model("short", torch.float32)
-    helix_compile(model, cp=2, tpa=2, world="virtual", lower="inductor", **OPTIONS).save(folder)
-    return folder
-
-
-@slow
-@pytest.mark.multi_process
-@pytest.mark.parametrize(
-    ("kind", "cause"),
-    [
-        ("exception", RAISED),
-        ("kill", DIED.format(3)),
-        ("hang", DIED.format(3)),
-        (
-            "shape",
-            r"rank 2 raised at step 3: RuntimeFault: rank 2, node layer_1\.segment_0: param input_layernorm\.weight",
-        ),
-    ],
-)
-def test_a_compiled_step_says_as_much(compiled_folder: Path, kind: str, cause: str) -> None:
-    """Of a whole model: the fault strikes between two segments of the second layer, or before the step."""
-    result = torchrun("compiled_fault_worker.py", str(compiled_folder), kind, HELIX_TIMEOUT="10", seconds=300)
-    assert result.returncode != 0 and "done" not in result.stdout
-    at = r"layer_0\.wait_tensor\w*" if kind == "shape" else r"layer_1\.wait_tensor\w*"
-    for rank in (0, 1, 3):
-        text = rf"helix_compile: rank {rank} lost its peers in step 3 at graph node '{at}': {cause}"
-        assert re.search(text, result.stderr), result.stderr
 
 
 @slow
