@@ -122,7 +122,8 @@ def test_grouped_attention(heads: tuple[int, int]) -> None:
         max_position_embeddings=1 << 16,
     )
     with torch.device("meta"):
-        model = costed(LlamaForCausalLM(config).eval(), head="shard")
+        llama = LlamaForCausalLM(config).eval()
+    model = costed(llama, head="shard")
     for candidate in drawn(model, 12):
         check(model, candidate)
 
