@@ -24,15 +24,18 @@ FRESH_B = 47  # B here: two parts of a batch then have more rows than one, and n
 class FreshSizes:
     """Symbols for B, T and S, and values like those of a capture's graphs that speak of them. T and S have the hints of a capture.
 
+    Args:
+        batch: hint of B.
+
     Attributes:
         mode: the fake mode of the new values; its shape_env is new too.
         symbols: hint in a capture -> B, T, S or S + T, or another size that a graph is given (how many keys an earlier layer chose).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int = FRESH_B) -> None:
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
         context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
-        sizes = torch.empty(FRESH_B, HINT_T, HINT_S, device="meta")
+        sizes = torch.empty(batch, HINT_T, HINT_S, device="meta")
         B, T, S = self.mode.from_tensor(sizes, source=ConstantSource("sizes"), symbolic_context=context).shape
         self._others = 0
         self._sizes: dict[tuple[ShapeEnv, sympy.Expr], Any] = {}  # a graph says the same few sizes again and again

@@ -31,6 +31,7 @@ from helix_compile.capture import model as capture_model
 from helix_compile.capture.captured import CapturedGraph
 from helix_compile.capture.structure import structure_key
 from helix_compile.ir.fakes import FreshSizes
+from helix_compile.ir.sizes import HINT_B
 from helix_compile.ir.stage import bodies_of, copy_module
 
 KEPT = 64
@@ -95,7 +96,7 @@ def _environment(facts: list[tuple[Any, Any, int]]) -> ShapeEnv:
 
 def _in_one_environment(captured: CapturedGraph) -> tuple[CapturedGraph, list[tuple[Any, Any, int]]]:
     """A copy whose graphs share their symbols (each capture numbers its own, a file holds one environment), and these."""
-    fresh = FreshSizes()
+    fresh = FreshSizes(HINT_B)  # by its hint a graph knows which size is B
 
     def there(value: Any) -> Any:
         return fresh.tensor(value) if isinstance(value, FakeTensor) else fresh.size(value)
