@@ -86,7 +86,7 @@ def _box(event: Event, scale: float, hatched: str) -> str:
     name = what if len(what) * LETTER + 8 < width else ""
     style = f"{kind}-name" if kind in ("attention", LINK) else "name"
     return (
-        f'<g data-node="{escape(event.node.name)}"><title>{escape(what)}: {1e6 * event.start:.2f} to {1e6 * event.end:.2f} us</title>'
+        f'<g data-event="{escape(event.node.name)}"><title>{escape(what)}: {1e6 * event.start:.2f} to {1e6 * event.end:.2f} us</title>'
         f'<rect class="{kind}" x="{x:.2f}" y="{y}" width="{width:.2f}" height="{LANE}"{fill}/>'
         f'<text class="{style}" x="{x + 4:.2f}" y="{y + LANE // 2 + 4}">{escape(name)}</text></g>'
     )

@@ -146,7 +146,7 @@ def test_a_slower_peer_holds_the_exchange() -> None:
 def test_the_picture_has_both_lanes(compiled: HelixModule, tmp_path: Path) -> None:
     schedule = predict_schedule(compiled.plan, compiled.graph)[1]
     picture = ElementTree.fromstring(format_schedule_svg("a title & more", schedule))
-    drawn = {g.get("data-node") for g in picture.iter("{http://www.w3.org/2000/svg}g")}
+    drawn = {g.get("data-event") for g in picture.iter("{http://www.w3.org/2000/svg}g")}
     assert drawn - {None} == {e.node.name for e in schedule.events if e.rank == 0}
     links = [r for r in picture.iter("{http://www.w3.org/2000/svg}rect") if r.get("class") == "link"]
     assert len(links) == len([n for n in compiled.graph.get_submodule("body_1").graph.nodes if is_collective(n)])

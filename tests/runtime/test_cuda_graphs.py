@@ -244,7 +244,7 @@ def test_an_edit_shows_in_the_next_step(pair: Pair, name: str, monkeypatch: pyte
     for _ in range(3):
         pair.step(2, 1)
     assert len(pair.fake.pieces) > pieces and len(pair.replays.recordings) == 1
-    if name in ("moved", "turned"):  # if nobody asked where, and how, it lies
+    if name == "moved":  # if nobody asked where it lies; how it lies, programs ask too
         monkeypatch.setattr(replays._Recording, "holds", True)
         with pytest.raises(AssertionError):
             pair.each(EDITS[name])
@@ -479,6 +479,8 @@ def one_call() -> dict[str, tuple[Any, ...]]:
         "total_lse": (lse_P,),
         "apply_sinks": (partial_o, lse, torch.randn(4)),
         "rescale_by_lse": (partial_o, lse, lse_P),
+        "rows_of_part": (partial_o, 1, 2),
+        "place_rows": (partial_o[:1], partial_o, 0, 2),
         "rows_for_owners": (candidates[0], 3),
         "pack_kth": (torch.randn(3, 1), torch.ones(3, 1, dtype=torch.int64)),
         "heads_of_rank": (torch.randn(2, 1, 4, 6), number, 2),
