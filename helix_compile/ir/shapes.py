@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import attrgetter
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -69,6 +69,12 @@ def propagate_shapes(graph: fx.Graph, bodies: Mapping[str, fx.GraphModule] | Non
             node.meta["val"], node.meta["val_key"] = known[key], key
 
 
+def _is_of_python(target: Any) -> bool:
+    return isinstance(target, FunctionType) or (
+        isinstance(target, BuiltinFunctionType) and target.__module__ == "builtins"
+    )
+
+
 def _computed(node: fx.Node) -> Any:
     args = fx.map_arg(node.args, lambda n: n.meta["val"])
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
@@ -76,7 +82,7 @@ def _computed(node: fx.Node) -> Any:
     try:
         return node.target(*args, **kwargs)
     except Exception as error:
-        if isinstance(node.target, FunctionType) and "val" in node.meta:
+        if _is_of_python(node.target) and "val" in node.meta:
             return node.meta["val"]
         shapes = [_shape(n.meta["val"]) for n in node.all_input_nodes]
         raise PassError(f"node `{node.name}` ({node.target}) does not take {shapes}: {error}") from error
