@@ -171,6 +171,8 @@ def reach_of(decode: fx.Node) -> tuple[int, int, bool]:
     first = decode.kwargs.get("first")
     if first is None:
         return 0, 0, False
+    while helix_op(first) == "rows_of_part":  # of a part of the batch
+        first = first.args[0]
     ref = input_ref(first)
     return *reach_of_input(ref.name), ref.ring
 
