@@ -195,6 +195,13 @@ def helix_op(node: Any) -> str:
     return name if provider.startswith("helix") else ""
 
 
+def all_rows(node: Any) -> Any:
+    """A value of all sequences, of which `node` takes the rows of a part; any other value is itself."""
+    while helix_op(node) == "rows_of_part":
+        node = node.args[0]
+    return node
+
+
 def is_param(node: Any) -> bool:
     """True for a placeholder that is a parameter or buffer."""
     return input_ref(node).kind == "param"

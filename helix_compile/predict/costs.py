@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from helix_compile.errors import HelixError, LayoutError
 from helix_compile.ir.collectives import COLLECTIVE_OF, WAIT, is_collective
 from helix_compile.ir.elements import is_layout_op
-from helix_compile.ir.graph import aten, helix_op, input_ref, is_param
+from helix_compile.ir.graph import all_rows, aten, helix_op, input_ref, is_param
 from helix_compile.ir.ops import MOVES
 from helix_compile.ir.sizes import size_at_step
 from helix_compile.layout.degrees import HelixLayout
@@ -168,11 +168,9 @@ def tensors_of(node: fx.Node) -> list[Tensor]:
 
 def reach_of(decode: fx.Node) -> tuple[int, int, bool]:
     """(window, chunk, whether every rank holds the last tokens by itself) of an attention; 0: it sees all."""
-    first = decode.kwargs.get("first")
+    first = all_rows(decode.kwargs.get("first"))
     if first is None:
         return 0, 0, False
-    while helix_op(first) == "rows_of_part":  # of a part of the batch
-        first = first.args[0]
     ref = input_ref(first)
     return *reach_of_input(ref.name), ref.ring
 

@@ -21,10 +21,3 @@ def decodes_by_site(graph: fx.Graph) -> list[list[fx.Node]]:
                 cache = cache.all_input_nodes[0]  # a part of its rows' channels, or these as bytes
             sites.setdefault(cache, []).append(node)
     return list(sites.values())
-
-
-def all_rows(node: Any) -> Any:
-    """A value of all sequences, of which `node` takes the rows of a part; any other value is itself."""
-    while helix_op(node) == "rows_of_part":
-        node = node.args[0]
-    return node

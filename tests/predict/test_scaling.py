@@ -128,11 +128,13 @@ def test_grouped_attention(heads: tuple[int, int]) -> None:
         check(model, candidate)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "variant", "kinds"),
-    [("deepseek_v32", "", {"all", "top"}), ("mistral", "window", {"window"}), ("llama4", "dense", {"all", "chunk"})],
-    ids=["deepseek_v32", "mistral", "llama4"],
+    [
+        pytest.param("deepseek_v32", "", {"all", "top"}, marks=pytest.mark.slow, id="deepseek_v32"),
+        pytest.param("mistral", "window", {"window"}, id="mistral"),
+        pytest.param("llama4", "dense", {"all", "chunk"}, marks=pytest.mark.slow, id="llama4"),
+    ],
 )
 def test_sparse_and_windowed_attention(name: str, variant: str, kinds: set[str]) -> None:
     """What an indexer chooses, what a window and what a chunk lets a query see."""

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from helix_compile.ir.dataflow import ancestors
-from helix_compile.ir.graph import helix_op, input_ref
+from helix_compile.ir.graph import all_rows, helix_op, input_ref
 from helix_compile.ir.stage import bodies_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.verifier.contract import deal
-from helix_compile.verifier.decodes import all_rows, decodes_by_site
+from helix_compile.verifier.decodes import decodes_by_site
 from helix_compile.verifier.numeric.indexers import SiteChoice
 from helix_compile.verifier.numeric.routing import NEAR_TIE
 from helix_compile.verifier.report import Finding, numeric_finding

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from helix_compile.ir.graph import all_rows
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.cache_row import CacheRow
 from helix_compile.plan.matches import AttentionMatch, Grouped, Latent, permuted
 from helix_compile.verifier.contract import head_places
-from helix_compile.verifier.decodes import all_rows
 
 Parts = tuple[Tensor, Tensor]
 Past = tuple[Tensor, ...]  # both parts, and the index key where there is one

@@ -10,13 +10,13 @@ import torch
 from torch import fx
 
 from helix_compile.ir.dataflow import ancestors, follow
-from helix_compile.ir.graph import InputRef, helix_op, input_ref, placeholders
+from helix_compile.ir.graph import InputRef, all_rows, helix_op, input_ref, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.layout.degrees import HelixLayout
 from helix_compile.plan.helix_plan import HelixPlan
 from helix_compile.plan.matches import AttentionMatch, LayerMatch
 from helix_compile.verifier.contract import OTHER_AXIS, coordinate, deal, head_places
-from helix_compile.verifier.decodes import all_rows, decodes_by_site
+from helix_compile.verifier.decodes import decodes_by_site
 from helix_compile.verifier.numeric.site_terms import seen_by
 from helix_compile.verifier.report import Finding
 from helix_compile.verifier.static.plan import matched_bodies
