@@ -4,11 +4,12 @@
     torchrun --nproc-per-node 4 benchmarks/step_overhead.py          the same over gloo: a rank a process
 
 Operators are ATen's, helix's, collectives and their waits, and Inductor's own kernels, which are made to report themselves to
-torch.profiler. What lies outside of them is told in two ways, for a profiler slows what is around operators: "profiled", in steps
-that are profiled, the step less its operators (median); "difference", the wall time of steps that are not (median, the two taking
-turns) less the operators' of those that are. B=1, T=1, four ranks, one thread. Processes meet before each step, outside of what is
-timed. CPU is that of this process (all ranks, or one): where processes wait for one another in collectives, and for a core, it is
-what a rank does itself. Compile seconds are cold with an empty TORCHINDUCTOR_CACHE_DIR, and warm in the next run with the same.
+torch.profiler; what lies outside of them is a profiled step less its operators (median). A profiler slows what is around operators, so
+read the ratio; step and CPU are of steps without it. A layer's share is what a model of twice the layers takes more, over the layers
+that it has more; "once" is what is left of a step: checks, positions, the head. The ways take turns. B=1, T=1, four ranks, one thread;
+the context grows by a token a step. Processes meet before each step, outside of what is timed. CPU is that of this process (all ranks,
+or one): where processes wait for one another in collectives, and for a core, it is what a rank does itself. Compile seconds are cold
+with an empty TORCHINDUCTOR_CACHE_DIR, and warm in the next run with the same.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from measuring import format_machine, print_table
 from torch._inductor import config
+from torch.autograd.profiler import _set_is_profiler_enabled
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -32,6 +34,8 @@ from helix_compile.models.presets import build_model, preset_config
 
 TOKEN = torch.tensor([[7]])
 STEP = "a whole step"
+TURN = 5  # steps that are profiled together
+Case = tuple[str, int]  # how it runs, how many times as deep
 
 
 def main() -> None:
@@ -43,37 +47,40 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=64)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model, layers = _model(arguments.hidden, arguments.layers)
     ranks = int(os.environ.get("WORLD_SIZE", "4"))
-    modules, seconds = {}, {}
+    modules: dict[Case, HelixModule] = {}
+    seconds: dict[str, float] = {}
     with config.patch({"cpp.enable_kernel_profile": True}):
-        for name, lower in (("node by node", "reference"), ("compiled", "inductor")):
-            started = time.perf_counter()
-            modules[name] = _filled(model, arguments.context, lower, ranks)
-            seconds[name] = time.perf_counter() - started
+        for depth in (1, 2):
+            model, layers = _model(arguments.hidden, arguments.layers, depth)
+            for name, lower in (("node by node", "reference"), ("compiled", "inductor")):
+                started = time.perf_counter()
+                modules[name, depth] = _filled(model, arguments.context, lower, ranks)
+                seconds.setdefault(name, time.perf_counter() - started)
     wall, cpu = (_medians(modules, arguments.repeats, clock) for clock in (time.perf_counter, time.process_time))
-    profiled = {name: _profiled(module, arguments.repeats) for name, module in modules.items()}
+    inside, outside = _profiled(modules, arguments.repeats)
     if dist.is_initialized() and dist.get_rank():
         return
-    alone = {name: outside / layers for name, (_, outside) in profiled.items()}
-    apart = {name: (wall[name] - inside) / layers for name, (inside, _) in profiled.items()}
+    layers //= 2
+    a_layer = {name: (outside[name, 2] - outside[name, 1]) / layers for name in seconds}
     rows = [
         [
             name,
-            *(f"{ms:.2f}" for ms in (wall[name], cpu[name], profiled[name][0])),
-            *(f"{ms * 1e3:.0f}" for ms in (alone[name], apart[name])),
+            *(f"{of[name, 1]:.2f}" for of in (wall, cpu, inside)),
+            f"{a_layer[name] * 1e3:.0f}",
+            f"{(outside[name, 1] - layers * a_layer[name]) * 1e3:.0f}",
             f"{seconds[name]:.0f}",
         ]
-        for name in wall
+        for name in seconds
     ]
     print(f"{format_machine()}; load {os.getloadavg()[0]:.1f}")
     world = f"{ranks} processes, gloo" if dist.is_initialized() else f"{ranks} virtual ranks"
     shape = f"hidden {model.config.hidden_size}, {layers} layers, {world}, context {arguments.context}"
-    outside = "outside us/layer"
-    head = ["step ms", "CPU ms", "inside operators ms", f"{outside}, profiled", f"{outside}, difference", "compile s"]
+    head = ["step ms", "CPU ms", "inside operators ms", "outside us, a layer", "outside us, once", "compile s"]
     print_table([shape, *head], rows)
-    print(f"compiled / node by node: step {_ratio(wall):.2f}, CPU of this process {_ratio(cpu):.2f}")
-    print(f"outside of operators, profiled: {1 / _ratio(alone):.1f} times less")
+    step, own = ({name: of[name, 1] for name in seconds} for of in (wall, cpu))
+    print(f"compiled / node by node: step {_ratio(step):.2f}, CPU of this process {_ratio(own):.2f}")
+    print(f"outside of operators, a layer: {1 / _ratio(a_layer):.1f} times less")
 
 
 def _ratio(of: dict[str, float]) -> float:
@@ -81,10 +88,14 @@ def _ratio(of: dict[str, float]) -> float:
     return fast / slow
 
 
-def _model(hidden: int, layers: int) -> tuple[Any, int]:
+def _model(hidden: int, layers: int, depth: int) -> tuple[Any, int]:
+    """The model, with `depth` times its layers of each kind, and how many these are."""
     if not hidden:
-        model = build_model(preset_config("tiny"))
-        return model, model.config.num_hidden_layers
+        config = preset_config("tiny")
+        config.num_hidden_layers *= depth
+        config.first_k_dense_replace *= depth
+        return build_model(config), config.num_hidden_layers
+    layers *= depth
     sizes = {"num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     sizes |= {
         "qk_nope_head_dim": 128,
@@ -94,7 +105,7 @@ def _model(hidden: int, layers: int) -> tuple[Any, int]:
         "n_routed_experts": 8,
     }
     sizes |= {"hidden_size": hidden, "intermediate_size": 2 * hidden, "moe_intermediate_size": hidden // 4}
-    sizes |= {"num_hidden_layers": layers, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+    sizes |= {"num_hidden_layers": layers, "first_k_dense_replace": depth, "n_group": 1, "topk_group": 1}
     torch.manual_seed(0)
     return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, num_experts_per_tok=2)).eval(), layers
 
@@ -109,38 +120,42 @@ def _filled(model: Any, context: int, lower: str, ranks: int) -> HelixModule:
     return compiled
 
 
-def _medians(modules: dict[str, HelixModule], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+def _medians(modules: dict[Case, HelixModule], repeats: int, clock: Callable[[], float]) -> dict[Case, float]:
     """Milliseconds of a step by a clock; the modules take turns, after two steps each that are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in modules}
+    times: dict[Case, list[float]] = {case: [] for case in modules}
     for _ in range(repeats + 2):
-        for name, module in modules.items():
-            length = _meet(module)
+        for case, module in modules.items():
+            _meet()
             started = clock()
             module(TOKEN)
-            times[name].append((clock() - started) * 1e3)
-            module.truncate(length)
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
+            times[case].append((clock() - started) * 1e3)
+    return {case: statistics.median(values[2:]) for case, values in times.items()}
 
 
-def _meet(module: HelixModule) -> int:
-    """Wait for the other processes; the tokens that there are."""
+def _meet() -> None:
+    """Wait for the other processes."""
     if dist.is_initialized():
         dist.barrier()
-    return int(module.lengths[0])
 
 
-def _profiled(module: HelixModule, repeats: int) -> tuple[float, float]:
+def _profiled(modules: dict[Case, HelixModule], repeats: int) -> tuple[dict[Case, float], dict[Case, float]]:
     """Median milliseconds of a step inside and outside of operators."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(repeats):
-            length = _meet(module)
-            with record_function(STEP):
-                module(TOKEN)
-            module.truncate(length)
-    steps = [event for event in profiler.events() if event.name == STEP]
-    inside = [_inside(step) / 1e3 for step in steps]
-    outside = [step.cpu_time_total / 1e3 - own for step, own in zip(steps, inside, strict=True)]
-    return statistics.median(inside), statistics.median(outside)
+    inside: dict[Case, list[float]] = {case: [] for case in modules}
+    outside: dict[Case, list[float]] = {case: [] for case in modules}
+    for _ in range(0, repeats, TURN):
+        for case, module in modules.items():
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                # or torch puts ranges of its own around compiled code, which cost more than calling it
+                _set_is_profiler_enabled(False)
+                for _ in range(TURN):
+                    _meet()
+                    with record_function(STEP):
+                        module(TOKEN)
+            steps = [event for event in profiler.events() if event.name == STEP]
+            own = [_inside(step) / 1e3 for step in steps]
+            inside[case] += own
+            outside[case] += [step.cpu_time_total / 1e3 - ms for step, ms in zip(steps, own, strict=True)]
+    return tuple({case: statistics.median(of[case]) for case in modules} for of in (inside, outside))
 
 
 def _inside(event: Any) -> float:

@@ -51,6 +51,7 @@ class _Do(NamedTuple):
         dead: registers that nobody reads afterwards.
         where: the node, as faults name it.
         apart: why a piece of a tape can't hold it; "" if it can, None: it launches nothing.
+        later: what is called from the second step on, where this is another.
     """
 
     call: Any
@@ -59,6 +60,7 @@ class _Do(NamedTuple):
     dead: tuple[int, ...]
     where: str
     apart: str | None = ""
+    later: Any = None
 
 
 class Program:
@@ -89,6 +91,8 @@ class Program:
         self._steps: list[_Do] = []
         self._code = code
         self._pending: dict[int, str] = {}  # register of a collective that was started -> which
+        self._unsure: set[int] = set()  # registers of what functions give: of any dtype, at any step
+        self._is_first = True
         values: list[Any] = []
         for node in placeholders(stage.graph):
             if node in bound:
@@ -127,7 +131,7 @@ class Program:
         registers = self._registers.copy()
         for name, register in self.inputs.items():
             registers[register] = step[name]
-        for call, takes, gives, dead, where, apart in self._steps:
+        for call, takes, gives, dead, where, apart, _ in self._steps:
             arguments = [registers[i] for i in takes]
             result: Any
             if call is None:
@@ -157,6 +161,9 @@ class Program:
                     registers[register] = value
             for register in dead:
                 registers[register] = None
+        if self._is_first:
+            self._is_first = False
+            self._steps = [step._replace(call=step.later) if step.later else step for step in self._steps]
         return registers[self._output]
 
     def _guarded(self, call: Any, where: str, *arguments: Any) -> Any:
@@ -212,7 +219,9 @@ class Program:
         gives = tuple(self._new() for _ in node.meta["val"])
         apart = next((f"it holds `{name}`: {why}" for name, why in host_reads(called)), "")
         code = self._code(SegmentCall(where, called, known))
-        self._steps.append(_Do(self._of_dtypes(code, where, brought), takes, gives, (), where, apart))
+        unsure = [(place, n) for place, n in brought if takes[place] in self._unsure]
+        later = self._of_dtypes(code, where, unsure) if unsure else code
+        self._steps.append(_Do(self._of_dtypes(code, where, brought), takes, gives, (), where, apart, later))
         return gives
 
     def _check_bound(self, where: str, taken: fx.Node, value: Any) -> None:
@@ -237,7 +246,10 @@ class Program:
     def _of_dtypes(
         self, code: Callable[..., Any], where: str, brought: list[tuple[int, fx.Node]]
     ) -> Callable[..., Any]:
-        """`code`, where what a step brings has the dtypes that the graph says: that of a user's function is only known then."""
+        """`code`, where what a step brings has the dtypes that the graph says.
+
+        Code gives what it gave before, so one step shows that; what a user's function gives is only known when it did.
+        """
         wanted = [(place, n.meta["val"].dtype) for place, n in brought if isinstance(n.meta.get("val"), Tensor)]
 
         def checked(*tensors: Any) -> Any:
@@ -283,6 +295,9 @@ class Program:
         if call is not None:
             self._not_pending(where, takes)
         gives = self._new()
+        computes = call is not None and not isinstance(call, str)
+        if computes or not self._unsure.isdisjoint(takes):
+            self._unsure.add(gives)
         self._steps.append(_Do(call, takes, gives, (), where, host_read(node) if _launches(node) else None))
         return gives
 
