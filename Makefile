@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # pip compiles no sources (half of an install): each module is when it is first imported, and this must not be forbidden then
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/pip install --quiet --no-compile
+TRITON := $(shell sed -n 's/.*"\(triton==[0-9.]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: demo model test test-slow test-gpu test-versions coverage lint fix bench bench-overhead size clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch is pinned: a looser request would take a CUDA build of several gigabytes
-	$(PIP) torch==2.13.0 -e ".[dev]"
+	# torch is pinned: a looser request would take a CUDA build of several gigabytes. Triton is as large: each on a core of its own
+	$(PIP) --no-deps $(TRITON) & $(PIP) torch==2.13.0 && wait $$! && $(PIP) -e ".[dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)
