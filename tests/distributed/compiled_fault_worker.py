@@ -16,7 +16,7 @@ from helix_compile import HelixModule
 from helix_compile.runtime import inductor
 from tests.distributed.fault_worker import FAULTY, STEP, all_have_come, hit
 
-STRUCK = "layer_1.segment_1"  # behind the exchange of the last layer
+STRUCK = "layer_2.segment_1"  # behind the exchange of the second layer, the last
 WEIGHT = "model.layers.1.self_attn.o_proj.weight"
 
 
