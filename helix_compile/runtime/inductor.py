@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.eval_frame import innermost_fn
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
@@ -73,9 +74,44 @@ WRITTEN_OUT = (
     "rows_of_part",
     "place_rows",
 )
+
+
+class _TablesAsTheyAre(CustomGraphPass):
+    """On a CPU cos and sin of torch and of Inductor's code differ in the last digit, one value of float32 in four.
+
+    Every head of every layer reads the tables of positions: what computes them stays calls of torch's own functions. So do exp and
+    log of what integers alone give (temperatures that grow with the position); those of activations are fused.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Mark them for Inductor; `graph` is what it will write code for."""
+        aten, of_integers = torch.ops.aten, set[fx.Node]()
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "placeholder":
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    of_integers.add(node)
+                continue
+            if all(source in of_integers for source in node.all_input_nodes):
+                of_integers.add(node)
+            rounds = node.target in (aten.cos.default, aten.sin.default)
+            rounds |= node in of_integers and node.target in (aten.exp.default, aten.log.default)
+            if rounds and isinstance(value, Tensor) and value.device.type == "cpu" and value.dtype == torch.float32:
+                node.meta["should_fallback"] = True
+
+    def uuid(self) -> bytes:
+        """Part of the key by which Inductor keeps code on disk."""
+        return get_hash_for_files((__file__,))
+
+
 # bfloat16 and float16 rounded where the ops alone would round: what is compiled and what is interpreted are equal bit for bit
 # on as many threads as torch has when it runs, not when it was compiled
-_OPTIONS = {"emulate_precision_casts": True, "compile_threads": 1, "cpp.dynamic_threads": True}
+_OPTIONS = {
+    "emulate_precision_casts": True,
+    "compile_threads": 1,
+    "cpp.dynamic_threads": True,
+    "post_grad_custom_post_pass": _TablesAsTheyAre(),
+}
 # on a CPU what calls the kernels is C++ too: an eighth of a small step, and it compiles no slower
 _ON_CPU = {"cpp_wrapper": True}
 _TRIED = ((1, 1, 0), (1, 5, 3), (3, 1, 7), (3, 4, 1), (8, 1, 4096), (2, 512, 0))  # B, T, S

@@ -333,6 +333,32 @@ def test_a_product_of_one_row_is_rounded_once(
     assert not torch.equal(computed(), exact)
 
 
+@pytest.mark.slow  # two builds
+def test_tables_of_positions_are_torchs_own_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cos and sin of float32, and a temperature of positions alone; Inductor's own vectors round one value in four otherwise."""
+
+    def computed() -> list[bool]:
+        graph = fx.Graph()
+        positions, frequencies = torch.arange(4096)[None], 10000.0 ** -torch.arange(0, 1, 1 / 7)
+        taken = [graph.placeholder(name) for name in ("positions", "frequencies")]
+        for node, value in zip(taken, (positions, frequencies), strict=True):
+            node.meta = {"val": value, "input": ["input", node.name]}
+        column = graph.call_function(aten.unsqueeze.default, (taken[0], 2))
+        wide = graph.call_function(aten._to_copy.default, (column,), {"dtype": torch.float32})
+        angle = graph.call_function(aten.mul.Tensor, (wide, taken[1]))
+        later = graph.call_function(aten.add.Tensor, (wide, 1.0))
+        tables = [graph.call_function(op, (angle,)) for op in (aten.cos.default, aten.sin.default)]
+        graph.output((*tables, graph.call_function(aten.log.default, (later,))))
+        segment = fx.GraphModule(torch.nn.Module(), graph)
+        got = inductor.code_of(segment, {}, "tables")(positions, frequencies)
+        return [torch.equal(a, b) for a, b in zip(got, segment(positions, frequencies), strict=True)]
+
+    assert computed() == [True, True, True]
+    monkeypatch.setattr(inductor, "_CODE", type(inductor._CODE)())
+    monkeypatch.setitem(inductor._OPTIONS, "post_grad_custom_post_pass", None)
+    assert computed() == [False, False, False]
+
+
 @pytest.mark.slow
 def test_a_bar_counts_what_is_compiled(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is known is not in it; a rank that is not the leader shows none."""
