@@ -169,7 +169,8 @@ def _measurements(path: Path, model: CostedModel, goal: Goal) -> Iterable[Measur
         if unknown := [key for key in row if key not in (*_NUMBERS, *_WORDS)]:
             raise HelixError(f"{where}: {unknown[0]!r} is no field; expected some of {', '.join((*_NUMBERS, *_WORDS))}")
         for key in (k for k in _NUMBERS if k in row or k not in _DEFAULTED):
-            value, least = row.get(key), 2 if key == "context" else 1 if key != "step_us" else 0
+            value: Any = row.get(key)
+            least = 2 if key == "context" else 1 if key != "step_us" else 0
             kinds = int if key != "step_us" else (int, float)
             good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
             if not good or value < least or value == 0:

@@ -106,7 +106,7 @@ class CostedModel:
         self._paddable: dict[bool, bool] = {}
         self._kv_bytes: dict[Hashable, Fraction] = {}
         self._slots: dict[tuple[int, int], int] = {}
-        self._keys: dict[Hashable, int] = {}  # terms -> a number: structures and layouts share most of theirs
+        self._known = Known({}, {})
 
     @property
     def sites(self) -> list[AttentionMatch]:
@@ -140,7 +140,7 @@ class CostedModel:
             self._structures[key] = self._lowered(candidate)
         # rows of a vocabulary are cut, padded and put together by nodes that know how many ranks there are: lowered for each number
         if self.base.head == "shard" and candidate.ranks not in self._around:
-            own = Structure(self.captured, self.matches, candidate.options(self.base), {}, self._keys)
+            own = Structure(self.captured, self.matches, candidate.options(self.base), {}, self._known)
             self._around[candidate.ranks] = own.around
         return self._structures[key]
 
@@ -219,12 +219,12 @@ class CostedModel:
             own = candidate.options(self.base)
             changed = {name: getattr(own, name) for name in ("overlap", "max_batch_size")}
             options = replace(whole.plan.options, **changed)
-            return Structure(self.captured, self.matches, options, self._around, self._keys, whole.rewritten)
+            return Structure(self.captured, self.matches, options, self._around, self._known, whole.rewritten)
         refusals = []
         for reference in self._references(candidate):
             try:
                 options = reference.options(self.base)
-                return Structure(self.captured, self.matches, options, self._around, self._keys)
+                return Structure(self.captured, self.matches, options, self._around, self._known)
             except (LayoutError, PlanError) as error:
                 refusals.append(str(error))
         raise HelixError(f"plan: no layout of this structure can be lowered: {refusals[-1]}")
@@ -240,6 +240,13 @@ class CostedModel:
                 ranks, pads = cp * tpa, padded or any(e % ep for e in self.experts)
                 yield replace(candidate, cp=cp, tpa=tpa, ep=ep, tpf=ranks // ep, pad_heads=pads)
         yield candidate
+
+
+class Known(NamedTuple):
+    """What was worked out before: terms -> their number, and (expression, batch) -> what it is there."""
+
+    keys: dict[Hashable, int]
+    numbers: dict[Hashable, int]
 
 
 class Structure:
@@ -258,14 +265,14 @@ class Structure:
         matches: dict[str, LayerMatch],
         options: HelixOptions,
         others: Mapping[int, ReferenceGraph],
-        keys: dict[Hashable, int],
+        known: Known,
         rewritten: fx.GraphModule | None = None,
     ):
         """Plan and lower; compute ops keep their references, which have the nodes of every lowering.
 
         Args:
             others: ranks -> what stands in the place of `around` there.
-            keys: terms -> their number; of all structures of a model, which add to it.
+            known: what all structures of a model have in common, to which they add.
             rewritten: of a structure with the same options but for overlap.
         """
         self.plan = plan_helix(captured, matches, options)
@@ -279,10 +286,12 @@ class Structure:
         for body in self.plan.bodies:
             kv_heads = {site.site: site.kv_heads for site in body.attentions}
             graph = body_of(stage, body.name).graph
-            parts.append((len(body.layers), ReferenceGraph(graph, layout, counted_in(matches[body.name]), kv_heads)))
+            counted = counted_in(matches[body.name])
+            parts.append((len(body.layers), ReferenceGraph(graph, layout, counted, kv_heads, known.numbers)))
         self.bodies = tuple(parts)
-        self.around = ReferenceGraph(stage.graph, layout, counted_outside(self.plan.outer), {}, formats=False)
-        self._others, self._keys = others, keys
+        outside = counted_outside(self.plan.outer)
+        self.around = ReferenceGraph(stage.graph, layout, outside, {}, known.numbers, formats=False)
+        self._others, self._keys = others, known.keys
         self._uncounted = leaf_bytes(captured.graph)  # of modules that stay the user's own
         self._terms: dict[HelixLayout, tuple[Group, ...]] = {}
         self._params: dict[HelixLayout, tuple[int, int]] = {}

@@ -87,6 +87,7 @@ class ReferenceGraph:
         counted: see counted_in().
         kv_heads: site -> KV heads that are cached.
         formats: another format of weights changes its own; embedding and head keep theirs.
+        numbers: (expression, batch) -> what it is there; of all graphs of a model, which add to it.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class ReferenceGraph:
         layout: HelixLayout,
         counted: dict[str, dict[str, Counted]],
         kv_heads: dict[int, int],
+        numbers: dict[Hashable, int],
         formats: bool = True,
     ):
-        self.graph, self.layout, self._formats = graph, layout, formats
+        self.graph, self.layout, self._formats, self._numbers = graph, layout, formats, numbers
         self._sizes: dict[Hashable, tuple[list[int], tuple[Cut, ...]]] = {}
         self._widths: dict[Hashable, int] = {}
         self._counted: dict[fx.Node, dict[str, Counted]] = {}
@@ -148,9 +150,10 @@ class ReferenceGraph:
         """What a node costs under a layout, None for nothing."""
         if (own := part_of_node(node)) and own[1]:
             return None  # the first part stands for all
-        sizes.reach, sizes.routed = (ALL, 0), None
+        sizes.reach, sizes.routed, sizes.attended = (ALL, 0), None, False
         unit = sizes.layout.kvp * self.parts  # of so many tokens no share of a rank or a part is rounded
-        at = [sizes.probe(node, batch, local) for batch, local in ((unit, 0), (2 * unit, 0), (unit, 1))]
+        at = [sizes.probe(node, batch, 0) for batch in (unit, 2 * unit)]
+        at.append(sizes.probe(node, unit, 1) if sizes.attended else at[0])
         term = _term(node, at, unit, sizes)
         if term is not None and term.weights and not any(self._params.get(n, False) for n in node.all_input_nodes):
             term = replace(term, weights=0.0, moved=(term.moved[0] + term.weights, *term.moved[1:]))
@@ -163,7 +166,7 @@ class ReferenceGraph:
         if (key := (node, place, batch)) not in self._sizes:
             layout = node.meta.get("layout") or {}
             placed = (layout[place] if place < len(layout) else {}) if isinstance(layout, tuple) else layout
-            shape = [size_at_step(s, batch, 1, 0) for s in tensors_of(node)[place].shape]
+            shape = [self._number(s, batch) for s in tensors_of(node)[place].shape]
             cuts = []
             for axis, placement in placed.items():
                 if isinstance(placement, Shard):
@@ -175,6 +178,13 @@ class ReferenceGraph:
                     cuts.append((placement.dim, counted, axis, before))
             self._sizes[key] = shape, tuple(cuts)
         return self._sizes[key]
+
+    def _number(self, size: int | torch.SymInt, batch: int) -> int:
+        if isinstance(size, int):
+            return size
+        if (key := (size.node.expr, batch)) not in self._numbers:
+            self._numbers[key] = size_at_step(size, batch, 1, 0)
+        return self._numbers[key]
 
     def params_bytes(self, layout: HelixLayout) -> tuple[int, int]:
         """Bytes of the parameters that a format of weights changes, and of all others."""
@@ -229,6 +239,7 @@ class ScaledSizes(NodeSizes):
         self.asked: set[Symbol] = set()
         self.reach: tuple[str, int] = (ALL, 0)
         self.routed: tuple[int, int] | None = None
+        self.attended = False  # did the node ask how much of the context it sees?
         self._local = 0
 
     def probe(self, node: fx.Node, batch: int, local: int) -> NodeCost:
@@ -250,11 +261,13 @@ class ScaledSizes(NodeSizes):
         """What is probed; how far it reaches is noted."""
         window, chunk, ring = reach_of(decode)
         assert not ring, "caches of the last tokens are not planned"
+        self.attended = True
         self.reach = (WINDOW, window) if window else (CHUNK, chunk) if chunk else (ALL, 0)
         return self._local
 
     def chosen_context(self, decode: fx.Node, top_k: int) -> float:
         """The same of what an indexer chose."""
+        self.attended = True
         self.reach = (TOP, top_k)
         return self._local
 
