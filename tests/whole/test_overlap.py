@@ -173,3 +173,19 @@ def test_verify_finds_nothing(kind: str) -> None:
     model = make()
     report = verify(helix_compile(model, **options, tokens_per_block=4, max_seq_len=256, overlap="hopb"), model)
     assert report.ok, report
+
+
+# what else can run the graph
+LOWERINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "triton": (lambda: tiny_model("short", torch.float32), {"cp": 4, "lower": "triton", "v_up": "before"})
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOWERINGS)
+def test_every_lowering_has_the_bits_of_a_batch_in_one(kind: str) -> None:
+    make, options = LOWERINGS[kind]
+    model = make()
+    plain, parted = pair(model, **options)
+    assert any(site.parts == 2 for body in parted.plan.bodies for site in body.attentions)
+    same_bits(model, plain, parted, (1, 3))
