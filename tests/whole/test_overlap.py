@@ -175,9 +175,27 @@ def test_verify_finds_nothing(kind: str) -> None:
     assert report.ok, report
 
 
-# what else can run the graph
+@pytest.mark.slow
+def test_generation_and_sequences_that_begin_again() -> None:
+    model = tiny_model("short", torch.float32)
+    plain, parted = pair(model, cp=4, v_up="before")
+    ids, mask = random_ids(model, 3, 4), torch.ones(3, 4, dtype=torch.int64)
+    mask[1, :2] = 0
+    written = [m.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False) for m in (plain, parted)]
+    assert torch.equal(*written)
+    plain.reset(rows=[1]), parted.reset(rows=[1])
+    for T in (2, 1):
+        step = random_ids(model, 3, T)
+        assert torch.equal(plain(step), parted(step)) and torch.equal(plain.lengths, parted.lengths)
+    plain.truncate([3, 1, 3]), parted.truncate([3, 1, 3])
+    assert torch.equal(plain(ids), parted(ids))
+
+
+# what else can run the graph; float32 as Inductor generates it is held within a limit (tests/runtime/test_overlap.py)
 LOWERINGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "triton": (lambda: tiny_model("short", torch.float32), {"cp": 4, "lower": "triton", "v_up": "before"})
+    "triton": (lambda: tiny_model("short", torch.float32), {"cp": 4, "lower": "triton", "v_up": "before"}),
+    "cpp": (lambda: tiny_model("short"), {"cp": 4, "lower": "cpp", "v_up": "before"}),
+    "cpp float32": (lambda: tiny_model("short", torch.float32), {"cp": 2, "lower": "cpp", "merge": "ag_rs"}),
 }
 
 
