@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -56,11 +57,9 @@ def plan(
     from helix_compile.predict.planner import Planned, held_in, plan_text
     from helix_compile.predict.search import Goal, batches_of, count_of
 
-    if min_tokens_per_s < 0:
+    if not 0 <= min_tokens_per_s < math.inf:
         raise HelixError(f"--min-tokens-per-s: got {min_tokens_per_s}, expected a number >= 0")
-    for path in (out, html):
-        if path is not None:
-            check_folder(path.parent)
+    _check_files(out, html)
     stated, where = _stated(config, lenient)
     machine, tokens = accelerator(gpu, gpu_file), count_of(context, "--context")
     goal = Goal(
@@ -99,6 +98,17 @@ def plan(
     if out is not None and out not in written:
         print(f"did not write {out}: {planned.reasons[0]}", file=sys.stderr)
     raise typer.Exit(0 if planned.best else 1)
+
+
+def _check_files(out: Path | None, html: Path | None) -> None:
+    """Before minutes of search: what is written last can be."""
+    for option, path in (("--out", out), ("--html", html)):
+        if path is not None:
+            check_folder(path.parent, option)
+            if path.is_dir():
+                raise HelixError(f"{option} {path}: is a folder; expected the name of a file in one")
+    if out is not None and html is not None and out.absolute() == html.absolute():
+        raise HelixError(f"--out and --html: got {out} for both, expected two files")
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,11 +105,13 @@ def run_passes(
     context: PassContext,
     dump: Dump | None = None,
     begin: tuple[str, fx.GraphModule] | None = None,
+    keep: Collection[str] | None = None,
 ) -> dict[str, fx.GraphModule]:
     """Run `passes` in order on copies; returns stage name -> outer graph (bodies are its submodules).
 
     Args:
         begin: name and graph of a stage that earlier passes made, by the same decisions; default: what was captured.
+        keep: stages that someone wants; the others are gone once the next pass has rewritten them. None: all.
 
     Raises:
         PassError: a pass rewrote another number of sites than planned or broke a promise; names the passes before.
@@ -121,7 +123,10 @@ def run_passes(
     if dump is not None:
         dump(0, first, current)
     for number, step in enumerate(passes, 1):
-        current = copy_module(current)
+        if keep is None or current is stages[first] or next(reversed(stages)) in keep:
+            current = copy_module(current)
+        else:  # half of a lowering is copies
+            stages.popitem()
         before = [(graph.graph, set(graph.graph.nodes)) for _, graph in graphs_of(current)]
         try:
             step.requires(current, context)

@@ -14,15 +14,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from helix_compile.config.files import nearest
 from helix_compile.errors import HelixError
 from helix_compile.ir.collectives import COLLECTIVES
 
 SMALL, LARGE = 4 * 1024, 128 * 1024  # bytes for which latencies are stated
+Times = TypeVar("Times", float, NDArray[np.float64])  # one figure, or one for each batch
 Latency = tuple[tuple[int, float, float], ...]  # (ranks, us up to SMALL bytes, us at LARGE and more)
 
 
@@ -69,10 +72,11 @@ class Accelerator:
                     "launch_us",
                     "reserved_gb",
                 )
-                good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+                kinds = (int, float) if field.type == "float" else int
+                good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
                 if not good or value < 0 or (value == 0 and not least_open):
                     raise HelixError(
-                        f"accelerator {self.name!r}: {field.name}={value!r}; expected a number {'>= 0' if least_open else '> 0'}"
+                        f"accelerator {self.name!r}: {field.name}={value!r}; expected a {'whole ' * (field.type == 'int')}number {'>= 0' if least_open else '> 0'}"
                     )
         if self.hbm_efficiency > 1 or self.flops_efficiency > 1:
             raise HelixError(f"accelerator {self.name!r}: an efficiency is a share of the peak, 1 at most")
@@ -95,9 +99,9 @@ class Accelerator:
         """Of its memory."""
         return self.hbm_tb_s * 1e6 * self.hbm_efficiency
 
-    def compute_us(self, flops: float, nbytes: float, peak: str = "bf16") -> float:
+    def compute_us(self, flops: Times, nbytes: Times, peak: str = "bf16") -> Times:
         """What a node takes that does so many flops, at one of the peaks, and moves so many bytes of memory."""
-        return max(flops / self.flops_per_us(peak), nbytes / self.bytes_per_us)
+        return longer(flops / self.flops_per_us(peak), nbytes / self.bytes_per_us)
 
     def collective_us(self, op: str, ranks: int, wire_bytes: float) -> float:
         """What a collective takes of which so many bytes leave a rank."""
@@ -115,6 +119,11 @@ class Accelerator:
             return small
         share = min(1.0, math.log2(wire_bytes / SMALL) / math.log2(LARGE / SMALL))
         return small + share * (large - small)
+
+
+def longer(one: Times, other: Times) -> Times:
+    """The longer of two, for each batch."""
+    return np.maximum(one, other) if isinstance(one, np.ndarray) or isinstance(other, np.ndarray) else max(one, other)
 
 
 def _at_ranks(rows: list[tuple[int, float]], ranks: int, op: str) -> float:
@@ -254,13 +263,13 @@ def _overridden(preset: Accelerator, path: Path) -> Accelerator:
 
 
 def _rows(path: Path, op: str, value: Any) -> Latency:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
         return _flat(float(value))
     try:
         rows = tuple((int(ranks), float(small), float(large)) for ranks, small, large in value)
     except (TypeError, ValueError):
         rows = ()
-    if not rows or any(min(row) < 0 for row in rows):
+    if not rows or not all(ranks >= 1 and 0 <= us < math.inf for ranks, *both in rows for us in both):
         raise HelixError(
             f"--gpu-file {path}: latency_us.{op}: got {value!r}, expected us, or rows [ranks, us small, us large]"
         )

@@ -8,6 +8,7 @@ and pad_heads may be given too. Steps are of the command's weights and cache. Wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from helix_compile.predict.costed import Candidate, CostedModel
 from helix_compile.predict.search import Goal, Point, Search
 
 _NUMBERS = ("cp", "tpa", "ep", "batch", "context", "step_us")
+_DEFAULTED = ("tpa", "ep")
 _WORDS = ("merge", "q_proj", "v_up", "pad_heads", "overlap")
 
 
@@ -111,7 +113,7 @@ def calibrated(path: Path, model: CostedModel, goal: Goal) -> Calibration:
     Raises:
         HelixError: no measurements, a field that is missing, of another kind or unknown, a layout that the model can't have.
     """
-    measured = list(_measurements(path, model))
+    measured = list(_measurements(path, model, goal))
     bare = replace(goal.accelerator, fixed_us_per_layer=0.0, launch_us=0.0, latency_us=_scaled(goal.accelerator, 0.0))
     stated = replace(bare, latency_us=goal.accelerator.latency_us)
     roofline = [_step_us(model, goal, bare, m) for m in measured]
@@ -156,7 +158,7 @@ def _scaled(accelerator: Accelerator, times: float) -> dict[str, Any]:
     }
 
 
-def _measurements(path: Path, model: CostedModel) -> Iterable[Measurement]:
+def _measurements(path: Path, model: CostedModel, goal: Goal) -> Iterable[Measurement]:
     rows = read_mapping(path, "--calibrate").get("measurements")
     if not isinstance(rows, list) or not rows:
         raise HelixError(f'--calibrate {path}: expected {{"measurements": [...]}} with at least one, got {rows!r}')
@@ -166,20 +168,30 @@ def _measurements(path: Path, model: CostedModel) -> Iterable[Measurement]:
             raise HelixError(f"{where}: got {row!r}, expected a table")
         if unknown := [key for key in row if key not in (*_NUMBERS, *_WORDS)]:
             raise HelixError(f"{where}: {unknown[0]!r} is no field; expected some of {', '.join((*_NUMBERS, *_WORDS))}")
-        for key in ("cp", "batch", "context", "step_us"):
-            value = row.get(key)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int if key != "step_us" else (int, float))
-                or value <= 0
-            ):
-                raise HelixError(f"{where}: {key}: got {value!r}, expected a number > 0")
-        yield Measurement(_candidate(where, row, model), row["batch"], row["context"], float(row["step_us"]))
+        for key in (k for k in _NUMBERS if k in row or k not in _DEFAULTED):
+            value: Any = row.get(key)
+            least = 2 if key == "context" else 1 if key != "step_us" else 0
+            kinds = int if key != "step_us" else (int, float)
+            good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+            if not good or value < least or value == 0:
+                expected = f"a number >= {least}" if least else "a number > 0"
+                raise HelixError(f"{where}: {key}: got {value!r}, expected {expected}")
+        candidate = _candidate(where, row, model, goal.accelerator)
+        if row["batch"] < candidate.least_batch:
+            raise HelixError(
+                f"{where}: batch: got {row['batch']}, expected {candidate.least_batch} or more sequences with overlap={candidate.overlap!r}"
+            )
+        yield Measurement(candidate, row["batch"], row["context"], float(row["step_us"]))
 
 
-def _candidate(where: str, row: dict[str, Any], model: CostedModel) -> Candidate:
+def _candidate(where: str, row: dict[str, Any], model: CostedModel, accelerator: Accelerator) -> Candidate:
     cp, tpa = row["cp"], row.get("tpa", 1)
     ranks = cp * tpa
+    if ranks > accelerator.link_ranks:
+        raise HelixError(
+            f"{where}: got cp={cp}, tpa={tpa}: {ranks} ranks; the link of {accelerator.name} joins {accelerator.link_ranks}, and layouts of more "
+            "are not costed"
+        )
     experts = min(model.experts, default=0)
     ep = row.get("ep") or default_ep(ranks, experts)
     asked = {"cp": cp, "tpa": tpa, "ep": ep} | {k: row[k] for k in _WORDS if k in row}

@@ -30,7 +30,7 @@ from helix_compile.plan.cache_row import pages_per_sequence
 from helix_compile.plan.matches import AttentionMatch, LayerMatch
 from helix_compile.predict.overlap import HOPB
 from helix_compile.predict.scaling import ReferenceGraph, counted_in, counted_outside
-from helix_compile.predict.terms import Term
+from helix_compile.predict.terms import ATTENTION, MATMUL, Term
 
 SEARCHED = ("cp", "tpa", "ep", "merge", "q_proj", "v_up", "pad_heads", "overlap")
 
@@ -105,6 +105,8 @@ class CostedModel:
         self._pads: dict[tuple[int, int], bool | None] = {}
         self._paddable: dict[bool, bool] = {}
         self._kv_bytes: dict[Hashable, Fraction] = {}
+        self._slots: dict[tuple[int, int], int] = {}
+        self._known = Known({}, {})
 
     @property
     def sites(self) -> list[AttentionMatch]:
@@ -138,7 +140,7 @@ class CostedModel:
             self._structures[key] = self._lowered(candidate)
         # rows of a vocabulary are cut, padded and put together by nodes that know how many ranks there are: lowered for each number
         if self.base.head == "shard" and candidate.ranks not in self._around:
-            own = Structure(self.captured, self.matches, candidate.options(self.base), {})
+            own = Structure(self.captured, self.matches, candidate.options(self.base), {}, self._known)
             self._around[candidate.ranks] = own.around
         return self._structures[key]
 
@@ -206,21 +208,23 @@ class CostedModel:
 
     def slots(self, cp: int, context: int) -> int:
         """Places for tokens of a sequence on a rank: whole pages of the fullest."""
-        options = HelixOptions(cp=cp, tokens_per_block=self.base.tokens_per_block, max_seq_len=context)
-        return pages_per_sequence(options, cp) * PAGE_SIZE
+        if (cp, context) not in self._slots:
+            options = HelixOptions(cp=cp, tokens_per_block=self.base.tokens_per_block, max_seq_len=context)
+            self._slots[cp, context] = pages_per_sequence(options, cp) * PAGE_SIZE
+        return self._slots[cp, context]
 
     def _lowered(self, candidate: Candidate) -> Structure:
         if candidate.overlap != "none":  # as without it, up to the stage where batches are cut
             whole = self.structure(replace(candidate, overlap="none"))
-            options = candidate.options(self.base)
-            changed = {name: getattr(options, name) for name in ("overlap", "max_batch_size")}
-            return Structure(
-                self.captured, self.matches, replace(whole.plan.options, **changed), self._around, whole.rewritten
-            )
+            own = candidate.options(self.base)
+            changed = {name: getattr(own, name) for name in ("overlap", "max_batch_size")}
+            options = replace(whole.plan.options, **changed)
+            return Structure(self.captured, self.matches, options, self._around, self._known, whole.rewritten)
         refusals = []
         for reference in self._references(candidate):
             try:
-                return Structure(self.captured, self.matches, reference.options(self.base), self._around)
+                options = reference.options(self.base)
+                return Structure(self.captured, self.matches, options, self._around, self._known)
             except (LayoutError, PlanError) as error:
                 refusals.append(str(error))
         raise HelixError(f"plan: no layout of this structure can be lowered: {refusals[-1]}")
@@ -236,6 +240,13 @@ class CostedModel:
                 ranks, pads = cp * tpa, padded or any(e % ep for e in self.experts)
                 yield replace(candidate, cp=cp, tpa=tpa, ep=ep, tpf=ranks // ep, pad_heads=pads)
         yield candidate
+
+
+class Known(NamedTuple):
+    """What was worked out before: terms -> their number, and (expression, batch) -> what it is there."""
+
+    keys: dict[Hashable, int]
+    numbers: dict[Hashable, int]
 
 
 class Structure:
@@ -254,12 +265,14 @@ class Structure:
         matches: dict[str, LayerMatch],
         options: HelixOptions,
         others: Mapping[int, ReferenceGraph],
+        known: Known,
         rewritten: fx.GraphModule | None = None,
     ):
         """Plan and lower; compute ops keep their references, which have the nodes of every lowering.
 
         Args:
             others: ranks -> what stands in the place of `around` there.
+            known: what all structures of a model have in common, to which they add.
             rewritten: of a structure with the same options but for overlap.
         """
         self.plan = plan_helix(captured, matches, options)
@@ -267,19 +280,22 @@ class Structure:
         begin = (last, rewritten) if rewritten is not None else None
         if begin:
             passes = passes[len(REWRITES) :]
-        stages = run_passes(passes, PassContext(captured, matches, self.plan), begin=begin)
+        stages = run_passes(passes, PassContext(captured, matches, self.plan), begin=begin, keep=(last, LOWERED.stage))
         stage, self.rewritten = stages[LOWERED.stage], stages[last]
         parts, layout = [], self.plan.layout
         for body in self.plan.bodies:
             kv_heads = {site.site: site.kv_heads for site in body.attentions}
             graph = body_of(stage, body.name).graph
-            parts.append((len(body.layers), ReferenceGraph(graph, layout, counted_in(matches[body.name]), kv_heads)))
+            counted = counted_in(matches[body.name])
+            parts.append((len(body.layers), ReferenceGraph(graph, layout, counted, kv_heads, known.numbers)))
         self.bodies = tuple(parts)
-        self.around = ReferenceGraph(stage.graph, layout, counted_outside(self.plan.outer), {}, formats=False)
-        self._others = others
+        outside = counted_outside(self.plan.outer)
+        self.around = ReferenceGraph(stage.graph, layout, outside, {}, known.numbers, formats=False)
+        self._others, self._keys = others, known.keys
         self._uncounted = leaf_bytes(captured.graph)  # of modules that stay the user's own
         self._terms: dict[HelixLayout, tuple[Group, ...]] = {}
         self._params: dict[HelixLayout, tuple[int, int]] = {}
+        self._buffers: dict[HelixLayout, float] = {}
 
     def parts(self, layout: HelixLayout) -> tuple[tuple[int, ReferenceGraph], ...]:
         """(layers, graph) of each body, and (1, graph) of what is around them."""
@@ -289,13 +305,24 @@ class Structure:
         """Groups of nodes under a layout; equal keys mean equal terms."""
         if layout not in self._terms:
             found = (
-                Group(key, n, terms, body, graph.parts)
+                Group(self._key(terms, graph.parts), n, terms, body, graph.parts)
                 for body, (n, graph) in enumerate(self.parts(layout))
-                for key, terms in graph.terms(layout)
+                for terms in graph.terms(layout)
                 if terms
             )
             self._terms[layout] = tuple(found)
         return self._terms[layout]
+
+    def _key(self, terms: tuple[Term, ...], parts: int) -> int:
+        own = terms, parts if any(t.chunk for t in terms) else 1
+        return self._keys.setdefault(own, len(self._keys))
+
+    def buffer(self, layout: HelixLayout) -> float:
+        """Bytes of the largest activation of a sequence, more or less: what a node moves besides weights and cache."""
+        if layout not in self._buffers:
+            sizes = (t.moved[1] for g in self.terms(layout) for t in g.terms if t.kind in (ATTENTION, MATMUL))
+            self._buffers[layout] = max(sizes, default=0.0)
+        return self._buffers[layout]
 
     def params_bytes(self, layout: HelixLayout) -> tuple[int, int]:
         """Bytes of a rank's parameters that a format of weights changes, and of all others."""
@@ -307,9 +334,12 @@ class Structure:
 
 
 class Group(NamedTuple):
-    """Nodes of a body that depend on the same of a layout, `layers` times in a step; some of them once for each of `parts`."""
+    """Nodes of a body that depend on the same of a layout, `layers` times in a step; some of them once for each of `parts`.
 
-    key: Hashable
+    Equal keys, of whatever structure and layout, mean equal terms.
+    """
+
+    key: int
     layers: int
     terms: tuple[Term, ...]
     body: int

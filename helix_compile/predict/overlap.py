@@ -11,13 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import fx
 
 from helix_compile.ir.graph import PART
+from helix_compile.predict.accelerators import longer
 
 HOPB = "hopb"
+Rows = TypeVar("Rows", int, NDArray[np.int64])
+Time = float | NDArray[np.float64]  # one, or one for each batch
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Chunk:
         exchange: time of each part on the link; () where nothing is started.
     """
 
-    compute: tuple[float, ...]
-    exchange: tuple[float, ...] = ()
+    compute: tuple[Time, ...]
+    exchange: tuple[Time, ...] = ()
 
 
 def both(one: Chunk | None, other: Chunk) -> Chunk:
@@ -40,35 +45,36 @@ def both(one: Chunk | None, other: Chunk) -> Chunk:
     return Chunk(_sums(one.compute, other.compute), _sums(one.exchange, other.exchange))
 
 
-def with_term(chunk: Chunk | None, times: tuple[float, ...], on_link: bool) -> Chunk:
+def with_term(chunk: Chunk | None, times: tuple[Time, ...], on_link: bool) -> Chunk:
     """A step with one more node, of so long in each part."""
     return both(chunk, Chunk((0.0,) * len(times), times) if on_link else Chunk(times))
 
 
-def _sums(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...]:
+def _sums(one: tuple[Time, ...], other: tuple[Time, ...]) -> tuple[Time, ...]:
     return tuple(a + b for a, b in zip(one, other, strict=True)) if one and other else one or other
 
 
-def rows_of_parts(batch: int, parts: int) -> tuple[int, ...]:
+def rows_of_parts(batch: Rows, parts: int) -> tuple[Rows, ...]:
     """Sequences of each part, as the pass cuts them."""
     return tuple(batch * (i + 1) // parts - batch * i // parts for i in range(parts))
 
 
-def in_parts(steps: Sequence[Chunk]) -> float:
+def in_parts(steps: Sequence[Chunk]) -> Time:
     """Time from the first part's attention to the last part's merge; the order is that of passes/rewrite/overlap.py."""
     parts = len(steps[0].compute)
-    compute = link = 0.0
-    arrives = [0.0] * parts
+    compute: Any = 0.0
+    link: Any = 0.0
+    arrives: list[Any] = [0.0] * parts
     for time in range(parts + len(steps) - 1):
         for late, step in enumerate(steps):
             part = time - late
             if not 0 <= part < parts:
                 continue
-            compute = max(compute, arrives[part]) + step.compute[part]
+            compute = longer(compute, arrives[part]) + step.compute[part]
             if step.exchange:
-                link = max(link, compute) + step.exchange[part]
+                link = longer(link, compute) + step.exchange[part]
                 arrives[part] = link
-    return max(compute, link)
+    return longer(compute, link)
 
 
 def part_of_node(node: fx.Node) -> tuple[int, int, int] | None:

@@ -78,6 +78,8 @@ class Planned:
             return None
         own = self.configured[0]
         ranks = own.cp * own.tpa
+        if ranks > self.goal.accelerator.link_ranks:
+            return None
         ep = own.ep or default_ep(ranks, math.gcd(*self.model.experts) if self.model.experts else 0)
         asked: dict[str, Any] = {"cp": own.cp, "tpa": own.tpa, "ep": ep}
         if own.cp > 1:
@@ -159,7 +161,7 @@ class Planned:
         if self.configured is not None:
             own, where = self.as_configured, self.configured[1]
             said = (
-                "no layout of this model"
+                self._why_not_as_configured()
                 if own is None
                 else (
                     f"cp={own.candidate.cp}, tpa={own.candidate.tpa}, ep={own.candidate.ep}, batch {own.batch}: predicted "
@@ -170,6 +172,12 @@ class Planned:
             if own is not None and own.candidate.overlap != "none" and (verdict := self.overlap_of(own)):
                 found.append(f"of {where}: {verdict.text}")
         return found
+
+    def _why_not_as_configured(self) -> str:
+        own, machine = self.configured[0], self.goal.accelerator  # type: ignore[index] # there is one
+        if (ranks := own.cp * own.tpa) > machine.link_ranks:
+            return f"{ranks} ranks; the link of {machine.name} joins {machine.link_ranks}, and layouts of more are not costed"
+        return "no layout of this model"
 
     def overlap_of(self, point: Point) -> Verdict | None:
         """What overlap makes of a layout at its batch; None where it can't have any."""

@@ -45,13 +45,10 @@ class Counted:
         return -(-self.total // layout.size(axis))
 
 
+Cut = tuple[
+    int, Counted, str, int
+]  # a dim that is cut: what it counts, over which axis, how many of them in the reference
 Symbol = tuple[Counted | str, str]  # (what is counted, axis), or ("ranks", axis)
-
-
-def value_of(symbol: Symbol, layout: HelixLayout) -> int:
-    """What a layout makes of a symbol."""
-    counted, axis = symbol
-    return layout.size(axis) if isinstance(counted, str) else counted.width(axis, layout)
 
 
 def counted_in(match: LayerMatch) -> dict[str, dict[str, Counted]]:
@@ -90,6 +87,7 @@ class ReferenceGraph:
         counted: see counted_in().
         kv_heads: site -> KV heads that are cached.
         formats: another format of weights changes its own; embedding and head keep theirs.
+        numbers: (expression, batch) -> what it is there; of all graphs of a model, which add to it.
     """
 
     def __init__(
@@ -98,10 +96,12 @@ class ReferenceGraph:
         layout: HelixLayout,
         counted: dict[str, dict[str, Counted]],
         kv_heads: dict[int, int],
+        numbers: dict[Hashable, int],
         formats: bool = True,
     ):
-        self.graph, self.layout, self._formats = graph, layout, formats
-        self.sizes: dict[Hashable, int] = {}  # (expression, batch) -> number
+        self.graph, self.layout, self._formats, self._numbers = graph, layout, formats, numbers
+        self._sizes: dict[Hashable, tuple[list[int], tuple[Cut, ...]]] = {}
+        self._widths: dict[Hashable, int] = {}
         self._counted: dict[fx.Node, dict[str, Counted]] = {}
         for node in graph.nodes:
             ref = input_ref(node)
@@ -125,30 +125,66 @@ class ReferenceGraph:
         own = self._counted[node]
         return own.get(axis) or own.get("") or next(iter(own.values()))
 
-    def terms(self, layout: HelixLayout) -> Iterator[tuple[Hashable, tuple[Term, ...]]]:
-        """(key, terms) of groups of nodes: equal keys mean equal terms."""
+    def terms(self, layout: HelixLayout) -> Iterator[tuple[Term, ...]]:
+        """Of groups of nodes, each of which depends on the same of a layout."""
         if self._groups is None:
             self._groups = self._grouped()
-        for number, (symbols, nodes) in enumerate(self._groups):
-            key = (id(self), number, *(value_of(s, layout) for s in symbols))
-            if key not in self._known:
-                terms = (t for n in nodes if (t := self.term(n, layout)[0]) is not None and not t.is_idle)
-                self._known[key] = merged(terms)
-            yield key, self._known[key]
-
-    def term(self, node: fx.Node, layout: HelixLayout) -> tuple[Term | None, frozenset[Symbol]]:
-        """What a node costs, None for nothing, and what of the layout that depends on."""
-        if (own := part_of_node(node)) and own[1]:
-            return None, frozenset()  # the first part stands for all
         sizes = ScaledSizes(self, layout)
-        unit = layout.kvp * self.parts  # of so many tokens no share of a rank or a part is rounded
-        at = [sizes.probe(node, batch, local) for batch, local in ((unit, 0), (2 * unit, 0), (unit, 1))]
+        for number, (symbols, nodes) in enumerate(self._groups):
+            key = (number, *(self.value_of(s, layout) for s in symbols))
+            if key not in self._known:
+                terms = (t for n in nodes if (t := self.term(n, sizes)) is not None and not t.is_idle)
+                self._known[key] = merged(terms)
+            yield self._known[key]
+
+    def value_of(self, symbol: Symbol, layout: HelixLayout) -> int:
+        """What a layout makes of a symbol."""
+        counted, axis = symbol
+        if isinstance(counted, str):
+            return layout.size(axis)
+        if (known := (counted, axis, layout)) not in self._widths:
+            self._widths[known] = counted.width(axis, layout)
+        return self._widths[known]
+
+    def term(self, node: fx.Node, sizes: ScaledSizes) -> Term | None:
+        """What a node costs under a layout, None for nothing."""
+        if (own := part_of_node(node)) and own[1]:
+            return None  # the first part stands for all
+        sizes.reach, sizes.routed, sizes.attended = (ALL, 0), None, False
+        unit = sizes.layout.kvp * self.parts  # of so many tokens no share of a rank or a part is rounded
+        at = [sizes.probe(node, batch, 0) for batch in (unit, 2 * unit)]
+        at.append(sizes.probe(node, unit, 1) if sizes.attended else at[0])
         term = _term(node, at, unit, sizes)
         if term is not None and term.weights and not any(self._params.get(n, False) for n in node.all_input_nodes):
             term = replace(term, weights=0.0, moved=(term.moved[0] + term.weights, *term.moved[1:]))
         if term is not None and node in self._chunks:
             term = replace(term, chunk=self._chunks[node], whole=_has_all_rows(node))
-        return term, frozenset(sizes.asked)
+        return term
+
+    def base_shape(self, node: fx.Node, place: int, batch: int) -> tuple[list[int], tuple[Cut, ...]]:
+        """Of a tensor that a node makes in the reference, at `batch` tokens; and which dims are cut."""
+        if (key := (node, place, batch)) not in self._sizes:
+            layout = node.meta.get("layout") or {}
+            placed = (layout[place] if place < len(layout) else {}) if isinstance(layout, tuple) else layout
+            shape = [self._number(s, batch) for s in tensors_of(node)[place].shape]
+            cuts = []
+            for axis, placement in placed.items():
+                if isinstance(placement, Shard):
+                    counted = self.counted(node, axis)
+                    before = counted.width(axis, self.layout)
+                    assert shape[placement.dim] % before == 0, (
+                        f"{node.name}: {shape} cut over {axis} is no multiple of {before}"
+                    )
+                    cuts.append((placement.dim, counted, axis, before))
+            self._sizes[key] = shape, tuple(cuts)
+        return self._sizes[key]
+
+    def _number(self, size: int | torch.SymInt, batch: int) -> int:
+        if isinstance(size, int):
+            return size
+        if (key := (size.node.expr, batch)) not in self._numbers:
+            self._numbers[key] = size_at_step(size, batch, 1, 0)
+        return self._numbers[key]
 
     def params_bytes(self, layout: HelixLayout) -> tuple[int, int]:
         """Bytes of the parameters that a format of weights changes, and of all others."""
@@ -165,9 +201,9 @@ class ReferenceGraph:
     def _grouped(self) -> list[tuple[tuple[Symbol, ...], list[fx.Node]]]:
         groups: dict[frozenset[Symbol], list[fx.Node]] = {}
         for node in self.graph.nodes:
-            term, symbols = self.term(node, self.layout)
-            if term is not None:
-                groups.setdefault(symbols, []).append(node)
+            sizes = ScaledSizes(self, self.layout)
+            if self.term(node, sizes) is not None:
+                groups.setdefault(frozenset(sizes.asked), []).append(node)
         return [(tuple(sorted(symbols, key=repr)), nodes) for symbols, nodes in groups.items()]
 
 
@@ -203,6 +239,7 @@ class ScaledSizes(NodeSizes):
         self.asked: set[Symbol] = set()
         self.reach: tuple[str, int] = (ALL, 0)
         self.routed: tuple[int, int] | None = None
+        self.attended = False  # did the node ask how much of the context it sees?
         self._local = 0
 
     def probe(self, node: fx.Node, batch: int, local: int) -> NodeCost:
@@ -224,22 +261,15 @@ class ScaledSizes(NodeSizes):
         """What is probed; how far it reaches is noted."""
         window, chunk, ring = reach_of(decode)
         assert not ring, "caches of the last tokens are not planned"
+        self.attended = True
         self.reach = (WINDOW, window) if window else (CHUNK, chunk) if chunk else (ALL, 0)
         return self._local
 
     def chosen_context(self, decode: fx.Node, top_k: int) -> float:
         """The same of what an indexer chose."""
+        self.attended = True
         self.reach = (TOP, top_k)
         return self._local
-
-    def number(self, size: int | torch.SymInt) -> int:
-        """A size at what is probed."""
-        if isinstance(size, int):
-            return size
-        key = (size.node.expr, self.workload.batch)
-        if key not in self.reference.sizes:
-            self.reference.sizes[key] = size_at_step(size, self.workload.batch, 1, 0)
-        return self.reference.sizes[key]
 
     def shapes(self, node: fx.Node) -> list[list[int]]:
         """As the reference has them, cut dims by the other layout, dims of peers by its cp."""
@@ -259,18 +289,11 @@ class ScaledSizes(NodeSizes):
         return zip(self.shapes(node), tensors_of(node), strict=True)
 
     def _shape(self, node: fx.Node, place: int) -> list[int]:
-        layout = node.meta.get("layout") or {}
-        placed = (layout[place] if place < len(layout) else {}) if isinstance(layout, tuple) else layout
-        shape = [self.number(s) for s in tensors_of(node)[place].shape]
-        for axis, placement in placed.items():
-            if isinstance(placement, Shard):
-                counted = self.reference.counted(node, axis)
-                self.asked.add((counted, axis))
-                before, now = counted.width(axis, self.reference.layout), counted.width(axis, self.layout)
-                assert shape[placement.dim] % before == 0, (
-                    f"{node.name}: {shape} cut over {axis} is no multiple of {before}"
-                )
-                shape[placement.dim] = shape[placement.dim] // before * now
+        base, cuts = self.reference.base_shape(node, place, self.workload.batch)
+        shape = list(base)
+        for dim, counted, axis, before in cuts:
+            self.asked.add((counted, axis))
+            shape[dim] = shape[dim] // before * self.reference.value_of((counted, axis), self.layout)
         source = node.args[0] if node.op == "call_function" and node.args else None
         if "unpack_heads" in (helix_op(node), helix_op(source)):
             shape[0] = self.size("kvp")

@@ -6,19 +6,26 @@ ranks that there are, or a divisor of them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from helix_compile.errors import HelixError, LayoutError
 from helix_compile.predict.accelerators import Accelerator
 from helix_compile.predict.costed import Candidate, CostedModel, Group
 from helix_compile.predict.formats import CacheFormat, WeightFormat, read_factor
-from helix_compile.predict.overlap import Chunk, StepTime, both, in_parts, rows_of_parts, with_term
+from helix_compile.predict.overlap import Chunk, StepTime, Time, both, in_parts, rows_of_parts, with_term
 from helix_compile.predict.terms import ATTENTION, MATMUL, Term, seen
 
+Batches = NDArray[np.float64]  # for each batch of a goal
+
 PARTS = ("attention", "weights", "other", "exchange", "all_reduce", "fixed")
+MOST = 1 << 31  # sequences of a step
+_EXCHANGE = PARTS.index("exchange")
 TIE = 0.02  # plans this near to each other are equal: the plainer one is taken
 
 
@@ -47,9 +54,14 @@ class Goal:
     fewer_ranks: bool = False
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.context < 2 or not self.batches or min(self.batches) < 1:
+        if (
+            self.ranks < 1
+            or self.context < 2
+            or not self.batches
+            or not 1 <= min(self.batches) <= max(self.batches) <= MOST
+        ):
             raise LayoutError(
-                f"plan: ranks >= 1, context >= 2 and batches >= 1 expected, got {self.ranks}, {self.context}, {self.batches}"
+                f"plan: ranks >= 1, context >= 2 and batches of 1 to {MOST:,} expected, got {self.ranks}, {self.context}, {self.batches}"
             )
 
     @property
@@ -121,9 +133,9 @@ class Held:
 
 
 class _GroupTimes(NamedTuple):
-    """Microseconds of a group: what counts for PARTS, and the chunks of what is done in parts of the batch."""
+    """Microseconds of a group: what counts for PARTS, [part, batch], and the chunks of what is done in parts of the batch."""
 
-    parts: tuple[float, ...]
+    parts: Batches
     chunks: dict[tuple[int, int], Chunk]
     launches: int
     more_launches: int
@@ -147,8 +159,8 @@ class _Body:
         return sum(g.more_launches for g in self.groups)
 
     @property
-    def held_us(self) -> float:
-        """What compute of a layer waits for the exchanges of parts."""
+    def held_us(self) -> Time:
+        """What compute of a layer waits for the exchanges of parts, at each batch."""
         chunks: dict[tuple[int, int], Chunk] = {}
         for group in self.groups:
             for place, chunk in group.chunks.items():
@@ -166,7 +178,8 @@ class Search:
         self.read = read_factor(goal.cache, model.sites, self._itemsize)
         weights = goal.weights.bytes
         self.weights = float(weights / self._itemsize) if weights is not None else 1.0
-        self._times: dict[Hashable, _GroupTimes] = {}
+        self._batches = np.array(goal.batches)
+        self._times: dict[tuple[int, int], _GroupTimes] = {}
         self._seen: dict[tuple[tuple[str, int], int], int] = {}
 
     def candidates(self) -> Iterator[Candidate]:
@@ -180,9 +193,16 @@ class Search:
 
     def of(self, candidate: Candidate) -> list[Point]:
         """One candidate at each batch that it can have."""
-        groups, held = self.model.structure(candidate).terms(candidate.layout), self.held(candidate)
-        batches = (b for b in self.goal.batches if b >= candidate.least_batch)
-        return [self._point(candidate, batch, groups, held) for batch in batches]
+        parts, held, room = self._parts(candidate), self.held(candidate), self.room
+        points = []
+        for batch, own in zip(self.goal.batches, parts.T.tolist(), strict=True):
+            taken, cached = held.params + int(2 * held.buffer * batch), int(batch * held.in_cache)
+            fits = taken + cached <= room
+            that_fit = max(0, int((room - taken) / held.kv))
+            if batch >= candidate.least_batch:
+                bytes_held = cached, held.params, taken + cached, that_fit
+                points.append(Point(candidate, batch, sum(own), tuple(own), *bytes_held, fits))
+        return points
 
     def held(self, candidate: Candidate) -> Held:
         """What a rank holds whatever the batch, and for each sequence of it."""
@@ -191,10 +211,7 @@ class Search:
         params = int(weights * Fraction(self.weights).limit_denominator(1 << 12) + others)
         kv = self.kv_bytes(candidate)
         in_cache = kv * candidate.cp * self.model.slots(candidate.cp, self.goal.context)
-        sizes = (
-            t.moved[1] for g in structure.terms(candidate.layout) for t in g.terms if t.kind in (ATTENTION, MATMUL)
-        )
-        return Held(params, kv, in_cache, max(sizes, default=0.0))
+        return Held(params, kv, in_cache, structure.buffer(candidate.layout))
 
     def kv_bytes(self, candidate: Candidate) -> Fraction:
         """Bytes of a token in the caches of a rank, on average."""
@@ -207,63 +224,51 @@ class Search:
         """Bytes that a rank has for all of it."""
         return int((self.goal.accelerator.memory_gb - self.goal.accelerator.reserved_gb) * 1e9)
 
-    def _point(self, candidate: Candidate, batch: int, groups: tuple[Group, ...], held: Held) -> Point:
-        parts = [0.0] * len(PARTS)
+    def _parts(self, candidate: Candidate) -> Batches:
+        """Microseconds of a step by PARTS, [part, batch]."""
+        parts = np.zeros((len(PARTS), len(self._batches)))
         bodies: dict[int, _Body] = {}
-        for group in groups:
-            own = self._group(group, candidate.cp, batch)
-            for i, us in enumerate(own.parts):
-                parts[i] += group.layers * us
+        for group in self.model.structure(candidate).terms(candidate.layout):
+            own = self._group(group, candidate.cp)
+            parts += group.layers * own.parts
             if group.parts > 1:
                 bodies.setdefault(group.body, _Body(group.layers)).groups.append(own)
         for body in bodies.values():
-            parts[PARTS.index("exchange")] += body.layers * body.held_us
+            parts[_EXCHANGE] += body.layers * body.held_us
             parts[-1] += body.layers * self.goal.accelerator.fixed_us_of_more(body.launches, body.more_launches)
         parts[-1] += self.goal.accelerator.fixed_us_per_layer * self.model.layers
-        taken, cached = held.params + int(2 * held.buffer * batch), int(batch * held.in_cache)
-        return Point(
-            candidate,
-            batch,
-            sum(parts),
-            tuple(parts),
-            cached,
-            held.params,
-            taken + cached,
-            max(0, int((self.room - taken) / held.kv)),
-            taken + cached <= self.room,
-        )
+        return parts
 
-    def _group(self, group: Group, cp: int, batch: int) -> _GroupTimes:
-        known = (group.key, cp, batch)
+    def _group(self, group: Group, cp: int) -> _GroupTimes:
+        known = group.key, cp if any(t.attends for t in group.terms) else 0
         if known not in self._times:
-            self._times[known] = self._timed(group, cp, batch)
+            self._times[known] = self._timed(group, cp)
         return self._times[known]
 
-    def _timed(self, group: Group, cp: int, batch: int) -> _GroupTimes:
+    def _timed(self, group: Group, cp: int) -> _GroupTimes:
         """What is done once, and what each part of the batch does of each chunk; exchanges of parts are left to the queues."""
-        parts, chunks = [0.0] * len(PARTS), dict[tuple[int, int], Chunk]()
-        launch, rows = self.goal.accelerator.launch_us, rows_of_parts(batch, group.parts)
+        parts, chunks = np.zeros((len(PARTS), len(self._batches))), dict[tuple[int, int], Chunk]()
+        launch, rows = self.goal.accelerator.launch_us, rows_of_parts(self._batches, group.parts)
         for term in group.terms:
             # a term counts by the whole batch: the rows of a part are those of a batch that is so many times as large
-            batches = (batch,) if term.chunk is None else [batch if term.whole else own * group.parts for own in rows]
+            all_rows = term.chunk is None or term.whole
+            batches = [self._batches if all_rows else own * group.parts for own in rows[: None if term.chunk else 1]]
             times = tuple(self.term_us(term, cp, own) + launch * term.launches for own in batches)
             if term.chunk is None or not term.is_collective:
                 parts[PARTS.index(part_of(term))] += sum(times)
             if term.chunk is not None:
                 chunks[term.chunk] = with_term(chunks.get(term.chunk), times, term.is_collective)
         more = (group.parts - 1) * sum(t.launches for t in group.terms if t.chunk)
-        return _GroupTimes(tuple(parts), chunks, sum(t.launches for t in group.terms), more)
+        return _GroupTimes(parts, chunks, sum(t.launches for t in group.terms), more)
 
-    def term_us(self, term: Term, cp: int, batch: int) -> float:
-        """Microseconds of one term."""
+    def term_us(self, term: Term, cp: int, batches: NDArray[np.int64]) -> Batches:
+        """Microseconds of one term at each batch."""
         machine = self.goal.accelerator
         if term.is_collective:
-            return machine.collective_us(term.kind, term.peers, term.wire * batch)
+            return np.array([machine.collective_us(term.kind, term.peers, term.wire * own) for own in batches.tolist()])
         kind = {ATTENTION: self.goal.cache.peak, MATMUL: self.goal.weights.peak}.get(term.kind, "bf16")
-        local = self.seen(term.reach, cp)
-        return machine.compute_us(
-            term.flops_at(batch, local), term.bytes_at(batch, local, self.weights, self.read), kind
-        )
+        rows, local = batches.astype(np.float64), self.seen(term.reach, cp)
+        return machine.compute_us(term.flops_at(rows, local), term.bytes_at(rows, local, self.weights, self.read), kind)
 
     def seen(self, reach: tuple[str, int], cp: int) -> int:
         """Tokens of a sequence that a query sees on the fullest rank."""

@@ -8,9 +8,10 @@ B sequences of one new token each; L what of a sequence's context a rank's atten
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from helix_compile.layout.ledger import local_length
+from helix_compile.predict.accelerators import Times
 
 ATTENTION, MATMUL, OTHER = "attention", "matmul", "other"
 ALL, WINDOW, CHUNK, TOP = "all", "window", "chunk", "top"
@@ -21,7 +22,7 @@ class Term:
     """One node, or all nodes of a group that only move bytes.
 
     Attributes:
-        what: its name in the graph, or what the nodes are.
+        what: its name in the graph, or what the nodes are; equal terms may have several.
         kind: "attention", "matmul", "other", or a collective's name.
         flops, moved: coefficients of 1, B and B L; `moved` are bytes besides weights and cache.
         weights: bytes of parameters that a matmul reads; of experts all that a rank holds.
@@ -35,7 +36,7 @@ class Term:
         whole: of that, what every part does with the rows of all.
     """
 
-    what: str
+    what: str = field(compare=False)
     kind: str
     flops: tuple[float, float, float] = (0.0, 0.0, 0.0)
     moved: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -59,12 +60,17 @@ class Term:
         """A collective of one rank, which no graph has."""
         return self.is_collective and self.peers == 1
 
-    def flops_at(self, B: int, L: int) -> float:
+    @property
+    def attends(self) -> bool:
+        """Does it go by what a rank holds of the context?"""
+        return bool(self.flops[2] or self.moved[2] or self.cached)
+
+    def flops_at(self, B: Times, L: int) -> Times:
         """On one rank."""
         f0, f1, fL = self.flops
         return f0 + f1 * B + fL * B * L
 
-    def bytes_at(self, B: int, L: int, weights: float = 1.0, cache: float = 1.0) -> float:
+    def bytes_at(self, B: Times, L: int, weights: float = 1.0, cache: float = 1.0) -> Times:
         """Of memory, on one rank; `weights` and `cache`: what another format makes of a byte of these."""
         b0, b1, bL = self.moved
         hit = 1.0 - (1.0 - self.routed[0] / self.routed[1]) ** B if self.routed else 1.0

@@ -111,7 +111,15 @@ def test_a_plan_of_another_model_is_refused(written: tuple[Path, dict[str, Any]]
         (["--batch", "0"], "--batch '0'"),
         (["--gpu", "tpu"], "--gpu 'tpu' is unknown"),
         (["--lenient"], "--lenient has no effect"),
-        (["--out", "/dev/null/x/plan.json"], "is not a folder"),
+        (["--out", "/dev/null/x/plan.json"], "--out /dev/null/x: /dev/null is not a folder"),
+        (["--html", "/dev/null/x/plan.html"], "--html /dev/null/x: /dev/null is not a folder"),
+        (["--out", "/tmp"], "--out /tmp: is a folder"),
+        (["--out", "never", "--html", "./never"], "got never for both"),
+        (["--ranks", "-3"], "ranks >= 1, context >= 2 and batches of 1 to 2,147,483,648 expected, got -3"),
+        (["--batch", "1..9999999999"], "batches of 1 to 2,147,483,648 expected"),
+        (["--batch", "64..8"], "--batch '64..8'"),
+        (["--context", "0"], "--context '0'"),
+        (["--min-tokens-per-s", "nan"], "--min-tokens-per-s: got nan"),
     ],
 )
 def test_wrong_use(monkeypatch: pytest.MonkeyPatch, capsys: Any, more: list[str], message: str) -> None:

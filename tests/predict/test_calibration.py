@@ -106,6 +106,17 @@ def test_beyond_what_was_measured_is_said(tmp_path: Path) -> None:
             "is no layout of this model",
         ),
         ("{", "can't be read"),
+        *(
+            (f'{{"measurements": [{{"cp": 8, "batch": 1, "context": 9, "step_us": 1, {own}}}]}}', message)
+            for own, message in (
+                ('"tpa": "x"', "tpa: got 'x', expected a number >= 1"),
+                ('"ep": -2', "ep: got -2, expected a number >= 1"),
+                ('"context": 1', "context: got 1, expected a number >= 2"),
+                ('"step_us": NaN', "step_us: got nan, expected a number > 0"),
+                ('"tpa": 10', "cp=8, tpa=10: 80 ranks; the link of gb200 joins 72"),
+                ('"overlap": "hopb"', "batch: got 1, expected 2 or more sequences with overlap='hopb'"),
+            )
+        ),
     ],
 )
 def test_refusals(tmp_path: Path, content: str, message: str) -> None:

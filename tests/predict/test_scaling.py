@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from helix_compile import helix_compile
+from helix_compile import HelixError, helix_compile
 from helix_compile.ir.graph import is_param, placeholders
 from helix_compile.ir.stage import body_of
 from helix_compile.predict.costed import Candidate, CostedModel
@@ -146,3 +147,8 @@ def test_sparse_and_windowed_attention(name: str, variant: str, kinds: set[str])
         check(model, candidate)
     terms = [t for c in layouts for g in model.structure(c).terms(c.layout) for t in g.terms if t.kind == "attention"]
     assert {t.reach[0] for t in terms} == kinds
+    if kinds != {"all", "top"}:  # another cache and another exchange: refused by name
+        with pytest.raises(
+            HelixError, match="window='replicate': caches of the last tokens on every rank are not costed"
+        ):
+            CostedModel(model.captured, model.matches, replace(model.base, window="replicate"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from helix_compile.config.options import HelixOptions
 from helix_compile.errors import HelixError, LayoutError
 from helix_compile.predict.formats import cache_format, read_factor, weight_format
 from helix_compile.predict.planner import DO_NOT, Planned
@@ -144,6 +145,14 @@ def test_replicas() -> None:
     short = goal(ranks=12, fewer_ranks=False, accelerator=machine(link_ranks=8))
     assert short.replicas == [6]  # the most that the link joins and that divides
     assert any("the link joins 8 ranks" in line for line in Planned(tiny_costed(), short).assumptions)
+
+
+def test_a_layout_beyond_the_link_is_not_costed() -> None:
+    """One that a configuration asks for; it would look as fast as one that the link joins."""
+    wide = Planned(tiny_costed(), goal(), configured=(HelixOptions(cp=8, tpa=10), "own.toml"))
+    assert wide.as_configured is None
+    said = "as own.toml says it: 80 ranks; the link of gb200 joins 72, and layouts of more are not costed"
+    assert said in wide.reasons
 
 
 def test_arguments() -> None:

@@ -173,3 +173,37 @@ def test_verify_finds_nothing(kind: str) -> None:
     model = make()
     report = verify(helix_compile(model, **options, tokens_per_block=4, max_seq_len=256, overlap="hopb"), model)
     assert report.ok, report
+
+
+@pytest.mark.slow
+def test_generation_and_sequences_that_begin_again() -> None:
+    model = tiny_model("short", torch.float32)
+    plain, parted = pair(model, cp=4, v_up="before")
+    ids, mask = random_ids(model, 3, 4), torch.ones(3, 4, dtype=torch.int64)
+    mask[1, :2] = 0
+    written = [m.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False) for m in (plain, parted)]
+    assert torch.equal(*written)
+    plain.reset(rows=[1]), parted.reset(rows=[1])
+    for T in (2, 1):
+        step = random_ids(model, 3, T)
+        assert torch.equal(plain(step), parted(step)) and torch.equal(plain.lengths, parted.lengths)
+    plain.truncate([3, 1, 3]), parted.truncate([3, 1, 3])
+    assert torch.equal(plain(ids), parted(ids))
+
+
+# what else can run the graph; float32 as Inductor generates it is held within a limit (tests/runtime/test_overlap.py)
+LOWERINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "triton": (lambda: tiny_model("short", torch.float32), {"cp": 4, "lower": "triton", "v_up": "before"}),
+    "cpp": (lambda: tiny_model("short"), {"cp": 4, "lower": "cpp", "v_up": "before"}),
+    "cpp float32": (lambda: tiny_model("short", torch.float32), {"cp": 2, "lower": "cpp", "merge": "ag_rs"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOWERINGS)
+def test_every_lowering_has_the_bits_of_a_batch_in_one(kind: str) -> None:
+    make, options = LOWERINGS[kind]
+    model = make()
+    plain, parted = pair(model, **options)
+    assert any(site.parts == 2 for body in parted.plan.bodies for site in body.attentions)
+    same_bits(model, plain, parted, (1, 3))
