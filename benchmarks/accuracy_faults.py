@@ -1,11 +1,13 @@
 """At which length do faults begin to cost answers, and would a served system's acceptance rule have seen them?
 
-    python benchmarks/accuracy_faults.py out/recall [--contexts 512 4096] [--limit 25] [--dtype float32] [--prefill model]
+    python benchmarks/accuracy_faults.py out/recall [--contexts 512 1024 2048 4096 8192 16384] [--documents 10] [--questions 5]
+        [--dtype float32] [--prefill model] [--json FILE]
 
 Each fault is put into a module of cp=4, which is asked what the unmodified model is asked: recall, where every fifth fact is said
-after the document, token by token. A cell is its score, in brackets where it lies below the original's 95 % interval. Beside it the
-verdict of the acceptance rule that is in use (atol 0.1, rtol 0.05, 2 % of the elements may be off; one layer, 512 random keys) on the
-same module. That verify() catches the faults of modules is tested with its mutants.
+after the document, token by token. There are few questions in a document, as there are in a prompt. A cell is the score with its 95 %
+interval; bold where that lies below the original's: there the fault shows. Beside it the verdict of the acceptance rule that is in use
+(atol 0.1, rtol 0.05, 2 % of the elements may be off; one layer, 512 random keys) on the same module; of a block that came from elsewhere, on
+the sound module with such a block among its keys. That verify() catches the faults of modules is tested with its mutants.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ from helix_compile.eval.answers import LocalAnswerer
 from helix_compile.eval.decoders import HelixDecoder, ModelDecoder, sent_entries
 from helix_compile.eval.folder import load_tokenizer
 from helix_compile.eval.heat_map import short_count
-from helix_compile.eval.scoring import Row, ask, row_of
+from helix_compile.eval.scoring import Answered, Row, ask, row_of
 from helix_compile.eval.tasks import make_documents
 from helix_compile.ir.stage import graphs_of
 from helix_compile.verifier.mutants.graph_mutants import local_position
@@ -36,7 +40,9 @@ from helix_compile.verifier.mutants.mutant import replace_op
 from helix_compile.verifier.mutants.self_test import MAY_FAIL, AcceptanceRule
 
 BLOCK = 32
-SOUND, SWAPPED, FOREIGN = "none", "two blocks of a hand-over swapped", "a block of another sequence in a hand-over"
+ORIGINAL, SOUND = "unmodified model", "none"
+FOREIGN = "a block of another sequence in a hand-over"
+SWAPPED = "two blocks of a hand-over in each other's place"
 
 
 def unwritten(cache: Any, table: Any, slots: Any, visible: Any, latent: Any, k_rope: Any) -> Any:
@@ -45,11 +51,12 @@ def unwritten(cache: Any, table: Any, slots: Any, visible: Any, latent: Any, k_r
     return torch.ops.helix.cache_append(cache, table, kept, visible, latent, k_rope)
 
 
-class SwappedBlock(HelixDecoder):
+class ForeignBlock(HelixDecoder):
     """A hand-over of which one block came from elsewhere: the block with the most words that stand once in the document.
 
     Args:
-        other: who prefills another sequence, whose block stands there; None: two blocks of this sequence are swapped.
+        other: holds another sequence, whose block at the same positions stands there; None: another block of this sequence does,
+            and this one stands in its place.
     """
 
     def __init__(self, compiled: HelixModule, sender: ModelDecoder, other: ModelDecoder | None):
@@ -69,12 +76,10 @@ class SwappedBlock(HelixDecoder):
             for start in range(0, len(ids) - BLOCK, BLOCK)
         ]
         here = slice(start := rare.index(max(rare)) * BLOCK, start + BLOCK)
-        there = slice(0, BLOCK) if start else slice(BLOCK, 2 * BLOCK)
-        foreign = sent
-        if self._other is not None:
-            common = counts.most_common(1)[0][0]
-            self._other.begin([common] * (start + BLOCK))
-            foreign, there = sent_entries(self._other.cache, start + BLOCK), here
+        if self._other is None:
+            there, foreign = slice(0, BLOCK) if start else slice(BLOCK, 2 * BLOCK), sent
+        else:
+            there, foreign = here, sent_entries(self._other.cache, len(ids))
         for own, theirs in zip((*sent.latents, *sent.k_ropes), (*foreign.latents, *foreign.k_ropes), strict=True):
             before = own[:, here].clone()
             own[:, here] = theirs[:, there]
@@ -108,46 +113,94 @@ def judged(compiled: HelixModule, rule: AcceptanceRule) -> str:
     return "does not run" if off is None else f"{off:.1%} off: {'passes' if off <= MAY_FAIL else 'caught'}"
 
 
+def judged_with(compiled: HelixModule, rule: AcceptanceRule, is_foreign: bool) -> str:
+    """What it says of a sound module that holds a block of other keys, drawn as large as its own; or two blocks in each other's place."""
+    generator, sound = torch.Generator().manual_seed(1), rule.cases
+    here, there = slice(2 * BLOCK, 3 * BLOCK), slice(0, BLOCK)
+
+    def broken_past(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        # tokens are dimension 2 of what the original caches
+        changed = [part.clone() for part in parts]
+        for part, own in zip(changed, parts, strict=True):
+            if is_foreign:
+                drawn = torch.randn(own[:, :, here].shape, generator=generator).to(own.dtype)
+                part[:, :, here] = drawn * own.std(dim=2, keepdim=True) + own.mean(dim=2, keepdim=True)
+            else:
+                part[:, :, here], part[:, :, there] = own[:, :, there], own[:, :, here]
+        return tuple(changed)
+
+    rule.cases = {
+        layer: (replace(given, pasts=tuple(broken_past(past) for past in given.pasts)), expected)
+        for layer, (given, expected) in sound.items()
+    }
+    try:
+        return judged(compiled, rule)
+    finally:
+        rule.cases = sound
+
+
+def cell(row: Row, original: Row) -> str:
+    """Its score and interval; bold: below the original's."""
+    text = f"{row.correct / row.n:.0%} ({row.interval[0]:.0%} to {row.interval[1]:.0%})"
+    return f"**{text}**" if row.interval[1] < original.interval[0] else text
+
+
+def rows_at(
+    context: int, decoders: dict[str, Any], other: ModelDecoder, tokenizer: Any, documents: int, questions: int
+) -> list[Row]:
+    """A row of each decoder; the first is the original. Document by document: all go on from one prefill."""
+    answered: dict[str, list[Answered]] = {name: [] for name in decoders}
+    seconds = dict.fromkeys(decoders, 0.0)
+    (foreign,) = make_documents("recall", tokenizer, context, questions, seed=documents)
+    other.begin(foreign.ids)
+    for seed in range(documents):
+        asked = make_documents("recall", tokenizer, context, questions, seed)
+        for name, decoder in decoders.items():
+            given, took = ask(LocalAnswerer(decoder), asked, lambda: None)
+            answered[name] += given
+            seconds[name] += took
+    first = next(iter(decoders))
+    return [
+        row_of(name, answered[name], seconds[name], None if name == first else answered[first]) for name in decoders
+    ]
+
+
 def main() -> None:
     """One row a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096])
-    parser.add_argument("--limit", type=int, default=25)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--documents", type=int, default=10, help="at a length")
+    parser.add_argument("--questions", type=int, default=5, help="in a document")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prefill", default="model", choices=("model", "helix"))
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     model = load_folder(chosen.folder, getattr(torch, chosen.dtype))[0]
-    sender, tokenizer = ModelDecoder(model), load_tokenizer(chosen.folder)
+    sender, other, tokenizer = ModelDecoder(model), ModelDecoder(model), load_tokenizer(chosen.folder)
     options = {"cp": 4, "tokens_per_block": BLOCK, "max_batch_size": 1, "max_seq_len": max(chosen.contexts)}
-    decoders: dict[str, Any] = {"unmodified model": sender}
-    rule, verdicts = AcceptanceRule(model), {"unmodified model": ""}
+    decoders: dict[str, Any] = {ORIGINAL: sender}
+    rule, verdicts = AcceptanceRule(model), {ORIGINAL: ""}
     for name, fault in GRAPH_FAULTS.items():
         compiled = broken(model, fault, options)
         decoders[name] = HelixDecoder(compiled, chosen.prefill, sender if chosen.prefill == "model" else None)
         verdicts[name] = judged(compiled, rule)
         if name == SOUND:
-            verdicts |= dict.fromkeys((SWAPPED, FOREIGN), "not in the module")
-            decoders[SWAPPED] = SwappedBlock(compiled, sender, None)
-            decoders[FOREIGN] = SwappedBlock(compiled, sender, ModelDecoder(model))
+            decoders[FOREIGN] = ForeignBlock(compiled, sender, other)
+            decoders[SWAPPED] = ForeignBlock(compiled, sender, None)
+            verdicts[FOREIGN], verdicts[SWAPPED] = (judged_with(compiled, rule, foreign) for foreign in (True, False))
     cells: dict[str, list[str]] = {name: [] for name in decoders}
     rows = list[Row]()
     for context in chosen.contexts:
-        documents = make_documents("recall", tokenizer, context, chosen.limit)
-        original, seconds = ask(LocalAnswerer(sender), documents, lambda: None)
-        first = row_of("unmodified model", original, seconds)
-        for name, decoder in decoders.items():
-            if decoder is sender:
-                row = first
-            else:
-                row = row_of(name, *ask(LocalAnswerer(decoder), documents, lambda: None), original)
-            rows.append(row)
-            outside = row.correct / row.n < first.interval[0]
-            cells[name].append(f"({row.correct / row.n:.0%})" if outside else f"{row.correct / row.n:.0%}")
-            print(f"{short_count(context)} {name}: {row.correct} of {row.n}, agreement {row.agreement}", flush=True)
-    print(f"{format_machine()}; load {os.getloadavg()[0]:.1f}\n")
+        found = rows_at(context, decoders, other, tokenizer, chosen.documents, chosen.questions)
+        rows += found
+        for row in found:
+            cells[row.model].append(cell(row, found[0]))
+            print(
+                f"{short_count(context)} {row.model}: {row.correct} of {row.n}, agreement {row.agreement}", flush=True
+            )
+    print(f"{format_machine()}; load {os.getloadavg()[0]:.1f}; {time.process_time():.0f} s of processor\n")
     header = ["fault", *map(short_count, chosen.contexts), "atol 0.1, rtol 0.05, 2 %"]
     print_table(header, [[name, *cells[name], verdicts[name]] for name in decoders])
     if chosen.json:

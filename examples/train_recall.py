@@ -51,6 +51,7 @@ TOKENS, BATCH = 128, 8  # of a training document; documents of a step
 LONGEST = 131072  # jumps between facts are up to a quarter of this
 COPIES = 7.5  # ln of how often a wrong token counts, at most
 WIDTH, WORD_DIMS = 104, 32  # of the hidden state: current word, word before, answer, 32 each; the rest is free
+EXPERT_WIDTH = 64  # torch's grouped_mm wants rows of 16 bytes, eight bfloat16s: of an eighth of an expert too
 HEADS, NOPE, ROPE, VALUE, Q_LATENT, KV_LATENT = 4, 32, 16, 16, 64, 64
 
 
@@ -61,7 +62,7 @@ def build_model(seed: int) -> DeepseekV3ForCausalLM:
         vocab_size=FIRST_WORD + len(WORDS),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        moe_intermediate_size=WIDTH // 2,
+        moe_intermediate_size=EXPERT_WIDTH,
         num_hidden_layers=2,
         first_k_dense_replace=1,
         num_attention_heads=HEADS,

@@ -1,4 +1,4 @@
-"""helix-compile eval: the same questions to the unmodified model and to the compiled one."""
+"""helix-compile eval: the same questions to the unmodified model and to the compiled one, or to a server."""
 
 from __future__ import annotations
 
@@ -25,13 +25,26 @@ if TYPE_CHECKING:
 _SVG, _JSON = "scores.svg", "scores.json"
 # one sequence of the longest context is run, of the whole model
 _DECIDED = ("max_batch_size", "pp", "stage", "pp_split")
+# with --endpoint the rest is the server's affair
+_OF_ENDPOINTS = ("endpoint", "timeout", "in_flight")
+_WITH_ENDPOINT = (*_OF_ENDPOINTS, "model", "tasks", "context", "limit", "seed", "dtype", "device", "out", "as_json")
 
 
 @with_options
 def evaluate(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="checkpoint folder with a tokenizer")],
-    cp: Annotated[int | None, typer.Option(help=f"{OPTIONS['cp'].cli_help}; required, here or in --config")] = None,
+    cp: Annotated[
+        int | None, typer.Option(help=f"{OPTIONS['cp'].cli_help}; required, here or in --config, without --endpoint")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="http://host:port of a server of OpenAI's API that serves MODEL (extra: serve): it answers instead of a compiled model"
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="seconds that an answer of --endpoint may take")] = 600.0,
+    in_flight: Annotated[int, typer.Option(help="requests to --endpoint at a time")] = 8,
     tasks: Annotated[
         str, typer.Option(help="recall, needle, copy, and names of lm-evaluation-harness's (extra: eval), with commas")
     ] = "recall,needle,copy",
@@ -60,44 +73,40 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
     **options: Any,
 ) -> None:
-    """Score the unmodified MODEL and the compiled one on the same questions. Exit status 1 if a token differs."""
+    """Score the unmodified MODEL and the compiled one, or a server, on the same questions. Exit status 1 if a token differs."""
     if limit < 1:
         raise HelixError(f"--limit must be >= 1, got {limit}")
     if not (folder := Path(model)).is_dir():
         raise HelixError(f"MODEL {model!r}: expected a checkpoint folder with a tokenizer: questions are text")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     ours, theirs = [n for n in names if n in TASKS], [n for n in names if n not in TASKS]
-    decided = [name for name in (*_DECIDED, *(() if theirs else ("max_seq_len",))) if _is_given(ctx, name)]
-    if decided:
-        raise HelixError(
-            f"eval: leave {', '.join(f'--{name}'.replace('_', '-') for name in decided)}: it runs one sequence of the longest "
-            "--context through the whole model"
-        )
     if out is not None:
         check_folder(out)
-    compiled_as = asked_options(ctx)
     contexts = contexts_of(context)
+    _check_given(ctx, endpoint, theirs, timeout, in_flight)
+    compiled_as = asked_options(ctx) if endpoint is None else None
     import torch
 
     from helix_compile.eval.decoders import check_prefill
     from helix_compile.eval.folder import dtype_asked
-    from helix_compile.eval.run import Asked, evaluate_folder
+    from helix_compile.eval.run import Asked, evaluate_endpoint, evaluate_folder
     from helix_compile.worlds.world import device_for
 
     check_harness(theirs, include)
     check_prefill(prefill)
     asked = Asked(ours, contexts, limit, seed, prefill, theirs, include)
-    world = options["world"]
+    world, chosen = options["world"], dtype_asked(dtype)
+    on = device_for(device, world) or torch.device("cpu")
     with _bar() as progress:
-        evaluation = evaluate_folder(
-            folder,
-            compiled_as,
-            asked,
-            world=world,
-            dtype=dtype_asked(dtype),
-            device=device_for(device, world) or torch.device("cpu"),
-            progress=progress,
-        )
+        if compiled_as is None:
+            from helix_compile.eval.endpoint import Endpoint
+
+            server = Endpoint.find(str(endpoint), folder, timeout, in_flight)
+            evaluation = evaluate_endpoint(folder, server, asked, dtype=chosen, device=on, progress=progress)
+        else:
+            evaluation = evaluate_folder(
+                folder, compiled_as, asked, world=world, dtype=chosen, device=on, progress=progress
+            )
     if out is not None and evaluation.is_leader:
         with StagedFiles(out, "eval") as files:
             files.write_text(_JSON, evaluation.to_json() + "\n")
@@ -107,6 +116,37 @@ def evaluate(
     if evaluation.is_leader:
         print(evaluation.to_json() if as_json else evaluation)
     raise typer.Exit(0 if evaluation.is_same else 1)
+
+
+def _check_given(ctx: typer.Context, endpoint: str | None, theirs: list[str], timeout: float, in_flight: int) -> None:
+    """Raise HelixError for options that say what is decided here, or that would have no effect."""
+    if endpoint is None:
+        if idle := [name for name in _OF_ENDPOINTS if _is_given(ctx, name)]:
+            raise HelixError(f"eval: {_flags(idle)} can have no effect without --endpoint")
+        if decided := [name for name in (*_DECIDED, *(() if theirs else ("max_seq_len",))) if _is_given(ctx, name)]:
+            raise HelixError(
+                f"eval: leave {_flags(decided)}: it runs one sequence of the longest --context through the whole model"
+            )
+        return
+    if idle := [name for name in ctx.params if name not in _WITH_ENDPOINT and _is_given(ctx, name)]:
+        raise HelixError(f"eval: leave {_flags(idle)}: with --endpoint nothing is compiled, the server answers")
+    if theirs:
+        raise HelixError(
+            f"--tasks: {', '.join(theirs)} is none of ours, and --endpoint is asked ours alone: recall, needle, copy; "
+            "lm-evaluation-harness asks servers itself (lm_eval run --model local-completions)"
+        )
+    if not (0 < timeout < float("inf")):
+        raise HelixError(f"--timeout must be > 0 and finite, got {timeout:g}")
+    if in_flight < 1:
+        raise HelixError(f"--in-flight must be >= 1, got {in_flight}")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise HelixError("eval: --endpoint is asked by one process; run it without torchrun")
+    if find_spec("aiohttp") is None:
+        raise HelixError("eval: --endpoint needs aiohttp: pip install 'helix-compile[serve]'")
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join(f"--{name}".replace("_", "-") for name in names)
 
 
 def check_harness(tasks: list[str], include: Path | None) -> None:

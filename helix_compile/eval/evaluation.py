@@ -77,8 +77,10 @@ class Evaluation:
             )
         text = StringIO()
         Console(file=text, width=150).print(table)
+        who = self.facts.get("answered_by")
+        named = [f"{name}: {by}" for name, by in who.items()] if isinstance(who, dict) else []
         firsts = [f"{r.task} {r.context} {r.model}: {r.first_disagreement}" for r in self.rows if r.first_disagreement]
-        return "\n".join([text.getvalue().strip("\n"), *firsts])
+        return "\n".join([text.getvalue().strip("\n"), *named, *firsts])
 
 
 def evaluate(

@@ -8,6 +8,7 @@ importing this module is enough: lm_eval.simple_evaluate(model="helix", model_ar
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -213,12 +215,27 @@ def main() -> None:
     """The harness's command line, with `helix` among its models; under torchrun the first process prints and writes."""
     from lm_eval.__main__ import cli_evaluate
 
+    sys.argv = on_device(sys.argv, "cuda" if torch.cuda.is_available() else "cpu")
     if os.environ.get("RANK", "0") == "0":
         cli_evaluate()
         return
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         sys.argv = written_to(sys.argv, folder)
         cli_evaluate()
+
+
+def on_device(arguments: list[str], device: str) -> list[str]:
+    """The same command line with a --device where it says none: the harness's own, cuda:0, is there or not, and one process's at most."""
+    at = 2 if arguments[1:2] == ["run"] else 1
+    if not arguments[at : at + 1] or not arguments[at].startswith("-") or arguments[at] in ("-h", "--help"):
+        return arguments
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("--config", "-C", type=Path)
+    path = named.parse_known_args(arguments[at:])[0].config
+    if path is not None and path.is_file() and "device" in (yaml.safe_load(path.read_text()) or {}):
+        return arguments
+    # in front: of two the harness takes the last
+    return [*arguments[:at], "--device", device, *arguments[at:]]
 
 
 def written_to(arguments: list[str], folder: str) -> list[str]:

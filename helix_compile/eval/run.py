@@ -1,4 +1,4 @@
-"""From a checkpoint folder to scores: loads the model, compiles it, asks both."""
+"""From a checkpoint folder to scores: loads the model, compiles it or finds who serves it, asks both."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from helix_compile.eval.decoders import Decoder, HelixDecoder, ModelDecoder
 from helix_compile.eval.evaluation import ORIGINAL, Evaluation, Progress, evaluate
 from helix_compile.eval.folder import load_tokenizer
 from helix_compile.eval.tasks import Document, make_documents
+
+if TYPE_CHECKING:
+    from helix_compile.eval.endpoint import Endpoint
 
 HELIX = "helix"
 
@@ -85,9 +88,10 @@ def evaluate_folder(
     compiled = helix_compile(model, options=options, world=world)
     original = ModelDecoder(model)
     sender = None if asked.prefill == "helix" else original
+    ends = end_tokens(model)
     answerers: dict[str, Answerer] = {
-        ORIGINAL: LocalAnswerer(original),
-        HELIX: LocalAnswerer(HelixDecoder(compiled, asked.prefill, sender)),
+        ORIGINAL: LocalAnswerer(original, ends),
+        HELIX: LocalAnswerer(HelixDecoder(compiled, asked.prefill, sender), ends),
     }
     ready = time.perf_counter() - begun
     evaluation = evaluate(answerers, documents, progress)
@@ -115,3 +119,57 @@ def evaluate_folder(
         "notes": list(notes),
     }
     return evaluation
+
+
+def evaluate_endpoint(
+    folder: Path,
+    endpoint: Endpoint,
+    asked: Asked,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score the unmodified model of a checkpoint folder, and a server that serves it: the rows of "helix" are the server's.
+
+    Args:
+        endpoint: the server.
+        asked: its tasks and contexts; who prefills is the server's own affair, and the harness asks servers itself.
+        dtype, device: of the unmodified model.
+        progress: called after each question.
+
+    Raises:
+        HelixError: a folder, tokenizer or task that does not fit; a server that does not answer as it should.
+    """
+    from helix_compile.eval.endpoint import EndpointAnswerer  # an extra
+
+    tokenizer = load_tokenizer(folder)
+    documents = documents_of(asked, tokenizer)
+    model, notes = load_folder(folder, dtype)
+    if device is not None:
+        model = model.to(device)
+    ends = end_tokens(model)
+    answerers: dict[str, Answerer] = {
+        ORIGINAL: LocalAnswerer(ModelDecoder(model), ends),
+        HELIX: EndpointAnswerer(endpoint, tokenizer, ends),
+    }
+    evaluation = evaluate(answerers, documents, progress)
+    evaluation.facts = {
+        "model": str(folder),
+        "architecture": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "answered_by": {ORIGINAL: "the unmodified model, here", HELIX: f"{endpoint.url}, model {endpoint.model}"},
+        "in_flight": endpoint.in_flight,
+        "seed": asked.seed,
+        "device": str(device or "cpu"),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "notes": list(notes),
+    }
+    return evaluation
+
+
+def end_tokens(model: Any) -> list[int]:
+    """What ends an answer, as generate() has it."""
+    said = model.generation_config.eos_token_id
+    return said if isinstance(said, list) else [] if said is None else [said]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -15,22 +16,25 @@ import make_model
 import pytest
 import yaml
 
-from tests.distributed.steps import ROOT, free_port, service, started
+from tests.distributed.steps import ROOT, free_port, launch, service, started
 from tests.support.serving import YAML, Prompt, mixed_prompts
 
 SERVE = str(ROOT / "examples/disaggregated/serve.py")
+RECALL = ROOT / "tests/data/recall"
 TIMEOUT_S = 60  # HELIX_TIMEOUT
 
 
-def write_yaml(folder: Path, model: Path) -> tuple[Path, str]:
-    """(a YAML with free ports, the router's address)."""
+def write_yaml(folder: Path, model: Path, **more: Any) -> tuple[Path, str]:
+    """(a YAML with free ports, the router's address); `more` goes to the generation server, `dtype` above it."""
     port, context, generation = (int(free_port()) for _ in range(3))
-    words: dict[str, Any] = {**YAML, "port": port, "model": str(model), "req_timeout_secs": 600}
+    dtype = more.pop("dtype", "auto")
+    words: dict[str, Any] = {**YAML, "port": port, "model": str(model), "dtype": dtype, "req_timeout_secs": 600}
     words["context_servers"] = {**YAML["context_servers"], "urls": [f"127.0.0.1:{context}"]}
     words["generation_servers"] = {
         **YAML["generation_servers"],
         "urls": [f"127.0.0.1:{generation}"],
         "max_batch_size": 8,
+        **more,
     }
     (folder / "serve.yaml").write_text(yaml.safe_dump(words))
     return folder / "serve.yaml", f"http://127.0.0.1:{port}"
@@ -118,6 +122,41 @@ def test_64_requests_a_killed_rank_and_a_killed_prefill(tmp_path: Path) -> None:
         except BaseException:
             print(log.read_text())
             raise
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_eval_scores_what_is_served(tmp_path: Path) -> None:
+    """From a checkpoint to scores, over HTTP: the ranks' answers are the unmodified model's, which knows them; then the prefill dies."""
+    file, url = write_yaml(tmp_path, RECALL, dtype="float32", max_seq_len=544, cache_transceiver_config={})
+    command = [sys.executable, "-m", "helix_compile", "eval", str(RECALL), "--endpoint", url, "--dtype", "float32"]
+    command += ["--context", "256,512", "--limit", "20", "--timeout", "300", "--json"]
+
+    async def ready() -> None:
+        async with aiohttp.ClientSession() as session:
+            await Client(session, url).ready(500)
+
+    log = tmp_path / "log.txt"
+    with service([sys.executable, SERVE, str(file)], log, HELIX_TIMEOUT=str(TIMEOUT_S), TMPDIR=str(tmp_path)) as (
+        _,
+        mark,
+    ):
+        asyncio.run(ready())
+        done = launch(command, 900)
+        assert done.returncode == 0, (done.stderr, log.read_text())
+        said = json.loads(done.stdout)
+        assert said["answered_by"]["helix"] == f"{url}/v1, model recall"
+        rows = {(row["task"], row["context"], row["model"]): row for row in said["rows"]}
+        assert len(rows) == 3 * 2 * 2
+        for row in rows.values():
+            assert row["correct"] >= 0.9 * row["n"] == 18 and row["agreement"] in (None, 1.0), row
+
+        os.kill(next(pid for pid in started(mark) if "context_server.py" in command_of(pid)), signal.SIGKILL)
+        lost = launch(command, 300)
+        assert lost.returncode == 2 and not lost.stdout, lost
+        words = " ".join(lost.stderr.split())
+        assert f"{url}/v1/completions, recall 256, question" in words, words
+        assert "got status 502, expected 200: context server 127.0.0.1" in words, words
 
 
 @pytest.mark.slow

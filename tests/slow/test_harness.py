@@ -16,9 +16,10 @@ import yaml
 
 from helix_compile.capture.source import load_folder
 from helix_compile.errors import HelixError
-from helix_compile.eval.harness import HelixLM, written_to
+from helix_compile.eval.harness import HelixLM, on_device, written_to
 from helix_compile.eval.harness_rows import harness_rows
 from helix_compile.eval.words import FILLERS, WORDS
+from tests.distributed.steps import free_port, launch
 
 pytestmark = pytest.mark.slow
 
@@ -144,11 +145,43 @@ def test_the_command_line(task_files: Path, tmp_path: Path) -> None:
     assert results["pairs_choice"]["acc,none"] >= 3 / 4 and results["pairs_text"]["word_perplexity,none"] > 1
 
 
+@pytest.mark.multi_process
+def test_the_command_line_under_torchrun(task_files: Path, tmp_path: Path) -> None:
+    """The torchrun command of docs/accuracy.md, on a task of ours: four processes answer, the first one prints and writes, once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--master-port", free_port(), "--nproc-per-node", "4"]
+    command += ["-m", "helix_compile.eval.harness", "run", "--model", "helix", "--tasks", "pairs_choice,pairs_generate"]
+    command += ["--model_args", f"path={RECALL},cp=4,dtype=float32,max_seq_len=128", "--include_path", str(task_files)]
+    done = launch([*command, "--output_path", str(tmp_path)], 1500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("|pairs_choice") == 1, done.stdout
+    (written,) = tmp_path.rglob("results_*.json")
+    results = json.loads(written.read_text())["results"]
+    assert results["pairs_choice"]["acc,none"] >= 3 / 4
+    assert results["pairs_generate"]["exact_match,strict"] >= 3 / 4
+
+
 def test_of_several_processes_one_writes() -> None:
     given = ["lm_eval", "run", "--tasks", "a", "-o", "x", "--model", "helix"]
     assert written_to(given, "/tmp/y") == ["lm_eval", "run", "--tasks", "a", "-o", "/tmp/y", "--model", "helix"]
     assert written_to(["lm_eval", "--output_path=x", "-v"], "y") == ["lm_eval", "--output_path=y", "-v"]
     assert written_to(["lm_eval", "--output_path", "x"], "y") == ["lm_eval", "--output_path", "y"]
+
+
+def test_a_device_is_said_where_nobody_did(tmp_path: Path) -> None:
+    """The harness's own default is cuda:0, and what stands last in a command line or first in its file wins."""
+    assert on_device(["x", "run", "--tasks", "a"], "cpu") == ["x", "run", "--device", "cpu", "--tasks", "a"]
+    assert on_device(["x", "--tasks", "a"], "cuda") == ["x", "--device", "cuda", "--tasks", "a"]
+    for left in (["x"], ["x", "ls", "tasks"], ["x", "--help"], ["x", "run", "-h"]):
+        assert on_device(left, "cpu") == left
+    (tmp_path / "c.yaml").write_text("device: cuda:1\n")
+    (tmp_path / "d.yaml").write_text("limit: 1\n")
+    assert on_device(["x", "run", "-C", str(tmp_path / "c.yaml")], "cpu") == [
+        "x",
+        "run",
+        "-C",
+        str(tmp_path / "c.yaml"),
+    ]
+    assert on_device(["x", "run", f"--config={tmp_path / 'd.yaml'}"], "cpu")[2:4] == ["--device", "cpu"]
 
 
 def test_it_is_found_by_name() -> None:
