@@ -8,10 +8,11 @@ so what tracing assumed of the sizes is tried here with others.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -262,7 +263,10 @@ def _compile(
             examples = [n.meta["val"] for n in placeholders(traced.graph)]
             on_cpu = all(example.device.type == "cpu" for example in examples)
             options = {"config_patches": {**_OPTIONS, **(_ON_CPU if on_cpu else {})}}
-            code = torch._inductor.standalone_compile(traced, examples, dynamic_shapes="from_graph", options=options)
+            with _without_shim_warnings():
+                code = torch._inductor.standalone_compile(
+                    traced, examples, dynamic_shapes="from_graph", options=options
+                )
     except Exception as error:  # Inductor's own classes are many
         first = str(error).strip().split("\n")[0]
         raise LoweringError(
@@ -271,6 +275,21 @@ def _compile(
     check_sizes(sizes.environment, name)
     # without what Dynamo puts around it: a tenth of a ms a call
     return innermost_fn(getattr(code, "_compiled_fn", code))
+
+
+@contextmanager
+def _without_shim_warnings() -> Iterator[None]:
+    """C++ calls cos and sin through torch's dispatcher, as is meant here; Inductor says so for each."""
+    log = logging.getLogger("torch._inductor.ir")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "c-shim" not in str(record.msg)
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
 
 
 def _of_parts(segment: fx.GraphModule, code: Code) -> Code:
