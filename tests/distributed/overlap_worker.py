@@ -1,7 +1,7 @@
 """Two ranks that take steps with overlap="none" and "hopb" over links that are slowed and with attention that takes longer, by turns.
 
-torchrun --nproc-per-node 2 overlap_worker.py FOLDER: medians of steps in seconds, as JSON; and means of each node of steps that are not
-slowed, which is what else those steps do on this machine.
+torchrun --nproc-per-node 2 overlap_worker.py FOLDER: medians of steps in seconds, as JSON; and of each node of steps that are not slowed,
+which is what else those steps do on this machine (an interruption would be in a mean of every step, and is in no median of them).
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def main(folder: Path) -> None:
         "steps": {name: {how: statistics.median(own) for how, own in each.items()} for name, each in took.items()},
         "real": {
             how: {
-                body: {node: statistics.mean(own) for node, own in nodes.items()} for body, nodes in world.real.items()
+                body: {node: statistics.median(own) for node, own in nodes.items()}
+                for body, nodes in world.real.items()
             }
             for how, world in worlds.items()
         },
