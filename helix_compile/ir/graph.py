@@ -128,8 +128,8 @@ def inputs_of(graph: fx.Graph, *kinds: str) -> list[fx.Node]:
 
 def input_named(graph: fx.Graph, kind: str, name: str) -> fx.Node:
     """The placeholder of this kind and name; KeyError if there is none."""
-    for node in graph.nodes:
-        if node.op == "placeholder" and (*node.meta.get("input", ()),) == (kind, name):
+    for node in placeholders(graph):
+        if input_ref(node) == (kind, name):
             return node
     raise KeyError(f"no input {kind} {name!r} in the graph")
 

@@ -52,27 +52,6 @@ def check_axis(mesh: HelixMesh, axis: str, rank: int, where: str) -> None:
 
 def _agreed_op(key: Key, exchange: Exchange) -> CollectiveOp:
     """What all members have posted; RuntimeFault where they do not agree."""
-    first, *others = exchange.posts.values()
-    form = first.tensor.shape, first.tensor.dtype
-    for op, tensor, arguments, _ in others:
-        if op != first.op or arguments != first.arguments or (tensor.shape, tensor.dtype) != form:
-            return _checked_op(key, exchange)
-    return COLLECTIVES[first.op] if _fits(first, len(others) + 1) else _checked_op(key, exchange)
-
-
-def _fits(post: Post, members: int) -> bool:
-    """Is it right in a group where all posted the same?"""
-    op, tensor, arguments, _ = post
-    if op == ALL_TO_ALL.name:
-        outputs, inputs = arguments
-        rows, odd = divmod(tensor.shape[0], members)
-        return not odd and list(outputs) == list(inputs) == [rows] * members
-    known = COLLECTIVES[op]
-    return not (known.sums and arguments[0] != "sum") and not (known.sized and arguments[-1] != members)
-
-
-def _checked_op(key: Key, exchange: Exchange) -> CollectiveOp:
-    """The same, slower: finds what is wrong, if anything is."""
     axis, members, number = key
     ops = {r: exchange.posts[r].op for r in members}
     where = {r: exchange.posts[r].where for r in members}
@@ -134,9 +113,6 @@ def check_all_posted(mailbox: dict[Key, Exchange]) -> None:
         silent = [m for m in members if m not in exchange.waited]
         if silent:
             raise RuntimeFault(f"{op} #{number} of {axis} is never waited for by {silent}")
-
-
-_GONE = torch.empty(0)
 
 
 class VirtualWorld:
@@ -292,7 +268,7 @@ class VirtualWorld:
             exchange.results = dict(zip(members, outcome, strict=True))
             self._sent[op.name, members, tensors[0].nbytes] += 1  # all alike
             # who posted what and where is kept, not the tensors
-            exchange.posts = {r: p._replace(tensor=_GONE) for r, p in exchange.posts.items()}
+            exchange.posts = {r: p._replace(tensor=p.tensor.new_empty(0)) for r, p in exchange.posts.items()}
             self.num_collectives[(op.name, axis)] += 1
         return exchange.results is not None
 

@@ -149,6 +149,19 @@ def test_code_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPa
     assert finding.code == "HX411" and ".segment_2" in finding.where and "layer_0" not in finding.where
 
 
+def test_kernels_of_a_segment_are_called_from_cpp(pair: Any) -> None:
+    """Code that Python calls kernels from asks for each buffer, and for the layout of each input, by a call from Python."""
+    model, _, compiled = pair
+    called: set[str] = set()
+    compiled.reset()
+    sys.setprofile(lambda _, event, what: called.add(what.__name__) if event == "c_call" else None)
+    try:
+        compiled(random_ids(model, 2, 1))
+    finally:
+        sys.setprofile(None)
+    assert called and not called & {"_empty_strided_cpu", "assert_size_stride"}
+
+
 def test_without_a_compiler_it_is_refused() -> None:
     absent = config.patch({"cpp.cxx": ("no-such-compiler",)})
     with absent, pytest.raises(LoweringUnavailable, match=r"finds no compiler \(looked for no-such-compiler\)"):
