@@ -30,7 +30,6 @@ class Post(NamedTuple):
     """What one rank starts a collective with."""
 
     op: str
-    tensor: Tensor
     arguments: tuple
     where: str
 
@@ -40,6 +39,7 @@ class Exchange:
     """One collective: what each member posted, then what each member gets."""
 
     posts: dict[int, Post] = field(default_factory=dict)
+    sent: dict[int, Tensor] = field(default_factory=dict)  # until all have posted
     results: dict[int, Tensor] | None = None
     waited: set[int] = field(default_factory=set)
 
@@ -64,8 +64,7 @@ def _agreed_op(key: Key, exchange: Exchange) -> CollectiveOp:
         reductions = {r: exchange.posts[r].arguments[0] for r in members}
         if set(reductions.values()) != {"sum"}:
             raise RuntimeFault(f"{op.name} #{number} of {axis} at {where}: reductions {reductions}; this world sums")
-    sent = {r: exchange.posts[r].tensor for r in members}
-    meta = {r: (tuple(x.shape), x.dtype) for r, x in sent.items()}
+    meta = {r: (tuple(exchange.sent[r].shape), exchange.sent[r].dtype) for r in members}
     if len(set(meta.values())) > 1:
         raise RuntimeFault(f"ranks disagree on the shape of {op.name} #{number} of {axis}: {meta} at {where}")
     if op.sized:
@@ -79,16 +78,16 @@ def _agreed_op(key: Key, exchange: Exchange) -> CollectiveOp:
 def _check_splits(members: tuple[int, ...], exchange: Exchange) -> None:
     """What a rank expects from each peer must be what that peer sends to it, and be equal for all."""
     for index, rank in enumerate(members):
-        _, tensor, (output_splits, input_splits), where = exchange.posts[rank]
+        _, (output_splits, input_splits), where = exchange.posts[rank]
         sent = [exchange.posts[peer].arguments[1][index] for peer in members]
         if list(output_splits) != sent:
             raise RuntimeFault(
                 f"rank {rank}, node {where}: output_split_sizes={list(output_splits)} but peers send {sent}"
             )
-        if sum(input_splits) != tensor.shape[0] or len(set(input_splits)) > 1:
+        if sum(input_splits) != exchange.sent[rank].shape[0] or len(set(input_splits)) > 1:
             raise RuntimeFault(
                 f"rank {rank}, node {where}: input_split_sizes={list(input_splits)} do not cut dim 0 of "
-                f"{tuple(tensor.shape)} in {len(members)} equal parts"
+                f"{tuple(exchange.sent[rank].shape)} in {len(members)} equal parts"
             )
 
 
@@ -253,7 +252,8 @@ class VirtualWorld:
             check_axis(self.mesh, axis, rank, where)
             key = (axis, self.mesh.members(axis, rank), posted[axis])
             posted[axis] += 1
-            mailbox.setdefault(key, Exchange()).posts[rank] = Post(op, args[0], tuple(args[1:-1]), where)
+            exchange = mailbox.setdefault(key, Exchange())
+            exchange.posts[rank], exchange.sent[rank] = Post(op, args[1:-1], where), args[0]
             return Pending(op, key)
 
         return post
@@ -263,12 +263,11 @@ class VirtualWorld:
         axis, members, _ = key
         if exchange.results is None and len(exchange.posts) == len(members):
             op = _agreed_op(key, exchange)
-            tensors = [exchange.posts[rank].tensor for rank in members]
+            tensors = [exchange.sent[rank] for rank in members]
             outcome = op.outcome(tensors) if tape is None else tape.launch(op.outcome, (tensors,))
             exchange.results = dict(zip(members, outcome, strict=True))
             self._sent[op.name, members, tensors[0].nbytes] += 1  # all alike
-            # who posted what and where is kept, not the tensors
-            exchange.posts = {r: p._replace(tensor=p.tensor.new_empty(0)) for r, p in exchange.posts.items()}
+            exchange.sent.clear()
             self.num_collectives[(op.name, axis)] += 1
         return exchange.results is not None
 

@@ -14,11 +14,11 @@ from tests.distributed.steps import ATTENTIONS, STEP_TOKENS, attention_model, ru
 from tests.support import captures
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, lower: str) -> None:
     """Logits of every attention, and bytes that left this rank: counted, planned."""
     seen, sent = {}, {}
     for name, (_, _, options) in ATTENTIONS.items():
-        compiled = helix_compile(attention_model(name), **options)
+        compiled = helix_compile(attention_model(name), lower=lower, **options)
         seen[name] = run_steps(compiled).contiguous()
         planned = sum(map(compiled.plan.egress_bytes_per_rank, STEP_TOKENS))
         sent[name] = [float(compiled.world.sent_bytes[0]), float(planned)]
@@ -30,4 +30,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     captures.share()
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

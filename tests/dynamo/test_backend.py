@@ -17,7 +17,9 @@ from transformers import DynamicCache, StaticCache
 from helix_compile import RuntimeFault, helix_compile
 from helix_compile.backend import compiled_modules
 from helix_compile.runtime.claims import graph_digest
+from helix_compile.worlds.virtual import VirtualWorld
 from tests.support.models import fresh_model
+from tests.support.order import A2A, record_walks
 
 OPTIONS = {"cp": 4, "tokens_per_block": 3, "max_seq_len": 96, "max_batch_size": 2}
 PROMPT = 7
@@ -269,4 +271,26 @@ def test_a_head_that_is_cut(model: Any) -> None:
     torch._dynamo.reset()
     cut = torch.compile(model, backend="helix", fullgraph=True, options={**OPTIONS, "head": "shard", "pad_heads": True})
     started(cut, model)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_a_batch_in_parts(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop of the user's own one part is on its way while the next attends, as in helix_compile's graph, with the bits of one batch."""
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend="helix", fullgraph=True, options={**OPTIONS, "v_up": "before"})
+    prompts = (prompt(), prompt(1)[:, :1], prompt(2)[:, :3])
+    cache = new_cache("dynamic", model)
+    expected = [step(whole, ids, cache) for ids in prompts]
+    torch._dynamo.reset()
+    events = record_walks(monkeypatch, VirtualWorld)
+    parts = torch.compile(
+        model, backend="helix", fullgraph=True, options={**OPTIONS, "v_up": "before", "overlap": "hopb"}
+    )
+    cache = new_cache("dynamic", model)
+    for ids, logits in zip(prompts, expected, strict=True):
+        events.clear()
+        assert torch.equal(step(parts, ids, cache), logits)
+        assert events == dict.fromkeys(range(4), A2A * len(model.model.layers))
+    started(parts, model)
     torch._dynamo.reset()

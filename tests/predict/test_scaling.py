@@ -85,9 +85,10 @@ def check(model: CostedModel, candidate: Candidate) -> None:
     assert point.step_us == pytest.approx(step.total, rel=1e-9)  # as inspect says it
 
 
-def test_twenty_drawn_layouts_cost_what_their_compiled_graphs_do() -> None:
+@pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_drawn_layouts_cost_what_their_compiled_graphs_do(count: int) -> None:
     model = tiny_costed()
-    layouts = drawn(model, 20)
+    layouts = drawn(model, count)
     assert {True, False} == {c.pad_heads for c in layouts} and {"a2a", "ag_rs"} == {c.merge for c in layouts}
     assert {"none", "hopb"} == {c.overlap for c in layouts}
     for candidate in layouts:

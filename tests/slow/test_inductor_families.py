@@ -33,11 +33,14 @@ def tensors_alive() -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_compiled_is_the_model(name: str) -> None:
-    """Ragged prompts with empty shards, T in {1, 2, 3, 5}."""
+    """Ragged prompts with empty shards, T in {1, 2, 3, 5}; then B in {1, 3, 8}, T in {1, 4, 5}."""
     model = fresh_family(name)
     compiled = helix_compile(model, cp=2, lower="inductor", **SIZES, **FAMILIES[name].options)
     deviates = sparse_deviation if hasattr(model.config, "index_topk") else worst_deviation
     assert deviates(model, compiled, [5, 2, 9], (1, 3, 1, 2, 5)) <= LIMIT[torch.float64]
+    for lengths, tokens in (([6], (1, 5)), ([4, 1, 7], (1, 4)), ([3, 1, 2, 8, 1, 1, 5, 2], (1,))):
+        compiled.reset()
+        assert deviates(model, compiled, lengths, tokens) <= LIMIT[torch.float64], (lengths, tokens)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +54,13 @@ def test_other_plans(options: dict[str, Any]) -> None:
         assert worst_deviation(model, compiled, lengths, (1, 4, 1)) <= LIMIT[torch.float32]
 
 
-def test_two_hundred_steps_compile_nothing_and_hold_no_more() -> None:
-    model = fresh_model("short", torch.float32)
-    compiled = helix_compile(model, cp=2, lower="inductor", tokens_per_block=3, max_batch_size=2, max_seq_len=512)
+# MLA with experts, grouped queries, an indexer, leaves
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "deepseek_v32", "kimi_linear"])
+def test_two_hundred_steps_compile_nothing_and_hold_no_more(name: str) -> None:
+    model = fresh_model("short", torch.float32) if name == "deepseek_v3" else fresh_family(name, "", torch.float32)
+    sizes: dict[str, Any] = {"tokens_per_block": 3, "max_batch_size": 2, "max_seq_len": 512}
+    given = FAMILIES[name].options if name in FAMILIES else {}
+    compiled = helix_compile(model, cp=2, lower="inductor", **sizes, **given)
     mask = left_padded([5, 2])
     compiled(random_ids(model, *mask.shape), mask)
     known, programs = dict(inductor._CODE), compiled.programs()

@@ -52,7 +52,7 @@ def drawn_inputs(draw: st.DrawFn, widths: list[tuple[int, int]], page_sizes: lis
     return mla_inputs(lengths, T, H, R, r, page_size, seed=draw(st.integers(0, 99)))
 
 
-EXAMPLES = pytest.mark.parametrize("examples", [20, pytest.param(100, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.slow)])
 
 
 @EXAMPLES
