@@ -1,15 +1,17 @@
 """What a step costs outside of kernels and collectives, per layer: walked node by node, and with compiled segments, in one run.
 
-    python benchmarks/step_overhead.py [--repeats 50] [--hidden 2048 --layers 2 --context 16384]
+    python benchmarks/step_overhead.py [--repeats 50] [--hidden 2048 --layers 2 --context 16384] [--cpp]
     torchrun --nproc-per-node 4 benchmarks/step_overhead.py          the same over gloo: a rank a process
 
 Operators are ATen's, helix's, collectives and their waits, and Inductor's own kernels, which are made to report themselves to
-torch.profiler; what lies outside of them is a profiled step less its operators (median). A profiler slows what is around operators, so
-read the ratio; step and CPU are of steps without it. A layer's share is what a model of twice the layers takes more, over the layers
-that it has more; "once" is what is left of a step: checks, positions, the head. The ways take turns. B=1, T=1, four ranks, one thread;
-the context grows by a token a step. Processes meet before each step, outside of what is timed. CPU is that of this process (all ranks,
-or one): where processes wait for one another in collectives, and for a core, it is what a rank does itself. Compile seconds are cold
-with an empty TORCHINDUCTOR_CACHE_DIR, and warm in the next run with the same.
+torch.profiler; what lies outside of them is a profiled step less its operators (median). A profiler slows what is around
+operators, so read the ratio; step and CPU are of steps without it. A layer's share is what a model of twice the layers takes
+more, over the layers that it has more; "once" is what is left of a step: checks, positions, the head. The ways take turns. B=1,
+T=1, four ranks, one thread; the context grows by a token a step. Processes meet before each step, outside of what is timed. CPU
+is that of this process (all ranks, or one): where processes wait for one another in collectives, and for a core, it is what a
+rank does itself. --cpp: attention is one C++ op, both ways (lower="cpp" and "cpp+inductor"); without it, it is Python that calls
+torch's ops, which are most of a step. Compile seconds are cold with an empty TORCHINDUCTOR_CACHE_DIR, and warm in the next run
+with the same.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=0, help="a wider model than the tiny preset")
     parser.add_argument("--layers", type=int, default=2, help="of the wider model")
     parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--cpp", action="store_true", help="attention in C++")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ranks = int(os.environ.get("WORLD_SIZE", "4"))
@@ -53,7 +56,8 @@ def main() -> None:
     with config.patch({"cpp.enable_kernel_profile": True}):
         for depth in (1, 2):
             model, layers = _model(arguments.hidden, arguments.layers, depth)
-            for name, lower in (("node by node", "reference"), ("compiled", "inductor")):
+            ways = ("cpp", "cpp+inductor") if arguments.cpp else ("reference", "inductor")
+            for name, lower in zip(("node by node", "compiled"), ways, strict=True):
                 started = time.perf_counter()
                 modules[name, depth] = _filled(model, arguments.context, lower, ranks)
                 seconds.setdefault(name, time.perf_counter() - started)

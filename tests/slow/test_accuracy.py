@@ -91,4 +91,5 @@ def test_faults_cost_answers_and_what_is_none_costs_nothing(tmp_path: Path) -> N
         "the new token is not kept": False,
         "a block of another sequence in a hand-over": True,
         "two blocks of a hand-over in each other's place": True,
+        "all keys from elsewhere": True,  # it does not see keys at all: what it passes above says little
     }
