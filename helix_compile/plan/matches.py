@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -50,7 +51,9 @@ def picked(rows: Table, total: int) -> tuple[tuple[int, ...], tuple[int, int, in
     """(view, window, index) that pick rows[h][d] out of `total`: a view where those of a head lie in a row."""
     H, width = len(rows), len(rows[0])
     start, stride = rows[0][0], total // H
-    if total % H == 0 and all(rows[h][d] == h * stride + start + d for h in range(H) for d in range(width)):
+    if total % H == 0 and all(
+        row == tuple(range(h * stride + start, h * stride + start + width)) for h, row in enumerate(rows)
+    ):
         return (H, stride), (1, start, width), None
     return (H, width), None, tuple(r for row in rows for r in row)
 
@@ -178,7 +181,7 @@ class UpWeight:
         """What a rank's part is called: two of them may lie in one parameter."""
         return f"{self.param}.{self.role}"
 
-    @property
+    @cached_property
     def rows(self) -> Table:
         """[h][d] -> row of the parameter as [-1, R]; for order "hdr"."""
         width = self.shape[-1]

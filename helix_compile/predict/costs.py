@@ -183,29 +183,30 @@ def node_cost(node: fx.Node, sizes: NodeSizes) -> NodeCost:
         raise HelixError(f"node `{node.name}` ({node.target}) is a move; predict the costs of the lowered graph")
     if is_collective(node):
         return _collective(node, sizes)
-    if helix_op(node) == "mla_decode":
+    op = helix_op(node)
+    if op == "mla_decode":
         return _mla_decode(node, sizes)
-    if helix_op(node) == "gqa_decode":
+    if op == "gqa_decode":
         return _gqa_decode(node, sizes)
-    if helix_op(node) == "mla_decode_slots":
+    if op == "mla_decode_slots":
         return _mla_decode_slots(node, sizes)
-    if helix_op(node) == "index_scores":
+    if op == "index_scores":
         return _index_scores(node, sizes)
-    if helix_op(node) in ("topk_candidates", "select_slots"):  # one look at the scores of this rank's tokens
+    if op in ("topk_candidates", "select_slots"):  # one look at the scores of this rank's tokens
         (B, T, _), scores = sizes.of(node.args[0]), node.args[0].meta["val"].dtype.itemsize
         seen = B * T * sizes.local_context(node)
         return NodeCost(seen, seen * scores + sizes.nbytes(node))
-    if helix_op(node) == "shard_index":  # a few numbers, once a step; a compiled graph says no value of it
+    if op == "shard_index":  # a few numbers, once a step; a compiled graph says no value of it
         return NodeCost()
-    if helix_op(node) == "cache_append":
+    if op == "cache_append":
         return NodeCost(hbm_bytes=2 * sum(sizes.nbytes(n) for n in node.args[4:6]))
-    if helix_op(node) == "embed_rows" or node.target is aten.embedding.default:  # rows of tokens, not the table
+    if op == "embed_rows" or node.target is aten.embedding.default:  # rows of tokens, not the table
         return NodeCost(hbm_bytes=2 * sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.args[:2] if _is_ids(n)))
-    if helix_op(node) == "moe_experts":
+    if op == "moe_experts":
         return _moe_experts(node, sizes)
     if not isinstance(_first(node.meta.get("val")), Tensor):
         return NodeCost()
-    if (is_layout_op(node) and node.target not in _COPIES) or helix_op(node) == "rows_of_part":
+    if (is_layout_op(node) and node.target not in _COPIES) or op == "rows_of_part":
         return NodeCost()
     moved = sizes.nbytes(node) + sum(sizes.nbytes(n) for n in node.all_input_nodes)
     weights = [n for n in node.all_input_nodes if is_param(n) and n.meta["val"].dim() > 1] if is_matmul(node) else []
