@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("--prefill", default="model", choices=("model", "helix"))
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    if (shortest := min(chosen.contexts)) < 4 * BLOCK:
+        parser.error(f"--contexts: got {shortest}, expected {4 * BLOCK} or more: each of four ranks holds a block")
     torch.set_num_threads(1)
     model = load_folder(chosen.folder, getattr(torch, chosen.dtype))[0]
     sender, other, tokenizer = ModelDecoder(model), ModelDecoder(model), load_tokenizer(chosen.folder)
