@@ -150,7 +150,7 @@ def _flags(names: list[str]) -> str:
 
 
 def check_harness(tasks: list[str], include: Path | None) -> None:
-    """Raise HelixError where tasks are the harness's and it is not installed, or its folder of tasks is named for nothing."""
+    """Raise HelixError where tasks are nobody's, or the harness's and it is not installed, or its folder of tasks is named for nothing."""
     if not tasks:
         if include is not None:
             raise HelixError("--include has no effect: --tasks names none of lm-evaluation-harness's")
@@ -160,6 +160,9 @@ def check_harness(tasks: list[str], include: Path | None) -> None:
             f"--tasks: {', '.join(tasks)} is none of ours, and lm-evaluation-harness is not installed; ours are recall, needle, copy, "
             "its own come with: pip install 'helix-compile[eval]'"
         )
+    from helix_compile.eval.harness_rows import manager_of
+
+    manager_of(tasks, include)  # before weights are loaded: a name may be mistyped
 
 
 def contexts_of(text: str) -> list[int]:

@@ -17,6 +17,20 @@ from helix_compile.eval.scoring import Row, wilson
 Samples = list[dict[str, Any]]
 
 
+def manager_of(tasks: Sequence[str], include: Path | None = None) -> TaskManager:
+    """What knows these tasks; HelixError names those that neither the harness nor `include` has."""
+    path = None if include is None else str(include)
+    # of its own tasks there are thousands, and an index of them takes seconds
+    manager = TaskManager(include_path=path, include_defaults=False)
+    if not all(map(manager.match_tasks, [[task] for task in tasks])):
+        manager = TaskManager(include_path=path)
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise HelixError(
+            f"--tasks: neither ours nor the harness's: {', '.join(unknown)}; `lm_eval ls tasks` lists its own"
+        )
+    return manager
+
+
 def harness_rows(
     models: dict[str, DecoderLM], tasks: Sequence[str], limit: int | None, include: Path | None = None, seed: int = 0
 ) -> list[Row]:
@@ -32,15 +46,7 @@ def harness_rows(
     Raises:
         HelixError: no such task, or one without a metric that is 0 or 1 for each document.
     """
-    path = None if include is None else str(include)
-    # of its own tasks there are thousands, and an index of them takes seconds
-    manager = TaskManager(include_path=path, include_defaults=False)
-    if not all(map(manager.match_tasks, [[task] for task in tasks])):
-        manager = TaskManager(include_path=path)
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise HelixError(
-            f"--tasks: neither ours nor the harness's: {', '.join(unknown)}; `lm_eval ls tasks` lists its own"
-        )
+    manager = manager_of(tasks, include)
     of_model: dict[str, dict[str, Samples]] = {}
     seconds = {}
     for who, model in models.items():

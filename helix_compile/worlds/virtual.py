@@ -53,25 +53,27 @@ def check_axis(mesh: HelixMesh, axis: str, rank: int, where: str) -> None:
 def _agreed_op(key: Key, exchange: Exchange) -> CollectiveOp:
     """What all members have posted; RuntimeFault where they do not agree."""
     axis, members, number = key
-    ops = {r: exchange.posts[r].op for r in members}
-    where = {r: exchange.posts[r].where for r in members}
-    if len(set(ops.values())) > 1:
-        raise RuntimeFault(f"ranks disagree on collective #{number} of {axis}: {ops} at nodes {where}")
-    op = COLLECTIVES[ops[members[0]]]
+    posts = [exchange.posts[r] for r in members]
+
+    def differ(values: Sequence[Any]) -> dict[int, Any]:
+        """By rank, if they are not all alike."""
+        return dict(zip(members, values, strict=True)) if any(v != values[0] for v in values) else {}
+
+    def where() -> dict[int, str]:
+        return {r: exchange.posts[r].where for r in members}
+
+    if ops := differ([p.op for p in posts]):
+        raise RuntimeFault(f"ranks disagree on collective #{number} of {axis}: {ops} at nodes {where()}")
+    op = COLLECTIVES[posts[0].op]
     if op is ALL_TO_ALL:
         _check_splits(members, exchange)
-    if op.sums:
+    if op.sums and any(p.arguments[0] != "sum" for p in posts):
         reductions = {r: exchange.posts[r].arguments[0] for r in members}
-        if set(reductions.values()) != {"sum"}:
-            raise RuntimeFault(f"{op.name} #{number} of {axis} at {where}: reductions {reductions}; this world sums")
-    meta = {r: (tuple(exchange.sent[r].shape), exchange.sent[r].dtype) for r in members}
-    if len(set(meta.values())) > 1:
-        raise RuntimeFault(f"ranks disagree on the shape of {op.name} #{number} of {axis}: {meta} at {where}")
-    if op.sized:
-        sizes = {r: exchange.posts[r].arguments[-1] for r in members}
-        wrong = {r: s for r, s in sizes.items() if s != len(members)}
-        if wrong:
-            raise RuntimeFault(f"{op.name} #{number} of {axis}: group size {wrong}, the group has {len(members)}")
+        raise RuntimeFault(f"{op.name} #{number} of {axis} at {where()}: reductions {reductions}; this world sums")
+    if meta := differ([(tuple(exchange.sent[r].shape), exchange.sent[r].dtype) for r in members]):
+        raise RuntimeFault(f"ranks disagree on the shape of {op.name} #{number} of {axis}: {meta} at {where()}")
+    if op.sized and (wrong := {r: s for r in members if (s := exchange.posts[r].arguments[-1]) != len(members)}):
+        raise RuntimeFault(f"{op.name} #{number} of {axis}: group size {wrong}, the group has {len(members)}")
     return op
 
 

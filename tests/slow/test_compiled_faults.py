@@ -17,7 +17,7 @@ NODE = r"layer_2\.wait_tensor_1"  # the sum behind the segment in which rank 2 s
 LOST = r"helix_compile: rank {} lost its peers in step 3 at graph node '{}': {}"
 DIED = r"rank 2 died or is stuck without an exception; last sign of life: step 3, \d+\.\ds ago"
 RAISED = r"rank 2 raised at step 3: "
-DTYPE = r"RuntimeFault: rank 2, layer_\d\.segment_\d: param self_attn\.o_proj\.weight is torch\.float64 .*compiled for torch\.float32"
+DTYPE = r"RuntimeFault: rank 2, node layer_\d\.segment_\d: param self_attn\.o_proj\.weight is torch\.float64 .*compiled for torch\.float32"
 SHAPE = r"RuntimeFault: ranks disagree in step 3: rank 2 has input_ids \[2, 2\]"
 # what a fault says on the rank itself (None: nothing), and what the others say of it, where
 CASES: dict[str, tuple[str | None, str, str]] = {
