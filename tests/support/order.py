@@ -10,7 +10,6 @@ from torch import fx
 
 from helix_compile.ir.collectives import WAIT, is_collective
 from helix_compile.ir.graph import PART, helix_op
-from helix_compile.ir.stage import graphs_of
 from helix_compile.worlds.program import Program
 from helix_compile.worlds.walk import Hook, Pending
 
@@ -60,13 +59,13 @@ class ProgramEvents:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.events: Events = {}
-        self._names: dict[str, str] = {}
+        self._names: dict[str, str] = {}  # by call and node: bodies have nodes of one name
         self._rank = 0
         walk = Program.walk
 
         def recorded(program: Program, step: Any, post: Any, tape: Any = None) -> Any:
             def posted(op: str, args: tuple, where: str) -> Any:
-                self._said(self._names.get(where.rpartition(".")[2], ""))
+                self._said(self._names.get(where, ""))
                 return post(op, args, where)
 
             inner, value = walk(program, step, posted, tape), None
@@ -76,7 +75,7 @@ class ProgramEvents:
                     pending, where = inner.send(value)
                     value = yield pending, where
                     self._rank = program.rank
-                    self._said(self._names.get(where.rpartition(".")[2], ""))
+                    self._said(self._names.get(where, ""))
             except StopIteration as stop:
                 return stop.value
 
@@ -84,7 +83,9 @@ class ProgramEvents:
 
     def of(self, lowered: fx.GraphModule) -> Events:
         """Events, those of starts and waits in this graph too."""
-        self._names |= {n.name: event_of(n) for _, graph in graphs_of(lowered) for n in graph.graph.nodes}
+        for call in lowered.graph.find_nodes(op="call_module"):
+            if isinstance(body := lowered.get_submodule(str(call.target)), fx.GraphModule):
+                self._names |= {f"{call.name}.{n.name}": event_of(n) for n in body.graph.nodes}
         return self.events
 
     def told(self, segment: fx.GraphModule, code: Callable[..., Any]) -> Callable[..., Any]:
