@@ -52,7 +52,7 @@ def picked(rows: Table, total: int) -> tuple[tuple[int, ...], tuple[int, int, in
     H, width = len(rows), len(rows[0])
     start, stride = rows[0][0], total // H
     if total % H == 0 and all(
-        row == tuple(range(h * stride + start, h * stride + start + width)) for h, row in enumerate(rows)
+        tuple(row) == tuple(range(h * stride + start, h * stride + start + width)) for h, row in enumerate(rows)
     ):
         return (H, stride), (1, start, width), None
     return (H, width), None, tuple(r for row in rows for r in row)
