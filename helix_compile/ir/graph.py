@@ -128,9 +128,8 @@ def inputs_of(graph: fx.Graph, *kinds: str) -> list[fx.Node]:
 
 def input_named(graph: fx.Graph, kind: str, name: str) -> fx.Node:
     """The placeholder of this kind and name; KeyError if there is none."""
-    wanted = [kind, name]  # as set_input() has it: of thousands of inputs no InputRef is made
-    for node in placeholders(graph):
-        if node.meta.get("input") == wanted:
+    for node in placeholders(graph):  # thousands, of which no InputRef is made
+        if (*node.meta.get("input", ()),) == (kind, name):
             return node
     raise KeyError(f"no input {kind} {name!r} in the graph")
 
